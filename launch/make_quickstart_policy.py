@@ -1,0 +1,76 @@
+"""Makes the quickstart's starting policy: about 1 M parameters, Qwen3 architecture, own byte-level BPE, supervised on
+demonstrations of the synthetic tool world by a demonstrator with bad habits (`rest_jax/data/synthetic.py`, table HABITS).
+
+    python launch/make_quickstart_policy.py OUT [key=value ...]
+
+Three steps: train the tokenizer, write a randomly initialised HF folder, run `rest-jax sft configs/quickstart_sft.yaml` from it
+and export the result to OUT. Interrupted, it goes on where it stopped. The committed policy is OUT = configs/quickstart_policy.
+Hardware and time: 2 CPU cores, see configs/quickstart_sft.yaml.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+
+from rest_jax import config as config_lib
+from rest_jax import sft
+from rest_jax.cli import main as rest_jax
+from rest_jax.data import synthetic
+from rest_jax.data.tiny_tokenizer import train_tokenizer
+from rest_jax.models.decoder import init_params
+from rest_jax.models.hf import export
+from rest_jax.models.hf_config import decoder_config
+from rest_jax.templates import TEMPLATES
+from rest_jax.tokenizer import Tokenizer
+
+CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "quickstart_sft.yaml"
+TOKENIZER_RECORDS, VOCABULARY = 4000, 768
+ARCHITECTURE = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 384,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 1024,
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+}
+
+
+def write_random_model(folder: pathlib.Path, template: str, seed: int) -> None:
+    """Tokenizer, config and random weights as an HF folder."""
+    form = TEMPLATES[template]
+    records = synthetic.demonstrations("train", seed, TOKENIZER_RECORDS)
+    prompts = ("\n".join(m["content"] for m in r.prompt_messages(form, brief=True)) for r in records)
+    texts = [p + form.render_answer(r.target) for p, r in zip(prompts, records, strict=True)]
+    files = folder.with_name(folder.name + "-files")
+    train_tokenizer(texts, VOCABULARY, files)
+    tokenizer = Tokenizer.load(files)
+    ids = {"eos_token_id": tokenizer.stop_ids[0], "pad_token_id": tokenizer.pad_id}
+    config = ARCHITECTURE | {"vocab_size": tokenizer.vocab_size} | ids
+    (files / "config.json").write_text(json.dumps(config, indent=2))
+    (files / "generation_config.json").write_text(json.dumps(ids, indent=2))
+    export(init_params(decoder_config(config), jax.random.key(seed)), files, folder)
+
+
+def main(out: str, overrides: list[str]) -> int:
+    """The three steps; 0 when OUT is written."""
+    config = config_lib.load(CONFIG, overrides)
+    start = pathlib.Path(config.model.source)
+    if not start.exists():
+        write_random_model(start, config.data.template, config.seed)
+    sft.run(config)
+    return rest_jax(["export", str(pathlib.Path(config.output) / config.name), out])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

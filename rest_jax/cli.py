@@ -1,0 +1,212 @@
+"""The command line: `rest-jax <command> ...`, or `python -m rest_jax`.
+
+Commands are thin: they read arguments and call the room that does the work, which is imported only then, so that
+`--help` is instant. Exit codes: 0 done (also when SIGTERM ended a run after saving), 1 a run stopped itself (NaN), 2
+input that cannot be used, as one line on stderr, 130 Ctrl-C. Any other error is a defect and shows its traceback.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rest_jax import __version__
+from rest_jax.errors import RunStopped, UserError
+
+if TYPE_CHECKING:
+    from rest_jax.config import Config
+
+MODEL_HELP = "HF folder, hub id, converted folder, or the folder of a run"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments) or 0
+    except UserError as error:
+        return _fail(str(error), 2)
+    except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        name = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{name}{error.strerror or error}", 2)
+    except RunStopped as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"rest-jax: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _load_config(arguments: argparse.Namespace) -> "Config":
+    from rest_jax import config, shipped
+
+    return shipped.resolve(config.load(shipped.find_config(arguments.config), arguments.overrides))
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config = _load_config(arguments)
+    from rest_jax import train
+
+    return train.run(config, arguments.dry_run)
+
+
+def _sft(arguments: argparse.Namespace) -> int:
+    config = _load_config(arguments)
+    from rest_jax import sft
+
+    return sft.run(config, arguments.dry_run)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from rest_jax.models import hf
+
+    hf.convert(arguments.source, arguments.out)
+    print(f"converted {arguments.source} to {arguments.out}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from rest_jax import commands
+
+    return commands.export(arguments.source, arguments.out, arguments.dtype)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from rest_jax import commands
+
+    return commands.generate(
+        arguments.model,
+        prompt=arguments.prompt,
+        tools=arguments.tools,
+        file=arguments.file,
+        limit=arguments.limit,
+        samples=arguments.samples,
+        greedy=arguments.greedy,
+        overrides=arguments.settings,
+    )
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from rest_jax import commands
+
+    return commands.evaluate(
+        arguments.model,
+        arguments.data,
+        limit=arguments.limit,
+        output=arguments.output,
+        overrides=arguments.settings,
+    )
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from rest_jax import commands
+
+    return commands.inspect(
+        arguments.file,
+        tokenizer=arguments.tokenizer,
+        limit=arguments.limit,
+        overrides=arguments.settings,
+    )
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from rest_jax.report import write_report
+
+    print(write_report(arguments.run))
+    return 0
+
+
+def _quickstart(arguments: argparse.Namespace) -> int:
+    from rest_jax import quickstart
+
+    return quickstart.run(seed=arguments.seed, fresh=arguments.fresh)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rest-jax",
+        description="ResT: entropy-reshaped policy gradients for tool-use language models.",
+    )
+    parser.add_argument("--version", action="version", version=f"rest-jax {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="<command>")
+
+    for name, command, what in (
+        ("train", _train, "train a policy with ResT, GRPO or one of their variants"),
+        ("sft", _sft, "supervised training on the gold answers"),
+    ):
+        run = _add(commands, name, command, what)
+        run.add_argument("config", help="a YAML file, or the name of a shipped recipe")
+        run.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=10")
+        run.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
+
+    convert = _add(commands, "convert", _convert, "turn an HF model into a converted folder")
+    convert.add_argument("source", help="HF folder with safetensors, or hub id")
+    convert.add_argument("out", help="folder to make")
+
+    export = _add(commands, "export", _export, "write a model as an HF folder")
+    export.add_argument("source", help=MODEL_HELP)
+    export.add_argument("out", help="folder to make")
+    export.add_argument("--dtype", choices=DTYPES, help="default: as the source has it")
+
+    generate = _add(commands, "generate", _generate, "sample answers")
+    generate.add_argument("model", help=MODEL_HELP)
+    asked = generate.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", help="what the user says")
+    asked.add_argument(
+        "--file", help="records (any format of `data`): one answer each, as JSON lines"
+    )
+    generate.add_argument("--tools", help="JSON file with the list of tools offered to --prompt")
+    generate.add_argument("--samples", type=_positive, default=1, help="answers a prompt")
+    generate.add_argument("--greedy", action="store_true", help="the most probable token each time")
+    _add_settings(generate)
+
+    evaluate = _add(commands, "evaluate", _evaluate, "score greedy answers to held-out records")
+    evaluate.add_argument("model", help=MODEL_HELP)
+    evaluate.add_argument("data", nargs="+", help="record files, or synthetic:eval")
+    evaluate.add_argument("--output", help="JSONL file for every answer with its scores")
+    _add_settings(evaluate)
+
+    data = _add(commands, "data", _data, "what a file of records holds")
+    data.add_argument("file", help="JSONL, Parquet, rlla or API-Bank file, or synthetic:train")
+    data.add_argument("--tokenizer", help="HF folder or hub id: adds token counts")
+    _add_settings(data)
+
+    report = _add(commands, "report", _report, "redraw the curves of a run and print its table")
+    report.add_argument("run", help="the run's folder")
+
+    quickstart = _add(commands, "quickstart", _quickstart, "train the tiny shipped policy, on CPU")
+    quickstart.add_argument("--seed", type=int, help="another seed than the recipe's")
+    quickstart.add_argument("--fresh", action="store_true", help="forget an earlier quickstart run")
+    return parser
+
+
+def _add(commands, name: str, command, what: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--limit", type=_positive, help="records to read at most")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="key=value",
+        help="a config value, e.g. data.template=hermes; a run's own config is the default",
+    )
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number of at least 1 is needed")
+    return value

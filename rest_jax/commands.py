@@ -1,0 +1,205 @@
+"""Bodies of the commands that use a finished model: export, generate, evaluate; and `data`, which looks at records.
+
+A model is an HF folder, a hub id, a converted folder or the folder of a run. For a run, its own config gives the
+defaults (template, limits, sampling), for anything else the config models do; `overrides` ("key=value") come on top.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rest_jax import config as config_lib
+from rest_jax import shipped
+from rest_jax.answer import Target
+from rest_jax.config import Config
+from rest_jax.data import prepare as prepare_lib
+from rest_jax.data.records import StepRecord
+from rest_jax.errors import UserError
+from rest_jax.evaluation.heldout import Evaluator, Held
+from rest_jax.hosts import to_host, to_mesh
+from rest_jax.metrics import summary_table
+from rest_jax.models import hf
+from rest_jax.policy import Policy, is_run, load_policy
+from rest_jax.report.records import describe
+from rest_jax.rl.logprobs import Sampling
+from rest_jax.rollout.engine import RolloutSettings, make_rollout
+from rest_jax.run import CONFIG_FILE, MODEL_FOLDER
+from rest_jax.templates import TEMPLATES
+from rest_jax.tokenizer import Tokenizer
+from rest_jax.types import PromptBatch
+
+
+def settings(source: str, overrides: Sequence[str]) -> Config:
+    """The config to use a model under; `model.source` is `source`."""
+    path = pathlib.Path(source) / CONFIG_FILE
+    if is_run(source) and path.is_file():
+        config = config_lib.load(path, overrides)
+    else:
+        config = config_lib.from_overrides(
+            {"name": "command", "model": {"source": source}}, overrides
+        )
+    model = config.model.model_copy(update={"source": shipped.locate(source)})
+    return config.model_copy(update={"model": model})
+
+
+def export(source: str, out: str, dtype: str | None) -> int:
+    """Writes `source` as an HF folder `out`, which must not exist yet."""
+    source = shipped.locate(source)
+    if is_run(source):
+        config = settings(source, [])
+        policy = load_policy(config.model, config.mesh)
+        hf.export(policy.params, pathlib.Path(source) / MODEL_FOLDER, out, dtype)
+    else:
+        hf.export(source, hf.find_source(source), out, dtype)
+    print(f"exported {source} to {out}")
+    return 0
+
+
+def generate(
+    source: str,
+    *,
+    prompt: str | None,
+    tools: str | None,
+    file: str | None,
+    limit: int | None,
+    samples: int,
+    greedy: bool,
+    overrides: Sequence[str],
+) -> int:
+    """Prints answers: to `prompt` as plain text, to the records of `file` as one JSON line an answer."""
+    config = settings(source, overrides)
+    if file is not None:
+        records = prepare_lib.load_split(file, config.data, limit)
+    else:
+        history = ({"role": "user", "content": prompt},)
+        records = [StepRecord("prompt", "", tuple(_read_tools(tools)), history, Target())]
+    policy = load_policy(config.model, config.mesh)
+    for record, texts in sample(policy, config, records, samples, greedy):
+        for text in texts:
+            print(text if file is None else json.dumps({"id": record.id, "text": text}), flush=True)
+    return 0
+
+
+def sample(
+    policy: Policy, config: Config, records: Sequence[StepRecord], samples: int, greedy: bool
+) -> Iterator[tuple[StepRecord, list[str]]]:
+    """(record, its answers) in order; records too long for the limit are left out."""
+    template = TEMPLATES[config.data.template]
+    prepared = prepare_lib.prepare(records, policy.tokenizer, template, config.data)
+    r = config.rollout
+    sampling = Sampling(r.temperature, r.top_k, r.top_p, greedy)
+    tokenizer = policy.tokenizer
+    engine = make_rollout(
+        policy.decoder,
+        RolloutSettings(
+            samples, r.max_response_tokens, tokenizer.stop_ids, tokenizer.pad_id, sampling
+        ),
+        policy.mesh,
+        policy.shardings("rollout"),
+    )
+    params = policy.rollout_cast()(policy.params)
+    rows = policy.mesh.shape["data"] * policy.mesh.shape["fsdp"]
+    call = -(-min(config.train.eval_prompts_per_call, prepared.size) // rows) * rows
+    slots = -(-max(map(len, prepared.prompts)) // 64) * 64
+    for start in range(0, prepared.size, call):
+        index = np.minimum(np.arange(start, start + call), prepared.size - 1)
+        tokens = np.full((call, slots), tokenizer.pad_id, np.int32)
+        for row, i in enumerate(index):
+            tokens[row, : len(prepared.prompts[i])] = prepared.prompts[i]
+        length = np.array([len(prepared.prompts[i]) for i in index], np.int32)
+        batch = to_mesh(
+            PromptBatch(jnp.asarray(tokens), jnp.asarray(length), jnp.asarray(index, jnp.int32)),
+            policy.mesh,
+        )
+        out = to_host(engine(params, batch, jax.random.key(config.seed), jnp.int32(0)))
+        for row in range(min(call, prepared.size - start)):
+            lengths, ids = out.response_length[row], out.responses[row]
+            texts = [
+                tokenizer.text(_unstopped(x[:n], tokenizer))
+                for x, n in zip(ids, lengths, strict=True)
+            ]
+            yield prepared.records[start + row], texts
+
+
+def evaluate(
+    source: str,
+    data: Sequence[str],
+    *,
+    limit: int | None,
+    output: str | None,
+    overrides: Sequence[str],
+) -> int:
+    """Prints one row of rates for each data set; `output` gets every answer with its scores."""
+    config = settings(source, overrides)
+    records = {spec: prepare_lib.load_split(spec, config.data, limit) for spec in data}
+    policy = load_policy(config.model, config.mesh)
+    params = policy.rollout_cast()(policy.params)
+    template = TEMPLATES[config.data.template]
+    table: list[list[Any]] = []
+    with _lines(output) as file:
+        for spec, found in records.items():
+            prepared = prepare_lib.prepare(found, policy.tokenizer, template, config.data)
+            print(f"{spec}: {prepared.summary()}", flush=True)
+            pairs = zip(prepared.prompts, prepared.records, strict=True)
+            evaluator = Evaluator(
+                policy,
+                [Held(prompt, record.target, record.id) for prompt, record in pairs],
+                config.data.template,
+                config.reward,
+                config.rollout.max_response_tokens,
+                config.train.eval_prompts_per_call,
+            )
+            rates, answers = evaluator(params)
+            table = table or [["data", *(name.removeprefix("eval/") for name in rates)]]
+            table.append([spec, *rates.values()])
+            if file is not None:
+                file.writelines(json.dumps({"data": spec, **answer}) + "\n" for answer in answers)
+    print(summary_table(table))
+    return 0
+
+
+def inspect(
+    file: str, *, tokenizer: str | None, limit: int | None, overrides: Sequence[str]
+) -> int:
+    """Prints what a file of records holds, with token counts when a tokenizer is given."""
+    config = config_lib.from_overrides({"name": "data", "model": {"source": "none"}}, overrides)
+    records = prepare_lib.load_split(file, config.data, limit)
+    loaded = None if tokenizer is None else Tokenizer.load(shipped.locate(tokenizer))
+    print(describe(records, loaded, TEMPLATES[config.data.template], config.data.brief_prompt))
+    return 0
+
+
+def _unstopped(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """The ids of an answer without its end-of-turn id."""
+    return ids[:-1] if len(ids) and int(ids[-1]) in tokenizer.stop_ids else ids
+
+
+def _read_tools(path: str | None) -> list[dict[str, Any]]:
+    if path is None:
+        return []
+    try:
+        tools = json.loads(pathlib.Path(path).read_bytes())
+    except ValueError as error:
+        raise UserError(f"tools {path}: not JSON: {error}") from error
+    if not isinstance(tools, list) or not all(isinstance(t, dict) and "name" in t for t in tools):
+        raise UserError(f"tools {path}: a list of objects with a name is needed")
+    return tools
+
+
+@contextlib.contextmanager
+def _lines(output: str | None) -> Iterator[TextIO | None]:
+    """The output file, which appears under its name only once it is whole."""
+    if output is None:
+        yield None
+        return
+    partial = f"{output}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        yield file
+    os.replace(partial, output)

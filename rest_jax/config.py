@@ -1,0 +1,369 @@
+"""The config models: one frozen pydantic tree a run; YAML files and dotted overrides in, every error at once out.
+
+`load(path, overrides)` -> `Config`. Unknown keys, wrong types and values out of range are reported together, each with its
+dotted path, by one `ConfigError` (a ValueError whose text is what the user reads). Imported by the entry points only; the
+numeric rooms take the section they need, never the whole.
+"""
+
+import dataclasses
+import difflib
+import pathlib
+import typing
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+
+from rest_jax.errors import UserError
+
+PositiveInt = Annotated[int, pydantic.Field(gt=0)]
+NonNegativeInt = Annotated[int, pydantic.Field(ge=0)]
+PositiveFloat = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
+
+
+class ConfigError(UserError):
+    """A config that cannot be used; the text names each place, value and remedy."""
+
+
+class Section(pydantic.BaseModel):
+    """Base of every section: frozen (so hashable and static under jit), unknown keys refused."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Where the policy comes from and how it computes."""
+
+    source: str  # HF folder, hub id (needs the network), or a checkpoint made by `rest-jax convert`
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; auto: bfloat16 on accelerators, float32 on CPU
+    remat: Literal["none", "block", "dots"] = "block"  # what the backward pass recomputes
+    tokenizer: str | None = None  # defaults to `source`
+
+
+class DataConfig(Section):
+    """Training and held-out step records. A path (JSONL, Parquet, rlla JSON or Parquet) or a `synthetic:` world."""
+
+    train: str = "synthetic:train"
+    eval: str | None = "synthetic:eval"
+    template: Literal["toolrl", "hermes", "llama3"] = "toolrl"
+    brief_prompt: bool = False  # toolrl: only the tool list and one line on the format, for tiny models
+    max_prompt_tokens: PositiveInt = 2048  # longer prompts are dropped and counted, never cut
+    train_limit: PositiveInt | None = None
+    eval_limit: PositiveInt | None = None
+    shuffle: bool = True
+    workers: NonNegativeInt = 0  # Grain worker processes
+    synthetic_seed: NonNegativeInt = 0
+    synthetic_level: Literal["single", "mixed"] = "mixed"
+    synthetic_size: PositiveInt = 4096  # training records of a `synthetic:` world
+
+
+class RolloutConfig(Section):
+    """How responses are sampled."""
+
+    prompts_per_step: PositiveInt = 512
+    group_size: PositiveInt = 4
+    max_response_tokens: PositiveInt = 2048
+    temperature: PositiveFloat = 1.0
+    top_k: NonNegativeInt = 0  # 0: full support
+    top_p: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
+    allow_truncated_support: bool = False  # training with top-k/top-p below full support is refused unless asked for
+    recompute_logp: bool = False  # a second forward pass for logp_old instead of the sampler's own
+    importance_cap: PositiveFloat | None = None  # truncated importance correction; needs recompute_logp
+    prompts_per_call: PositiveInt | None = None  # prompts decoded together; None: all of a step
+
+
+class RewardConfig(Section):
+    """Rule-based reward (METHOD section 6)."""
+
+    dynamic: bool = True  # False: the static ablation, format [0, 1], correctness [-3, 3]
+    progress_steps: PositiveInt | None = None  # steps until the dynamic scale is reached; None: the whole run
+    format_scale_start: PositiveFloat = 2.0  # hi = +x, lo = -x
+    format_scale_end: PositiveFloat = 1.0
+    correctness_scale_start: PositiveFloat = 2.0
+    correctness_scale_end: PositiveFloat = 3.0
+    strict_format: bool = True  # text outside the blocks and repeated blocks fail S_format
+    count_extra_calls: bool = True  # superfluous calls enter the union of r_name
+    extra_call_penalty: NonNegativeFloat = 0.5  # x (extra / gold) of S_acc
+    penalise_spurious_calls: bool = True  # gold without calls: a call earns the lower end
+    strict_match: bool = False  # ToolRL options, off by default
+    coarse: bool = False
+    length_weight: NonNegativeFloat = 0.0
+    length_target_tokens: PositiveInt = 512
+
+
+class WeightsConfig(Section):
+    """Region weights (METHOD section 4)."""
+
+    rule: Literal["inverse_bound", "inverse_entropy", "inverse_gini", "constant", "uniform"] = "inverse_bound"
+    name_anchor: PositiveFloat = 1.2
+    entropy_floor: PositiveFloat = 1e-3  # nats
+    w_min: PositiveFloat = 0.1
+    w_max: PositiveFloat = 4.0
+    ema_decay: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.9
+    normalizer: Literal["all_tokens", "positive_tokens", "none"] = "all_tokens"
+    # base weights of rule `constant`, and of a region never seen
+    tag: NonNegativeFloat = 1.0
+    scaffold: NonNegativeFloat = 1.0
+    name: NonNegativeFloat = 1.2
+    param: NonNegativeFloat = 0.6
+    think: NonNegativeFloat = 0.6
+    response: NonNegativeFloat = 0.6
+    other: NonNegativeFloat = 1.0
+    # ablations: regions whose weight is zero, by name; the only way to a zero weight besides the released preset
+    zero: tuple[Literal["tag", "scaffold", "name", "param", "think", "response", "other"], ...] = ()
+    allow_zero_constants: bool = False  # the released preset's zeros (scaffold, response, other); with rule `constant`
+
+    @pydantic.model_validator(mode="after")
+    def _ordered(self):
+        if self.w_min > self.w_max:
+            raise ValueError(f"w_min {self.w_min} is above w_max {self.w_max}")
+        return self
+
+
+class CurriculumConfig(Section):
+    """Motion of the weights over progress nu (METHOD section 5)."""
+
+    shape: Literal["linear", "cosine", "sqrt", "step", "constant", "adaptive"] = "linear"
+    steps: PositiveInt | None = None  # None: the whole run
+    stages: Annotated[int, pydantic.Field(ge=2)] = 4  # of shape `step`
+    target: Literal["weight", "mass"] = "weight"
+    alpha_format: NonNegativeFloat = 0.4
+    alpha_param: NonNegativeFloat = 0.6
+    alpha_think: NonNegativeFloat = 0.6
+    param_max: PositiveFloat | None = None  # ceilings of the ramps; None: w_max (the released preset: 1.2 and 1.0)
+    think_max: PositiveFloat | None = None
+    start_param: PositiveFloat | None = None  # tuned preset: base weights set by hand at nu = 0
+    start_think: PositiveFloat | None = None
+    # target `mass`: shares of the total weight at nu = 0 and nu = 1; RESPONSE and OTHER get what is left
+    mass_start_format: Fraction = 0.20
+    mass_end_format: Fraction = 0.05
+    mass_start_name: Fraction = 0.25
+    mass_end_name: Fraction = 0.25
+    mass_start_param: Fraction = 0.25
+    mass_end_param: Fraction = 0.30
+    mass_start_think: Fraction = 0.30
+    mass_end_think: Fraction = 0.40
+    adaptive_low: Fraction = 0.5  # shape `adaptive`: nu = 0 at this EMA of the format score, 1 at `adaptive_high`
+    adaptive_high: Fraction = 0.95
+    format_ema_decay: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.9
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self):
+        for end in ("start", "end"):
+            parts = [getattr(self, f"mass_{end}_{r}") for r in ("format", "name", "param", "think")]
+            if sum(parts) > 1 + 1e-6:
+                raise ValueError(f"mass_{end}_*: shares sum to {sum(parts):.3f}, at most 1 is possible")
+        if self.adaptive_low >= self.adaptive_high:
+            raise ValueError(f"adaptive_low {self.adaptive_low} is not below adaptive_high {self.adaptive_high}")
+        return self
+
+
+class LossConfig(Section):
+    """Advantage and policy loss (METHOD section 7)."""
+
+    advantage: Literal["grpo", "dr_grpo"] = "grpo"
+    aggregation: Literal["weighted_token_mean", "token_mean", "sequence_mean", "fixed_length"] = "weighted_token_mean"
+    clip_low: PositiveFloat = 0.2
+    clip_high: PositiveFloat = 0.2
+    dual_clip: Annotated[float, pydantic.Field(gt=1)] | None = 3.0
+    kl_coefficient: NonNegativeFloat = 0.0
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy_coefficient: NonNegativeFloat = 0.0
+    vocab_chunk: PositiveInt = 128  # response tokens a row whose logits exist at once
+
+
+class OptimizerConfig(Section):
+    """AdamW through optax."""
+
+    learning_rate: PositiveFloat = 1e-6
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_fraction: Fraction = 0.0
+    final_fraction: Fraction = 0.0  # end of the cosine or linear decay, of learning_rate
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.01  # matrices only: norms and biases are masked out
+    max_grad_norm: PositiveFloat | None = 1.0
+
+
+class MeshConfig(Section):
+    """Devices by axis; -1 on one axis takes what is left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    expert: int = 1
+
+    @pydantic.model_validator(mode="after")
+    def _one_free(self):
+        sizes = (self.data, self.fsdp, self.tensor, self.expert)
+        if sum(s == -1 for s in sizes) > 1 or any(s < 1 and s != -1 for s in sizes):
+            raise ValueError(f"mesh sizes {sizes}: each is at least 1, and at most one is -1")
+        return self
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    steps: PositiveInt | None = None  # None: `epochs` over the data
+    epochs: PositiveFloat = 1.0
+    prompts_per_update: PositiveInt | None = None  # prompts of a mini-batch; None: one update a step
+    micro_prompts: PositiveInt | None = None  # prompts (supervised: records) of a micro-batch; None: the mini-batch
+    eval_every: NonNegativeInt = 15  # 0: only before the first and after the last step
+    eval_before: bool = True
+    eval_prompts_per_call: PositiveInt = 64
+    checkpoint_every: PositiveInt = 15
+    keep_checkpoints: PositiveInt = 3
+    samples_per_step: NonNegativeInt = 4  # generations written to samples.jsonl
+    tensorboard: bool = False
+    wandb_project: str | None = None
+
+
+class SftConfig(Section):
+    """Supervised runs (`rest-jax sft`)."""
+
+    batch_size: PositiveInt = 64
+    max_tokens: PositiveInt = 8192  # prompt + answer; longer records are dropped and counted
+    tool_call_weight: PositiveFloat = 1.0  # TSFT: above 1
+    reasoning_weight: PositiveFloat = 1.0  # RSFT: above 1
+
+
+class Config(Section):
+    """A run, whole."""
+
+    name: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    output: str = "runs"  # the run lives in <output>/<name>/
+    seed: NonNegativeInt = 0
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    weights: WeightsConfig = WeightsConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    train: TrainConfig = TrainConfig()
+    sft: SftConfig = SftConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self):
+        r, t = self.rollout, self.train
+        update = t.prompts_per_update or r.prompts_per_step
+        _divides("rollout.prompts_per_step", r.prompts_per_step, "train.prompts_per_update", update)
+        _divides("the mini-batch (train.prompts_per_update)", update, "train.micro_prompts", t.micro_prompts or update)
+        call = r.prompts_per_call or r.prompts_per_step
+        _divides("rollout.prompts_per_step", r.prompts_per_step, "rollout.prompts_per_call", call)
+        if (r.top_k or r.top_p < 1) and not r.allow_truncated_support:
+            raise ValueError(
+                f"rollout.top_k {r.top_k}, rollout.top_p {r.top_p}: training below full support is refused; "
+                "set rollout.allow_truncated_support true to do it all the same"
+            )
+        if r.importance_cap is not None and not r.recompute_logp:
+            raise ValueError("rollout.importance_cap needs rollout.recompute_logp true")
+        if r.group_size < 2:
+            raise ValueError(f"rollout.group_size {r.group_size}: a group needs at least 2 responses")
+        return self
+
+
+def _divides(whole_name: str, whole: int, part_name: str, part: int) -> None:
+    if whole % part:
+        raise ValueError(f"{whole_name} {whole} is not a multiple of {part_name} {part}")
+
+
+def load(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Reads a YAML file, applies `a.b=value` overrides (YAML values), validates. Raises ConfigError."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config {path}: no such file")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"config {path}: a mapping is needed at the top, found {type(raw).__name__}")
+    return from_overrides(raw, overrides, str(path))
+
+
+def from_overrides(raw: dict[str, Any], overrides: typing.Sequence[str], origin: str = "config") -> Config:
+    """Applies `a.b=value` overrides (YAML values) to a plain tree, in place, and validates it. Raises ConfigError."""
+    for override in overrides:
+        _apply(raw, override)
+    return validate(raw, origin)
+
+
+def validate(raw: dict[str, Any], origin: str = "config") -> Config:
+    """Validates a plain tree; ConfigError lists every fault with its path and, for a typo, the nearest name."""
+    try:
+        return Config.model_validate(raw)
+    except pydantic.ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise ConfigError(f"{origin}: " + "; ".join(lines)) from error
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML; `load` of it gives an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One leaf in which two configs differ."""
+
+    path: str
+    old: Any
+    new: Any
+
+
+def differences(old: Config, new: Config) -> list[Difference]:
+    """The leaves in which two configs differ, in order."""
+    found: list[Difference] = []
+
+    def walk(a: Any, b: Any, path: str) -> None:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in sorted(a.keys() | b.keys()):
+                walk(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+        elif a != b:
+            found.append(Difference(path, a, b))
+
+    walk(old.model_dump(mode="json"), new.model_dump(mode="json"), "")
+    return found
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, sep, value = override.partition("=")
+    if not sep or not key:
+        raise ConfigError(f"override {override!r}: write it as section.key=value")
+    *parents, leaf = key.split(".")
+    node = raw
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML") from error
+
+
+def _explain(item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"{path}: unknown key{_suggestion(item['loc'])}"
+    if item["type"] == "missing":
+        return f"{path}: missing, and there is no default"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error" or not path:
+        return f"{path}: {message}" if path else message
+    return f"{path}: {item['input']!r}: {message}"
+
+
+def _suggestion(loc: tuple[Any, ...]) -> str:
+    section: Any = Config
+    for part in loc[:-1]:
+        section = section.model_fields[part].annotation
+    near = difflib.get_close_matches(str(loc[-1]), list(section.model_fields), n=1, cutoff=0.5)
+    return f" (nearest: {near[0]})" if near else f" (known: {', '.join(section.model_fields)})"

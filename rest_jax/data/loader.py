@@ -1,0 +1,169 @@
+"""Grain loaders: batches of prompts (or prompts and answers) in a seeded order that resumes exactly where it stopped.
+
+Order: shuffled by the seed, differently in every epoch; an epoch's last incomplete batch is dropped. Batches are global: with
+several processes each takes its own contiguous part, so the number of processes never changes what a step sees.
+Row ids: `row = epoch * size + index in the data`, so that sampling keys differ between epochs and between prompts.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+import absl.flags
+import grain
+import jax
+import numpy as np
+
+from rest_jax.config import DataConfig
+from rest_jax.data.prepare import Prepared
+from rest_jax.data.records import StepRecord
+from rest_jax.errors import UserError
+from rest_jax.types import PromptBatch
+
+BUCKET = 64  # padded lengths are multiples of this
+_MAX_ROW = 2**31 - 1
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisedBatch:
+    """Prompts with one answer each, in the layout of a prompt group of one. numpy int32, right-padded."""
+
+    prompt: np.ndarray  # [P, Tp]
+    prompt_length: np.ndarray  # [P]
+    responses: np.ndarray  # [P, 1, Tr]
+    response_length: np.ndarray  # [P, 1], end-of-turn included
+    row: np.ndarray  # [P]
+
+
+class Loader(Generic[T]):
+    """Iterator of (batch, its records) whose position can be saved and restored."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        assemble: Callable[[np.ndarray, np.ndarray], T],
+        *,
+        batch: int,
+        seed: int,
+        num_steps: int | None,
+        cfg: DataConfig,
+    ):
+        self.batches_per_epoch = _batches_per_epoch(prepared.size, batch)
+        self._records = prepared.records
+        self._assemble = assemble
+        self._identity = {"records": prepared.size, "batch": batch, "seed": seed}
+        self._size = prepared.size
+        if num_steps is not None:
+            _check_rows(prepared.size, -(-num_steps // self.batches_per_epoch))
+        self._iterator = iter(_index_batches(prepared.size, batch, seed, num_steps, cfg))
+
+    def __iter__(self) -> Iterator[tuple[T, list[StepRecord]]]:
+        return self
+
+    def __next__(self) -> tuple[T, list[StepRecord]]:
+        """StopIteration after `num_steps` batches; never when that is None."""
+        step, index = next(self._iterator)
+        epoch = int(step) // self.batches_per_epoch
+        _check_rows(self._size, epoch + 1)
+        row = (epoch * self._size + index).astype(np.int32)
+        return self._assemble(index, row), [self._records[i] for i in index]
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON-able position: the next `__next__` after `set_state` of it gives the batch that would come next now."""
+        return {**self._identity, "grain": self._iterator.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Moves to a saved position. UserError when it was saved over other data, another batch size or another seed."""
+        for key, here in self._identity.items():
+            if state.get(key) != here:
+                raise UserError(f"loader state: saved with {key} {state.get(key)}, this run has {key} {here}")
+        self._iterator.set_state(state["grain"])
+
+
+def make_loader(
+    prepared: Prepared, *, batch_prompts: int, seed: int, pad_id: int, cfg: DataConfig, num_steps: int | None = None
+) -> Loader[PromptBatch]:
+    """Loader of `PromptBatch`es (numpy int32, all padded to one Tp, a multiple of 64).
+
+    `batch_prompts` is global and a multiple of the number of processes. `num_steps` None never ends. UserError when an
+    epoch does not hold one batch.
+    """
+    width = bucketed(prepared.prompts)
+
+    def assemble(index: np.ndarray, row: np.ndarray) -> PromptBatch:
+        tokens, length = pad([prepared.prompts[i] for i in index], width, pad_id)
+        return PromptBatch(tokens=tokens, length=length, row=row)  # type: ignore[arg-type]
+
+    return Loader(prepared, assemble, batch=batch_prompts, seed=seed, num_steps=num_steps, cfg=cfg)
+
+
+def sft_loader(
+    prepared: Prepared, *, batch_size: int, seed: int, pad_id: int, cfg: DataConfig, num_steps: int | None = None
+) -> Loader[SupervisedBatch]:
+    """Loader of `SupervisedBatch`es over what `prepare_supervised` made; otherwise as `make_loader`."""
+    prompt_width, answer_width = bucketed(prepared.prompts), bucketed(prepared.answers)
+
+    def assemble(index: np.ndarray, row: np.ndarray) -> SupervisedBatch:
+        prompt, prompt_length = pad([prepared.prompts[i] for i in index], prompt_width, pad_id)
+        answer, answer_length = pad([prepared.answers[i] for i in index], answer_width, pad_id)
+        return SupervisedBatch(prompt, prompt_length, answer[:, None], answer_length[:, None], row)
+
+    return Loader(prepared, assemble, batch=batch_size, seed=seed, num_steps=num_steps, cfg=cfg)
+
+
+def bucketed(sequences: list[np.ndarray]) -> int:
+    """The longest length, rounded up to a multiple of 64."""
+    return -(-max(map(len, sequences)) // BUCKET) * BUCKET
+
+
+def pad(sequences: list[np.ndarray], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """(int32 [P, width] right-padded with `pad_id`, int32 [P] lengths)."""
+    tokens = np.full((len(sequences), width), pad_id, np.int32)
+    for row, ids in zip(tokens, sequences, strict=True):
+        row[: len(ids)] = ids
+    return tokens, np.fromiter(map(len, sequences), np.int32, len(sequences))
+
+
+def _index_batches(size: int, batch: int, seed: int, num_steps: int | None, cfg: DataConfig) -> Any:
+    """Grain data set of (step, data indices of this process's part of the step's batch)."""
+    processes, here = jax.process_count(), jax.process_index()
+    if batch % processes:
+        raise UserError(f"a batch of {batch} prompts cannot be divided over {processes} processes")
+    part = batch // processes
+    indices = grain.MapDataset.range(size).seed(seed)
+    if cfg.shuffle:
+        indices = indices.shuffle()
+    batches = indices.batch(batch, drop_remainder=True).repeat()  # repeat reseeds the shuffle
+    batches = batches.map_with_index(_Part(here * part, part))
+    if num_steps is not None:
+        batches = batches.slice(slice(num_steps))
+    # tokens are ready: indices are all Grain handles, so reading ahead with threads would only cost time
+    steps = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    if cfg.workers:
+        absl.flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which only an absl application parses
+        steps = steps.mp_prefetch(grain.MultiprocessingOptions(num_workers=cfg.workers))
+    return steps
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """This process's rows of a global batch (a class, so that Grain workers can pickle it)."""
+
+    start: int
+    count: int
+
+    def __call__(self, step: int, indices: np.ndarray) -> tuple[int, np.ndarray]:
+        return step, np.asarray(indices[self.start : self.start + self.count], np.int64)
+
+
+def _batches_per_epoch(size: int, batch: int) -> int:
+    if size < batch:
+        raise UserError(f"the data has {size} usable records, fewer than one batch of {batch}; use a smaller batch")
+    return size // batch
+
+
+def _check_rows(size: int, epochs: int) -> None:
+    if size * epochs > _MAX_ROW:
+        raise UserError(f"{epochs} epochs of {size} records: row ids would pass 2^31; use fewer epochs")

@@ -1,0 +1,174 @@
+"""The step record: one assistant turn to be produced, with everything the policy sees before it.
+
+A dialogue of K assistant turns becomes K records; record k holds the tools, the history up to turn k and turn k's own
+answer (step-level decomposition, as described for ResT). `from_json` / `to_json` convert to and from plain JSON objects;
+`data.sources` reads and writes files of them. Every fault is a `RecordError` naming the record and the field.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rest_jax.answer import Call, Target
+from rest_jax.errors import UserError
+from rest_jax.templates import TEMPLATES, Template
+
+ROLES = ("system", "user", "assistant", "tool")
+FIELDS = ("id", "source", "tools", "history", "target", "messages")
+
+
+class RecordError(UserError):
+    """A record that cannot be read; the text names the record, the field and what is wrong with it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRecord:
+    """One training or evaluation instance."""
+
+    id: str
+    source: str  # where it comes from: a data set's name
+    tools: tuple[dict[str, Any], ...]  # {"name", "description", "parameters": JSON schema or flat ToolRL form}
+    history: tuple[dict[str, Any], ...]  # {"role", "content", optional "calls": [{"name", "arguments"}], "think"}
+    target: Target
+    messages: tuple[dict[str, str], ...] | None = None  # a prompt already rendered: tools and history are ignored
+
+    def prompt_messages(self, template: Template, brief: bool = False) -> list[dict[str, str]]:
+        """The chat messages of the prompt: `messages` as they are, or tools and history through the template."""
+        if self.messages is not None:
+            return [dict(m) for m in self.messages]
+        return template.render_prompt(list(self.tools), list(self.history), brief=brief)
+
+
+def from_json(raw: Any, where: str = "record") -> StepRecord:
+    """A record from its JSON object. `where` (file and line) opens the message of the RecordError raised on any fault."""
+    if not isinstance(raw, Mapping):
+        raise RecordError(f"{where}: an object is needed, found {type(raw).__name__}")
+    name = raw.get("id")
+    where = f"{where}: record {name!r}" if name is not None else where
+    if unknown := [key for key in raw if key not in FIELDS]:
+        raise RecordError(f"{where}: unknown field {unknown[0]!r} (known: {', '.join(FIELDS)})")
+    messages = raw.get("messages")
+    return StepRecord(
+        id=_text(raw, "id", where),
+        source=_text(raw, "source", where, default=""),
+        tools=tuple(_tool(t, f"{where}: tools[{i}]") for i, t in enumerate(_list(raw, "tools", where))),
+        history=_history(raw, where),
+        target=target_from_json(raw.get("target"), f"{where}: target"),
+        messages=None if messages is None else _messages(messages, where),
+    )
+
+
+def to_json(record: StepRecord) -> dict[str, Any]:
+    """The plain JSON object of a record; `from_json` of it gives an equal record."""
+    target: dict[str, Any] = {"calls": [dataclasses.asdict(call) for call in record.target.calls]}
+    for field in ("response", "think", "text"):
+        if (value := getattr(record.target, field)) is not None:
+            target[field] = value
+    raw: dict[str, Any] = {
+        "id": record.id,
+        "source": record.source,
+        "tools": list(record.tools),
+        "history": list(record.history),
+        "target": target,
+    }
+    if record.messages is not None:
+        raw["messages"] = list(record.messages)
+    return raw
+
+
+def target_from_json(raw: Any, where: str) -> Target:
+    """A gold answer from {"calls": [...], "response", "think", "text"}."""
+    if not isinstance(raw, Mapping):
+        raise RecordError(f"{where}: an object with calls and/or response is needed, found {_kind(raw)}")
+    if unknown := [key for key in raw if key not in ("calls", "response", "think", "text")]:
+        raise RecordError(f"{where}: unknown field {unknown[0]!r} (known: calls, response, think, text)")
+    calls = _list(raw, "calls", where)
+    return Target(
+        calls=tuple(call_from_json(c, f"{where}: calls[{i}]") for i, c in enumerate(calls)),
+        response=_optional_text(raw, "response", where),
+        think=_optional_text(raw, "think", where),
+        text=_optional_text(raw, "text", where),
+    )
+
+
+def call_from_json(raw: Any, where: str) -> Call:
+    """A call from {"name", "arguments"} (or "parameters")."""
+    if not isinstance(raw, Mapping):
+        raise RecordError(f"{where}: an object with name and arguments is needed, found {_kind(raw)}")
+    arguments = raw.get("arguments", raw.get("parameters"))
+    if not isinstance(arguments, Mapping):
+        raise RecordError(f"{where}: arguments: an object is needed, found {_kind(arguments)}")
+    return Call(_text(raw, "name", where), dict(arguments))
+
+
+def target_from_text(text: str, where: str) -> Target:
+    """A gold answer from its text in the toolrl template, kept verbatim in `Target.text`.
+
+    RecordError when a call in it cannot be read, or when it holds neither calls, nor a response, nor a thought.
+    """
+    answer = TEMPLATES["toolrl"].parse(text.encode())
+    if answer.broken_calls:
+        raise RecordError(f"{where}: the gold answer has {answer.broken_calls} unreadable call(s)")
+    if not answer.calls and answer.response is None and answer.think is None:
+        raise RecordError(f"{where}: the gold answer has no call, no response and no thought: {text[:60]!r}")
+    return Target(calls=answer.calls, response=answer.response, think=answer.think, text=text)
+
+
+def _history(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
+    turns = []
+    for i, turn in enumerate(_list(raw, "history", where)):
+        place = f"{where}: history[{i}]"
+        if not isinstance(turn, Mapping):
+            raise RecordError(f"{place}: an object with role and content is needed, found {_kind(turn)}")
+        if turn.get("role") not in ROLES:
+            raise RecordError(f"{place}: role: {turn.get('role')!r} is not one of {', '.join(ROLES)}")
+        calls = [call_from_json(c, f"{place}: calls[{j}]") for j, c in enumerate(_list(turn, "calls", place))]
+        if _optional_text(turn, "content", place) is None and not calls:
+            raise RecordError(f"{place}: neither content nor calls")
+        _optional_text(turn, "think", place)
+        turns.append({**turn, "calls": [dataclasses.asdict(c) for c in calls]} if calls else dict(turn))
+    return tuple(turns)
+
+
+def _messages(raw: Any, where: str) -> tuple[dict[str, str], ...]:
+    if not isinstance(raw, Sequence) or isinstance(raw, str) or not raw:
+        raise RecordError(f"{where}: messages: a list of role and content is needed, found {_kind(raw)}")
+    for i, message in enumerate(raw):
+        place = f"{where}: messages[{i}]"
+        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+            raise RecordError(f"{place}: an object with a role of {', '.join(ROLES)} is needed")
+        _text(message, "content", place)
+    return tuple({"role": m["role"], "content": m["content"]} for m in raw)
+
+
+def _tool(raw: Any, where: str) -> dict[str, Any]:
+    if not isinstance(raw, Mapping):
+        raise RecordError(f"{where}: an object with name, description, parameters is needed, found {_kind(raw)}")
+    _text(raw, "name", where)
+    if not isinstance(raw.get("parameters", {}), Mapping):
+        raise RecordError(f"{where}: parameters: an object is needed, found {_kind(raw['parameters'])}")
+    return dict(raw)
+
+
+def _text(raw: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
+    value = raw.get(key, default)
+    if not isinstance(value, str):
+        raise RecordError(f"{where}: {key}: text is needed, found {_kind(value)}")
+    return value
+
+
+def _optional_text(raw: Mapping[str, Any], key: str, where: str) -> str | None:
+    return None if raw.get(key) is None else _text(raw, key, where)
+
+
+def _list(raw: Mapping[str, Any], key: str, where: str) -> list[Any]:
+    value = raw.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, (list, tuple)):
+        raise RecordError(f"{where}: {key}: a list is needed, found {_kind(value)}")
+    return list(value)
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else type(value).__name__

@@ -1,0 +1,165 @@
+"""Held-out evaluation: greedy answers to prepared prompts, scored like training but at the final reward scale.
+
+Rates: format (S_format), exact (format and all calls equal gold as multisets; for gold without calls, none made), spurious
+(a call among prompts that should have none), accuracy (mean S_acc).
+"""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rest_jax.answer import Target
+from rest_jax.config import Config, RewardConfig
+from rest_jax.hosts import is_first_process, to_host, to_mesh
+from rest_jax.metrics import METRICS_FILE, MetricsWriter, read_lines, summary_table
+from rest_jax.policy import Policy
+from rest_jax.rewards import Score
+from rest_jax.rl.logprobs import Sampling
+from rest_jax.rl.scoring import score_rollout
+from rest_jax.rollout.engine import RolloutSettings, make_rollout
+from rest_jax.templates import TEMPLATES
+from rest_jax.types import Params, PromptBatch, RolloutBatch
+
+SAMPLES_SHOWN = 8
+TABLE = ("eval/exact", "eval/format", "eval/spurious", "eval/accuracy", "eval/reward", "eval/response_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """One held-out prompt: its ids, its gold answer, its record's id."""
+
+    prompt: np.ndarray  # int32 [T]
+    target: Target
+    id: str
+
+
+class Evaluator:
+    """Greedy evaluation of any weights on fixed prompts. A resource: it holds the compiled rollout."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        held: Sequence[Held],
+        template: str,
+        reward: RewardConfig,
+        max_tokens: int,
+        prompts_per_call: int,
+    ):
+        rows = policy.mesh.shape["data"] * policy.mesh.shape["fsdp"]
+        call = min(prompts_per_call, -(-len(held) // rows) * rows)
+        self.held, self.template, self.reward, self.policy = held, TEMPLATES[template], reward, policy
+        self.call = -(-call // rows) * rows
+        settings = RolloutSettings(
+            1, max_tokens, policy.tokenizer.stop_ids, policy.tokenizer.pad_id, Sampling(greedy=True)
+        )
+        self._rollout = make_rollout(policy.decoder, settings, policy.mesh, policy.shardings("rollout"))
+        longest = max(len(h.prompt) for h in held)
+        self._slots = -(-longest // 64) * 64
+
+    @classmethod
+    def of(cls, config: Config, policy: Policy, held: Sequence[Held]) -> "Evaluator | None":
+        """The evaluator of a run; None without held-out prompts."""
+        if not held:
+            return None
+        calls, tokens = config.train.eval_prompts_per_call, config.rollout.max_response_tokens
+        return cls(policy, held, config.data.template, config.reward, tokens, calls)
+
+    def record(self, writer: MetricsWriter, step: int, params: Params) -> str:
+        """Evaluates, writes the metrics line and a few samples, and returns one line for the user."""
+        started = time.monotonic()
+        values, samples = self(params)
+        if is_first_process():
+            writer.write(step, values | {"time/eval": time.monotonic() - started})
+            writer.write_samples(step, [{"split": "eval", **s} for s in samples[:SAMPLES_SHOWN]])
+        return (
+            f"held out at step {step}: exact {values['eval/exact']:.1%}, format {values['eval/format']:.1%}, "
+            f"spurious {values['eval/spurious']:.1%}, reward {values['eval/reward']:.3f}"
+        )
+
+    def __call__(self, params: Params) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """(metrics, one sample a prompt) for weights in the rollout layout. Every process evaluates every prompt."""
+        scores: list[Score] = []
+        samples: list[dict[str, Any]] = []
+        lengths: list[int] = []
+        cut = 0
+        for start in range(0, len(self.held), self.call):
+            part = self.held[start : start + self.call]
+            rollout = self._sample(params, part)
+            _, found = score_rollout(
+                rollout, [h.target for h in part], self.policy.tokenizer, self.template, self.reward, 1.0
+            )
+            for i, (held, (score,)) in enumerate(zip(part, found, strict=True)):
+                length = int(rollout.response_length[i, 0])
+                ids = rollout.responses[i, 0, :length]
+                cut += int(ids[-1]) not in self.policy.tokenizer.stop_ids
+                lengths.append(length)
+                scores.append(score)
+                text = self.policy.tokenizer.text(ids)
+                samples.append({"id": held.id, "text": text, **dataclasses.asdict(score)})
+        return summarise(scores, [h.target for h in self.held], lengths, cut), samples
+
+    def _sample(self, params: Params, part: Sequence[Held]) -> RolloutBatch:
+        padded = [*part, *[part[-1]] * (self.call - len(part))]
+        tokens = np.full((self.call, self._slots), self.policy.tokenizer.pad_id, np.int32)
+        for i, held in enumerate(padded):
+            tokens[i, : len(held.prompt)] = held.prompt
+        batch = PromptBatch(
+            tokens=tokens,
+            length=np.array([len(h.prompt) for h in padded], np.int32),
+            row=np.arange(self.call, dtype=np.int32),
+        )
+        out = self._rollout(params, to_mesh_whole(batch, self.policy), jax.random.key(0), jnp.int32(0))
+        return jax.tree.map(lambda x: x[: len(part)], gather(out))
+
+
+def to_mesh_whole(batch: PromptBatch, policy: Policy) -> PromptBatch:
+    """Global arrays from a batch that every process holds whole."""
+    if jax.process_count() == 1:
+        return to_mesh(batch, policy.mesh)
+    share = batch.tokens.shape[0] // jax.process_count()
+    own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    return to_mesh(jax.tree.map(lambda x: x[own], batch), policy.mesh)
+
+
+def gather(tree: Any) -> Any:
+    """Every process gets all rows as NumPy."""
+    if jax.process_count() == 1:
+        return to_host(tree)
+    from jax.experimental import multihost_utils
+
+    return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)
+
+
+def summarise(scores: Sequence[Score], targets: Sequence[Target], lengths: Sequence[int], cut: int) -> dict[str, float]:
+    """The eval/ metrics. Without prompts that should have no call, the spurious rate is 0."""
+    without = [s.spurious for s, t in zip(scores, targets, strict=True) if not t.calls]
+    return {
+        "eval/reward": float(np.mean([s.reward for s in scores])),
+        "eval/format": float(np.mean([s.format_score for s in scores])),
+        "eval/exact": float(np.mean([s.exact for s in scores])),
+        "eval/spurious": float(np.mean(without)) if without else 0.0,
+        "eval/accuracy": float(np.mean([s.accuracy for s in scores])),
+        "eval/response_tokens": float(np.mean(lengths)),
+        "eval/truncated": cut / len(scores),
+        "eval/prompts": float(len(scores)),
+    }
+
+
+def report_evaluations(folder: pathlib.Path) -> None:
+    """Prints the table of the first and the last evaluation of a run, and writes its curves."""
+    if not is_first_process():
+        return
+    from rest_jax.report.curves import write_curves
+
+    lines = [line for line in read_lines(folder / METRICS_FILE) if "eval/exact" in line]
+    if lines:
+        first, last = lines[0], lines[-1]
+        rows = [["held out", f"step {first['step']}", f"step {last['step']}"]]
+        print(summary_table(rows + [[name, first[name], last[name]] for name in TABLE]))
+    print(f"curves: {write_curves(folder)}", flush=True)

@@ -1,0 +1,32 @@
+"""Between one process's NumPy rows and the arrays of the whole mesh. With one process both are plain transfers."""
+
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Tree = TypeVar("Tree")
+
+
+def to_mesh(tree: Tree, mesh: Mesh) -> Tree:
+    """Leaves: this process's rows [P_local, ...] -> global arrays, first axis sharded over (data, fsdp)."""
+    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+
+
+def to_host(tree: Tree) -> Tree:
+    """The inverse: NumPy rows held by this process's devices, in their order; replicas are read once."""
+
+    def one(x):
+        if x.is_fully_addressable:
+            return np.asarray(x)
+        shards = {s.index[0].start or 0: s.data for s in x.addressable_shards}
+        return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+    return jax.tree.map(one, tree)
+
+
+def is_first_process() -> bool:
+    """Whether this process writes the run's files."""
+    return jax.process_index() == 0

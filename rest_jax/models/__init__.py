@@ -1,0 +1,1 @@
+"""The decoder, its layouts, published sizes, and conversion from and to Hugging Face folders."""

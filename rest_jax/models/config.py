@@ -1,0 +1,66 @@
+"""Static description of a decoder: sizes, architecture switches and how it computes.
+
+`DecoderConfig` is frozen and hashable, so it is a module attribute and a static argument of jit. It knows nothing of HF
+files; `hf.decoder_config` makes one from a config.json and `presets.PRESETS` holds published sizes.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+Family = Literal["qwen3", "qwen2", "llama"]
+Remat = Literal["none", "block", "dots"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1 frequency scaling: long wavelengths are stretched by `factor`, the middle ones interpolated."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A dense decoder of the Qwen3, Qwen2 or Llama 3 family; `family` picks the HF names, the switches the maths."""
+
+    family: Family
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_ff: int
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    qk_norm: bool = False  # RMS norm of every query and key head (Qwen3)
+    qkv_bias: bool = False  # biases on q, k and v, none on o (Qwen2)
+    tied: bool = True  # the output matrix is the embedding
+    max_positions: int = 32_768
+    dtype: Any = "float32"  # of matmuls and activations
+    param_dtype: Any = "float32"  # of freshly initialised parameters
+    remat: Remat = "block"  # what the backward pass recomputes: nothing, whole blocks, all but matmul outputs
+
+    def __post_init__(self):
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"DecoderConfig: n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"DecoderConfig: head_dim {self.head_dim} is odd; rotary positions need pairs")
+        if self.remat not in ("none", "block", "dots"):
+            raise ValueError(f"DecoderConfig: remat {self.remat!r} is not none, block or dots")
+
+    @property
+    def precision(self) -> jax.lax.Precision:
+        """Matmul precision: float32 means float32 on every backend, not three bfloat16 passes or TF32."""
+        float32 = self.dtype == jnp.float32
+        return jax.lax.Precision.HIGHEST if float32 else jax.lax.Precision.DEFAULT

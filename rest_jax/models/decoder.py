@@ -1,0 +1,197 @@
+"""The decoder: a pre-norm transformer with rotary positions, grouped queries and a SwiGLU MLP (Qwen3, Qwen2, Llama 3).
+
+`Decoder(cfg).apply({"params": p}, tokens, positions, layout, cache, return_kv)` -> (hidden, kv). Tokens in, hidden states
+after the final norm out; logits never exist in here (`head_matrix`, `logits`). Layers are stacked: one scanned, optionally
+rematerialised block whose parameters carry a leading `layers` axis. Every parameter names its logical axes (`sharding.py`
+maps them); parameters are handed around as plain nested dicts. The KV cache goes in and comes out as a pytree.
+
+Leaves: embed [V D], head [V D] (untied only), final_norm/scale [D], and under blocks: attention_norm/scale, mlp_norm/scale [L D],
+attention/{q [L D N H], k, v [L D K H], o [L N H D]} (+ q_bias, k_bias, v_bias, q_norm/scale, k_norm/scale), mlp/{gate, up [L D F], down [L F D]}.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int, Key
+
+from rest_jax.models.attention import Layout, attend
+from rest_jax.models.config import DecoderConfig
+from rest_jax.models.layouts import Cache, RowLayout
+from rest_jax.models.rope import Rope, apply_rope, rope_tables
+
+Params = Any  # nested dict of arrays
+KeysValues = tuple[Float[Array, "L B T K H"], Float[Array, "L B T K H"]]
+
+_INIT = nn.initializers.normal(0.02)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, in float32, returned in x's dtype."""
+
+    cfg: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale = self.param("scale", init, (x.shape[-1],), self.cfg.param_dtype)
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.cfg.norm_eps)
+        return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Projections, head norms, rotary positions and the layout's attention. Returns (out, (k, v) after rotation)."""
+
+    cfg: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x, cache, rope: Rope, layout: Layout):
+        cfg = self.cfg
+        q = self._project(x, "q", "heads", cfg.n_heads)
+        k = self._project(x, "k", "kv_heads", cfg.n_kv_heads)
+        v = self._project(x, "v", "kv_heads", cfg.n_kv_heads)
+        if cfg.qk_norm:
+            q = RMSNorm(cfg, name="q_norm")(q)
+            k = RMSNorm(cfg, name="k_norm")(k)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        out = attend(q, k, v, layout, cache, cfg.precision)
+        o = _weight(self, "o", (cfg.n_heads, cfg.head_dim, cfg.d_model), ("heads", "head_dim", "embed"))
+        return jnp.einsum("btnh,nhd->btd", out, o, precision=cfg.precision), (k, v)
+
+    def _project(self, x, name: str, axis: str, heads: int):
+        cfg = self.cfg
+        w = _weight(self, name, (cfg.d_model, heads, cfg.head_dim), ("embed", axis, "head_dim"))
+        y = jnp.einsum("btd,dnh->btnh", x, w, precision=cfg.precision)
+        if cfg.qkv_bias:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, (axis, "head_dim"))
+            bias = self.param(f"{name}_bias", init, (heads, cfg.head_dim), cfg.param_dtype)
+            y = y + bias.astype(cfg.dtype)
+        return y
+
+
+class Mlp(nn.Module):
+    """down(silu(gate x) * up x)."""
+
+    cfg: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x):
+        cfg = self.cfg
+        gate = _weight(self, "gate", (cfg.d_model, cfg.d_ff), ("embed", "mlp"))
+        up = _weight(self, "up", (cfg.d_model, cfg.d_ff), ("embed", "mlp"))
+        down = _weight(self, "down", (cfg.d_ff, cfg.d_model), ("mlp", "embed"))
+        y = jax.nn.silu(jnp.matmul(x, gate, precision=cfg.precision))
+        y = y * jnp.matmul(x, up, precision=cfg.precision)
+        return jnp.matmul(y, down, precision=cfg.precision)
+
+
+class Block(nn.Module):
+    """One layer, in the form scan wants: (carry, this layer's cache, rope, layout) -> (carry, keys and values or None)."""
+
+    cfg: DecoderConfig
+    return_kv: bool
+
+    @nn.compact
+    def __call__(self, x, cache, rope: Rope, layout: Layout):
+        normed = RMSNorm(self.cfg, name="attention_norm")(x)
+        y, kv = Attention(self.cfg, name="attention")(normed, cache, rope, layout)
+        x = x + y
+        x = x + Mlp(self.cfg, name="mlp")(RMSNorm(self.cfg, name="mlp_norm")(x))
+        return _pin(x), kv if self.return_kv else None
+
+
+class Decoder(nn.Module):
+    """The trunk, from token ids to the hidden states after the final norm."""
+
+    cfg: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        layout: Layout,
+        cache: Cache | None = None,
+        return_kv: bool = False,
+    ) -> tuple[Float[Array, "B T D"], KeysValues | Cache | None]:
+        """Hidden states in the compute dtype, and: with a cache the advanced cache, with `return_kv` (k, v), else None.
+
+        A token id outside the vocabulary gives NaN. With a cache, tokens are `[P, G]` and positions `cache.positions`.
+        """
+        cfg = self.cfg
+        init = nn.with_logical_partitioning(_INIT, ("vocab", "embed"))
+        embed = self.param("embed", init, (cfg.vocab_size, cfg.d_model), cfg.param_dtype)
+        if not cfg.tied:
+            self.param("head", init, (cfg.vocab_size, cfg.d_model), cfg.param_dtype)
+        rope = rope_tables(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+        layers = None
+        if cache is not None:
+            layers = (cache.prompt_k, cache.prompt_v, cache.response_k, cache.response_v)
+        x = _pin(jnp.take(embed, tokens, axis=0).astype(cfg.dtype))
+        blocks = _stacked(cfg)(cfg, return_kv or cache is not None, name="blocks")
+        x, kv = blocks(x, layers, rope, layout)
+        hidden = RMSNorm(cfg, name="final_norm")(x)
+        return hidden, kv if cache is None else cache.append(*kv)
+
+
+def init_params(cfg: DecoderConfig, key: Key[Array, ""]) -> Params:
+    """Fresh parameters as a plain nested dict: matrices N(0, 0.02), norms one, biases zero."""
+    return nn.meta.unbox(_init_boxed(cfg, key))
+
+
+def abstract_params(cfg: DecoderConfig) -> Params:
+    """Shapes and dtypes of the parameters, still boxed with their logical axes; nothing is computed."""
+    return jax.eval_shape(lambda: _init_boxed(cfg, jax.random.key(0)))
+
+
+def head_matrix(params: Params, cfg: DecoderConfig) -> Float[Array, "V D"]:
+    """The output matrix `[V, D]` (row v scores word v), in its stored dtype; the embedding itself when tied."""
+    return params["embed"] if cfg.tied else params["head"]
+
+
+def logits(params: Params, cfg: DecoderConfig, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """float32 scores of every word. For few positions only: a whole batch goes through the chunked vocabulary pass."""
+    head = head_matrix(params, cfg).astype(cfg.dtype)
+    return jnp.einsum(
+        "...d,vd->...v",
+        hidden.astype(cfg.dtype),
+        head,
+        precision=cfg.precision,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _init_boxed(cfg: DecoderConfig, key: jax.Array) -> Params:
+    token = jnp.zeros((1, 1), jnp.int32)
+    return Decoder(cfg).init(key, token, token, RowLayout(token + 1))["params"]
+
+
+def _pin(x: jax.Array) -> jax.Array:
+    """Activations split over the batch axes and nothing else; does nothing outside `sharding.activate`."""
+    return nn.with_logical_constraint(x, ("batch", None, None))
+
+
+def _weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
+    """A matrix parameter, cast to the compute dtype."""
+    cfg = module.cfg  # type: ignore[attr-defined]
+    return module.param(name, nn.with_logical_partitioning(_INIT, axes), shape, cfg.param_dtype).astype(cfg.dtype)
+
+
+def _stacked(cfg: DecoderConfig) -> Any:
+    """Block scanned over the layers, rematerialised as `cfg.remat` says."""
+    block: Any = Block
+    if cfg.remat != "none":
+        # `dots` keeps the projections' outputs and recomputes scores (those have batch dimensions) and elementwise work
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
+        block = nn.remat(Block, policy=policy, prevent_cse=False)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast, nn.broadcast),
+        out_axes=0,
+        length=cfg.n_layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )

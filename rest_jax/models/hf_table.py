@@ -1,0 +1,98 @@
+"""The strict table between Hugging Face tensors and our parameters.
+
+One `Spec` a parameter: the HF name (with `{}` for the layer number when it is stacked), our path, and the transform. HF
+stores matrices `[out, in]` with heads fused: `groups` lists the axes behind each HF dimension, `order` says which of these
+axes, in turn, are ours. The transform is a reshape and a transpose, so it is exact both ways and slices lazily.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from rest_jax.models.config import DecoderConfig
+
+Slices = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """One parameter and where HF keeps it."""
+
+    hf_name: str
+    path: tuple[str, ...]
+    groups: tuple[tuple[int, ...], ...]  # sizes of the axes behind each HF dimension
+    order: tuple[int, ...]  # our axis i is flat axis order[i]
+    layers: int | None  # None: not stacked
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        """Shape of one HF tensor."""
+        return tuple(math.prod(group) for group in self.groups)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of our parameter, the layer axis included."""
+        flat = [size for group in self.groups for size in group]
+        own = tuple(flat[axis] for axis in self.order)
+        return own if self.layers is None else (self.layers, *own)
+
+    def hf_names(self) -> list[str]:
+        """The HF tensor, or one a layer."""
+        return [self.hf_name] if self.layers is None else [self.hf_name.format(i) for i in range(self.layers)]
+
+    def to_hf(self, x: np.ndarray) -> np.ndarray:
+        """One layer of our parameter -> the HF tensor."""
+        return np.ascontiguousarray(np.transpose(x, np.argsort(self.order))).reshape(self.hf_shape)
+
+    def read(self, read_hf: Callable[[Slices], np.ndarray], index: Slices) -> np.ndarray:
+        """The part `index` of one layer of our parameter, reading only the HF rows and columns it lies in."""
+        flat: list[slice] = [slice(None)] * len(self.order)
+        for ours, axis in enumerate(self.order):
+            flat[axis] = index[ours]
+        outer, shape, inner = [], [], []
+        for group in self.groups:
+            wanted = [slice(*s.indices(n)) for s, n in zip(flat[: len(group)], group, strict=True)]
+            del flat[: len(group)]
+            first, stride = wanted[0], math.prod(group[1:])
+            outer.append(slice(first.start * stride, first.stop * stride))
+            shape += [first.stop - first.start, *group[1:]]
+            inner += [slice(None), *wanted[1:]]
+        part = read_hf(tuple(outer)).reshape(shape)[tuple(inner)]
+        return np.transpose(part, self.order)
+
+
+def table(cfg: DecoderConfig) -> list[Spec]:
+    """Every parameter of this decoder, in the order HF writes a model."""
+    d, n, k, h, f, v = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.d_ff, cfg.vocab_size
+    specs = [Spec("model.embed_tokens.weight", ("embed",), ((v,), (d,)), (0, 1), None)]
+    if not cfg.tied:
+        specs.append(Spec("lm_head.weight", ("head",), ((v,), (d,)), (0, 1), None))
+    specs.append(Spec("model.norm.weight", ("final_norm", "scale"), ((d,),), (0,), None))
+
+    def layer(name: str, path: str, groups: tuple[tuple[int, ...], ...], order: tuple[int, ...]) -> None:
+        keys = ("blocks", *path.split("."))
+        specs.append(Spec("model.layers.{}." + name, keys, groups, order, cfg.n_layers))
+
+    layer("input_layernorm.weight", "attention_norm.scale", ((d,),), (0,))
+    layer("post_attention_layernorm.weight", "mlp_norm.scale", ((d,),), (0,))
+    for letter, heads in (("q", n), ("k", k), ("v", k)):
+        layer(f"self_attn.{letter}_proj.weight", f"attention.{letter}", ((heads, h), (d,)), (2, 0, 1))
+        if cfg.qkv_bias:
+            layer(f"self_attn.{letter}_proj.bias", f"attention.{letter}_bias", ((heads, h),), (0, 1))
+    layer("self_attn.o_proj.weight", "attention.o", ((d,), (n, h)), (1, 2, 0))
+    if cfg.qk_norm:
+        layer("self_attn.q_norm.weight", "attention.q_norm.scale", ((h,),), (0,))
+        layer("self_attn.k_norm.weight", "attention.k_norm.scale", ((h,),), (0,))
+    layer("mlp.gate_proj.weight", "mlp.gate", ((f,), (d,)), (1, 0))
+    layer("mlp.up_proj.weight", "mlp.up", ((f,), (d,)), (1, 0))
+    layer("mlp.down_proj.weight", "mlp.down", ((d,), (f,)), (1, 0))
+    return specs
+
+
+def expected_shapes(cfg: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every HF tensor name this decoder needs, with its shape."""
+    for spec in table(cfg):
+        for name in spec.hf_names():
+            yield name, spec.hf_shape

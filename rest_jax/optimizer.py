@@ -1,0 +1,47 @@
+"""AdamW by optax, with schedule, clipping by global norm and a weight-decay mask. Nothing hand-written."""
+
+import jax
+import optax
+
+from rest_jax.config import OptimizerConfig
+from rest_jax.types import Params
+
+
+def learning_rate(cfg: OptimizerConfig, updates: int) -> optax.Schedule:
+    """Warm-up from 0 over `warmup_fraction` of the run's optimiser updates, then constant, cosine or linear decay."""
+    warmup = round(cfg.warmup_fraction * updates)
+    rest = max(updates - warmup, 1)
+    peak, final = cfg.learning_rate, cfg.learning_rate * cfg.final_fraction
+    main = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=cfg.final_fraction),
+        "linear": lambda: optax.linear_schedule(peak, final, rest),
+    }[cfg.schedule]()
+    if warmup == 0:
+        return main
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
+
+
+def decay_mask(params: Params) -> Params:
+    """True for matrices. Norm scales and biases are left alone; under scanned layers they have a leading layer axis."""
+
+    def matrix(path, leaf):
+        names = {str(getattr(key, "key", key)) for key in path}
+        return leaf.ndim >= 2 and not any("norm" in n or n in ("scale", "bias") for n in names)
+
+    return jax.tree_util.tree_map_with_path(matrix, params)
+
+
+def make_optimizer(cfg: OptimizerConfig, updates: int) -> optax.GradientTransformation:
+    """clip_by_global_norm -> AdamW. `updates`: optimiser updates of the whole run."""
+    adamw = optax.adamw(
+        learning_rate(cfg, updates),
+        b1=cfg.beta1,
+        b2=cfg.beta2,
+        eps=cfg.eps,
+        weight_decay=cfg.weight_decay,
+        mask=decay_mask,
+    )
+    if cfg.max_grad_norm is None:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), adamw)

@@ -1,0 +1,137 @@
+"""S_acc in [0, 1]: how well predicted calls match the gold ones. As described for ResT (from the
+ToolRL line).
+
+    S_acc = (r_name + sum_i r_para_i + sum_i r_value_i) / (1 + |G| + sum_i |params(G_i)|)
+
+r_name is the multiset Jaccard of the names; gold and predicted calls of the same name are paired so
+that the sum of r_para + r_value is largest; r_para is the Jaccard of the parameter names, r_value
+the number of gold parameters whose value is equal as JSON. Options close the holes that many
+superfluous calls would use.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from rest_jax.answer import Call
+from rest_jax.config import RewardConfig
+
+
+class Match(NamedTuple):
+    """One gold call and its partner; `predicted` None: it has none, and both scores are 0."""
+
+    gold: int
+    predicted: int | None
+    r_para: float
+    r_value: int
+
+
+def canonical(value: Any) -> Hashable:
+    """A hashable form of a JSON value, equal for equal JSON: true is not 1, 1 and 1.0 are equal,
+    member order is free.
+    """
+    if isinstance(value, dict):
+        return ("object", frozenset((key, canonical(item)) for key, item in value.items()))
+    if isinstance(value, (list, tuple)):
+        return ("array", tuple(map(canonical, value)))
+    if isinstance(value, bool):
+        return ("bool", value)
+    return value
+
+
+def same_calls(gold: Sequence[Call], predicted: Sequence[Call]) -> bool:
+    """Whether the two are equal as multisets: names, parameters and values."""
+    if len(gold) != len(predicted):
+        return False
+    return _multiset(gold) == _multiset(predicted)
+
+
+def superfluous(gold: Sequence[Call], predicted: Sequence[Call]) -> int:
+    """How many calls there are beyond the number of gold calls."""
+    return max(0, len(predicted) - len(gold))
+
+
+def r_name(
+    gold: Sequence[Call], predicted: Sequence[Call], count_extra: bool = True, strict: bool = False
+) -> float:
+    """Multiset Jaccard of the names, 1 for two empty ones. `count_extra` False: superfluous calls
+    leave the union. `strict`: all or nothing.
+    """
+    names, found = Counter(call.name for call in gold), Counter(call.name for call in predicted)
+    if strict:
+        return float(names == found)
+    union = (names | found).total() - (0 if count_extra else superfluous(gold, predicted))
+    return (names & found).total() / union if union else 1.0
+
+
+def match_calls(
+    gold: Sequence[Call], predicted: Sequence[Call], strict: bool = False
+) -> list[Match]:
+    """The best one-to-one pairing of calls with the same name, one `Match` a gold call, in order.
+
+    Time: gold x predicted of each name, plus its assignment problem.
+    """
+    by_name: dict[str, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+    for i, call in enumerate(gold):
+        by_name[call.name][0].append(i)
+    for j, call in enumerate(predicted):
+        if call.name in by_name:
+            by_name[call.name][1].append(j)
+    matches = [Match(i, None, 0.0, 0) for i in range(len(gold))]
+    for rows, columns in by_name.values():
+        wanted = [_parameters(gold[i]) for i in rows]
+        offered = [_parameters(predicted[j]) for j in columns]
+        scores = [[_pair_score(g, p, strict) for p in offered] for g in wanted]
+        for row, column in _assign(scores):
+            matches[rows[row]] = Match(rows[row], columns[column], *scores[row][column])
+    return matches
+
+
+def accuracy(gold: Sequence[Call], predicted: Sequence[Call], cfg: RewardConfig) -> float:
+    """S_acc with the options of `cfg`. ValueError when gold has no calls, where it is not defined."""
+    if not gold:
+        raise ValueError("accuracy: gold has 0 calls; score the format alone")
+    if cfg.coarse:
+        return float(same_calls(gold, predicted))
+    if not predicted:
+        return 0.0
+    matches = match_calls(gold, predicted, cfg.strict_match)
+    gained = r_name(gold, predicted, cfg.count_extra_calls, cfg.strict_match)
+    gained += sum(match.r_para + match.r_value for match in matches)
+    score = gained / (1 + len(gold) + sum(len(call.arguments) for call in gold))
+    cost = cfg.extra_call_penalty * superfluous(gold, predicted) / len(gold)
+    return score * max(0.0, 1.0 - cost)
+
+
+def _parameters(call: Call) -> dict[str, Hashable]:
+    return {key: canonical(value) for key, value in call.arguments.items()}
+
+
+def _multiset(calls: Sequence[Call]) -> Counter[Hashable]:
+    return Counter((call.name, canonical(call.arguments)) for call in calls)
+
+
+def _pair_score(
+    gold: Mapping[str, Hashable], found: Mapping[str, Hashable], strict: bool
+) -> tuple[float, int]:
+    """(r_para, r_value) of one pair."""
+    common = gold.keys() & found.keys()
+    union = len(gold) + len(found) - len(common)
+    r_para = len(common) / union if union else 1.0
+    if strict and r_para < 1.0:
+        r_para = 0.0
+    return r_para, sum(gold[key] == found[key] for key in common)
+
+
+def _assign(scores: list[list[tuple[float, int]]]) -> list[tuple[int, int]]:
+    """(row, column) pairs of the largest total."""
+    if not scores or not scores[0]:
+        return []
+    if len(scores) == 1:
+        totals = [para + value for para, value in scores[0]]
+        return [(0, totals.index(max(totals)))]
+    rows, columns = linear_sum_assignment(np.array(scores).sum(axis=-1), maximize=True)
+    return list(zip(rows.tolist(), columns.tolist(), strict=True))

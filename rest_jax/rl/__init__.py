@@ -1,0 +1,1 @@
+"""The method: regions, token weights, curriculum, log-probabilities, advantages, loss, and the train step."""

@@ -1,0 +1,141 @@
+"""A run's folder and its life: resolved config, metrics, checkpoints, resumption, SIGTERM, NaN. Shared by train and sft.
+
+runs/<name>/  config.yaml  metrics.jsonl  samples.jsonl  checkpoints/  model/ (HF side files)  curves.png
+
+Order within a step: metrics lines are on disk before the checkpoint of the same step is begun, so that whatever checkpoint
+a restarted run finds, the lines up to it are there, and those after it are dropped and written again.
+"""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+import signal
+from typing import Any
+
+import numpy as np
+
+from rest_jax import config as config_lib
+from rest_jax.checkpoint import Checkpoints
+from rest_jax.config import Config
+from rest_jax.errors import UserError
+from rest_jax.hosts import is_first_process
+from rest_jax.metrics import MetricsWriter
+from rest_jax.types import TrainState
+
+CONFIG_FILE = "config.yaml"
+MODEL_FOLDER = "model"
+
+
+class TrainingStopped(RuntimeError):
+    """The loss or the gradient is not finite."""
+
+    def __init__(self, step: int, values: dict[str, float], batch: pathlib.Path):
+        super().__init__(
+            f"step {step}: loss {values['update/loss']}, gradient norm {values['update/grad_norm']}: not finite. "
+            f"The batch is saved in {batch}; the last checkpoint is from before it"
+        )
+
+
+class StopRequest:
+    """Turns SIGTERM into a flag that the loop reads between steps."""
+
+    def __init__(self):
+        self.received = False
+        self._previous = signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, *_: Any) -> None:
+        self.received = True
+
+    def close(self) -> None:
+        """Puts the earlier handler back."""
+        signal.signal(signal.SIGTERM, self._previous)
+
+
+@dataclasses.dataclass
+class Run:
+    """An open run: the resources that the loop writes to."""
+
+    config: Config
+    folder: pathlib.Path
+    metrics: MetricsWriter
+    checkpoints: Checkpoints
+    stop: StopRequest
+
+    def resume(self, fresh: TrainState, abstract: TrainState) -> tuple[TrainState, dict[str, Any] | None, int]:
+        """(state, loader state, step): the newest sound checkpoint, or the fresh state, None and 0."""
+        if self.checkpoints.latest() is None:
+            self.metrics.truncate_after(-1)
+            return fresh, None, 0
+        state, loader_state, step = self.checkpoints.restore(abstract)
+        self.metrics.truncate_after(step)
+        return state, loader_state, step
+
+    def save(self, step: int, state: TrainState, loader_state: dict[str, Any]) -> None:
+        """Metrics to disk, then the checkpoint in the background."""
+        self.metrics.sync()
+        self.checkpoints.save(step, state, loader_state, config_lib.dump(self.config))
+
+    def close(self) -> None:
+        """Waits for the last checkpoint."""
+        self.checkpoints.close()
+        self.metrics.close()
+        self.stop.close()
+
+
+def open_run(config: Config, files: pathlib.Path) -> Run:
+    """Makes or reopens the folder. UserError when it holds a run of another config (every difference is named).
+
+    `files` is the folder with the model's HF side files; they are copied so that the run can be exported on its own.
+    """
+    folder = pathlib.Path(config.output) / config.name
+    check_config(folder, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    if is_first_process():
+        _write_atomically(folder / CONFIG_FILE, config_lib.dump(config))
+        copy_side_files(files, folder / MODEL_FOLDER)
+    return Run(
+        config=config,
+        folder=folder,
+        metrics=MetricsWriter(folder, config.train.tensorboard, config.train.wandb_project),
+        checkpoints=Checkpoints(folder, config.train.keep_checkpoints),
+        stop=StopRequest(),
+    )
+
+
+def check_config(folder: pathlib.Path, config: Config) -> None:
+    """UserError when `folder` was made by another config."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        return
+    found = config_lib.differences(config_lib.load(path), config)
+    if found:
+        named = "; ".join(f"{d.path}: {d.old!r} there, {d.new!r} now" for d in found)
+        raise UserError(f"{folder} holds a run of another config ({named}); choose another name, or delete the folder")
+
+
+def copy_side_files(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Config, tokenizer and chat template, not the weights; whole or not at all."""
+    if target.exists():
+        return
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for path in sorted(source.iterdir()):
+        weights = path.suffix in (".safetensors", ".bin", ".gguf") or path.name.endswith(".index.json")
+        if path.is_file() and not weights:
+            shutil.copy2(path, partial / path.name)
+    os.replace(partial, target)
+
+
+def save_batch(folder: pathlib.Path, step: int, arrays: dict[str, Any]) -> pathlib.Path:
+    """The arrays of a step that went wrong, as one .npz."""
+    path = folder / f"nan_step_{step}.npz"
+    np.savez(path, **{name: np.asarray(value) for name, value in arrays.items()})
+    return path
+
+
+def _write_atomically(path: pathlib.Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)

@@ -1,0 +1,149 @@
+"""Supervised runs (SFT, TSFT, RSFT): the loop of train.py without sampling. Same records, checkpoints, metrics, resumption."""
+
+import contextlib
+import dataclasses
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rest_jax.config import Config
+from rest_jax.data.loader import SupervisedBatch, sft_loader
+from rest_jax.data.prepare import Prepared, load_split, prepare_supervised
+from rest_jax.errors import UserError
+from rest_jax.evaluation.heldout import Evaluator, report_evaluations
+from rest_jax.hosts import is_first_process, to_mesh
+from rest_jax.metrics import Progress
+from rest_jax.optimizer import make_optimizer
+from rest_jax.policy import Policy, init_state, load_policy
+from rest_jax.rl.curriculum import Schedule
+from rest_jax.rl.regions import label_tokens
+from rest_jax.rl.supervised import GoldBatch, SupervisedConfig, make_supervised_step
+from rest_jax.run import Run, TrainingStopped, open_run, save_batch
+from rest_jax.sharding import activate, check_batch
+from rest_jax.templates import TEMPLATES
+from rest_jax.train import held_out
+
+
+def run(config: Config, dry_run: bool = False) -> int:
+    """Trains; 0 at the end or after SIGTERM. UserError for input that cannot be used; TrainingStopped on NaN."""
+    policy = load_policy(config.model, config.mesh)
+    micro = config.train.micro_prompts or config.sft.batch_size
+    if config.sft.batch_size % micro:
+        raise UserError(f"sft.batch_size {config.sft.batch_size} is not a multiple of train.micro_prompts {micro}")
+    check_batch("train.micro_prompts" if config.train.micro_prompts else "sft.batch_size", micro, policy.mesh)
+    records = load_split(config.data.train, config.data, config.data.train_limit)
+    template = TEMPLATES[config.data.template]
+    data = prepare_supervised(records, policy.tokenizer, template, config.data, config.sft.max_tokens)
+    steps = config.train.steps or int(data.size // config.sft.batch_size * config.train.epochs)
+    if steps == 0:
+        raise UserError(f"data.train: {data.size} records, fewer than sft.batch_size {config.sft.batch_size}")
+    if is_first_process():
+        print(f"{config.name}: {data.summary()}\n{steps} steps of {config.sft.batch_size} records", flush=True)
+    if dry_run:
+        return 0
+    with contextlib.closing(open_run(config, policy.files)) as opened, activate(policy.mesh):
+        Loop(config, policy, data, steps, opened).run()
+    return 0
+
+
+class Loop:
+    """The compiled function and the state of one supervised run. A resource of `run`."""
+
+    def __init__(self, config: Config, policy: Policy, data: Prepared, steps: int, opened: Run):
+        self.config, self.policy, self.steps, self.opened = config, policy, steps, opened
+        self.template = TEMPLATES[config.data.template]
+        tx = make_optimizer(config.optimizer, steps)
+        schedule = Schedule(config.weights, config.curriculum, steps)
+        self.state, self.abstract, shardings = init_state(policy, tx, schedule, config.seed)
+        micro = config.sft.batch_size // (config.train.micro_prompts or config.sft.batch_size)
+        step_config = SupervisedConfig(config.sft, micro, config.loss.vocab_chunk)
+        self.train_step = make_supervised_step(policy.decoder, tx, step_config, policy.mesh, shardings)
+        self.cast = policy.rollout_cast()
+        self.evaluator = Evaluator.of(config, policy, held_out(config, policy))
+        self.batches = sft_loader(
+            data,
+            batch_size=config.sft.batch_size,
+            seed=config.seed,
+            pad_id=policy.tokenizer.pad_id,
+            cfg=config.data,
+            num_steps=steps,
+        )
+        self.pending: tuple[int, dict[str, jax.Array], GoldBatch, float] | None = None
+
+    def run(self) -> None:
+        """From the newest checkpoint, or from the start, to the end."""
+        self.state, loader_state, start = self.opened.resume(self.state, self.abstract)
+        self.policy = dataclasses.replace(self.policy, params=self.state.params)
+        if loader_state is not None:
+            self.batches.set_state(loader_state)
+        self.progress, self.started = Progress(self.steps, start), time.monotonic()
+        if start == 0 and self.config.train.eval_before:
+            self.evaluate(0)
+        for step in range(start + 1, self.steps + 1):
+            started = time.monotonic()
+            batch, _ = next(self.batches)
+            gold = to_mesh(self.labelled(batch), self.policy.mesh)
+            self.state, metrics = self.train_step(self.state, gold)
+            self.flush()
+            self.pending = (step, metrics, gold, started)
+            last = step == self.steps or self.opened.stop.received
+            self.after(step, last)
+            if self.opened.stop.received:
+                self.progress.message(f"SIGTERM: saved at step {step}; run the same command to go on")
+                break
+        self.flush()
+        self.progress.close()
+        report_evaluations(self.opened.folder)
+
+    def labelled(self, batch: SupervisedBatch) -> GoldBatch:
+        """Adds the region of every answer token."""
+        tokenizer = self.policy.tokenizer
+        ids, length = batch.responses[:, 0], batch.response_length[:, 0]
+        text = length - 1  # the last token is the end of the turn
+        answers = [self.template.parse(tokenizer.bytes_of(row[:n])) for row, n in zip(ids, text, strict=True)]
+        region = label_tokens(answers, tokenizer.piece_lengths[ids], text, np.ones(len(ids), bool))
+        return GoldBatch(
+            prompt=batch.prompt,  # type: ignore[arg-type]
+            prompt_length=batch.prompt_length,  # type: ignore[arg-type]
+            answer=batch.responses,  # type: ignore[arg-type]
+            answer_length=batch.response_length,  # type: ignore[arg-type]
+            region=region[:, None],  # type: ignore[arg-type]
+        )
+
+    def flush(self) -> None:
+        """Reads the pending step's metrics, stops on NaN, writes its line."""
+        if self.pending is None:
+            return
+        (step, metrics, gold, started), self.pending = self.pending, None
+        values = {name: float(value) for name, value in metrics.items()}
+        if not (math.isfinite(values["update/loss"]) and math.isfinite(values["update/grad_norm"])):
+            arrays = {f.name: getattr(gold, f.name) for f in dataclasses.fields(gold)}
+            raise TrainingStopped(step, values, save_batch(self.opened.folder, step, arrays))
+        now = time.monotonic()
+        values |= {
+            "time/step": now - started,
+            "time/tokens_per_second": values["update/tokens"] / (now - started),
+            "time/elapsed": now - self.started,
+        }
+        if is_first_process():
+            self.opened.metrics.write(step, values)
+            self.progress.update(step, values["update/loss"], values["time/tokens_per_second"], "loss")
+
+    def after(self, step: int, last: bool) -> None:
+        """Evaluation and checkpoint, when due; both read the step's metrics first."""
+        t = self.config.train
+        if (last and step == self.steps) or (t.eval_every and step % t.eval_every == 0):
+            self.flush()
+            self.evaluate(step)
+        if last or step % t.checkpoint_every == 0:
+            self.flush()
+            self.opened.save(step, self.state, self.batches.get_state())
+
+    def evaluate(self, step: int) -> None:
+        """Greedy rates on the held-out prompts, as a line of its own."""
+        if self.evaluator is not None:
+            params = self.cast(self.state.params)
+            self.progress.message(self.evaluator.record(self.opened.metrics, step, params))

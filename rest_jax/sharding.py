@@ -1,0 +1,152 @@
+"""The mesh, and the one table from logical axis names to mesh axes.
+
+Modules name logical axes only ("embed", "heads", ..); `RULES` says which mesh axes (data, fsdp, tensor, expert) hold them.
+Train layout: weights split over fsdp and tensor. Rollout layout: over tensor only, so that decoding gathers nothing.
+`activate(mesh)` around a run makes the decoder pin its activations to the batch axes. All axes are Auto: XLA places the
+collectives from the shardings of inputs and outputs.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rest_jax.config import MeshConfig
+from rest_jax.models.config import DecoderConfig
+from rest_jax.models.decoder import abstract_params
+
+AXES = ("data", "fsdp", "tensor", "expert")
+BATCH_AXES = ("data", "fsdp")
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": BATCH_AXES,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "expert": "expert",
+    "head_dim": None,
+    "norm": None,
+    "layers": None,
+}
+_UNSPLIT_IN_ROLLOUT = ("embed",)
+_REPLICATED_WHEN_FEW = ("kv_heads",)  # fewer kv heads than tensor devices: every device keeps them all
+
+
+def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh over `devices` (default: all) with axes data, fsdp, tensor, expert; -1 takes what is left.
+
+    ValueError with both numbers when the sizes do not use exactly the devices there are.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [getattr(cfg, axis) for axis in AXES]
+    fixed = math.prod(size for size in sizes if size != -1)
+    named = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+    if -1 in sizes:
+        if len(devices) % fixed:
+            raise ValueError(
+                f"mesh ({named}): {fixed} does not divide the {len(devices)} devices; change the fixed sizes"
+            )
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    elif fixed != len(devices):
+        raise ValueError(
+            f"mesh ({named}) needs {fixed} devices and there are {len(devices)}; set one size to -1"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+@contextlib.contextmanager
+def activate(mesh: Mesh) -> Iterator[None]:
+    """Makes `mesh` and the table ambient: functions traced inside pin activations to the batch axes."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(RULES.items())):
+        yield
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis split over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Into how many parts `batch_sharding` splits."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def check_batch(name: str, size: int, mesh: Mesh) -> None:
+    """ValueError with both numbers unless `size` rows split evenly over the batch axes."""
+    ways = batch_ways(mesh)
+    if size % ways:
+        raise ValueError(
+            f"{name} {size} does not divide over {ways} devices "
+            f"(mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}); make it a multiple of {ways}"
+        )
+
+
+def param_shardings(
+    cfg: DecoderConfig, mesh: Mesh, *, layout: Literal["train", "rollout"] = "train"
+) -> Any:
+    """NamedSharding of every parameter, as a plain nested dict like the parameters themselves.
+
+    A dimension its mesh axis does not divide is an error naming tensor, dimension and axis size; only kv heads fewer than
+    the tensor axis are replicated instead.
+    """
+
+    def place(path: tuple[Any, ...], box: Any) -> NamedSharding:
+        name = ".".join(str(getattr(key, "key", key)) for key in path)
+        spec = [
+            _mesh_axis(name, axis, size, mesh, layout)
+            for axis, size in zip(box.names, box.value.shape, strict=True)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    boxed = abstract_params(cfg)
+    return jax.tree_util.tree_map_with_path(
+        place, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)
+    )
+
+
+def tree_shardings_like(tree: Any, params: Any, shardings: Any) -> Any:
+    """Shardings for a state that mirrors parameters somewhere inside (optimiser moments, a TrainState).
+
+    A leaf whose path ends in a parameter's path and whose shape is the parameter's gets the parameter's sharding; every
+    other leaf is replicated. `tree` and `params` may be abstract (`jax.eval_shape`).
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    placed = jax.tree.leaves(shardings)
+    known = {path: (leaf.shape, where) for (path, leaf), where in zip(leaves, placed, strict=True)}
+    whole = replicated(placed[0].mesh)
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        for start in range(len(path)):
+            shape, where = known.get(path[start:], (None, whole))
+            if shape == np.shape(leaf):
+                return where
+        return whole
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _mesh_axis(name: str, axis: str, size: int, mesh: Mesh, layout: str) -> str | None:
+    target = RULES[axis]
+    if target is None or (layout == "rollout" and axis in _UNSPLIT_IN_ROLLOUT):
+        return None
+    assert isinstance(target, str)  # parameters never carry the batch axis
+    ways = mesh.shape[target]
+    if size % ways == 0:
+        return target
+    if axis in _REPLICATED_WHEN_FEW and size < ways:
+        return None
+    raise ValueError(
+        f"parameter {name}: its {axis} dimension {size} does not divide over mesh axis {target} {ways}; "
+        f"choose a {target} size that divides {size}"
+    )

@@ -1,0 +1,51 @@
+"""The recipes that come with the package: configs/ of the repository, `rest_jax/_configs` of an installed wheel.
+
+A name or path given by the user is always tried first as it stands, so that own files win over shipped ones.
+"""
+
+import pathlib
+
+from rest_jax.config import Config
+from rest_jax.errors import UserError
+
+_PREFIX = "configs/"
+
+
+def folder() -> pathlib.Path:
+    """The folder of the shipped recipes."""
+    package = pathlib.Path(__file__).resolve().parent
+    installed = package / "_configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def names() -> list[str]:
+    """The shipped recipes, by the name that `find_config` takes."""
+    return sorted(path.stem for path in folder().glob("*.yaml"))
+
+
+def find_config(name: str) -> pathlib.Path:
+    """The config file for a path, or for the bare name of a shipped recipe. UserError when there is none."""
+    path = pathlib.Path(name)
+    if path.is_file():
+        return path
+    shipped = folder() / (name.removeprefix(_PREFIX).removesuffix(".yaml") + ".yaml")
+    if shipped.is_file() and not path.is_absolute():
+        return shipped
+    raise UserError(f"config {name}: no such file, nor a shipped one ({', '.join(names())})")
+
+
+def locate(source: str) -> str:
+    """`source` as it is, unless it is a path `configs/...` that exists only among the shipped files: then that one."""
+    if source.startswith(_PREFIX) and not pathlib.Path(source).exists():
+        shipped = folder() / source.removeprefix(_PREFIX)
+        if shipped.exists():
+            return str(shipped)
+    return source
+
+
+def resolve(config: Config) -> Config:
+    """The config with its model and tokenizer paths located."""
+    model = config.model
+    tokenizer = None if model.tokenizer is None else locate(model.tokenizer)
+    located = model.model_copy(update={"source": locate(model.source), "tokenizer": tokenizer})
+    return config.model_copy(update={"model": located})

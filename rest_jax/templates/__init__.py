@@ -1,0 +1,40 @@
+"""The three ways of writing prompts and answers: `TEMPLATES[name]` renders a prompt, renders a gold
+answer, parses a generation.
+
+No jax in here, not even indirectly: data workers and reward hosts import it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from rest_jax.answer import Answer, Target
+from rest_jax.templates import hermes, llama3, toolrl
+
+
+class RenderPrompt(Protocol):
+    """Tools and dialogue so far to chat messages ({"role", "content"})."""
+
+    def __call__(
+        self,
+        tools: Sequence[Mapping[str, Any]],
+        history: Sequence[Mapping[str, Any]],
+        brief: bool = False,
+    ) -> list[dict[str, str]]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """One template. `parse` is total: any bytes give an `Answer`."""
+
+    name: str
+    render_prompt: RenderPrompt
+    render_answer: Callable[[Target], str]
+    parse: Callable[[bytes], Answer]
+
+
+TEMPLATES: dict[str, Template] = {
+    "toolrl": Template("toolrl", toolrl.render_prompt, toolrl.render_answer, toolrl.parse),
+    "hermes": Template("hermes", hermes.render_prompt, hermes.render_answer, hermes.parse),
+    "llama3": Template("llama3", llama3.render_prompt, llama3.render_answer, llama3.parse),
+}

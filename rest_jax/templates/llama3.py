@@ -1,0 +1,59 @@
+"""The Llama 3.1 template: JSON tool calling. A call is a bare JSON object with "parameters"; all
+else is text.
+
+The tools stand in the first user message, as in Llama's own chat template.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rest_jax.answer import Answer, Target
+from rest_jax.templates import parser
+from rest_jax.templates.rendering import call_lines, signature, verbatim
+
+_REQUEST = (
+    "Given the following functions, please respond with a JSON for a function call with its proper "
+    "arguments that best answers the given prompt.\n\n"
+    'Respond in the format {"name": function name, "parameters": dictionary of argument name and '
+    "its value}. Do not use variables.\n\n"
+)
+
+
+def render_prompt(
+    tools: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, Any]], brief: bool = False
+) -> list[dict[str, str]]:
+    """Chat messages; tool results keep the role "tool". `brief` changes nothing: the format is the
+    model's own.
+    """
+    del brief
+    request = ""
+    if tools:
+        request = _REQUEST + "".join(
+            json.dumps(signature(tool), indent=4) + "\n\n" for tool in tools
+        )
+    messages: list[dict[str, str]] = []
+    for message in history:
+        role, content = message["role"], message.get("content") or ""
+        if role == "assistant":
+            content = _turn(message.get("think"), message.get("calls") or (), content or None)
+        elif role == "user" and request:
+            content, request = request + content, ""
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def render_answer(target: Target) -> str:
+    """The gold answer: `target.text` when it is written in this template, else from its parts."""
+    text = verbatim(target, parse, "parameters")
+    return _turn(target.think, target.calls, target.response) if text is None else text
+
+
+def parse(data: bytes) -> Answer:
+    """Parses one generation (see `parser`)."""
+    return parser.parse_bare(data)
+
+
+def _turn(think: str | None, calls: Sequence[Any], response: str | None) -> str:
+    thought = "" if think is None else f"<think>\n{think}\n</think>\n\n"
+    return thought + "\n".join(([response] if response else []) + call_lines(calls, "parameters"))

@@ -1,0 +1,112 @@
+"""What the templates share in writing: calls as JSON, tool descriptions in the two forms that data
+comes in.
+
+A tool is {"name", "description", "parameters"}. Its parameters are a JSON schema object ({"type":
+"object", "properties", ...}) or flat, as in the rlla data: {parameter: {"description", "type",
+"default"}}.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from rest_jax.answer import Answer, Call, Target
+
+_SCHEMA_TYPES = {
+    "str": "string",
+    "int": "integer",
+    "float": "number",
+    "bool": "boolean",
+    "list": "array",
+    "tuple": "array",
+    "set": "array",
+    "dict": "object",
+}
+
+
+def call_line(name: str, arguments: Mapping[str, Any], key: str) -> str:
+    """One call as JSON on one line; `key` is the template's word for the arguments."""
+    return json.dumps({"name": name, key: arguments}, ensure_ascii=False)
+
+
+def call_lines(calls: Iterable[Any], key: str) -> list[str]:
+    """The calls of a target (`Call`) or of a history message ({"name", "arguments"}), a line each."""
+    lines = []
+    for call in calls:
+        if isinstance(call, Call):
+            lines.append(call_line(call.name, call.arguments, key))
+        else:
+            lines.append(call_line(call["name"], call["arguments"], key))
+    return lines
+
+
+def is_schema(parameters: Mapping[str, Any]) -> bool:
+    """Whether parameters are a JSON schema object, not the flat form."""
+    return parameters.get("type") == "object"
+
+
+def flat_parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters in the flat form; what is not required has ", optional" behind its type."""
+    parameters = tool.get("parameters") or {}
+    if not is_schema(parameters):
+        return dict(parameters)
+    required = parameters.get("required")
+    flat = {}
+    for name, schema in parameters.get("properties", {}).items():
+        rest = {k: v for k, v in schema.items() if k not in ("description", "type", "default")}
+        kind = schema.get("type", "string")
+        optional = required is not None and name not in required
+        flat[name] = {
+            "description": schema.get("description", ""),
+            "type": f"{kind}, optional" if optional else kind,
+            "default": schema.get("default", ""),
+            **rest,
+        }
+    return flat
+
+
+def schema_parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters as a JSON schema object; a flat parameter is required when it has no default."""
+    parameters = tool.get("parameters") or {}
+    if is_schema(parameters):
+        return dict(parameters)
+    properties, required = {}, []
+    for name, flat in parameters.items():
+        kind = str(flat.get("type", "string"))
+        schema = {k: v for k, v in flat.items() if k not in ("type", "default")}
+        properties[name] = {"type": _schema_type(kind), **schema}
+        if flat.get("default", "") != "":
+            properties[name]["default"] = flat["default"]
+        elif "optional" not in kind.lower():
+            required.append(name)
+    return {"type": "object", "properties": properties, "required": required}
+
+
+def signature(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """The tool as the {"type": "function", ...} record that Qwen and Llama read."""
+    function = {
+        "name": tool["name"],
+        "description": tool.get("description", ""),
+        "parameters": schema_parameters(tool),
+    }
+    return {"type": "function", "function": function}
+
+
+def verbatim(target: Target, parse: Callable[[bytes], Answer], key: str) -> str | None:
+    """`target.text` if it is written in the template of `parse`, whose word for the arguments is
+    `key`; else None.
+
+    Source texts are mostly in the toolrl form; another template must not train on that.
+    """
+    if target.text is None or (target.calls and f'"{key}"' not in target.text):
+        return None
+    answer = parse(target.text.encode("utf-8", "replace"))
+    same = (
+        answer.calls == target.calls and (answer.response or "") == (target.response or "").strip()
+    )
+    return target.text if same and not answer.broken_calls else None
+
+
+def _schema_type(kind: str) -> str:
+    word = kind.split(",")[0].split("[")[0].strip().lower()
+    return _SCHEMA_TYPES.get(word, word or "string")

@@ -1,0 +1,189 @@
+"""Text to token ids and back, with the bytes of every single id.
+
+In: a Hugging Face tokenizer folder or hub id. Out: int32 id arrays for prompts, and for generated ids their exact bytes
+(`bytes_of`) and byte counts (`piece_lengths`), from a table made once. Regions and rewards are placed with these bytes, so
+text is derived from ids and never tokenised again. transformers is imported on first use.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rest_jax.errors import UserError
+
+Message = Mapping[str, str]  # {"role": ..., "content": ...}
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes a space as this
+
+
+class TokenizerError(UserError):
+    """A tokenizer that cannot be loaded or used; the text is one line."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A loaded tokenizer and its byte table. Make it with `Tokenizer.load`."""
+
+    source: str
+    hf: Any  # transformers.PreTrainedTokenizerFast
+    pieces: tuple[bytes, ...]  # bytes of each id; empty beyond the tokenizer's own words
+    piece_lengths: np.ndarray  # int32 [V], bytes of each id
+    pad_id: int
+    stop_ids: tuple[int, ...]  # ids that end a turn, ascending
+    end_id: int  # the one of them that supervised answers end with: the tokenizer's eos
+
+    @classmethod
+    def load(cls, source: str | pathlib.Path, vocab_size: int | None = None) -> "Tokenizer":
+        """Loads a folder or hub id.
+
+        `vocab_size` is the model's vocabulary when it is padded beyond the tokenizer: the ids in between have no bytes.
+        Raises TokenizerError in one line when nothing usable is at `source` or the vocabulary is larger than `vocab_size`.
+        """
+        hf = _load_hf(str(source))
+        pieces = byte_table(hf)
+        if vocab_size is not None:
+            if len(pieces) > vocab_size:
+                raise TokenizerError(
+                    f"tokenizer {source}: {len(pieces)} words, but the model's vocab_size is {vocab_size}"
+                )
+            pieces += [b""] * (vocab_size - len(pieces))
+        stop_ids = _stop_ids(str(source), hf)
+        return cls(
+            source=str(source),
+            hf=hf,
+            pieces=tuple(pieces),
+            piece_lengths=np.fromiter(map(len, pieces), np.int32, len(pieces)),
+            pad_id=stop_ids[0] if hf.pad_token_id is None else int(hf.pad_token_id),
+            stop_ids=stop_ids,
+            end_id=stop_ids[0] if hf.eos_token_id is None else int(hf.eos_token_id),
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, padding of the model's vocabulary included."""
+        return len(self.pieces)
+
+    def bytes_of(self, ids: Iterable[int]) -> bytes:
+        """The bytes the ids stand for, special tokens as their own text. IndexError for ids outside the vocabulary."""
+        ids = ids.tolist() if isinstance(ids, np.ndarray) else ids
+        return b"".join(map(self.pieces.__getitem__, ids))
+
+    def text(self, ids: Iterable[int]) -> str:
+        """`bytes_of` as text; bytes that are not UTF-8 (a cut character) become U+FFFD."""
+        return self.bytes_of(ids).decode("utf-8", errors="replace")
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 [T]: the ids of a text; no beginning or end token is added, added tokens in the text are recognised."""
+        return np.asarray(self.hf.encode(text, add_special_tokens=False), np.int32)
+
+    def encode_prompt(self, messages: Sequence[Message]) -> np.ndarray:
+        """int32 [T]: the chat through the tokenizer's own template, up to where the assistant starts to write."""
+        if not self.hf.chat_template:
+            raise TokenizerError(
+                f"tokenizer {self.source}: no chat template; add chat_template.jinja to its folder "
+                "(or use the instruction-tuned model's tokenizer)"
+            )
+        text = self.hf.apply_chat_template(
+            [dict(m) for m in messages], add_generation_prompt=True, tokenize=False
+        )
+        return self.encode(text)
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes the tokenizer's files (tokenizer.json, tokenizer_config.json, chat template) into `folder`."""
+        self.hf.save_pretrained(str(folder))
+
+
+def byte_table(hf: Any) -> list[bytes]:
+    """Bytes of every id of a fast tokenizer, by the alphabet its decoder declares.
+
+    Byte-level BPE (GPT-2's 256 stand-in characters), SentencePiece with byte fallback (U+2581 is a space, <0xNN> one
+    byte); added tokens stand for their own text. TokenizerError for any other kind, because its bytes are not known.
+    """
+    backend = getattr(hf, "backend_tokenizer", None)
+    if backend is None:
+        raise TokenizerError(f"tokenizer {hf.name_or_path}: no fast (tokenizer.json) version")
+    kinds = _decoder_kinds(backend)
+    if "ByteLevel" in kinds:
+        stand_in = {stand: byte for byte, stand in byte_alphabet().items()}
+
+        def to_bytes(word: str) -> bytes:
+            return bytes([stand_in[c] for c in word])
+    elif "ByteFallback" in kinds or "Metaspace" in kinds:
+        to_bytes = _sentencepiece_bytes
+    else:
+        raise TokenizerError(
+            f"tokenizer {hf.name_or_path}: decoder {sorted(kinds) or 'none'} is neither byte-level nor SentencePiece"
+        )
+    added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
+    vocab = backend.get_vocab(with_added_tokens=True)
+    table = [b""] * (max(vocab.values(), default=-1) + 1)
+    for word, i in vocab.items():
+        if i not in added:
+            try:
+                table[i] = to_bytes(word)
+            except KeyError:  # a word outside the byte alphabet: some converters keep special words verbatim
+                table[i] = word.encode()
+    for i, content in added.items():
+        table[i] = content.encode()
+    return table
+
+
+def byte_alphabet() -> dict[int, str]:
+    """GPT-2's byte alphabet: printable Latin-1 bytes stand for themselves, the 68 others for U+0100 and up, in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in set(printable)]
+    return {b: chr(b) for b in printable} | {b: chr(0x100 + n) for n, b in enumerate(others)}
+
+
+def _sentencepiece_bytes(word: str) -> bytes:
+    byte = _BYTE_TOKEN.fullmatch(word)
+    return bytes([int(byte[1], 16)]) if byte else word.replace(_SPACE, " ").encode()
+
+
+def _decoder_kinds(backend: Any) -> set[str]:
+    """Names of the decoder's stages, e.g. {"ByteLevel"}."""
+    if backend.decoder is None:
+        return set()
+    state = json.loads(backend.decoder.__getstate__())
+    stages = state.get("decoders", [state])
+    return {stage["type"] for stage in stages}
+
+
+def _load_hf(source: str) -> Any:
+    import transformers
+
+    path = pathlib.Path(source)
+    if path.exists() and not path.is_dir():
+        raise TokenizerError(f"tokenizer {source}: a folder or hub id is needed, this is a file")
+    if not path.exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        raise TokenizerError(f"tokenizer {source}: no such folder")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TokenizerError(f"tokenizer {source}: cannot be loaded: {reason}") from error
+
+
+def _stop_ids(source: str, hf: Any) -> tuple[int, ...]:
+    """The eos ids of generation_config.json and of the tokenizer together."""
+    import transformers
+
+    found = set() if hf.eos_token_id is None else {int(hf.eos_token_id)}
+    try:
+        eos = transformers.GenerationConfig.from_pretrained(source).eos_token_id
+    except OSError:  # there is no generation_config.json
+        eos = None
+    if eos is not None:
+        found.update(int(i) for i in (eos if isinstance(eos, (list, tuple)) else [eos]))
+    if not found:
+        raise TokenizerError(
+            f"tokenizer {source}: no end-of-turn id; set eos_token in tokenizer_config.json "
+            "or eos_token_id in generation_config.json"
+        )
+    return tuple(sorted(found))

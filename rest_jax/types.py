@@ -1,0 +1,126 @@
+"""Every array record that crosses a door, and the glossary of dimension letters.
+
+Letters: B batch rows, P prompts (= groups), G responses a prompt, T time, Tp prompt time, Tr response time, S cache slots,
+D model, N heads, K key/value heads, H head dim, F mlp, V vocabulary, L layers, R regions (`answer.NUM_REGIONS`), M micro-batches.
+
+Layout. The unit is the prompt group: one prompt and its G responses, each stored once. Prompts are right-padded
+(`prompt_length` says where they end); response token t of a group sits at position `prompt_length + t`.
+
+Shift convention, stated once: every per-token field of a response (`logp`, `entropy`, `gini`, `region`, `weight`, mask) at
+index t belongs to the token `responses[..., t]`, i.e. to the PREDICTED token; it was predicted from the hidden state one
+position earlier (for t = 0: that of the last prompt token). `response_length` counts the policy's tokens, the end-of-turn
+token included; fields at and after it are zero, ids are the padding id.
+
+Flow: StepRecord -> PromptBatch -> RolloutBatch -> ScoredBatch -> TrainBatch -> TrainState.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Key
+
+Params = Any  # nested dict of arrays: the "params" collection of the decoder
+
+
+@struct.dataclass
+class PromptBatch:
+    """Prompts of one step. `row` is the prompt's index in the data order: it keys the sampling, not its place here."""
+
+    tokens: Int[Array, "P Tp"]  # int32, right-padded
+    length: Int[Array, " P"]  # int32, >= 1
+    row: Int[Array, " P"]  # int32
+
+
+@struct.dataclass
+class RolloutBatch:
+    """Prompts with G sampled responses each. All per-token fields follow the shift convention above."""
+
+    prompt: Int[Array, "P Tp"]  # int32
+    prompt_length: Int[Array, " P"]  # int32
+    responses: Int[Array, "P G Tr"]  # int32
+    response_length: Int[Array, "P G"]  # int32
+    logp: Float[Array, "P G Tr"]  # float32, nats, of the distribution sampled from
+    entropy: Float[Array, "P G Tr"]  # float32, nats, temperature 1, full support
+    gini: Float[Array, "P G Tr"]  # float32, 1 - sum_v p^2, temperature 1, full support
+
+    def validate(self) -> "RolloutBatch":
+        """Returns self; ValueError naming the field whose shape differs from that of `responses`."""
+        _check_shapes("RolloutBatch", self.responses.shape, self.logp, self.entropy, self.gini)
+        _check_shapes("RolloutBatch", self.responses.shape[:2], self.response_length)
+        _check_shapes("RolloutBatch", self.prompt.shape[:1], self.prompt_length)
+        return self
+
+
+@struct.dataclass
+class ScoredBatch:
+    """A rollout with what the host found in its text: regions and rewards."""
+
+    rollout: RolloutBatch
+    region: Int[Array, "P G Tr"]  # int8, answer.Region; NONE at and after response_length
+    reward: Float[Array, "P G"]  # float32, the sum of the scaled parts
+    format_score: Float[Array, "P G"]  # float32, S_format in [0, 1]
+
+    def validate(self) -> "ScoredBatch":
+        """Returns self; ValueError naming shapes that disagree."""
+        self.rollout.validate()
+        _check_shapes("ScoredBatch", self.rollout.responses.shape, self.region)
+        _check_shapes("ScoredBatch", self.rollout.responses.shape[:2], self.reward, self.format_score)
+        return self
+
+
+@struct.dataclass
+class TrainBatch:
+    """What the update reads. `weight` carries no gradient and is zero outside the policy's tokens."""
+
+    prompt: Int[Array, "P Tp"]  # int32
+    prompt_length: Int[Array, " P"]  # int32
+    responses: Int[Array, "P G Tr"]  # int32
+    response_length: Int[Array, "P G"]  # int32
+    logp_old: Float[Array, "P G Tr"]  # float32
+    logp_ref: Float[Array, "P G Tr"] | None  # float32; None unless a KL term is on
+    advantage: Float[Array, "P G"]  # float32
+    weight: Float[Array, "P G Tr"]  # float32
+    correction: Float[Array, "P G Tr"] | None  # float32, truncated importance weight; None when off
+
+    @property
+    def mask(self) -> Bool[Array, "P G Tr"]:
+        """True on the policy's own tokens."""
+        return response_mask(self.response_length, self.responses.shape[-1])
+
+
+@struct.dataclass
+class CurriculumState:
+    """State of the token weights (METHOD section 5). Every field is an array, so it is saved bit for bit."""
+
+    step: Int[Array, ""]  # int32, updates seen
+    nu: Float[Array, ""]  # float32, progress in [0, 1]
+    entropy: Float[Array, " R"]  # float32, EMA of the mean entropy of each region, nats
+    gini: Float[Array, " R"]  # float32, EMA of the mean 1 - sum p^2
+    seen: Bool[Array, " R"]  # whether a region has occurred yet
+    count: Float[Array, " R"]  # float32, EMA of the number of tokens a batch
+    weight: Float[Array, " R"]  # float32, region weights in force
+    format_score: Float[Array, ""]  # float32, EMA of S_format
+
+
+@struct.dataclass
+class TrainState:
+    """The whole of training: state in, state out; the one thing to checkpoint."""
+
+    step: Int[Array, ""]  # int32, rollout steps taken (supervised: optimiser updates)
+    params: Params  # float32 master weights
+    opt_state: Any
+    rng: Key[Array, ""]  # the run's key; never split, only folded with (step, row, sample)
+    curriculum: CurriculumState
+
+
+def response_mask(length: Int[Array, "..."], size: int) -> Bool[Array, "... T"]:
+    """True where index < length, on a new last axis of `size`."""
+    return jnp.arange(size) < length[..., None]
+
+
+def _check_shapes(record: str, shape: tuple[int, ...], *fields: jax.Array) -> None:
+    for field in fields:
+        if field.shape != tuple(shape):
+            raise ValueError(f"{record}: a field of shape {field.shape} where {tuple(shape)} is needed")

@@ -1,0 +1,18 @@
+"""Packages of the wheel: rest_jax, and the recipes in configs/ as the data of rest_jax._configs."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+CONFIGS = pathlib.Path("configs")
+folders = [CONFIGS, *sorted(path for path in CONFIGS.rglob("*") if path.is_dir())]
+shipped = {
+    "rest_jax._configs" + "".join(f".{part}" for part in path.relative_to(CONFIGS).parts): path
+    for path in folders
+}
+
+setup(
+    packages=[*find_packages(include=["rest_jax", "rest_jax.*"]), *shipped],
+    package_dir={name: path.as_posix() for name, path in shipped.items()},
+    package_data={name: ["*"] for name in shipped},
+)

@@ -1,0 +1,190 @@
+"""Loaders: the order, its resumption, the padding, the dropping of long records."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from rest_jax.config import DataConfig
+from rest_jax.data import synthetic
+from rest_jax.data.loader import bucketed, make_loader, pad, sft_loader
+from rest_jax.data.prepare import Prepared, load_split, prepare, prepare_supervised, tokenize_supervised
+from rest_jax.data.sources import write_records
+from rest_jax.data.tiny_tokenizer import train_tokenizer
+from rest_jax.templates import TEMPLATES
+from rest_jax.tokenizer import Tokenizer
+
+TEMPLATE = TEMPLATES["toolrl"]
+CFG = DataConfig(brief_prompt=True)
+SIZE = 10
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    texts = [m["content"] for r in synthetic.world("train", 0, 200) for m in r.prompt_messages(TEMPLATE, True)]
+    train_tokenizer(texts, 600, folder)
+    return Tokenizer.load(folder)
+
+
+@pytest.fixture(scope="module")
+def prepared(tokenizer) -> Prepared:
+    return prepare(synthetic.world("train", 0, SIZE), tokenizer, TEMPLATE, CFG)
+
+
+def _rows(loader, count=None):
+    return [batch.row.tolist() for batch, _ in itertools.islice(loader, count)]
+
+
+def _loader(prepared, cfg=CFG, batch=3, seed=0, num_steps=None):
+    return make_loader(prepared, batch_prompts=batch, seed=seed, pad_id=0, cfg=cfg, num_steps=num_steps)
+
+
+def test_an_epoch_sees_each_record_once_in_an_order_of_its_own(prepared):
+    loader = _loader(prepared, batch=5)
+    assert loader.batches_per_epoch == 2
+    rows = np.array(_rows(loader, 6)).reshape(3, SIZE)
+    for epoch, seen in enumerate(rows):
+        assert sorted(seen) == list(range(epoch * SIZE, (epoch + 1) * SIZE))
+    orders = {tuple(seen % SIZE) for seen in rows}
+    assert len(orders) == 3
+
+
+def test_the_last_incomplete_batch_of_an_epoch_is_dropped(prepared):
+    loader = _loader(prepared, batch=4, num_steps=5)
+    rows = _rows(loader)
+    assert len(rows) == 5 and loader.batches_per_epoch == 2
+    assert [row[0] // SIZE for row in rows] == [0, 0, 1, 1, 2]
+
+
+def test_the_seed_decides_the_order(prepared):
+    assert _rows(_loader(prepared), 6) == _rows(_loader(prepared), 6)
+    assert _rows(_loader(prepared), 6) != _rows(_loader(prepared, seed=1), 6)
+    plain = _rows(_loader(prepared, CFG.model_copy(update={"shuffle": False})), 4)
+    assert plain == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [10, 11, 12]]
+
+
+@pytest.mark.parametrize("done", [0, 1, 2, 3, 7])
+def test_resumes_where_it_stopped(prepared, done):
+    loader = _loader(prepared, num_steps=9)
+    for _ in range(done):
+        next(loader)
+    state = json.loads(json.dumps(loader.get_state()))
+    rest = _rows(loader)
+    again = _loader(prepared, num_steps=9)
+    again.set_state(state)
+    assert _rows(again) == rest and len(rest) == 9 - done
+
+
+def test_resumes_with_workers(prepared):
+    cfg = CFG.model_copy(update={"workers": 1})
+    loader = _loader(prepared, cfg, num_steps=5)
+    assert _rows(loader, 2) == _rows(_loader(prepared), 2)
+    state = json.loads(json.dumps(loader.get_state()))
+    rest = _rows(loader)
+    again = _loader(prepared, cfg, num_steps=5)
+    again.set_state(state)
+    assert _rows(again) == rest and len(rest) == 3
+
+
+@pytest.mark.parametrize(("key", "other"), [("batch", {"batch": 2}), ("seed", {"seed": 9})])
+def test_a_state_of_another_run_is_refused(prepared, key, other):
+    state = _loader(prepared).get_state()
+    with pytest.raises(ValueError, match=f"saved with {key} {state[key]}, this run has {key} {other[key]}"):
+        _loader(prepared, **other).set_state(state)
+
+
+def test_batches_hold_their_records(prepared, tokenizer):
+    batch, records = next(_loader(prepared))
+    assert batch.tokens.dtype == batch.length.dtype == batch.row.dtype == np.int32
+    assert batch.tokens.shape[1] % 64 == 0 and batch.tokens.shape[1] == bucketed(prepared.prompts)
+    for tokens, length, row, record in zip(batch.tokens, batch.length, batch.row, records, strict=True):
+        assert record == prepared.records[row]
+        prompt = tokenizer.encode_prompt(record.prompt_messages(TEMPLATE, True))
+        assert np.array_equal(tokens[:length], prompt)
+        assert (tokens[length:] == 0).all()
+
+
+def test_processes_take_their_parts_of_the_global_batch(prepared, monkeypatch):
+    whole = _rows(_loader(prepared, batch=4), 3)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    parts = []
+    for process in range(2):
+        monkeypatch.setattr("jax.process_index", lambda process=process: process)
+        parts.append(_rows(_loader(prepared, batch=4), 3))
+    assert [a + b for a, b in zip(*parts, strict=True)] == whole
+    with pytest.raises(ValueError, match="batch of 3 prompts cannot be divided over 2 processes"):
+        _loader(prepared, batch=3)
+
+
+def test_fewer_records_than_a_batch(prepared):
+    with pytest.raises(ValueError, match="10 usable records, fewer than one batch of 11"):
+        _loader(prepared, batch=11)
+
+
+def test_row_ids_never_pass_32_bits(prepared):
+    with pytest.raises(ValueError, match="row ids would pass"):
+        _loader(prepared, num_steps=2**31)
+
+
+def test_long_prompts_are_dropped_and_counted(tokenizer):
+    records = synthetic.world("train", 0, 40)
+    lengths = [len(tokenizer.encode_prompt(r.prompt_messages(TEMPLATE, True))) for r in records]
+    limit = int(np.median(lengths))
+    made = prepare(records, tokenizer, TEMPLATE, CFG.model_copy(update={"max_prompt_tokens": limit}))
+    assert made.records == [r for r, n in zip(records, lengths, strict=True) if n <= limit]
+    assert made.dropped == sum(n > limit for n in lengths) > 0
+    assert made.percentiles()["max"] <= limit
+    assert f"{made.dropped} dropped (longer than {limit} tokens)" in made.summary()
+
+
+def test_nothing_fits(tokenizer):
+    cfg = CFG.model_copy(update={"max_prompt_tokens": 5})
+    with pytest.raises(ValueError, match=r"max_prompt_tokens 5: every one of the 3 records is longer \(shortest: \d+"):
+        prepare(synthetic.world("train", 0, 3), tokenizer, TEMPLATE, cfg)
+    with pytest.raises(ValueError, match="no records"):
+        prepare([], tokenizer, TEMPLATE, CFG)
+
+
+def test_supervised_answers_end_with_the_end_of_turn(tokenizer):
+    record = synthetic.world("train", 0, 1)[0]
+    prompt, answer = tokenize_supervised(record, tokenizer, TEMPLATE, brief=True)
+    assert answer[-1] == tokenizer.end_id and answer.dtype == prompt.dtype == np.int32
+    assert tokenizer.text(answer[:-1]) == TEMPLATE.render_answer(record.target)
+
+
+def test_supervised_batches_are_groups_of_one(tokenizer):
+    records = synthetic.demonstrations("train", 0, 8)
+    made = prepare_supervised(records, tokenizer, TEMPLATE, CFG, max_tokens=1000)
+    batch, held = next(sft_loader(made, batch_size=4, seed=0, pad_id=tokenizer.pad_id, cfg=CFG))
+    assert batch.prompt.shape[0] == 4 and batch.responses.shape[:2] == (4, 1)
+    for i, record in enumerate(held):
+        prompt, answer = tokenize_supervised(record, tokenizer, TEMPLATE, brief=True)
+        assert np.array_equal(batch.prompt[i, : batch.prompt_length[i]], prompt)
+        assert np.array_equal(batch.responses[i, 0, : batch.response_length[i, 0]], answer)
+        assert record == records[batch.row[i]]
+
+
+def test_supervised_records_that_are_too_long(tokenizer):
+    records = synthetic.world("train", 0, 40)
+    totals = [sum(map(len, tokenize_supervised(r, tokenizer, TEMPLATE, True))) for r in records]
+    limit = int(np.median(totals))
+    made = prepare_supervised(records, tokenizer, TEMPLATE, CFG, max_tokens=limit)
+    assert made.size == sum(n <= limit for n in totals) and made.dropped == len(records) - made.size
+
+
+def test_pad():
+    tokens, length = pad([np.array([1, 2, 3]), np.array([4])], 5, 9)
+    assert tokens.tolist() == [[1, 2, 3, 9, 9], [4, 9, 9, 9, 9]] and length.tolist() == [3, 1]
+
+
+def test_splits_by_name_and_by_path(tmp_path):
+    cfg = DataConfig(synthetic_size=30, synthetic_seed=2, synthetic_level="single")
+    assert load_split("synthetic:train", cfg) == synthetic.world("train", 2, 30, "single")
+    assert load_split("synthetic:train", cfg, limit=4) == synthetic.world("train", 2, 4, "single")
+    assert load_split("synthetic:eval", cfg, limit=4) == synthetic.world("eval", 2, 4, "single")
+    assert load_split("synthetic:demonstrations", cfg) == synthetic.demonstrations("train", 2, 30, "single")
+    write_records(tmp_path / "r.jsonl", synthetic.world("eval", 0, 5))
+    assert load_split(str(tmp_path / "r.jsonl"), cfg, limit=3) == synthetic.world("eval", 0, 3)
+    with pytest.raises(ValueError, match="synthetic:test"):
+        load_split("synthetic:test", cfg)
