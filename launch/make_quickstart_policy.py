@@ -50,7 +50,9 @@ def write_random_model(folder: pathlib.Path, template: str, seed: int) -> None:
     """Tokenizer, config and random weights as an HF folder."""
     form = TEMPLATES[template]
     records = synthetic.demonstrations("train", seed, TOKENIZER_RECORDS)
-    prompts = ("\n".join(m["content"] for m in r.prompt_messages(form, brief=True)) for r in records)
+    prompts = (
+        "\n".join(m["content"] for m in r.prompt_messages(form, brief=True)) for r in records
+    )
     texts = [p + form.render_answer(r.target) for p, r in zip(prompts, records, strict=True)]
     files = folder.with_name(folder.name + "-files")
     train_tokenizer(texts, VOCABULARY, files)

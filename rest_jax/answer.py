@@ -42,7 +42,9 @@ class Target:
     calls: tuple[Call, ...] = ()
     response: str | None = None
     think: str | None = None  # reasoning to imitate in supervised runs; never rewarded
-    text: str | None = None  # the answer verbatim, when the source gives one; supervised runs train on it
+    text: str | None = (
+        None  # the answer verbatim, when the source gives one; supervised runs train on it
+    )
 
 
 class Block(enum.StrEnum):
@@ -51,7 +53,9 @@ class Block(enum.StrEnum):
     THINK = "think"  # a closed think block
     CALLS = "calls"  # one closed block of calls (toolrl, hermes), one bare call (llama3)
     RESPONSE = "response"  # a closed response block (toolrl) or the free text of the answer (hermes, llama3)
-    TEXT = "text"  # text outside any block where the template allows none (white space does not count)
+    TEXT = (
+        "text"  # text outside any block where the template allows none (white space does not count)
+    )
     BROKEN = "broken"  # an unclosed tag, a stray closing tag, a block where none may stand
 
 

@@ -5,6 +5,7 @@ under its dotted path), `extra` (JSON: loader state, config, and for every leaf 
 A checkpoint that cannot be read or does not match its fingerprints is named on stderr and the one before it is used.
 """
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -172,12 +173,12 @@ def restore_params(
 
 def _split(state: TrainState) -> tuple[Params, storage.Leaves]:
     """The parameters, and every other leaf under its dotted path; keys as their integer data."""
-    rest = storage.named(state.replace(params=None))  # pyright: ignore[reportAttributeAccessIssue]
+    rest = storage.named(dataclasses.replace(state, params=None))
     return state.params, {name: storage.plain(leaf) for name, leaf in rest.items()}
 
 
 def _join(abstract: TrainState, params: Params, rest: storage.Leaves) -> TrainState:
-    empty = abstract.replace(params=None)  # pyright: ignore[reportAttributeAccessIssue]
+    empty = dataclasses.replace(abstract, params=None)
     leaves = []
     for name, like in storage.named(empty).items():
         leaf = rest[name]
@@ -185,7 +186,7 @@ def _join(abstract: TrainState, params: Params, rest: storage.Leaves) -> TrainSt
             leaf = jax.random.wrap_key_data(leaf, impl=storage.key_impl(like))
         leaves.append(leaf)
     state = jax.tree.unflatten(jax.tree.structure(empty), leaves)
-    return state.replace(params=params)
+    return dataclasses.replace(state, params=params)
 
 
 def _seal(content: dict[str, Any]) -> dict[str, str]:

@@ -37,7 +37,9 @@ class ModelConfig(Section):
     """Where the policy comes from and how it computes."""
 
     source: str  # HF folder, hub id (needs the network), or a checkpoint made by `rest-jax convert`
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; auto: bfloat16 on accelerators, float32 on CPU
+    dtype: Literal["auto", "float32", "bfloat16"] = (
+        "auto"  # compute; auto: bfloat16 on accelerators, float32 on CPU
+    )
     remat: Literal["none", "block", "dots"] = "block"  # what the backward pass recomputes
     tokenizer: str | None = None  # defaults to `source`
 
@@ -48,7 +50,9 @@ class DataConfig(Section):
     train: str = "synthetic:train"
     eval: str | None = "synthetic:eval"
     template: Literal["toolrl", "hermes", "llama3"] = "toolrl"
-    brief_prompt: bool = False  # toolrl: only the tool list and one line on the format, for tiny models
+    brief_prompt: bool = (
+        False  # toolrl: only the tool list and one line on the format, for tiny models
+    )
     max_prompt_tokens: PositiveInt = 2048  # longer prompts are dropped and counted, never cut
     train_limit: PositiveInt | None = None
     eval_limit: PositiveInt | None = None
@@ -68,9 +72,13 @@ class RolloutConfig(Section):
     temperature: PositiveFloat = 1.0
     top_k: NonNegativeInt = 0  # 0: full support
     top_p: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
-    allow_truncated_support: bool = False  # training with top-k/top-p below full support is refused unless asked for
+    allow_truncated_support: bool = (
+        False  # training with top-k/top-p below full support is refused unless asked for
+    )
     recompute_logp: bool = False  # a second forward pass for logp_old instead of the sampler's own
-    importance_cap: PositiveFloat | None = None  # truncated importance correction; needs recompute_logp
+    importance_cap: PositiveFloat | None = (
+        None  # truncated importance correction; needs recompute_logp
+    )
     prompts_per_call: PositiveInt | None = None  # prompts decoded together; None: all of a step
 
 
@@ -78,7 +86,9 @@ class RewardConfig(Section):
     """Rule-based reward (METHOD section 6)."""
 
     dynamic: bool = True  # False: the static ablation, format [0, 1], correctness [-3, 3]
-    progress_steps: PositiveInt | None = None  # steps until the dynamic scale is reached; None: the whole run
+    progress_steps: PositiveInt | None = (
+        None  # steps until the dynamic scale is reached; None: the whole run
+    )
     format_scale_start: PositiveFloat = 2.0  # hi = +x, lo = -x
     format_scale_end: PositiveFloat = 1.0
     correctness_scale_start: PositiveFloat = 2.0
@@ -96,7 +106,9 @@ class RewardConfig(Section):
 class WeightsConfig(Section):
     """Region weights (METHOD section 4)."""
 
-    rule: Literal["inverse_bound", "inverse_entropy", "inverse_gini", "constant", "uniform"] = "inverse_bound"
+    rule: Literal["inverse_bound", "inverse_entropy", "inverse_gini", "constant", "uniform"] = (
+        "inverse_bound"
+    )
     name_anchor: PositiveFloat = 1.2
     entropy_floor: PositiveFloat = 1e-3  # nats
     w_min: PositiveFloat = 0.1
@@ -113,12 +125,21 @@ class WeightsConfig(Section):
     other: NonNegativeFloat = 1.0
     # ablations: regions whose weight is zero, by name; the only way to a zero weight besides the released preset
     zero: tuple[Literal["tag", "scaffold", "name", "param", "think", "response", "other"], ...] = ()
-    allow_zero_constants: bool = False  # the released preset's zeros (scaffold, response, other); with rule `constant`
+    allow_zero_constants: bool = (
+        False  # the released preset's zeros (scaffold, response, other); with rule `constant`
+    )
 
     @pydantic.model_validator(mode="after")
     def _ordered(self):
         if self.w_min > self.w_max:
             raise ValueError(f"w_min {self.w_min} is above w_max {self.w_max}")
+        named = ("tag", "scaffold", "name", "param", "think", "response", "other")
+        zeros = [name for name in named if getattr(self, name) == 0]
+        if zeros and not self.allow_zero_constants:
+            raise ValueError(
+                f"{', '.join(zeros)}: 0 takes all gradient from these tokens; list them in weights.zero (an ablation), "
+                "or set weights.allow_zero_constants true (the released-code preset)"
+            )
         return self
 
 
@@ -132,7 +153,9 @@ class CurriculumConfig(Section):
     alpha_format: NonNegativeFloat = 0.4
     alpha_param: NonNegativeFloat = 0.6
     alpha_think: NonNegativeFloat = 0.6
-    param_max: PositiveFloat | None = None  # ceilings of the ramps; None: w_max (the released preset: 1.2 and 1.0)
+    param_max: PositiveFloat | None = (
+        None  # ceilings of the ramps; None: w_max (the released preset: 1.2 and 1.0)
+    )
     think_max: PositiveFloat | None = None
     start_param: PositiveFloat | None = None  # tuned preset: base weights set by hand at nu = 0
     start_think: PositiveFloat | None = None
@@ -145,7 +168,9 @@ class CurriculumConfig(Section):
     mass_end_param: Fraction = 0.30
     mass_start_think: Fraction = 0.30
     mass_end_think: Fraction = 0.40
-    adaptive_low: Fraction = 0.5  # shape `adaptive`: nu = 0 at this EMA of the format score, 1 at `adaptive_high`
+    adaptive_low: Fraction = (
+        0.5  # shape `adaptive`: nu = 0 at this EMA of the format score, 1 at `adaptive_high`
+    )
     adaptive_high: Fraction = 0.95
     format_ema_decay: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.9
 
@@ -154,9 +179,13 @@ class CurriculumConfig(Section):
         for end in ("start", "end"):
             parts = [getattr(self, f"mass_{end}_{r}") for r in ("format", "name", "param", "think")]
             if sum(parts) > 1 + 1e-6:
-                raise ValueError(f"mass_{end}_*: shares sum to {sum(parts):.3f}, at most 1 is possible")
+                raise ValueError(
+                    f"mass_{end}_*: shares sum to {sum(parts):.3f}, at most 1 is possible"
+                )
         if self.adaptive_low >= self.adaptive_high:
-            raise ValueError(f"adaptive_low {self.adaptive_low} is not below adaptive_high {self.adaptive_high}")
+            raise ValueError(
+                f"adaptive_low {self.adaptive_low} is not below adaptive_high {self.adaptive_high}"
+            )
         return self
 
 
@@ -164,7 +193,9 @@ class LossConfig(Section):
     """Advantage and policy loss (METHOD section 7)."""
 
     advantage: Literal["grpo", "dr_grpo"] = "grpo"
-    aggregation: Literal["weighted_token_mean", "token_mean", "sequence_mean", "fixed_length"] = "weighted_token_mean"
+    aggregation: Literal["weighted_token_mean", "token_mean", "sequence_mean", "fixed_length"] = (
+        "weighted_token_mean"
+    )
     clip_low: PositiveFloat = 0.2
     clip_high: PositiveFloat = 0.2
     dual_clip: Annotated[float, pydantic.Field(gt=1)] | None = 3.0
@@ -209,8 +240,12 @@ class TrainConfig(Section):
 
     steps: PositiveInt | None = None  # None: `epochs` over the data
     epochs: PositiveFloat = 1.0
-    prompts_per_update: PositiveInt | None = None  # prompts of a mini-batch; None: one update a step
-    micro_prompts: PositiveInt | None = None  # prompts (supervised: records) of a micro-batch; None: the mini-batch
+    prompts_per_update: PositiveInt | None = (
+        None  # prompts of a mini-batch; None: one update a step
+    )
+    micro_prompts: PositiveInt | None = (
+        None  # prompts (supervised: records) of a micro-batch; None: the mini-batch
+    )
     eval_every: NonNegativeInt = 15  # 0: only before the first and after the last step
     eval_before: bool = True
     eval_prompts_per_call: PositiveInt = 64
@@ -253,7 +288,12 @@ class Config(Section):
         r, t = self.rollout, self.train
         update = t.prompts_per_update or r.prompts_per_step
         _divides("rollout.prompts_per_step", r.prompts_per_step, "train.prompts_per_update", update)
-        _divides("the mini-batch (train.prompts_per_update)", update, "train.micro_prompts", t.micro_prompts or update)
+        _divides(
+            "the mini-batch (train.prompts_per_update)",
+            update,
+            "train.micro_prompts",
+            t.micro_prompts or update,
+        )
         call = r.prompts_per_call or r.prompts_per_step
         _divides("rollout.prompts_per_step", r.prompts_per_step, "rollout.prompts_per_call", call)
         if (r.top_k or r.top_p < 1) and not r.allow_truncated_support:
@@ -264,7 +304,9 @@ class Config(Section):
         if r.importance_cap is not None and not r.recompute_logp:
             raise ValueError("rollout.importance_cap needs rollout.recompute_logp true")
         if r.group_size < 2:
-            raise ValueError(f"rollout.group_size {r.group_size}: a group needs at least 2 responses")
+            raise ValueError(
+                f"rollout.group_size {r.group_size}: a group needs at least 2 responses"
+            )
         return self
 
 
@@ -283,11 +325,15 @@ def load(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) -> Conf
     except yaml.YAMLError as error:
         raise ConfigError(f"config {path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"config {path}: a mapping is needed at the top, found {type(raw).__name__}")
+        raise ConfigError(
+            f"config {path}: a mapping is needed at the top, found {type(raw).__name__}"
+        )
     return from_overrides(raw, overrides, str(path))
 
 
-def from_overrides(raw: dict[str, Any], overrides: typing.Sequence[str], origin: str = "config") -> Config:
+def from_overrides(
+    raw: dict[str, Any], overrides: typing.Sequence[str], origin: str = "config"
+) -> Config:
     """Applies `a.b=value` overrides (YAML values) to a plain tree, in place, and validates it. Raises ConfigError."""
     for override in overrides:
         _apply(raw, override)

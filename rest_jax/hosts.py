@@ -12,7 +12,9 @@ Tree = TypeVar("Tree")
 def to_mesh(tree: Tree, mesh: Mesh) -> Tree:
     """Leaves: this process's rows [P_local, ...] -> global arrays, first axis sharded over (data, fsdp)."""
     sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree
+    )
 
 
 def to_host(tree: Tree) -> Tree:

@@ -81,7 +81,9 @@ def is_run(source: str) -> bool:
     return (folder / checkpoint.FOLDER).is_dir() and (folder / MODEL_FOLDER).is_dir()
 
 
-def _load_run(folder: pathlib.Path, mesh: Mesh, dtype: Any, remat: Any) -> tuple[DecoderConfig, Params, pathlib.Path]:
+def _load_run(
+    folder: pathlib.Path, mesh: Mesh, dtype: Any, remat: Any
+) -> tuple[DecoderConfig, Params, pathlib.Path]:
     files = folder / MODEL_FOLDER
     sizes = decoder_config(read_json(files / "config.json"))
     config = dataclasses.replace(sizes, dtype=dtype, remat=remat)
@@ -115,5 +117,7 @@ def init_state(
         params=params_at, opt_state=tree_shardings_like(shapes.opt_state, policy.params, params_at)
     )
     state = jax.jit(make, out_shardings=shardings)(policy.params)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
     return state, abstract, shardings

@@ -18,7 +18,7 @@ import numpy as np
 from rest_jax import config as config_lib
 from rest_jax.checkpoint import Checkpoints
 from rest_jax.config import Config
-from rest_jax.errors import UserError
+from rest_jax.errors import RunStopped, UserError
 from rest_jax.hosts import is_first_process
 from rest_jax.metrics import MetricsWriter
 from rest_jax.types import TrainState
@@ -27,7 +27,7 @@ CONFIG_FILE = "config.yaml"
 MODEL_FOLDER = "model"
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(RunStopped):
     """The loss or the gradient is not finite."""
 
     def __init__(self, step: int, values: dict[str, float], batch: pathlib.Path):
@@ -62,7 +62,9 @@ class Run:
     checkpoints: Checkpoints
     stop: StopRequest
 
-    def resume(self, fresh: TrainState, abstract: TrainState) -> tuple[TrainState, dict[str, Any] | None, int]:
+    def resume(
+        self, fresh: TrainState, abstract: TrainState
+    ) -> tuple[TrainState, dict[str, Any] | None, int]:
         """(state, loader state, step): the newest sound checkpoint, or the fresh state, None and 0."""
         if self.checkpoints.latest() is None:
             self.metrics.truncate_after(-1)
@@ -111,7 +113,9 @@ def check_config(folder: pathlib.Path, config: Config) -> None:
     found = config_lib.differences(config_lib.load(path), config)
     if found:
         named = "; ".join(f"{d.path}: {d.old!r} there, {d.new!r} now" for d in found)
-        raise UserError(f"{folder} holds a run of another config ({named}); choose another name, or delete the folder")
+        raise UserError(
+            f"{folder} holds a run of another config ({named}); choose another name, or delete the folder"
+        )
 
 
 def copy_side_files(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -122,7 +126,9 @@ def copy_side_files(source: pathlib.Path, target: pathlib.Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for path in sorted(source.iterdir()):
-        weights = path.suffix in (".safetensors", ".bin", ".gguf") or path.name.endswith(".index.json")
+        weights = path.suffix in (".safetensors", ".bin", ".gguf") or path.name.endswith(
+            ".index.json"
+        )
         if path.is_file() and not weights:
             shutil.copy2(path, partial / path.name)
     os.replace(partial, target)

@@ -13,7 +13,7 @@ from rest_jax.config import Config
 from rest_jax.data.loader import SupervisedBatch, sft_loader
 from rest_jax.data.prepare import Prepared, load_split, prepare_supervised
 from rest_jax.errors import UserError
-from rest_jax.evaluation.heldout import Evaluator, report_evaluations
+from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
 from rest_jax.hosts import is_first_process, to_mesh
 from rest_jax.metrics import Progress
 from rest_jax.optimizer import make_optimizer
@@ -24,7 +24,6 @@ from rest_jax.rl.supervised import GoldBatch, SupervisedConfig, make_supervised_
 from rest_jax.run import Run, TrainingStopped, open_run, save_batch
 from rest_jax.sharding import activate, check_batch
 from rest_jax.templates import TEMPLATES
-from rest_jax.train import held_out
 
 
 def run(config: Config, dry_run: bool = False) -> int:
@@ -32,16 +31,29 @@ def run(config: Config, dry_run: bool = False) -> int:
     policy = load_policy(config.model, config.mesh)
     micro = config.train.micro_prompts or config.sft.batch_size
     if config.sft.batch_size % micro:
-        raise UserError(f"sft.batch_size {config.sft.batch_size} is not a multiple of train.micro_prompts {micro}")
-    check_batch("train.micro_prompts" if config.train.micro_prompts else "sft.batch_size", micro, policy.mesh)
+        raise UserError(
+            f"sft.batch_size {config.sft.batch_size} is not a multiple of train.micro_prompts {micro}"
+        )
+    check_batch(
+        "train.micro_prompts" if config.train.micro_prompts else "sft.batch_size",
+        micro,
+        policy.mesh,
+    )
     records = load_split(config.data.train, config.data, config.data.train_limit)
     template = TEMPLATES[config.data.template]
-    data = prepare_supervised(records, policy.tokenizer, template, config.data, config.sft.max_tokens)
+    data = prepare_supervised(
+        records, policy.tokenizer, template, config.data, config.sft.max_tokens
+    )
     steps = config.train.steps or int(data.size // config.sft.batch_size * config.train.epochs)
     if steps == 0:
-        raise UserError(f"data.train: {data.size} records, fewer than sft.batch_size {config.sft.batch_size}")
+        raise UserError(
+            f"data.train: {data.size} records, fewer than sft.batch_size {config.sft.batch_size}"
+        )
     if is_first_process():
-        print(f"{config.name}: {data.summary()}\n{steps} steps of {config.sft.batch_size} records", flush=True)
+        print(
+            f"{config.name}: {data.summary()}\n{steps} steps of {config.sft.batch_size} records",
+            flush=True,
+        )
     if dry_run:
         return 0
     with contextlib.closing(open_run(config, policy.files)) as opened, activate(policy.mesh):
@@ -60,7 +72,9 @@ class Loop:
         self.state, self.abstract, shardings = init_state(policy, tx, schedule, config.seed)
         micro = config.sft.batch_size // (config.train.micro_prompts or config.sft.batch_size)
         step_config = SupervisedConfig(config.sft, micro, config.loss.vocab_chunk)
-        self.train_step = make_supervised_step(policy.decoder, tx, step_config, policy.mesh, shardings)
+        self.train_step = make_supervised_step(
+            policy.decoder, tx, step_config, policy.mesh, shardings
+        )
         self.cast = policy.rollout_cast()
         self.evaluator = Evaluator.of(config, policy, held_out(config, policy))
         self.batches = sft_loader(
@@ -92,7 +106,9 @@ class Loop:
             last = step == self.steps or self.opened.stop.received
             self.after(step, last)
             if self.opened.stop.received:
-                self.progress.message(f"SIGTERM: saved at step {step}; run the same command to go on")
+                self.progress.message(
+                    f"SIGTERM: saved at step {step}; run the same command to go on"
+                )
                 break
         self.flush()
         self.progress.close()
@@ -103,7 +119,10 @@ class Loop:
         tokenizer = self.policy.tokenizer
         ids, length = batch.responses[:, 0], batch.response_length[:, 0]
         text = length - 1  # the last token is the end of the turn
-        answers = [self.template.parse(tokenizer.bytes_of(row[:n])) for row, n in zip(ids, text, strict=True)]
+        answers = [
+            self.template.parse(tokenizer.bytes_of(row[:n]))
+            for row, n in zip(ids, text, strict=True)
+        ]
         region = label_tokens(answers, tokenizer.piece_lengths[ids], text, np.ones(len(ids), bool))
         return GoldBatch(
             prompt=batch.prompt,  # type: ignore[arg-type]
@@ -130,7 +149,9 @@ class Loop:
         }
         if is_first_process():
             self.opened.metrics.write(step, values)
-            self.progress.update(step, values["update/loss"], values["time/tokens_per_second"], "loss")
+            self.progress.update(
+                step, values["update/loss"], values["time/tokens_per_second"], "loss"
+            )
 
     def after(self, step: int, last: bool) -> None:
         """Evaluation and checkpoint, when due; both read the step's metrics first."""

@@ -1,9 +1,9 @@
 """The mesh, and the one table from logical axis names to mesh axes.
 
-Modules name logical axes only ("embed", "heads", ..); `RULES` says which mesh axes (data, fsdp, tensor, expert) hold them.
-Train layout: weights split over fsdp and tensor. Rollout layout: over tensor only, so that decoding gathers nothing.
-`activate(mesh)` around a run makes the decoder pin its activations to the batch axes. All axes are Auto: XLA places the
-collectives from the shardings of inputs and outputs.
+Modules name logical axes only ("embed", "heads", ..); `RULES` says which mesh axes (data, fsdp, tensor,
+expert) hold them. Train layout: weights split over fsdp and tensor. Rollout layout: over tensor only, so
+that decoding gathers no weights. `activate(mesh)` around a run makes the decoder pin its activations to
+the batch axes. All axes are Auto: XLA places the collectives from the shardings of inputs and outputs.
 """
 
 import contextlib
@@ -35,10 +35,12 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
 }
 _UNSPLIT_IN_ROLLOUT = ("embed",)
-_REPLICATED_WHEN_FEW = ("kv_heads",)  # fewer kv heads than tensor devices: every device keeps them all
+_REPLICATED_WHEN_FEW = (
+    "kv_heads",
+)  # fewer kv heads than tensor devices: every device keeps them all
 
 
-def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh over `devices` (default: all) with axes data, fsdp, tensor, expert; -1 takes what is left.
 
     ValueError with both numbers when the sizes do not use exactly the devices there are.
@@ -57,7 +59,9 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
         raise ValueError(
             f"mesh ({named}) needs {fixed} devices and there are {len(devices)}; set one size to -1"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return jax.make_mesh(
+        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
 
 
 @contextlib.contextmanager
@@ -97,8 +101,8 @@ def param_shardings(
 ) -> Any:
     """NamedSharding of every parameter, as a plain nested dict like the parameters themselves.
 
-    A dimension its mesh axis does not divide is an error naming tensor, dimension and axis size; only kv heads fewer than
-    the tensor axis are replicated instead.
+    A dimension its mesh axis does not divide is an error naming tensor, dimension and axis size; only
+    kv heads fewer than the tensor axis are replicated instead.
     """
 
     def place(path: tuple[Any, ...], box: Any) -> NamedSharding:

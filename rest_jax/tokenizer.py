@@ -127,7 +127,9 @@ def byte_table(hf: Any) -> list[bytes]:
         if i not in added:
             try:
                 table[i] = to_bytes(word)
-            except KeyError:  # a word outside the byte alphabet: some converters keep special words verbatim
+            except (
+                KeyError
+            ):  # a word outside the byte alphabet: some converters keep special words verbatim
                 table[i] = word.encode()
     for i, content in added.items():
         table[i] = content.encode()

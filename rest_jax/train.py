@@ -19,7 +19,7 @@ from rest_jax.config import Config
 from rest_jax.data.loader import make_loader
 from rest_jax.data.prepare import Prepared, load_split, prepare
 from rest_jax.errors import UserError
-from rest_jax.evaluation.heldout import Evaluator, Held, report_evaluations
+from rest_jax.evaluation.heldout import Evaluator, Held, held_out, report_evaluations
 from rest_jax.hosts import is_first_process, to_host, to_mesh
 from rest_jax.metrics import Progress
 from rest_jax.optimizer import make_optimizer
@@ -65,8 +65,15 @@ def run(config: Config, dry_run: bool = False) -> int:
 
 def check_sizes(config: Config, policy: Policy) -> None:
     """Every batch axis must divide over the mesh; UserError with both numbers."""
-    rollout, update = config.rollout, config.train.prompts_per_update or config.rollout.prompts_per_step
-    check_batch("rollout.prompts_per_call", rollout.prompts_per_call or rollout.prompts_per_step, policy.mesh)
+    rollout, update = (
+        config.rollout,
+        config.train.prompts_per_update or config.rollout.prompts_per_step,
+    )
+    check_batch(
+        "rollout.prompts_per_call",
+        rollout.prompts_per_call or rollout.prompts_per_step,
+        policy.mesh,
+    )
     check_batch("train.micro_prompts", config.train.micro_prompts or update, policy.mesh)
 
 
@@ -89,16 +96,6 @@ def training_prompts(config: Config, policy: Policy) -> Prepared:
     return prepare(records, policy.tokenizer, TEMPLATES[config.data.template], config.data)
 
 
-def held_out(config: Config, policy: Policy) -> list[Held]:
-    """The held-out prompts; empty without `data.eval`."""
-    if config.data.eval is None:
-        return []
-    records = load_split(config.data.eval, config.data, config.data.eval_limit)
-    prepared = prepare(records, policy.tokenizer, TEMPLATES[config.data.template], config.data)
-    pairs = zip(prepared.prompts, prepared.records, strict=True)
-    return [Held(prompt, record.target, record.id) for prompt, record in pairs]
-
-
 def describe(config: Config, policy: Policy, train: Prepared, held: list[Held], steps: int) -> None:
     """What is about to run, in a few lines."""
     if not is_first_process():
@@ -117,7 +114,15 @@ def describe(config: Config, policy: Policy, train: Prepared, held: list[Held], 
 class Loop:
     """The compiled functions and the state of one run. A resource of `run`."""
 
-    def __init__(self, config: Config, policy: Policy, train: Prepared, held: list[Held], steps: int, opened: Run):
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        train: Prepared,
+        held: list[Held],
+        steps: int,
+        opened: Run,
+    ):
         self.config, self.policy, self.steps, self.opened = config, policy, steps, opened
         r, t = config.rollout, config.train
         update = t.prompts_per_update or r.prompts_per_step
@@ -137,14 +142,26 @@ class Loop:
             policy, tx, self.step_config.schedule, config.seed
         )
         # The reference is the starting policy; without a KL term nothing keeps a second copy of the weights.
-        self.reference = jax.tree.map(jnp.copy, policy.params) if config.loss.kl_coefficient > 0 else None
-        self.cast = policy.rollout_cast()
-        self.train_step = make_train_step(policy.decoder, tx, self.step_config, policy.mesh, shardings)
-        self.logprobs = make_logprobs(policy.decoder, self.step_config, policy.mesh, shardings.params)
-        settings = RolloutSettings(
-            r.group_size, r.max_response_tokens, policy.tokenizer.stop_ids, policy.tokenizer.pad_id, sampling
+        self.reference = (
+            jax.tree.map(jnp.copy, policy.params) if config.loss.kl_coefficient > 0 else None
         )
-        self.sample = make_rollout(policy.decoder, settings, policy.mesh, policy.shardings("rollout"))
+        self.cast = policy.rollout_cast()
+        self.train_step = make_train_step(
+            policy.decoder, tx, self.step_config, policy.mesh, shardings
+        )
+        self.logprobs = make_logprobs(
+            policy.decoder, self.step_config, policy.mesh, shardings.params
+        )
+        settings = RolloutSettings(
+            r.group_size,
+            r.max_response_tokens,
+            policy.tokenizer.stop_ids,
+            policy.tokenizer.pad_id,
+            sampling,
+        )
+        self.sample = make_rollout(
+            policy.decoder, settings, policy.mesh, policy.shardings("rollout")
+        )
         self.template = TEMPLATES[config.data.template]
         self.evaluator = Evaluator.of(config, policy, held)
         self.batches = make_loader(
@@ -172,7 +189,9 @@ class Loop:
             last = step == self.steps or self.opened.stop.received
             self.after(step, last)
             if self.opened.stop.received:
-                self.progress.message(f"SIGTERM: saved at step {step}; run the same command to go on")
+                self.progress.message(
+                    f"SIGTERM: saved at step {step}; run the same command to go on"
+                )
                 break
         self.flush()
         self.progress.close()
@@ -188,7 +207,12 @@ class Loop:
         sampled = time.monotonic()
         progress = self.reward_progress(step - 1)
         scored, scores = score_rollout(
-            host, [r.target for r in records], self.policy.tokenizer, self.template, self.config.reward, progress
+            host,
+            [r.target for r in records],
+            self.policy.tokenizer,
+            self.template,
+            self.config.reward,
+            progress,
         )
         done = time.monotonic()
         old, logp_ref = self.second_looks(rollout)
@@ -215,16 +239,26 @@ class Loop:
         calls = self.config.rollout.prompts_per_step // (
             self.config.rollout.prompts_per_call or self.config.rollout.prompts_per_step
         )
-        parts = [jax.tree.map(lambda x, i=i: np.array_split(x, calls)[i], batch) for i in range(calls)]
+        parts = [
+            jax.tree.map(lambda x, i=i: np.array_split(x, calls)[i], batch) for i in range(calls)
+        ]
         index = jnp.int32(step)
-        out = [self.sample(params, to_mesh(p, self.policy.mesh), self.state.rng, index) for p in parts]
+        out = [
+            self.sample(params, to_mesh(p, self.policy.mesh), self.state.rng, index) for p in parts
+        ]
         if len(out) == 1:
             return out[0]
-        return to_mesh(jax.tree.map(lambda *x: np.concatenate(x), *map(to_host, out)), self.policy.mesh)
+        return to_mesh(
+            jax.tree.map(lambda *x: np.concatenate(x), *map(to_host, out)), self.policy.mesh
+        )
 
     def second_looks(self, rollout: RolloutBatch) -> tuple[Any, Any]:
         """The trainer's own old log-probs and the reference's, each only when asked for."""
-        old = self.logprobs(self.state.params, rollout) if self.config.rollout.recompute_logp else None
+        old = (
+            self.logprobs(self.state.params, rollout)
+            if self.config.rollout.recompute_logp
+            else None
+        )
         if self.reference is None:
             return old, None
         return old, self.logprobs(self.reference, rollout).logp
@@ -233,7 +267,9 @@ class Loop:
         """Progress mu of the dynamic reward scale."""
         return min(1.0, step / (self.config.reward.progress_steps or self.steps))
 
-    def samples(self, step: int, scored: ScoredBatch, scores: list[list[Score]], records: Any) -> list[dict[str, Any]]:
+    def samples(
+        self, step: int, scored: ScoredBatch, scores: list[list[Score]], records: Any
+    ) -> list[dict[str, Any]]:
         """The first response of the first few prompts, readable."""
         found = []
         for i, record in enumerate(records[: self.config.train.samples_per_step]):
@@ -290,10 +326,14 @@ class Loop:
             self.progress.message(self.evaluator.record(self.opened.metrics, step, params))
 
 
-def reward_metrics(scores: list[list[Score]], targets: list[Target], progress: float) -> dict[str, float]:
+def reward_metrics(
+    scores: list[list[Score]], targets: list[Target], progress: float
+) -> dict[str, float]:
     """Means over the sampled answers of what the host found."""
     flat = [s for group in scores for s in group]
-    spurious = [s.spurious for group, t in zip(scores, targets, strict=True) for s in group if not t.calls]
+    spurious = [
+        s.spurious for group, t in zip(scores, targets, strict=True) for s in group if not t.calls
+    ]
     return {
         "reward/progress": progress,
         "reward/format_part": float(np.mean([s.format_part for s in flat])),

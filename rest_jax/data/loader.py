@@ -78,12 +78,20 @@ class Loader(Generic[T]):
         """Moves to a saved position. UserError when it was saved over other data, another batch size or another seed."""
         for key, here in self._identity.items():
             if state.get(key) != here:
-                raise UserError(f"loader state: saved with {key} {state.get(key)}, this run has {key} {here}")
+                raise UserError(
+                    f"loader state: saved with {key} {state.get(key)}, this run has {key} {here}"
+                )
         self._iterator.set_state(state["grain"])
 
 
 def make_loader(
-    prepared: Prepared, *, batch_prompts: int, seed: int, pad_id: int, cfg: DataConfig, num_steps: int | None = None
+    prepared: Prepared,
+    *,
+    batch_prompts: int,
+    seed: int,
+    pad_id: int,
+    cfg: DataConfig,
+    num_steps: int | None = None,
 ) -> Loader[PromptBatch]:
     """Loader of `PromptBatch`es (numpy int32, all padded to one Tp, a multiple of 64).
 
@@ -100,7 +108,13 @@ def make_loader(
 
 
 def sft_loader(
-    prepared: Prepared, *, batch_size: int, seed: int, pad_id: int, cfg: DataConfig, num_steps: int | None = None
+    prepared: Prepared,
+    *,
+    batch_size: int,
+    seed: int,
+    pad_id: int,
+    cfg: DataConfig,
+    num_steps: int | None = None,
 ) -> Loader[SupervisedBatch]:
     """Loader of `SupervisedBatch`es over what `prepare_supervised` made; otherwise as `make_loader`."""
     prompt_width, answer_width = bucketed(prepared.prompts), bucketed(prepared.answers)
@@ -160,10 +174,14 @@ class _Part:
 
 def _batches_per_epoch(size: int, batch: int) -> int:
     if size < batch:
-        raise UserError(f"the data has {size} usable records, fewer than one batch of {batch}; use a smaller batch")
+        raise UserError(
+            f"the data has {size} usable records, fewer than one batch of {batch}; use a smaller batch"
+        )
     return size // batch
 
 
 def _check_rows(size: int, epochs: int) -> None:
     if size * epochs > _MAX_ROW:
-        raise UserError(f"{epochs} epochs of {size} records: row ids would pass 2^31; use fewer epochs")
+        raise UserError(
+            f"{epochs} epochs of {size} records: row ids would pass 2^31; use fewer epochs"
+        )

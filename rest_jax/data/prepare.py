@@ -1,7 +1,7 @@
 """From a data spec to token ids: load the records of a split, render their prompts, tokenise everything once.
 
-`load_split` understands the `synthetic:` worlds and paths; `prepare` makes prompts for reinforcement, `prepare_supervised` prompts
-and answers. Records that are too long are dropped and counted, never cut: a cut prompt loses its tool list.
+`load_split` understands the `synthetic:` worlds and paths; `prepare` makes prompts for reinforcement,
+`prepare_supervised` prompts and answers. Records that are too long are dropped and counted, never cut: a cut prompt loses its tool list.
 """
 
 import dataclasses
@@ -43,7 +43,9 @@ class Prepared:
     def summary(self) -> str:
         """One line: how many records, how many dropped and why, how long the prompts are."""
         p = self.percentiles()
-        dropped = f", {self.dropped} dropped (longer than {self.limit} tokens)" if self.dropped else ""
+        dropped = (
+            f", {self.dropped} dropped (longer than {self.limit} tokens)" if self.dropped else ""
+        )
         return f"{self.size} records{dropped}; prompt tokens: median {p['p50']}, 95 % {p['p95']}, most {p['max']}"
 
 
@@ -63,14 +65,18 @@ def load_split(spec: str, cfg: DataConfig, limit: int | None = None) -> list[Ste
         return synthetic.world("eval", seed, limit or SYNTHETIC_EVAL_SIZE, level)
     if name == "demonstrations":
         return synthetic.demonstrations("train", seed, size, level)
-    raise UserError(f"data {spec!r}: unknown world (known: synthetic:train, synthetic:eval, synthetic:demonstrations)")
+    raise UserError(
+        f"data {spec!r}: unknown world (known: synthetic:train, synthetic:eval, synthetic:demonstrations)"
+    )
 
 
 def prepare(
     records: Sequence[StepRecord], tokenizer: Tokenizer, template: Template, cfg: DataConfig
 ) -> Prepared:
     """Tokenises every prompt once; drops those above `cfg.max_prompt_tokens`. UserError when nothing is left."""
-    prompts = [tokenizer.encode_prompt(r.prompt_messages(template, cfg.brief_prompt)) for r in records]
+    prompts = [
+        tokenizer.encode_prompt(r.prompt_messages(template, cfg.brief_prompt)) for r in records
+    ]
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= cfg.max_prompt_tokens]
     shortest = min(map(len, prompts), default=0)
     _check_left(fits, len(records), shortest, "data.max_prompt_tokens", cfg.max_prompt_tokens)
@@ -84,7 +90,11 @@ def prepare(
 
 
 def prepare_supervised(
-    records: Sequence[StepRecord], tokenizer: Tokenizer, template: Template, cfg: DataConfig, max_tokens: int
+    records: Sequence[StepRecord],
+    tokenizer: Tokenizer,
+    template: Template,
+    cfg: DataConfig,
+    max_tokens: int,
 ) -> Prepared:
     """Tokenises prompts and answers; drops records of more than `max_tokens` in all. UserError when nothing is left."""
     both = [tokenize_supervised(r, tokenizer, template, cfg.brief_prompt) for r in records]

@@ -27,10 +27,16 @@ class StepRecord:
 
     id: str
     source: str  # where it comes from: a data set's name
-    tools: tuple[dict[str, Any], ...]  # {"name", "description", "parameters": JSON schema or flat ToolRL form}
-    history: tuple[dict[str, Any], ...]  # {"role", "content", optional "calls": [{"name", "arguments"}], "think"}
+    tools: tuple[
+        dict[str, Any], ...
+    ]  # {"name", "description", "parameters": JSON schema or flat ToolRL form}
+    history: tuple[
+        dict[str, Any], ...
+    ]  # {"role", "content", optional "calls": [{"name", "arguments"}], "think"}
     target: Target
-    messages: tuple[dict[str, str], ...] | None = None  # a prompt already rendered: tools and history are ignored
+    messages: tuple[dict[str, str], ...] | None = (
+        None  # a prompt already rendered: tools and history are ignored
+    )
 
     def prompt_messages(self, template: Template, brief: bool = False) -> list[dict[str, str]]:
         """The chat messages of the prompt: `messages` as they are, or tools and history through the template."""
@@ -51,7 +57,9 @@ def from_json(raw: Any, where: str = "record") -> StepRecord:
     return StepRecord(
         id=_text(raw, "id", where),
         source=_text(raw, "source", where, default=""),
-        tools=tuple(_tool(t, f"{where}: tools[{i}]") for i, t in enumerate(_list(raw, "tools", where))),
+        tools=tuple(
+            _tool(t, f"{where}: tools[{i}]") for i, t in enumerate(_list(raw, "tools", where))
+        ),
         history=_history(raw, where),
         target=target_from_json(raw.get("target"), f"{where}: target"),
         messages=None if messages is None else _messages(messages, where),
@@ -79,9 +87,13 @@ def to_json(record: StepRecord) -> dict[str, Any]:
 def target_from_json(raw: Any, where: str) -> Target:
     """A gold answer from {"calls": [...], "response", "think", "text"}."""
     if not isinstance(raw, Mapping):
-        raise RecordError(f"{where}: an object with calls and/or response is needed, found {_kind(raw)}")
+        raise RecordError(
+            f"{where}: an object with calls and/or response is needed, found {_kind(raw)}"
+        )
     if unknown := [key for key in raw if key not in ("calls", "response", "think", "text")]:
-        raise RecordError(f"{where}: unknown field {unknown[0]!r} (known: calls, response, think, text)")
+        raise RecordError(
+            f"{where}: unknown field {unknown[0]!r} (known: calls, response, think, text)"
+        )
     calls = _list(raw, "calls", where)
     return Target(
         calls=tuple(call_from_json(c, f"{where}: calls[{i}]") for i, c in enumerate(calls)),
@@ -94,7 +106,9 @@ def target_from_json(raw: Any, where: str) -> Target:
 def call_from_json(raw: Any, where: str) -> Call:
     """A call from {"name", "arguments"} (or "parameters")."""
     if not isinstance(raw, Mapping):
-        raise RecordError(f"{where}: an object with name and arguments is needed, found {_kind(raw)}")
+        raise RecordError(
+            f"{where}: an object with name and arguments is needed, found {_kind(raw)}"
+        )
     arguments = raw.get("arguments", raw.get("parameters"))
     if not isinstance(arguments, Mapping):
         raise RecordError(f"{where}: arguments: an object is needed, found {_kind(arguments)}")
@@ -110,7 +124,9 @@ def target_from_text(text: str, where: str) -> Target:
     if answer.broken_calls:
         raise RecordError(f"{where}: the gold answer has {answer.broken_calls} unreadable call(s)")
     if not answer.calls and answer.response is None and answer.think is None:
-        raise RecordError(f"{where}: the gold answer has no call, no response and no thought: {text[:60]!r}")
+        raise RecordError(
+            f"{where}: the gold answer has no call, no response and no thought: {text[:60]!r}"
+        )
     return Target(calls=answer.calls, response=answer.response, think=answer.think, text=text)
 
 
@@ -119,20 +135,31 @@ def _history(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
     for i, turn in enumerate(_list(raw, "history", where)):
         place = f"{where}: history[{i}]"
         if not isinstance(turn, Mapping):
-            raise RecordError(f"{place}: an object with role and content is needed, found {_kind(turn)}")
+            raise RecordError(
+                f"{place}: an object with role and content is needed, found {_kind(turn)}"
+            )
         if turn.get("role") not in ROLES:
-            raise RecordError(f"{place}: role: {turn.get('role')!r} is not one of {', '.join(ROLES)}")
-        calls = [call_from_json(c, f"{place}: calls[{j}]") for j, c in enumerate(_list(turn, "calls", place))]
+            raise RecordError(
+                f"{place}: role: {turn.get('role')!r} is not one of {', '.join(ROLES)}"
+            )
+        calls = [
+            call_from_json(c, f"{place}: calls[{j}]")
+            for j, c in enumerate(_list(turn, "calls", place))
+        ]
         if _optional_text(turn, "content", place) is None and not calls:
             raise RecordError(f"{place}: neither content nor calls")
         _optional_text(turn, "think", place)
-        turns.append({**turn, "calls": [dataclasses.asdict(c) for c in calls]} if calls else dict(turn))
+        turns.append(
+            {**turn, "calls": [dataclasses.asdict(c) for c in calls]} if calls else dict(turn)
+        )
     return tuple(turns)
 
 
 def _messages(raw: Any, where: str) -> tuple[dict[str, str], ...]:
     if not isinstance(raw, Sequence) or isinstance(raw, str) or not raw:
-        raise RecordError(f"{where}: messages: a list of role and content is needed, found {_kind(raw)}")
+        raise RecordError(
+            f"{where}: messages: a list of role and content is needed, found {_kind(raw)}"
+        )
     for i, message in enumerate(raw):
         place = f"{where}: messages[{i}]"
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:
@@ -143,10 +170,14 @@ def _messages(raw: Any, where: str) -> tuple[dict[str, str], ...]:
 
 def _tool(raw: Any, where: str) -> dict[str, Any]:
     if not isinstance(raw, Mapping):
-        raise RecordError(f"{where}: an object with name, description, parameters is needed, found {_kind(raw)}")
+        raise RecordError(
+            f"{where}: an object with name, description, parameters is needed, found {_kind(raw)}"
+        )
     _text(raw, "name", where)
     if not isinstance(raw.get("parameters", {}), Mapping):
-        raise RecordError(f"{where}: parameters: an object is needed, found {_kind(raw['parameters'])}")
+        raise RecordError(
+            f"{where}: parameters: an object is needed, found {_kind(raw['parameters'])}"
+        )
     return dict(raw)
 
 

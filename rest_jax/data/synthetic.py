@@ -14,7 +14,15 @@ from typing import Any, Literal
 
 from rest_jax.answer import Call, Target
 from rest_jax.data.records import StepRecord
-from rest_jax.data.synthetic_words import CODE, PARAMETER_TYPES, SYLLABLES, Split, pairs, value, words
+from rest_jax.data.synthetic_words import (
+    CODE,
+    PARAMETER_TYPES,
+    SYLLABLES,
+    Split,
+    pairs,
+    value,
+    words,
+)
 from rest_jax.errors import UserError
 
 Level = Literal["single", "mixed"]
@@ -22,7 +30,14 @@ Level = Literal["single", "mixed"]
 # share of each kind of record, by level
 KINDS: dict[str, dict[str, float]] = {
     "single": {"single": 0.8, "none": 0.2},
-    "mixed": {"single": 0.40, "parallel": 0.22, "none": 0.14, "first": 0.08, "second": 0.10, "final": 0.06},
+    "mixed": {
+        "single": 0.40,
+        "parallel": 0.22,
+        "none": 0.14,
+        "first": 0.08,
+        "second": 0.10,
+        "final": 0.06,
+    },
 }
 # what the sloppy demonstrator does, with its probability at sloppiness 1 where the habit applies. Above a half the greedy
 # answer of an imitator is wrong, while four samples nearly always hold a right one (1 - 0.6^4 = 87 %).
@@ -50,10 +65,15 @@ class Tool:
     def does(self) -> str:
         return f"{self.action} {self.thing}"
 
+    @property
+    def signature(self) -> str:
+        return ", ".join(f"{m}: {PARAMETER_TYPES[word]}" for word, m in self.parameters.items())
+
     def schema(self) -> dict[str, Any]:
         """The tool as a prompt shows it (flat form)."""
         parameters = {
-            mask: {"description": word, "type": PARAMETER_TYPES[word]} for word, mask in self.parameters.items()
+            mask: {"description": word, "type": PARAMETER_TYPES[word]}
+            for word, mask in self.parameters.items()
         }
         return {"name": self.name, "description": self.does, "parameters": parameters}
 
@@ -91,7 +111,7 @@ def _record(split: Split, seed: int, index: int, level: Level, sloppiness: float
     name = f"{split}-{seed}-{level}-{index}"
     rng = random.Random(name)
     kind = rng.choices(list(KINDS[level]), list(KINDS[level].values()))[0]
-    maker = _Maker(rng, split)
+    maker = Maker(rng, split)
     draft = getattr(maker, kind)()
     rng.shuffle(draft.tools)
     target = _sloppy(draft, random.Random(f"habits-{name}"), sloppiness)
@@ -113,7 +133,9 @@ def _sloppy(draft: Draft, rng: random.Random, sloppiness: float) -> Target:
     if strikes["forgets_second"]:
         target = dataclasses.replace(target, calls=target.calls[:1])
     if strikes["stringly"]:
-        calls = tuple(Call(c.name, {k: _as_string(v) for k, v in c.arguments.items()}) for c in target.calls)
+        calls = tuple(
+            Call(c.name, {k: _as_string(v) for k, v in c.arguments.items()}) for c in target.calls
+        )
         target = dataclasses.replace(target, calls=calls)
     if strikes["chatty"] and target.calls:
         target = dataclasses.replace(target, response=CHATTER)
@@ -126,7 +148,7 @@ def _as_string(value: Any) -> Any:
     return str(value) if isinstance(value, (int, float)) else value
 
 
-class _Maker:
+class Maker:
     """Draws the parts of one record; holds its random state and the names already used."""
 
     def __init__(self, rng: random.Random, split: Split):
@@ -138,30 +160,36 @@ class _Maker:
     # kinds of records
 
     def single(self) -> Draft:
-        tool = self._tool()
+        tool = self.tool()
         clause, call = self._request(tool)
-        return self._draft([tool], self._say(clause), [(tool, call)], distractors=self.rng.randint(1, 3))
+        return self._draft(
+            [tool], self._say(clause), [(tool, call)], distractors=self.rng.randint(1, 3)
+        )
 
     def parallel(self) -> Draft:
         twice = self.rng.random() < 0.4
-        first = self._tool(least=1 if twice else 0, most=2)
-        second = first if twice else self._tool(most=2)
+        first = self.tool(least=1 if twice else 0, most=2)
+        second = first if twice else self.tool(most=2)
         (clause1, call1), (clause2, call2) = self._request(first), self._request(second)
         while call2 == call1:
             clause2, call2 = self._request(second)
         tools = [first] if twice else [first, second]
         history = self._say(f"{clause1} and {clause2}")
-        return self._draft(tools, history, [(first, call1), (second, call2)], distractors=self.rng.randint(1, 2))
+        return self._draft(
+            tools, history, [(first, call1), (second, call2)], distractors=self.rng.randint(1, 2)
+        )
 
     def none(self) -> Draft:
-        wanted = self._tool()
+        wanted = self.tool()
         clause, call = self._request(wanted)
-        near = self._similar(wanted, parameters=list(wanted.parameters))
+        near = self.similar(wanted, parameters=list(wanted.parameters))
         masks = dict(zip(wanted.parameters.values(), near.parameters.values(), strict=True))
         tempting = Call(near.name, {masks[mask]: v for mask, v in call.arguments.items()})
-        others = [self._tool(most=2) for _ in range(self.rng.randint(1, 2))]
+        others = [self.tool(most=2) for _ in range(self.rng.randint(1, 2))]
         target = Target(response=NO_TOOL, think=f"need to {wanted.does}: no tool fits")
-        return Draft([near, *others], self._say(clause), target, tempting, _think((wanted, near.name)))
+        return Draft(
+            [near, *others], self._say(clause), target, tempting, thought((wanted.does, near))
+        )
 
     def first(self) -> Draft:
         one, other, clause, call, _ = self._two_steps()
@@ -174,7 +202,7 @@ class _Maker:
         return self._draft([one, other], history, [(other, last)], distractors=1)
 
     def final(self) -> Draft:
-        tool = self._tool(most=2)
+        tool = self.tool(most=2)
         clause, call = self._request(tool)
         code, _ = value(self.rng, CODE)
         history = [*self._say(clause), *self._done(call, code)]
@@ -183,18 +211,27 @@ class _Maker:
 
     # parts
 
-    def _draft(self, tools: list[Tool], history: list, wanted: list[tuple[Tool, Call]], distractors: int) -> Draft:
+    def _draft(
+        self, tools: list[Tool], history: list, wanted: list[tuple[Tool, Call]], distractors: int
+    ) -> Draft:
         others = [self._distractor(tools[0]) for _ in range(min(distractors, 4 - len(tools)))]
         target = Target(
-            calls=tuple(call for _, call in wanted), think=_think(*((tool, tool.name) for tool, _ in wanted))
+            calls=tuple(call for _, call in wanted),
+            think=thought(*((tool.does, tool) for tool, _ in wanted)),
         )
         return Draft([*tools, *others], history, target)
 
     def _two_steps(self) -> tuple[Tool, Tool, str, Call, str]:
-        one, other = self._tool(most=2), self._tool(parameters=[CODE])
+        one, other = self.tool(most=2), self.tool(parameters=[CODE])
         clause, call = self._request(one)
         code, _ = value(self.rng, CODE)
-        return one, other, f"{clause}, then {other.action} the {other.thing} with the {CODE} you get", call, code
+        return (
+            one,
+            other,
+            f"{clause}, then {other.action} the {other.thing} with the {CODE} you get",
+            call,
+            code,
+        )
 
     def _say(self, clause: str) -> list[dict[str, Any]]:
         return [{"role": "user", "content": f"{self.rng.choice(_OPENINGS)} {clause}"}]
@@ -211,17 +248,23 @@ class _Maker:
         said = [f"{word} {spoken}" for word, (_, spoken) in values.items()]
         self.rng.shuffle(said)
         clause = f"{tool.action} the {tool.thing}" + (f" with {', '.join(said)}" if said else "")
-        return clause, Call(tool.name, {tool.parameters[word]: v for word, (v, _) in values.items()})
+        return clause, Call(
+            tool.name, {tool.parameters[word]: v for word, (v, _) in values.items()}
+        )
 
     def _distractor(self, wanted: Tool) -> Tool:
-        return self._similar(wanted) if self.rng.random() < 0.5 else self._tool(most=2)
+        return self.similar(wanted) if self.rng.random() < 0.5 else self.tool(most=2)
 
-    def _similar(self, wanted: Tool, parameters: list[str] | None = None) -> Tool:
+    def similar(self, wanted: Tool, parameters: list[str] | None = None) -> Tool:
         """A tool that shares the action or the object, not both."""
-        near = [p for p in self.pairs if (p[0] == wanted.action) != (p[1] == wanted.thing) and p not in self.used]
-        return self._tool(self.rng.choice(near), parameters=parameters, most=2)
+        near = [
+            p
+            for p in self.pairs
+            if (p[0] == wanted.action) != (p[1] == wanted.thing) and p not in self.used
+        ]
+        return self.tool(self.rng.choice(near), parameters=parameters, most=2)
 
-    def _tool(
+    def tool(
         self,
         pair: tuple[str, str] | None = None,
         parameters: list[str] | None = None,
@@ -234,10 +277,10 @@ class _Maker:
         self.used.add(pair)
         if parameters is None:
             parameters = words(self.rng, self.rng.randint(least, most))
-        masks = {word: f"{word}_{self._name(1)}" for word in parameters}
-        return Tool(*pair, name=self._name(2), parameters=masks)
+        masks = {word: f"{word}_{self.name(1)}" for word in parameters}
+        return Tool(*pair, name=self.name(2), parameters=masks)
 
-    def _name(self, syllables: int) -> str:
+    def name(self, syllables: int) -> str:
         while True:
             name = "".join(self.rng.sample(SYLLABLES, syllables))
             if name not in self.names:
@@ -245,6 +288,6 @@ class _Maker:
                 return name
 
 
-def _think(*chosen: tuple[Tool, str]) -> str:
-    """The thought: what is needed, and the tool that does it."""
-    return "need to " + "; ".join(f'{tool.does}: "{name}" fits' for tool, name in chosen)
+def thought(*chosen: tuple[str, Tool]) -> str:
+    """The thought: what is needed, and the tool that does it, in the words of the tool list."""
+    return "need to " + "; ".join(f'{does}: "{tool.name}" ({tool.signature})' for does, tool in chosen)

@@ -6,6 +6,7 @@ no seed enters, so a held-out tool never occurs in any training set, while every
 
 import functools
 import hashlib
+import json
 import random
 from typing import Any, Literal
 
@@ -44,14 +45,15 @@ PARAMETER_TYPES: dict[str, str] = {
     CODE: "string",
 }
 # how often a parameter is of each word: types matter more than words, lists are rare
-_WEIGHTS = {"string": 1.0, "integer": 1.0, "number": 1.0, "boolean": 1.0, "array": 0.5}
+_WEIGHTS = {"string": 1.0, "integer": 1.0, "number": 1.0, "boolean": 1.0, "array": 0.3}
 
 # masked names are made of these: pronounceable, and few enough to be single words of a small BPE
-SYLLABLES = tuple(
-    "bal bem bik bof bur dak del dim dov dun fap fek fil fom fuz gat gev gim gol gur kab ked kiv kol kum "
-    "laz lek lim lop luv mab meg mik mov muz nal nep nid nof nur pab pel piv pom puz rak rel rik rof rum "
-    "sab sek sil sov suz tal tev tim tof tuz vak vel vim vop vur zab zed zik zol zum".split()
-)
+_SYLLABLES = """
+bal bem bik bof bur dak del dim dov dun fap fek fil fom fuz gat gev gim gol gur kab ked kiv kol kum
+laz lek lim lop luv mab meg mik mov muz nal nep nid nof nur pab pel piv pom puz rak rel rik rof rum
+sab sek sil sov suz tal tev tim tof tuz vak vel vim vop vur zab zed zik zol zum
+"""
+SYLLABLES = tuple(_SYLLABLES.split())
 
 
 @functools.cache
@@ -81,14 +83,14 @@ def words(rng: random.Random, count: int) -> list[str]:
 
 
 def value(rng: random.Random, word: str) -> tuple[Any, str]:
-    """A JSON value for a parameter word and the way a request says it."""
+    """A JSON value for a parameter word and the way a request says it (texts in quotes, truth as yes or no)."""
     kind = PARAMETER_TYPES[word]
     if word == CODE:
         code = rng.choice(SYLLABLES) + str(rng.randrange(10, 100))
-        return code, code
+        return code, json.dumps(code)
     if kind == "string":
         text = rng.choice(STRINGS[word])
-        return text, text
+        return text, json.dumps(text)
     if kind == "integer":
         number = rng.randrange(1, 100)
         return number, str(number)
@@ -99,4 +101,4 @@ def value(rng: random.Random, word: str) -> tuple[Any, str]:
         yes = rng.random() < 0.5
         return yes, "yes" if yes else "no"
     items = rng.sample(LISTS[word], 2)
-    return items, "/".join(items)
+    return items, json.dumps(items)

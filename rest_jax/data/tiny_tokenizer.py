@@ -30,7 +30,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | pathlib
     special = [PAD, START, END]
     least = 256 + len(special) + len(TAGS)
     if vocab_size < least:
-        raise UserError(f"vocab_size {vocab_size}: at least {least} (256 bytes, {least - 256} special tokens)")
+        raise UserError(
+            f"vocab_size {vocab_size}: at least {least} (256 bytes, {least - 256} special tokens)"
+        )
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [

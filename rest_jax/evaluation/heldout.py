@@ -16,6 +16,7 @@ import numpy as np
 
 from rest_jax.answer import Target
 from rest_jax.config import Config, RewardConfig
+from rest_jax.data.prepare import load_split, prepare
 from rest_jax.hosts import is_first_process, to_host, to_mesh
 from rest_jax.metrics import METRICS_FILE, MetricsWriter, read_lines, summary_table
 from rest_jax.policy import Policy
@@ -27,7 +28,14 @@ from rest_jax.templates import TEMPLATES
 from rest_jax.types import Params, PromptBatch, RolloutBatch
 
 SAMPLES_SHOWN = 8
-TABLE = ("eval/exact", "eval/format", "eval/spurious", "eval/accuracy", "eval/reward", "eval/response_tokens")
+TABLE = (
+    "eval/exact",
+    "eval/format",
+    "eval/spurious",
+    "eval/accuracy",
+    "eval/reward",
+    "eval/response_tokens",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +45,16 @@ class Held:
     prompt: np.ndarray  # int32 [T]
     target: Target
     id: str
+
+
+def held_out(config: Config, policy: Policy) -> list[Held]:
+    """The held-out prompts; empty without `data.eval`."""
+    if config.data.eval is None:
+        return []
+    records = load_split(config.data.eval, config.data, config.data.eval_limit)
+    prepared = prepare(records, policy.tokenizer, TEMPLATES[config.data.template], config.data)
+    pairs = zip(prepared.prompts, prepared.records, strict=True)
+    return [Held(prompt, record.target, record.id) for prompt, record in pairs]
 
 
 class Evaluator:
@@ -53,12 +71,19 @@ class Evaluator:
     ):
         rows = policy.mesh.shape["data"] * policy.mesh.shape["fsdp"]
         call = min(prompts_per_call, -(-len(held) // rows) * rows)
-        self.held, self.template, self.reward, self.policy = held, TEMPLATES[template], reward, policy
+        self.held, self.template, self.reward, self.policy = (
+            held,
+            TEMPLATES[template],
+            reward,
+            policy,
+        )
         self.call = -(-call // rows) * rows
         settings = RolloutSettings(
             1, max_tokens, policy.tokenizer.stop_ids, policy.tokenizer.pad_id, Sampling(greedy=True)
         )
-        self._rollout = make_rollout(policy.decoder, settings, policy.mesh, policy.shardings("rollout"))
+        self._rollout = make_rollout(
+            policy.decoder, settings, policy.mesh, policy.shardings("rollout")
+        )
         longest = max(len(h.prompt) for h in held)
         self._slots = -(-longest // 64) * 64
 
@@ -92,7 +117,12 @@ class Evaluator:
             part = self.held[start : start + self.call]
             rollout = self._sample(params, part)
             _, found = score_rollout(
-                rollout, [h.target for h in part], self.policy.tokenizer, self.template, self.reward, 1.0
+                rollout,
+                [h.target for h in part],
+                self.policy.tokenizer,
+                self.template,
+                self.reward,
+                1.0,
             )
             for i, (held, (score,)) in enumerate(zip(part, found, strict=True)):
                 length = int(rollout.response_length[i, 0])
@@ -114,7 +144,9 @@ class Evaluator:
             length=np.array([len(h.prompt) for h in padded], np.int32),
             row=np.arange(self.call, dtype=np.int32),
         )
-        out = self._rollout(params, to_mesh_whole(batch, self.policy), jax.random.key(0), jnp.int32(0))
+        out = self._rollout(
+            params, to_mesh_whole(batch, self.policy), jax.random.key(0), jnp.int32(0)
+        )
         return jax.tree.map(lambda x: x[: len(part)], gather(out))
 
 
@@ -133,10 +165,14 @@ def gather(tree: Any) -> Any:
         return to_host(tree)
     from jax.experimental import multihost_utils
 
-    return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)
+    return jax.tree.map(
+        lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree
+    )
 
 
-def summarise(scores: Sequence[Score], targets: Sequence[Target], lengths: Sequence[int], cut: int) -> dict[str, float]:
+def summarise(
+    scores: Sequence[Score], targets: Sequence[Target], lengths: Sequence[int], cut: int
+) -> dict[str, float]:
     """The eval/ metrics. Without prompts that should have no call, the spurious rate is 0."""
     without = [s.spurious for s, t in zip(scores, targets, strict=True) if not t.calls]
     return {

@@ -17,13 +17,15 @@ from jaxtyping import Array, Bool, Float
 from rest_jax.models.layouts import DecodeLayout, GroupLayout, RowLayout, split_group
 
 Layout = RowLayout | GroupLayout | DecodeLayout
-LayerCache = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # one layer of Cache: prompt k, v; response k, v
+LayerCache = tuple[
+    jax.Array, jax.Array, jax.Array, jax.Array
+]  # one layer of Cache: prompt k, v; response k, v
 
 _FLOOR = -1e30  # finite, so that a part without visible keys keeps value and gradient free of NaN
 
 
 class Partial(NamedTuple):
-    """Unnormalised attention over one part of the keys; axes `[..., K, R]` (`out`: and H) in the order of the queries."""
+    """Unnormalised attention over one part of the keys; axes `[..., K, R]` (`out`: and H), queries in order."""
 
     out: jax.Array  # float32
     total: jax.Array  # float32
@@ -76,7 +78,9 @@ def attend_groups(
 
     The G*Tr response queries of a group form one matrix against the shared prompt keys.
     """
-    (q_prompt, q_own), (k_prompt, k_own), (v_prompt, v_own) = (split_group(x, layout) for x in (q, k, v))
+    (q_prompt, q_own), (k_prompt, k_own), (v_prompt, v_own) = (
+        split_group(x, layout) for x in (q, k, v)
+    )
     prompts, group_size, slots = q_own.shape[:3]
     heads = q.shape[2:]
     valid = jnp.arange(layout.prompt_slots) < layout.prompt_length[:, None]  # [P, Tp]
@@ -118,7 +122,9 @@ def attend_cache(
     past = _attend_part(one_query, past_k, past_v, written, precision)
     past = Partial(*(x.reshape(prompts, group_size, *x.shape[2:]) for x in past))
 
-    score = jnp.einsum("pgkrh,pgkh->pgkr", q, k, precision=precision, preferred_element_type=jnp.float32)
+    score = jnp.einsum(
+        "pgkrh,pgkh->pgkr", q, k, precision=precision, preferred_element_type=jnp.float32
+    )
     value = jnp.broadcast_to(v[:, :, :, None].astype(jnp.float32), q.shape)
     own = Partial(value, jnp.ones_like(score), score)
     return _merge(shared, past, own)

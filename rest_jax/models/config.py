@@ -45,7 +45,9 @@ class DecoderConfig:
     max_positions: int = 32_768
     dtype: Any = "float32"  # of matmuls and activations
     param_dtype: Any = "float32"  # of freshly initialised parameters
-    remat: Remat = "block"  # what the backward pass recomputes: nothing, whole blocks, all but matmul outputs
+    remat: Remat = (
+        "block"  # what the backward pass recomputes: nothing, whole blocks, all but matmul outputs
+    )
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
@@ -55,7 +57,9 @@ class DecoderConfig:
                 f"DecoderConfig: n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"DecoderConfig: head_dim {self.head_dim} is odd; rotary positions need pairs")
+            raise ValueError(
+                f"DecoderConfig: head_dim {self.head_dim} is odd; rotary positions need pairs"
+            )
         if self.remat not in ("none", "block", "dots"):
             raise ValueError(f"DecoderConfig: remat {self.remat!r} is not none, block or dots")
 

@@ -1,12 +1,14 @@
-"""The decoder: a pre-norm transformer with rotary positions, grouped queries and a SwiGLU MLP (Qwen3, Qwen2, Llama 3).
+"""The decoder: a pre-norm transformer with rotary positions, grouped queries and a SwiGLU MLP.
 
-`Decoder(cfg).apply({"params": p}, tokens, positions, layout, cache, return_kv)` -> (hidden, kv). Tokens in, hidden states
-after the final norm out; logits never exist in here (`head_matrix`, `logits`). Layers are stacked: one scanned, optionally
-rematerialised block whose parameters carry a leading `layers` axis. Every parameter names its logical axes (`sharding.py`
-maps them); parameters are handed around as plain nested dicts. The KV cache goes in and comes out as a pytree.
+`Decoder(cfg).apply({"params": p}, tokens, positions, layout, cache, return_kv)` -> (hidden, kv): token
+ids in, hidden states after the final norm out; logits never exist in here (`head_matrix`, `logits`).
+Layers are stacked: one scanned, optionally rematerialised block whose parameters carry a leading
+`layers` axis. Every parameter names its logical axes (`sharding.py` maps them); parameters are handed
+around as plain nested dicts. The KV cache goes in and comes out as a pytree.
 
-Leaves: embed [V D], head [V D] (untied only), final_norm/scale [D], and under blocks: attention_norm/scale, mlp_norm/scale [L D],
-attention/{q [L D N H], k, v [L D K H], o [L N H D]} (+ q_bias, k_bias, v_bias, q_norm/scale, k_norm/scale), mlp/{gate, up [L D F], down [L F D]}.
+Leaves: embed [V D], head [V D] (untied only), final_norm/scale [D]; under blocks:
+attention_norm/scale, mlp_norm/scale [L D]; attention/q [L D N H], k, v [L D K H], o [L N H D],
+q_bias [L N H], k_bias, v_bias [L K H], q_norm/scale, k_norm/scale [L H]; mlp/gate, up [L D F], down [L F D].
 """
 
 from typing import Any
@@ -14,6 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen import spmd
+from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int, Key
 
 from rest_jax.models.attention import Layout, attend
@@ -34,15 +38,14 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale = self.param("scale", init, (x.shape[-1],), self.cfg.param_dtype)
+        scale = _param(self, "scale", nn.initializers.ones, (x.shape[-1],), ("norm",))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.cfg.norm_eps)
         return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 class Attention(nn.Module):
-    """Projections, head norms, rotary positions and the layout's attention. Returns (out, (k, v) after rotation)."""
+    """Projections, head norms, rotation and the layout's attention -> (out, (k, v) as cached)."""
 
     cfg: DecoderConfig
 
@@ -57,7 +60,8 @@ class Attention(nn.Module):
             k = RMSNorm(cfg, name="k_norm")(k)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         out = attend(q, k, v, layout, cache, cfg.precision)
-        o = _weight(self, "o", (cfg.n_heads, cfg.head_dim, cfg.d_model), ("heads", "head_dim", "embed"))
+        shape, axes = (cfg.n_heads, cfg.head_dim, cfg.d_model), ("heads", "head_dim", "embed")
+        o = _weight(self, "o", shape, axes)
         return jnp.einsum("btnh,nhd->btd", out, o, precision=cfg.precision), (k, v)
 
     def _project(self, x, name: str, axis: str, heads: int):
@@ -65,8 +69,8 @@ class Attention(nn.Module):
         w = _weight(self, name, (cfg.d_model, heads, cfg.head_dim), ("embed", axis, "head_dim"))
         y = jnp.einsum("btd,dnh->btnh", x, w, precision=cfg.precision)
         if cfg.qkv_bias:
-            init = nn.with_logical_partitioning(nn.initializers.zeros, (axis, "head_dim"))
-            bias = self.param(f"{name}_bias", init, (heads, cfg.head_dim), cfg.param_dtype)
+            shape, axes = (heads, cfg.head_dim), (axis, "head_dim")
+            bias = _param(self, f"{name}_bias", nn.initializers.zeros, shape, axes)
             y = y + bias.astype(cfg.dtype)
         return y
 
@@ -88,7 +92,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, in the form scan wants: (carry, this layer's cache, rope, layout) -> (carry, keys and values or None)."""
+    """One layer as scan wants it: (carry, its cache, rope, layout) -> (carry, keys and values or None)."""
 
     cfg: DecoderConfig
     return_kv: bool
@@ -116,15 +120,16 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         return_kv: bool = False,
     ) -> tuple[Float[Array, "B T D"], KeysValues | Cache | None]:
-        """Hidden states in the compute dtype, and: with a cache the advanced cache, with `return_kv` (k, v), else None.
+        """Hidden states in the compute dtype, and the advanced cache, (k, v) on `return_kv`, or None.
 
-        A token id outside the vocabulary gives NaN. With a cache, tokens are `[P, G]` and positions `cache.positions`.
+        A token id outside the vocabulary gives NaN. With a cache, tokens are `[P, G]`, positions
+        `cache.positions` and the layout `cache.layout`.
         """
         cfg = self.cfg
-        init = nn.with_logical_partitioning(_INIT, ("vocab", "embed"))
-        embed = self.param("embed", init, (cfg.vocab_size, cfg.d_model), cfg.param_dtype)
+        shape, axes = (cfg.vocab_size, cfg.d_model), ("vocab", "embed")
+        embed = _param(self, "embed", _INIT, shape, axes)
         if not cfg.tied:
-            self.param("head", init, (cfg.vocab_size, cfg.d_model), cfg.param_dtype)
+            _param(self, "head", _INIT, shape, axes)  # read by `head_matrix`, not by the trunk
         rope = rope_tables(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
         layers = None
         if cache is not None:
@@ -147,12 +152,14 @@ def abstract_params(cfg: DecoderConfig) -> Params:
 
 
 def head_matrix(params: Params, cfg: DecoderConfig) -> Float[Array, "V D"]:
-    """The output matrix `[V, D]` (row v scores word v), in its stored dtype; the embedding itself when tied."""
+    """The output matrix `[V, D]` (row v scores word v) in its stored dtype; tied: the embedding."""
     return params["embed"] if cfg.tied else params["head"]
 
 
-def logits(params: Params, cfg: DecoderConfig, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """float32 scores of every word. For few positions only: a whole batch goes through the chunked vocabulary pass."""
+def logits(
+    params: Params, cfg: DecoderConfig, hidden: Float[Array, "... D"]
+) -> Float[Array, "... V"]:
+    """float32 scores of every word, for few positions; whole batches take the chunked vocabulary pass."""
     head = head_matrix(params, cfg).astype(cfg.dtype)
     return jnp.einsum(
         "...d,vd->...v",
@@ -169,28 +176,38 @@ def _init_boxed(cfg: DecoderConfig, key: jax.Array) -> Params:
 
 
 def _pin(x: jax.Array) -> jax.Array:
-    """Activations split over the batch axes and nothing else; does nothing outside `sharding.activate`."""
-    return nn.with_logical_constraint(x, ("batch", None, None))
+    """Splits activations over the batch axes only; does nothing outside `sharding.activate`."""
+    return spmd.with_logical_constraint(x, ("batch", None, None))
 
 
-def _weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
-    """A matrix parameter, cast to the compute dtype."""
-    cfg = module.cfg  # type: ignore[attr-defined]
-    return module.param(name, nn.with_logical_partitioning(_INIT, axes), shape, cfg.param_dtype).astype(cfg.dtype)
+def _param(
+    module: Any, name: str, init: Initializer, shape: tuple[int, ...], axes: tuple[str, ...]
+) -> jax.Array:
+    """A parameter with its logical axes, in its stored dtype."""
+    boxed = nn.with_logical_partitioning(init, axes)
+    return module.param(name, boxed, shape, module.cfg.param_dtype)
+
+
+def _weight(module: Any, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
+    """A matrix, cast to the compute dtype."""
+    return _param(module, name, _INIT, shape, axes).astype(module.cfg.dtype)
 
 
 def _stacked(cfg: DecoderConfig) -> Any:
     """Block scanned over the layers, rematerialised as `cfg.remat` says."""
     block: Any = Block
-    if cfg.remat != "none":
-        # `dots` keeps the projections' outputs and recomputes scores (those have batch dimensions) and elementwise work
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
+    if cfg.remat == "block":
+        block = nn.remat(Block, prevent_cse=False)
+    elif cfg.remat == "dots":
+        # keeps the projections' outputs; scores (matmuls with batch dimensions) are computed again
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         block = nn.remat(Block, policy=policy, prevent_cse=False)
+    in_axes: Any = (0, nn.broadcast, nn.broadcast)  # cache, rope, layout
     return nn.scan(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(0, nn.broadcast, nn.broadcast),
+        in_axes=in_axes,
         out_axes=0,
         length=cfg.n_layers,
         metadata_params={nn.PARTITION_NAME: "layers"},

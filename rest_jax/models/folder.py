@@ -1,7 +1,7 @@
 """Model folders on disk: which files travel with the weights, whole-or-nothing writing, and finding a source.
 
-A source is an HF folder (config.json + safetensors), a folder made by `rest-jax convert` (the same side files, `params/` and
-`rest_jax.json`), or a hub id.
+A source is an HF folder (config.json + safetensors), a folder made by `rest-jax convert` (the same
+side files, `params/` and `rest_jax.json`), or a hub id.
 """
 
 import contextlib
@@ -38,7 +38,9 @@ def atomic_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     out = pathlib.Path(os.path.abspath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConversionError(f"output {out}: exists and is not empty; name a new folder or remove it")
+        raise ConversionError(
+            f"output {out}: exists and is not empty; name a new folder or remove it"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     work = out.parent / f".{out.name}.partial-{os.getpid()}"
     shutil.rmtree(work, ignore_errors=True)
@@ -101,11 +103,18 @@ def _download(hub_id: str) -> pathlib.Path:
         import huggingface_hub
         from huggingface_hub import errors
     except ImportError as error:
-        raise ConversionError(f"model {hub_id}: no such folder; hub ids need `pip install huggingface_hub`") from error
+        raise ConversionError(
+            f"model {hub_id}: no such folder; hub ids need `pip install huggingface_hub`"
+        ) from error
     patterns = [*_SIDE_PATTERNS, "*.safetensors"]
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
+    except (
+        errors.HfHubHTTPError,
+        errors.LocalEntryNotFoundError,
+        errors.HFValidationError,
+        OSError,
+    ) as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise ConversionError(
             f"model {hub_id}: no such folder, and the hub did not give it ({reason}); "

@@ -1,8 +1,9 @@
-"""Models in and out: Hugging Face folders and hub ids -> sharded parameters, Orbax folders, and back to HF folders.
+"""Models in and out: HF folders and hub ids -> sharded parameters, Orbax folders, and back.
 
-`load_model` (what runs call) takes any source; `convert` writes an Orbax folder in the source's own dtypes; `export` writes a
-folder transformers loads, and `export(convert(x))` equals x bit for bit. Every tensor is checked against `hf_table` first:
-unknown, missing and misshapen ones are all named in one ConversionError.
+`load_model` (what runs call) takes any source; `convert` writes an Orbax folder in the source's own
+dtypes; `export` writes a folder transformers loads, and `export(convert(x))` equals x bit for bit.
+Every tensor is checked against `hf_table` first: unknown, missing and misshapen ones are all named in
+one ConversionError.
 """
 
 import dataclasses
@@ -30,7 +31,14 @@ from rest_jax.models.folder import (
 )
 from rest_jax.models.hf_config import ConversionError, decoder_config
 from rest_jax.models.hf_table import Slices, Spec, expected_shapes, table
-from rest_jax.models.safetensors_io import DTYPE_NAMES, DTYPES, MAX_SHARD_BYTES, Stored, scan, write_shards
+from rest_jax.models.safetensors_io import (
+    DTYPE_NAMES,
+    DTYPES,
+    MAX_SHARD_BYTES,
+    Stored,
+    scan,
+    write_shards,
+)
 from rest_jax.sharding import param_shardings
 
 _FORMAT = 1
@@ -45,7 +53,9 @@ class LoadedModel:
 
     config: DecoderConfig
     params: Params  # float32 masters, sharded as `param_shardings(config, mesh)`
-    files: pathlib.Path  # folder with config.json, tokenizer and chat template; `export` wants it back
+    files: (
+        pathlib.Path
+    )  # folder with config.json, tokenizer and chat template; `export` wants it back
 
 
 def load_model(source: str, mesh: Mesh, dtype: Any, remat: Remat) -> LoadedModel:
@@ -62,12 +72,15 @@ def load_model(source: str, mesh: Mesh, dtype: Any, remat: Remat) -> LoadedModel
 
 
 def load_hf(
-    folder: str | pathlib.Path, mesh: Mesh | None = None, shardings: Any = None, param_dtype: Any = jnp.float32
+    folder: str | pathlib.Path,
+    mesh: Mesh | None = None,
+    shardings: Any = None,
+    param_dtype: Any = jnp.float32,
 ) -> tuple[DecoderConfig, Params]:
     """Config and parameters of an HF folder; `param_dtype` None keeps the stored dtypes.
 
-    Placed as `shardings`, else as the train layout of `mesh`, else on the first CPU device. Every device reads its own part
-    of each tensor, so no parameter is built whole on a host that holds only a part of it.
+    Placed as `shardings`, else as the train layout of `mesh`, else on the first CPU device. Every
+    device reads its own part of each tensor: no host builds more of a parameter than it holds.
     """
     folder = pathlib.Path(folder)
     cfg = _folder_config(folder)
@@ -101,18 +114,24 @@ def export(
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes an HF folder from parameters (or a converted folder) and the folder `files` they came from. All or nothing.
+    """Writes an HF folder from parameters (or a model folder) and the folder `files` they came from.
 
-    Tensors, dtypes and the presence of a tied head are those of `files`; `dtype` (float32, bfloat16, float16) overrides the
-    dtypes. Several hosts: all call it, the first writes.
+    All or nothing. Tensors, dtypes and the presence of a tied head are those of `files`; `dtype`
+    (float32, bfloat16, float16) overrides the dtypes. Several hosts: all call it, the first writes.
     """
     files = pathlib.Path(files)
     cfg = _folder_config(files)
     if dtype is not None and dtype not in {str(known) for known in DTYPE_NAMES}:
-        raise ConversionError(f"export dtype {dtype!r}; known: {', '.join(str(known) for known in DTYPE_NAMES)}")
+        raise ConversionError(
+            f"export dtype {dtype!r}; known: {', '.join(str(known) for known in DTYPE_NAMES)}"
+        )
     if isinstance(params, (str, pathlib.Path)):
         source = find_source(str(params))
-        params = _restore(source, cfg, None, None) if is_converted(source) else _read_hf(source, cfg, None, None)
+        params = (
+            _restore(source, cfg, None, None)
+            if is_converted(source)
+            else _read_hf(source, cfg, None, None)
+        )
     _check_params(params, cfg)
     recorded = _recorded_dtypes(files, cfg)
     if dtype is not None:
@@ -160,14 +179,23 @@ def _read_leaf(spec: Spec, stored: Mapping[str, Stored], sharding: Any, dtype: A
 
 
 def _check_tensors(
-    folder: pathlib.Path, cfg: DecoderConfig, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored]
+    folder: pathlib.Path,
+    cfg: DecoderConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, Stored],
 ) -> None:
     """ConversionError naming every tensor that is missing, unknown, misshapen or of an unknown dtype."""
     expected = dict(expected_shapes(cfg))
     if cfg.tied and _HEAD in shapes:
         expected[_HEAD] = expected[_EMBED]
-    wrong = [f"{n} has shape {shapes[n]}, needs {s}" for n, s in expected.items() if n in shapes and shapes[n] != s]
-    dtypes = [f"{name} is {tensor.dtype}" for name, tensor in stored.items() if tensor.dtype not in DTYPES]
+    wrong = [
+        f"{n} has shape {shapes[n]}, needs {s}"
+        for n, s in expected.items()
+        if n in shapes and shapes[n] != s
+    ]
+    dtypes = [
+        f"{name} is {tensor.dtype}" for name, tensor in stored.items() if tensor.dtype not in DTYPES
+    ]
     faults = {
         "missing tensors": [name for name in expected if name not in shapes],
         "unknown tensors": [name for name in shapes if name not in expected],
@@ -206,11 +234,17 @@ def _recorded_dtypes(files: pathlib.Path, cfg: DecoderConfig) -> dict[str, str]:
         return {name: tensor.dtype for name, tensor in scan(files).items()}
     manifest = read_json(files / MANIFEST)
     if manifest.get("format") != _FORMAT:
-        raise ConversionError(f"{files / MANIFEST}: format {manifest.get('format')!r}, this version reads {_FORMAT}")
+        raise ConversionError(
+            f"{files / MANIFEST}: format {manifest.get('format')!r}, this version reads {_FORMAT}"
+        )
     tensors = manifest.get("tensors", {})
     known = {name for name, _ in expected_shapes(cfg)}
-    if set(tensors) - {_HEAD} != known - {_HEAD} or any(name not in DTYPES for name in tensors.values()):
-        raise ConversionError(f"{files / MANIFEST}: its tensors are not those of config.json; convert the model again")
+    if set(tensors) - {_HEAD} != known - {_HEAD} or any(
+        name not in DTYPES for name in tensors.values()
+    ):
+        raise ConversionError(
+            f"{files / MANIFEST}: its tensors are not those of config.json; convert the model again"
+        )
     return tensors
 
 
@@ -241,14 +275,20 @@ def _check_params(params: Params, cfg: DecoderConfig) -> None:
         leaf = _leaf(params, spec.path)
         if leaf is None or leaf.shape != spec.shape:
             found = "missing" if leaf is None else f"of shape {leaf.shape}"
-            raise ConversionError(f"parameter {'.'.join(spec.path)} is {found}; config.json needs {spec.shape}")
+            raise ConversionError(
+                f"parameter {'.'.join(spec.path)} is {found}; config.json needs {spec.shape}"
+            )
 
 
 def _restore(folder: pathlib.Path, cfg: DecoderConfig, shardings: Any, param_dtype: Any) -> Params:
     recorded = _recorded_dtypes(folder, cfg)
     target: dict[str, Any] = {}
     for spec in table(cfg):
-        dtype = _widest(recorded[name] for name in spec.hf_names()) if param_dtype is None else param_dtype
+        dtype = (
+            _widest(recorded[name] for name in spec.hf_names())
+            if param_dtype is None
+            else param_dtype
+        )
         sharding = _host() if shardings is None else _leaf(shardings, spec.path)
         _set_leaf(target, spec.path, jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding))
     try:
@@ -256,7 +296,9 @@ def _restore(folder: pathlib.Path, cfg: DecoderConfig, shardings: Any, param_dty
             return checkpointer.restore((folder / "params").absolute(), target)
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConversionError(f"{folder / 'params'}: not a readable checkpoint ({reason}); convert the model again") from error
+        raise ConversionError(
+            f"{folder / 'params'}: not a readable checkpoint ({reason}); convert the model again"
+        ) from error
 
 
 def _stored_dtype(spec: Spec, stored: Mapping[str, Stored]) -> Any:

@@ -15,10 +15,15 @@ class ConversionError(ValueError):
 
 
 def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
-    """The decoder of a config.json. ConversionError names an unknown family, a missing key or an unsupported feature."""
+    """The decoder of a config.json.
+
+    ConversionError names an unknown family, a missing key or an unsupported feature.
+    """
     family = hf.get("model_type")
     if family not in FAMILIES:
-        raise ConversionError(f"model_type {family!r} is not supported; known: {', '.join(FAMILIES)}")
+        raise ConversionError(
+            f"model_type {family!r} is not supported; known: {', '.join(FAMILIES)}"
+        )
     _refuse_unsupported(hf)
     theta, scaling = _rope(hf)
     heads = _integer(hf, "num_attention_heads")
@@ -26,7 +31,9 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
     head_dim = hf.get("head_dim")
     if head_dim is None:
         if family == "qwen3" or d_model % heads:
-            raise ConversionError(f"config.json: head_dim is missing (hidden_size {d_model}, {heads} heads)")
+            raise ConversionError(
+                f"config.json: head_dim is missing (hidden_size {d_model}, {heads} heads)"
+            )
         head_dim = d_model // heads
     kv_heads = hf.get("num_key_value_heads")
     try:
@@ -65,11 +72,15 @@ def _refuse_unsupported(hf: dict[str, Any]) -> None:
         refused.append(f"attention_dropout {hf['attention_dropout']}")
     if hf.get("quantization_config"):
         refused.append("quantization_config (convert the weights to bfloat16 or float32 first)")
-    partial = hf.get("partial_rotary_factor", (hf.get("rope_parameters") or {}).get("partial_rotary_factor"))
+    partial = hf.get(
+        "partial_rotary_factor", (hf.get("rope_parameters") or {}).get("partial_rotary_factor")
+    )
     if partial not in (None, 1, 1.0):
         refused.append(f"partial_rotary_factor {partial}")
     if refused:
-        raise ConversionError(f"config.json ({hf['model_type']}) asks for {'; '.join(refused)}: not supported")
+        raise ConversionError(
+            f"config.json ({hf['model_type']}) asks for {'; '.join(refused)}: not supported"
+        )
 
 
 def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -81,7 +92,9 @@ def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise ConversionError(f"config.json: rope type {kind!r} is not supported; known: default, llama3")
+        raise ConversionError(
+            f"config.json: rope type {kind!r} is not supported; known: default, llama3"
+        )
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     missing = [key for key in keys if parameters.get(key) is None]
     if missing:

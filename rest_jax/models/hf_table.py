@@ -1,8 +1,9 @@
 """The strict table between Hugging Face tensors and our parameters.
 
-One `Spec` a parameter: the HF name (with `{}` for the layer number when it is stacked), our path, and the transform. HF
-stores matrices `[out, in]` with heads fused: `groups` lists the axes behind each HF dimension, `order` says which of these
-axes, in turn, are ours. The transform is a reshape and a transpose, so it is exact both ways and slices lazily.
+One `Spec` a parameter: the HF name (with `{}` for the layer number when it is stacked), our path, and
+the transform. HF stores matrices `[out, in]` with heads fused: `groups` lists the axes behind each HF
+dimension, `order` says which of these axes, in turn, are ours. The transform is a reshape and a
+transpose, so it is exact both ways and slices lazily.
 """
 
 import dataclasses
@@ -40,7 +41,11 @@ class Spec:
 
     def hf_names(self) -> list[str]:
         """The HF tensor, or one a layer."""
-        return [self.hf_name] if self.layers is None else [self.hf_name.format(i) for i in range(self.layers)]
+        return (
+            [self.hf_name]
+            if self.layers is None
+            else [self.hf_name.format(i) for i in range(self.layers)]
+        )
 
     def to_hf(self, x: np.ndarray) -> np.ndarray:
         """One layer of our parameter -> the HF tensor."""
@@ -65,22 +70,35 @@ class Spec:
 
 def table(cfg: DecoderConfig) -> list[Spec]:
     """Every parameter of this decoder, in the order HF writes a model."""
-    d, n, k, h, f, v = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.d_ff, cfg.vocab_size
+    d, n, k, h, f, v = (
+        cfg.d_model,
+        cfg.n_heads,
+        cfg.n_kv_heads,
+        cfg.head_dim,
+        cfg.d_ff,
+        cfg.vocab_size,
+    )
     specs = [Spec("model.embed_tokens.weight", ("embed",), ((v,), (d,)), (0, 1), None)]
     if not cfg.tied:
         specs.append(Spec("lm_head.weight", ("head",), ((v,), (d,)), (0, 1), None))
     specs.append(Spec("model.norm.weight", ("final_norm", "scale"), ((d,),), (0,), None))
 
-    def layer(name: str, path: str, groups: tuple[tuple[int, ...], ...], order: tuple[int, ...]) -> None:
+    def layer(
+        name: str, path: str, groups: tuple[tuple[int, ...], ...], order: tuple[int, ...]
+    ) -> None:
         keys = ("blocks", *path.split("."))
         specs.append(Spec("model.layers.{}." + name, keys, groups, order, cfg.n_layers))
 
     layer("input_layernorm.weight", "attention_norm.scale", ((d,),), (0,))
     layer("post_attention_layernorm.weight", "mlp_norm.scale", ((d,),), (0,))
     for letter, heads in (("q", n), ("k", k), ("v", k)):
-        layer(f"self_attn.{letter}_proj.weight", f"attention.{letter}", ((heads, h), (d,)), (2, 0, 1))
+        layer(
+            f"self_attn.{letter}_proj.weight", f"attention.{letter}", ((heads, h), (d,)), (2, 0, 1)
+        )
         if cfg.qkv_bias:
-            layer(f"self_attn.{letter}_proj.bias", f"attention.{letter}_bias", ((heads, h),), (0, 1))
+            layer(
+                f"self_attn.{letter}_proj.bias", f"attention.{letter}_bias", ((heads, h),), (0, 1)
+            )
     layer("self_attn.o_proj.weight", "attention.o", ((d,), (n, h)), (1, 2, 0))
     if cfg.qk_norm:
         layer("self_attn.q_norm.weight", "attention.q_norm.scale", ((h,),), (0,))

@@ -1,4 +1,4 @@
-"""Published sizes, so that a run can be planned and tested without the weights. Facts from the models' config.json files."""
+"""Published sizes, from the models' config.json files: to plan and test without the weights."""
 
 import dataclasses
 
@@ -22,7 +22,9 @@ def _qwen3(d: int, layers: int, heads: int, f: int, *, tied: bool) -> DecoderCon
     )
 
 
-def _qwen25(d: int, layers: int, heads: int, kv_heads: int, f: int, vocab: int, *, tied: bool) -> DecoderConfig:
+def _qwen25(
+    d: int, layers: int, heads: int, kv_heads: int, f: int, vocab: int, *, tied: bool
+) -> DecoderConfig:
     return DecoderConfig(
         family="qwen2",
         vocab_size=vocab,

@@ -37,10 +37,12 @@ def scan(folder: pathlib.Path) -> dict[str, Stored]:
     for file in _weight_files(folder):
         try:
             with safetensors.safe_open(file, framework="numpy") as opened:
-                for name in opened.keys():
+                for name in opened.keys():  # noqa: SIM118 (a file handle, not a dict)
                     header = opened.get_slice(name)
                     if name in found:
-                        raise ConversionError(f"tensor {name} is in both {found[name].file.name} and {file.name}")
+                        raise ConversionError(
+                            f"tensor {name} is in both {found[name].file.name} and {file.name}"
+                        )
                     found[name] = Stored(file, tuple(header.get_shape()), header.get_dtype())
         except (safetensors.SafetensorError, OSError) as error:
             raise ConversionError(f"{file}: not a readable safetensors file: {error}") from error
@@ -79,11 +81,15 @@ def write_shards(
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         only = len(shards) == 1
-        file = "model.safetensors" if only else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = (
+            "model.safetensors" if only else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        )
         arrays = {name: make() for name, _, make in shard}
         # transformers refuses files that do not say which framework's layout they have
         safetensors.numpy.save_file(arrays, out / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(arrays, file)
     if len(shards) > 1:
         total = sum(size for _, size, _ in tensors)
-        write_json(out / WEIGHT_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(
+            out / WEIGHT_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )

@@ -51,7 +51,10 @@ def init(cfg: Schedule) -> CurriculumState:
 
 
 def update(
-    state: CurriculumState, stats: weights.RegionStats, format_score: Float[Array, ""], cfg: Schedule
+    state: CurriculumState,
+    stats: weights.RegionStats,
+    format_score: Float[Array, ""],
+    cfg: Schedule,
 ) -> CurriculumState:
     """Takes in one global batch. The first step runs at nu = 0; a region absent from the batch keeps its averages."""
     present = stats.count > 0
@@ -62,7 +65,9 @@ def update(
 
     format_decay = cfg.curriculum.format_ema_decay
     format_ema = jnp.where(
-        state.step == 0, format_score, format_decay * state.format_score + (1 - format_decay) * format_score
+        state.step == 0,
+        format_score,
+        format_decay * state.format_score + (1 - format_decay) * format_score,
     )
     # An absent region's count does decay: its share of the mass is then free for the others.
     count = jnp.where(state.step == 0, stats.count, decay * state.count + (1 - decay) * stats.count)
@@ -121,7 +126,9 @@ def _by_mass(state: CurriculumState, cfg: Schedule) -> Float[Array, " R"]:
         # Mean one over all tokens when the groups that occur have all of the mass; an absent group's share goes to the rest.
         weight = weight.at[index].set(jnp.where(tokens > 0, mass / jnp.maximum(tokens, 1e-6), 0.0))
     mean = jnp.sum(weight * count) / jnp.maximum(jnp.sum(count), 1e-6)
-    weight = jnp.where(mean > 0, weight / jnp.maximum(mean, 1e-12), jnp.asarray(weights.constants(cfg.weights)))
+    weight = jnp.where(
+        mean > 0, weight / jnp.maximum(mean, 1e-12), jnp.asarray(weights.constants(cfg.weights))
+    )
     return jnp.maximum(weight, cfg.weights.w_min)
 
 
@@ -142,7 +149,9 @@ def _sqrt(x, format_ema, cfg):
 
 def _step(x, format_ema, cfg):
     """`stages` equal stages, nu from 0 in the first to 1 in the last."""
-    return jnp.minimum(jnp.floor(jnp.clip(x, 0.0, 1.0) * cfg.stages), cfg.stages - 1) / (cfg.stages - 1)
+    return jnp.minimum(jnp.floor(jnp.clip(x, 0.0, 1.0) * cfg.stages), cfg.stages - 1) / (
+        cfg.stages - 1
+    )
 
 
 def _constant(x, format_ema, cfg):
@@ -150,7 +159,9 @@ def _constant(x, format_ema, cfg):
 
 
 def _adaptive(x, format_ema, cfg):
-    return jnp.clip((format_ema - cfg.adaptive_low) / (cfg.adaptive_high - cfg.adaptive_low), 0.0, 1.0)
+    return jnp.clip(
+        (format_ema - cfg.adaptive_low) / (cfg.adaptive_high - cfg.adaptive_low), 0.0, 1.0
+    )
 
 
 SHAPES = {

@@ -34,7 +34,9 @@ def truncate(logits: Float[Array, "*B V"], sampling: Sampling) -> Float[Array, "
     if sampling.top_p < 1:
         ordered = jax.lax.stop_gradient(jnp.flip(jnp.sort(logits, axis=-1), axis=-1))
         p = jax.nn.softmax(ordered, axis=-1)
-        kept = jnp.cumsum(p, axis=-1) - p < sampling.top_p  # the word that crosses the threshold is kept
+        kept = (
+            jnp.cumsum(p, axis=-1) - p < sampling.top_p
+        )  # the word that crosses the threshold is kept
         threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits >= threshold, logits, NEG_INF)
     return logits

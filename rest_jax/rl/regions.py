@@ -81,7 +81,7 @@ def _label_text(
     region = np.append(span_region, np.int8(Region.OTHER))[
         np.where(outside, len(span_region), first)
     ]
-    (mixed,) = np.nonzero((first != last) & ~outside)
+    (mixed,) = np.nonzero(first != last)
     if mixed.size:
         region[mixed] = _majority(
             start[mixed], end[mixed], first[mixed], last[mixed], span_end, span_region

@@ -78,9 +78,9 @@ def score_rollout(
     ]
     scored = ScoredBatch(
         rollout=rollout,
-        region=region.reshape(prompts, group, width),
-        reward=_table(scores, "reward").reshape(prompts, group),
-        format_score=_table(scores, "format_score").reshape(prompts, group),
+        region=region.reshape(prompts, group, width),  # type: ignore[arg-type]
+        reward=_table(scores, "reward").reshape(prompts, group),  # type: ignore[arg-type]
+        format_score=_table(scores, "format_score").reshape(prompts, group),  # type: ignore[arg-type]
     )
     return scored.validate(), scores
 

@@ -77,7 +77,11 @@ class Coefficients:
 
 
 def make_train_batch(
-    scored: ScoredBatch, old: OldPolicy | None, logp_ref: jax.Array | None, state: TrainState, cfg: StepConfig
+    scored: ScoredBatch,
+    old: OldPolicy | None,
+    logp_ref: jax.Array | None,
+    state: TrainState,
+    cfg: StepConfig,
 ) -> tuple[TrainBatch, curriculum.CurriculumState, Metrics]:
     """Curriculum update, token weights, advantages. With `old`, its values replace the sampler's."""
     rollout = scored.rollout
@@ -132,7 +136,9 @@ def loss_terms(
     if cfg.loss.entropy_coefficient > 0:
         total = total - cfg.loss.entropy_coefficient * sums["update/entropy"]
     if batch.logp_ref is not None:
-        kl = masked.masked_sum(u * loss.KL_ESTIMATORS[cfg.loss.kl_estimator](logp, batch.logp_ref), mask)
+        kl = masked.masked_sum(
+            u * loss.KL_ESTIMATORS[cfg.loss.kl_estimator](logp, batch.logp_ref), mask
+        )
         sums["update/kl"] = kl
         total = total + cfg.loss.kl_coefficient * kl
     sums["update/loss"] = total
@@ -141,11 +147,16 @@ def loss_terms(
     sums["update/ratio_mean"] = masked.masked_sum(u * loss.ratio(logp, old), mask)
     difference = jnp.abs(logp - old)
     sums["update/logp_difference"] = masked.masked_sum(u * difference, mask)
-    return total, Totals(sums, {"update/ratio_max": jnp.exp(masked.max_over_mask(difference, mask))})
+    return total, Totals(
+        sums, {"update/ratio_max": jnp.exp(masked.max_over_mask(difference, mask))}
+    )
 
 
 def accumulate(
-    loss_fn: Callable[..., tuple[jax.Array, Totals]], params: Params, micro: tuple, shardings: Params
+    loss_fn: Callable[..., tuple[jax.Array, Totals]],
+    params: Params,
+    micro: tuple,
+    shardings: Params,
 ) -> tuple[Params, Totals]:
     """Sums gradients (float32) and metrics over the leading axis of `micro`, one micro-batch in memory at a time."""
     grad_fn = jax.grad(loss_fn, has_aux=True)
@@ -166,7 +177,10 @@ def apply_gradients(
 ) -> tuple[Params, optax.OptState, Metrics]:
     """One optimiser update."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    metrics = {"update/grad_norm": optax.global_norm(grads), "update/update_norm": optax.global_norm(updates)}
+    metrics = {
+        "update/grad_norm": optax.global_norm(grads),
+        "update/update_norm": optax.global_norm(updates),
+    }
     return optax.apply_updates(state.params, updates), opt_state, metrics
 
 
@@ -192,7 +206,9 @@ def train_step(
         micro = split_groups((mini, coefficients(mini, cfg)), cfg.micro, mesh)
         grads, totals = accumulate(loss_fn, state.params, micro, param_shardings)
         params, opt_state, norms = apply_gradients(state, grads, tx)
-        return state.replace(params=params, opt_state=opt_state), totals.sums | totals.maxima | norms
+        return state.replace(
+            params=params, opt_state=opt_state
+        ), totals.sums | totals.maxima | norms
 
     state, per_update = jax.lax.scan(update, state, split_groups(batch, cfg.updates, mesh))
     if old is None:
@@ -204,7 +220,11 @@ def train_step(
 
 
 def make_train_step(
-    decoder: Decoder, tx: optax.GradientTransformation, cfg: StepConfig, mesh: Mesh, state_shardings: TrainState
+    decoder: Decoder,
+    tx: optax.GradientTransformation,
+    cfg: StepConfig,
+    mesh: Mesh,
+    state_shardings: TrainState,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """jit of `train_step`: (state, scored, old | None, logp_ref | None). The state is donated; metrics are replicated."""
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
@@ -256,7 +276,10 @@ def mismatch(logp: jax.Array, logp_rollout: jax.Array, mask: jax.Array) -> Metri
 
 
 def batch_metrics(
-    scored: ScoredBatch, batch: TrainBatch, stats: weights.RegionStats, state: curriculum.CurriculumState
+    scored: ScoredBatch,
+    batch: TrainBatch,
+    stats: weights.RegionStats,
+    state: curriculum.CurriculumState,
 ) -> Metrics:
     """Rewards, lengths, curriculum, and per region: entropy, weight in force, realised weight, mass, tokens."""
     length = scored.rollout.response_length.astype(jnp.float32)
@@ -274,7 +297,14 @@ def batch_metrics(
         "curriculum/format_score": state.format_score,
     }
     mean, mass = weights.realised(scored.region, batch.weight)
-    columns = {"entropy": stats.entropy, "gini": stats.gini, "count": stats.count, "base": state.weight}
+    columns = {
+        "entropy": stats.entropy,
+        "gini": stats.gini,
+        "count": stats.count,
+        "base": state.weight,
+    }
     for name, column in (columns | {"weight": mean, "mass": mass}).items():
-        out |= {f"region/{r.name.lower()}/{name}": column[r] for r in Region if r is not Region.NONE}
+        out |= {
+            f"region/{r.name.lower()}/{name}": column[r] for r in Region if r is not Region.NONE
+        }
     return out

@@ -80,7 +80,10 @@ def make_supervised_step(
             Sampling(), cfg.vocab_chunk,
         )  # fmt: skip
         total = masked.masked_sum(-coefficient * logp, coefficient > 0)
-        sums = {"update/loss": total, "update/entropy": masked.masked_sum(coefficient * entropy, coefficient > 0)}
+        sums = {
+            "update/loss": total,
+            "update/entropy": masked.masked_sum(coefficient * entropy, coefficient > 0),
+        }
         return total, Totals(sums, {})
 
     def step(state, batch):

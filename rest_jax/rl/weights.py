@@ -52,17 +52,23 @@ def constants(cfg: WeightsConfig) -> np.ndarray:
     return table
 
 
-def inverse_bound(entropy: Float[Array, " R"], gini: Float[Array, " R"], floor: float) -> Float[Array, " R"]:
+def inverse_bound(
+    entropy: Float[Array, " R"], gini: Float[Array, " R"], floor: float
+) -> Float[Array, " R"]:
     """1 / (1 - exp(-H)); expm1 keeps the small entropies of learned tags exact."""
     return 1.0 / -jnp.expm1(-jnp.maximum(entropy, floor))
 
 
-def inverse_entropy(entropy: Float[Array, " R"], gini: Float[Array, " R"], floor: float) -> Float[Array, " R"]:
+def inverse_entropy(
+    entropy: Float[Array, " R"], gini: Float[Array, " R"], floor: float
+) -> Float[Array, " R"]:
     """1 / H."""
     return 1.0 / jnp.maximum(entropy, floor)
 
 
-def inverse_gini(entropy: Float[Array, " R"], gini: Float[Array, " R"], floor: float) -> Float[Array, " R"]:
+def inverse_gini(
+    entropy: Float[Array, " R"], gini: Float[Array, " R"], floor: float
+) -> Float[Array, " R"]:
     """1 / E[1 - sum p^2]; floored at the bound's value for the entropy floor, so that the rules share a ceiling."""
     return 1.0 / jnp.maximum(gini, -jnp.expm1(-floor))
 
@@ -75,7 +81,10 @@ ENTROPY_RULES = {
 
 
 def base_weights(
-    entropy: Float[Array, " R"], gini: Float[Array, " R"], seen: Bool[Array, " R"], cfg: WeightsConfig
+    entropy: Float[Array, " R"],
+    gini: Float[Array, " R"],
+    seen: Bool[Array, " R"],
+    cfg: WeightsConfig,
 ) -> Float[Array, " R"]:
     """Weights before the curriculum, clipped to [w_min, w_max]; regions never seen have their constant.
 
@@ -90,7 +99,9 @@ def base_weights(
     else:
         raw = ENTROPY_RULES[cfg.rule](entropy, gini, cfg.entropy_floor)
         seen = seen.at[Region.NONE].set(False)
-        by_mean = jnp.sum(jnp.where(seen, fixed, 0)) / jnp.maximum(jnp.sum(jnp.where(seen, raw, 0)), EPS)
+        by_mean = jnp.sum(jnp.where(seen, fixed, 0)) / jnp.maximum(
+            jnp.sum(jnp.where(seen, raw, 0)), EPS
+        )
         scale = jnp.where(seen[Region.NAME], cfg.name_anchor / raw[Region.NAME], by_mean)
         weight = jnp.where(seen, raw * scale, fixed)
     return jnp.where(weight > 0, jnp.clip(weight, cfg.w_min, cfg.w_max), 0.0)

@@ -85,7 +85,9 @@ def prefill(
 ) -> tuple[Float[Array, "P V"], Cache]:
     """Runs every prompt once; the logits of its next token, and a cache with room for the responses."""
     layout, positions = prompt_rows(prompts.tokens, prompts.length)
-    hidden, kv = decoder.apply({"params": params}, prompts.tokens, positions, layout, return_kv=True)
+    hidden, kv = decoder.apply(
+        {"params": params}, prompts.tokens, positions, layout, return_kv=True
+    )
     last = jnp.take_along_axis(hidden, (prompts.length - 1)[:, None, None], axis=1)[:, 0]
     cache = init_cache(kv, prompts.length, settings.group_size, settings.max_tokens)
     return logits(params, decoder.cfg, last), cache
@@ -106,7 +108,10 @@ def decode(
 
 
 def append(
-    state: DecodeState, scores: Float[Array, "P G V"], keys: Key[Array, "P G"], settings: RolloutSettings
+    state: DecodeState,
+    scores: Float[Array, "P G V"],
+    keys: Key[Array, "P G"],
+    settings: RolloutSettings,
 ) -> DecodeState:
     """Draws from `scores` and writes the token and its numbers at `state.time`, for rows still alive."""
     token, *numbers = draw(scores, keys, state.time, settings.sampling)
@@ -153,7 +158,9 @@ def make_rollout(
     def run(params, prompts, rng, step):
         return rollout(params, prompts, rng, step, decoder=decoder, settings=settings)
 
-    return jax.jit(run, in_shardings=(param_shardings, rows, everywhere, everywhere), out_shardings=rows)
+    return jax.jit(
+        run, in_shardings=(param_shardings, rows, everywhere, everywhere), out_shardings=rows
+    )
 
 
 def make_cast(dtype: jnp.dtype, shardings: Params) -> Callable[[Params], Params]:

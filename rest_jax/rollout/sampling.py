@@ -26,7 +26,10 @@ def row_keys(
 
 
 def draw(
-    logits: Float[Array, "P G V"], keys: Key[Array, "P G"], position: Int[Array, ""], sampling: Sampling
+    logits: Float[Array, "P G V"],
+    keys: Key[Array, "P G"],
+    position: Int[Array, ""],
+    sampling: Sampling,
 ) -> tuple[Int[Array, "P G"], Float[Array, "P G"], Float[Array, "P G"], Float[Array, "P G"]]:
     """(token int32, logp, entropy, gini), float32 nats. Greedy draws the argmax and reports its log-prob at temperature 1."""
     logits = logits.astype(jnp.float32)
@@ -35,6 +38,8 @@ def draw(
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return token, chosen_logp(logits, token, Sampling()), entropy, gini
     kept = truncate(logits, sampling)
-    one = jax.vmap(jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, position), row)))
+    one = jax.vmap(
+        jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, position), row))
+    )
     token = one(keys, kept).astype(jnp.int32)
     return token, chosen_logp(logits, token, sampling), entropy, gini

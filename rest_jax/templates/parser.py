@@ -149,7 +149,7 @@ def _call_block(out: Writer, grammar: Tagged) -> None:
     """
     data = out.data
     found, junk, closing = len(out.calls) + out.broken_calls, False, None
-    while closing is None:
+    while True:
         start = separators_end(data, out.end)
         out.put(start, SCAFFOLD)
         if start == len(data):

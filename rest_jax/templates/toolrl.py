@@ -100,7 +100,7 @@ def _brief_tool(tool: Mapping[str, Any]) -> str:
     parameters = ", ".join(
         f"{name}: {spec.get('type', 'string')}" for name, spec in flat_parameters(tool).items()
     )
-    return f"{tool['name']}({parameters}): {tool.get('description', '')}"
+    return f"{tool.get('description', '')}: {json.dumps(tool['name'])} ({parameters})"
 
 
 def _dialogue(history: Sequence[Mapping[str, Any]]) -> str:

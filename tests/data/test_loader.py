@@ -5,10 +5,17 @@ import json
 
 import numpy as np
 import pytest
+
 from rest_jax.config import DataConfig
 from rest_jax.data import synthetic
 from rest_jax.data.loader import bucketed, make_loader, pad, sft_loader
-from rest_jax.data.prepare import Prepared, load_split, prepare, prepare_supervised, tokenize_supervised
+from rest_jax.data.prepare import (
+    Prepared,
+    load_split,
+    prepare,
+    prepare_supervised,
+    tokenize_supervised,
+)
 from rest_jax.data.sources import write_records
 from rest_jax.data.tiny_tokenizer import train_tokenizer
 from rest_jax.templates import TEMPLATES
@@ -22,7 +29,11 @@ SIZE = 10
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    texts = [m["content"] for r in synthetic.world("train", 0, 200) for m in r.prompt_messages(TEMPLATE, True)]
+    texts = [
+        m["content"]
+        for r in synthetic.world("train", 0, 200)
+        for m in r.prompt_messages(TEMPLATE, True)
+    ]
     train_tokenizer(texts, 600, folder)
     return Tokenizer.load(folder)
 
@@ -37,7 +48,9 @@ def _rows(loader, count=None):
 
 
 def _loader(prepared, cfg=CFG, batch=3, seed=0, num_steps=None):
-    return make_loader(prepared, batch_prompts=batch, seed=seed, pad_id=0, cfg=cfg, num_steps=num_steps)
+    return make_loader(
+        prepared, batch_prompts=batch, seed=seed, pad_id=0, cfg=cfg, num_steps=num_steps
+    )
 
 
 def test_an_epoch_sees_each_record_once_in_an_order_of_its_own(prepared):
@@ -90,7 +103,9 @@ def test_resumes_with_workers(prepared):
 @pytest.mark.parametrize(("key", "other"), [("batch", {"batch": 2}), ("seed", {"seed": 9})])
 def test_a_state_of_another_run_is_refused(prepared, key, other):
     state = _loader(prepared).get_state()
-    with pytest.raises(ValueError, match=f"saved with {key} {state[key]}, this run has {key} {other[key]}"):
+    with pytest.raises(
+        ValueError, match=f"saved with {key} {state[key]}, this run has {key} {other[key]}"
+    ):
         _loader(prepared, **other).set_state(state)
 
 
@@ -98,7 +113,9 @@ def test_batches_hold_their_records(prepared, tokenizer):
     batch, records = next(_loader(prepared))
     assert batch.tokens.dtype == batch.length.dtype == batch.row.dtype == np.int32
     assert batch.tokens.shape[1] % 64 == 0 and batch.tokens.shape[1] == bucketed(prepared.prompts)
-    for tokens, length, row, record in zip(batch.tokens, batch.length, batch.row, records, strict=True):
+    for tokens, length, row, record in zip(
+        batch.tokens, batch.length, batch.row, records, strict=True
+    ):
         assert record == prepared.records[row]
         prompt = tokenizer.encode_prompt(record.prompt_messages(TEMPLATE, True))
         assert np.array_equal(tokens[:length], prompt)
@@ -131,7 +148,9 @@ def test_long_prompts_are_dropped_and_counted(tokenizer):
     records = synthetic.world("train", 0, 40)
     lengths = [len(tokenizer.encode_prompt(r.prompt_messages(TEMPLATE, True))) for r in records]
     limit = int(np.median(lengths))
-    made = prepare(records, tokenizer, TEMPLATE, CFG.model_copy(update={"max_prompt_tokens": limit}))
+    made = prepare(
+        records, tokenizer, TEMPLATE, CFG.model_copy(update={"max_prompt_tokens": limit})
+    )
     assert made.records == [r for r, n in zip(records, lengths, strict=True) if n <= limit]
     assert made.dropped == sum(n > limit for n in lengths) > 0
     assert made.percentiles()["max"] <= limit
@@ -140,7 +159,10 @@ def test_long_prompts_are_dropped_and_counted(tokenizer):
 
 def test_nothing_fits(tokenizer):
     cfg = CFG.model_copy(update={"max_prompt_tokens": 5})
-    with pytest.raises(ValueError, match=r"max_prompt_tokens 5: every one of the 3 records is longer \(shortest: \d+"):
+    with pytest.raises(
+        ValueError,
+        match=r"max_prompt_tokens 5: every one of the 3 records is longer \(shortest: \d+",
+    ):
         prepare(synthetic.world("train", 0, 3), tokenizer, TEMPLATE, cfg)
     with pytest.raises(ValueError, match="no records"):
         prepare([], tokenizer, TEMPLATE, CFG)
@@ -183,7 +205,9 @@ def test_splits_by_name_and_by_path(tmp_path):
     assert load_split("synthetic:train", cfg) == synthetic.world("train", 2, 30, "single")
     assert load_split("synthetic:train", cfg, limit=4) == synthetic.world("train", 2, 4, "single")
     assert load_split("synthetic:eval", cfg, limit=4) == synthetic.world("eval", 2, 4, "single")
-    assert load_split("synthetic:demonstrations", cfg) == synthetic.demonstrations("train", 2, 30, "single")
+    assert load_split("synthetic:demonstrations", cfg) == synthetic.demonstrations(
+        "train", 2, 30, "single"
+    )
     write_records(tmp_path / "r.jsonl", synthetic.world("eval", 0, 5))
     assert load_split(str(tmp_path / "r.jsonl"), cfg, limit=3) == synthetic.world("eval", 0, 3)
     with pytest.raises(ValueError, match="synthetic:test"):

@@ -1,6 +1,7 @@
 """Step records: JSON round trip, and one clear line for every fault."""
 
 import pytest
+
 from rest_jax.answer import Call, Target
 from rest_jax.data.records import RecordError, StepRecord, from_json, target_from_text, to_json
 from rest_jax.templates import TEMPLATES
@@ -11,7 +12,12 @@ RECORD = StepRecord(
     tools=({"name": "f", "description": "does f", "parameters": {"x": {"type": "integer"}}},),
     history=(
         {"role": "user", "content": "do f twice"},
-        {"role": "assistant", "content": None, "calls": [{"name": "f", "arguments": {"x": 1}}], "think": "one"},
+        {
+            "role": "assistant",
+            "content": None,
+            "calls": [{"name": "f", "arguments": {"x": 1}}],
+            "think": "one",
+        },
         {"role": "tool", "content": "ok é"},
     ),
     target=Target(calls=(Call("f", {"x": 2, "deep": {"a": [None, 1.5, True]}}),), think="two"),
@@ -24,7 +30,14 @@ def test_round_trip():
 
 def test_round_trip_of_a_rendered_prompt():
     messages = ({"role": "system", "content": "tools"}, {"role": "user", "content": "hi"})
-    record = StepRecord("r2", "test", (), (), Target(response="hello", text="<response> hello </response>"), messages)
+    record = StepRecord(
+        "r2",
+        "test",
+        (),
+        (),
+        Target(response="hello", text="<response> hello </response>"),
+        messages,
+    )
     assert from_json(to_json(record)) == record
     assert record.prompt_messages(TEMPLATES["toolrl"]) == list(messages)
 
@@ -40,17 +53,33 @@ def test_parameters_is_another_word_for_arguments():
     [
         (("target",), None, "target: an object"),
         (("target", "calls"), "f()", "target: calls: a list"),
-        (("target", "calls"), [{"name": "f"}], r"target: calls\[0\]: arguments: an object is needed, found nothing"),
-        (("target", "calls"), [{"name": 3, "arguments": {}}], r"calls\[0\]: name: text is needed, found int"),
+        (
+            ("target", "calls"),
+            [{"name": "f"}],
+            r"target: calls\[0\]: arguments: an object is needed, found nothing",
+        ),
+        (
+            ("target", "calls"),
+            [{"name": 3, "arguments": {}}],
+            r"calls\[0\]: name: text is needed, found int",
+        ),
         (("target", "answer"), "x", "target: unknown field 'answer'"),
         (("target", "response"), 5, "target: response: text is needed, found int"),
         (("history",), {"role": "user"}, "history: a list is needed, found dict"),
         (("history", 0), {"role": "bot", "content": "x"}, r"history\[0\]: role: 'bot'"),
         (("history", 0), {"role": "user"}, r"history\[0\]: neither content nor calls"),
         (("tools", 0), {"description": "x"}, r"tools\[0\]: name: text is needed, found nothing"),
-        (("tools", 0), {"name": "f", "parameters": []}, r"tools\[0\]: parameters: an object is needed, found list"),
+        (
+            ("tools", 0),
+            {"name": "f", "parameters": []},
+            r"tools\[0\]: parameters: an object is needed, found list",
+        ),
         (("messages",), [], "messages: a list"),
-        (("messages",), [{"role": "user"}], r"messages\[0\]: content: text is needed, found nothing"),
+        (
+            ("messages",),
+            [{"role": "user"}],
+            r"messages\[0\]: content: text is needed, found nothing",
+        ),
         (("reward",), 1, "unknown field 'reward'"),
     ],
 )
@@ -82,7 +111,10 @@ def test_gold_text_is_kept_verbatim_and_read():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("just words", "no call, no response"), ("<tool_call>\n{'name': 'f'}\n</tool_call>", "1 unreadable call")],
+    [
+        ("just words", "no call, no response"),
+        ("<tool_call>\n{'name': 'f'}\n</tool_call>", "1 unreadable call"),
+    ],
 )
 def test_gold_text_that_cannot_be_read(text, message):
     with pytest.raises(RecordError, match=f"here: .*{message}"):

@@ -5,6 +5,7 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
+
 from rest_jax.answer import Call
 from rest_jax.data import synthetic
 from rest_jax.data.records import RecordError
@@ -37,7 +38,9 @@ def test_rlla_supervised(data_dir):
         assert record.target.text == item["output"]
         assert [m["content"] for m in record.messages] == [item["instruction"], item["input"]]
         assert record.target.calls == tuple(_calls_by_line(item["output"]))
-        assert (record.target.response is not None) == ("<response>" in item["output"].rpartition("</think>")[2])
+        assert (record.target.response is not None) == (
+            "<response>" in item["output"].rpartition("</think>")[2]
+        )
 
 
 def test_rlla_parquet(data_dir):
@@ -48,7 +51,9 @@ def test_rlla_parquet(data_dir):
         gold = row["reward_model"]["ground_truth"]
         assert record.target.text == gold
         assert record.target.calls == tuple(_calls_by_line(gold))
-        assert list(record.messages) == [{k: m[k] for k in ("role", "content")} for m in row["prompt"]]
+        assert list(record.messages) == [
+            {k: m[k] for k in ("role", "content")} for m in row["prompt"]
+        ]
 
 
 def _calls_by_line(text):
@@ -85,12 +90,28 @@ def _line(**fields):
         ("r.jsonl", "[" * 100_000, "not JSON"),
         ("r.jsonl", f"{_line()}\n{_line()}\n", "records 0 and 1 share the id 'a'"),
         ("r.jsonl", '{"id": "a", "history": []}', "record 'a': target: an object"),
-        ("r.json", '[{"question": "x", "reply": "y"}]', "item 0: unknown layout with fields question, reply"),
+        (
+            "r.json",
+            '[{"question": "x", "reply": "y"}]',
+            "item 0: unknown layout with fields question, reply",
+        ),
         ("r.json", "[3]", "item 0: an object is needed, found int"),
-        ("r.json", '[{"instruction": "x", "input": 2, "output": "z"}]', "item 0: input: text is needed, found int"),
-        ("r.json", '[{"instruction": "x", "input": "y", "output": "z"}]', "item 0: output: .* no call"),
+        (
+            "r.json",
+            '[{"instruction": "x", "input": 2, "output": "z"}]',
+            "item 0: input: text is needed, found int",
+        ),
+        (
+            "r.json",
+            '[{"instruction": "x", "input": "y", "output": "z"}]',
+            "item 0: output: .* no call",
+        ),
         ("r.json", '[{"system": "x", "user": "y", "answer": []}]', "item 0: answer: empty"),
-        ("r.json", '[{"system": "x", "user": "y", "answer": {"name": "f"}}]', r"item 0: answer\[0\]: arguments"),
+        (
+            "r.json",
+            '[{"system": "x", "user": "y", "answer": {"name": "f"}}]',
+            r"item 0: answer\[0\]: arguments",
+        ),
         ("r.parquet", "text", "not a Parquet file"),
         ("r.parquet", "PAR1 text", "not a readable Parquet file"),
     ],

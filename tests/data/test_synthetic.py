@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+
 from rest_jax.data import synthetic
 from rest_jax.data.records import from_json, to_json
 from rest_jax.data.synthetic_words import ACTIONS, OBJECTS, PARAMETER_TYPES, pairs, split_of
@@ -115,7 +116,9 @@ def test_second_step_uses_the_observation(records):
 
 def test_names_are_fresh_within_a_record(records):
     for record in records:
-        names = [t["name"] for t in record.tools] + [p for t in record.tools for p in t["parameters"]]
+        names = [t["name"] for t in record.tools] + [
+            p for t in record.tools for p in t["parameters"]
+        ]
         assert len(set(names)) == len(names)
         assert not {t["name"] for t in record.tools} & {*ACTIONS, *OBJECTS, *PARAMETER_TYPES}
 
@@ -134,7 +137,9 @@ def test_gold_answers_parse_to_their_targets(records):
 
 
 def test_no_sloppiness_is_the_world():
-    assert synthetic.demonstrations("train", 2, 200, sloppiness=0.0) == synthetic.world("train", 2, 200)
+    assert synthetic.demonstrations("train", 2, 200, sloppiness=0.0) == synthetic.world(
+        "train", 2, 200
+    )
 
 
 def test_habits_strike_at_their_rates():
@@ -184,10 +189,15 @@ def test_compact_for_a_small_vocabulary(tmp_path):
 
     def rendered(records):
         return [
-            (r.prompt_messages(template, brief=True), template.render_answer(r.target)) for r in records
+            (r.prompt_messages(template, brief=True), template.render_answer(r.target))
+            for r in records
         ]
 
-    texts = [t for m, a in rendered(synthetic.world("train", 0, 2000)) for t in (*(x["content"] for x in m), a)]
+    texts = [
+        t
+        for m, a in rendered(synthetic.world("train", 0, 2000))
+        for t in (*(x["content"] for x in m), a)
+    ]
     train_tokenizer(texts, 1024, tmp_path)
     tokenizer = Tokenizer.load(tmp_path)
     records = synthetic.world("eval", 0, 400)

@@ -89,4 +89,6 @@ def _check_ids(records: list[StepRecord], path: pathlib.Path) -> None:
     seen: dict[str, int] = {}
     for i, record in enumerate(records):
         if (first := seen.setdefault(record.id, i)) != i:
-            raise RecordError(f"data {path}: records {first} and {i} share the id {record.id!r}; ids must differ")
+            raise RecordError(
+                f"data {path}: records {first} and {i} share the id {record.id!r}; ids must differ"
+            )

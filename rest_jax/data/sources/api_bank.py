@@ -14,7 +14,9 @@ def from_json(raw: Mapping[str, Any], name: str, where: str) -> StepRecord:
     """A record from one item; `answer` may be one call or a list of calls."""
     for field in ("system", "user"):
         if not isinstance(raw[field], str):
-            raise RecordError(f"{where}: {field}: text is needed, found {type(raw[field]).__name__}")
+            raise RecordError(
+                f"{where}: {field}: text is needed, found {type(raw[field]).__name__}"
+            )
     answer = raw["answer"] if isinstance(raw["answer"], list) else [raw["answer"]]
     if not answer:
         raise RecordError(f"{where}: answer: empty, at least one call is needed")
@@ -23,4 +25,11 @@ def from_json(raw: Mapping[str, Any], name: str, where: str) -> StepRecord:
         {"role": "system", "content": raw["system"]},
         {"role": "user", "content": raw["user"]},
     )
-    return StepRecord(id=name, source="api_bank", tools=(), history=(), target=Target(calls=calls), messages=messages)
+    return StepRecord(
+        id=name,
+        source="api_bank",
+        tools=(),
+        history=(),
+        target=Target(calls=calls),
+        messages=messages,
+    )

@@ -33,12 +33,14 @@ def from_parquet(raw: Mapping[str, Any], name: str, where: str) -> StepRecord:
     """A record from a Parquet row {"prompt": [{"role", "content"}], "reward_model": {"ground_truth"}, ...}."""
     prompt, reward = raw["prompt"], raw["reward_model"]
     if not isinstance(prompt, list) or not prompt:
-        raise RecordError(f"{where}: prompt: a list of messages is needed, found {type(prompt).__name__}")
+        raise RecordError(
+            f"{where}: prompt: a list of messages is needed, found {type(prompt).__name__}"
+        )
     for i, message in enumerate(prompt):
         for field in ("role", "content"):
             _check(message.get(field), f"prompt[{i}].{field}", where)
     gold = reward.get("ground_truth") if isinstance(reward, Mapping) else None
-    _check(gold, "reward_model.ground_truth", where)
+    gold = _check(gold, "reward_model.ground_truth", where)
     return StepRecord(
         id=name,
         source=str(raw.get("data_source") or "rlla"),
@@ -49,6 +51,7 @@ def from_parquet(raw: Mapping[str, Any], name: str, where: str) -> StepRecord:
     )
 
 
-def _check(value: Any, field: str, where: str) -> None:
+def _check(value: Any, field: str, where: str) -> str:
     if not isinstance(value, str):
         raise RecordError(f"{where}: {field}: text is needed, found {type(value).__name__}")
+    return value

@@ -30,7 +30,9 @@ def read_parquet(path: pathlib.Path, limit: int | None) -> list[tuple[str, Any]]
     try:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise RecordError(f"data {path}: not a readable Parquet file: {str(error).splitlines()[0]}") from error
+        raise RecordError(
+            f"data {path}: not a readable Parquet file: {str(error).splitlines()[0]}"
+        ) from error
     rows: list[tuple[str, Any]] = []
     for number, raw in enumerate(table.slice(0, limit).to_pylist()):
         where = f"data {path}: row {number}"
@@ -45,7 +47,9 @@ def read_parquet(path: pathlib.Path, limit: int | None) -> list[tuple[str, Any]]
 def write(path: pathlib.Path, records: list[StepRecord]) -> None:
     """Writes beside the file first and renames, so a reader sees the old file or the whole new one."""
     if path.suffix not in (".jsonl", ".parquet"):
-        raise RecordError(f"data {path}: records are written as .jsonl or .parquet, not {path.suffix or 'without ending'}")
+        raise RecordError(
+            f"data {path}: records are written as .jsonl or .parquet, not {path.suffix or 'without ending'}"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -63,12 +67,16 @@ def _write_parquet(path: pathlib.Path, records: list[StepRecord]) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    columns: dict[str, list[str | None]] = {"id": [], "source": []} | {field: [] for field in _NESTED}
+    columns: dict[str, list[str | None]] = {"id": [], "source": []} | {
+        field: [] for field in _NESTED
+    }
     for raw in map(to_json, records):
         columns["id"].append(raw["id"])
         columns["source"].append(raw["source"])
         for field in _NESTED:
-            columns[field].append(json.dumps(raw[field], ensure_ascii=False) if field in raw else None)
+            columns[field].append(
+                json.dumps(raw[field], ensure_ascii=False) if field in raw else None
+            )
     schema = pyarrow.schema([(name, pyarrow.string()) for name in columns])
     pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), path)
 

@@ -1,0 +1,222 @@
+"""Region weights and the curriculum against a NumPy oracle of METHOD sections 4 and 5."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rest_jax.answer import NUM_REGIONS, Region
+from rest_jax.config import CurriculumConfig, WeightsConfig
+from rest_jax.rl import curriculum, weights
+
+ENTROPY = jnp.array([0, 0.02, 0.1, 0.4, 0.6, 1.5, 0.9, 2.0], np.float32)
+GINI = jnp.array([0, 0.01, 0.06, 0.2, 0.3, 0.6, 0.4, 0.8], np.float32)
+SEEN = jnp.array([False] + [True] * 7)
+
+
+def stats(entropy=ENTROPY, gini=GINI, count=None):
+    count = np.array([0, 30, 40, 10, 50, 200, 20, 5], np.float32) if count is None else count
+    return weights.RegionStats(jnp.asarray(entropy), jnp.asarray(gini), jnp.asarray(count))
+
+
+def oracle(rule, entropy, gini, cfg):
+    raw = {
+        "inverse_bound": lambda h, g: 1 / (1 - math.exp(-max(h, cfg.entropy_floor))),
+        "inverse_entropy": lambda h, g: 1 / max(h, cfg.entropy_floor),
+        "inverse_gini": lambda h, g: 1 / max(g, 1 - math.exp(-cfg.entropy_floor)),
+    }[rule]
+    w = [0.0] + [raw(float(entropy[r]), float(gini[r])) for r in range(1, 8)]
+    scale = cfg.name_anchor / w[Region.NAME]
+    return [0.0] + [min(max(x * scale, cfg.w_min), cfg.w_max) for x in w[1:]]
+
+
+@pytest.mark.parametrize("rule", ["inverse_bound", "inverse_entropy", "inverse_gini"])
+def test_entropy_rules(rule):
+    cfg = WeightsConfig(rule=rule)
+    got = jax.jit(weights.base_weights, static_argnums=3)(ENTROPY, GINI, SEEN, cfg)
+    np.testing.assert_allclose(got, oracle(rule, ENTROPY, GINI, cfg), rtol=2e-5)
+    assert got[Region.NAME] == pytest.approx(cfg.name_anchor)
+
+
+def test_entropy_floor_bounds_the_weight_of_a_certain_region():
+    sure = ENTROPY.at[Region.NAME].set(0.0)
+    cfg = WeightsConfig(w_max=100.0, w_min=1e-6)
+    got = weights.base_weights(sure, GINI, SEEN, cfg)
+    ratio = float(got[Region.NAME] / got[Region.THINK])
+    assert ratio == pytest.approx((1 - math.exp(-1.5)) / (1 - math.exp(-1e-3)), rel=1e-4)
+
+
+def test_constant_and_uniform():
+    got = weights.base_weights(ENTROPY, GINI, SEEN, WeightsConfig(rule="uniform"))
+    np.testing.assert_array_equal(got, [0, 1, 1, 1, 1, 1, 1, 1])
+    got = weights.base_weights(ENTROPY, GINI, SEEN, WeightsConfig(rule="constant"))
+    np.testing.assert_allclose(got, [0, 1.0, 1.0, 1.2, 0.6, 0.6, 0.6, 1.0])
+
+
+def test_unseen_region_has_its_constant():
+    seen = SEEN.at[Region.RESPONSE].set(False)
+    got = weights.base_weights(ENTROPY, GINI, seen, WeightsConfig())
+    assert got[Region.RESPONSE] == pytest.approx(0.6)
+
+
+def released():
+    return curriculum.Schedule(
+        WeightsConfig(
+            rule="constant", w_min=0.001, w_max=8, scaffold=0, response=0, other=0,
+            allow_zero_constants=True, normalizer="positive_tokens",
+        ),
+        CurriculumConfig(alpha_format=0, alpha_param=0.6, alpha_think=0.6, param_max=1.2, think_max=1.0, steps=300),
+        105,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("step", [0, 1, 57, 104, 199, 200, 250, 299, 300, 400])
+def test_released_preset(step):
+    cfg = released()
+    state = dataclasses.replace(curriculum.init(cfg), step=jnp.int32(step))
+    weight = curriculum.update(state, stats(), jnp.float32(0.5), cfg).weight
+    param, think = min(1.2, 0.6 + 0.002 * step), min(1.0, 0.6 + 0.002 * step)
+    expected = {"TAG": 1.0, "NAME": 1.2, "PARAM": param, "THINK": think, "SCAFFOLD": 0, "RESPONSE": 0, "OTHER": 0}
+    for name, value in expected.items():
+        assert float(weight[Region[name]]) == pytest.approx(value, abs=1e-5), name
+
+
+def test_weight_target_moves_as_written():
+    cfg = curriculum.Schedule(WeightsConfig(rule="constant"), CurriculumConfig(steps=10), 99)
+    state = curriculum.init(cfg)
+    for step in range(13):
+        state = curriculum.update(state, stats(), jnp.float32(1.0), cfg)
+        nu = min(1.0, step / 10)
+        assert float(state.nu) == pytest.approx(nu)
+        assert float(state.weight[Region.TAG]) == pytest.approx(max(0.1, 1.0 - 0.4 * nu), abs=1e-6)
+        assert float(state.weight[Region.PARAM]) == pytest.approx(min(4.0, 0.6 + 0.6 * nu), abs=1e-6)
+        assert float(state.weight[Region.THINK]) == pytest.approx(min(4.0, 0.6 + 0.6 * nu), abs=1e-6)
+        assert float(state.weight[Region.NAME]) == pytest.approx(1.2)
+
+
+SHAPE_ORACLES = {
+    "linear": lambda x: x,
+    "cosine": lambda x: 0.5 - 0.5 * math.cos(math.pi * x),
+    "sqrt": math.sqrt,
+    "step": lambda x: min(math.floor(4 * x), 3) / 3,
+    "constant": lambda x: 0.0,
+}
+
+
+@pytest.mark.parametrize("shape", sorted(SHAPE_ORACLES))
+def test_progress_shapes(shape):
+    cfg = curriculum.Schedule(WeightsConfig(), CurriculumConfig(shape=shape), 8)
+    state = curriculum.init(cfg)
+    for step in range(12):
+        state = curriculum.update(state, stats(), jnp.float32(0.0), cfg)
+        assert float(state.nu) == pytest.approx(SHAPE_ORACLES[shape](min(1, step / 8)), abs=1e-6)
+
+
+def test_adaptive_follows_the_format_score():
+    cfg = curriculum.Schedule(WeightsConfig(), CurriculumConfig(shape="adaptive", format_ema_decay=0.5), 8)
+    state, ema = curriculum.init(cfg), None
+    for score in (0.2, 0.6, 0.9, 1.0, 1.0, 1.0, 1.0):
+        state = curriculum.update(state, stats(), jnp.float32(score), cfg)
+        ema = score if ema is None else 0.5 * ema + 0.5 * score
+        assert float(state.nu) == pytest.approx(min(max((ema - 0.5) / 0.45, 0), 1), abs=1e-5)
+
+
+def test_mass_target_holds_its_shares():
+    cfg = curriculum.Schedule(
+        WeightsConfig(w_min=1e-6, normalizer="none"), CurriculumConfig(target="mass", steps=4), 4
+    )
+    count = np.array([0, 30, 50, 10, 60, 300, 0, 0], np.float32)
+    state = curriculum.init(cfg)
+    for step in range(6):
+        state = curriculum.update(state, stats(count=count), jnp.float32(1.0), cfg)
+        nu = min(1, step / 4)
+        mass = np.asarray(state.weight) * count
+        mass /= mass.sum()
+        share = {r: a + (b - a) * nu for r, (a, b) in
+                 {"fmt": (0.2, 0.05), "name": (0.25, 0.25), "param": (0.25, 0.3), "think": (0.3, 0.4)}.items()}  # fmt: skip
+        total = sum(share.values())  # RESPONSE and OTHER do not occur: their part goes to the rest
+        assert mass[Region.TAG] + mass[Region.SCAFFOLD] == pytest.approx(share["fmt"] / total, rel=1e-4)
+        for name in ("name", "param", "think"):
+            assert mass[Region[name.upper()]] == pytest.approx(share[name] / total, rel=1e-4)
+
+
+def test_absent_region_keeps_its_averages():
+    cfg = curriculum.Schedule(WeightsConfig(ema_decay=0.9), CurriculumConfig(), 8)
+    state = curriculum.update(curriculum.init(cfg), stats(), jnp.float32(1.0), cfg)
+    absent = np.array([0, 30, 40, 0, 50, 200, 20, 5], np.float32)
+    new = curriculum.update(state, stats(ENTROPY * 2, GINI, absent), jnp.float32(1.0), cfg)
+    assert float(new.entropy[Region.NAME]) == float(state.entropy[Region.NAME])
+    assert float(new.entropy[Region.THINK]) == pytest.approx(0.9 * 1.5 + 0.1 * 3.0)
+
+
+def test_every_policy_token_keeps_a_weight_unless_zeroed_by_name():
+    cfg = curriculum.Schedule(WeightsConfig(), CurriculumConfig(alpha_format=50.0, steps=1), 1)
+    state = curriculum.init(cfg)
+    for _ in range(3):
+        state = curriculum.update(state, stats(), jnp.float32(1.0), cfg)
+    assert float(jnp.min(state.weight[1:])) >= 0.1 - 1e-7
+    ablated = dataclasses.replace(cfg, weights=WeightsConfig(zero=("think",)))
+    weight = curriculum.region_weights(state, ablated)
+    assert float(weight[Region.THINK]) == 0.0
+    assert float(weight[Region.PARAM]) > 0.0
+
+
+def test_tuned_preset_starts_where_it_says():
+    cfg = curriculum.Schedule(WeightsConfig(), CurriculumConfig(start_param=1.0, start_think=0.9, steps=5), 50)
+    state = curriculum.update(curriculum.init(cfg), stats(), jnp.float32(1.0), cfg)
+    assert float(state.weight[Region.PARAM]) == pytest.approx(1.0)
+    assert float(state.weight[Region.THINK]) == pytest.approx(0.9)
+
+
+@pytest.fixture
+def tokens():
+    rng = np.random.default_rng(0)
+    length = np.array([[12, 5, 1], [7, 12, 3]])
+    region = rng.integers(1, NUM_REGIONS, (2, 3, 12))
+    region = np.where(np.arange(12) < length[..., None], region, 0).astype(np.int8)
+    table = np.array([0, 1.0, 0.5, 1.2, 0.6, 0.7, 0.0, 0.3], np.float32)
+    return region, table
+
+
+@pytest.mark.parametrize("normalizer", ["all_tokens", "positive_tokens", "none"])
+def test_token_weights(tokens, normalizer):
+    region, table = tokens
+    got = np.asarray(weights.token_weights(jnp.asarray(region), jnp.asarray(table), normalizer))
+    for p, g in np.ndindex(2, 3):
+        w = table[region[p, g]]
+        counted = {"all_tokens": region[p, g] != 0, "positive_tokens": w > 0, "none": None}[normalizer]
+        mean = 1.0 if counted is None else w.sum() / max(counted.sum(), 1) + 1e-8
+        np.testing.assert_allclose(got[p, g], w / mean, rtol=1e-5)
+    assert (got[region == 0] == 0).all()
+
+
+def test_region_stats_and_realised_mass(tokens):
+    region, table = tokens
+    rng = np.random.default_rng(1)
+    entropy, gini = (rng.random(region.shape).astype(np.float32) for _ in range(2))
+    found = weights.region_stats(jnp.asarray(region), jnp.asarray(entropy), jnp.asarray(gini))
+    weight = table[region]
+    mean, mass = weights.realised(jnp.asarray(region), jnp.asarray(weight))
+    for r in range(1, NUM_REGIONS):
+        here = region == r
+        assert float(found.count[r]) == here.sum()
+        np.testing.assert_allclose(found.entropy[r], entropy[here].mean(), rtol=1e-5)
+        np.testing.assert_allclose(found.gini[r], gini[here].mean(), rtol=1e-5)
+        np.testing.assert_allclose(mean[r], weight[here].mean(), rtol=1e-5)
+        np.testing.assert_allclose(mass[r], weight[here].sum() / weight.sum(), rtol=1e-5)
+
+
+def test_weights_carry_no_gradient(tokens):
+    region, table = tokens
+    gradient = jax.grad(lambda t: weights.token_weights(jnp.asarray(region), t, "all_tokens").sum())(jnp.asarray(table))
+    np.testing.assert_array_equal(gradient, 0.0)
+
+
+def test_state_is_a_fixed_point_of_jit():
+    cfg = curriculum.Schedule(WeightsConfig(), CurriculumConfig(), 8)
+    eager = curriculum.update(curriculum.init(cfg), stats(), jnp.float32(0.3), cfg)
+    jitted = jax.jit(curriculum.update, static_argnums=3)(curriculum.init(cfg), stats(), jnp.float32(0.3), cfg)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), eager, jitted)

@@ -1,0 +1,102 @@
+"""The rollout: teacher-forced agreement, stop ids, keys, independence of batch, order and devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rest_jax.models.decoder import logits
+from rest_jax.models.layouts import prompt_rows
+from rest_jax.rl.forward import response_logprobs
+from rest_jax.rl.logprobs import Sampling
+from tests import tiny
+
+SAMPLINGS = [Sampling(), Sampling(0.7), Sampling(1.2, 8), Sampling(1.0, 0, 0.9)]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_numbers_equal_teacher_forcing(sampling):
+    out = tiny.rollout(tiny.prompts(), sampling=sampling)
+    forced = response_logprobs(
+        tiny.decoder(), tiny.params(), *map(jnp.asarray, (out.prompt, out.prompt_length, out.responses,
+        out.response_length)), sampling, 4,
+    )  # fmt: skip
+    mask = np.arange(tiny.TIME) < out.response_length[..., None]
+    for name, value in zip(("logp", "entropy", "gini"), forced, strict=True):
+        np.testing.assert_allclose(getattr(out, name)[mask], np.asarray(value)[mask], atol=1e-4)
+        assert (getattr(out, name)[~mask] == 0).all(), name
+    assert out.logp[mask].max() <= 0
+
+
+def test_rows_end_with_their_first_stop_id_or_are_full():
+    out = tiny.rollout(tiny.prompts(32))
+    ended = 0
+    for p, g in np.ndindex(out.response_length.shape):
+        n, ids = out.response_length[p, g], out.responses[p, g]
+        assert 1 <= n <= tiny.TIME
+        assert tiny.STOP not in ids[: n - 1]
+        assert (ids[n:] == tiny.PAD).all()
+        assert n == tiny.TIME or ids[n - 1] == tiny.STOP
+        ended += ids[n - 1] == tiny.STOP
+    assert 0 < ended  # the case occurs
+
+
+def test_samples_differ_steps_differ_and_runs_repeat():
+    batch = tiny.prompts()
+    one, again, later = tiny.rollout(batch), tiny.rollout(batch), tiny.rollout(batch, step=1)
+    np.testing.assert_array_equal(one.responses, again.responses)
+    assert (one.responses != later.responses).any()
+    assert all(len({tuple(r) for r in group}) > 1 for group in one.responses)
+
+
+def test_a_row_draws_the_same_in_any_batch_and_order():
+    batch = tiny.prompts(8)
+    whole = tiny.rollout(batch)
+    order = np.random.default_rng(1).permutation(8)
+    shuffled = tiny.rollout(jax.tree.map(lambda x: x[order], batch))
+    np.testing.assert_array_equal(shuffled.responses, whole.responses[order])
+    part = tiny.rollout(jax.tree.map(lambda x: x[2:5], batch))
+    np.testing.assert_array_equal(part.responses, whole.responses[2:5])
+    wider = batch.replace(tokens=np.pad(batch.tokens, ((0, 0), (0, 9))))
+    np.testing.assert_array_equal(tiny.rollout(wider).responses, whole.responses)
+    fewer = tiny.rollout(batch, group=2)
+    np.testing.assert_array_equal(fewer.responses, whole.responses[:, :2])
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (1, 1, 4)], ids=str)
+def test_devices_do_not_change_the_ids(shape):
+    one, many = tiny.rollout(tiny.prompts()), tiny.rollout(tiny.prompts(), shape=shape)
+    np.testing.assert_array_equal(one.responses, many.responses)
+    np.testing.assert_allclose(one.logp, many.logp, rtol=1e-5, atol=1e-5)
+
+
+def test_greedy_is_the_argmax_of_the_full_forward():
+    batch = tiny.prompts(4)
+    out = tiny.rollout(batch, sampling=Sampling(greedy=True), group=1)
+    for p in range(4):
+        ids = list(batch.tokens[p, : batch.length[p]])
+        for token in out.responses[p, 0, : out.response_length[p, 0]]:
+            row = jnp.asarray([ids], jnp.int32)
+            layout, positions = prompt_rows(row, jnp.asarray([len(ids)], jnp.int32))
+            hidden, _ = tiny.decoder().apply({"params": tiny.params()}, row, positions, layout)
+            assert int(logits(tiny.params(), tiny.decoder().cfg, hidden[0, -1]).argmax()) == token
+            ids.append(int(token))
+
+
+def test_samples_follow_the_distribution():
+    """Frequencies of the first token of one prompt over many samples against its probabilities."""
+    batch = jax.tree.map(lambda x: x[:1], tiny.prompts())
+    out = tiny.rollout(batch, group=4096)
+    first = out.responses[0, :, 0]
+    p = np.exp(out.logp[0, :, 0])
+    for token in np.unique(first)[:12]:
+        chosen = first == token
+        expected = p[chosen][0]
+        spread = np.sqrt(expected * (1 - expected) / 4096)
+        assert abs(chosen.mean() - expected) < 5 * spread + 1e-4
+
+
+def test_fields_of_unequal_length_are_refused():
+    out = tiny.rollout(tiny.prompts())
+    with pytest.raises(ValueError, match=r"RolloutBatch: a field of shape \(8, 4, 11\)"):
+        out.replace(entropy=out.entropy[..., 1:]).validate()

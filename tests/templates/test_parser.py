@@ -1,0 +1,321 @@
+"""Placement and reading of answers, case by case: what every byte is, which calls are read, which blocks are seen."""
+
+import json
+
+import pytest
+
+from rest_jax.answer import Block, Call, Region
+from rest_jax.templates import TEMPLATES
+
+LETTERS = {
+    Region.TAG: "t",
+    Region.SCAFFOLD: ".",
+    Region.NAME: "N",
+    Region.PARAM: "P",
+    Region.THINK: "h",
+    Region.RESPONSE: "r",
+    Region.OTHER: "x",
+}
+T, C, R, X, BAD = Block.THINK, Block.CALLS, Block.RESPONSE, Block.TEXT, Block.BROKEN
+
+
+def picture(answer) -> str:
+    """One letter a byte."""
+    out, start = [], 0
+    for end, region in zip(answer.span_ends.tolist(), answer.span_regions.tolist(), strict=True):
+        out.append(LETTERS[Region(region)] * (end - start))
+        start = end
+    return "".join(out)
+
+
+def parse(template: str, text: str | bytes):
+    return TEMPLATES[template].parse(text.encode() if isinstance(text, str) else text)
+
+
+def test_every_byte_of_a_toolrl_answer():
+    rows = [
+        ("<think>", "t"),
+        (" so \\n", "h"),
+        ("</think>", "t"),
+        ("\n", "."),
+        ("<tool_call>", "t"),
+        ('\n{"name": "', "."),
+        ("get_é", "N"),
+        ('", "parameters": ', "."),
+        ('{"a": {"b": [1, "}\\""]}}', "P"),
+        ('}\n{"name": "', "."),
+        ("two", "N"),
+        ('", "parameters": ', "."),
+        ("{}", "P"),
+        ("}\n", "."),
+        ("</tool_call>", "t"),
+        ("\n", "."),
+        ("<response>", "t"),
+        (" done ", "r"),
+        ("</response>", "t"),
+        ("\n", "."),
+    ]
+    answer = parse("toolrl", "".join(text for text, _ in rows))
+    assert picture(answer) == "".join(letter * len(text.encode()) for text, letter in rows)
+    assert answer.calls == (Call("get_é", {"a": {"b": [1, '}"']}}), Call("two", {}))
+    assert (answer.think, answer.response, answer.broken_calls) == ("so \\n", "done", 0)
+    assert answer.blocks == (T, C, R)
+
+
+def test_every_byte_of_a_hermes_answer():
+    rows = [
+        ("<think>", "t"),
+        ("\nx\n", "h"),
+        ("</think>", "t"),
+        ("\n\n", "."),
+        ("Let me see.", "r"),
+        ("\n", "."),
+        ("<tool_call>", "t"),
+        ('\n{"arguments": ', "."),
+        ('{"q": "<tool_call>"}', "P"),
+        (', "name": "', "."),
+        ("f", "N"),
+        ('"}\n', "."),
+        ("</tool_call>", "t"),
+    ]
+    answer = parse("hermes", "".join(text for text, _ in rows))
+    assert picture(answer) == "".join(letter * len(text) for text, letter in rows)
+    assert answer.calls == (Call("f", {"q": "<tool_call>"}),)
+    assert answer.response == "Let me see."
+    assert answer.blocks == (T, R, C)
+
+
+def test_every_byte_of_a_llama3_answer():
+    rows = [
+        ("<|python_tag|>", "t"),
+        ('{"name": "', "."),
+        ("f", "N"),
+        ('", "parameters": ', "."),
+        ('{"a": 1}', "P"),
+        ('}; {"name": "', "."),
+        ("g", "N"),
+        ('", "parameters": ', "."),
+        ("{}", "P"),
+        ("}\n", "."),
+    ]
+    answer = parse("llama3", "".join(text for text, _ in rows))
+    assert picture(answer) == "".join(letter * len(text) for text, letter in rows)
+    assert answer.calls == (Call("f", {"a": 1}), Call("g", {}))
+    assert answer.blocks == (C, C)
+
+
+CALLS = [Call("f", {"x": [1, {"name": "no"}]}), Call("g", {})]
+OBJECTS = [{"name": c.name, "parameters": c.arguments} for c in CALLS]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "\n".join(map(json.dumps, OBJECTS)),
+        "".join(map(json.dumps, OBJECTS)),
+        "\n".join(json.dumps(o, indent=2) for o in OBJECTS),
+        json.dumps(OBJECTS),
+        json.dumps(OBJECTS, indent=4),
+        json.dumps(OBJECTS).replace("parameters", "arguments"),
+        ",\n".join(map(json.dumps, OBJECTS)) + ",",
+    ],
+    ids=["lines", "concatenated", "pretty", "list", "pretty list", "arguments", "commas"],
+)
+@pytest.mark.parametrize("template", list(TEMPLATES))
+def test_accepted_ways_to_write_calls(template, body):
+    text = (
+        body if template == "llama3" else f"<think> t </think>\n<tool_call>\n{body}\n</tool_call>"
+    )
+    answer = parse(template, text)
+    assert list(answer.calls) == CALLS
+    assert answer.broken_calls == 0
+    places = picture(answer)
+    assert places.count("N") == 2
+    assert "x" not in places
+
+
+GOOD = '{"name": "good", "parameters": {"a": 1}}'
+BROKEN = {
+    "no closing brace": '{"name": "bad", "parameters": {"a": 1}',
+    "no closing quote": '{"name": "bad, "parameters": {"a": 1}}',
+    "string to the end of the line": '{"name": "bad", "parameters": {"a": "1}}',
+    "no value": '{"name": "bad", "parameters": {"a": }}',
+    "no comma": '{"name": "bad" "parameters": {}}',
+    "trailing comma": '{"name": "bad", "parameters": {"a": 1,}}',
+    "single quotes": "{'name': 'bad', 'parameters': {}}",
+    "python literal": '{"name": "bad", "parameters": {"a": True}}',
+    "NaN": '{"name": "bad", "parameters": {"a": NaN}}',
+    "Infinity": '{"name": "bad", "parameters": {"a": -Infinity}}',
+    "overflow": '{"name": "bad", "parameters": {"a": 1e999}}',
+    "duplicate key": '{"name": "bad", "parameters": {"a": 1, "a": 2}}',
+    "duplicate name": '{"name": "bad", "name": "good", "parameters": {}}',
+    "hidden duplicate": '{"name": "bad", "n\\u0061me": "good", "parameters": {}}',
+    "both words for arguments": '{"name": "bad", "parameters": {}, "arguments": {}}',
+    "no arguments": '{"name": "bad"}',
+    "arguments not an object": '{"name": "bad", "parameters": [1]}',
+    "name not a string": '{"name": 3, "parameters": {}}',
+    "bad escape": '{"name": "bad", "parameters": {"a": "\\x"}}',
+    "33 deep": '{"name": "bad", "parameters": {"a": ' + "[" * 31 + "]" * 31 + "}}",
+    "10,000 deep": '{"name": "bad", "parameters": {"a": ' + "[" * 10_000 + "]" * 10_000 + "}}",
+    "257 keys": '{"name": "bad", "parameters": '
+    + json.dumps({str(i): i for i in range(257)})
+    + "}",
+    "over 64 KB": '{"name": "bad", "parameters": {"a": "' + "x" * 65_536 + '"}}',
+    "integer of 5,000 digits": '{"name": "bad", "parameters": {"a": ' + "9" * 5_000 + "}}",
+    "empty object": "{}",
+}
+
+
+@pytest.mark.parametrize("bad", BROKEN.values(), ids=BROKEN.keys())
+@pytest.mark.parametrize("template", ["toolrl", "hermes"])
+def test_a_broken_call_leaves_its_neighbours(template, bad):
+    head = "<think> t </think>\n<tool_call>\n"
+    text = f"{head}{GOOD}\n{bad}\n{GOOD}\n</tool_call>"
+    answer = parse(template, text)
+    assert answer.calls == (Call("good", {"a": 1}),) * 2
+    assert answer.broken_calls >= 1
+    assert answer.blocks == (T, C)
+    places = picture(answer)
+    assert len(places) == len(text)
+    first, last = text.index(GOOD), text.rindex(GOOD)
+    expected = "." * 10 + "NNNN" + "." * 17 + "P" * 8 + "."
+    assert places[first : first + len(GOOD)] == expected
+    assert places[last : last + len(GOOD)] == expected
+    assert places.endswith("t" * len("</tool_call>"))
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        '{"name": "ok", "parameters": {"a": ' + "[" * 30 + "]" * 30 + "}}",
+        '{"name": "ok", "parameters": ' + json.dumps({str(i): i for i in range(256)}) + "}",
+        '{"name": "ok", "parameters": {"a": "' + "x" * 65_000 + '"}}',
+        '{"name": "ok", "parameters": {"a": ' + "9" * 4_000 + "}}",
+        '{"name": "ok", "parameters": {"a": 1e300}}',
+    ],
+    ids=["32 deep", "256 keys", "65,000 characters", "4,000 digits", "large float"],
+)
+def test_calls_at_the_limits_are_read(good):
+    answer = parse("toolrl", f"<think> t </think>\n<tool_call>\n{good}\n</tool_call>")
+    assert [c.name for c in answer.calls] == ["ok"]
+    assert answer.calls[0].arguments == json.loads(good)["parameters"]
+
+
+def test_an_unreadable_but_whole_call_is_placed():
+    text = '<tool_call>{"name": "f", "parameters": {"a": NaN}}</tool_call>'
+    assert (
+        picture(parse("toolrl", text))
+        == "t" * 11 + "." * 10 + "N" + "." * 17 + "P" * 10 + "." + "t" * 12
+    )
+
+
+def test_an_unclosed_quote_does_not_swallow_the_closing_tag():
+    text = '<think> t </think>\n<tool_call>{"name": "f</tool_call>\n<response> r </response>'
+    answer = parse("toolrl", text)
+    assert answer.blocks == (T, C, R)
+    assert answer.broken_calls == 1
+
+
+@pytest.mark.parametrize("template", ["toolrl", "hermes"])
+def test_tags_inside_a_thought_are_thought(template):
+    thought = f" I use <tool_call>{GOOD}</tool_call>, no <response> or </think> yet "
+    text = f"<think>{thought}</think>\n<tool_call>\n{GOOD}\n</tool_call>"
+    answer = parse(template, text)
+    assert answer.calls == (Call("good", {"a": 1}),)
+    assert answer.think == thought.strip()
+    assert picture(answer)[7 : 7 + len(thought)] == "h" * len(thought)
+    assert answer.blocks == (T, BAD, C)  # the closing tag within counts as a fault
+
+
+@pytest.mark.parametrize(
+    ("text", "blocks", "calls"),
+    [
+        ("", (), 0),
+        (" \n", (), 0),
+        ("hello", (X,), 0),
+        ("<think> only", (BAD,), 0),
+        ("no opening tag </think>\n<response> r </response>", (X, BAD, R), 0),
+        (f"<think> a\n<tool_call>\n{GOOD}\n</tool_call>", (BAD, C), 1),
+        ("<think> I will write a <tool_call> block and", (BAD,), 0),
+        (f"<think> t </think>\n<tool_call>\n{GOOD}", (T, BAD), 1),
+        (f"<think> t </think>\n<tool_call>\n{GOOD}\n<response> r </response>", (T, BAD, R), 1),
+        ("<think> t </think>\n<response> never closed", (T, BAD), 0),
+        ("<think> t </think></tool_call>", (T, BAD), 0),
+        (
+            f"<think> t </think><tool_call>{GOOD}</tool_call><tool_call>{GOOD}</tool_call>",
+            (T, C, C),
+            2,
+        ),
+        (f"Sure. <think> t </think><tool_call>{GOOD}</tool_call> Bye.", (X, T, C, X), 1),
+        ("<think> t </think><tool_call>f(x=1)</tool_call>", (T, C), 0),
+        ("<think> t </think><response> a </response> b <response> c </response>", (T, R, X, R), 0),
+        (f"<tool_call>{GOOD}</tool_call><think> t </think>", (X, T), 0),
+    ],
+)
+def test_toolrl_blocks(text, blocks, calls):
+    answer = parse("toolrl", text)
+    assert answer.blocks == blocks
+    assert len(answer.calls) == calls
+    assert len(picture(answer)) == len(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "blocks", "calls"),
+    [
+        ("hello", (R,), 0),
+        ("the template opened it </think>\n\nhello", (T, R), 0),
+        (f"a <tool_call>{GOOD}</tool_call> b", (R, C, R), 1),
+        ("<response> not a tag here </response>", (R,), 0),
+        (f"<tool_call>{GOOD}", (BAD,), 1),
+    ],
+)
+def test_hermes_blocks(text, blocks, calls):
+    answer = parse("hermes", text)
+    assert answer.blocks == blocks
+    assert len(answer.calls) == calls
+
+
+@pytest.mark.parametrize(
+    ("text", "blocks", "calls"),
+    [
+        ("hello", (R,), 0),
+        (GOOD, (C,), 1),
+        (f"Sure:\n{GOOD}", (R, C), 1),
+        (f"Use {GOOD} inline", (R,), 0),
+        ('{"key": "an answer in JSON"}', (R,), 0),
+        ("if (a) {\n  return b;\n}", (R,), 0),
+        ('{"name": "f", "parameters": {"a": ', (BAD,), 0),
+        (f'{{"name": "f", "parameters": {{"a": }}}}\n{GOOD}', (BAD, C), 1),
+        ('{"name": "f", "parameters": {"a": NaN}}', (BAD,), 0),
+        ("<|python_tag|>print(1)", (BAD,), 0),
+        (f"<think> t </think>\n{GOOD}", (T, C), 1),
+        (f"<think> t\n{GOOD}", (BAD, C), 1),
+    ],
+)
+def test_llama3_blocks(text, blocks, calls):
+    answer = parse("llama3", text)
+    assert answer.blocks == blocks
+    assert len(answer.calls) == calls
+
+
+def test_an_unclosed_thought_is_thought():
+    assert picture(parse("toolrl", "<think> I go on")) == "t" * 7 + "h" * 8
+
+
+def test_bytes_that_are_not_utf8_are_read_as_replacement_characters():
+    cut = "é".encode()[:1]
+    text = (
+        b'<think> \xff </think>\n<tool_call>\n{"name": "f'
+        + cut
+        + b'", "parameters": {"a": "\xed\xa0\x80"}}\n</tool_call>'
+    )
+    answer = parse("toolrl", text)
+    assert [c.name for c in answer.calls] == ["f\ufffd"]
+    assert answer.think == "\ufffd"
+    answer.calls[0].arguments["a"].encode()  # a surrogate would raise
+    assert picture(answer).count("N") == 2
+
+
+def test_lone_surrogate_escapes_become_replacement_characters():
+    text = r'<tool_call>{"name": "f", "parameters": {"a\ud800": ["\udc00x", "\ud83d\ude00"]}}</tool_call>'
+    assert parse("toolrl", text).calls == (Call("f", {"a\ufffd": ["\ufffdx", "\U0001f600"]}),)

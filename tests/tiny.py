@@ -1,0 +1,94 @@
+"""A tiny policy and batches around it, shared by the tests of the rollout and of the step."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rest_jax.config import CurriculumConfig, LossConfig, MeshConfig, OptimizerConfig, WeightsConfig
+from rest_jax.models.config import DecoderConfig
+from rest_jax.models.decoder import Decoder, init_params
+from rest_jax.optimizer import make_optimizer
+from rest_jax.rl.curriculum import Schedule
+from rest_jax.rl.logprobs import Sampling
+from rest_jax.rl.step import StepConfig
+from rest_jax.rollout.engine import RolloutSettings, make_rollout
+from rest_jax.sharding import make_mesh, param_shardings
+from rest_jax.types import PromptBatch, RolloutBatch, ScoredBatch
+
+VOCAB, STOP, PAD = 96, 5, 0
+GROUP, TIME = 4, 12
+
+
+@functools.cache
+def decoder(remat: str = "none") -> Decoder:
+    """Two layers of the Qwen3 kind, float32; every dimension divides by 4."""
+    return Decoder(
+        DecoderConfig("qwen3", VOCAB, 32, 2, 4, 4, 8, 64, qk_norm=True, tied=True, remat=remat)
+    )
+
+
+@functools.cache
+def params():
+    """Random weights with enough spread that the policy is neither flat nor certain."""
+    fresh = init_params(decoder().cfg, jax.random.key(0))
+    return jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, fresh)
+
+
+def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1):
+    """Mesh over the first devices."""
+    devices = jax.devices()[: data * fsdp * tensor]
+    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
+
+
+def prompts(count: int = 8, width: int = 16, seed: int = 0) -> PromptBatch:
+    """Ragged random prompts, rows 100, 101, .."""
+    rng = np.random.default_rng(seed)
+    length = rng.integers(3, width + 1, count).astype(np.int32)
+    tokens = rng.integers(6, VOCAB, (count, width)).astype(np.int32)
+    tokens = np.where(np.arange(width) < length[:, None], tokens, PAD).astype(np.int32)
+    return PromptBatch(tokens, length, np.arange(100, 100 + count, dtype=np.int32))
+
+
+@functools.cache
+def sampler(sampling: Sampling = Sampling(), shape: tuple[int, int, int] = (1, 1, 1), group: int = GROUP):
+    """(params, prompts, rng, step) -> RolloutBatch on a mesh of that shape."""
+    where = mesh(*shape)
+    settings = RolloutSettings(group, TIME, (STOP,), PAD, sampling)
+    return make_rollout(decoder(), settings, where, param_shardings(decoder().cfg, where, layout="rollout"))
+
+
+def rollout(batch: PromptBatch, step: int = 0, **options) -> RolloutBatch:
+    """NumPy rollout with the tiny policy."""
+    out = sampler(**options)(params(), batch, jax.random.key(7), jnp.int32(step))
+    return jax.tree.map(np.asarray, out)
+
+
+def scored(batch: PromptBatch, seed: int = 0) -> ScoredBatch:
+    """A rollout with random regions, rewards and format scores."""
+    rng = np.random.default_rng(seed)
+    sampled = rollout(batch)
+    mask = np.arange(TIME) < sampled.response_length[..., None]
+    region = np.where(mask, rng.integers(1, 8, mask.shape), 0).astype(np.int8)
+    reward = rng.normal(size=mask.shape[:2]).astype(np.float32)
+    return ScoredBatch(sampled, region, reward, rng.integers(0, 2, mask.shape[:2]).astype(np.float32))
+
+
+def step_config(**changes) -> StepConfig:
+    """One update, one micro-batch, ResT defaults."""
+    base = StepConfig(
+        loss=LossConfig(vocab_chunk=5),
+        schedule=Schedule(WeightsConfig(), CurriculumConfig(), 10),
+        sampling=Sampling(),
+        updates=1,
+        micro=1,
+        fixed_length=TIME,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def optimizer():
+    """Plain AdamW without clipping, so that a difference of gradients shows."""
+    return make_optimizer(OptimizerConfig(learning_rate=1e-3, max_grad_norm=None), 10)
