@@ -3,8 +3,9 @@ demonstrations of the synthetic tool world by a demonstrator with bad habits (`r
 
     python launch/make_quickstart_policy.py OUT [key=value ...]
 
-Three steps: train the tokenizer, write a randomly initialised HF folder, run `rest-jax sft configs/quickstart_sft.yaml` from it
-and export the result to OUT. Interrupted, it goes on where it stopped. The committed policy is OUT = configs/quickstart_policy.
+Three steps: train the tokenizer; write an HF folder with initial weights (`induction_start.py`); run
+`rest-jax sft configs/quickstart_sft.yaml` from it and export the result to OUT. Interrupted, it goes on where it
+stopped. The committed policy is OUT = configs/quickstart_policy.
 Hardware and time: 2 CPU cores, see configs/quickstart_sft.yaml.
 """
 
@@ -12,14 +13,13 @@ import json
 import pathlib
 import sys
 
-import jax
+from induction_start import induction_start
 
 from rest_jax import config as config_lib
 from rest_jax import sft
 from rest_jax.cli import main as rest_jax
 from rest_jax.data import synthetic
 from rest_jax.data.tiny_tokenizer import train_tokenizer
-from rest_jax.models.decoder import init_params
 from rest_jax.models.hf import export
 from rest_jax.models.hf_config import decoder_config
 from rest_jax.templates import TEMPLATES
@@ -33,12 +33,12 @@ ARCHITECTURE = {
     "hidden_size": 128,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": 4,
     "head_dim": 32,
     "intermediate_size": 384,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
+    "rope_theta": 1000000.0,
     "max_position_embeddings": 1024,
     "attention_bias": False,
     "tie_word_embeddings": True,
@@ -46,8 +46,8 @@ ARCHITECTURE = {
 }
 
 
-def write_random_model(folder: pathlib.Path, template: str, seed: int) -> None:
-    """Tokenizer, config and random weights as an HF folder."""
+def write_start(folder: pathlib.Path, template: str, seed: int) -> None:
+    """Tokenizer, config and initial weights as an HF folder."""
     form = TEMPLATES[template]
     records = synthetic.demonstrations("train", seed, TOKENIZER_RECORDS)
     prompts = (
@@ -61,7 +61,7 @@ def write_random_model(folder: pathlib.Path, template: str, seed: int) -> None:
     config = ARCHITECTURE | {"vocab_size": tokenizer.vocab_size} | ids
     (files / "config.json").write_text(json.dumps(config, indent=2))
     (files / "generation_config.json").write_text(json.dumps(ids, indent=2))
-    export(init_params(decoder_config(config), jax.random.key(seed)), files, folder)
+    export(induction_start(decoder_config(config), seed), files, folder)
 
 
 def main(out: str, overrides: list[str]) -> int:
@@ -69,7 +69,7 @@ def main(out: str, overrides: list[str]) -> int:
     config = config_lib.load(CONFIG, overrides)
     start = pathlib.Path(config.model.source)
     if not start.exists():
-        write_random_model(start, config.data.template, config.seed)
+        write_start(start, config.data.template, config.seed)
     sft.run(config)
     return rest_jax(["export", str(pathlib.Path(config.output) / config.name), out])
 

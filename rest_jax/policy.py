@@ -6,7 +6,7 @@ that a checkpoint of one run is the start of another without conversion.
 
 import dataclasses
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ class Policy:
         """Sizes of the decoder."""
         return self.decoder.cfg
 
-    def shardings(self, layout: str) -> Params:
+    def shardings(self, layout: Literal["train", "rollout"]) -> Params:
         """Shardings of the weights: layout `train` (fsdp and tensor) or `rollout` (tensor only)."""
         return param_shardings(self.config, self.mesh, layout=layout)
 
@@ -113,8 +113,10 @@ def init_state(
         )
 
     shapes = jax.eval_shape(make, policy.params)
-    shardings = jax.tree.map(lambda _: everywhere, shapes).replace(
-        params=params_at, opt_state=tree_shardings_like(shapes.opt_state, policy.params, params_at)
+    shardings = dataclasses.replace(
+        jax.tree.map(lambda _: everywhere, shapes),
+        params=params_at,
+        opt_state=tree_shardings_like(shapes.opt_state, policy.params, params_at),
     )
     state = jax.jit(make, out_shardings=shardings)(policy.params)
     abstract = jax.tree.map(

@@ -137,7 +137,8 @@ def copy_side_files(source: pathlib.Path, target: pathlib.Path) -> None:
 def save_batch(folder: pathlib.Path, step: int, arrays: dict[str, Any]) -> pathlib.Path:
     """The arrays of a step that went wrong, as one .npz."""
     path = folder / f"nan_step_{step}.npz"
-    np.savez(path, **{name: np.asarray(value) for name, value in arrays.items()})
+    plain: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
+    np.savez(path, **plain)
     return path
 
 

@@ -6,7 +6,6 @@ import math
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rest_jax.config import Config
@@ -125,11 +124,11 @@ class Loop:
         ]
         region = label_tokens(answers, tokenizer.piece_lengths[ids], text, np.ones(len(ids), bool))
         return GoldBatch(
-            prompt=batch.prompt,  # type: ignore[arg-type]
-            prompt_length=batch.prompt_length,  # type: ignore[arg-type]
-            answer=batch.responses,  # type: ignore[arg-type]
-            answer_length=batch.response_length,  # type: ignore[arg-type]
-            region=region[:, None],  # type: ignore[arg-type]
+            prompt=batch.prompt,
+            prompt_length=batch.prompt_length,
+            answer=batch.responses,
+            answer_length=batch.response_length,
+            region=region[:, None],
         )
 
     def flush(self) -> None:

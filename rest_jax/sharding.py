@@ -17,6 +17,7 @@ from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rest_jax.config import MeshConfig
+from rest_jax.errors import UserError
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import abstract_params
 
@@ -51,12 +52,12 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     named = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
     if -1 in sizes:
         if len(devices) % fixed:
-            raise ValueError(
+            raise UserError(
                 f"mesh ({named}): {fixed} does not divide the {len(devices)} devices; change the fixed sizes"
             )
         sizes[sizes.index(-1)] = len(devices) // fixed
     elif fixed != len(devices):
-        raise ValueError(
+        raise UserError(
             f"mesh ({named}) needs {fixed} devices and there are {len(devices)}; set one size to -1"
         )
     return jax.make_mesh(
@@ -90,7 +91,7 @@ def check_batch(name: str, size: int, mesh: Mesh) -> None:
     """ValueError with both numbers unless `size` rows split evenly over the batch axes."""
     ways = batch_ways(mesh)
     if size % ways:
-        raise ValueError(
+        raise UserError(
             f"{name} {size} does not divide over {ways} devices "
             f"(mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}); make it a multiple of {ways}"
         )
@@ -150,7 +151,7 @@ def _mesh_axis(name: str, axis: str, size: int, mesh: Mesh, layout: str) -> str 
         return target
     if axis in _REPLICATED_WHEN_FEW and size < ways:
         return None
-    raise ValueError(
+    raise UserError(
         f"parameter {name}: its {axis} dimension {size} does not divide over mesh axis {target} {ways}; "
         f"choose a {target} size that divides {size}"
     )

@@ -18,9 +18,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
+AnyArray = Any  # NumPy rows on the host, jax arrays on the mesh: the same record on both sides
+    jax.Array | np.ndarray
+)  # host records hold NumPy rows, the same records on the mesh jax arrays
 Params = Any  # nested dict of arrays: the "params" collection of the decoder
 
 
@@ -28,22 +32,22 @@ Params = Any  # nested dict of arrays: the "params" collection of the decoder
 class PromptBatch:
     """Prompts of one step. `row` is the prompt's index in the data order: it keys the sampling, not its place here."""
 
-    tokens: Int[Array, "P Tp"]  # int32, right-padded
-    length: Int[Array, " P"]  # int32, >= 1
-    row: Int[Array, " P"]  # int32
+    tokens: Int[AnyArray, "P Tp"]  # int32, right-padded
+    length: Int[AnyArray, " P"]  # int32, >= 1
+    row: Int[AnyArray, " P"]  # int32
 
 
 @struct.dataclass
 class RolloutBatch:
     """Prompts with G sampled responses each. All per-token fields follow the shift convention above."""
 
-    prompt: Int[Array, "P Tp"]  # int32
-    prompt_length: Int[Array, " P"]  # int32
-    responses: Int[Array, "P G Tr"]  # int32
-    response_length: Int[Array, "P G"]  # int32
-    logp: Float[Array, "P G Tr"]  # float32, nats, of the distribution sampled from
-    entropy: Float[Array, "P G Tr"]  # float32, nats, temperature 1, full support
-    gini: Float[Array, "P G Tr"]  # float32, 1 - sum_v p^2, temperature 1, full support
+    prompt: Int[AnyArray, "P Tp"]  # int32
+    prompt_length: Int[AnyArray, " P"]  # int32
+    responses: Int[AnyArray, "P G Tr"]  # int32
+    response_length: Int[AnyArray, "P G"]  # int32
+    logp: Float[AnyArray, "P G Tr"]  # float32, nats, of the distribution sampled from
+    entropy: Float[AnyArray, "P G Tr"]  # float32, nats, temperature 1, full support
+    gini: Float[AnyArray, "P G Tr"]  # float32, 1 - sum_v p^2, temperature 1, full support
 
     def validate(self) -> "RolloutBatch":
         """Returns self; ValueError naming the field whose shape differs from that of `responses`."""
@@ -58,9 +62,9 @@ class ScoredBatch:
     """A rollout with what the host found in its text: regions and rewards."""
 
     rollout: RolloutBatch
-    region: Int[Array, "P G Tr"]  # int8, answer.Region; NONE at and after response_length
-    reward: Float[Array, "P G"]  # float32, the sum of the scaled parts
-    format_score: Float[Array, "P G"]  # float32, S_format in [0, 1]
+    region: Int[AnyArray, "P G Tr"]  # int8, answer.Region; NONE at and after response_length
+    reward: Float[AnyArray, "P G"]  # float32, the sum of the scaled parts
+    format_score: Float[AnyArray, "P G"]  # float32, S_format in [0, 1]
 
     def validate(self) -> "ScoredBatch":
         """Returns self; ValueError naming shapes that disagree."""
@@ -122,7 +126,7 @@ def response_mask(length: Int[Array, "..."], size: int) -> Bool[Array, "... T"]:
     return jnp.arange(size) < length[..., None]
 
 
-def _check_shapes(record: str, shape: tuple[int, ...], *fields: jax.Array) -> None:
+def _check_shapes(record: str, shape: tuple[int, ...], *fields: AnyArray) -> None:
     for field in fields:
         if field.shape != tuple(shape):
             raise ValueError(

@@ -18,6 +18,7 @@ from rest_jax.rollout.engine import RolloutSettings, make_rollout
 from rest_jax.sharding import make_mesh, param_shardings
 from rest_jax.types import PromptBatch, RolloutBatch, ScoredBatch
 
+FULL = Sampling()
 VOCAB, STOP, PAD = 96, 5, 0
 GROUP, TIME = 4, 12
 
@@ -53,11 +54,13 @@ def prompts(count: int = 8, width: int = 16, seed: int = 0) -> PromptBatch:
 
 
 @functools.cache
-def sampler(sampling: Sampling = Sampling(), shape: tuple[int, int, int] = (1, 1, 1), group: int = GROUP):
+def sampler(sampling: Sampling = FULL, shape: tuple[int, int, int] = (1, 1, 1), group: int = GROUP):
     """(params, prompts, rng, step) -> RolloutBatch on a mesh of that shape."""
     where = mesh(*shape)
     settings = RolloutSettings(group, TIME, (STOP,), PAD, sampling)
-    return make_rollout(decoder(), settings, where, param_shardings(decoder().cfg, where, layout="rollout"))
+    return make_rollout(
+        decoder(), settings, where, param_shardings(decoder().cfg, where, layout="rollout")
+    )
 
 
 def rollout(batch: PromptBatch, step: int = 0, **options) -> RolloutBatch:
@@ -73,7 +76,9 @@ def scored(batch: PromptBatch, seed: int = 0) -> ScoredBatch:
     mask = np.arange(TIME) < sampled.response_length[..., None]
     region = np.where(mask, rng.integers(1, 8, mask.shape), 0).astype(np.int8)
     reward = rng.normal(size=mask.shape[:2]).astype(np.float32)
-    return ScoredBatch(sampled, region, reward, rng.integers(0, 2, mask.shape[:2]).astype(np.float32))
+    return ScoredBatch(
+        sampled, region, reward, rng.integers(0, 2, mask.shape[:2]).astype(np.float32)
+    )
 
 
 def step_config(**changes) -> StepConfig:

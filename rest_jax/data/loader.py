@@ -102,7 +102,7 @@ def make_loader(
 
     def assemble(index: np.ndarray, row: np.ndarray) -> PromptBatch:
         tokens, length = pad([prepared.prompts[i] for i in index], width, pad_id)
-        return PromptBatch(tokens=tokens, length=length, row=row)  # type: ignore[arg-type]
+        return PromptBatch(tokens=tokens, length=length, row=row)
 
     return Loader(prepared, assemble, batch=batch_prompts, seed=seed, num_steps=num_steps, cfg=cfg)
 

@@ -1,7 +1,8 @@
 """From a data spec to token ids: load the records of a split, render their prompts, tokenise everything once.
 
 `load_split` understands the `synthetic:` worlds and paths; `prepare` makes prompts for reinforcement,
-`prepare_supervised` prompts and answers. Records that are too long are dropped and counted, never cut: a cut prompt loses its tool list.
+`prepare_supervised` prompts and answers. Records that are too long are dropped and counted, never cut: a cut prompt
+loses its tool list.
 """
 
 import dataclasses

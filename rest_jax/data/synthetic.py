@@ -290,4 +290,6 @@ class Maker:
 
 def thought(*chosen: tuple[str, Tool]) -> str:
     """The thought: what is needed, and the tool that does it, in the words of the tool list."""
-    return "need to " + "; ".join(f'{does}: "{tool.name}" ({tool.signature})' for does, tool in chosen)
+    return "need to " + "; ".join(
+        f'{does}: "{tool.name}" ({tool.signature})' for does, tool in chosen
+    )

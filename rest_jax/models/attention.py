@@ -95,7 +95,7 @@ def attend_groups(
     rows = [x.reshape(prompts * group_size, slots, *x.shape[3:]) for x in (q_own, k_own, v_own)]
     spoken = spoken.reshape(prompts * group_size, slots)
     own_mask = _causal(slots) & spoken[:, None, :] & spoken[:, :, None]
-    own = _attend_part(*rows, own_mask, precision)
+    own = _attend_part(rows[0], rows[1], rows[2], own_mask, precision)
     own = Partial(*(x.reshape(prompts, group_size * slots, *x.shape[2:]) for x in own))
     return jnp.concatenate([prompt_out, _merge(shared, own)], axis=1)
 

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from rest_jax.errors import UserError
+
 Family = Literal["qwen3", "qwen2", "llama"]
 Remat = Literal["none", "block", "dots"]
 
@@ -53,15 +55,15 @@ class DecoderConfig:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(
+            raise UserError(
                 f"DecoderConfig: n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(
+            raise UserError(
                 f"DecoderConfig: head_dim {self.head_dim} is odd; rotary positions need pairs"
             )
         if self.remat not in ("none", "block", "dots"):
-            raise ValueError(f"DecoderConfig: remat {self.remat!r} is not none, block or dots")
+            raise UserError(f"DecoderConfig: remat {self.remat!r} is not none, block or dots")
 
     @property
     def precision(self) -> jax.lax.Precision:

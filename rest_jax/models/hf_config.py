@@ -5,12 +5,13 @@ Both spellings are read: rope_theta / rope_scaling and the rope_parameters of ne
 
 from typing import Any, cast
 
+from rest_jax.errors import UserError
 from rest_jax.models.config import DecoderConfig, Family, RopeScaling
 
 FAMILIES = ("qwen3", "qwen2", "llama")
 
 
-class ConversionError(ValueError):
+class ConversionError(UserError):
     """A model folder that cannot be read or written as it is; the text names the thing and the remedy."""
 
 

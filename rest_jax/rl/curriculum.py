@@ -47,7 +47,7 @@ def init(cfg: Schedule) -> CurriculumState:
         weight=jnp.zeros(NUM_REGIONS, jnp.float32),
         format_score=jnp.zeros((), jnp.float32),
     )
-    return state.replace(weight=region_weights(state, cfg))
+    return dataclasses.replace(state, weight=region_weights(state, cfg))
 
 
 def update(
@@ -71,7 +71,8 @@ def update(
     )
     # An absent region's count does decay: its share of the mass is then free for the others.
     count = jnp.where(state.step == 0, stats.count, decay * state.count + (1 - decay) * stats.count)
-    new = state.replace(
+    new = dataclasses.replace(
+        state,
         step=state.step + 1,
         nu=SHAPES[cfg.curriculum.shape](state.step / cfg.steps, format_ema, cfg.curriculum),
         entropy=smooth(state.entropy, stats.entropy),
@@ -80,7 +81,7 @@ def update(
         count=count,
         format_score=format_ema,
     )
-    return new.replace(weight=region_weights(new, cfg))
+    return dataclasses.replace(new, weight=region_weights(new, cfg))
 
 
 def region_weights(state: CurriculumState, cfg: Schedule) -> Float[Array, " R"]:

@@ -206,8 +206,8 @@ def train_step(
         micro = split_groups((mini, coefficients(mini, cfg)), cfg.micro, mesh)
         grads, totals = accumulate(loss_fn, state.params, micro, param_shardings)
         params, opt_state, norms = apply_gradients(state, grads, tx)
-        return state.replace(
-            params=params, opt_state=opt_state
+        return dataclasses.replace(
+            state, params=params, opt_state=opt_state
         ), totals.sums | totals.maxima | norms
 
     state, per_update = jax.lax.scan(update, state, split_groups(batch, cfg.updates, mesh))
@@ -216,7 +216,7 @@ def train_step(
         metrics["rollout/logp_mismatch"] = per_update["update/logp_difference"][0]
         metrics["rollout/ratio_max"] = per_update["update/ratio_max"][0]
     metrics |= {name: jnp.mean(values) for name, values in per_update.items()}
-    return state.replace(step=state.step + 1, curriculum=new_curriculum), metrics
+    return dataclasses.replace(state, step=state.step + 1, curriculum=new_curriculum), metrics
 
 
 def make_train_step(

@@ -24,7 +24,7 @@ from rest_jax.rl.forward import response_logprobs
 from rest_jax.rl.logprobs import Sampling
 from rest_jax.rl.packing import split_groups
 from rest_jax.rl.step import Metrics, Totals, accumulate, apply_gradients
-from rest_jax.types import TrainState, response_mask
+from rest_jax.types import AnyArray, TrainState, response_mask
 
 TOOL_CALL_REGIONS = (Region.SCAFFOLD, Region.NAME, Region.PARAM)
 
@@ -33,11 +33,11 @@ TOOL_CALL_REGIONS = (Region.SCAFFOLD, Region.NAME, Region.PARAM)
 class GoldBatch:
     """Prompts with their gold answers, G = 1. Shift convention as in `types`."""
 
-    prompt: Int[Array, "P Tp"]  # int32
-    prompt_length: Int[Array, " P"]  # int32
-    answer: Int[Array, "P 1 Tr"]  # int32, end-of-turn included
-    answer_length: Int[Array, "P 1"]  # int32
-    region: Int[Array, "P 1 Tr"]  # int8
+    prompt: Int[AnyArray, "P Tp"]  # int32
+    prompt_length: Int[AnyArray, " P"]  # int32
+    answer: Int[AnyArray, "P 1 Tr"]  # int32, end-of-turn included
+    answer_length: Int[AnyArray, "P 1"]  # int32
+    region: Int[AnyArray, "P 1 Tr"]  # int8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def make_supervised_step(
         parts = split_groups((batch, token_coefficients(batch, cfg.sft)), cfg.micro, mesh)
         grads, totals = accumulate(loss_fn, state.params, parts, state_shardings.params)
         params, opt_state, norms = apply_gradients(state, grads, tx)
-        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+        state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
         tokens = jnp.sum(batch.answer_length)
         return state, totals.sums | norms | {"update/tokens": tokens}
 

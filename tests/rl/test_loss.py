@@ -14,13 +14,17 @@ REWARD = np.array([[1.0, 2.0, 4.0, 1.0], [3.3, 3.3, 3.3, 3.3], [-3.0, 4.0, 4.0, 
 
 
 def test_grpo_is_unbiased_standardisation():
-    expected = (REWARD - REWARD.mean(1, keepdims=True)) / (REWARD.std(1, ddof=1, keepdims=True) + 1e-6)
+    expected = (REWARD - REWARD.mean(1, keepdims=True)) / (
+        REWARD.std(1, ddof=1, keepdims=True) + 1e-6
+    )
     expected[1] = 0
     np.testing.assert_allclose(grpo(jnp.asarray(REWARD)), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_dr_grpo_only_centres():
-    np.testing.assert_allclose(dr_grpo(jnp.asarray(REWARD)), REWARD - REWARD.mean(1, keepdims=True), atol=1e-6)
+    np.testing.assert_allclose(
+        dr_grpo(jnp.asarray(REWARD)), REWARD - REWARD.mean(1, keepdims=True), atol=1e-6
+    )
 
 
 def test_equal_rewards_give_exactly_zero():

@@ -42,9 +42,14 @@ def run(cfg, scored, shape=(1, 1, 1), tx=SGD, old=None, logp_ref=None, remat="no
 
 def close(a, b, relative=1e-5):
     """Every leaf within `relative` of the leaf's own size."""
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
         scale = np.abs(y).max() + 1e-12
-        assert np.abs(x - y).max() <= relative * scale, (jax.tree_util.keystr(path), np.abs(x - y).max() / scale)
+        assert np.abs(x - y).max() <= relative * scale, (
+            jax.tree_util.keystr(path),
+            np.abs(x - y).max() / scale,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +82,10 @@ def test_loss_and_gradient_against_an_oracle(scored, whole):
         ratio = jnp.exp(logp - jnp.where(mask, r.logp, logp))
         clipped = jnp.clip(ratio, 0.8, 1.2)
         a = advantage[..., None]
-        return jnp.sum(jnp.where(mask, weight * -jnp.minimum(ratio * a, clipped * a), 0)) / weight.sum()
+        return (
+            jnp.sum(jnp.where(mask, weight * -jnp.minimum(ratio * a, clipped * a), 0))
+            / weight.sum()
+        )
 
     value, gradient = jax.value_and_grad(objective)(tiny.params())
     assert whole[1]["update/loss"] == pytest.approx(float(value), rel=1e-4, abs=1e-6)
@@ -87,19 +95,25 @@ def test_loss_and_gradient_against_an_oracle(scored, whole):
 def _stats(scored):
     from rest_jax.rl.weights import region_stats
 
-    return region_stats(*map(jnp.asarray, (scored.region, scored.rollout.entropy, scored.rollout.gini)))
+    return region_stats(
+        *map(jnp.asarray, (scored.region, scored.rollout.entropy, scored.rollout.gini))
+    )
 
 
 @pytest.mark.parametrize("aggregation", sorted(loss.AGGREGATIONS))
 @pytest.mark.parametrize("micro", [2, 8])
 def test_micro_batches_change_nothing(scored, micro, aggregation):
-    cfg = tiny.step_config(loss=LossConfig(aggregation=aggregation, vocab_chunk=5, entropy_coefficient=0.01))
+    cfg = tiny.step_config(
+        loss=LossConfig(aggregation=aggregation, vocab_chunk=5, entropy_coefficient=0.01)
+    )
     one, split = run(cfg, scored), run(dataclasses.replace(cfg, micro=micro), scored)
     close(split[0], one[0])
     assert split[1]["update/loss"] == pytest.approx(one[1]["update/loss"], rel=1e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 1, 2), (1, 1, 4)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 1, 2), (1, 1, 4)], ids=str
+)
 def test_meshes_change_nothing(scored, whole, shape):
     gradient, metrics, new = run(tiny.step_config(), scored, shape)
     close(gradient, whole[0])
@@ -121,7 +135,9 @@ def test_uniform_weights_are_grpo_bit_for_bit(scored):
     rest = run(tiny.step_config(schedule=uniform), scored)[0]
     plain = run(
         tiny.step_config(
-            schedule=dataclasses.replace(uniform, weights=WeightsConfig(rule="uniform", normalizer="none")),
+            schedule=dataclasses.replace(
+                uniform, weights=WeightsConfig(rule="uniform", normalizer="none")
+            ),
             loss=LossConfig(aggregation="token_mean", vocab_chunk=5),
         ),
         scored,
@@ -191,6 +207,8 @@ def test_recomputed_values_and_importance_correction(scored):
     close(gradient, run(tiny.step_config(), scored)[0], 1e-4)
     assert metrics["rollout/logp_mismatch"] < 1e-5
     # a sampler that was more certain than the trainer by a factor of 2: ratio 0.5 on every token
-    biased = scored.replace(rollout=scored.rollout.replace(logp=np.asarray(old.logp) + np.float32(np.log(2)) * mask))
+    biased = scored.replace(
+        rollout=scored.rollout.replace(logp=np.asarray(old.logp) + np.float32(np.log(2)) * mask)
+    )
     halved = run(cfg, biased, old=OldPolicy(old.logp, old.entropy, old.gini))[0]
     close(halved, jax.tree.map(lambda g: g / 2, gradient), 1e-4)

@@ -79,7 +79,15 @@ def test_released_preset(step):
     state = dataclasses.replace(curriculum.init(cfg), step=jnp.int32(step))
     weight = curriculum.update(state, stats(), jnp.float32(0.5), cfg).weight
     param, think = min(1.2, 0.6 + 0.002 * step), min(1.0, 0.6 + 0.002 * step)
-    expected = {"TAG": 1.0, "NAME": 1.2, "PARAM": param, "THINK": think, "SCAFFOLD": 0, "RESPONSE": 0, "OTHER": 0}
+    expected = {
+        "TAG": 1.0,
+        "NAME": 1.2,
+        "PARAM": param,
+        "THINK": think,
+        "SCAFFOLD": 0,
+        "RESPONSE": 0,
+        "OTHER": 0,
+    }
     for name, value in expected.items():
         assert float(weight[Region[name]]) == pytest.approx(value, abs=1e-5), name
 
@@ -92,8 +100,12 @@ def test_weight_target_moves_as_written():
         nu = min(1.0, step / 10)
         assert float(state.nu) == pytest.approx(nu)
         assert float(state.weight[Region.TAG]) == pytest.approx(max(0.1, 1.0 - 0.4 * nu), abs=1e-6)
-        assert float(state.weight[Region.PARAM]) == pytest.approx(min(4.0, 0.6 + 0.6 * nu), abs=1e-6)
-        assert float(state.weight[Region.THINK]) == pytest.approx(min(4.0, 0.6 + 0.6 * nu), abs=1e-6)
+        assert float(state.weight[Region.PARAM]) == pytest.approx(
+            min(4.0, 0.6 + 0.6 * nu), abs=1e-6
+        )
+        assert float(state.weight[Region.THINK]) == pytest.approx(
+            min(4.0, 0.6 + 0.6 * nu), abs=1e-6
+        )
         assert float(state.weight[Region.NAME]) == pytest.approx(1.2)
 
 
@@ -116,7 +128,9 @@ def test_progress_shapes(shape):
 
 
 def test_adaptive_follows_the_format_score():
-    cfg = curriculum.Schedule(WeightsConfig(), CurriculumConfig(shape="adaptive", format_ema_decay=0.5), 8)
+    cfg = curriculum.Schedule(
+        WeightsConfig(), CurriculumConfig(shape="adaptive", format_ema_decay=0.5), 8
+    )
     state, ema = curriculum.init(cfg), None
     for score in (0.2, 0.6, 0.9, 1.0, 1.0, 1.0, 1.0):
         state = curriculum.update(state, stats(), jnp.float32(score), cfg)
@@ -138,7 +152,9 @@ def test_mass_target_holds_its_shares():
         share = {r: a + (b - a) * nu for r, (a, b) in
                  {"fmt": (0.2, 0.05), "name": (0.25, 0.25), "param": (0.25, 0.3), "think": (0.3, 0.4)}.items()}  # fmt: skip
         total = sum(share.values())  # RESPONSE and OTHER do not occur: their part goes to the rest
-        assert mass[Region.TAG] + mass[Region.SCAFFOLD] == pytest.approx(share["fmt"] / total, rel=1e-4)
+        assert mass[Region.TAG] + mass[Region.SCAFFOLD] == pytest.approx(
+            share["fmt"] / total, rel=1e-4
+        )
         for name in ("name", "param", "think"):
             assert mass[Region[name.upper()]] == pytest.approx(share[name] / total, rel=1e-4)
 
@@ -165,7 +181,9 @@ def test_every_policy_token_keeps_a_weight_unless_zeroed_by_name():
 
 
 def test_tuned_preset_starts_where_it_says():
-    cfg = curriculum.Schedule(WeightsConfig(), CurriculumConfig(start_param=1.0, start_think=0.9, steps=5), 50)
+    cfg = curriculum.Schedule(
+        WeightsConfig(), CurriculumConfig(start_param=1.0, start_think=0.9, steps=5), 50
+    )
     state = curriculum.update(curriculum.init(cfg), stats(), jnp.float32(1.0), cfg)
     assert float(state.weight[Region.PARAM]) == pytest.approx(1.0)
     assert float(state.weight[Region.THINK]) == pytest.approx(0.9)
@@ -187,7 +205,9 @@ def test_token_weights(tokens, normalizer):
     got = np.asarray(weights.token_weights(jnp.asarray(region), jnp.asarray(table), normalizer))
     for p, g in np.ndindex(2, 3):
         w = table[region[p, g]]
-        counted = {"all_tokens": region[p, g] != 0, "positive_tokens": w > 0, "none": None}[normalizer]
+        counted = {"all_tokens": region[p, g] != 0, "positive_tokens": w > 0, "none": None}[
+            normalizer
+        ]
         mean = 1.0 if counted is None else w.sum() / max(counted.sum(), 1) + 1e-8
         np.testing.assert_allclose(got[p, g], w / mean, rtol=1e-5)
     assert (got[region == 0] == 0).all()
@@ -211,12 +231,16 @@ def test_region_stats_and_realised_mass(tokens):
 
 def test_weights_carry_no_gradient(tokens):
     region, table = tokens
-    gradient = jax.grad(lambda t: weights.token_weights(jnp.asarray(region), t, "all_tokens").sum())(jnp.asarray(table))
+    gradient = jax.grad(
+        lambda t: weights.token_weights(jnp.asarray(region), t, "all_tokens").sum()
+    )(jnp.asarray(table))
     np.testing.assert_array_equal(gradient, 0.0)
 
 
 def test_state_is_a_fixed_point_of_jit():
     cfg = curriculum.Schedule(WeightsConfig(), CurriculumConfig(), 8)
     eager = curriculum.update(curriculum.init(cfg), stats(), jnp.float32(0.3), cfg)
-    jitted = jax.jit(curriculum.update, static_argnums=3)(curriculum.init(cfg), stats(), jnp.float32(0.3), cfg)
+    jitted = jax.jit(curriculum.update, static_argnums=3)(
+        curriculum.init(cfg), stats(), jnp.float32(0.3), cfg
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), eager, jitted)
