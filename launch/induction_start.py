@@ -88,10 +88,10 @@ def _match(attention: Params, projection: np.ndarray) -> None:
     """Layer 1: queries hold the last tokens, keys those before a place; the value is the token at that place."""
     q, k, v, o = (attention[name] for name in ("q", "k", "v", "o"))
     for head in (0, 1):
-        q[1][np.ix_(IDENTITY, [head], SLOW)] = projection[:, None, :20]
+        q[1][np.ix_(IDENTITY, np.array([head]), SLOW)] = projection[:, None, :20]
         k[1, SLOTS[0][:20], head, SLOW] = 1
     for head in (2, 3):
-        q[1][np.ix_(IDENTITY, [head], SLOW[:7])] = projection[:, None, :7]
+        q[1][np.ix_(IDENTITY, np.array([head]), SLOW[:7])] = projection[:, None, :7]
         q[1, SLOTS[0][:7], head, SLOW[7:14]] = 1
         q[1, SLOTS[1][:6], head, SLOW[14:]] = 1
         k[1, SLOTS[0][:7], head, SLOW[:7]] = 1

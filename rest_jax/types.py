@@ -16,15 +16,11 @@ Flow: StepRecord -> PromptBatch -> RolloutBatch -> ScoredBatch -> TrainBatch -> 
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
 AnyArray = Any  # NumPy rows on the host, jax arrays on the mesh: the same record on both sides
-    jax.Array | np.ndarray
-)  # host records hold NumPy rows, the same records on the mesh jax arrays
 Params = Any  # nested dict of arrays: the "params" collection of the decoder
 
 

@@ -34,9 +34,10 @@ def mesh_of(data, fsdp, tensor, count=4):
 
 
 def batch():
-    keys = jax.random.split(jax.random.key(1), 2)
-    prompt = jax.random.randint(keys[0], (P, TP), 0, 64)
-    responses = jax.random.randint(keys[1], (P, G, TR), 0, 64)
+    rng = np.random.default_rng(1)
+    prompt, responses = (
+        jnp.asarray(rng.integers(0, 64, shape), jnp.int32) for shape in ((P, TP), (P, G, TR))
+    )
     return prompt, jnp.array([5, 3, 1, 4]), responses, jnp.array([[4, 2], [1, 3], [4, 4], [2, 1]])
 
 
