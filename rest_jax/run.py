@@ -11,6 +11,7 @@ import os
 import pathlib
 import shutil
 import signal
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ class Run:
 
     config: Config
     folder: pathlib.Path
-    metrics: MetricsWriter
+    metrics: MetricsWriter | None  # in the first process only
     checkpoints: Checkpoints
     stop: StopRequest
 
@@ -67,21 +68,35 @@ class Run:
     ) -> tuple[TrainState, dict[str, Any] | None, int]:
         """(state, loader state, step): the newest sound checkpoint, or the fresh state, None and 0."""
         if self.checkpoints.latest() is None:
-            self.metrics.truncate_after(-1)
+            self._truncate(-1)
             return fresh, None, 0
         state, loader_state, step = self.checkpoints.restore(abstract)
-        self.metrics.truncate_after(step)
+        self._truncate(step)
         return state, loader_state, step
 
     def save(self, step: int, state: TrainState, loader_state: dict[str, Any]) -> None:
         """Metrics to disk, then the checkpoint in the background."""
-        self.metrics.sync()
+        if self.metrics is not None:
+            self.metrics.sync()
         self.checkpoints.save(step, state, loader_state, config_lib.dump(self.config))
+
+    def write(
+        self, step: int, values: dict[str, Any], samples: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        """One metrics line and the samples that go with it; nothing in processes other than the first."""
+        if self.metrics is not None:
+            self.metrics.write(step, values)
+            self.metrics.write_samples(step, samples)
+
+    def _truncate(self, step: int) -> None:
+        if self.metrics is not None:
+            self.metrics.truncate_after(step)
 
     def close(self) -> None:
         """Waits for the last checkpoint."""
         self.checkpoints.close()
-        self.metrics.close()
+        if self.metrics is not None:
+            self.metrics.close()
         self.stop.close()
 
 
@@ -99,10 +114,14 @@ def open_run(config: Config, files: pathlib.Path) -> Run:
     return Run(
         config=config,
         folder=folder,
-        metrics=MetricsWriter(folder, config.train.tensorboard, config.train.wandb_project),
+        metrics=_writer(folder, config) if is_first_process() else None,
         checkpoints=Checkpoints(folder, config.train.keep_checkpoints),
         stop=StopRequest(),
     )
+
+
+def _writer(folder: pathlib.Path, config: Config) -> MetricsWriter:
+    return MetricsWriter(folder, config.train.tensorboard, config.train.wandb_project)
 
 
 def check_config(folder: pathlib.Path, config: Config) -> None:

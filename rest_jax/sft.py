@@ -147,7 +147,7 @@ class Loop:
             "time/elapsed": now - self.started,
         }
         if is_first_process():
-            self.opened.metrics.write(step, values)
+            self.opened.write(step, values)
             self.progress.update(
                 step, values["update/loss"], values["time/tokens_per_second"], "loss"
             )
@@ -166,4 +166,4 @@ class Loop:
         """Greedy rates on the held-out prompts, as a line of its own."""
         if self.evaluator is not None:
             params = self.cast(self.state.params)
-            self.progress.message(self.evaluator.record(self.opened.metrics, step, params))
+            self.progress.message(self.evaluator.record(self.opened, step, params))

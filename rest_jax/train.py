@@ -298,8 +298,7 @@ class Loop:
             "time/elapsed": time.monotonic() - self.started,
         }
         if is_first_process():
-            self.opened.metrics.write(p.step, values)
-            self.opened.metrics.write_samples(p.step, p.samples)
+            self.opened.write(p.step, values, p.samples)
             self.progress.update(p.step, values["reward/mean"], values["time/tokens_per_second"])
 
     def stopped(self, p: Pending, values: dict[str, float]) -> TrainingStopped:
@@ -323,7 +322,7 @@ class Loop:
         """Greedy rates on the held-out prompts, as a line of its own."""
         if self.evaluator is not None:
             params = self.cast(self.state.params)
-            self.progress.message(self.evaluator.record(self.opened.metrics, step, params))
+            self.progress.message(self.evaluator.record(self.opened, step, params))
 
 
 def reward_metrics(

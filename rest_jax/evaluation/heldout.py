@@ -18,12 +18,13 @@ from rest_jax.answer import Target
 from rest_jax.config import Config, RewardConfig
 from rest_jax.data.prepare import load_split, prepare
 from rest_jax.hosts import is_first_process, to_host, to_mesh
-from rest_jax.metrics import METRICS_FILE, MetricsWriter, read_lines, summary_table
+from rest_jax.metrics import METRICS_FILE, read_lines, summary_table
 from rest_jax.policy import Policy
 from rest_jax.rewards import Score
 from rest_jax.rl.logprobs import Sampling
 from rest_jax.rl.scoring import score_rollout
 from rest_jax.rollout.engine import RolloutSettings, make_rollout
+from rest_jax.run import Run
 from rest_jax.templates import TEMPLATES
 from rest_jax.types import Params, PromptBatch, RolloutBatch
 
@@ -95,13 +96,12 @@ class Evaluator:
         calls, tokens = config.train.eval_prompts_per_call, config.rollout.max_response_tokens
         return cls(policy, held, config.data.template, config.reward, tokens, calls)
 
-    def record(self, writer: MetricsWriter, step: int, params: Params) -> str:
+    def record(self, run: Run, step: int, params: Params) -> str:
         """Evaluates, writes the metrics line and a few samples, and returns one line for the user."""
         started = time.monotonic()
         values, samples = self(params)
-        if is_first_process():
-            writer.write(step, values | {"time/eval": time.monotonic() - started})
-            writer.write_samples(step, [{"split": "eval", **s} for s in samples[:SAMPLES_SHOWN]])
+        shown = [{"split": "eval", **s} for s in samples[:SAMPLES_SHOWN]]
+        run.write(step, values | {"time/eval": time.monotonic() - started}, shown)
         return (
             f"held out at step {step}: exact {values['eval/exact']:.1%}, format {values['eval/format']:.1%}, "
             f"spurious {values['eval/spurious']:.1%}, reward {values['eval/reward']:.3f}"

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from rest_jax.models.config import DecoderConfig, Remat
 from rest_jax.models.decoder import Params
@@ -30,21 +30,26 @@ from rest_jax.models.folder import (
     write_json,
 )
 from rest_jax.models.hf_config import ConversionError, decoder_config
-from rest_jax.models.hf_table import Slices, Spec, expected_shapes, table
+from rest_jax.models.hf_read import (
+    EMBED,
+    HEAD,
+    host_sharding,
+    leaf_at,
+    read_params,
+    set_leaf,
+    widest,
+)
+from rest_jax.models.hf_table import expected_shapes, table
 from rest_jax.models.safetensors_io import (
     DTYPE_NAMES,
     DTYPES,
     MAX_SHARD_BYTES,
-    Stored,
     scan,
     write_shards,
 )
 from rest_jax.sharding import param_shardings
 
 _FORMAT = 1
-_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_COMPARED_ROWS = 8192
-_NAMES_SHOWN = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +73,7 @@ def load_model(source: str, mesh: Mesh, dtype: Any, remat: Remat) -> LoadedModel
     shardings = param_shardings(cfg, mesh)
     if is_converted(folder):
         return LoadedModel(cfg, _restore(folder, cfg, shardings, jnp.float32), folder)
-    return LoadedModel(cfg, _read_hf(folder, cfg, shardings, jnp.float32), folder)
+    return LoadedModel(cfg, read_params(folder, cfg, shardings, jnp.float32), folder)
 
 
 def load_hf(
@@ -86,20 +91,20 @@ def load_hf(
     cfg = _folder_config(folder)
     if shardings is None and mesh is not None:
         shardings = param_shardings(cfg, mesh)
-    return cfg, _read_hf(folder, cfg, shardings, param_dtype)
+    return cfg, read_params(folder, cfg, shardings, param_dtype)
 
 
 def convert(source: str, out: str | pathlib.Path) -> None:
-    """Writes a converted folder: `params/` (Orbax, the source's dtypes), side files, and the manifest. All or nothing.
+    """Writes a converted folder: `params/` (Orbax, the source's dtypes), side files, the manifest.
 
-    Runs on the host: it needs memory for the model once, in its stored dtype.
+    All or nothing. Runs on the host: it needs memory for the model once, in its stored dtype.
     """
     folder = find_source(source)
     if is_converted(folder):
         raise ConversionError(f"model {source}: already a converted folder")
     with atomic_folder(pathlib.Path(out)) as work:
         cfg = _folder_config(folder)
-        params = _read_hf(folder, cfg, None, None)
+        params = read_params(folder, cfg, None, None)
         copy_side_files(folder, work)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(work / "params", params)
@@ -121,21 +126,17 @@ def export(
     """
     files = pathlib.Path(files)
     cfg = _folder_config(files)
-    if dtype is not None and dtype not in {str(known) for known in DTYPE_NAMES}:
-        raise ConversionError(
-            f"export dtype {dtype!r}; known: {', '.join(str(known) for known in DTYPE_NAMES)}"
-        )
     if isinstance(params, (str, pathlib.Path)):
         source = find_source(str(params))
         params = (
             _restore(source, cfg, None, None)
             if is_converted(source)
-            else _read_hf(source, cfg, None, None)
+            else read_params(source, cfg, None, None)
         )
     _check_params(params, cfg)
     recorded = _recorded_dtypes(files, cfg)
     if dtype is not None:
-        recorded = dict.fromkeys(recorded, DTYPE_NAMES[jnp.dtype(dtype)])
+        recorded = dict.fromkeys(recorded, _dtype_name(dtype))
     tensors = _tensors(params, cfg, recorded)
     if jax.process_index() != 0:
         for _, _, make in tensors:
@@ -154,73 +155,6 @@ def _folder_config(folder: pathlib.Path) -> DecoderConfig:
     return decoder_config(read_json(folder / "config.json"))
 
 
-def _read_hf(folder: pathlib.Path, cfg: DecoderConfig, shardings: Any, param_dtype: Any) -> Params:
-    stored = scan(folder)
-    _check_tensors(folder, cfg, {name: tensor.shape for name, tensor in stored.items()}, stored)
-    params: dict[str, Any] = {}
-    for spec in table(cfg):
-        sharding = _host() if shardings is None else _leaf(shardings, spec.path)
-        dtype = _stored_dtype(spec, stored) if param_dtype is None else jnp.dtype(param_dtype)
-        _set_leaf(params, spec.path, _read_leaf(spec, stored, sharding, dtype))
-    return params
-
-
-def _read_leaf(spec: Spec, stored: Mapping[str, Stored], sharding: Any, dtype: Any) -> jax.Array:
-    def one(name: str, index: Slices) -> np.ndarray:
-        return spec.read(lambda part: stored[name].read(name, part), index).astype(dtype)
-
-    def read(index: Slices | None) -> np.ndarray:
-        index = (slice(None),) * len(spec.shape) if index is None else index
-        if spec.layers is None:
-            return one(spec.hf_name, index)
-        return np.stack([one(name, index[1:]) for name in spec.hf_names()[index[0]]])
-
-    return jax.make_array_from_callback(spec.shape, sharding, read)
-
-
-def _check_tensors(
-    folder: pathlib.Path,
-    cfg: DecoderConfig,
-    shapes: Mapping[str, tuple[int, ...]],
-    stored: Mapping[str, Stored],
-) -> None:
-    """ConversionError naming every tensor that is missing, unknown, misshapen or of an unknown dtype."""
-    expected = dict(expected_shapes(cfg))
-    if cfg.tied and _HEAD in shapes:
-        expected[_HEAD] = expected[_EMBED]
-    wrong = [
-        f"{n} has shape {shapes[n]}, needs {s}"
-        for n, s in expected.items()
-        if n in shapes and shapes[n] != s
-    ]
-    dtypes = [
-        f"{name} is {tensor.dtype}" for name, tensor in stored.items() if tensor.dtype not in DTYPES
-    ]
-    faults = {
-        "missing tensors": [name for name in expected if name not in shapes],
-        "unknown tensors": [name for name in shapes if name not in expected],
-        "misshapen tensors": wrong,
-        f"dtypes other than {', '.join(DTYPES)}": dtypes,
-    }
-    found = [f"{kind}: {_shorten(names)}" for kind, names in faults.items() if names]
-    if found:
-        raise ConversionError(f"model folder {folder} ({cfg.family}): {'; '.join(found)}")
-    if cfg.tied and _HEAD in shapes:
-        _check_tied_head(folder, stored)
-
-
-def _check_tied_head(folder: pathlib.Path, stored: Mapping[str, Stored]) -> None:
-    rows = stored[_EMBED].shape[0]
-    for start in range(0, rows, _COMPARED_ROWS):
-        part = (slice(start, min(start + _COMPARED_ROWS, rows)), slice(None))
-        embed, head = (stored[name].read(name, part) for name in (_EMBED, _HEAD))
-        if embed.dtype != head.dtype or embed.tobytes() != head.tobytes():
-            raise ConversionError(
-                f"model folder {folder}: tie_word_embeddings is true, but {_HEAD} differs from {_EMBED}; "
-                "set tie_word_embeddings false or remove the tensor"
-            )
-
-
 def _recorded_dtypes(files: pathlib.Path, cfg: DecoderConfig) -> dict[str, str]:
     """Name -> safetensors dtype of every tensor the source of a model holds.
 
@@ -229,8 +163,8 @@ def _recorded_dtypes(files: pathlib.Path, cfg: DecoderConfig) -> dict[str, str]:
     if not is_converted(files):
         if not any(files.glob("*.safetensors*")):
             hf = read_json(files / "config.json")
-            dtype = DTYPE_NAMES[jnp.dtype(hf.get("dtype") or hf.get("torch_dtype") or "float32")]
-            return {name: dtype for name, _ in expected_shapes(cfg)}
+            dtype = str(hf.get("dtype") or hf.get("torch_dtype") or "float32")
+            return {name: _dtype_name(dtype) for name, _ in expected_shapes(cfg)}
         return {name: tensor.dtype for name, tensor in scan(files).items()}
     manifest = read_json(files / MANIFEST)
     if manifest.get("format") != _FORMAT:
@@ -239,13 +173,20 @@ def _recorded_dtypes(files: pathlib.Path, cfg: DecoderConfig) -> dict[str, str]:
         )
     tensors = manifest.get("tensors", {})
     known = {name for name, _ in expected_shapes(cfg)}
-    if set(tensors) - {_HEAD} != known - {_HEAD} or any(
-        name not in DTYPES for name in tensors.values()
-    ):
+    optional = {HEAD} if cfg.tied else set()  # a tied head may be stored all the same
+    if set(tensors) - optional != known or not set(tensors.values()) <= DTYPES.keys():
         raise ConversionError(
             f"{files / MANIFEST}: its tensors are not those of config.json; convert the model again"
         )
     return tensors
+
+
+def _dtype_name(dtype: str) -> str:
+    """safetensors name of a dtype spelled as in a config.json."""
+    names = {str(known): name for known, name in DTYPE_NAMES.items()}
+    if dtype not in names:
+        raise ConversionError(f"export dtype {dtype!r}; known: {', '.join(names)}")
+    return names[dtype]
 
 
 def _tensors(
@@ -254,25 +195,25 @@ def _tensors(
     """(HF name, bytes, maker) of every tensor to write: embedding, layers in order, norm, head."""
     found: dict[str, tuple[str, int, Callable[[], np.ndarray]]] = {}
     for spec in table(cfg):
-        leaf = _leaf(params, spec.path)
+        leaf = leaf_at(params, spec.path)
         for layer, name in enumerate(spec.hf_names()):
-            names = [name, _HEAD] if name == _EMBED and cfg.tied and _HEAD in dtypes else [name]
+            names = [name, HEAD] if name == EMBED and cfg.tied and HEAD in dtypes else [name]
             for hf_name in names:
                 dtype = DTYPES[dtypes[hf_name]]
 
                 def make(spec=spec, leaf=leaf, layer=layer, dtype=dtype) -> np.ndarray:
                     part = leaf if spec.layers is None else leaf[layer]
-                    return spec.to_hf(_to_host(part).astype(dtype))
+                    return spec.to_hf(_tohost_sharding(part).astype(dtype))
 
                 found[hf_name] = (hf_name, int(np.prod(spec.hf_shape)) * dtype.itemsize, make)
     layers = [n for i in range(cfg.n_layers) for n in found if n.startswith(f"model.layers.{i}.")]
-    order = [_EMBED, *layers, "model.norm.weight", *([_HEAD] if _HEAD in found else [])]
+    order = [EMBED, *layers, "model.norm.weight", *([HEAD] if HEAD in found else [])]
     return [found[name] for name in order]
 
 
 def _check_params(params: Params, cfg: DecoderConfig) -> None:
     for spec in table(cfg):
-        leaf = _leaf(params, spec.path)
+        leaf = leaf_at(params, spec.path)
         if leaf is None or leaf.shape != spec.shape:
             found = "missing" if leaf is None else f"of shape {leaf.shape}"
             raise ConversionError(
@@ -285,12 +226,12 @@ def _restore(folder: pathlib.Path, cfg: DecoderConfig, shardings: Any, param_dty
     target: dict[str, Any] = {}
     for spec in table(cfg):
         dtype = (
-            _widest(recorded[name] for name in spec.hf_names())
+            widest(recorded[name] for name in spec.hf_names())
             if param_dtype is None
             else param_dtype
         )
-        sharding = _host() if shardings is None else _leaf(shardings, spec.path)
-        _set_leaf(target, spec.path, jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding))
+        sharding = host_sharding() if shardings is None else leaf_at(shardings, spec.path)
+        set_leaf(target, spec.path, jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore((folder / "params").absolute(), target)
@@ -301,37 +242,7 @@ def _restore(folder: pathlib.Path, cfg: DecoderConfig, shardings: Any, param_dty
         ) from error
 
 
-def _stored_dtype(spec: Spec, stored: Mapping[str, Stored]) -> Any:
-    return _widest(stored[name].dtype for name in spec.hf_names())
-
-
-def _widest(names: Any) -> Any:
-    """The dtype that holds all of these exactly."""
-    return jnp.result_type(*(DTYPES[name] for name in set(names)))
-
-
-def _host() -> SingleDeviceSharding:
-    return SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-
-
-def _to_host(x: Any) -> np.ndarray:
+def _tohost_sharding(x: Any) -> np.ndarray:
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(x)
-
-
-def _leaf(tree: Any, path: tuple[str, ...]) -> Any:
-    for key in path:
-        tree = tree.get(key, {}) if isinstance(tree, Mapping) else {}
-    return None if isinstance(tree, Mapping) else tree
-
-
-def _set_leaf(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
-
-
-def _shorten(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more
