@@ -35,7 +35,7 @@ def decoder(remat: str = "none") -> Decoder:
 def params():
     """Random weights with enough spread that the policy is neither flat nor certain."""
     fresh = init_params(decoder().cfg, jax.random.key(0))
-    return jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, fresh)
+    return jax.tree.map(lambda x: x * 2 if x.ndim > 1 else x, fresh)
 
 
 def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1):
