@@ -47,8 +47,17 @@ def _load_config(arguments: argparse.Namespace) -> "Config":
     return shipped.resolve(config.load(shipped.find_config(arguments.config), arguments.overrides))
 
 
+def _join_hosts(arguments: argparse.Namespace) -> None:
+    """Before anything touches a device."""
+    if arguments.distributed:
+        from rest_jax import hosts
+
+        hosts.join()
+
+
 def _train(arguments: argparse.Namespace) -> int:
     config = _load_config(arguments)
+    _join_hosts(arguments)
     from rest_jax import train
 
     return train.run(config, arguments.dry_run)
@@ -56,6 +65,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _sft(arguments: argparse.Namespace) -> int:
     config = _load_config(arguments)
+    _join_hosts(arguments)
     from rest_jax import sft
 
     return sft.run(config, arguments.dry_run)
@@ -141,6 +151,9 @@ def _parser() -> argparse.ArgumentParser:
         run = _add(commands, name, command, what)
         run.add_argument("config", help="a YAML file, or the name of a shipped recipe")
         run.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=10")
+        run.add_argument(
+            "--distributed", action="store_true", help="one process of many, one a host"
+        )
         run.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
 
     convert = _add(commands, "convert", _convert, "turn an HF model into a converted folder")

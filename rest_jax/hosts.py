@@ -1,10 +1,13 @@
 """Between one process's NumPy rows and the arrays of the whole mesh. With one process both are plain transfers."""
 
+import os
 from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rest_jax.errors import UserError
 
 Tree = TypeVar("Tree")
 
@@ -27,6 +30,22 @@ def to_host(tree: Tree) -> Tree:
         return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
     return jax.tree.map(one, tree)
+
+
+def join() -> None:
+    """Makes this process one of many: SLURM, Cloud TPU and Open MPI are recognised by jax itself; elsewhere
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say who is who. UserError when nothing does.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = [os.environ.get(name) for name in names]
+    try:
+        if all(given):
+            jax.distributed.initialize(given[0], int(given[1] or 0), int(given[2] or 0))
+        else:
+            jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--distributed: {reason} (set {', '.join(names)})") from error
 
 
 def is_first_process() -> bool:

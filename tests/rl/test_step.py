@@ -46,7 +46,9 @@ def run(cfg, scored, shape=(1, 1, 1), tx=RECORD, old=None, logp_ref=None, remat=
 
 def close(a, b, relative=1e-5):
     """Every leaf within `relative` of the leaf's own norm."""
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
         error = np.linalg.norm(np.asarray(x) - np.asarray(y)) / (np.linalg.norm(y) + 1e-12)
         assert error <= relative, (jax.tree_util.keystr(path), error)
 
