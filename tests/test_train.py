@@ -140,7 +140,8 @@ def test_a_run_leaves_what_it_says(unbroken):
     for region in ("tag", "think", "other"):
         assert f"region/{region}/mass" in steps[0]
     samples = read_lines(unbroken / "samples.jsonl")
-    assert {"prompt", "response", "reward"} <= samples[-1].keys() | samples[0].keys()
+    assert all({"split", "id", "response", "reward"} <= sample.keys() for sample in samples)
+    assert {sample["split"] for sample in samples} == {"train", "eval"}
     assert (unbroken / "curves.png").stat().st_size > 10_000
 
 
@@ -219,7 +220,18 @@ def test_a_folder_of_another_config_is_refused(model, unbroken, capsys):
 def test_bad_input_is_one_line_and_leaves_nothing(model, tmp_path, capsys, override, said):
     path = tmp_path / "bad.yaml"
     path.write_text(yaml.safe_dump(recipe(model, tmp_path / "out")))
-    assert cli.main(["train", str(path), "train.prompts_per_update=null", override]) == 2
+    assert (
+        cli.main(
+            [
+                "train",
+                str(path),
+                "train.prompts_per_update=null",
+                "rollout.prompts_per_step=8",
+                override,
+            ]
+        )
+        == 2
+    )
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -131,7 +131,7 @@ class Evaluator:
                 lengths.append(length)
                 scores.append(score)
                 text = self.policy.tokenizer.text(ids)
-                samples.append({"id": held.id, "text": text, **dataclasses.asdict(score)})
+                samples.append({"id": held.id, "response": text, **dataclasses.asdict(score)})
         return summarise(scores, [h.target for h in self.held], lengths, cut), samples
 
     def _sample(self, params: Params, part: Sequence[Held]) -> RolloutBatch:
