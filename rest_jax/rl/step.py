@@ -178,8 +178,8 @@ def apply_gradients(
     """One optimiser update."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     metrics = {
-        "update/grad_norm": optax.global_norm(grads),
-        "update/update_norm": optax.global_norm(updates),
+        "update/grad_norm": optax.tree.norm(grads),
+        "update/update_norm": optax.tree.norm(updates),
     }
     return optax.apply_updates(state.params, updates), opt_state, metrics
 

@@ -73,7 +73,7 @@ def test_toolrl_tools_of_both_forms_look_alike():
 def test_brief_toolrl_prompt_is_short():
     system, user = TEMPLATES["toolrl"].render_prompt([FLAT], HISTORY[:1], brief=True)
     tool, *rest = system["content"].split("\n")
-    assert tool == "weather(town: str, days: int, optional): Weather of a town."
+    assert tool == 'Weather of a town.: "weather" (town: str, days: int, optional)'
     assert len(" ".join(rest).split()) < 40
     assert user["content"] == "<user> Rain? </user>"
 
