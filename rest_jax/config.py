@@ -159,7 +159,8 @@ class CurriculumConfig(Section):
     think_max: PositiveFloat | None = None
     start_param: PositiveFloat | None = None  # tuned preset: base weights set by hand at nu = 0
     start_think: PositiveFloat | None = None
-    # target `mass`: shares of the total weight at nu = 0 and nu = 1; RESPONSE and OTHER get what is left
+    # target `mass` (weights.normalizer is not applied): shares of the total weight at nu = 0 and nu = 1;
+    # RESPONSE and OTHER get what is left, here nothing but w_min
     mass_start_format: Fraction = 0.20
     mass_end_format: Fraction = 0.05
     mass_start_name: Fraction = 0.25
@@ -212,8 +213,8 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_fraction: Fraction = 0.0
     final_fraction: Fraction = 0.0  # end of the cosine or linear decay, of learning_rate
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
+    beta1: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.999
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.01  # matrices only: norms and biases are masked out
     max_grad_norm: PositiveFloat | None = 1.0

@@ -27,7 +27,9 @@ def decay_mask(params: Params) -> Params:
 
     def matrix(path, leaf):
         names = {str(getattr(key, "key", key)) for key in path}
-        return leaf.ndim >= 2 and not any("norm" in n or n in ("scale", "bias") for n in names)
+        return leaf.ndim >= 2 and not any(
+            "norm" in n or n == "scale" or n.endswith("bias") for n in names
+        )
 
     return jax.tree_util.tree_map_with_path(matrix, params)
 

@@ -225,7 +225,8 @@ class Loop:
         self.pending = Pending(
             step=step,
             metrics=metrics,
-            host=reward_metrics(scores, [r.target for r in records], progress)
+            host={"rollout/truncated": truncated(host, self.policy.tokenizer.stop_ids)}
+            | reward_metrics(scores, [r.target for r in records], progress)
             | {"rollout/tokens": tokens, "time/data": loaded - started, "time/rollout": sampled - loaded,
                "time/score": done - sampled},
             scored=scored,
@@ -323,6 +324,12 @@ class Loop:
         if self.evaluator is not None:
             params = self.cast(self.state.params)
             self.progress.message(self.evaluator.record(self.opened, step, params))
+
+
+def truncated(rollout: RolloutBatch, stop_ids: tuple[int, ...]) -> float:
+    """Share of the responses whose last token does not end the turn."""
+    last = np.take_along_axis(rollout.responses, rollout.response_length[..., None] - 1, axis=-1)
+    return float(np.mean(~np.isin(last, stop_ids)))
 
 
 def reward_metrics(

@@ -69,8 +69,6 @@ def update(
         format_score,
         format_decay * state.format_score + (1 - format_decay) * format_score,
     )
-    # An absent region's count does decay: its share of the mass is then free for the others.
-    count = jnp.where(state.step == 0, stats.count, decay * state.count + (1 - decay) * stats.count)
     new = dataclasses.replace(
         state,
         step=state.step + 1,
@@ -78,15 +76,21 @@ def update(
         entropy=smooth(state.entropy, stats.entropy),
         gini=smooth(state.gini, stats.gini),
         seen=state.seen | present,
-        count=count,
+        count=smooth(state.count, stats.count),
         format_score=format_ema,
     )
     return dataclasses.replace(new, weight=region_weights(new, cfg))
 
 
 def region_weights(state: CurriculumState, cfg: Schedule) -> Float[Array, " R"]:
-    """Weights in force at the state's nu and averages; NONE and regions zeroed by name are 0, all others above 0."""
-    weight = TARGETS[cfg.curriculum.target](state, cfg)
+    """Weights in force at the state's nu and averages. Rule `uniform` is plain GRPO: no curriculum moves it.
+
+    NONE and regions zeroed by name are 0, and constants of 0 stay 0 (the released preset); all others are above 0.
+    """
+    if cfg.weights.rule == "uniform":
+        weight = weights.base_weights(state.entropy, state.gini, state.seen, cfg.weights)
+    else:
+        weight = TARGETS[cfg.curriculum.target](state, cfg)
     zero = [Region.NONE, *(Region[name.upper()] for name in cfg.weights.zero)]
     return weight.at[jnp.array(zero)].set(0.0)
 
@@ -102,7 +106,9 @@ def _by_weight(state: CurriculumState, cfg: Schedule) -> Float[Array, " R"]:
     for region in (Region.TAG, Region.SCAFFOLD):
         lowered = jnp.maximum(w.w_min, weight[region] - c.alpha_format * nu)
         weight = weight.at[region].set(jnp.where(weight[region] > 0, lowered, 0.0))
-    return weight.at[Region.PARAM].set(param).at[Region.THINK].set(think)
+    for region, raised in ((Region.PARAM, param), (Region.THINK, think)):
+        weight = weight.at[region].set(jnp.where(weight[region] > 0, raised, 0.0))
+    return weight
 
 
 def _by_mass(state: CurriculumState, cfg: Schedule) -> Float[Array, " R"]:
@@ -124,7 +130,7 @@ def _by_mass(state: CurriculumState, cfg: Schedule) -> Float[Array, " R"]:
     for members, mass in groups:
         index = jnp.array(members)
         tokens = jnp.sum(count[index])
-        # Mean one over all tokens when the groups that occur have all of the mass; an absent group's share goes to the rest.
+        # A group never seen has no tokens: its share goes to the others.
         weight = weight.at[index].set(jnp.where(tokens > 0, mass / jnp.maximum(tokens, 1e-6), 0.0))
     mean = jnp.sum(weight * count) / jnp.maximum(jnp.sum(count), 1e-6)
     weight = jnp.where(

@@ -30,7 +30,7 @@ def response_logprobs(
     hidden, _ = decoder.apply({"params": params}, tokens, positions, layout)
     rows, width = prompt.shape[0], hidden.shape[-1]
     predicting = predicting_hidden(hidden, layout).reshape(rows, -1, width)
-    head = head_matrix(params, decoder.cfg).astype(hidden.dtype)
+    head = head_matrix(params, decoder.cfg)
     out = vocabulary_pass(predicting, head, responses.reshape(rows, -1), sampling, chunk)
     logp, entropy, gini = (x.reshape(responses.shape) for x in out)
     return logp, entropy, gini

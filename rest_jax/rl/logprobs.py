@@ -80,7 +80,11 @@ def vocabulary_pass(
     @jax.checkpoint
     def one_chunk(head, hidden, tokens):
         logits = jnp.einsum(
-            "pcd,vd->pcv", hidden, head, precision=precision, preferred_element_type=jnp.float32
+            "pcd,vd->pcv",
+            hidden,
+            head.astype(hidden.dtype),  # in here, so that chunks add up their gradients in float32
+            precision=precision,
+            preferred_element_type=jnp.float32,
         )
         return chosen_logp(logits, tokens, sampling), *entropy_and_gini(logits)
 

@@ -17,7 +17,7 @@ from rest_jax.masked import EPS
 LOG_RATIO_CLIP = 20.0
 
 
-def ratio(logp: Float[Array, "..."], logp_old: Float[Array, "..."]) -> Float[Array, "..."]:
+def ratio(logp: Float[Array, "..."], logp_old: Float[Array, "..."] | float) -> Float[Array, "..."]:
     """exp of the clamped log-ratio."""
     return jnp.exp(jnp.clip(logp - logp_old, -LOG_RATIO_CLIP, LOG_RATIO_CLIP))
 
@@ -42,19 +42,20 @@ def clipped(
     advantage: Float[Array, "P G"],
     cfg: LossConfig,
 ) -> Bool[Array, "P G T"]:
-    """Where the clip cuts the gradient."""
+    """Where the clip or the dual clip cuts the gradient."""
     r, a = ratio(logp, logp_old), advantage[..., None]
-    return ((a > 0) & (r > 1 + cfg.clip_high)) | ((a < 0) & (r < 1 - cfg.clip_low))
+    cut = ((a > 0) & (r > 1 + cfg.clip_high)) | ((a < 0) & (r < 1 - cfg.clip_low))
+    return cut if cfg.dual_clip is None else cut | ((a < 0) & (r > cfg.dual_clip))
 
 
 def k1(logp: Float[Array, "..."], logp_ref: Float[Array, "..."]) -> Float[Array, "..."]:
     """logp - logp_ref: unbiased value, high variance; its gradient has mean zero, so it only monitors."""
-    return logp - logp_ref
+    return jnp.clip(logp - logp_ref, -LOG_RATIO_CLIP, LOG_RATIO_CLIP)
 
 
 def k2(logp: Float[Array, "..."], logp_ref: Float[Array, "..."]) -> Float[Array, "..."]:
     """Half the squared log-ratio: its gradient is that of the KL."""
-    return 0.5 * (logp - logp_ref) ** 2
+    return 0.5 * k1(logp, logp_ref) ** 2
 
 
 def k3(logp: Float[Array, "..."], logp_ref: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -88,7 +88,10 @@ def make_train_batch(
     entropy, gini = (old.entropy, old.gini) if old is not None else (rollout.entropy, rollout.gini)
     stats = weights.region_stats(scored.region, entropy, gini)
     new = curriculum.update(state.curriculum, stats, jnp.mean(scored.format_score), cfg.schedule)
-    weight = weights.token_weights(scored.region, new.weight, cfg.schedule.weights.normalizer)
+    # Mass shares hold over the whole batch; normalising each response would undo them.
+    mass = cfg.schedule.curriculum.target == "mass"
+    normalizer = "none" if mass else cfg.schedule.weights.normalizer
+    weight = weights.token_weights(scored.region, new.weight, normalizer)
     correction = None
     if cfg.importance_cap is not None and old is not None:
         correction = jnp.minimum(loss.ratio(old.logp, rollout.logp), cfg.importance_cap)
@@ -148,7 +151,7 @@ def loss_terms(
     difference = jnp.abs(logp - old)
     sums["update/logp_difference"] = masked.masked_sum(u * difference, mask)
     return total, Totals(
-        sums, {"update/ratio_max": jnp.exp(masked.max_over_mask(difference, mask))}
+        sums, {"update/ratio_max": loss.ratio(masked.max_over_mask(difference, mask), 0.0)}
     )
 
 
@@ -271,7 +274,7 @@ def mismatch(logp: jax.Array, logp_rollout: jax.Array, mask: jax.Array) -> Metri
     difference = jnp.abs(logp - logp_rollout)
     return {
         "rollout/logp_mismatch": masked.mean_over_mask(difference, mask),
-        "rollout/ratio_max": jnp.exp(masked.max_over_mask(difference, mask)),
+        "rollout/ratio_max": loss.ratio(masked.max_over_mask(difference, mask), 0.0),
     }
 
 
@@ -283,14 +286,12 @@ def batch_metrics(
 ) -> Metrics:
     """Rewards, lengths, curriculum, and per region: entropy, weight in force, realised weight, mass, tokens."""
     length = scored.rollout.response_length.astype(jnp.float32)
-    stopped_full = length >= scored.rollout.responses.shape[-1]
     out = {
         "reward/mean": jnp.mean(scored.reward),
         "reward/std": jnp.std(scored.reward),
         "reward/format_score": jnp.mean(scored.format_score),
         "reward/equal_groups": jnp.mean(1.0 - has_signal(scored.reward)),
         "rollout/response_tokens": jnp.mean(length),
-        "rollout/truncated": jnp.mean(stopped_full),
         "rollout/prompt_tokens": jnp.mean(batch.prompt_length.astype(jnp.float32)),
         "rollout/entropy": masked.mean_over_mask(scored.rollout.entropy, batch.mask),
         "curriculum/nu": state.nu,

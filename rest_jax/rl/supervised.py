@@ -74,7 +74,7 @@ def make_supervised_step(
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def loss_fn(params, batch, coefficient):
+    def loss_fn(params, batch, coefficient, plain):
         logp, entropy, _ = response_logprobs(
             decoder, params, batch.prompt, batch.prompt_length, batch.answer, batch.answer_length,
             Sampling(), cfg.vocab_chunk,
@@ -82,12 +82,13 @@ def make_supervised_step(
         total = masked.masked_sum(-coefficient * logp, coefficient > 0)
         sums = {
             "update/loss": total,
-            "update/entropy": masked.masked_sum(coefficient * entropy, coefficient > 0),
+            "update/entropy": masked.masked_sum(plain * entropy, plain > 0),
         }
         return total, Totals(sums, {})
 
     def step(state, batch):
-        parts = split_groups((batch, token_coefficients(batch, cfg.sft)), cfg.micro, mesh)
+        plain = token_coefficients(batch, SftConfig())
+        parts = split_groups((batch, token_coefficients(batch, cfg.sft), plain), cfg.micro, mesh)
         grads, totals = accumulate(loss_fn, state.params, parts, state_shardings.params)
         params, opt_state, norms = apply_gradients(state, grads, tx)
         state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)

@@ -39,7 +39,7 @@ def region_stats(
     count = jnp.sum(member, axis=(0, 1, 2), dtype=jnp.float32)
 
     def mean(x):
-        return jnp.einsum("pgt,pgtr->r", x, member.astype(jnp.float32)) / jnp.maximum(count, 1)
+        return jnp.sum(jnp.where(member, x[..., None], 0.0), axis=(0, 1, 2)) / jnp.maximum(count, 1)
 
     return RegionStats(entropy=mean(entropy), gini=mean(gini), count=count)
 
@@ -89,7 +89,8 @@ def base_weights(
     """Weights before the curriculum, clipped to [w_min, w_max]; regions never seen have their constant.
 
     Entropy rules are scaled so that NAME has its anchor; until a name has been seen, so that the seen regions have the mean
-    of their constants. A constant of zero (the released preset) stays zero.
+    of their constants. Under rule `constant`
+    a constant of zero (the released preset) stays zero.
     """
     fixed = jnp.asarray(constants(cfg))
     if cfg.rule == "uniform":
@@ -132,6 +133,8 @@ def realised(
 ) -> tuple[Float[Array, " R"], Float[Array, " R"]]:
     """What each region got after normalisation: its mean weight, and its share of the total weight (mass)."""
     member = (region[..., None] == jnp.arange(NUM_REGIONS)).astype(jnp.float32)
-    total = jnp.einsum("pgt,pgtr->r", weight, member)
+    total = jnp.sum(
+        weight[..., None] * member, axis=(0, 1, 2)
+    )  # float32, which a dot is not on TPU
     mean = total / jnp.maximum(jnp.sum(member, axis=(0, 1, 2)), 1)
     return mean, total / jnp.maximum(jnp.sum(total), EPS)

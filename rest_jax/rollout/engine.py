@@ -169,7 +169,11 @@ def make_rollout(
 def make_cast(dtype: jnp.dtype, shardings: Params) -> Callable[[Params], Params]:
     """jit of the cast-and-reshard from the train layout (float32 master) to the rollout layout."""
 
+    def one(path, x):
+        # Norm scales stay float32: the trainer multiplies by them in float32 too.
+        return x if path[-1].key == "scale" else x.astype(dtype)
+
     def cast(params):
-        return jax.tree.map(lambda x: x.astype(dtype), params)
+        return jax.tree_util.tree_map_with_path(one, params)
 
     return jax.jit(cast, out_shardings=shardings)

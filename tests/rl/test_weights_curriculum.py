@@ -244,3 +244,36 @@ def test_state_is_a_fixed_point_of_jit():
         curriculum.init(cfg), stats(), jnp.float32(0.3), cfg
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), eager, jitted)
+
+
+def test_mass_of_a_region_that_pauses_or_comes_late_does_not_grow():
+    cfg = curriculum.Schedule(
+        WeightsConfig(w_min=1e-6), CurriculumConfig(target="mass", shape="constant"), 9
+    )
+    full = np.array([0, 30, 50, 10, 60, 300, 5, 5], np.float32)
+    without = full.copy()
+    without[Region.NAME] = 0
+    state = curriculum.update(curriculum.init(cfg), stats(count=full), jnp.float32(1.0), cfg)
+    before = float(state.weight[Region.NAME] / state.weight[Region.THINK])
+    for _ in range(20):
+        state = curriculum.update(state, stats(count=without), jnp.float32(1.0), cfg)
+    assert float(state.weight[Region.NAME] / state.weight[Region.THINK]) == pytest.approx(
+        before, rel=1e-4
+    )
+    late = curriculum.update(curriculum.init(cfg), stats(count=without), jnp.float32(1.0), cfg)
+    late = curriculum.update(late, stats(count=full), jnp.float32(1.0), cfg)
+    assert float(late.weight[Region.NAME] / late.weight[Region.THINK]) == pytest.approx(
+        before, rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("target", ["weight", "mass"])
+def test_no_curriculum_moves_uniform_weights(target):
+    cfg = curriculum.Schedule(
+        WeightsConfig(rule="uniform"), CurriculumConfig(target=target, steps=2), 2
+    )
+    state = curriculum.init(cfg)
+    for _ in range(4):
+        state = curriculum.update(state, stats(), jnp.float32(1.0), cfg)
+    assert float(state.nu) == 1.0
+    np.testing.assert_array_equal(state.weight, [0, 1, 1, 1, 1, 1, 1, 1])
