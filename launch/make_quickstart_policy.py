@@ -20,6 +20,7 @@ from rest_jax import sft
 from rest_jax.cli import main as rest_jax
 from rest_jax.data import synthetic
 from rest_jax.data.tiny_tokenizer import train_tokenizer
+from rest_jax.metrics import METRICS_FILE, read_lines
 from rest_jax.models.hf import export
 from rest_jax.models.hf_config import decoder_config
 from rest_jax.templates import TEMPLATES
@@ -71,7 +72,11 @@ def main(out: str, overrides: list[str]) -> int:
     if not start.exists():
         write_start(start, config.data.template, config.seed)
     sft.run(config)
-    return rest_jax(["export", str(pathlib.Path(config.output) / config.name), out])
+    run = pathlib.Path(config.output) / config.name
+    done = [line["step"] for line in read_lines(run / METRICS_FILE) if "update/loss" in line]
+    if done[-1] != config.train.steps:
+        return 0  # SIGTERM: the same command goes on
+    return rest_jax(["export", str(run), out])
 
 
 if __name__ == "__main__":

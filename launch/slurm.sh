@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One run on several GPU nodes: sbatch launch/slurm.sh CONFIG [key=value ...]
-# jax finds coordinator, process count and id in SLURM's variables. The run folder must be on a shared file system.
+# One process a GPU; jax finds coordinator, process count and id in SLURM's variables. The run folder must be on a shared file system.
 #SBATCH --nodes=2
-#SBATCH --ntasks-per-node=1
+#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --signal=TERM@120
 set -euo pipefail

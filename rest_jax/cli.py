@@ -27,7 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.command(arguments) or 0
     except UserError as error:
         return _fail(str(error), 2)
-    except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
+    except (
+        FileNotFoundError,
+        PermissionError,
+        NotADirectoryError,
+        IsADirectoryError,
+        FileExistsError,
+    ) as error:
         name = f"{error.filename}: " if error.filename else ""
         return _fail(f"{name}{error.strerror or error}", 2)
     except RunStopped as error:
@@ -72,9 +78,10 @@ def _sft(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    from rest_jax import shipped
     from rest_jax.models import hf
 
-    hf.convert(arguments.source, arguments.out)
+    hf.convert(shipped.locate(arguments.source), arguments.out)
     print(f"converted {arguments.source} to {arguments.out}")
     return 0
 
@@ -152,9 +159,13 @@ def _parser() -> argparse.ArgumentParser:
         run.add_argument("config", help="a YAML file, or the name of a shipped recipe")
         run.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=10")
         run.add_argument(
-            "--distributed", action="store_true", help="one process of many, one a host"
+            "--distributed",
+            action="store_true",
+            help="one process of many: one a host, under SLURM one a GPU",
         )
-        run.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
+        run.add_argument(
+            "--dry-run", action="store_true", help="check config, model and data, train nothing"
+        )
 
     convert = _add(commands, "convert", _convert, "turn an HF model into a converted folder")
     convert.add_argument("source", help="HF folder with safetensors, or hub id")

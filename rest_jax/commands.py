@@ -18,7 +18,7 @@ import numpy as np
 from rest_jax import config as config_lib
 from rest_jax import shipped
 from rest_jax.answer import Target
-from rest_jax.config import Config
+from rest_jax.config import Config, MeshConfig
 from rest_jax.data import prepare as prepare_lib
 from rest_jax.data.records import StepRecord
 from rest_jax.errors import UserError
@@ -46,7 +46,10 @@ def settings(source: str, overrides: Sequence[str]) -> Config:
             {"name": "command", "model": {"source": source}}, overrides
         )
     model = config.model.model_copy(update={"source": shipped.locate(source)})
-    return config.model_copy(update={"model": model})
+    # A run's mesh is that of the machine it ran on; here it is what the overrides say, else all devices.
+    given = [word for word in overrides if word.startswith("mesh.")]
+    mesh = config.mesh if given else MeshConfig()
+    return config.model_copy(update={"model": model, "mesh": mesh})
 
 
 def export(source: str, out: str, dtype: str | None) -> int:

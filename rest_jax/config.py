@@ -323,7 +323,7 @@ def load(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) -> Conf
         raise ConfigError(f"config {path}: no such file")
     try:
         raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ConfigError(

@@ -99,7 +99,9 @@ def _load_run(
 def init_state(
     policy: Policy, tx: optax.GradientTransformation, schedule: curriculum.Schedule, seed: int
 ) -> tuple[TrainState, TrainState, TrainState]:
-    """(state, abstract state with shardings, shardings). The optimiser's state is born sharded; weights are the policy's."""
+    """(state, abstract state with shardings, shardings). The optimiser's state is born sharded; the policy's weights
+    move into the state (they are donated).
+    """
     everywhere = NamedSharding(policy.mesh, PartitionSpec())
     params_at = policy.shardings("train")
 
@@ -118,7 +120,7 @@ def init_state(
         params=params_at,
         opt_state=tree_shardings_like(shapes.opt_state, policy.params, params_at),
     )
-    state = jax.jit(make, out_shardings=shardings)(policy.params)
+    state = jax.jit(make, out_shardings=shardings, donate_argnums=0)(policy.params)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )

@@ -7,6 +7,7 @@ a restarted run finds, the lines up to it are there, and those after it are drop
 """
 
 import dataclasses
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -14,7 +15,10 @@ import signal
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from rest_jax import config as config_lib
 from rest_jax.checkpoint import Checkpoints
@@ -22,6 +26,7 @@ from rest_jax.config import Config
 from rest_jax.errors import RunStopped, UserError
 from rest_jax.hosts import is_first_process
 from rest_jax.metrics import MetricsWriter
+from rest_jax.sharding import batch_ways
 from rest_jax.types import TrainState
 
 CONFIG_FILE = "config.yaml"
@@ -39,7 +44,7 @@ class TrainingStopped(RunStopped):
 
 
 class StopRequest:
-    """Turns SIGTERM into a flag that the loop reads between steps."""
+    """Turns SIGTERM into a flag that the loop reads once a step, so that what it reads is what it acts on."""
 
     def __init__(self):
         self.received = False
@@ -47,6 +52,12 @@ class StopRequest:
 
     def _receive(self, *_: Any) -> None:
         self.received = True
+
+    def agreed(self) -> bool:
+        """Whether any process received it: all must save together or go on together."""
+        if jax.process_count() == 1:
+            return self.received
+        return bool(np.any(multihost_utils.process_allgather(np.asarray(self.received))))
 
     def close(self) -> None:
         """Puts the earlier handler back."""
@@ -124,6 +135,23 @@ def _writer(folder: pathlib.Path, config: Config) -> MetricsWriter:
     return MetricsWriter(folder, config.train.tensorboard, config.train.wandb_project)
 
 
+def check_start(config: Config, mesh: Mesh) -> None:
+    """All that can be refused before a folder is made: another config there, absent packages, a mesh across hosts."""
+    check_config(pathlib.Path(config.output) / config.name, config)
+    optional = {"tensorboard": config.train.tensorboard, "wandb": config.train.wandb_project}
+    for package, wanted in optional.items():
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(f"train.{package}...: the package is missing: pip install {package}")
+    processes, ways = jax.process_count(), batch_ways(mesh)
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(ways, -1)
+    expected = (np.arange(ways) * processes // ways)[:, None]
+    if processes > 1 and (ways % processes or (owners != expected).any()):
+        raise UserError(
+            f"mesh {dict(mesh.shape)}: data x fsdp = {ways} ways do not lie whole on {processes} processes in order; "
+            "keep tensor and expert within a host"
+        )
+
+
 def check_config(folder: pathlib.Path, config: Config) -> None:
     """UserError when `folder` was made by another config."""
     path = folder / CONFIG_FILE
@@ -155,7 +183,7 @@ def copy_side_files(source: pathlib.Path, target: pathlib.Path) -> None:
 
 def save_batch(folder: pathlib.Path, step: int, arrays: dict[str, Any]) -> pathlib.Path:
     """The arrays of a step that went wrong, as one .npz."""
-    path = folder / f"nan_step_{step}.npz"
+    path = folder / f"nan_step_{step}.{jax.process_index()}.npz"
     plain: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
     np.savez(path, **plain)
     return path

@@ -12,7 +12,7 @@ from rest_jax.config import Config
 from rest_jax.data.loader import SupervisedBatch, sft_loader
 from rest_jax.data.prepare import Prepared, load_split, prepare_supervised
 from rest_jax.errors import UserError
-from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
+from rest_jax.evaluation.heldout import Evaluator, Held, held_out, report_evaluations
 from rest_jax.hosts import is_first_process, to_mesh
 from rest_jax.metrics import Progress
 from rest_jax.optimizer import make_optimizer
@@ -20,7 +20,7 @@ from rest_jax.policy import Policy, init_state, load_policy
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.regions import label_tokens
 from rest_jax.rl.supervised import GoldBatch, SupervisedConfig, make_supervised_step
-from rest_jax.run import Run, TrainingStopped, open_run, save_batch
+from rest_jax.run import Run, TrainingStopped, check_start, open_run, save_batch
 from rest_jax.sharding import activate, check_batch
 from rest_jax.templates import TEMPLATES
 
@@ -43,11 +43,16 @@ def run(config: Config, dry_run: bool = False) -> int:
     data = prepare_supervised(
         records, policy.tokenizer, template, config.data, config.sft.max_tokens
     )
-    steps = config.train.steps or int(data.size // config.sft.batch_size * config.train.epochs)
-    if steps == 0:
+    if data.size < config.sft.batch_size:
         raise UserError(
             f"data.train: {data.size} records, fewer than sft.batch_size {config.sft.batch_size}"
         )
+    epochs = config.train.epochs
+    steps = config.train.steps or int(data.size // config.sft.batch_size * epochs)
+    if steps == 0:
+        raise UserError(f"train.epochs {epochs}: less than one step of {data.size} records")
+    held = held_out(config, policy)
+    check_start(config, policy.mesh)
     if is_first_process():
         print(
             f"{config.name}: {data.summary()}\n{steps} steps of {config.sft.batch_size} records",
@@ -56,14 +61,22 @@ def run(config: Config, dry_run: bool = False) -> int:
     if dry_run:
         return 0
     with contextlib.closing(open_run(config, policy.files)) as opened, activate(policy.mesh):
-        Loop(config, policy, data, steps, opened).run()
+        Loop(config, policy, data, held, steps, opened).run()
     return 0
 
 
 class Loop:
     """The compiled function and the state of one supervised run. A resource of `run`."""
 
-    def __init__(self, config: Config, policy: Policy, data: Prepared, steps: int, opened: Run):
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        data: Prepared,
+        held: list[Held],
+        steps: int,
+        opened: Run,
+    ):
         self.config, self.policy, self.steps, self.opened = config, policy, steps, opened
         self.template = TEMPLATES[config.data.template]
         tx = make_optimizer(config.optimizer, steps)
@@ -75,7 +88,7 @@ class Loop:
             policy.decoder, tx, step_config, policy.mesh, shardings
         )
         self.cast = policy.rollout_cast()
-        self.evaluator = Evaluator.of(config, policy, held_out(config, policy))
+        self.evaluator = Evaluator.of(config, policy, held)
         self.batches = sft_loader(
             data,
             batch_size=config.sft.batch_size,
@@ -102,9 +115,9 @@ class Loop:
             self.state, metrics = self.train_step(self.state, gold)
             self.flush()
             self.pending = (step, metrics, gold, started)
-            last = step == self.steps or self.opened.stop.received
-            self.after(step, last)
-            if self.opened.stop.received:
+            stopping = self.opened.stop.agreed()
+            self.after(step, step == self.steps or stopping)
+            if stopping:
                 self.progress.message(
                     f"SIGTERM: saved at step {step}; run the same command to go on"
                 )

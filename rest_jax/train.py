@@ -30,7 +30,7 @@ from rest_jax.rl.logprobs import Sampling
 from rest_jax.rl.scoring import score_rollout
 from rest_jax.rl.step import StepConfig, make_logprobs, make_train_step
 from rest_jax.rollout.engine import RolloutSettings, make_rollout
-from rest_jax.run import Run, TrainingStopped, open_run, save_batch
+from rest_jax.run import Run, TrainingStopped, check_start, open_run, save_batch
 from rest_jax.sharding import activate, check_batch
 from rest_jax.templates import TEMPLATES
 from rest_jax.types import PromptBatch, RolloutBatch, ScoredBatch
@@ -46,6 +46,7 @@ class Pending:
     scored: ScoredBatch
     samples: list[dict[str, Any]]
     started: float
+    ended: float | None = None  # when the next step began; None: not yet
 
 
 def run(config: Config, dry_run: bool = False) -> int:
@@ -55,6 +56,7 @@ def run(config: Config, dry_run: bool = False) -> int:
     train = training_prompts(config, policy)
     held = held_out(config, policy)
     steps = total_steps(config, train.size)
+    check_start(config, policy.mesh)
     describe(config, policy, train, held, steps)
     if dry_run:
         return 0
@@ -79,14 +81,15 @@ def check_sizes(config: Config, policy: Policy) -> None:
 
 def total_steps(config: Config, prompts: int) -> int:
     """`train.steps`, or the whole steps in `train.epochs`."""
-    if config.train.steps is not None:
-        return config.train.steps
-    steps = int(prompts // config.rollout.prompts_per_step * config.train.epochs)
-    if steps == 0:
+    if prompts < config.rollout.prompts_per_step:
         raise UserError(
             f"data.train {config.data.train}: {prompts} prompts, fewer than "
             f"rollout.prompts_per_step {config.rollout.prompts_per_step}; lower it or add data"
         )
+    epochs = config.train.epochs
+    steps = config.train.steps or int(prompts // config.rollout.prompts_per_step * epochs)
+    if steps == 0:
+        raise UserError(f"train.epochs {epochs}: less than one step of {prompts} prompts; raise it")
     return steps
 
 
@@ -138,12 +141,12 @@ class Loop:
             importance_cap=r.importance_cap,
         )
         tx = make_optimizer(config.optimizer, steps * updates)
-        self.state, self.abstract, shardings = init_state(
-            policy, tx, self.step_config.schedule, config.seed
-        )
         # The reference is the starting policy; without a KL term nothing keeps a second copy of the weights.
         self.reference = (
             jax.tree.map(jnp.copy, policy.params) if config.loss.kl_coefficient > 0 else None
+        )
+        self.state, self.abstract, shardings = init_state(
+            policy, tx, self.step_config.schedule, config.seed
         )
         self.cast = policy.rollout_cast()
         self.train_step = make_train_step(
@@ -186,9 +189,9 @@ class Loop:
             self.evaluate(0)
         for step in range(start + 1, self.steps + 1):
             self.step(step)
-            last = step == self.steps or self.opened.stop.received
-            self.after(step, last)
-            if self.opened.stop.received:
+            stopping = self.opened.stop.agreed()
+            self.after(step, step == self.steps or stopping)
+            if stopping:
                 self.progress.message(
                     f"SIGTERM: saved at step {step}; run the same command to go on"
                 )
@@ -200,6 +203,8 @@ class Loop:
     def step(self, step: int) -> None:
         """Sample, score, update; hands the metrics of the step before to the files."""
         started = time.monotonic()
+        if self.pending is not None:
+            self.pending.ended = started
         batch, records = next(self.batches)
         loaded = time.monotonic()
         rollout = self.rollout(batch, step - 1)
@@ -288,7 +293,7 @@ class Loop:
             return
         p, self.pending = self.pending, None
         values = {name: float(value) for name, value in p.metrics.items()}
-        elapsed = time.monotonic() - p.started
+        elapsed = (p.ended or time.monotonic()) - p.started
         if not (math.isfinite(values["update/loss"]) and math.isfinite(values["update/grad_norm"])):
             raise self.stopped(p, values)
         spent = sum(p.host[f"time/{part}"] for part in ("data", "rollout", "score"))
