@@ -20,6 +20,7 @@ from rest_jax import shipped
 from rest_jax.answer import Target
 from rest_jax.config import Config, MeshConfig
 from rest_jax.data import prepare as prepare_lib
+from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.records import StepRecord
 from rest_jax.errors import UserError
 from rest_jax.evaluation.heldout import Evaluator, Held
@@ -31,6 +32,7 @@ from rest_jax.report.records import describe
 from rest_jax.rl.logprobs import Sampling
 from rest_jax.rollout.engine import RolloutSettings, make_rollout
 from rest_jax.run import CONFIG_FILE, MODEL_FOLDER
+from rest_jax.sharding import batch_ways
 from rest_jax.templates import TEMPLATES
 from rest_jax.tokenizer import Tokenizer
 from rest_jax.types import PromptBatch
@@ -108,15 +110,12 @@ def sample(
         policy.shardings("rollout"),
     )
     params = policy.rollout_cast()(policy.params)
-    rows = policy.mesh.shape["data"] * policy.mesh.shape["fsdp"]
+    rows = batch_ways(policy.mesh)
     call = -(-min(config.train.eval_prompts_per_call, prepared.size) // rows) * rows
-    slots = -(-max(map(len, prepared.prompts)) // 64) * 64
+    slots = bucketed(prepared.prompts)
     for start in range(0, prepared.size, call):
         index = np.minimum(np.arange(start, start + call), prepared.size - 1)
-        tokens = np.full((call, slots), tokenizer.pad_id, np.int32)
-        for row, i in enumerate(index):
-            tokens[row, : len(prepared.prompts[i])] = prepared.prompts[i]
-        length = np.array([len(prepared.prompts[i]) for i in index], np.int32)
+        tokens, length = pad([prepared.prompts[i] for i in index], slots, tokenizer.pad_id)
         batch = to_mesh(
             PromptBatch(jnp.asarray(tokens), jnp.asarray(length), jnp.asarray(index, jnp.int32)),
             policy.mesh,

@@ -16,6 +16,7 @@ import numpy as np
 
 from rest_jax.answer import Target
 from rest_jax.config import Config, RewardConfig
+from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.prepare import load_split, prepare
 from rest_jax.hosts import is_first_process, to_host, to_mesh
 from rest_jax.metrics import METRICS_FILE, read_lines, summary_table
@@ -25,6 +26,7 @@ from rest_jax.rl.logprobs import Sampling
 from rest_jax.rl.scoring import score_rollout
 from rest_jax.rollout.engine import RolloutSettings, make_rollout
 from rest_jax.run import Run
+from rest_jax.sharding import batch_ways
 from rest_jax.templates import TEMPLATES
 from rest_jax.types import Params, PromptBatch, RolloutBatch
 
@@ -70,7 +72,7 @@ class Evaluator:
         max_tokens: int,
         prompts_per_call: int,
     ):
-        rows = policy.mesh.shape["data"] * policy.mesh.shape["fsdp"]
+        rows = batch_ways(policy.mesh)
         call = min(prompts_per_call, -(-len(held) // rows) * rows)
         self.held, self.template, self.reward, self.policy = (
             held,
@@ -85,8 +87,7 @@ class Evaluator:
         self._rollout = make_rollout(
             policy.decoder, settings, policy.mesh, policy.shardings("rollout")
         )
-        longest = max(len(h.prompt) for h in held)
-        self._slots = -(-longest // 64) * 64
+        self._slots = bucketed([h.prompt for h in held])
 
     @classmethod
     def of(cls, config: Config, policy: Policy, held: Sequence[Held]) -> "Evaluator | None":
@@ -136,12 +137,11 @@ class Evaluator:
 
     def _sample(self, params: Params, part: Sequence[Held]) -> RolloutBatch:
         padded = [*part, *[part[-1]] * (self.call - len(part))]
-        tokens = np.full((self.call, self._slots), self.policy.tokenizer.pad_id, np.int32)
-        for i, held in enumerate(padded):
-            tokens[i, : len(held.prompt)] = held.prompt
+        prompts = [held.prompt for held in padded]
+        tokens, length = pad(prompts, self._slots, self.policy.tokenizer.pad_id)
         batch = PromptBatch(
             tokens=tokens,
-            length=np.array([len(h.prompt) for h in padded], np.int32),
+            length=length,
             row=np.arange(self.call, dtype=np.int32),
         )
         out = self._rollout(
