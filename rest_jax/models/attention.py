@@ -1,10 +1,12 @@
 """Attention of every layout, as pure functions of queries, keys and values.
 
-Each layout splits its keys into parts (the shared prompt, a response's own tokens, the token just made). A part gives a
-`Partial`: values weighted by exp(score - peak), their total weight, and the peak; `_merge` joins parts into one softmax
-over all their keys: out = sum_i e^(m_i - m) o_i / sum_i e^(m_i - m) s_i, m = max m_i. So no mask over a packed row ever
-exists. Scores and softmax are float32. Grouped queries: N = K * R query heads, keys and values are never repeated.
-A query that may see nothing (padding) yields zero, in value and gradient.
+A query's keys come in parts (the shared prompt, a response's own tokens, the token just made) that are joined in one
+softmax, so no mask over a packed row ever exists. Inside, heads come before time and keys are never repeated for grouped
+queries (N = K * R): every product is one batch of plain matrices, in the order in which memory holds them.
+
+`softmax_over` is differentiated by hand (the recomputing backward pass of FlashAttention): it keeps queries, keys, values
+and the log-sum-exp of every query, never the scores. Scores and softmax are float32. Causal parts run in blocks of queries
+that see only the keys up to their end. A query that may see nothing (padding) yields zero, in value and gradient.
 """
 
 import functools
@@ -14,22 +16,35 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rest_jax.models.layouts import DecodeLayout, GroupLayout, RowLayout, split_group
+from rest_jax.models.layouts import (
+    DecodeLayout,
+    GroupLayout,
+    LayerCache,
+    PromptLayout,
+    RowLayout,
+    split_group,
+)
 
-Layout = RowLayout | GroupLayout | DecodeLayout
-LayerCache = tuple[
-    jax.Array, jax.Array, jax.Array, jax.Array
-]  # one layer of Cache: prompt k, v; response k, v
+Layout = RowLayout | PromptLayout | GroupLayout | DecodeLayout
 
-_FLOOR = -1e30  # finite, so that a part without visible keys keeps value and gradient free of NaN
+_FLOOR = -1e30  # score of what may not be seen: finite, so that nothing becomes NaN
+_BLOCK = 256  # queries of a causal block
+
+
+class Keys(NamedTuple):
+    """One part of the keys of `softmax_over`: `[P K S H]`, shared by the whole group, or `[P K G S H]`, each row's own."""
+
+    k: jax.Array
+    v: jax.Array
+    mask: Bool[Array, "..."]  # broadcasts to the scores [P K G R M S]; True: may be seen
 
 
 class Partial(NamedTuple):
-    """Unnormalised attention over one part of the keys; axes `[..., K, R]` (`out`: and H), queries in order."""
+    """Unnormalised attention over one part of the keys: values weighted by exp(score - peak), total weight, peak."""
 
-    out: jax.Array  # float32
-    total: jax.Array  # float32
-    peak: jax.Array  # float32, carries no gradient: the merged result does not depend on it
+    out: Float[Array, "*B H"]  # float32, as all three
+    total: Float[Array, "*B"]
+    peak: Float[Array, "*B"]
 
 
 def attend(
@@ -45,6 +60,8 @@ def attend(
     grouped = (q * width**-0.5).reshape(batch, time, k.shape[2], heads // k.shape[2], width)
     if isinstance(layout, RowLayout):
         out = attend_rows(grouped, k, v, layout, precision)
+    elif isinstance(layout, PromptLayout):
+        out = attend_prompts(grouped, k, v, layout, precision)
     elif isinstance(layout, GroupLayout):
         out = attend_groups(grouped, k, v, layout, precision)
     else:
@@ -64,7 +81,23 @@ def attend_rows(
     """Causal attention within equal, non-zero segment ids."""
     ids = layout.segment_ids
     same = (ids[:, :, None] == ids[:, None, :]) & (ids != 0)[:, :, None]
-    return _merge(_attend_part(q, k, v, same & _causal(ids.shape[1]), precision))
+    mask = same & _causal(0, ids.shape[1])
+    keys = Keys(_heads_first(k), _heads_first(v), mask[:, None, None, None])
+    return _time_first(softmax_over(_as_group(q), (keys,), precision))
+
+
+def attend_prompts(
+    q: Float[Array, "B T K R H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    layout: PromptLayout,
+    precision: jax.lax.Precision,
+) -> Float[Array, "B T K R H"]:
+    """Causal attention of right-padded rows: what lies behind a query is never seen, so only outputs need a mask."""
+    q, k, v = _as_group(q), _heads_first(k), _heads_first(v)
+    out = _time_first(_attend_causally(q, k, v, precision))
+    valid = jnp.arange(out.shape[1]) < layout.length[:, None]
+    return jnp.where(valid[..., None, None, None], out, 0)
 
 
 def attend_groups(
@@ -76,87 +109,221 @@ def attend_groups(
 ) -> Float[Array, "P packed K R H"]:
     """Prompt causally to itself; each response to the whole prompt and causally to itself.
 
-    The G*Tr response queries of a group form one matrix against the shared prompt keys.
+    The queries of a group form one matrix against the shared prompt keys.
     """
     (q_prompt, q_own), (k_prompt, k_own), (v_prompt, v_own) = (
         split_group(x, layout) for x in (q, k, v)
     )
     prompts, group_size, slots = q_own.shape[:3]
-    heads = q.shape[2:]
-    valid = jnp.arange(layout.prompt_slots) < layout.prompt_length[:, None]  # [P, Tp]
-    prompt_mask = _causal(layout.prompt_slots) & valid[:, None, :] & valid[:, :, None]
-    prompt_out = _merge(_attend_part(q_prompt, k_prompt, v_prompt, prompt_mask, precision))
+    prompt = PromptLayout(layout.prompt_length)
+    prompt_out = attend_prompts(q_prompt, k_prompt, v_prompt, prompt, precision)
 
-    spoken = jnp.arange(slots) < layout.response_length[..., None]  # [P, G, Tr]
-    queries = q_own.reshape(prompts, group_size * slots, *heads)
-    shared_mask = spoken.reshape(prompts, -1, 1) & valid[:, None, :]
-    shared = _attend_part(queries, k_prompt, v_prompt, shared_mask, precision)
-
-    rows = [x.reshape(prompts * group_size, slots, *x.shape[3:]) for x in (q_own, k_own, v_own)]
-    spoken = spoken.reshape(prompts * group_size, slots)
-    own_mask = _causal(slots) & spoken[:, None, :] & spoken[:, :, None]
-    own = _attend_part(rows[0], rows[1], rows[2], own_mask, precision)
-    own = Partial(*(x.reshape(prompts, group_size * slots, *x.shape[2:]) for x in own))
-    return jnp.concatenate([prompt_out, _merge(shared, own)], axis=1)
+    valid = jnp.arange(layout.prompt_slots) < layout.prompt_length[:, None]
+    shared = Keys(
+        _heads_first(k_prompt), _heads_first(v_prompt), valid[:, None, None, None, None, :]
+    )
+    k_own, v_own = (x.transpose(0, 3, 1, 2, 4) for x in (k_own, v_own))  # [P K G Tr H]
+    out = _attend_causally(q_own.transpose(0, 3, 1, 4, 2, 5), k_own, v_own, precision, shared)
+    out = out.transpose(0, 2, 4, 1, 3, 5)  # [P K G R Tr H] -> [P G Tr K R H]
+    spoken = jnp.arange(slots) < layout.response_length[..., None]
+    out = jnp.where(spoken[..., None, None, None], out, 0)
+    packed = out.reshape(prompts, group_size * slots, *out.shape[3:])
+    return jnp.concatenate([prompt_out, packed], axis=1)
 
 
 def attend_cache(
-    q: Float[Array, "P G K R H"],
-    k: Float[Array, "P G K H"],
-    v: Float[Array, "P G K H"],
+    q: Float[Array, "W N K R H"],
+    k: Float[Array, "W N K H"],
+    v: Float[Array, "W N K H"],
     layout: DecodeLayout,
     cache: LayerCache,
     precision: jax.lax.Precision,
-) -> Float[Array, "P G K R H"]:
-    """New tokens against the prompt (< prompt_length), the row's earlier tokens (< index) and themselves."""
-    prompt_k, prompt_v, response_k, response_v = cache
-    prompts, group_size = layout.index.shape
-    valid = jnp.arange(prompt_k.shape[1]) < layout.prompt_length[:, None]
-    mask = jnp.broadcast_to(valid[:, None, :], (prompts, group_size, prompt_k.shape[1]))
-    shared = _attend_part(q, prompt_k, prompt_v, mask, precision)
+) -> Float[Array, "W N K R H"]:
+    """New tokens against their prompt (< prompt_length), their row's earlier tokens (< index) and themselves.
 
-    rows = prompts * group_size
-    one_query = q.reshape(rows, 1, *q.shape[2:])
-    past_k, past_v = (x.reshape(rows, *x.shape[2:]) for x in (response_k, response_v))
-    written = jnp.arange(past_k.shape[1]) < layout.index.reshape(rows, 1, 1)
-    past = _attend_part(one_query, past_k, past_v, written, precision)
-    past = Partial(*(x.reshape(prompts, group_size, *x.shape[2:]) for x in past))
+    Rows are brought together by prompt, so that the keys of a prompt are read once for all its rows.
+    """
+    ways, lanes, heads, repeats, width = q.shape
+    prompts, members = layout.members.shape[1:]
+    if cache.prompt_k.shape[2] < 1:
+        raise ValueError("attend_cache: the cache has no prompt slots")
+    together = _take_rows(q, layout.members.reshape(ways, -1))
+    together = together.reshape(ways, prompts, members, heads, repeats, width)
+    together = together.transpose(0, 1, 3, 2, 4, 5).reshape(
+        ways, prompts, heads, members * repeats, width
+    )
+    slots = cache.prompt_k.shape[-2]
+    seen = jnp.arange(slots) < layout.prompt_length[..., None]  # [W Q Tp]
+    shared = _attend_part(
+        together, cache.prompt_k, cache.prompt_v, seen[:, :, None, None], precision
+    )
+    shared = Partial(*(_back_to_rows(x, layout, repeats) for x in shared))
 
+    written = jnp.arange(cache.response_k.shape[-2]) < layout.index[..., None]
+    past = _attend_part(
+        q, cache.response_k, cache.response_v, written[:, :, None, None], precision
+    )
     score = jnp.einsum(
-        "pgkrh,pgkh->pgkr", q, k, precision=precision, preferred_element_type=jnp.float32
+        "wnkrh,wnkh->wnkr", q, k, precision=precision, preferred_element_type=jnp.float32
     )
     value = jnp.broadcast_to(v[:, :, :, None].astype(jnp.float32), q.shape)
-    own = Partial(value, jnp.ones_like(score), score)
-    return _merge(shared, past, own)
+    return _merge(shared, past, Partial(value, jnp.ones_like(score), score))
 
 
-def _causal(time: int) -> Bool[Array, "T T"]:
-    return jnp.tril(jnp.ones((time, time), bool))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def softmax_over(
+    q: Float[Array, "P K G R M H"], parts: tuple[Keys, ...], precision: jax.lax.Precision
+) -> Float[Array, "P K G R M H"]:
+    """Attention of scaled queries over all parts in one softmax, in the dtype of the values."""
+    return _softmax_forward(q, parts, precision)[0]
+
+
+def _softmax_forward(q, parts, precision):
+    scores = [_scores(q, part, precision) for part in parts]
+    peak = functools.reduce(jnp.maximum, (jnp.max(s, axis=-1) for s in scores))
+    # at least half the floor: exp of the floor then is zero also where nothing may be seen
+    peak = jnp.maximum(peak, 0.5 * _FLOOR)
+    weights = [jnp.exp(s - peak[..., None]) for s in scores]
+    total = functools.reduce(jnp.add, (jnp.sum(w, axis=-1) for w in weights))
+    out = functools.reduce(
+        jnp.add, (_times(w, p.v, precision) for w, p in zip(weights, parts, strict=True))
+    )
+    total = jnp.where(total > 0, total, 1.0)
+    out = (out / total[..., None]).astype(parts[0].v.dtype)
+    return out, (q, parts, out, peak + jnp.log(total))
+
+
+def _softmax_backward(precision, kept, d_out):
+    q, parts, out, log_total = kept
+    d_out = d_out.astype(jnp.float32)
+    delta = jnp.sum(d_out * out.astype(jnp.float32), axis=-1, keepdims=True)
+    d_out = d_out.astype(out.dtype)
+    d_q, d_parts = 0.0, []
+    for part in parts:
+        p = jnp.exp(_scores(q, part, precision) - log_total[..., None])
+        d_score = (p * (_times_transposed(d_out, part.v, precision) - delta)).astype(q.dtype)
+        d_q = d_q + _times(d_score, part.k, precision)
+        d_k = _outer(d_score, q, part.k, precision)
+        d_v = _outer(p.astype(q.dtype), d_out, part.v, precision)
+        d_parts.append(Keys(d_k, d_v, None))  # type: ignore[arg-type]
+    return d_q.astype(q.dtype), tuple(d_parts)  # type: ignore[union-attr]
+
+
+softmax_over.defvjp(_softmax_forward, _softmax_backward)
+
+
+def _attend_causally(q, k, v, precision, shared: Keys | None = None):
+    """Queries `[P K G R T H]` causally over keys of the same times, and over all of `shared`; block by block."""
+    time = q.shape[4]
+    out = []
+    for start in range(0, time, _BLOCK):
+        end = min(start + _BLOCK, time)
+        keys = Keys(k[..., :end, :], v[..., :end, :], _causal(start, end))
+        parts = (keys,) if shared is None else (shared, keys)
+        out.append(softmax_over(q[..., start:end, :], parts, precision))
+    return out[0] if len(out) == 1 else jnp.concatenate(out, axis=4)
+
+
+def _causal(start: int, end: int) -> Bool[Array, "M S"]:
+    """Whether the queries start..end may see the keys 0..end."""
+    return jnp.arange(start, end)[:, None] >= jnp.arange(end)
+
+
+def _heads_first(x):
+    return x.transpose(0, 2, 1, 3)  # [P T K H] -> [P K T H]
+
+
+def _as_group(q):
+    return q.transpose(0, 2, 3, 1, 4)[:, :, None]  # [B T K R H] -> [B K 1 R T H]
+
+
+def _time_first(out):
+    return out[:, :, 0].transpose(0, 3, 1, 2, 4)  # [B K 1 R T H] -> [B T K R H]
+
+
+# The four products of attention as batches of plain matrices: a part with a group axis has one matrix a row of the group,
+# a shared part one for the whole group. Contracted axes are merged first: XLA's CPU backend copies what it must merge itself.
+
+
+def _scores(q, part: Keys, precision):
+    score = _times_transposed(q, part.k, precision)
+    return jnp.where(part.mask, score, _FLOOR)
+
+
+def _fold(x, like):
+    """`x [P K G R M X]` as a batch of matrices that goes with `like`, `[P K S H]` or `[P K G S H]`."""
+    lead = like.shape[:-2]
+    return x.reshape(*lead, -1, x.shape[-1])
+
+
+def _times_transposed(x, y, precision):
+    out = jnp.einsum(
+        "...mh,...sh->...ms",
+        _fold(x, y),
+        y,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    return out.reshape(*x.shape[:-1], y.shape[-2])
+
+
+def _times(x, y, precision):
+    out = jnp.einsum(
+        "...ms,...sh->...mh",
+        _fold(x.astype(y.dtype), y),
+        y,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    return out.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _outer(x, y, like, precision):
+    """Sum over queries of x_ms y_mh, in the dtype of `like`."""
+    out = jnp.einsum(
+        "...ms,...mh->...sh",
+        _fold(x, like),
+        _fold(y, like),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    return out.astype(like.dtype)
 
 
 def _attend_part(
-    q: Float[Array, "B T K R H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    mask: Bool[Array, "B T S"],
+    q: Float[Array, "*B M H"],
+    k: Float[Array, "*B S H"],
+    v: Float[Array, "*B S H"],
+    mask: Bool[Array, "..."],
     precision: jax.lax.Precision,
 ) -> Partial:
-    """Attention of scaled queries over one part of the keys; per batch row and kv head a (T*R) x S matrix."""
+    """Attention of scaled queries over one part of the keys."""
     einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-    score = einsum("btkrh,bskh->bktrs", q, k)
-    seen = mask[:, None, :, None, :]
-    score = jnp.where(seen, score, _FLOOR)
-    peak = jax.lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True))
-    weight = jnp.where(seen, jnp.exp(score - peak), 0.0)  # float32
-    out = einsum("bktrs,bskh->btkrh", weight.astype(v.dtype), v)
-    total, peak = (jnp.swapaxes(x, 1, 2) for x in (jnp.sum(weight, axis=-1), peak[..., 0]))
-    return Partial(out, total, peak)
+    score = jnp.where(mask, einsum("...mh,...sh->...ms", q, k), _FLOOR)
+    peak = jnp.maximum(jnp.max(score, axis=-1), 0.5 * _FLOOR)
+    weight = jnp.exp(score - peak[..., None])
+    out = einsum("...ms,...sh->...mh", weight.astype(v.dtype), v)
+    return Partial(out, jnp.sum(weight, axis=-1), peak)
 
 
-def _merge(*parts: Partial) -> Float[Array, "B T K R H"]:
+def _merge(*parts: Partial) -> Float[Array, "*B H"]:
     """One softmax over the keys of all parts, float32; zero where no part saw a key."""
     peak = functools.reduce(jnp.maximum, (p.peak for p in parts))
     scale = [jnp.exp(p.peak - peak) for p in parts]
     total = sum(s * p.total for s, p in zip(scale, parts, strict=True))
     out = sum(s[..., None] * p.out for s, p in zip(scale, parts, strict=True))
     return out / jnp.where(total > 0, total, 1.0)[..., None]
+
+
+def _take_rows(x, index):
+    """x `[W N ...]`, index `[W M]` -> `[W M ...]`; way by way, so that nothing crosses devices."""
+    return jax.vmap(lambda rows, i: jnp.take(rows, i, axis=0, mode="clip"))(x, index)
+
+
+def _back_to_rows(x, layout: DecodeLayout, repeats: int):
+    """`[W Q K members*R ...]` -> `[W N K R ...]`: what each lane got at its prompt."""
+    ways, prompts, heads = x.shape[:3]
+    members, tail = layout.members.shape[2], x.shape[4:]
+    x = x.reshape(ways, prompts, heads, members, repeats, *tail)
+    x = jnp.moveaxis(x, 3, 2).reshape(ways, prompts * members, heads, repeats, *tail)
+    return _take_rows(x, layout.prompt_slot * members + layout.member)

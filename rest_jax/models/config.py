@@ -14,6 +14,7 @@ from rest_jax.errors import UserError
 
 Family = Literal["qwen3", "qwen2", "llama"]
 Remat = Literal["none", "block", "dots"]
+Layers = Literal["scan", "unroll"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,7 @@ class DecoderConfig:
     max_positions: int = 32_768
     dtype: Any = "float32"  # of matmuls and activations
     param_dtype: Any = "float32"  # of freshly initialised parameters
+    layers: Layers = "scan"  # one block looped over stacked parameters, or written out layer by layer
     remat: Remat = (
         "block"  # what the backward pass recomputes: nothing, whole blocks, all but matmul outputs
     )

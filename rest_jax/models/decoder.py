@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from rest_jax.models.attention import Layout, attend
 from rest_jax.models.config import DecoderConfig
-from rest_jax.models.layouts import Cache, RowLayout
+from rest_jax.models.layouts import Cache, LayerCache, RowLayout
 from rest_jax.models.rope import Rope, apply_rope, rope_tables
 
 Params = Any  # nested dict of arrays
@@ -61,13 +61,13 @@ class Attention(nn.Module):
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         out = attend(q, k, v, layout, cache, cfg.precision)
         shape, axes = (cfg.n_heads, cfg.head_dim, cfg.d_model), ("heads", "head_dim", "embed")
-        o = _weight(self, "o", shape, axes)
-        return jnp.einsum("btnh,nhd->btd", out, o, precision=cfg.precision), (k, v)
+        o = _weight(self, "o", shape, axes).reshape(-1, cfg.d_model)
+        return _times(out.reshape(*x.shape[:2], -1), o, cfg), (k, v)
 
     def _project(self, x, name: str, axis: str, heads: int):
         cfg = self.cfg
         w = _weight(self, name, (cfg.d_model, heads, cfg.head_dim), ("embed", axis, "head_dim"))
-        y = jnp.einsum("btd,dnh->btnh", x, w, precision=cfg.precision)
+        y = _times(x, w.reshape(cfg.d_model, -1), cfg).reshape(*x.shape[:2], heads, cfg.head_dim)
         if cfg.qkv_bias:
             shape, axes = (heads, cfg.head_dim), (axis, "head_dim")
             bias = _param(self, f"{name}_bias", nn.initializers.zeros, shape, axes)
@@ -86,9 +86,7 @@ class Mlp(nn.Module):
         gate = _weight(self, "gate", (cfg.d_model, cfg.d_ff), ("embed", "mlp"))
         up = _weight(self, "up", (cfg.d_model, cfg.d_ff), ("embed", "mlp"))
         down = _weight(self, "down", (cfg.d_ff, cfg.d_model), ("mlp", "embed"))
-        y = jax.nn.silu(jnp.matmul(x, gate, precision=cfg.precision))
-        y = y * jnp.matmul(x, up, precision=cfg.precision)
-        return jnp.matmul(y, down, precision=cfg.precision)
+        return _times(jax.nn.silu(_times(x, gate, cfg)) * _times(x, up, cfg), down, cfg)
 
 
 class Block(nn.Module):
@@ -131,14 +129,35 @@ class Decoder(nn.Module):
         if not cfg.tied:
             _param(self, "head", _INIT, shape, axes)  # read by `head_matrix`, not by the trunk
         rope = rope_tables(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
-        layers = None
-        if cache is not None:
-            layers = (cache.prompt_k, cache.prompt_v, cache.response_k, cache.response_v)
+        layers = None if cache is None else cache.layers
+        return_kv = return_kv or cache is not None
         x = _pin(jnp.take(embed, tokens, axis=0).astype(cfg.dtype))
-        blocks = _stacked(cfg)(cfg, return_kv or cache is not None, name="blocks")
-        x, kv = blocks(x, layers, rope, layout)
+        if cfg.layers == "scan":
+            x, kv = _stacked(cfg)(cfg, return_kv, name="blocks")(x, layers, rope, layout)
+        else:
+            x, kv = self._written_out(x, layers, rope, layout, return_kv)
         hidden = RMSNorm(cfg, name="final_norm")(x)
         return hidden, kv if cache is None else cache.append(*kv)
+
+    def _written_out(self, x, layers: LayerCache | None, rope: Rope, layout: Layout, return_kv):
+        """Layer by layer: parameters, cache and keys and values come and go as one tree a layer (`unstack_layers`)."""
+        found = []
+        for i in range(self.cfg.n_layers):
+            cache = None if layers is None else LayerCache(*(field[i] for field in layers))
+            block = _rematerialised(self.cfg)(self.cfg, return_kv, name=f"block_{i}")
+            x, kv = block(x, cache, rope, layout)
+            found.append(kv)
+        return x, tuple(zip(*found, strict=True)) if return_kv else None
+
+
+def unstack_layers(params: Params) -> Params:
+    """Parameters of `layers: scan` as those of `layers: unroll`: `blocks` becomes `block_0`, `block_1`, .."""
+    rest = {name: value for name, value in params.items() if name != "blocks"}
+    count = jax.tree.leaves(params["blocks"])[0].shape[0]
+    blocks = {
+        f"block_{i}": jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(count)
+    }
+    return rest | blocks
 
 
 def init_params(cfg: DecoderConfig, key: Key[Array, ""]) -> Params:
@@ -193,18 +212,30 @@ def _weight(module: Any, name: str, shape: tuple[int, ...], axes: tuple[str, ...
     return _param(module, name, _INIT, shape, axes).astype(module.cfg.dtype)
 
 
-def _stacked(cfg: DecoderConfig) -> Any:
-    """Block scanned over the layers, rematerialised as `cfg.remat` says."""
-    block: Any = Block
+def _times(x: jax.Array, w: jax.Array, cfg: DecoderConfig) -> jax.Array:
+    """x `[B T I]` times w `[I O]`, as one plain matrix product: with one contracted axis, also in the backward pass,
+    XLA's CPU backend transposes nothing.
+    """
+    y = jnp.matmul(x.reshape(-1, x.shape[-1]), w, precision=cfg.precision)
+    return y.reshape(*x.shape[:-1], w.shape[-1])
+
+
+def _rematerialised(cfg: DecoderConfig) -> Any:
+    """Block, recomputed in the backward pass as `cfg.remat` says."""
     if cfg.remat == "block":
-        block = nn.remat(Block, prevent_cse=False)
-    elif cfg.remat == "dots":
+        return nn.remat(Block, prevent_cse=False)
+    if cfg.remat == "dots":
         # keeps the projections' outputs; scores (matmuls with batch dimensions) are computed again
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        block = nn.remat(Block, policy=policy, prevent_cse=False)
+        return nn.remat(Block, policy=policy, prevent_cse=False)
+    return Block
+
+
+def _stacked(cfg: DecoderConfig) -> Any:
+    """The block scanned over the layers."""
     in_axes: Any = (0, nn.broadcast, nn.broadcast)  # cache, rope, layout
     return nn.scan(
-        block,
+        _rematerialised(cfg),
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=in_axes,

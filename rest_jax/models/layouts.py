@@ -6,12 +6,21 @@ Positions of a group: prompt 0, 1, ..; response token t at prompt_length + t, wh
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from rest_jax.models.records import Cache, DecodeLayout, GroupLayout, RowLayout
+from rest_jax.models.records import (
+    Cache,
+    DecodeLayout,
+    GroupLayout,
+    LayerCache,
+    PromptLayout,
+    RowLayout,
+)
 
 __all__ = [
     "Cache",
     "DecodeLayout",
     "GroupLayout",
+    "LayerCache",
+    "PromptLayout",
     "RowLayout",
     "group_layout",
     "init_cache",
@@ -28,24 +37,33 @@ def init_cache(
     group_size: int,
     slots: int,
 ) -> Cache:
-    """Cache of `slots` empty places for each of `group_size` responses behind the prompts' keys and values `kv`.
+    """Cache of P ways, each with one prompt and `slots` empty places for each of its `group_size` responses.
 
-    `kv` is what a RowLayout pass with `return_kv=True` returned; every response starts at index 0.
+    `kv` is what a PromptLayout pass with `return_kv=True` returned; every response starts at index 0.
     """
-    prompt_k, prompt_v = kv
-    layers, prompts, _, heads, width = prompt_k.shape
-    empty = jnp.zeros((layers, prompts, group_size, slots, heads, width), prompt_k.dtype)
-    index = jnp.zeros((prompts, group_size), jnp.int32)
-    return Cache(prompt_k, prompt_v, empty, empty, prompt_length.astype(jnp.int32), index)
+    prompt_k, prompt_v = (x.transpose(0, 1, 3, 2, 4)[:, :, None] for x in kv)
+    layers, prompts, _, heads, _, width = prompt_k.shape
+    empty = jnp.zeros((layers, prompts, group_size, heads, slots, width), prompt_k.dtype)
+    lane = jnp.broadcast_to(jnp.arange(group_size, dtype=jnp.int32), (prompts, group_size))
+    return Cache(
+        prompt_k,
+        prompt_v,
+        response_k=empty,
+        response_v=empty,
+        prompt_length=prompt_length.astype(jnp.int32)[:, None],
+        index=jnp.zeros_like(lane),
+        prompt_slot=jnp.zeros_like(lane),
+        member=lane,
+        members=lane[:, None],
+    )
 
 
 def prompt_rows(
     prompt: Int[Array, "P Tp"], prompt_length: Int[Array, " P"]
-) -> tuple[RowLayout, Int[Array, "P Tp"]]:
+) -> tuple[PromptLayout, Int[Array, "P Tp"]]:
     """Layout and positions of right-padded prompts as plain rows (the pass before decoding)."""
     time = jnp.arange(prompt.shape[1], dtype=jnp.int32)
-    segment_ids = (time < prompt_length[:, None]).astype(jnp.int32)
-    return RowLayout(segment_ids), jnp.broadcast_to(time, prompt.shape)
+    return PromptLayout(prompt_length), jnp.broadcast_to(time, prompt.shape)
 
 
 def pack_group(

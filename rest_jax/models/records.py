@@ -1,16 +1,23 @@
 """How tokens lie in a batch, as pytrees; `layouts.py` makes them and `attention.attend` gives each its own attention.
 
-RowLayout     `[B, T]` rows of one or more segments; supervised runs, prompts before decoding.
+RowLayout     `[B, T]` rows of one or more segments.
+PromptLayout  `[P, Tp]` right-padded prompts, one a row; the pass before decoding.
 GroupLayout   `[P, Tp + G*Tr]`: a prompt, then its G responses; the update.
-DecodeLayout  `[P, G]`: the next token of every response against a `Cache`; the rollout.
+DecodeLayout  `[W, N]`: the next token of every lane against a `Cache`; the rollout.
+
+A cache is divided into W ways (the parts of the batch axes of the mesh). A way has Q prompt slots, each with the keys and
+values of one prompt, and N lanes, each with those of one response; a lane says which prompt slot its response belongs to.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
+
+Layers = jax.Array | tuple[jax.Array, ...]  # stacked on a leading axis L, or one array a layer
 
 
 @struct.dataclass
@@ -18,6 +25,13 @@ class RowLayout:
     """Causal within equal segment ids; id 0 is padding."""
 
     segment_ids: Int[Array, "B T"]  # int32
+
+
+@struct.dataclass
+class PromptLayout:
+    """One causal row a prompt, right-padded."""
+
+    length: Int[Array, " P"]  # int32
 
 
 @struct.dataclass
@@ -33,43 +47,77 @@ class GroupLayout:
 
 @struct.dataclass
 class DecodeLayout:
-    """One new token a response, to be the `index`-th of its row."""
+    """One new token a lane, to be the `index`-th of its response.
 
-    prompt_length: Int[Array, " P"]  # int32
-    index: Int[Array, "P G"]  # int32
+    `members` lists the lanes of every prompt slot, `member` is a lane's place in the list of its slot: the two let
+    attention bring the queries of a prompt together and back.
+    """
+
+    prompt_length: Int[Array, "W Q"]  # int32
+    index: Int[Array, "W N"]  # int32
+    prompt_slot: Int[Array, "W N"]  # int32
+    member: Int[Array, "W N"]  # int32
+    members: Int[Array, "W Q G"]  # int32 lanes; unused places hold any lane
+
+
+class LayerCache(NamedTuple):
+    """One layer of a Cache."""
+
+    prompt_k: Float[Array, "W Q K Tp H"]
+    prompt_v: Float[Array, "W Q K Tp H"]
+    response_k: Float[Array, "W N K S H"]
+    response_v: Float[Array, "W N K S H"]
 
 
 @struct.dataclass
 class Cache:
-    """Keys and values of P prompts (stored once) and their G responses, layers stacked; dtype = compute dtype."""
+    """Keys and values of prompts (stored once) and of the responses that continue them; dtype = compute dtype."""
 
-    prompt_k: Float[Array, "L P Tp K H"]
-    prompt_v: Float[Array, "L P Tp K H"]
-    response_k: Float[Array, "L P G S K H"]
-    response_v: Float[Array, "L P G S K H"]
-    prompt_length: Int[Array, " P"]  # int32
-    index: Int[Array, "P G"]  # int32: response tokens written in each row
+    prompt_k: Layers  # a layer: [W Q K Tp H]
+    prompt_v: Layers
+    response_k: Layers  # a layer: [W N K S H]
+    response_v: Layers
+    prompt_length: Int[Array, "W Q"]  # int32
+    index: Int[Array, "W N"]  # int32: response tokens written in each lane
+    prompt_slot: Int[Array, "W N"]  # int32, and so on: see DecodeLayout
+    member: Int[Array, "W N"]
+    members: Int[Array, "W Q G"]
 
     @property
     def layout(self) -> DecodeLayout:
-        """Layout of the next token of every row."""
-        return DecodeLayout(self.prompt_length, self.index)
+        """Layout of the next token of every lane."""
+        return DecodeLayout(
+            self.prompt_length, self.index, self.prompt_slot, self.member, self.members
+        )
 
     @property
-    def positions(self) -> Int[Array, "P G"]:
-        """Positions of the next token of every row."""
-        return self.prompt_length[:, None] + self.index
+    def positions(self) -> Int[Array, "W N"]:
+        """Positions of the next token of every lane."""
+        own = jnp.take_along_axis(self.prompt_length, self.prompt_slot, axis=1)
+        return own + self.index
 
-    def append(self, k: Float[Array, "L P G K H"], v: Float[Array, "L P G K H"]) -> "Cache":
-        """Writes one token's keys and values at `index` of every row and advances it; a full row drops the write."""
-        p, g = jnp.indices(self.index.shape)
+    @property
+    def layers(self) -> LayerCache:
+        """The four fields, each over all layers."""
+        return LayerCache(self.prompt_k, self.prompt_v, self.response_k, self.response_v)  # type: ignore[arg-type]
+
+    def append(self, k: Layers, v: Layers) -> "Cache":
+        """Writes one token's keys and values (a layer: `[W N K H]`) at `index` of every lane and advances it; a full
+        lane drops the write.
+        """
+        way, lane = jnp.indices(self.index.shape)
 
         def write(slots: jax.Array, new: jax.Array) -> jax.Array:
-            return slots.at[:, p, g, self.index].set(new.astype(slots.dtype), mode="drop")
+            where = (way, lane, slice(None), self.index)
+            if slots.ndim == 6:  # the indexed axes come first in the update: [W N L K H]
+                return slots.at[:, *where].set(
+                    jnp.moveaxis(new, 0, 2).astype(slots.dtype), mode="drop"
+                )
+            return slots.at[where].set(new.astype(slots.dtype), mode="drop")
 
         return dataclasses.replace(
             self,
-            response_k=write(self.response_k, k),
-            response_v=write(self.response_v, v),
+            response_k=jax.tree.map(write, self.response_k, k),
+            response_v=jax.tree.map(write, self.response_v, v),
             index=self.index + 1,
         )

@@ -1,0 +1,259 @@
+"""Time one rollout, update or GRPO step of PyTorch and transformers on the CPU.
+
+In:  a case and its sizes on the command line; --model is a Hugging Face folder, or "model-a"
+     for a small random Qwen3.
+Out: one JSON line on stdout with the tokens of one call, the median CPU and wall seconds of a
+     call, tokens per CPU second, the peak resident bytes and the warm-up seconds. Everything
+     else goes to stderr. The caller pins the process to its cores.
+
+rollout  transformers' generate in inference mode: plain sampling at temperature 1, no eos, so
+         every row runs to its full length. rows / group random prompts are repeated group times
+         each; generate shares no prefill between the copies. tokens = rows * new_tokens.
+
+update   a plain GRPO update on rows of prompt + response: logits of the response positions only,
+         their log-probs, the ratio to the old log-probs (one update to a batch, so the old ones
+         are the new ones detached), clipped loss, token mean, backward, fused AdamW. float32.
+         tokens = rows * (prompt_tokens + response_tokens).
+
+step     a rollout, a trivial reward, group advantages, and an update on what was sampled.
+         tokens = rows * (prompt_tokens + response_tokens).
+"""
+
+import argparse
+import contextlib
+import json
+import pathlib
+import resource
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+import transformers
+
+CLIP = 0.2
+
+
+def load_model(args):
+    """Return the model in float32, with every generation default cleared."""
+    if args.model == "model-a":
+        model = transformers.Qwen3ForCausalLM(model_a_config(args.vocab))
+    elif pathlib.Path(args.model, "config.json").is_file():
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            args.model, dtype=torch.float32, local_files_only=True
+        )
+    else:
+        raise ValueError(f"{args.model}: neither model-a nor a folder with a config.json")
+    model.generation_config = transformers.GenerationConfig()
+    if args.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def model_a_config(vocab):
+    """Return the configuration of model A."""
+    return transformers.Qwen3Config(
+        vocab_size=vocab,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=40960,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+
+
+def make_prompts(model, args):
+    """Return rows x prompt_tokens ids: rows / group random prompts, each repeated group times."""
+    shape = (args.rows // args.group, args.prompt_tokens)
+    return torch.randint(1, model.config.vocab_size, shape).repeat_interleave(args.group, dim=0)
+
+
+def generation_config(args):
+    """Return the settings of plain sampling to a fixed length."""
+    return transformers.GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=args.new_tokens,
+        min_new_tokens=None,
+        eos_token_id=None,
+        pad_token_id=0,
+        use_cache=True,
+        cache_implementation=None if args.cache == "dynamic" else args.cache,
+    )
+
+
+def sample(model, prompts, args):
+    """Return rows of prompt + sampled tokens."""
+    model.eval()
+    with torch.inference_mode():
+        rows = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            generation_config=generation_config(args),
+        )
+    model.train()
+    if rows.shape[1] != args.prompt_tokens + args.new_tokens:
+        raise ValueError(f"rows of {rows.shape[1]} tokens came back")
+    return rows.clone()
+
+
+def response_logprobs(model, rows, response):
+    """Return the log-probs of the last `response` tokens of every row."""
+    logits = model(rows, use_cache=False, logits_to_keep=response + 1).logits[:, :-1]
+    targets = rows[:, -response:]
+    return -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(
+        targets.shape
+    )
+
+
+def clipped_loss(logprobs, advantages):
+    """Return the summed clipped surrogate loss."""
+    ratio = torch.exp(logprobs - logprobs.detach())
+    advantages = advantages[:, None]
+    clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
+    return -torch.minimum(ratio * advantages, clipped * advantages).sum()
+
+
+def group_advantages(rewards, group):
+    """Return the rewards standardised within each group."""
+    grouped = rewards.view(-1, group)
+    centred = grouped - grouped.mean(dim=1, keepdim=True)
+    return (centred / (grouped.std(dim=1, keepdim=True) + 1e-6)).flatten()
+
+
+def update(model, optimizer, rows, args):
+    """Make one GRPO update on the rows, in micro-batches."""
+    response = args.response_tokens
+    rewards = (rows[:, -response:] % 2 == 0).float().mean(dim=1)
+    advantages = group_advantages(rewards, args.group)
+    optimizer.zero_grad(set_to_none=True)
+    micro = args.micro_rows or args.rows
+    for part, share in zip(rows.split(micro), advantages.split(micro), strict=True):
+        loss = clipped_loss(response_logprobs(model, part, response), share)
+        (loss / (args.rows * response)).backward()
+    optimizer.step()
+
+
+def make_optimizer(model, args):
+    """Return the fused AdamW over all weights."""
+    return torch.optim.AdamW(model.parameters(), lr=args.learning_rate, fused=True)
+
+
+def rollout_case(args):
+    """Return (tokens, call) for a rollout."""
+    model = load_model(args)
+    prompts = make_prompts(model, args)
+    return args.rows * args.new_tokens, lambda: sample(model, prompts, args)
+
+
+def update_case(args):
+    """Return (tokens, call) for an update on a fixed batch."""
+    model = load_model(args)
+    prompts = make_prompts(model, args)
+    responses = torch.randint(1, model.config.vocab_size, (args.rows, args.response_tokens))
+    rows = torch.cat([prompts, responses], dim=1)
+    optimizer = make_optimizer(model, args)
+    return rows.numel(), lambda: update(model, optimizer, rows, args)
+
+
+def step_case(args):
+    """Return (tokens, call) for a rollout followed by an update on its samples."""
+    model = load_model(args)
+    prompts = make_prompts(model, args)
+    optimizer = make_optimizer(model, args)
+    tokens = args.rows * (args.prompt_tokens + args.response_tokens)
+    return tokens, lambda: update(model, optimizer, sample(model, prompts, args), args)
+
+
+def measure(args):
+    """Warm the case up, time its calls, and return the record to print."""
+    cases = {"rollout": rollout_case, "update": update_case, "step": step_case}
+    start = time.perf_counter()
+    tokens, call = cases[args.case](args)
+    call()
+    warmup = time.perf_counter() - start
+    cpu, wall = [], []
+    for _ in range(args.repeats):
+        cpu_start, wall_start = time.process_time(), time.perf_counter()
+        call()
+        cpu.append(time.process_time() - cpu_start)
+        wall.append(time.perf_counter() - wall_start)
+    cpu_seconds = statistics.median(cpu)
+    return {
+        "peer": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "case": args.case,
+        "tokens": tokens,
+        "cpu_seconds": cpu_seconds,
+        "wall_seconds": statistics.median(wall),
+        "tokens_per_cpu_second": tokens / cpu_seconds,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "warmup_seconds": warmup,
+    }
+
+
+def parse_args():
+    """Return the checked arguments."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("case", choices=("rollout", "update", "step"))
+    parser.add_argument("--model", default="model-a", help="a model folder, or model-a")
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--group", type=int, default=8, help="rows that share a prompt")
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, help="default: --response-tokens, or 128")
+    parser.add_argument("--response-tokens", type=int, help="default: --new-tokens, or 128")
+    parser.add_argument("--vocab", type=int, default=8192, help="model-a only")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
+    parser.add_argument("--micro-rows", type=int, help="rows of a micro-batch; default: all")
+    parser.add_argument("--learning-rate", type=float, default=1e-6)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.new_tokens = args.new_tokens or args.response_tokens or 128
+    args.response_tokens = args.response_tokens or args.new_tokens
+    problem = find_problem(args)
+    if problem:
+        parser.error(problem)
+    return args
+
+
+def find_problem(args):
+    """Return what is wrong with the arguments, or None."""
+    sizes = (args.rows, args.group, args.prompt_tokens, args.new_tokens, args.response_tokens)
+    counts = (args.threads, args.repeats, args.micro_rows or 1)
+    if min(*sizes, *counts) < 1 or args.vocab < 2:
+        return "sizes, --threads and --repeats must be positive, --vocab at least 2"
+    if args.group < 2 or args.rows % args.group:
+        return "--group must be at least 2 and divide --rows"
+    if args.case == "step" and args.new_tokens != args.response_tokens:
+        return "a step trains on what it samples: --new-tokens and --response-tokens must agree"
+    return None
+
+
+def main():
+    """Run the case and print its record; report a failure in one line."""
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            record = measure(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"torch_bench: {str(error).splitlines()[0]}")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
