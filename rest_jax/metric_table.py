@@ -54,6 +54,8 @@ METRICS: dict[str, Metric] = {
     "rollout/logp": Metric("nats", "mean log-probability of the sampled tokens"),
     "rollout/logp_mismatch": Metric("nats", "mean |log-prob of the sampler - of the trainer|"),
     "rollout/ratio_max": Metric("", "greatest ratio of the two probabilities, either way"),
+    "rollout/slot_utilisation": Metric("fraction", "lane-steps that drew a token of an answer"),
+    "rollout/staleness": Metric("steps", "age of the weights that sampled, at the update"),
     "update/loss": Metric("", "loss, mean over the updates of the step"),
     "update/policy_loss": Metric("", "loss without the KL and entropy terms"),
     "update/kl": Metric("nats", "estimated KL divergence from the reference policy"),
@@ -76,6 +78,9 @@ METRICS: dict[str, Metric] = {
     "update/param_norm": Metric("", "global norm of the parameters"),
     "update/learning_rate": Metric("", "learning rate in force"),
     "update/count": Metric("updates", "optimiser updates so far"),
+    "update/skipped_groups": Metric("fraction", "groups without advantage: no forward pass"),
+    "update/micro_batches": Metric("micro-batches", "micro-batches of the step"),
+    "update/padding": Metric("fraction", "positions of the micro-batches that were padding"),
     **{
         f"region/{name}/{kind}": metric
         for name in REGION_NAMES
@@ -100,5 +105,13 @@ METRICS: dict[str, Metric] = {
     "time/eval": Metric("s", "held-out evaluation"),
     "time/checkpoint": Metric("s", "waiting for a checkpoint to be handed over"),
     "time/tokens_per_second": Metric("tokens/s", "sampled (supervised: trained) tokens a second"),
+    "time/rollout_tokens_per_second": Metric("tokens/s", "sampled tokens a second of the rollout"),
+    "time/reward_responses_per_second": Metric("answers/s", "answers scored a second of scoring"),
+    "time/reward_tokens_per_second": Metric("tokens/s", "answer tokens scored a second of scoring"),
+    "time/update_tokens_per_second": Metric(
+        "tokens/s", "trajectory tokens (G x prompt + answers) a second of the update"
+    ),
+    "time/rollout_mfu": Metric("fraction", "model FLOP/s of the rollout over the machine's peak"),
+    "time/update_mfu": Metric("fraction", "model FLOP/s of the update over the machine's peak"),
     "time/elapsed": Metric("s", "since this process began to train"),
 }

@@ -88,7 +88,7 @@ def step_config(**changes) -> StepConfig:
         schedule=Schedule(WeightsConfig(), CurriculumConfig(), 10),
         sampling=Sampling(),
         updates=1,
-        micro=1,
+        micro_tokens=None,
         fixed_length=TIME,
     )
     return dataclasses.replace(base, **changes)

@@ -29,7 +29,14 @@ def policy_loss(
     cfg: LossConfig,
 ) -> Float[Array, "P G T"]:
     """Per-token loss L, before weights."""
-    r, a = ratio(logp, logp_old), advantage[..., None]
+    return token_policy_loss(logp, logp_old, advantage[..., None], cfg)
+
+
+def token_policy_loss(
+    logp: Float[Array, "..."], logp_old: Float[Array, "..."], a: Float[Array, "..."], cfg: LossConfig
+) -> Float[Array, "..."]:
+    """L where every token has its advantage beside it."""
+    r = ratio(logp, logp_old)
     loss = jnp.maximum(-r * a, -jnp.clip(r, 1 - cfg.clip_low, 1 + cfg.clip_high) * a)
     if cfg.dual_clip is None:
         return loss

@@ -1,21 +1,23 @@
-"""The train step: a scored rollout and the train state in, the next train state and metrics out; one jitted call a step.
+"""The train step: a scored rollout and the train state in, the next train state and metrics out.
 
-    scored --(curriculum, weights, advantages)--> TrainBatch --scan over mini-batches--> AdamW updates
-                                                              each: scan over micro-batches, gradients summed
+    scored --(curriculum, weights, advantages)--> StepBatch --for each mini-batch: micro-batches--> AdamW update
 
-Every denominator is computed over the whole global mini-batch before its micro-batches run (`loss.AGGREGATIONS`).
-`make_train_step` applies jit and states donation; the functions above it are pure.
+Every denominator is computed over the whole global mini-batch before its micro-batches run (`loss.AGGREGATIONS`), so groups
+without advantage need no forward pass: they have entered the denominators (`plan_step` leaves them out unless a KL or
+entropy term gives them gradient). `make_train_step` applies jit; the functions above it are pure.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from rest_jax import masked
 from rest_jax.answer import Region
@@ -23,9 +25,11 @@ from rest_jax.config import LossConfig
 from rest_jax.models.decoder import Decoder
 from rest_jax.rl import curriculum, loss, weights
 from rest_jax.rl.advantages import ADVANTAGES, has_signal
-from rest_jax.rl.forward import response_logprobs
+from rest_jax.rl.forward import response_logprobs, response_loss
+from rest_jax.rl.gradients import Metrics, Totals, make_update
 from rest_jax.rl.logprobs import Sampling
-from rest_jax.rl.packing import split_groups
+from rest_jax.rl.packing import MicroBatch, plan, put_groups, take_groups
+from rest_jax.sharding import batch_ways
 from rest_jax.types import (
     Params,
     RolloutBatch,
@@ -35,20 +39,24 @@ from rest_jax.types import (
     response_mask,
 )
 
-Metrics = dict[str, jax.Array]
-
-
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """The static side of a step. Sizes are prompts: `updates` mini-batches a step, `micro` micro-batches in each."""
+    """The static side of a step: `updates` mini-batches, cut into micro-batches of at most `micro_tokens` trunk positions
+    on each way of the mesh (None: no limit).
+    """
 
     loss: LossConfig
     schedule: curriculum.Schedule
     sampling: Sampling
     updates: int
-    micro: int
+    micro_tokens: int | None
     fixed_length: int  # tokens; the constant of aggregation `fixed_length`
     importance_cap: float | None = None
+
+    @property
+    def every_group_counts(self) -> bool:
+        """Whether groups without advantage have gradient all the same."""
+        return self.loss.kl_coefficient > 0 or self.loss.entropy_coefficient > 0
 
 
 @struct.dataclass
@@ -61,11 +69,11 @@ class OldPolicy:
 
 
 @struct.dataclass
-class Totals:
-    """Metrics of a mini-batch, gathered over its micro-batches: `sums` add up, of `maxima` the largest stays."""
+class StepBatch:
+    """All that the updates of a step read, row by row."""
 
-    sums: Metrics
-    maxima: Metrics
+    batch: TrainBatch
+    coefficients: "Coefficients"
 
 
 @struct.dataclass
@@ -80,14 +88,14 @@ def make_train_batch(
     scored: ScoredBatch,
     old: OldPolicy | None,
     logp_ref: jax.Array | None,
-    state: TrainState,
+    state: curriculum.CurriculumState,
     cfg: StepConfig,
 ) -> tuple[TrainBatch, curriculum.CurriculumState, Metrics]:
     """Curriculum update, token weights, advantages. With `old`, its values replace the sampler's."""
     rollout = scored.rollout
     entropy, gini = (old.entropy, old.gini) if old is not None else (rollout.entropy, rollout.gini)
     stats = weights.region_stats(scored.region, entropy, gini)
-    new = curriculum.update(state.curriculum, stats, jnp.mean(scored.format_score), cfg.schedule)
+    new = curriculum.update(state, stats, jnp.mean(scored.format_score), cfg.schedule)
     # Mass shares hold over the whole batch; normalising each response would undo them.
     mass = cfg.schedule.curriculum.target == "mass"
     normalizer = "none" if mass else cfg.schedule.weights.normalizer
@@ -112,114 +120,101 @@ def make_train_batch(
     return batch, new, metrics
 
 
-def coefficients(batch: TrainBatch, cfg: StepConfig) -> Coefficients:
-    """Denominators over the whole mini-batch; the importance correction multiplies the loss, not the denominator."""
+def coefficients(batch: TrainBatch, counted: Bool[Array, " P"], cfg: StepConfig) -> Coefficients:
+    """Denominators over a whole mini-batch; the importance correction multiplies the loss, not the denominator.
+
+    The regulariser is the plain mean over the tokens of the `counted` groups: those that are computed at all.
+    """
     policy = loss.AGGREGATIONS[cfg.loss.aggregation](batch.weight, batch.mask, cfg.fixed_length)
     if batch.correction is not None:
         policy = policy * batch.correction
-    regulariser = batch.mask / jnp.maximum(jnp.sum(batch.mask), 1).astype(jnp.float32)
+    mask = batch.mask & counted[:, None, None]
+    regulariser = mask / jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
     return Coefficients(policy=policy, regulariser=regulariser)
 
 
-def loss_terms(
-    params: Params, batch: TrainBatch, c: Coefficients, decoder: Decoder, cfg: StepConfig
-) -> tuple[Float[Array, ""], Totals]:
-    """This micro-batch's share of the mini-batch's loss and of its metrics."""
-    mask, old = batch.mask, batch.logp_old
-    logp, entropy, _ = response_logprobs(
-        decoder, params, batch.prompt, batch.prompt_length, batch.responses, batch.response_length,
-        cfg.sampling, cfg.loss.vocab_chunk,
-    )  # fmt: skip
-    per_token = loss.policy_loss(logp, old, batch.advantage, cfg.loss)
-    policy = masked.masked_sum(c.policy * per_token, mask)
-    total = policy
-    sums = {"update/policy_loss": policy}
-    u = c.regulariser
-    sums["update/entropy"] = masked.masked_sum(u * entropy, mask)
-    if cfg.loss.entropy_coefficient > 0:
-        total = total - cfg.loss.entropy_coefficient * sums["update/entropy"]
-    if batch.logp_ref is not None:
-        kl = masked.masked_sum(
-            u * loss.KL_ESTIMATORS[cfg.loss.kl_estimator](logp, batch.logp_ref), mask
-        )
-        sums["update/kl"] = kl
-        total = total + cfg.loss.kl_coefficient * kl
-    sums["update/loss"] = total
-    cut = loss.clipped(logp, old, batch.advantage, cfg.loss)
-    sums["update/clip_fraction"] = masked.masked_sum(u * cut, mask)
-    sums["update/ratio_mean"] = masked.masked_sum(u * loss.ratio(logp, old), mask)
-    difference = jnp.abs(logp - old)
-    sums["update/logp_difference"] = masked.masked_sum(u * difference, mask)
-    return total, Totals(
-        sums, {"update/ratio_max": loss.ratio(masked.max_over_mask(difference, mask), 0.0)}
-    )
-
-
-def accumulate(
-    loss_fn: Callable[..., tuple[jax.Array, Totals]],
-    params: Params,
-    micro: tuple,
-    shardings: Params,
-) -> tuple[Params, Totals]:
-    """Sums gradients (float32) and metrics over the leading axis of `micro`, one micro-batch in memory at a time."""
-    grad_fn = jax.grad(loss_fn, has_aux=True)
-
-    def add(total, part):
-        grads, new = grad_fn(params, *part)
-        grads = jax.lax.with_sharding_constraint(jax.tree.map(jnp.add, total[0], grads), shardings)
-        sums = jax.tree.map(jnp.add, total[1].sums, new.sums)
-        return (grads, Totals(sums, jax.tree.map(jnp.maximum, total[1].maxima, new.maxima))), None
-
-    shapes = jax.eval_shape(grad_fn, params, *jax.tree.map(lambda x: x[0], micro))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(add, zeros, micro)[0]
-
-
-def apply_gradients(
-    state: TrainState, grads: Params, tx: optax.GradientTransformation
-) -> tuple[Params, optax.OptState, Metrics]:
-    """One optimiser update."""
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    metrics = {
-        "update/grad_norm": optax.tree.norm(grads),
-        "update/update_norm": optax.tree.norm(updates),
-    }
-    return optax.apply_updates(state.params, updates), opt_state, metrics
-
-
-def train_step(
-    state: TrainState,
+def prepare_step(
     scored: ScoredBatch,
     old: OldPolicy | None,
     logp_ref: jax.Array | None,
-    *,
-    decoder: Decoder,
-    tx: optax.GradientTransformation,
+    state: curriculum.CurriculumState,
     cfg: StepConfig,
-    mesh: Mesh,
-    param_shardings: Params,
-) -> tuple[TrainState, Metrics]:
-    """All updates of one rollout step."""
-    batch, new_curriculum, metrics = make_train_batch(scored, old, logp_ref, state, cfg)
+) -> tuple[StepBatch, curriculum.CurriculumState, Metrics]:
+    """`make_train_batch` and the coefficients of its mini-batches; row p belongs to mini-batch p % updates."""
+    batch, new, metrics = make_train_batch(scored, old, logp_ref, state, cfg)
+    counted = has_signal(scored.reward) | cfg.every_group_counts
 
-    def loss_fn(params, micro_batch, micro_coefficients):
-        return loss_terms(params, micro_batch, micro_coefficients, decoder, cfg)
+    def by_update(x):
+        return x.reshape(-1, cfg.updates, *x.shape[1:])
 
-    def update(state, mini):
-        micro = split_groups((mini, coefficients(mini, cfg)), cfg.micro, mesh)
-        grads, totals = accumulate(loss_fn, state.params, micro, param_shardings)
-        params, opt_state, norms = apply_gradients(state, grads, tx)
-        return dataclasses.replace(
-            state, params=params, opt_state=opt_state
-        ), totals.sums | totals.maxima | norms
+    parts = jax.tree.map(by_update, (batch, counted))
+    one = jax.vmap(lambda b, c: coefficients(b, c, cfg), in_axes=1, out_axes=1)(*parts)
+    return StepBatch(batch, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), one)), new, metrics
 
-    state, per_update = jax.lax.scan(update, state, split_groups(batch, cfg.updates, mesh))
-    if old is None:
-        # Before the first update the trainer's policy is the sampler's: what differs then is numerics.
-        metrics["rollout/logp_mismatch"] = per_update["update/logp_difference"][0]
-        metrics["rollout/ratio_max"] = per_update["update/ratio_max"][0]
-    metrics |= {name: jnp.mean(values) for name, values in per_update.items()}
-    return dataclasses.replace(state, step=state.step + 1, curriculum=new_curriculum), metrics
+
+def loss_terms(
+    params: Params, part: StepBatch, decoder: Decoder, cfg: StepConfig
+) -> tuple[Float[Array, ""], Totals]:
+    """This micro-batch's share of the mini-batch's loss and of its metrics."""
+    batch, c = part.batch, part.coefficients
+    mask, old, u = batch.mask, batch.logp_old, c.regulariser
+    advantage = jnp.broadcast_to(batch.advantage[..., None], mask.shape)
+    kl_estimator = loss.KL_ESTIMATORS[cfg.loss.kl_estimator]
+
+    def token_loss(logp, entropy, x):
+        total = x["policy"] * loss.token_policy_loss(
+            logp, x["old"], x["advantage"], cfg.loss
+        )
+        if cfg.loss.entropy_coefficient > 0:
+            total = total - cfg.loss.entropy_coefficient * x["regulariser"] * entropy
+        if batch.logp_ref is not None:
+            total = total + cfg.loss.kl_coefficient * x["regulariser"] * kl_estimator(
+                logp, x["reference"]
+            )
+        return total
+
+    extra = {"policy": c.policy, "old": old, "advantage": advantage, "regulariser": u}
+    if batch.logp_ref is not None:
+        extra["reference"] = batch.logp_ref
+    total, logp, entropy = response_loss(
+        decoder, params, batch.prompt, batch.prompt_length, batch.responses, batch.response_length,
+        extra, token_loss, cfg.sampling, cfg.loss.vocab_chunk,
+        entropy_counts=cfg.loss.entropy_coefficient > 0,
+    )  # fmt: skip
+    logp, entropy = jax.lax.stop_gradient((logp, entropy))
+    per_token = loss.policy_loss(logp, old, batch.advantage, cfg.loss)
+    cut = loss.clipped(logp, old, batch.advantage, cfg.loss)
+    difference = jnp.abs(logp - old)
+    sums = {
+        "update/loss": total,
+        "update/policy_loss": masked.masked_sum(c.policy * per_token, mask),
+        "update/entropy": masked.masked_sum(u * entropy, mask),
+        "update/clip_fraction": masked.masked_sum(u * cut, mask),
+        "update/ratio_mean": masked.masked_sum(u * loss.ratio(logp, old), mask),
+        "update/logp_difference": masked.masked_sum(u * difference, mask),
+    }
+    if batch.logp_ref is not None:
+        sums["update/kl"] = masked.masked_sum(u * kl_estimator(logp, batch.logp_ref), mask)
+    largest = loss.ratio(masked.max_over_mask(difference, mask), 0.0)
+    return total, Totals(sums, {"update/ratio_max": largest})
+
+
+def plan_step(scored: ScoredBatch, cfg: StepConfig, ways: int) -> list[list[MicroBatch]]:
+    """The micro-batches of each update, from the host's copy of the whole (global) batch."""
+    rollout, reward = scored.rollout, np.asarray(scored.reward)
+    wanted = (reward.max(axis=1) != reward.min(axis=1)) | cfg.every_group_counts
+    return plan(
+        np.asarray(rollout.prompt_length),
+        np.asarray(rollout.response_length),
+        (rollout.prompt.shape[1], rollout.responses.shape[2]),
+        ways=ways,
+        budget=cfg.micro_tokens,
+        wanted=wanted,
+        updates=cfg.updates,
+    )
+
+
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
 
 
 def make_train_step(
@@ -228,45 +223,93 @@ def make_train_step(
     cfg: StepConfig,
     mesh: Mesh,
     state_shardings: TrainState,
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """jit of `train_step`: (state, scored, old | None, logp_ref | None). The state is donated; metrics are replicated."""
+) -> TrainStep:
+    """(state, scored, old | None, logp_ref | None, plan) -> (state, metrics): all updates of one rollout step.
+
+    The state is donated, metrics are replicated. Without a plan (`plan_step`), `scored` must be readable by this process.
+    The call only dispatches: it returns before the device is done.
+    """
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     everywhere = NamedSharding(mesh, PartitionSpec())
+    ways = batch_ways(mesh)
 
-    def step(state, scored, old, logp_ref):
-        return train_step(
-            state, scored, old, logp_ref, decoder=decoder, tx=tx, cfg=cfg, mesh=mesh,
-            param_shardings=state_shardings.params,
-        )  # fmt: skip
-
-    return jax.jit(
-        step,
-        in_shardings=(state_shardings, rows, rows, rows),
-        out_shardings=(state_shardings, everywhere),
-        donate_argnums=0,
+    prepare = jax.jit(
+        functools.partial(prepare_step, cfg=cfg),
+        in_shardings=(rows, rows, rows, state_shardings.curriculum),
+        out_shardings=(rows, everywhere, everywhere),
     )
+    update = make_update(functools.partial(loss_terms, decoder=decoder, cfg=cfg), tx, mesh, state_shardings)
+    combine = jax.jit(_combine, out_shardings=everywhere)
+
+    def step(state, scored, old, logp_ref, micro_batches: Sequence | None = None):
+        if micro_batches is None:
+            micro_batches = plan_step(scored, cfg, ways)
+        batch, new_curriculum, metrics = prepare(scored, old, logp_ref, state.curriculum)
+        per_update = []
+        for mini in micro_batches:
+            state, found = update(state, batch, mini)
+            per_update.append(found)
+        step_index, metrics = combine(state.step, metrics, per_update)
+        return dataclasses.replace(state, step=step_index, curriculum=new_curriculum), metrics
+
+    return step
+
+
+def _combine(step, metrics: Metrics, per_update: list[Metrics]) -> tuple[jax.Array, Metrics]:
+    """The next step index; metrics of the step, those of its updates averaged."""
+    if "rollout/logp_mismatch" not in metrics:
+        # Before the first update the trainer's policy is the sampler's: what differs then is numerics.
+        metrics = metrics | {
+            "rollout/logp_mismatch": per_update[0]["update/logp_difference"],
+            "rollout/ratio_max": per_update[0]["update/ratio_max"],
+        }
+    mean = jax.tree.map(lambda *x: sum(x) / len(x), *per_update)
+    return step + 1, metrics | mean
 
 
 def make_logprobs(
     decoder: Decoder, cfg: StepConfig, mesh: Mesh, param_shardings: Params
-) -> Callable[[Params, RolloutBatch], OldPolicy]:
-    """jit of a forward pass over a rollout in micro-batches: for recomputed old values and for the reference model."""
+) -> Callable[..., OldPolicy]:
+    """(params, rollout, plan) -> OldPolicy: a forward pass over a rollout in micro-batches, for recomputed old values and
+    for the reference model. The plan must name every group once; without one, `rollout` must be readable here.
+    """
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    parts = cfg.updates * cfg.micro
+    ways = batch_ways(mesh)
 
-    def one(params, r):
-        out = response_logprobs(
+    def one(params, out, rollout, pick, slots):
+        r = take_groups(rollout, pick, slots, mesh)
+        found = response_logprobs(
             decoder, params, r.prompt, r.prompt_length, r.responses, r.response_length,
             cfg.sampling, cfg.loss.vocab_chunk,
         )  # fmt: skip
         mask = response_mask(r.response_length, r.responses.shape[-1])
-        return OldPolicy(*(jnp.where(mask, x, 0.0) for x in out))
+        return put_groups(out, OldPolicy(*(jnp.where(mask, x, 0.0) for x in found)), pick)
 
-    def logprobs(params, rollout):
-        out = jax.lax.map(lambda r: one(params, r), split_groups(rollout, parts, mesh))
-        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), out)
+    jitted = jax.jit(one, static_argnames="slots", out_shardings=rows, donate_argnums=1)
 
-    return jax.jit(logprobs, in_shardings=(param_shardings, rows), out_shardings=rows)
+    def logprobs(params, rollout, micro_batches: Sequence[MicroBatch] | None = None):
+        if micro_batches is None:
+            micro_batches = plan_all(rollout, cfg, ways)
+        shape = rollout.responses.shape
+        out = OldPolicy(*(jnp.zeros(shape, jnp.float32, device=rows) for _ in range(3)))
+        for micro in micro_batches:
+            pick = jax.device_put(micro.pick, rows)
+            out = jitted(params, out, rollout, pick, slots=micro.slots)
+        return out
+
+    return logprobs
+
+
+def plan_all(rollout: RolloutBatch, cfg: StepConfig, ways: int) -> list[MicroBatch]:
+    """Micro-batches that name every group once, from the host's copy of the whole batch."""
+    (found,) = plan(
+        np.asarray(rollout.prompt_length),
+        np.asarray(rollout.response_length),
+        (rollout.prompt.shape[1], rollout.responses.shape[2]),
+        ways=ways,
+        budget=cfg.micro_tokens,
+    )
+    return found
 
 
 def mismatch(logp: jax.Array, logp_rollout: jax.Array, mask: jax.Array) -> Metrics:

@@ -17,6 +17,8 @@ from rest_jax.sharding import param_shardings, replicated
 from rest_jax.types import TrainState, response_mask
 from tests import tiny
 
+GROUP_TOKENS = 16 + tiny.GROUP * tiny.TIME  # trunk positions of a padded group of `tiny.prompts`
+
 # Keeps the gradient as its state and moves nothing: a difference of parameters would be rounded to the parameters' size.
 RECORD = optax.GradientTransformation(
     init=lambda params: jax.tree.map(jnp.zeros_like, params),
@@ -107,7 +109,7 @@ def test_micro_batches_change_nothing(scored, micro, aggregation):
     cfg = tiny.step_config(
         loss=LossConfig(aggregation=aggregation, vocab_chunk=5, entropy_coefficient=0.01)
     )
-    one, split = run(cfg, scored), run(dataclasses.replace(cfg, micro=micro), scored)
+    one, split = run(cfg, scored), run(dataclasses.replace(cfg, micro_tokens=GROUP_TOKENS * 8 // micro), scored)
     close(split[0], one[0])
     assert split[1]["update/loss"] == pytest.approx(one[1]["update/loss"], rel=1e-5, abs=1e-7)
 
@@ -199,7 +201,7 @@ def test_kl_term(scored):
 
 def test_recomputed_values_and_importance_correction(scored):
     mesh = tiny.mesh()
-    cfg = tiny.step_config(micro=2, importance_cap=1.5)
+    cfg = tiny.step_config(micro_tokens=GROUP_TOKENS * 4, importance_cap=1.5)
     shardings = param_shardings(tiny.decoder().cfg, mesh)
     old = make_logprobs(tiny.decoder(), cfg, mesh, shardings)(tiny.params(), scored.rollout)
     mask = np.arange(tiny.TIME) < scored.rollout.response_length[..., None]
