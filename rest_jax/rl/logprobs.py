@@ -140,12 +140,14 @@ def _loss_forward(hidden, head, tokens, extra, token_loss, sampling, chunk, entr
             jnp.einsum, precision=_precision(hidden), preferred_element_type=jnp.float32
         )
         d_hidden = matmul("tv,vd->td", d_logits, compute).astype(hidden.dtype)
-        d_head = d_head + matmul("tv,td->vd", d_logits, flat)
+        d_head = d_head + matmul("td,tv->dv", flat, d_logits)
         return (total + value, d_head), (*seen.values, d_hidden.reshape(hidden.shape))
 
-    start = (jnp.float32(0), jnp.zeros(head.shape, jnp.float32))
+    # [D V]: XLA's CPU backend is twice as fast at this product than at the one for [V D]; turned once at the end
+    start = (jnp.float32(0), jnp.zeros(head.shape[::-1], jnp.float32))
     (total, d_head), out = jax.lax.scan(body, start, _chunks((hidden, tokens, extra), chunk))
     *values, d_hidden = _whole(out, tokens.shape)
+    d_head = jax.lax.optimization_barrier(d_head.T)  # a transposition fused into others is slow
     return (total, *values), (d_hidden, d_head.astype(head.dtype))
 
 
