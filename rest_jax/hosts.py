@@ -15,6 +15,8 @@ Tree = TypeVar("Tree")
 def to_mesh(tree: Tree, mesh: Mesh) -> Tree:
     """Leaves: this process's rows [P_local, ...] -> global arrays, first axis sharded over (data, fsdp)."""
     sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree
     )

@@ -44,15 +44,23 @@ class Policy:
         """Sizes of the decoder."""
         return self.decoder.cfg
 
+    @property
+    def sampler(self) -> Decoder:
+        """The decoder of rollouts. On CPU its layers are written out: a loop over stacked weights would copy each layer's
+        weights for every token.
+        """
+        layers = "unroll" if jax.default_backend() == "cpu" else "scan"
+        return Decoder(dataclasses.replace(self.config, layers=layers, remat="none"))
+
     def shardings(self, layout: Literal["train", "rollout"]) -> Params:
-        """Shardings of the weights: layout `train` (fsdp and tensor) or `rollout` (tensor only)."""
-        return param_shardings(self.config, self.mesh, layout=layout)
+        """Shardings of the weights: layout `train` (fsdp and tensor) or `rollout` (tensor only, as `sampler` has them)."""
+        config = self.config if layout == "train" else self.sampler.cfg
+        return param_shardings(config, self.mesh, layout=layout)
 
     def rollout_cast(self):
-        """Function from train weights to rollout weights; the identity where nothing would change."""
-        if self.mesh.size == 1 and self.config.dtype == jnp.float32:
-            return lambda params: params
-        return make_cast(self.config.dtype, self.shardings("rollout"))
+        """Function from train weights to rollout weights."""
+        unstack = self.sampler.cfg.layers == "unroll"
+        return make_cast(self.config.dtype, self.shardings("rollout"), unstack=unstack)
 
 
 def compute_dtype(name: str) -> jnp.dtype:

@@ -9,12 +9,13 @@ import numpy as np
 
 from rest_jax.config import CurriculumConfig, LossConfig, MeshConfig, OptimizerConfig, WeightsConfig
 from rest_jax.models.config import DecoderConfig
-from rest_jax.models.decoder import Decoder, init_params
+from rest_jax.models.decoder import Decoder, init_params, unstack_layers
 from rest_jax.optimizer import make_optimizer
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.logprobs import Sampling
 from rest_jax.rl.step import StepConfig
-from rest_jax.rollout.engine import RolloutSettings, make_rollout
+from rest_jax.rollout.engine import RolloutSettings
+from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.sharding import make_mesh, param_shardings
 from rest_jax.types import PromptBatch, RolloutBatch, ScoredBatch
 
@@ -24,11 +25,10 @@ GROUP, TIME = 4, 12
 
 
 @functools.cache
-def decoder(remat: str = "none") -> Decoder:
+def decoder(remat: str = "none", layers: str = "scan") -> Decoder:
     """Two layers of the Qwen3 kind, float32; every dimension divides by 4."""
-    return Decoder(
-        DecoderConfig("qwen3", VOCAB, 32, 2, 4, 4, 8, 64, qk_norm=True, tied=True, remat=remat)
-    )
+    sizes = ("qwen3", VOCAB, 32, 2, 4, 4, 8, 64)
+    return Decoder(DecoderConfig(*sizes, qk_norm=True, tied=True, remat=remat, layers=layers))
 
 
 @functools.cache
@@ -54,19 +54,24 @@ def prompts(count: int = 8, width: int = 16, seed: int = 0) -> PromptBatch:
 
 
 @functools.cache
-def sampler(sampling: Sampling = FULL, shape: tuple[int, int, int] = (1, 1, 1), group: int = GROUP):
+def sampler(
+    sampling: Sampling = FULL,
+    shape: tuple[int, int, int] = (1, 1, 1),
+    group: int = GROUP,
+    layers: str = "scan",
+    **settings,
+):
     """(params, prompts, rng, step) -> RolloutBatch on a mesh of that shape."""
     where = mesh(*shape)
-    settings = RolloutSettings(group, TIME, (STOP,), PAD, sampling)
-    return make_rollout(
-        decoder(), settings, where, param_shardings(decoder().cfg, where, layout="rollout")
-    )
+    rollout_settings = RolloutSettings(group, TIME, (STOP,), PAD, sampling, **settings)
+    shardings = param_shardings(decoder(layers=layers).cfg, where, layout="rollout")
+    return make_sampler(decoder(layers=layers), rollout_settings, where, shardings)
 
 
-def rollout(batch: PromptBatch, step: int = 0, **options) -> RolloutBatch:
+def rollout(batch: PromptBatch, step: int = 0, layers: str = "scan", **options) -> RolloutBatch:
     """NumPy rollout with the tiny policy."""
-    out = sampler(**options)(params(), batch, jax.random.key(7), jnp.int32(step))
-    return jax.tree.map(np.asarray, out)
+    weights = params() if layers == "scan" else unstack_layers(params())
+    return sampler(layers=layers, **options)(weights, batch, jax.random.key(7), jnp.int32(step))
 
 
 def scored(batch: PromptBatch, seed: int = 0) -> ScoredBatch:

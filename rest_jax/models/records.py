@@ -106,18 +106,36 @@ class Cache:
         lane drops the write.
         """
         way, lane = jnp.indices(self.index.shape)
-
-        def write(slots: jax.Array, new: jax.Array) -> jax.Array:
-            where = (way, lane, slice(None), self.index)
-            if slots.ndim == 6:  # the indexed axes come first in the update: [W N L K H]
-                return slots.at[:, *where].set(
-                    jnp.moveaxis(new, 0, 2).astype(slots.dtype), mode="drop"
-                )
-            return slots.at[where].set(new.astype(slots.dtype), mode="drop")
-
+        where = (way, lane, slice(None), self.index)
         return dataclasses.replace(
             self,
-            response_k=jax.tree.map(write, self.response_k, k),
-            response_v=jax.tree.map(write, self.response_v, v),
+            response_k=_put(self.response_k, where, k),
+            response_v=_put(self.response_v, where, v),
             index=self.index + 1,
         )
+
+    def put_prompt(
+        self, slot: Int[Array, " W"], k: Layers, v: Layers, length: Int[Array, " W"]
+    ) -> "Cache":
+        """Puts a prompt (a layer: `[W T K H]`, T at most the slot's) into one slot of every way; slot Q: nowhere."""
+        way = jnp.arange(slot.shape[0])
+        time = jax.tree.leaves(k)[0].shape[-3]
+        where = (way[:, None], slot[:, None], slice(None), jnp.arange(time)[None])
+        return dataclasses.replace(
+            self,
+            prompt_k=_put(self.prompt_k, where, k),
+            prompt_v=_put(self.prompt_v, where, v),
+            prompt_length=self.prompt_length.at[way, slot].set(length, mode="drop"),
+        )
+
+
+def _put(layers: Layers, where: tuple, new: Layers) -> Layers:
+    """Writes at `where`, the indices of one layer; what is out of bounds is dropped."""
+
+    def write(x: jax.Array, value: jax.Array) -> jax.Array:
+        value = value.astype(x.dtype)
+        if x.ndim == 6:  # stacked: indexed axes come first, so the layer axis is the third of the update
+            return x.at[:, *where].set(jnp.moveaxis(value, 0, 2), mode="drop")
+        return x.at[where].set(value, mode="drop")
+
+    return jax.tree.map(write, layers, new)

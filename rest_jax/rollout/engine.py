@@ -1,14 +1,20 @@
-"""The rollout: prefill each prompt once, then decode its G responses against the shared prompt keys and values.
+"""The rollout on the device: pure, jitted steps over a fixed set of slots. `scheduler.py` decides on the host what they do.
 
-    rollout(params, prompts, rng, step) -> RolloutBatch        pure, jitted, sharded over prompts
+    prefill(params, tokens, length)        -> Prefilled      one prompt a way through the trunk
+    insert(slots, prefilled, slot)         -> Slots          its keys and values into a prompt slot
+    start(slots, lanes, rng, step)         -> Slots          lanes begin new responses
+    decode(params, slots, until)           -> Slots, Drawn   up to `CHUNK` tokens for every lane, or until lanes are free
+    resize(slots, ...)                     -> Slots          another number of lanes or positions
 
-A row ends with the first stop id, which is its last policy token; the loop ends when every row has ended or the cache is
-full. After its end a row's ids are `pad_id` and its per-token fields zero.
+A way is one part of the batch axes of the mesh; it has Q prompt slots and N lanes of its own, so that nothing but the loop
+condition crosses ways. A response ends with the first stop id, which is its last token, or when it is `max_tokens` long.
+A lane that has ended draws nothing until it is started again.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,164 +22,314 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from rest_jax.models.decoder import Decoder, logits
-from rest_jax.models.layouts import Cache, init_cache, prompt_rows
+from rest_jax.models.config import DecoderConfig
+from rest_jax.models.decoder import Decoder, logits, unstack_layers
+from rest_jax.models.layouts import Cache, prompt_rows
+from rest_jax.models.records import Layers
 from rest_jax.rl.logprobs import Sampling
-from rest_jax.rollout.sampling import draw, row_keys
-from rest_jax.types import Params, PromptBatch, RolloutBatch
+from rest_jax.rollout.sampling import draw, row_keys, uniforms
+from rest_jax.sharding import BATCH_AXES, batch_ways
+from rest_jax.types import Params
+
+CHUNK = 64  # tokens a lane that one call of `decode` draws at most
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutSettings:
-    """The static side of a rollout."""
+    """The static side of a rollout. Lanes and prompt slots are those of one way."""
 
     group_size: int
     max_tokens: int  # Tr: response tokens, the stop id included
     stop_ids: tuple[int, ...]
     pad_id: int
     sampling: Sampling
+    lanes: int = 128
+    prompt_slots: int | None = None  # None: twice what the lanes need when groups run whole
+    ratio: int = 2  # between the widths of the caches, and the numbers of lanes, that are compiled
+
+    @property
+    def slots(self) -> int:
+        """Prompt slots of a way."""
+        needed = -(-self.lanes // self.group_size)
+        return self.prompt_slots or needed * (1 if self.group_size == 1 else 2)
 
 
 @struct.dataclass
-class DecodeState:
-    """Carry of the decode loop; arrays `[P, G, Tr]` fill up from the left."""
+class Slots:
+    """What the device holds between calls."""
 
-    time: Int[Array, ""]
     cache: Cache
-    tokens: Int[Array, "P G Tr"]
-    logp: Float[Array, "P G Tr"]
-    entropy: Float[Array, "P G Tr"]
-    gini: Float[Array, "P G Tr"]
-    length: Int[Array, "P G"]
-    alive: Bool[Array, "P G"]
+    prompt_hidden: Float[Array, "W Q D"]  # predicts the first token after each prompt
+    hidden: Float[Array, "W N D"]  # predicts the next token of each lane
+    key: Key[Array, "W N"]
+    alive: Bool[Array, "W N"]
 
 
-def rollout(
-    params: Params,
-    prompts: PromptBatch,
-    rng: Key[Array, ""],
-    step: Int[Array, ""],
-    *,
-    decoder: Decoder,
-    settings: RolloutSettings,
-) -> RolloutBatch:
-    """Samples `group_size` responses a prompt."""
-    keys = row_keys(rng, step, prompts.row, settings.group_size)
-    last, cache = prefill(params, prompts, decoder, settings)
-    shared = jnp.broadcast_to(last[:, None], (*keys.shape, last.shape[-1]))
-    state = append(_empty(cache, keys.shape, settings), shared, keys, settings)
+class Prefilled(NamedTuple):
+    """One prompt a way after the trunk."""
 
-    def running(state):
-        return (state.time < settings.max_tokens) & jnp.any(state.alive)
+    k: Layers  # a layer: [W T K H]
+    v: Layers
+    hidden: Float[Array, "W D"]
+    length: Int[Array, " W"]
 
-    def body(state):
-        return decode(params, state, keys, decoder, settings)
 
-    state = jax.lax.while_loop(running, body, state)
-    return RolloutBatch(
-        prompt=prompts.tokens,
-        prompt_length=prompts.length,
-        responses=state.tokens,
-        response_length=state.length,
-        logp=state.logp,
-        entropy=state.entropy,
-        gini=state.gini,
+class Lanes(NamedTuple):
+    """New responses: lane n of way w continues the prompt in `prompt_slot` as `sample` of prompt `row`, where `new`."""
+
+    new: Bool[Array, "W N"]
+    prompt_slot: Int[Array, "W N"]
+    row: Int[Array, "W N"]
+    sample: Int[Array, "W N"]
+
+
+class Drawn(NamedTuple):
+    """What a call of `decode` drew: `count[w, n]` tokens in each lane, the first entries of its row; `alive` after it."""
+
+    token: Int[Array, "W N CHUNK"]
+    logp: Float[Array, "W N CHUNK"]
+    entropy: Float[Array, "W N CHUNK"]
+    gini: Float[Array, "W N CHUNK"]
+    count: Int[Array, "W N"]
+    alive: Bool[Array, "W N"]
+    steps: Int[Array, ""]
+
+
+def empty_slots(
+    cfg: DecoderConfig, settings: RolloutSettings, ways: int, prompt_width: int, response_width: int
+) -> Slots:
+    """Slots without prompts or responses."""
+    n, q = settings.lanes, settings.slots
+
+    def layers(*shape: int) -> Layers:
+        shape = (ways, shape[0], cfg.n_kv_heads, shape[1], cfg.head_dim)
+        if cfg.layers == "scan":
+            return jnp.zeros((cfg.n_layers, *shape), cfg.dtype)
+        return tuple(jnp.zeros(shape, cfg.dtype) for _ in range(cfg.n_layers))
+
+    lane = jnp.zeros((ways, n), jnp.int32)
+    cache = Cache(
+        prompt_k=layers(q, prompt_width),
+        prompt_v=layers(q, prompt_width),
+        response_k=layers(n, response_width),
+        response_v=layers(n, response_width),
+        prompt_length=jnp.zeros((ways, q), jnp.int32),
+        index=lane,
+        prompt_slot=lane,
+        member=lane,
+        members=jnp.zeros((ways, q, settings.group_size), jnp.int32),
+    )
+    return Slots(
+        cache=cache,
+        prompt_hidden=jnp.zeros((ways, q, cfg.d_model), cfg.dtype),
+        hidden=jnp.zeros((ways, n, cfg.d_model), cfg.dtype),
+        key=jax.random.split(jax.random.key(0), (ways, n)),
+        alive=lane > 0,
     )
 
 
 def prefill(
-    params: Params, prompts: PromptBatch, decoder: Decoder, settings: RolloutSettings
-) -> tuple[Float[Array, "P V"], Cache]:
-    """Runs every prompt once; the logits of its next token, and a cache with room for the responses."""
-    layout, positions = prompt_rows(prompts.tokens, prompts.length)
-    out: Any = decoder.apply({"params": params}, prompts.tokens, positions, layout, return_kv=True)
-    hidden, kv = out
-    last = jnp.take_along_axis(hidden, (prompts.length - 1)[:, None, None], axis=1)[:, 0]
-    cache = init_cache(kv, prompts.length, settings.group_size, settings.max_tokens)
-    return logits(params, decoder.cfg, last), cache
+    params: Params, tokens: Int[Array, "W T"], length: Int[Array, " W"], *, decoder: Decoder
+) -> Prefilled:
+    """Runs one right-padded prompt a way through the trunk."""
+    with jax.named_scope("prefill"):
+        layout, positions = prompt_rows(tokens, length)
+        out: Any = decoder.apply({"params": params}, tokens, positions, layout, return_kv=True)
+        hidden, (k, v) = out
+        last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
+        return Prefilled(k, v, last, length)
+
+
+def insert(slots: Slots, prefilled: Prefilled, slot: Int[Array, " W"]) -> Slots:
+    """Puts the prompts into prompt slot `slot` of each way; slot Q: nowhere."""
+    with jax.named_scope("insert"):
+        cache = slots.cache.put_prompt(slot, prefilled.k, prefilled.v, prefilled.length)
+        way = jnp.arange(slot.shape[0])
+        hidden = slots.prompt_hidden.at[way, slot].set(prefilled.hidden, mode="drop")
+        return dataclasses.replace(slots, cache=cache, prompt_hidden=hidden)
+
+
+def start(slots: Slots, lanes: Lanes, rng: Key[Array, ""], step: Int[Array, ""]) -> Slots:
+    """Lanes begin new responses; the others go on."""
+    new, cache = lanes.new, slots.cache
+    way, lane = jnp.indices(new.shape)
+    own = jnp.take_along_axis(slots.prompt_hidden, lanes.prompt_slot[..., None], axis=1)
+    slot = jnp.where(new, lanes.prompt_slot, cache.members.shape[1])  # elsewhere: dropped
+    keys = row_keys(rng, step, lanes.row, lanes.sample)
+    cache = dataclasses.replace(
+        cache,
+        index=jnp.where(new, 0, cache.index),
+        prompt_slot=jnp.where(new, lanes.prompt_slot, cache.prompt_slot),
+        member=jnp.where(new, lanes.sample, cache.member),
+        members=cache.members.at[way, slot, lanes.sample].set(lane, mode="drop"),
+    )
+    return dataclasses.replace(
+        slots,
+        cache=cache,
+        hidden=jnp.where(new[..., None], own, slots.hidden),
+        key=jnp.where(new, keys, slots.key),
+        alive=slots.alive | new,
+    )
 
 
 def decode(
     params: Params,
-    state: DecodeState,
-    keys: Key[Array, "P G"],
+    slots: Slots,
+    steps: Int[Array, ""],
+    free: Int[Array, " W"],
+    *,
     decoder: Decoder,
     settings: RolloutSettings,
-) -> DecodeState:
-    """One token for every row: feeds the last one, draws the next."""
-    previous = jax.lax.dynamic_index_in_dim(state.tokens, state.time - 1, axis=2, keepdims=False)
-    past = state.cache
-    hidden, cache = decoder.apply({"params": params}, previous, past.positions, past.layout, past)
-    return append(
-        dataclasses.replace(state, cache=cache), logits(params, decoder.cfg, hidden), keys, settings
+) -> tuple[Slots, Drawn]:
+    """At most `steps` (<= CHUNK) tokens for every lane; ends when some way w has `free[w]` lanes that draw nothing.
+
+    Each turn draws from the hidden state at hand, then runs the trunk on the token drawn.
+    """
+    shape = slots.alive.shape
+    uniform = uniforms(slots.key, slots.cache.index, CHUNK)
+    nothing = jnp.zeros((CHUNK, *shape), jnp.float32)
+    out = (jnp.full((CHUNK, *shape), settings.pad_id, jnp.int32), nothing, nothing, nothing)
+
+    def going(carry):
+        t, _, slots, _ = carry
+        return (t < steps) & jnp.all(jnp.sum(~slots.alive, axis=1) < free)
+
+    def turn(carry):
+        t, count, slots, out = carry
+        with jax.named_scope("head"):
+            scores = logits(params, decoder.cfg, slots.hidden)
+        with jax.named_scope("draw"):
+            drawn = draw(scores, uniform[t], settings.sampling)
+        out = tuple(x.at[t].set(y) for x, y in zip(out, drawn, strict=True))
+        count = count + slots.alive
+        token, cache = drawn[0], slots.cache
+        stopped = jnp.isin(token, jnp.array(settings.stop_ids, jnp.int32))
+        stopped = stopped | (cache.index + 1 >= settings.max_tokens)
+        with jax.named_scope("trunk"):
+            hidden, cache = decoder.apply(
+                {"params": params}, token, cache.positions, cache.layout, cache
+            )
+        slots = dataclasses.replace(
+            slots, cache=cache, hidden=hidden, alive=slots.alive & ~stopped
+        )
+        return t + 1, count, slots, out
+
+    with jax.named_scope("decode"):
+        first = (jnp.int32(0), jnp.zeros(shape, jnp.int32), slots, out)
+        steps, count, slots, out = jax.lax.while_loop(going, turn, first)
+    by_lane = (jnp.moveaxis(x, 0, 2) for x in out)
+    return slots, Drawn(*by_lane, count, slots.alive, steps)
+
+
+def resize(
+    slots: Slots, lanes: Int[Array, "W M"], *, prompt_width: int, response_width: int
+) -> Slots:
+    """The given lanes in the given order, and caches of other widths; what lies beyond a width is lost."""
+
+    def width(x, size: int):
+        if x.shape[-2] >= size:
+            return x[..., :size, :]
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, size - x.shape[-2]), (0, 0)])
+
+    def take(x):
+        return jax.vmap(lambda part, index: part[index])(x, lanes)
+
+    def responses(x):
+        x = width(x, response_width)
+        return jax.vmap(take)(x) if x.ndim == 6 else take(x)  # stacked layers: one by one
+
+    cache = slots.cache
+    old, kept = cache.index.shape[1], jnp.arange(lanes.shape[1])
+    moved = jax.vmap(lambda to: jnp.zeros(old, jnp.int32).at[to].set(kept))(lanes)
+    cache = dataclasses.replace(
+        cache,
+        prompt_k=jax.tree.map(lambda x: width(x, prompt_width), cache.prompt_k),
+        prompt_v=jax.tree.map(lambda x: width(x, prompt_width), cache.prompt_v),
+        response_k=jax.tree.map(responses, cache.response_k),
+        response_v=jax.tree.map(responses, cache.response_v),
+        index=take(cache.index),
+        prompt_slot=take(cache.prompt_slot),
+        member=take(cache.member),
+        members=jax.vmap(lambda table, to: to[table])(cache.members, moved),
     )
-
-
-def append(
-    state: DecodeState,
-    scores: Float[Array, "P G V"],
-    keys: Key[Array, "P G"],
-    settings: RolloutSettings,
-) -> DecodeState:
-    """Draws from `scores` and writes the token and its numbers at `state.time`, for rows still alive."""
-    token, *numbers = draw(scores, keys, state.time, settings.sampling)
-    token = jnp.where(state.alive, token, settings.pad_id)
-    numbers = [jnp.where(state.alive, x, 0.0) for x in numbers]
-
-    def put(buffer, value):
-        return jax.lax.dynamic_update_index_in_dim(buffer, value, state.time, axis=2)
-
-    stopped = jnp.isin(token, jnp.array(settings.stop_ids, jnp.int32))
     return dataclasses.replace(
-        state,
-        time=state.time + 1,
-        tokens=put(state.tokens, token),
-        logp=put(state.logp, numbers[0]),
-        entropy=put(state.entropy, numbers[1]),
-        gini=put(state.gini, numbers[2]),
-        length=state.length + state.alive,
-        alive=state.alive & ~stopped,
+        slots, cache=cache, hidden=take(slots.hidden), key=take(slots.key), alive=take(slots.alive)
     )
 
 
-def _empty(cache: Cache, rows: tuple[int, ...], settings: RolloutSettings) -> DecodeState:
-    shape = (*rows, settings.max_tokens)
-    zeros = jnp.zeros(shape, jnp.float32)
-    return DecodeState(
-        time=jnp.zeros((), jnp.int32),
-        cache=cache,
-        tokens=jnp.full(shape, settings.pad_id, jnp.int32),
-        logp=zeros,
-        entropy=zeros,
-        gini=zeros,
-        length=jnp.zeros(rows, jnp.int32),
-        alive=jnp.ones(rows, bool),
-    )
+class Engine(NamedTuple):
+    """The jitted functions; arrays that lead with W are sharded over the ways, the slots are donated."""
+
+    empty: Callable[..., Slots]  # (prompt_width=, response_width=)
+    prefill: Callable[..., Prefilled]
+    insert: Callable[..., Slots]
+    start: Callable[..., Slots]
+    decode: Callable[..., tuple[Slots, Drawn]]
+    resize: Callable[..., Slots]
+    ways: int
 
 
-def make_rollout(
+def make_engine(
     decoder: Decoder, settings: RolloutSettings, mesh: Mesh, param_shardings: Params
-) -> Callable[[Params, PromptBatch, jax.Array, jax.Array], RolloutBatch]:
-    """jit of `rollout`; prompts and responses are sharded over (data, fsdp), weights stay in the rollout layout."""
-    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+) -> Engine:
+    """jit of the steps on a mesh; weights in the rollout layout."""
+    ways = batch_ways(mesh)
+    first = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    second = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
     everywhere = NamedSharding(mesh, PartitionSpec())
+    layers = second if decoder.cfg.layers == "scan" else (first,) * decoder.cfg.n_layers
+    cache = Cache(layers, layers, layers, layers, first, first, first, first, first)  # type: ignore[arg-type]
+    at: Any = Slots(cache, first, first, first, first)  # type: ignore[arg-type]
+    drawn: Any = Drawn(first, first, first, first, everywhere, everywhere, everywhere)  # type: ignore[arg-type]
+    filled: Any = Prefilled(layers, layers, first, first)  # type: ignore[arg-type]
 
-    def run(params, prompts, rng, step):
-        return rollout(params, prompts, rng, step, decoder=decoder, settings=settings)
+    def empty(prompt_width: int, response_width: int) -> Slots:
+        return empty_slots(decoder.cfg, settings, ways, prompt_width, response_width)
 
-    return jax.jit(
-        run, in_shardings=(param_shardings, rows, everywhere, everywhere), out_shardings=rows
+    return Engine(
+        empty=jax.jit(
+            empty, static_argnames=("prompt_width", "response_width"), out_shardings=at
+        ),
+        prefill=jax.jit(
+            functools.partial(prefill, decoder=decoder),
+            in_shardings=(param_shardings, first, first),
+            out_shardings=filled,
+        ),
+        insert=jax.jit(
+            insert, in_shardings=(at, filled, first), out_shardings=at, donate_argnums=0
+        ),
+        start=jax.jit(
+            start,
+            in_shardings=(at, first, everywhere, everywhere),
+            out_shardings=at,
+            donate_argnums=0,
+        ),
+        decode=jax.jit(
+            functools.partial(decode, decoder=decoder, settings=settings),
+            in_shardings=(param_shardings, at, everywhere, first),
+            out_shardings=(at, drawn),
+            donate_argnums=1,
+        ),
+        resize=jax.jit(
+            resize,
+            static_argnames=("prompt_width", "response_width"),
+            out_shardings=at,
+        ),
+        ways=ways,
     )
 
 
-def make_cast(dtype: jnp.dtype, shardings: Params) -> Callable[[Params], Params]:
-    """jit of the cast-and-reshard from the train layout (float32 master) to the rollout layout."""
+def make_cast(dtype: jnp.dtype, shardings: Params, *, unstack: bool) -> Callable[[Params], Params]:
+    """jit of the cast-and-reshard from the train layout (float32 master) to the rollout layout, in which the layers of an
+    unrolled decoder lie apart. `shardings` are those of the rollout layout.
+    """
 
     def one(path, x):
         # Norm scales stay float32: the trainer multiplies by them in float32 too.
         return x if path[-1].key == "scale" else x.astype(dtype)
 
     def cast(params):
-        return jax.tree_util.tree_map_with_path(one, params)
+        params = jax.tree_util.tree_map_with_path(one, params)
+        return unstack_layers(params) if unstack else params
 
     return jax.jit(cast, out_shardings=shardings)
