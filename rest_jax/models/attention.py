@@ -49,15 +49,19 @@ class Partial(NamedTuple):
 
 def attend(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    k: Float[Array, "B T K H"] | None,
+    v: Float[Array, "B T K H"] | None,
     layout: Layout,
     cache: LayerCache | None,
     precision: jax.lax.Precision,
 ) -> Float[Array, "B T N H"]:
-    """Attention under `layout`; `cache` is needed by DecodeLayout only. Returned in q's dtype."""
+    """Attention under `layout`; `cache` is needed by DecodeLayout only. Returned in q's dtype.
+
+    With k and v None (DecodeLayout only) the cache has the new tokens' keys and values already.
+    """
     batch, time, heads, width = q.shape
-    grouped = (q * width**-0.5).reshape(batch, time, k.shape[2], heads // k.shape[2], width)
+    kv_heads = cache.response_k.shape[2] if k is None else k.shape[2]  # type: ignore[union-attr]
+    grouped = (q * width**-0.5).reshape(batch, time, kv_heads, heads // kv_heads, width)
     if isinstance(layout, RowLayout):
         out = attend_rows(grouped, k, v, layout, precision)
     elif isinstance(layout, PromptLayout):
@@ -67,7 +71,7 @@ def attend(
     else:
         if cache is None:
             raise ValueError("attend: DecodeLayout needs a cache (see layouts.init_cache)")
-        out = attend_cache(grouped, k, v, layout, cache, precision)
+        out = attend_cache(grouped, None if k is None else (k, v), layout, cache, precision)
     return out.reshape(q.shape).astype(q.dtype)
 
 
@@ -133,41 +137,38 @@ def attend_groups(
 
 def attend_cache(
     q: Float[Array, "W N K R H"],
-    k: Float[Array, "W N K H"],
-    v: Float[Array, "W N K H"],
+    own: tuple[Float[Array, "W N K H"], Float[Array, "W N K H"]] | None,
     layout: DecodeLayout,
     cache: LayerCache,
     precision: jax.lax.Precision,
 ) -> Float[Array, "W N K R H"]:
     """New tokens against their prompt (< prompt_length), their row's earlier tokens (< index) and themselves.
 
-    Rows are brought together by prompt, so that the keys of a prompt are read once for all its rows.
+    `own` holds their keys and values; None: the cache has them already, at `index`. Rows are brought together by prompt,
+    so that the keys of a prompt are read once for all its rows.
     """
     ways, lanes, heads, repeats, width = q.shape
     prompts, members = layout.members.shape[1:]
-    if cache.prompt_k.shape[2] < 1:
-        raise ValueError("attend_cache: the cache has no prompt slots")
     together = _take_rows(q, layout.members.reshape(ways, -1))
     together = together.reshape(ways, prompts, members, heads, repeats, width)
     together = together.transpose(0, 1, 3, 2, 4, 5).reshape(
         ways, prompts, heads, members * repeats, width
     )
-    slots = cache.prompt_k.shape[-2]
-    seen = jnp.arange(slots) < layout.prompt_length[..., None]  # [W Q Tp]
+    seen = jnp.arange(cache.prompt_k.shape[-2]) < layout.prompt_length[..., None]  # [W Q Tp]
     shared = _attend_part(
         together, cache.prompt_k, cache.prompt_v, seen[:, :, None, None], precision
     )
-    shared = Partial(*(_back_to_rows(x, layout, repeats) for x in shared))
+    parts = [Partial(*(_back_to_rows(x, layout, repeats) for x in shared))]
 
-    written = jnp.arange(cache.response_k.shape[-2]) < layout.index[..., None]
-    past = _attend_part(
-        q, cache.response_k, cache.response_v, written[:, :, None, None], precision
+    written = jnp.arange(cache.response_k.shape[-2]) < (layout.index + (own is None))[..., None]
+    parts.append(
+        _attend_part(q, cache.response_k, cache.response_v, written[:, :, None, None], precision)
     )
-    score = jnp.einsum(
-        "wnkrh,wnkh->wnkr", q, k, precision=precision, preferred_element_type=jnp.float32
-    )
-    value = jnp.broadcast_to(v[:, :, :, None].astype(jnp.float32), q.shape)
-    return _merge(shared, past, Partial(value, jnp.ones_like(score), score))
+    if own is not None:
+        score = jnp.sum(q.astype(jnp.float32) * own[0].astype(jnp.float32)[:, :, :, None], axis=-1)
+        value = jnp.broadcast_to(own[1].astype(jnp.float32)[:, :, :, None], q.shape)
+        parts.append(Partial(value, jnp.ones_like(score), score))
+    return _merge(*parts)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

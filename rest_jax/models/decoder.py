@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections, head norms, rotation and the layout's attention -> (out, (k, v) as cached)."""
+    """Projections, head norms, rotation and the layout's attention -> (out, (k, v) or, written out, the layer's cache)."""
 
     cfg: DecoderConfig
 
@@ -59,10 +59,15 @@ class Attention(nn.Module):
             q = RMSNorm(cfg, name="q_norm")(q)
             k = RMSNorm(cfg, name="k_norm")(k)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
+        kept = (k, v)
+        if cache is not None and cfg.layers == "unroll":
+            # Written before it is read, so that XLA does so in place; under `scan` the caller writes all layers at once.
+            cache = cache.write(layout.index, k, v)  # type: ignore[union-attr]
+            kept, k, v = (cache.response_k, cache.response_v), None, None
         out = attend(q, k, v, layout, cache, cfg.precision)
         shape, axes = (cfg.n_heads, cfg.head_dim, cfg.d_model), ("heads", "head_dim", "embed")
         o = _weight(self, "o", shape, axes).reshape(-1, cfg.d_model)
-        return _times(out.reshape(*x.shape[:2], -1), o, cfg), (k, v)
+        return _times(out.reshape(*x.shape[:2], -1), o, cfg), kept
 
     def _project(self, x, name: str, axis: str, heads: int):
         cfg = self.cfg
@@ -137,7 +142,9 @@ class Decoder(nn.Module):
         else:
             x, kv = self._written_out(x, layers, rope, layout, return_kv)
         hidden = RMSNorm(cfg, name="final_norm")(x)
-        return hidden, kv if cache is None else cache.append(*kv)
+        if cache is None:
+            return hidden, kv
+        return hidden, cache.append(*kv) if cfg.layers == "scan" else cache.advance(*kv)
 
     def _written_out(self, x, layers: LayerCache | None, rope: Rope, layout: Layout, return_kv):
         """Layer by layer: parameters, cache and keys and values come and go as one tree a layer (`unstack_layers`)."""

@@ -68,6 +68,15 @@ class LayerCache(NamedTuple):
     response_k: Float[Array, "W N K S H"]
     response_v: Float[Array, "W N K S H"]
 
+    def write(
+        self, index: Int[Array, "W N"], k: Float[Array, "W N K H"], v: Float[Array, "W N K H"]
+    ) -> "LayerCache":
+        """With one token's keys and values at `index` of every lane; a full lane drops the write."""
+        where = _lane_places(index)
+        return self._replace(
+            response_k=_put(self.response_k, where, k), response_v=_put(self.response_v, where, v)
+        )
+
 
 @struct.dataclass
 class Cache:
@@ -105,13 +114,13 @@ class Cache:
         """Writes one token's keys and values (a layer: `[W N K H]`) at `index` of every lane and advances it; a full
         lane drops the write.
         """
-        way, lane = jnp.indices(self.index.shape)
-        where = (way, lane, slice(None), self.index)
+        where = _lane_places(self.index)
+        return self.advance(_put(self.response_k, where, k), _put(self.response_v, where, v))
+
+    def advance(self, response_k: Layers, response_v: Layers) -> "Cache":
+        """With these layers, into which a token was written, one token further."""
         return dataclasses.replace(
-            self,
-            response_k=_put(self.response_k, where, k),
-            response_v=_put(self.response_v, where, v),
-            index=self.index + 1,
+            self, response_k=response_k, response_v=response_v, index=self.index + 1
         )
 
     def put_prompt(
@@ -127,6 +136,11 @@ class Cache:
             prompt_v=_put(self.prompt_v, where, v),
             prompt_length=self.prompt_length.at[way, slot].set(length, mode="drop"),
         )
+
+
+def _lane_places(index: Int[Array, "W N"]) -> tuple:
+    way, lane = jnp.indices(index.shape)
+    return way, lane, slice(None), index
 
 
 def _put(layers: Layers, where: tuple, new: Layers) -> Layers:

@@ -54,6 +54,11 @@ def entropy_and_gini(logits: Float[Array, "*B V"]) -> tuple[Float[Array, "*B"], 
     return -jnp.sum(p * logp, axis=-1), 1 - jnp.sum(p * p, axis=-1)
 
 
+def sum_of_products(x: Float[Array, "*B V"], y: Float[Array, "*B V"]) -> Float[Array, "*B"]:
+    """float32 sum of x y over the vocabulary, as a product of vectors: several times a fused sum's speed on CPU."""
+    return jnp.einsum("...v,...v->...", x, y, precision=jax.lax.Precision.HIGHEST)
+
+
 def chosen_logp(
     logits: Float[Array, "*B V"], token: Int[Array, "*B"], sampling: Sampling
 ) -> Float[Array, "*B"]:
@@ -180,7 +185,7 @@ def _look(logits, tokens, sampling: Sampling) -> _Seen:
     shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weight = jnp.exp(shifted)
     total = jnp.sum(weight, axis=-1, keepdims=True)
-    entropy = jnp.log(total[..., 0]) - jnp.sum(weight * shifted, axis=-1) / total[..., 0]
+    entropy = jnp.log(total[..., 0]) - sum_of_products(weight, shifted) / total[..., 0]
     if sampling == Sampling():
         sampled = weight / total
         chosen = jnp.take_along_axis(shifted, tokens[..., None], axis=-1)[..., 0]

@@ -44,14 +44,15 @@ class RolloutSettings:
     pad_id: int
     sampling: Sampling
     lanes: int = 128
-    prompt_slots: int | None = None  # None: twice what the lanes need when groups run whole
+    prompt_slots: int | None = None  # None: four times what whole groups need, so that stragglers hold up no lane
     ratio: int = 2  # between the widths of the caches, and the numbers of lanes, that are compiled
 
-    @property
-    def slots(self) -> int:
-        """Prompt slots of a way."""
-        needed = -(-self.lanes // self.group_size)
-        return self.prompt_slots or needed * (1 if self.group_size == 1 else 2)
+    def sizes(self, groups: int) -> tuple[int, int]:
+        """(prompt slots, lanes) of a way that has `groups` groups to sample."""
+        lanes = min(self.lanes, groups * self.group_size)
+        needed = -(-lanes // self.group_size)
+        slots = self.prompt_slots or needed * (1 if self.group_size == 1 else 4)
+        return min(slots, groups), lanes
 
 
 @struct.dataclass
@@ -62,6 +63,7 @@ class Slots:
     prompt_hidden: Float[Array, "W Q D"]  # predicts the first token after each prompt
     hidden: Float[Array, "W N D"]  # predicts the next token of each lane
     key: Key[Array, "W N"]
+    limit: Int[Array, "W N"]  # tokens of a lane's response at most
     alive: Bool[Array, "W N"]
 
 
@@ -81,6 +83,7 @@ class Lanes(NamedTuple):
     prompt_slot: Int[Array, "W N"]
     row: Int[Array, "W N"]
     sample: Int[Array, "W N"]
+    limit: Int[Array, "W N"]
 
 
 class Drawn(NamedTuple):
@@ -96,10 +99,17 @@ class Drawn(NamedTuple):
 
 
 def empty_slots(
-    cfg: DecoderConfig, settings: RolloutSettings, ways: int, prompt_width: int, response_width: int
+    cfg: DecoderConfig,
+    ways: int,
+    group_size: int,
+    *,
+    prompt_slots: int,
+    lanes: int,
+    prompt_width: int,
+    response_width: int,
 ) -> Slots:
     """Slots without prompts or responses."""
-    n, q = settings.lanes, settings.slots
+    n, q = lanes, prompt_slots
 
     def layers(*shape: int) -> Layers:
         shape = (ways, shape[0], cfg.n_kv_heads, shape[1], cfg.head_dim)
@@ -117,13 +127,14 @@ def empty_slots(
         index=lane,
         prompt_slot=lane,
         member=lane,
-        members=jnp.zeros((ways, q, settings.group_size), jnp.int32),
+        members=jnp.zeros((ways, q, group_size), jnp.int32),
     )
     return Slots(
         cache=cache,
         prompt_hidden=jnp.zeros((ways, q, cfg.d_model), cfg.dtype),
         hidden=jnp.zeros((ways, n, cfg.d_model), cfg.dtype),
         key=jax.random.split(jax.random.key(0), (ways, n)),
+        limit=lane,
         alive=lane > 0,
     )
 
@@ -168,6 +179,7 @@ def start(slots: Slots, lanes: Lanes, rng: Key[Array, ""], step: Int[Array, ""])
         cache=cache,
         hidden=jnp.where(new[..., None], own, slots.hidden),
         key=jnp.where(new, keys, slots.key),
+        limit=jnp.where(new, lanes.limit, slots.limit),
         alive=slots.alive | new,
     )
 
@@ -204,7 +216,7 @@ def decode(
         count = count + slots.alive
         token, cache = drawn[0], slots.cache
         stopped = jnp.isin(token, jnp.array(settings.stop_ids, jnp.int32))
-        stopped = stopped | (cache.index + 1 >= settings.max_tokens)
+        stopped = stopped | (cache.index + 1 >= slots.limit)
         with jax.named_scope("trunk"):
             hidden, cache = decoder.apply(
                 {"params": params}, token, cache.positions, cache.layout, cache
@@ -253,14 +265,19 @@ def resize(
         members=jax.vmap(lambda table, to: to[table])(cache.members, moved),
     )
     return dataclasses.replace(
-        slots, cache=cache, hidden=take(slots.hidden), key=take(slots.key), alive=take(slots.alive)
+        slots,
+        cache=cache,
+        hidden=take(slots.hidden),
+        key=take(slots.key),
+        limit=take(slots.limit),
+        alive=take(slots.alive),
     )
 
 
 class Engine(NamedTuple):
     """The jitted functions; arrays that lead with W are sharded over the ways, the slots are donated."""
 
-    empty: Callable[..., Slots]  # (prompt_width=, response_width=)
+    empty: Callable[..., Slots]
     prefill: Callable[..., Prefilled]
     insert: Callable[..., Slots]
     start: Callable[..., Slots]
@@ -279,16 +296,15 @@ def make_engine(
     everywhere = NamedSharding(mesh, PartitionSpec())
     layers = second if decoder.cfg.layers == "scan" else (first,) * decoder.cfg.n_layers
     cache = Cache(layers, layers, layers, layers, first, first, first, first, first)  # type: ignore[arg-type]
-    at: Any = Slots(cache, first, first, first, first)  # type: ignore[arg-type]
+    at: Any = Slots(cache, first, first, first, first, first)  # type: ignore[arg-type]
     drawn: Any = Drawn(first, first, first, first, everywhere, everywhere, everywhere)  # type: ignore[arg-type]
     filled: Any = Prefilled(layers, layers, first, first)  # type: ignore[arg-type]
 
-    def empty(prompt_width: int, response_width: int) -> Slots:
-        return empty_slots(decoder.cfg, settings, ways, prompt_width, response_width)
-
     return Engine(
         empty=jax.jit(
-            empty, static_argnames=("prompt_width", "response_width"), out_shardings=at
+            functools.partial(empty_slots, decoder.cfg, ways, settings.group_size),
+            static_argnames=("prompt_slots", "lanes", "prompt_width", "response_width"),
+            out_shardings=at,
         ),
         prefill=jax.jit(
             functools.partial(prefill, decoder=decoder),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from rest_jax.rl.logprobs import Sampling, truncate
+from rest_jax.rl.logprobs import Sampling, sum_of_products, truncate
 
 _BLOCK = 128  # words summed before the search
 
@@ -50,8 +50,8 @@ def draw(
     shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
     weight = jnp.exp(shifted)
     total = jnp.sum(weight, axis=-1)
-    entropy = jnp.log(total) - jnp.sum(weight * shifted, axis=-1) / total
-    gini = 1 - jnp.sum(weight * weight, axis=-1) / (total * total)
+    entropy = jnp.log(total) - sum_of_products(weight, shifted) / total
+    gini = 1 - sum_of_products(weight, weight) / (total * total)
     if sampling.greedy:
         token = _first_maximum(shifted)
     else:

@@ -126,10 +126,14 @@ class Sampler:
         rng: jax.Array,
         step: jax.Array | int,
         on_group: OnGroup | None = None,
+        limits: np.ndarray | None = None,
     ) -> RolloutBatch:
-        """`group_size` responses to each of this process's prompts; NumPy. Sets `stats`."""
+        """`group_size` responses to each of this process's prompts; NumPy. Sets `stats`.
+
+        `limits` `[P, G]`: tokens of each response at most, where that is below `max_tokens`.
+        """
         begun = time.monotonic()
-        run = _Run(self, params, prompts, rng, jnp.int32(step), on_group)
+        run = _Run(self, params, prompts, rng, jnp.int32(step), on_group, limits)
         out = run.run()
         self.stats = run.stats
         self.stats.seconds = time.monotonic() - begun
@@ -139,21 +143,20 @@ class Sampler:
 class _Run:
     """One rollout."""
 
-    def __init__(self, sampler: Sampler, params, prompts: PromptBatch, rng, step, on_group):
+    def __init__(self, sampler: Sampler, params, prompts: PromptBatch, rng, step, on_group, limits):
         self.engine, self.settings, self.mesh = sampler.engine, sampler.settings, sampler.mesh
         self.params, self.rng, self.step, self.on_group = params, rng, step, on_group
         self.prompts = jax.tree.map(np.asarray, prompts)
-        self.stats = SamplerStats()
+        self.stats, self.limits = SamplerStats(), limits
         processes, self.count = jax.process_count(), len(self.prompts.length)
         self.first = jax.process_index() * self.count  # global number of this process's first group
         self.length = _all_processes(self.prompts.length)
         share = self.engine.ways // processes
         self.own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
         s = self.settings
-        self.ways = [
-            Way(groups, s.group_size, s.slots, s.lanes)
-            for groups in _share_out(self.length, self.count, processes, share)
-        ]
+        shares = _share_out(self.length, self.count, processes, share)
+        self.sizes = s.sizes(max(map(len, shares)))
+        self.ways = [Way(groups, s.group_size, *self.sizes) for groups in shares]
         shape = (self.count, s.group_size, s.max_tokens)
         self.tokens = np.full(shape, s.pad_id, np.int32)
         self.numbers = np.zeros((3, *shape), np.float32)  # logp, entropy, gini
@@ -162,7 +165,10 @@ class _Run:
     def run(self) -> RolloutBatch:
         self.widths = (self.prompt_width(), self._response_sizes()[0])
         self.slots: Slots = self.engine.empty(
-            prompt_width=self.widths[0], response_width=self.widths[1]
+            prompt_slots=self.sizes[0],
+            lanes=self.sizes[1],
+            prompt_width=self.widths[0],
+            response_width=self.widths[1],
         )
         while True:
             self.fill()
@@ -188,14 +194,23 @@ class _Run:
         if not any(started):
             return
         shape = (len(self.ways), len(self.ways[0].lane))
-        lanes = Lanes(np.zeros(shape, bool), *(np.zeros(shape, np.int32) for _ in range(3)))  # type: ignore[arg-type]
+        lanes = Lanes(np.zeros(shape, bool), *(np.zeros(shape, np.int32) for _ in range(4)))  # type: ignore[arg-type]
         for w, found in enumerate(started):
             for lane, slot, sample in found:
                 group = self.ways[w].group[slot]
-                row = self.prompts.row[group - self.first] if self.is_own(group) else 0
-                for field, value in zip(lanes, (True, slot, row, sample), strict=True):
+                row, limit = self.request(group, sample)
+                for field, value in zip(lanes, (True, slot, row, sample, limit), strict=True):
                     field[w, lane] = value  # type: ignore[index]
         self.slots = self.engine.start(self.slots, self.mine(lanes), self.rng, self.step)
+
+    def request(self, group: int, sample: int) -> tuple[int, int]:
+        """(row, token limit) of a response; another process's are of no interest here."""
+        if not self.is_own(group):
+            return 0, 1
+        most = self.settings.max_tokens
+        if self.limits is not None:
+            most = min(most, int(self.limits[group - self.first, sample]))
+        return int(self.prompts.row[group - self.first]), most
 
     def prefill(self, chosen: list[tuple[int, int] | None]) -> None:
         """One prompt in each way that has chosen one."""
@@ -205,7 +220,7 @@ class _Run:
             self.resize(prompt_width=width)
         tokens = np.full((len(chosen), width), self.settings.pad_id, np.int32)
         length = np.ones(len(chosen), np.int32)
-        slot = np.full(len(chosen), self.settings.slots, np.int32)  # out of bounds: nowhere
+        slot = np.full(len(chosen), self.sizes[0], np.int32)  # out of bounds: nowhere
         for w, choice in enumerate(chosen):
             if choice is None:
                 continue
