@@ -2,6 +2,6 @@
 
 import sys
 
-from rest_jax.cli import main
+from rest_jax.cli import entry
 
-sys.exit(main())
+sys.exit(entry())

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rest_jax import __version__
+from rest_jax import __version__, machine
 from rest_jax.errors import RunStopped, UserError
 
 if TYPE_CHECKING:
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 MODEL_HELP = "HF folder, hub id, converted folder, or the folder of a run"
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def entry() -> int:
+    """`main` as a program of its own: the process is set up for the machine first."""
+    machine.relaunch_tuned()
+    machine.configure()
+    return main()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +73,7 @@ def _train(arguments: argparse.Namespace) -> int:
     _join_hosts(arguments)
     from rest_jax import train
 
-    return train.run(config, arguments.dry_run)
+    return train.run(config, arguments.dry_run, arguments.profile)
 
 
 def _sft(arguments: argparse.Namespace) -> int:
@@ -166,6 +173,14 @@ def _parser() -> argparse.ArgumentParser:
         run.add_argument(
             "--dry-run", action="store_true", help="check config, model and data, train nothing"
         )
+
+        if name == "train":
+            run.add_argument(
+                "--profile",
+                type=_positive,
+                metavar="STEP",
+                help="write a trace of that step to the run's folder, for Perfetto or xprof",
+            )
 
     convert = _add(commands, "convert", _convert, "turn an HF model into a converted folder")
     convert.add_argument("source", help="HF folder with safetensors, or hub id")

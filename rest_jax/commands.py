@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rest_jax import config as config_lib
@@ -24,13 +23,11 @@ from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.records import StepRecord
 from rest_jax.errors import UserError
 from rest_jax.evaluation.heldout import Evaluator, Held
-from rest_jax.hosts import to_host, to_mesh
 from rest_jax.metrics import summary_table
 from rest_jax.models import hf
 from rest_jax.policy import Policy, is_run, load_policy
 from rest_jax.report.records import describe
 from rest_jax.rl.logprobs import Sampling
-from rest_jax.rollout.engine import RolloutSettings, make_rollout
 from rest_jax.run import CONFIG_FILE, MODEL_FOLDER
 from rest_jax.sharding import batch_ways
 from rest_jax.templates import TEMPLATES
@@ -98,36 +95,23 @@ def sample(
     """(record, its answers) in order; records too long for the limit are left out."""
     template = TEMPLATES[config.data.template]
     prepared = prepare_lib.prepare(records, policy.tokenizer, template, config.data)
-    r = config.rollout
+    r, tokenizer = config.rollout, policy.tokenizer
     sampling = Sampling(r.temperature, r.top_k, r.top_p, greedy)
-    tokenizer = policy.tokenizer
-    engine = make_rollout(
-        policy.decoder,
-        RolloutSettings(
-            samples, r.max_response_tokens, tokenizer.stop_ids, tokenizer.pad_id, sampling
-        ),
-        policy.mesh,
-        policy.shardings("rollout"),
-    )
+    sampler = policy.make_sampler(samples, r.max_response_tokens, sampling, r)
     params = policy.rollout_cast()(policy.params)
-    rows = batch_ways(policy.mesh)
-    call = -(-min(config.train.eval_prompts_per_call, prepared.size) // rows) * rows
-    slots = bucketed(prepared.prompts)
+    width, call = bucketed(prepared.prompts), max(1, r.lanes // samples) * batch_ways(policy.mesh)
     for start in range(0, prepared.size, call):
-        index = np.minimum(np.arange(start, start + call), prepared.size - 1)
-        tokens, length = pad([prepared.prompts[i] for i in index], slots, tokenizer.pad_id)
-        batch = to_mesh(
-            PromptBatch(jnp.asarray(tokens), jnp.asarray(length), jnp.asarray(index, jnp.int32)),
-            policy.mesh,
-        )
-        out = to_host(engine(params, batch, jax.random.key(config.seed), jnp.int32(0)))
-        for row in range(min(call, prepared.size - start)):
+        index = np.arange(start, min(start + call, prepared.size))
+        tokens, length = pad([prepared.prompts[i] for i in index], width, tokenizer.pad_id)
+        batch = PromptBatch(tokens, length, index.astype(np.int32))
+        out = sampler(params, batch, jax.random.key(config.seed), 0)
+        for row, i in enumerate(index):
             lengths, ids = out.response_length[row], out.responses[row]
             texts = [
                 tokenizer.text(_unstopped(x[:n], tokenizer))
                 for x, n in zip(ids, lengths, strict=True)
             ]
-            yield prepared.records[start + row], texts
+            yield prepared.records[i], texts
 
 
 def evaluate(
@@ -155,8 +139,7 @@ def evaluate(
                 [Held(prompt, record.target, record.id) for prompt, record in pairs],
                 config.data.template,
                 config.reward,
-                config.rollout.max_response_tokens,
-                config.train.eval_prompts_per_call,
+                config.rollout,
             )
             rates, answers = evaluator(params)
             table = table or [["data", *(name.removeprefix("eval/") for name in rates)]]

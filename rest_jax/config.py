@@ -79,7 +79,13 @@ class RolloutConfig(Section):
     importance_cap: PositiveFloat | None = (
         None  # truncated importance correction; needs recompute_logp
     )
-    prompts_per_call: PositiveInt | None = None  # prompts decoded together; None: all of a step
+    lanes: PositiveInt = 128  # responses decoded at once on each way (data x fsdp) of the mesh
+    prompt_slots: PositiveInt | None = (
+        None  # prompts resident at once on each way; None: 4 x lanes / group_size
+    )
+    staleness: Literal[0, 1] = (
+        0  # 1: step s + 1 is sampled before update s; needs recompute_logp and importance_cap
+    )
 
 
 class RewardConfig(Section):
@@ -244,12 +250,11 @@ class TrainConfig(Section):
     prompts_per_update: PositiveInt | None = (
         None  # prompts of a mini-batch; None: one update a step
     )
-    micro_prompts: PositiveInt | None = (
-        None  # prompts (supervised: records) of a micro-batch; None: the mini-batch
+    micro_tokens: PositiveInt | None = (
+        16_384  # positions (prompt once + responses, padded) of a micro-batch on each way; None: no limit
     )
     eval_every: NonNegativeInt = 15  # 0: only before the first and after the last step
     eval_before: bool = True
-    eval_prompts_per_call: PositiveInt = 64
     checkpoint_every: PositiveInt = 15
     keep_checkpoints: PositiveInt = 3
     samples_per_step: NonNegativeInt = 4  # generations written to samples.jsonl
@@ -289,14 +294,6 @@ class Config(Section):
         r, t = self.rollout, self.train
         update = t.prompts_per_update or r.prompts_per_step
         _divides("rollout.prompts_per_step", r.prompts_per_step, "train.prompts_per_update", update)
-        _divides(
-            "the mini-batch (train.prompts_per_update)",
-            update,
-            "train.micro_prompts",
-            t.micro_prompts or update,
-        )
-        call = r.prompts_per_call or r.prompts_per_step
-        _divides("rollout.prompts_per_step", r.prompts_per_step, "rollout.prompts_per_call", call)
         if (r.top_k or r.top_p < 1) and not r.allow_truncated_support:
             raise ValueError(
                 f"rollout.top_k {r.top_k}, rollout.top_p {r.top_p}: training below full support is refused; "
@@ -304,6 +301,11 @@ class Config(Section):
             )
         if r.importance_cap is not None and not r.recompute_logp:
             raise ValueError("rollout.importance_cap needs rollout.recompute_logp true")
+        if r.staleness and r.importance_cap is None:
+            raise ValueError(
+                "rollout.staleness 1 trains on answers of the policy before: set rollout.recompute_logp true and "
+                "rollout.importance_cap (2.0 is usual), or staleness 0"
+            )
         if r.group_size < 2:
             raise ValueError(
                 f"rollout.group_size {r.group_size}: a group needs at least 2 responses"

@@ -34,6 +34,17 @@ def to_host(tree: Tree) -> Tree:
     return jax.tree.map(one, tree)
 
 
+def gather(tree: Tree) -> Tree:
+    """NumPy rows of every process, in the order of the processes; every process must call it."""
+    if jax.process_count() == 1:
+        return tree
+    from jax.experimental import multihost_utils
+
+    return jax.tree.map(
+        lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree
+    )
+
+
 def join() -> None:
     """Makes this process one of many: SLURM, Cloud TPU and Open MPI are recognised by jax itself; elsewhere
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say who is who. UserError when nothing does.

@@ -1,6 +1,6 @@
 """What the machine is and how XLA is set up for it; the one place.
 
-    configure()                          before anything imports jax: compilation cache and XLA flags
+    relaunch_tuned(), configure()        before anything imports jax: memory, compilation cache, XLA flags
     mesh_peak_flops(devices, dtype)      FLOP/s the hardware could do: the denominator of MFU
 
 jax is imported inside the functions that need it: its XLA flags are read from the environment when it starts.
@@ -59,6 +59,28 @@ PEAK_FLOPS: dict[str, dict[str, float]] = {
 }
 
 _MATMULS = ((1024, 1024, 1024), (2048, 512, 2048), (512, 2048, 2048))  # rows, inner, columns
+
+
+_HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_HUGE_PAGE_TUNABLE = "glibc.malloc.hugetlb=1"
+
+
+def relaunch_tuned() -> None:
+    """Starts this program over with large allocations on huge pages, where the kernel leaves that to the program.
+
+    XLA allocates the buffers of every call anew, and on CPU a fifth of a step can go into faulting their small pages in.
+    glibc reads the setting when a process starts, so it is the process that has to be replaced. Does nothing when
+    GLIBC_TUNABLES is set, whatever it says, or elsewhere than on Linux. Only for entry points: never returns if it acts.
+    """
+    if "GLIBC_TUNABLES" in os.environ or "jax" in sys.modules:
+        return
+    try:
+        left_to_programs = "[madvise]" in _HUGE_PAGES.read_text()
+    except OSError:
+        return
+    if left_to_programs:
+        os.environ["GLIBC_TUNABLES"] = _HUGE_PAGE_TUNABLE
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def configure(cache: str | None = None) -> None:

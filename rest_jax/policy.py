@@ -15,14 +15,16 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rest_jax import checkpoint
-from rest_jax.config import MeshConfig, ModelConfig
+from rest_jax.config import MeshConfig, ModelConfig, RolloutConfig
 from rest_jax.models import hf
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import Decoder, abstract_params
 from rest_jax.models.folder import read_json
 from rest_jax.models.hf_config import decoder_config
 from rest_jax.rl import curriculum
-from rest_jax.rollout.engine import make_cast
+from rest_jax.rl.logprobs import Sampling
+from rest_jax.rollout.engine import RolloutSettings, make_cast
+from rest_jax.rollout.scheduler import Sampler, make_sampler
 from rest_jax.run import MODEL_FOLDER
 from rest_jax.sharding import make_mesh, param_shardings, tree_shardings_like
 from rest_jax.tokenizer import Tokenizer
@@ -45,7 +47,7 @@ class Policy:
         return self.decoder.cfg
 
     @property
-    def sampler(self) -> Decoder:
+    def rollout_decoder(self) -> Decoder:
         """The decoder of rollouts. On CPU its layers are written out: a loop over stacked weights would copy each layer's
         weights for every token.
         """
@@ -53,14 +55,31 @@ class Policy:
         return Decoder(dataclasses.replace(self.config, layers=layers, remat="none"))
 
     def shardings(self, layout: Literal["train", "rollout"]) -> Params:
-        """Shardings of the weights: layout `train` (fsdp and tensor) or `rollout` (tensor only, as `sampler` has them)."""
-        config = self.config if layout == "train" else self.sampler.cfg
+        """Shardings of the weights: layout `train` (fsdp and tensor) or `rollout` (tensor only, for `rollout_decoder`)."""
+        config = self.config if layout == "train" else self.rollout_decoder.cfg
         return param_shardings(config, self.mesh, layout=layout)
 
     def rollout_cast(self):
         """Function from train weights to rollout weights."""
-        unstack = self.sampler.cfg.layers == "unroll"
+        unstack = self.rollout_decoder.cfg.layers == "unroll"
         return make_cast(self.config.dtype, self.shardings("rollout"), unstack=unstack)
+
+    def make_sampler(
+        self, group_size: int, max_tokens: int, sampling: Sampling, rollout: RolloutConfig
+    ) -> Sampler:
+        """A sampler of this policy; lanes and prompt slots as in `rollout`. Weights come from `rollout_cast`."""
+        settings = RolloutSettings(
+            group_size=group_size,
+            max_tokens=max_tokens,
+            stop_ids=self.tokenizer.stop_ids,
+            pad_id=self.tokenizer.pad_id,
+            sampling=sampling,
+            lanes=rollout.lanes,
+            prompt_slots=rollout.prompt_slots if group_size > 1 else None,
+            # fewer sizes where compilation is dear
+            ratio=2 if jax.default_backend() == "cpu" else 4,
+        )
+        return make_sampler(self.rollout_decoder, settings, self.mesh, self.shardings("rollout"))
 
 
 def compute_dtype(name: str) -> jnp.dtype:

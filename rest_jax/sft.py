@@ -9,11 +9,11 @@ import jax
 import numpy as np
 
 from rest_jax.config import Config
-from rest_jax.data.loader import SupervisedBatch, sft_loader
+from rest_jax.data.loader import Ahead, SupervisedBatch, sft_loader
 from rest_jax.data.prepare import Prepared, load_split, prepare_supervised
 from rest_jax.errors import UserError
 from rest_jax.evaluation.heldout import Evaluator, Held, held_out, report_evaluations
-from rest_jax.hosts import is_first_process, to_mesh
+from rest_jax.hosts import gather, is_first_process, to_mesh
 from rest_jax.metrics import Progress
 from rest_jax.optimizer import make_optimizer
 from rest_jax.policy import Policy, init_state, load_policy
@@ -28,16 +28,7 @@ from rest_jax.templates import TEMPLATES
 def run(config: Config, dry_run: bool = False) -> int:
     """Trains; 0 at the end or after SIGTERM. UserError for input that cannot be used; TrainingStopped on NaN."""
     policy = load_policy(config.model, config.mesh)
-    micro = config.train.micro_prompts or config.sft.batch_size
-    if config.sft.batch_size % micro:
-        raise UserError(
-            f"sft.batch_size {config.sft.batch_size} is not a multiple of train.micro_prompts {micro}"
-        )
-    check_batch(
-        "train.micro_prompts" if config.train.micro_prompts else "sft.batch_size",
-        micro,
-        policy.mesh,
-    )
+    check_batch("sft.batch_size", config.sft.batch_size, policy.mesh)
     records = load_split(config.data.train, config.data, config.data.train_limit)
     template = TEMPLATES[config.data.template]
     data = prepare_supervised(
@@ -61,7 +52,9 @@ def run(config: Config, dry_run: bool = False) -> int:
     if dry_run:
         return 0
     with contextlib.closing(open_run(config, policy.files)) as opened, activate(policy.mesh):
-        Loop(config, policy, data, held, steps, opened).run()
+        loop = Loop(config, policy, data, held, steps, opened)
+        with contextlib.closing(loop.batches):
+            loop.run()
     return 0
 
 
@@ -82,20 +75,23 @@ class Loop:
         tx = make_optimizer(config.optimizer, steps)
         schedule = Schedule(config.weights, config.curriculum, steps)
         self.state, self.abstract, shardings = init_state(policy, tx, schedule, config.seed)
-        micro = config.sft.batch_size // (config.train.micro_prompts or config.sft.batch_size)
-        step_config = SupervisedConfig(config.sft, micro, config.loss.vocab_chunk)
+        step_config = SupervisedConfig(
+            config.sft, config.train.micro_tokens, config.loss.vocab_chunk
+        )
         self.train_step = make_supervised_step(
             policy.decoder, tx, step_config, policy.mesh, shardings
         )
         self.cast = policy.rollout_cast()
         self.evaluator = Evaluator.of(config, policy, held)
-        self.batches = sft_loader(
-            data,
-            batch_size=config.sft.batch_size,
-            seed=config.seed,
-            pad_id=policy.tokenizer.pad_id,
-            cfg=config.data,
-            num_steps=steps,
+        self.batches = Ahead(
+            sft_loader(
+                data,
+                batch_size=config.sft.batch_size,
+                seed=config.seed,
+                pad_id=policy.tokenizer.pad_id,
+                cfg=config.data,
+                num_steps=steps,
+            )
         )
         self.pending: tuple[int, dict[str, jax.Array], GoldBatch, float] | None = None
 
@@ -110,9 +106,10 @@ class Loop:
             self.evaluate(0)
         for step in range(start + 1, self.steps + 1):
             started = time.monotonic()
-            batch, _ = next(self.batches)
+            batch, _ = self.batches.take()
+            lengths = gather((batch.prompt_length, batch.response_length))
             gold = to_mesh(self.labelled(batch), self.policy.mesh)
-            self.state, metrics = self.train_step(self.state, gold)
+            self.state, metrics = self.train_step(self.state, gold, lengths)
             self.flush()
             self.pending = (step, metrics, gold, started)
             stopping = self.opened.stop.agreed()
@@ -139,8 +136,8 @@ class Loop:
         return GoldBatch(
             prompt=batch.prompt,
             prompt_length=batch.prompt_length,
-            answer=batch.responses,
-            answer_length=batch.response_length,
+            responses=batch.responses,
+            response_length=batch.response_length,
             region=region[:, None],
         )
 

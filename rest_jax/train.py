@@ -4,6 +4,7 @@
 step s + 1 runs; a step with an evaluation or a checkpoint reads its own first.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import math
@@ -12,28 +13,34 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from rest_jax.answer import Target
+from rest_jax.collect import Collected, Collector, gather_extents
 from rest_jax.config import Config
-from rest_jax.data.loader import make_loader
+from rest_jax.data.loader import Ahead, make_loader
 from rest_jax.data.prepare import Prepared, load_split, prepare
 from rest_jax.errors import UserError
 from rest_jax.evaluation.heldout import Evaluator, Held, held_out, report_evaluations
-from rest_jax.hosts import is_first_process, to_host, to_mesh
+from rest_jax.hosts import is_first_process, to_mesh
 from rest_jax.metrics import Progress
 from rest_jax.optimizer import make_optimizer
 from rest_jax.policy import Policy, init_state, load_policy
-from rest_jax.rewards import Score
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.logprobs import Sampling
-from rest_jax.rl.scoring import score_rollout
-from rest_jax.rl.step import StepConfig, make_logprobs, make_train_step
-from rest_jax.rollout.engine import RolloutSettings, make_rollout
+from rest_jax.rl.step import (
+    Extents,
+    StepConfig,
+    make_logprobs,
+    make_train_step,
+    plan_all,
+    plan_step,
+    wanted_groups,
+)
 from rest_jax.run import Run, TrainingStopped, check_start, open_run, save_batch
-from rest_jax.sharding import activate, check_batch
+from rest_jax.sharding import activate, batch_ways, check_batch
+from rest_jax.step_metrics import Speed, step_metrics
 from rest_jax.templates import TEMPLATES
-from rest_jax.types import PromptBatch, RolloutBatch, ScoredBatch
+from rest_jax.tracing import Tracer
+from rest_jax.types import RolloutBatch, ScoredBatch
 
 
 @dataclasses.dataclass
@@ -43,14 +50,19 @@ class Pending:
     step: int
     metrics: dict[str, jax.Array]
     host: dict[str, float]
+    whole: Extents
     scored: ScoredBatch
     samples: list[dict[str, Any]]
     started: float
+    dispatched: float  # when the update was handed to the device
+    done: concurrent.futures.Future[float]  # when the device was done with it
     ended: float | None = None  # when the next step began; None: not yet
 
 
-def run(config: Config, dry_run: bool = False) -> int:
-    """Trains; 0 at the end or after SIGTERM. UserError for input that cannot be used; TrainingStopped on NaN."""
+def run(config: Config, dry_run: bool = False, profile: int | None = None) -> int:
+    """Trains, and writes a trace of step `profile`; 0 at the end or after SIGTERM. UserError for input that cannot be used;
+    TrainingStopped on NaN.
+    """
     policy = load_policy(config.model, config.mesh)
     check_sizes(config, policy)
     train = training_prompts(config, policy)
@@ -61,22 +73,19 @@ def run(config: Config, dry_run: bool = False) -> int:
     if dry_run:
         return 0
     with contextlib.closing(open_run(config, policy.files)) as opened, activate(policy.mesh):
-        Loop(config, policy, train, held, steps, opened).run()
+        loop = Loop(config, policy, train, held, steps, opened, profile)
+        with contextlib.closing(loop):
+            loop.run()
     return 0
 
 
 def check_sizes(config: Config, policy: Policy) -> None:
-    """Every batch axis must divide over the mesh; UserError with both numbers."""
-    rollout, update = (
-        config.rollout,
-        config.train.prompts_per_update or config.rollout.prompts_per_step,
-    )
-    check_batch(
-        "rollout.prompts_per_call",
-        rollout.prompts_per_call or rollout.prompts_per_step,
-        policy.mesh,
-    )
-    check_batch("train.micro_prompts", config.train.micro_prompts or update, policy.mesh)
+    """A mini-batch must divide over the mesh; UserError with both numbers."""
+    name = "train.prompts_per_update"
+    if config.train.prompts_per_update is None:
+        name = "rollout.prompts_per_step"
+    size = config.train.prompts_per_update or config.rollout.prompts_per_step
+    check_batch(name, size, policy.mesh)
 
 
 def total_steps(config: Config, prompts: int) -> int:
@@ -125,18 +134,17 @@ class Loop:
         held: list[Held],
         steps: int,
         opened: Run,
+        profile: int | None = None,
     ):
         self.config, self.policy, self.steps, self.opened = config, policy, steps, opened
         r, t = config.rollout, config.train
-        update = t.prompts_per_update or r.prompts_per_step
-        updates = r.prompts_per_step // update
-        sampling = Sampling(r.temperature, r.top_k, r.top_p)
+        updates = r.prompts_per_step // (t.prompts_per_update or r.prompts_per_step)
         self.step_config = StepConfig(
             loss=config.loss,
             schedule=Schedule(config.weights, config.curriculum, steps),
-            sampling=sampling,
+            sampling=Sampling(r.temperature, r.top_k, r.top_p),
             updates=updates,
-            micro=update // (t.micro_prompts or update),
+            micro_tokens=t.micro_tokens,
             fixed_length=r.max_response_tokens,
             importance_cap=r.importance_cap,
         )
@@ -155,27 +163,28 @@ class Loop:
         self.logprobs = make_logprobs(
             policy.decoder, self.step_config, policy.mesh, shardings.params
         )
-        settings = RolloutSettings(
-            r.group_size,
-            r.max_response_tokens,
-            policy.tokenizer.stop_ids,
-            policy.tokenizer.pad_id,
-            sampling,
-        )
-        self.sample = make_rollout(
-            policy.decoder, settings, policy.mesh, policy.shardings("rollout")
-        )
-        self.template = TEMPLATES[config.data.template]
         self.evaluator = Evaluator.of(config, policy, held)
-        self.batches = make_loader(
-            train,
-            batch_prompts=r.prompts_per_step,
-            seed=config.seed,
-            pad_id=policy.tokenizer.pad_id,
-            cfg=config.data,
-            num_steps=steps,
+        self.batches = Ahead(
+            make_loader(
+                train,
+                batch_prompts=r.prompts_per_step,
+                seed=config.seed,
+                pad_id=policy.tokenizer.pad_id,
+                cfg=config.data,
+                num_steps=steps,
+            )
         )
+        self.collector = Collector(config, policy, self.batches, steps)
+        self.speed = Speed(policy.config, policy.mesh)
+        self.tracer = Tracer(opened.folder, profile)
+        self.watch = concurrent.futures.ThreadPoolExecutor(1, "watch")
         self.pending: Pending | None = None
+        self.ahead: Collected | None = None  # the next step's, under staleness
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self.collector.close()
+        self.watch.shutdown()
 
     def run(self) -> None:
         """From the newest checkpoint, or from the start, to the end."""
@@ -188,7 +197,8 @@ class Loop:
         if start == 0 and self.config.train.eval_before:
             self.evaluate(0)
         for step in range(start + 1, self.steps + 1):
-            self.step(step)
+            with self.tracer.step(step, lambda: jax.block_until_ready(self.state.params)):
+                self.step(step)
             stopping = self.opened.stop.agreed()
             self.after(step, step == self.steps or stopping)
             if stopping:
@@ -198,6 +208,7 @@ class Loop:
                 break
         self.flush()
         self.progress.close()
+        self.tracer.report(self.progress.message)
         report_evaluations(self.opened.folder)
 
     def step(self, step: int) -> None:
@@ -205,85 +216,63 @@ class Loop:
         started = time.monotonic()
         if self.pending is not None:
             self.pending.ended = started
-        batch, records = next(self.batches)
-        loaded = time.monotonic()
-        rollout = self.rollout(batch, step - 1)
-        host = jax.tree.map(np.asarray, to_host(rollout)).validate()
-        sampled = time.monotonic()
-        progress = self.reward_progress(step - 1)
-        scored, scores = score_rollout(
-            host,
-            [r.target for r in records],
-            self.policy.tokenizer,
-            self.template,
-            self.config.reward,
-            progress,
-        )
-        done = time.monotonic()
-        old, logp_ref = self.second_looks(rollout)
-        on_mesh = ScoredBatch(
-            rollout, *to_mesh((scored.region, scored.reward, scored.format_score), self.policy.mesh)
-        )
-        self.state, metrics = self.train_step(self.state, on_mesh, old, logp_ref)
+        now, self.ahead = self.ahead or self.collect(step), None
+        if self.samples_ahead(step):
+            self.ahead = self.collect(step + 1, staleness=1)
+        whole = gather_extents(now.scored)
+        plan = plan_step(whole, self.step_config, batch_ways(self.policy.mesh))
+        on_mesh = to_mesh(now.scored, self.policy.mesh)
+        old, logp_ref = self.second_looks(on_mesh.rollout, whole)
+        dispatched = time.monotonic()
+        with jax.profiler.TraceAnnotation("update"):
+            self.state, metrics = self.train_step(self.state, on_mesh, old, logp_ref, plan)
+        self.loader_state = now.loader_state
         self.flush()
-        tokens = int(np.sum(host.response_length))
         self.pending = Pending(
             step=step,
             metrics=metrics,
-            host={"rollout/truncated": truncated(host, self.policy.tokenizer.stop_ids)}
-            | reward_metrics(scores, [r.target for r in records], progress)
-            | {"rollout/tokens": tokens, "time/data": loaded - started, "time/rollout": sampled - loaded,
-               "time/score": done - sampled},
-            scored=scored,
-            samples=self.samples(step, scored, scores, records),
+            host=step_metrics(now, whole, plan, self.policy.tokenizer.stop_ids)
+            | self.speed.of_experience(now, whole),
+            whole=whole,
+            scored=now.scored,
+            samples=self.samples(step, now),
             started=started,
-        )  # fmt: skip
+            dispatched=dispatched,
+            done=self.watch.submit(_when_ready, metrics),
+        )
 
-    def rollout(self, batch: PromptBatch, step: int) -> RolloutBatch:
-        """All prompts of the step, `prompts_per_call` at a time."""
+    def collect(self, step: int, staleness: int = 0) -> Collected:
+        """The experience of a step, sampled with the weights as they are."""
         params = self.cast(self.state.params)
-        calls = self.config.rollout.prompts_per_step // (
-            self.config.rollout.prompts_per_call or self.config.rollout.prompts_per_step
-        )
-        parts = [
-            jax.tree.map(lambda x, i=i: np.array_split(x, calls)[i], batch) for i in range(calls)
-        ]
-        index = jnp.int32(step)
-        out = [
-            self.sample(params, to_mesh(p, self.policy.mesh), self.state.rng, index) for p in parts
-        ]
-        if len(out) == 1:
-            return out[0]
-        return to_mesh(
-            jax.tree.map(lambda *x: np.concatenate(x), *map(to_host, out)), self.policy.mesh
-        )
+        return self.collector.collect(params, self.state.rng, step - 1, staleness)
 
-    def second_looks(self, rollout: RolloutBatch) -> tuple[Any, Any]:
+    def samples_ahead(self, step: int) -> bool:
+        """Under staleness: whether the next step is sampled before this step's update. Not over a checkpoint, since a run
+        that goes on from it has no older weights: so both do the same.
+        """
+        stale = self.config.rollout.staleness == 1
+        return stale and step < self.steps and step % self.config.train.checkpoint_every != 0
+
+    def second_looks(self, rollout: RolloutBatch, whole: Extents) -> tuple[Any, Any]:
         """The trainer's own old log-probs and the reference's, each only when asked for."""
-        old = (
-            self.logprobs(self.state.params, rollout)
-            if self.config.rollout.recompute_logp
-            else None
-        )
-        if self.reference is None:
-            return old, None
-        return old, self.logprobs(self.reference, rollout).logp
+        old = logp_ref = None
+        recompute = self.config.rollout.recompute_logp
+        if recompute or self.reference is not None:
+            plan = plan_all(whole, self.step_config, batch_ways(self.policy.mesh))
+            old = self.logprobs(self.state.params, rollout, plan) if recompute else None
+            if self.reference is not None:
+                logp_ref = self.logprobs(self.reference, rollout, plan).logp
+        return old, logp_ref
 
-    def reward_progress(self, step: int) -> float:
-        """Progress mu of the dynamic reward scale."""
-        return min(1.0, step / (self.config.reward.progress_steps or self.steps))
-
-    def samples(
-        self, step: int, scored: ScoredBatch, scores: list[list[Score]], records: Any
-    ) -> list[dict[str, Any]]:
+    def samples(self, step: int, now: Collected) -> list[dict[str, Any]]:
         """The first response of the first few prompts, readable."""
-        found = []
-        for i, record in enumerate(records[: self.config.train.samples_per_step]):
-            ids = scored.rollout.responses[i, 0, : int(scored.rollout.response_length[i, 0])]
-            prompt = scored.rollout.prompt[i, : int(scored.rollout.prompt_length[i])]
+        found, rollout, tokenizer = [], now.scored.rollout, self.policy.tokenizer
+        for i, record in enumerate(now.records[: self.config.train.samples_per_step]):
+            ids = rollout.responses[i, 0, : int(rollout.response_length[i, 0])]
+            prompt = rollout.prompt[i, : int(rollout.prompt_length[i])]
             found.append(
-                {"split": "train", "id": record.id, "prompt": self.policy.tokenizer.text(prompt),
-                 "response": self.policy.tokenizer.text(ids), **dataclasses.asdict(scores[i][0])}
+                {"split": "train", "id": record.id, "prompt": tokenizer.text(prompt),
+                 "response": tokenizer.text(ids), **dataclasses.asdict(now.scores[i][0])}
             )  # fmt: skip
         return found
 
@@ -296,10 +285,12 @@ class Loop:
         elapsed = (p.ended or time.monotonic()) - p.started
         if not (math.isfinite(values["update/loss"]) and math.isfinite(values["update/grad_norm"])):
             raise self.stopped(p, values)
-        spent = sum(p.host[f"time/{part}"] for part in ("data", "rollout", "score"))
-        values |= p.host | {
+        update = p.done.result() - p.dispatched
+        wanted = wanted_groups(p.whole.reward, self.step_config)
+        values |= p.host | self.speed.of_update(p.whole, wanted, update)
+        values |= {
             "time/step": elapsed,
-            "time/update": elapsed - spent,
+            "time/update": update,
             "time/tokens_per_second": p.host["rollout/tokens"] / elapsed,
             "time/elapsed": time.monotonic() - self.started,
         }
@@ -322,7 +313,7 @@ class Loop:
             self.evaluate(step)
         if last or step % t.checkpoint_every == 0:
             self.flush()
-            self.opened.save(step, self.state, self.batches.get_state())
+            self.opened.save(step, self.state, self.loader_state)
 
     def evaluate(self, step: int) -> None:
         """Greedy rates on the held-out prompts, as a line of its own."""
@@ -331,25 +322,7 @@ class Loop:
             self.progress.message(self.evaluator.record(self.opened, step, params))
 
 
-def truncated(rollout: RolloutBatch, stop_ids: tuple[int, ...]) -> float:
-    """Share of the responses whose last token does not end the turn."""
-    last = np.take_along_axis(rollout.responses, rollout.response_length[..., None] - 1, axis=-1)
-    return float(np.mean(~np.isin(last, stop_ids)))
-
-
-def reward_metrics(
-    scores: list[list[Score]], targets: list[Target], progress: float
-) -> dict[str, float]:
-    """Means over the sampled answers of what the host found."""
-    flat = [s for group in scores for s in group]
-    spurious = [
-        s.spurious for group, t in zip(scores, targets, strict=True) for s in group if not t.calls
-    ]
-    return {
-        "reward/progress": progress,
-        "reward/format_part": float(np.mean([s.format_part for s in flat])),
-        "reward/correctness_part": float(np.mean([s.correctness_part for s in flat])),
-        "reward/accuracy": float(np.mean([s.accuracy for s in flat])),
-        "reward/exact": float(np.mean([s.exact for s in flat])),
-        "reward/spurious": float(np.mean(spurious)) if spurious else 0.0,
-    }
+def _when_ready(metrics: dict[str, jax.Array]) -> float:
+    """The time at which the device has made them."""
+    jax.block_until_ready(metrics)
+    return time.monotonic()

@@ -5,6 +5,7 @@ several processes each takes its own contiguous part, so the number of processes
 Row ids: `row = epoch * size + index in the data`, so that sampling keys differ between epochs and between prompts.
 """
 
+import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
@@ -82,6 +83,50 @@ class Loader(Generic[T]):
                     f"loader state: saved with {key} {state.get(key)}, this run has {key} {here}"
                 )
         self._iterator.set_state(state["grain"])
+
+
+class Ahead(Generic[T]):
+    """A loader whose next batch is made in the background while the last one is used.
+
+    Its state is that of the batches handed out, not of those made.
+    """
+
+    def __init__(self, loader: Loader[T]):
+        self._loader = loader
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "loader")
+        self._next: concurrent.futures.Future | None = None
+        self._state = loader.get_state()
+
+    def take(self) -> tuple[T, list[StepRecord]]:
+        """The next batch; StopIteration when there is none."""
+        made = (self._next or self._pool.submit(self._make)).result()
+        if made is None:
+            raise StopIteration
+        batch, records, self._state = made
+        self._next = self._pool.submit(self._make)
+        return batch, records
+
+    def get_state(self) -> dict[str, Any]:
+        """See `Loader.get_state`."""
+        return self._state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """See `Loader.set_state`; drops what was made ahead."""
+        if self._next is not None:
+            self._next.result()
+        self._loader.set_state(state)
+        self._next, self._state = None, state
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._pool.shutdown()
+
+    def _make(self) -> tuple[T, list[StepRecord], dict[str, Any]] | None:
+        try:
+            batch, records = next(self._loader)
+        except StopIteration:
+            return None
+        return batch, records, self._loader.get_state()
 
 
 def make_loader(

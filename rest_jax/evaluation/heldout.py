@@ -11,22 +11,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rest_jax.answer import Target
-from rest_jax.config import Config, RewardConfig
+from rest_jax.config import Config, RewardConfig, RolloutConfig
 from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.prepare import load_split, prepare
-from rest_jax.hosts import is_first_process, to_host, to_mesh
+from rest_jax.hosts import gather, is_first_process
 from rest_jax.metrics import METRICS_FILE, read_lines, summary_table
 from rest_jax.policy import Policy
 from rest_jax.rewards import Score
 from rest_jax.rl.logprobs import Sampling
 from rest_jax.rl.scoring import score_rollout
-from rest_jax.rollout.engine import RolloutSettings, make_rollout
 from rest_jax.run import Run
-from rest_jax.sharding import batch_ways
 from rest_jax.templates import TEMPLATES
 from rest_jax.types import Params, PromptBatch, RolloutBatch
 
@@ -69,33 +66,20 @@ class Evaluator:
         held: Sequence[Held],
         template: str,
         reward: RewardConfig,
-        max_tokens: int,
-        prompts_per_call: int,
+        rollout: RolloutConfig,
     ):
-        rows = batch_ways(policy.mesh)
-        call = min(prompts_per_call, -(-len(held) // rows) * rows)
-        self.held, self.template, self.reward, self.policy = (
-            held,
-            TEMPLATES[template],
-            reward,
-            policy,
-        )
-        self.call = -(-call // rows) * rows
-        settings = RolloutSettings(
-            1, max_tokens, policy.tokenizer.stop_ids, policy.tokenizer.pad_id, Sampling(greedy=True)
-        )
-        self._rollout = make_rollout(
-            policy.decoder, settings, policy.mesh, policy.shardings("rollout")
-        )
-        self._slots = bucketed([h.prompt for h in held])
+        self.policy, self.held, self.reward = policy, held, reward
+        self.template = TEMPLATES[template]
+        greedy = Sampling(greedy=True)
+        self._sampler = policy.make_sampler(1, rollout.max_response_tokens, greedy, rollout)
+        self._width = bucketed([h.prompt for h in held])
 
     @classmethod
     def of(cls, config: Config, policy: Policy, held: Sequence[Held]) -> "Evaluator | None":
         """The evaluator of a run; None without held-out prompts."""
         if not held:
             return None
-        calls, tokens = config.train.eval_prompts_per_call, config.rollout.max_response_tokens
-        return cls(policy, held, config.data.template, config.reward, tokens, calls)
+        return cls(policy, held, config.data.template, config.reward, config.rollout)
 
     def record(self, run: Run, step: int, params: Params) -> str:
         """Evaluates, writes the metrics line and a few samples, and returns one line for the user."""
@@ -110,64 +94,30 @@ class Evaluator:
 
     def __call__(self, params: Params) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """(metrics, one sample a prompt) for weights in the rollout layout. Every process evaluates every prompt."""
-        scores: list[Score] = []
-        samples: list[dict[str, Any]] = []
-        lengths: list[int] = []
-        cut = 0
-        for start in range(0, len(self.held), self.call):
-            part = self.held[start : start + self.call]
-            rollout = self._sample(params, part)
-            _, found = score_rollout(
-                rollout,
-                [h.target for h in part],
-                self.policy.tokenizer,
-                self.template,
-                self.reward,
-                1.0,
-            )
-            for i, (held, (score,)) in enumerate(zip(part, found, strict=True)):
-                length = int(rollout.response_length[i, 0])
-                ids = rollout.responses[i, 0, :length]
-                cut += int(ids[-1]) not in self.policy.tokenizer.stop_ids
-                lengths.append(length)
-                scores.append(score)
-                text = self.policy.tokenizer.text(ids)
-                samples.append({"id": held.id, "response": text, **dataclasses.asdict(score)})
-        return summarise(scores, [h.target for h in self.held], lengths, cut), samples
+        rollout = self._sample(params)
+        targets, tokenizer = [h.target for h in self.held], self.policy.tokenizer
+        _, found = score_rollout(rollout, targets, tokenizer, self.template, self.reward, 1.0)
+        scores = [score for (score,) in found]
+        lengths = rollout.response_length[:, 0].tolist()
+        answers = [row[0, :n] for row, n in zip(rollout.responses, lengths, strict=True)]
+        cut = sum(int(ids[-1]) not in tokenizer.stop_ids for ids in answers)
+        samples = [
+            {"id": h.id, "response": tokenizer.text(ids), **dataclasses.asdict(score)}
+            for h, ids, score in zip(self.held, answers, scores, strict=True)
+        ]
+        return summarise(scores, targets, lengths, cut), samples
 
-    def _sample(self, params: Params, part: Sequence[Held]) -> RolloutBatch:
-        padded = [*part, *[part[-1]] * (self.call - len(part))]
-        prompts = [held.prompt for held in padded]
-        tokens, length = pad(prompts, self._slots, self.policy.tokenizer.pad_id)
-        batch = PromptBatch(
-            tokens=tokens,
-            length=length,
-            row=np.arange(self.call, dtype=np.int32),
+    def _sample(self, params: Params) -> RolloutBatch:
+        """Greedy answers to all; each process samples its share and gets the others'."""
+        share = -(-len(self.held) // jax.process_count())
+        rows = np.minimum(np.arange(share * jax.process_count()), len(self.held) - 1)
+        own = rows[jax.process_index() * share :][:share]
+        tokens, length = pad(
+            [self.held[i].prompt for i in own], self._width, self.policy.tokenizer.pad_id
         )
-        out = self._rollout(
-            params, to_mesh_whole(batch, self.policy), jax.random.key(0), jnp.int32(0)
-        )
-        return jax.tree.map(lambda x: x[: len(part)], gather(out))
-
-
-def to_mesh_whole(batch: PromptBatch, policy: Policy) -> PromptBatch:
-    """Global arrays from a batch that every process holds whole."""
-    if jax.process_count() == 1:
-        return to_mesh(batch, policy.mesh)
-    share = batch.tokens.shape[0] // jax.process_count()
-    own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-    return to_mesh(jax.tree.map(lambda x: x[own], batch), policy.mesh)
-
-
-def gather(tree: Any) -> Any:
-    """Every process gets all rows as NumPy."""
-    if jax.process_count() == 1:
-        return to_host(tree)
-    from jax.experimental import multihost_utils
-
-    return jax.tree.map(
-        lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree
-    )
+        batch = PromptBatch(tokens=tokens, length=length, row=own.astype(np.int32))
+        out = self._sampler(params, batch, jax.random.key(0), 0)
+        return jax.tree.map(lambda x: x[: len(self.held)], gather(out))
 
 
 def summarise(

@@ -60,18 +60,21 @@ def attend(
     With k and v None (DecodeLayout only) the cache has the new tokens' keys and values already.
     """
     batch, time, heads, width = q.shape
-    kv_heads = cache.response_k.shape[2] if k is None else k.shape[2]  # type: ignore[union-attr]
+    kv_heads = cache.response_k.shape[2] if k is None and cache is not None else k.shape[2]  # type: ignore[union-attr]
     grouped = (q * width**-0.5).reshape(batch, time, kv_heads, heads // kv_heads, width)
-    if isinstance(layout, RowLayout):
+    if isinstance(layout, DecodeLayout):
+        if cache is None:
+            raise ValueError("attend: DecodeLayout needs a cache (see layouts.init_cache)")
+        own = None if k is None or v is None else (k, v)
+        out = attend_cache(grouped, own, layout, cache, precision)
+    elif k is None or v is None:
+        raise ValueError(f"attend: {type(layout).__name__} needs keys and values")
+    elif isinstance(layout, RowLayout):
         out = attend_rows(grouped, k, v, layout, precision)
     elif isinstance(layout, PromptLayout):
         out = attend_prompts(grouped, k, v, layout, precision)
-    elif isinstance(layout, GroupLayout):
-        out = attend_groups(grouped, k, v, layout, precision)
     else:
-        if cache is None:
-            raise ValueError("attend: DecodeLayout needs a cache (see layouts.init_cache)")
-        out = attend_cache(grouped, None if k is None else (k, v), layout, cache, precision)
+        out = attend_groups(grouped, k, v, layout, precision)
     return out.reshape(q.shape).astype(q.dtype)
 
 
@@ -147,7 +150,7 @@ def attend_cache(
     `own` holds their keys and values; None: the cache has them already, at `index`. Rows are brought together by prompt,
     so that the keys of a prompt are read once for all its rows.
     """
-    ways, lanes, heads, repeats, width = q.shape
+    ways, _, heads, repeats, width = q.shape
     prompts, members = layout.members.shape[1:]
     together = _take_rows(q, layout.members.reshape(ways, -1))
     together = together.reshape(ways, prompts, members, heads, repeats, width)

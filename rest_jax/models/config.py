@@ -48,7 +48,9 @@ class DecoderConfig:
     max_positions: int = 32_768
     dtype: Any = "float32"  # of matmuls and activations
     param_dtype: Any = "float32"  # of freshly initialised parameters
-    layers: Layers = "scan"  # one block looped over stacked parameters, or written out layer by layer
+    layers: Layers = (
+        "scan"  # one block looped over stacked parameters, or written out layer by layer
+    )
     remat: Remat = (
         "block"  # what the backward pass recomputes: nothing, whole blocks, all but matmul outputs
     )

@@ -23,10 +23,11 @@ from jaxtyping import Array, Float, Int, Key
 from rest_jax.models.attention import Layout, attend
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.layouts import Cache, LayerCache, RowLayout
+from rest_jax.models.records import Layers
 from rest_jax.models.rope import Rope, apply_rope, rope_tables
 
 Params = Any  # nested dict of arrays
-KeysValues = tuple[Float[Array, "L B T K H"], Float[Array, "L B T K H"]]
+KeysValues = tuple[Layers, Layers]  # a layer: [B T K H]
 
 _INIT = nn.initializers.normal(0.02)
 
@@ -154,7 +155,8 @@ class Decoder(nn.Module):
             block = _rematerialised(self.cfg)(self.cfg, return_kv, name=f"block_{i}")
             x, kv = block(x, cache, rope, layout)
             found.append(kv)
-        return x, tuple(zip(*found, strict=True)) if return_kv else None
+        k_and_v: Any = tuple(zip(*found, strict=True)) if return_kv else None
+        return x, k_and_v
 
 
 def unstack_layers(params: Params) -> Params:

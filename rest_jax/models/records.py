@@ -148,7 +148,9 @@ def _put(layers: Layers, where: tuple, new: Layers) -> Layers:
 
     def write(x: jax.Array, value: jax.Array) -> jax.Array:
         value = value.astype(x.dtype)
-        if x.ndim == 6:  # stacked: indexed axes come first, so the layer axis is the third of the update
+        if (
+            x.ndim == 6
+        ):  # stacked: indexed axes come first, so the layer axis is the third of the update
             return x.at[:, *where].set(jnp.moveaxis(value, 0, 2), mode="drop")
         return x.at[where].set(value, mode="drop")
 

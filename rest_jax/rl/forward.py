@@ -43,9 +43,7 @@ def response_logprobs(
     chunk: int,
 ) -> tuple[Float[Array, "P G Tr"], Float[Array, "P G Tr"], Float[Array, "P G Tr"]]:
     """(logp, entropy, gini) of the responses, float32. Mask them: past response_length they mean nothing."""
-    hidden = response_hidden(
-        decoder, params, prompt, prompt_length, responses, response_length
-    )
+    hidden = response_hidden(decoder, params, prompt, prompt_length, responses, response_length)
     flat = responses.reshape(responses.shape[0], -1)
     with named_scope("vocabulary"):
         out = vocabulary_pass(hidden, head_matrix(params, decoder.cfg), flat, sampling, chunk)
@@ -69,14 +67,13 @@ def response_loss(
     """(sum of `token_loss(logp, entropy, extra)`, logp, entropy); the sum alone carries gradient. `extra`: tree of
     arrays [P G Tr]. See `logprobs.vocabulary_loss`.
     """
-    hidden = response_hidden(
-        decoder, params, prompt, prompt_length, responses, response_length
-    )
+    hidden = response_hidden(decoder, params, prompt, prompt_length, responses, response_length)
     head = head_matrix(params, decoder.cfg)
     rows = responses.shape[0]
     flat, extra = jax.tree.map(lambda x: x.reshape(rows, -1), (responses, extra))
     with named_scope("vocabulary"):
-        total, logp, entropy = vocabulary_loss(
+        out: Any = vocabulary_loss(
             hidden, head, flat, extra, token_loss, sampling, chunk, entropy_counts
         )
+    total, logp, entropy = out
     return total, logp.reshape(responses.shape), entropy.reshape(responses.shape)

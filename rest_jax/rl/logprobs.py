@@ -234,7 +234,7 @@ def _chunks(tree, chunk: int):
     return jax.tree.map(one, tree)
 
 
-def _whole(tree, shape: tuple[int, int]):
+def _whole(tree, shape: tuple[int, ...]):
     """The inverse of `_chunks`."""
 
     def one(x):

@@ -33,7 +33,10 @@ def policy_loss(
 
 
 def token_policy_loss(
-    logp: Float[Array, "..."], logp_old: Float[Array, "..."], a: Float[Array, "..."], cfg: LossConfig
+    logp: Float[Array, "..."],
+    logp_old: Float[Array, "..."],
+    a: Float[Array, "..."],
+    cfg: LossConfig,
 ) -> Float[Array, "..."]:
     """L where every token has its advantage beside it."""
     r = ratio(logp, logp_old)

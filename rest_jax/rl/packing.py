@@ -101,9 +101,7 @@ def _fill(queues, sizes, true, group: int, local: int, budget: int | None) -> li
             part, queue[:] = queue[:rows], queue[rows:]
             pick[way, : len(part)] = [p - way * local for p in part]
             taken += int(sum(true[p] for p in part))
-        slots = shape(
-            [int(p) + way * local for way, row in enumerate(pick) for p in row if p >= 0]
-        )
+        slots = shape([int(p) + way * local for way, row in enumerate(pick) for p in row if p >= 0])
         found.append(MicroBatch(pick, slots, taken, pick.size * cost(slots)))
     return found
 
@@ -135,7 +133,7 @@ def take_groups(tree: Any, pick: jax.Array, slots: tuple[int, int], mesh: Mesh) 
 
 def put_groups(whole: Any, part: Any, pick: jax.Array) -> Any:
     """Writes leaves `[W * R, G, t]` back into the rows `pick` of leaves `[P, G, T]`; the inverse of `take_groups`."""
-    ways, rows = pick.shape
+    ways = pick.shape[0]
 
     def one(x, new):
         new = jnp.pad(new, [(0, 0), (0, 0), (0, x.shape[2] - new.shape[2])])

@@ -32,12 +32,12 @@ from rest_jax.rl.packing import MicroBatch, plan, put_groups, take_groups
 from rest_jax.sharding import batch_ways
 from rest_jax.types import (
     Params,
-    RolloutBatch,
     ScoredBatch,
     TrainBatch,
     TrainState,
     response_mask,
 )
+
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
@@ -162,9 +162,7 @@ def loss_terms(
     kl_estimator = loss.KL_ESTIMATORS[cfg.loss.kl_estimator]
 
     def token_loss(logp, entropy, x):
-        total = x["policy"] * loss.token_policy_loss(
-            logp, x["old"], x["advantage"], cfg.loss
-        )
+        total = x["policy"] * loss.token_policy_loss(logp, x["old"], x["advantage"], cfg.loss)
         if cfg.loss.entropy_coefficient > 0:
             total = total - cfg.loss.entropy_coefficient * x["regulariser"] * entropy
         if batch.logp_ref is not None:
@@ -199,19 +197,51 @@ def loss_terms(
     return total, Totals(sums, {"update/ratio_max": largest})
 
 
-def plan_step(scored: ScoredBatch, cfg: StepConfig, ways: int) -> list[list[MicroBatch]]:
-    """The micro-batches of each update, from the host's copy of the whole (global) batch."""
-    rollout, reward = scored.rollout, np.asarray(scored.reward)
-    wanted = (reward.max(axis=1) != reward.min(axis=1)) | cfg.every_group_counts
+@dataclasses.dataclass(frozen=True)
+class Extents:
+    """What the host must know of a whole (global) batch to cut it: NumPy."""
+
+    prompt_length: np.ndarray  # [P]
+    response_length: np.ndarray  # [P, G]
+    reward: np.ndarray  # [P, G]
+    widths: tuple[int, int]  # padded prompt and response positions
+
+    @classmethod
+    def of(cls, scored: ScoredBatch) -> "Extents":
+        """Of a batch that this process can read whole."""
+        r = scored.rollout
+        arrays = map(np.asarray, (r.prompt_length, r.response_length, scored.reward))
+        return cls(*arrays, widths=(r.prompt.shape[1], r.responses.shape[2]))
+
+
+def wanted_groups(reward: np.ndarray, cfg: StepConfig) -> np.ndarray:
+    """bool [P]: the groups that must be computed; the others have neither advantage nor another term's gradient."""
+    return (reward.max(axis=1) != reward.min(axis=1)) | cfg.every_group_counts
+
+
+def plan_step(extents: Extents, cfg: StepConfig, ways: int) -> list[list[MicroBatch]]:
+    """The micro-batches of each update, for the groups that must be computed."""
     return plan(
-        np.asarray(rollout.prompt_length),
-        np.asarray(rollout.response_length),
-        (rollout.prompt.shape[1], rollout.responses.shape[2]),
+        extents.prompt_length,
+        extents.response_length,
+        extents.widths,
         ways=ways,
         budget=cfg.micro_tokens,
-        wanted=wanted,
+        wanted=wanted_groups(extents.reward, cfg),
         updates=cfg.updates,
     )
+
+
+def plan_all(extents: Extents, cfg: StepConfig, ways: int) -> list[MicroBatch]:
+    """Micro-batches that name every group once."""
+    (found,) = plan(
+        extents.prompt_length,
+        extents.response_length,
+        extents.widths,
+        ways=ways,
+        budget=cfg.micro_tokens,
+    )
+    return found
 
 
 TrainStep = Callable[..., tuple[TrainState, Metrics]]
@@ -238,12 +268,14 @@ def make_train_step(
         in_shardings=(rows, rows, rows, state_shardings.curriculum),
         out_shardings=(rows, everywhere, everywhere),
     )
-    update = make_update(functools.partial(loss_terms, decoder=decoder, cfg=cfg), tx, mesh, state_shardings)
+    update = make_update(
+        functools.partial(loss_terms, decoder=decoder, cfg=cfg), tx, mesh, state_shardings
+    )
     combine = jax.jit(_combine, out_shardings=everywhere)
 
     def step(state, scored, old, logp_ref, micro_batches: Sequence | None = None):
         if micro_batches is None:
-            micro_batches = plan_step(scored, cfg, ways)
+            micro_batches = plan_step(Extents.of(scored), cfg, ways)
         batch, new_curriculum, metrics = prepare(scored, old, logp_ref, state.curriculum)
         per_update = []
         for mini in micro_batches:
@@ -289,7 +321,9 @@ def make_logprobs(
 
     def logprobs(params, rollout, micro_batches: Sequence[MicroBatch] | None = None):
         if micro_batches is None:
-            micro_batches = plan_all(rollout, cfg, ways)
+            lengths = np.asarray(rollout.prompt_length), np.asarray(rollout.response_length)
+            widths = rollout.prompt.shape[1], rollout.responses.shape[2]
+            micro_batches = plan_all(Extents(*lengths, lengths[1], widths), cfg, ways)
         shape = rollout.responses.shape
         out = OldPolicy(*(jnp.zeros(shape, jnp.float32, device=rows) for _ in range(3)))
         for micro in micro_batches:
@@ -298,18 +332,6 @@ def make_logprobs(
         return out
 
     return logprobs
-
-
-def plan_all(rollout: RolloutBatch, cfg: StepConfig, ways: int) -> list[MicroBatch]:
-    """Micro-batches that name every group once, from the host's copy of the whole batch."""
-    (found,) = plan(
-        np.asarray(rollout.prompt_length),
-        np.asarray(rollout.response_length),
-        (rollout.prompt.shape[1], rollout.responses.shape[2]),
-        ways=ways,
-        budget=cfg.micro_tokens,
-    )
-    return found
 
 
 def mismatch(logp: jax.Array, logp_rollout: jax.Array, mask: jax.Array) -> Metrics:

@@ -7,6 +7,7 @@ micro-batches, sharding and optimiser are those of the policy update.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -20,11 +21,12 @@ from rest_jax import masked
 from rest_jax.answer import NUM_REGIONS, Region
 from rest_jax.config import SftConfig
 from rest_jax.models.decoder import Decoder
-from rest_jax.rl.forward import response_logprobs
+from rest_jax.rl.forward import response_loss
+from rest_jax.rl.gradients import Metrics, Totals, make_update
 from rest_jax.rl.logprobs import Sampling
-from rest_jax.rl.packing import split_groups
-from rest_jax.rl.step import Metrics, Totals, accumulate, apply_gradients
-from rest_jax.types import AnyArray, TrainState, response_mask
+from rest_jax.rl.packing import plan
+from rest_jax.sharding import batch_ways
+from rest_jax.types import AnyArray, Params, TrainState, response_mask
 
 TOOL_CALL_REGIONS = (Region.SCAFFOLD, Region.NAME, Region.PARAM)
 
@@ -35,17 +37,17 @@ class GoldBatch:
 
     prompt: Int[AnyArray, "P Tp"]  # int32
     prompt_length: Int[AnyArray, " P"]  # int32
-    answer: Int[AnyArray, "P 1 Tr"]  # int32, end-of-turn included
-    answer_length: Int[AnyArray, "P 1"]  # int32
+    responses: Int[AnyArray, "P 1 Tr"]  # int32, the answers, end-of-turn included
+    response_length: Int[AnyArray, "P 1"]  # int32
     region: Int[AnyArray, "P 1 Tr"]  # int8
 
 
 @dataclasses.dataclass(frozen=True)
 class SupervisedConfig:
-    """The static side of a supervised step; `micro` micro-batches an update."""
+    """The static side of a supervised step; `micro_tokens` as in `step.StepConfig`."""
 
     sft: SftConfig
-    micro: int
+    micro_tokens: int | None
     vocab_chunk: int
 
 
@@ -56,11 +58,33 @@ def region_scale(cfg: SftConfig) -> Float[Array, " R"]:
     return scale.at[Region.THINK].set(cfg.reasoning_weight)
 
 
+@struct.dataclass
+class SupervisedBatch:
+    """Gold answers with their coefficients: those of the loss, and those of a plain mean."""
+
+    gold: GoldBatch
+    loss: Float[Array, "P 1 Tr"]
+    plain: Float[Array, "P 1 Tr"]
+
+
 def token_coefficients(batch: GoldBatch, cfg: SftConfig) -> Float[Array, "P 1 Tr"]:
     """w / tokens, over the whole global batch."""
-    mask = response_mask(batch.answer_length, batch.answer.shape[-1])
+    mask = response_mask(batch.response_length, batch.responses.shape[-1])
     weight = jnp.take(region_scale(cfg), batch.region.astype(jnp.int32)) * mask
     return weight / jnp.maximum(jnp.sum(mask), 1)
+
+
+def loss_terms(
+    params: Params, part: SupervisedBatch, decoder: Decoder, cfg: SupervisedConfig
+) -> tuple[Float[Array, ""], Totals]:
+    """This micro-batch's share of the loss and of its metrics."""
+    b = part.gold
+    total, _, entropy = response_loss(
+        decoder, params, b.prompt, b.prompt_length, b.responses, b.response_length, part.loss,
+        lambda logp, entropy, coefficient: -coefficient * logp, Sampling(), cfg.vocab_chunk,
+    )  # fmt: skip
+    mean = masked.masked_sum(part.plain * entropy, part.plain > 0)
+    return total, Totals({"update/loss": total, "update/entropy": mean}, {})
 
 
 def make_supervised_step(
@@ -69,35 +93,30 @@ def make_supervised_step(
     cfg: SupervisedConfig,
     mesh: Mesh,
     state_shardings: TrainState,
-) -> Callable[[TrainState, GoldBatch], tuple[TrainState, Metrics]]:
-    """jit of one optimiser update: (state, batch) -> (state, metrics). The state is donated."""
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """(state, gold on the mesh, lengths of the whole batch) -> (state, metrics): one optimiser update. The state is donated.
+
+    `lengths`: prompt lengths [P] and answer lengths [P, 1] of all processes' rows, NumPy.
+    """
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def loss_fn(params, batch, coefficient, plain):
-        logp, entropy, _ = response_logprobs(
-            decoder, params, batch.prompt, batch.prompt_length, batch.answer, batch.answer_length,
-            Sampling(), cfg.vocab_chunk,
-        )  # fmt: skip
-        total = masked.masked_sum(-coefficient * logp, coefficient > 0)
-        sums = {
-            "update/loss": total,
-            "update/entropy": masked.masked_sum(plain * entropy, plain > 0),
-        }
-        return total, Totals(sums, {})
+    def with_coefficients(gold):
+        return SupervisedBatch(
+            gold, token_coefficients(gold, cfg.sft), token_coefficients(gold, SftConfig())
+        )
 
-    def step(state, batch):
-        plain = token_coefficients(batch, SftConfig())
-        parts = split_groups((batch, token_coefficients(batch, cfg.sft), plain), cfg.micro, mesh)
-        grads, totals = accumulate(loss_fn, state.params, parts, state_shardings.params)
-        params, opt_state, norms = apply_gradients(state, grads, tx)
-        state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
-        tokens = jnp.sum(batch.answer_length)
-        return state, totals.sums | norms | {"update/tokens": tokens}
+    prepare = jax.jit(with_coefficients, in_shardings=rows, out_shardings=rows)
+    loss_fn = functools.partial(loss_terms, decoder=decoder, cfg=cfg)
+    update = make_update(loss_fn, tx, mesh, state_shardings)
+    add_one = jax.jit(lambda step: step + 1, out_shardings=everywhere)
 
-    return jax.jit(
-        step,
-        in_shardings=(state_shardings, rows),
-        out_shardings=(state_shardings, everywhere),
-        donate_argnums=0,
-    )
+    def step(state, gold, lengths):
+        widths = gold.prompt.shape[1], gold.responses.shape[2]
+        prompts, answers = lengths
+        (mini,) = plan(prompts, answers, widths, ways=batch_ways(mesh), budget=cfg.micro_tokens)
+        state, metrics = update(state, prepare(gold), mini)
+        state = dataclasses.replace(state, step=add_one(state.step))
+        return state, metrics | {"update/tokens": answers.sum()}
+
+    return step

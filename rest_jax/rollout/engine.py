@@ -44,8 +44,10 @@ class RolloutSettings:
     pad_id: int
     sampling: Sampling
     lanes: int = 128
-    prompt_slots: int | None = None  # None: four times what whole groups need, so that stragglers hold up no lane
-    ratio: int = 2  # between the widths of the caches, and the numbers of lanes, that are compiled
+    prompt_slots: int | None = (
+        None  # None: four times what whole groups need, so that stragglers hold up no lane
+    )
+    ratio: int = 2  # between the widths of the response cache that are compiled
 
     def sizes(self, groups: int) -> tuple[int, int]:
         """(prompt slots, lanes) of a way that has `groups` groups to sample."""
@@ -221,16 +223,14 @@ def decode(
             hidden, cache = decoder.apply(
                 {"params": params}, token, cache.positions, cache.layout, cache
             )
-        slots = dataclasses.replace(
-            slots, cache=cache, hidden=hidden, alive=slots.alive & ~stopped
-        )
+        slots = dataclasses.replace(slots, cache=cache, hidden=hidden, alive=slots.alive & ~stopped)
         return t + 1, count, slots, out
 
     with jax.named_scope("decode"):
         first = (jnp.int32(0), jnp.zeros(shape, jnp.int32), slots, out)
         steps, count, slots, out = jax.lax.while_loop(going, turn, first)
-    by_lane = (jnp.moveaxis(x, 0, 2) for x in out)
-    return slots, Drawn(*by_lane, count, slots.alive, steps)
+    token, logp, entropy, gini = (jnp.moveaxis(x, 0, 2) for x in out)
+    return slots, Drawn(token, logp, entropy, gini, count, slots.alive, steps)
 
 
 def resize(

@@ -1,11 +1,11 @@
 """The rollout on the host: which lane draws what, so that none idles while work is left (continuous batching).
 
-    Sampler(engine, settings)(params, prompts, rng, step, on_group) -> RolloutBatch (NumPy)
+    Sampler(engine, settings, mesh)(params, prompts, rng, step, on_group) -> RolloutBatch (NumPy)
 
 Prompts wait, longest first. A way (part of the batch axes) takes the next prompt when it has lanes to spare; its G responses
-start as lanes become free, each lane going on with the next response as soon as one ends. `on_group(p)` is called when the
-G responses of prompt p are complete, while the device may go on. At the end, lanes that have nothing left are cut away.
-Caches are as wide as the longest prompt and response in them, in few sizes.
+start as lanes become free, each lane going on with another response as soon as one ends. `on_group(p, rows)` is called when
+the G responses of prompt p are complete, with its rows, before the next tokens are drawn. At the end, lanes that have
+nothing left are cut away. Caches are as wide as the longest prompt and response in them, in few sizes.
 
 With many processes each one follows all ways (lengths and flags are global) and feeds its own: all make the same calls.
 """
@@ -21,13 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rest_jax.hosts import to_host, to_mesh
+from rest_jax.hosts import gather, to_host, to_mesh
 from rest_jax.models.decoder import Decoder
 from rest_jax.rl.packing import bucket
 from rest_jax.rollout.engine import CHUNK, Drawn, Engine, Lanes, RolloutSettings, Slots, make_engine
 from rest_jax.types import Params, PromptBatch, RolloutBatch
 
-OnGroup = Callable[[int], None]
+_FEWEST_LANES = 8
+
+OnGroup = Callable[[int, RolloutBatch], None]
 
 
 @dataclasses.dataclass
@@ -150,7 +152,7 @@ class _Run:
         self.stats, self.limits = SamplerStats(), limits
         processes, self.count = jax.process_count(), len(self.prompts.length)
         self.first = jax.process_index() * self.count  # global number of this process's first group
-        self.length = _all_processes(self.prompts.length)
+        self.length = gather(self.prompts.length)
         share = self.engine.ways // processes
         self.own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
         s = self.settings
@@ -176,15 +178,7 @@ class _Run:
                 break
             self.fit()
             self.decode()
-        return RolloutBatch(
-            prompt=self.prompts.tokens,
-            prompt_length=self.prompts.length,
-            responses=self.tokens,
-            response_length=self.lengths,
-            logp=self.numbers[0],
-            entropy=self.numbers[1],
-            gini=self.numbers[2],
-        )
+        return self.rows(slice(None))
 
     def fill(self) -> None:
         """Prompts into free slots while lanes would idle, then responses into free lanes."""
@@ -203,9 +197,9 @@ class _Run:
                     field[w, lane] = value  # type: ignore[index]
         self.slots = self.engine.start(self.slots, self.mine(lanes), self.rng, self.step)
 
-    def request(self, group: int, sample: int) -> tuple[int, int]:
+    def request(self, group: int | None, sample: int) -> tuple[int, int]:
         """(row, token limit) of a response; another process's are of no interest here."""
-        if not self.is_own(group):
+        if group is None or not self.is_own(group):
             return 0, 1
         most = self.settings.max_tokens
         if self.limits is not None:
@@ -233,11 +227,11 @@ class _Run:
         self.slots = self.engine.insert(self.slots, filled, slot)
 
     def fit(self) -> None:
-        """Fewer lanes when nothing waits; caches as wide as what is in them."""
+        """Fewer lanes when nothing waits; caches as wide as what is in them. In coarse steps: each size is compiled."""
         at_work = [sum(work is not None for work in way.lane) for way in self.ways]
-        lanes, ratio = len(self.ways[0].lane), self.settings.ratio
-        while all(way.idle for way in self.ways) and max(at_work) * ratio <= lanes and lanes > 1:
-            lanes = -(-lanes // ratio)
+        lanes = len(self.ways[0].lane)
+        while all(way.idle for way in self.ways) and max(max(at_work), _FEWEST_LANES) * 4 <= lanes:
+            lanes = -(-lanes // 4)
         prompt, response = self.widths
         needed = self.prompt_width()
         if needed > prompt or needed * 2 <= prompt:
@@ -276,7 +270,8 @@ class _Run:
         if now == lanes:
             return lanes + 1
         if way.idle:
-            return max(lanes - lanes // self.settings.ratio, now + 1)
+            cut = lanes - lanes // 4 if lanes >= 4 * _FEWEST_LANES else lanes
+            return max(cut, now + 1)
         return now + max(1, lanes // 32)
 
     def harvest(self, drawn: Drawn) -> None:
@@ -294,7 +289,7 @@ class _Run:
                 (slot, sample), n = work, count[w, lane]
                 group, at = way.group[slot], int(way.index[lane])
                 way.index[lane] += n
-                if self.is_own(group):
+                if group is not None and self.is_own(group):
                     row, place = group - self.first, slice(at, at + n)
                     own = w - self.own.start
                     self.tokens[row, sample, place] = token[own, lane, :n]
@@ -307,7 +302,20 @@ class _Run:
                         complete.append(done - self.first)
         if self.on_group is not None:
             for group in complete:
-                self.on_group(group)
+                self.on_group(group, self.rows(slice(group, group + 1)))
+
+    def rows(self, rows: slice) -> RolloutBatch:
+        """What is known of these prompts."""
+        numbers = self.numbers[:, rows]
+        return RolloutBatch(
+            prompt=self.prompts.tokens[rows],
+            prompt_length=self.prompts.length[rows],
+            responses=self.tokens[rows],
+            response_length=self.lengths[rows],
+            logp=numbers[0],
+            entropy=numbers[1],
+            gini=numbers[2],
+        )
 
     def longest(self) -> int:
         """Tokens in the longest response under way."""
@@ -342,14 +350,6 @@ class _Run:
     def mine(self, tree: Any) -> Any:
         """This process's ways of host arrays [W, ...], on the mesh."""
         return to_mesh(jax.tree.map(lambda x: x[self.own], tree), self.mesh)
-
-
-def _all_processes(lengths: np.ndarray) -> np.ndarray:
-    if jax.process_count() == 1:
-        return lengths
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(lengths, tiled=True))
 
 
 def _share_out(lengths: np.ndarray, count: int, processes: int, share: int) -> list[list[int]]:

@@ -109,7 +109,10 @@ def test_micro_batches_change_nothing(scored, micro, aggregation):
     cfg = tiny.step_config(
         loss=LossConfig(aggregation=aggregation, vocab_chunk=5, entropy_coefficient=0.01)
     )
-    one, split = run(cfg, scored), run(dataclasses.replace(cfg, micro_tokens=GROUP_TOKENS * 8 // micro), scored)
+    one, split = (
+        run(cfg, scored),
+        run(dataclasses.replace(cfg, micro_tokens=GROUP_TOKENS * 8 // micro), scored),
+    )
     close(split[0], one[0])
     assert split[1]["update/loss"] == pytest.approx(one[1]["update/loss"], rel=1e-5, abs=1e-7)
 

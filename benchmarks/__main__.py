@@ -1,0 +1,52 @@
+"""python -m benchmarks CASE [sizes]: one measured process of ours, its record as one JSON line on stdout."""
+
+import json
+import pathlib
+import sys
+
+from benchmarks import process
+
+
+def make_parser(cases: dict) -> process.Parser:
+    """The cases, each with the sizes it takes."""
+    parser = process.Parser(prog="python -m benchmarks", description=__doc__)
+    parts = parser.add_subparsers(dest="case", required=True, parser_class=process.Parser)
+    for name, (add_arguments, _) in cases.items():
+        part = parts.add_parser(name)
+        add_arguments(part)
+        part.add_argument("--repeats", type=process.positive, default=3, help="timed calls")
+    part = parts.add_parser("export", help="random weights as an HF folder")
+    part.add_argument("model", help="model-a or a preset")
+    part.add_argument("out", type=pathlib.Path)
+    part.add_argument("--vocab", type=process.positive)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0; 1 when the case fails, which is said in one line; 2 for bad arguments."""
+    process.start()
+    from benchmarks import host, policies, rollout, step, update  # jax, which start() must precede
+
+    cases = {
+        "rollout": (rollout.add_arguments, rollout.make_work),
+        "update": (update.add_arguments, update.make_work),
+        "skipping": (update.add_arguments, update.make_skipping_work),
+        "step": (step.add_arguments, step.make_work),
+        "host": (host.add_arguments, host.make_work),
+    }
+    args = make_parser(cases).parse_args(argv)
+    try:
+        if args.case == "export":
+            policies.write_folder(args.model, args.vocab, args.out)
+            return 0
+        make_work = cases[args.case][1]
+        record = process.measure(args.case, lambda: make_work(args), args.repeats)
+    except (ValueError, OSError) as error:
+        print(f"benchmarks: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    print(json.dumps(record))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

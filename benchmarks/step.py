@@ -1,0 +1,72 @@
+"""Time of a whole step: weights into the rollout layout, rollout, scoring, update with the new log-probs, entropies, regions.
+
+Scoring is the program's own: bytes, parser, rewards, regions. Random weights write no answer that earns more than another,
+and groups of equal rewards would skip the update; so the share of even ids, which is the peer's whole reward, is added to
+it, and every group has gradient. tokens = G x (prompt + response) of every group.
+"""
+
+import argparse
+import dataclasses
+
+import jax
+import numpy as np
+
+from benchmarks import policies, rollout, update
+from benchmarks.process import Work, positive
+from rest_jax.answer import Call, Target
+from rest_jax.config import RewardConfig
+from rest_jax.flops import rollout_flops, update_flops
+from rest_jax.rl.scoring import score_rollout
+from rest_jax.rl.step import Extents, plan_step
+from rest_jax.sharding import activate
+from rest_jax.templates import TEMPLATES
+from rest_jax.types import RolloutBatch, ScoredBatch
+
+TARGET = Target(calls=(Call("find_hotel", {"city": "Oslo", "nights": 2}),))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Sizes of the case."""
+    update.add_arguments(parser)
+    parser.add_argument("--lanes", type=positive, default=128, help="responses decoded at once")
+
+
+def make_work(args: argparse.Namespace) -> Work:
+    """A call is one step."""
+    policy = policies.load(args.model, args.vocab, args.remat)
+    prompts = policies.random_prompts(policy, args.prompts, args.prompt_tokens)
+    sampler = policies.sampler_of(policy, args.group, args.response_tokens, args.lanes)
+    cfg = update.step_config(args.response_tokens, args.micro_tokens)
+    updates, cast = update.Updates(policy, update.optimizer(), cfg), policy.rollout_cast()
+    lengths = np.full((args.prompts, args.group), args.response_tokens)
+
+    def call(number: int) -> None:
+        with activate(policy.mesh):
+            params = cast(updates.state.params)
+            sampled = sampler(params, prompts, updates.state.rng, number)
+        scored = with_signal(score(sampled, policy))
+        plan = plan_step(Extents.of(scored), cfg, ways=1)
+        if sum(int((micro.pick >= 0).sum()) for micro in plan[0]) != args.prompts:
+            raise ValueError("a group has no gradient, so the step would not be a whole one")
+        updates(scored, plan)
+
+    flops = rollout_flops(policy.config, prompts.length, lengths)  # type: ignore[arg-type]
+    flops += update_flops(policy.config, prompts.length, lengths)  # type: ignore[arg-type]
+    tokens = int((prompts.length[:, None] + lengths).sum())
+    return Work(call, tokens, flops, lambda: rollout.slot_use(sampler))
+
+
+def score(sampled: RolloutBatch, policy: policies.Policy) -> ScoredBatch:
+    """Rewards and regions of a rollout, every prompt with the same gold answer."""
+    host = jax.tree.map(np.asarray, sampled)
+    targets = [TARGET] * len(host.prompt_length)
+    scored, _ = score_rollout(
+        host, targets, policy.tokenizer, TEMPLATES["toolrl"], RewardConfig(), progress=0.5
+    )
+    return scored
+
+
+def with_signal(scored: ScoredBatch) -> ScoredBatch:
+    """The rewards plus the share of even ids."""
+    even = np.mean(scored.rollout.responses % 2 == 0, axis=-1, dtype=np.float32)
+    return dataclasses.replace(scored, reward=scored.reward + even)

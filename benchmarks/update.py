@@ -1,0 +1,169 @@
+"""Time of an update: one optimiser step on a scored rollout of random tokens, rewards and regions.
+
+Everything the program does in a step after scoring is in it: curriculum, token weights, advantages, the plan of the
+micro-batches, forward, backward and AdamW. tokens = G x (prompt + response) of every group: those that the rows of a layout
+without groups would hold. `skipping`: how much is saved when the groups whose rewards are all equal skip the forward pass.
+"""
+
+import argparse
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks import policies
+from benchmarks.process import Work, positive, timed
+from rest_jax.config import CurriculumConfig, LossConfig, OptimizerConfig, WeightsConfig
+from rest_jax.flops import update_flops
+from rest_jax.optimizer import make_optimizer
+from rest_jax.policy import Policy, init_state
+from rest_jax.rl.curriculum import Schedule
+from rest_jax.rl.logprobs import Sampling
+from rest_jax.rl.packing import MicroBatch
+from rest_jax.rl.step import Extents, StepConfig, make_train_step, plan_all, plan_step
+from rest_jax.sharding import activate
+from rest_jax.types import RolloutBatch, ScoredBatch
+
+RUN_STEPS = 100  # length of the run the schedules believe to be in
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Sizes of the case."""
+    parser.add_argument("--model", default="model-a", help="model-a, a preset, or an HF folder")
+    parser.add_argument("--vocab", type=positive, help="of a random model")
+    parser.add_argument("--prompts", type=positive, default=2)
+    parser.add_argument("--group", type=positive, default=8, help="responses to a prompt")
+    parser.add_argument("--prompt-tokens", type=positive, default=128)
+    parser.add_argument("--response-tokens", type=positive, default=128)
+    parser.add_argument("--micro-tokens", type=positive, help="trunk positions of a micro-batch")
+    parser.add_argument("--remat", choices=("none", "block", "dots"), default="none")
+
+
+class Updates:
+    """A train step and its state, which every call moves on."""
+
+    def __init__(self, policy: Policy, tx: optax.GradientTransformation, cfg: StepConfig):
+        self.mesh, self.cfg = policy.mesh, cfg
+        with activate(self.mesh):
+            self.state, _, shardings = init_state(policy, tx, cfg.schedule, seed=0)
+        self.step = make_train_step(policy.decoder, tx, cfg, policy.mesh, shardings)
+
+    def __call__(self, scored: ScoredBatch, plan: Sequence[Sequence[MicroBatch]] | None = None):
+        """One update to its end; without a plan, the step makes its own."""
+        with activate(self.mesh):
+            self.state, metrics = self.step(self.state, scored, None, None, plan)
+            jax.block_until_ready((self.state, metrics))
+        return metrics
+
+
+def make_work(args: argparse.Namespace) -> Work:
+    """A call is one update in which every group has gradient."""
+    policy = policies.load(args.model, args.vocab, args.remat)
+    scored = random_batch(policy, args)
+    updates = Updates(policy, optimizer(), step_config(args.response_tokens, args.micro_tokens))
+    flops = update_flops(
+        policy.config, scored.rollout.prompt_length, scored.rollout.response_length
+    )
+    return Work(lambda _: updates(scored), trajectory_tokens(scored), flops)
+
+
+def make_skipping_work(args: argparse.Namespace) -> Work:
+    """A call is one update in which every other group has equal rewards; `cost_ratio` sets its CPU time against that of
+    an update in which all have gradient, taken in turn in the same process.
+    """
+    policy = policies.load(args.model, args.vocab, args.remat)
+    cfg = step_config(args.response_tokens, args.micro_tokens)
+    whole = random_batch(policy, args)
+    half = dataclasses.replace(whole, reward=equal_in_half(whole.reward))
+    difference = gradient_difference(args, half, cfg)
+    updates, costs = Updates(policy, optimizer(), cfg), []
+
+    def call(number: int) -> None:
+        full, _ = timed(lambda _: updates(whole), number)
+        part, _ = timed(lambda _: updates(half), number)
+        costs.append((full, part))
+
+    def extra() -> dict[str, Any]:
+        full, part = (statistics.median(side) for side in zip(*costs[1:], strict=True))
+        return {
+            "full_cpu_seconds": full,
+            "half_cpu_seconds": part,
+            "cost_ratio": part / full,
+            "gradient_difference": difference,
+        }
+
+    lengths = whole.rollout.prompt_length, whole.rollout.response_length
+    flops = 1.5 * update_flops(policy.config, *lengths)
+    return Work(call, 2 * trajectory_tokens(whole), flops, extra)
+
+
+def gradient_difference(args: argparse.Namespace, scored: ScoredBatch, cfg: StepConfig) -> float:
+    """Largest difference between the gradients with and without the groups that may be skipped, over the largest entry."""
+    found = []
+    extents = Extents.of(scored)
+    for plan in (plan_step(extents, cfg, ways=1), [plan_all(extents, cfg, ways=1)]):
+        policy = policies.load(args.model, args.vocab, args.remat)
+        updates = Updates(policy, optax.trace(0.0), cfg)  # its state is the last gradient
+        updates(scored, plan)
+        found.append(updates.state.opt_state.trace)
+    size = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(found[1]))
+    apart = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), *found)
+    return max(map(float, jax.tree.leaves(apart))) / size
+
+
+def optimizer() -> optax.GradientTransformation:
+    """The recipes' AdamW."""
+    return make_optimizer(OptimizerConfig(), RUN_STEPS)
+
+
+def step_config(response_tokens: int, micro_tokens: int | None = None) -> StepConfig:
+    """The recipes' defaults, one update a step."""
+    return StepConfig(
+        loss=LossConfig(),
+        schedule=Schedule(WeightsConfig(), CurriculumConfig(), RUN_STEPS),
+        sampling=Sampling(),
+        updates=1,
+        micro_tokens=micro_tokens,
+        fixed_length=response_tokens,
+    )
+
+
+def random_batch(policy: Policy, args: argparse.Namespace) -> ScoredBatch:
+    """A scored rollout of random tokens with full-length prompts and responses."""
+    rng = np.random.default_rng(0)
+    prompts = policies.random_prompts(policy, args.prompts, args.prompt_tokens)
+    shape = (args.prompts, args.group, args.response_tokens)
+    vocab = policy.config.vocab_size
+    rollout = RolloutBatch(
+        prompt=prompts.tokens,
+        prompt_length=prompts.length,
+        responses=rng.integers(1, vocab, shape).astype(np.int32),  # type: ignore[arg-type]
+        response_length=np.full(shape[:2], shape[2], np.int32),  # type: ignore[arg-type]
+        logp=np.full(shape, -np.log(vocab), np.float32),  # type: ignore[arg-type]
+        entropy=rng.uniform(0.1, np.log(vocab), shape).astype(np.float32),  # type: ignore[arg-type]
+        gini=rng.uniform(0.1, 1.0, shape).astype(np.float32),  # type: ignore[arg-type]
+    )
+    return ScoredBatch(
+        rollout=rollout,
+        region=rng.integers(1, 8, shape).astype(np.int8),  # type: ignore[arg-type]
+        reward=rng.normal(size=shape[:2]).astype(np.float32),  # type: ignore[arg-type]
+        format_score=np.ones(shape[:2], np.float32),  # type: ignore[arg-type]
+    ).validate()
+
+
+def equal_in_half(reward: Any) -> Any:
+    """The rewards with every other group's set to the same number."""
+    reward = np.array(reward)
+    reward[::2] = 1.0
+    return reward
+
+
+def trajectory_tokens(scored: ScoredBatch) -> int:
+    """Prompt and response tokens, the prompt once a response."""
+    prompt, response = scored.rollout.prompt_length, scored.rollout.response_length
+    return int((prompt[:, None] + response).sum())
