@@ -33,7 +33,8 @@ from rest_jax.types import RolloutBatch
 
 STEP_MODEL = PRESETS["qwen3-1.7b"]
 POD_FLOPS = 8 * 400e12
-WORDS = "the user wants to know which hotel in town has a room for two nights so I will ask both".split()
+THOUGHT = "the user wants to know which hotel in town has a room for two nights so I will ask both"
+WORDS = THOUGHT.split()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,8 +25,7 @@ from rest_jax.models.folder import write_json
 from rest_jax.models.presets import PRESETS
 from rest_jax.policy import Policy
 from rest_jax.rl.logprobs import Sampling
-from rest_jax.rollout.engine import RolloutSettings
-from rest_jax.rollout.scheduler import Sampler, make_sampler
+from rest_jax.rollout.scheduler import Sampler
 from rest_jax.sharding import make_mesh, param_shardings
 from rest_jax.tokenizer import Tokenizer
 from rest_jax.types import PromptBatch

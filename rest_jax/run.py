@@ -8,6 +8,7 @@ a restarted run finds, the lines up to it are there, and those after it are drop
 
 import dataclasses
 import importlib.util
+import math
 import os
 import pathlib
 import shutil
@@ -33,14 +34,25 @@ CONFIG_FILE = "config.yaml"
 MODEL_FOLDER = "model"
 
 
+MUST_BE_FINITE = ("update/loss", "update/grad_norm", "rollout/logp", "rollout/entropy")
+
+
 class TrainingStopped(RunStopped):
-    """The loss or the gradient is not finite."""
+    """A number that must be finite is not."""
 
     def __init__(self, step: int, values: dict[str, float], batch: pathlib.Path):
+        found = ", ".join(f"{name} {values[name]}" for name in not_finite(values))
         super().__init__(
-            f"step {step}: loss {values['update/loss']}, gradient norm {values['update/grad_norm']}: not finite. "
+            f"step {step}: not finite: {found}. "
             f"The batch is saved in {batch}; the last checkpoint is from before it"
         )
+
+
+def not_finite(values: dict[str, float]) -> list[str]:
+    """Which of the step's numbers stop the run. Those of the rollout belong to it: broken weights sample answers whose
+    rewards are all equal, and groups without advantage have neither loss nor gradient.
+    """
+    return [name for name in MUST_BE_FINITE if not math.isfinite(values.get(name, 0.0))]
 
 
 class StopRequest:

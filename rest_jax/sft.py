@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import time
 
 import jax
@@ -20,7 +19,7 @@ from rest_jax.policy import Policy, init_state, load_policy
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.regions import label_tokens
 from rest_jax.rl.supervised import GoldBatch, SupervisedConfig, make_supervised_step
-from rest_jax.run import Run, TrainingStopped, check_start, open_run, save_batch
+from rest_jax.run import Run, TrainingStopped, check_start, not_finite, open_run, save_batch
 from rest_jax.sharding import activate, check_batch
 from rest_jax.templates import TEMPLATES
 
@@ -147,7 +146,7 @@ class Loop:
             return
         (step, metrics, gold, started), self.pending = self.pending, None
         values = {name: float(value) for name, value in metrics.items()}
-        if not (math.isfinite(values["update/loss"]) and math.isfinite(values["update/grad_norm"])):
+        if not_finite(values):
             arrays = {f.name: getattr(gold, f.name) for f in dataclasses.fields(gold)}
             raise TrainingStopped(step, values, save_batch(self.opened.folder, step, arrays))
         now = time.monotonic()

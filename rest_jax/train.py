@@ -7,7 +7,6 @@ step s + 1 runs; a step with an evaluation or a checkpoint reads its own first.
 import concurrent.futures
 import contextlib
 import dataclasses
-import math
 import time
 from typing import Any
 
@@ -35,7 +34,7 @@ from rest_jax.rl.step import (
     plan_step,
     wanted_groups,
 )
-from rest_jax.run import Run, TrainingStopped, check_start, open_run, save_batch
+from rest_jax.run import Run, TrainingStopped, check_start, not_finite, open_run, save_batch
 from rest_jax.sharding import activate, batch_ways, check_batch
 from rest_jax.step_metrics import Speed, step_metrics
 from rest_jax.templates import TEMPLATES
@@ -283,7 +282,7 @@ class Loop:
         p, self.pending = self.pending, None
         values = {name: float(value) for name, value in p.metrics.items()}
         elapsed = (p.ended or time.monotonic()) - p.started
-        if not (math.isfinite(values["update/loss"]) and math.isfinite(values["update/grad_norm"])):
+        if not_finite(values):
             raise self.stopped(p, values)
         update = p.done.result() - p.dispatched
         wanted = wanted_groups(p.whole.reward, self.step_config)
