@@ -27,7 +27,7 @@ CPU_XLA_FLAGS: dict[str, str] = {
 }
 _NEEDED_CPU_FEATURE = {"xla_cpu_prefer_vector_width": "avx512f"}
 
-_MIN_COMPILE_SECONDS = 0.3  # what compiles faster is not worth a file
+_MIN_COMPILE_SECONDS = 0.05  # what compiles faster is not worth a file
 
 # Published peak FLOP/s of one jax device: dense, no sparsity, by a pattern searched in `device_kind`; the first match
 # counts. bfloat16: matrix units with float32 accumulation. float32: the FP32 units of a GPU, since the models ask
