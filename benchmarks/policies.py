@@ -1,6 +1,6 @@
 """The policies that are measured, and how they get onto the mesh.
 
-    load(source, vocab, remat)   "model-a", a preset's name, or an HF folder -> Policy on this process's devices
+    load(source, vocab, remat)   "model-a", a preset's name, or an HF folder -> Policy on one device
     write_folder(source, out)    the same random weights as an HF folder, for a peer that must have them too
 
 Model A: Qwen3 architecture, 4 layers, hidden 256, FFN 768, 8 heads, 4 KV heads of 32, tied, float32, random weights. Its
@@ -50,7 +50,7 @@ _ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
 def load(source: str, vocab: int | None = None, remat: Remat = "none") -> Policy:
     """float32 weights in the train layout. ValueError for a source that is neither a name nor a folder."""
-    mesh = make_mesh(MeshConfig())
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     if source in NAMED:
         cfg = named(source, vocab, remat)
         at = param_shardings(cfg, mesh)

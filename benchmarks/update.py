@@ -18,7 +18,13 @@ import optax
 
 from benchmarks import policies
 from benchmarks.process import Work, positive, timed
-from rest_jax.config import CurriculumConfig, LossConfig, OptimizerConfig, WeightsConfig
+from rest_jax.config import (
+    CurriculumConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    WeightsConfig,
+)
 from rest_jax.flops import update_flops
 from rest_jax.optimizer import make_optimizer
 from rest_jax.policy import Policy, init_state
@@ -41,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=positive, default=128)
     parser.add_argument("--response-tokens", type=positive, default=128)
     parser.add_argument("--micro-tokens", type=positive, help="trunk positions of a micro-batch")
-    parser.add_argument("--remat", choices=("none", "block", "dots"), default="none")
+    remat = ModelConfig.model_fields["remat"].default  # as the recipes have it
+    parser.add_argument("--remat", choices=("none", "block", "dots"), default=remat)
 
 
 class Updates:

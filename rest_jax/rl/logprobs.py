@@ -115,11 +115,14 @@ def vocabulary_loss(
     """
 
     def body(total, xs):
-        hidden, tokens, extra = xs
+        hidden, tokens, extra, inside = xs
         seen = _look(_logits(hidden, head.astype(hidden.dtype)), tokens, sampling)
-        return total + jnp.sum(token_loss(seen.logp, seen.entropy, extra)), seen.values
+        each = token_loss(seen.logp, seen.entropy, extra)
+        return total + jnp.sum(jnp.where(inside, each, 0.0)), seen.values
 
-    total, values = jax.lax.scan(body, jnp.float32(0), _chunks((hidden, tokens, extra), chunk))
+    inside = jnp.ones(tokens.shape, bool)  # False in what `_chunks` pads
+    xs = _chunks((hidden, tokens, extra, inside), chunk)
+    total, values = jax.lax.scan(body, jnp.float32(0), xs)
     return total, *_whole(values, tokens.shape)
 
 
@@ -128,11 +131,11 @@ def _loss_forward(hidden, head, tokens, extra, token_loss, sampling, chunk, entr
 
     def body(carry, xs):
         total, d_head = carry
-        hidden, tokens, extra = xs
+        hidden, tokens, extra, inside = xs
         seen = _look(_logits(hidden, compute), tokens, sampling)
 
         def loss(logp, entropy):
-            return jnp.sum(token_loss(logp, entropy, extra))
+            return jnp.sum(jnp.where(inside, token_loss(logp, entropy, extra), 0.0))
 
         value, slopes = jax.value_and_grad(loss, (0, 1))(seen.logp, seen.entropy)
         d_logits = _logp_gradient(seen, tokens, slopes[0], sampling)
@@ -150,7 +153,8 @@ def _loss_forward(hidden, head, tokens, extra, token_loss, sampling, chunk, entr
 
     # [D V]: XLA's CPU backend is twice as fast at this product than at the one for [V D]; turned once at the end
     start = (jnp.float32(0), jnp.zeros(head.shape[::-1], jnp.float32))
-    (total, d_head), out = jax.lax.scan(body, start, _chunks((hidden, tokens, extra), chunk))
+    xs = _chunks((hidden, tokens, extra, jnp.ones(tokens.shape, bool)), chunk)
+    (total, d_head), out = jax.lax.scan(body, start, xs)
     *values, d_hidden = _whole(out, tokens.shape)
     d_head = jax.lax.optimization_barrier(d_head.T)  # a transposition fused into others is slow
     return (total, *values), (d_hidden, d_head.astype(head.dtype))

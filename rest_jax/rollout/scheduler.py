@@ -272,7 +272,7 @@ class _Run:
         if way.idle:
             cut = lanes - lanes // 4 if lanes >= 4 * _FEWEST_LANES else lanes
             return max(cut, now + 1)
-        return now + max(1, lanes // 32)
+        return min(lanes, now + max(1, lanes // 32))
 
     def harvest(self, drawn: Drawn) -> None:
         """Takes in what was drawn; tells of complete groups."""

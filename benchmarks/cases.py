@@ -1,0 +1,142 @@
+"""The cases: what is measured, against whom, and what is expected of it. No jax in here.
+
+A case is a kind of work and its sizes; from it come the arguments of our process (`python -m benchmarks`) and of the peer's
+(peers/). `ratio` in a check is ours over the peer's tokens per second on the case's clock; `memory_ratio` is ours over the
+peer's peak memory; any other metric is a field of our own record.
+"""
+
+import dataclasses
+import math
+import random
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A bound on a metric: at least `bound`, or at most."""
+
+    metric: str
+    bound: float
+    at_least: bool = True
+
+    def holds(self, value: float | None) -> bool | None:
+        """None where there is nothing to judge."""
+        if value is None:
+            return None
+        return value >= self.bound if self.at_least else value <= self.bound
+
+    def __str__(self) -> str:
+        return f"{self.metric} {'>=' if self.at_least else '<='} {self.bound:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """`prompts` groups of `group` responses, each of `response` tokens after a prompt of `prompt` tokens."""
+
+    name: str
+    kind: Literal["rollout", "update", "step", "skipping", "host"]
+    checks: tuple[Check, ...]
+    prompts: int = 2
+    group: int = 8
+    prompt: int = 128
+    response: int = 128
+    vocab: int | None = None
+    micro_tokens: int | None = None
+    lognormal: bool = (
+        False  # response lengths from `lognormal_lengths`; 16 rows at once on both sides
+    )
+    peer: Literal["tunix", "torch"] | None = None
+    folder: str | None = None  # weights both sides load: model-a or smollm2-135m
+    cores: int = 1
+    clock: Literal["cpu_seconds", "wall_seconds"] = "cpu_seconds"
+
+
+ROWS = 16  # of the log-normal case, at once
+
+
+def _faster(factor: float, *more: Check) -> tuple[Check, ...]:
+    return (Check("ratio", factor), *more)
+
+
+def _memory(factor: float) -> Check:
+    return Check("memory_ratio", factor, at_least=False)
+
+
+_SLOTS = Check("slot_utilisation", 0.9)
+_SKIPPING = (
+    Check("cost_ratio", 0.6, at_least=False),
+    Check("gradient_difference", 1e-5, at_least=False),
+)
+_MODEL_B = {"prompts": 1, "prompt": 700, "response": 150, "peer": "torch"} | {
+    "folder": "smollm2-135m", "cores": 2, "clock": "wall_seconds"
+}  # fmt: skip
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("rollout-128", "rollout", _faster(2.5), peer="tunix"),
+        Case("rollout-768", "rollout", _faster(7), prompt=768, peer="tunix"),
+        Case(
+            "rollout-lognormal", "rollout", _faster(4, _SLOTS),
+            prompts=64, lognormal=True, peer="tunix",
+        ),
+        Case("update-128", "update", _faster(2.5), peer="tunix"),
+        Case("update-768", "update", _faster(7, _memory(0.25)), prompt=768, peer="tunix"),
+        Case("update-vocab", "update", _faster(2.5, _memory(0.4)), vocab=32_768, peer="tunix"),
+        Case("step-768", "step", _faster(6), prompt=768, peer="tunix"),
+        Case("update-half", "skipping", _SKIPPING, prompts=8, micro_tokens=2304),
+        Case("host", "host", (Check("responses_per_second", 2000),)),
+        Case("hf-rollout", "rollout", _faster(1.5), peer="torch", folder="model-a"),
+        Case("smollm2-rollout", "rollout", _faster(1.5), **_MODEL_B),
+        Case("smollm2-update", "update", _faster(2), **_MODEL_B),
+    )
+}  # fmt: skip
+
+
+def our_arguments(case: Case, folder: str | None, lengths: str | None) -> list[str]:
+    """Arguments of `python -m benchmarks`; `folder` and `lengths` are the files the case needs, if any."""
+    if case.kind == "host":
+        return ["host"]
+    given = {
+        "prompts": case.prompts,
+        "group": case.group,
+        "prompt-tokens": case.prompt,
+        "new-tokens" if case.kind == "rollout" else "response-tokens": case.response,
+        "vocab": case.vocab,
+        "micro-tokens": case.micro_tokens,
+        "model": folder,
+        "lengths": lengths,
+        "lanes": ROWS if case.lognormal else None,
+    }
+    return [case.kind, *_options(given)]
+
+
+def peer_arguments(case: Case, folder: str | None, lengths: str | None) -> list[str]:
+    """Arguments of the peer's script."""
+    given = {
+        "rows": ROWS if case.lognormal else case.prompts * case.group,
+        "group": case.group,
+        "prompt-tokens": case.prompt,
+        "new-tokens": case.response,
+        "vocab": case.vocab,
+        "model": folder,
+        "lengths": lengths,
+        "threads": case.cores if case.peer == "torch" else None,
+    }
+    return [case.kind, *_options(given)]
+
+
+def lognormal_lengths(count: int, mean: float = 64, most: int = 512, sigma: float = 1) -> list[int]:
+    """Whole numbers in [1, most], log-normal around `mean` before they are cut; always the same."""
+    rng = random.Random(0)
+    mu = math.log(mean) - sigma**2 / 2
+    return [min(max(round(rng.lognormvariate(mu, sigma)), 1), most) for _ in range(count)]
+
+
+def _options(given: dict[str, object]) -> list[str]:
+    return [
+        part
+        for name, value in given.items()
+        if value is not None
+        for part in (f"--{name}", str(value))
+    ]

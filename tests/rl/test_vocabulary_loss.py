@@ -1,0 +1,233 @@
+"""The update's vocabulary pass: value and hand-made gradient against `jax.grad` of full logits, dtypes, memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rest_jax.rl.logprobs import Sampling, chosen_logp, entropy_and_gini, truncate, vocabulary_loss
+
+ROWS, TIME, WORDS, WIDTH = 3, 13, 29, 8
+SAMPLINGS = [
+    Sampling(),
+    Sampling(0.7),
+    Sampling(1.3, 5),
+    Sampling(1.0, 0, 0.8),
+    Sampling(0.8, 7, 0.6),
+]
+
+
+def policy_loss(logp, entropy, x):
+    """Curved in the log-prob, with factors of its own for every token, as the update's."""
+    return x["weight"] * -jnp.exp(logp - x["old"]) + 0.3 * x["weight"] * logp
+
+
+def with_entropy(logp, entropy, x):
+    return policy_loss(logp, entropy, x) - 0.7 * x["bonus"] * jnp.square(entropy)
+
+
+@functools.cache
+def inputs(sampling: Sampling = SAMPLINGS[0], dtype: str = "float32"):
+    """(hidden, head, tokens, extra); the tokens are among those that can be drawn."""
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(ROWS, TIME, WIDTH)), dtype)
+    head = jnp.asarray(rng.normal(size=(WORDS, WIDTH)), jnp.float32)
+    logits = truncate(full_logits(hidden, head), sampling)
+    tokens = jax.random.categorical(jax.random.key(1), logits, axis=-1).astype(jnp.int32)
+    logp = chosen_logp(full_logits(hidden, head), tokens, sampling)
+    assert float(logp.min()) > -100
+    noise = rng.normal(size=(3, ROWS, TIME)).astype(np.float32)
+    extra = {"weight": noise[0], "old": np.asarray(logp + 0.3 * noise[1]), "bonus": noise[2]}
+    return hidden, head, tokens, jax.tree.map(jnp.asarray, extra)
+
+
+def full_logits(hidden, head):
+    """[P T V] float32, the head rounded to the dtype of the hidden states."""
+    head = head.astype(hidden.dtype)
+    return jnp.einsum(
+        "ptd,vd->ptv", hidden, head,
+        precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
+    )  # fmt: skip
+
+
+def reference(hidden, head, tokens, extra, token_loss, sampling):
+    """The definition."""
+    logits = full_logits(hidden, head)
+    logp, (entropy, _) = chosen_logp(logits, tokens, sampling), entropy_and_gini(logits)
+    return jnp.sum(token_loss(logp, entropy, extra)), logp, entropy
+
+
+def value_and_gradient(function, hidden, head):
+    """((value, other outputs), (d_hidden, d_head)) of a function with three outputs."""
+
+    def first(*args):
+        total, *rest = function(*args)
+        return total, rest
+
+    return jax.jit(jax.value_and_grad(first, (0, 1), has_aux=True))(hidden, head)
+
+
+def close(a, b, relative: float = 2e-6) -> None:
+    a, b = (np.asarray(x, np.float32) for x in (a, b))
+    assert np.linalg.norm(a - b) <= relative * np.linalg.norm(b), np.abs(a - b).max()
+
+
+@pytest.mark.parametrize("token_loss", [policy_loss, with_entropy], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_value_and_gradient_are_those_of_full_logits(sampling, token_loss):
+    hidden, head, tokens, extra = inputs(sampling)
+    counts = token_loss is with_entropy
+    expected = value_and_gradient(
+        lambda h, w: reference(h, w, tokens, extra, token_loss, sampling), hidden, head
+    )
+    for chunk in (1, 4, 100):  # 4 does not divide 13
+        found = value_and_gradient(
+            lambda h, w, c=chunk: vocabulary_loss(
+                h, w, tokens, extra, token_loss, sampling, c, counts
+            ),
+            hidden,
+            head,
+        )
+        assert float(found[0][0]) == pytest.approx(float(expected[0][0]), rel=1e-5, abs=1e-5)
+        for name, a, b in zip(("logp", "entropy"), found[0][1], expected[0][1], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=name)
+        assert np.linalg.norm(expected[1][0]) > 1 < np.linalg.norm(expected[1][1])
+        for a, b in zip(found[1], expected[1], strict=True):
+            assert a.dtype == jnp.float32 and a.shape == b.shape
+            close(a, b)
+
+
+@pytest.mark.parametrize("chunk", [4, 13])
+def test_the_value_without_a_gradient_is_the_same(chunk):
+    hidden, head, tokens, extra = inputs()
+    arguments = (hidden, head, tokens, extra, policy_loss, Sampling(), chunk)
+    expected = reference(*arguments[:-1])
+    for found, value in zip(vocabulary_loss(*arguments), expected, strict=True):
+        np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-5)
+
+
+def test_finite_differences():
+    """An oracle that knows no derivative: the slope along random directions, in float64."""
+    hidden, head, tokens, extra = (jax.tree.map(np.asarray, x) for x in inputs())
+
+    def value(hidden, head):
+        logits = hidden @ head.T
+        peak = logits.max(-1, keepdims=True)
+        logp_all = logits - peak - np.log(np.exp(logits - peak).sum(-1, keepdims=True))
+        logp = np.take_along_axis(logp_all, tokens[..., None], -1)[..., 0]
+        entropy = -(np.exp(logp_all) * logp_all).sum(-1)
+        loss = extra["weight"] * (-np.exp(logp - extra["old"]) + 0.3 * logp)
+        return float((loss - 0.7 * extra["bonus"] * entropy**2).sum())
+
+    _, gradient = value_and_gradient(
+        lambda h, w: vocabulary_loss(h, w, tokens, extra, with_entropy, Sampling(), 5, True),
+        *map(jnp.asarray, (hidden, head)),
+    )
+    rng = np.random.default_rng(3)
+    hidden, head = hidden.astype(np.float64), head.astype(np.float64)
+    assert value(hidden, head) == pytest.approx(
+        float(reference(*inputs(), with_entropy, Sampling())[0]), rel=1e-5
+    )
+    for _ in range(4):
+        dh, dw = rng.normal(size=hidden.shape), rng.normal(size=head.shape)
+        step = 1e-6
+        up, down = (value(hidden + s * dh, head + s * dw) for s in (step, -step))
+        slope = float((gradient[0] * dh).sum() + (gradient[1] * dw).sum())
+        assert slope == pytest.approx((up - down) / (2 * step), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [4, 13])
+def test_bfloat16_hidden_states_leave_the_head_in_float32(chunk):
+    """Gradients of the head add up in float32 and come out so; those of the hidden states are bfloat16 as these are."""
+    hidden, head, tokens, extra = inputs(dtype="bfloat16")
+    arguments = (tokens, extra, with_entropy, Sampling())
+    _, (d_hidden, d_head) = value_and_gradient(
+        lambda h, w: vocabulary_loss(h, w, *arguments, chunk, True), hidden, head
+    )
+    assert d_hidden.dtype == jnp.bfloat16 and d_head.dtype == jnp.float32
+    rounded = head.astype(jnp.bfloat16).astype(jnp.float32)  # what was multiplied with
+    _, expected = value_and_gradient(
+        lambda h, w: reference(h, w, *arguments), hidden.astype(jnp.float32), rounded
+    )
+    close(d_hidden, expected[0], 1e-2)
+    close(d_head, expected[1], 1e-2)
+    # not rounded to bfloat16 on its way
+    assert (np.asarray(d_head.astype(jnp.bfloat16).astype(jnp.float32)) != np.asarray(d_head)).mean() > 0.9  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_cotangent_scales_the_gradient(dtype):
+    """By a power of two, so that nothing is rounded; what else is made of the outputs gets no gradient."""
+    hidden, head, tokens, extra = inputs(dtype=dtype)
+    arguments = (tokens, extra, policy_loss, Sampling(), 5)
+
+    def loss(h, w):
+        return vocabulary_loss(h, w, *arguments)[0]
+
+    def scaled(h, w):
+        total, logp, entropy = vocabulary_loss(h, w, *arguments)
+        return -4 * total + jnp.sum(logp) + jnp.sum(entropy)
+
+    for one, four in zip(
+        jax.grad(loss, (0, 1))(hidden, head), jax.grad(scaled, (0, 1))(hidden, head), strict=True
+    ):
+        assert one.dtype == four.dtype
+        np.testing.assert_array_equal(np.asarray(one, np.float32) * -4, np.asarray(four, np.float32))
+
+
+def test_tokens_with_no_weight_have_no_gradient():
+    """Padding at the end of the responses: its hidden states get exactly zero, and change nothing."""
+    hidden, head, tokens, extra = inputs()
+    mask = np.arange(TIME) < np.array([[5], [13], [1]])
+    extra = extra | {"weight": extra["weight"] * mask}
+
+    def gradient(hidden, tokens):
+        def loss(h, w):
+            return vocabulary_loss(h, w, tokens, extra, policy_loss, Sampling(), 4)[0]
+
+        return jax.grad(loss, (0, 1))(hidden, head)
+
+    d_hidden, d_head = gradient(hidden, tokens)
+    assert (np.asarray(d_hidden)[~mask] == 0).all() and (np.asarray(d_hidden)[mask] != 0).any()
+    other = gradient(
+        jnp.where(mask[..., None], hidden, -hidden), jnp.where(mask, tokens, (tokens + 3) % WORDS)
+    )
+    np.testing.assert_array_equal(other[0], d_hidden)
+    np.testing.assert_array_equal(other[1], d_head)
+
+
+def test_a_loss_that_does_not_vanish_with_its_factors():
+    """Chunks are padded: the padding must not enter the sum, whatever `token_loss` makes of zeros."""
+    hidden, head, tokens, _ = inputs()
+
+    def plain(logp, entropy, _):
+        return -logp
+
+    expected = reference(hidden, head, tokens, {}, plain, Sampling())[0]
+    for chunk in (13, 4):
+        found = vocabulary_loss(hidden, head, tokens, {}, plain, Sampling(), chunk)[0]
+        assert float(found) == pytest.approx(float(expected), rel=1e-5)
+        found = value_and_gradient(
+            lambda h, w, c=chunk: vocabulary_loss(h, w, tokens, {}, plain, Sampling(), c), hidden, head
+        )[0][0]
+        assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, 5)], ids=str)
+@pytest.mark.parametrize("counts", [False, True])
+def test_full_logits_never_exist(counts, sampling):
+    """The buffers of the compiled gradient are far below [P, T, V]."""
+    p, t, v, d = 2, 512, 4096, 16
+    args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((p, t, d), (v, d))]
+    tokens = jax.ShapeDtypeStruct((p, t), jnp.int32)
+    extra = {name: jax.ShapeDtypeStruct((p, t), jnp.float32) for name in ("weight", "old", "bonus")}
+
+    def loss(hidden, head, tokens, extra):
+        token_loss = with_entropy if counts else policy_loss
+        return vocabulary_loss(hidden, head, tokens, extra, token_loss, sampling, 16, counts)[0]
+
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*args, tokens, extra).compile()
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < p * t * v * 4 / 4

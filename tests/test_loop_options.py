@@ -1,0 +1,227 @@
+"""Options of the loop, with the quickstart's policy: one step of look ahead, the trace of a step, the names of metrics."""
+
+import gzip
+import json
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+from rest_jax import cli, config, policy
+from rest_jax.metric_table import METRICS
+from rest_jax.metrics import read_lines
+from rest_jax.rl.logprobs import Sampling
+from tests import test_train
+
+STEPS, SAVED, KILLED = 5, 3, 4
+NEW = {
+    "rollout/slot_utilisation",
+    "rollout/staleness",
+    "update/skipped_groups",
+    "update/micro_batches",
+    "update/padding",
+    "time/data",
+    "time/rollout",
+    "time/score",
+    "time/score_wait",
+    "time/update",
+    "time/rollout_tokens_per_second",
+    "time/reward_tokens_per_second",
+    "time/reward_responses_per_second",
+    "time/update_tokens_per_second",
+    "time/rollout_mfu",
+    "time/update_mfu",
+}
+
+
+@pytest.fixture(scope="module")
+def source(configs_dir) -> pathlib.Path:
+    """A policy whose answers are good enough to differ in reward."""
+    return configs_dir / "quickstart_policy"
+
+
+def stale(source: pathlib.Path, output: pathlib.Path) -> dict:
+    """Five steps of two updates, each but the first and the one after the checkpoint sampled one update too early."""
+    raw = test_train.recipe(
+        source,
+        output,
+        rollout={
+            "max_response_tokens": 80,
+            "staleness": 1,
+            "recompute_logp": True,
+            "importance_cap": 2.0,
+            "lanes": 6,
+        },
+        train={
+            "steps": STEPS,
+            "eval_before": False,
+            "eval_every": 0,
+            "checkpoint_every": SAVED,
+            "micro_tokens": 600,
+        },
+    )
+    raw["data"] |= {"eval": None}
+    return raw
+
+
+def launch(raw: dict, folder: pathlib.Path, *options: str, code: str | None = None) -> str:
+    """Output of `rest-jax train` in a process of one device; `code` runs before it, and SIGKILL is its end then."""
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    program = ["-m", "rest_jax"] if code is None else ["-c", code]
+    process = subprocess.Popen(
+        [sys.executable, *program, "train", str(path), *options], env=test_train.environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    if code is None:
+        return test_train.finish(process)
+    out, _ = process.communicate(timeout=400)
+    assert process.returncode == -signal.SIGKILL, out
+    return out
+
+
+KILL = f"""
+import os, signal, sys
+from rest_jax import cli, train
+
+def after(self, step, last, plain=train.Loop.after):
+    plain(self, step, last)
+    if step == {KILLED}:
+        self.opened.checkpoints.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train.Loop.after = after
+sys.exit(cli.main())
+"""
+
+
+@pytest.fixture(scope="module")
+def unbroken(source, tmp_path_factory) -> tuple[pathlib.Path, str]:
+    """The folder and the output of a run that nothing interrupted and that traced its second step."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    out = launch(stale(source, folder), folder, "--profile", "2")
+    return folder / "tiny", out
+
+
+@pytest.fixture(scope="module")
+def broken(source, tmp_path_factory) -> tuple[pathlib.Path, str, list[dict]]:
+    """The same run killed a step after its checkpoint, then started again: folder, output, lines before the restart."""
+    folder = tmp_path_factory.mktemp("broken")
+    raw = stale(source, folder)
+    launch(raw, folder, code=KILL)
+    before = test_train.lines(folder / "tiny")
+    out = launch(raw, folder, "--profile", "2")
+    return folder / "tiny", out, before
+
+
+def test_staleness_is_one_but_at_the_start_and_after_a_checkpoint(unbroken):
+    found = read_lines(unbroken[0] / "metrics.jsonl")
+    assert [line["step"] for line in found] == list(range(1, STEPS + 1))
+    staleness = [line["rollout/staleness"] for line in found]
+    assert staleness == [0, 1, 1, 0, 1]
+    # the recomputed log-probs tell how far the policy that sampled is from the one that is trained
+    mismatch = np.array([line["rollout/logp_mismatch"] for line in found])
+    old = np.array(staleness, bool)
+    assert mismatch[~old].max() < 1e-5 and mismatch[old].min() > 1e-4
+    assert all(line["update/grad_norm"] > 0 for line in found)
+
+
+def test_two_runs_of_a_seed_are_the_same(unbroken, broken):
+    """Up to where one of them was killed."""
+    lines = test_train.lines(unbroken[0])
+    assert SAVED <= len(broken[2]) < STEPS
+    assert broken[2] == lines[: len(broken[2])]
+
+
+def test_killed_after_a_checkpoint_and_restarted_is_the_unbroken_run(unbroken, broken):
+    assert test_train.lines(broken[0]) == test_train.lines(unbroken[0])
+    one, other = test_train.state(broken[0]), test_train.state(unbroken[0])
+    assert one[2] == STEPS
+    test_train.same(one, other)
+    samples = [read_lines(run / "samples.jsonl") for run in (broken[0], unbroken[0])]
+    assert samples[0] == samples[1]
+
+
+def test_a_trace_opens_in_perfetto(unbroken):
+    run, out = unbroken
+    (said,) = re.findall(r"trace of step 2: (\S+) opens in ui\.perfetto\.dev, (\S+) in xprof", out)
+    path = pathlib.Path(said[0])
+    assert path.name == "perfetto_trace.json.gz" and path.is_relative_to(run / "profile")
+    assert pathlib.Path(said[1]) == run / "profile"
+    assert list((run / "profile").rglob("perfetto_trace.json.gz")) == [path]
+    trace = json.loads(gzip.decompress(path.read_bytes()))
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert {"data", "rollout", "update", "reward"} <= names  # the host's stages
+    assert list((run / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_step_that_is_not_run_has_no_trace(broken):
+    run, out, _ = broken
+    assert "no trace: step 2 was not among the steps run" in out
+    assert not (run / "profile").exists()
+
+
+def test_the_metrics_of_speed_and_packing(unbroken):
+    for line in read_lines(unbroken[0] / "metrics.jsonl"):
+        assert NEW <= line.keys() <= METRICS.keys() | {"step"}
+        for name in NEW:
+            assert np.isfinite(line[name]) and line[name] >= 0, name
+        assert 0 < line["rollout/slot_utilisation"] <= 1
+        assert 0 <= line["update/padding"] < 1
+        # without another term in the loss, these are the groups that are not computed
+        assert line["update/skipped_groups"] == pytest.approx(line["reward/equal_groups"])
+        assert line["update/micro_batches"] >= 1
+        assert 0 < line["time/update_mfu"] < 1.5 and 0 < line["time/rollout_mfu"] < 1.5
+        tokens, responses = line["rollout/tokens"], 16
+        assert line["rollout/response_tokens"] * responses == pytest.approx(tokens)
+        assert line["time/rollout_tokens_per_second"] * line["time/rollout"] == pytest.approx(tokens)
+        assert line["time/reward_tokens_per_second"] * line["time/score"] == pytest.approx(tokens)
+        assert line["time/reward_responses_per_second"] * line["time/score"] == pytest.approx(16)
+        trajectory = tokens + 4 * 4 * line["rollout/prompt_tokens"]
+        assert line["time/update_tokens_per_second"] * line["time/update"] == pytest.approx(
+            trajectory, rel=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["rollout.staleness=1"], "rollout.importance_cap"),
+        (["rollout.staleness=1", "rollout.recompute_logp=true"], "rollout.importance_cap"),
+        (["rollout.staleness=1", "rollout.importance_cap=2"], "rollout.recompute_logp"),
+        (["rollout.staleness=2"], "rollout.staleness"),
+        (["rollout.lanes=0"], "rollout.lanes"),
+        (["rollout.prompt_slots=0"], "rollout.prompt_slots"),
+        (["train.micro_tokens=0"], "train.micro_tokens"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_are_one_line(source, tmp_path, capsys, overrides, said):
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(test_train.recipe(source, tmp_path / "out")))
+    assert cli.main(["train", str(path), *overrides]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("step", ["0", "-1", "two"])
+def test_a_step_to_trace_is_a_whole_number(tmp_path, capsys, step):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "any.yaml", f"--profile={step}"])
+    assert stop.value.code == 2
+    assert "whole number of at least 1" in capsys.readouterr().err
+
+
+def test_lanes_and_slots_reach_the_sampler(source):
+    loaded = policy.load_policy(config.ModelConfig(source=str(source)), config.MeshConfig(fsdp=-1))
+    rollout = config.RolloutConfig(lanes=3, prompt_slots=2)
+    made = loaded.make_sampler(4, 10, Sampling(), rollout).settings
+    assert (made.lanes, made.prompt_slots, made.sizes(8)) == (3, 2, (2, 3))
+    evaluation = loaded.make_sampler(1, 10, Sampling(greedy=True), rollout).settings
+    assert evaluation.sizes(8) == (3, 3)  # a prompt with one response needs a slot a lane
