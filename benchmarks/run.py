@@ -124,9 +124,10 @@ def measure(
         for side, command in commands.items():
             if (case.name, side, run) in done:
                 continue
-            found = run_process(command, environment(side, args))
-            extra = {"hugepages": args.peer_hugepages} if side == PEER else {}
-            record = {**found, "case": case.name, "side": side, "run": run, **extra}
+            variables = environment(side, args)
+            found = run_process(command, variables)
+            record = {**found, "case": case.name, "side": side, "run": run}
+            record |= {"repeats": args.repeats, **conditions(side, variables)}
             write(file, record)
             yield record
 
@@ -200,6 +201,13 @@ def environment(side: str, args: argparse.Namespace | None) -> dict[str, str]:
     return variables
 
 
+def conditions(side: str, variables: dict[str, str]) -> dict[str, bool]:
+    """What the figures depend on besides the work: the peer's pages; whether ours had to compile, as the peer always does."""
+    if side == PEER:
+        return {"hugepages": "hugetlb" in variables.get("GLIBC_TUNABLES", "")}
+    return {"compiled_afresh": variables["REST_JAX_CACHE"] == "off"}
+
+
 @functools.cache
 def is_installed(peer: str, tunix_python: pathlib.Path) -> bool:
     """Whether a peer's interpreter has its packages; if not, says so in one line."""
@@ -237,11 +245,8 @@ def last_line(text: str) -> str:
 def heading(args: argparse.Namespace) -> str:
     """What the table was measured on."""
     jax = importlib.metadata.version("jax")
-    pages = "with huge pages" if args.peer_hugepages else "with their defaults"
-    return (
-        f"{datetime.date.today().isoformat()}, {processor()}, {len(args.cores) or '?'} cores, jax {jax}, "
-        f"{args.runs} runs of {args.repeats} calls a side, peers {pages}."
-    )
+    cores = len(args.cores) or "?"
+    return f"{datetime.date.today().isoformat()}, {processor()}, {cores} cores, jax {jax}."
 
 
 def processor() -> str:

@@ -22,8 +22,8 @@ _NOTES = {
     "pod_rollout_share": "{:.1%} of its rollout",
 }
 _HEADER = (
-    "| case | tokens/s | peer | ratio | of medians | peak GB | peer | ratio | FLOP share | target | met | notes |\n"
-    "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --- | --- | --- |\n"
+    "| case | runs | tokens/s | peer | ratio | of medians | peak GB | peer | ratio | FLOP share | target | met | notes |\n"
+    "| --- | --- | --: | --: | --: | --: | --: | --: | --: | --: | --- | --- | --- |\n"
 )
 
 
@@ -76,13 +76,14 @@ def speed(record: Record, case: Case) -> float:
 
 
 def medians(records: Sequence[Record]) -> Record:
-    """Median of every number the records hold."""
-    if not records:
-        return {}
-    numbers = [
-        name for name, x in records[0].items() if isinstance(x, int | float) and name != "run"
-    ]
-    return {name: statistics.median(record[name] for record in records) for name in numbers}
+    """Median of every number the records hold; yes and no as in the last of them."""
+    found: Record = {}
+    for name, last in (records[-1] if records else {}).items():
+        if isinstance(last, bool):
+            found[name] = last
+        elif isinstance(last, int | float) and name != "run":
+            found[name] = statistics.median(r[name] for r in records if name in r)
+    return found
 
 
 def table(summaries: Sequence[Record], heading: str) -> str:
@@ -90,6 +91,7 @@ def table(summaries: Sequence[Record], heading: str) -> str:
     last = {summary["case"]: summary for summary in summaries}
     rows = "".join(map(_row, last.values()))
     legend = (
+        "Runs: processes a side x timed calls in each. "
         "tokens/s: tokens of a call per CPU second (wall second where noted), median of the runs. "
         "Ratio: median of the pairwise ratios. FLOP share: model FLOP/s over those of the fastest matrix product "
         "in the same process.\n"
@@ -108,6 +110,7 @@ def _row(summary: Record) -> str:
     notes = [text.format(ours[name]) for name, text in _NOTES.items() if name in ours]
     cells = [
         summary["case"],
+        f"{summary['runs']} x {ours.get('repeats', '?')}",
         _number(_speed(ours, clock), "{:,.0f}"),
         _number(_speed(peer, clock), "{:,.0f}"),
         _number(summary["ratio"], "{:.2f}"),
@@ -118,9 +121,18 @@ def _row(summary: Record) -> str:
         _number(ours["flops_share"] or None, "{:.0%}"),
         summary["target"],
         {True: "yes", False: "no", None: "?"}[summary["met"]],
-        "; ".join(["by wall clock"] * (clock == "wall_seconds") + notes),
+        "; ".join([*_conditions(summary), *notes]),
     ]
     return f"| {' | '.join(cells)} |\n"
+
+
+def _conditions(summary: Record) -> list[str]:
+    said = {
+        "by wall clock": summary["clock"] == "wall_seconds",
+        "ours from the compilation cache": summary[OURS].get("compiled_afresh") is False,
+        "peer with huge pages": bool((summary[PEER] or {}).get("hugepages")),
+    }
+    return [text for text, holds in said.items() if holds]
 
 
 def _speed(middle: Record, clock: str) -> float | None:

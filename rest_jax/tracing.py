@@ -22,7 +22,10 @@ class Tracer:
             with jax.profiler.StepTraceAnnotation("step", step_num=number):
                 yield
             return
-        with jax.profiler.trace(self.folder, create_perfetto_trace=True):
+        options = jax.profiler.ProfileOptions()
+        # Not every Python call: a Perfetto trace ends with its millionth event, and they would fill it before the update.
+        options.python_tracer_level = 0
+        with jax.profiler.trace(self.folder, create_perfetto_trace=True, profiler_options=options):
             with jax.profiler.StepTraceAnnotation("step", step_num=number):
                 yield
             wait()

@@ -1,9 +1,10 @@
-"""Options of the loop, with the quickstart's policy: one step of look ahead, the trace of a step, the names of metrics."""
+"""Options of the loop, with a tiny policy: one step of look ahead, the trace of a step, the names of metrics."""
 
 import gzip
 import json
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file, save_file
 
 from rest_jax import cli, config, policy
 from rest_jax.metric_table import METRICS
@@ -39,10 +41,19 @@ NEW = {
 }
 
 
+model = test_train.model  # the fixture
+
+
 @pytest.fixture(scope="module")
-def source(configs_dir) -> pathlib.Path:
-    """A policy whose answers are good enough to differ in reward."""
-    return configs_dir / "quickstart_policy"
+def source(model, tmp_path_factory) -> pathlib.Path:
+    """The tiny policy with a loud end-of-turn token: its answers end early, each at another length."""
+    folder = tmp_path_factory.mktemp("source") / "hf"
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    embed = weights["model.embed_tokens.weight"]
+    embed[json.loads((folder / "config.json").read_text())["eos_token_id"]] *= 4
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 def stale(source: pathlib.Path, output: pathlib.Path) -> dict:
@@ -51,21 +62,22 @@ def stale(source: pathlib.Path, output: pathlib.Path) -> dict:
         source,
         output,
         rollout={
-            "max_response_tokens": 80,
             "staleness": 1,
             "recompute_logp": True,
             "importance_cap": 2.0,
             "lanes": 6,
         },
+        optimizer={"learning_rate": 2e-4},
         train={
             "steps": STEPS,
             "eval_before": False,
             "eval_every": 0,
             "checkpoint_every": SAVED,
-            "micro_tokens": 600,
+            "micro_tokens": 1,
         },
     )
-    raw["data"] |= {"eval": None}
+    raw["data"] |= {"eval": None, "max_prompt_tokens": 128, "synthetic_size": 128}
+    raw["reward"] = {"length_weight": 1.0, "length_target_tokens": 24}  # else all are alike
     return raw
 
 
@@ -87,6 +99,8 @@ def launch(raw: dict, folder: pathlib.Path, *options: str, code: str | None = No
 
 KILL = f"""
 import os, signal, sys
+from rest_jax import machine
+machine.configure()  # before jax is there, as in the program itself
 from rest_jax import cli, train
 
 def after(self, step, last, plain=train.Loop.after):
@@ -176,10 +190,12 @@ def test_the_metrics_of_speed_and_packing(unbroken):
         # without another term in the loss, these are the groups that are not computed
         assert line["update/skipped_groups"] == pytest.approx(line["reward/equal_groups"])
         assert line["update/micro_batches"] >= 1
-        assert 0 < line["time/update_mfu"] < 1.5 and 0 < line["time/rollout_mfu"] < 1.5
+        assert line["time/update_mfu"] > 0 and line["time/rollout_mfu"] > 0
         tokens, responses = line["rollout/tokens"], 16
         assert line["rollout/response_tokens"] * responses == pytest.approx(tokens)
-        assert line["time/rollout_tokens_per_second"] * line["time/rollout"] == pytest.approx(tokens)
+        assert line["time/rollout_tokens_per_second"] * line["time/rollout"] == pytest.approx(
+            tokens
+        )
         assert line["time/reward_tokens_per_second"] * line["time/score"] == pytest.approx(tokens)
         assert line["time/reward_responses_per_second"] * line["time/score"] == pytest.approx(16)
         trajectory = tokens + 4 * 4 * line["rollout/prompt_tokens"]

@@ -28,7 +28,9 @@ def execv(tmp_path, monkeypatch) -> list:
 
 
 def test_the_same_command_once(execv, monkeypatch):
-    monkeypatch.setattr(sys, "orig_argv", ["python3", "-X", "dev", "-m", "rest_jax", "train", "a b"])
+    monkeypatch.setattr(
+        sys, "orig_argv", ["python3", "-X", "dev", "-m", "rest_jax", "train", "a b"]
+    )
     machine.relaunch_tuned()
     words = ["-X", "dev", "-m", "rest_jax", "train", "a b"]
     assert execv == [(sys.executable, [sys.executable, *words])]

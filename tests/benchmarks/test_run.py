@@ -61,7 +61,7 @@ def test_sides_take_turns_and_are_compared(processes, tmp_path, capsys):
     assert summary["met"] is True
     (file,) = tmp_path.glob("*.jsonl")
     assert [json.loads(line) for line in file.read_text().splitlines()] == [*records, summary]
-    assert "| update-768 | 30 | 3 | 10.00 |" in (tmp_path / "table.md").read_text()
+    assert "| update-768 | 3 x 3 | 30 | 3 | 10.00 |" in (tmp_path / "table.md").read_text()
 
 
 def test_resuming_runs_only_what_is_missing(processes, tmp_path, capsys):
@@ -78,6 +78,10 @@ def test_only_ours_compiles_afresh_and_pages_are_the_peers_choice(processes, tmp
     run.main(["--case", CASE.name, "--runs", "1", "--out", str(tmp_path), "--peer-hugepages"])
     (_, ours), (_, peer) = processes.commands
     assert ours["REST_JAX_CACHE"] == "off" and "REST_JAX_CACHE" not in peer
+    (file,) = tmp_path.glob("*.jsonl")
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert records[0]["compiled_afresh"] is records[1]["hugepages"] is True
+    assert "peer with huge pages" in (tmp_path / "table.md").read_text()
     assert peer["GLIBC_TUNABLES"] == run.HUGE_PAGES and "GLIBC_TUNABLES" not in ours
 
 

@@ -145,7 +145,9 @@ class Slow:
 def test_the_next_batch_is_made_while_the_last_is_used():
     slow = Slow(3)
     with contextlib.closing(Ahead(slow)) as ahead:
-        assert ahead.get_state() == {"left": 3} and slow.asked == []  # nothing before it is asked for
+        assert (
+            ahead.get_state() == {"left": 3} and slow.asked == []
+        )  # nothing before it is asked for
         slow.may.release()
         assert ahead.take()[0] == 0
         slow.may.release()  # no take: this one is asked for by itself

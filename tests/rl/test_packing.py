@@ -109,7 +109,9 @@ def test_slots_counts_and_budget(case):
         assert micro.padded == case.ways * rows * cost >= micro.tokens
         if rows > 1 and case.budget is not None:
             assert rows * cost <= case.budget
-        if rows > 1:  # rows are of like sizes: the first of each way is the longest, none is half of it
+        if (
+            rows > 1
+        ):  # rows are of like sizes: the first of each way is the longest, none is half of it
             sizes = [
                 bucket(int(case.prompt[p]), case.widths[0])
                 + group * bucket(int(case.response[p].max()), case.widths[1])
@@ -200,7 +202,9 @@ def test_groups_are_taken_and_put_back(shape):
             assert part.prompt_length[at] == 1
             assert all(
                 not leaf[at].any()
-                for leaf in jax.tree.leaves(dataclasses.replace(part, prompt_length=part.prompt * 0))
+                for leaf in jax.tree.leaves(
+                    dataclasses.replace(part, prompt_length=part.prompt * 0)
+                )
             )
             continue
         np.testing.assert_array_equal(part.prompt[at], whole.prompt[row, :32])
@@ -215,7 +219,7 @@ def test_groups_are_taken_and_put_back(shape):
     put = jax.tree.map(np.asarray, jax.jit(put_groups)(old, new, pick))
     for name in fields:
         expected = old[name].copy()
-        for at, row in enumerate(rows):
+        for row in rows:
             if row is not None:
                 expected[row, :, :48] = old[name][row, :, :48] + 100
                 expected[row, :, 48:] = 0  # behind the slots there is nothing

@@ -93,7 +93,10 @@ def test_skipping_changes_neither_loss_nor_gradient(scored, shape):
     forced, expected = run(cfg, scored, everything(scored, cfg, shape[0]), shape)
     close(skipped.opt_state, forced.opt_state)
     assert metrics.keys() == expected.keys()
-    for name, value in expected.items():  # also the means over tokens: they are of the groups with advantage
+    for (
+        name,
+        value,
+    ) in expected.items():  # also the means over tokens: they are of the groups with advantage
         if name != "update/ratio_max":  # the greatest over what was computed
             assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     assert metrics["update/grad_norm"] > 0

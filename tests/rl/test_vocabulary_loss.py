@@ -174,7 +174,9 @@ def test_the_cotangent_scales_the_gradient(dtype):
         jax.grad(loss, (0, 1))(hidden, head), jax.grad(scaled, (0, 1))(hidden, head), strict=True
     ):
         assert one.dtype == four.dtype
-        np.testing.assert_array_equal(np.asarray(one, np.float32) * -4, np.asarray(four, np.float32))
+        np.testing.assert_array_equal(
+            np.asarray(one, np.float32) * -4, np.asarray(four, np.float32)
+        )
 
 
 def test_tokens_with_no_weight_have_no_gradient():
@@ -210,7 +212,9 @@ def test_a_loss_that_does_not_vanish_with_its_factors():
         found = vocabulary_loss(hidden, head, tokens, {}, plain, Sampling(), chunk)[0]
         assert float(found) == pytest.approx(float(expected), rel=1e-5)
         found = value_and_gradient(
-            lambda h, w, c=chunk: vocabulary_loss(h, w, tokens, {}, plain, Sampling(), c), hidden, head
+            lambda h, w, c=chunk: vocabulary_loss(h, w, tokens, {}, plain, Sampling(), c),
+            hidden,
+            head,
         )[0][0]
         assert float(found) == pytest.approx(float(expected), rel=1e-5)
 

@@ -173,7 +173,9 @@ def test_any_leading_axes():
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.reshape(-1)), flat, boxed)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, 40), Sampling(1.0, 0, 0.7)], ids=str)
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(0.7, 40), Sampling(1.0, 0, 0.7)], ids=str
+)
 def test_frequencies_follow_the_distribution(sampling):
     """Pearson's statistic over many uniform numbers, words rarely expected taken together."""
     count, words = 20_000, 200
@@ -211,7 +213,9 @@ def test_uniforms_depend_on_key_and_position_only():
 def test_keys_differ_by_run_step_row_and_sample():
     def data(run, step, row, sample):
         one = jnp.full(1, row, jnp.int32), jnp.full(1, sample, jnp.int32)
-        return tuple(np.asarray(jax.random.key_data(row_keys(jax.random.key(run), jnp.int32(step), *one)))[0])
+        return tuple(
+            np.asarray(jax.random.key_data(row_keys(jax.random.key(run), jnp.int32(step), *one)))[0]
+        )
 
     places = [(0, 0, 1, 2), (1, 0, 1, 2), (0, 1, 1, 2), (0, 0, 2, 1), (0, 0, 1, 3), (0, 2, 1, 0)]
     assert len({data(*place) for place in places}) == len(places)

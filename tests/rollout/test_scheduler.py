@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rest_jax.rl.packing import bucket
 from rest_jax.rollout import engine as engine_lib
 from rest_jax.rollout import scheduler
 from rest_jax.rollout.engine import Drawn, Engine, RolloutSettings, Slots
 from rest_jax.rollout.scheduler import Sampler, Way
-from rest_jax.rl.packing import bucket
 from rest_jax.types import PromptBatch, RolloutBatch
 from tests import tiny
 
@@ -172,7 +172,9 @@ def test_statistics_of_random_lengths(lanes):
     stats = sampler.stats
     assert stats.tokens == limits.sum()
     order = sorted(range(8), key=lambda p: (-tiny.prompts().length[p], p))  # longest prompt first
-    assert stats.lane_steps == lanes * simulated_turns(limits[order], lanes, sampler.settings.sizes(8)[0])
+    assert stats.lane_steps == lanes * simulated_turns(
+        limits[order], lanes, sampler.settings.sizes(8)[0]
+    )
     assert 0 < stats.utilisation < 1
     assert stats.utilisation == stats.tokens / stats.lane_steps
 
