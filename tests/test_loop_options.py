@@ -8,13 +8,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from rest_jax import cli, config, policy
+from rest_jax import cli, config, policy, train
+from rest_jax.data.loader import make_loader
 from rest_jax.metric_table import METRICS
 from rest_jax.metrics import read_lines
 from rest_jax.rl.logprobs import Sampling
@@ -98,13 +100,14 @@ def launch(raw: dict, folder: pathlib.Path, *options: str, code: str | None = No
 
 
 KILL = f"""
-import os, signal, sys
+import json, os, signal, sys
 from rest_jax import machine
 machine.configure()  # before jax is there, as in the program itself
 from rest_jax import cli, train
 
 def after(self, step, last, plain=train.Loop.after):
     plain(self, step, last)
+    print("loader", json.dumps(self.loader_state), flush=True)
     if step == {KILLED}:
         self.opened.checkpoints.wait()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -123,14 +126,22 @@ def unbroken(source, tmp_path_factory) -> tuple[pathlib.Path, str]:
 
 
 @pytest.fixture(scope="module")
-def broken(source, tmp_path_factory) -> tuple[pathlib.Path, str, list[dict]]:
-    """The same run killed a step after its checkpoint, then started again: folder, output, lines before the restart."""
+def broken(source, tmp_path_factory) -> "Broken":
+    """The same run killed a step after its checkpoint, then started again."""
     folder = tmp_path_factory.mktemp("broken")
     raw = stale(source, folder)
-    launch(raw, folder, code=KILL)
+    killed = launch(raw, folder, code=KILL)
     before = test_train.lines(folder / "tiny")
-    out = launch(raw, folder, "--profile", "2")
-    return folder / "tiny", out, before
+    return Broken(folder / "tiny", killed, before, launch(raw, folder, "--profile", "2"))
+
+
+class Broken(NamedTuple):
+    """A run in two parts."""
+
+    run: pathlib.Path
+    killed: str  # output of the first part
+    before: list[dict]  # its metrics
+    restarted: str  # output of the second part
 
 
 def test_staleness_is_one_but_at_the_start_and_after_a_checkpoint(unbroken):
@@ -148,17 +159,33 @@ def test_staleness_is_one_but_at_the_start_and_after_a_checkpoint(unbroken):
 def test_two_runs_of_a_seed_are_the_same(unbroken, broken):
     """Up to where one of them was killed."""
     lines = test_train.lines(unbroken[0])
-    assert SAVED <= len(broken[2]) < STEPS
-    assert broken[2] == lines[: len(broken[2])]
+    assert SAVED <= len(broken.before) < STEPS
+    assert broken.before == lines[: len(broken.before)]
 
 
 def test_killed_after_a_checkpoint_and_restarted_is_the_unbroken_run(unbroken, broken):
-    assert test_train.lines(broken[0]) == test_train.lines(unbroken[0])
-    one, other = test_train.state(broken[0]), test_train.state(unbroken[0])
+    assert test_train.lines(broken.run) == test_train.lines(unbroken[0])
+    one, other = test_train.state(broken.run), test_train.state(unbroken[0])
     assert one[2] == STEPS
     test_train.same(one, other)
-    samples = [read_lines(run / "samples.jsonl") for run in (broken[0], unbroken[0])]
+    samples = [read_lines(run / "samples.jsonl") for run in (broken.run, unbroken[0])]
     assert samples[0] == samples[1]
+
+
+def test_what_is_saved_is_the_position_after_the_batch_trained_on(broken):
+    """Not after the one that was sampled ahead: a run stopped at any step drops that one and takes it again."""
+    said = re.findall(r"^loader (.*)$", broken.killed, re.MULTILINE)
+    resolved = config.load(broken.run / "config.yaml")
+    loaded = policy.load_policy(resolved.model, config.MeshConfig(fsdp=-1))
+    loader = make_loader(
+        train.training_prompts(resolved, loaded), batch_prompts=4, seed=0, pad_id=0,
+        cfg=resolved.data, num_steps=STEPS,
+    )  # fmt: skip
+    expected = []
+    for _ in range(KILLED):
+        next(loader)
+        expected.append(loader.get_state())
+    assert [json.loads(state) for state in said] == expected
 
 
 def test_a_trace_opens_in_perfetto(unbroken):
@@ -175,9 +202,8 @@ def test_a_trace_opens_in_perfetto(unbroken):
 
 
 def test_a_step_that_is_not_run_has_no_trace(broken):
-    run, out, _ = broken
-    assert "no trace: step 2 was not among the steps run" in out
-    assert not (run / "profile").exists()
+    assert "no trace: step 2 was not among the steps run" in broken.restarted
+    assert not (broken.run / "profile").exists()
 
 
 def test_the_metrics_of_speed_and_packing(unbroken):

@@ -1,1 +1,1 @@
-"""Sampling responses: one jitted prefill-and-decode over prompt groups, and the host code that feeds it."""
+"""Sampling responses: jitted prefill, insert and decode over fixed slots, and the host code that keeps them busy."""

@@ -109,16 +109,40 @@ def test_slots_counts_and_budget(case):
         assert micro.padded == case.ways * rows * cost >= micro.tokens
         if rows > 1 and case.budget is not None:
             assert rows * cost <= case.budget
-        if (
-            rows > 1
-        ):  # rows are of like sizes: the first of each way is the longest, none is half of it
-            sizes = [
-                bucket(int(case.prompt[p]), case.widths[0])
-                + group * bucket(int(case.response[p].max()), case.widths[1])
-                for p in taken
-            ]
-            if case.ways == 1:
-                assert 2 * min(sizes) >= cost
+
+
+@given(cases())
+@settings(max_examples=100)
+def test_numbers_of_rows_are_few(case):
+    """Powers of two, or all that are left."""
+    for mini in case.plan():
+        left = np.sum([(micro.pick >= 0).sum(axis=1) for micro in mini], axis=0)
+        for micro in mini:
+            rows = micro.pick.shape[1]
+            assert rows & (rows - 1) == 0 or rows == left.max()
+            left = left - (micro.pick >= 0).sum(axis=1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_group_is_padded_to_more_than_twice_its_size(seed):
+    rng = np.random.default_rng(seed)
+    prompt = np.ceil(rng.lognormal(4, 1.5, 12)).astype(int)
+    response = np.ceil(rng.lognormal(4, 1.5, (12, 2))).astype(int)
+    widths = int(prompt.max()), int(response.max())
+    (mini,) = plan(prompt, response, widths, ways=1, budget=None)
+    assert len(mini) > 1
+    for micro in mini:
+        for _, p in groups_of(micro, 12):
+            own = bucket(int(prompt[p]), widths[0]) + 2 * bucket(int(response[p].max()), widths[1])
+            assert micro.padded <= micro.pick.size * 2 * own
+
+
+def test_a_row_that_is_left_out_after_all_widens_nothing():
+    """Three rows fit, two are taken: the third's long response is none of theirs."""
+    prompt, response = np.array([128, 96, 32, 32]), np.array([[32], [48], [96], [96]])
+    ((first, *_),) = plan(prompt, response, (500, 500), ways=1, budget=700)
+    np.testing.assert_array_equal(first.pick, [[0, 1]])
+    assert first.slots == (128, 48)
 
 
 @given(cases())

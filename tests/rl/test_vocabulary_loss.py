@@ -153,6 +153,9 @@ def test_bfloat16_hidden_states_leave_the_head_in_float32(chunk):
     )
     close(d_hidden, expected[0], 1e-2)
     close(d_head, expected[1], 1e-2)
+    written = str(jax.make_jaxpr(jax.grad(lambda w: vocabulary_loss(hidden, w, *arguments, chunk, True)[0]))(head))  # fmt: skip
+    assert "preferred_element_type=float32" in written
+    assert "preferred_element_type=bfloat16" not in written
     # not rounded to bfloat16 on its way
     assert (np.asarray(d_head.astype(jnp.bfloat16).astype(jnp.float32)) != np.asarray(d_head)).mean() > 0.9  # fmt: skip
 

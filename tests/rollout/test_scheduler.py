@@ -206,10 +206,11 @@ def simulated_turns(lengths, lanes: int, slots: int) -> int:
 
 
 def test_lanes_without_work_are_cut_away():
-    """All 32 responses run at once: when 24 have ended, 8 lanes go on."""
+    """All 32 responses run at once: when 24 have ended, 8 lanes go on, and draw what they would have drawn."""
     limits = np.random.default_rng(6).integers(1, tiny.TIME + 1, (8, tiny.GROUP))
     sampler = endless(128)
     out = run(sampler, tiny.prompts(), limits=limits)
+    same(out, run(endless(4), tiny.prompts(), limits=limits))
     np.testing.assert_array_equal(out.response_length, limits)
     ordered = np.sort(limits.reshape(-1))
     turns = int(ordered[23])
