@@ -133,6 +133,7 @@ def coefficients(batch: TrainBatch, counted: Bool[Array, " P"], cfg: StepConfig)
     return Coefficients(policy=policy, regulariser=regulariser)
 
 
+@jax.named_scope("prepare")
 def prepare_step(
     scored: ScoredBatch,
     old: OldPolicy | None,

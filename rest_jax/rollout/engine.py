@@ -162,6 +162,7 @@ def insert(slots: Slots, prefilled: Prefilled, slot: Int[Array, " W"]) -> Slots:
         return dataclasses.replace(slots, cache=cache, prompt_hidden=hidden)
 
 
+@jax.named_scope("start")
 def start(slots: Slots, lanes: Lanes, rng: Key[Array, ""], step: Int[Array, ""]) -> Slots:
     """Lanes begin new responses; the others go on."""
     new, cache = lanes.new, slots.cache
@@ -233,6 +234,7 @@ def decode(
     return slots, Drawn(token, logp, entropy, gini, count, slots.alive, steps)
 
 
+@jax.named_scope("resize")
 def resize(
     slots: Slots, lanes: Int[Array, "W M"], *, prompt_width: int, response_width: int
 ) -> Slots:
