@@ -89,13 +89,16 @@ def launch(raw: dict, folder: pathlib.Path, *options: str, code: str | None = No
     path.write_text(yaml.safe_dump(raw))
     program = ["-m", "rest_jax"] if code is None else ["-c", code]
     process = subprocess.Popen(
-        [sys.executable, *program, "train", str(path), *options], env=test_train.environment(),
+        [sys.executable, *program, "train", str(path), *options],
+        env=test_train.environment() | {"PYTHONFAULTHANDLER": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    if code is None:
-        return test_train.finish(process)
-    out, _ = process.communicate(timeout=400)
-    assert process.returncode == -signal.SIGKILL, out
+    try:
+        out, _ = process.communicate(timeout=400)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # its threads say where they are
+        out, _ = process.communicate()
+    assert process.returncode == (0 if code is None else -signal.SIGKILL), out
     return out
 
 
