@@ -13,8 +13,9 @@ from rest_jax.answer import Call, Target
 from rest_jax.errors import UserError
 from rest_jax.templates import TEMPLATES, Template
 
+VERSION = 1  # of the JSON form; a record without one is of version 1
 ROLES = ("system", "user", "assistant", "tool")
-FIELDS = ("id", "source", "tools", "history", "target", "messages")
+FIELDS = ("version", "id", "source", "tools", "history", "target", "messages", "extra")
 
 
 class RecordError(UserError):
@@ -37,6 +38,9 @@ class StepRecord:
     messages: tuple[dict[str, str], ...] | None = (
         None  # a prompt already rendered: tools and history are ignored
     )
+    extra: dict[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # what the source says besides, for the way back to it; never seen by a policy
 
     def prompt_messages(self, template: Template, brief: bool = False) -> list[dict[str, str]]:
         """The chat messages of the prompt: `messages` as they are, or tools and history through the template."""
@@ -53,7 +57,10 @@ def from_json(raw: Any, where: str = "record") -> StepRecord:
     where = f"{where}: record {name!r}" if name is not None else where
     if unknown := [key for key in raw if key not in FIELDS]:
         raise RecordError(f"{where}: unknown field {unknown[0]!r} (known: {', '.join(FIELDS)})")
-    messages = raw.get("messages")
+    _check_version(raw, where)
+    messages, extra = raw.get("messages"), raw.get("extra")
+    if extra is not None and not isinstance(extra, Mapping):
+        raise RecordError(f"{where}: extra: an object is needed, found {_kind(extra)}")
     return StepRecord(
         id=_text(raw, "id", where),
         source=_text(raw, "source", where, default=""),
@@ -63,16 +70,21 @@ def from_json(raw: Any, where: str = "record") -> StepRecord:
         history=_history(raw, where),
         target=target_from_json(raw.get("target"), f"{where}: target"),
         messages=None if messages is None else _messages(messages, where),
+        extra=dict(extra or {}),
     )
 
 
 def to_json(record: StepRecord) -> dict[str, Any]:
     """The plain JSON object of a record; `from_json` of it gives an equal record."""
-    target: dict[str, Any] = {"calls": [dataclasses.asdict(call) for call in record.target.calls]}
-    for field in ("response", "think", "text"):
+    target: dict[str, Any] = {
+        "calls": [dataclasses.asdict(call) for call in record.target.calls],
+        "response": record.target.response,
+    }
+    for field in ("think", "text"):
         if (value := getattr(record.target, field)) is not None:
             target[field] = value
     raw: dict[str, Any] = {
+        "version": VERSION,
         "id": record.id,
         "source": record.source,
         "tools": list(record.tools),
@@ -81,6 +93,8 @@ def to_json(record: StepRecord) -> dict[str, Any]:
     }
     if record.messages is not None:
         raw["messages"] = list(record.messages)
+    if record.extra:
+        raw["extra"] = record.extra
     return raw
 
 
@@ -128,6 +142,14 @@ def target_from_text(text: str, where: str) -> Target:
             f"{where}: the gold answer has no call, no response and no thought: {text[:60]!r}"
         )
     return Target(calls=answer.calls, response=answer.response, think=answer.think, text=text)
+
+
+def _check_version(raw: Mapping[str, Any], where: str) -> None:
+    version = raw.get("version")
+    if version is not None and (isinstance(version, bool) or version not in range(1, VERSION + 1)):
+        raise RecordError(
+            f"{where}: version: {version!r} is not known here, {VERSION} is the newest; update rest_jax"
+        )
 
 
 def _history(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:

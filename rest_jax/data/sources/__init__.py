@@ -9,12 +9,33 @@
 `read_records` decides by the content, not by the name. Any fault is a `RecordError` naming file, place and field.
 """
 
+import dataclasses
 import json
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rest_jax.data.records import RecordError, StepRecord, from_json
 from rest_jax.data.sources import api_bank, rlla, tables
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One layout of other people's data.
+
+    `convert(raw, name, where)`: the step records of one raw item, ids from `name`; RecordError opening with `where`.
+    `restore(records)`: the raw item that these records, in their order, were converted from.
+    """
+
+    convert: Callable[[Any, str, str], list[StepRecord]]
+    restore: Callable[[Sequence[StepRecord]], Any]
+    trainable: bool = True  # False: a benchmark; training data must not be made of it
+
+
+SOURCES: dict[str, Source] = {
+    "rlla": Source(rlla.convert, rlla.restore),
+    "api_bank": Source(api_bank.convert, api_bank.restore),
+}
 
 
 def read_records(path: str | pathlib.Path, limit: int | None = None) -> list[StepRecord]:

@@ -5,10 +5,33 @@ reward_model.ground_truth, extra_info). The Parquet ground truth has a placehold
 are rewarded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rest_jax.data.records import RecordError, StepRecord, target_from_text
+
+
+def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
+    """The record of one item, of either layout."""
+    if not isinstance(raw, Mapping):
+        raise RecordError(f"{where}: an object is needed, found {type(raw).__name__}")
+    if {"prompt", "reward_model"} <= raw.keys():
+        return [from_parquet(raw, name, where)]
+    for field in ("instruction", "input", "output"):
+        if field not in raw:
+            raise RecordError(f"{where}: {field}: missing (rlla: instruction, input, output)")
+    return [from_supervised(raw, name, where)]
+
+
+def restore(records: Sequence[StepRecord]) -> dict[str, Any]:
+    """The item of a supervised file that `convert` made a record of."""
+    (record,) = records
+    system, user = record.messages or ()
+    return {
+        "instruction": system["content"],
+        "input": user["content"],
+        "output": record.target.text,
+    }
 
 
 def from_supervised(raw: Mapping[str, Any], name: str, where: str) -> StepRecord:

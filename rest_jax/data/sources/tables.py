@@ -7,7 +7,7 @@ from typing import Any
 
 from rest_jax.data.records import RecordError, StepRecord, to_json
 
-_NESTED = ("tools", "history", "target", "messages")
+_NESTED = ("tools", "history", "target", "messages", "extra")
 
 
 def read_jsonl(path: pathlib.Path, text: str, limit: int | None) -> list[tuple[str, Any]]:
@@ -63,22 +63,30 @@ def write(path: pathlib.Path, records: list[StepRecord]) -> None:
         beside.unlink(missing_ok=True)
 
 
+def parquet_row(record: StepRecord) -> dict[str, Any]:
+    """The columns of a record in Parquet: version (int), id and source (text), nested fields as JSON strings or None."""
+    raw = to_json(record)
+    nested = {
+        field: json.dumps(raw[field], ensure_ascii=False) if field in raw else None
+        for field in _NESTED
+    }
+    return {field: raw[field] for field in ("version", "id", "source")} | nested
+
+
+def parquet_schema() -> Any:
+    """The pyarrow schema of `parquet_row`s; it is the same for every source."""
+    import pyarrow
+
+    text = ("id", "source", *_NESTED)
+    return pyarrow.schema([("version", pyarrow.int32()), *((c, pyarrow.string()) for c in text)])
+
+
 def _write_parquet(path: pathlib.Path, records: list[StepRecord]) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    columns: dict[str, list[str | None]] = {"id": [], "source": []} | {
-        field: [] for field in _NESTED
-    }
-    for raw in map(to_json, records):
-        columns["id"].append(raw["id"])
-        columns["source"].append(raw["source"])
-        for field in _NESTED:
-            columns[field].append(
-                json.dumps(raw[field], ensure_ascii=False) if field in raw else None
-            )
-    schema = pyarrow.schema([(name, pyarrow.string()) for name in columns])
-    pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), path)
+    rows = [parquet_row(record) for record in records]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=parquet_schema()), path)
 
 
 def _loads(text: str, where: str) -> Any:
