@@ -59,7 +59,7 @@ class DataConfig(Section):
     shuffle: bool = True
     workers: NonNegativeInt = 0  # Grain worker processes
     synthetic_seed: NonNegativeInt = 0
-    synthetic_level: Literal["single", "mixed"] = "mixed"
+    synthetic_level: Literal["single", "mixed", "reasoned"] = "mixed"
     synthetic_size: PositiveInt = 4096  # training records of a `synthetic:` world
 
 

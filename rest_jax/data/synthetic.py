@@ -5,6 +5,7 @@ what a tool does; parameter names are a word and a random ending, which has to b
 of them, for something none of them does, or for the second step of a dialogue. `world` answers correctly. `demonstrations` are
 the same requests answered by a demonstrator with the bad habits of the table `HABITS`; a policy that imitates it makes those
 mistakes about as often, and reinforcement has something to mend.
+At level `reasoned` every call is thought through before it is made (`synthetic_reasoning.py`).
 Tools are split into training and held-out ones by `synthetic_words.split_of`; record i depends on (split, seed, level, i) only.
 """
 
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 from rest_jax.answer import Call, Target
 from rest_jax.data.records import StepRecord
+from rest_jax.data.synthetic_reasoning import REASONED_HABITS, Task, answer
 from rest_jax.data.synthetic_words import (
     CODE,
     PARAMETER_TYPES,
@@ -25,7 +27,7 @@ from rest_jax.data.synthetic_words import (
 )
 from rest_jax.errors import UserError
 
-Level = Literal["single", "mixed"]
+Level = Literal["single", "mixed", "reasoned"]
 
 # share of each kind of record, by level
 KINDS: dict[str, dict[str, float]] = {
@@ -37,6 +39,14 @@ KINDS: dict[str, dict[str, float]] = {
         "first": 0.08,
         "second": 0.10,
         "final": 0.06,
+    },
+    "reasoned": {
+        "single": 0.15,
+        "parallel": 0.40,
+        "none": 0.10,
+        "first": 0.12,
+        "second": 0.15,
+        "final": 0.08,
     },
 }
 # what the sloppy demonstrator does, with its probability at sloppiness 1 where the habit applies. Above a half the greedy
@@ -85,6 +95,8 @@ class Draft:
     tools: list[Tool]
     history: list[dict[str, Any]]
     target: Target
+    tasks: tuple[Task, ...]
+    done: str = ""  # what a later step's thought begins with
     tempting: Call | None = None
     tempting_think: str | None = None
 
@@ -114,7 +126,8 @@ def _record(split: Split, seed: int, index: int, level: Level, sloppiness: float
     maker = Maker(rng, split)
     draft = getattr(maker, kind)()
     rng.shuffle(draft.tools)
-    target = _sloppy(draft, random.Random(f"habits-{name}"), sloppiness)
+    spoil = _careless if level == "reasoned" else _sloppy
+    target = spoil(draft, random.Random(f"habits-{name}"), sloppiness)
     return StepRecord(
         id=f"synthetic-{name}-{kind}",
         source="synthetic",
@@ -125,13 +138,32 @@ def _record(split: Split, seed: int, index: int, level: Level, sloppiness: float
 
 
 def _sloppy(draft: Draft, rng: random.Random, sloppiness: float) -> Target:
-    """The draft's answer with every habit that strikes. The same numbers are drawn for every sloppiness."""
-    strikes = {habit: rng.random() < p * sloppiness for habit, p in HABITS.items()}
+    """The draft's answer with every habit that strikes."""
+    strikes = _strikes(HABITS, rng, sloppiness)
     target = draft.target
     if strikes["spurious_call"] and draft.tempting is not None:
         target = Target(calls=(draft.tempting,), think=draft.tempting_think)
     if strikes["forgets_second"]:
         target = dataclasses.replace(target, calls=target.calls[:1])
+    return _misspelt(target, strikes)
+
+
+def _careless(draft: Draft, rng: random.Random, sloppiness: float) -> Target:
+    """The thought-through answer with every habit of `REASONED_HABITS` that strikes."""
+    strikes = _strikes(REASONED_HABITS, rng, sloppiness)
+    habits = [habit for habit, strikes_now in strikes.items() if strikes_now]
+    report = draft.target.response or ""
+    target = answer(draft.tasks, draft.tools, draft.done, report, NO_TOOL, habits)
+    return _misspelt(target, strikes)
+
+
+def _strikes(habits: dict[str, float], rng: random.Random, sloppiness: float) -> dict[str, bool]:
+    """Which habits strike. The same numbers are drawn for every sloppiness."""
+    return {habit: rng.random() < p * sloppiness for habit, p in habits.items()}
+
+
+def _misspelt(target: Target, strikes: dict[str, bool]) -> Target:
+    """The habits that spoil the writing of a call, not the choice of it."""
     if strikes["stringly"]:
         calls = tuple(
             Call(c.name, {k: _as_string(v) for k, v in c.arguments.items()}) for c in target.calls
@@ -188,18 +220,26 @@ class Maker:
         others = [self.tool(most=2) for _ in range(self.rng.randint(1, 2))]
         target = Target(response=NO_TOOL, think=f"need to {wanted.does}: no tool fits")
         return Draft(
-            [near, *others], self._say(clause), target, tempting, thought((wanted.does, near))
+            tools=[near, *others],
+            history=self._say(clause),
+            target=target,
+            tasks=(_task(wanted, call),),
+            tempting=tempting,
+            tempting_think=thought((wanted.does, near)),
         )
 
     def first(self) -> Draft:
         one, other, clause, call, _ = self._two_steps()
-        return self._draft([one, other], self._say(clause), [(one, call)], distractors=1)
+        draft = self._draft([one, other], self._say(clause), [(one, call)], distractors=1)
+        later = Task(other.action, other.thing, {}, waits=True)
+        return dataclasses.replace(draft, tasks=(*draft.tasks, later))
 
     def second(self) -> Draft:
         one, other, clause, call, code = self._two_steps()
         history = [*self._say(clause), *self._done(call, code)]
         last = Call(other.name, {other.parameters[CODE]: code})
-        return self._draft([one, other], history, [(other, last)], distractors=1)
+        draft = self._draft([one, other], history, [(other, last)], distractors=1)
+        return dataclasses.replace(draft, done=f"{one.does} is done: {CODE} {code}.")
 
     def final(self) -> Draft:
         tool = self.tool(most=2)
@@ -207,7 +247,8 @@ class Maker:
         code, _ = value(self.rng, CODE)
         history = [*self._say(clause), *self._done(call, code)]
         target = Target(response=f"Done: {CODE} {code}.", think=f"{tool.does} is done: report it")
-        return Draft([tool, self._distractor(tool)], history, target)
+        done = f"{tool.does} is done: {CODE} {code}."
+        return Draft([tool, self._distractor(tool)], history, target, tasks=(), done=done)
 
     # parts
 
@@ -219,7 +260,8 @@ class Maker:
             calls=tuple(call for _, call in wanted),
             think=thought(*((tool.does, tool) for tool, _ in wanted)),
         )
-        return Draft([*tools, *others], history, target)
+        tasks = tuple(_task(tool, call) for tool, call in wanted)
+        return Draft([*tools, *others], history, target, tasks)
 
     def _two_steps(self) -> tuple[Tool, Tool, str, Call, str]:
         one, other = self.tool(most=2), self.tool(parameters=[CODE])
@@ -286,6 +328,11 @@ class Maker:
             if name not in self.names:
                 self.names.add(name)
                 return name
+
+
+def _task(tool: Tool, call: Call) -> Task:
+    values = {word: call.arguments[mask] for word, mask in tool.parameters.items()}
+    return Task(tool.action, tool.thing, values)
 
 
 def thought(*chosen: tuple[str, Tool]) -> str:
