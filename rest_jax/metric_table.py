@@ -74,6 +74,12 @@ METRICS: dict[str, Metric] = {
     "update/tokens": Metric("tokens", "tokens that carried loss"),
     "update/accuracy": Metric("fraction", "supervised tokens that are the most probable ones"),
     "update/grad_norm": Metric("", "global norm of the gradient, before clipping"),
+    "update/grad_variance": Metric(
+        "", "trace of the covariance of the gradient, from its groups (train.measure_noise)"
+    ),
+    "update/grad_noise": Metric(
+        "", "the same over the squared norm of the gradient; 1: nothing but noise"
+    ),
     "update/update_norm": Metric("", "global norm of the change of the parameters"),
     "update/param_norm": Metric("", "global norm of the parameters"),
     "update/learning_rate": Metric("", "learning rate in force"),

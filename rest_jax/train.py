@@ -137,7 +137,8 @@ class Loop:
     ):
         self.config, self.policy, self.steps, self.opened = config, policy, steps, opened
         r, t = config.rollout, config.train
-        updates = r.prompts_per_step // (t.prompts_per_update or r.prompts_per_step)
+        mini_batch = t.prompts_per_update or r.prompts_per_step
+        updates = r.prompts_per_step // mini_batch
         self.step_config = StepConfig(
             loss=config.loss,
             schedule=Schedule(config.weights, config.curriculum, steps),
@@ -146,6 +147,7 @@ class Loop:
             micro_tokens=t.micro_tokens,
             fixed_length=r.max_response_tokens,
             importance_cap=r.importance_cap,
+            noise_groups=mini_batch if t.measure_noise else None,
         )
         tx = make_optimizer(config.optimizer, steps * updates)
         # The reference is the starting policy; without a KL term nothing keeps a second copy of the weights.

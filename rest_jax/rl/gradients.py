@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 from rest_jax.rl.packing import MicroBatch, take_groups
 from rest_jax.types import Params, TrainState
@@ -38,6 +39,28 @@ class Totals:
         )
 
 
+SQUARES, COUNTS = "noise/squares", "noise/counts"
+
+
+def gradient_noise(
+    squares: Float[Array, ""], counts: Float[Array, ""], norm: Float[Array, ""], groups: int
+) -> Metrics:
+    """Sampling variance of a mini-batch gradient from its parts: `update/grad_variance`, the trace of its covariance, and
+    `update/grad_noise`, that over its own squared norm (1: nothing but noise; scale-free).
+
+    The gradient is the sum of `groups` independent group terms, denominators taken as given. `squares` = sum_k |S_k|^2 over
+    micro-batches of n_k groups, `counts` = sum_k n_k^2 (a skipped group: n 1, S 0), `norm` = |sum_k S_k|. From
+    E|S_k|^2 = n_k t + n_k^2 |mu|^2 and E norm^2 = n t + n^2 |mu|^2 follows the unbiased n t (McCandlish et al. 2018,
+    appendix A, for unequal parts).
+    """
+    share = counts / groups**2
+    variance = (squares - share * norm**2) / jnp.maximum(1 - share, 1e-12)
+    return {
+        "update/grad_variance": variance,
+        "update/grad_noise": variance / jnp.maximum(norm**2, 1e-30),
+    }
+
+
 LossFn = Callable[[Params, Any], tuple[jax.Array, Totals]]  # (params, rows of the batch)
 
 
@@ -56,11 +79,16 @@ def apply_gradients(
 
 
 def make_update(
-    loss_fn: LossFn, tx: optax.GradientTransformation, mesh: Mesh, state_shardings: TrainState
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    state_shardings: TrainState,
+    noise_groups: int | None = None,
 ) -> Callable[[TrainState, Any, Sequence[MicroBatch]], tuple[TrainState, Metrics]]:
     """Function of one optimiser update over the micro-batches of a plan: (state, batch, plan) -> (state, metrics).
 
-    The state is donated; gradients are float32 in the sharding of the parameters, metrics replicated.
+    The state is donated; gradients are float32 in the sharding of the parameters, metrics replicated. `noise_groups`:
+    groups of a mini-batch, for `gradient_noise` among the metrics; None: not measured.
     """
     at = state_shardings.params
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -68,7 +96,13 @@ def make_update(
 
     def gradient(params, batch, pick, slots):
         part = take_groups(batch, pick, slots, mesh)
-        return jax.grad(loss_fn, has_aux=True)(params, part)
+        grads, totals = jax.grad(loss_fn, has_aux=True)(params, part)
+        if noise_groups is not None:
+            here = jnp.sum(pick >= 0).astype(jnp.float32)
+            # what a skipped group adds is put in at the end: `noise_groups` less the groups computed
+            found = {SQUARES: optax.tree.norm(grads, squared=True), COUNTS: here**2 - here}
+            totals = Totals(totals.sums | found, totals.maxima)
+        return grads, totals
 
     def add(grads, totals, params, batch, pick, slots):
         new, found = gradient(params, batch, pick, slots)
@@ -88,7 +122,12 @@ def make_update(
 
     def finish(state, grads, totals):
         state, norms = apply_gradients(state, grads, tx)
-        return state, totals.sums | totals.maxima | norms
+        sums = dict(totals.sums)
+        if noise_groups is not None:
+            counts = sums.pop(COUNTS) + noise_groups
+            norm = norms["update/grad_norm"]
+            sums |= gradient_noise(sums.pop(SQUARES), counts, norm, noise_groups)
+        return state, sums | totals.maxima | norms
 
     apply = jax.jit(
         finish,

@@ -48,11 +48,13 @@ def plan(
     budget: int | None,
     wanted: np.ndarray | None = None,
     updates: int = 1,
+    most_rows: int | None = None,
 ) -> list[list[MicroBatch]]:
     """The micro-batches of each update, for prompts `[P]` with responses `[P, G]`, padded to `widths`.
 
     `budget`: trunk positions of a micro-batch in one way; None: no limit. At least one group always goes. `wanted` [P]:
-    groups to compute; the others appear nowhere. A mini-batch without wanted groups has no micro-batch.
+    groups to compute; the others appear nowhere. A mini-batch without wanted groups has no micro-batch. `most_rows`: groups a
+    micro-batch may take of each way.
     """
     count, group = len(prompt_length), response_length.shape[1]
     local = count // ways
@@ -70,12 +72,22 @@ def plan(
         return sorted(rows, key=lambda p: (-sizes[p][0] - group * sizes[p][1], p))
 
     return [
-        _fill([queue(way, update) for way in range(ways)], sizes, true, group, local, budget)
+        _fill(
+            [queue(way, update) for way in range(ways)],
+            sizes,
+            true,
+            group,
+            local,
+            budget,
+            most_rows or count,
+        )
         for update in range(updates)
     ]
 
 
-def _fill(queues, sizes, true, group: int, local: int, budget: int | None) -> list[MicroBatch]:
+def _fill(
+    queues, sizes, true, group: int, local: int, budget: int | None, most_rows: int
+) -> list[MicroBatch]:
     def shape(heads: Sequence[int]) -> tuple[int, int]:
         return max(sizes[p][0] for p in heads), max(sizes[p][1] for p in heads)
 
@@ -85,7 +97,7 @@ def _fill(queues, sizes, true, group: int, local: int, budget: int | None) -> li
     found = []
     while any(queues):
         slots = shape([queue[0] for queue in queues if queue])
-        rows, left = 1, max(map(len, queues))
+        rows, left = 1, min(max(map(len, queues)), most_rows)
         while rows < left:
             joined = shape([queue[rows] for queue in queues if len(queue) > rows] or [queues[0][0]])
             wider = (max(slots[0], joined[0]), max(slots[1], joined[1]))

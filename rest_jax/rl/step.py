@@ -52,6 +52,9 @@ class StepConfig:
     micro_tokens: int | None
     fixed_length: int  # tokens; the constant of aggregation `fixed_length`
     importance_cap: float | None = None
+    noise_groups: int | None = (
+        None  # groups of a mini-batch: `gradient_noise` is measured, group by group
+    )
 
     @property
     def every_group_counts(self) -> bool:
@@ -230,6 +233,7 @@ def plan_step(extents: Extents, cfg: StepConfig, ways: int) -> list[list[MicroBa
         budget=cfg.micro_tokens,
         wanted=wanted_groups(extents.reward, cfg),
         updates=cfg.updates,
+        most_rows=None if cfg.noise_groups is None else 1,
     )
 
 
@@ -269,9 +273,8 @@ def make_train_step(
         in_shardings=(rows, rows, rows, state_shardings.curriculum),
         out_shardings=(rows, everywhere, everywhere),
     )
-    update = make_update(
-        functools.partial(loss_terms, decoder=decoder, cfg=cfg), tx, mesh, state_shardings
-    )
+    terms = functools.partial(loss_terms, decoder=decoder, cfg=cfg)
+    update = make_update(terms, tx, mesh, state_shardings, cfg.noise_groups)
     combine = jax.jit(_combine, out_shardings=everywhere)
 
     def step(state, scored, old, logp_ref, micro_batches: Sequence | None = None):
