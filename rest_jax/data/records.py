@@ -1,7 +1,7 @@
 """The step record: one assistant turn to be produced, with everything the policy sees before it.
 
 A dialogue of K assistant turns becomes K records; record k holds the tools, the history up to turn k and turn k's own
-answer (step-level decomposition, as described for ResT). `from_json` / `to_json` convert to and from plain JSON objects;
+answer (`data.dialogue.decompose`). `from_json` / `to_json` convert to and from plain JSON objects;
 `data.sources` reads and writes files of them. Every fault is a `RecordError` naming the record and the field.
 """
 
@@ -36,15 +36,20 @@ class StepRecord:
     ]  # {"role", "content", optional "calls": [{"name", "arguments"}], "think"}
     target: Target
     messages: tuple[dict[str, str], ...] | None = (
-        None  # a prompt already rendered: tools and history are ignored
+        None  # the prompt verbatim, where the source has it in a form that tools and history do not give again
     )
     extra: dict[str, Any] = dataclasses.field(
         default_factory=dict
     )  # what the source says besides, for the way back to it; never seen by a policy
 
     def prompt_messages(self, template: Template, brief: bool = False) -> list[dict[str, str]]:
-        """The chat messages of the prompt: `messages` as they are, or tools and history through the template."""
-        if self.messages is not None:
+        """The chat messages of the prompt: `messages` as they are, or tools and history through the template.
+
+        Rendered prompts are of the toolrl template; the other templates, and the brief form, go by the history if there is one.
+        """
+        if self.messages is not None and (
+            not self.history or (template.name == "toolrl" and not brief)
+        ):
             return [dict(m) for m in self.messages]
         return template.render_prompt(list(self.tools), list(self.history), brief=brief)
 
@@ -144,6 +149,13 @@ def target_from_text(text: str, where: str) -> Target:
     return Target(calls=answer.calls, response=answer.response, think=answer.think, text=text)
 
 
+def check_text(value: Any, field: str, where: str) -> str:
+    """The value if it is text, else a RecordError naming the field."""
+    if not isinstance(value, str):
+        raise RecordError(f"{where}: {field}: text is needed, found {_kind(value)}")
+    return value
+
+
 def _check_version(raw: Mapping[str, Any], where: str) -> None:
     version = raw.get("version")
     if version is not None and (isinstance(version, bool) or version not in range(1, VERSION + 1)):
@@ -204,10 +216,7 @@ def _tool(raw: Any, where: str) -> dict[str, Any]:
 
 
 def _text(raw: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
-    value = raw.get(key, default)
-    if not isinstance(value, str):
-        raise RecordError(f"{where}: {key}: text is needed, found {_kind(value)}")
-    return value
+    return check_text(raw.get(key, default), key, where)
 
 
 def _optional_text(raw: Mapping[str, Any], key: str, where: str) -> str | None:

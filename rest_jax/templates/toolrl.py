@@ -14,12 +14,12 @@ from rest_jax.answer import Answer, Target
 from rest_jax.templates import parser
 from rest_jax.templates.rendering import call_lines, flat_parameters
 
-_INTRODUCTION = (
+INTRODUCTION = (
     "You are a helpful multi-turn dialogue assistant capable of leveraging tool calls to solve "
     "user tasks and provide structured chat responses.\n\n**Available Tools**\n"
     "In your response, you can use the following tools:\n"
 )
-_RULES = """
+_STEPS = """
 
 **Steps for Each Turn**
 1. **Think:** Recall relevant context and analyze the current user goal.
@@ -50,6 +50,7 @@ _NOTES = (
     "3. Refer to the previous dialogue records in the history, including the user's queries, "
     "previous `<tool_call>`, `<response>`, and any tool feedback noted as `<obs>` (if exists)."
 )
+RULES = _STEPS + _NOTES
 _BRIEF_FORMAT = (
     '<think> why </think> then <tool_call> {"name": tool, "parameters": {...}} </tool_call>, '
     "a line each, or <response> text </response>"
@@ -65,9 +66,7 @@ def render_prompt(
     if brief:
         system = "\n".join([*map(_brief_tool, tools), _BRIEF_FORMAT])
     else:
-        system = (
-            _INTRODUCTION + "\n".join(map(_tool, range(1, len(tools) + 1), tools)) + _RULES + _NOTES
-        )
+        system = INTRODUCTION + "\n".join(map(_tool, range(1, len(tools) + 1), tools)) + RULES
     extra = [message["content"] for message in history if message["role"] == "system"]
     dialogue = _dialogue([message for message in history if message["role"] != "system"])
     header = "" if brief else "**Dialogue Records History**\n"

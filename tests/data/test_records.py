@@ -1,5 +1,7 @@
 """Step records: JSON round trip, and one clear line for every fault."""
 
+import dataclasses
+
 import pytest
 
 from rest_jax.answer import Call, Target
@@ -42,6 +44,22 @@ def test_round_trip_of_a_rendered_prompt():
     assert record.prompt_messages(TEMPLATES["toolrl"]) == list(messages)
 
 
+def test_version_is_written_and_may_be_missing():
+    raw = to_json(RECORD)
+    assert raw.pop("version") == 1
+    assert from_json(raw) == RECORD
+
+
+def test_a_verbatim_prompt_is_the_full_toolrl_prompt_only():
+    messages = ({"role": "user", "content": "<user>do f</user>"},)
+    record = dataclasses.replace(RECORD, messages=messages, extra={"raw": [[["id"], 3]]})
+    assert from_json(to_json(record)) == record
+    assert record.prompt_messages(TEMPLATES["toolrl"]) == list(messages)
+    for template, brief in (("hermes", False), ("llama3", False), ("toolrl", True)):
+        expected = RECORD.prompt_messages(TEMPLATES[template], brief)
+        assert record.prompt_messages(TEMPLATES[template], brief) == expected
+
+
 def test_parameters_is_another_word_for_arguments():
     raw = to_json(RECORD)
     raw["target"]["calls"] = [{"name": "f", "parameters": {"x": 2}}]
@@ -81,6 +99,10 @@ def test_parameters_is_another_word_for_arguments():
             r"messages\[0\]: content: text is needed, found nothing",
         ),
         (("reward",), 1, "unknown field 'reward'"),
+        (("version",), 2, "version: 2 is not known here, 1 is the newest"),
+        (("version",), "1", "version: '1' is not known here"),
+        (("version",), True, "version: True is not known here"),
+        (("extra",), [], "extra: an object is needed, found list"),
     ],
 )
 def test_faults_name_the_record_and_the_field(path, value, message):

@@ -36,7 +36,8 @@ def test_rlla_supervised(data_dir):
     assert len(records) == len(raw) == 400
     for record, item in zip(records, raw, strict=True):
         assert record.target.text == item["output"]
-        assert [m["content"] for m in record.messages] == [item["instruction"], item["input"]]
+        prompt = record.prompt_messages(TEMPLATES["toolrl"])
+        assert [m["content"] for m in prompt] == [item["instruction"], item["input"]]
         assert record.target.calls == tuple(_calls_by_line(item["output"]))
         assert (record.target.response is not None) == (
             "<response>" in item["output"].rpartition("</think>")[2]
@@ -51,7 +52,7 @@ def test_rlla_parquet(data_dir):
         gold = row["reward_model"]["ground_truth"]
         assert record.target.text == gold
         assert record.target.calls == tuple(_calls_by_line(gold))
-        assert list(record.messages) == [
+        assert record.prompt_messages(TEMPLATES["toolrl"]) == [
             {k: m[k] for k in ("role", "content")} for m in row["prompt"]
         ]
 
@@ -74,7 +75,8 @@ def test_api_bank(data_dir, level, count):
     for record, item in zip(records, raw, strict=True):
         gold = item["answer"] if isinstance(item["answer"], list) else [item["answer"]]
         assert record.target.calls == tuple(Call(c["name"], c["parameters"]) for c in gold)
-        assert record.prompt_messages(TEMPLATES["toolrl"])[0]["content"] == item["system"]
+        prompt = record.prompt_messages(TEMPLATES["toolrl"])
+        assert [m["content"] for m in prompt] == [item["system"], item["user"]]
 
 
 def _line(**fields):

@@ -92,12 +92,11 @@ def _json_list(path: pathlib.Path, text: str) -> list[tuple[str, Any]]:
 def _record(raw: Any, where: str, index: int, path: pathlib.Path) -> StepRecord:
     keys = raw.keys() if isinstance(raw, dict) else {}.keys()
     name = f"{path.stem}-{index}"
-    if {"instruction", "input", "output"} <= keys:
-        return rlla.from_supervised(raw, name, where)
-    if {"prompt", "reward_model"} <= keys:
-        return rlla.from_parquet(raw, name, where)
-    if {"system", "user", "answer"} <= keys:
-        return api_bank.from_json(raw, name, where)
+    for layout in (rlla.SUPERVISED, rlla.PARQUET):
+        if keys >= set(layout):
+            return rlla.convert(raw, name, where)[0]
+    if keys >= {"system", "user", "answer"}:
+        return api_bank.convert(raw, name, where)[0]
     if keys & {"target", "history", "tools", "messages"} or not isinstance(raw, dict):
         return from_json(raw, where)
     raise RecordError(

@@ -1,43 +1,42 @@
-"""The rlla records of ToolRL: prompts already rendered in the toolrl template, gold answers as text.
+"""The rlla records of ToolRL: prompts rendered in the toolrl template, gold answers as text.
 
 Two layouts: the JSON list for supervised runs (instruction, input, output) and the Parquet files for reinforcement (prompt,
 reward_model.ground_truth, extra_info). The Parquet ground truth has a placeholder as its thought; only its calls and response
-are rewarded.
+are rewarded. The prompt is read into tools and history; on the way back it is rendered again.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rest_jax.data.records import RecordError, StepRecord, target_from_text
+from rest_jax.data import toolrl_prompt
+from rest_jax.data.records import RecordError, StepRecord, check_text, target_from_text
+from rest_jax.data.sources import remainder
+from rest_jax.templates import TEMPLATES
+
+SUPERVISED = ("instruction", "input", "output")
+PARQUET = ("prompt", "reward_model")
 
 
 def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
-    """The record of one item, of either layout."""
+    """The record of one item of either layout."""
     if not isinstance(raw, Mapping):
         raise RecordError(f"{where}: an object is needed, found {type(raw).__name__}")
-    if {"prompt", "reward_model"} <= raw.keys():
-        return [from_parquet(raw, name, where)]
-    for field in ("instruction", "input", "output"):
-        if field not in raw:
-            raise RecordError(f"{where}: {field}: missing (rlla: instruction, input, output)")
-    return [from_supervised(raw, name, where)]
+    if raw.keys() >= set(PARQUET):
+        record, rebuild = _from_parquet(raw, name, where), _to_parquet
+    else:
+        record, rebuild = _from_supervised(raw, name, where), _to_supervised
+    return remainder.keep([record], raw, rebuild, where)
 
 
 def restore(records: Sequence[StepRecord]) -> dict[str, Any]:
-    """The item of a supervised file that `convert` made a record of."""
-    (record,) = records
-    system, user = record.messages or ()
-    return {
-        "instruction": system["content"],
-        "input": user["content"],
-        "output": record.target.text,
-    }
+    """The item that `convert` made a record of."""
+    layout = _to_parquet if records[-1].extra.get("layout") == "parquet" else _to_supervised
+    return remainder.restored(records, layout)
 
 
-def from_supervised(raw: Mapping[str, Any], name: str, where: str) -> StepRecord:
-    """A record from {"instruction", "input", "output"}: system message, user message, gold answer."""
-    for field in ("instruction", "input", "output"):
-        _check(raw[field], field, where)
+def _from_supervised(raw: Mapping[str, Any], name: str, where: str) -> StepRecord:
+    for field in SUPERVISED:
+        check_text(raw.get(field), field, where)
     messages = (
         {"role": "system", "content": raw["instruction"]},
         {"role": "user", "content": raw["input"]},
@@ -45,15 +44,12 @@ def from_supervised(raw: Mapping[str, Any], name: str, where: str) -> StepRecord
     return StepRecord(
         id=name,
         source="rlla",
-        tools=(),
-        history=(),
         target=target_from_text(raw["output"], f"{where}: output"),
-        messages=messages,
+        **toolrl_prompt.structure(messages),
     )
 
 
-def from_parquet(raw: Mapping[str, Any], name: str, where: str) -> StepRecord:
-    """A record from a Parquet row {"prompt": [{"role", "content"}], "reward_model": {"ground_truth"}, ...}."""
+def _from_parquet(raw: Mapping[str, Any], name: str, where: str) -> StepRecord:
     prompt, reward = raw["prompt"], raw["reward_model"]
     if not isinstance(prompt, list) or not prompt:
         raise RecordError(
@@ -61,20 +57,47 @@ def from_parquet(raw: Mapping[str, Any], name: str, where: str) -> StepRecord:
         )
     for i, message in enumerate(prompt):
         for field in ("role", "content"):
-            _check(message.get(field), f"prompt[{i}].{field}", where)
+            value = message.get(field) if isinstance(message, Mapping) else None
+            check_text(value, f"prompt[{i}].{field}", where)
     gold = reward.get("ground_truth") if isinstance(reward, Mapping) else None
-    gold = _check(gold, "reward_model.ground_truth", where)
+    gold = check_text(gold, "reward_model.ground_truth", where)
     return StepRecord(
         id=name,
         source=str(raw.get("data_source") or "rlla"),
-        tools=(),
-        history=(),
         target=target_from_text(gold, f"{where}: reward_model.ground_truth"),
-        messages=tuple({"role": m["role"], "content": m["content"]} for m in prompt),
+        extra={"layout": "parquet"},
+        **toolrl_prompt.structure(prompt),
     )
 
 
-def _check(value: Any, field: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise RecordError(f"{where}: {field}: text is needed, found {type(value).__name__}")
-    return value
+def _to_supervised(records: Sequence[StepRecord]) -> dict[str, Any]:
+    system, user = _prompt(records[-1])
+    return dict(zip(SUPERVISED, (system["content"], user["content"], _gold(records)), strict=True))
+
+
+def _to_parquet(records: Sequence[StepRecord]) -> dict[str, Any]:
+    prompt = _prompt(records[-1])
+    raw = {
+        "data_source": records[-1].source,
+        "prompt": [{"content": m["content"], "role": m["role"]} for m in prompt],
+        "ability": "math",
+        "reward_model": {"ground_truth": _gold(records), "style": "rule"},
+    }
+    if len(prompt) == 2:
+        supervised = _to_supervised(records)
+        raw["extra_info"] = {
+            "index": 0,
+            "input": supervised["input"],
+            "instruction": supervised["instruction"],
+            "output": supervised["output"],
+            "split": "train",
+        }
+    return raw
+
+
+def _prompt(record: StepRecord) -> list[dict[str, str]]:
+    return record.prompt_messages(TEMPLATES["toolrl"])
+
+
+def _gold(records: Sequence[StepRecord]) -> str:
+    return TEMPLATES["toolrl"].render_answer(records[-1].target)

@@ -1,0 +1,92 @@
+"""What a record cannot say of the raw item it came from, so that every source has an exact way back.
+
+A source writes an item anew from its records (`rebuild`). Where that differs from the raw item (ids of calls, spaces in a
+JSON string, fields nobody trains on), the difference is kept in `StepRecord.extra["raw"]` of the last record: a list of
+`[path, value]` (set) and `[path]` (drop), paths being lists of keys and indices. Mostly it is empty or short.
+Equality is that of JSON: `true` is not 1, 1 is not 1.0; the order of an object's keys does not count.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rest_jax.data.records import RecordError, StepRecord
+
+KEY = "raw"
+MAX_DEPTH = 64  # of a raw item
+
+Rebuild = Callable[[Sequence[StepRecord]], Any]
+
+
+def keep(records: list[StepRecord], raw: Any, rebuild: Rebuild, where: str) -> list[StepRecord]:
+    """The records, the last one holding what `rebuild` of them lacks of `raw`. RecordError when `raw` nests too deeply."""
+    check_depth(raw, where)
+    edits = difference(rebuild(records), raw)
+    if edits:
+        last = records[-1]
+        records[-1] = dataclasses.replace(last, extra={**last.extra, KEY: edits})
+    return records
+
+
+def restored(records: Sequence[StepRecord], rebuild: Rebuild) -> Any:
+    """The raw item of which `keep` made these records."""
+    return apply(rebuild(records), records[-1].extra.get(KEY, []))
+
+
+def difference(made: Any, raw: Any) -> list[list[Any]]:
+    """The edits that turn `made` into `raw`."""
+    edits: list[list[Any]] = []
+    _differ(made, raw, [], edits)
+    return edits
+
+
+def apply(made: Any, edits: Sequence[Sequence[Any]]) -> Any:
+    """`made` with the edits done, on a copy."""
+    holder = {"": copy.deepcopy(made)}
+    for path, *value in edits:
+        node: Any = holder
+        *way, last = ["", *path]
+        for key in way:
+            node = node[key]
+        if not value:
+            del node[last]
+        elif isinstance(node, list) and last == len(node):
+            node.append(copy.deepcopy(value[0]))
+        else:
+            node[last] = copy.deepcopy(value[0])
+    return holder[""]
+
+
+def check_depth(raw: Any, where: str) -> None:
+    """RecordError when a JSON value nests deeper than 64."""
+    level, depth = [raw], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise RecordError(f"{where}: nests deeper than {MAX_DEPTH}")
+        depth += 1
+        level = [
+            inner
+            for value in level
+            if isinstance(value, (dict, list))
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+
+
+def _differ(made: Any, raw: Any, path: list[Any], edits: list[list[Any]]) -> None:
+    if type(made) is not type(raw):
+        edits.append([path, raw])
+    elif isinstance(raw, dict):
+        edits.extend([[*path, key]] for key in made if key not in raw)
+        for key, value in raw.items():
+            if key in made:
+                _differ(made[key], value, [*path, key], edits)
+            else:
+                edits.append([[*path, key], value])
+    elif isinstance(raw, list):
+        for i, (old, new) in enumerate(zip(made, raw, strict=False)):
+            _differ(old, new, [*path, i], edits)
+        edits.extend([[*path, i], raw[i]] for i in range(len(made), len(raw)))
+        edits.extend([[*path, i]] for i in reversed(range(len(raw), len(made))))
+    elif made != raw:
+        edits.append([path, raw])
