@@ -57,7 +57,9 @@ def _fail(message: str, code: int) -> int:
 def _load_config(arguments: argparse.Namespace) -> "Config":
     from rest_jax import config, shipped
 
-    return shipped.resolve(config.load(shipped.find_config(arguments.config), arguments.overrides))
+    path = shipped.find_config(arguments.config)
+    trainer = "sft" if arguments.command is _sft else None
+    return config.resolve(config.load(path, arguments.overrides, arguments.base, trainer))
 
 
 def _join_hosts(arguments: argparse.Namespace) -> None:
@@ -165,6 +167,11 @@ def _parser() -> argparse.ArgumentParser:
         run = _add(commands, name, command, what)
         run.add_argument("config", help="a YAML file, or the name of a shipped recipe")
         run.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=10")
+        run.add_argument(
+            "--base",
+            metavar="CONFIG",
+            help="what the recipe is built on, instead of its own base, e.g. qwen3_1p7b_rlla",
+        )
         run.add_argument(
             "--distributed",
             action="store_true",

@@ -1,6 +1,6 @@
 """The config models: one frozen pydantic tree a run; YAML files and dotted overrides in, every error at once out.
 
-`load(path, overrides)` -> `Config`. Unknown keys, wrong types and values out of range are reported together, each with its
+`load(path, overrides, base)` -> `Config`. Unknown keys, wrong types and values out of range are reported together, each with its
 dotted path, by one `ConfigError` (a ValueError whose text is what the user reads). Imported by the entry points only; the
 numeric rooms take the section they need, never the whole.
 """
@@ -14,17 +14,14 @@ from typing import Annotated, Any, Literal
 import pydantic
 import yaml
 
-from rest_jax.errors import UserError
+from rest_jax import config_tree, shipped
+from rest_jax.config_tree import ConfigError
 
 PositiveInt = Annotated[int, pydantic.Field(gt=0)]
 NonNegativeInt = Annotated[int, pydantic.Field(ge=0)]
 PositiveFloat = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
-
-
-class ConfigError(UserError):
-    """A config that cannot be used; the text names each place, value and remedy."""
 
 
 class Section(pydantic.BaseModel):
@@ -266,7 +263,7 @@ class TrainConfig(Section):
 
 
 class SftConfig(Section):
-    """Supervised runs (`rest-jax sft`)."""
+    """Supervised runs (`trainer: sft`, or `rest-jax sft`)."""
 
     batch_size: PositiveInt = 64
     max_tokens: PositiveInt = 8192  # prompt + answer; longer records are dropped and counted
@@ -280,6 +277,9 @@ class Config(Section):
     name: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9._-]+$")]
     output: str = "runs"  # the run lives in <output>/<name>/
     seed: NonNegativeInt = 0
+    trainer: config_tree.Trainer = "rl"  # reinforcement, or supervised on the gold answers
+    # The supervised run that is trained first and is the start of this one; in a file, the name of its recipe.
+    warm_start: "Config | None" = None
     model: ModelConfig
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -309,6 +309,11 @@ class Config(Section):
                 "rollout.staleness 1 trains on answers of the policy before: set rollout.recompute_logp true and "
                 "rollout.importance_cap (2.0 is usual), or staleness 0"
             )
+        if self.warm_start is not None:
+            if self.warm_start.trainer != "sft":
+                raise ValueError("warm_start: a supervised run is needed (trainer sft)")
+            if (self.warm_start.output, self.warm_start.name) == (self.output, self.name):
+                raise ValueError(f"warm_start: it would share the folder of this run, {self.name}")
         if r.group_size < 2:
             raise ValueError(
                 f"rollout.group_size {r.group_size}: a group needs at least 2 responses"
@@ -321,20 +326,18 @@ def _divides(whole_name: str, whole: int, part_name: str, part: int) -> None:
         raise ValueError(f"{whole_name} {whole} is not a multiple of {part_name} {part}")
 
 
-def load(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """Reads a YAML file, applies `a.b=value` overrides (YAML values), validates. Raises ConfigError."""
+def load(
+    path: str | pathlib.Path,
+    overrides: typing.Sequence[str] = (),
+    base: str | None = None,
+    trainer: config_tree.Trainer | None = None,
+) -> Config:
+    """Reads a YAML file on its base (or on `base` instead), applies `a.b=value` overrides (YAML values), validates.
+
+    How files are merged, and what a run is called: `config_tree.read`. `trainer` replaces the file's. Raises ConfigError.
+    """
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise ConfigError(f"config {path}: no such file")
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(
-            f"config {path}: a mapping is needed at the top, found {type(raw).__name__}"
-        )
-    return from_overrides(raw, overrides, str(path))
+    return validate(config_tree.read(path, overrides, base, trainer), str(path))
 
 
 def from_overrides(
@@ -342,8 +345,19 @@ def from_overrides(
 ) -> Config:
     """Applies `a.b=value` overrides (YAML values) to a plain tree, in place, and validates it. Raises ConfigError."""
     for override in overrides:
-        _apply(raw, override)
+        config_tree.apply(raw, override)
     return validate(raw, origin)
+
+
+def resolve(config: Config) -> Config:
+    """The config, and that of its warm start, with model and tokenizer paths located (`shipped.locate`)."""
+    model, warm_start = config.model, config.warm_start
+    tokenizer = None if model.tokenizer is None else shipped.locate(model.tokenizer)
+    located = {"source": shipped.locate(model.source), "tokenizer": tokenizer}
+    changes: dict[str, Any] = {"model": model.model_copy(update=located)}
+    if warm_start is not None:
+        changes["warm_start"] = resolve(warm_start)
+    return config.model_copy(update=changes)
 
 
 def validate(raw: dict[str, Any], origin: str = "config") -> Config:
@@ -384,23 +398,6 @@ def differences(old: Config, new: Config) -> list[Difference]:
     return found
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
-    key, sep, value = override.partition("=")
-    if not sep or not key:
-        raise ConfigError(f"override {override!r}: write it as section.key=value")
-    *parents, leaf = key.split(".")
-    node = raw
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
-        node = child
-    try:
-        node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML") from error
-
-
 def _explain(item: Any) -> str:
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
@@ -416,6 +413,6 @@ def _explain(item: Any) -> str:
 def _suggestion(loc: tuple[Any, ...]) -> str:
     section: Any = Config
     for part in loc[:-1]:
-        section = section.model_fields[part].annotation
+        section = Config if part == "warm_start" else section.model_fields[part].annotation
     near = difflib.get_close_matches(str(loc[-1]), list(section.model_fields), n=1, cutoff=0.5)
     return f" (nearest: {near[0]})" if near else f" (known: {', '.join(section.model_fields)})"

@@ -5,7 +5,6 @@ A name or path given by the user is always tried first as it stands, so that own
 
 import pathlib
 
-from rest_jax.config import Config
 from rest_jax.errors import UserError
 
 _PREFIX = "configs/"
@@ -28,10 +27,16 @@ def find_config(name: str) -> pathlib.Path:
     path = pathlib.Path(name)
     if path.is_file():
         return path
-    shipped = folder() / (name.removeprefix(_PREFIX).removesuffix(".yaml") + ".yaml")
-    if shipped.is_file() and not path.is_absolute():
-        return shipped
-    raise UserError(f"config {name}: no such file, nor a shipped one ({', '.join(names())})")
+    found = shipped_config(name)
+    if found is None:
+        raise UserError(f"config {name}: no such file, nor a shipped one ({', '.join(names())})")
+    return found
+
+
+def shipped_config(name: str) -> pathlib.Path | None:
+    """The shipped recipe of that name (`grpo`, `grpo.yaml`, `configs/grpo.yaml`), if there is one."""
+    found = folder() / (name.removeprefix(_PREFIX).removesuffix(".yaml") + ".yaml")
+    return found if found.is_file() and not pathlib.Path(name).is_absolute() else None
 
 
 def locate(source: str) -> str:
@@ -41,11 +46,3 @@ def locate(source: str) -> str:
         if shipped.exists():
             return str(shipped)
     return source
-
-
-def resolve(config: Config) -> Config:
-    """The config with its model and tokenizer paths located."""
-    model = config.model
-    tokenizer = None if model.tokenizer is None else locate(model.tokenizer)
-    located = model.model_copy(update={"source": locate(model.source), "tokenizer": tokenizer})
-    return config.model_copy(update={"model": located})

@@ -44,7 +44,7 @@ def test_model_paths_are_located_and_others_are_left_alone(tmp_path, monkeypatch
     for source in ("org/model", "configs/absent", "/configs/x", "models/x"):
         assert shipped.locate(source) == source
     raw = {"name": "a", "model": {"source": name, "tokenizer": "org/model"}}
-    resolved = shipped.resolve(config.validate(raw))
+    resolved = config.resolve(config.validate(raw))
     assert resolved.model.source == shipped.locate(name) and resolved.model.tokenizer == "org/model"
 
 
