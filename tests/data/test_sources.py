@@ -13,7 +13,7 @@ from rest_jax.data.sources import read_records, write_records
 from rest_jax.templates import TEMPLATES
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "array_record"])
 def test_write_and_read(tmp_path, ending):
     records = synthetic.world("train", 0, 50)
     path = tmp_path / "new" / f"records.{ending}"
@@ -151,7 +151,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     records = synthetic.world("train", 0, 3)
     path = tmp_path / "r.jsonl"
     write_records(path, records)
-    monkeypatch.setattr("rest_jax.data.sources.tables.to_json", lambda record: 1 / 0)
+    monkeypatch.setattr("rest_jax.data.writers.to_json", lambda record: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_records(path, records[:1])
     assert read_records(path) == records and len(list(tmp_path.iterdir())) == 1

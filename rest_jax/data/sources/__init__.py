@@ -3,6 +3,7 @@
 | file | what it is |
 | --- | --- |
 | `*.jsonl` | our own records, one JSON object a line (`records.to_json`) |
+| `*.array_record` | our own records, one JSON object a record |
 | `*.parquet` | our own records with nested fields as JSON strings, or an rlla Parquet file (prompt, reward_model, extra_info) |
 | `*.json` | rlla for supervised runs (instruction, input, output), API-Bank (system, user, answer, other), or our own as a list |
 
@@ -10,13 +11,14 @@
 """
 
 import dataclasses
-import json
+import itertools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from rest_jax.data import stream, writers
 from rest_jax.data.records import RecordError, StepRecord, from_json
-from rest_jax.data.sources import api_bank, rlla, tables
+from rest_jax.data.sources import api_bank, rlla
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,50 +45,30 @@ def read_records(path: str | pathlib.Path, limit: int | None = None) -> list[Ste
 
     RecordError for a missing or empty file, an unknown layout or an unreadable record (file, line or row, and field).
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        what = "is a folder, a file is needed" if path.is_dir() else "no such file"
-        raise RecordError(f"data {path}: {what}")
-    rows = _rows(path, limit)
-    if not rows:
+    records = list(iter_records(path, limit))
+    if not records:
         raise RecordError(f"data {path}: no records")
-    records = [_record(raw, where, i, path) for i, (where, raw) in enumerate(rows)]
-    _check_ids(records, path)
     return records
 
 
+def iter_records(path: str | pathlib.Path, limit: int | None = None) -> Iterator[StepRecord]:
+    """`read_records` one by one; of the records gone by it holds only the ids. An empty file gives none."""
+    path = pathlib.Path(path)
+    seen: dict[str, int] = {}
+    for i, item in enumerate(itertools.islice(stream.read_items(path), limit)):
+        if item.fault is not None:
+            raise RecordError(f"{item.where}: {item.fault}")
+        record = _record(item.raw, item.where, i, path)
+        if (first := seen.setdefault(record.id, i)) != i:
+            raise RecordError(
+                f"data {path}: records {first} and {i} share the id {record.id!r}; ids must differ"
+            )
+        yield record
+
+
 def write_records(path: str | pathlib.Path, records: list[StepRecord]) -> None:
-    """Writes records as JSONL or Parquet by the name's ending; whole or not at all. RecordError for another ending."""
-    tables.write(pathlib.Path(path), records)
-
-
-def _rows(path: pathlib.Path, limit: int | None) -> list[tuple[str, Any]]:
-    """(where, raw object) of each record."""
-    with path.open("rb") as file:
-        start = file.read(4)
-    if start == b"PAR1":
-        return tables.read_parquet(path, limit)
-    if path.suffix == ".parquet":
-        raise RecordError(f"data {path}: not a Parquet file (it does not start with PAR1)")
-    text = _text(path)
-    if text.lstrip().startswith("["):
-        return _json_list(path, text)[:limit]
-    return tables.read_jsonl(path, text, limit)
-
-
-def _text(path: pathlib.Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RecordError(f"data {path}: byte {error.start} is not UTF-8") from error
-
-
-def _json_list(path: pathlib.Path, text: str) -> list[tuple[str, Any]]:
-    try:
-        raw = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise RecordError(f"data {path}: not JSON: {error}") from error
-    return [(f"data {path}: item {i}", item) for i, item in enumerate(raw)]
+    """Writes .jsonl, .parquet or .array_record by the name's ending; whole or not at all. RecordError for another ending."""
+    writers.write_records(pathlib.Path(path), records)
 
 
 def _record(raw: Any, where: str, index: int, path: pathlib.Path) -> StepRecord:
@@ -103,12 +85,3 @@ def _record(raw: Any, where: str, index: int, path: pathlib.Path) -> StepRecord:
         f"{where}: unknown layout with fields {', '.join(map(str, list(keys)[:6])) or 'none'}; known: our own (id, target, ...), "
         "rlla (instruction, input, output or prompt, reward_model), API-Bank (system, user, answer)"
     )
-
-
-def _check_ids(records: list[StepRecord], path: pathlib.Path) -> None:
-    seen: dict[str, int] = {}
-    for i, record in enumerate(records):
-        if (first := seen.setdefault(record.id, i)) != i:
-            raise RecordError(
-                f"data {path}: records {first} and {i} share the id {record.id!r}; ids must differ"
-            )
