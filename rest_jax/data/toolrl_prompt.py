@@ -113,7 +113,7 @@ def _dialogue(text: str, at: int) -> list[dict[str, Any]]:
             history.append({"role": "tool", "content": _unspaced(body)})
         else:
             field = {"think": "think", "tool_call": "calls", "response": "content"}[tag]
-            turn = history[-1] if history else {"role": ""}
+            turn: dict[str, Any] = history[-1] if history else {"role": ""}
             again = turn["role"] != "assistant" or "\n\n" in opened[1] or tag == "think"
             if again or turn.get(field) is not None:
                 turn = {"role": "assistant", "content": None}

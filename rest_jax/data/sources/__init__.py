@@ -18,7 +18,15 @@ from typing import Any
 
 from rest_jax.data import stream, writers
 from rest_jax.data.records import RecordError, StepRecord, from_json
-from rest_jax.data.sources import api_bank, rlla
+from rest_jax.data.sources import (
+    api_bank,
+    bfcl_multi_turn,
+    hammer,
+    openai,
+    rlla,
+    toolace,
+    xlam,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +43,19 @@ class Source:
 
 
 SOURCES: dict[str, Source] = {
+    "openai": Source(openai.convert, openai.restore),
+    "toolace": Source(toolace.convert, toolace.restore),
+    "xlam": Source(xlam.convert, xlam.restore),
+    "hammer": Source(hammer.convert, hammer.restore),
     "rlla": Source(rlla.convert, rlla.restore),
     "api_bank": Source(api_bank.convert, api_bank.restore),
+    bfcl_multi_turn.NAME: Source(bfcl_multi_turn.convert, bfcl_multi_turn.restore, trainable=False),
 }
+
+
+def trainable(record: StepRecord) -> bool:
+    """Whether a record may be trained on: its source is no benchmark of `SOURCES`."""
+    return record.source not in SOURCES or SOURCES[record.source].trainable
 
 
 def read_records(path: str | pathlib.Path, limit: int | None = None) -> list[StepRecord]:

@@ -34,10 +34,10 @@ def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
         target=Target(
             tuple(call_from_json(c, f"{where}: answer[{i}]") for i, c in enumerate(answer))
         ),
-        extra={"single": True} if single else {},  # the answer is one call, not a list
         **toolrl_prompt.structure(messages),
     )
-    return remainder.keep([record], raw, _rebuild, where)
+    extra = {"single": True} if single else {}  # the answer is one call, not a list
+    return remainder.keep([record], raw, _rebuild, where, extra)
 
 
 def restore(records: Sequence[StepRecord]) -> dict[str, Any]:

@@ -8,7 +8,9 @@ Equality is that of JSON: `true` is not 1, 1 is not 1.0; the order of an object'
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from rest_jax.data.records import RecordError, StepRecord
@@ -16,17 +18,33 @@ from rest_jax.data.records import RecordError, StepRecord
 KEY = "raw"
 MAX_DEPTH = 64  # of a raw item
 
+_STYLES: tuple[dict[str, Any], ...] = (
+    {"ensure_ascii": False},
+    {"ensure_ascii": True},
+    {"ensure_ascii": False, "separators": (",", ":")},
+    {"ensure_ascii": True, "separators": (",", ":")},
+    *({"ensure_ascii": ascii_only, "indent": n} for n in (2, 4) for ascii_only in (False, True)),
+)
+
 Rebuild = Callable[[Sequence[StepRecord]], Any]
 
 
-def keep(records: list[StepRecord], raw: Any, rebuild: Rebuild, where: str) -> list[StepRecord]:
-    """The records, the last one holding what `rebuild` of them lacks of `raw`. RecordError when `raw` nests too deeply."""
+def keep(
+    records: list[StepRecord],
+    raw: Any,
+    rebuild: Rebuild,
+    where: str,
+    extra: Mapping[str, Any] = MappingProxyType({}),
+) -> list[StepRecord]:
+    """The records, the last one with `extra` and with what `rebuild` of them lacks of `raw`. RecordError when `raw` nests too
+    deeply.
+    """
     check_depth(raw, where)
-    edits = difference(rebuild(records), raw)
+    last = dataclasses.replace(records[-1], extra={**records[-1].extra, **extra})
+    edits = difference(rebuild([*records[:-1], last]), raw)
     if edits:
-        last = records[-1]
-        records[-1] = dataclasses.replace(last, extra={**last.extra, KEY: edits})
-    return records
+        last = dataclasses.replace(last, extra={**last.extra, KEY: edits})
+    return [*records[:-1], last]
 
 
 def restored(records: Sequence[StepRecord], rebuild: Rebuild) -> Any:
@@ -56,6 +74,16 @@ def apply(made: Any, edits: Sequence[Sequence[Any]]) -> Any:
         else:
             node[last] = copy.deepcopy(value[0])
     return holder[""]
+
+
+def style_of(value: Any, text: str) -> int | None:
+    """Which of the usual ways of writing JSON gives this text: an index for `written`, None when none does."""
+    return next((i for i in range(len(_STYLES)) if written(value, i) == text), None)
+
+
+def written(value: Any, style: int) -> str:
+    """JSON text in one of the usual ways; 0 is Python's with letters as they are."""
+    return json.dumps(value, **_STYLES[style])
 
 
 def check_depth(raw: Any, where: str) -> None:

@@ -22,10 +22,9 @@ def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
     if not isinstance(raw, Mapping):
         raise RecordError(f"{where}: an object is needed, found {type(raw).__name__}")
     if raw.keys() >= set(PARQUET):
-        record, rebuild = _from_parquet(raw, name, where), _to_parquet
-    else:
-        record, rebuild = _from_supervised(raw, name, where), _to_supervised
-    return remainder.keep([record], raw, rebuild, where)
+        record = _from_parquet(raw, name, where)
+        return remainder.keep([record], raw, _to_parquet, where, {"layout": "parquet"})
+    return remainder.keep([_from_supervised(raw, name, where)], raw, _to_supervised, where)
 
 
 def restore(records: Sequence[StepRecord]) -> dict[str, Any]:
@@ -65,7 +64,6 @@ def _from_parquet(raw: Mapping[str, Any], name: str, where: str) -> StepRecord:
         id=name,
         source=str(raw.get("data_source") or "rlla"),
         target=target_from_text(gold, f"{where}: reward_model.ground_truth"),
-        extra={"layout": "parquet"},
         **toolrl_prompt.structure(prompt),
     )
 

@@ -1,0 +1,85 @@
+"""Reading fields of raw items: kinds are checked, JSON in strings is read strictly, faults are `RecordError`s with the place."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rest_jax.data.records import RecordError
+from rest_jax.templates.rendering import is_schema
+
+
+def mapping(value: Any, where: str) -> Mapping[str, Any]:
+    """The value if it is an object."""
+    if not isinstance(value, Mapping):
+        raise RecordError(f"{where}: an object is needed, found {kind(value)}")
+    return value
+
+
+def sequence(value: Any, where: str) -> list[Any]:
+    """The value if it is a list."""
+    if not isinstance(value, list):
+        raise RecordError(f"{where}: a list is needed, found {kind(value)}")
+    return value
+
+
+def text(value: Any, where: str) -> str:
+    """The value if it is text."""
+    if not isinstance(value, str):
+        raise RecordError(f"{where}: text is needed, found {kind(value)}")
+    return value
+
+
+def json_text(value: Any, where: str) -> Any:
+    """What a string of JSON says. Keys that come twice and numbers that are not finite are refused."""
+    try:
+        return _DECODER.decode(text(value, where))
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{where}: not JSON: {error}") from error
+
+
+def tool(value: Any, where: str) -> dict[str, Any]:
+    """A tool as a record holds it: a name is needed, what is null is left out."""
+    function = {k: v for k, v in mapping(value, where).items() if v is not None}
+    text(function.get("name"), f"{where}: name")
+    text(function.get("description", ""), f"{where}: description")
+    parameters = mapping(function.get("parameters", {}), f"{where}: parameters")
+    if not is_schema(parameters):  # the flat form: a description for each parameter
+        for key, value in parameters.items():
+            mapping(value, f"{where}: parameters: {key}")
+    return function
+
+
+def call(value: Any, where: str, key: str = "arguments") -> dict[str, Any]:
+    """A call {"name", `key`} as a turn holds it; nothing else may stand in it."""
+    raw = mapping(value, where)
+    if unknown := [k for k in raw if k not in ("name", key)]:
+        raise RecordError(f"{where}: unknown field {unknown[0]!r} (known: name, {key})")
+    arguments = mapping(raw.get(key), f"{where}: {key}")
+    return {"name": text(raw.get("name"), f"{where}: name"), "arguments": dict(arguments)}
+
+
+def kind(value: Any) -> str:
+    """What a value is, for a message."""
+    return "nothing" if value is None else type(value).__name__
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("an object has the same key twice")
+    return members
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits[:20]} is too large a number")
+    return number
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is not a JSON number")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_finite, parse_constant=_refuse)
