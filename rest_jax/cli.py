@@ -73,17 +73,17 @@ def _join_hosts(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     config = _load_config(arguments)
     _join_hosts(arguments)
-    from rest_jax import train
+    from rest_jax import stages
 
-    return train.run(config, arguments.dry_run, arguments.profile)
+    return stages.run(config, arguments.dry_run, arguments.profile)
 
 
 def _sft(arguments: argparse.Namespace) -> int:
     config = _load_config(arguments)
     _join_hosts(arguments)
-    from rest_jax import sft
+    from rest_jax import stages
 
-    return sft.run(config, arguments.dry_run)
+    return stages.run(config, arguments.dry_run)
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -161,8 +161,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="<command>")
 
     for name, command, what in (
-        ("train", _train, "train a policy with ResT, GRPO or one of their variants"),
-        ("sft", _sft, "supervised training on the gold answers"),
+        ("train", _train, "run a recipe: ResT, GRPO or one of their variants, or supervised"),
+        ("sft", _sft, "run a recipe as supervised training on the gold answers"),
     ):
         run = _add(commands, name, command, what)
         run.add_argument("config", help="a YAML file, or the name of a shipped recipe")

@@ -150,7 +150,8 @@ class CurriculumConfig(Section):
     """Motion of the weights over progress nu (METHOD section 5)."""
 
     shape: Literal["linear", "cosine", "sqrt", "step", "constant", "adaptive"] = "linear"
-    steps: PositiveInt | None = None  # None: the whole run
+    steps: PositiveInt | None = None  # until nu = 1; None: `run_fraction` of the run
+    run_fraction: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
     stages: Annotated[int, pydantic.Field(ge=2)] = 4  # of shape `step`
     target: Literal["weight", "mass"] = "weight"
     alpha_format: NonNegativeFloat = 0.4
@@ -310,8 +311,8 @@ class Config(Section):
                 "rollout.importance_cap (2.0 is usual), or staleness 0"
             )
         if self.warm_start is not None:
-            if self.warm_start.trainer != "sft":
-                raise ValueError("warm_start: a supervised run is needed (trainer sft)")
+            if (self.trainer, self.warm_start.trainer) != ("rl", "sft"):
+                raise ValueError("warm_start: only a run with trainer rl has one, of trainer sft")
             if (self.warm_start.output, self.warm_start.name) == (self.output, self.name):
                 raise ValueError(f"warm_start: it would share the folder of this run, {self.name}")
         if r.group_size < 2:

@@ -149,6 +149,8 @@ def _writer(folder: pathlib.Path, config: Config) -> MetricsWriter:
 
 def check_start(config: Config, mesh: Mesh) -> None:
     """All that can be refused before a folder is made: another config there, absent packages, a mesh across hosts."""
+    if config.warm_start is not None:
+        raise ValueError(f"{config.name}: its warm start comes first (stages.run)")
     check_config(pathlib.Path(config.output) / config.name, config)
     optional = {"tensorboard": config.train.tensorboard, "wandb": config.train.wandb_project}
     for package, wanted in optional.items():

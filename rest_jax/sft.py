@@ -26,6 +26,12 @@ from rest_jax.templates import TEMPLATES
 
 def run(config: Config, dry_run: bool = False) -> int:
     """Trains; 0 at the end or after SIGTERM. UserError for input that cannot be used; TrainingStopped on NaN."""
+    complete(config, dry_run)
+    return 0
+
+
+def complete(config: Config, dry_run: bool = False) -> bool:
+    """`run` that tells whether the last step is done and saved."""
     policy = load_policy(config.model, config.mesh)
     check_batch("sft.batch_size", config.sft.batch_size, policy.mesh)
     records = load_split(config.data.train, config.data, config.data.train_limit)
@@ -49,12 +55,11 @@ def run(config: Config, dry_run: bool = False) -> int:
             flush=True,
         )
     if dry_run:
-        return 0
+        return False
     with contextlib.closing(open_run(config, policy.files)) as opened, activate(policy.mesh):
         loop = Loop(config, policy, data, held, steps, opened)
         with contextlib.closing(loop.batches):
-            loop.run()
-    return 0
+            return loop.run() == steps
 
 
 class Loop:
@@ -94,8 +99,8 @@ class Loop:
         )
         self.pending: tuple[int, dict[str, jax.Array], GoldBatch, float] | None = None
 
-    def run(self) -> None:
-        """From the newest checkpoint, or from the start, to the end."""
+    def run(self) -> int:
+        """From the newest checkpoint, or from the start, to the end, or to SIGTERM; the last step that is done."""
         self.state, loader_state, start = self.opened.resume(self.state, self.abstract)
         self.policy = dataclasses.replace(self.policy, params=self.state.params)
         if loader_state is not None:
@@ -103,6 +108,7 @@ class Loop:
         self.progress, self.started = Progress(self.steps, start), time.monotonic()
         if start == 0 and self.config.train.eval_before:
             self.evaluate(0)
+        step = start
         for step in range(start + 1, self.steps + 1):
             started = time.monotonic()
             batch, _ = self.batches.take()
@@ -121,6 +127,7 @@ class Loop:
         self.flush()
         self.progress.close()
         report_evaluations(self.opened.folder)
+        return step
 
     def labelled(self, batch: SupervisedBatch) -> GoldBatch:
         """Adds the region of every answer token."""

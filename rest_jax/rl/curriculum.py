@@ -32,7 +32,8 @@ class Schedule:
     @property
     def steps(self) -> int:
         """Steps until nu = 1."""
-        return self.curriculum.steps or self.run_steps
+        part = round(self.curriculum.run_fraction * self.run_steps)
+        return self.curriculum.steps or max(part, 1)
 
 
 def init(cfg: Schedule) -> CurriculumState:

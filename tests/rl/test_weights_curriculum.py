@@ -189,6 +189,14 @@ def test_tuned_preset_starts_where_it_says():
     assert float(state.weight[Region.THINK]) == pytest.approx(0.9)
 
 
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [({}, 105), ({"run_fraction": 0.5}, 52), ({"run_fraction": 0.001}, 1), ({"steps": 7}, 7)],
+)
+def test_length_of_the_ramp(options, steps):
+    assert curriculum.Schedule(WeightsConfig(), CurriculumConfig(**options), 105).steps == steps
+
+
 @pytest.fixture
 def tokens():
     rng = np.random.default_rng(0)
