@@ -8,6 +8,8 @@ import pathlib
 from rest_jax.errors import UserError
 
 _PREFIX = "configs/"
+_SWEEPS = "sweeps"
+_STUDIES = "studies"
 
 
 def folder() -> pathlib.Path:
@@ -30,6 +32,27 @@ def find_config(name: str) -> pathlib.Path:
     found = shipped_config(name)
     if found is None:
         raise UserError(f"config {name}: no such file, nor a shipped one ({', '.join(names())})")
+    return found
+
+
+def find_space(name: str) -> pathlib.Path:
+    """The file of a sweep's space for a path, or for the bare name of one in configs/sweeps. UserError when there is none."""
+    return _find_in(_SWEEPS, "space", name)
+
+
+def find_study(name: str) -> pathlib.Path:
+    """The file of a study for a path, or for the bare name of one in configs/studies. UserError when there is none."""
+    return _find_in(_STUDIES, "study", name)
+
+
+def _find_in(subfolder: str, kind: str, name: str) -> pathlib.Path:
+    path = pathlib.Path(name)
+    if path.is_file():
+        return path
+    found = shipped_config(f"{subfolder}/{name.removeprefix(_PREFIX).removeprefix(f'{subfolder}/')}")
+    if found is None or path.is_absolute():
+        known = ", ".join(sorted(path.stem for path in (folder() / subfolder).glob("*.yaml")))
+        raise UserError(f"{kind} {name}: no such file, nor a shipped one ({known})")
     return found
 
 
