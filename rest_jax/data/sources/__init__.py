@@ -58,6 +58,13 @@ def trainable(record: StepRecord) -> bool:
     return record.source not in SOURCES or SOURCES[record.source].trainable
 
 
+def refuse_benchmarks(records: Sequence[StepRecord], where: str) -> None:
+    """RecordError when one of the records may not be trained on."""
+    for record in records:
+        if not trainable(record):
+            raise RecordError(f"{where}: source {record.source}: a benchmark, not for training")
+
+
 def read_records(path: str | pathlib.Path, limit: int | None = None) -> list[StepRecord]:
     """The records of a file in their order, at most `limit`.
 

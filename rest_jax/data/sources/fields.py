@@ -8,6 +8,8 @@ from typing import Any
 from rest_jax.data.records import RecordError
 from rest_jax.templates.rendering import is_schema
 
+MAX_DEPTH = 64  # of a raw item, and of JSON in a string
+
 
 def mapping(value: Any, where: str) -> Mapping[str, Any]:
     """The value if it is an object."""
@@ -31,11 +33,13 @@ def text(value: Any, where: str) -> str:
 
 
 def json_text(value: Any, where: str) -> Any:
-    """What a string of JSON says. Keys that come twice and numbers that are not finite are refused."""
+    """What a string of JSON says. Keys that come twice, numbers that are not finite and deep nesting are refused."""
     try:
-        return _DECODER.decode(text(value, where))
+        found = _DECODER.decode(text(value, where))
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{where}: not JSON: {error}") from error
+    check_depth(found, where)
+    return found
 
 
 def tool(value: Any, where: str) -> dict[str, Any]:
@@ -57,6 +61,21 @@ def call(value: Any, where: str, key: str = "arguments") -> dict[str, Any]:
         raise RecordError(f"{where}: unknown field {unknown[0]!r} (known: name, {key})")
     arguments = mapping(raw.get(key), f"{where}: {key}")
     return {"name": text(raw.get("name"), f"{where}: name"), "arguments": dict(arguments)}
+
+
+def check_depth(raw: Any, where: str) -> None:
+    """RecordError when a JSON value nests deeper than 64."""
+    level, depth = [raw], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise RecordError(f"{where}: nests deeper than {MAX_DEPTH}")
+        depth += 1
+        level = [
+            inner
+            for value in level
+            if isinstance(value, (dict, list))
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
 
 
 def kind(value: Any) -> str:

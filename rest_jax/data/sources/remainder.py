@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from rest_jax.data.records import RecordError, StepRecord
+from rest_jax.data.records import StepRecord
+from rest_jax.data.sources import fields
 
 KEY = "raw"
-MAX_DEPTH = 64  # of a raw item
 
 _STYLES: tuple[dict[str, Any], ...] = (
     {"ensure_ascii": False},
@@ -39,7 +39,7 @@ def keep(
     """The records, the last one with `extra` and with what `rebuild` of them lacks of `raw`. RecordError when `raw` nests too
     deeply.
     """
-    check_depth(raw, where)
+    fields.check_depth(raw, where)
     last = dataclasses.replace(records[-1], extra={**records[-1].extra, **extra})
     edits = difference(rebuild([*records[:-1], last]), raw)
     if edits:
@@ -76,29 +76,15 @@ def apply(made: Any, edits: Sequence[Sequence[Any]]) -> Any:
     return holder[""]
 
 
-def style_of(value: Any, text: str) -> int | None:
-    """Which of the usual ways of writing JSON gives this text: an index for `written`, None when none does."""
-    return next((i for i in range(len(_STYLES)) if written(value, i) == text), None)
+def style_of(value: Any, text: str, usual: int = 0) -> int | None:
+    """Which way of writing JSON gives this text, the usual one if it does: an index for `written`. None when no way does."""
+    ways = (usual, *range(len(_STYLES)))
+    return next((way for way in ways if written(value, way) == text), None)
 
 
 def written(value: Any, style: int) -> str:
-    """JSON text in one of the usual ways; 0 is Python's with letters as they are."""
+    """JSON text written in one of the ways that data sets have; 0 is Python's with letters as they are, 1 with escapes."""
     return json.dumps(value, **_STYLES[style])
-
-
-def check_depth(raw: Any, where: str) -> None:
-    """RecordError when a JSON value nests deeper than 64."""
-    level, depth = [raw], 0
-    while level:
-        if depth > MAX_DEPTH:
-            raise RecordError(f"{where}: nests deeper than {MAX_DEPTH}")
-        depth += 1
-        level = [
-            inner
-            for value in level
-            if isinstance(value, (dict, list))
-            for inner in (value.values() if isinstance(value, dict) else value)
-        ]
 
 
 def _differ(made: Any, raw: Any, path: list[Any], edits: list[list[Any]]) -> None:

@@ -85,6 +85,7 @@ def _tool_list(system: str, where: str) -> tuple[int, int, list[Any]]:
             value, end = json.JSONDecoder().raw_decode(system, found.start())
         except (ValueError, RecursionError):
             continue
+        fields.check_depth(value, where)
         return found.start(), end, value
     raise RecordError(f"{where}: no JSON list of tools")
 

@@ -10,6 +10,8 @@ from rest_jax.data.dialogue import Dialogue, compose, decompose
 from rest_jax.data.records import RecordError, StepRecord
 from rest_jax.data.sources import fields, remainder
 
+_USUAL = 1  # of `remainder.written`: letters beyond ASCII are escaped
+
 
 def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
     """The record of one item; at least one answer is needed."""
@@ -38,7 +40,7 @@ def convert_as(
         answer = {"role": "assistant", "content": no_call}
     turns = ({"role": "user", "content": query}, answer)
     styles = {"tools": tool_style, "answers": answer_style}
-    extra = {} if set(styles.values()) == {1} else {"styles": styles}
+    extra = {} if set(styles.values()) == {_USUAL} else {"styles": styles}
     records = decompose(Dialogue(name, source, tools, turns))
     return remainder.keep(records, raw, _rebuild, where, extra)
 
@@ -48,8 +50,8 @@ def _json(item: Mapping[str, Any], field: str, where: str) -> tuple[list[Any], i
     value, place = item.get(field), f"{where}: {field}"
     if isinstance(value, str):
         listed = fields.sequence(fields.json_text(value, place), place)
-        style = remainder.style_of(listed, value)
-        return listed, 1 if style is None else style
+        style = remainder.style_of(listed, value, _USUAL)
+        return listed, _USUAL if style is None else style
     return fields.sequence(value, place), None
 
 
@@ -59,6 +61,6 @@ def _rebuild(records: Sequence[StepRecord]) -> dict[str, Any]:
     lists = {"answers": answer.get("calls", []), "tools": list(dialogue.tools)}
     raw: dict[str, Any] = {"query": query["content"]}
     for field, value in lists.items():
-        style = styles.get(field, 1)
+        style = styles.get(field, _USUAL)
         raw[field] = value if style is None else remainder.written(value, style)
     return raw
