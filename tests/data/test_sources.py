@@ -1,5 +1,6 @@
 """Files of records: our own in both forms, rlla and API-Bank as they are, and the faults a file can have."""
 
+import dataclasses
 import json
 
 import pyarrow
@@ -21,6 +22,27 @@ def test_write_and_read(tmp_path, ending):
     assert read_records(path) == records
     assert read_records(path, limit=7) == records[:7]
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_version_and_extra_are_in_the_file(tmp_path, ending):
+    record = synthetic.world("train", 0, 1)[0]
+    record = dataclasses.replace(record, extra={"raw": [[["id"], 3]]})
+    path = tmp_path / f"r.{ending}"
+    write_records(path, [record])
+    assert read_records(path) == [record]
+    if ending == "parquet":
+        table = pyarrow.parquet.read_table(path)
+        assert table["version"].to_pylist() == [1]
+        place = table.schema.get_field_index("version")
+        newer = pyarrow.array([2], pyarrow.int32())
+        pyarrow.parquet.write_table(table.set_column(place, "version", newer), path)
+    else:
+        text = path.read_text()
+        assert '"version": 1' in text
+        path.write_text(text.replace('"version": 1', '"version": 2'))
+    with pytest.raises(RecordError, match="version: 2 is not known here, 1 is the newest"):
+        read_records(path)
 
 
 def test_rlla_and_its_gold_answers_survive_our_own_files(tmp_path, data_dir):
@@ -97,6 +119,12 @@ def _line(**fields):
             '[{"question": "x", "reply": "y"}]',
             "item 0: unknown layout with fields question, reply",
         ),
+        (
+            "r.json",
+            '[{"messages": [], "tools": []}]',
+            "item 0: looks like openai data; make records of it first: rest-jax data prepare openai",
+        ),
+        ("r.jsonl", _line(version=2), "line 1: record 'a': version: 2 is not known here"),
         ("r.json", "[3]", "item 0: an object is needed, found int"),
         (
             "r.json",

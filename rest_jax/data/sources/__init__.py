@@ -13,7 +13,7 @@
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 from rest_jax.data import stream, writers
@@ -50,6 +50,14 @@ SOURCES: dict[str, Source] = {
     "rlla": Source(rlla.convert, rlla.restore),
     "api_bank": Source(api_bank.convert, api_bank.restore),
     bfcl_multi_turn.NAME: Source(bfcl_multi_turn.convert, bfcl_multi_turn.restore, trainable=False),
+}
+
+# Fields by which data is known that holds several records an item, or none to learn from, and so is not read as it is.
+_TO_PREPARE = {
+    "openai": {"messages"},
+    "toolace": {"system", "conversations"},
+    "xlam": {"query", "tools", "answers"},
+    bfcl_multi_turn.NAME: {"question", "initial_config"},
 }
 
 
@@ -104,9 +112,20 @@ def _record(raw: Any, where: str, index: int, path: pathlib.Path) -> StepRecord:
             return rlla.convert(raw, name, where)[0]
     if keys >= {"system", "user", "answer"}:
         return api_bank.convert(raw, name, where)[0]
+    if not keys & {"target", "history"}:
+        _refuse_to_prepare(keys, f"{where}: looks like", path)
     if keys & {"target", "history", "tools", "messages"} or not isinstance(raw, dict):
         return from_json(raw, where)
     raise RecordError(
         f"{where}: unknown layout with fields {', '.join(map(str, list(keys)[:6])) or 'none'}; known: our own (id, target, ...), "
         "rlla (instruction, input, output or prompt, reward_model), API-Bank (system, user, answer)"
     )
+
+
+def _refuse_to_prepare(keys: Set[str], start: str, path: pathlib.Path) -> None:
+    """RecordError when an item with these fields has first to be converted."""
+    for source, fields in _TO_PREPARE.items():
+        if keys >= fields:
+            raise RecordError(
+                f"{start} {source} data; make records of it first: rest-jax data prepare {source} {path} OUT"
+            )
