@@ -128,7 +128,36 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     )
 
 
-def _data(arguments: argparse.Namespace) -> int:
+def _prepare(arguments: argparse.Namespace) -> int:
+    from rest_jax import config
+    from rest_jax.data import pipeline, prepare_settings
+
+    data = config.from_overrides(
+        {"name": "data", "model": {"source": "none"}}, arguments.settings
+    ).data
+    settings = prepare_settings.Settings(
+        source=arguments.source,
+        inputs=tuple(arguments.inputs),
+        out=arguments.out,
+        seed=arguments.seed,
+        mask_names=arguments.mask_names,
+        irrelevance=arguments.irrelevance,
+        irrelevance_response=arguments.irrelevance_response,
+        held_out=arguments.held_out,
+        keep_duplicates=arguments.keep_duplicates,
+        tokenizer=arguments.tokenizer,
+        max_tokens=arguments.max_tokens,
+        template=data.template,
+        brief=data.brief_prompt,
+        limit=arguments.limit,
+        overwrite=arguments.overwrite,
+        not_for_training=arguments.not_for_training,
+    )
+    print(pipeline.run(settings).to_text())
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
     from rest_jax import commands
 
     return commands.inspect(
@@ -216,10 +245,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--output", help="JSONL file for every answer with its scores")
     _add_settings(evaluate)
 
-    data = _add(commands, "data", _data, "what a file of records holds")
-    data.add_argument("file", help="JSONL, Parquet, rlla or API-Bank file, or synthetic:train")
-    data.add_argument("--tokenizer", help="HF folder or hub id: adds token counts")
-    _add_settings(data)
+    data = commands.add_parser("data", help="prepare and inspect records", description="Records.")
+    parts = data.add_subparsers(title="commands", required=True, metavar="<command>")
+    _add_prepare(parts)
+    inspect = _add(parts, "inspect", _inspect, "what a file of records holds")
+    inspect.add_argument("file", help="a file of records, of any kind, or synthetic:train")
+    inspect.add_argument("--tokenizer", help="HF folder or hub id: adds token counts")
+    _add_settings(inspect)
 
     report = _add(commands, "report", _report, "redraw the curves of a run and print its table")
     report.add_argument("run", help="the run's folder")
@@ -234,6 +266,33 @@ def _add(commands, name: str, command, what: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
     parser.set_defaults(command=command)
     return parser
+
+
+def _add_prepare(parts) -> None:
+    prepare = _add(parts, "prepare", _prepare, "make training records of other people's data")
+    prepare.add_argument("source", help="layout of the files: openai, toolace, xlam, records, ...")
+    prepare.add_argument("inputs", nargs="+", metavar="IN", help="JSONL, JSON list or Parquet")
+    prepare.add_argument("out", metavar="OUT", help="OUT.jsonl, .parquet or .array_record")
+    prepare.add_argument("--seed", type=int, default=0, help="of all that is random (default: 0)")
+    for name, what in (
+        ("--mask-names", "of records whose tool and parameter names become random words"),
+        ("--irrelevance", "of records whose right tool is taken away"),
+        ("--held-out", "of tools that only OUT's .eval twin has"),
+    ):
+        prepare.add_argument(name, type=float, default=0.0, metavar="FRACTION", help=what)
+    prepare.add_argument(
+        "--irrelevance-response", metavar="TEXT", help="the answer when the right tool is missing"
+    )
+    prepare.add_argument("--keep-duplicates", action="store_true", help="default: dropped")
+    prepare.add_argument("--tokenizer", help="HF folder or hub id: counts tokens")
+    prepare.add_argument(
+        "--max-tokens", type=_positive, help="longer records (prompt and answer) are dropped"
+    )
+    prepare.add_argument("--overwrite", action="store_true", help="replace OUT and its side files")
+    prepare.add_argument(
+        "--not-for-training", action="store_true", help="a benchmark may be prepared with this"
+    )
+    _add_settings(prepare)
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:

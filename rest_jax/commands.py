@@ -1,4 +1,4 @@
-"""Bodies of the commands that use a finished model: export, generate, evaluate; and `data`, which looks at records.
+"""Bodies of the commands that use a finished model: export, generate, evaluate; and `data inspect`, which looks at records.
 
 A model is an HF folder, a hub id, a converted folder or the folder of a run. For a run, its own config gives the
 defaults (template, limits, sampling), for anything else the config models do; `overrides` ("key=value") come on top.
@@ -19,14 +19,15 @@ from rest_jax import shipped
 from rest_jax.answer import Target
 from rest_jax.config import Config, MeshConfig
 from rest_jax.data import prepare as prepare_lib
+from rest_jax.data import summary
 from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.records import StepRecord
+from rest_jax.data.sources import iter_records
 from rest_jax.errors import UserError
 from rest_jax.evaluation.heldout import Evaluator, Held
 from rest_jax.metrics import summary_table
 from rest_jax.models import hf
 from rest_jax.policy import Policy, is_run, load_policy
-from rest_jax.report.records import describe
 from rest_jax.rl.logprobs import Sampling
 from rest_jax.run import CONFIG_FILE, MODEL_FOLDER
 from rest_jax.sharding import batch_ways
@@ -155,9 +156,18 @@ def inspect(
 ) -> int:
     """Prints what a file of records holds, with token counts when a tokenizer is given."""
     config = config_lib.from_overrides({"name": "data", "model": {"source": "none"}}, overrides)
-    records = prepare_lib.load_split(file, config.data, limit)
-    loaded = None if tokenizer is None else Tokenizer.load(shipped.locate(tokenizer))
-    print(describe(records, loaded, TEMPLATES[config.data.template], config.data.brief_prompt))
+    data, count = config.data, None
+    if tokenizer is not None:
+        loaded = Tokenizer.load(shipped.locate(tokenizer))
+        count = summary.TokenCounter(loaded, TEMPLATES[data.template], data.brief_prompt)
+    world = prepare_lib.is_world(file)
+    records = prepare_lib.load_split(file, data, limit) if world else iter_records(file, limit)
+    tally = summary.Tally()
+    for record in records:
+        tally.add(record, None if count is None else count(record))
+    if not tally.records:
+        raise UserError(f"data {file}: no records")
+    print(summary.to_text(tally))
     return 0
 
 

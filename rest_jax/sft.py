@@ -9,7 +9,7 @@ import numpy as np
 
 from rest_jax.config import Config
 from rest_jax.data.loader import Ahead, SupervisedBatch, sft_loader
-from rest_jax.data.prepare import Prepared, load_split, prepare_supervised
+from rest_jax.data.prepare import Prepared, load_training, prepare_supervised
 from rest_jax.errors import UserError
 from rest_jax.evaluation.heldout import Evaluator, Held, held_out, report_evaluations
 from rest_jax.hosts import gather, is_first_process, to_mesh
@@ -34,7 +34,7 @@ def complete(config: Config, dry_run: bool = False) -> bool:
     """`run` that tells whether the last step is done and saved."""
     policy = load_policy(config.model, config.mesh)
     check_batch("sft.batch_size", config.sft.batch_size, policy.mesh)
-    records = load_split(config.data.train, config.data, config.data.train_limit)
+    records = load_training(config.data)
     template = TEMPLATES[config.data.template]
     data = prepare_supervised(
         records, policy.tokenizer, template, config.data, config.sft.max_tokens

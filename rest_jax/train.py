@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from rest_jax.collect import Collected, Collector, gather_extents
 from rest_jax.config import Config
 from rest_jax.data.loader import Ahead, make_loader
-from rest_jax.data.prepare import Prepared, load_split, prepare
+from rest_jax.data.prepare import Prepared, load_training, prepare
 from rest_jax.errors import UserError
 from rest_jax.evaluation.heldout import Evaluator, Held, held_out, report_evaluations
 from rest_jax.hosts import is_first_process, to_mesh
@@ -103,7 +103,7 @@ def total_steps(config: Config, prompts: int) -> int:
 
 def training_prompts(config: Config, policy: Policy) -> Prepared:
     """The training prompts that fit, tokenised."""
-    records = load_split(config.data.train, config.data, config.data.train_limit)
+    records = load_training(config.data)
     return prepare(records, policy.tokenizer, TEMPLATES[config.data.template], config.data)
 
 

@@ -118,7 +118,7 @@ def test_convert_of_nothing_makes_nothing(capsys, tmp_path):
 
 def test_missing_files_of_the_other_commands(capsys, tmp_path):
     absent = str(tmp_path / "absent")
-    assert absent in refused(capsys, "data", absent)
+    assert absent in refused(capsys, "data", "inspect", absent)
     assert absent in refused(capsys, "report", absent)
     assert absent in refused(capsys, "evaluate", absent, "synthetic:eval", "--limit", "1")
     assert absent in refused(capsys, "generate", absent, "--prompt", "hello")
@@ -138,9 +138,9 @@ def test_tools_file_must_be_a_list_of_tools(capsys, tmp_path):
 
 
 def test_data_describes_a_synthetic_world(capsys):
-    assert cli.main(["data", "synthetic:train", "--limit", "20"]) == 0
+    assert cli.main(["data", "inspect", "synthetic:train", "--limit", "20"]) == 0
     assert ["records", "20"] in [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert "synthetic:nowhere" in refused(capsys, "data", "synthetic:nowhere")
+    assert "synthetic:nowhere" in refused(capsys, "data", "inspect", "synthetic:nowhere")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "argv", [["generate", "m"], ["data", "f", "--limit", "0"], ["nothing"], []]
+    "argv", [["generate", "m"], ["data", "inspect", "f", "--limit", "0"], ["nothing"], []]
 )
 def test_wrong_usage_is_exit_code_2(argv, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -55,9 +55,9 @@ def load_split(spec: str, cfg: DataConfig, limit: int | None = None) -> list[Ste
 
     Training worlds have `cfg.synthetic_size` records, `synthetic:eval` has `limit` or 256. UserError for an unknown spec.
     """
-    kind, colon, name = spec.partition(":")
-    if not colon or kind != "synthetic":
+    if not is_world(spec):
         return sources.read_records(spec, limit)
+    name = spec.partition(":")[2]
     seed, level = cfg.synthetic_seed, cfg.synthetic_level
     size = min(cfg.synthetic_size, limit or cfg.synthetic_size)
     if name == "train":
@@ -69,6 +69,18 @@ def load_split(spec: str, cfg: DataConfig, limit: int | None = None) -> list[Ste
     raise UserError(
         f"data {spec!r}: unknown world (known: synthetic:train, synthetic:eval, synthetic:demonstrations)"
     )
+
+
+def is_world(spec: str) -> bool:
+    """Whether a spec names a synthetic world, not a file."""
+    return spec.startswith("synthetic:")
+
+
+def load_training(cfg: DataConfig) -> list[StepRecord]:
+    """The records of `cfg.train`, at most `cfg.train_limit`. UserError also when one of them is of a benchmark."""
+    records = load_split(cfg.train, cfg, cfg.train_limit)
+    sources.refuse_benchmarks(records, f"data {cfg.train}")
+    return records
 
 
 def prepare(

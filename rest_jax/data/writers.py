@@ -23,19 +23,29 @@ Write = Callable[[StepRecord], object]  # adds a record
 def complete(paths: Sequence[pathlib.Path]) -> Iterator[list[pathlib.Path]]:
     """Hidden paths beside `paths` to write to, renamed in this order when the block ends well, removed when it does not.
 
-    A path that nothing was written for is absent afterwards, also if there was a file before.
+    A path that nothing was written for is absent afterwards, also if there was a file before. Missing folders are made, and
+    removed again on failure.
     """
     parts = [path.with_name(f".{path.name}.{os.getpid()}.part") for path in paths]
+    missing = {folder for path in paths for folder in path.parents if not folder.exists()}
+    deepest_first = sorted(missing, key=lambda folder: len(folder.parts), reverse=True)
+    done = False
     try:
+        for part in parts:
+            part.parent.mkdir(parents=True, exist_ok=True)
         yield parts
         for part, path in zip(parts, paths, strict=True):
             if part.exists():
                 part.replace(path)
             else:
                 path.unlink(missing_ok=True)
+        done = True
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
+        for folder in () if done else deepest_first:
+            with contextlib.suppress(OSError):  # another process has put something there
+                folder.rmdir()
 
 
 def check_path(path: pathlib.Path) -> None:
@@ -59,7 +69,6 @@ def open_writer(part: pathlib.Path, ending: str) -> contextlib.AbstractContextMa
 def write_records(path: pathlib.Path, records: Sequence[StepRecord]) -> None:
     """All records into one file, whole or not at all. RecordError as for `check_path` and `to_line`."""
     check_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with complete([path]) as (part,), open_writer(part, path.suffix) as write:
         for record in records:
             write(record)

@@ -4,15 +4,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from rest_jax.answer import Call, Target
-from rest_jax.data.records import StepRecord
 from rest_jax.errors import UserError
 from rest_jax.metric_table import REGION_NAMES
 from rest_jax.metrics import MetricsWriter
 from rest_jax.report import run_table, write_curves, write_report
-from rest_jax.report.records import describe
 from rest_jax.report.series import read_series
-from rest_jax.templates import TEMPLATES
 
 
 def fill(run, steps: int, regions: bool = True):
@@ -73,27 +69,3 @@ def test_an_empty_run_says_so(tmp_run):
     MetricsWriter(tmp_run).close()
     with pytest.raises(UserError, match="no metrics yet"):
         write_report(tmp_run)
-
-
-def test_description_of_records_counts_kinds_and_calls():
-    def record(target, messages=None):
-        return StepRecord(
-            "a", "made", ({"name": "t"},), ({"role": "user", "content": "x"},), target, messages
-        )
-
-    call = Call("t", {})
-    targets = [Target((call, call)), Target((call,), "done"), Target(response="no"), Target()]
-    text = describe([record(t) for t in targets], None, TEMPLATES["toolrl"], False)
-    rows = [line.split() for line in text.splitlines()]
-    assert ["records", "4"] in rows
-    for kind in (
-        ["calls", "1"],
-        ["calls", "and", "response", "1"],
-        ["response", "1"],
-        ["think", "only", "1"],
-    ):
-        assert kind in rows
-    assert ["calls", "0.75", "0", "1", "2", "2", "2", "2"] in rows
-    assert ["tools", "1", "1", "1", "1", "1", "1", "1"] in rows
-    rendered = ({"role": "user", "content": "x"},)
-    assert "tools" not in describe([record(Target(), rendered)], None, TEMPLATES["toolrl"], False)

@@ -1,0 +1,99 @@
+"""What `rest-jax data prepare` is asked to do, and whether it can be: checked before anything is read or written."""
+
+import dataclasses
+import difflib
+import pathlib
+from typing import Any
+
+from rest_jax.data import stream, writers
+from rest_jax.data.records import StepRecord, from_json, to_json
+from rest_jax.data.sources import SOURCES, Source
+from rest_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to make of which files."""
+
+    source: str
+    inputs: tuple[str, ...]
+    out: str
+    seed: int = 0
+    mask_names: float = 0.0  # share of records whose names are masked
+    irrelevance: float = 0.0  # share of records whose right tools are taken away
+    irrelevance_response: str | None = None  # None: `transforms.NO_TOOL`
+    held_out: float = 0.0  # share of tools that are for evaluation alone
+    keep_duplicates: bool = False
+    tokenizer: str | None = None
+    max_tokens: int | None = None  # prompt and answer together
+    template: str = "toolrl"
+    brief: bool = False
+    limit: int | None = None  # items read
+    overwrite: bool = False
+    not_for_training: bool = False  # a benchmark may be prepared, for evaluation
+
+    @property
+    def out_path(self) -> pathlib.Path:
+        """Where the records for training go."""
+        return pathlib.Path(self.out)
+
+    @property
+    def eval_path(self) -> pathlib.Path:
+        """Where the held-out records go."""
+        return self.out_path.with_name(f"{self.out_path.stem}.eval{self.out_path.suffix}")
+
+    def beside(self, ending: str) -> pathlib.Path:
+        """A side file, `OUT.<ending>`."""
+        return self.out_path.with_name(f"{self.out_path.name}.{ending}")
+
+
+def _from_own(raw: Any, name: str, where: str) -> list[StepRecord]:
+    return [from_json(raw, where)]
+
+
+# Our own records once more: to bring prepared files together, split or mask them.
+OWN = Source(_from_own, lambda records: to_json(records[0]))
+KNOWN: dict[str, Source] = {**SOURCES, "records": OWN}
+
+
+def check(settings: Settings) -> Source:
+    """The source, when everything that can be known before reading is in order; else UserError."""
+    source = KNOWN.get(settings.source)
+    if source is None:
+        near = difflib.get_close_matches(settings.source, KNOWN, n=1)
+        hint = f"; nearest: {near[0]}" if near else ""
+        raise UserError(
+            f"source {settings.source!r}: unknown{hint} (known: {', '.join(sorted(KNOWN))})"
+        )
+    if not source.trainable and not settings.not_for_training:
+        raise UserError(
+            f"source {settings.source}: a benchmark, no training data is made of it; "
+            "--not-for-training prepares it for evaluation"
+        )
+    for option, value in (
+        ("--mask-names", settings.mask_names),
+        ("--irrelevance", settings.irrelevance),
+        ("--held-out", settings.held_out),
+    ):
+        if not 0 <= value <= 1:
+            raise UserError(f"{option} {value:g}: a fraction from 0 to 1 is needed")
+    if settings.max_tokens is not None and settings.tokenizer is None:
+        raise UserError(f"--max-tokens {settings.max_tokens}: needs --tokenizer to count with")
+    _check_files(settings)
+    return source
+
+
+def _check_files(settings: Settings) -> None:
+    out = settings.out_path
+    writers.check_path(out)
+    for path in map(pathlib.Path, settings.inputs):
+        if out.exists() and path.exists() and out.samefile(path):
+            raise UserError(f"data {out}: is an input too; write to another file")
+        stream.read_items(path)  # refuses what is no file; reads nothing yet
+    if out.exists() and not settings.overwrite:
+        raise UserError(f"data {out}: exists; --overwrite replaces it and what belongs to it")
+    for path in out.parents:
+        if path.exists():
+            if not path.is_dir():
+                raise UserError(f"data {out}: {path} is a file, a folder is needed")
+            break
