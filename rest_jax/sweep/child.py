@@ -36,7 +36,9 @@ def main() -> int:
 
 
 def _end_with_worker() -> None:
-    while os.read(0, 1):  # not sys.stdin, whose lock this thread would hold while the interpreter ends
+    while os.read(
+        0, 1
+    ):  # not sys.stdin, whose lock this thread would hold while the interpreter ends
         pass
     os._exit(ORPHANED)  # the main thread may be inside XLA, where no signal reaches it
 

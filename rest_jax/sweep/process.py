@@ -61,9 +61,9 @@ def local_workers(count: int, words: Sequence[str]) -> int:
 
     GPUs listed in CUDA_VISIBLE_DEVICES are dealt out evenly. UserError when they cannot be.
     """
-    environments = _deal(count)
+    dealt = environments(count)
     command = [sys.executable, "-m", "rest_jax", "sweep", *words]
-    processes = [subprocess.Popen(command, env=e, start_new_session=True) for e in environments]
+    processes = [subprocess.Popen(command, env=e, start_new_session=True) for e in dealt]
 
     def forward(number: int, _: Any) -> None:
         for process in processes:
@@ -80,7 +80,7 @@ def local_workers(count: int, words: Sequence[str]) -> int:
             signal.signal(number, handler)
 
 
-def _deal(count: int) -> list[dict[str, str]]:
+def environments(count: int) -> list[dict[str, str]]:
     """The environment of each worker."""
     listed = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d.strip()]
     if not listed:

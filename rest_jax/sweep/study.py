@@ -48,7 +48,9 @@ def load_study(space: Space, shared: Config, storage: str | None) -> "optuna.Stu
     try:
         return optuna.load_study(study_name=space.name, storage=_storage(place, create=False))
     except KeyError as error:
-        raise UserError(f"storage {place}: no sweep {space.name}; start it first") from error
+        raise UserError(
+            f"storage {without_password(str(place))}: no sweep {space.name}; start it first"
+        ) from error
 
 
 def sweep_folder(space: Space, shared: Config) -> pathlib.Path:
@@ -120,18 +122,47 @@ def _database(url: str) -> Any:
     import optuna
     import sqlalchemy.exc
 
+    sqlite = url.startswith("sqlite")
     # Workers of one sqlite file wait for each other instead of failing.
-    waiting = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    waiting = {"connect_args": {"timeout": 60}} if sqlite else {}
     try:
-        return optuna.storages.RDBStorage(url, engine_kwargs=waiting)
+        storage = optuna.storages.RDBStorage(url, engine_kwargs=waiting)
+        if sqlite:
+            _lock_at_begin(storage.engine)
+        return storage
     except ImportError as error:
-        raise UserError(f"storage {url}: {error}; install the database's driver") from error
+        raise UserError(
+            f"storage {without_password(url)}: its driver is missing; install the one of this database, "
+            "e.g. pip install psycopg (postgresql+psycopg://...)"
+        ) from error
     except (sqlalchemy.exc.SQLAlchemyError, ValueError) as error:
         reason = str(getattr(error, "orig", None) or error)
-        raise UserError(f"storage {_without_password(url)}: {reason}") from error
+        raise UserError(f"storage {without_password(url)}: {reason}") from error
 
 
-def _without_password(url: str) -> str:
+def _lock_at_begin(engine: Any) -> None:
+    """Each transaction of sqlite takes its lock before it reads (SQLAlchemy's recipe for pysqlite).
+
+    Optuna reads a trial's state and then changes it, under a row lock that sqlite does not have: without this, two
+    workers now and then get one trial.
+    """
+    import sqlalchemy.event
+
+    def no_own_begin(connection: Any, _: Any) -> None:
+        connection.isolation_level = None
+
+    def begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    sqlalchemy.event.listen(engine, "connect", no_own_begin)
+    sqlalchemy.event.listen(engine, "begin", begin)
+    engine.dispose()  # connections from before
+
+
+def without_password(url: str) -> str:
+    """A database URL as it may be shown; a path as it is."""
+    if "://" not in url:
+        return url
     scheme, _, rest = url.partition("://")
     account, at, place = rest.rpartition("@")
     return f"{scheme}://{account.partition(':')[0]}{at}{place}"
