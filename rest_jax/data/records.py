@@ -12,6 +12,7 @@ from typing import Any
 from rest_jax.answer import Call, Target
 from rest_jax.errors import UserError
 from rest_jax.templates import TEMPLATES, Template
+from rest_jax.templates.rendering import is_schema
 
 VERSION = 1  # of the JSON form; a record without one is of version 1
 ROLES = ("system", "user", "assistant", "tool")
@@ -70,7 +71,7 @@ def from_json(raw: Any, where: str = "record") -> StepRecord:
         id=_text(raw, "id", where),
         source=_text(raw, "source", where, default=""),
         tools=tuple(
-            _tool(t, f"{where}: tools[{i}]") for i, t in enumerate(_list(raw, "tools", where))
+            check_tool(t, f"{where}: tools[{i}]") for i, t in enumerate(_list(raw, "tools", where))
         ),
         history=_history(raw, where),
         target=target_from_json(raw.get("target"), f"{where}: target"),
@@ -202,17 +203,32 @@ def _messages(raw: Any, where: str) -> tuple[dict[str, str], ...]:
     return tuple({"role": m["role"], "content": m["content"]} for m in raw)
 
 
-def _tool(raw: Any, where: str) -> dict[str, Any]:
+def check_tool(raw: Any, where: str) -> dict[str, Any]:
+    """The tool if it can be rendered: a name, and parameters in one of the two forms. RecordError names what is wrong."""
     if not isinstance(raw, Mapping):
         raise RecordError(
             f"{where}: an object with name, description, parameters is needed, found {_kind(raw)}"
         )
     _text(raw, "name", where)
-    if not isinstance(raw.get("parameters", {}), Mapping):
-        raise RecordError(
-            f"{where}: parameters: an object is needed, found {_kind(raw['parameters'])}"
+    place = f"{where}: parameters"
+    parameters = _object(raw.get("parameters", {}), place)
+    if is_schema(parameters):
+        required = parameters.get("required")
+        if required is not None and not isinstance(required, (list, tuple)):
+            raise RecordError(f"{place}: required: a list is needed, found {_kind(required)}")
+        place, parameters = (
+            f"{place}: properties",
+            _object(parameters.get("properties", {}), f"{place}: properties"),
         )
+    for name, described in parameters.items():
+        _object(described, f"{place}: {name}")
     return dict(raw)
+
+
+def _object(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise RecordError(f"{where}: an object is needed, found {_kind(value)}")
+    return value
 
 
 def _text(raw: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:

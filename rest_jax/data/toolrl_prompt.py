@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rest_jax.data.records import RecordError, check_tool
 from rest_jax.templates import toolrl
 
 MAX_LITERAL = 64 * 1024  # characters of one tool's parameters or of one line of calls
@@ -34,7 +35,7 @@ def read(system: str, user: str) -> Parsed | None:
     history = [{"role": "system", "content": rest[2:]}] if rest else []
     try:
         return _tools(system[start:end]), (*history, *_dialogue(user, header.end()))
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError, RecordError):
         return None
 
 
@@ -78,7 +79,8 @@ def _tool(text: str) -> dict[str, Any]:
         name, described, description = head.partition(": ")
     if not (name and described and found):
         raise ValueError("a tool lacks name, description or parameters")
-    return {"name": name, "description": description, "parameters": _object(parameters)}
+    tool = {"name": name, "description": description, "parameters": _object(parameters)}
+    return check_tool(tool, "tool")
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -48,8 +48,7 @@ def _asked(value: Any, where: str) -> list[dict[str, Any]]:
     for i, message in enumerate(fields.sequence(value, where)):
         place = f"{where}[{i}]"
         role = fields.mapping(message, place).get("role")
-        if role not in ("system", "user"):
-            raise RecordError(f"{place}: role: {role!r} is not one of system, user")
+        fields.one_of(role, ("system", "user"), f"{place}: role")
         turns.append(
             {"role": role, "content": fields.text(message.get("content"), f"{place}: content")}
         )

@@ -2,11 +2,10 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rest_jax.data.records import RecordError
-from rest_jax.templates.rendering import is_schema
+from rest_jax.data.records import RecordError, check_tool
 
 MAX_DEPTH = 64  # of a raw item, and of JSON in a string
 
@@ -43,15 +42,17 @@ def json_text(value: Any, where: str) -> Any:
 
 
 def tool(value: Any, where: str) -> dict[str, Any]:
-    """A tool as a record holds it: a name is needed, what is null is left out."""
+    """A tool as a record holds it: it can be rendered, what is null is left out."""
     function = {k: v for k, v in mapping(value, where).items() if v is not None}
-    text(function.get("name"), f"{where}: name")
     text(function.get("description", ""), f"{where}: description")
-    parameters = mapping(function.get("parameters", {}), f"{where}: parameters")
-    if not is_schema(parameters):  # the flat form: a description for each parameter
-        for key, value in parameters.items():
-            mapping(value, f"{where}: parameters: {key}")
-    return function
+    return check_tool(function, where)
+
+
+def one_of(value: Any, known: Iterable[str], where: str) -> str:
+    """The value if it is one of the known words."""
+    if not isinstance(value, str) or value not in known:
+        raise RecordError(f"{where}: {value!r:.60} is not one of {', '.join(known)}")
+    return value
 
 
 def call(value: Any, where: str, key: str = "arguments") -> dict[str, Any]:

@@ -59,9 +59,7 @@ def _turns(messages: list[Any], where: str) -> tuple[dict[str, Any], ...]:
     results: list[tuple[int, dict[str, Any]]] = []  # (place of its call, result)
     for i, message in enumerate(messages):
         place = f"{where}[{i}]"
-        role = fields.mapping(message, place).get("role")
-        if role not in _ROLES:
-            raise RecordError(f"{place}: role: {role!r} is not one of {', '.join(_ROLES)}")
+        role = fields.one_of(fields.mapping(message, place).get("role"), _ROLES, f"{place}: role")
         if role in ("tool", "function"):
             results.append((_answered(message, waiting, place), _result(message, place)))
             continue
@@ -126,7 +124,8 @@ def _calls(message: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]]
         if kind != "function":
             raise RecordError(f"{place}: type: {kind!r} is not 'function'")
         calls.append(_call(item.get("function"), f"{place}: function"))
-        ids.append(item.get("id"))
+        name = item.get("id")
+        ids.append(None if name is None else fields.text(name, f"{place}: id"))
     if message.get("function_call") is not None:
         calls.append(_call(message["function_call"], f"{where}: function_call"))
         ids.append(None)
