@@ -168,6 +168,23 @@ def _inspect(arguments: argparse.Namespace) -> int:
     )
 
 
+def _sweep(arguments: argparse.Namespace) -> int:
+    from rest_jax import shipped, sweep
+
+    return sweep.run(
+        shipped.find_config(arguments.config),
+        shipped.find_space(arguments.space),
+        arguments.overrides,
+        based_on=arguments.base,
+        storage=arguments.storage,
+        trials=arguments.trials,
+        workers=arguments.workers,
+        stale=arguments.stale,
+        only_results=arguments.results,
+        quiet=arguments.quiet,
+    )
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from rest_jax.report import write_report
 
@@ -217,6 +234,28 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="STEP",
                 help="write a trace of that step to the run's folder, for Perfetto or xprof",
             )
+
+    sweep = _add(commands, "sweep", _sweep, "search config values: many trials, many workers")
+    sweep.add_argument("config", help="a YAML file, or the name of a shipped recipe")
+    sweep.add_argument("space", help="a SPACE.yaml, or the name of a shipped one (curriculum)")
+    sweep.add_argument("overrides", nargs="*", metavar="key=value", help="for every trial")
+    sweep.add_argument("--base", metavar="CONFIG", help="as of train")
+    sweep.add_argument(
+        "--storage", help="journal file or database URL (default: journal.log of the sweep)"
+    )
+    sweep.add_argument("--trials", type=_positive, help="trials of this worker at most")
+    sweep.add_argument("--workers", type=_positive, default=1, help="processes on this machine")
+    sweep.add_argument(
+        "--stale",
+        type=_positive,
+        default=120,
+        metavar="SECONDS",
+        help="a worker silent for so long is dead (default: 120); the same for all workers",
+    )
+    sweep.add_argument(
+        "--results", action="store_true", help="write and print the results so far, run nothing"
+    )
+    sweep.add_argument("--quiet", action="store_true", help="no results at the end")
 
     convert = _add(commands, "convert", _convert, "turn an HF model into a converted folder")
     convert.add_argument("source", help="HF folder with safetensors, or hub id")
