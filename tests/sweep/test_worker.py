@@ -133,7 +133,7 @@ def test_a_killed_workers_trial_goes_on_in_its_folder(recipe, write_space, tmp_p
     assert [line["step"] for line in read_lines(trial / "metrics.jsonl") if "eval/reward" in line] == [0, 2, 4, 6, 8]  # fmt: skip
 
 
-def test_a_worker_far_away_waits_for_the_beats_to_age(make, monkeypatch):
+def test_a_worker_far_away_waits_for_the_beats_to_age(make):
     """A trial whose worker was on another machine: nothing can look its process up."""
     worker = worker_of(*make(sampler="grid", trials=1, parameters=ALPHA), stale=1.0)
     trial, _ = queue.take(worker.study, worker.space)
@@ -186,7 +186,6 @@ def test_all_workers_mean_one_sweep(make):
 
 
 def test_a_sweep_of_failures_says_so(recipe, write_space, monkeypatch):
-    monkeypatch.setattr(process, "child_command", fake_command)
     parameters = {"curriculum.alpha_think": {"choices": [9.0]}}
     space = write_space(sampler="grid", parameters=parameters)
 

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# A sweep with many workers: sbatch [--array=0-15] launch/sweep_slurm.sh CONFIG SPACE [key=value ...] [--storage URL]
+# A task is a worker with the GPUs of its own; `output=` must be on a file system that all tasks share. A worker that is pre-empted
+# saves, its trial is free at once, and SLURM queues the task again. After a time limit submit again: the sweep goes on.
+#SBATCH --array=0-7
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --gpus=1
+#SBATCH --requeue
+#SBATCH --signal=TERM@120
+set -euo pipefail
+exec srun rest-jax sweep "$@" --quiet
