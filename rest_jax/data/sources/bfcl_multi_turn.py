@@ -47,8 +47,9 @@ def _asked(value: Any, where: str) -> list[dict[str, Any]]:
     turns = []
     for i, message in enumerate(fields.sequence(value, where)):
         place = f"{where}[{i}]"
-        role = fields.mapping(message, place).get("role")
-        fields.one_of(role, ("system", "user"), f"{place}: role")
+        role = fields.one_of(
+            fields.mapping(message, place).get("role"), ("system", "user"), f"{place}: role"
+        )
         turns.append(
             {"role": role, "content": fields.text(message.get("content"), f"{place}: content")}
         )

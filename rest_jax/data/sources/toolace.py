@@ -94,8 +94,9 @@ def _turns(value: Any, names: set[str], where: str) -> list[dict[str, Any]]:
     turns: list[dict[str, Any]] = []
     for i, message in enumerate(fields.sequence(value, f"{where}: conversations")):
         place = f"{where}: conversations[{i}]"
-        speaker = fields.mapping(message, place).get("from")
-        fields.one_of(speaker, _ROLES, f"{place}: from")
+        speaker = fields.one_of(
+            fields.mapping(message, place).get("from"), _ROLES, f"{place}: from"
+        )
         said = fields.text(message.get("value"), f"{place}: value")
         if _ROLES[speaker] == "assistant":
             turns.append(_assistant(said, names, f"{place}: value"))
