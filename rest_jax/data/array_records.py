@@ -3,6 +3,7 @@
 The package array_record comes with Grain, except on Windows; without it a UserError says so.
 """
 
+import contextlib
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -50,7 +51,8 @@ def read(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
                 ) from error
             yield from ((total, record) for record in records)
     finally:
-        reader.close()
+        with contextlib.suppress(RuntimeError):  # closing reports the damage once more
+            reader.close()
 
 
 def writer(path: pathlib.Path) -> Any:

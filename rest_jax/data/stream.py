@@ -111,8 +111,8 @@ def _json_list(path: pathlib.Path) -> Iterator[Item]:
                     fault = None
                 except (ValueError, RecursionError) as error:
                     raw, end, fault = None, len(window.text), f"not JSON: {error}"
-                # a value that touches the end of the window may go on behind it
-                if (fault is None and end < len(window.text)) or not window.more():
+                # a number near the end of the window may go on behind it: of "1e+5" the "1" can be read alone
+                if (fault is None and end + 2 < len(window.text)) or not window.more():
                     break
                 if len(window.text) > MAX_ITEM:
                     fault = fault or f"longer than {MAX_ITEM:,} characters"
