@@ -19,6 +19,7 @@ COMMANDS = (
     "generate",
     "evaluate",
     "data",
+    "sweep",
     "report",
     "quickstart",
 )

@@ -25,7 +25,9 @@ def write_space(tmp_path):
 
     def write(**values) -> pathlib.Path:
         path = tmp_path / f"{values.get('name', 'some')}.yaml"
-        path.write_text(yaml.safe_dump({"name": "some", "overrides": OVERRIDES} | values, sort_keys=False))
+        path.write_text(
+            yaml.safe_dump({"name": "some", "overrides": OVERRIDES} | values, sort_keys=False)
+        )
         return path
 
     return write
