@@ -12,6 +12,7 @@ from rest_jax.data.loader import bucketed, make_loader, pad, sft_loader
 from rest_jax.data.prepare import (
     Prepared,
     load_split,
+    load_training,
     prepare,
     prepare_supervised,
     tokenize_supervised,
@@ -134,6 +135,21 @@ def test_processes_take_their_parts_of_the_global_batch(prepared, monkeypatch):
         _loader(prepared, batch=3)
 
 
+def test_a_position_holds_for_any_number_of_processes(prepared, monkeypatch):
+    loader = _loader(prepared, batch=4)
+    _rows(loader, 3)  # into the second epoch
+    state = json.loads(json.dumps(loader.get_state()))
+    rest = _rows(loader, 4)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    parts = []
+    for process in range(2):
+        monkeypatch.setattr("jax.process_index", lambda process=process: process)
+        again = _loader(prepared, batch=4)
+        again.set_state(state)
+        parts.append(_rows(again, 4))
+    assert [a + b for a, b in zip(*parts, strict=True)] == rest
+
+
 def test_fewer_records_than_a_batch(prepared):
     with pytest.raises(ValueError, match="10 usable records, fewer than one batch of 11"):
         _loader(prepared, batch=11)
@@ -210,5 +226,9 @@ def test_splits_by_name_and_by_path(tmp_path):
     )
     write_records(tmp_path / "r.jsonl", synthetic.world("eval", 0, 5))
     assert load_split(str(tmp_path / "r.jsonl"), cfg, limit=3) == synthetic.world("eval", 0, 3)
+    path = tmp_path / "r.array_record"
+    write_records(path, synthetic.world("eval", 0, 5))
+    training = DataConfig(train=str(path), train_limit=4)
+    assert load_training(training) == synthetic.world("eval", 0, 4)
     with pytest.raises(ValueError, match="synthetic:test"):
         load_split("synthetic:test", cfg)
