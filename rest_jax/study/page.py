@@ -1,0 +1,169 @@
+"""The page of one or more studies: Markdown that states what the intervals support, and no more.
+
+A difference is called shown only where the bootstrap and the t interval both leave zero out (`statistics.Estimate.shown`);
+everything else is reported as not shown, with its interval.
+"""
+
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from rest_jax.evaluation.statistics import Estimate
+from rest_jax.study.results import EXACT, LAST_STEPS, StudyResult
+
+FILE = "README.md"
+
+
+def write_page(results: Sequence[StudyResult], folder: pathlib.Path, command: str) -> pathlib.Path:
+    """Writes `README.md`; `command` is what makes it again."""
+    text = "\n\n".join([_head(results, command), *(section(result) for result in results)])
+    path = folder / FILE
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text.rstrip() + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def _head(results: Sequence[StudyResult], command: str) -> str:
+    tried = "What was tried besides: [tried.md](tried.md).\n\n"
+    return (
+        f"# Studies\n\nMade by `{command}` from the files in `configs/studies/`. Do not edit: the command writes it anew.\n\n"
+        "Every method is a config file laid over one base, so policy, prompts, number of rollouts, reward checks, optimiser and "
+        "steps are equal; two methods of one seed see the same prompts in the same order. One supervised start serves all seeds, "
+        "so the intervals cover what differs between seeds (sampling, order of prompts), not other starts or other worlds.\n\n"
+        f"{tried}"
+        "**Rate**: held-out prompts whose greedy answer is exact (format and all calls, or rightly none), their tools in no "
+        "training prompt. **[ ]**: 95 % percentile bootstrap over seeds; **( )**: 95 % Student t. With five seeds the bootstrap "
+        "is too narrow, so a difference counts as *shown* only where both leave zero out. The intervals are not corrected for "
+        f"the number of comparisons ({sum(max(len(r.methods) - 1, 0) for r in results)} in all)."
+    )
+
+
+def section(result: StudyResult) -> str:
+    """One study: setting, tables, what is shown, pictures."""
+    if not result.methods:
+        return f"## {result.study.title}\n\nNo finished runs yet."
+    name, title = result.study.name, result.study.title
+    parts = [
+        f"## {title}",
+        _setting(result),
+        _table(result),
+        "\n".join(claims(result)),
+        f"![Rates and paired differences](images/{name}_rates.png)",
+        f"![Learning curves](images/{name}_curves.png)",
+        f"![Entropy by region](images/{name}_entropy.png)",
+        f"![Realised weight and mass by region](images/{name}_weights.png)",
+        _regions(result),
+        f"Numbers: [runs]({name}_runs.csv), [methods]({name}_methods.csv), [curves]({name}_curves.csv).",
+    ]
+    return "\n\n".join(parts)
+
+
+def _setting(result: StudyResult) -> str:
+    study, runs = result.study, result.runs
+    seeds = sorted({run.seed for run in runs})
+    tokens = [run.summary["rollout/tokens"] for run in runs]
+    missing = result.planned - len(runs)
+    unfinished = f" **{missing} of {result.planned} runs are not finished.**" if missing else ""
+    steps = int(runs[0].curves["reward/mean"].steps[-1])
+    start = runs[0].summary["start/exact"]
+    return (
+        f"Base `configs/{study.base}.yaml`, seeds {', '.join(map(str, seeds))}, {steps} steps; "
+        f"{runs[0].curves['rollout/prompts'].values[-1]:.0f} prompts a step, "
+        f"{np.mean(tokens) / steps:,.0f} sampled tokens a step on average, "
+        f"{think_share(result):.0%} of them reasoning. Exact rate of the start: {start:.1%}.{unfinished}"
+    )
+
+
+def think_share(result: StudyResult) -> float:
+    """Share of THINK among the sampled tokens of all runs."""
+    think = total = 0.0
+    for run in result.runs:
+        for name, curve in run.curves.items():
+            if name.startswith("region/") and name.endswith("/count"):
+                total += curve.values.sum()
+                think += curve.values.sum() if name == "region/think/count" else 0.0
+    return think / total
+
+
+def _table(result: StudyResult) -> str:
+    reference = result.study.reference
+    head = (
+        f"| method | rate, % | difference to {reference}, points | shown | accuracy | sampled, last {LAST_STEPS} steps, % "
+        "| seconds a step |\n| --- | --- | --- | --- | --- | --- | --- |"
+    )
+    rows = []
+    for method in result.methods:
+        level, sampled = result.level(method, EXACT), result.level(method, "sampled/exact")
+        if method == reference:
+            difference, shown = "reference", ""
+        else:
+            found = result.difference(method, EXACT)
+            difference, shown = points(found, sign=True), "yes" if found.shown else "no"
+        rows.append(
+            f"| {method} | {points(level)} | {difference} | {shown} | "
+            f"{result.level(method, 'eval/accuracy').mean:.3f} | {100 * sampled.mean:.1f} | "
+            f"{result.level(method, 'time/step').mean:.2f} |"
+        )
+    note = "Seconds a step: median over steps, mean over seeds, one core a run, other runs beside it; compare with care."
+    return "\n".join([head, *rows, "", note])
+
+
+def points(found: Estimate, sign: bool = False) -> str:
+    """An estimate of a rate in percent points with both intervals."""
+    plus = "+" if sign else ""
+    mean = f"{100 * found.mean:{plus}.1f}"
+    if found.count < 2:
+        return mean
+    inner = f"{100 * found.low:{plus}.1f}, {100 * found.high:{plus}.1f}"
+    outer = f"{100 * found.t_low:{plus}.1f}, {100 * found.t_high:{plus}.1f}"
+    return f"{mean} [{inner}] ({outer})"
+
+
+def claims(result: StudyResult) -> list[str]:
+    """One line a method: what its paired difference shows."""
+    reference = result.study.reference
+    lines = []
+    for method in result.methods:
+        if method == reference:
+            continue
+        found = result.difference(method, EXACT)
+        if found.count < 2:
+            verdict = "one seed: nothing can be said"
+        elif found.shown:
+            word = "more" if found.mean > 0 else "fewer"
+            verdict = f"{word} exact answers than `{reference}`, {points(found, sign=True)} points"
+        else:
+            verdict = (
+                f"no difference to `{reference}` is shown; {points(found, sign=True)} points are compatible with "
+                f"a loss of {max(0.0, -100 * found.t_low):.1f} and a gain of {max(0.0, 100 * found.t_high):.1f}"
+            )
+        lines.append(f"- `{method}`: {verdict}.")
+    return lines
+
+
+def _regions(result: StudyResult) -> str:
+    """Realised weight and mass of the main regions at the first and the last step."""
+    regions = ("tag", "scaffold", "name", "param", "think")
+    head = "| method | " + " | ".join(f"{r}: weight, share" for r in regions) + " |"
+    rows = [head, "| --- |" + " --- |" * len(regions)]
+    for method in result.methods:
+        runs = list(result.of(method).values())
+        cells = []
+        for region in regions:
+            ends = {
+                kind: [
+                    np.mean([run.curves[f"region/{region}/{kind}"].values[at] for run in runs])
+                    for at in (0, -1)
+                ]
+                for kind in ("weight", "mass")
+            }
+            weight, mass = ends["weight"], ends["mass"]
+            cells.append(f"{weight[0]:.2f} -> {weight[1]:.2f}, {mass[0]:.0%} -> {mass[1]:.0%}")
+        rows.append(f"| {method} | " + " | ".join(cells) + " |")
+    return (
+        "Realised weight of a token and share of the total weight, first step -> last step:\n\n"
+        + "\n".join(rows)
+    )

@@ -1,0 +1,94 @@
+"""What a study is: a YAML file naming a base config, methods and seeds, and the runs that follow from it.
+
+Every method is a config file laid over the base, so all share policy, data, rollouts and optimiser. Runs are ordered seed by
+seed: a study broken off has the same seeds of every method.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Annotated
+
+import pydantic
+import yaml
+
+from rest_jax import config as config_lib
+from rest_jax import shipped
+from rest_jax.config import Config, NonNegativeInt, Section
+from rest_jax.errors import UserError
+
+
+class Study(Section):
+    """A study file. `reference` is the method the others are compared with; `overrides` hold for every run."""
+
+    name: Annotated[str, pydantic.Field(pattern=r"^[a-z0-9_]+$")]
+    title: str
+    base: str
+    warm_start: str | None = (
+        None  # a supervised recipe, on the same base: every run starts from its run
+    )
+    methods: Annotated[tuple[str, ...], pydantic.Field(min_length=2)]
+    reference: str
+    seeds: Annotated[tuple[NonNegativeInt, ...], pydantic.Field(min_length=1)]
+    overrides: tuple[str, ...] = ()
+    output: str = "runs/study"
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self):
+        if self.reference not in self.methods:
+            raise ValueError(f"reference {self.reference!r} is not among the methods")
+        for name, values in (("methods", self.methods), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}: {list(values)} names one twice")
+        return self
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where its runs live."""
+        return pathlib.Path(self.output) / self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun:
+    """One run of a study."""
+
+    method: str
+    seed: int
+    config: Config
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Its run folder."""
+        return pathlib.Path(self.config.output) / self.config.name
+
+
+def load_study(path: str) -> Study:
+    """Reads a study file, or a shipped one by its bare name. UserError names every fault."""
+    file = shipped.find_study(path)
+    try:
+        raw = yaml.safe_load(file.read_text())
+        return Study.model_validate(raw)
+    except yaml.YAMLError as error:
+        raise UserError(f"study {file}: not YAML: {' '.join(str(error).split())}") from error
+    except pydantic.ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'study'}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        )
+        raise UserError(f"study {file}: {faults}") from error
+
+
+def planned_runs(study: Study, overrides: Sequence[str] = ()) -> list[PlannedRun]:
+    """Every run, seed by seed, with its config resolved. UserError for a method or a base that is not there, or does not fit."""
+    start = [] if study.warm_start is None else [f"warm_start={study.warm_start}"]
+    shared = [*start, *study.overrides, *overrides, f"output={study.folder}"]
+    found = []
+    for seed in study.seeds:
+        for method in study.methods:
+            own = [f"name={method}-seed{seed}", f"seed={seed}"]
+            path = shipped.find_config(method)
+            config = config_lib.resolve(config_lib.load(path, [*shared, *own], base=study.base))
+            if config.train.steps is None:
+                raise UserError(f"study {study.name}: base {study.base}: train.steps must be set")
+            found.append(PlannedRun(method, seed, config))
+    return found

@@ -1,0 +1,187 @@
+"""What the runs of a study measured: final rates with intervals, differences paired by seed, curves over steps.
+
+All come from the runs' own metrics.jsonl. Two runs of one seed see the same prompts in the same order and the same number of
+rollouts, which is why differences are paired by seed. `write_tables` leaves them as CSV.
+"""
+
+import csv
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rest_jax.evaluation.statistics import Estimate, estimate, paired
+from rest_jax.metrics import METRICS_FILE, read_lines
+from rest_jax.study.plan import PlannedRun, Study
+from rest_jax.study.runner import is_finished
+
+EXACT = "eval/exact"
+FINAL = (
+    EXACT,
+    "eval/accuracy",
+    "eval/format",
+    "eval/spurious",
+    "eval/reward",
+    "eval/response_tokens",
+)
+LAST_STEPS = 10  # training steps whose sampled rate is averaged
+WARM_UP_STEPS = 3  # left out of step times: they compile
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """One metric of one run; steps [N] and values [N]."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """One finished run: summary values by name, and every series."""
+
+    method: str
+    seed: int
+    summary: dict[str, float]
+    curves: dict[str, Curve]
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyResult:
+    """The finished runs of a study, and how many there should be."""
+
+    study: Study
+    runs: list[RunResult]
+    planned: int
+
+    def of(self, method: str) -> dict[int, RunResult]:
+        """Its runs by seed."""
+        return {run.seed: run for run in self.runs if run.method == method}
+
+    def values(self, method: str, name: str) -> dict[int, float]:
+        """A summary value by seed."""
+        return {seed: run.summary[name] for seed, run in self.of(method).items()}
+
+    def level(self, method: str, name: str) -> Estimate:
+        """Mean over seeds with its intervals."""
+        return estimate(list(self.values(method, name).values()))
+
+    def difference(self, method: str, name: str) -> Estimate:
+        """Mean difference to the reference, paired by seed."""
+        return paired(self.values(method, name), self.values(self.study.reference, name))
+
+    @property
+    def methods(self) -> list[str]:
+        """Those with a finished run that shares a seed with the reference, in the study's order."""
+        reference = self.of(self.study.reference)
+        return [m for m in self.study.methods if self.of(m).keys() & reference.keys()]
+
+
+def collect(study: Study, runs: Sequence[PlannedRun]) -> StudyResult:
+    """Reads every finished run."""
+    found = [read_run(run) for run in runs if is_finished(run)]
+    return StudyResult(study, found, len(runs))
+
+
+def read_run(run: PlannedRun) -> RunResult:
+    """One run's series and summary."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for line in read_lines(run.folder / METRICS_FILE):
+        step = line["step"]
+        for name, value in line.items():
+            if name != "step" and value is not None:
+                series.setdefault(name, []).append((step, value))
+    curves = {
+        name: Curve(*(np.array(column) for column in zip(*points, strict=True)))
+        for name, points in series.items()
+    }
+    return RunResult(run.method, run.seed, summarise(curves), curves)
+
+
+def summarise(curves: Mapping[str, Curve]) -> dict[str, float]:
+    """Final held-out values, the start's exact rate, the sampled exact rate of the last steps, seconds a step."""
+    summary = {name: float(curves[name].values[-1]) for name in FINAL}
+    summary["start/exact"] = float(curves[EXACT].values[0])
+    summary["sampled/exact"] = float(curves["reward/exact"].values[-LAST_STEPS:].mean())
+    summary["time/step"] = float(np.median(curves["time/step"].values[WARM_UP_STEPS:]))
+    tokens = curves["rollout/tokens"].values.sum()
+    return summary | {"rollout/tokens": float(tokens)}
+
+
+def mean_curve(runs: Iterable[RunResult], name: str, window: int = 1) -> Curve | None:
+    """The mean over runs at the steps that all have, smoothed by a running mean over `window` steps; None without data."""
+    curves = [run.curves[name] for run in runs if name in run.curves]
+    if not curves:
+        return None
+    steps = sorted(set.intersection(*(set(c.steps.tolist()) for c in curves)))
+    if not steps:
+        return None
+    rows = [c.values[np.isin(c.steps, steps)] for c in curves]
+    return Curve(np.array(steps), smooth(np.mean(rows, axis=0), window))
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred running mean; at the ends over what there is."""
+    half = window // 2
+    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+
+
+def write_tables(result: StudyResult, folder: pathlib.Path) -> list[pathlib.Path]:
+    """`<study>_runs.csv` (a line a run), `<study>_methods.csv` (estimates), `<study>_curves.csv` (means over seeds)."""
+    name = result.study.name
+    return [
+        _write(folder / f"{name}_runs.csv", _run_rows(result)),
+        _write(folder / f"{name}_methods.csv", _method_rows(result)),
+        _write(folder / f"{name}_curves.csv", _curve_rows(result)),
+    ]
+
+
+def _run_rows(result: StudyResult) -> list[dict[str, Any]]:
+    return [{"method": r.method, "seed": r.seed, **_rounded(r.summary)} for r in result.runs]
+
+
+def _method_rows(result: StudyResult) -> list[dict[str, Any]]:
+    rows = []
+    for method in result.methods:
+        for name in result.runs[0].summary:
+            for kind, found in (
+                ("level", result.level(method, name)),
+                ("difference", result.difference(method, name)),
+            ):
+                row = {"method": method, "metric": name, "kind": kind}
+                rows.append(row | _rounded(dataclasses.asdict(found)))
+    return rows
+
+
+def _curve_rows(result: StudyResult) -> list[dict[str, Any]]:
+    rows = []
+    for method in result.methods:
+        runs = list(result.of(method).values())
+        for name in sorted(set().union(*(run.curves for run in runs))):
+            curve = mean_curve(runs, name)
+            if curve is not None and not name.startswith("time/"):
+                points = zip(curve.steps.tolist(), curve.values.tolist(), strict=True)
+                rows += [
+                    {"method": method, "metric": name, "step": step, **_rounded({"mean": value})}
+                    for step, value in points
+                ]
+    return rows
+
+
+def _rounded(values: Mapping[str, float]) -> dict[str, float | str]:
+    """Six digits; nothing where there is no number."""
+    return {k: "" if np.isnan(v) else float(f"{v:.6g}") for k, v in values.items()}
+
+
+def _write(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> pathlib.Path:
+    """Whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, path)
+    return path

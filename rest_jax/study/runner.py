@@ -1,0 +1,198 @@
+"""Carries out the runs of studies: several processes at once, each on cores of its own, resumed where they were.
+
+Every run is `rest-jax train` on its resolved config, in a process of its own: a crash takes one run with it, and memory goes
+back to the system between runs. Finished runs are passed over; a run broken off goes on from its checkpoint. SIGTERM or
+Ctrl-C stops the running ones cleanly.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import os
+import pathlib
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+
+from tqdm import tqdm
+
+from rest_jax import config as config_lib
+from rest_jax import stages
+from rest_jax.config import Config
+from rest_jax.errors import RunStopped, UserError
+from rest_jax.metrics import METRICS_FILE, read_lines
+from rest_jax.run import check_config
+from rest_jax.study.plan import PlannedRun
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One process to be: a config to train. `after`: a supervised start that must be finished before."""
+
+    config: Config
+    after: Config | None = None
+
+    @property
+    def label(self) -> str:
+        return str(stages.folder(self.config))
+
+
+def carry_out(runs: Sequence[PlannedRun], workers: int) -> None:
+    """Trains every run that is not finished. RunStopped when one fails (its log is named) or when stopped by a signal."""
+    jobs = jobs_left(runs)
+    if not jobs:
+        return
+    with _stopping() as stop, tqdm(total=len(jobs), unit="run", smoothing=0) as bar:
+        pool = Pool(jobs, workers, stop, bar)
+        pool.run()
+    if pool.failures:
+        raise RunStopped("study: " + "; ".join(pool.failures))
+    if stop.is_set():
+        raise RunStopped("study: stopped; the same command goes on")
+
+
+def jobs_left(runs: Sequence[PlannedRun]) -> list[Job]:
+    """What is left to do, supervised starts first. UserError when a folder holds a run of another config."""
+    starts: dict[str, Config] = {}
+    found = []
+    for run in runs:
+        alone = settled(run.config)
+        check_config(run.folder, alone)
+        if is_finished(run):
+            continue
+        start = run.config.warm_start
+        if start is not None and not stages.is_finished(start):
+            starts[str(stages.folder(start))] = start
+        found.append(Job(alone, start))
+    return [*(Job(config) for config in starts.values()), *found]
+
+
+def settled(config: Config) -> Config:
+    """The config of the run proper, which its folder records."""
+    return config if config.warm_start is None else stages.from_warm_start(config)
+
+
+def is_finished(run: PlannedRun) -> bool:
+    """Whether its last step is evaluated (which comes after the last update) and on disk."""
+    path = run.folder / METRICS_FILE
+    if not path.is_file():
+        return False
+    steps = [line["step"] for line in read_lines(path) if "eval/exact" in line]
+    return bool(steps) and steps[-1] == run.config.train.steps
+
+
+class Pool:
+    """Workers that take jobs from one list. A resource of `carry_out`."""
+
+    def __init__(self, jobs: Sequence[Job], workers: int, stop: threading.Event, bar: tqdm):
+        self.waiting, self.stop, self.bar = list(jobs), stop, bar
+        self.cores: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
+        for part in shares(available_cores(), workers):
+            self.cores.put(part)
+        self.workers = workers
+        self.lock = threading.Lock()
+        self.running: set[str] = set()
+        self.failures: list[str] = []
+
+    def run(self) -> None:
+        """Until nothing is left, one fails, or `stop` is set."""
+        with concurrent.futures.ThreadPoolExecutor(self.workers, "study") as threads:
+            for future in [threads.submit(self._work) for _ in range(self.workers)]:
+                future.result()
+
+    def _work(self) -> None:
+        cores = self.cores.get()
+        while not self.stop.is_set():
+            with self.lock:
+                job = self._next()
+                if job is None and not self.waiting:
+                    return
+                if job is not None:
+                    self.waiting.remove(job)
+                    self.running.add(job.label)
+            if job is None:  # everything left waits for a start that another worker trains
+                self.stop.wait(1.0)
+                continue
+            code = train(job.config, cores, self.stop)
+            with self.lock:
+                self.running.discard(job.label)
+                if code and not self.stop.is_set():
+                    self.failures.append(
+                        f"{job.label}: exit code {code}, see {log_file(job.config)}"
+                    )
+                    self.stop.set()
+                elif not self.stop.is_set():
+                    self.bar.update()
+
+    def _next(self) -> Job | None:
+        for job in self.waiting:
+            if job.after is None or stages.is_finished(job.after):
+                return job
+        return None
+
+
+def train(config: Config, cores: set[int], stop: threading.Event) -> int:
+    """One run in a process on `cores`; its exit code. When `stop` is set the process is told to save and end."""
+    log = log_file(config)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    file = log.with_suffix(".yaml")
+    file.write_text(config_lib.dump(config))
+    environment = os.environ | {"OMP_NUM_THREADS": str(len(cores))}
+    command = [sys.executable, "-m", "rest_jax", "train", str(file)]
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches it through us alone, as a SIGTERM
+        )
+        _pin(process.pid, cores)
+        while process.poll() is None:
+            if stop.wait(0.2):
+                process.terminate()
+                return process.wait()
+    return process.returncode
+
+
+def log_file(config: Config) -> pathlib.Path:
+    """Where a run's output goes: beside the run folders, with its config."""
+    return pathlib.Path(config.output) / "logs" / f"{config.name}.log"
+
+
+def available_cores() -> list[int]:
+    """Cores this process may use; made-up numbers where the system does not say."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def shares(cores: Sequence[int], workers: int) -> list[set[int]]:
+    """The cores of each worker, as even as can be. UserError for more workers than cores."""
+    if workers > len(cores):
+        raise UserError(
+            f"--workers {workers}: this machine has {len(cores)} cores; use at most so many"
+        )
+    return [set(cores[i::workers]) for i in range(workers)]
+
+
+def _pin(pid: int, cores: set[int]) -> None:
+    if hasattr(os, "sched_setaffinity"):
+        with contextlib.suppress(ProcessLookupError):  # it ended at once; its log says why
+            os.sched_setaffinity(pid, cores)
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[threading.Event]:
+    """An event that SIGTERM and Ctrl-C set."""
+    stop = threading.Event()
+    kinds = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(kind, lambda *_: stop.set()) for kind in kinds]
+    try:
+        yield stop
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)

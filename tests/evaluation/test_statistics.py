@@ -1,0 +1,54 @@
+"""Intervals over seeds against enumeration and simulation."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from rest_jax.evaluation.statistics import bootstrap, estimate, paired
+
+
+def test_bootstrap_is_the_percentiles_of_all_resamples():
+    x = np.array([0.2, 0.5, 0.55, 0.9])
+    means = [np.mean(rows) for rows in itertools.product(x, repeat=len(x))]
+    expected = np.percentile(means, [2.5, 97.5])
+    np.testing.assert_allclose(bootstrap(x, 0.95, seed=1), expected, atol=0.03)
+
+
+def test_t_interval_holds_its_level_and_the_bootstrap_does_not():
+    """Five values, a thousand times: the reason why both are asked."""
+    rng = np.random.default_rng(0)
+    found = [estimate(rng.normal(1.0, 2.0, 5)) for _ in range(1000)]
+    student = np.mean([e.t_low <= 1 <= e.t_high for e in found])
+    resampled = np.mean([e.low <= 1 <= e.high for e in found])
+    assert 0.93 < student < 0.97
+    assert resampled < 0.90
+
+
+def test_t_interval_by_hand():
+    found = estimate([1.0, 2.0, 3.0])  # standard error 1 / sqrt(3), t(2, 0.975) = 4.3027
+    assert found.mean == 2.0
+    assert found.t_high - found.mean == pytest.approx(4.302653 / np.sqrt(3), rel=1e-5)
+    assert found.mean - found.t_low == pytest.approx(4.302653 / np.sqrt(3), rel=1e-5)
+
+
+def test_pairs_go_by_seed_and_only_those_of_both():
+    found = paired({0: 1.0, 2: 5.0, 7: 9.0}, {7: 8.0, 2: 5.5, 1: 100.0})
+    assert found.count == 2 and found.mean == pytest.approx((1.0 - 0.5) / 2)
+    with pytest.raises(ValueError, match="no seed in common"):
+        paired({0: 1.0}, {1: 1.0})
+
+
+def test_shown_needs_both_intervals_on_one_side():
+    assert estimate([1.0, 1.1, 0.9, 1.05]).shown
+    assert estimate([-1.0, -1.1, -0.9, -1.05]).shown
+    almost = estimate([0.1, 0.2, 1.9])  # the bootstrap leaves zero out, t does not
+    assert almost.low > 0 > almost.t_low and not almost.shown
+    assert not estimate([1.0]).shown
+
+
+def test_one_value_has_no_interval_and_none_is_refused():
+    found = estimate([3.0])
+    assert found.mean == 3.0 and np.isnan([found.low, found.t_high]).all()
+    with pytest.raises(ValueError, match="at least one"):
+        estimate([])
