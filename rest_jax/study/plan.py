@@ -32,6 +32,7 @@ class Study(Section):
     seeds: Annotated[tuple[NonNegativeInt, ...], pydantic.Field(min_length=1)]
     overrides: tuple[str, ...] = ()
     output: str = "runs/study"
+    runs: str | None = None  # the study whose folder of runs is shared, for those that both have
 
     @pydantic.model_validator(mode="after")
     def _consistent(self):
@@ -45,7 +46,7 @@ class Study(Section):
     @property
     def folder(self) -> pathlib.Path:
         """Where its runs live."""
-        return pathlib.Path(self.output) / self.name
+        return pathlib.Path(self.output) / (self.runs or self.name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -190,6 +190,18 @@ def test_another_config_in_a_folder_is_refused(study_file, pretended):
         runner.carry_out(changed, 1)
 
 
+def test_a_follow_up_shares_the_runs_it_has_in_common(study_file, pretended):
+    first = planned_runs(load_study(study_file()))
+    for run in first:
+        finish(run, 0.5)
+    follow_up = load_study(study_file(name="more", runs="tiny", methods=["grpo", "dr_grpo"]))
+    runs = planned_runs(follow_up)
+    seen = pretended(runs)
+    runner.carry_out(runs, 1)
+    assert sorted(seen) == ["dr_grpo-seed0", "dr_grpo-seed1", "dr_grpo-seed2"]
+    assert collect(follow_up, runs).methods == ["grpo", "dr_grpo"]
+
+
 def test_half_a_run_is_not_finished(study_file):
     (run, *_) = planned_runs(load_study(study_file()))
     finish(run, 0.5)
