@@ -132,6 +132,7 @@ NAMES = st.from_regex(r"[A-Za-z0-9$_.:/'\"-][A-Za-z0-9 $_.:/'\"-]{0,8}[A-Za-z0-9
 KEYS = st.from_regex(r"[A-Za-z$_.\[{-][A-Za-z0-9 $_.\[\]{}-]{0,6}[A-Za-z0-9\]]", fullmatch=True)
 
 
+@hypothesis.settings(max_examples=50)
 @hypothesis.given(
     st.lists(
         st.fixed_dictionaries(
