@@ -29,7 +29,7 @@ def entry() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     try:
         return arguments.command(arguments) or 0
     except UserError as error:
@@ -47,6 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand before and after options, which argparse alone refuses."""
+    parser = _parser()
+    arguments, left = parser.parse_known_args(argv)
+    if left and (any(word.startswith("-") for word in left) or "overrides" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        arguments.overrides = [*arguments.overrides, *left]
+    return arguments
 
 
 def _fail(message: str, code: int) -> int:
@@ -128,6 +139,20 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     )
 
 
+def _variance(arguments: argparse.Namespace) -> int:
+    from rest_jax import variance
+
+    return variance.run(
+        arguments.model,
+        arguments.data,
+        prompts=arguments.prompts,
+        tokens=arguments.tokens,
+        limit=arguments.limit,
+        output=arguments.output,
+        overrides=arguments.settings,
+    )
+
+
 def _prepare(arguments: argparse.Namespace) -> int:
     from rest_jax import config
     from rest_jax.data import pipeline, prepare_settings
@@ -182,6 +207,19 @@ def _sweep(arguments: argparse.Namespace) -> int:
         stale=arguments.stale,
         only_results=arguments.results,
         quiet=arguments.quiet,
+    )
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from rest_jax.study import command
+
+    return command.run(
+        arguments.study,
+        workers=arguments.workers,
+        output=arguments.output,
+        overrides=arguments.settings,
+        report_only=arguments.report,
+        dry_run=arguments.dry_run,
     )
 
 
@@ -257,6 +295,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     sweep.add_argument("--quiet", action="store_true", help="no results at the end")
 
+    study = _add(commands, "study", _study, "compare methods over seeds, with intervals")
+    study.add_argument("study", nargs="+", help="a study file, or the name of a shipped one")
+    study.add_argument("--workers", type=_positive, help="runs at once (default: one a core)")
+    study.add_argument("--output", default="docs/study", help="folder of the page")
+    study.add_argument("--report", action="store_true", help="only write the page of what is done")
+    study.add_argument("--dry-run", action="store_true", help="check every run's config only")
+    study.add_argument(
+        "--set", action="append", default=[], dest="settings", metavar="key=value",
+        help="a config value for every run",
+    )  # fmt: skip
+
     convert = _add(commands, "convert", _convert, "turn an HF model into a converted folder")
     convert.add_argument("source", help="HF folder with safetensors, or hub id")
     convert.add_argument("out", help="folder to make")
@@ -283,6 +332,20 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("data", nargs="+", help="record files, or synthetic:eval")
     evaluate.add_argument("--output", help="JSONL file for every answer with its scores")
     _add_settings(evaluate)
+
+    variance = _add(
+        commands, "variance", _variance, "gradient variance under each weight rule, and the theory"
+    )
+    variance.add_argument("model", help=MODEL_HELP)
+    variance.add_argument("data", help="record file, or synthetic:eval")
+    variance.add_argument("--prompts", type=_positive, default=32, help="prompts (default: 32)")
+    variance.add_argument(
+        "--tokens", type=_positive, default=32, help="tokens a region, for beta (default: 32)"
+    )
+    variance.add_argument(
+        "--output", help="folder for the JSON, CSV and PNG (default: variance/ of the run)"
+    )
+    _add_settings(variance)
 
     data = commands.add_parser("data", help="prepare and inspect records", description="Records.")
     parts = data.add_subparsers(title="commands", required=True, metavar="<command>")

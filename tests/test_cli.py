@@ -144,6 +144,15 @@ def test_data_describes_a_synthetic_world(capsys):
     assert "synthetic:nowhere" in refused(capsys, "data", "inspect", "synthetic:nowhere")
 
 
+def test_overrides_stand_on_both_sides_of_options(config, capsys):
+    line = refused(capsys, "train", str(config), "train.step=3", "--dry-run", "loss.clip=1")
+    assert "train.step: unknown key" in line and "loss.clip: unknown key" in line
+    for words in (["train", "x", "--dry", "--nonsense"], ["report", "x", "y=1"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(words)
+        assert stop.value.code == 2
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
