@@ -35,6 +35,13 @@ def run(
         print(results.write(study_lib.load_study(wanted, shared, storage), wanted, folder))
         return 0
     points.check(wanted, shared)
+    halving = None if wanted.pruner is None else wanted.pruner.successive_halving
+    if halving is not None and shared.train.steps and halving.min_steps >= shared.train.steps:
+        print(
+            f"note: successive_halving judges from step {halving.min_steps} on, a trial has {shared.train.steps}: "
+            "nothing will be pruned",
+            flush=True,
+        )
     study = study_lib.open_study(wanted, shared, storage)
     if workers > 1:
         words = [str(config), str(space), *overrides, "--stale", str(round(stale)), "--quiet"]

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 SLOT, ATTEMPT = "slot", "attempt"
 BEAT = "beat"  # {"time": Unix seconds, "worker": whoever runs it, "seconds": spent on this attempt}
-ENDED = "ended"  # {"state": complete | pruned | failed | invalid, "reason": in words}, written just before it ends
+ENDED = "ended"  # {"state": complete | pruned | failed | invalid | stopped, "reason": in words}, written just before it ends
+LOSSES = (
+    "losses"  # earlier attempts that were lost, those not counted whose worker was told to stop
+)
 FOLDER = "folder"
 
 
@@ -51,6 +54,12 @@ def lost(trial: "FrozenTrial") -> bool:
     if trial.state.name != "FAIL":
         return False
     return trial.user_attrs.get(ENDED, {}).get("state") != "failed"
+
+
+def losses(trial: "FrozenTrial") -> int:
+    """How often the workers of this slot died. Being told to stop (pre-empted, say) is no death."""
+    stopped = trial.user_attrs.get(ENDED, {}).get("state") == "stopped"
+    return trial.user_attrs.get(LOSSES, 0) + (lost(trial) and not stopped)
 
 
 def attempts_seconds(trials: Iterable["FrozenTrial"]) -> dict[int, float]:
@@ -166,7 +175,7 @@ def _next(trials: list["FrozenTrial"], space: Space) -> "FrozenTrial | None":
     """The entry to queue: the next attempt of a lost slot, else the first slot that has none."""
     newest = current(trials)
     for slot, trial in newest.items():
-        if lost(trial) and slot < space.size() and trial.user_attrs[ATTEMPT] + 1 < space.attempts:
+        if lost(trial) and slot < space.size() and losses(trial) < space.attempts:
             return _again(trial)
     slot = next((slot for slot in range(space.size()) if slot not in newest), None)
     return None if slot is None else _first(slot, space)
@@ -188,6 +197,7 @@ def _again(trial: "FrozenTrial") -> "FrozenTrial":
     import optuna
 
     attrs = {SLOT: trial.user_attrs[SLOT], ATTEMPT: trial.user_attrs[ATTEMPT] + 1}
+    attrs[LOSSES] = losses(trial)
     return optuna.create_trial(
         state=optuna.trial.TrialState.WAITING,
         params=trial.params,

@@ -129,9 +129,10 @@ def _row(slot: int, trial: "FrozenTrial", space: Space, seconds: float) -> Row:
     attrs, attempts = trial.user_attrs, trial.user_attrs[queue.ATTEMPT] + 1
     state, reason = trial.state.name.lower(), ""
     if queue.lost(trial):
-        state, reason = "waiting", "its worker was lost"
-        if attempts >= space.attempts:
-            state, reason = "failed", f"its worker was lost {attempts} times"
+        times = queue.losses(trial)
+        state, reason = "waiting", "its worker was lost or stopped"
+        if times >= space.attempts:
+            state, reason = "failed", f"its worker was lost {times} times"
     elif trial.state.is_finished():
         state, reason = attrs[queue.ENDED]["state"], attrs[queue.ENDED]["reason"]
     return Row(

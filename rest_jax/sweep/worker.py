@@ -1,8 +1,8 @@
 """A worker of a sweep: take a trial, run it in a process of its own, watch its held-out metric, tell Optuna, again.
 
 A trial is a process, not a call: jax gives no memory back to the next trial, a crash ends
-one trial and not the worker, and the worker itself touches no device. Starting costs little, since the compiled
-functions of the trial before are in jax's cache on disk.
+one trial and not the worker, and the worker itself touches no device. What starting costs is mostly compiling: rollout
+and evaluation come from jax's cache on disk; the update has the swept constants compiled in, in either case.
 
 SIGTERM (and the first Ctrl-C): the run saves and stops, and the trial is free for another worker at once.
 """
@@ -86,16 +86,22 @@ def run_trial(worker: Worker, trial: "Trial", taken: "FrozenTrial") -> bool:
         trial.set_user_attr(queue.FOLDER, str(folder))
         again = "goes on: " if taken.user_attrs[queue.ATTEMPT] else ""
         _say(worker, slot, again + points.point_text(point))
-        ended = _watch(worker, trial, taken, config, taken_away)
-        with contextlib.suppress(_finished_error()):
+        try:
+            ended = _watch(worker, trial, taken, config, taken_away)
             queue.beat(trial, started)
+        except _finished_error():
+            ended = None
+            taken_away.set()
     if ended is not None:
         return _tell(worker, trial, slot, ended)
     if taken_away.is_set():
         _say(worker, slot, _ELSEWHERE)
-    else:
-        queue.fail(worker.study, taken.number)
-        _say(worker, slot, "stopped and saved; free for any worker")
+        return False
+    if worker.stopping:
+        with contextlib.suppress(_finished_error()):
+            trial.set_user_attr(queue.ENDED, {"state": "stopped", "reason": "stopped and saved"})
+    queue.fail(worker.study, taken.number)
+    _say(worker, slot, "stopped and saved; free for any worker")
     return False
 
 

@@ -117,6 +117,19 @@ def test_attempts_are_bounded(make, tmp_path):
     assert queue.take(opened, space) is None
 
 
+def test_being_told_to_stop_is_no_loss(make, tmp_path):
+    """A sweep on machines that are often taken away goes on for ever."""
+    space, shared = make(sampler="grid", trials=1, attempts=2, parameters=GRID)
+    opened = study.open_study(space, shared, str(tmp_path / "journal"))
+    for _ in range(5):
+        trial, _ = queue.take(opened, space)
+        trial.set_user_attr(queue.ENDED, {"state": "stopped", "reason": "stopped and saved"})
+        queue.fail(opened, trial.number)
+    for _ in range(2):
+        queue.fail(opened, queue.take(opened, space)[0].number)
+    assert queue.take(opened, space) is None
+
+
 def test_of_two_entries_for_one_pair_the_first_counts(make, tmp_path):
     """As two workers leave them that saw the same free slot at the same moment."""
     space, shared = make(sampler="grid", trials=2, parameters=GRID)

@@ -23,8 +23,13 @@ def sweep(make, tmp_path):
     space, shared = make(sampler="random", trials=9, attempts=2, parameters=PARAMETERS)
     opened = study.open_study(space, shared, str(tmp_path / "journal"))
 
-    def add(slot, state, curve=(), reason=None, attempt=0, w_max=2.0):
-        attrs = {queue.SLOT: slot, queue.ATTEMPT: attempt, queue.FOLDER: f"runs/{slot}"}
+    def add(slot, state, curve=(), reason=None, attempt=0, losses=0, w_max=2.0):
+        attrs = {
+            queue.SLOT: slot,
+            queue.ATTEMPT: attempt,
+            queue.FOLDER: f"runs/{slot}",
+            queue.LOSSES: losses,
+        }
         attrs[queue.BEAT] = {"time": 0.0, "worker": "a:b:1", "seconds": 10.0}
         if reason:
             attrs[queue.ENDED] = dict(zip(("state", "reason"), reason, strict=True))
@@ -52,7 +57,7 @@ def sweep(make, tmp_path):
     add(2, STATES.PRUNED, (0.0, 0.1), ("pruned", "pruned at step 2: eval/reward 0.1"))
     add(3, STATES.PRUNED, (), ("invalid", "not a config: weights: w_min"))
     add(4, STATES.FAIL)
-    add(4, STATES.FAIL, attempt=1)
+    add(4, STATES.FAIL, attempt=1, losses=1)
     add(5, STATES.FAIL)
     add(6, STATES.RUNNING, (0.25,))
     add(7, STATES.FAIL, (), ("failed", "exit code 1: NaN"))

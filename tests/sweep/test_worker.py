@@ -144,10 +144,11 @@ def test_a_worker_far_away_waits_for_the_beats_to_age(make):
     assert queue.attempts_seconds(worker.study.get_trials())[0] > 7.0
 
 
-def test_a_run_taken_for_dead_is_ended_by_its_own_worker(make, monkeypatch):
+@pytest.mark.parametrize("stale", [1.0, 60.0])  # found out by a beat; by an evaluation
+def test_a_run_taken_for_dead_is_ended_by_its_own_worker(make, monkeypatch, stale):
     """Two workers never train in one folder: the one that was only asleep finds out, and kills its run."""
     monkeypatch.setenv("FAKE_SECONDS", "0.3")
-    worker = worker_of(*make(sampler="grid", trials=1, attempts=1, parameters=ALPHA), stale=1.0)
+    worker = worker_of(*make(sampler="grid", trials=1, attempts=1, parameters=ALPHA), stale=stale)
 
     def fake_and_lose(config):
         queue.fail(worker.study, 0)  # as another worker does
@@ -219,6 +220,17 @@ def test_results_of_nothing_leave_nothing(recipe, write_space, tmp_path, capsys)
     assert cli.main(["sweep", str(recipe), str(space), "--results"]) == 2
     assert "start the sweep first" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_local_workers_and_runs_that_are_refused(recipe, write_space, tmp_path, capsys):
+    """The real processes: two workers, and trials whose model does not exist."""
+    space = write_space(sampler="grid", parameters=ALPHA)
+    assert cli.main(["sweep", str(recipe), str(space), "--workers", "2"]) == 1
+    shown = capsys.readouterr()
+    assert "all 3 trials failed; the first: exit code 2" in shown.err
+    assert "3 trials: 3 failed" in shown.out
+    assert all("nowhere" in row["reason"] for row in results(tmp_path))
 
 
 def test_gpus_are_dealt_out(monkeypatch):
