@@ -29,10 +29,8 @@ def base(
     """
     keys = {override.partition("=")[0] for override in overrides}
     for key in sorted(keys & (space.parameters.keys() | {"name"})):
-        where = (
-            "the sweep's name stands in the space" if key == "name" else "a parameter of the sweep"
-        )
-        raise UserError(f"{key}=...: {where}; change it there")
+        what = "the name of the sweep" if key == "name" else "a parameter of the sweep"
+        raise UserError(f"{key}=...: {what} is set in its space file; change it there")
     shared = [f"{key}={json.dumps(value)}" for key, value in space.overrides.items()]
     return config_lib.resolve(config_lib.load(config, [*shared, *overrides], based_on))
 
@@ -62,7 +60,8 @@ def check(space: Space, shared: Config) -> None:
         for value in parameter.ends():
             reason = _refusal(shared, {key: value})
             if reason is not None and _own(reason, key):
-                faults.append(reason)
+                hint = " (set int: true)" if "valid integer" in reason else ""
+                faults.append(reason + hint)
                 break
     if faults:
         raise UserError(f"space {space.name}: " + "; ".join(faults))

@@ -72,7 +72,7 @@ def test_not_a_mapping(tmp_path, text, said):
         ("curriculum.alpha_format", {"low": -1, "high": 1}, "curriculum.alpha_format: -1"),
         ("weights.entropy_floor", {"low": 0, "high": 1}, "weights.entropy_floor: 0"),
         ("curriculum.shape", {"choices": ["linear", "bent"]}, "curriculum.shape: 'bent'"),
-        ("curriculum.stages", {"low": 2, "high": 8}, "curriculum.stages: 4.29"),
+        ("curriculum.stages", {"low": 2, "high": 8}, "with a fractional part (set int: true)"),
         ("train.steps.more", {"low": 2, "high": 8}, "steps is a value of the config"),
     ],
 )
