@@ -2,6 +2,9 @@
 
 import logging
 import pathlib
+import random
+import re
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
 
 JOURNAL = "journal.log"
 _SPACE, _CONFIG = "space", "config"
+_TRIES = 20  # to open a database whose tables others make at the same moment
+_MADE_MEANWHILE = re.compile("already exists|unique|duplicate", re.IGNORECASE)
 _FREE = ("trials", "attempts")  # may be changed while a sweep goes on
 
 
@@ -125,19 +130,25 @@ def _database(url: str) -> Any:
     sqlite = url.startswith("sqlite")
     # Workers of one sqlite file wait for each other instead of failing.
     waiting = {"connect_args": {"timeout": 60}} if sqlite else {}
-    try:
-        storage = optuna.storages.RDBStorage(url, engine_kwargs=waiting)
+    for attempt in range(_TRIES):
+        try:
+            storage = optuna.storages.RDBStorage(url, engine_kwargs=waiting)
+        except ImportError as error:
+            raise UserError(
+                f"storage {without_password(url)}: its driver is missing; install the one of this database, "
+                "e.g. pip install psycopg (postgresql+psycopg://...)"
+            ) from error
+        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, ValueError) as error:
+            cause = error.__cause__ or error
+            reason = str(getattr(cause, "orig", None) or cause)
+            # Workers that start together all find no tables, and one is first to make them.
+            if attempt + 1 < _TRIES and _MADE_MEANWHILE.search(reason):
+                time.sleep(random.uniform(0.1, 1.0))
+                continue
+            raise UserError(f"storage {without_password(url)}: {reason}") from error
         if sqlite:
             _lock_at_begin(storage.engine)
         return storage
-    except ImportError as error:
-        raise UserError(
-            f"storage {without_password(url)}: its driver is missing; install the one of this database, "
-            "e.g. pip install psycopg (postgresql+psycopg://...)"
-        ) from error
-    except (sqlalchemy.exc.SQLAlchemyError, ValueError) as error:
-        reason = str(getattr(error, "orig", None) or error)
-        raise UserError(f"storage {without_password(url)}: {reason}") from error
 
 
 def _lock_at_begin(engine: Any) -> None:

@@ -5,6 +5,7 @@ import concurrent.futures
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import optuna
@@ -50,6 +51,19 @@ def test_many_workers_share_out_a_grid(make, storage):
         taken = [pair for future in found for pair in future.result()]
     assert sorted(slot for slot, _ in taken) == list(range(6))
     assert dict(taken) == dict(enumerate(space.grid()))
+
+
+def test_workers_that_start_together_make_one_database(make, tmp_path):
+    space, shared = make(sampler="grid", parameters=GRID)
+    together = threading.Barrier(4)
+
+    def begin() -> str:
+        together.wait()
+        return study.open_study(space, shared, f"sqlite:///{tmp_path / 'store'}").study_name
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        begun = [pool.submit(begin) for _ in range(4)]
+        assert [future.result() for future in begun] == ["some"] * 4
 
 
 def test_draws_do_not_depend_on_who_makes_them(make, tmp_path):

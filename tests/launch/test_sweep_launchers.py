@@ -1,0 +1,60 @@
+"""The launchers of sweeps say what the command line understands, and ask their scheduler for time to save."""
+
+import shlex
+import subprocess
+
+import yaml
+
+from rest_jax import cli, shipped
+from tests.conftest import REPOSITORY
+
+LAUNCH = REPOSITORY / "launch"
+
+
+def understood(words: list[str]) -> None:
+    assert words[:2] == ["rest-jax", "sweep"]
+    arguments = cli._parser().parse_args(words[1:])
+    assert shipped.find_config(arguments.config).is_file()
+    assert shipped.find_space(arguments.space).is_file()
+    assert arguments.quiet
+
+
+def test_kubernetes():
+    job = yaml.safe_load((LAUNCH / "sweep_job.yaml").read_text())
+    assert job["spec"]["completionMode"] == "Indexed"
+    pod = job["spec"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] >= 60
+    (container,) = pod["containers"]
+    (script,) = container["args"]
+    understood(shlex.split(script.splitlines()[0].removesuffix("&")))
+    mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert f"output={mounted['sweeps']}" in script
+    assert {volume["name"] for volume in pod["volumes"]} == mounted.keys()
+
+
+def test_a_pod_told_to_stop_passes_it_on_and_counts_as_failed(tmp_path):
+    """Its script around a worker that, as ours, ends with 0 on SIGTERM."""
+    job = yaml.safe_load((LAUNCH / "sweep_job.yaml").read_text())
+    (script,) = job["spec"]["template"]["spec"]["containers"][0]["args"]
+    said = tmp_path / "said"
+    worker = tmp_path / "rest-jax"
+    worker.write_text(
+        f'#!/bin/sh\ntrap "echo saved >> {said}; exit 0" TERM\necho started >> {said}\n'
+        "while :; do sleep 0.05; done\n"
+    )
+    worker.chmod(0o755)
+    pod = subprocess.Popen(["/bin/sh", "-c", script], env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
+    while not (said.is_file() and said.read_text()):
+        assert pod.poll() is None
+    pod.terminate()
+    assert pod.wait(30) == 143
+    assert said.read_text() == "started\nsaved\n"
+
+
+def test_slurm():
+    path = LAUNCH / "sweep_slurm.sh"
+    subprocess.run(["bash", "-n", path], check=True)
+    last = path.read_text().splitlines()[-1]
+    words = shlex.split(last.replace('"$@"', "qwen3_1p7b_rlla curriculum output=/shared/runs"))
+    assert words[:2] == ["exec", "srun"]
+    understood(words[2:])
