@@ -1,14 +1,14 @@
 """The launchers of sweeps say what the command line understands, and ask their scheduler for time to save."""
 
+import pathlib
 import shlex
 import subprocess
 
 import yaml
 
 from rest_jax import cli, shipped
-from tests.conftest import REPOSITORY
 
-LAUNCH = REPOSITORY / "launch"
+LAUNCH = pathlib.Path(__file__).resolve().parents[2] / "launch"
 
 
 def understood(words: list[str]) -> None:
