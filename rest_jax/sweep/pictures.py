@@ -1,6 +1,6 @@
-"""Pictures of a sweep: parallel.png (one line a trial across its parameters) and curves.png (the metric by step).
+"""Pictures of a sweep: parallel.png (a line a complete or pruned trial across its parameters), curves.png (metric by step).
 
-Colour is the value, dark to bright; what has no final value is grey and dashed. The best trial is drawn thick.
+Colour is the value, dark to bright; what is not complete is grey and dashed. The best trial is drawn thick.
 """
 
 import os
@@ -22,14 +22,16 @@ from rest_jax.sweep.space import Parameter, Scalar, Space
 PARALLEL, CURVES = "parallel.png", "curves.png"
 _COLOURS = colormaps["viridis"].resampled(256)
 _GREY = "0.6"
+_JUDGED = ("complete", "pruned")
 _BEST = "#D55E00"  # vermilion of Okabe and Ito: far from every colour of the map
 
 
 def write(found: Sequence[Row], space: Space, folder: pathlib.Path) -> list[str]:
     """Draws what there is to draw; the names of the files."""
     written = []
-    if any(row.value is not None and row.point for row in found):
-        _save(_parallel(found, space), folder / PARALLEL)
+    judged = [row for row in ranked(found, space) if row.state in _JUDGED and row.value is not None]
+    if judged:
+        _save(_parallel(judged, space), folder / PARALLEL)
         written.append(PARALLEL)
     if any(row.curve for row in found):
         _save(_curves(found, space), folder / CURVES)
@@ -37,14 +39,9 @@ def write(found: Sequence[Row], space: Space, folder: pathlib.Path) -> list[str]
     return written
 
 
-def _parallel(found: Sequence[Row], space: Space) -> Figure:
+def _parallel(shown: Sequence[Row], space: Space) -> Figure:
     names = list(space.parameters)
     figure, axes = _figure(max(6.0, 1.7 * (len(names) + 1)), 4.6)
-    shown = [
-        row
-        for row in ranked(found, space)
-        if row.value is not None and set(names) <= row.point.keys()
-    ]
     scale = _scale(shown)
     for row in reversed(shown):  # the best last, on top
         heights = [_height(space.parameters[name], row.point[name]) for name in names]
