@@ -83,7 +83,7 @@ def from_json(raw: Any, where: str = "record") -> StepRecord:
 def to_json(record: StepRecord) -> dict[str, Any]:
     """The plain JSON object of a record; `from_json` of it gives an equal record."""
     target: dict[str, Any] = {
-        "calls": [dataclasses.asdict(call) for call in record.target.calls],
+        "calls": [{"name": c.name, "arguments": c.arguments} for c in record.target.calls],
         "response": record.target.response,
     }
     for field in ("think", "text"):

@@ -107,7 +107,7 @@ def mask_names(record: StepRecord, seed: int) -> StepRecord | None:
     def mask_call(name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         return names[name], _mask_arguments(arguments, plans[name])
 
-    of_tools, of_all = _replacer(names), _replacer(mask.names | names)
+    of_tools, of_all = _replacer(names, mask.said), _replacer(mask.names | names, mask.said)
     target = record.target
     return rewritten(
         record,
@@ -194,7 +194,7 @@ def _mask_default(schema: Mapping[str, Any], mask: _Mask) -> tuple[str, str] | N
     if not isinstance(old, str) or not old or (isinstance(choices, list) and old in choices):
         return None
     known = f"{schema.get('description', '')}\n{mask.said}"
-    return None if _whole(old).search(known) else (old, mask.word())
+    return None if old in known and _whole(old).search(known) else (old, mask.word())
 
 
 def _mask_required(required: list[Any], plan: Parameters) -> list[Any]:
@@ -239,9 +239,9 @@ def _mask_turn(
     return masked
 
 
-def _replacer(names: Mapping[str, str]) -> _Rename:
-    """Replaces whole-word mentions of names; of names that are plain words only those in quotes."""
-    longest_first = sorted(names, key=len, reverse=True)
+def _replacer(names: Mapping[str, str], said: str) -> _Rename:
+    """Replaces whole-word mentions of names in parts of `said`; of names that are plain words only those in quotes."""
+    longest_first = sorted((name for name in names if name in said), key=len, reverse=True)
     marked = "|".join(re.escape(name) for name in longest_first if not _PLAIN(name))
     plain = "|".join(re.escape(name) for name in longest_first if name and _PLAIN(name))
     either = [rf"(?<!\w)(?:{marked})(?!\w)"] if marked else []

@@ -1,6 +1,7 @@
 """`rest-jax data prepare`: every option on small files, its refusals, and that it leaves all its files or none."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -15,6 +16,8 @@ from rest_jax.data.tiny_tokenizer import train_tokenizer
 from rest_jax.errors import UserError
 from rest_jax.templates import TEMPLATES
 from rest_jax.tokenizer import Tokenizer
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 
 def dialogue(number: int, tools=("alpha", "beta"), call="alpha") -> dict:
@@ -404,3 +407,17 @@ def test_progress_lines(source_file, out, capsys, monkeypatch):
     monkeypatch.setattr("rest_jax.data.progress.ReadingProgress.__init__.__defaults__", (None, 0.0))
     run(source_file, out)
     assert "100%: 40 read, " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "ending"), [("list", "jsonl"), ("parquet", "parquet")])
+def test_memory_does_not_grow_with_the_file(form, ending):
+    """200,000 records of 600 MB (as Parquet, one row group of 500 MB) in less than 300 MB."""
+    command = [sys.executable, "-m", "benchmarks.preparing", "--records", "200000"]
+    done = subprocess.run(
+        [*command, "--form", form, "--ending", ending],
+        capture_output=True, text=True, cwd=REPOSITORY,
+    )  # fmt: skip
+    told = json.loads(done.stdout)
+    assert told["records"] == 200_000 and told["kept"] > 180_000
+    assert told["peak_bytes"] < 300e6
