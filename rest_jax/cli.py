@@ -347,7 +347,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_settings(variance)
 
-    data = commands.add_parser("data", help="prepare and inspect records", description="Records.")
+    what = "make records of other people's data, look at files of records"
+    data = commands.add_parser("data", help=what, description=f"{what.capitalize()}.")
     parts = data.add_subparsers(title="commands", required=True, metavar="<command>")
     _add_prepare(parts)
     inspect = _add(parts, "inspect", _inspect, "what a file of records holds")

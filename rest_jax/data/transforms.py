@@ -15,8 +15,9 @@ from typing import Any
 from rest_jax.answer import Call, Target
 from rest_jax.data import seeded
 from rest_jax.data.records import StepRecord, to_json
+from rest_jax.data.sources import hammer
 
-NO_TOOL = "None of the available tools can do this."  # the answer when the right tool is missing
+NO_TOOL = hammer.NO_CALL  # the answer when the right tool is missing
 TEXT_ONLY = "the prompt is there only as text"
 
 # Words that a sentence may hold without meaning a tool: "search", "Weather", "send money"

@@ -4,6 +4,7 @@ Parquet holds nested fields as JSON strings, so that one schema fits every recor
 """
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -13,8 +14,11 @@ from typing import Any
 from rest_jax.data import array_records
 from rest_jax.data.records import RecordError, StepRecord, to_json
 from rest_jax.data.stream import NESTED
+from rest_jax.errors import UserError
 
 ROW_GROUP = 4096  # Parquet rows written, and held in memory, at once
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Write = Callable[[StepRecord], object]  # adds a record
 
@@ -24,7 +28,7 @@ def complete(paths: Sequence[pathlib.Path]) -> Iterator[list[pathlib.Path]]:
     """Hidden paths beside `paths` to write to, renamed in this order when the block ends well, removed when it does not.
 
     A path that nothing was written for is absent afterwards, also if there was a file before. Missing folders are made, and
-    removed again on failure.
+    removed again on failure. UserError when the disk is full.
     """
     parts = [path.with_name(f".{path.name}.{os.getpid()}.part") for path in paths]
     missing = {folder for path in paths for folder in path.parents if not folder.exists()}
@@ -40,6 +44,10 @@ def complete(paths: Sequence[pathlib.Path]) -> Iterator[list[pathlib.Path]]:
             else:
                 path.unlink(missing_ok=True)
         done = True
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise UserError(f"data {paths[-1]}: {error.strerror}; make room and start again") from error
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
@@ -136,10 +144,18 @@ def _parquet(part: pathlib.Path) -> Iterator[Write]:
 @contextlib.contextmanager
 def _array_record(part: pathlib.Path) -> Iterator[Write]:
     file = array_records.writer(part)
+
+    def guarded(act: Callable[..., Any], *args: Any) -> None:
+        try:
+            act(*args)
+        except RuntimeError as error:  # its one kind: no space, no permission
+            reason = str(error).split(";")[0]
+            raise UserError(f"data {part}: {reason}; mend that and start again") from error
+
     try:
-        yield lambda record: file.write(to_line(record))
+        yield lambda record: guarded(file.write, to_line(record))
     finally:
-        file.close()
+        guarded(file.close)
 
 
 _WRITERS = {".jsonl": _jsonl, ".parquet": _parquet, array_records.ENDING: _array_record}

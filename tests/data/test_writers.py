@@ -1,5 +1,7 @@
 """Writing record by record: read back equal, whole or not at all, refused before a byte where it cannot be said."""
 
+import errno
+
 import pyarrow.parquet
 import pytest
 
@@ -7,6 +9,7 @@ from rest_jax.answer import Call, Target
 from rest_jax.data import synthetic, writers
 from rest_jax.data.records import RecordError, StepRecord
 from rest_jax.data.sources import read_records
+from rest_jax.errors import UserError
 
 ENDINGS = (".jsonl", ".parquet", ".array_record")
 
@@ -61,6 +64,16 @@ def test_complete_leaves_nothing_of_a_failure(tmp_path, error):
             part.write_text("half")
         raise error
     assert [p.name for p in tmp_path.iterdir()] == ["old"] and old.read_text() == "before"
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path):
+    with (
+        pytest.raises(UserError, match="x: No space left on device; make room"),
+        writers.complete([tmp_path / "x"]) as (part,),
+    ):
+        part.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_paths_that_cannot_be_written(tmp_path):
