@@ -305,8 +305,8 @@ def test_the_warm_start_is_trained_once_and_shared(runs):
     for name in WARM:
         recorded = yaml.safe_load((runs / name / "config.yaml").read_text())
         assert recorded["model"]["source"] == str(runs / "start")
-        assert first[name]["rollout/logp"] == first[WARM[0]]["rollout/logp"]
-    assert first["sft_grpo"]["rollout/logp"] != first["grpo"]["rollout/logp"]
+        assert first[name]["region/think/entropy"] == first[WARM[0]]["region/think/entropy"]
+    assert first["sft_grpo"]["region/think/entropy"] != first["grpo"]["region/think/entropy"]
 
 
 def test_supervised_after_reinforcement_without_conversion(runs):
@@ -318,11 +318,12 @@ def test_supervised_after_reinforcement_without_conversion(runs):
 def two_stages(model: pathlib.Path, folder: pathlib.Path) -> list[str]:  # noqa: F811
     """The words of a run with a warm start, on a base with a random policy."""
     base = folder / "scale.yaml"
-    base.write_text(yaml.safe_dump(recipe(model, folder / "runs", train={"steps": 2})))
+    raw = recipe(model, folder / "runs", train={"steps": 2}, data={"eval": None})
+    base.write_text(yaml.safe_dump(raw))
     gold = {"base": "scale", "trainer": "sft", "train": {"steps": 12, "eval_every": 0}}
     (folder / "gold.yaml").write_text(yaml.safe_dump(gold))
     path = folder / "both.yaml"
-    path.write_text(yaml.safe_dump({"base": "scale", "warm_start": "gold", "data": {"eval": None}}))
+    path.write_text(yaml.safe_dump({"base": "scale", "warm_start": "gold"}))
     return [sys.executable, "-m", "rest_jax", "train", str(path)]
 
 
