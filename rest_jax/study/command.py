@@ -1,4 +1,4 @@
-"""`rest-jax study`: carry out studies, or go on with them, and write their page."""
+"""Carries out studies, or goes on with them, and writes their page: `rest-jax study`."""
 
 import pathlib
 from collections.abc import Sequence
