@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rest_jax.evaluation.statistics import Estimate
-from rest_jax.study.results import EXACT, LAST_STEPS, StudyResult
+from rest_jax.study.results import EXACT, LAST_STEPS, SAMPLED, StudyResult
 
 FILE = "README.md"
 
@@ -37,7 +37,7 @@ def _head(results: Sequence[StudyResult], command: str) -> str:
         "**Rate**: held-out prompts whose greedy answer is exact (format and all calls, or rightly none), their tools in no "
         "training prompt. **[ ]**: 95 % percentile bootstrap over seeds; **( )**: 95 % Student t. With five seeds the bootstrap "
         "is too narrow, so a difference counts as *shown* only where both leave zero out. The intervals are not corrected for "
-        f"the number of comparisons ({sum(max(len(r.methods) - 1, 0) for r in results)} in all)."
+        f"the number of comparisons ({2 * sum(len(r.comparisons) for r in results)} in all, held-out and sampled)."
     )
 
 
@@ -50,6 +50,7 @@ def section(result: StudyResult) -> str:
         f"## {title}",
         _setting(result),
         _table(result),
+        _differences(result),
         "\n".join(claims(result)),
         f"![Rates and paired differences](images/{name}_rates.png)",
         f"![Learning curves](images/{name}_curves.png)",
@@ -71,7 +72,7 @@ def _setting(result: StudyResult) -> str:
     start = runs[0].summary["start/exact"]
     return (
         f"Base `configs/{study.base}.yaml`, seeds {', '.join(map(str, seeds))}, {steps} steps; "
-        f"{runs[0].curves['rollout/prompts'].values[-1]:.0f} prompts a step, "
+        f"{result.rollout.prompts_per_step} prompts x {result.rollout.group_size} answers a step, "
         f"{np.mean(tokens) / steps:,.0f} sampled tokens a step on average, "
         f"{think_share(result):.0%} of them reasoning. Exact rate of the start: {start:.1%}.{unfinished}"
     )
@@ -89,26 +90,33 @@ def think_share(result: StudyResult) -> float:
 
 
 def _table(result: StudyResult) -> str:
-    reference = result.study.reference
     head = (
-        f"| method | rate, % | difference to {reference}, points | shown | accuracy | sampled, last {LAST_STEPS} steps, % "
-        "| seconds a step |\n| --- | --- | --- | --- | --- | --- | --- |"
+        f"| method | rate, % | accuracy | sampled, last {LAST_STEPS} steps, % | answer tokens | seconds a step |\n"
+        "| --- | --- | --- | --- | --- | --- |"
     )
-    rows = []
-    for method in result.methods:
-        level, sampled = result.level(method, EXACT), result.level(method, "sampled/exact")
-        if method == reference:
-            difference, shown = "reference", ""
-        else:
-            found = result.difference(method, EXACT)
-            difference, shown = points(found, sign=True), "yes" if found.shown else "no"
-        rows.append(
-            f"| {method} | {points(level)} | {difference} | {shown} | "
-            f"{result.level(method, 'eval/accuracy').mean:.3f} | {100 * sampled.mean:.1f} | "
-            f"{result.level(method, 'time/step').mean:.2f} |"
-        )
-    note = "Seconds a step: median over steps, mean over seeds, one core a run, other runs beside it; compare with care."
+    rows = [
+        f"| {method} | {points(result.level(method, EXACT))} | {result.level(method, 'eval/accuracy').mean:.3f} "
+        f"| {points(result.level(method, SAMPLED))} | {result.level(method, 'eval/response_tokens').mean:.1f} "
+        f"| {result.level(method, 'time/step').mean:.2f} |"
+        for method in result.methods
+    ]
+    note = "Seconds a step: lower quartile over steps, mean over seeds, one core a run, other runs beside it; compare with care."
     return "\n".join([head, *rows, "", note])
+
+
+def _differences(result: StudyResult) -> str:
+    """Paired differences of the held-out and of the sampled rate, and what they show."""
+    rows = [
+        "| difference | held out, points | shown | sampled, points | shown |",
+        "| --- |" + " --- |" * 4,
+    ]
+    for method, other in result.comparisons:
+        cells = []
+        for name in (EXACT, SAMPLED):
+            found = result.difference(method, name, other)
+            cells += [points(found, sign=True), "**yes**" if found.shown else "no"]
+        rows.append(f"| {method} - {other} | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def points(found: Estimate, sign: bool = False) -> str:
@@ -123,24 +131,24 @@ def points(found: Estimate, sign: bool = False) -> str:
 
 
 def claims(result: StudyResult) -> list[str]:
-    """One line a method: what its paired difference shows."""
-    reference = result.study.reference
+    """One line a comparison: what its paired difference shows, of the held-out rate and, where it does, of the sampled one."""
     lines = []
-    for method in result.methods:
-        if method == reference:
-            continue
-        found = result.difference(method, EXACT)
+    for method, other in result.comparisons:
+        found, sampled = (result.difference(method, n, other) for n in (EXACT, SAMPLED))
         if found.count < 2:
             verdict = "one seed: nothing can be said"
         elif found.shown:
             word = "more" if found.mean > 0 else "fewer"
-            verdict = f"{word} exact answers than `{reference}`, {points(found, sign=True)} points"
+            verdict = f"{word} exact answers on held-out tools, {100 * found.mean:+.1f} points"
         else:
             verdict = (
-                f"no difference to `{reference}` is shown; {points(found, sign=True)} points are compatible with "
-                f"a loss of {max(0.0, -100 * found.t_low):.1f} and a gain of {max(0.0, 100 * found.t_high):.1f}"
+                f"no difference on held-out tools is shown (a loss of {max(0.0, -100 * found.t_low):.1f} "
+                f"and a gain of {max(0.0, 100 * found.t_high):.1f} points are both compatible with it)"
             )
-        lines.append(f"- `{method}`: {verdict}.")
+        if sampled.shown:
+            word = "more" if sampled.mean > 0 else "fewer"
+            verdict += f"; {word} exact answers among those sampled in training, {100 * sampled.mean:+.1f} points"
+        lines.append(f"- `{method}` against `{other}`: {verdict}.")
     return lines
 
 

@@ -19,7 +19,9 @@ from rest_jax.errors import UserError
 
 
 class Study(Section):
-    """A study file. `reference` is the method the others are compared with; `overrides` hold for every run."""
+    """A study file. `reference` is the method the others are compared with, `pairs` are compared besides (the first less the
+    second); `overrides` hold for every run.
+    """
 
     name: Annotated[str, pydantic.Field(pattern=r"^[a-z0-9_]+$")]
     title: str
@@ -29,6 +31,7 @@ class Study(Section):
     )
     methods: Annotated[tuple[str, ...], pydantic.Field(min_length=2)]
     reference: str
+    pairs: tuple[tuple[str, str], ...] = ()
     seeds: Annotated[tuple[NonNegativeInt, ...], pydantic.Field(min_length=1)]
     overrides: tuple[str, ...] = ()
     output: str = "runs/study"
@@ -38,6 +41,9 @@ class Study(Section):
     def _consistent(self):
         if self.reference not in self.methods:
             raise ValueError(f"reference {self.reference!r} is not among the methods")
+        for pair in self.pairs:
+            if unknown := [name for name in pair if name not in self.methods]:
+                raise ValueError(f"pairs: {unknown[0]!r} is not among the methods")
         for name, values in (("methods", self.methods), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: {list(values)} names one twice")

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from rest_jax.config import RolloutConfig
 from rest_jax.evaluation.statistics import Estimate, estimate, paired
 from rest_jax.metrics import METRICS_FILE, read_lines
 from rest_jax.study.plan import PlannedRun, Study
 from rest_jax.study.runner import is_finished
 
-EXACT = "eval/exact"
+EXACT, SAMPLED = "eval/exact", "sampled/exact"
 FINAL = (
     EXACT,
     "eval/accuracy",
@@ -51,11 +52,12 @@ class RunResult:
 
 @dataclasses.dataclass(frozen=True)
 class StudyResult:
-    """The finished runs of a study, and how many there should be."""
+    """The finished runs of a study, how many there should be, and the rollouts they all share."""
 
     study: Study
     runs: list[RunResult]
     planned: int
+    rollout: RolloutConfig
 
     def of(self, method: str) -> dict[int, RunResult]:
         """Its runs by seed."""
@@ -69,9 +71,16 @@ class StudyResult:
         """Mean over seeds with its intervals."""
         return estimate(list(self.values(method, name).values()))
 
-    def difference(self, method: str, name: str) -> Estimate:
-        """Mean difference to the reference, paired by seed."""
-        return paired(self.values(method, name), self.values(self.study.reference, name))
+    def difference(self, method: str, name: str, other: str | None = None) -> Estimate:
+        """Mean difference to the reference, or to `other`, paired by seed."""
+        return paired(self.values(method, name), self.values(other or self.study.reference, name))
+
+    @property
+    def comparisons(self) -> list[tuple[str, str]]:
+        """Every pair (method, compared with) that shares a seed: with the reference, then the study's own pairs."""
+        wanted = [(m, self.study.reference) for m in self.methods if m != self.study.reference]
+        wanted += self.study.pairs
+        return [(a, b) for a, b in wanted if self.of(a).keys() & self.of(b).keys()]
 
     @property
     def methods(self) -> list[str]:
@@ -83,7 +92,7 @@ class StudyResult:
 def collect(study: Study, runs: Sequence[PlannedRun]) -> StudyResult:
     """Reads every finished run."""
     found = [read_run(run) for run in runs if is_finished(run)]
-    return StudyResult(study, found, len(runs))
+    return StudyResult(study, found, len(runs), runs[0].config.rollout)
 
 
 def read_run(run: PlannedRun) -> RunResult:
@@ -102,11 +111,13 @@ def read_run(run: PlannedRun) -> RunResult:
 
 
 def summarise(curves: Mapping[str, Curve]) -> dict[str, float]:
-    """Final held-out values, the start's exact rate, the sampled exact rate of the last steps, seconds a step."""
+    """Final held-out values, the start's exact rate, the sampled exact rate of the last steps, seconds of a fast step (the
+    lower quartile: other work on the machine only ever slows a step down).
+    """
     summary = {name: float(curves[name].values[-1]) for name in FINAL}
     summary["start/exact"] = float(curves[EXACT].values[0])
-    summary["sampled/exact"] = float(curves["reward/exact"].values[-LAST_STEPS:].mean())
-    summary["time/step"] = float(np.median(curves["time/step"].values[WARM_UP_STEPS:]))
+    summary[SAMPLED] = float(curves["reward/exact"].values[-LAST_STEPS:].mean())
+    summary["time/step"] = float(np.quantile(curves["time/step"].values[WARM_UP_STEPS:], 0.25))
     tokens = curves["rollout/tokens"].values.sum()
     return summary | {"rollout/tokens": float(tokens)}
 
@@ -130,7 +141,9 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def write_tables(result: StudyResult, folder: pathlib.Path) -> list[pathlib.Path]:
-    """`<study>_runs.csv` (a line a run), `<study>_methods.csv` (estimates), `<study>_curves.csv` (means over seeds)."""
+    """Writes `<study>_runs.csv` (a line a run), `<study>_methods.csv` (estimates: levels, and differences of `method` less
+    `less`) and `<study>_curves.csv` (means over seeds).
+    """
     name = result.study.name
     return [
         _write(folder / f"{name}_runs.csv", _run_rows(result)),
@@ -144,16 +157,17 @@ def _run_rows(result: StudyResult) -> list[dict[str, Any]]:
 
 
 def _method_rows(result: StudyResult) -> list[dict[str, Any]]:
-    rows = []
-    for method in result.methods:
-        for name in result.runs[0].summary:
-            for kind, found in (
-                ("level", result.level(method, name)),
-                ("difference", result.difference(method, name)),
-            ):
-                row = {"method": method, "metric": name, "kind": kind}
-                rows.append(row | _rounded(dataclasses.asdict(found)))
-    return rows
+    found = [
+        ({"method": method, "less": "", "metric": name}, result.level(method, name))
+        for method in result.methods
+        for name in result.runs[0].summary
+    ]
+    found += [
+        ({"method": method, "less": other, "metric": name}, result.difference(method, name, other))
+        for method, other in result.comparisons
+        for name in result.runs[0].summary
+    ]
+    return [row | _rounded(dataclasses.asdict(value)) for row, value in found]
 
 
 def _curve_rows(result: StudyResult) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ def study_file(tmp_path):
             "base": "study_single",
             "methods": list(METHODS),
             "reference": "grpo",
+            "pairs": [["rest_mass", "rest"]],
             "seeds": [0, 1, 2],
             "overrides": ["train.steps=6"],
             "output": str(tmp_path / "runs"),
@@ -69,7 +70,7 @@ def trained(step: int) -> dict[str, float]:
     regions["region/think/count"] = 40
     return regions | {
         "reward/mean": 0.1 * step, "reward/exact": 0.05 * step, "rollout/tokens": 100,
-        "rollout/prompts": 4, "rollout/response_tokens": 25, "rollout/entropy": 0.2,
+        "rollout/response_tokens": 25, "rollout/entropy": 0.2,
         "update/grad_noise": 0.9, "time/step": 100.0 if step <= 3 else 2.0,
     }  # fmt: skip
 
@@ -102,10 +103,11 @@ def test_the_reasoned_study_warms_up_once():
     ("changes", "words"),
     [
         ({"reference": "sft"}, "reference 'sft' is not among"),
-        ({"methods": ["grpo", "grpo"]}, "names one twice"),
+        ({"pairs": [["rest", "sft"]]}, "pairs: 'sft' is not among"),
+        ({"pairs": [], "methods": ["grpo", "grpo"]}, "names one twice"),
         ({"seeds": []}, "seeds"),
         ({"speed": 3}, "speed"),
-        ({"methods": ["grpo", "grop"]}, "config grop: no such file"),
+        ({"pairs": [], "methods": ["grpo", "grop"]}, "config grop: no such file"),
         ({"base": "nowhere"}, "nowhere"),
         ({"overrides": ["train.steps=null"]}, "train.steps must be set"),
     ],
@@ -194,7 +196,9 @@ def test_a_follow_up_shares_the_runs_it_has_in_common(study_file, pretended):
     first = planned_runs(load_study(study_file()))
     for run in first:
         finish(run, 0.5)
-    follow_up = load_study(study_file(name="more", runs="tiny", methods=["grpo", "dr_grpo"]))
+    follow_up = load_study(
+        study_file(name="more", runs="tiny", methods=["grpo", "dr_grpo"], pairs=[])
+    )
     runs = planned_runs(follow_up)
     seen = pretended(runs)
     runner.carry_out(runs, 1)
@@ -248,8 +252,12 @@ def test_differences_are_paired(reported):
 def test_the_page_claims_what_is_shown(reported):
     _, folder, text = reported
     written = (folder / page.FILE).read_text()
-    assert "- `rest`: more exact answers than `grpo`, +10.3" in written
-    assert "- `rest_mass`: no difference to `grpo` is shown" in written
+    assert "- `rest` against `grpo`: more exact answers on held-out tools, +10.3 points." in written
+    assert (
+        "- `rest_mass` against `grpo`: no difference on held-out tools is shown (a loss of"
+        in written
+    )
+    assert "- `rest_mass` against `rest`: " in written and "6 in all" in written
     assert "40% of them reasoning" in written and "Exact rate of the start: 40.0%" in written
     assert "not finished" not in written
     assert "rest" in text and "yes" in text
@@ -266,7 +274,7 @@ def test_tables_hold_every_run(reported):
     assert len(rows) == 9
     assert {(r["method"], r["seed"], r["eval/exact"]) for r in rows} >= {("rest", "1", "0.63")}
     with (folder / "tiny_methods.csv").open() as file:
-        differences = [r for r in csv.DictReader(file) if r["kind"] == "difference"]
+        differences = [r for r in csv.DictReader(file) if r["less"] == "grpo"]
     (row,) = [r for r in differences if (r["method"], r["metric"]) == ("rest", "eval/exact")]
     assert float(row["mean"]) == pytest.approx(0.10333, abs=1e-4)
 
@@ -305,7 +313,7 @@ def test_a_real_study_is_stopped_and_goes_on(study_file, tmp_path, monkeypatch):
         "train.steps=2", "data.eval_limit=8", "rollout.prompts_per_step=2", "train.eval_every=0",
         "train.checkpoint_every=1",
     ]  # fmt: skip
-    file = study_file(methods=["grpo", "rest"], seeds=[0], overrides=small)
+    file = study_file(methods=["grpo", "rest"], pairs=[], seeds=[0], overrides=small)
     runs = planned_runs(load_study(file))
     with monkeypatch.context() as patch:
         original = runner.train
