@@ -6,7 +6,6 @@ defaults (template, limits, sampling), for anything else the config models do; `
 
 import contextlib
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
@@ -25,6 +24,7 @@ from rest_jax.data.records import StepRecord
 from rest_jax.data.sources import iter_records
 from rest_jax.errors import UserError
 from rest_jax.evaluation.heldout import Evaluator, Held
+from rest_jax.files import whole
 from rest_jax.metrics import summary_table
 from rest_jax.models import hf
 from rest_jax.policy import Policy, is_run, load_policy
@@ -194,7 +194,5 @@ def _lines(output: str | None) -> Iterator[TextIO | None]:
     if output is None:
         yield None
         return
-    partial = f"{output}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
+    with whole(output) as partial, partial.open("w", encoding="utf-8") as file:
         yield file
-    os.replace(partial, output)

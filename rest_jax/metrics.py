@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 from rest_jax.errors import UserError
+from rest_jax.files import whole
 from rest_jax.metric_table import METRICS
 
 METRICS_FILE = "metrics.jsonl"
@@ -206,20 +207,18 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _truncate(path: pathlib.Path, step: int) -> None:
-    whole = path.read_bytes()
+    found = path.read_bytes()
     kept = []
-    for line in whole.split(b"\n")[:-1]:  # what follows the last line end is a half-written line
+    for line in found.split(b"\n")[:-1]:  # what follows the last line end is a half-written line
         record = _parse(line)
         if record is not None and record["step"] <= step:
             kept.append(line + b"\n")
-    if b"".join(kept) == whole:
+    if b"".join(kept) == found:
         return
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with whole(path) as partial, partial.open("wb") as file:
         file.writelines(kept)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _tensorboard_writer(run_dir: pathlib.Path) -> Any:

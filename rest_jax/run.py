@@ -25,6 +25,7 @@ from rest_jax import config as config_lib
 from rest_jax.checkpoint import Checkpoints
 from rest_jax.config import Config
 from rest_jax.errors import RunStopped, UserError
+from rest_jax.files import whole
 from rest_jax.hosts import is_first_process
 from rest_jax.metrics import MetricsWriter
 from rest_jax.sharding import batch_ways
@@ -132,7 +133,8 @@ def open_run(config: Config, files: pathlib.Path) -> Run:
     check_config(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
     if is_first_process():
-        _write_atomically(folder / CONFIG_FILE, config_lib.dump(config))
+        with whole(folder / CONFIG_FILE) as partial:
+            partial.write_text(config_lib.dump(config))
         copy_side_files(files, folder / MODEL_FOLDER)
     return Run(
         config=config,
@@ -201,9 +203,3 @@ def save_batch(folder: pathlib.Path, step: int, arrays: dict[str, Any]) -> pathl
     plain: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
     np.savez(path, **plain)
     return path
-
-
-def _write_atomically(path: pathlib.Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)

@@ -4,7 +4,6 @@ Colours are those of Okabe and Ito, which people with any kind of colour blindne
 the distinction for print.
 """
 
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from rest_jax.files import whole
 from rest_jax.metric_table import REGION_NAMES
 from rest_jax.report.series import Series, read_series
 
@@ -106,7 +106,6 @@ def _region_legend(figure: Figure, panels: Sequence[Any]) -> None:
 
 
 def _save(figure: Figure, path: pathlib.Path) -> pathlib.Path:
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=110)
-    os.replace(partial, path)
+    with whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
     return path

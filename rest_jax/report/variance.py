@@ -6,7 +6,6 @@ variance.csv is long: one line a value, `kind` (region or rule), `name`, `quanti
 import csv
 import io
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from rest_jax.files import whole
 from rest_jax.metrics import summary_table
 
 JSON_FILE, CSV_FILE, PICTURE = "variance.json", "variance.csv", "variance.png"
@@ -80,9 +80,8 @@ def write_variance(found: dict[str, Any], folder: str | pathlib.Path) -> list[pa
         PICTURE: picture.getvalue(),
     }
     for name, content in contents.items():
-        partial = folder / f"{name}.partial"
-        partial.write_bytes(content)
-        os.replace(partial, folder / name)
+        with whole(folder / name) as partial:
+            partial.write_bytes(content)
     return [folder / name for name in contents]
 
 

@@ -3,7 +3,6 @@
 Colour is the value, dark to bright; what is not complete is grey and dashed. The best trial is drawn thick.
 """
 
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from rest_jax.files import whole
 from rest_jax.sweep.results import Row, ranked, short_names
 from rest_jax.sweep.space import Parameter, Scalar, Space
 
@@ -136,6 +136,5 @@ def _ticks(parameter: Parameter) -> list[tuple[float, str]]:
 
 
 def _save(figure: Figure, path: pathlib.Path) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    figure.savefig(partial, format="png", dpi=110)
-    os.replace(partial, path)
+    with whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)

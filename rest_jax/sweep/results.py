@@ -4,12 +4,12 @@ One row a trial: a trial that several workers had in turn is one row, with the s
 """
 
 import csv
-import os
 import pathlib
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from rest_jax.files import whole
 from rest_jax.metrics import summary_table
 from rest_jax.sweep import queue
 from rest_jax.sweep.points import point_text, shown
@@ -80,15 +80,13 @@ def write_csv(path: pathlib.Path, found: Sequence[Row], space: Space) -> None:
     head = ["number", "state", space.metric, *space.parameters]
     head += ["step", "seconds", "attempts", "folder", "reason"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("w", newline="") as file:
+    with whole(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(head)
         for row in found:
             point = [row.point.get(name) for name in space.parameters]
             ending = [row.step, round(row.seconds, 1), row.attempts, row.folder, row.reason]
             writer.writerow([row.number, row.state, row.value, *point, *ending])
-    os.replace(partial, path)
 
 
 def write(study: "optuna.Study", space: Space, folder: pathlib.Path) -> str:
