@@ -4,9 +4,9 @@ demonstrations of the synthetic tool world by a demonstrator with bad habits (`r
     python launch/make_quickstart_policy.py OUT [key=value ...]
 
 Three steps: train the tokenizer; write an HF folder with initial weights (`induction_start.py`); run
-`rest-jax sft configs/quickstart_sft.yaml` from it and export the result to OUT. Interrupted, it goes on where it
+`rest-jax sft launch/quickstart_sft.yaml` from it and export the result to OUT. Interrupted, it goes on where it
 stopped. The committed policy is OUT = configs/quickstart_policy.
-Hardware and time: 2 CPU cores, see configs/quickstart_sft.yaml.
+Hardware and time: 2 CPU cores, see launch/quickstart_sft.yaml.
 """
 
 import json
@@ -26,7 +26,7 @@ from rest_jax.models.hf_config import decoder_config
 from rest_jax.templates import TEMPLATES
 from rest_jax.tokenizer import Tokenizer
 
-CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "quickstart_sft.yaml"
+CONFIG = pathlib.Path(__file__).parent / "quickstart_sft.yaml"
 TOKENIZER_RECORDS, VOCABULARY = 4000, 768
 ARCHITECTURE = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -252,7 +252,7 @@ class TrainConfig(Section):
         16_384  # positions (prompt once + responses, padded) of a micro-batch on each way; None: no limit
     )
     measure_noise: bool = (
-        False  # variance of every gradient, from one group a micro-batch (somewhat slower)
+        False  # variance of every gradient, from micro-batches of one group a way (somewhat slower)
     )
     eval_every: NonNegativeInt = 15  # 0: only before the first and after the last step
     eval_before: bool = True

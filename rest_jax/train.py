@@ -85,6 +85,11 @@ def check_sizes(config: Config, policy: Policy) -> None:
         name = "rollout.prompts_per_step"
     size = config.train.prompts_per_update or config.rollout.prompts_per_step
     check_batch(name, size, policy.mesh)
+    ways = batch_ways(policy.mesh)
+    if config.train.measure_noise and size <= ways:
+        raise UserError(
+            f"train.measure_noise: {name} {size} on {ways} ways is one micro-batch, which has no variance; raise {name}"
+        )
 
 
 def total_steps(config: Config, prompts: int) -> int:

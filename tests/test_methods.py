@@ -54,7 +54,6 @@ SMALL = (
 ELSEWHERE = {
     "qwen3_1p7b_rlla": ["rollout.prompts_per_step=64", "data.synthetic_size=64"],
     "smollm2_rlla_cpu": ["rollout.prompts_per_step=8", "data.synthetic_size=64"],
-    "quickstart_sft": ["data.synthetic_size=64", "data.eval_limit=8"],
 }
 HERE = ("model.source=configs/quickstart_policy", "data.train=synthetic:train",
         "data.eval=synthetic:eval", "data.brief_prompt=true")  # fmt: skip

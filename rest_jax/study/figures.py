@@ -3,7 +3,6 @@
 Colours are those of Okabe and Ito. A method has the same colour and mark in every picture; the reference is black.
 """
 
-import os
 import pathlib
 from typing import Any
 
@@ -12,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from rest_jax.files import whole
 from rest_jax.metric_table import REGION_NAMES
 from rest_jax.study.results import EXACT, StudyResult, mean_curve
 
@@ -63,17 +63,19 @@ def rates(result: StudyResult) -> Figure:
 
 
 def curves(result: StudyResult) -> Figure:
-    """Sampled reward and exact rate, held-out exact rate, gradient noise, answer length, policy entropy."""
-    figure = _figure(13, 7.2)
+    """Rewards and exact rates, gradient noise and norm, answer length, policy entropy, time of a step."""
+    figure = _figure(16, 7.2)
     panels = (
-        ("reward/mean", "Reward of sampled answers (its scale moves under the dynamic reward)", ""),
+        ("reward/mean", "Sampled reward (a dynamic scale moves)", ""),
         ("reward/exact", "Exact answers, sampled", "fraction"),
         (EXACT, "Exact answers, held out, greedy", "fraction"),
-        ("update/grad_noise", "Gradient variance / squared norm of the gradient", ""),
+        ("update/grad_noise", "Gradient variance / squared norm", ""),
+        ("update/grad_norm", "Norm of the gradient", ""),
         ("rollout/response_tokens", "Length of sampled answers", "tokens"),
         ("rollout/entropy", "Entropy of the policy", "nats"),
+        ("time/step", "Time of a step (others beside it)", "s"),
     )
-    for axes, (name, title, unit) in zip(figure.subplots(2, 3).flat, panels, strict=True):
+    for axes, (name, title, unit) in zip(figure.subplots(2, 4).flat, panels, strict=True):
         _lines(axes, result, name, 1 if name.startswith("eval/") else WINDOW)
         _label(axes, title, unit)
     _legend(figure, result)
@@ -174,7 +176,6 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, path: pathlib.Path) -> pathlib.Path:
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=90)
-    os.replace(partial, path)
+    with whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=90)
     return path

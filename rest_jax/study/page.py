@@ -4,40 +4,42 @@ A difference is called shown only where the bootstrap and the t interval both le
 everything else is reported as not shown, with its interval.
 """
 
-import os
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from rest_jax.evaluation.statistics import Estimate
+from rest_jax.files import whole
 from rest_jax.study.results import EXACT, LAST_STEPS, SAMPLED, StudyResult
 
 FILE = "README.md"
 
 
 def write_page(results: Sequence[StudyResult], folder: pathlib.Path, command: str) -> pathlib.Path:
-    """Writes `README.md`; `command` is what makes it again."""
-    text = "\n\n".join([_head(results, command), *(section(result) for result in results)])
+    """Writes `README.md`; `command` is what makes it again. Notes in `tried.md` beside it are linked."""
+    notes = (
+        ["What was tried besides: [tried.md](tried.md)."] if (folder / "tried.md").is_file() else []
+    )
+    text = "\n\n".join([_head(results, command), *notes, *map(section, results)])
     path = folder / FILE
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text.rstrip() + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with whole(path) as partial:
+        partial.write_text(text.rstrip() + "\n", encoding="utf-8")
     return path
 
 
 def _head(results: Sequence[StudyResult], command: str) -> str:
-    tried = "What was tried besides: [tried.md](tried.md).\n\n"
+    comparisons = 2 * sum(len(r.comparisons) for r in results)
     return (
-        f"# Studies\n\nMade by `{command}` from the files in `configs/studies/`. Do not edit: the command writes it anew.\n\n"
-        "Every method is a config file laid over one base, so policy, prompts, number of rollouts, reward checks, optimiser and "
-        "steps are equal; two methods of one seed see the same prompts in the same order. One supervised start serves all seeds, "
-        "so the intervals cover what differs between seeds (sampling, order of prompts), not other starts or other worlds.\n\n"
-        f"{tried}"
-        "**Rate**: held-out prompts whose greedy answer is exact (format and all calls, or rightly none), their tools in no "
-        "training prompt. **[ ]**: 95 % percentile bootstrap over seeds; **( )**: 95 % Student t. With five seeds the bootstrap "
-        "is too narrow, so a difference counts as *shown* only where both leave zero out. The intervals are not corrected for "
-        f"the number of comparisons ({2 * sum(len(r.comparisons) for r in results)} in all, held-out and sampled)."
+        f"# Studies\n\nMade by `{command}`. Do not edit: the command writes it anew.\n\n"
+        "Every method is a config file laid over one base, so policy, prompts, number of rollouts, optimiser and steps "
+        "are equal; two methods of one seed see the same prompts in the same order. All runs of a study start from one "
+        "policy, so the intervals cover what differs between seeds (sampling, order of prompts), not other starts or "
+        "other data.\n\n"
+        "**Rate**: held-out prompts whose greedy answer is exact (format and all calls, or rightly none). **[ ]**: 95 % "
+        "percentile bootstrap over seeds; **( )**: 95 % Student t. With few seeds the bootstrap is too narrow, so a "
+        "difference counts as *shown* only where both leave zero out. The intervals are not corrected for the number of "
+        f"comparisons ({comparisons} in all, held-out and sampled)."
     )
 
 
@@ -48,6 +50,7 @@ def section(result: StudyResult) -> str:
     name, title = result.study.name, result.study.title
     parts = [
         f"## {title}",
+        *([result.study.about.strip()] if result.study.about else []),
         _setting(result),
         _table(result),
         _differences(result),
@@ -71,7 +74,7 @@ def _setting(result: StudyResult) -> str:
     steps = int(runs[0].curves["reward/mean"].steps[-1])
     start = runs[0].summary["start/exact"]
     return (
-        f"Base `configs/{study.base}.yaml`, seeds {', '.join(map(str, seeds))}, {steps} steps; "
+        f"Base `{study.base}`, seeds {', '.join(map(str, seeds))}, {steps} steps; "
         f"{result.rollout.prompts_per_step} prompts x {result.rollout.group_size} answers a step, "
         f"{np.mean(tokens) / steps:,.0f} sampled tokens a step on average, "
         f"{think_share(result):.0%} of them reasoning. Exact rate of the start: {start:.1%}.{unfinished}"
@@ -84,8 +87,8 @@ def think_share(result: StudyResult) -> float:
     for run in result.runs:
         for name, curve in run.curves.items():
             if name.startswith("region/") and name.endswith("/count"):
-                total += curve.values.sum()
-                think += curve.values.sum() if name == "region/think/count" else 0.0
+                total += sum(curve.values)
+                think += sum(curve.values) if name == "region/think/count" else 0.0
     return think / total
 
 
@@ -100,7 +103,7 @@ def _table(result: StudyResult) -> str:
         f"| {result.level(method, 'time/step').mean:.2f} |"
         for method in result.methods
     ]
-    note = "Seconds a step: lower quartile over steps, mean over seeds, one core a run, other runs beside it; compare with care."
+    note = "Seconds a step: lower quartile over steps, mean over seeds, with other runs beside it; compare with care."
     return "\n".join([head, *rows, "", note])
 
 

@@ -25,6 +25,7 @@ class Study(Section):
 
     name: Annotated[str, pydantic.Field(pattern=r"^[a-z0-9_]+$")]
     title: str
+    about: str = ""  # a paragraph for the page: what this world and this start are
     base: str
     warm_start: str | None = (
         None  # a supervised recipe, on the same base: every run starts from its run

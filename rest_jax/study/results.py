@@ -6,7 +6,6 @@ rollouts, which is why differences are paired by seed. `write_tables` leaves the
 
 import csv
 import dataclasses
-import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,9 +14,10 @@ import numpy as np
 
 from rest_jax.config import RolloutConfig
 from rest_jax.evaluation.statistics import Estimate, estimate, paired
-from rest_jax.metrics import METRICS_FILE, read_lines
+from rest_jax.files import whole
+from rest_jax.report.series import Series, read_series
 from rest_jax.study.plan import PlannedRun, Study
-from rest_jax.study.runner import is_finished
+from rest_jax.study.runner import check, is_finished
 
 EXACT, SAMPLED = "eval/exact", "sampled/exact"
 FINAL = (
@@ -33,21 +33,13 @@ WARM_UP_STEPS = 3  # left out of step times: they compile
 
 
 @dataclasses.dataclass(frozen=True)
-class Curve:
-    """One metric of one run; steps [N] and values [N]."""
-
-    steps: np.ndarray
-    values: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
 class RunResult:
     """One finished run: summary values by name, and every series."""
 
     method: str
     seed: int
     summary: dict[str, float]
-    curves: dict[str, Curve]
+    curves: dict[str, Series]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,48 +82,42 @@ class StudyResult:
 
 
 def collect(study: Study, runs: Sequence[PlannedRun]) -> StudyResult:
-    """Reads every finished run."""
-    found = [read_run(run) for run in runs if is_finished(run)]
+    """Reads every finished run. UserError when a folder holds a run of another config."""
+    finished = [run for run in runs if is_finished(run)]
+    for run in finished:
+        check(run)
+    found = [read_run(run) for run in finished]
     return StudyResult(study, found, len(runs), runs[0].config.rollout)
 
 
 def read_run(run: PlannedRun) -> RunResult:
     """One run's series and summary."""
-    series: dict[str, list[tuple[int, float]]] = {}
-    for line in read_lines(run.folder / METRICS_FILE):
-        step = line["step"]
-        for name, value in line.items():
-            if name != "step" and value is not None:
-                series.setdefault(name, []).append((step, value))
-    curves = {
-        name: Curve(*(np.array(column) for column in zip(*points, strict=True)))
-        for name, points in series.items()
-    }
+    curves = read_series(run.folder)
     return RunResult(run.method, run.seed, summarise(curves), curves)
 
 
-def summarise(curves: Mapping[str, Curve]) -> dict[str, float]:
+def summarise(curves: Mapping[str, Series]) -> dict[str, float]:
     """Final held-out values, the start's exact rate, the sampled exact rate of the last steps, seconds of a fast step (the
     lower quartile: other work on the machine only ever slows a step down).
     """
     summary = {name: float(curves[name].values[-1]) for name in FINAL}
     summary["start/exact"] = float(curves[EXACT].values[0])
-    summary[SAMPLED] = float(curves["reward/exact"].values[-LAST_STEPS:].mean())
+    summary[SAMPLED] = float(np.mean(curves["reward/exact"].values[-LAST_STEPS:]))
     summary["time/step"] = float(np.quantile(curves["time/step"].values[WARM_UP_STEPS:], 0.25))
-    tokens = curves["rollout/tokens"].values.sum()
+    tokens = sum(curves["rollout/tokens"].values)
     return summary | {"rollout/tokens": float(tokens)}
 
 
-def mean_curve(runs: Iterable[RunResult], name: str, window: int = 1) -> Curve | None:
+def mean_curve(runs: Iterable[RunResult], name: str, window: int = 1) -> Series | None:
     """The mean over runs at the steps that all have, smoothed by a running mean over `window` steps; None without data."""
     curves = [run.curves[name] for run in runs if name in run.curves]
-    if not curves:
+    shared = set.intersection(*(set(c.steps) for c in curves)) if curves else set()
+    if not shared:
         return None
-    steps = sorted(set.intersection(*(set(c.steps.tolist()) for c in curves)))
-    if not steps:
-        return None
-    rows = [c.values[np.isin(c.steps, steps)] for c in curves]
-    return Curve(np.array(steps), smooth(np.mean(rows, axis=0), window))
+    by_step = [dict(zip(c.steps, c.values, strict=True)) for c in curves]
+    steps = sorted(shared)
+    values = np.array([np.mean([found[step] for found in by_step]) for step in steps])
+    return Series(steps, smooth(values, window).tolist())
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -176,8 +162,8 @@ def _curve_rows(result: StudyResult) -> list[dict[str, Any]]:
         runs = list(result.of(method).values())
         for name in sorted(set().union(*(run.curves for run in runs))):
             curve = mean_curve(runs, name)
-            if curve is not None and not name.startswith("time/"):
-                points = zip(curve.steps.tolist(), curve.values.tolist(), strict=True)
+            if curve is not None and name != "time/elapsed":
+                points = zip(*curve, strict=True)
                 rows += [
                     {"method": method, "metric": name, "step": step, **_rounded({"mean": value})}
                     for step, value in points
@@ -191,11 +177,8 @@ def _rounded(values: Mapping[str, float]) -> dict[str, float | str]:
 
 
 def _write(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> pathlib.Path:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else [])
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(partial, path)
     return path

@@ -1,8 +1,8 @@
 """Carries out the runs of studies: several processes at once, each on cores of its own, resumed where they were.
 
-Every run is `rest-jax train` on its resolved config, in a process of its own: a crash takes one run with it, and memory goes
-back to the system between runs. Finished runs are passed over; a run broken off goes on from its checkpoint. SIGTERM or
-Ctrl-C stops the running ones cleanly.
+Every run is a process of its own, like a trial of a sweep: a crash takes one run with it, memory goes back to the system
+between runs, and a study that is killed takes its running ones along. Finished runs are passed over; a run broken off goes
+on from its checkpoint. SIGTERM or Ctrl-C stops the running ones cleanly.
 """
 
 import concurrent.futures
@@ -12,20 +12,18 @@ import os
 import pathlib
 import queue
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
-from rest_jax import config as config_lib
 from rest_jax import stages
 from rest_jax.config import Config
 from rest_jax.errors import RunStopped, UserError
 from rest_jax.metrics import METRICS_FILE, read_lines
 from rest_jax.run import check_config
 from rest_jax.study.plan import PlannedRun
+from rest_jax.sweep.process import child_command, how_it_failed, running
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +57,21 @@ def jobs_left(runs: Sequence[PlannedRun]) -> list[Job]:
     starts: dict[str, Config] = {}
     found = []
     for run in runs:
-        alone = settled(run.config)
-        check_config(run.folder, alone)
+        check(run)
+        start = run.config.warm_start
         if is_finished(run):
             continue
-        start = run.config.warm_start
         if start is not None and not stages.is_finished(start):
             starts[str(stages.folder(start))] = start
-        found.append(Job(alone, start))
+        found.append(Job(settled(run.config), start))
     return [*(Job(config) for config in starts.values()), *found]
+
+
+def check(run: PlannedRun) -> None:
+    """UserError when its folder, or that of its start, holds a run of another config."""
+    check_config(run.folder, settled(run.config))
+    if run.config.warm_start is not None:
+        check_config(stages.folder(run.config.warm_start), run.config.warm_start)
 
 
 def settled(config: Config) -> Config:
@@ -94,7 +98,6 @@ class Pool:
             self.cores.put(part)
         self.workers = workers
         self.lock = threading.Lock()
-        self.running: set[str] = set()
         self.failures: list[str] = []
 
     def run(self) -> None:
@@ -112,16 +115,14 @@ class Pool:
                     return
                 if job is not None:
                     self.waiting.remove(job)
-                    self.running.add(job.label)
             if job is None:  # everything left waits for a start that another worker trains
                 self.stop.wait(1.0)
                 continue
             code = train(job.config, cores, self.stop)
             with self.lock:
-                self.running.discard(job.label)
                 if code and not self.stop.is_set():
                     self.failures.append(
-                        f"{job.label}: exit code {code}, see {log_file(job.config)}"
+                        f"{job.label}: {how_it_failed(code, log_file(job.config))}"
                     )
                     self.stop.set()
                 elif not self.stop.is_set():
@@ -136,26 +137,13 @@ class Pool:
 
 def train(config: Config, cores: set[int], stop: threading.Event) -> int:
     """One run in a process on `cores`; its exit code. When `stop` is set the process is told to save and end."""
-    log = log_file(config)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    file = log.with_suffix(".yaml")
-    file.write_text(config_lib.dump(config))
-    environment = os.environ | {"OMP_NUM_THREADS": str(len(cores))}
-    command = [sys.executable, "-m", "rest_jax", "train", str(file)]
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,  # Ctrl-C reaches it through us alone, as a SIGTERM
-        )
+    with running(child_command, config, log_file(config)) as process:
         _pin(process.pid, cores)
         while process.poll() is None:
             if stop.wait(0.2):
                 process.terminate()
-                return process.wait()
-    return process.returncode
+                break
+        return process.wait()
 
 
 def log_file(config: Config) -> pathlib.Path:

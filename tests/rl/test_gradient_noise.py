@@ -1,14 +1,18 @@
 """The measured variance of a gradient is the sample variance of its groups, computed here one group at a time."""
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
 import pytest
 
+from rest_jax import config as config_lib
+from rest_jax.errors import UserError
 from rest_jax.rl.gradients import gradient_noise
 from rest_jax.rl.packing import MicroBatch
 from rest_jax.rl.step import Extents, plan_step
+from rest_jax.train import check_sizes
 from tests import tiny
 from tests.rl.test_skipping import EQUAL, RECORD, run, with_equal
 
@@ -98,6 +102,17 @@ def test_several_ways_measure_the_same_order(scored):
     one, two = run(cfg, scored)[1], run(cfg, scored, shape=(2, 1, 1))[1]
     assert two["update/grad_norm"] == pytest.approx(one["update/grad_norm"], rel=1e-4)
     assert 0.1 < two["update/grad_variance"] / one["update/grad_variance"] < 10
+
+
+def test_one_micro_batch_has_no_variance_and_is_refused():
+    raw = {
+        "name": "x", "model": {"source": "x"}, "train": {"measure_noise": True},
+        "rollout": {"prompts_per_step": 2},
+    }  # fmt: skip
+    config = config_lib.validate(raw)
+    check_sizes(config, types.SimpleNamespace(mesh=tiny.mesh(1)))
+    with pytest.raises(UserError, match=r"measure_noise: rollout\.prompts_per_step 2 on 2 ways"):
+        check_sizes(config, types.SimpleNamespace(mesh=tiny.mesh(2)))
 
 
 def test_metrics_only_when_asked(scored):

@@ -138,6 +138,9 @@ def pretended(monkeypatch):
             with lock:
                 seen.append(config.name)
             if config.name == fail:
+                log = runner.log_file(config)
+                log.parent.mkdir(parents=True, exist_ok=True)
+                log.write_text("rest-jax: error: it broke\n")
                 return 1
             run = by_folder.get(str(stages.folder(config)))
             if run is None:  # the supervised start
@@ -179,7 +182,9 @@ def test_the_start_comes_first_and_others_wait_for_it(study_file, pretended, mon
 def test_a_failure_stops_the_study_and_names_the_log(study_file, pretended):
     runs = planned_runs(load_study(study_file()))
     seen = pretended(runs, fail="rest-seed0")
-    with pytest.raises(RunStopped, match=r"rest-seed0: exit code 1, see .*rest-seed0\.log"):
+    with pytest.raises(
+        RunStopped, match=r"rest-seed0: exit code 1: it broke \(log: .*rest-seed0\.log\)"
+    ):
         runner.carry_out(runs, 1)
     assert seen[-1] == "rest-seed0" and len(seen) == 2
 
@@ -204,6 +209,17 @@ def test_a_follow_up_shares_the_runs_it_has_in_common(study_file, pretended):
     runner.carry_out(runs, 1)
     assert sorted(seen) == ["dr_grpo-seed0", "dr_grpo-seed1", "dr_grpo-seed2"]
     assert collect(follow_up, runs).methods == ["grpo", "dr_grpo"]
+
+
+def test_another_start_is_refused(study_file, pretended, monkeypatch):
+    """A start that was trained otherwise is no start of this study, finished or not."""
+    monkeypatch.setattr(runner, "available_cores", lambda: [0])
+    runs = planned_runs(load_study(study_file(warm_start="sft")))
+    pretended(runs)
+    runner.carry_out(runs, 1)
+    changed = planned_runs(load_study(study_file(warm_start="sft")), ["sft.batch_size=3"])
+    with pytest.raises(UserError, match=r"sft\.batch_size"):
+        runner.jobs_left(changed)
 
 
 def test_half_a_run_is_not_finished(study_file):
@@ -277,6 +293,22 @@ def test_tables_hold_every_run(reported):
         differences = [r for r in csv.DictReader(file) if r["less"] == "grpo"]
     (row,) = [r for r in differences if (r["method"], r["metric"]) == ("rest", "eval/exact")]
     assert float(row["mean"]) == pytest.approx(0.10333, abs=1e-4)
+
+
+def test_a_report_of_another_config_is_refused(study_file):
+    study = load_study(study_file())
+    for run in planned_runs(study):
+        finish(run, 0.5)
+    with pytest.raises(UserError, match=r"optimizer\.learning_rate"):
+        collect(study, planned_runs(study, ["optimizer.learning_rate=0.5"]))
+
+
+def test_notes_are_linked_only_where_they_are(reported):
+    result, folder, _ = reported
+    assert "tried.md" not in (folder / page.FILE).read_text()
+    (folder / "tried.md").write_text("# Tried\n")
+    page.write_page([result], folder, "make study")
+    assert "[tried.md](tried.md)" in (folder / page.FILE).read_text()
 
 
 def test_an_unfinished_study_says_so(study_file, tmp_path):
