@@ -2,7 +2,8 @@
 
 Commands are thin: they read arguments and call the room that does the work, which is imported only then, so that
 `--help` is instant. Exit codes: 0 done (also when SIGTERM ended a run after saving), 1 a run stopped itself (NaN), 2
-input that cannot be used, as one line on stderr, 130 Ctrl-C. Any other error is a defect and shows its traceback.
+input that cannot be used, as one line on stderr, 130 Ctrl-C, 143 SIGTERM to `data prepare`. Any other error is a defect
+and shows its traceback.
 """
 
 import argparse
@@ -155,8 +156,9 @@ def _variance(arguments: argparse.Namespace) -> int:
 
 def _prepare(arguments: argparse.Namespace) -> int:
     from rest_jax import config
-    from rest_jax.data import pipeline, prepare_settings
+    from rest_jax.data import pipeline, prepare_settings, termination
 
+    prepare_settings.check_settings(arguments.settings)
     data = config.from_overrides(
         {"name": "data", "model": {"source": "none"}}, arguments.settings
     ).data
@@ -178,7 +180,11 @@ def _prepare(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         not_for_training=arguments.not_for_training,
     )
-    print(pipeline.run(settings).to_text())
+    try:
+        with termination.raised_on_sigterm():
+            print(pipeline.run(settings).to_text())
+    except termination.Terminated:
+        return _fail("terminated", 143)
     return 0
 
 

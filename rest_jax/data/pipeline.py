@@ -88,9 +88,7 @@ def run(settings: Settings) -> Summary:
     out = settings.out_path
     names = ["train", *(["eval"] if settings.held_out else [])]
     result = Summary(settings, parts={name: summary.Tally() for name in names})
-    # OUT comes last: where it is, everything else is
-    side = settings.beside("rejected.jsonl"), settings.beside("summary.json"), settings.eval_path
-    with writers.complete([*side, out]) as (rejected, told, evaluation, train):
+    with writers.complete(settings.files) as (rejected, told, evaluation, train):
         with contextlib.ExitStack() as open_files:
             parts = {"train": train, "eval": evaluation}
             write = {

@@ -3,12 +3,15 @@
 import dataclasses
 import difflib
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from rest_jax.data import stream, writers
 from rest_jax.data.records import StepRecord, from_json, to_json
 from rest_jax.data.sources import SOURCES, Source
 from rest_jax.errors import UserError
+
+SETTABLE = ("data.template", "data.brief_prompt")  # config values that preparing looks at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,12 @@ class Settings:
     def eval_path(self) -> pathlib.Path:
         """Where the held-out records go."""
         return self.out_path.with_name(f"{self.out_path.stem}.eval{self.out_path.suffix}")
+
+    @property
+    def files(self) -> tuple[pathlib.Path, ...]:
+        """All files that a run replaces or removes, in the order in which they appear: where OUT is, everything is."""
+        side = self.beside("rejected.jsonl"), self.beside("summary.json")
+        return (*side, self.eval_path, self.out_path)
 
     def beside(self, ending: str) -> pathlib.Path:
         """A side file, `OUT.<ending>`."""
@@ -83,15 +92,36 @@ def check(settings: Settings) -> Source:
     return source
 
 
+def check_settings(overrides: Sequence[str]) -> None:
+    """UserError for a `key=value` that preparing does not look at: it would be believed to have done something."""
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key not in SETTABLE:
+            raise UserError(
+                f"--set {override}: {key} changes nothing here; known: {', '.join(SETTABLE)}"
+            )
+
+
 def _check_files(settings: Settings) -> None:
     out = settings.out_path
     writers.check_path(out)
-    for path in map(pathlib.Path, settings.inputs):
-        if out.exists() and path.exists() and out.samefile(path):
-            raise UserError(f"data {out}: is an input too; write to another file")
+    inputs = list(map(pathlib.Path, settings.inputs))
+    for path in inputs:
         stream.read_items(path)  # refuses what is no file; reads nothing yet
-    if out.exists() and not settings.overwrite:
-        raise UserError(f"data {out}: exists; --overwrite replaces it and what belongs to it")
+    for path in settings.files:
+        if not path.exists():
+            continue
+        if path.is_dir():
+            raise UserError(
+                f"data {path}: is a folder, the name of a file is needed; choose another OUT"
+            )
+        if any(map(path.samefile, inputs)):
+            raise UserError(f"data {path}: is an input too; choose another OUT")
+        if not settings.overwrite:
+            raise UserError(
+                f"data {path}: exists; --overwrite replaces or removes all that OUT stands for: "
+                f"{', '.join(file.name for file in settings.files)}"
+            )
     for path in out.parents:
         if path.exists():
             if not path.is_dir():

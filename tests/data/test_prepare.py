@@ -291,7 +291,7 @@ def test_refused_files(tmp_path, source_file, out):
         (str(tmp_path), out, "is a folder, a file is needed"),
         (source_file, tmp_path, "without ending"),
         (source_file, tmp_path / "x.csv", r"not \.csv"),
-        (source_file, source_file, "is an input too"),
+        (source_file, source_file, "is an input too; choose another OUT"),
         (source_file, f"{source_file}/out.jsonl", "in.jsonl is a file, a folder is needed"),
     ):
         with pytest.raises(UserError, match=message):
