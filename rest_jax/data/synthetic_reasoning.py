@@ -18,7 +18,7 @@ from rest_jax.answer import Call, Target
 
 # what the careless demonstrator does, with its probability at sloppiness 1 where the habit applies
 REASONED_HABITS: dict[str, float] = {
-    "hasty": 0.40,  # does not go through the list: takes the first tool that shares the action or the object
+    "hasty": 0.25,  # does not go through the list: takes the first tool that shares the action or the object
     "forgets_second": 0.55,  # thinks of the first of two parallel calls only
     "stringly": 0.55,  # writes integers, numbers and booleans as strings in the call, not in the thought
     "chatty": 0.15,  # adds a response to calls, which the format does not allow there
