@@ -315,6 +315,11 @@ class Config(Section):
                 raise ValueError("warm_start: only a run with trainer rl has one, of trainer sft")
             if (self.warm_start.output, self.warm_start.name) == (self.output, self.name):
                 raise ValueError(f"warm_start: it would share the folder of this run, {self.name}")
+        if self.trainer == "sft" and t.measure_noise:
+            raise ValueError(
+                "train.measure_noise true: only a run with trainer rl measures it; set it false here, or in the "
+                "`supervised` section of the base"
+            )
         if r.group_size < 2:
             raise ValueError(
                 f"rollout.group_size {r.group_size}: a group needs at least 2 responses"

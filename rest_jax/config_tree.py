@@ -1,6 +1,7 @@
 """Config files as plain trees: YAML in, one merged tree out. No schema in here; `config.validate` judges the result.
 
-    base: NAME_OR_PATH     the tree of another file under this one's; its `name` and `warm_start` are not taken over
+    base: NAME_OR_PATH     the tree of another file under this one's; its `name` and `warm_start` are not taken over, nor
+                           its `trainer` where it stands in for the base that the file asks for
     supervised: {...}      what differs under `trainer: sft`; dropped otherwise
     warm_start: NAME       replaced by the tree of that supervised recipe, on the same base
 
@@ -51,14 +52,17 @@ def read(
     """The tree of a file on its base, or on `base` instead, with `a.b=value` overrides (YAML values) on top.
 
     The name is the file's own, by default its stem; on another base than its own, that base's name is appended, so that
-    the runs of one method on two scales have two folders. `trainer` replaces the file's.
+    the runs of one method on two scales have two folders. `trainer` replaces the file's; supervised, its warm start is left
+    out, unless an override asks for one.
     """
     chain = _chain(path, base)
     keys: Tree = {} if trainer is None else {"trainer": trainer}
     for override in overrides:
         if override.partition("=")[0] in ("trainer", "warm_start"):
             apply(keys, override)
-    tree = _merged(chain, keys)
+    if trainer == "sft":
+        keys.setdefault("warm_start", None)
+    tree = _merged(chain, keys, replaced=base is not None and _is_another_base(chain))
     tree["name"] = chain[0].name if "name" not in tree else tree["name"]
     if base is not None and _is_another_base(chain):
         tree["name"] = f"{tree['name']}-{chain[1].name}"
@@ -147,15 +151,17 @@ def _read_layer(path: pathlib.Path) -> Layer:
     return Layer(path, tree, base)
 
 
-def _merged(chain: Sequence[Layer], keys: Tree) -> Tree:
-    """All layers in one, `keys` on top."""
-    trainers = [tree["trainer"] for tree in (keys, *(c.tree for c in chain)) if "trainer" in tree]
+def _merged(chain: Sequence[Layer], keys: Tree, replaced: bool) -> Tree:
+    """All layers in one, `keys` on top. `replaced`: the base is not the file's own, so it may be of another method."""
+    asked = chain[:1] if replaced else chain
+    trainers = [tree["trainer"] for tree in (keys, *(c.tree for c in asked)) if "trainer" in tree]
     supervised = trainers[:1] == ["sft"]
     merged: Tree = {}
+    own_keys = (*_OWN_KEYS, "trainer") if replaced else _OWN_KEYS
     for layer in reversed(chain):
         own = dict(layer.tree)
         differing = own.pop("supervised", {})
-        merged = {key: value for key, value in merged.items() if key not in _OWN_KEYS}
+        merged = {key: value for key, value in merged.items() if key not in own_keys}
         merged = merge(merge(merged, own), differing if supervised else {})
     return merge(merged, keys)
 

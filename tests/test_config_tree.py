@@ -140,3 +140,48 @@ def test_merge_leaves_its_arguments_alone():
     under, over = {"a": {"b": 1, "c": 2}, "d": {"e": 1}}, {"a": {"b": 3}, "d": 4}
     assert config_tree.merge(under, over) == {"a": {"b": 3, "c": 2}, "d": 4}
     assert under == {"a": {"b": 1, "c": 2}, "d": {"e": 1}} and over == {"a": {"b": 3}, "d": 4}
+
+
+def test_a_forced_supervised_run_has_no_warm_start(write, scales):
+    write("gold", base="small", trainer="sft")
+    top = write("both", base="small", warm_start="gold")
+    loaded = config.load(top, trainer="sft")
+    assert (loaded.trainer, loaded.warm_start, loaded.name) == ("sft", None, "both")
+    assert loaded.optimizer.learning_rate == 1e-2
+    said = "warm_start: only a run with trainer rl"
+    assert said in refused(top, "warm_start=gold", trainer="sft")  # asked for, so not dropped
+    assert said in refused(top, "trainer=sft")
+
+
+def test_another_base_never_changes_the_trainer(write, scales, monkeypatch):
+    rl = write("rl", base="small")
+    gold = write("gold", base="small", trainer="sft")
+    warm = write("warm", base="small", warm_start="gold")
+    write("scale", base="small", trainer="sft")
+    on_scale = write("on_scale", base="scale")
+    monkeypatch.chdir(rl.parent)
+    for base in ("scale", "on_scale"):
+        loaded = config.load(rl, base=base)
+        assert (loaded.trainer, loaded.optimizer.learning_rate) == ("rl", 1e-3)
+        loaded = config.load(warm, base=base)
+        assert loaded.trainer == "rl" and loaded.warm_start is not None
+        assert loaded.warm_start.trainer == "sft"
+    loaded = config.load(gold, base="large")
+    assert (loaded.trainer, loaded.optimizer.learning_rate) == ("sft", pytest.approx(1e-5))
+    assert config.load(rl, ["trainer=sft"], base="scale").trainer == "sft"
+    assert config.load(on_scale).trainer == config.load(on_scale, base="scale").trainer == "sft"
+
+
+def test_noise_is_measured_in_reinforcement_only(write, scales):
+    noisy = write("noisy", base="small", train={"measure_noise": True})
+    assert config.load(noisy).train.measure_noise
+    line = refused(noisy, trainer="sft")
+    assert "train.measure_noise true" in line and "supervised" in line
+    quiet = {"train": {"measure_noise": False}}
+    both = write("both", base="noisy", supervised=quiet)
+    assert config.load(both).train.measure_noise
+    assert not config.load(both, trainer="sft").train.measure_noise
+    write("gold", base="small", trainer="sft")
+    assert "warm_start: train.measure_noise true" in refused(
+        write("warm", base="noisy", warm_start="gold")
+    )
