@@ -1,4 +1,4 @@
-"""`rest-jax variance MODEL DATA`: the theory of METHOD section 3 checked on one batch of a policy's own answers.
+"""The command `rest-jax variance MODEL DATA`: the theory of METHOD section 3 checked on one batch of a policy's own answers.
 
 Samples G answers to each of some prompts at temperature 1, scores them at the final reward scale, measures
 (`rl/variance.py`), prints three tables and writes variance.json, variance.csv and variance.png.
