@@ -28,7 +28,7 @@ bench: $(DEV) $(PEERS)/.installed ## Every benchmark against its peer (90 minute
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
 study: $(RUNTIME) ## Seven methods on two levels, five seeds, into docs/study/ (2 hours on 2 cores; goes on where it stopped)
-	$(BIN)/rest-jax study single reasoned $(ARGS)
+	$(BIN)/rest-jax study single reasoned tried $(ARGS)
 
 lint: $(DEV) ## ruff: rules and format
 	$(BIN)/ruff check .
