@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Sequence
 
 from rest_jax.errors import RunStopped
-from rest_jax.sweep import points, process, queue, results
+from rest_jax.sweep import points, process, results
 from rest_jax.sweep import space as space_lib
 from rest_jax.sweep import study as study_lib
 from rest_jax.sweep.worker import Worker, work
@@ -53,10 +53,10 @@ def run(
         code = 0
     if not quiet:
         print(results.write(study, wanted, folder), flush=True)
-    newest = queue.current(study.get_trials(deepcopy=False))
-    if len(newest) >= wanted.size() and all(t.state.name == "FAIL" for t in newest.values()):
-        reason = next(iter(newest.values())).user_attrs.get(queue.ENDED, {})
+    # To Optuna a trial that was stopped has failed as well; a row knows that it will be taken again.
+    found = results.rows(study.get_trials(deepcopy=False), wanted)
+    if len(found) >= wanted.size() and all(row.state == "failed" for row in found):
         raise RunStopped(
-            f"sweep {wanted.name}: all {len(newest)} trials failed; the first: {reason.get('reason', 'its worker was lost')}"
+            f"sweep {wanted.name}: all {len(found)} trials failed; the first: {found[0].reason}"
         )
     return code

@@ -7,7 +7,8 @@ needed, and a worker may die at any moment: whatever it left is either whole or 
 
 A worker writes a beat to its trial every few seconds. A running trial without a beat for `stale` seconds is failed,
 as Optuna does itself for databases, but not for journal files; its next attempt has the same values, the same
-evaluations and the same run folder, where it goes on from the newest checkpoint.
+evaluations and the same run folder, where it goes on from the newest checkpoint. Before its first beat a trial bears no
+time that other machines could read (Optuna's are local and name no zone): each worker times how long it has seen it so.
 """
 
 import contextlib
@@ -88,14 +89,20 @@ def take(study: "optuna.Study", space: Space) -> "tuple[Trial, FrozenTrial] | No
         fail(study, asked.number)
 
 
-def release_stale(study: "optuna.Study", stale: float, now: float | None = None) -> list[int]:
-    """Fails the running trials of workers that are gone; the slots that are free again."""
+def release_stale(
+    study: "optuna.Study", stale: float, silent: dict[int, float], now: float | None = None
+) -> list[int]:
+    """Fails the running trials of workers that are gone; the slots that are free again.
+
+    `silent` is the caller's own, from one call to the next: trial number -> when it was first seen running without any
+    beat, in seconds of the monotonic clock.
+    """
     now = time.time() if now is None else now
     freed = []
     for trial in study.get_trials(deepcopy=False):
         if (
             trial.state.name == "RUNNING"
-            and _is_stale(trial, stale, now)
+            and _is_stale(trial, stale, silent, now)
             and fail(study, trial.number)
         ):
             freed += [trial.user_attrs[SLOT]] if SLOT in trial.user_attrs else []
@@ -124,10 +131,11 @@ def worker_name() -> str:
     return f"{socket.gethostname()}:{_place()}:{os.getpid()}"
 
 
-def _is_stale(trial: "FrozenTrial", stale: float, now: float) -> bool:
+def _is_stale(trial: "FrozenTrial", stale: float, silent: dict[int, float], now: float) -> bool:
     last = trial.user_attrs.get(BEAT)
     if last is None:
-        return trial.datetime_start is not None and now - trial.datetime_start.timestamp() > stale
+        clock = time.monotonic()
+        return clock - silent.setdefault(trial.number, clock) > stale
     host, _, process = last["worker"].rpartition(":")
     here = worker_name().rpartition(":")[0]
     # A process of this very machine is looked up: a worker that starts again does not wait for its own beat to age.

@@ -44,6 +44,7 @@ class Worker:
     poll: float = 0.5  # seconds between looks at a run's metrics
     command: Command = child_command
     stopping: bool = False
+    silent: dict[int, float] = dataclasses.field(default_factory=dict)  # of queue.release_stale
 
     @property
     def folder(self) -> pathlib.Path:
@@ -55,7 +56,7 @@ def work(worker: Worker, limit: int | None = None) -> int:
     done, since = 0, None
     with _stops(worker):
         while not worker.stopping and (limit is None or done < limit):
-            for slot in queue.release_stale(worker.study, worker.stale):
+            for slot in queue.release_stale(worker.study, worker.stale, worker.silent):
                 _say(worker, slot, "its worker is gone; free again")
             taken = queue.take(worker.study, worker.space)
             if taken is not None:
@@ -75,23 +76,13 @@ def run_trial(worker: Worker, trial: "Trial", taken: "FrozenTrial") -> bool:
     """Runs a trial that is this worker's; whether it came to an end here (not stopped, not taken away)."""
     slot, started = taken.user_attrs[queue.SLOT], time.time()
     worker.study.sampler = study_lib.make_sampler(worker.space, slot)
-    folder = worker.folder / f"trial-{slot:04d}"
-    with _beats(trial, started, worker.stale) as taken_away:
-        try:
-            point = points.suggest(worker.space, trial)
-            config = points.point_config(worker.shared, point, folder)
-        except ConfigError as error:
-            reason = str(error).removeprefix("point: ")
-            return _tell(worker, trial, slot, Ended("invalid", f"not a config: {reason}"))
-        trial.set_user_attr(queue.FOLDER, str(folder))
-        again = "goes on: " if taken.user_attrs[queue.ATTEMPT] else ""
-        _say(worker, slot, again + points.point_text(point))
-        try:
-            ended = _watch(worker, trial, taken, config, taken_away)
+    try:
+        with _beats(trial, started, worker.stale) as taken_away:
+            ended = _attempt(worker, trial, taken, taken_away)
             queue.beat(trial, started)
-        except _finished_error():
-            ended = None
-            taken_away.set()
+    except _finished_error():  # from any of the writes to the trial
+        _say(worker, slot, _ELSEWHERE)
+        return False
     if ended is not None:
         return _tell(worker, trial, slot, ended)
     if taken_away.is_set():
@@ -112,6 +103,23 @@ class Ended:
     state: str
     reason: str
     value: float | None = None
+
+
+def _attempt(
+    worker: Worker, trial: "Trial", taken: "FrozenTrial", taken_away: threading.Event
+) -> Ended | None:
+    """Draws the point and runs it; as `_watch`."""
+    slot = taken.user_attrs[queue.SLOT]
+    folder = worker.folder / f"trial-{slot:04d}"
+    point = points.suggest(worker.space, trial)
+    try:
+        config = points.point_config(worker.shared, point, folder)
+    except ConfigError as error:
+        return Ended("invalid", f"not a config: {str(error).removeprefix('point: ')}")
+    trial.set_user_attr(queue.FOLDER, str(folder))
+    again = "goes on: " if taken.user_attrs[queue.ATTEMPT] else ""
+    _say(worker, slot, again + points.point_text(point))
+    return _watch(worker, trial, taken, config, taken_away)
 
 
 def _watch(
@@ -160,10 +168,12 @@ def _ended(
         return None
     if code != 0:
         return Ended("failed", how_it_failed(code, log))
+    if worker.stopping:
+        return None  # SIGTERM reached the run itself, maybe before its first evaluation
     if not found:
         return Ended("failed", f"no {worker.space.metric} in its metrics (log: {log})")
-    if worker.stopping or (steps is not None and max(found) < steps):
-        return None  # SIGTERM reached the run itself
+    if steps is not None and max(found) < steps:
+        return None  # SIGTERM reached the run alone
     best = max if worker.space.direction == "maximize" else min
     value = found[max(found)] if worker.space.value == "last" else best(found.values())
     return Ended("complete", f"complete at step {max(found)}", value)

@@ -89,8 +89,8 @@ def test_a_lost_trial_is_taken_again_with_all_it_had(make, storage):
     trial.report(0.5, 2)
     assert not trial.should_prune()
     assert queue.take(opened, space) is None  # it runs
-    assert queue.release_stale(opened, stale=60) == []
-    assert queue.release_stale(opened, stale=60, now=time.time() + 61) == [0]
+    assert queue.release_stale(opened, 60, {}) == []
+    assert queue.release_stale(opened, 60, {}, now=time.time() + 61) == [0]
     with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
         queue.beat(trial, time.time())  # should it live after all, it learns of it
     again, seen = queue.take(opened, space)
@@ -119,7 +119,35 @@ def test_a_dead_process_of_this_machine_is_known_at_once(make, storage):
     other = {"time": time.time(), "worker": f"{name}-else:{gone.pid}", "seconds": 1}
     elsewhere.set_user_attr(queue.BEAT, other)
     assert queue.worker_name().endswith(f":{os.getpid()}")
-    assert queue.release_stale(opened, stale=60) == [frozen.user_attrs[queue.SLOT]]
+    assert queue.release_stale(opened, 60, {}) == [frozen.user_attrs[queue.SLOT]]
+
+
+def test_before_its_first_beat_a_trial_is_timed_by_each_worker(make, storage, monkeypatch):
+    """Optuna's own dates are local times of the machine that took the trial."""
+    space, shared = make(sampler="grid", parameters=GRID)
+    opened, silent = study.open_study(space, shared, storage), {}
+    monkeypatch.setenv("TZ", "America/Los_Angeles")
+    time.tzset()
+    try:
+        trial, _ = queue.take(opened, space)
+    finally:
+        monkeypatch.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+    try:
+        assert queue.release_stale(opened, 60, silent) == []
+        time.sleep(0.1)
+        assert queue.release_stale(opened, 0.05, {}) == []  # a worker that has just come
+        assert queue.release_stale(opened, 0.05, silent) == [0]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    trial, _ = queue.take(opened, space)
+    queue.release_stale(opened, 60, silent)
+    queue.beat(trial, time.time())
+    time.sleep(0.1)
+    later, _ = queue.take(opened, space)
+    queue.beat(later, time.time())
+    assert queue.release_stale(opened, 60, silent) == []
 
 
 def test_attempts_are_bounded(make, tmp_path):

@@ -13,11 +13,14 @@ import pytest
 from rest_jax import cli
 from rest_jax.errors import RunStopped, UserError
 from rest_jax.metrics import read_lines
-from rest_jax.sweep import command, process, queue, study
+from rest_jax.sweep import command, points, process, queue, study
 from rest_jax.sweep.worker import Worker, work
 from tests.sweep.fake_worker import fake_command
 
 HERE = pathlib.Path(__file__).parent
+LOST = (
+    "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"  # as when a run is ended from outside
+)
 ALPHA = {"curriculum.alpha_format": {"choices": [0.1, 0.2, 0.3]}}
 
 
@@ -157,6 +160,54 @@ def test_a_run_taken_for_dead_is_ended_by_its_own_worker(make, monkeypatch, stal
     worker.command = fake_and_lose
     assert work(worker) == 0
     assert len(steps(worker.folder / "trial-0000")) < 8
+
+
+@pytest.mark.parametrize("moment", ["first beat", "drawing", "folder"])
+def test_a_trial_lost_before_its_run_begins_is_left_to_others(make, monkeypatch, capsys, moment):
+    """Another worker ends it between two writes of this one, which goes on with what is left."""
+    worker = worker_of(*make(sampler="grid", attempts=1, parameters=ALPHA))
+    place, name = {
+        "first beat": (queue, "take"),
+        "drawing": (points, "suggest"),
+        "folder": (points, "point_config"),
+    }[moment]
+    real, calls = getattr(place, name), []
+
+    def lose_the_first(*args):
+        calls.append(args)
+        if moment == "first beat":
+            found = real(*args)
+            queue.fail(worker.study, 0)
+            return found
+        queue.fail(worker.study, 0)
+        return real(*args)
+
+    monkeypatch.setattr(place, name, lose_the_first)
+    assert work(worker) == 2 and len(calls) >= 3
+    assert "trial 0: another worker has it" in capsys.readouterr().out
+    assert not (worker.folder / "trial-0000").exists()
+    newest = queue.current(worker.study.get_trials()).values()
+    assert [trial.state.name for trial in newest] == ["FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_a_sweep_stopped_in_its_only_trial_has_not_failed(recipe, write_space, tmp_path):
+    space = write_space(sampler="grid", trials=1, parameters=ALPHA)
+    first, trial = start(recipe, space, tmp_path, 0.15), tmp_path / "runs/some/trial-0000"
+    until(lambda: len(steps(trial)) >= 2)
+    first.send_signal(signal.SIGTERM)
+    out, _ = first.communicate(timeout=60)
+    assert first.returncode == 0 and "1 trials: 1 waiting" in out
+
+
+def test_a_sweep_whose_trials_were_all_lost_too_often_has_failed(recipe, write_space, monkeypatch):
+    space = write_space(sampler="grid", trials=1, attempts=2, parameters=ALPHA)
+
+    def fake(*args):
+        return Worker(*args, command=lambda _: [sys.executable, "-c", LOST], poll=0.02)
+
+    monkeypatch.setattr(command, "Worker", fake)
+    with pytest.raises(RunStopped, match="all 1 trials failed; the first: its worker was lost 2"):
+        command.run(recipe, space)
 
 
 def test_two_workers_share_a_sweep(recipe, write_space, tmp_path):
