@@ -24,14 +24,22 @@ from rest_jax.sharding import activate, check_batch
 from rest_jax.templates import TEMPLATES
 
 
+@dataclasses.dataclass(frozen=True)
+class Ending:
+    """How a run ended. Both hold when SIGTERM came in the last evaluation or save, which the run brings to an end."""
+
+    finished: bool  # the last step is done and saved
+    stopped: bool  # SIGTERM was received: nothing else may be begun
+
+
 def run(config: Config, dry_run: bool = False) -> int:
     """Trains; 0 at the end or after SIGTERM. UserError for input that cannot be used; TrainingStopped on NaN."""
     complete(config, dry_run)
     return 0
 
 
-def complete(config: Config, dry_run: bool = False) -> bool:
-    """`run` that tells whether the last step is done and saved."""
+def complete(config: Config, dry_run: bool = False) -> Ending:
+    """`run` that tells how it ended."""
     policy = load_policy(config.model, config.mesh)
     check_batch("sft.batch_size", config.sft.batch_size, policy.mesh)
     records = load_training(config.data)
@@ -55,11 +63,13 @@ def complete(config: Config, dry_run: bool = False) -> bool:
             flush=True,
         )
     if dry_run:
-        return False
+        return Ending(finished=False, stopped=False)
     with contextlib.closing(open_run(config, policy.files)) as opened, activate(policy.mesh):
         loop = Loop(config, policy, data, held, steps, opened)
         with contextlib.closing(loop.batches):
-            return loop.run() == steps
+            last = loop.run()
+    # Read when the last checkpoint is whole: until then SIGTERM is caught, and no other one will tell of it.
+    return Ending(finished=last == steps, stopped=opened.stop.agreed())
 
 
 class Loop:

@@ -59,8 +59,8 @@ def from_warm_start(config: Config) -> Config:
 
 
 def finish_supervised(config: Config, dry_run: bool = False) -> bool:
-    """Trains a supervised run, or what is left of it; whether it is finished. One process at a time works on a folder:
-    another one waits here, and then finds it done.
+    """Trains a supervised run, or what is left of it; whether it is finished and nothing told this process to stop. One
+    process at a time works on a folder: another one waits here, and then finds it done.
     """
     if dry_run:
         sft.run(config, dry_run=True)
@@ -70,12 +70,11 @@ def finish_supervised(config: Config, dry_run: bool = False) -> bool:
             check_config(folder(config), config)
             _say(f"{config.name}: finished, in {folder(config)}")
             return True
-        if not sft.complete(config):
-            return False
-        if is_first_process():
+        ending = sft.complete(config)
+        if ending.finished and is_first_process():
             (folder(config) / FINISHED).touch()
     _barrier()
-    return True
+    return ending.finished and not ending.stopped
 
 
 def is_finished(config: Config) -> bool:
