@@ -223,3 +223,82 @@ def test_the_right_tool_is_taken_away():
 def test_records_whose_tool_cannot_be_taken_away(record, reason):
     assert transforms.unremovable(record) == reason
     assert transforms.remove_right_tools(record) is None
+
+
+def test_names_in_branches_definitions_and_additional_properties():
+    point = {
+        "type": "object",
+        "properties": {"lat_deg": {"type": "number"}, "after": {"$ref": "#/$defs/Point"}},
+    }
+    parameters = {
+        "type": "object",
+        "anyOf": [{"required": ["lat_deg", "place"]}, {"required": ["free_map"]}],
+        "properties": {
+            "place": {"anyOf": [{"$ref": "#/$defs/Point"}, {"type": "null"}]},
+            "many": {"items": {"oneOf": [{"properties": {"zip_code": {"default": "none given"}}}, {"type": "string"}]}},
+            "both": {"allOf": [{"properties": {"left_x": {}}}, {"properties": {"right_y": {}}}], "required": ["right_y"]},
+            "free_map": {"type": "object", "additionalProperties": {"properties": {"inner_z": {}}}},
+            "again": {"$ref": "#/properties/both"},
+        },
+        "$defs": {"Point": point},
+    }  # fmt: skip
+    tool = {"name": "plot_it", "parameters": parameters}
+    arguments = {
+        "place": {"lat_deg": 1.5, "after": {"after": {"lat_deg": 2}, "undeclared_q": 3}},
+        "many": ["none given", {"zip_code": "none given"}, {"zip_code": "8001"}],
+        "both": {"left_x": 1, "right_y": 2},
+        "free_map": {"key_k": {"inner_z": 3}},
+        "again": {"left_x": 4},
+    }
+    before = copy.deepcopy(tool)
+    made = masked(StepRecord("r", "", (tool,), (), Target((Call("plot_it", arguments),))))
+    assert tool == before
+    told = json.dumps(to_json(made))
+    names = [
+        "place",
+        "many",
+        "both",
+        "free_map",
+        "again",
+        "lat_deg",
+        "after",
+        "zip_code",
+        "left_x",
+        "right_y",
+        "inner_z",
+    ]
+    assert not [name for name in names if f'"{name}"' in told or f"/{name}" in told]
+    schema = made.tools[0]["parameters"]
+    new = dict(zip(parameters["properties"], schema["properties"], strict=True))
+    new |= dict(zip(point["properties"], schema["$defs"]["Point"]["properties"], strict=True))
+    (zip_code,) = schema["properties"][new["many"]]["items"]["oneOf"][0]["properties"]
+    none_given = schema["properties"][new["many"]]["items"]["oneOf"][0]["properties"][zip_code][
+        "default"
+    ]
+    left, right = (next(iter(b["properties"])) for b in schema["properties"][new["both"]]["allOf"])
+    (inner,) = schema["properties"][new["free_map"]]["additionalProperties"]["properties"]
+    assert made.target.calls[0].arguments == {
+        new["place"]: {new["lat_deg"]: 1.5, new["after"]: {new["after"]: {new["lat_deg"]: 2}, "undeclared_q": 3}},
+        new["many"]: ["none given", {zip_code: none_given}, {zip_code: "8001"}],
+        new["both"]: {left: 1, right: 2},
+        new["free_map"]: {"key_k": {inner: 3}},
+        new["again"]: {left: 4},
+    }  # fmt: skip
+    assert schema["anyOf"] == [
+        {"required": [new["lat_deg"], new["place"]]},
+        {"required": [new["free_map"]]},
+    ]
+    assert schema["properties"][new["both"]]["required"] == [right]
+    assert schema["properties"][new["again"]] == {"$ref": f"#/properties/{new['both']}"}
+
+
+def test_a_reference_to_itself_and_one_object_in_two_places():
+    shared = {"type": "string", "default": "abc def"}
+    circle = {"$ref": "#", "properties": {"a_1": shared, "b_2": shared}, "type": "object"}
+    tool = {"name": "f_1", "parameters": circle}
+    arguments = {"a_1": "abc def", "b_2": "abc def", "c_3": {"a_1": "abc def"}}
+    made = masked(StepRecord("r", "", (tool,), (), Target((Call("f_1", arguments),))))
+    a, b = made.tools[0]["parameters"]["properties"].values()
+    one, two, three = made.target.calls[0].arguments.values()
+    assert one == a["default"] == two == b["default"] != "abc def"
+    assert three == {"a_1": "abc def"}  # no schema says what c_3 is
