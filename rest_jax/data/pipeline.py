@@ -127,6 +127,9 @@ def _records(
         for record in records:
             result.converted += 1
             record = _unique(record, result, seen)
+            if transforms.not_offered(record):
+                result.dropped["calls a tool that is not offered"] += 1
+                continue
             if not settings.keep_duplicates and _is_known(record, contents):
                 result.dropped["duplicate"] += 1
                 continue
@@ -134,8 +137,13 @@ def _records(
             if placed is None:
                 continue
             record, part = placed
-            record = _transform(record, settings, result)
-            tokens = None if counter is None else counter(record)
+            record = _transform(record, part, settings, described, result)
+            try:
+                tokens = None if counter is None else counter(record)
+            except RecordError as error:
+                reason = _reason(error, f"record {record.id!r}")
+                result.dropped[_kind(reason, result.dropped)] += 1
+                continue
             if tokens and settings.max_tokens and sum(tokens) > settings.max_tokens:
                 result.dropped[f"longer than {settings.max_tokens} tokens"] += 1
                 continue
@@ -179,8 +187,8 @@ def content_hash(record: StepRecord) -> bytes:
     """128 bits of what is asked and answered: tools, history (else the verbatim prompt) and target."""
     raw = to_json(record)
     target = {key: value for key, value in raw["target"].items() if key != "text"}
-    prompt = [raw["tools"], raw["history"]] if record.history else raw.get("messages")
-    text = json.dumps([prompt, target], sort_keys=True)
+    prompt = raw["history"] or raw.get("messages")
+    text = json.dumps([raw["tools"], prompt, target], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
@@ -204,8 +212,17 @@ def _place(
     return placed.record, placed.side
 
 
-def _transform(record: StepRecord, settings: Settings, result: Summary) -> StepRecord:
-    """The record with the right tools taken away and names masked, where it was drawn for that and allows it."""
+def _transform(
+    record: StepRecord,
+    part: str,
+    settings: Settings,
+    described: splits.Described,
+    result: Summary,
+) -> StepRecord:
+    """The record with the right tools taken away and names masked, where it was drawn for that and allows it.
+
+    One for evaluation keeps a held-out tool on offer: without any it would measure nothing that is held out.
+    """
     if seeded.draw(settings.seed, "irrelevance", record.id) < settings.irrelevance:
         response = settings.irrelevance_response
         without = transforms.remove_right_tools(
@@ -213,6 +230,10 @@ def _transform(record: StepRecord, settings: Settings, result: Summary) -> StepR
         )
         if without is None:
             result.unchanged[f"irrelevance: {transforms.unremovable(record)}"] += 1
+        elif part == "eval" and not splits.offers_held_out(
+            without, settings.held_out, settings.seed, described
+        ):
+            result.unchanged["irrelevance: no held-out tool would stay on offer"] += 1
         else:
             result.changed["right tools taken away"] += 1
             record = without
@@ -237,11 +258,15 @@ def _rejector(path: pathlib.Path, result: Summary) -> Iterator[Callable[[str, st
                 files.append(stack.enter_context(path.open("w", encoding="ascii")))
             line = {"where": where, "reason": reason, "raw": raw}
             files[0].write(json.dumps(line, default=str) + "\n")
-            kind = re.sub(r"\d+", "N", re.sub(r"'[^']*'|\"[^\"]*\"", "'...'", reason))[:120]
-            known = kind in result.rejected or len(result.rejected) < MAX_REASONS
-            result.rejected[kind if known else "other reasons"] += 1
+            result.rejected[_kind(reason, result.rejected)] += 1
 
         yield reject
+
+
+def _kind(reason: str, counts: Counter[str]) -> str:
+    """Under which name a reason is counted: without its numbers and quotations, and of at most MAX_REASONS kinds."""
+    kind = re.sub(r"\d+", "N", re.sub(r"'[^']*'|\"[^\"]*\"", "'...'", reason))[:120]
+    return kind if kind in counts or len(counts) < MAX_REASONS else "other reasons"
 
 
 def _reason(error: Exception, where: str) -> str:

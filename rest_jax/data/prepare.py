@@ -8,11 +8,13 @@ loses its tool list.
 import dataclasses
 from collections.abc import Sequence
 
+import jinja2
 import numpy as np
 
 from rest_jax.config import DataConfig
 from rest_jax.data import sources, synthetic
-from rest_jax.data.records import StepRecord
+from rest_jax.data.records import RecordError, StepRecord
+from rest_jax.data.sources import rlla
 from rest_jax.errors import UserError
 from rest_jax.templates import Template
 from rest_jax.tokenizer import Tokenizer
@@ -87,9 +89,7 @@ def prepare(
     records: Sequence[StepRecord], tokenizer: Tokenizer, template: Template, cfg: DataConfig
 ) -> Prepared:
     """Tokenises every prompt once; drops those above `cfg.max_prompt_tokens`. UserError when nothing is left."""
-    prompts = [
-        tokenizer.encode_prompt(r.prompt_messages(template, cfg.brief_prompt)) for r in records
-    ]
+    prompts = [_tokenize_prompt(r, tokenizer, template, cfg.brief_prompt) for r in records]
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= cfg.max_prompt_tokens]
     shortest = min(map(len, prompts), default=0)
     _check_left(fits, len(records), shortest, "data.max_prompt_tokens", cfg.max_prompt_tokens)
@@ -109,7 +109,15 @@ def prepare_supervised(
     cfg: DataConfig,
     max_tokens: int,
 ) -> Prepared:
-    """Tokenises prompts and answers; drops records of more than `max_tokens` in all. UserError when nothing is left."""
+    """Tokenises prompts and answers; drops records of more than `max_tokens` in all.
+
+    UserError when nothing is left, or when a record is a row of rlla's Parquet files, which say no thought to imitate.
+    """
+    if any(map(rlla.is_reward_only, records)):
+        raise UserError(
+            "data.train: rows of rlla's Parquet files, whose thoughts are placeholders, are no supervised data; "
+            "use rlla_sft.json (supervised.data.train of a base)"
+        )
     both = [tokenize_supervised(r, tokenizer, template, cfg.brief_prompt) for r in records]
     totals = [len(prompt) + len(answer) for prompt, answer in both]
     fits = [i for i, total in enumerate(totals) if total <= max_tokens]
@@ -126,10 +134,25 @@ def prepare_supervised(
 def tokenize_supervised(
     record: StepRecord, tokenizer: Tokenizer, template: Template, brief: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(prompt ids, answer ids): int32 each; the answer is the gold text followed by the end-of-turn id."""
-    prompt = tokenizer.encode_prompt(record.prompt_messages(template, brief))
+    """(prompt ids, answer ids): int32 each; the answer is the gold text followed by the end-of-turn id.
+
+    RecordError when the tokenizer's chat template refuses the prompt.
+    """
+    prompt = _tokenize_prompt(record, tokenizer, template, brief)
     answer = tokenizer.encode(template.render_answer(record.target))
     return prompt, np.append(answer, np.int32(tokenizer.end_id)).astype(np.int32)
+
+
+def _tokenize_prompt(
+    record: StepRecord, tokenizer: Tokenizer, template: Template, brief: bool
+) -> np.ndarray:
+    try:
+        return tokenizer.encode_prompt(record.prompt_messages(template, brief))
+    except jinja2.TemplateError as error:  # say, of roles that do not alternate
+        said = " ".join(str(error).split())
+        raise RecordError(
+            f"record {record.id!r}: the chat template of the tokenizer refuses it: {said}"
+        ) from error
 
 
 def _check_left(fits: list[int], total: int, shortest: int, key: str, limit: int) -> None:

@@ -69,6 +69,11 @@ def place(record: StepRecord, fraction: float, seed: int, described: Described) 
     return Placement("train", rewritten(record, tools=kept) if removed else record, removed)
 
 
+def offers_held_out(record: StepRecord, fraction: float, seed: int, described: Described) -> bool:
+    """Whether one of the tools on offer is for evaluation alone; `described` as for `place`."""
+    return any(_tool(tool, fraction, seed, described) is True for tool in record.tools)
+
+
 def _tool(tool: dict[str, Any], fraction: float, seed: int, described: Described) -> bool | None:
     """Whether a tool is held out; None where name and description disagree."""
     held = is_held_out(tool["name"], fraction, seed)

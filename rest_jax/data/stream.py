@@ -8,6 +8,7 @@ where the rest of the file cannot be told apart any more (a broken list, a damag
 import codecs
 import dataclasses
 import json
+import math
 import pathlib
 import re
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ NESTED = (
 )  # JSON strings in our own Parquet files
 
 _SPACE = re.compile(r"[ \t\n\r]*").match
+_MARK = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{}]', re.DOTALL).finditer
+_decode = json.JSONDecoder().raw_decode
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,7 +98,6 @@ def _item(where: str, text: bytes, position: int) -> Item:
 
 def _json_list(path: pathlib.Path) -> Iterator[Item]:
     """The items of a list, decoded one by one from a window on the text that moves along."""
-    decode = json.JSONDecoder().raw_decode
     with path.open("rb") as file:
         window = _Window(path, file)
         window.take("[")
@@ -105,26 +107,50 @@ def _json_list(path: pathlib.Path) -> Iterator[Item]:
             if number:
                 window.take(",")
                 window.peek()
-            while True:
-                try:
-                    raw, end = decode(window.text, window.at)
-                    fault = None
-                except (ValueError, RecursionError) as error:
-                    raw, end, fault = None, len(window.text), f"not JSON: {error}"
-                # a number near the end of the window may go on behind it: of "1e+5" the "1" can be read alone
-                if (fault is None and end + 2 < len(window.text)) or not window.more():
-                    break
-                if len(window.text) > MAX_ITEM:
-                    fault = fault or f"longer than {MAX_ITEM:,} characters"
-                    break
-            if fault is not None:
-                raise RecordError(f"{where}: {fault}")
-            window.at = end
-            yield Item(where, raw, None, window.position)
+            raw, window.at, fault = _next_value(window, where)
+            yield Item(where, raw, fault, window.position)
             number += 1
         window.take("]")
         if after := window.peek():
             raise RecordError(f"data {path}: not JSON: {after!r} behind the end of the list")
+
+
+def _next_value(window: "_Window", where: str) -> tuple[Any, int, str | None]:
+    """(value, its end in the window, None); of one that nests too deeply for the decoder (its text, its end, the fault).
+
+    RecordError where the end of the value cannot be told.
+    """
+    while True:
+        raw, end, fault = None, None, None
+        try:
+            raw, end = _decode(window.text, window.at)
+        except (ValueError, RecursionError) as error:
+            fault = f"not JSON: {error}"
+            if isinstance(error, RecursionError):
+                end = _closing(window.text, window.at)
+                raw = window.text[window.at : end]
+        # a number near the end of the window may go on behind it: of "1e+5" the "1" can be read alone
+        if end is not None and end + 2 < len(window.text):
+            return raw, end, fault
+        if not window.more():
+            break
+        if len(window.text) > MAX_ITEM:
+            raise RecordError(f"{where}: {fault or f'longer than {MAX_ITEM:,} characters'}")
+    if end is None:
+        raise RecordError(f"{where}: {fault}")
+    return raw, end, fault
+
+
+def _closing(text: str, at: int) -> int | None:
+    """Where the list or object that opens at `at` ends, None if not in this text."""
+    depth = 0
+    for mark in _MARK(text, at):
+        if mark[0] == '"':  # a string that goes on behind the text
+            return None
+        depth += (mark[0] in "[{") - (mark[0] in "]}")
+        if not depth:
+            return mark.end()
+    return None
 
 
 class _Window:
@@ -170,7 +196,7 @@ class _Window:
 
 
 def _parquet(path: pathlib.Path) -> Iterator[Item]:
-    """Rows, a few hundred decoded at once; the JSON strings of our own nested fields are decoded too."""
+    """Rows, a few hundred decoded at once, as plain JSON; the JSON strings of our own nested fields are decoded too."""
     import pyarrow
     import pyarrow.parquet
 
@@ -183,10 +209,27 @@ def _parquet(path: pathlib.Path) -> Iterator[Item]:
                 for raw in batch.to_pylist():
                     number += 1
                     where = f"data {path}: row {number - 1}"
-                    yield _own_row(where, raw, size * number // total)
+                    yield _own_row(where, _plain(raw), size * number // total)
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise RecordError(f"data {path}: not a readable Parquet file: {reason}") from error
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold of a row. Fields that are null are left out, since Arrow gives every object of a column the fields of
+    all, but for the `content` of a message; what is no JSON value (a time, a decimal, bytes) becomes text, NaN and infinity null.
+    """
+    if isinstance(value, dict):
+        members = ((key, _plain(inner)) for key, inner in value.items())
+        kept = ("content",) if "role" in value else ()
+        return {key: inner for key, inner in members if inner is not None or key in kept}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 def _own_row(where: str, raw: dict[str, Any], position: int) -> Item:

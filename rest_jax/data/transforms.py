@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rest_jax.answer import Call, Target
-from rest_jax.data import seeded
+from rest_jax.data import masking, seeded
 from rest_jax.data.records import StepRecord, to_json
 from rest_jax.data.sources import hammer
 
@@ -24,32 +24,7 @@ TEXT_ONLY = "the prompt is there only as text"
 _PLAIN = re.compile(r"[A-Za-z]?[a-z]*( [a-z]+)*").fullmatch
 
 
-@dataclasses.dataclass(frozen=True)
-class _Parameter:
-    """What becomes of one parameter."""
-
-    name: str
-    default: tuple[str, str] | None  # (old, new) where it is masked
-    inner: "Parameters"  # of an object, or of the objects in a list
-
-
-Parameters = dict[str, _Parameter]
 _Rename = Callable[[str], str]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Mask:
-    """What masking the tools of one record needs."""
-
-    word: Callable[[], str]  # a new random word
-    names: dict[str, str]  # of parameters, as they are given
-    said: str  # the dialogue
-
-    def rename(self, name: str) -> str:
-        """The word for a parameter's name."""
-        if name not in self.names:
-            self.names[name] = self.word()
-        return self.names[name]
 
 
 def structured(record: StepRecord) -> bool:
@@ -60,6 +35,14 @@ def structured(record: StepRecord) -> bool:
 def rewritten(record: StepRecord, **changes: Any) -> StepRecord:
     """The record with other tools, history or target, without its verbatim prompt and its way back to the source."""
     return dataclasses.replace(record, messages=None, extra={}, **changes)
+
+
+def not_offered(record: StepRecord) -> set[str]:
+    """Names that the record calls, in its history or its target, and does not offer; none where the tools are not known."""
+    if not structured(record):
+        return set()
+    calls = {*called(record), *(call.name for call in record.target.calls)}
+    return calls - {tool["name"] for tool in record.tools}
 
 
 def called(record: StepRecord) -> list[str]:
@@ -76,8 +59,7 @@ def unmaskable(record: StepRecord) -> str | None:
         return TEXT_ONLY
     if not record.tools:
         return "no tool is offered"
-    offered = {tool["name"] for tool in record.tools}
-    if not offered.issuperset([*called(record), *(call.name for call in record.target.calls)]):
+    if not_offered(record):
         return "it calls a tool that is not offered"
     return None
 
@@ -85,9 +67,9 @@ def unmaskable(record: StepRecord) -> str | None:
 def mask_names(record: StepRecord, seed: int) -> StepRecord | None:
     """Random words for the names of tools and parameters and for defaults, descriptions kept. Depends on seed and id.
 
-    The same name becomes the same word everywhere in the record: tools, nested properties, calls of the history and of the
-    target. In texts: names of tools in thoughts, answers, observations and the system text, names of parameters in thoughts
-    and answers, as whole words; a name that is a plain word only in quotes. What the user says stays.
+    The same name becomes the same word everywhere in the record: tools, nested properties (`masking` says where), calls of
+    the history and of the target. In texts: names of tools in thoughts, answers, observations and the system text, names of
+    parameters in thoughts and answers, as whole words; a name that is a plain word only in quotes. What the user says stays.
     A default is masked when it is text and neither its description, nor its enum, nor the dialogue has it; arguments
     equal to it become the new default.
     """
@@ -97,16 +79,16 @@ def mask_names(record: StepRecord, seed: int) -> StepRecord | None:
     raw = to_json(record)
     word = _words(rng, json.dumps([raw["tools"], raw["history"], raw["target"]]))
     names: dict[str, str] = {}  # of tools
-    mask = _Mask(word, {}, "\n".join(_texts(record)))
-    tools, plans = [], {}
+    mask = masking.Mask(word, {}, {}, "\n".join(_texts(record)))
+    tools = []
+    schemas: dict[str, list[masking.Schema]] = {}  # by tool
     for tool in record.tools:
-        name = names.setdefault(tool["name"], word())
-        masked, plan = _mask_tool(tool, mask)
-        tools.append({**masked, "name": name})
-        plans[tool["name"]] = plans.get(tool["name"], {}) | plan
+        name, whole = names.setdefault(tool["name"], word()), masking.whole_schema(tool)
+        tools.append({**masking.mask_tool(tool, whole, mask), "name": name})
+        schemas.setdefault(tool["name"], []).append((whole, whole))
 
     def mask_call(name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-        return names[name], _mask_arguments(arguments, plans[name])
+        return names[name], masking.mask_value(arguments, schemas[name], mask)
 
     of_tools, of_all = _replacer(names, mask.said), _replacer(mask.names | names, mask.said)
     target = record.target
@@ -143,87 +125,6 @@ def _texts(record: StepRecord) -> list[str]:
     return [text for text in (*texts, target.response, target.think) if text]
 
 
-def _mask_tool(tool: dict[str, Any], mask: _Mask) -> tuple[dict[str, Any], Parameters]:
-    """(the tool with masked parameters, in the form they came in, what became of each)."""
-    parameters = tool.get("parameters")
-    if parameters is None:
-        return tool, {}
-    if isinstance(
-        parameters.get("type"), str
-    ):  # a schema; in the flat form each value is an object
-        parameters, plan, _ = _mask_schema(parameters, mask)
-    else:
-        parameters, plan = _mask_properties(parameters, mask)
-    masked = {**tool, "parameters": parameters}
-    if isinstance(required := tool.get("required"), list):
-        masked["required"] = _mask_required(required, plan)
-    return masked, plan
-
-
-def _mask_properties(
-    properties: Mapping[str, Any], mask: _Mask
-) -> tuple[dict[str, Any], Parameters]:
-    masked, plan = {}, {}
-    for name, schema in properties.items():
-        inner, default = {}, None
-        if isinstance(schema, Mapping):
-            schema, inner, default = _mask_schema(schema, mask)
-        new = mask.rename(name)
-        masked[new], plan[name] = schema, _Parameter(new, default, inner)
-    return masked, plan
-
-
-def _mask_schema(
-    schema: Mapping[str, Any], mask: _Mask
-) -> tuple[dict[str, Any], Parameters, tuple[str, str] | None]:
-    """(masked schema, what became of the properties in it, of its default)."""
-    masked, inner = dict(schema), {}
-    if isinstance(properties := schema.get("properties"), Mapping):
-        masked["properties"], inner = _mask_properties(properties, mask)
-        if isinstance(required := schema.get("required"), list):
-            masked["required"] = _mask_required(required, inner)
-    elif isinstance(items := schema.get("items"), Mapping):
-        masked["items"], inner, _ = _mask_schema(items, mask)
-    default = _mask_default(schema, mask)
-    if default is not None:
-        masked["default"] = default[1]
-    return masked, inner, default
-
-
-def _mask_default(schema: Mapping[str, Any], mask: _Mask) -> tuple[str, str] | None:
-    old, choices = schema.get("default"), schema.get("enum")
-    if not isinstance(old, str) or not old or (isinstance(choices, list) and old in choices):
-        return None
-    known = f"{schema.get('description', '')}\n{mask.said}"
-    return None if old in known and _whole(old).search(known) else (old, mask.word())
-
-
-def _mask_required(required: list[Any], plan: Parameters) -> list[Any]:
-    return [plan[n].name if isinstance(n, str) and n in plan else n for n in required]
-
-
-def _mask_arguments(arguments: Mapping[str, Any], plan: Parameters) -> dict[str, Any]:
-    """Arguments under their new names; what no parameter declares stays."""
-    return {
-        plan[name].name if name in plan else name: _mask_value(value, plan.get(name))
-        for name, value in arguments.items()
-    }
-
-
-def _mask_value(value: Any, parameter: _Parameter | None) -> Any:
-    if parameter is None:
-        return value
-    if isinstance(value, str):
-        old, new = parameter.default or (None, None)
-        return new if value == old else value
-    if isinstance(value, Mapping):
-        return _mask_arguments(value, parameter.inner)
-    if isinstance(value, list):
-        items = dataclasses.replace(parameter, default=None)
-        return [_mask_value(item, items) for item in value]
-    return value
-
-
 def _mask_turn(
     turn: dict[str, Any], mask_call: Callable, of_tools: _Rename, of_all: _Rename
 ) -> dict[str, Any]:
@@ -251,10 +152,6 @@ def _replacer(names: Mapping[str, str], said: str) -> _Rename:
         return lambda text: text
     pattern = re.compile("|".join(either))
     return lambda text: pattern.sub(lambda found: names[found[0]], text)
-
-
-def _whole(text: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<!\w){re.escape(text)}(?!\w)")
 
 
 # --- irrelevance ----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from rest_jax.data.sources.call_syntax import (
     SyntaxFault,
     literal,
     looks_like_calls,
+    mentions_call,
     parse,
     parse_call,
     render,
@@ -21,6 +22,7 @@ from rest_jax.data.sources.call_syntax import (
     ("text", "calls"),
     [
         ("[]", []),
+        ("[f(a=1), ]", [("f", {"a": 1})]),
         ("[f()]", [("f", {})]),
         (' [ f ( a = 1 , b = "x" , ) ,g()] ', [("f", {"a": 1, "b": "x"}), ("g", {})]),
         ("[Market Trends API(t='UP')]", [("Market Trends API", {"t": "UP"})]),
@@ -99,6 +101,18 @@ def test_one_call_without_brackets():
 )
 def test_what_is_meant_as_calls(text, meant):
     assert looks_like_calls(text) is meant
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("[f(a=1)", "f"), ("[f(a=1)].", "f"), ("Sure. [f(a=1)]", "f"), ("f(a=1)", "f"), ("I ran f()", "f"),
+        ("f ( a = 1 )", "f"), ("f ()", "f"), ("f('x')", "f"), ("do Go (v2)(x=1)", "Go (v2)"), ("a f.g(", "f.g"),
+        ("f (see below)", None), ("if(x)", None), ("f is fine (x=1)", None), ("g(a=1)", None), ("", None),
+    ],
+)  # fmt: skip
+def test_a_call_that_is_mentioned(text, name):
+    assert mentions_call(text, ["f", "f.g", "Go (v2)", ""]) == name
 
 
 @pytest.mark.parametrize(

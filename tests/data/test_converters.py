@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from rest_jax.answer import Call, Target
-from rest_jax.data.records import StepRecord, from_json, to_json
+from rest_jax.data.records import RecordError, StepRecord, from_json, to_json
 from rest_jax.data.sources import SOURCES, trainable
 from rest_jax.data.sources.bfcl_multi_turn import MORE_TOOLS
 from rest_jax.data.sources.hammer import NO_CALL
@@ -338,3 +338,96 @@ def test_bfcl_multi_turn():
         StepRecord("s-0/1", "bfcl_multi_turn", (tool,), history[:3], _target(*second)),
         StepRecord("s-0/2", "bfcl_multi_turn", (tool,), history, Target(response="")),
     ]
+
+
+@pytest.mark.parametrize("parameters", [
+    {"properties": {"town": {"type": "string"}}, "required": ["town"]},
+    {"type": "dict", "properties": {"town": {"type": "string"}}},
+    {"type": "Object", "properties": {"type": {"type": "string"}}},
+    {"type": None, "properties": {}},
+    {"type": ["object", "null"], "properties": {"town": {}}},
+    {"type": "dict"},
+])  # fmt: skip
+@pytest.mark.parametrize("source", ["openai", "xlam", "toolace"])
+def test_a_schema_of_parameters_gets_its_type_and_loses_it_on_the_way_back(source, parameters):
+    tool = {"name": "weather", "description": "W.", "parameters": parameters}
+    raw = _item_with(source, tool)
+    *_, record = SOURCES[source].convert(raw, "r", "here")
+    assert record.tools[0]["parameters"] == {**parameters, "type": "object"}
+    back = SOURCES[source].restore([from_json(json.loads(json.dumps(to_json(record))))])
+    assert json.dumps(back, sort_keys=True) == json.dumps(raw, sort_keys=True)
+    for template in TEMPLATES.values():
+        said = json.dumps(template.render_prompt(list(record.tools), list(record.history)))
+        assert all(name in said for name in parameters.get("properties", {}))
+
+
+def _item_with(source, tool):
+    """An item of a source with one tool and an answer in words or a call of it."""
+    if source == "openai":
+        messages = [_user("x"), {"role": "assistant", "content": "y"}]
+        return {"messages": messages, "tools": [{"type": "function", "function": tool}]}
+    if source == "xlam":
+        answers = [{"name": "weather", "arguments": {}}]
+        return {"query": "x", "answers": json.dumps(answers), "tools": json.dumps([tool])}
+    said = [{"from": "user", "value": "x"}, {"from": "assistant", "value": "y"}]
+    return {"system": f"Tools: {json.dumps([tool])}", "conversations": said}
+
+
+def test_a_flat_form_with_parameters_called_type_and_properties_stays_flat():
+    for parameters in (
+        {"type": {"description": "T.", "type": "str"}, "properties": {"type": "str"}},
+        {"properties": {"description": "P.", "type": "str", "default": ""}},
+    ):
+        (record,) = SOURCES["xlam"].convert(
+            _item_with("xlam", {"name": "weather", "parameters": parameters}), "r", "here"
+        )
+        assert record.tools[0]["parameters"] == parameters
+
+
+@pytest.mark.parametrize("dump", [
+    json.dumps, lambda x: json.dumps(x, ensure_ascii=False, separators=(",", ":")),
+    lambda x: json.dumps(x, indent=3),
+])  # fmt: skip
+@pytest.mark.parametrize("index", [0, 1, 2, 3])
+def test_openai_lists_that_are_text(index, dump):
+    raw = _load("openai")[index]
+    texts = {k: dump(v) for k, v in raw.items() if k in ("messages", "tools", "functions")}
+    records = SOURCES["openai"].convert({**raw, **texts}, f"s-{index}", "here")
+    assert list(map(_plain, records)) == list(map(_plain, _convert("openai", index)))
+    stored = [from_json(json.loads(json.dumps(to_json(r)))) for r in records]
+    back = SOURCES["openai"].restore(stored)
+    assert json.dumps(back, sort_keys=True) == json.dumps({**raw, **texts}, sort_keys=True)
+
+
+@pytest.mark.parametrize("said", [
+    "[now(zone='UTC')", "[now()].", "Sure. [now()]", "now(zone='UTC')", "[now('UTC')].", "[now(zone=)]",
+])  # fmt: skip
+def test_toolace_an_answer_meant_as_calls_is_no_text(said):
+    with pytest.raises(
+        RecordError, match=r"conversations\[1\]: value: (has a call of 'now'|unread)"
+    ):
+        SOURCES["toolace"].convert(_toolace(said), "r", "here")
+
+
+@pytest.mark.parametrize("said", ["[now(zone='UTC'), ]", "[now(zone='UTC'),]"])
+def test_toolace_a_comma_behind_the_last_call(said):
+    raw = _toolace(said)
+    (record,) = SOURCES["toolace"].convert(raw, "r", "here")
+    assert record.target == _target(("now", {"zone": "UTC"}))
+    assert SOURCES["toolace"].restore([record]) == raw
+
+
+@pytest.mark.parametrize(
+    "said", ["It is 10 now (UTC).", "[Note (later)]", "Which zone?", "know(x)"]
+)
+def test_toolace_texts_stay_texts(said):
+    (record,) = SOURCES["toolace"].convert(_toolace(said), "r", "here")
+    assert record.target == Target(response=said)
+
+
+def _toolace(said):
+    system = (
+        f"Tools: {json.dumps([{'name': 'now', 'parameters': {'type': 'dict', 'properties': {}}}])}"
+    )
+    turns = [{"from": "user", "value": "x"}, {"from": "assistant", "value": said}]
+    return {"system": system, "conversations": turns}

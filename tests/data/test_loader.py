@@ -17,8 +17,9 @@ from rest_jax.data.prepare import (
     prepare_supervised,
     tokenize_supervised,
 )
-from rest_jax.data.sources import write_records
+from rest_jax.data.sources import read_records, write_records
 from rest_jax.data.tiny_tokenizer import train_tokenizer
+from rest_jax.errors import UserError
 from rest_jax.templates import TEMPLATES
 from rest_jax.tokenizer import Tokenizer
 
@@ -232,3 +233,25 @@ def test_splits_by_name_and_by_path(tmp_path):
     assert load_training(training) == synthetic.world("eval", 0, 4)
     with pytest.raises(ValueError, match="synthetic:test"):
         load_split("synthetic:test", cfg)
+
+
+def test_rows_without_thoughts_are_no_supervised_data(tokenizer, tmp_path):
+    import pyarrow.parquet
+
+    world = synthetic.world("train", 0, 3)
+    rows = [
+        {
+            "data_source": "rlla",
+            "prompt": r.prompt_messages(TEMPLATE),
+            "reward_model": {"ground_truth": TEMPLATE.render_answer(r.target), "style": "rule"},
+        }
+        for r in world
+    ]
+    path = tmp_path / "train.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    records = read_records(path)
+    assert [r.target.calls for r in records] == [r.target.calls for r in world]
+    with pytest.raises(
+        UserError, match=r"placeholders, are no supervised data; use rlla_sft\.json"
+    ):
+        prepare_supervised(records, tokenizer, TEMPLATE, CFG, max_tokens=10_000)

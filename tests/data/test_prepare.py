@@ -1,5 +1,6 @@
 """`rest-jax data prepare`: every option on small files, its refusals, and that it leaves all its files or none."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import pytest
 
 from rest_jax import cli
-from rest_jax.data import pipeline, prepare, splits, summary, synthetic, writers
+from rest_jax.data import pipeline, prepare, splits, summary, synthetic, transforms, writers
 from rest_jax.data.prepare_settings import Settings
 from rest_jax.data.records import from_json, to_json
 from rest_jax.data.sources import read_records, write_records
@@ -124,20 +125,28 @@ def test_what_makes_a_duplicate(tmp_path):
     others = [
         {**raw, "tools": []},
         {**raw, "history": [{"role": "user", "content": "other"}]},
+        {**raw, "history": []},
+        {**raw, "history": [], "tools": []},
         {**raw, "target": {"response": "other"}},
         {**raw, "target": {**raw["target"], "think": "other"}},
     ]
     messages = [
-        {"id": "a", "target": {"response": "x"}, "messages": [{"role": "user", "content": c}]}
+        {
+            "id": "a",
+            "target": {"response": "x"},
+            "messages": [{"role": "user", "content": c}],
+            **more,
+        }
         for c in "ab"
+        for more in ({}, {"tools": raw["tools"]})
     ]
     hashes = {pipeline.content_hash(from_json(r)) for r in (raw, *others, *messages)}
-    assert len(hashes) == 7
+    assert len(hashes) == 11
 
 
 def test_bad_items_are_kept_aside_with_their_reasons(tmp_path, out):
     path = tmp_path / "in.jsonl"
-    bad = [dialogue(7) | {"messages": [{"role": "robot"}]}, {"messages": "x"}, {"messages": 3}]
+    bad = [dialogue(7) | {"messages": [{"role": "robot"}]}, {"messages": {}}, {"messages": 3}]
     half = dialogue(8)
     half["messages"][0]["content"] = "\ud83d"
     lines = [dialogue(0), *bad, half, dialogue(1)]
@@ -217,11 +226,88 @@ def test_held_out_tools_never_occur_in_training(tmp_path, out):
     assert result.changed["held-out tools taken from the offer"] > 0
 
 
+@pytest.mark.parametrize("fraction", [0.3, 0.6])
+def test_records_for_evaluation_keep_a_held_out_tool_on_offer(tmp_path, out, fraction):
+    pool = [f"tool {chr(97 + i)}" for i in range(12)]
+    items = [
+        dialogue(i, tools=(pool[i % 12], pool[(i * 5 + 1) % 12]), call=pool[i % 12])
+        for i in range(120)
+    ]
+    result = run(write(tmp_path / "in", items), out, held_out=fraction, irrelevance=1)
+    held = {n for n in pool if splits.is_held_out(n, fraction, 0)}
+    evaluation = read_records(out.with_name("out.eval.jsonl"))
+    offered = [{t["name"] for t in r.tools} for r in evaluation]
+    assert all(names & held for names in offered)
+    without = [r for r in evaluation if r.target.response == transforms.NO_TOOL]
+    assert bool(without) == (fraction == 0.6)  # where the other tool is held out too
+    assert result.unchanged["irrelevance: no held-out tool would stay on offer"] > 0
+
+
+def test_calls_of_tools_that_are_not_offered_are_dropped(tmp_path, out):
+    stranger, nothing = dialogue(1, call="gamma"), dialogue(2)
+    del nothing["tools"]
+    result = run(write(tmp_path / "in", [dialogue(0), stranger, nothing]), out)
+    assert result.dropped == {"calls a tool that is not offered": 4} and result.kept == 2
+    record = to_json(read_records(out)[0])
+    messages = [{"role": "user", "content": "x"}]
+    as_text = {**record, "id": "t", "tools": [], "history": [], "messages": messages}
+    path = write(tmp_path / "own", [record, {**record, "id": "n", "tools": []}, as_text])
+    result = run(path, out, source="records", overwrite=True)
+    assert [r.id for r in read_records(out)] == [record["id"], "t"]
+    assert result.dropped == {"calls a tool that is not offered": 1}
+
+
+def test_parquet_as_people_have_it(tmp_path, out):
+    """Lists as text or as structs that Arrow pads with nulls, beside a time and a NaN: the records are those of the JSONL."""
+    import datetime
+
+    import pyarrow.parquet
+
+    items = [dialogue(0), dialogue(1, ("alpha",))]
+    items[1]["messages"].insert(0, {"role": "system", "content": "Be kind."})
+    run(write(tmp_path / "in.jsonl", items), out)
+    wanted = [replace_extra(r) for r in read_records(out)]
+    beside = {"at": datetime.datetime(2024, 5, 1), "score": float("nan")}
+    texts = [{k: json.dumps(v) for k, v in item.items()} | beside for item in items]
+    for rows in (texts, [item | beside for item in items]):
+        path = tmp_path / "in.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        result = run(str(path), out, overwrite=True)
+        assert [replace_extra(r) for r in read_records(out)] == wanted and not result.rejected
+    assert "2024-05-01 00:00:00" in out.read_text()  # the way back keeps it
+
+
+def replace_extra(record):
+    return dataclasses.replace(record, extra={})
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(["question answer alpha beta", json.dumps(dialogue(3))], 400, folder)
     return str(folder)
+
+
+def test_a_prompt_that_the_chat_template_refuses_is_dropped(tmp_path, out, tokenizer):
+    loaded = Tokenizer.load(tokenizer)
+    folder = tmp_path / "strict"
+    refusal = "{{ raise_exception('Roles must\n alternate, found \\'system\\'') }}"
+    loaded.hf.chat_template = (
+        "{% if 'kind' in messages[0].content %}" + refusal + "{% endif %}{{ messages[-1].content }}"
+    )
+    loaded.save(folder)
+    kind = dialogue(1)
+    kind["messages"].insert(0, {"role": "system", "content": "Be kind."})
+    path = write(tmp_path / "in.jsonl", [dialogue(0), kind])
+    result = run(path, out, tokenizer=str(folder))
+    told = "the chat template of the tokenizer refuses it: Roles must alternate, found '...'"
+    assert result.kept == 2 and result.dropped == {told: 2}
+    run(path, out, overwrite=True)
+    strict, template = Tokenizer.load(str(folder)), TEMPLATES["toolrl"]
+    with pytest.raises(
+        UserError, match="record 'in-1/0': the chat template of the tokenizer refuses"
+    ):
+        prepare.prepare(read_records(out), strict, template, prepare.DataConfig(train=""))
 
 
 @pytest.mark.parametrize("template", ["toolrl", "hermes"])
@@ -248,6 +334,7 @@ def test_a_benchmark_is_for_evaluation_only(tmp_path, out):
     item = {
         "question": [[{"role": "user", "content": "Go."}]],
         "ground_truth": [["cd(folder='docs')"]],
+        "function": [{"name": "cd"}],
     }
     path = write(tmp_path / "bfcl.json", [item])
     with pytest.raises(UserError, match=r"benchmark.*--not-for-training"):

@@ -35,7 +35,7 @@ def test_rlla_parquet_rows_to_the_byte(data_dir):
     for raw in rows:
         (record,), back = _there_and_back("rlla", raw)
         assert record.tools and record.history and record.messages is None
-        assert set(record.extra) == {"layout", "raw"}
+        assert set(record.extra) == {"layout", "gold", "raw"}
         assert all(path[0] == "extra_info" for path, *_ in record.extra["raw"])
         restored.append(back)
     assert len(restored) == 80

@@ -72,8 +72,10 @@ def test_rlla_parquet(data_dir):
     assert len(records) == len(rows) == 80
     for record, row in zip(records, rows, strict=True):
         gold = row["reward_model"]["ground_truth"]
-        assert record.target.text == gold
         assert record.target.calls == tuple(_calls_by_line(gold))
+        # all 80 thoughts are one of two sentences: no text with them, and no thought, is to be imitated
+        assert record.target.text is None and record.target.think is None
+        assert (record.target.response is not None) == ("<response>" in gold)
         assert record.prompt_messages(TEMPLATES["toolrl"]) == [
             {k: m[k] for k in ("role", "content")} for m in row["prompt"]
         ]

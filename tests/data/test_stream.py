@@ -1,5 +1,7 @@
 """Reading piece by piece: what json and pyarrow read whole, for every size of piece; faults with their places."""
 
+import datetime
+import decimal
 import json
 
 import pyarrow
@@ -117,8 +119,41 @@ def test_parquet_rows(tmp_path):
     rows = [{"id": str(i), "target": None if i % 2 else json.dumps({"n": i})} for i in range(1300)]
     path = tmp_path / "x"  # its first bytes say what it is
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=400)
-    expected = [{**r, "target": r["target"] and json.loads(r["target"])} for r in rows]
+    expected = [
+        {**r, "target": json.loads(r["target"])} if r["target"] else {"id": r["id"]} for r in rows
+    ]
     assert values(path) == expected
+
+
+def test_parquet_rows_become_plain_json(tmp_path):
+    """Fields that Arrow fills with null are gone again; what JSON cannot hold is text or null."""
+    rows = [
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "calls": ["f", None]}],
+         "arguments": {"a": 1}, "score": float("nan")},
+        {"messages": [{"role": "user", "content": "y", "name": "z"}], "arguments": {"b": [{"c": 2}, {"d": 3.5}]},
+         "score": 1.5, "at": datetime.datetime(2024, 5, 1, 10), "price": decimal.Decimal("1.50"), "blob": b"\xffx"},
+    ]  # fmt: skip
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    plain = {"at": "2024-05-01 10:00:00", "price": "1.50", "blob": "\\xffx"}
+    # columns come from the first row
+    table = pyarrow.Table.from_pylist([{**rows[1], **rows[0], **dict.fromkeys(plain)}, rows[1]])
+    pyarrow.parquet.write_table(table, path)
+    first = {key: value for key, value in rows[0].items() if key != "score"}
+    second = {**rows[1], **plain}
+    assert values(path) == [first, second]
+
+
+def test_an_item_that_nests_too_deeply_is_passed_over(tmp_path, monkeypatch):
+    deep = '{"a]": "}\\"", "b": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    path = tmp_path / "x.json"
+    path.write_text(f'[{{"n": 0}}, {deep}, {{"n": 2}}, {deep}]')
+    for chunk in (7919, stream.CHUNK):
+        monkeypatch.setattr(stream, "CHUNK", chunk)
+        items = read(path)
+        assert [item.fault is None for item in items] == [True, False, True, False]
+        assert items[2].raw == {"n": 2} and items[1].raw == items[3].raw == deep
+        assert "recursion" in items[1].fault and items[1].where == f"data {path}: item 1"
 
 
 def test_array_records(tmp_path):

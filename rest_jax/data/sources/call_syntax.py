@@ -39,10 +39,27 @@ class SyntaxFault(ValueError):
 
 
 def looks_like_calls(text: str) -> bool:
-    """Whether a text is meant as a list of calls: it is bracketed, ends in a call and somewhere in it a call's arguments open."""
+    """Whether a text is meant as a list of calls: it is bracketed, its last item (a comma may follow) ends as a call does, and
+    somewhere in it a call's arguments open.
+    """
     text = text.strip()
-    bracketed = text.startswith("[") and text.endswith("]") and text[:-1].rstrip().endswith(")")
-    return bracketed and _arguments_open_anywhere(text) is not None
+    if not (text.startswith("[") and text.endswith("]")):
+        return False
+    last = text[:-1].rstrip().removesuffix(",").rstrip()
+    return last.endswith(")") and _arguments_open_anywhere(text) is not None
+
+
+def mentions_call(text: str, names: Iterable[str]) -> str | None:
+    """The first of the names that the text follows with an opening parenthesis, None if there is none: `f(` as such, behind
+    spaces only where arguments open as in a call ("the search (see below)" is prose).
+    """
+    said = [re.escape(name) for name in names if name and name in text] if "(" in text else []
+    if not said:
+        return None
+    longest_first = "|".join(sorted(said, key=len, reverse=True))
+    opened = rf"(?<!\w)({longest_first})(?:\(|\s++{_ARGUMENTS_OPEN.pattern})"
+    found = re.search(opened, text)
+    return None if found is None else found[1]
 
 
 def parse(text: str) -> list[dict[str, Any]]:

@@ -42,10 +42,29 @@ def json_text(value: Any, where: str) -> Any:
 
 
 def tool(value: Any, where: str) -> dict[str, Any]:
-    """A tool as a record holds it: it can be rendered, what is null is left out."""
+    """A tool as a record holds it: it can be rendered, what is null is left out, a schema of parameters has type object."""
     function = {k: v for k, v in mapping(value, where).items() if v is not None}
     text(function.get("description", ""), f"{where}: description")
+    parameters = function.get("parameters")
+    if isinstance(parameters, Mapping) and _is_untyped_schema(parameters):
+        function["parameters"] = {**parameters, "type": "object"}
     return check_tool(function, where)
+
+
+def _is_untyped_schema(parameters: Mapping[str, Any]) -> bool:
+    """Whether parameters are a JSON schema that says so in another way than `"type": "object"`.
+
+    In the flat form every value describes a parameter and is an object, also those of parameters that are called type or
+    properties; the latter's words are then texts, where a schema has an object for each property.
+    """
+    kind, properties = parameters.get("type"), parameters.get("properties")
+    if isinstance(kind, str):
+        return kind.lower() in ("dict", "object")
+    if isinstance(kind, Mapping) or (isinstance(kind, list) and "object" not in kind):
+        return False
+    return isinstance(properties, Mapping) and all(
+        isinstance(schema, Mapping) for schema in properties.values()
+    )
 
 
 def one_of(value: Any, known: Iterable[str], where: str) -> str:

@@ -2,9 +2,11 @@
 
 Calls stand in `tool_calls` (arguments are a string of JSON), results in messages of role "tool" with the id of their call; the
 older `functions`, `function_call` and role "function" are read too. Results are put in the order of their calls, since a record
-has no ids. A thought is taken from `reasoning_content`. Assistant messages of weight 0 are history, not targets.
+has no ids. A thought is taken from `reasoning_content`. Assistant messages of weight 0 are history, not targets. The lists may
+also be strings of JSON, as in many Parquet files.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,11 +16,14 @@ from rest_jax.data.records import RecordError, StepRecord
 from rest_jax.data.sources import fields, remainder
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_LISTS = ("messages", "tools", "functions")
 
 
 def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
     """A record for each assistant message, or run of messages with calls, that is to be learned."""
-    item = fields.mapping(raw, where)
+    given = fields.mapping(raw, where)
+    texts = {key: given[key] for key in _LISTS if isinstance(given.get(key), str)}
+    item = {**given, **{k: fields.json_text(t, f"{where}: {k}") for k, t in texts.items()}}
     messages = fields.sequence(item.get("messages"), f"{where}: messages")
     legacy = item.get("functions") is not None or any(
         isinstance(m, Mapping) and m.get("function_call") is not None for m in messages
@@ -30,13 +35,28 @@ def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
         raise RecordError(f"{where}: messages: no assistant message to learn from")
     rebuild = _rebuild_legacy if legacy else _rebuild
     extra = {"legacy": True} if legacy else {}
-    return remainder.keep(records, raw, rebuild, where, extra)
+    records = remainder.keep(records, item, rebuild, where, extra)
+    return _keep_texts(records, texts, rebuild) if texts else records
 
 
 def restore(records: Sequence[StepRecord]) -> dict[str, Any]:
     """The item that `convert` made these records of."""
-    legacy = records[-1].extra.get("legacy")
-    return remainder.restored(records, _rebuild_legacy if legacy else _rebuild)
+    extra = records[-1].extra
+    item = remainder.restored(records, _rebuild_legacy if extra.get("legacy") else _rebuild)
+    for key, how in extra.get("texts", {}).items():
+        item[key] = how if isinstance(how, str) else remainder.written(item[key], how)
+    return item
+
+
+def _keep_texts(
+    records: list[StepRecord], texts: Mapping[str, str], rebuild: remainder.Rebuild
+) -> list[StepRecord]:
+    """The records, the last with the way of writing that gives each text again from its list, or the text where none does."""
+    item = remainder.restored(records, rebuild)
+    styles = {key: remainder.style_of(item[key], text) for key, text in texts.items()}
+    ways = {key: texts[key] if style is None else style for key, style in styles.items()}
+    last = dataclasses.replace(records[-1], extra={**records[-1].extra, "texts": ways})
+    return [*records[:-1], last]
 
 
 def _tools(item: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:

@@ -1,13 +1,15 @@
 """The rlla records of ToolRL: prompts rendered in the toolrl template, gold answers as text.
 
 Two layouts: the JSON list for supervised runs (instruction, input, output) and the Parquet files for reinforcement (prompt,
-reward_model.ground_truth, extra_info). The Parquet ground truth has a placeholder as its thought; only its calls and response
-are rewarded. The prompt is read into tools and history; on the way back it is rendered again.
+reward_model.ground_truth, extra_info). The Parquet ground truth has a placeholder as its thought (one constant sentence or
+another); only its calls and response are rewarded, so the target has them alone and the text is kept in `extra` for the way
+back. The prompt is read into tools and history; on the way back it is rendered again.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rest_jax.answer import Target
 from rest_jax.data import toolrl_prompt
 from rest_jax.data.records import RecordError, StepRecord, check_text, target_from_text
 from rest_jax.data.sources import remainder
@@ -23,14 +25,20 @@ def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
         raise RecordError(f"{where}: an object is needed, found {type(raw).__name__}")
     if raw.keys() >= set(PARQUET):
         record = _from_parquet(raw, name, where)
-        return remainder.keep([record], raw, _to_parquet, where, {"layout": "parquet"})
+        extra = {"layout": "parquet", "gold": raw["reward_model"]["ground_truth"]}
+        return remainder.keep([record], raw, _to_parquet, where, extra)
     return remainder.keep([_from_supervised(raw, name, where)], raw, _to_supervised, where)
 
 
 def restore(records: Sequence[StepRecord]) -> dict[str, Any]:
     """The item that `convert` made a record of."""
-    layout = _to_parquet if records[-1].extra.get("layout") == "parquet" else _to_supervised
+    layout = _to_parquet if is_reward_only(records[-1]) else _to_supervised
     return remainder.restored(records, layout)
+
+
+def is_reward_only(record: StepRecord) -> bool:
+    """Whether a record is a row of the Parquet files, as it was read: there is no thought to imitate in it."""
+    return record.extra.get("layout") == "parquet"
 
 
 def _from_supervised(raw: Mapping[str, Any], name: str, where: str) -> StepRecord:
@@ -60,10 +68,11 @@ def _from_parquet(raw: Mapping[str, Any], name: str, where: str) -> StepRecord:
             check_text(value, f"prompt[{i}].{field}", where)
     gold = reward.get("ground_truth") if isinstance(reward, Mapping) else None
     gold = check_text(gold, "reward_model.ground_truth", where)
+    target = target_from_text(gold, f"{where}: reward_model.ground_truth")
     return StepRecord(
         id=name,
         source=str(raw.get("data_source") or "rlla"),
-        target=target_from_text(gold, f"{where}: reward_model.ground_truth"),
+        target=Target(target.calls, target.response),
         **toolrl_prompt.structure(prompt),
     )
 
@@ -98,4 +107,5 @@ def _prompt(record: StepRecord) -> list[dict[str, str]]:
 
 
 def _gold(records: Sequence[StepRecord]) -> str:
-    return TEMPLATES["toolrl"].render_answer(records[-1].target)
+    kept = records[-1].extra.get("gold")
+    return TEMPLATES["toolrl"].render_answer(records[-1].target) if kept is None else kept

@@ -109,6 +109,8 @@ def _assistant(said: str, names: set[str], where: str) -> dict[str, Any]:
     if not said.strip():
         raise RecordError(f"{where}: an empty answer")
     if not call_syntax.looks_like_calls(said):
+        if name := call_syntax.mentions_call(said, names):
+            raise RecordError(f"{where}: has a call of {name!r} but is no list of calls")
         return {"role": "assistant", "content": said}
     try:
         calls = call_syntax.parse(said)
