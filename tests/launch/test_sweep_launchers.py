@@ -6,17 +6,17 @@ import subprocess
 
 import yaml
 
-from rest_jax import cli, shipped
+from rest_jax import arguments, cli, shipped
 
 LAUNCH = pathlib.Path(__file__).resolve().parents[2] / "launch"
 
 
 def understood(words: list[str]) -> None:
     assert words[:2] == ["rest-jax", "sweep"]
-    arguments = cli._parser().parse_args(words[1:])
-    assert shipped.find_config(arguments.config).is_file()
-    assert shipped.find_space(arguments.space).is_file()
-    assert arguments.quiet
+    found = arguments.parse(words[1:], cli.COMMANDS)
+    assert shipped.find_config(found.config).is_file()
+    assert shipped.find_space(found.space).is_file()
+    assert found.quiet
 
 
 def test_kubernetes():
