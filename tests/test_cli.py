@@ -171,7 +171,7 @@ def test_exit_codes(monkeypatch, capsys, error, code, line):
     def fail(_):
         raise error
 
-    monkeypatch.setattr(cli, "_report", fail)
+    monkeypatch.setitem(cli.COMMANDS, "report", fail)
     assert refused(capsys, "report", "run", code=code) == f"rest-jax: error: {line}\n"
 
 
@@ -179,7 +179,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
     def fail(_):
         raise ValueError("a defect")
 
-    monkeypatch.setattr(cli, "_report", fail)
+    monkeypatch.setitem(cli.COMMANDS, "report", fail)
     with pytest.raises(ValueError, match="a defect"):
         cli.main(["report", "run"])
 
