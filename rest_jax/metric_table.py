@@ -104,6 +104,7 @@ METRICS: dict[str, Metric] = {
     "eval/prompts": Metric("prompts", "held-out prompts"),
     "eval/loss": Metric("nats", "supervised loss on held-out records"),
     "time/step": Metric("s", "wall-clock time of the step, evaluation and saving apart"),
+    "time/cpu": Metric("s", "CPU time of the process in the step, all threads"),
     "time/data": Metric("s", "waiting for the loader"),
     "time/rollout": Metric("s", "sampling"),
     "time/score": Metric("s", "parsing, rewards and regions; beside the sampling"),

@@ -53,9 +53,12 @@ class Pending:
     scored: ScoredBatch
     samples: list[dict[str, Any]]
     started: float
+    cpu: float  # CPU seconds of this process when it began
     dispatched: float  # when the update was handed to the device
     done: concurrent.futures.Future[float]  # when the device was done with it
-    ended: float | None = None  # when the next step began; None: not yet
+    ended: tuple[float, float] | None = (
+        None  # time and CPU time when the next step began; None: not yet
+    )
 
 
 def run(config: Config, dry_run: bool = False, profile: int | None = None) -> int:
@@ -219,9 +222,9 @@ class Loop:
 
     def step(self, step: int) -> None:
         """Sample, score, update; hands the metrics of the step before to the files."""
-        started = time.monotonic()
+        started, cpu = time.monotonic(), time.process_time()
         if self.pending is not None:
-            self.pending.ended = started
+            self.pending.ended = (started, cpu)
         now, self.ahead = self.ahead or self.collect(step), None
         if self.samples_ahead(step):
             self.ahead = self.collect(step + 1, staleness=1)
@@ -243,6 +246,7 @@ class Loop:
             scored=now.scored,
             samples=self.samples(step, now),
             started=started,
+            cpu=cpu,
             dispatched=dispatched,
             done=self.watch.submit(_when_ready, metrics),
         )
@@ -288,7 +292,8 @@ class Loop:
             return
         p, self.pending = self.pending, None
         values = {name: float(value) for name, value in p.metrics.items()}
-        elapsed = (p.ended or time.monotonic()) - p.started
+        ended, cpu_ended = p.ended or (time.monotonic(), time.process_time())
+        elapsed = ended - p.started
         if not_finite(values):
             raise self.stopped(p, values)
         update = p.done.result() - p.dispatched
@@ -296,6 +301,7 @@ class Loop:
         values |= p.host | self.speed.of_update(p.whole, wanted, update)
         values |= {
             "time/step": elapsed,
+            "time/cpu": cpu_ended - p.cpu,
             "time/update": update,
             "time/tokens_per_second": p.host["rollout/tokens"] / elapsed,
             "time/elapsed": time.monotonic() - self.started,

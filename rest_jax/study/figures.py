@@ -73,7 +73,7 @@ def curves(result: StudyResult) -> Figure:
         ("update/grad_norm", "Norm of the gradient", ""),
         ("rollout/response_tokens", "Length of sampled answers", "tokens"),
         ("rollout/entropy", "Entropy of the policy", "nats"),
-        ("time/step", "Time of a step (others beside it)", "s"),
+        ("time/cpu", "CPU time of a step", "s"),
     )
     for axes, (name, title, unit) in zip(figure.subplots(2, 4).flat, panels, strict=True):
         _lines(axes, result, name, 1 if name.startswith("eval/") else WINDOW)

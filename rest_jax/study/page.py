@@ -94,16 +94,16 @@ def think_share(result: StudyResult) -> float:
 
 def _table(result: StudyResult) -> str:
     head = (
-        f"| method | rate, % | accuracy | sampled, last {LAST_STEPS} steps, % | answer tokens | seconds a step |\n"
+        f"| method | rate, % | accuracy | sampled, last {LAST_STEPS} steps, % | answer tokens | CPU seconds a step |\n"
         "| --- | --- | --- | --- | --- | --- |"
     )
     rows = [
         f"| {method} | {points(result.level(method, EXACT))} | {result.level(method, 'eval/accuracy').mean:.3f} "
         f"| {points(result.level(method, SAMPLED))} | {result.level(method, 'eval/response_tokens').mean:.1f} "
-        f"| {result.level(method, 'time/step').mean:.2f} |"
+        f"| {seconds(result.level(method, 'time/cpu').mean)} |"
         for method in result.methods
     ]
-    note = "Seconds a step: lower quartile over steps, mean over seeds, with other runs beside it; compare with care."
+    note = "CPU seconds a step: median over steps, mean over seeds; all threads of the process."
     return "\n".join([head, *rows, "", note])
 
 
@@ -120,6 +120,11 @@ def _differences(result: StudyResult) -> str:
             cells += [points(found, sign=True), "**yes**" if found.shown else "no"]
         rows.append(f"| {method} - {other} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def seconds(value: float) -> str:
+    """Two digits; a dash where it was not measured."""
+    return "-" if np.isnan(value) else f"{value:.2f}"
 
 
 def points(found: Estimate, sign: bool = False) -> str:
