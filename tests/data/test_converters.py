@@ -431,3 +431,11 @@ def _toolace(said):
     )
     turns = [{"from": "user", "value": "x"}, {"from": "assistant", "value": said}]
     return {"system": system, "conversations": turns}
+
+
+@pytest.mark.parametrize("tools", ["", " ", "[]", "null"])
+def test_openai_a_text_that_lists_no_tools(tools):
+    raw = {**_load("openai")[3], "tools": tools}
+    records = SOURCES["openai"].convert(raw, "s-3", "here")
+    assert list(map(_plain, records)) == _convert("openai", 3)
+    assert SOURCES["openai"].restore(records) == raw

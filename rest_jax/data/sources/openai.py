@@ -3,7 +3,7 @@
 Calls stand in `tool_calls` (arguments are a string of JSON), results in messages of role "tool" with the id of their call; the
 older `functions`, `function_call` and role "function" are read too. Results are put in the order of their calls, since a record
 has no ids. A thought is taken from `reasoning_content`. Assistant messages of weight 0 are history, not targets. The lists may
-also be strings of JSON, as in many Parquet files.
+also be strings of JSON, as in many Parquet files, and an empty string is none.
 """
 
 import dataclasses
@@ -23,7 +23,8 @@ def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
     """A record for each assistant message, or run of messages with calls, that is to be learned."""
     given = fields.mapping(raw, where)
     texts = {key: given[key] for key in _LISTS if isinstance(given.get(key), str)}
-    item = {**given, **{k: fields.json_text(t, f"{where}: {k}") for k, t in texts.items()}}
+    lists = {k: fields.json_text(t.strip() or "[]", f"{where}: {k}") for k, t in texts.items()}
+    item = {**given, **lists}
     messages = fields.sequence(item.get("messages"), f"{where}: messages")
     legacy = item.get("functions") is not None or any(
         isinstance(m, Mapping) and m.get("function_call") is not None for m in messages
