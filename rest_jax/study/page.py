@@ -94,16 +94,20 @@ def think_share(result: StudyResult) -> float:
 
 def _table(result: StudyResult) -> str:
     head = (
-        f"| method | rate, % | accuracy | sampled, last {LAST_STEPS} steps, % | answer tokens | CPU seconds a step |\n"
-        "| --- | --- | --- | --- | --- | --- |"
+        f"| method | rate, % | accuracy | sampled, last {LAST_STEPS} steps, % | answer tokens "
+        "| CPU s a step | clock s a step |\n| --- | --- | --- | --- | --- | --- | --- |"
     )
     rows = [
         f"| {method} | {points(result.level(method, EXACT))} | {result.level(method, 'eval/accuracy').mean:.3f} "
         f"| {points(result.level(method, SAMPLED))} | {result.level(method, 'eval/response_tokens').mean:.1f} "
-        f"| {seconds(result.level(method, 'time/cpu').mean)} |"
+        f"| {seconds(result.level(method, 'time/cpu').mean)} "
+        f"| {seconds(result.level(method, 'time/step').mean)} |"
         for method in result.methods
     ]
-    note = "CPU seconds a step: median over steps, mean over seeds; all threads of the process."
+    note = (
+        "Seconds a step: median over steps, mean over seeds. CPU seconds are those of all threads of the process; by the clock "
+        "other runs and other work on the machine are in it, so it says little about methods."
+    )
     return "\n".join([head, *rows, "", note])
 
 

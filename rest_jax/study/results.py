@@ -97,14 +97,15 @@ def read_run(run: PlannedRun) -> RunResult:
 
 
 def summarise(curves: Mapping[str, Series]) -> dict[str, float]:
-    """Final held-out values, the start's exact rate, the sampled exact rate of the last steps, CPU seconds of a step (which
-    other work on the machine hardly changes; NaN where a run has none).
+    """Final held-out values, the start's exact rate, the sampled exact rate of the last steps, seconds of a step: by the
+    clock, and of the CPU, which other work on the machine hardly changes (NaN where a run has none).
     """
     summary = {name: float(curves[name].values[-1]) for name in FINAL}
     summary["start/exact"] = float(curves[EXACT].values[0])
     summary[SAMPLED] = float(np.mean(curves["reward/exact"].values[-LAST_STEPS:]))
-    cpu = curves["time/cpu"].values[WARM_UP_STEPS:] if "time/cpu" in curves else [float("nan")]
-    summary["time/cpu"] = float(np.median(cpu))
+    for name in ("time/step", "time/cpu"):
+        values = curves[name].values[WARM_UP_STEPS:] if name in curves else [float("nan")]
+        summary[name] = float(np.median(values))
     tokens = sum(curves["rollout/tokens"].values)
     return summary | {"rollout/tokens": float(tokens)}
 
