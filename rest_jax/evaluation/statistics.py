@@ -26,8 +26,9 @@ class Estimate:
 
     @property
     def shown(self) -> bool:
-        """Whether both intervals leave zero out, on the same side."""
-        return min(self.low, self.t_low) > 0 or max(self.high, self.t_high) < 0
+        """Whether both intervals leave zero out, on the same side. Two values may agree by chance: three are the least."""
+        outside = min(self.low, self.t_low) > 0 or max(self.high, self.t_high) < 0
+        return outside and self.count >= 3
 
 
 def estimate(values: Sequence[float], level: float = 0.95, seed: int = 0) -> Estimate:

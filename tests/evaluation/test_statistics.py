@@ -45,6 +45,7 @@ def test_shown_needs_both_intervals_on_one_side():
     almost = estimate([0.1, 0.2, 1.9])  # the bootstrap leaves zero out, t does not
     assert almost.low > 0 > almost.t_low and not almost.shown
     assert not estimate([1.0]).shown
+    assert not estimate([1.0, 1.0]).shown  # no spread, but two seeds show nothing
 
 
 def test_one_value_has_no_interval_and_none_is_refused():
