@@ -11,7 +11,7 @@ import numpy as np
 
 from rest_jax.evaluation.statistics import Estimate
 from rest_jax.files import whole
-from rest_jax.study.results import EXACT, LAST_STEPS, SAMPLED, StudyResult
+from rest_jax.study.results import EXACT, LAST_STEPS, NOISE, SAMPLED, StudyResult
 
 FILE = "README.md"
 
@@ -29,7 +29,7 @@ def write_page(results: Sequence[StudyResult], folder: pathlib.Path, command: st
 
 
 def _head(results: Sequence[StudyResult], command: str) -> str:
-    comparisons = 2 * sum(len(r.comparisons) for r in results)
+    comparisons = 3 * sum(len(r.comparisons) for r in results)
     return (
         f"# Studies\n\nMade by `{command}`. Do not edit: the command writes it anew.\n\n"
         "Every method is a config file laid over one base, so policy, prompts, number of rollouts, optimiser and steps "
@@ -39,7 +39,7 @@ def _head(results: Sequence[StudyResult], command: str) -> str:
         "**Rate**: held-out prompts whose greedy answer is exact (format and all calls, or rightly none). **[ ]**: 95 % "
         "percentile bootstrap over seeds; **( )**: 95 % Student t. With few seeds the bootstrap is too narrow, so a "
         "difference counts as *shown* only where both leave zero out. The intervals are not corrected for the number of "
-        f"comparisons ({comparisons} in all, held-out and sampled)."
+        f"comparisons ({comparisons} in all: held out, sampled, noise)."
     )
 
 
@@ -95,38 +95,39 @@ def think_share(result: StudyResult) -> float:
 def _table(result: StudyResult) -> str:
     head = (
         f"| method | rate, % | accuracy | sampled, last {LAST_STEPS} steps, % | answer tokens "
-        "| CPU s a step | clock s a step |\n| --- | --- | --- | --- | --- | --- | --- |"
+        "| gradient noise, first quarter | CPU s a step | clock s a step |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
     )
     rows = [
         f"| {method} | {points(result.level(method, EXACT))} | {result.level(method, 'eval/accuracy').mean:.3f} "
         f"| {points(result.level(method, SAMPLED))} | {result.level(method, 'eval/response_tokens').mean:.1f} "
-        f"| {seconds(result.level(method, 'time/cpu').mean)} "
-        f"| {seconds(result.level(method, 'time/step').mean)} |"
+        f"| {number(result.level(method, NOISE).mean)} | {number(result.level(method, 'time/cpu').mean)} "
+        f"| {number(result.level(method, 'time/step').mean)} |"
         for method in result.methods
     ]
     note = (
-        "Seconds a step: median over steps, mean over seeds. CPU seconds are those of all threads of the process; by the clock "
-        "other runs and other work on the machine are in it, so it says little about methods."
+        "Gradient noise: variance of the mini-batch gradient over its squared norm (1: nothing but noise), mean over the "
+        "first quarter of the steps. Seconds a step: median over steps, mean over seeds. CPU seconds are those of all threads "
+        "of the process; by the clock other runs and other work on the machine are in it, so it says little about methods."
     )
     return "\n".join([head, *rows, "", note])
 
 
 def _differences(result: StudyResult) -> str:
-    """Paired differences of the held-out and of the sampled rate, and what they show."""
+    """Paired differences of the held-out rate, the sampled one and the gradient's early noise, and whether they are shown."""
     rows = [
-        "| difference | held out, points | shown | sampled, points | shown |",
-        "| --- |" + " --- |" * 4,
+        "| difference | held out, points | shown | sampled, points | shown | gradient noise x 100, first quarter | shown |",
+        "| --- |" + " --- |" * 6,
     ]
     for method, other in result.comparisons:
         cells = []
-        for name in (EXACT, SAMPLED):
+        for name in (EXACT, SAMPLED, NOISE):
             found = result.difference(method, name, other)
             cells += [points(found, sign=True), "**yes**" if found.shown else "no"]
         rows.append(f"| {method} - {other} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def seconds(value: float) -> str:
+def number(value: float) -> str:
     """Two digits; a dash where it was not measured."""
     return "-" if np.isnan(value) else f"{value:.2f}"
 
@@ -143,10 +144,11 @@ def points(found: Estimate, sign: bool = False) -> str:
 
 
 def claims(result: StudyResult) -> list[str]:
-    """One line a comparison: what its paired difference shows, of the held-out rate and, where it does, of the sampled one."""
+    """One line a comparison: what its paired difference shows, of the held-out rate and, where they do, of the others."""
     lines = []
     for method, other in result.comparisons:
-        found, sampled = (result.difference(method, n, other) for n in (EXACT, SAMPLED))
+        names = (EXACT, SAMPLED, NOISE)
+        found, sampled, noise = (result.difference(method, n, other) for n in names)
         if found.count < 2:
             verdict = "one seed: nothing can be said"
         elif found.shown:
@@ -160,6 +162,9 @@ def claims(result: StudyResult) -> list[str]:
         if sampled.shown:
             word = "more" if sampled.mean > 0 else "fewer"
             verdict += f"; {word} exact answers among those sampled in training, {100 * sampled.mean:+.1f} points"
+        if noise.shown:
+            word = "more" if noise.mean > 0 else "less"
+            verdict += f"; {word} noise in the gradient of the first quarter, {noise.mean:+.2f}"
         lines.append(f"- `{method}` against `{other}`: {verdict}.")
     return lines
 

@@ -19,7 +19,7 @@ from rest_jax.report.series import Series, read_series
 from rest_jax.study.plan import PlannedRun, Study
 from rest_jax.study.runner import check, is_finished
 
-EXACT, SAMPLED = "eval/exact", "sampled/exact"
+EXACT, SAMPLED, NOISE = "eval/exact", "sampled/exact", "early/grad_noise"
 FINAL = (
     EXACT,
     "eval/accuracy",
@@ -97,12 +97,15 @@ def read_run(run: PlannedRun) -> RunResult:
 
 
 def summarise(curves: Mapping[str, Series]) -> dict[str, float]:
-    """Final held-out values, the start's exact rate, the sampled exact rate of the last steps, seconds of a step: by the
+    """Final held-out values, the start's exact rate, the sampled exact rate of the last steps, the gradient's noise in the first
+    quarter (later it is nearly all noise under every method; NaN where it was not measured), seconds of a step: by the
     clock, and of the CPU, which other work on the machine hardly changes (NaN where a run has none).
     """
     summary = {name: float(curves[name].values[-1]) for name in FINAL}
     summary["start/exact"] = float(curves[EXACT].values[0])
     summary[SAMPLED] = float(np.mean(curves["reward/exact"].values[-LAST_STEPS:]))
+    noise = curves["update/grad_noise"].values if "update/grad_noise" in curves else [float("nan")]
+    summary[NOISE] = float(np.mean(noise[: max(1, len(noise) // 4)]))
     for name in ("time/step", "time/cpu"):
         values = curves[name].values[WARM_UP_STEPS:] if name in curves else [float("nan")]
         summary[name] = float(np.median(values))

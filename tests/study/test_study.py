@@ -274,7 +274,7 @@ def test_the_page_claims_what_is_shown(reported):
         "- `rest_mass` against `grpo`: no difference on held-out tools is shown (a loss of"
         in written
     )
-    assert "- `rest_mass` against `rest`: " in written and "6 in all" in written
+    assert "- `rest_mass` against `rest`: " in written and "9 in all" in written
     assert "40% of them reasoning" in written and "Exact rate of the start: 40.0%" in written
     assert "not finished" not in written
     assert "rest" in text and "yes" in text
