@@ -49,7 +49,9 @@ def _find_in(subfolder: str, kind: str, name: str) -> pathlib.Path:
     path = pathlib.Path(name)
     if path.is_file():
         return path
-    found = shipped_config(f"{subfolder}/{name.removeprefix(_PREFIX).removeprefix(f'{subfolder}/')}")
+    found = shipped_config(
+        f"{subfolder}/{name.removeprefix(_PREFIX).removeprefix(f'{subfolder}/')}"
+    )
     if found is None or path.is_absolute():
         known = ", ".join(sorted(path.stem for path in (folder() / subfolder).glob("*.yaml")))
         raise UserError(f"{kind} {name}: no such file, nor a shipped one ({known})")
