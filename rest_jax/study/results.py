@@ -107,7 +107,8 @@ def summarise(curves: Mapping[str, Series]) -> dict[str, float]:
     noise = curves["update/grad_noise"].values if "update/grad_noise" in curves else [float("nan")]
     summary[NOISE] = float(np.mean(noise[: max(1, len(noise) // 4)]))
     for name in ("time/step", "time/cpu"):
-        values = curves[name].values[WARM_UP_STEPS:] if name in curves else [float("nan")]
+        values = curves[name].values if name in curves else [float("nan")]
+        values = values[WARM_UP_STEPS:] or values
         summary[name] = float(np.median(values))
     tokens = sum(curves["rollout/tokens"].values)
     return summary | {"rollout/tokens": float(tokens)}

@@ -342,6 +342,7 @@ def test_running_mean():
 def test_a_real_study_is_stopped_and_goes_on(study_file, tmp_path, monkeypatch):
     """Two real runs of two steps; the first try is stopped before it begins its second run."""
     monkeypatch.chdir(pathlib.Path(__file__).resolve().parents[2])
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # the runs have one device, not the tests' eight
     small = [
         "train.steps=2", "data.eval_limit=8", "rollout.prompts_per_step=2", "train.eval_every=0",
         "train.checkpoint_every=1",
