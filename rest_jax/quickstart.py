@@ -10,8 +10,8 @@ import time
 from rest_jax import config as config_lib
 from rest_jax import shipped, train
 from rest_jax.config import Config
-from rest_jax.evaluation.heldout import Evaluator, held_out
-from rest_jax.metrics import METRICS_FILE, read_lines, summary_table
+from rest_jax.evaluation.heldout import Evaluator, evaluations, held_out
+from rest_jax.metrics import summary_table
 from rest_jax.models import hf
 from rest_jax.policy import load_policy
 from rest_jax.run import MODEL_FOLDER
@@ -38,7 +38,7 @@ def run(seed: int | None = None, fresh: bool = False) -> int:
     )
     print("[2/4] training with ResT", flush=True)
     train.run(config)
-    lines = [line for line in read_lines(folder / METRICS_FILE) if "eval/exact" in line]
+    lines = evaluations(folder)
     if lines[-1]["step"] != config.train.steps:
         return 0  # SIGTERM: the same command goes on
     exported = export(config, folder)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rest_jax.commands import settings
@@ -18,6 +19,7 @@ from rest_jax.data.prepare import Prepared, load_split, prepare
 from rest_jax.errors import UserError
 from rest_jax.policy import Policy, is_run, load_policy
 from rest_jax.report.variance import variance_tables, write_variance
+from rest_jax.rl.advantages import has_signal
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.logprobs import Sampling
 from rest_jax.rl.scoring import score_rollout
@@ -57,7 +59,7 @@ def run(
     group_size = config.rollout.group_size
     print(f"sampling {group_size} answers to each of {prompts} prompts", flush=True)
     scored = sample_scored(policy, config, prepared, prompts)
-    spread = scored.reward.max(axis=1) != scored.reward.min(axis=1)
+    spread = np.asarray(has_signal(jnp.asarray(scored.reward)))
     if not spread.any():
         raise UserError(
             f"none of {prompts} groups of {group_size} answers has rewards that differ, so there is no gradient "

@@ -137,13 +137,18 @@ def summarise(
     }
 
 
+def evaluations(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The metrics lines of a run's held-out evaluations, in order. UserError when it has no metrics."""
+    return [line for line in read_lines(folder / METRICS_FILE) if "eval/exact" in line]
+
+
 def report_evaluations(folder: pathlib.Path) -> None:
     """Prints the table of the first and the last evaluation of a run, and writes its curves."""
     if not is_first_process():
         return
     from rest_jax.report.curves import write_curves
 
-    lines = [line for line in read_lines(folder / METRICS_FILE) if "eval/exact" in line]
+    lines = evaluations(folder)
     if lines:
         first, last = lines[0], lines[-1]
         rows = [["held out", f"step {first['step']}", f"step {last['step']}"]]

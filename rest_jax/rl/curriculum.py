@@ -35,6 +35,11 @@ class Schedule:
         part = round(self.curriculum.run_fraction * self.run_steps)
         return self.curriculum.steps or max(part, 1)
 
+    @property
+    def normalizer(self) -> str:
+        """The normaliser in force. Mass shares hold over the whole batch; normalising each response would undo them."""
+        return "none" if self.curriculum.target == "mass" else self.weights.normalizer
+
 
 def init(cfg: Schedule) -> CurriculumState:
     """Nothing seen: every region has its constant, as moved by nu = 0."""

@@ -99,10 +99,7 @@ def make_train_batch(
     entropy, gini = (old.entropy, old.gini) if old is not None else (rollout.entropy, rollout.gini)
     stats = weights.region_stats(scored.region, entropy, gini)
     new = curriculum.update(state, stats, jnp.mean(scored.format_score), cfg.schedule)
-    # Mass shares hold over the whole batch; normalising each response would undo them.
-    mass = cfg.schedule.curriculum.target == "mass"
-    normalizer = "none" if mass else cfg.schedule.weights.normalizer
-    weight = weights.token_weights(scored.region, new.weight, normalizer)
+    weight = weights.token_weights(scored.region, new.weight, cfg.schedule.normalizer)
     correction = None
     if cfg.importance_cap is not None and old is not None:
         correction = jnp.minimum(loss.ratio(old.logp, rollout.logp), cfg.importance_cap)

@@ -60,9 +60,7 @@ def measure(
     signal = np.asarray(has_signal(jnp.asarray(scored.reward)))
     if groups < 2 or not signal.any():
         raise ValueError(f"measure: {groups} groups, {signal.sum()} of them with an advantage")
-    tokens = measure_tokens(
-        decoder, params, scored, tokens=settings.tokens, seed=settings.seed
-    )  # fmt: skip
+    tokens = measure_tokens(decoder, params, scored, tokens=settings.tokens, seed=settings.seed)
     rules = rule_weights(scored, tokens, schedule)
     present = [r for r in weights.POLICY_REGIONS if (scored.region == r).any()]
     parts = [(scored.region == r).astype(np.float32) for r in present]
@@ -127,10 +125,8 @@ def rule_weights(
         curriculum.init(schedule), stats, jnp.mean(jnp.asarray(scored.format_score)), schedule
     )
     start = dataclasses.replace(state, nu=jnp.zeros_like(state.nu))
-    normalizer = "none" if schedule.curriculum.target == "mass" else cfg.normalizer
-    configured = np.asarray(
-        weights.token_weights(region, curriculum.region_weights(start, schedule), normalizer)
-    )
+    base = curriculum.region_weights(start, schedule)
+    configured = np.asarray(weights.token_weights(region, base, schedule.normalizer))
     found = {name: _to_total(w, scored.region) for name, w in found.items()}
     configured = _to_total(configured, scored.region)
     if not any(np.allclose(configured, w, rtol=1e-5) for w in found.values()):

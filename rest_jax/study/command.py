@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from rest_jax.errors import UserError
 from rest_jax.metrics import summary_table
 from rest_jax.study.figures import write_figures
-from rest_jax.study.page import points, write_page
+from rest_jax.study.page import IMAGES, points, write_page
 from rest_jax.study.plan import PlannedRun, load_study, planned_runs
 from rest_jax.study.results import EXACT, StudyResult, collect, write_tables
 from rest_jax.study.runner import available_cores, carry_out, is_finished
-
-IMAGES = "images"
 
 
 def run(

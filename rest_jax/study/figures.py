@@ -13,12 +13,11 @@ from matplotlib.ticker import MaxNLocator
 
 from rest_jax.files import whole
 from rest_jax.metric_table import REGION_NAMES
-from rest_jax.study.results import EXACT, StudyResult, mean_curve
+from rest_jax.study.results import EXACT, MAIN_REGIONS, StudyResult, mean_curve
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 WINDOW = 5  # steps of the running mean
-SHOWN_REGIONS = ("tag", "scaffold", "name", "param", "think")
 
 
 def write_figures(result: StudyResult, folder: pathlib.Path) -> list[pathlib.Path]:
@@ -85,9 +84,9 @@ def curves(result: StudyResult) -> Figure:
 def entropies(result: StudyResult) -> Figure:
     """Mean entropy of every region over the steps."""
     figure = _figure(13, 3.6)
-    for axes, region in zip(figure.subplots(1, len(SHOWN_REGIONS)), SHOWN_REGIONS, strict=True):
+    for axes, region in zip(figure.subplots(1, len(MAIN_REGIONS)), MAIN_REGIONS, strict=True):
         _lines(axes, result, f"region/{region}/entropy", WINDOW)
-        _label(axes, region, "entropy, nats" if region == SHOWN_REGIONS[0] else "")
+        _label(axes, region, "entropy, nats" if region == MAIN_REGIONS[0] else "")
         axes.set_ylim(bottom=0)
     _legend(figure, result)
     return figure
@@ -108,12 +107,12 @@ def weights(result: StudyResult) -> Figure:
             if weight is not None:
                 above.plot(weight.steps, weight.values, color=_COLOURS[place], label=region)
             if mass is not None:
-                stacked.append((region, place, mass))
+                stacked.append((place, mass))
         if stacked:
             below.stackplot(
-                stacked[0][2].steps,
-                [mass.values for _, _, mass in stacked],
-                colors=[_COLOURS[place] for _, place, _ in stacked],
+                stacked[0][1].steps,
+                [mass.values for _, mass in stacked],
+                colors=[_COLOURS[place] for place, _ in stacked],
             )
             below.set_ylim(0, 1)
         _label(above, method, "weight" if column == 0 else "")

@@ -11,9 +11,17 @@ import numpy as np
 
 from rest_jax.evaluation.statistics import Estimate
 from rest_jax.files import whole
-from rest_jax.study.results import EXACT, LAST_STEPS, NOISE, SAMPLED, StudyResult
+from rest_jax.study.results import (
+    COMPARED,
+    EXACT,
+    LAST_STEPS,
+    MAIN_REGIONS,
+    NOISE,
+    SAMPLED,
+    StudyResult,
+)
 
-FILE = "README.md"
+FILE, IMAGES = "README.md", "images"
 
 
 def write_page(results: Sequence[StudyResult], folder: pathlib.Path, command: str) -> pathlib.Path:
@@ -29,7 +37,7 @@ def write_page(results: Sequence[StudyResult], folder: pathlib.Path, command: st
 
 
 def _head(results: Sequence[StudyResult], command: str) -> str:
-    comparisons = 3 * sum(len(r.comparisons) for r in results)
+    comparisons = len(COMPARED) * sum(len(r.comparisons) for r in results)
     return (
         f"# Studies\n\nMade by `{command}`. Do not edit: the command writes it anew.\n\n"
         "Every method is a config file laid over one base, so policy, prompts, number of rollouts, optimiser and steps "
@@ -55,10 +63,10 @@ def section(result: StudyResult) -> str:
         _table(result),
         _differences(result),
         "\n".join(claims(result)),
-        f"![Rates and paired differences](images/{name}_rates.png)",
-        f"![Learning curves](images/{name}_curves.png)",
-        f"![Entropy by region](images/{name}_entropy.png)",
-        f"![Realised weight and mass by region](images/{name}_weights.png)",
+        f"![Rates and paired differences]({IMAGES}/{name}_rates.png)",
+        f"![Learning curves]({IMAGES}/{name}_curves.png)",
+        f"![Entropy by region]({IMAGES}/{name}_entropy.png)",
+        f"![Realised weight and mass by region]({IMAGES}/{name}_weights.png)",
         _regions(result),
         f"Numbers: [runs]({name}_runs.csv), [methods]({name}_methods.csv), [curves]({name}_curves.csv).",
     ]
@@ -120,7 +128,7 @@ def _differences(result: StudyResult) -> str:
     ]
     for method, other in result.comparisons:
         cells = []
-        for name in (EXACT, SAMPLED, NOISE):
+        for name in COMPARED:
             found = result.difference(method, name, other)
             cells += [points(found, sign=True), "**yes**" if found.shown else "no"]
         rows.append(f"| {method} - {other} | {' | '.join(cells)} |")
@@ -147,8 +155,7 @@ def claims(result: StudyResult) -> list[str]:
     """One line a comparison: what its paired difference shows, of the held-out rate and, where they do, of the others."""
     lines = []
     for method, other in result.comparisons:
-        names = (EXACT, SAMPLED, NOISE)
-        found, sampled, noise = (result.difference(method, n, other) for n in names)
+        found, sampled, noise = (result.difference(method, name, other) for name in COMPARED)
         if found.count < 2:
             verdict = "one seed: nothing can be said"
         elif found.shown:
@@ -171,13 +178,12 @@ def claims(result: StudyResult) -> list[str]:
 
 def _regions(result: StudyResult) -> str:
     """Realised weight and mass of the main regions at the first and the last step."""
-    regions = ("tag", "scaffold", "name", "param", "think")
-    head = "| method | " + " | ".join(f"{r}: weight, share" for r in regions) + " |"
-    rows = [head, "| --- |" + " --- |" * len(regions)]
+    head = "| method | " + " | ".join(f"{r}: weight, share" for r in MAIN_REGIONS) + " |"
+    rows = [head, "| --- |" + " --- |" * len(MAIN_REGIONS)]
     for method in result.methods:
         runs = list(result.of(method).values())
         cells = []
-        for region in regions:
+        for region in MAIN_REGIONS:
             ends = {
                 kind: [
                     np.mean([run.curves[f"region/{region}/{kind}"].values[at] for run in runs])

@@ -19,7 +19,8 @@ from rest_jax.report.series import Series, read_series
 from rest_jax.study.plan import PlannedRun, Study
 from rest_jax.study.runner import check, is_finished
 
-EXACT, SAMPLED, NOISE = "eval/exact", "sampled/exact", "early/grad_noise"
+EXACT, SAMPLED, NOISE = COMPARED = "eval/exact", "sampled/exact", "early/grad_noise"
+MAIN_REGIONS = ("tag", "scaffold", "name", "param", "think")
 FINAL = (
     EXACT,
     "eval/accuracy",
@@ -104,14 +105,19 @@ def summarise(curves: Mapping[str, Series]) -> dict[str, float]:
     summary = {name: float(curves[name].values[-1]) for name in FINAL}
     summary["start/exact"] = float(curves[EXACT].values[0])
     summary[SAMPLED] = float(np.mean(curves["reward/exact"].values[-LAST_STEPS:]))
-    noise = curves["update/grad_noise"].values if "update/grad_noise" in curves else [float("nan")]
+    noise = _values(curves, "update/grad_noise")
     summary[NOISE] = float(np.mean(noise[: max(1, len(noise) // 4)]))
     for name in ("time/step", "time/cpu"):
-        values = curves[name].values if name in curves else [float("nan")]
+        values = _values(curves, name)
         values = values[WARM_UP_STEPS:] or values
         summary[name] = float(np.median(values))
     tokens = sum(curves["rollout/tokens"].values)
     return summary | {"rollout/tokens": float(tokens)}
+
+
+def _values(curves: Mapping[str, Series], name: str) -> list[float]:
+    """Those of a metric that not every run has; a NaN where it has none."""
+    return curves[name].values if name in curves else [float("nan")]
 
 
 def mean_curve(runs: Iterable[RunResult], name: str, window: int = 1) -> Series | None:

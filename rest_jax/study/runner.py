@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import queue
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,8 @@ from tqdm import tqdm
 from rest_jax import stages
 from rest_jax.config import Config
 from rest_jax.errors import RunStopped, UserError
-from rest_jax.metrics import METRICS_FILE, read_lines
+from rest_jax.evaluation.heldout import evaluations
+from rest_jax.metrics import METRICS_FILE
 from rest_jax.run import check_config
 from rest_jax.study.plan import PlannedRun
 from rest_jax.sweep.process import child_command, how_it_failed, running
@@ -81,11 +81,10 @@ def settled(config: Config) -> Config:
 
 def is_finished(run: PlannedRun) -> bool:
     """Whether its last step is evaluated (which comes after the last update) and on disk."""
-    path = run.folder / METRICS_FILE
-    if not path.is_file():
+    if not (run.folder / METRICS_FILE).is_file():
         return False
-    steps = [line["step"] for line in read_lines(path) if "eval/exact" in line]
-    return bool(steps) and steps[-1] == run.config.train.steps
+    lines = evaluations(run.folder)
+    return bool(lines) and lines[-1]["step"] == run.config.train.steps
 
 
 class Pool:
@@ -93,21 +92,17 @@ class Pool:
 
     def __init__(self, jobs: Sequence[Job], workers: int, stop: threading.Event, bar: tqdm):
         self.waiting, self.stop, self.bar = list(jobs), stop, bar
-        self.cores: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
-        for part in shares(available_cores(), workers):
-            self.cores.put(part)
-        self.workers = workers
+        self.cores = shares(available_cores(), workers)
         self.lock = threading.Lock()
         self.failures: list[str] = []
 
     def run(self) -> None:
         """Until nothing is left, one fails, or `stop` is set."""
-        with concurrent.futures.ThreadPoolExecutor(self.workers, "study") as threads:
-            for future in [threads.submit(self._work) for _ in range(self.workers)]:
+        with concurrent.futures.ThreadPoolExecutor(len(self.cores), "study") as threads:
+            for future in [threads.submit(self._work, cores) for cores in self.cores]:
                 future.result()
 
-    def _work(self) -> None:
-        cores = self.cores.get()
+    def _work(self, cores: set[int]) -> None:
         while not self.stop.is_set():
             with self.lock:
                 job = self._next()
