@@ -6,7 +6,6 @@ numeric rooms take the section they need, never the whole.
 """
 
 import dataclasses
-import difflib
 import pathlib
 import typing
 from typing import Annotated, Any, Literal
@@ -14,7 +13,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 import yaml
 
-from rest_jax import config_tree, shipped
+from rest_jax import config_tree, schema, shipped
 from rest_jax.config_tree import ConfigError
 
 PositiveInt = Annotated[int, pydantic.Field(gt=0)]
@@ -368,11 +367,7 @@ def resolve(config: Config) -> Config:
 
 def validate(raw: dict[str, Any], origin: str = "config") -> Config:
     """Validates a plain tree; ConfigError lists every fault with its path and, for a typo, the nearest name."""
-    try:
-        return Config.model_validate(raw)
-    except pydantic.ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
-        raise ConfigError(f"{origin}: " + "; ".join(lines)) from error
+    return schema.validate(Config, raw, origin, ConfigError)
 
 
 def dump(config: Config) -> str:
@@ -391,34 +386,5 @@ class Difference:
 
 def differences(old: Config, new: Config) -> list[Difference]:
     """The leaves in which two configs differ, in order."""
-    found: list[Difference] = []
-
-    def walk(a: Any, b: Any, path: str) -> None:
-        if isinstance(a, dict) and isinstance(b, dict):
-            for key in sorted(a.keys() | b.keys()):
-                walk(a.get(key), b.get(key), f"{path}.{key}" if path else key)
-        elif a != b:
-            found.append(Difference(path, a, b))
-
-    walk(old.model_dump(mode="json"), new.model_dump(mode="json"), "")
-    return found
-
-
-def _explain(item: Any) -> str:
-    path = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        return f"{path}: unknown key{_suggestion(item['loc'])}"
-    if item["type"] == "missing":
-        return f"{path}: missing, and there is no default"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error" or not path:
-        return f"{path}: {message}" if path else message
-    return f"{path}: {item['input']!r}: {message}"
-
-
-def _suggestion(loc: tuple[Any, ...]) -> str:
-    section: Any = Config
-    for part in loc[:-1]:
-        section = Config if part == "warm_start" else section.model_fields[part].annotation
-    near = difflib.get_close_matches(str(loc[-1]), list(section.model_fields), n=1, cutoff=0.5)
-    return f" (nearest: {near[0]})" if near else f" (known: {', '.join(section.model_fields)})"
+    there, here = old.model_dump(mode="json"), new.model_dump(mode="json")
+    return [Difference(*found) for found in config_tree.differences(there, here)]

@@ -10,12 +10,12 @@ Later wins: base, the base's `supervised`, the file, the file's `supervised`, ov
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import yaml
 
-from rest_jax import shipped
+from rest_jax import schema, shipped
 from rest_jax.errors import UserError
 
 Tree = dict[str, Any]
@@ -86,6 +86,15 @@ def merge(under: Tree, over: Tree) -> Tree:
     return merged
 
 
+def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted path, value in `a`, value in `b`) of the leaves in which two plain trees differ, in order of their keys."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted(a.keys() | b.keys()):
+            yield from differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+    elif a != b:
+        yield path, a, b
+
+
 def apply(tree: Tree, override: str) -> None:
     """Sets the value of one `a.b=value` override, in place."""
     key, sep, value = override.partition("=")
@@ -135,14 +144,7 @@ def _find(name: str, folder: pathlib.Path) -> pathlib.Path | None:
 def _read_layer(path: pathlib.Path) -> Layer:
     if not path.is_file():
         raise ConfigError(f"config {path}: no such file")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"config {path}: a mapping is needed at the top, found {type(tree).__name__}"
-        )
+    tree = schema.read_mapping(path, "config", ConfigError)
     base = tree.pop("base", None)
     if not isinstance(base, str | None):
         raise ConfigError(f"config {path}: base: {base!r}: the name or path of a config is needed")

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import pydantic
-import yaml
 
 from rest_jax import config as config_lib
-from rest_jax import shipped
+from rest_jax import schema, shipped
 from rest_jax.config import Config, NonNegativeInt, Section
 from rest_jax.errors import UserError
 
@@ -73,17 +72,7 @@ class PlannedRun:
 def load_study(path: str) -> Study:
     """Reads a study file, or a shipped one by its bare name. UserError names every fault."""
     file = shipped.find_study(path)
-    try:
-        raw = yaml.safe_load(file.read_text())
-        return Study.model_validate(raw)
-    except yaml.YAMLError as error:
-        raise UserError(f"study {file}: not YAML: {' '.join(str(error).split())}") from error
-    except pydantic.ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'study'}: {e['msg'].removeprefix('Value error, ')}"
-            for e in error.errors()
-        )
-        raise UserError(f"study {file}: {faults}") from error
+    return schema.validate(Study, schema.read_mapping(file, "study"), f"study {file}")
 
 
 def planned_runs(study: Study, overrides: Sequence[str] = ()) -> list[PlannedRun]:

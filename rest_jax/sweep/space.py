@@ -1,19 +1,16 @@
 """A sweep's space: SPACE.yaml as frozen records, every fault of the file reported at once. `load(path)` -> `Space`."""
 
-import difflib
 import itertools
 import json
 import math
 import pathlib
 import random
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
-import yaml
 
+from rest_jax import schema
 from rest_jax.config import NonNegativeInt, PositiveInt, Section
-from rest_jax.errors import UserError
 from rest_jax.metric_table import METRICS
 
 Scalar = str | int | float | bool | None
@@ -137,7 +134,7 @@ class Space(Section):
         measured = [name for name in METRICS if name.startswith("eval/")]
         if self.metric not in measured:
             raise ValueError(
-                f"metric {self.metric!r}: not a held-out metric{_near(self.metric, measured)}"
+                f"metric {self.metric!r}: not a held-out metric{schema.near(self.metric, measured)}"
             )
         for name in self.parameters.keys() & self.overrides.keys():
             raise ValueError(f"{name}: in parameters and in overrides")
@@ -179,40 +176,4 @@ class Space(Section):
 def load(path: str | pathlib.Path) -> Space:
     """Reads SPACE.yaml. UserError lists every fault with its path and, for a typo, the nearest name."""
     path = pathlib.Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"space {path}: not YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"space {path}: a mapping is needed at the top, not {type(raw).__name__}")
-    try:
-        return Space.model_validate(raw)
-    except pydantic.ValidationError as error:
-        found = list(dict.fromkeys(_explain(item) for item in error.errors()))
-        raise UserError(f"space {path}: " + "; ".join(found)) from error
-
-
-def _explain(item: Any) -> str:
-    path = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        known = _known(item["loc"])
-        return f"{path}: unknown key{_near(str(item['loc'][-1]), known)}"
-    if item["type"] == "missing":
-        return f"{path}: missing, and there is no default"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return f"{path}: {message}" if path else message
-    return f"{path}: {item['input']!r}: {message}"
-
-
-def _known(loc: tuple[Any, ...]) -> list[str]:
-    """The keys that are known where an unknown one stands."""
-    record = {"parameters": Parameter, "pruner": Pruner}.get(loc[0], Space)
-    if loc[0] == "pruner" and len(loc) == 3:
-        record = SuccessiveHalving
-    return [field.alias or name for name, field in record.model_fields.items()]
-
-
-def _near(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" (nearest: {near[0]})" if near else f" (known: {', '.join(known)})"
+    return schema.validate(Space, schema.read_mapping(path, "space"), f"space {path}")

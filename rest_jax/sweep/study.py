@@ -6,11 +6,12 @@ import random
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rest_jax import config_tree
 from rest_jax.config import Config
 from rest_jax.errors import UserError
 from rest_jax.sweep import queue
@@ -187,22 +188,13 @@ def _same(study: "optuna.Study", key: str, value: dict[str, Any], free: tuple[st
         return
     found = [
         f"{path}: {old!r} there, {new!r} now"
-        for path, old, new in _differences(there, value)
+        for path, old, new in config_tree.differences(there, value)
         if path not in free
     ]
     if found:
         raise UserError(
             f"sweep {study.study_name} was begun with another {key} ({'; '.join(found)}); choose another name"
         )
-
-
-def _differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(path, there, here) of the leaves in which two plain trees differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in sorted(a.keys() | b.keys()):
-            yield from _differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
-    elif a != b:
-        yield path, a, b
 
 
 def _quietly(make: Callable[[], Any]) -> Any:
