@@ -8,12 +8,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from rest_jax.files import whole
 from rest_jax.metric_table import REGION_NAMES
+from rest_jax.report.pictures import new_figure, save, tidy
 from rest_jax.report.series import Series, read_series
 
 FILE = "curves.png"
@@ -24,8 +23,7 @@ _STYLES = ("-", "--", "-", "--", "-.", "-.", ":")
 def write_curves(run_dir: str | pathlib.Path) -> pathlib.Path:
     """Draws the picture and returns its path. UserError when the run has no metrics."""
     series = read_series(run_dir)
-    figure = Figure(figsize=(14, 7.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(14, 7.6)
     figure.suptitle(pathlib.Path(run_dir).resolve().name)
     above, below = figure.subplots(2, 3)
     if "reward/mean" in series:
@@ -61,7 +59,7 @@ def write_curves(run_dir: str | pathlib.Path) -> pathlib.Path:
     for axes in (*above, *below):
         axes.set_xlim(min(steps) - margin, max(steps) + margin)
     _region_legend(figure, below)
-    return _save(figure, pathlib.Path(run_dir) / FILE)
+    return save(figure, pathlib.Path(run_dir) / FILE)
 
 
 def _lines(
@@ -86,8 +84,7 @@ def _label(axes: Any, title: str, unit: str, limits: tuple[float, float] | None 
     axes.set_xlabel("step")
     axes.set_ylabel(unit)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     if limits is not None:
         axes.set_ylim(*limits)
 
@@ -103,9 +100,3 @@ def _region_legend(figure: Figure, panels: Sequence[Any]) -> None:
             title="regions (lower row)",
             frameon=False,
         )
-
-
-def _save(figure: Figure, path: pathlib.Path) -> pathlib.Path:
-    with whole(path) as partial:
-        figure.savefig(partial, format="png", dpi=110)
-    return path

@@ -10,11 +10,11 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rest_jax.files import whole
 from rest_jax.metrics import summary_table
+from rest_jax.report.pictures import new_figure, save, tidy
 
 JSON_FILE, CSV_FILE, PICTURE = "variance.json", "variance.csv", "variance.png"
 COLOURS = ("#000000", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73")  # Okabe and Ito
@@ -72,23 +72,20 @@ def write_variance(found: dict[str, Any], folder: str | pathlib.Path) -> list[pa
     """Writes the three files, each whole or not at all, over those of an earlier measurement; returns their paths."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    picture = io.BytesIO()
-    draw(found).savefig(picture, format="png", dpi=110)
+    picture = draw(found)
     contents = {
-        JSON_FILE: (json.dumps(found, indent=1, allow_nan=False) + "\n").encode(),
-        CSV_FILE: _csv(found).encode(),
-        PICTURE: picture.getvalue(),
+        JSON_FILE: json.dumps(found, indent=1, allow_nan=False) + "\n",
+        CSV_FILE: _csv(found),
     }
     for name, content in contents.items():
         with whole(folder / name) as partial:
-            partial.write_bytes(content)
-    return [folder / name for name in contents]
+            partial.write_text(content, encoding="utf-8")
+    return [*(folder / name for name in contents), save(picture, folder / PICTURE)]
 
 
 def draw(found: dict[str, Any]) -> Figure:
     """Lemma 2 and beta by region above, weights and noise by rule below."""
-    figure = Figure(figsize=(12, 7.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 7.6)
     figure.suptitle(f"{found.get('model', '')}   {found.get('data', '')}".strip())
     (inequality, beta), (weights, noise) = figure.subplots(2, 2)
     _inequality(inequality, found["regions"] | {"all": found["overall"]})
@@ -96,9 +93,8 @@ def draw(found: dict[str, Any]) -> Figure:
     _weights(weights, found["regions"], found["rules"])
     _noise(noise, found["rules"])
     for axes in (inequality, beta, weights, noise):
-        axes.grid(alpha=0.3)
+        tidy(axes)
         axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

@@ -7,23 +7,23 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from rest_jax.files import whole
 from rest_jax.metric_table import REGION_NAMES
+from rest_jax.report.pictures import new_figure, save, tidy
 from rest_jax.study.results import EXACT, MAIN_REGIONS, StudyResult, mean_curve
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+DPI = 90  # a page has many of them
 WINDOW = 5  # steps of the running mean
 
 
 def write_figures(result: StudyResult, folder: pathlib.Path) -> list[pathlib.Path]:
     """Draws all of them into `folder`."""
     return [
-        _save(draw(result), folder / f"{result.study.name}_{kind}.png")
+        save(draw(result), folder / f"{result.study.name}_{kind}.png", DPI)
         for kind, draw in (
             ("rates", rates),
             ("curves", curves),
@@ -35,7 +35,7 @@ def write_figures(result: StudyResult, folder: pathlib.Path) -> list[pathlib.Pat
 
 def rates(result: StudyResult) -> Figure:
     """Left: the held-out exact rate of each method, every seed a dot; right: paired differences to the reference."""
-    figure = _figure(11, 0.5 * len(result.methods) + 1.8)
+    figure = new_figure(11, 0.5 * len(result.methods) + 1.8)
     left, right = figure.subplots(1, 2, sharey=True)
     for place, method in enumerate(result.methods):
         colour = style(result, method)["color"]
@@ -53,8 +53,7 @@ def rates(result: StudyResult) -> Figure:
     right.axvline(0, color="black", linewidth=0.8)
     right.set_xlabel(f"difference to {result.study.reference}, paired by seed, points")
     for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     figure.suptitle(
         f"{result.study.title}: mean over seeds; thick: 95 % bootstrap, thin: 95 % t interval"
     )
@@ -63,7 +62,7 @@ def rates(result: StudyResult) -> Figure:
 
 def curves(result: StudyResult) -> Figure:
     """Rewards and exact rates, gradient noise and norm, answer length, policy entropy, time of a step."""
-    figure = _figure(16, 7.2)
+    figure = new_figure(16, 7.2)
     panels = (
         ("reward/mean", "Sampled reward (a dynamic scale moves)", ""),
         ("reward/exact", "Exact answers, sampled", "fraction"),
@@ -83,7 +82,7 @@ def curves(result: StudyResult) -> Figure:
 
 def entropies(result: StudyResult) -> Figure:
     """Mean entropy of every region over the steps."""
-    figure = _figure(13, 3.6)
+    figure = new_figure(13, 3.6)
     for axes, region in zip(figure.subplots(1, len(MAIN_REGIONS)), MAIN_REGIONS, strict=True):
         _lines(axes, result, f"region/{region}/entropy", WINDOW)
         _label(axes, region, "entropy, nats" if region == MAIN_REGIONS[0] else "")
@@ -94,7 +93,7 @@ def entropies(result: StudyResult) -> Figure:
 
 def weights(result: StudyResult) -> Figure:
     """Above: realised mean weight of a token of each region; below: the regions' shares of the total weight, stacked."""
-    figure = _figure(2.3 * len(result.methods) + 1.2, 5.6)
+    figure = new_figure(2.3 * len(result.methods) + 1.2, 5.6)
     columns = figure.subplots(2, len(result.methods), sharey="row", squeeze=False)
     regions = [n for n in REGION_NAMES if any(f"region/{n}/mass" in r.curves for r in result.runs)]
     for column, method in enumerate(result.methods):
@@ -157,8 +156,7 @@ def _label(axes: Any, title: str, unit: str) -> None:
     axes.set_xlabel("step", fontsize="small")
     axes.set_ylabel(unit, fontsize="small")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
 
 
 def _legend(figure: Figure, result: StudyResult) -> None:
@@ -166,15 +164,3 @@ def _legend(figure: Figure, result: StudyResult) -> None:
     columns = min(len(labels), 7)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(f"{result.study.title}: means over seeds, running mean of {WINDOW} steps")
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Figure, path: pathlib.Path) -> pathlib.Path:
-    with whole(path) as partial:
-        figure.savefig(partial, format="png", dpi=90)
-    return path

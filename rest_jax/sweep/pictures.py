@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from rest_jax.files import whole
+from rest_jax.report.pictures import new_figure, save, tidy
 from rest_jax.sweep.results import Row, ranked, short_names
 from rest_jax.sweep.space import Parameter, Scalar, Space
 
@@ -31,17 +30,18 @@ def write(found: Sequence[Row], space: Space, folder: pathlib.Path) -> list[str]
     written = []
     judged = [row for row in ranked(found, space) if row.state in _JUDGED and row.value is not None]
     if judged:
-        _save(_parallel(judged, space), folder / PARALLEL)
+        save(_parallel(judged, space), folder / PARALLEL)
         written.append(PARALLEL)
     if any(row.curve for row in found):
-        _save(_curves(found, space), folder / CURVES)
+        save(_curves(found, space), folder / CURVES)
         written.append(CURVES)
     return written
 
 
 def _parallel(shown: Sequence[Row], space: Space) -> Figure:
     names = list(space.parameters)
-    figure, axes = _figure(max(6.0, 1.7 * (len(names) + 1)), 4.6)
+    figure = new_figure(max(6.0, 1.7 * (len(names) + 1)), 4.6)
+    axes: Any = figure.subplots()
     scale = _scale(shown)
     for row in reversed(shown):  # the best last, on top
         heights = [_height(space.parameters[name], row.point[name]) for name in names]
@@ -69,7 +69,8 @@ def _parallel(shown: Sequence[Row], space: Space) -> Figure:
 
 
 def _curves(found: Sequence[Row], space: Space) -> Figure:
-    figure, axes = _figure(8.0, 4.6)
+    figure = new_figure(8.0, 4.6)
+    axes: Any = figure.subplots()
     shown = [row for row in ranked(found, space) if row.curve]
     scale = _scale(shown)
     for row in reversed(shown):
@@ -86,8 +87,7 @@ def _curves(found: Sequence[Row], space: Space) -> Figure:
     axes.set_xlabel("step")
     axes.set_ylabel(space.metric)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     for mark, state in (("x", "pruned"), ("s", "failed")):
         if any(row.state == state for row in shown):
             axes.plot([], [], mark, color="0.3", label=state)
@@ -95,12 +95,6 @@ def _curves(found: Sequence[Row], space: Space) -> Figure:
         axes.legend(fontsize="small", framealpha=0.8)
     figure.suptitle(f"{space.name}: {space.metric} by step", fontsize="medium")
     return figure
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots()
 
 
 def _scale(shown: Sequence[Row]) -> Normalize:
@@ -133,8 +127,3 @@ def _ticks(parameter: Parameter) -> list[tuple[float, str]]:
         return [(_height(parameter, c), "null" if c is None else str(c)) for c in parameter.choices]
     assert parameter.low is not None and parameter.high is not None
     return [(_height(parameter, x), f"{x:.4g}") for x in (parameter.low, parameter.high)]
-
-
-def _save(figure: Figure, path: pathlib.Path) -> None:
-    with whole(path) as partial:
-        figure.savefig(partial, format="png", dpi=110)
