@@ -72,7 +72,7 @@ def main(out: str, overrides: list[str]) -> int:
     if not start.exists():
         write_start(start, config.data.template, config.seed)
     sft.run(config)
-    run = pathlib.Path(config.output) / config.name
+    run = config.folder
     done = [line["step"] for line in read_lines(run / METRICS_FILE) if "update/loss" in line]
     if done[-1] != config.train.steps:
         return 0  # SIGTERM: the same command goes on

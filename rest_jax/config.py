@@ -292,6 +292,11 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     sft: SftConfig = SftConfig()
 
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where its run lives."""
+        return pathlib.Path(self.output) / self.name
+
     @pydantic.model_validator(mode="after")
     def _consistent(self):
         r, t = self.rollout, self.train

@@ -25,7 +25,7 @@ def run(seed: int | None = None, fresh: bool = False) -> int:
     """The five stages. `seed` replaces the recipe's (and names the run after it); `fresh` forgets an earlier run."""
     started = time.monotonic()
     config = recipe(seed)
-    folder = pathlib.Path(config.output) / config.name
+    folder = config.folder
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
     converted = folder / CONVERTED

@@ -129,7 +129,7 @@ def open_run(config: Config, files: pathlib.Path) -> Run:
 
     `files` is the folder with the model's HF side files; they are copied so that the run can be exported on its own.
     """
-    folder = pathlib.Path(config.output) / config.name
+    folder = config.folder
     check_config(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
     if is_first_process():
@@ -153,7 +153,7 @@ def check_start(config: Config, mesh: Mesh) -> None:
     """All that can be refused before a folder is made: another config there, absent packages, a mesh across hosts."""
     if config.warm_start is not None:
         raise ValueError(f"{config.name}: its warm start comes first (stages.run)")
-    check_config(pathlib.Path(config.output) / config.name, config)
+    check_config(config.folder, config)
     optional = {"tensorboard": config.train.tensorboard, "wandb": config.train.wandb_project}
     for package, wanted in optional.items():
         if wanted and importlib.util.find_spec(package) is None:

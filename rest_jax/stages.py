@@ -36,7 +36,7 @@ def run(config: Config, dry_run: bool = False, profile: int | None = None) -> in
     if start is None:
         return train.run(config, dry_run, profile)
     warmed = from_warm_start(config)
-    check_config(folder(warmed), warmed)  # before hours are spent on the start
+    check_config(warmed.folder, warmed)  # before hours are spent on the start
     if dry_run:
         finish_supervised(start, dry_run=True)
         without = config.model_copy(update={"warm_start": None})
@@ -46,15 +46,10 @@ def run(config: Config, dry_run: bool = False, profile: int | None = None) -> in
     return train.run(warmed, profile=profile)
 
 
-def folder(config: Config) -> pathlib.Path:
-    """Where the run of a config lives."""
-    return pathlib.Path(config.output) / config.name
-
-
 def from_warm_start(config: Config) -> Config:
     """The second stage on its own: the policy comes from the run of the first. This is what its folder records."""
     assert config.warm_start is not None
-    model = config.model.model_copy(update={"source": str(folder(config.warm_start))})
+    model = config.model.model_copy(update={"source": str(config.warm_start.folder)})
     return config.model_copy(update={"model": model, "warm_start": None})
 
 
@@ -67,19 +62,19 @@ def finish_supervised(config: Config, dry_run: bool = False) -> bool:
         return is_finished(config)
     with _locked(config):
         if _agreed(is_finished(config)):
-            check_config(folder(config), config)
-            _say(f"{config.name}: finished, in {folder(config)}")
+            check_config(config.folder, config)
+            _say(f"{config.name}: finished, in {config.folder}")
             return True
         ending = sft.complete(config)
         if ending.finished and is_first_process():
-            (folder(config) / FINISHED).touch()
+            (config.folder / FINISHED).touch()
     _barrier()
     return ending.finished and not ending.stopped
 
 
 def is_finished(config: Config) -> bool:
     """Whether the folder holds this supervised run with its last step."""
-    return is_run(str(folder(config))) and (folder(config) / FINISHED).is_file()
+    return is_run(str(config.folder)) and (config.folder / FINISHED).is_file()
 
 
 @contextlib.contextmanager
@@ -102,7 +97,7 @@ def _locked(config: Config) -> Iterator[None]:
         yield
     finally:
         lock.release()
-        if not folder(config).is_dir():
+        if not config.folder.is_dir():
             path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # something else is in there by now
                 for parent in made:

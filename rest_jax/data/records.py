@@ -66,7 +66,7 @@ def from_json(raw: Any, where: str = "record") -> StepRecord:
     _check_version(raw, where)
     messages, extra = raw.get("messages"), raw.get("extra")
     if extra is not None and not isinstance(extra, Mapping):
-        raise RecordError(f"{where}: extra: an object is needed, found {_kind(extra)}")
+        raise RecordError(f"{where}: extra: an object is needed, found {kind(extra)}")
     return StepRecord(
         id=_text(raw, "id", where),
         source=_text(raw, "source", where, default=""),
@@ -108,7 +108,7 @@ def target_from_json(raw: Any, where: str) -> Target:
     """A gold answer from {"calls": [...], "response", "think", "text"}."""
     if not isinstance(raw, Mapping):
         raise RecordError(
-            f"{where}: an object with calls and/or response is needed, found {_kind(raw)}"
+            f"{where}: an object with calls and/or response is needed, found {kind(raw)}"
         )
     if unknown := [key for key in raw if key not in ("calls", "response", "think", "text")]:
         raise RecordError(
@@ -127,11 +127,11 @@ def call_from_json(raw: Any, where: str) -> Call:
     """A call from {"name", "arguments"} (or "parameters")."""
     if not isinstance(raw, Mapping):
         raise RecordError(
-            f"{where}: an object with name and arguments is needed, found {_kind(raw)}"
+            f"{where}: an object with name and arguments is needed, found {kind(raw)}"
         )
     arguments = raw.get("arguments", raw.get("parameters"))
     if not isinstance(arguments, Mapping):
-        raise RecordError(f"{where}: arguments: an object is needed, found {_kind(arguments)}")
+        raise RecordError(f"{where}: arguments: an object is needed, found {kind(arguments)}")
     return Call(_text(raw, "name", where), dict(arguments))
 
 
@@ -150,10 +150,10 @@ def target_from_text(text: str, where: str) -> Target:
     return Target(calls=answer.calls, response=answer.response, think=answer.think, text=text)
 
 
-def check_text(value: Any, field: str, where: str) -> str:
-    """The value if it is text, else a RecordError naming the field."""
+def text(value: Any, where: str) -> str:
+    """The value if it is text."""
     if not isinstance(value, str):
-        raise RecordError(f"{where}: {field}: text is needed, found {_kind(value)}")
+        raise RecordError(f"{where}: text is needed, found {kind(value)}")
     return value
 
 
@@ -171,7 +171,7 @@ def _history(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
         place = f"{where}: history[{i}]"
         if not isinstance(turn, Mapping):
             raise RecordError(
-                f"{place}: an object with role and content is needed, found {_kind(turn)}"
+                f"{place}: an object with role and content is needed, found {kind(turn)}"
             )
         if turn.get("role") not in ROLES:
             raise RecordError(
@@ -193,7 +193,7 @@ def _history(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
 def _messages(raw: Any, where: str) -> tuple[dict[str, str], ...]:
     if not isinstance(raw, Sequence) or isinstance(raw, str) or not raw:
         raise RecordError(
-            f"{where}: messages: a list of role and content is needed, found {_kind(raw)}"
+            f"{where}: messages: a list of role and content is needed, found {kind(raw)}"
         )
     for i, message in enumerate(raw):
         place = f"{where}: messages[{i}]"
@@ -207,7 +207,7 @@ def check_tool(raw: Any, where: str) -> dict[str, Any]:
     """The tool if it can be rendered: a name, and parameters in one of the two forms. RecordError names what is wrong."""
     if not isinstance(raw, Mapping):
         raise RecordError(
-            f"{where}: an object with name, description, parameters is needed, found {_kind(raw)}"
+            f"{where}: an object with name, description, parameters is needed, found {kind(raw)}"
         )
     _text(raw, "name", where)
     place = f"{where}: parameters"
@@ -215,7 +215,7 @@ def check_tool(raw: Any, where: str) -> dict[str, Any]:
     if is_schema(parameters):
         required = parameters.get("required")
         if required is not None and not isinstance(required, (list, tuple)):
-            raise RecordError(f"{place}: required: a list is needed, found {_kind(required)}")
+            raise RecordError(f"{place}: required: a list is needed, found {kind(required)}")
         place, parameters = (
             f"{place}: properties",
             _object(parameters.get("properties", {}), f"{place}: properties"),
@@ -227,12 +227,12 @@ def check_tool(raw: Any, where: str) -> dict[str, Any]:
 
 def _object(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise RecordError(f"{where}: an object is needed, found {_kind(value)}")
+        raise RecordError(f"{where}: an object is needed, found {kind(value)}")
     return value
 
 
 def _text(raw: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
-    return check_text(raw.get(key, default), key, where)
+    return text(raw.get(key, default), f"{where}: {key}")
 
 
 def _optional_text(raw: Mapping[str, Any], key: str, where: str) -> str | None:
@@ -244,9 +244,10 @@ def _list(raw: Mapping[str, Any], key: str, where: str) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, (list, tuple)):
-        raise RecordError(f"{where}: {key}: a list is needed, found {_kind(value)}")
+        raise RecordError(f"{where}: {key}: a list is needed, found {kind(value)}")
     return list(value)
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
+    """What a value is, for a message."""
     return "nothing" if value is None else type(value).__name__

@@ -5,6 +5,8 @@ import signal
 import threading
 from collections.abc import Iterator
 
+from rest_jax.signals import handled
+
 
 class Terminated(BaseException):
     """The process was asked to end. No `Exception`: no handler of bad input may take it for one."""
@@ -24,8 +26,5 @@ def raised_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Terminated
 
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
+    with handled(stop, signal.SIGTERM):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

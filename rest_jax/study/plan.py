@@ -63,11 +63,6 @@ class PlannedRun:
     seed: int
     config: Config
 
-    @property
-    def folder(self) -> pathlib.Path:
-        """Its run folder."""
-        return pathlib.Path(self.config.output) / self.config.name
-
 
 def load_study(path: str) -> Study:
     """Reads a study file, or a shipped one by its bare name. UserError names every fault."""

@@ -93,7 +93,7 @@ def collect(study: Study, runs: Sequence[PlannedRun]) -> StudyResult:
 
 def read_run(run: PlannedRun) -> RunResult:
     """One run's series and summary."""
-    curves = read_series(run.folder)
+    curves = read_series(run.config.folder)
     return RunResult(run.method, run.seed, summarise(curves), curves)
 
 

@@ -12,7 +12,7 @@ import os
 import pathlib
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
@@ -22,6 +22,7 @@ from rest_jax.errors import RunStopped, UserError
 from rest_jax.evaluation.heldout import evaluations
 from rest_jax.metrics import METRICS_FILE
 from rest_jax.run import check_config
+from rest_jax.signals import handled
 from rest_jax.study.plan import PlannedRun
 from rest_jax.sweep.process import child_command, how_it_failed, running
 
@@ -35,7 +36,7 @@ class Job:
 
     @property
     def label(self) -> str:
-        return str(stages.folder(self.config))
+        return str(self.config.folder)
 
 
 def carry_out(runs: Sequence[PlannedRun], workers: int) -> None:
@@ -43,7 +44,9 @@ def carry_out(runs: Sequence[PlannedRun], workers: int) -> None:
     jobs = jobs_left(runs)
     if not jobs:
         return
-    with _stopping() as stop, tqdm(total=len(jobs), unit="run", smoothing=0) as bar:
+    stop = threading.Event()
+    stopping = handled(lambda *_: stop.set(), signal.SIGTERM, signal.SIGINT)
+    with stopping, tqdm(total=len(jobs), unit="run", smoothing=0) as bar:
         pool = Pool(jobs, workers, stop, bar)
         pool.run()
     if pool.failures:
@@ -62,16 +65,16 @@ def jobs_left(runs: Sequence[PlannedRun]) -> list[Job]:
         if is_finished(run):
             continue
         if start is not None and not stages.is_finished(start):
-            starts[str(stages.folder(start))] = start
+            starts[str(start.folder)] = start
         found.append(Job(settled(run.config), start))
     return [*(Job(config) for config in starts.values()), *found]
 
 
 def check(run: PlannedRun) -> None:
     """UserError when its folder, or that of its start, holds a run of another config."""
-    check_config(run.folder, settled(run.config))
+    check_config(run.config.folder, settled(run.config))
     if run.config.warm_start is not None:
-        check_config(stages.folder(run.config.warm_start), run.config.warm_start)
+        check_config(run.config.warm_start.folder, run.config.warm_start)
 
 
 def settled(config: Config) -> Config:
@@ -81,9 +84,9 @@ def settled(config: Config) -> Config:
 
 def is_finished(run: PlannedRun) -> bool:
     """Whether its last step is evaluated (which comes after the last update) and on disk."""
-    if not (run.folder / METRICS_FILE).is_file():
+    if not (run.config.folder / METRICS_FILE).is_file():
         return False
-    lines = evaluations(run.folder)
+    lines = evaluations(run.config.folder)
     return bool(lines) and lines[-1]["step"] == run.config.train.steps
 
 
@@ -166,16 +169,3 @@ def _pin(pid: int, cores: set[int]) -> None:
     if hasattr(os, "sched_setaffinity"):
         with contextlib.suppress(ProcessLookupError):  # it ended at once; its log says why
             os.sched_setaffinity(pid, cores)
-
-
-@contextlib.contextmanager
-def _stopping() -> Iterator[threading.Event]:
-    """An event that SIGTERM and Ctrl-C set."""
-    stop = threading.Event()
-    kinds = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(kind, lambda *_: stop.set()) for kind in kinds]
-    try:
-        yield stop
-    finally:
-        for kind, handler in zip(kinds, before, strict=True):
-            signal.signal(kind, handler)

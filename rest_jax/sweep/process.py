@@ -12,6 +12,7 @@ from typing import Any
 from rest_jax import config as config_lib
 from rest_jax.config import Config
 from rest_jax.errors import UserError
+from rest_jax.signals import handled
 
 Command = Callable[[pathlib.Path], list[str]]
 
@@ -70,14 +71,8 @@ def local_workers(count: int, words: Sequence[str]) -> int:
             if process.poll() is None:
                 process.send_signal(number)
 
-    previous = {
-        number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
+    with handled(forward, signal.SIGTERM, signal.SIGINT):
         return max(abs(process.wait()) for process in processes)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def environments(count: int) -> list[dict[str, str]]:

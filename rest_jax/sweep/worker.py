@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rest_jax.config import Config, ConfigError
 from rest_jax.metrics import METRICS_FILE, read_lines
+from rest_jax.signals import handled
 from rest_jax.sweep import points, queue
 from rest_jax.sweep import study as study_lib
 from rest_jax.sweep.process import Command, child_command, how_it_failed, running
@@ -227,12 +228,8 @@ def _stops(worker: Worker) -> Iterator[None]:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with handled(ask, signal.SIGTERM, signal.SIGINT):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _tell(worker: Worker, trial: "Trial", slot: int, ended: Ended) -> bool:

@@ -47,13 +47,13 @@ def study_file(tmp_path):
 def finish(run, exact: float, start: float = 0.4) -> None:
     """The folder of a run whose final exact rate is `exact`."""
     config = runner.settled(run.config)
-    run.folder.mkdir(parents=True)
-    (run.folder / "config.yaml").write_text(config_lib.dump(config))
+    run.config.folder.mkdir(parents=True)
+    (run.config.folder / "config.yaml").write_text(config_lib.dump(config))
     lines = [{"step": 0, **held(start)}]
     for step in range(1, config.train.steps + 1):
         lines.append({"step": step, **trained(step)})
     lines.append({"step": config.train.steps, **held(exact)})
-    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (run.config.folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
 
 
 def held(exact: float) -> dict[str, float]:
@@ -80,7 +80,7 @@ def trained(step: int) -> dict[str, float]:
 def test_shipped_studies_are_fair(name):
     """Within a seed nothing differs but what the method is; seeds differ in nothing but the seed."""
     runs = planned_runs(load_study(name))
-    assert len(runs) == 35 and len({run.folder for run in runs}) == 35
+    assert len(runs) == 35 and len({run.config.folder for run in runs}) == 35
     method_parts = ("name", "weights", "curriculum", "loss", "reward")
     for run in runs:
         same, other = runs[0].config.model_dump(), run.config.model_dump()
@@ -96,7 +96,7 @@ def test_shipped_studies_are_fair(name):
 
 
 def test_the_reasoned_study_warms_up_once():
-    starts = {stages.folder(run.config.warm_start) for run in planned_runs(load_study("reasoned"))}
+    starts = {run.config.warm_start.folder for run in planned_runs(load_study("reasoned"))}
     assert len(starts) == 1
 
 
@@ -133,7 +133,7 @@ def pretended(monkeypatch):
     lock = threading.Lock()
 
     def prepare(runs, fail: str = ""):
-        by_folder = {str(run.folder): run for run in runs}
+        by_folder = {str(run.config.folder): run for run in runs}
 
         def train(config, cores, stop):
             with lock:
@@ -143,9 +143,9 @@ def pretended(monkeypatch):
                 log.parent.mkdir(parents=True, exist_ok=True)
                 log.write_text("rest-jax: error: it broke\n")
                 return 1
-            run = by_folder.get(str(stages.folder(config)))
+            run = by_folder.get(str(config.folder))
             if run is None:  # the supervised start
-                folder = stages.folder(config)
+                folder = config.folder
                 for part in ("checkpoints", "model"):
                     (folder / part).mkdir(parents=True)
                 (folder / "config.yaml").write_text(config_lib.dump(config))
@@ -227,8 +227,8 @@ def test_half_a_run_is_not_finished(study_file):
     (run, *_) = planned_runs(load_study(study_file()))
     finish(run, 0.5)
     assert runner.is_finished(run)
-    lines = (run.folder / "metrics.jsonl").read_text().splitlines()[:-1]
-    (run.folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    lines = (run.config.folder / "metrics.jsonl").read_text().splitlines()[:-1]
+    (run.config.folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     assert not runner.is_finished(run)
 
 

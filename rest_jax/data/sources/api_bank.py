@@ -9,7 +9,7 @@ from typing import Any
 
 from rest_jax.answer import Target
 from rest_jax.data import toolrl_prompt
-from rest_jax.data.records import RecordError, StepRecord, call_from_json, check_text
+from rest_jax.data.records import RecordError, StepRecord, call_from_json, text
 from rest_jax.data.sources import remainder
 from rest_jax.templates import TEMPLATES
 
@@ -19,7 +19,7 @@ def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
     if not isinstance(raw, Mapping):
         raise RecordError(f"{where}: an object is needed, found {type(raw).__name__}")
     for field in ("system", "user"):
-        check_text(raw.get(field), field, where)
+        text(raw.get(field), f"{where}: {field}")
     single = not isinstance(raw.get("answer"), list)
     answer = [raw.get("answer")] if single else raw["answer"]
     if not answer:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rest_jax.data.records import RecordError, check_tool
+from rest_jax.data.records import RecordError, check_tool, kind, text
 
 MAX_DEPTH = 64  # of a raw item, and of JSON in a string
 
@@ -21,13 +21,6 @@ def sequence(value: Any, where: str) -> list[Any]:
     """The value if it is a list."""
     if not isinstance(value, list):
         raise RecordError(f"{where}: a list is needed, found {kind(value)}")
-    return value
-
-
-def text(value: Any, where: str) -> str:
-    """The value if it is text."""
-    if not isinstance(value, str):
-        raise RecordError(f"{where}: text is needed, found {kind(value)}")
     return value
 
 
@@ -96,11 +89,6 @@ def check_depth(raw: Any, where: str) -> None:
             if isinstance(value, (dict, list))
             for inner in (value.values() if isinstance(value, dict) else value)
         ]
-
-
-def kind(value: Any) -> str:
-    """What a value is, for a message."""
-    return "nothing" if value is None else type(value).__name__
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rest_jax.answer import Target
 from rest_jax.data import toolrl_prompt
-from rest_jax.data.records import RecordError, StepRecord, check_text, target_from_text
+from rest_jax.data.records import RecordError, StepRecord, target_from_text, text
 from rest_jax.data.sources import remainder
 from rest_jax.templates import TEMPLATES
 
@@ -43,7 +43,7 @@ def is_reward_only(record: StepRecord) -> bool:
 
 def _from_supervised(raw: Mapping[str, Any], name: str, where: str) -> StepRecord:
     for field in SUPERVISED:
-        check_text(raw.get(field), field, where)
+        text(raw.get(field), f"{where}: {field}")
     messages = (
         {"role": "system", "content": raw["instruction"]},
         {"role": "user", "content": raw["input"]},
@@ -65,9 +65,9 @@ def _from_parquet(raw: Mapping[str, Any], name: str, where: str) -> StepRecord:
     for i, message in enumerate(prompt):
         for field in ("role", "content"):
             value = message.get(field) if isinstance(message, Mapping) else None
-            check_text(value, f"prompt[{i}].{field}", where)
+            text(value, f"{where}: prompt[{i}].{field}")
     gold = reward.get("ground_truth") if isinstance(reward, Mapping) else None
-    gold = check_text(gold, "reward_model.ground_truth", where)
+    gold = text(gold, f"{where}: reward_model.ground_truth")
     target = target_from_text(gold, f"{where}: reward_model.ground_truth")
     return StepRecord(
         id=name,
