@@ -13,6 +13,6 @@ shipped = {
 
 setup(
     packages=[*find_packages(include=["rest_jax", "rest_jax.*"]), *shipped],
-    package_dir={name: path.as_posix() for name, path in shipped.items()},
+    package_dir={name: path.as_posix() for name, path in builtin.items()},
     package_data={name: ["*"] for name in shipped},
 )

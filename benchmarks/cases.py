@@ -41,7 +41,7 @@ class Case:
     prompt: int = 128
     response: int = 128
     vocab: int | None = None
-    micro_tokens: int | None = None
+    max_tokens_per_microbatch: int | None = None
     lognormal: bool = (
         False  # response lengths from `lognormal_lengths`; 16 rows at once on both sides
     )
@@ -84,7 +84,7 @@ CASES = {
         Case("update-768", "update", _faster(7, _memory(0.25)), prompt=768, peer="tunix"),
         Case("update-vocab", "update", _faster(2.5, _memory(0.4)), vocab=32_768, peer="tunix"),
         Case("step-768", "step", _faster(6), prompt=768, peer="tunix"),
-        Case("update-half", "skipping", _SKIPPING, prompts=8, micro_tokens=2304),
+        Case("update-half", "skipping", _SKIPPING, prompts=8, max_tokens_per_microbatch=2304),
         Case("host", "host", (Check("responses_per_second", 2000),)),
         Case("hf-rollout", "rollout", _faster(1.5), peer="torch", folder="model-a"),
         Case("smollm2-rollout", "rollout", _faster(1.5), **_MODEL_B),
@@ -103,7 +103,7 @@ def our_arguments(case: Case, folder: str | None, lengths: str | None) -> list[s
         "prompt-tokens": case.prompt,
         "new-tokens" if case.kind == "rollout" else "response-tokens": case.response,
         "vocab": case.vocab,
-        "micro-tokens": case.micro_tokens,
+        "micro-tokens": case.max_tokens_per_microbatch,
         "model": folder,
         "lengths": lengths,
         "lanes": ROWS if case.lognormal else None,

@@ -18,17 +18,16 @@ import jax
 import numpy as np
 
 from rest_jax.config import MeshConfig, RolloutConfig
-from rest_jax.models import hf
+from rest_jax.distributed import make_mesh
 from rest_jax.models.config import DecoderConfig, Remat
-from rest_jax.models.decoder import Decoder, init_params
-from rest_jax.models.folder import write_json
-from rest_jax.models.presets import PRESETS
-from rest_jax.policy import Policy
-from rest_jax.rl.logprobs import Sampling
-from rest_jax.rollout.scheduler import Sampler
-from rest_jax.sharding import make_mesh, param_shardings
-from rest_jax.tokenizer import Tokenizer
-from rest_jax.types import PromptBatch
+from rest_jax.models.decoder import Decoder, init_params, param_shardings
+from rest_jax.models.hf import write as hf
+from rest_jax.models.hf.folder import write_json
+from rest_jax.models.load import Policy
+from rest_jax.models.tokenizer import Tokenizer
+from rest_jax.rollout.scheduler import Sampler, policy_sampler
+from rest_jax.types import PromptBatch, Sampling
+from tests.presets import PRESETS
 
 MODEL_A = DecoderConfig(
     family="qwen3",
@@ -94,7 +93,7 @@ def random_prompts(policy: Policy, count: int, length: int) -> PromptBatch:
 
 def sampler_of(policy: Policy, group: int, new_tokens: int, lanes: int) -> Sampler:
     """The program's sampler, at temperature 1 and full support."""
-    return policy.make_sampler(group, new_tokens, Sampling(), RolloutConfig(lanes=lanes))
+    return policy_sampler(policy, group, new_tokens, Sampling(), RolloutConfig(decode_slots=lanes))
 
 
 def write_folder(source: str, vocab: int | None, out: pathlib.Path) -> None:

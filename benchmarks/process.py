@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from rest_jax import machine
+from rest_jax.run import machine
 
 ONE_CORE = "--xla_cpu_multi_thread_eigen=false"
 
@@ -28,7 +28,7 @@ class Work:
 
     call: Callable[[int], Any]
     tokens: int
-    flops: float  # model FLOPs of a call (`rest_jax.flops`)
+    flops: float  # model FLOPs of a call (`rest_jax.run.flops`)
     extra: Callable[[], dict[str, Any]] = (
         dict  # more fields of the record, read after the last call
     )

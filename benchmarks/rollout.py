@@ -13,9 +13,10 @@ import numpy as np
 
 from benchmarks import policies
 from benchmarks.process import Work, positive
-from rest_jax.flops import rollout_flops
+from rest_jax.distributed import activate
+from rest_jax.rollout.engine import rollout_cast
 from rest_jax.rollout.scheduler import Sampler
-from rest_jax.sharding import activate
+from rest_jax.run.flops import rollout_flops
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +50,7 @@ def make_work(args: argparse.Namespace) -> Work:
     prompts = policies.random_prompts(policy, len(lengths), args.prompt_tokens)
     sampler = policies.sampler_of(policy, lengths.shape[1], int(lengths.max()), args.lanes)
     with activate(policy.mesh):
-        params = policy.rollout_cast()(policy.params)
+        params = rollout_cast(policy)(policy.params)
 
     def call(number: int) -> None:
         with activate(policy.mesh):

@@ -13,13 +13,14 @@ import numpy as np
 
 from benchmarks import policies, rollout, update
 from benchmarks.process import Work, positive
-from rest_jax.answer import Call, Target
 from rest_jax.config import RewardConfig
-from rest_jax.flops import rollout_flops, update_flops
-from rest_jax.rl.scoring import score_rollout
-from rest_jax.rl.step import Extents, plan_step
-from rest_jax.sharding import activate
+from rest_jax.distributed import activate
+from rest_jax.rl.step import BatchLengths, plan_step
+from rest_jax.rollout.engine import rollout_cast
+from rest_jax.rollout.scoring import score_rollout
+from rest_jax.run.flops import rollout_flops, update_flops
 from rest_jax.templates import TEMPLATES
+from rest_jax.tool_calls import Call, Target
 from rest_jax.types import RolloutBatch, ScoredBatch
 
 TARGET = Target(calls=(Call("find_hotel", {"city": "Oslo", "nights": 2}),))
@@ -36,8 +37,8 @@ def make_work(args: argparse.Namespace) -> Work:
     policy = policies.load(args.model, args.vocab, args.remat)
     prompts = policies.random_prompts(policy, args.prompts, args.prompt_tokens)
     sampler = policies.sampler_of(policy, args.group, args.response_tokens, args.lanes)
-    cfg = update.step_config(args.response_tokens, args.micro_tokens)
-    updates, cast = update.Updates(policy, update.optimizer(), cfg), policy.rollout_cast()
+    cfg = update.step_config(args.response_tokens, args.max_tokens_per_microbatch)
+    updates, cast = update.Updates(policy, update.optimizer(), cfg), rollout_cast(policy)
     lengths = np.full((args.prompts, args.group), args.response_tokens)
 
     def call(number: int) -> None:
@@ -45,7 +46,7 @@ def make_work(args: argparse.Namespace) -> Work:
             params = cast(updates.state.params)
             sampled = sampler(params, prompts, updates.state.rng, number)
         scored = with_signal(score(sampled, policy))
-        plan = plan_step(Extents.of(scored), cfg, ways=1)
+        plan = plan_step(BatchLengths.of(scored), cfg, ways=1)
         if sum(int((micro.pick >= 0).sum()) for micro in plan[0]) != args.prompts:
             raise ValueError("a group has no gradient, so the step would not be a whole one")
         updates(scored, plan)

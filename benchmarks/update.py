@@ -25,15 +25,21 @@ from rest_jax.config import (
     OptimizerConfig,
     WeightsConfig,
 )
-from rest_jax.flops import update_flops
-from rest_jax.optimizer import make_optimizer
-from rest_jax.policy import Policy, init_state
+from rest_jax.distributed import activate
+from rest_jax.models.load import Policy
 from rest_jax.rl.curriculum import Schedule
-from rest_jax.rl.logprobs import Sampling
+from rest_jax.rl.optimizer import make_optimizer
 from rest_jax.rl.packing import MicroBatch
-from rest_jax.rl.step import Extents, StepConfig, make_train_step, plan_all, plan_step
-from rest_jax.sharding import activate
-from rest_jax.types import RolloutBatch, ScoredBatch
+from rest_jax.rl.step import (
+    BatchLengths,
+    StepConfig,
+    init_state,
+    make_train_step,
+    plan_all,
+    plan_step,
+)
+from rest_jax.run.flops import update_flops
+from rest_jax.types import RolloutBatch, Sampling, ScoredBatch
 
 RUN_STEPS = 100  # length of the run the schedules believe to be in
 
@@ -72,7 +78,9 @@ def make_work(args: argparse.Namespace) -> Work:
     """A call is one update in which every group has gradient."""
     policy = policies.load(args.model, args.vocab, args.remat)
     scored = random_batch(policy, args)
-    updates = Updates(policy, optimizer(), step_config(args.response_tokens, args.micro_tokens))
+    updates = Updates(
+        policy, optimizer(), step_config(args.response_tokens, args.max_tokens_per_microbatch)
+    )
     flops = update_flops(
         policy.config, scored.rollout.prompt_length, scored.rollout.response_length
     )
@@ -84,7 +92,7 @@ def make_skipping_work(args: argparse.Namespace) -> Work:
     an update in which all have gradient, taken in turn in the same process.
     """
     policy = policies.load(args.model, args.vocab, args.remat)
-    cfg = step_config(args.response_tokens, args.micro_tokens)
+    cfg = step_config(args.response_tokens, args.max_tokens_per_microbatch)
     whole = random_batch(policy, args)
     half = dataclasses.replace(whole, reward=equal_in_half(whole.reward))
     difference = gradient_difference(args, half, cfg)
@@ -112,7 +120,7 @@ def make_skipping_work(args: argparse.Namespace) -> Work:
 def gradient_difference(args: argparse.Namespace, scored: ScoredBatch, cfg: StepConfig) -> float:
     """Largest difference between the gradients with and without the groups that may be skipped, over the largest entry."""
     found = []
-    extents = Extents.of(scored)
+    extents = BatchLengths.of(scored)
     for plan in (plan_step(extents, cfg, ways=1), [plan_all(extents, cfg, ways=1)]):
         policy = policies.load(args.model, args.vocab, args.remat)
         updates = Updates(policy, optax.trace(0.0), cfg)  # its state is the last gradient
@@ -128,14 +136,14 @@ def optimizer() -> optax.GradientTransformation:
     return make_optimizer(OptimizerConfig(), RUN_STEPS)
 
 
-def step_config(response_tokens: int, micro_tokens: int | None = None) -> StepConfig:
+def step_config(response_tokens: int, max_tokens_per_microbatch: int | None = None) -> StepConfig:
     """The recipes' defaults, one update a step."""
     return StepConfig(
         loss=LossConfig(),
         schedule=Schedule(WeightsConfig(), CurriculumConfig(), RUN_STEPS),
         sampling=Sampling(),
         updates=1,
-        micro_tokens=micro_tokens,
+        max_tokens_per_microbatch=max_tokens_per_microbatch,
         fixed_length=response_tokens,
     )
 

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rest_jax import machine
 from rest_jax.arguments import parse
 from rest_jax.errors import RunStopped, UserError
+from rest_jax.run import machine
 
 if TYPE_CHECKING:
     from rest_jax.config import Config
@@ -54,9 +54,9 @@ def _fail(message: str, code: int) -> int:
 
 
 def _load_config(arguments: argparse.Namespace) -> "Config":
-    from rest_jax import config, shipped
+    from rest_jax import builtin, config
 
-    path = shipped.find_config(arguments.config)
+    path = builtin.find_config(arguments.config)
     trainer = "sft" if arguments.command is _sft else None
     return config.resolve(config.load(path, arguments.overrides, arguments.base, trainer))
 
@@ -64,7 +64,7 @@ def _load_config(arguments: argparse.Namespace) -> "Config":
 def _join_hosts(arguments: argparse.Namespace) -> None:
     """Before anything touches a device."""
     if arguments.distributed:
-        from rest_jax import hosts
+        from rest_jax import distributed as hosts
 
         hosts.join()
 
@@ -86,10 +86,10 @@ def _sft(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from rest_jax import shipped
-    from rest_jax.models import hf
+    from rest_jax import builtin
+    from rest_jax.models.hf import write as hf
 
-    hf.convert(shipped.locate(arguments.source), arguments.out)
+    hf.convert(builtin.locate(arguments.source), arguments.out)
     print(f"converted {arguments.source} to {arguments.out}")
     return 0
 
@@ -128,7 +128,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _variance(arguments: argparse.Namespace) -> int:
-    from rest_jax import variance
+    from rest_jax.analysis.variance import command as variance
 
     return variance.run(
         arguments.model,
@@ -143,7 +143,8 @@ def _variance(arguments: argparse.Namespace) -> int:
 
 def _prepare(arguments: argparse.Namespace) -> int:
     from rest_jax import config
-    from rest_jax.data import pipeline, prepare_settings, termination
+    from rest_jax.data.prepare import pipeline, termination
+    from rest_jax.data.prepare import settings as prepare_settings
 
     prepare_settings.check_settings(arguments.settings)
     data = config.from_overrides(
@@ -187,11 +188,12 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from rest_jax import shipped, sweep
+    from rest_jax import builtin
+    from rest_jax.experiments import sweep
 
     return sweep.run(
-        shipped.find_config(arguments.config),
-        shipped.find_space(arguments.space),
+        builtin.find_config(arguments.config),
+        builtin.find_space(arguments.space),
         arguments.overrides,
         based_on=arguments.base,
         storage=arguments.storage,
@@ -204,7 +206,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _study(arguments: argparse.Namespace) -> int:
-    from rest_jax.study import command
+    from rest_jax.experiments.study import command
 
     return command.run(
         arguments.study,
@@ -217,7 +219,7 @@ def _study(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from rest_jax.report import write_report
+    from rest_jax.analysis.report import write_report
 
     print(write_report(arguments.run))
     return 0

@@ -13,50 +13,36 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
+from rest_jax import builtin
 from rest_jax import config as config_lib
-from rest_jax import shipped
-from rest_jax.answer import Target
-from rest_jax.config import Config, MeshConfig
-from rest_jax.data import prepare as prepare_lib
-from rest_jax.data import summary
+from rest_jax.config import Config
+from rest_jax.data import tokenize as prepare_lib
+from rest_jax.data.convert import iter_records
 from rest_jax.data.loader import bucketed, pad
+from rest_jax.data.prepare import summary
 from rest_jax.data.records import StepRecord
-from rest_jax.data.sources import iter_records
+from rest_jax.distributed import num_data_shards
 from rest_jax.errors import UserError
-from rest_jax.evaluation.heldout import Evaluator, Held
-from rest_jax.files import whole
-from rest_jax.metrics import summary_table
-from rest_jax.models import hf
-from rest_jax.policy import Policy, is_run, load_policy
-from rest_jax.rl.logprobs import Sampling
-from rest_jax.run import CONFIG_FILE, MODEL_FOLDER
-from rest_jax.sharding import batch_ways
+from rest_jax.evaluation.heldout import EvalExample, Evaluator
+from rest_jax.files import atomic_write
+from rest_jax.models.hf import write as hf
+from rest_jax.models.load import Policy
+from rest_jax.models.tokenizer import Tokenizer
+from rest_jax.rollout.engine import rollout_cast
+from rest_jax.rollout.scheduler import policy_sampler
+from rest_jax.run.folder import MODEL_FOLDER
+from rest_jax.run.metrics import summary_table
+from rest_jax.run.policy import config_of, is_run, load_policy
 from rest_jax.templates import TEMPLATES
-from rest_jax.tokenizer import Tokenizer
-from rest_jax.types import PromptBatch
-
-
-def settings(source: str, overrides: Sequence[str]) -> Config:
-    """The config to use a model under; `model.source` is `source`."""
-    path = pathlib.Path(source) / CONFIG_FILE
-    if is_run(source) and path.is_file():
-        config = config_lib.load(path, overrides)
-    else:
-        config = config_lib.from_overrides(
-            {"name": "command", "model": {"source": source}}, overrides
-        )
-    model = config.model.model_copy(update={"source": shipped.locate(source)})
-    # A run's mesh is that of the machine it ran on; here it is what the overrides say, else all devices.
-    given = [word for word in overrides if word.startswith("mesh.")]
-    mesh = config.mesh if given else MeshConfig()
-    return config.model_copy(update={"model": model, "mesh": mesh})
+from rest_jax.tool_calls import Target
+from rest_jax.types import PromptBatch, Sampling
 
 
 def export(source: str, out: str, dtype: str | None) -> int:
     """Writes `source` as an HF folder `out`, which must not exist yet."""
-    source = shipped.locate(source)
+    source = builtin.locate(source)
     if is_run(source):
-        config = settings(source, [])
+        config = config_of(source, [])
         policy = load_policy(config.model, config.mesh)
         hf.export(policy.params, pathlib.Path(source) / MODEL_FOLDER, out, dtype)
     else:
@@ -77,7 +63,7 @@ def generate(
     overrides: Sequence[str],
 ) -> int:
     """Prints answers: to `prompt` as plain text, to the records of `file` as one JSON line an answer."""
-    config = settings(source, overrides)
+    config = config_of(source, overrides)
     if file is not None:
         records = prepare_lib.load_split(file, config.data, limit)
     else:
@@ -98,9 +84,12 @@ def sample(
     prepared = prepare_lib.prepare(records, policy.tokenizer, template, config.data)
     r, tokenizer = config.rollout, policy.tokenizer
     sampling = Sampling(r.temperature, r.top_k, r.top_p, greedy)
-    sampler = policy.make_sampler(samples, r.max_response_tokens, sampling, r)
-    params = policy.rollout_cast()(policy.params)
-    width, call = bucketed(prepared.prompts), max(1, r.lanes // samples) * batch_ways(policy.mesh)
+    sampler = policy_sampler(policy, samples, r.max_response_tokens, sampling, r)
+    params = rollout_cast(policy)(policy.params)
+    width, call = (
+        bucketed(prepared.prompts),
+        max(1, r.decode_slots // samples) * num_data_shards(policy.mesh),
+    )
     for start in range(0, prepared.size, call):
         index = np.arange(start, min(start + call, prepared.size))
         tokens, length = pad([prepared.prompts[i] for i in index], width, tokenizer.pad_id)
@@ -124,10 +113,10 @@ def evaluate(
     overrides: Sequence[str],
 ) -> int:
     """Prints one row of rates for each data set; `output` gets every answer with its scores."""
-    config = settings(source, overrides)
+    config = config_of(source, overrides)
     records = {spec: prepare_lib.load_split(spec, config.data, limit) for spec in data}
     policy = load_policy(config.model, config.mesh)
-    params = policy.rollout_cast()(policy.params)
+    params = rollout_cast(policy)(policy.params)
     template = TEMPLATES[config.data.template]
     table: list[list[Any]] = []
     with _lines(output) as file:
@@ -137,7 +126,7 @@ def evaluate(
             pairs = zip(prepared.prompts, prepared.records, strict=True)
             evaluator = Evaluator(
                 policy,
-                [Held(prompt, record.target, record.id) for prompt, record in pairs],
+                [EvalExample(prompt, record.target, record.id) for prompt, record in pairs],
                 config.data.template,
                 config.reward,
                 config.rollout,
@@ -158,7 +147,7 @@ def inspect(
     config = config_lib.from_overrides({"name": "data", "model": {"source": "none"}}, overrides)
     data, count = config.data, None
     if tokenizer is not None:
-        loaded = Tokenizer.load(shipped.locate(tokenizer))
+        loaded = Tokenizer.load(builtin.locate(tokenizer))
         count = summary.TokenCounter(loaded, TEMPLATES[data.template], data.brief_prompt)
     world = prepare_lib.is_world(file)
     records = prepare_lib.load_split(file, data, limit) if world else iter_records(file, limit)
@@ -194,5 +183,5 @@ def _lines(output: str | None) -> Iterator[TextIO | None]:
     if output is None:
         yield None
         return
-    with whole(output) as partial, partial.open("w", encoding="utf-8") as file:
+    with atomic_write(output) as partial, partial.open("w", encoding="utf-8") as file:
         yield file

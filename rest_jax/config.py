@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 import yaml
 
-from rest_jax import config_tree, schema, shipped
+from rest_jax import builtin, config_tree, schema
 from rest_jax.config_tree import ConfigError
 
 PositiveInt = Annotated[int, pydantic.Field(gt=0)]
@@ -71,16 +71,20 @@ class RolloutConfig(Section):
     allow_truncated_support: bool = (
         False  # training with top-k/top-p below full support is refused unless asked for
     )
-    recompute_logp: bool = False  # a second forward pass for logp_old instead of the sampler's own
-    importance_cap: PositiveFloat | None = (
-        None  # truncated importance correction; needs recompute_logp
+    recompute_logprobs: bool = (
+        False  # a second forward pass for logp_old instead of the sampler's own
     )
-    lanes: PositiveInt = 128  # responses decoded at once on each way (data x fsdp) of the mesh
-    prompt_slots: PositiveInt | None = (
-        None  # prompts resident at once on each way; None: 4 x lanes / group_size
+    tis_cap: PositiveFloat | None = (
+        None  # truncated importance correction; needs recompute_logprobs
+    )
+    decode_slots: PositiveInt = (
+        128  # responses decoded at once on each way (data x fsdp) of the mesh
+    )
+    prompt_cache_entries: PositiveInt | None = (
+        None  # prompts resident at once on each way; None: 4 x decode_slots / group_size
     )
     staleness: Literal[0, 1] = (
-        0  # 1: step s + 1 is sampled before update s; needs recompute_logp and importance_cap
+        0  # 1: step s + 1 is sampled before update s; needs recompute_logprobs and tis_cap
     )
 
 
@@ -247,7 +251,7 @@ class TrainConfig(Section):
     prompts_per_update: PositiveInt | None = (
         None  # prompts of a mini-batch; None: one update a step
     )
-    micro_tokens: PositiveInt | None = (
+    max_tokens_per_microbatch: PositiveInt | None = (
         16_384  # positions (prompt once + responses, padded) of a micro-batch on each way; None: no limit
     )
     measure_noise: bool = (
@@ -307,12 +311,12 @@ class Config(Section):
                 f"rollout.top_k {r.top_k}, rollout.top_p {r.top_p}: training below full support is refused; "
                 "set rollout.allow_truncated_support true to do it all the same"
             )
-        if r.importance_cap is not None and not r.recompute_logp:
-            raise ValueError("rollout.importance_cap needs rollout.recompute_logp true")
-        if r.staleness and r.importance_cap is None:
+        if r.tis_cap is not None and not r.recompute_logprobs:
+            raise ValueError("rollout.tis_cap needs rollout.recompute_logprobs true")
+        if r.staleness and r.tis_cap is None:
             raise ValueError(
-                "rollout.staleness 1 trains on answers of the policy before: set rollout.recompute_logp true and "
-                "rollout.importance_cap (2.0 is usual), or staleness 0"
+                "rollout.staleness 1 trains on answers of the policy before: set rollout.recompute_logprobs true and "
+                "rollout.tis_cap (2.0 is usual), or staleness 0"
             )
         if self.warm_start is not None:
             if (self.trainer, self.warm_start.trainer) != ("rl", "sft"):
@@ -362,8 +366,8 @@ def from_overrides(
 def resolve(config: Config) -> Config:
     """The config, and that of its warm start, with model and tokenizer paths located (`shipped.locate`)."""
     model, warm_start = config.model, config.warm_start
-    tokenizer = None if model.tokenizer is None else shipped.locate(model.tokenizer)
-    located = {"source": shipped.locate(model.source), "tokenizer": tokenizer}
+    tokenizer = None if model.tokenizer is None else builtin.locate(model.tokenizer)
+    located = {"source": builtin.locate(model.source), "tokenizer": tokenizer}
     changes: dict[str, Any] = {"model": model.model_copy(update=located)}
     if warm_start is not None:
         changes["warm_start"] = resolve(warm_start)

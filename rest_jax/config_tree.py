@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from rest_jax import schema, shipped
+from rest_jax import builtin, schema
 from rest_jax.errors import UserError
 
 Tree = dict[str, Any]
@@ -122,7 +122,7 @@ def _chain(path: pathlib.Path, base: str | None) -> list[Layer]:
         found = _find(below, asked)
         words = " -> ".join([*(str(layer.path) for layer in layers), str(found or below)])
         if found is None:
-            shipped_ones = ", ".join(shipped.names())
+            shipped_ones = ", ".join(builtin.names())
             raise ConfigError(
                 f"config {path}: base {below!r} ({words}): no such file in {asked.absolute()}, "
                 f"nor a shipped one ({shipped_ones})"
@@ -138,7 +138,7 @@ def _find(name: str, folder: pathlib.Path) -> pathlib.Path | None:
     for candidate in (folder / name, folder / f"{name}.yaml"):
         if candidate.is_file():
             return candidate
-    return shipped.shipped_config(name)
+    return builtin.shipped_config(name)
 
 
 def _read_layer(path: pathlib.Path) -> Layer:
@@ -181,7 +181,7 @@ def _warm_start(name: str, asking: Layer, below: pathlib.Path, overrides: Sequen
     if path is None:
         raise ConfigError(
             f"config {asking.path}: warm_start {name!r}: no such file in {asking.path.parent.absolute()}, "
-            f"nor a shipped one ({', '.join(shipped.names())})"
+            f"nor a shipped one ({', '.join(builtin.names())})"
         )
     recipe = _read_layer(path)
     if recipe.tree.get("trainer") != "sft" or "warm_start" in recipe.tree:

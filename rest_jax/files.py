@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def whole(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+def atomic_write(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     """A path beside `path` to write a file to. It becomes `path` when the block ends well; when it does not, it is
     removed, and what was there before is untouched. Its name has the process in it: two writers do not meet.
     """

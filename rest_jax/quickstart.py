@@ -7,14 +7,15 @@ import pathlib
 import shutil
 import time
 
+from rest_jax import builtin, train
 from rest_jax import config as config_lib
-from rest_jax import shipped, train
 from rest_jax.config import Config
 from rest_jax.evaluation.heldout import Evaluator, evaluations, held_out
-from rest_jax.metrics import summary_table
-from rest_jax.models import hf
-from rest_jax.policy import load_policy
-from rest_jax.run import MODEL_FOLDER
+from rest_jax.models.hf import write as hf
+from rest_jax.rollout.engine import rollout_cast
+from rest_jax.run.folder import MODEL_FOLDER
+from rest_jax.run.metrics import summary_table
+from rest_jax.run.policy import load_policy
 
 RECIPE = "quickstart"
 CONVERTED, EXPORTED = "converted", "exported"
@@ -29,7 +30,7 @@ def run(seed: int | None = None, fresh: bool = False) -> int:
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
     converted = folder / CONVERTED
-    source = shipped.locate(config.model.source)
+    source = builtin.locate(config.model.source)
     if not converted.is_dir():
         hf.convert(source, converted)
     print(f"[1/4] converted {source} to {converted}", flush=True)
@@ -52,7 +53,7 @@ def run(seed: int | None = None, fresh: bool = False) -> int:
 def recipe(seed: int | None) -> Config:
     """configs/quickstart.yaml, with another seed if one is given."""
     overrides = [] if seed is None else [f"seed={seed}", f"name={RECIPE}-seed{seed}"]
-    return config_lib.load(shipped.find_config(RECIPE), overrides)
+    return config_lib.load(builtin.find_config(RECIPE), overrides)
 
 
 def export(config: Config, folder: pathlib.Path) -> pathlib.Path:
@@ -66,11 +67,11 @@ def export(config: Config, folder: pathlib.Path) -> pathlib.Path:
 
 
 def evaluate(config: Config, exported: pathlib.Path) -> dict[str, float]:
-    """Held-out rates of the exported folder, loaded like any HF model."""
+    """EvalExample-out rates of the exported folder, loaded like any HF model."""
     policy = load_policy(config.model.model_copy(update={"source": str(exported)}), config.mesh)
     evaluator = Evaluator.of(config, policy, held_out(config, policy))
     assert evaluator is not None  # the recipe has held-out data
-    return evaluator(policy.rollout_cast()(policy.params))[0]
+    return evaluator(rollout_cast(policy)(policy.params))[0]
 
 
 def final_block(

@@ -9,18 +9,20 @@ import numpy as np
 
 from rest_jax.config import Config
 from rest_jax.data.loader import Ahead, SupervisedBatch, sft_loader
-from rest_jax.data.prepare import Prepared, load_training, prepare_supervised
+from rest_jax.data.tokenize import Prepared, load_training, prepare_supervised
+from rest_jax.distributed import activate, check_batch, gather, is_first_process, to_mesh
 from rest_jax.errors import UserError
-from rest_jax.evaluation.heldout import Evaluator, Held, held_out, report_evaluations
-from rest_jax.hosts import gather, is_first_process, to_mesh
-from rest_jax.metrics import Progress
-from rest_jax.optimizer import make_optimizer
-from rest_jax.policy import Policy, init_state, load_policy
+from rest_jax.evaluation.heldout import EvalExample, Evaluator, held_out, report_evaluations
+from rest_jax.models.load import Policy
 from rest_jax.rl.curriculum import Schedule
+from rest_jax.rl.optimizer import make_optimizer
 from rest_jax.rl.regions import label_tokens
+from rest_jax.rl.step import init_state
 from rest_jax.rl.supervised import GoldBatch, SupervisedConfig, make_supervised_step
-from rest_jax.run import Run, TrainingStopped, check_start, not_finite, open_run, save_batch
-from rest_jax.sharding import activate, check_batch
+from rest_jax.rollout.engine import rollout_cast
+from rest_jax.run.folder import Run, TrainingStopped, check_start, not_finite, open_run, save_batch
+from rest_jax.run.metrics import Progress
+from rest_jax.run.policy import load_policy
 from rest_jax.templates import TEMPLATES
 
 
@@ -80,7 +82,7 @@ class Loop:
         config: Config,
         policy: Policy,
         data: Prepared,
-        held: list[Held],
+        held: list[EvalExample],
         steps: int,
         opened: Run,
     ):
@@ -90,12 +92,12 @@ class Loop:
         schedule = Schedule(config.weights, config.curriculum, steps)
         self.state, self.abstract, shardings = init_state(policy, tx, schedule, config.seed)
         step_config = SupervisedConfig(
-            config.sft, config.train.micro_tokens, config.loss.vocab_chunk
+            config.sft, config.train.max_tokens_per_microbatch, config.loss.vocab_chunk
         )
         self.train_step = make_supervised_step(
             policy.decoder, tx, step_config, policy.mesh, shardings
         )
-        self.cast = policy.rollout_cast()
+        self.cast = rollout_cast(policy)
         self.evaluator = Evaluator.of(config, policy, held)
         self.batches = Ahead(
             sft_loader(

@@ -17,10 +17,10 @@ from jax.experimental import multihost_utils
 
 from rest_jax import sft, train
 from rest_jax.config import Config
+from rest_jax.distributed import is_first_process
 from rest_jax.errors import UserError
-from rest_jax.hosts import is_first_process
-from rest_jax.policy import is_run
-from rest_jax.run import check_config
+from rest_jax.run.folder import check_config
+from rest_jax.run.policy import is_run
 
 FINISHED = "finished"  # a file in the folder of a supervised run whose last step is saved
 

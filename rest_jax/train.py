@@ -13,33 +13,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rest_jax.collect import Collected, Collector, gather_extents
 from rest_jax.config import Config
 from rest_jax.data.loader import Ahead, make_loader
-from rest_jax.data.prepare import Prepared, load_training, prepare
+from rest_jax.data.tokenize import Prepared, load_training, prepare
+from rest_jax.distributed import activate, check_batch, is_first_process, num_data_shards, to_mesh
 from rest_jax.errors import UserError
-from rest_jax.evaluation.heldout import Evaluator, Held, held_out, report_evaluations
-from rest_jax.hosts import is_first_process, to_mesh
-from rest_jax.metrics import Progress
-from rest_jax.optimizer import make_optimizer
-from rest_jax.policy import Policy, init_state, load_policy
+from rest_jax.evaluation.heldout import EvalExample, Evaluator, held_out, report_evaluations
+from rest_jax.models.load import Policy
 from rest_jax.rl.curriculum import Schedule
-from rest_jax.rl.logprobs import Sampling
+from rest_jax.rl.optimizer import make_optimizer
 from rest_jax.rl.step import (
-    Extents,
+    BatchLengths,
     StepConfig,
+    active_groups,
+    init_state,
     make_logprobs,
     make_train_step,
     plan_all,
     plan_step,
-    wanted_groups,
 )
-from rest_jax.run import Run, TrainingStopped, check_start, not_finite, open_run, save_batch
-from rest_jax.sharding import activate, batch_ways, check_batch
-from rest_jax.step_metrics import Speed, step_metrics
+from rest_jax.rollout.engine import rollout_cast
+from rest_jax.rollout.experience import Collector, Experience, gather_lengths
+from rest_jax.run.folder import Run, TrainingStopped, check_start, not_finite, open_run, save_batch
+from rest_jax.run.metrics import Progress
+from rest_jax.run.policy import load_policy
+from rest_jax.run.profile import Tracer
+from rest_jax.run.step_metrics import Speed, step_metrics
 from rest_jax.templates import TEMPLATES
-from rest_jax.tracing import Tracer
-from rest_jax.types import RolloutBatch, ScoredBatch
+from rest_jax.types import RolloutBatch, Sampling, ScoredBatch
 
 
 @dataclasses.dataclass
@@ -49,7 +50,7 @@ class Pending:
     step: int
     metrics: dict[str, jax.Array]
     host: dict[str, float]
-    whole: Extents
+    whole: BatchLengths
     scored: ScoredBatch
     samples: list[dict[str, Any]]
     started: float
@@ -88,7 +89,7 @@ def check_sizes(config: Config, policy: Policy) -> None:
         name = "rollout.prompts_per_step"
     size = config.train.prompts_per_update or config.rollout.prompts_per_step
     check_batch(name, size, policy.mesh)
-    ways = batch_ways(policy.mesh)
+    ways = num_data_shards(policy.mesh)
     if config.train.measure_noise and size <= ways:
         raise UserError(
             f"train.measure_noise: {name} {size} on {ways} ways is one micro-batch, which has no variance; raise {name}"
@@ -115,7 +116,9 @@ def training_prompts(config: Config, policy: Policy) -> Prepared:
     return prepare(records, policy.tokenizer, TEMPLATES[config.data.template], config.data)
 
 
-def describe(config: Config, policy: Policy, train: Prepared, held: list[Held], steps: int) -> None:
+def describe(
+    config: Config, policy: Policy, train: Prepared, held: list[EvalExample], steps: int
+) -> None:
     """What is about to run, in a few lines."""
     if not is_first_process():
         return
@@ -138,7 +141,7 @@ class Loop:
         config: Config,
         policy: Policy,
         train: Prepared,
-        held: list[Held],
+        held: list[EvalExample],
         steps: int,
         opened: Run,
         profile: int | None = None,
@@ -152,9 +155,9 @@ class Loop:
             schedule=Schedule(config.weights, config.curriculum, steps),
             sampling=Sampling(r.temperature, r.top_k, r.top_p),
             updates=updates,
-            micro_tokens=t.micro_tokens,
+            max_tokens_per_microbatch=t.max_tokens_per_microbatch,
             fixed_length=r.max_response_tokens,
-            importance_cap=r.importance_cap,
+            tis_cap=r.tis_cap,
             noise_groups=mini_batch if t.measure_noise else None,
         )
         tx = make_optimizer(config.optimizer, steps * updates)
@@ -165,7 +168,7 @@ class Loop:
         self.state, self.abstract, shardings = init_state(
             policy, tx, self.step_config.schedule, config.seed
         )
-        self.cast = policy.rollout_cast()
+        self.cast = rollout_cast(policy)
         self.train_step = make_train_step(
             policy.decoder, tx, self.step_config, policy.mesh, shardings
         )
@@ -188,7 +191,7 @@ class Loop:
         self.tracer = Tracer(opened.folder, profile)
         self.watch = concurrent.futures.ThreadPoolExecutor(1, "watch")
         self.pending: Pending | None = None
-        self.ahead: Collected | None = None  # the next step's, under staleness
+        self.ahead: Experience | None = None  # the next step's, under staleness
 
     def close(self) -> None:
         """Ends the threads."""
@@ -228,8 +231,8 @@ class Loop:
         now, self.ahead = self.ahead or self.collect(step), None
         if self.samples_ahead(step):
             self.ahead = self.collect(step + 1, staleness=1)
-        whole = gather_extents(now.scored)
-        plan = plan_step(whole, self.step_config, batch_ways(self.policy.mesh))
+        whole = gather_lengths(now.scored)
+        plan = plan_step(whole, self.step_config, num_data_shards(self.policy.mesh))
         on_mesh = to_mesh(now.scored, self.policy.mesh)
         old, logp_ref = self.second_looks(on_mesh.rollout, whole)
         dispatched = time.monotonic()
@@ -251,7 +254,7 @@ class Loop:
             done=self.watch.submit(_when_ready, metrics),
         )
 
-    def collect(self, step: int, staleness: int = 0) -> Collected:
+    def collect(self, step: int, staleness: int = 0) -> Experience:
         """The experience of a step, sampled with the weights as they are."""
         params = self.cast(self.state.params)
         return self.collector.collect(params, self.state.rng, step - 1, staleness)
@@ -263,18 +266,18 @@ class Loop:
         stale = self.config.rollout.staleness == 1
         return stale and step < self.steps and step % self.config.train.checkpoint_every != 0
 
-    def second_looks(self, rollout: RolloutBatch, whole: Extents) -> tuple[Any, Any]:
+    def second_looks(self, rollout: RolloutBatch, whole: BatchLengths) -> tuple[Any, Any]:
         """The trainer's own old log-probs and the reference's, each only when asked for."""
         old = logp_ref = None
-        recompute = self.config.rollout.recompute_logp
+        recompute = self.config.rollout.recompute_logprobs
         if recompute or self.reference is not None:
-            plan = plan_all(whole, self.step_config, batch_ways(self.policy.mesh))
+            plan = plan_all(whole, self.step_config, num_data_shards(self.policy.mesh))
             old = self.logprobs(self.state.params, rollout, plan) if recompute else None
             if self.reference is not None:
                 logp_ref = self.logprobs(self.reference, rollout, plan).logp
         return old, logp_ref
 
-    def samples(self, step: int, now: Collected) -> list[dict[str, Any]]:
+    def samples(self, step: int, now: Experience) -> list[dict[str, Any]]:
         """The first response of the first few prompts, readable."""
         found, rollout, tokenizer = [], now.scored.rollout, self.policy.tokenizer
         for i, record in enumerate(now.records[: self.config.train.samples_per_step]):
@@ -297,7 +300,7 @@ class Loop:
         if not_finite(values):
             raise self.stopped(p, values)
         update = p.done.result() - p.dispatched
-        wanted = wanted_groups(p.whole.reward, self.step_config)
+        wanted = active_groups(p.whole.reward, self.step_config)
         values |= p.host | self.speed.of_update(p.whole, wanted, update)
         values |= {
             "time/step": elapsed,

@@ -14,6 +14,7 @@ token included; fields at and after it are zero, ids are the padding id.
 Flow: StepRecord -> PromptBatch -> RolloutBatch -> ScoredBatch -> TrainBatch -> TrainState.
 """
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,6 +23,16 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 AnyArray = Any  # NumPy rows on the host, jax arrays on the mesh: the same record on both sides
 Params = Any  # nested dict of arrays: the "params" collection of the decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """The distribution that tokens are drawn from. `top_k` 0 and `top_p` 1: full support. `greedy`: the argmax."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    greedy: bool = False
 
 
 @struct.dataclass

@@ -24,7 +24,7 @@ import pytest
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 CHECKED_MODULES = [
-    "rest_jax.masked",
+    "rest_jax.rl.masked",
     "rest_jax.models.attention",
     "rest_jax.models.layouts",
     "rest_jax.models.rope",
@@ -36,7 +36,7 @@ CHECKED_MODULES = [
     "rest_jax.rl.regions",
     "rest_jax.rl.weights",
     "rest_jax.rollout.sampling",
-    "rest_jax.storage",
+    "rest_jax.run.storage",
 ]
 jaxtyping.install_import_hook(CHECKED_MODULES, "beartype.beartype")
 

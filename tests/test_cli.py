@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from rest_jax import cli, shipped
+from rest_jax import builtin, cli
 from rest_jax.errors import RunStopped, UserError
 
 COMMANDS = (
@@ -72,7 +72,7 @@ def test_module_and_function_agree_on_the_exit_code(tmp_path):
 
 def test_missing_config_lists_the_shipped_ones(capsys):
     line = refused(capsys, "train", "no_such_recipe")
-    assert "no_such_recipe" in line and all(name in line for name in shipped.names())
+    assert "no_such_recipe" in line and all(name in line for name in builtin.names())
 
 
 def test_every_config_fault_at_once_with_the_nearest_name(config, capsys):

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 import yaml
 
-from rest_jax import config, config_tree, shipped
+from rest_jax import builtin, config, config_tree
 from rest_jax.config_tree import ConfigError
 
 
@@ -60,7 +60,7 @@ def test_another_base_names_the_run_after_it(write, scales, monkeypatch):
 def test_a_base_is_looked_for_beside_the_file_then_among_the_shipped(write, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     top = write("sub/top", base="quickstart")
-    expected = config.load(shipped.find_config("quickstart"), ["name=top"])
+    expected = config.load(builtin.find_config("quickstart"), ["name=top"])
     assert config.load(top) == expected
     write("sub/quickstart", model={"source": "beside"})
     assert config.load(top).model.source == "beside"

@@ -15,16 +15,18 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from rest_jax import cli, config, policy, train
+from rest_jax import cli, config, train
 from rest_jax.data.loader import make_loader
-from rest_jax.metric_table import METRICS
-from rest_jax.metrics import read_lines
-from rest_jax.rl.logprobs import Sampling
+from rest_jax.rollout.scheduler import policy_sampler
+from rest_jax.run.metric_table import METRICS
+from rest_jax.run.metrics import read_lines
+from rest_jax.run.policy import load_policy
+from rest_jax.types import Sampling
 from tests import test_train
 
 STEPS, SAVED, KILLED = 5, 3, 4
 NEW = {
-    "rollout/slot_utilisation",
+    "rollout/decode_slot_utilisation",
     "rollout/staleness",
     "update/skipped_groups",
     "update/micro_batches",
@@ -65,8 +67,8 @@ def stale(source: pathlib.Path, output: pathlib.Path) -> dict:
         output,
         rollout={
             "staleness": 1,
-            "recompute_logp": True,
-            "importance_cap": 2.0,
+            "recompute_logprobs": True,
+            "tis_cap": 2.0,
             "lanes": 6,
         },
         optimizer={"learning_rate": 2e-4},
@@ -75,7 +77,7 @@ def stale(source: pathlib.Path, output: pathlib.Path) -> dict:
             "eval_before": False,
             "eval_every": 0,
             "checkpoint_every": SAVED,
-            "micro_tokens": 1,
+            "max_tokens_per_microbatch": 1,
         },
     )
     raw["data"] |= {"eval": None, "max_prompt_tokens": 128, "synthetic_size": 128}
@@ -104,7 +106,7 @@ def launch(raw: dict, folder: pathlib.Path, *options: str, code: str | None = No
 
 KILL = f"""
 import json, os, signal, sys
-from rest_jax import machine
+from rest_jax.run import machine
 machine.configure()  # before jax is there, as in the program itself
 from rest_jax import cli, train
 
@@ -179,7 +181,7 @@ def test_what_is_saved_is_the_position_after_the_batch_trained_on(broken):
     """Not after the one that was sampled ahead: a run stopped at any step drops that one and takes it again."""
     said = re.findall(r"^loader (.*)$", broken.killed, re.MULTILINE)
     resolved = config.load(broken.run / "config.yaml")
-    loaded = policy.load_policy(resolved.model, config.MeshConfig(fsdp=-1))
+    loaded = load_policy(resolved.model, config.MeshConfig(fsdp=-1))
     loader = make_loader(
         train.training_prompts(resolved, loaded), batch_prompts=4, seed=0, pad_id=0,
         cfg=resolved.data, num_steps=STEPS,
@@ -214,7 +216,7 @@ def test_the_metrics_of_speed_and_packing(unbroken):
         assert NEW <= line.keys() <= METRICS.keys() | {"step"}
         for name in NEW:
             assert np.isfinite(line[name]) and line[name] >= 0, name
-        assert 0 < line["rollout/slot_utilisation"] <= 1
+        assert 0 < line["rollout/decode_slot_utilisation"] <= 1
         assert 0 <= line["update/padding"] < 1
         # without another term in the loss, these are the groups that are not computed
         assert line["update/skipped_groups"] == pytest.approx(line["reward/equal_groups"])
@@ -236,13 +238,13 @@ def test_the_metrics_of_speed_and_packing(unbroken):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["rollout.staleness=1"], "rollout.importance_cap"),
-        (["rollout.staleness=1", "rollout.recompute_logp=true"], "rollout.importance_cap"),
-        (["rollout.staleness=1", "rollout.importance_cap=2"], "rollout.recompute_logp"),
+        (["rollout.staleness=1"], "rollout.tis_cap"),
+        (["rollout.staleness=1", "rollout.recompute_logprobs=true"], "rollout.tis_cap"),
+        (["rollout.staleness=1", "rollout.tis_cap=2"], "rollout.recompute_logprobs"),
         (["rollout.staleness=2"], "rollout.staleness"),
-        (["rollout.lanes=0"], "rollout.lanes"),
-        (["rollout.prompt_slots=0"], "rollout.prompt_slots"),
-        (["train.micro_tokens=0"], "train.micro_tokens"),
+        (["rollout.decode_slots=0"], "rollout.decode_slots"),
+        (["rollout.prompt_cache_entries=0"], "rollout.prompt_cache_entries"),
+        (["train.max_tokens_per_microbatch=0"], "train.max_tokens_per_microbatch"),
     ],
     ids=str,
 )
@@ -264,9 +266,9 @@ def test_a_step_to_trace_is_a_whole_number(tmp_path, capsys, step):
 
 
 def test_lanes_and_slots_reach_the_sampler(source):
-    loaded = policy.load_policy(config.ModelConfig(source=str(source)), config.MeshConfig(fsdp=-1))
+    loaded = load_policy(config.ModelConfig(source=str(source)), config.MeshConfig(fsdp=-1))
     rollout = config.RolloutConfig(lanes=3, prompt_slots=2)
-    made = loaded.make_sampler(4, 10, Sampling(), rollout).settings
+    made = policy_sampler(loaded, 4, 10, Sampling(), rollout).settings
     assert (made.lanes, made.prompt_slots, made.sizes(8)) == (3, 2, (2, 3))
-    evaluation = loaded.make_sampler(1, 10, Sampling(greedy=True), rollout).settings
+    evaluation = policy_sampler(loaded, 1, 10, Sampling(greedy=True), rollout).settings
     assert evaluation.sizes(8) == (3, 3)  # a prompt with one response needs a slot a lane

@@ -17,8 +17,8 @@ import time
 import pytest
 import yaml
 
-from rest_jax import cli, config, shipped
-from rest_jax.metrics import read_lines
+from rest_jax import builtin, cli, config
+from rest_jax.run.metrics import read_lines
 from tests.test_train import environment, finish, lines, model, recipe  # noqa: F401
 
 SUPERVISED = ("sft", "tsft", "rsft")
@@ -61,15 +61,15 @@ HERE = ("model.source=configs/quickstart_policy", "data.train=synthetic:train",
 
 
 def header(name: str) -> str:
-    text = shipped.find_config(name).read_text()
+    text = builtin.find_config(name).read_text()
     return "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
 
 
 def test_every_method_has_its_file():
-    assert set(METHODS) | set(ELSEWHERE) <= set(shipped.names())
+    assert set(METHODS) | set(ELSEWHERE) <= set(builtin.names())
 
 
-@pytest.mark.parametrize("name", shipped.names())
+@pytest.mark.parametrize("name", builtin.names())
 def test_every_file_says_how_it_is_run(name):
     said = header(name)
     assert "Command:" in said and "Hardware:" in said
@@ -78,9 +78,9 @@ def test_every_file_says_how_it_is_run(name):
         assert f"rest-jax train {name} --base qwen3_1p7b_rlla " in said and "Numbers:" in said
 
 
-@pytest.mark.parametrize("name", shipped.names())
+@pytest.mark.parametrize("name", builtin.names())
 def test_dry_run_of_every_file(name, tmp_path, monkeypatch, capsys):
-    path = str(shipped.find_config(name).absolute())
+    path = str(builtin.find_config(name).absolute())
     monkeypatch.chdir(tmp_path)
     words = [*HERE, *ELSEWHERE[name]] if name in ELSEWHERE else []
     assert cli.main(["train", path, "--dry-run", *words]) == 0
@@ -92,19 +92,19 @@ def test_dry_run_of_every_file(name, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("base", ["qwen3_1p7b_rlla", "smollm2_rlla_cpu"])
 def test_every_method_on_every_scale(name, base):
-    loaded, scale = config.load(shipped.find_config(name), base=base), config.load(
-        shipped.find_config(base), trainer="sft" if name in SUPERVISED else "rl"
+    loaded, scale = config.load(builtin.find_config(name), base=base), config.load(
+        builtin.find_config(base), trainer="sft" if name in SUPERVISED else "rl"
     )  # fmt: skip
     assert loaded.name == f"{name}-{scale.name}"
     same = ("model", "data", "rollout", "optimizer", "mesh", "train", "seed", "output")
     for section in same:
         assert getattr(loaded, section) == getattr(scale, section), section
     if name in WARM:
-        assert loaded.warm_start == config.load(shipped.find_config("sft"), base=base)
+        assert loaded.warm_start == config.load(builtin.find_config("sft"), base=base)
 
 
 def test_the_paper_s_supervised_numbers():
-    start = config.load(shipped.find_config("sft"), base="qwen3_1p7b_rlla")
+    start = config.load(builtin.find_config("sft"), base="qwen3_1p7b_rlla")
     optimizer, train = start.optimizer, start.train
     assert (optimizer.learning_rate, optimizer.warmup_fraction) == (5e-6, 0.05)
     assert (train.epochs, train.steps, start.sft.max_tokens) == (3, None, 8192)
@@ -114,7 +114,8 @@ def test_the_paper_s_supervised_numbers():
 # tracing it again.
 SCRIPT = """
 import json, sys
-from rest_jax import cli, machine
+from rest_jax import cli
+from rest_jax.run import machine
 from rest_jax.rollout import scheduler
 machine.configure()
 make, made = scheduler.make_engine, {}
@@ -278,9 +279,9 @@ def test_the_reward_is_dynamic_unless_ablated(runs):
 def test_no_gradient_from_reasoning(runs):
     for line in steps(runs, "ablation_no_cot"):
         assert line["region/think/count"] > 0
-        assert line["region/think/mass"] == line["region/think/weight"] == 0
+        assert line["region/think/weight_share"] == line["region/think/weight"] == 0
         assert line["region/name/weight"] > 0
-    assert all(line["region/think/mass"] > 0 for line in steps(runs, "rest"))
+    assert all(line["region/think/weight_share"] > 0 for line in steps(runs, "rest"))
 
 
 def test_no_curriculum(runs):

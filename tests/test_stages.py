@@ -9,10 +9,11 @@ import jax
 import pytest
 import yaml
 
-from rest_jax import config, policy, sft, stages, train
-from rest_jax.metrics import read_lines
-from rest_jax.run import Run
-from rest_jax.sharding import make_mesh
+from rest_jax import config, sft, stages, train
+from rest_jax.distributed import make_mesh
+from rest_jax.models import load as policy
+from rest_jax.run.folder import Run
+from rest_jax.run.metrics import read_lines
 from tests.test_train import model, recipe  # noqa: F401
 
 

@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 import yaml
 
-from rest_jax import cli, policy
+from rest_jax import cli
 from rest_jax import config as config_lib
-from rest_jax.checkpoint import Checkpoints
-from rest_jax.metrics import read_lines
 from rest_jax.models.decoder import init_params
-from rest_jax.models.hf import export
-from rest_jax.models.hf_config import decoder_config
-from rest_jax.optimizer import make_optimizer
+from rest_jax.models.hf.config import decoder_config
+from rest_jax.models.hf.write import export
 from rest_jax.rl.curriculum import Schedule
+from rest_jax.rl.optimizer import make_optimizer
+from rest_jax.rl.step import init_state
+from rest_jax.run.checkpoint import Checkpoints
+from rest_jax.run.metrics import read_lines
+from rest_jax.run.policy import load_policy
 
 STEPS = 4
 
@@ -103,11 +105,9 @@ def lines(run: pathlib.Path) -> list[dict]:
 def state(run: pathlib.Path):
     """Everything the newest checkpoint holds."""
     config = config_lib.load(run / "config.yaml")
-    loaded = policy.load_policy(config.model, config_lib.MeshConfig(fsdp=-1))
+    loaded = load_policy(config.model, config_lib.MeshConfig(fsdp=-1))
     tx = make_optimizer(config.optimizer, STEPS * 2)
-    _, abstract, _ = policy.init_state(
-        loaded, tx, Schedule(config.weights, config.curriculum, STEPS), 0
-    )
+    _, abstract, _ = init_state(loaded, tx, Schedule(config.weights, config.curriculum, STEPS), 0)
     with Checkpoints(run, 9) as checkpoints:
         return checkpoints.restore(abstract)
 
@@ -138,7 +138,7 @@ def test_a_run_leaves_what_it_says(unbroken):
     assert all(line["rollout/logp_mismatch"] < 1e-3 for line in steps)
     assert [line["curriculum/nu"] for line in steps] == pytest.approx([0, 0.25, 0.5, 0.75])
     for region in ("tag", "think", "other"):
-        assert f"region/{region}/mass" in steps[0]
+        assert f"region/{region}/weight_share" in steps[0]
     samples = read_lines(unbroken / "samples.jsonl")
     assert all({"split", "id", "response", "reward"} <= sample.keys() for sample in samples)
     assert {sample["split"] for sample in samples} == {"train", "eval"}

@@ -8,16 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from rest_jax.config import CurriculumConfig, LossConfig, MeshConfig, OptimizerConfig, WeightsConfig
+from rest_jax.distributed import make_mesh
 from rest_jax.models.config import DecoderConfig
-from rest_jax.models.decoder import Decoder, init_params, unstack_layers
-from rest_jax.optimizer import make_optimizer
+from rest_jax.models.decoder import Decoder, init_params, param_shardings, unstack_layers
 from rest_jax.rl.curriculum import Schedule
-from rest_jax.rl.logprobs import Sampling
+from rest_jax.rl.optimizer import make_optimizer
 from rest_jax.rl.step import StepConfig
 from rest_jax.rollout.engine import RolloutSettings
 from rest_jax.rollout.scheduler import make_sampler
-from rest_jax.sharding import make_mesh, param_shardings
-from rest_jax.types import PromptBatch, RolloutBatch, ScoredBatch
+from rest_jax.types import PromptBatch, RolloutBatch, Sampling, ScoredBatch
 
 FULL = Sampling()
 VOCAB, STOP, PAD = 96, 5, 0
@@ -93,7 +92,7 @@ def step_config(**changes) -> StepConfig:
         schedule=Schedule(WeightsConfig(), CurriculumConfig(), 10),
         sampling=Sampling(),
         updates=1,
-        micro_tokens=None,
+        max_tokens_per_microbatch=None,
         fixed_length=TIME,
     )
     return dataclasses.replace(base, **changes)

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from rest_jax.config import DataConfig
-from rest_jax.data.prepare import Prepared
 from rest_jax.data.records import StepRecord
+from rest_jax.data.tokenize import Prepared
 from rest_jax.errors import UserError
 from rest_jax.types import PromptBatch
 

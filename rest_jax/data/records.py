@@ -9,10 +9,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rest_jax.answer import Call, Target
 from rest_jax.errors import UserError
 from rest_jax.templates import TEMPLATES, Template
 from rest_jax.templates.rendering import is_schema
+from rest_jax.tool_calls import Call, Target
 
 VERSION = 1  # of the JSON form; a record without one is of version 1
 ROLES = ("system", "user", "assistant", "tool")

@@ -1,4 +1,4 @@
-"""Held-out evaluation: greedy answers to prepared prompts, scored like training but at the final reward scale.
+"""EvalExample-out evaluation: greedy answers to prepared prompts, scored like training but at the final reward scale.
 
 Rates: format (S_format), exact (format and all calls equal gold as multisets; for gold without calls, none made), spurious
 (a call among prompts that should have none), accuracy (mean S_acc).
@@ -13,19 +13,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from rest_jax.answer import Target
 from rest_jax.config import Config, RewardConfig, RolloutConfig
 from rest_jax.data.loader import bucketed, pad
-from rest_jax.data.prepare import load_split, prepare
-from rest_jax.hosts import gather, is_first_process
-from rest_jax.metrics import METRICS_FILE, read_lines, summary_table
-from rest_jax.policy import Policy
+from rest_jax.data.tokenize import load_split, prepare
+from rest_jax.distributed import gather, is_first_process
+from rest_jax.models.load import Policy
 from rest_jax.rewards import Score
-from rest_jax.rl.logprobs import Sampling
-from rest_jax.rl.scoring import score_rollout
-from rest_jax.run import Run
+from rest_jax.rollout.scheduler import policy_sampler
+from rest_jax.rollout.scoring import score_rollout
+from rest_jax.run.folder import Run
+from rest_jax.run.metrics import METRICS_FILE, read_lines, summary_table
 from rest_jax.templates import TEMPLATES
-from rest_jax.types import Params, PromptBatch, RolloutBatch
+from rest_jax.tool_calls import Target
+from rest_jax.types import Params, PromptBatch, RolloutBatch, Sampling
 
 SAMPLES_SHOWN = 8
 TABLE = (
@@ -39,7 +39,7 @@ TABLE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
+class EvalExample:
     """One held-out prompt: its ids, its gold answer, its record's id."""
 
     prompt: np.ndarray  # int32 [T]
@@ -47,14 +47,14 @@ class Held:
     id: str
 
 
-def held_out(config: Config, policy: Policy) -> list[Held]:
+def held_out(config: Config, policy: Policy) -> list[EvalExample]:
     """The held-out prompts; empty without `data.eval`."""
     if config.data.eval is None:
         return []
     records = load_split(config.data.eval, config.data, config.data.eval_limit)
     prepared = prepare(records, policy.tokenizer, TEMPLATES[config.data.template], config.data)
     pairs = zip(prepared.prompts, prepared.records, strict=True)
-    return [Held(prompt, record.target, record.id) for prompt, record in pairs]
+    return [EvalExample(prompt, record.target, record.id) for prompt, record in pairs]
 
 
 class Evaluator:
@@ -63,7 +63,7 @@ class Evaluator:
     def __init__(
         self,
         policy: Policy,
-        held: Sequence[Held],
+        held: Sequence[EvalExample],
         template: str,
         reward: RewardConfig,
         rollout: RolloutConfig,
@@ -71,11 +71,11 @@ class Evaluator:
         self.policy, self.held, self.reward = policy, held, reward
         self.template = TEMPLATES[template]
         greedy = Sampling(greedy=True)
-        self._sampler = policy.make_sampler(1, rollout.max_response_tokens, greedy, rollout)
+        self._sampler = policy_sampler(policy, 1, rollout.max_response_tokens, greedy, rollout)
         self._width = bucketed([h.prompt for h in held])
 
     @classmethod
-    def of(cls, config: Config, policy: Policy, held: Sequence[Held]) -> "Evaluator | None":
+    def of(cls, config: Config, policy: Policy, held: Sequence[EvalExample]) -> "Evaluator | None":
         """The evaluator of a run; None without held-out prompts."""
         if not held:
             return None
@@ -146,7 +146,7 @@ def report_evaluations(folder: pathlib.Path) -> None:
     """Prints the table of the first and the last evaluation of a run, and writes its curves."""
     if not is_first_process():
         return
-    from rest_jax.report.curves import write_curves
+    from rest_jax.analysis.curves import write_curves
 
     lines = evaluations(folder)
     if lines:

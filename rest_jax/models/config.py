@@ -1,7 +1,7 @@
 """Static description of a decoder: sizes, architecture switches and how it computes.
 
 `DecoderConfig` is frozen and hashable, so it is a module attribute and a static argument of jit. It knows nothing of HF
-files; `hf.decoder_config` makes one from a config.json and `presets.PRESETS` holds published sizes.
+files; `hf.decoder_config` makes one from a config.json and published sizes are in tests.
 """
 
 import dataclasses

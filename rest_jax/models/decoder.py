@@ -3,7 +3,7 @@
 `Decoder(cfg).apply({"params": p}, tokens, positions, layout, cache, return_kv)` -> (hidden, kv): token
 ids in, hidden states after the final norm out; logits never exist in here (`head_matrix`, `logits`).
 Layers are stacked: one scanned, optionally rematerialised block whose parameters carry a leading
-`layers` axis. Every parameter names its logical axes (`sharding.py` maps them); parameters are handed
+`layers` axis. Every parameter names its logical axes (`distributed.RULES` maps them); parameters are handed
 around as plain nested dicts. The KV cache goes in and comes out as a pytree.
 
 Leaves: embed [V D], head [V D] (untied only), final_norm/scale [D]; under blocks:
@@ -11,19 +11,21 @@ attention_norm/scale, mlp_norm/scale [L D]; attention/q [L D N H], k, v [L D K H
 q_bias [L N H], k_bias, v_bias [L K H], q_norm/scale, k_norm/scale [L H]; mlp/gate, up [L D F], down [L F D].
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import spmd
 from jax.nn.initializers import Initializer
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
+from rest_jax.distributed import logical_shardings
 from rest_jax.models.attention import Layout, attend
+from rest_jax.models.cache import Layers
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.layouts import Cache, LayerCache, RowLayout
-from rest_jax.models.records import Layers
 from rest_jax.models.rope import Rope, apply_rope, rope_tables
 
 Params = Any  # nested dict of arrays
@@ -252,3 +254,10 @@ def _stacked(cfg: DecoderConfig) -> Any:
         length=cfg.n_layers,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
+
+
+def param_shardings(
+    cfg: DecoderConfig, mesh: Mesh, *, layout: Literal["train", "rollout"] = "train"
+) -> Params:
+    """NamedSharding of every parameter: split over fsdp and tensor (`train`), or over tensor alone (`rollout`)."""
+    return logical_shardings(abstract_params(cfg), mesh, layout=layout)

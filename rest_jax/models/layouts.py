@@ -6,7 +6,7 @@ Positions of a group: prompt 0, 1, ..; response token t at prompt_length + t, wh
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from rest_jax.models.records import (
+from rest_jax.models.cache import (
     Cache,
     DecodeLayout,
     GroupLayout,

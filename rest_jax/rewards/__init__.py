@@ -7,11 +7,11 @@ Host code without jax. The parts are scores in [0, 1] mapped onto bounds that mo
 
 import dataclasses
 
-from rest_jax.answer import Answer, Target
 from rest_jax.config import RewardConfig
 from rest_jax.rewards.format import format_score
 from rest_jax.rewards.schedule import correctness_bounds, format_bounds, scale
 from rest_jax.rewards.tool_call import accuracy, same_calls
+from rest_jax.tool_calls import Answer, Target
 
 
 @dataclasses.dataclass(frozen=True)

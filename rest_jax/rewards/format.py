@@ -9,7 +9,7 @@ order, and toolrl has no response block where gold has none.
 
 import re
 
-from rest_jax.answer import Answer, Block, Target
+from rest_jax.tool_calls import Answer, Block, Target
 
 _LETTER = {
     Block.THINK: "T",

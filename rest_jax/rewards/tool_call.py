@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from rest_jax.answer import Call
 from rest_jax.config import RewardConfig
+from rest_jax.tool_calls import Call
 
 
 class Match(NamedTuple):

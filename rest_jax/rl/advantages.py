@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 EPS = 1e-6
 
 
-def has_signal(reward: Float[Array, "P G"]) -> Bool[Array, " P"]:
+def nonzero_advantage(reward: Float[Array, "P G"]) -> Bool[Array, " P"]:
     """False for groups whose rewards are all equal: they carry no gradient."""
     return jnp.max(reward, axis=1) != jnp.min(reward, axis=1)
 
@@ -27,7 +27,7 @@ def dr_grpo(reward: Float[Array, "P G"]) -> Float[Array, "P G"]:
     """Centred within the group. The comparison of rewards, not of rounded differences, decides what is zero."""
     reward = reward.astype(jnp.float32)
     centred = reward - jnp.mean(reward, axis=1, keepdims=True)
-    return jnp.where(has_signal(reward)[:, None], centred, 0.0)
+    return jnp.where(nonzero_advantage(reward)[:, None], centred, 0.0)
 
 
 ADVANTAGES = {"grpo": grpo, "dr_grpo": dr_grpo}

@@ -15,9 +15,9 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rest_jax.answer import NUM_REGIONS, Region
 from rest_jax.config import CurriculumConfig, WeightsConfig
 from rest_jax.rl import weights
+from rest_jax.tool_calls import NUM_REGIONS, Region
 from rest_jax.types import CurriculumState
 
 

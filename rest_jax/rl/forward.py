@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from rest_jax.models.decoder import Decoder, head_matrix
 from rest_jax.models.layouts import group_layout, pack_group, predicting_hidden
-from rest_jax.rl.logprobs import Sampling, TokenLoss, vocabulary_loss, vocabulary_pass
-from rest_jax.types import Params
+from rest_jax.rl.logprobs import TokenLoss, vocabulary_loss, vocabulary_pass
+from rest_jax.types import Params, Sampling
 
 
 def response_hidden(

@@ -17,17 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from rest_jax.types import Sampling
+
 NEG_INF = -1e30  # finite, so that masked logits give zero probability without NaN gradients
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """The distribution that tokens are drawn from. `top_k` 0 and `top_p` 1: full support. `greedy`: the argmax."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    greedy: bool = False
 
 
 def truncate(logits: Float[Array, "*B V"], sampling: Sampling) -> Float[Array, "*B V"]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from rest_jax.config import LossConfig
-from rest_jax.masked import EPS
+from rest_jax.rl.masked import EPS
 
 LOG_RATIO_CLIP = 20.0
 

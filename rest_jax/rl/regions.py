@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int, Int8
 
-from rest_jax.answer import NUM_REGIONS, Answer, Region
+from rest_jax.tool_calls import NUM_REGIONS, Answer, Region
 
 # Most specific first: the order in which ties are broken.
 PRIORITY = np.array(

@@ -19,19 +19,19 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from rest_jax import masked
-from rest_jax.answer import Region
 from rest_jax.config import LossConfig
-from rest_jax.models.decoder import Decoder
-from rest_jax.rl import curriculum, loss, weights
-from rest_jax.rl.advantages import ADVANTAGES, has_signal
+from rest_jax.distributed import num_data_shards, tree_shardings_like
+from rest_jax.models.decoder import Decoder, param_shardings
+from rest_jax.models.load import Policy
+from rest_jax.rl import curriculum, loss, masked, weights
+from rest_jax.rl.advantages import ADVANTAGES, nonzero_advantage
 from rest_jax.rl.forward import response_logprobs, response_loss
 from rest_jax.rl.gradients import Metrics, Totals, make_update
-from rest_jax.rl.logprobs import Sampling
 from rest_jax.rl.packing import MicroBatch, plan, put_groups, take_groups
-from rest_jax.sharding import batch_ways
+from rest_jax.tool_calls import Region
 from rest_jax.types import (
     Params,
+    Sampling,
     ScoredBatch,
     TrainBatch,
     TrainState,
@@ -41,23 +41,23 @@ from rest_jax.types import (
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """The static side of a step: `updates` mini-batches, cut into micro-batches of at most `micro_tokens` trunk positions
-    on each way of the mesh (None: no limit).
+    """The static side of a step: `updates` mini-batches, cut into micro-batches of at most
+    `max_tokens_per_microbatch` trunk positions on each data shard (None: no limit).
     """
 
     loss: LossConfig
     schedule: curriculum.Schedule
     sampling: Sampling
     updates: int
-    micro_tokens: int | None
+    max_tokens_per_microbatch: int | None
     fixed_length: int  # tokens; the constant of aggregation `fixed_length`
-    importance_cap: float | None = None
+    tis_cap: float | None = None
     noise_groups: int | None = (
         None  # groups of a mini-batch: `gradient_noise` is measured, group by group
     )
 
     @property
-    def every_group_counts(self) -> bool:
+    def all_groups_active(self) -> bool:
         """Whether groups without advantage have gradient all the same."""
         return self.loss.kl_coefficient > 0 or self.loss.entropy_coefficient > 0
 
@@ -101,8 +101,8 @@ def make_train_batch(
     new = curriculum.update(state, stats, jnp.mean(scored.format_score), cfg.schedule)
     weight = weights.token_weights(scored.region, new.weight, cfg.schedule.normalizer)
     correction = None
-    if cfg.importance_cap is not None and old is not None:
-        correction = jnp.minimum(loss.ratio(old.logp, rollout.logp), cfg.importance_cap)
+    if cfg.tis_cap is not None and old is not None:
+        correction = jnp.minimum(loss.ratio(old.logp, rollout.logp), cfg.tis_cap)
     batch = TrainBatch(
         prompt=rollout.prompt,
         prompt_length=rollout.prompt_length,
@@ -143,7 +143,7 @@ def prepare_step(
 ) -> tuple[StepBatch, curriculum.CurriculumState, Metrics]:
     """`make_train_batch` and the coefficients of its mini-batches; row p belongs to mini-batch p % updates."""
     batch, new, metrics = make_train_batch(scored, old, logp_ref, state, cfg)
-    counted = has_signal(scored.reward) | cfg.every_group_counts
+    counted = nonzero_advantage(scored.reward) | cfg.all_groups_active
 
     def by_update(x):
         return x.reshape(-1, cfg.updates, *x.shape[1:])
@@ -199,7 +199,7 @@ def loss_terms(
 
 
 @dataclasses.dataclass(frozen=True)
-class Extents:
+class BatchLengths:
     """What the host must know of a whole (global) batch to cut it: NumPy."""
 
     prompt_length: np.ndarray  # [P]
@@ -208,40 +208,40 @@ class Extents:
     widths: tuple[int, int]  # padded prompt and response positions
 
     @classmethod
-    def of(cls, scored: ScoredBatch) -> "Extents":
+    def of(cls, scored: ScoredBatch) -> "BatchLengths":
         """Of a batch that this process can read whole."""
         r = scored.rollout
         arrays = map(np.asarray, (r.prompt_length, r.response_length, scored.reward))
         return cls(*arrays, widths=(r.prompt.shape[1], r.responses.shape[2]))
 
 
-def wanted_groups(reward: np.ndarray, cfg: StepConfig) -> np.ndarray:
+def active_groups(reward: np.ndarray, cfg: StepConfig) -> np.ndarray:
     """bool [P]: the groups that must be computed; the others have neither advantage nor another term's gradient."""
-    return (reward.max(axis=1) != reward.min(axis=1)) | cfg.every_group_counts
+    return (reward.max(axis=1) != reward.min(axis=1)) | cfg.all_groups_active
 
 
-def plan_step(extents: Extents, cfg: StepConfig, ways: int) -> list[list[MicroBatch]]:
+def plan_step(extents: BatchLengths, cfg: StepConfig, ways: int) -> list[list[MicroBatch]]:
     """The micro-batches of each update, for the groups that must be computed."""
     return plan(
         extents.prompt_length,
         extents.response_length,
         extents.widths,
         ways=ways,
-        budget=cfg.micro_tokens,
-        wanted=wanted_groups(extents.reward, cfg),
+        budget=cfg.max_tokens_per_microbatch,
+        wanted=active_groups(extents.reward, cfg),
         updates=cfg.updates,
         most_rows=None if cfg.noise_groups is None else 1,
     )
 
 
-def plan_all(extents: Extents, cfg: StepConfig, ways: int) -> list[MicroBatch]:
+def plan_all(extents: BatchLengths, cfg: StepConfig, ways: int) -> list[MicroBatch]:
     """Micro-batches that name every group once."""
     (found,) = plan(
         extents.prompt_length,
         extents.response_length,
         extents.widths,
         ways=ways,
-        budget=cfg.micro_tokens,
+        budget=cfg.max_tokens_per_microbatch,
     )
     return found
 
@@ -263,7 +263,7 @@ def make_train_step(
     """
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    ways = batch_ways(mesh)
+    ways = num_data_shards(mesh)
 
     prepare = jax.jit(
         functools.partial(prepare_step, cfg=cfg),
@@ -276,7 +276,7 @@ def make_train_step(
 
     def step(state, scored, old, logp_ref, micro_batches: Sequence | None = None):
         if micro_batches is None:
-            micro_batches = plan_step(Extents.of(scored), cfg, ways)
+            micro_batches = plan_step(BatchLengths.of(scored), cfg, ways)
         batch, new_curriculum, metrics = prepare(scored, old, logp_ref, state.curriculum)
         per_update = []
         for mini in micro_batches:
@@ -307,7 +307,7 @@ def make_logprobs(
     for the reference model. The plan must name every group once; without one, `rollout` must be readable here.
     """
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    ways = batch_ways(mesh)
+    ways = num_data_shards(mesh)
 
     def one(params, out, rollout, pick, slots):
         r = take_groups(rollout, pick, slots, mesh)
@@ -324,7 +324,7 @@ def make_logprobs(
         if micro_batches is None:
             lengths = np.asarray(rollout.prompt_length), np.asarray(rollout.response_length)
             widths = rollout.prompt.shape[1], rollout.responses.shape[2]
-            micro_batches = plan_all(Extents(*lengths, lengths[1], widths), cfg, ways)
+            micro_batches = plan_all(BatchLengths(*lengths, lengths[1], widths), cfg, ways)
         shape = rollout.responses.shape
         out = OldPolicy(*(jnp.zeros(shape, jnp.float32, device=rows) for _ in range(3)))
         for micro in micro_batches:
@@ -356,7 +356,7 @@ def batch_metrics(
         "reward/mean": jnp.mean(scored.reward),
         "reward/std": jnp.std(scored.reward),
         "reward/format_score": jnp.mean(scored.format_score),
-        "reward/equal_groups": jnp.mean(1.0 - has_signal(scored.reward)),
+        "reward/equal_groups": jnp.mean(1.0 - nonzero_advantage(scored.reward)),
         "rollout/response_tokens": jnp.mean(length),
         "rollout/prompt_tokens": jnp.mean(batch.prompt_length.astype(jnp.float32)),
         "rollout/entropy": masked.mean_over_mask(scored.rollout.entropy, batch.mask),
@@ -370,8 +370,39 @@ def batch_metrics(
         "count": stats.count,
         "base": state.weight,
     }
-    for name, column in (columns | {"weight": mean, "mass": mass}).items():
+    for name, column in (columns | {"weight": mean, "weight_share": mass}).items():
         out |= {
             f"region/{r.name.lower()}/{name}": column[r] for r in Region if r is not Region.NONE
         }
     return out
+
+
+def init_state(
+    policy: Policy, tx: optax.GradientTransformation, schedule: curriculum.Schedule, seed: int
+) -> tuple[TrainState, TrainState, TrainState]:
+    """(state, abstract state with shardings, shardings). The optimiser's state is born sharded; the policy's weights
+    move into the state (they are donated).
+    """
+    everywhere = NamedSharding(policy.mesh, PartitionSpec())
+    params_at = param_shardings(policy.config, policy.mesh)
+
+    def make(params):
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=tx.init(params),
+            rng=jax.random.key(seed),
+            curriculum=curriculum.init(schedule),
+        )
+
+    shapes = jax.eval_shape(make, policy.params)
+    shardings = dataclasses.replace(
+        jax.tree.map(lambda _: everywhere, shapes),
+        params=params_at,
+        opt_state=tree_shardings_like(shapes.opt_state, policy.params, params_at),
+    )
+    state = jax.jit(make, out_shardings=shardings, donate_argnums=0)(policy.params)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+    return state, abstract, shardings

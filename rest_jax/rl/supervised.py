@@ -17,16 +17,15 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from rest_jax import masked
-from rest_jax.answer import NUM_REGIONS, Region
 from rest_jax.config import SftConfig
+from rest_jax.distributed import num_data_shards
 from rest_jax.models.decoder import Decoder
+from rest_jax.rl import masked
 from rest_jax.rl.forward import response_loss
 from rest_jax.rl.gradients import Metrics, Totals, make_update
-from rest_jax.rl.logprobs import Sampling
 from rest_jax.rl.packing import plan
-from rest_jax.sharding import batch_ways
-from rest_jax.types import AnyArray, Params, TrainState, response_mask
+from rest_jax.tool_calls import NUM_REGIONS, Region
+from rest_jax.types import AnyArray, Params, Sampling, TrainState, response_mask
 
 TOOL_CALL_REGIONS = (Region.SCAFFOLD, Region.NAME, Region.PARAM)
 
@@ -44,10 +43,10 @@ class GoldBatch:
 
 @dataclasses.dataclass(frozen=True)
 class SupervisedConfig:
-    """The static side of a supervised step; `micro_tokens` as in `step.StepConfig`."""
+    """The static side of a supervised step; `max_tokens_per_microbatch` as in `step.StepConfig`."""
 
     sft: SftConfig
-    micro_tokens: int | None
+    max_tokens_per_microbatch: int | None
     vocab_chunk: int
 
 
@@ -114,7 +113,13 @@ def make_supervised_step(
     def step(state, gold, lengths):
         widths = gold.prompt.shape[1], gold.responses.shape[2]
         prompts, answers = lengths
-        (mini,) = plan(prompts, answers, widths, ways=batch_ways(mesh), budget=cfg.micro_tokens)
+        (mini,) = plan(
+            prompts,
+            answers,
+            widths,
+            ways=num_data_shards(mesh),
+            budget=cfg.max_tokens_per_microbatch,
+        )
         state, metrics = update(state, prepare(gold), mini)
         state = dataclasses.replace(state, step=add_one(state.step))
         return state, metrics | {"update/tokens": answers.sum()}

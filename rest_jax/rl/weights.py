@@ -15,9 +15,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from rest_jax.answer import NUM_REGIONS, Region
 from rest_jax.config import WeightsConfig
-from rest_jax.masked import EPS
+from rest_jax.rl.masked import EPS
+from rest_jax.tool_calls import NUM_REGIONS, Region
 
 POLICY_REGIONS = tuple(r for r in Region if r is not Region.NONE)
 

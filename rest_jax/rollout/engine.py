@@ -22,21 +22,21 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from rest_jax.distributed import BATCH_AXES, num_data_shards
+from rest_jax.models.cache import Layers
 from rest_jax.models.config import DecoderConfig
-from rest_jax.models.decoder import Decoder, logits, unstack_layers
+from rest_jax.models.decoder import Decoder, logits, param_shardings, unstack_layers
 from rest_jax.models.layouts import Cache, prompt_rows
-from rest_jax.models.records import Layers
-from rest_jax.rl.logprobs import Sampling
+from rest_jax.models.load import Policy
 from rest_jax.rollout.sampling import draw, row_keys, uniforms
-from rest_jax.sharding import BATCH_AXES, batch_ways
-from rest_jax.types import Params
+from rest_jax.types import Params, Sampling
 
 CHUNK = 64  # tokens a lane that one call of `decode` draws at most
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutSettings:
-    """The static side of a rollout. Lanes and prompt slots are those of one way."""
+    """The static side of a rollout. NewRequests and prompt slots are those of one way."""
 
     group_size: int
     max_tokens: int  # Tr: response tokens, the stop id included
@@ -78,7 +78,7 @@ class Prefilled(NamedTuple):
     length: Int[Array, " W"]
 
 
-class Lanes(NamedTuple):
+class NewRequests(NamedTuple):
     """New responses: lane n of way w continues the prompt in `prompt_slot` as `sample` of prompt `row`, where `new`."""
 
     new: Bool[Array, "W N"]
@@ -163,8 +163,8 @@ def insert(slots: Slots, prefilled: Prefilled, slot: Int[Array, " W"]) -> Slots:
 
 
 @jax.named_scope("start")
-def start(slots: Slots, lanes: Lanes, rng: Key[Array, ""], step: Int[Array, ""]) -> Slots:
-    """Lanes begin new responses; the others go on."""
+def start(slots: Slots, lanes: NewRequests, rng: Key[Array, ""], step: Int[Array, ""]) -> Slots:
+    """NewRequests begin new responses; the others go on."""
     new, cache = lanes.new, slots.cache
     way, lane = jnp.indices(new.shape)
     own = jnp.take_along_axis(slots.prompt_hidden, lanes.prompt_slot[..., None], axis=1)
@@ -292,7 +292,7 @@ def make_engine(
     decoder: Decoder, settings: RolloutSettings, mesh: Mesh, param_shardings: Params
 ) -> Engine:
     """jit of the steps on a mesh; weights in the rollout layout."""
-    ways = batch_ways(mesh)
+    ways = num_data_shards(mesh)
     first = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     second = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -351,3 +351,18 @@ def make_cast(dtype: jnp.dtype, shardings: Params, *, unstack: bool) -> Callable
         return unstack_layers(params) if unstack else params
 
     return jax.jit(cast, out_shardings=shardings)
+
+
+def rollout_decoder(decoder: Decoder) -> Decoder:
+    """The decoder of rollouts. On CPU its layers are written out: a loop over stacked weights would copy each layer's
+    weights for every token.
+    """
+    layers = "unroll" if jax.default_backend() == "cpu" else "scan"
+    return Decoder(dataclasses.replace(decoder.cfg, layers=layers, remat="none"))
+
+
+def rollout_cast(policy: Policy) -> Callable[[Params], Params]:
+    """Function from the train weights of a policy to its rollout weights (`make_cast`)."""
+    cfg = rollout_decoder(policy.decoder).cfg
+    shardings = param_shardings(cfg, policy.mesh, layout="rollout")
+    return make_cast(cfg.dtype, shardings, unstack=cfg.layers == "unroll")

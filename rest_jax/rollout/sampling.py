@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from rest_jax.rl.logprobs import Sampling, sum_of_products, truncate
+from rest_jax.rl.logprobs import sum_of_products, truncate
+from rest_jax.types import Sampling
 
 _BLOCK = 128  # words summed before the search
 

@@ -21,11 +21,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rest_jax.hosts import gather, to_host, to_mesh
-from rest_jax.models.decoder import Decoder
+from rest_jax.config import RolloutConfig
+from rest_jax.distributed import gather, to_host, to_mesh
+from rest_jax.models.decoder import Decoder, param_shardings
+from rest_jax.models.load import Policy
 from rest_jax.rl.packing import bucket
-from rest_jax.rollout.engine import CHUNK, Drawn, Engine, Lanes, RolloutSettings, Slots, make_engine
-from rest_jax.types import Params, PromptBatch, RolloutBatch
+from rest_jax.rollout.engine import (
+    CHUNK,
+    Drawn,
+    Engine,
+    NewRequests,
+    RolloutSettings,
+    Slots,
+    make_engine,
+    rollout_decoder,
+)
+from rest_jax.types import Params, PromptBatch, RolloutBatch, Sampling
 
 _FEWEST_LANES = 8
 
@@ -61,7 +72,7 @@ class Way:
 
     @property
     def free_lanes(self) -> list[int]:
-        """Lanes that draw nothing."""
+        """NewRequests that draw nothing."""
         return [n for n, work in enumerate(self.lane) if work is None]
 
     @property
@@ -188,7 +199,7 @@ class _Run:
         if not any(started):
             return
         shape = (len(self.ways), len(self.ways[0].lane))
-        lanes = Lanes(np.zeros(shape, bool), *(np.zeros(shape, np.int32) for _ in range(4)))  # type: ignore[arg-type]
+        lanes = NewRequests(np.zeros(shape, bool), *(np.zeros(shape, np.int32) for _ in range(4)))  # type: ignore[arg-type]
         for w, found in enumerate(started):
             for lane, slot, sample in found:
                 group = self.ways[w].group[slot]
@@ -367,3 +378,23 @@ def make_sampler(
 ) -> Sampler:
     """A sampler over a mesh; weights in the rollout layout (`engine.make_cast`)."""
     return Sampler(make_engine(decoder, settings, mesh, param_shardings), settings, mesh)
+
+
+def policy_sampler(
+    policy: Policy, group_size: int, max_tokens: int, sampling: Sampling, rollout: RolloutConfig
+) -> Sampler:
+    """A sampler of a policy; decode slots and prompt cache entries as in `rollout`. Weights come from `rollout_cast`."""
+    settings = RolloutSettings(
+        group_size=group_size,
+        max_tokens=max_tokens,
+        stop_ids=policy.tokenizer.stop_ids,
+        pad_id=policy.tokenizer.pad_id,
+        sampling=sampling,
+        lanes=rollout.decode_slots,
+        prompt_slots=rollout.prompt_cache_entries if group_size > 1 else None,
+        # fewer sizes where compilation is dear
+        ratio=2 if jax.default_backend() == "cpu" else 4,
+    )
+    decoder = rollout_decoder(policy.decoder)
+    shardings = param_shardings(decoder.cfg, policy.mesh, layout="rollout")
+    return make_sampler(decoder, settings, policy.mesh, shardings)

@@ -8,8 +8,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from rest_jax.answer import Answer, Target
 from rest_jax.templates import hermes, llama3, toolrl
+from rest_jax.tool_calls import Answer, Target
 
 
 class RenderPrompt(Protocol):

@@ -12,7 +12,7 @@ import math
 import re
 from typing import Any, NamedTuple
 
-from rest_jax.answer import Call
+from rest_jax.tool_calls import Call
 
 MAX_DEPTH = 32  # of the call object itself, which is depth 1
 MAX_BYTES = 64 * 1024

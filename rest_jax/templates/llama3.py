@@ -8,9 +8,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rest_jax.answer import Answer, Target
 from rest_jax.templates import parser
 from rest_jax.templates.rendering import call_lines, signature, verbatim
+from rest_jax.tool_calls import Answer, Target
 
 _REQUEST = (
     "Given the following functions, please respond with a JSON for a function call with its proper "

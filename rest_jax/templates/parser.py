@@ -10,7 +10,6 @@ member at which a broken object failed.
 import dataclasses
 import re
 
-from rest_jax.answer import Answer, Block
 from rest_jax.templates.json_calls import Scan, scan_object
 from rest_jax.templates.writer import (
     OTHER,
@@ -23,6 +22,7 @@ from rest_jax.templates.writer import (
     open_thought,
     separators_end,
 )
+from rest_jax.tool_calls import Answer, Block
 
 CALL_OPEN, CALL_CLOSE = b"<tool_call>", b"</tool_call>"
 RESPONSE_OPEN, RESPONSE_CLOSE = b"<response>", b"</response>"

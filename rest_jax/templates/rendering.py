@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from rest_jax.answer import Answer, Call, Target
+from rest_jax.tool_calls import Answer, Call, Target
 
 _SCHEMA_TYPES = {
     "str": "string",

@@ -10,9 +10,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rest_jax.answer import Answer, Target
 from rest_jax.templates import parser
 from rest_jax.templates.rendering import call_lines, flat_parameters
+from rest_jax.tool_calls import Answer, Target
 
 INTRODUCTION = (
     "You are a helpful multi-turn dialogue assistant capable of leveraging tool calls to solve "

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rest_jax.answer import Answer, Block, Call, Region
 from rest_jax.templates.json_calls import Scan, read_call
+from rest_jax.tool_calls import Answer, Block, Call, Region
 
 # Plain integers: they become an int8 array at the end, much faster than enum members would.
 TAG, SCAFFOLD, NAME, PARAM = map(int, (Region.TAG, Region.SCAFFOLD, Region.NAME, Region.PARAM))

@@ -10,7 +10,7 @@ import pytest
 
 from rest_jax.config import DataConfig
 from rest_jax.data.loader import Ahead, Loader, make_loader
-from rest_jax.data.prepare import Prepared
+from rest_jax.data.tokenize import Prepared
 from rest_jax.errors import UserError
 
 SIZE, BATCH, STEPS = 10, 3, 7  # three batches an epoch, and one record left over

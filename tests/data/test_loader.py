@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from rest_jax.config import DataConfig
-from rest_jax.data import synthetic
+from rest_jax.data.convert import read_records, write_records
 from rest_jax.data.loader import bucketed, make_loader, pad, sft_loader
-from rest_jax.data.prepare import (
+from rest_jax.data.synthetic import world as synthetic
+from rest_jax.data.synthetic.tiny_tokenizer import train_tokenizer
+from rest_jax.data.tokenize import (
     Prepared,
     load_split,
     load_training,
@@ -17,11 +19,9 @@ from rest_jax.data.prepare import (
     prepare_supervised,
     tokenize_supervised,
 )
-from rest_jax.data.sources import read_records, write_records
-from rest_jax.data.tiny_tokenizer import train_tokenizer
 from rest_jax.errors import UserError
+from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.templates import TEMPLATES
-from rest_jax.tokenizer import Tokenizer
 
 TEMPLATE = TEMPLATES["toolrl"]
 CFG = DataConfig(brief_prompt=True)

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from rest_jax.answer import Call, Target
 from rest_jax.data.records import RecordError, StepRecord, from_json, target_from_text, to_json
 from rest_jax.templates import TEMPLATES
+from rest_jax.tool_calls import Call, Target
 
 RECORD = StepRecord(
     id="r1",

@@ -6,7 +6,7 @@ import subprocess
 
 import yaml
 
-from rest_jax import arguments, cli, shipped
+from rest_jax import arguments, builtin, cli
 
 LAUNCH = pathlib.Path(__file__).resolve().parents[2] / "launch"
 
@@ -14,8 +14,8 @@ LAUNCH = pathlib.Path(__file__).resolve().parents[2] / "launch"
 def understood(words: list[str]) -> None:
     assert words[:2] == ["rest-jax", "sweep"]
     found = arguments.parse(words[1:], cli.COMMANDS)
-    assert shipped.find_config(found.config).is_file()
-    assert shipped.find_space(found.space).is_file()
+    assert builtin.find_config(found.config).is_file()
+    assert builtin.find_space(found.space).is_file()
     assert found.quiet
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from rest_jax.answer import Call, Target
 from rest_jax.rewards.format import format_score
 from rest_jax.templates import TEMPLATES
+from rest_jax.tool_calls import Call, Target
 
 CALL = Call("f", {"a": 1})
 KINDS = {

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from rest_jax.answer import Call, Target
 from rest_jax.config import RewardConfig
 from rest_jax.rewards import score
 from rest_jax.rewards.schedule import correctness_bounds, format_bounds, scale
 from rest_jax.templates import TEMPLATES
+from rest_jax.tool_calls import Call, Target
 
 TARGET = Target(calls=(Call("f", {"a": 1, "b": "x"}),))
 LINE = '{"name": "f", "parameters": {"a": 1, "b": "x"}}\n'

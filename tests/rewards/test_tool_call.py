@@ -8,9 +8,9 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from rest_jax.answer import Call
 from rest_jax.config import RewardConfig
 from rest_jax.rewards.tool_call import accuracy, canonical, match_calls, r_name, same_calls
+from rest_jax.tool_calls import Call
 
 DEFAULT = RewardConfig()
 RELEASED = RewardConfig(count_extra_calls=False, extra_call_penalty=0)

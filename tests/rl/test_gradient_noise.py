@@ -11,7 +11,7 @@ from rest_jax import config as config_lib
 from rest_jax.errors import UserError
 from rest_jax.rl.gradients import gradient_noise
 from rest_jax.rl.packing import MicroBatch
-from rest_jax.rl.step import Extents, plan_step
+from rest_jax.rl.step import BatchLengths, plan_step
 from rest_jax.train import check_sizes
 from tests import tiny
 from tests.rl.test_skipping import EQUAL, RECORD, run, with_equal
@@ -51,7 +51,7 @@ def test_equals_the_sample_variance_of_the_groups(scored):
 
 def test_groups_go_one_by_one_and_the_update_is_the_same(scored):
     cfg = tiny.step_config(noise_groups=PROMPTS)
-    (plan,) = plan_step(Extents.of(scored), cfg, 1)
+    (plan,) = plan_step(BatchLengths.of(scored), cfg, 1)
     assert all(micro.pick.size == 1 for micro in plan)
     assert len(plan) == PROMPTS - len(EQUAL)
     measured, plain = run(cfg, scored)[0], run(tiny.step_config(), scored)[0]

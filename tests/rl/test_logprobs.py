@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rest_jax.rl.logprobs import Sampling, chosen_logp, entropy_and_gini, truncate, vocabulary_pass
+from rest_jax.rl.logprobs import chosen_logp, entropy_and_gini, truncate, vocabulary_pass
+from rest_jax.types import Sampling
 
 RNG = np.random.default_rng(0)
 

@@ -7,7 +7,7 @@ import pytest
 
 from rest_jax.config import LossConfig
 from rest_jax.rl import loss
-from rest_jax.rl.advantages import dr_grpo, grpo, has_signal
+from rest_jax.rl.advantages import dr_grpo, grpo, nonzero_advantage
 
 RNG = np.random.default_rng(0)
 REWARD = np.array([[1.0, 2.0, 4.0, 1.0], [3.3, 3.3, 3.3, 3.3], [-3.0, 4.0, 4.0, 4.0]], np.float32)
@@ -32,7 +32,7 @@ def test_equal_rewards_give_exactly_zero():
     reward = jnp.full((3, 7), 0.1, jnp.float32)
     for advantage in (grpo(reward), dr_grpo(reward)):
         np.testing.assert_array_equal(advantage, 0.0)
-    np.testing.assert_array_equal(has_signal(jnp.asarray(REWARD)), [True, False, True])
+    np.testing.assert_array_equal(nonzero_advantage(jnp.asarray(REWARD)), [True, False, True])
 
 
 def oracle(logp, old, a, cfg):

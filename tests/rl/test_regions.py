@@ -5,9 +5,9 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from rest_jax.answer import Answer, Region
 from rest_jax.rl.regions import PRIORITY, label_tokens
 from rest_jax.templates import TEMPLATES
+from rest_jax.tool_calls import Answer, Region
 
 
 def an_answer(spans) -> Answer:

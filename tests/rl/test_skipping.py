@@ -9,10 +9,11 @@ import optax
 import pytest
 
 from rest_jax.config import LossConfig, OptimizerConfig
-from rest_jax.optimizer import make_optimizer
+from rest_jax.distributed import replicated
+from rest_jax.models.decoder import param_shardings
 from rest_jax.rl import curriculum, packing
-from rest_jax.rl.step import Extents, StepConfig, make_train_step, plan_step, wanted_groups
-from rest_jax.sharding import param_shardings, replicated
+from rest_jax.rl.optimizer import make_optimizer
+from rest_jax.rl.step import BatchLengths, StepConfig, active_groups, make_train_step, plan_step
 from rest_jax.types import ScoredBatch, TrainState
 from tests import tiny
 
@@ -27,10 +28,10 @@ RECORD = optax.GradientTransformation(
 
 def everything(scored: ScoredBatch, cfg: StepConfig, ways: int = 1):
     """A plan that skips nothing."""
-    e = Extents.of(scored)
+    e = BatchLengths.of(scored)
     return packing.plan(
         e.prompt_length, e.response_length, e.widths,
-        ways=ways, budget=cfg.micro_tokens, updates=cfg.updates,
+        ways=ways, budget=cfg.max_tokens_per_microbatch, updates=cfg.updates,
     )  # fmt: skip
 
 
@@ -80,9 +81,9 @@ def picked(plan) -> list[int]:
 
 def test_only_groups_with_advantage_are_in_the_plan(scored):
     cfg = tiny.step_config()
-    wanted = wanted_groups(scored.reward, cfg)
+    wanted = active_groups(scored.reward, cfg)
     np.testing.assert_array_equal(wanted, ~np.isin(np.arange(8), EQUAL))
-    assert picked(plan_step(Extents.of(scored), cfg, 1)) == [0, 3, 5, 6]
+    assert picked(plan_step(BatchLengths.of(scored), cfg, 1)) == [0, 3, 5, 6]
     assert picked(everything(scored, cfg)) == list(range(8))
 
 
@@ -104,7 +105,7 @@ def test_skipping_changes_neither_loss_nor_gradient(scored, shape):
 
 def test_skipping_adds_no_more_than_exact_zeros(scored):
     """One group a micro-batch: what is skipped would have added 0 to every sum, so all bits stay."""
-    cfg = tiny.step_config(micro_tokens=1)
+    cfg = tiny.step_config(max_tokens_per_microbatch=1)
     plan = everything(scored, cfg)
     (mini,) = plan
     assert all(micro.pick.shape == (1, 1) for micro in mini)
@@ -115,7 +116,7 @@ def test_skipping_adds_no_more_than_exact_zeros(scored):
     same_start = scored.replace(reward=reward)
     skipped, metrics = run(cfg, same_start)
     forced, expected = run(cfg, same_start, plan)
-    assert len(picked(plan_step(Extents.of(same_start), cfg, 1))) < 8
+    assert len(picked(plan_step(BatchLengths.of(same_start), cfg, 1))) < 8
     identical(skipped.opt_state, forced.opt_state)
     identical(skipped.curriculum, forced.curriculum)
     for name in ("update/loss", "update/policy_loss", "update/grad_norm", "update/entropy"):
@@ -127,8 +128,8 @@ def test_skipping_adds_no_more_than_exact_zeros(scored):
 )
 def test_a_kl_term_or_entropy_bonus_needs_every_group(scored, changes):
     cfg = tiny.step_config(loss=LossConfig(vocab_chunk=5, **changes))
-    assert wanted_groups(scored.reward, cfg).all()
-    assert picked(plan_step(Extents.of(scored), cfg, 1)) == list(range(8))
+    assert active_groups(scored.reward, cfg).all()
+    assert picked(plan_step(BatchLengths.of(scored), cfg, 1)) == list(range(8))
     flat = with_equal(scored, range(8))  # nothing but the other term is left
     reference = flat.rollout.logp - 0.5 if "kl_coefficient" in changes else None
     new, metrics = run(cfg, flat, logp_ref=reference)
@@ -151,7 +152,7 @@ def test_without_any_advantage_the_optimiser_still_moves(scored):
     tx_cfg = OptimizerConfig(learning_rate=1e-2, weight_decay=0.5, max_grad_norm=1.0)
     cfg = tiny.step_config(updates=2)
     flat = with_equal(scored, range(8))
-    assert plan_step(Extents.of(flat), cfg, 1) == [[], []]
+    assert plan_step(BatchLengths.of(flat), cfg, 1) == [[], []]
     new, metrics = run(cfg, flat, tx=make_optimizer(tx_cfg, 10))
     forced, _ = run(cfg, flat, everything(flat, cfg), tx=make_optimizer(tx_cfg, 10))
     identical(new.params, forced.params)
@@ -177,7 +178,7 @@ def test_a_mini_batch_without_advantage_among_others(scored, empty):
     """Prompts p % 2 == `empty` have none: that mini-batch's update goes on with the moments alone."""
     cfg = tiny.step_config(updates=2)
     half = with_equal(tiny.scored(tiny.prompts()), range(empty, 8, 2))
-    plan = plan_step(Extents.of(half), cfg, 1)
+    plan = plan_step(BatchLengths.of(half), cfg, 1)
     assert plan[empty] == [] and len(picked(plan)) == 4
     new, metrics = run(cfg, half, tx=tiny.optimizer())
     forced, _ = run(cfg, half, everything(half, cfg), tx=tiny.optimizer())

@@ -9,11 +9,12 @@ import optax
 import pytest
 
 from rest_jax.config import CurriculumConfig, LossConfig, WeightsConfig
+from rest_jax.distributed import replicated
+from rest_jax.models.decoder import param_shardings
 from rest_jax.rl import curriculum, loss
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.forward import response_logprobs
 from rest_jax.rl.step import OldPolicy, make_logprobs, make_train_step
-from rest_jax.sharding import param_shardings, replicated
 from rest_jax.types import TrainState, response_mask
 from tests import tiny
 
@@ -111,7 +112,7 @@ def test_micro_batches_change_nothing(scored, micro, aggregation):
     )
     one, split = (
         run(cfg, scored),
-        run(dataclasses.replace(cfg, micro_tokens=GROUP_TOKENS * 8 // micro), scored),
+        run(dataclasses.replace(cfg, max_tokens_per_microbatch=GROUP_TOKENS * 8 // micro), scored),
     )
     close(split[0], one[0])
     assert split[1]["update/loss"] == pytest.approx(one[1]["update/loss"], rel=1e-5, abs=1e-7)
@@ -204,7 +205,7 @@ def test_kl_term(scored):
 
 def test_recomputed_values_and_importance_correction(scored):
     mesh = tiny.mesh()
-    cfg = tiny.step_config(micro_tokens=GROUP_TOKENS * 4, importance_cap=1.5)
+    cfg = tiny.step_config(max_tokens_per_microbatch=GROUP_TOKENS * 4, tis_cap=1.5)
     shardings = param_shardings(tiny.decoder().cfg, mesh)
     old = make_logprobs(tiny.decoder(), cfg, mesh, shardings)(tiny.params(), scored.rollout)
     mask = np.arange(tiny.TIME) < scored.rollout.response_length[..., None]

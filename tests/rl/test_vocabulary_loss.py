@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rest_jax.rl.logprobs import Sampling, chosen_logp, entropy_and_gini, truncate, vocabulary_loss
+from rest_jax.rl.logprobs import chosen_logp, entropy_and_gini, truncate, vocabulary_loss
+from rest_jax.types import Sampling
 
 ROWS, TIME, WORDS, WIDTH = 3, 13, 29, 8
 SAMPLINGS = [

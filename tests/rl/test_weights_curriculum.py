@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rest_jax.answer import NUM_REGIONS, Region
 from rest_jax.config import CurriculumConfig, WeightsConfig
 from rest_jax.rl import curriculum, weights
+from rest_jax.tool_calls import NUM_REGIONS, Region
 
 ENTROPY = jnp.array([0, 0.02, 0.1, 0.4, 0.6, 1.5, 0.9, 2.0], np.float32)
 GINI = jnp.array([0, 0.01, 0.06, 0.2, 0.3, 0.6, 0.4, 0.8], np.float32)

@@ -8,7 +8,7 @@ import pytest
 from rest_jax.models.decoder import logits
 from rest_jax.models.layouts import prompt_rows
 from rest_jax.rl.forward import response_logprobs
-from rest_jax.rl.logprobs import Sampling
+from rest_jax.types import Sampling
 from tests import tiny
 
 SAMPLINGS = [Sampling(), Sampling(0.7), Sampling(1.2, 8), Sampling(1.0, 0, 0.9)]

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rest_jax.rl.logprobs import Sampling
 from rest_jax.rollout.sampling import _inverse, draw, row_keys, uniforms
+from rest_jax.types import Sampling
 
 WORDS = [5, 96, 128, 300, 1000]  # less than a block, not a multiple, one whole, several
 SAMPLINGS = [Sampling(), Sampling(0.7), Sampling(1.4, 3), Sampling(1.0, 0, 0.8), Sampling(0.8, 20, 0.6)]  # fmt: skip

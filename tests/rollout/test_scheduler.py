@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rest_jax.models.decoder import param_shardings
 from rest_jax.rl.packing import bucket
 from rest_jax.rollout import engine as engine_lib
 from rest_jax.rollout import scheduler
@@ -149,7 +150,7 @@ def endless(lanes: int) -> Sampler:
     """A sampler whose stop id no policy draws: every response is `TIME` long, or as long as its limit."""
     sampler = tiny.sampler()
     options = RolloutSettings(tiny.GROUP, tiny.TIME, (tiny.VOCAB + 1,), tiny.PAD, tiny.FULL, lanes)
-    shardings = tiny.param_shardings(tiny.decoder().cfg, sampler.mesh, layout="rollout")
+    shardings = param_shardings(tiny.decoder().cfg, sampler.mesh, layout="rollout")
     return scheduler.make_sampler(tiny.decoder(), options, sampler.mesh, shardings)
 
 
@@ -225,7 +226,7 @@ def chunked():
         patch.setattr(engine_lib, "CHUNK", 4)
         patch.setattr(scheduler, "CHUNK", 4)
         mesh = tiny.mesh()
-        shardings = tiny.param_shardings(tiny.decoder().cfg, mesh, layout="rollout")
+        shardings = param_shardings(tiny.decoder().cfg, mesh, layout="rollout")
         options = RolloutSettings(tiny.GROUP, tiny.TIME, (tiny.STOP,), tiny.PAD, tiny.FULL, lanes=3)
         yield scheduler.make_sampler(tiny.decoder(), options, mesh, shardings)
 

@@ -7,10 +7,10 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from rest_jax.answer import NUM_REGIONS, Call, Target
 from rest_jax.config import RewardConfig
 from rest_jax.rewards import score
 from rest_jax.templates import TEMPLATES
+from rest_jax.tool_calls import NUM_REGIONS, Call, Target
 
 FRAGMENTS = [
     b"<think>", b"</think>", b"<tool_call>", b"</tool_call>", b"<response>",

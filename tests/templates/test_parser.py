@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from rest_jax.answer import Block, Call, Region
 from rest_jax.templates import TEMPLATES
+from rest_jax.tool_calls import Block, Call, Region
 
 LETTERS = {
     Region.TAG: "t",

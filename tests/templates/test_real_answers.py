@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from rest_jax.answer import Call, Region, Target
 from rest_jax.config import RewardConfig
 from rest_jax.rewards import score
 from rest_jax.templates import TEMPLATES
+from rest_jax.tool_calls import Call, Region, Target
 
 
 @pytest.fixture(scope="module")

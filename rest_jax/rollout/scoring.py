@@ -1,0 +1,95 @@
+"""From sampled ids to rewards and regions, on the host: ids -> bytes -> parse -> score and region
+labels.
+
+In: a `RolloutBatch` of NumPy arrays and one `Target` a prompt. Out: the `ScoredBatch` and a `Score`
+for every response. Text is derived from the ids, never the reverse; one parse serves the reward and
+the regions.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from rest_jax.config import RewardConfig
+from rest_jax.rewards import Score, score
+from rest_jax.rl.regions import label_tokens
+from rest_jax.templates import Template
+from rest_jax.tool_calls import Target
+from rest_jax.types import RolloutBatch, ScoredBatch
+
+
+class TokenBytes(Protocol):
+    """What scoring needs of a tokenizer (`tokenizer.Tokenizer` has it)."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def piece_lengths(self) -> np.ndarray: ...  # int32 [V], bytes of each id
+
+    def bytes_of(self, ids: Sequence[int]) -> bytes: ...
+
+
+def score_rollout(
+    rollout: RolloutBatch,
+    targets: Sequence[Target],
+    tokenizer: TokenBytes,
+    template: Template,
+    cfg: RewardConfig,
+    progress: float,
+) -> tuple[ScoredBatch, list[list[Score]]]:
+    """Scores and labels every response at reward progress `progress` in [0, 1].
+
+    The text of a response is the bytes of its ids before a final stop id, which is the end-of-turn
+    token. A response that never stops is parsed as it is. Returns the batch (NumPy, validated) and
+    the scores, [P][G]. ValueError when the number of targets is not that of the prompts, or an id
+    is outside the vocabulary.
+    """
+    prompts, group, width = rollout.responses.shape
+    if len(targets) != prompts:
+        raise ValueError(f"score_rollout: {len(targets)} targets for {prompts} prompts")
+    ids = np.asarray(rollout.responses).reshape(prompts * group, width)
+    length = np.asarray(rollout.response_length).reshape(-1)
+    if ids.size and not 0 <= ids.min() <= ids.max() < len(tokenizer.piece_lengths):
+        raise ValueError(
+            f"score_rollout: ids {ids.min()} to {ids.max()} for a vocabulary of {len(tokenizer.piece_lengths)}"
+        )
+    has_stop = _ends_with_stop(ids, length, tokenizer.stop_ids)
+    text_length = length - has_stop
+    answers = [
+        template.parse(tokenizer.bytes_of(row[:n]))
+        for row, n in zip(ids.tolist(), text_length.tolist(), strict=True)
+    ]
+    region = label_tokens(answers, tokenizer.piece_lengths[ids], text_length, has_stop)
+    scores = [
+        [
+            score(
+                answers[p * group + g],
+                targets[p],
+                template.name,
+                cfg,
+                progress,
+                int(length[p * group + g]),
+            )
+            for g in range(group)
+        ]
+        for p in range(prompts)
+    ]
+    scored = ScoredBatch(
+        rollout=rollout,
+        region=region.reshape(prompts, group, width),  # type: ignore[arg-type]
+        reward=_table(scores, "reward").reshape(prompts, group),  # type: ignore[arg-type]
+        format_score=_table(scores, "format_score").reshape(prompts, group),  # type: ignore[arg-type]
+    )
+    return scored.validate(), scores
+
+
+def _ends_with_stop(ids: np.ndarray, length: np.ndarray, stop_ids: Sequence[int]) -> np.ndarray:
+    """bool [B]: whether the last id of a response is a stop id."""
+    last = ids[np.arange(len(ids)), np.maximum(length - 1, 0)]
+    return (length > 0) & np.isin(last, np.array(stop_ids, ids.dtype))
+
+
+def _table(scores: list[list[Score]], field: str) -> np.ndarray:
+    return np.array([[getattr(s, field) for s in row] for row in scores], np.float32)

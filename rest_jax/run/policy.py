@@ -1,0 +1,65 @@
+"""Loading the policy of any source: the folder of a run (its newest sound checkpoint), or what `models.load` reads.
+
+So the checkpoint of one run is the start of another, without conversion.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import jax
+from flax import linen as nn
+
+from rest_jax import builtin
+from rest_jax import config as config_lib
+from rest_jax.config import Config, MeshConfig, ModelConfig
+from rest_jax.distributed import make_mesh
+from rest_jax.models.decoder import abstract_params, param_shardings
+from rest_jax.models.hf.config import decoder_config
+from rest_jax.models.hf.folder import read_json
+from rest_jax.models.load import Policy, compute_dtype, load_pretrained, make_policy
+from rest_jax.run import checkpoint
+from rest_jax.run.folder import CONFIG_FILE, MODEL_FOLDER
+
+
+def load_policy(model: ModelConfig, mesh_config: MeshConfig) -> Policy:
+    """Loads weights straight into their shards. UserError for a source that cannot be used."""
+    mesh = make_mesh(mesh_config)
+    if not is_run(model.source):
+        return load_pretrained(model, mesh)
+    folder = pathlib.Path(model.source)
+    files = folder / MODEL_FOLDER
+    sizes = decoder_config(read_json(files / "config.json"))
+    config = dataclasses.replace(sizes, dtype=compute_dtype(model.dtype), remat=model.remat)
+    shapes = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        nn.meta.unbox(abstract_params(config)),
+        param_shardings(config, mesh),
+    )
+    params, _ = checkpoint.restore_params(folder, shapes)
+    return make_policy(config, params, model.tokenizer, mesh, files)
+
+
+def is_run(source: str) -> bool:
+    """Whether a path is the folder of a run."""
+    folder = pathlib.Path(source)
+    return (folder / checkpoint.FOLDER).is_dir() and (folder / MODEL_FOLDER).is_dir()
+
+
+def config_of(source: str, overrides: Sequence[str]) -> Config:
+    """The config to use a model under: the run's own, for anything else the defaults; `overrides` ("key=value") on top.
+
+    `model.source` is `source`.
+    """
+    path = pathlib.Path(source) / CONFIG_FILE
+    if is_run(source) and path.is_file():
+        config = config_lib.load(path, overrides)
+    else:
+        config = config_lib.from_overrides(
+            {"name": "command", "model": {"source": source}}, overrides
+        )
+    model = config.model.model_copy(update={"source": builtin.locate(source)})
+    # A run's mesh is that of the machine it ran on; here it is what the overrides say, else all devices.
+    given = [word for word in overrides if word.startswith("mesh.")]
+    mesh = config.mesh if given else MeshConfig()
+    return config.model_copy(update={"model": model, "mesh": mesh})

