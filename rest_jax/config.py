@@ -168,14 +168,14 @@ class CurriculumConfig(Section):
     start_think: PositiveFloat | None = None
     # target `mass` (weights.normalizer is not applied): shares of the total weight at nu = 0 and nu = 1;
     # RESPONSE and OTHER get what is left, here nothing but w_min
-    mass_start_format: Fraction = 0.20
-    mass_end_format: Fraction = 0.05
-    mass_start_name: Fraction = 0.25
-    mass_end_name: Fraction = 0.25
-    mass_start_param: Fraction = 0.25
-    mass_end_param: Fraction = 0.30
-    mass_start_think: Fraction = 0.30
-    mass_end_think: Fraction = 0.40
+    share_start_format: Fraction = 0.20
+    share_end_format: Fraction = 0.05
+    share_start_name: Fraction = 0.25
+    share_end_name: Fraction = 0.25
+    share_start_param: Fraction = 0.25
+    share_end_param: Fraction = 0.30
+    share_start_think: Fraction = 0.30
+    share_end_think: Fraction = 0.40
     adaptive_low: Fraction = (
         0.5  # shape `adaptive`: nu = 0 at this EMA of the format score, 1 at `adaptive_high`
     )

@@ -1,4 +1,4 @@
-"""The mesh, and the one table from logical axis names to mesh axes.
+"""The mesh, the one table from logical axis names to mesh axes, and what passes between a process and the mesh.
 
 Modules name logical axes only ("embed", "heads", ..); `RULES` says which mesh axes (data, fsdp, tensor,
 expert) hold them. Train layout: weights split over fsdp and tensor. Rollout layout: over tensor only, so
@@ -36,9 +36,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
 }
 _UNSPLIT_IN_ROLLOUT = ("embed",)
-_REPLICATED_WHEN_FEW = (
-    "kv_heads",
-)  # fewer kv heads than tensor devices: every device keeps them all
+# Fewer kv heads than tensor devices: every device keeps them all.
+_REPLICATED_WHEN_FEW = ("kv_heads",)
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -73,7 +72,7 @@ def activate(mesh: Mesh) -> Iterator[None]:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """All of an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -83,17 +82,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def num_data_shards(mesh: Mesh) -> int:
-    """Into how many parts `batch_sharding` splits."""
+    """Into how many parts `batch_sharding` splits an array."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_batch(name: str, size: int, mesh: Mesh) -> None:
-    """ValueError with both numbers unless `size` rows split evenly over the batch axes."""
-    ways = num_data_shards(mesh)
-    if size % ways:
+    """UserError with both numbers unless `size` rows split evenly over the batch axes."""
+    shards = num_data_shards(mesh)
+    if size % shards:
         raise UserError(
-            f"{name} {size} does not divide over {ways} devices "
-            f"(mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}); make it a multiple of {ways}"
+            f"{name} {size} does not divide over {shards} data shards "
+            f"(mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}); make it a multiple of {shards}"
         )
 
 
@@ -107,7 +106,7 @@ def logical_shardings(
     kv heads fewer than the tensor axis are replicated instead.
     """
 
-    def place(path: tuple[Any, ...], box: Any) -> NamedSharding:
+    def sharding_of(path: tuple[Any, ...], box: Any) -> NamedSharding:
         name = ".".join(str(getattr(key, "key", key)) for key in path)
         spec = [
             _mesh_axis(name, axis, size, mesh, layout)
@@ -116,7 +115,7 @@ def logical_shardings(
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(
-        place, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)
+        sharding_of, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)
     )
 
 
@@ -129,16 +128,16 @@ def tree_shardings_like(tree: Any, params: Any, shardings: Any) -> Any:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     placed = jax.tree.leaves(shardings)
     known = {path: (leaf.shape, where) for (path, leaf), where in zip(leaves, placed, strict=True)}
-    whole = replicated(placed[0].mesh)
+    everywhere = replicated(placed[0].mesh)
 
-    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def sharding_of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         for start in range(len(path)):
-            shape, where = known.get(path[start:], (None, whole))
+            shape, where = known.get(path[start:], (None, everywhere))
             if shape == np.shape(leaf):
                 return where
-        return whole
+        return everywhere
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree_util.tree_map_with_path(sharding_of, tree)
 
 
 def _mesh_axis(name: str, axis: str, size: int, mesh: Mesh, layout: str) -> str | None:
@@ -146,20 +145,20 @@ def _mesh_axis(name: str, axis: str, size: int, mesh: Mesh, layout: str) -> str 
     if target is None or (layout == "rollout" and axis in _UNSPLIT_IN_ROLLOUT):
         return None
     assert isinstance(target, str)  # parameters never carry the batch axis
-    ways = mesh.shape[target]
-    if size % ways == 0:
+    devices = mesh.shape[target]
+    if size % devices == 0:
         return target
-    if axis in _REPLICATED_WHEN_FEW and size < ways:
+    if axis in _REPLICATED_WHEN_FEW and size < devices:
         return None
     raise UserError(
-        f"parameter {name}: its {axis} dimension {size} does not divide over mesh axis {target} {ways}; "
+        f"parameter {name}: its {axis} dimension {size} does not divide over mesh axis {target} {devices}; "
         f"choose a {target} size that divides {size}"
     )
 
 
 def to_mesh(tree: Tree, mesh: Mesh) -> Tree:
     """Leaves: this process's rows [P_local, ...] -> global arrays, first axis sharded over (data, fsdp)."""
-    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    sharding = batch_sharding(mesh)
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
     return jax.tree.map(

@@ -1,10 +1,14 @@
-"""Supervised runs (SFT, TSFT, RSFT): the loop of train.py without sampling. Same records, checkpoints, metrics, resumption."""
+"""The supervised loop (SFT, TSFT, RSFT), top to bottom: gold responses, loss, update. No sampling, no maths in here.
+
+`finetune(config)` trains to the end, or to SIGTERM, and resumes when the same command is run again. Records, checkpoints,
+metrics and the loop around the step are those of train.py; a run's folder is a start for `rest-jax train`.
+"""
 
 import contextlib
 import dataclasses
+import functools
 import time
 
-import jax
 import numpy as np
 
 from rest_jax.config import Config
@@ -12,52 +16,41 @@ from rest_jax.data.loader import Ahead, SupervisedBatch, sft_loader
 from rest_jax.data.tokenize import Prepared, load_training, prepare_supervised
 from rest_jax.distributed import activate, check_batch, gather, is_first_process, to_mesh
 from rest_jax.errors import UserError
-from rest_jax.evaluation.heldout import EvalExample, Evaluator, held_out, report_evaluations
+from rest_jax.evaluation.heldout import Evaluator, evaluation, held_out, report_evaluations
 from rest_jax.models.load import Policy
 from rest_jax.rl.curriculum import Schedule
-from rest_jax.rl.optimizer import make_optimizer
+from rest_jax.rl.optimizer import learning_rates, make_optimizer
+from rest_jax.rl.packing import BatchLengths
 from rest_jax.rl.regions import label_tokens
-from rest_jax.rl.step import init_state
-from rest_jax.rl.supervised import GoldBatch, SupervisedConfig, make_supervised_step
+from rest_jax.rl.step import combine_updates, init_state, make_advance
+from rest_jax.rl.supervised import (
+    GoldBatch,
+    make_prepare_gold,
+    make_supervised_update,
+    plan_supervised,
+)
 from rest_jax.rollout.engine import rollout_cast
-from rest_jax.run.folder import Run, TrainingStopped, check_start, not_finite, open_run, save_batch
-from rest_jax.run.metrics import Progress
+from rest_jax.run.folder import Run, check_start, open_run
+from rest_jax.run.loop import Loop, PendingStep
 from rest_jax.run.policy import load_policy
+from rest_jax.run.throughput import packing_metrics
 from rest_jax.templates import TEMPLATES
 
 
-@dataclasses.dataclass(frozen=True)
-class Ending:
-    """How a run ended. Both hold when SIGTERM came in the last evaluation or save, which the run brings to an end."""
-
-    finished: bool  # the last step is done and saved
-    stopped: bool  # SIGTERM was received: nothing else may be begun
-
-
-def run(config: Config, dry_run: bool = False) -> int:
+def finetune(config: Config, dry_run: bool = False) -> int:
     """Trains; 0 at the end or after SIGTERM. UserError for input that cannot be used; TrainingStopped on NaN."""
-    complete(config, dry_run)
-    return 0
-
-
-def complete(config: Config, dry_run: bool = False) -> Ending:
-    """`run` that tells how it ended."""
+    if config.train.measure_noise:
+        raise UserError(
+            "train.measure_noise true: a supervised run does not measure it; set it false"
+        )
     policy = load_policy(config.model, config.mesh)
     check_batch("sft.batch_size", config.sft.batch_size, policy.mesh)
-    records = load_training(config.data)
-    template = TEMPLATES[config.data.template]
+    records, template = load_training(config.data), TEMPLATES[config.data.template]
     data = prepare_supervised(
         records, policy.tokenizer, template, config.data, config.sft.max_tokens
     )
-    if data.size < config.sft.batch_size:
-        raise UserError(
-            f"data.train: {data.size} records, fewer than sft.batch_size {config.sft.batch_size}"
-        )
-    epochs = config.train.epochs
-    steps = config.train.steps or int(data.size // config.sft.batch_size * epochs)
-    if steps == 0:
-        raise UserError(f"train.epochs {epochs}: less than one step of {data.size} records")
-    held = held_out(config, policy)
+    steps = total_steps(config, data.size)
+    examples = held_out(config, policy)
     check_start(config, policy.mesh)
     if is_first_process():
         print(
@@ -65,133 +58,101 @@ def complete(config: Config, dry_run: bool = False) -> Ending:
             flush=True,
         )
     if dry_run:
-        return Ending(finished=False, stopped=False)
-    with contextlib.closing(open_run(config, policy.files)) as opened, activate(policy.mesh):
-        loop = Loop(config, policy, data, held, steps, opened)
-        with contextlib.closing(loop.batches):
-            last = loop.run()
-    # Read when the last checkpoint is whole: until then SIGTERM is caught, and no other one will tell of it.
-    return Ending(finished=last == steps, stopped=opened.stop.agreed())
+        return 0
+    with contextlib.closing(open_run(config, policy.files)) as run, activate(policy.mesh):
+        finetune_steps(policy, data, Evaluator.of(config, policy, examples), run)
+        report_evaluations(run.folder)
+    return 0
 
 
-class Loop:
-    """The compiled function and the state of one supervised run. A resource of `run`."""
-
-    def __init__(
-        self,
-        config: Config,
-        policy: Policy,
-        data: Prepared,
-        held: list[EvalExample],
-        steps: int,
-        opened: Run,
-    ):
-        self.config, self.policy, self.steps, self.opened = config, policy, steps, opened
-        self.template = TEMPLATES[config.data.template]
-        tx = make_optimizer(config.optimizer, steps)
-        schedule = Schedule(config.weights, config.curriculum, steps)
-        self.state, self.abstract, shardings = init_state(policy, tx, schedule, config.seed)
-        step_config = SupervisedConfig(
-            config.sft, config.train.max_tokens_per_microbatch, config.loss.vocab_chunk
+def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, run: Run) -> None:
+    """All steps of a run, from its newest checkpoint on."""
+    config, mesh = run.config, policy.mesh
+    steps = total_steps(config, data.size)
+    tx, rates = make_optimizer(config.optimizer, steps), learning_rates(config.optimizer, steps)
+    schedule = Schedule(config.weights, config.curriculum, steps)
+    state, abstract, shardings = init_state(policy, tx, schedule, config.seed)
+    prepare = make_prepare_gold(config.sft, mesh)
+    update = make_supervised_update(policy.decoder, tx, config.loss, mesh, shardings)
+    advance = make_advance(mesh)
+    batches = Ahead(
+        sft_loader(
+            data,
+            batch_size=config.sft.batch_size,
+            seed=config.seed,
+            pad_id=policy.tokenizer.pad_id,
+            cfg=config.data,
+            num_steps=steps,
         )
-        self.train_step = make_supervised_step(
-            policy.decoder, tx, step_config, policy.mesh, shardings
-        )
-        self.cast = rollout_cast(policy)
-        self.evaluator = Evaluator.of(config, policy, held)
-        self.batches = Ahead(
-            sft_loader(
-                data,
-                batch_size=config.sft.batch_size,
-                seed=config.seed,
-                pad_id=policy.tokenizer.pad_id,
-                cfg=config.data,
-                num_steps=steps,
-            )
-        )
-        self.pending: tuple[int, dict[str, jax.Array], GoldBatch, float] | None = None
-
-    def run(self) -> int:
-        """From the newest checkpoint, or from the start, to the end, or to SIGTERM; the last step that is done."""
-        self.state, loader_state, start = self.opened.resume(self.state, self.abstract)
-        self.policy = dataclasses.replace(self.policy, params=self.state.params)
+    )
+    loop = Loop(run, steps, evaluation(evaluator, rollout_cast(policy)), ("loss", "update/loss"))
+    with contextlib.closing(batches):
+        state, loader_state = loop.resume(state, abstract)
         if loader_state is not None:
-            self.batches.set_state(loader_state)
-        self.progress, self.started = Progress(self.steps, start), time.monotonic()
-        if start == 0 and self.config.train.eval_before:
-            self.evaluate(0)
-        step = start
-        for step in range(start + 1, self.steps + 1):
-            started = time.monotonic()
-            batch, _ = self.batches.take()
-            lengths = gather((batch.prompt_length, batch.response_length))
-            gold = to_mesh(self.labelled(batch), self.policy.mesh)
-            self.state, metrics = self.train_step(self.state, gold, lengths)
-            self.flush()
-            self.pending = (step, metrics, gold, started)
-            stopping = self.opened.stop.agreed()
-            self.after(step, step == self.steps or stopping)
-            if stopping:
-                self.progress.message(
-                    f"SIGTERM: saved at step {step}; run the same command to go on"
-                )
-                break
-        self.flush()
-        self.progress.close()
-        report_evaluations(self.opened.folder)
-        return step
-
-    def labelled(self, batch: SupervisedBatch) -> GoldBatch:
-        """Adds the region of every answer token."""
-        tokenizer = self.policy.tokenizer
-        ids, length = batch.responses[:, 0], batch.response_length[:, 0]
-        text = length - 1  # the last token is the end of the turn
-        answers = [
-            self.template.parse(tokenizer.bytes_of(row[:n]))
-            for row, n in zip(ids, text, strict=True)
-        ]
-        region = label_tokens(answers, tokenizer.piece_lengths[ids], text, np.ones(len(ids), bool))
-        return GoldBatch(
-            prompt=batch.prompt,
-            prompt_length=batch.prompt_length,
-            responses=batch.responses,
-            response_length=batch.response_length,
-            region=region[:, None],
-        )
-
-    def flush(self) -> None:
-        """Reads the pending step's metrics, stops on NaN, writes its line."""
-        if self.pending is None:
-            return
-        (step, metrics, gold, started), self.pending = self.pending, None
-        values = {name: float(value) for name, value in metrics.items()}
-        if not_finite(values):
-            arrays = {f.name: getattr(gold, f.name) for f in dataclasses.fields(gold)}
-            raise TrainingStopped(step, values, save_batch(self.opened.folder, step, arrays))
-        now = time.monotonic()
-        values |= {
-            "time/step": now - started,
-            "time/tokens_per_second": values["update/tokens"] / (now - started),
-            "time/elapsed": now - self.started,
-        }
-        if is_first_process():
-            self.opened.write(step, values)
-            self.progress.update(
-                step, values["update/loss"], values["time/tokens_per_second"], "loss"
+            batches.set_state(loader_state)
+        for step in loop.steps():
+            rows, _ = batches.take()
+            lengths = gather_lengths(rows)
+            gold = to_mesh(label_regions(rows, policy, config.data.template), mesh)
+            dispatched = time.monotonic()
+            batch = prepare(gold)
+            plan = plan_supervised(lengths, config.train.max_tokens_per_microbatch, mesh)
+            state, totals = update(state, batch, plan)
+            state = dataclasses.replace(state, step=advance(state.step))
+            tokens, prompts = int(lengths.response_length.sum()), int(lengths.prompt_length.sum())
+            host = packing_metrics([plan], len(lengths.prompt_length)) | {
+                "data/epoch": int(rows.row.max()) // data.size + 1,
+                "data/dropped": data.dropped,
+                "update/tokens": tokens,
+                "update/learning_rate": float(rates[step - 1]),
+            }
+            pending = PendingStep(
+                device=([totals],),
+                read=combine_updates,
+                host=host,
+                rates=functools.partial(token_rates, tokens, tokens + prompts),
+                batch=gold,
+                dispatched=dispatched,
             )
+            loop.end_step(step, pending, state, batches.get_state())
 
-    def after(self, step: int, last: bool) -> None:
-        """Evaluation and checkpoint, when due; both read the step's metrics first."""
-        t = self.config.train
-        if (last and step == self.steps) or (t.eval_every and step % t.eval_every == 0):
-            self.flush()
-            self.evaluate(step)
-        if last or step % t.checkpoint_every == 0:
-            self.flush()
-            self.opened.save(step, self.state, self.batches.get_state())
 
-    def evaluate(self, step: int) -> None:
-        """Greedy rates on the held-out prompts, as a line of its own."""
-        if self.evaluator is not None:
-            params = self.cast(self.state.params)
-            self.progress.message(self.evaluator.record(self.opened, step, params))
+def token_rates(tokens: int, processed: int, update: float, step: float) -> dict[str, float]:
+    """Target tokens, and all tokens (prompts too), for each second of a step."""
+    return {
+        "time/tokens_per_second": tokens / step,
+        "time/processed_tokens_per_second": processed / step,
+    }
+
+
+def total_steps(config: Config, records: int) -> int:
+    """`train.steps`, or the complete steps in `train.epochs`."""
+    size, epochs = config.sft.batch_size, config.train.epochs
+    if records < size:
+        raise UserError(f"data.train: {records} records, fewer than sft.batch_size {size}")
+    steps = config.train.steps or int(records // size * epochs)
+    if steps == 0:
+        raise UserError(f"train.epochs {epochs}: less than one step of {records} records")
+    return steps
+
+
+def gather_lengths(rows: SupervisedBatch) -> BatchLengths:
+    """Lengths of the batch of all processes."""
+    prompts, targets = gather((rows.prompt_length, rows.response_length))
+    return BatchLengths(prompts, targets, (rows.prompt.shape[1], rows.responses.shape[2]))
+
+
+def label_regions(rows: SupervisedBatch, policy: Policy, template: str) -> GoldBatch:
+    """Adds the region of every target token."""
+    tokenizer, parse = policy.tokenizer, TEMPLATES[template].parse
+    ids = rows.responses[:, 0]
+    text = rows.response_length[:, 0] - 1  # the last token is the end of the turn
+    parsed = [parse(tokenizer.bytes_of(row[:n])) for row, n in zip(ids, text, strict=True)]
+    region = label_tokens(parsed, tokenizer.piece_lengths[ids], text, np.ones(len(ids), bool))
+    return GoldBatch(
+        prompt=rows.prompt,
+        prompt_length=rows.prompt_length,
+        responses=rows.responses,
+        response_length=rows.response_length,
+        region=region[:, None],
+    )

@@ -1,7 +1,8 @@
-"""Every array record that crosses a door, and the glossary of dimension letters.
+"""The array dataclasses that modules pass to each other, and the glossary of dimension letters.
 
-Letters: B batch rows, P prompts (= groups), G responses a prompt, T time, Tp prompt time, Tr response time, S cache slots,
-D model, N heads, K key/value heads, H head dim, F mlp, V vocabulary, L layers, R regions (`answer.NUM_REGIONS`), M micro-batches.
+Letters: B batch rows, P prompts (= groups), G responses a prompt, T time, Tp prompt time, Tr response time, S cache positions,
+D model, N heads, K key/value heads, H head dim, F mlp, V vocabulary, L layers, R regions (tool_calls.NUM_REGIONS),
+W data shards.
 
 Layout. The unit is the prompt group: one prompt and its G responses, each stored once. Prompts are right-padded
 (`prompt_length` says where they end); response token t of a group sits at position `prompt_length + t`.
@@ -15,7 +16,7 @@ Flow: StepRecord -> PromptBatch -> RolloutBatch -> ScoredBatch -> TrainBatch -> 
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol, Self
 
 import jax.numpy as jnp
 from flax import struct
@@ -37,24 +38,69 @@ class Sampling:
 
 @struct.dataclass
 class PromptBatch:
-    """Prompts of one step. `row` is the prompt's index in the data order: it keys the sampling, not its place here."""
+    """Prompts of one step. `row` is the prompt's index in the data order: it keys the sampling, not its position in the batch."""
 
     tokens: Int[AnyArray, "P Tp"]  # int32, right-padded
     length: Int[AnyArray, " P"]  # int32, >= 1
     row: Int[AnyArray, " P"]  # int32
 
 
+class GroupPicker(Protocol):
+    """Picks the groups of a micro-batch out of the arrays of a batch (`rl.packing.Picker`)."""
+
+    def groups(self, x: Any, empty: int = 0) -> Any: ...  # [P ...]; `empty` fills rows of no group
+
+    def prompt(self, x: Any) -> Any: ...  # [P Tp], cut to the prompt width
+
+    def tokens(self, x: Any) -> Any: ...  # [P G Tr], cut to the response width
+
+
 @struct.dataclass
-class RolloutBatch:
-    """Prompts with G sampled responses each. All per-token fields follow the shift convention above."""
+class ResponseBatch:
+    """Prompts with G responses each: what a forward pass reads."""
 
     prompt: Int[AnyArray, "P Tp"]  # int32
     prompt_length: Int[AnyArray, " P"]  # int32
     responses: Int[AnyArray, "P G Tr"]  # int32
     response_length: Int[AnyArray, "P G"]  # int32
+
+    @property
+    def mask(self) -> Bool[Array, "P G Tr"]:
+        """True on the tokens of the responses."""
+        return response_mask(self.response_length, self.responses.shape[-1])
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Padded positions of a prompt and of a response."""
+        return self.prompt.shape[1], self.responses.shape[2]
+
+    def take(self, pick: GroupPicker) -> Self:
+        """The groups of a micro-batch."""
+        return dataclasses.replace(
+            self,
+            prompt=pick.prompt(self.prompt),
+            prompt_length=pick.groups(self.prompt_length, empty=1),
+            responses=pick.tokens(self.responses),
+            response_length=pick.groups(self.response_length),
+        )
+
+
+@struct.dataclass
+class RolloutBatch(ResponseBatch):
+    """Sampled responses. All per-token fields follow the shift convention above."""
+
     logp: Float[AnyArray, "P G Tr"]  # float32, nats, of the distribution sampled from
     entropy: Float[AnyArray, "P G Tr"]  # float32, nats, temperature 1, full support
     gini: Float[AnyArray, "P G Tr"]  # float32, 1 - sum_v p^2, temperature 1, full support
+
+    def take(self, pick: GroupPicker) -> "RolloutBatch":
+        """The groups of a micro-batch."""
+        return dataclasses.replace(
+            super().take(pick),
+            logp=pick.tokens(self.logp),
+            entropy=pick.tokens(self.entropy),
+            gini=pick.tokens(self.gini),
+        )
 
     def validate(self) -> "RolloutBatch":
         """Returns self; ValueError naming the field whose shape differs from that of `responses`."""
@@ -66,10 +112,10 @@ class RolloutBatch:
 
 @struct.dataclass
 class ScoredBatch:
-    """A rollout with what the host found in its text: regions and rewards."""
+    """A rollout with what the host read in its text: regions and rewards."""
 
     rollout: RolloutBatch
-    region: Int[AnyArray, "P G Tr"]  # int8, answer.Region; NONE at and after response_length
+    region: Int[AnyArray, "P G Tr"]  # int8, tool_calls.Region; NONE at and after response_length
     reward: Float[AnyArray, "P G"]  # float32, the sum of the scaled parts
     format_score: Float[AnyArray, "P G"]  # float32, S_format in [0, 1]
 
@@ -84,28 +130,32 @@ class ScoredBatch:
 
 
 @struct.dataclass
-class TrainBatch:
-    """What the update reads. `weight` carries no gradient and is zero outside the policy's tokens."""
+class TrainBatch(ResponseBatch):
+    """What the update reads. The two coefficients hold their global denominators and carry no gradient; they are zero
+    outside the mask (`rl/loss.py`).
+    """
 
-    prompt: Int[Array, "P Tp"]  # int32
-    prompt_length: Int[Array, " P"]  # int32
-    responses: Int[Array, "P G Tr"]  # int32
-    response_length: Int[Array, "P G"]  # int32
     logp_old: Float[Array, "P G Tr"]  # float32
     logp_ref: Float[Array, "P G Tr"] | None  # float32; None unless a KL term is on
     advantage: Float[Array, "P G"]  # float32
-    weight: Float[Array, "P G Tr"]  # float32
-    correction: Float[Array, "P G Tr"] | None  # float32, truncated importance weight; None when off
+    loss_weight: Float[Array, "P G Tr"]  # float32, factor of the policy loss
+    regulariser: Float[Array, "P G Tr"]  # float32, factor of KL and entropy terms
 
-    @property
-    def mask(self) -> Bool[Array, "P G Tr"]:
-        """True on the policy's own tokens."""
-        return response_mask(self.response_length, self.responses.shape[-1])
+    def take(self, pick: GroupPicker) -> "TrainBatch":
+        """The groups of a micro-batch."""
+        return dataclasses.replace(
+            super().take(pick),
+            logp_old=pick.tokens(self.logp_old),
+            logp_ref=None if self.logp_ref is None else pick.tokens(self.logp_ref),
+            advantage=pick.groups(self.advantage),
+            loss_weight=pick.tokens(self.loss_weight),
+            regulariser=pick.tokens(self.regulariser),
+        )
 
 
 @struct.dataclass
 class CurriculumState:
-    """State of the token weights (METHOD section 5). Every field is an array, so it is saved bit for bit."""
+    """State of the token weights (docs/method.md section 5). Every field is an array, so it is saved bit for bit."""
 
     step: Int[Array, ""]  # int32, updates seen
     nu: Float[Array, ""]  # float32, progress in [0, 1]
@@ -119,7 +169,7 @@ class CurriculumState:
 
 @struct.dataclass
 class TrainState:
-    """The whole of training: state in, state out; the one thing to checkpoint."""
+    """All state of training: a step maps one to the next; the one thing to checkpoint."""
 
     step: Int[Array, ""]  # int32, rollout steps taken (supervised: optimiser updates)
     params: Params  # float32 master weights

@@ -5,8 +5,10 @@ named below; record modules (flax.struct) stay out, since tree operations rightl
 than arrays.
 """
 
+import json
 import os
 import pathlib
+import shutil
 
 _DEVICES = "--xla_force_host_platform_device_count"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
@@ -72,5 +74,29 @@ def tmp_run(tmp_path) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def configs_dir() -> pathlib.Path:
-    """The shipped configs."""
+    """The builtin configs."""
     return REPOSITORY / "configs"
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory, configs_dir) -> pathlib.Path:
+    """An HF folder: the quickstart's tokenizer, two random layers."""
+    import jax
+
+    from rest_jax.models.decoder import init_params
+    from rest_jax.models.hf.config import decoder_config
+    from rest_jax.models.hf.write import export
+
+    folder = tmp_path_factory.mktemp("model")
+    files = folder / "files"
+    ignore = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(configs_dir / "quickstart_policy", files, ignore=ignore)
+    path = files / "config.json"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "intermediate_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    raw = json.loads(path.read_text()) | sizes | heads
+    raw.pop("layer_types", None)
+    path.write_text(json.dumps(raw))
+    params = jax.tree.map(lambda x: x * 3, init_params(decoder_config(raw), jax.random.key(0)))
+    export(params, files, folder / "hf")
+    return folder / "hf"

@@ -9,12 +9,12 @@ import sys
 import pytest
 import yaml
 
-from tests.test_train import environment, finish, lines, model, recipe, start  # noqa: F401
+from tests.runs import environment, finish, lines, recipe, start
 
 pytestmark = pytest.mark.multihost
 
 
-def test_two_processes_equal_one(model, tmp_path):  # noqa: F811
+def test_two_processes_equal_one(model, tmp_path):
     changes = {"train": {"steps": 2}, "rollout": {"prompts_per_step": 4}}
     finish(start("train", recipe(model, tmp_path / "one", **changes), tmp_path))
     raw = recipe(model, tmp_path / "two", **changes)

@@ -1,125 +1,16 @@
-"""The whole loop on a tiny random policy: resumption bit for bit after SIGKILL, SIGTERM, NaN, refusals, supervised start."""
+"""The RL loop on a tiny random policy: resumption bit for bit after SIGKILL, SIGTERM, NaN, refusals, supervised start."""
 
-import json
-import os
 import pathlib
-import shutil
 import signal
-import subprocess
-import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 import yaml
 
 from rest_jax import cli
-from rest_jax import config as config_lib
-from rest_jax.models.decoder import init_params
-from rest_jax.models.hf.config import decoder_config
-from rest_jax.models.hf.write import export
-from rest_jax.rl.curriculum import Schedule
-from rest_jax.rl.optimizer import make_optimizer
-from rest_jax.rl.step import init_state
-from rest_jax.run.checkpoint import Checkpoints
 from rest_jax.run.metrics import read_lines
-from rest_jax.run.policy import load_policy
-
-STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, configs_dir) -> pathlib.Path:
-    """An HF folder: the quickstart's tokenizer, two random layers."""
-    folder = tmp_path_factory.mktemp("model")
-    files = folder / "files"
-    shutil.copytree(
-        configs_dir / "quickstart_policy", files, ignore=shutil.ignore_patterns("*.safetensors")
-    )
-    path = files / "config.json"
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "intermediate_size": 64}
-    raw = (
-        json.loads(path.read_text()) | sizes | {"num_attention_heads": 4, "num_key_value_heads": 2}
-    )
-    raw.pop("layer_types", None)
-    path.write_text(json.dumps(raw))
-    params = jax.tree.map(lambda x: x * 3, init_params(decoder_config(raw), jax.random.key(0)))
-    export(params, files, folder / "hf")
-    return folder / "hf"
-
-
-def recipe(model: pathlib.Path, output: pathlib.Path, **changes) -> dict:
-    """A run of four steps, two updates each, a checkpoint after every step."""
-    raw = {
-        "name": "tiny",
-        "output": str(output),
-        "model": {"source": str(model), "remat": "none"},
-        "data": {"synthetic_size": 64, "eval_limit": 8, "brief_prompt": True},
-        "rollout": {"prompts_per_step": 4, "group_size": 4, "max_response_tokens": 24},
-        "optimizer": {"learning_rate": 1e-3},
-        "mesh": {"data": 1, "fsdp": 1 if len(jax.devices()) == 1 else -1},
-        "train": {
-            "steps": STEPS,
-            "prompts_per_update": 2,
-            "eval_every": 2,
-            "checkpoint_every": 1,
-            "keep_checkpoints": 9,
-        },
-        "sft": {"batch_size": 4},
-    }
-    for section, values in changes.items():
-        raw[section] = raw[section] | values if isinstance(values, dict) else values
-    return raw
-
-
-def environment() -> dict[str, str]:
-    """One device: the runs are started as a user would."""
-    return os.environ | {
-        "XLA_FLAGS": "",
-        "PYTHONPATH": str(pathlib.Path(cli.__file__).parent.parent),
-    }
-
-
-def start(command: str, raw: dict, folder: pathlib.Path) -> subprocess.Popen:
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    words = [sys.executable, "-m", "rest_jax", command, str(path)]
-    return subprocess.Popen(
-        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def finish(process: subprocess.Popen) -> str:
-    out, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, out
-    return out
-
-
-def lines(run: pathlib.Path) -> list[dict]:
-    """Metrics without the clock."""
-    found = read_lines(run / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in found]
-
-
-def state(run: pathlib.Path):
-    """Everything the newest checkpoint holds."""
-    config = config_lib.load(run / "config.yaml")
-    loaded = load_policy(config.model, config_lib.MeshConfig(fsdp=-1))
-    tx = make_optimizer(config.optimizer, STEPS * 2)
-    _, abstract, _ = init_state(loaded, tx, Schedule(config.weights, config.curriculum, STEPS), 0)
-    with Checkpoints(run, 9) as checkpoints:
-        return checkpoints.restore(abstract)
-
-
-def same(a, b) -> None:
-    def leaf(x, y):
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x, y = jax.random.key_data(x), jax.random.key_data(y)
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
-
-    jax.tree.map(leaf, a[0], b[0])
-    assert a[1:] == b[1:]
+from tests.runs import STEPS, assert_same, finish, lines, recipe, start, state
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +19,16 @@ def unbroken(model, tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("unbroken")
     finish(start("train", recipe(model, folder), folder))
     return folder / "tiny"
+
+
+def test_the_times_of_a_run_sum_to_its_length(unbroken):
+    """One clock: steps, evaluations and checkpoints leave no gap and are counted once."""
+    found = read_lines(unbroken / "metrics.jsonl")
+    last = [line for line in found if "time/elapsed" in line][-1]
+    names = ("time/step", "time/eval", "time/checkpoint")
+    until = found[: found.index(last) + 1]
+    total = sum(line.get(name, 0.0) for line in until for name in names)
+    assert total == pytest.approx(last["time/elapsed"], rel=1e-3)
 
 
 def test_a_run_leaves_what_it_says(unbroken):
@@ -162,7 +63,7 @@ def test_killed_and_restarted_is_the_unbroken_run(model, unbroken, tmp_path, mom
         file.write('{"step": 3, "half of a li')  # what a kill within a write leaves
     finish(start("train", raw, tmp_path))
     assert lines(tmp_path / "tiny") == lines(unbroken)
-    same(state(tmp_path / "tiny"), state(unbroken))
+    assert_same(state(tmp_path / "tiny"), state(unbroken))
 
 
 def test_sigterm_saves_and_ends_well(model, unbroken, tmp_path):

@@ -13,7 +13,7 @@ from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import Decoder, init_params, param_shardings, unstack_layers
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import make_optimizer
-from rest_jax.rl.step import StepConfig
+from rest_jax.rl.prepare import StepConfig
 from rest_jax.rollout.engine import RolloutSettings
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.types import PromptBatch, RolloutBatch, Sampling, ScoredBatch

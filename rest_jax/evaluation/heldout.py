@@ -5,9 +5,10 @@ Rates: format (S_format), exact (format and all calls equal gold as multisets; f
 """
 
 import dataclasses
+import functools
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from rest_jax.run.folder import Run
 from rest_jax.run.metrics import METRICS_FILE, read_lines, summary_table
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Target
-from rest_jax.types import Params, PromptBatch, RolloutBatch, Sampling
+from rest_jax.types import Params, PromptBatch, RolloutBatch, Sampling, TrainState
 
 SAMPLES_SHOWN = 8
 TABLE = (
@@ -135,6 +136,19 @@ def summarise(
         "eval/truncated": cut / len(scores),
         "eval/prompts": float(len(scores)),
     }
+
+
+def evaluation(
+    evaluator: "Evaluator | None", rollout_params: Callable[[Params], Params]
+) -> Callable[[TrainState], tuple[dict[str, float], list[dict[str, Any]]]] | None:
+    """What `run.loop.Loop` calls with a train state; None without held-out prompts."""
+    if evaluator is None:
+        return None
+    return functools.partial(_evaluate_state, evaluator, rollout_params)
+
+
+def _evaluate_state(evaluator: "Evaluator", rollout_params, state: TrainState):
+    return evaluator(rollout_params(state.params))
 
 
 def evaluations(folder: pathlib.Path) -> list[dict[str, Any]]:

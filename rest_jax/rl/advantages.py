@@ -1,4 +1,4 @@
-"""Group-relative advantages (METHOD section 7).
+"""Group-relative advantages (docs/method.md section 7).
 
 grpo:     A_i = (R_i - mean_group) / (std_group + 1e-6), unbiased std over the G rewards of a prompt.
 dr_grpo:  A_i = R_i - mean_group.

@@ -1,4 +1,4 @@
-"""The curriculum: how region weights move from structure to reasoning (METHOD section 5).
+"""The curriculum: how region weights move from structure to reasoning (docs/method.md section 5).
 
     init(cfg) -> state        update(state, stats, format_score, cfg) -> state        region_weights(state, cfg) -> [R]
 
@@ -37,7 +37,7 @@ class Schedule:
 
     @property
     def normalizer(self) -> str:
-        """The normaliser in force. Mass shares hold over the whole batch; normalising each response would undo them."""
+        """The normaliser in force. Shares of target `mass` hold over the batch; normalising each response would undo them."""
         return "none" if self.curriculum.target == "mass" else self.weights.normalizer
 
 
@@ -121,7 +121,7 @@ def _by_mass(state: CurriculumState, cfg: Schedule) -> Float[Array, " R"]:
     c, nu, count = cfg.curriculum, state.nu, state.count.at[Region.NONE].set(0.0)
 
     def share(region):
-        start, end = getattr(c, f"mass_start_{region}"), getattr(c, f"mass_end_{region}")
+        start, end = getattr(c, f"share_start_{region}"), getattr(c, f"share_end_{region}")
         return start + (end - start) * nu
 
     named = [share(r) for r in ("format", "name", "param", "think")]
@@ -133,11 +133,11 @@ def _by_mass(state: CurriculumState, cfg: Schedule) -> Float[Array, " R"]:
         ((Region.RESPONSE, Region.OTHER), jnp.maximum(1.0 - sum(named), 0.0)),
     ]
     weight = jnp.zeros(NUM_REGIONS, jnp.float32)
-    for members, mass in groups:
+    for members, part in groups:
         index = jnp.array(members)
         tokens = jnp.sum(count[index])
         # A group never seen has no tokens: its share goes to the others.
-        weight = weight.at[index].set(jnp.where(tokens > 0, mass / jnp.maximum(tokens, 1e-6), 0.0))
+        weight = weight.at[index].set(jnp.where(tokens > 0, part / jnp.maximum(tokens, 1e-6), 0.0))
     mean = jnp.sum(weight * count) / jnp.maximum(jnp.sum(count), 1e-6)
     weight = jnp.where(
         mean > 0, weight / jnp.maximum(mean, 1e-12), jnp.asarray(weights.constants(cfg.weights))

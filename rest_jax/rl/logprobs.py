@@ -15,9 +15,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import named_scope
 from jaxtyping import Array, Float, Int
 
-from rest_jax.types import Sampling
+from rest_jax.config import LossConfig
+from rest_jax.models.decoder import Decoder, head_matrix
+from rest_jax.models.layouts import group_layout, pack_group, predicting_hidden
+from rest_jax.rl.loss import TokenLoss, TokenStats
+from rest_jax.types import Params, ResponseBatch, Sampling
+
+# (loss, sums, maxima): scalars
+LossAndMetrics = tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]
 
 NEG_INF = -1e30  # finite, so that masked logits give zero probability without NaN gradients
 
@@ -31,9 +39,8 @@ def truncate(logits: Float[Array, "*B V"], sampling: Sampling) -> Float[Array, "
     if sampling.top_p < 1:
         ordered = jax.lax.stop_gradient(jnp.flip(jnp.sort(logits, axis=-1), axis=-1))
         p = jax.nn.softmax(ordered, axis=-1)
-        kept = (
-            jnp.cumsum(p, axis=-1) - p < sampling.top_p
-        )  # the word that crosses the threshold is kept
+        # The word that crosses the threshold is kept.
+        kept = jnp.cumsum(p, axis=-1) - p < sampling.top_p
         threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits >= threshold, logits, NEG_INF)
     return logits
@@ -81,11 +88,11 @@ def vocabulary_pass(
     def body(_, xs):
         return None, one_chunk(head, *xs)
 
-    _, out = jax.lax.scan(body, None, _chunks((hidden, tokens), chunk))
-    return _whole(out, tokens.shape)
+    _, out = jax.lax.scan(body, None, _split_time((hidden, tokens), chunk))
+    return _join_time(out, tokens.shape)
 
 
-TokenLoss = Callable[[jax.Array, jax.Array, Any], jax.Array]  # (logp, entropy, extra) -> loss
+TokenLossFn = Callable[[TokenStats, Any], TokenLoss]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
@@ -93,46 +100,48 @@ def vocabulary_loss(
     hidden: Float[Array, "P T D"],
     head: Float[Array, "V D"],
     tokens: Int[Array, "P T"],
-    extra: Any,
-    token_loss: TokenLoss,
+    inputs: Any,
+    token_loss: TokenLossFn,
     sampling: Sampling,
     chunk: int,
-    entropy_counts: bool = False,
-) -> tuple[Float[Array, ""], Float[Array, "P T"], Float[Array, "P T"]]:
-    """(sum of `token_loss(logp, entropy, extra)`, logp, entropy), float32; hidden[:, t] predicts tokens[:, t].
+    needs_entropy_gradient: bool = False,
+) -> LossAndMetrics:
+    """(sum of the loss of all tokens, sums, maxima), float32; hidden[:, t] predicts tokens[:, t].
 
-    `extra` is a tree of arrays [P T]; `token_loss` works element by element, and depends on the entropy only if
-    `entropy_counts` (its gradient costs a pass over the logits). The sum alone carries gradient, to `hidden`
-    and `head` (in float32). Memory as in `vocabulary_pass`, and one float32 [V D].
+    `inputs` is a tree of arrays [P T]; `token_loss(stats, inputs)` works element by element, is zero where its inputs are,
+    and depends on the entropy only if `needs_entropy_gradient` (which costs a pass over the logits). The loss alone carries
+    gradient, to `hidden` and `head` (in float32). Memory as in `vocabulary_pass`, and one float32 [V D].
     """
 
     def body(total, xs):
-        hidden, tokens, extra, inside = xs
-        seen = _look(_logits(hidden, head.astype(hidden.dtype)), tokens, sampling)
-        each = token_loss(seen.logp, seen.entropy, extra)
-        return total + jnp.sum(jnp.where(inside, each, 0.0)), seen.values
+        hidden, tokens, inputs = xs
+        chunk = _read_chunk(_logits(hidden, head.astype(hidden.dtype)), tokens, sampling)
+        loss, metrics = _sum_losses(chunk, chunk.logp, chunk.entropy, inputs, token_loss)
+        return total + loss, metrics
 
-    inside = jnp.ones(tokens.shape, bool)  # False in what `_chunks` pads
-    xs = _chunks((hidden, tokens, extra, inside), chunk)
-    total, values = jax.lax.scan(body, jnp.float32(0), xs)
-    return total, *_whole(values, tokens.shape)
+    total, metrics = jax.lax.scan(
+        body, jnp.float32(0), _split_time((hidden, tokens, inputs), chunk)
+    )
+    return total, *_over_chunks(metrics)
 
 
-def _loss_forward(hidden, head, tokens, extra, token_loss, sampling, chunk, entropy_counts):
+def _loss_forward(
+    hidden, head, tokens, inputs, token_loss, sampling, chunk, needs_entropy_gradient
+):
     compute = head.astype(hidden.dtype)
 
     def body(carry, xs):
         total, d_head = carry
-        hidden, tokens, extra, inside = xs
-        seen = _look(_logits(hidden, compute), tokens, sampling)
-
-        def loss(logp, entropy):
-            return jnp.sum(jnp.where(inside, token_loss(logp, entropy, extra), 0.0))
-
-        value, slopes = jax.value_and_grad(loss, (0, 1))(seen.logp, seen.entropy)
-        d_logits = _logp_gradient(seen, tokens, slopes[0], sampling)
-        if entropy_counts:
-            d_logits = d_logits + _entropy_gradient(seen, slopes[1])
+        hidden, tokens, inputs = xs
+        chunk = _read_chunk(_logits(hidden, compute), tokens, sampling)
+        (loss, metrics), slopes = jax.value_and_grad(
+            lambda logp, entropy: _sum_losses(chunk, logp, entropy, inputs, token_loss),
+            (0, 1),
+            has_aux=True,
+        )(chunk.logp, chunk.entropy)
+        d_logits = _logp_gradient(chunk, tokens, slopes[0], sampling)
+        if needs_entropy_gradient:
+            d_logits = d_logits + _entropy_gradient(chunk, slopes[1])
         d_logits = d_logits.astype(hidden.dtype)
         d_logits = d_logits.reshape(-1, d_logits.shape[-1])
         flat = hidden.reshape(-1, hidden.shape[-1])
@@ -141,18 +150,18 @@ def _loss_forward(hidden, head, tokens, extra, token_loss, sampling, chunk, entr
         )
         d_hidden = matmul("tv,vd->td", d_logits, compute).astype(hidden.dtype)
         d_head = d_head + matmul("td,tv->dv", flat, d_logits)
-        return (total + value, d_head), (*seen.values, d_hidden.reshape(hidden.shape))
+        return (total + loss, d_head), (metrics, d_hidden.reshape(hidden.shape))
 
     # [D V]: XLA's CPU backend is twice as fast at this product than at the one for [V D]; turned once at the end
     start = (jnp.float32(0), jnp.zeros(head.shape[::-1], jnp.float32))
-    xs = _chunks((hidden, tokens, extra, jnp.ones(tokens.shape, bool)), chunk)
-    (total, d_head), out = jax.lax.scan(body, start, xs)
-    *values, d_hidden = _whole(out, tokens.shape)
+    xs = _split_time((hidden, tokens, inputs), chunk)
+    (total, d_head), (metrics, d_hidden) = jax.lax.scan(body, start, xs)
+    d_hidden = _join_time(d_hidden, tokens.shape)
     d_head = jax.lax.optimization_barrier(d_head.T)  # a transposition fused into others is slow
-    return (total, *values), (d_hidden, d_head.astype(head.dtype))
+    return (total, *_over_chunks(metrics)), (d_hidden, d_head.astype(head.dtype))
 
 
-def _loss_backward(token_loss, sampling, chunk, entropy_counts, kept, cotangents):
+def _loss_backward(token_loss, sampling, chunk, needs_entropy_gradient, kept, cotangents):
     scale = cotangents[0]
     d_hidden, d_head = kept
     return (d_hidden * scale).astype(d_hidden.dtype), d_head * scale, None, None
@@ -161,8 +170,21 @@ def _loss_backward(token_loss, sampling, chunk, entropy_counts, kept, cotangents
 vocabulary_loss.defvjp(_loss_forward, _loss_backward)
 
 
+def _sum_losses(chunk: "_Chunk", logp, entropy, inputs, token_loss: TokenLossFn):
+    """(loss, metrics) of a chunk; of the metrics, sums and maxima over its tokens."""
+    out = token_loss(TokenStats(logp, entropy, chunk.is_argmax), inputs)
+    sums = {name: jnp.sum(value) for name, value in out.sums.items()}
+    maxima = {name: jnp.max(value) for name, value in out.maxima.items()}
+    return jnp.sum(out.loss), jax.lax.stop_gradient((sums, maxima))
+
+
+def _over_chunks(metrics):
+    sums, maxima = metrics
+    return jax.tree.map(lambda x: jnp.sum(x), sums), jax.tree.map(lambda x: jnp.max(x), maxima)
+
+
 @dataclasses.dataclass(frozen=True)
-class _Seen:
+class _Chunk:
     """A chunk's logits and what they say of the chosen tokens; p = weight / total at temperature 1."""
 
     shifted: jax.Array  # [P c V] logits minus their maximum
@@ -171,34 +193,32 @@ class _Seen:
     sampled: jax.Array  # [P c V] probabilities of the distribution sampled from
     logp: jax.Array
     entropy: jax.Array
-
-    @property
-    def values(self) -> tuple[jax.Array, jax.Array]:
-        return self.logp, self.entropy
+    is_argmax: jax.Array
 
 
-def _look(logits, tokens, sampling: Sampling) -> _Seen:
+def _read_chunk(logits, tokens, sampling: Sampling) -> _Chunk:
     shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weight = jnp.exp(shifted)
     total = jnp.sum(weight, axis=-1, keepdims=True)
     entropy = jnp.log(total[..., 0]) - sum_of_products(weight, shifted) / total[..., 0]
+    chosen = jnp.take_along_axis(shifted, tokens[..., None], axis=-1)[..., 0]
     if sampling == Sampling():
-        sampled = weight / total
-        chosen = jnp.take_along_axis(shifted, tokens[..., None], axis=-1)[..., 0]
-        return _Seen(shifted, weight, total, sampled, chosen - jnp.log(total[..., 0]), entropy)
-    sampled = jax.nn.softmax(truncate(logits, sampling), axis=-1)
-    return _Seen(shifted, weight, total, sampled, chosen_logp(logits, tokens, sampling), entropy)
+        sampled, logp = weight / total, chosen - jnp.log(total[..., 0])
+    else:
+        sampled = jax.nn.softmax(truncate(logits, sampling), axis=-1)
+        logp = chosen_logp(logits, tokens, sampling)
+    return _Chunk(shifted, weight, total, sampled, logp, entropy, chosen >= 0)
 
 
-def _logp_gradient(seen: _Seen, tokens, slope, sampling: Sampling):
+def _logp_gradient(chunk: _Chunk, tokens, slope, sampling: Sampling):
     slope = (slope / sampling.temperature)[..., None]
-    word = jax.lax.broadcasted_iota(tokens.dtype, seen.sampled.shape, seen.sampled.ndim - 1)
-    return slope * (jnp.where(word == tokens[..., None], 1.0, 0.0) - seen.sampled)
+    word = jax.lax.broadcasted_iota(tokens.dtype, chunk.sampled.shape, chunk.sampled.ndim - 1)
+    return slope * (jnp.where(word == tokens[..., None], 1.0, 0.0) - chunk.sampled)
 
 
-def _entropy_gradient(seen: _Seen, slope):
-    logp = seen.shifted - jnp.log(seen.total)
-    return -slope[..., None] * (seen.weight / seen.total) * (logp + seen.entropy[..., None])
+def _entropy_gradient(chunk: _Chunk, slope):
+    logp = chunk.shifted - jnp.log(chunk.total)
+    return -slope[..., None] * (chunk.weight / chunk.total) * (logp + chunk.entropy[..., None])
 
 
 def _logits(hidden, head):
@@ -217,7 +237,7 @@ def _precision(hidden):
     return jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
 
 
-def _chunks(tree, chunk: int):
+def _split_time(tree, chunk: int):
     """Leaves [P T ...] -> [T/chunk P chunk ...], padded with zeros."""
 
     def one(x):
@@ -230,10 +250,60 @@ def _chunks(tree, chunk: int):
     return jax.tree.map(one, tree)
 
 
-def _whole(tree, shape: tuple[int, ...]):
-    """The inverse of `_chunks`."""
+def _join_time(tree, shape: tuple[int, ...]):
+    """The inverse of `_split_time`."""
 
     def one(x):
         return x.swapaxes(0, 1).reshape(shape[0], -1, *x.shape[3:])[:, : shape[1]]
 
     return jax.tree.map(one, tree)
+
+
+def response_hidden(
+    decoder: Decoder, params: Params, batch: ResponseBatch
+) -> Float[Array, "P T D"]:
+    """What predicts each response token, T = G * Tr, from one packed row a group.
+
+    The trunk sees Tp + G Tr tokens a group instead of G (Tp + Tr); the head sees response positions only. The hidden state
+    of the last prompt token predicts token 0 of all G responses, so its gradient is the sum over them, as in G separate rows.
+    """
+    groups = batch.prompt, batch.prompt_length, batch.responses
+    with named_scope("trunk"):
+        tokens, positions = pack_group(*groups)
+        layout = group_layout(*groups, batch.response_length)
+        hidden, _ = decoder.apply({"params": params}, tokens, positions, layout)
+        hidden = predicting_hidden(hidden, layout)
+        return hidden.reshape(tokens.shape[0], -1, hidden.shape[-1])
+
+
+def response_logprobs(
+    decoder: Decoder, params: Params, batch: ResponseBatch, sampling: Sampling, chunk: int
+) -> tuple[Float[Array, "P G Tr"], Float[Array, "P G Tr"], Float[Array, "P G Tr"]]:
+    """(logp, entropy, gini) of the responses, float32. Mask them: past response_length they mean nothing."""
+    hidden, shape = response_hidden(decoder, params, batch), batch.responses.shape
+    tokens = batch.responses.reshape(shape[0], -1)
+    with named_scope("vocabulary"):
+        out = vocabulary_pass(hidden, head_matrix(params, decoder.cfg), tokens, sampling, chunk)
+    logp, entropy, gini = (x.reshape(shape) for x in out)
+    return logp, entropy, gini
+
+
+def response_loss(
+    decoder: Decoder,
+    params: Params,
+    batch: ResponseBatch,
+    inputs: Any,
+    token_loss: TokenLossFn,
+    cfg: LossConfig,
+    sampling: Sampling,
+) -> LossAndMetrics:
+    """(loss, sums, maxima) of the responses; the loss alone carries gradient. `inputs`: tree of arrays [P G Tr]. See
+    `vocabulary_loss`.
+    """
+    hidden, head = response_hidden(decoder, params, batch), head_matrix(params, decoder.cfg)
+    flat = jax.tree.map(lambda x: x.reshape(x.shape[0], -1), (batch.responses, inputs))
+    with named_scope("vocabulary"):
+        needs_entropy_gradient = cfg.entropy_coefficient > 0
+        return vocabulary_loss(
+            hidden, head, *flat, token_loss, sampling, cfg.vocab_chunk, needs_entropy_gradient
+        )

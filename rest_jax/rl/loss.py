@@ -1,15 +1,18 @@
-"""The clipped, weighted policy loss (METHOD section 7), as a sum over tokens with coefficients fixed beforehand.
+"""The loss of one token (docs/method.md section 7): clipped, weighted policy loss, KL and entropy terms, and their metrics.
 
     r = exp(clip(logp - logp_old, -20, 20))
     L = -min(r A, clip(r, 1 - eps_lo, 1 + eps_hi) A);  for A < 0 also L = min(L, -c A)      (dual clip)
     loss = sum_it c_it L_it + kl sum_it u_it K_it - bonus sum_it u_it H_it
 
-The coefficients c (weighted aggregation) and u (plain token mean) hold every denominator and are computed once over the
-whole global mini-batch, so that neither micro-batches nor devices change the loss. float32 throughout.
+The coefficients c (`loss_weight`: token weight with its aggregation) and u (`regulariser`: plain token mean) hold every
+denominator. They are computed once over the global mini-batch (`AGGREGATIONS`, `rl/prepare.py`), so that neither
+micro-batches nor devices change the loss. float32 throughout.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from rest_jax.config import LossConfig
 from rest_jax.rl.masked import EPS
@@ -17,55 +20,85 @@ from rest_jax.rl.masked import EPS
 LOG_RATIO_CLIP = 20.0
 
 
+class TokenStats(NamedTuple):
+    """What the forward pass says of the sampled tokens; any shape."""
+
+    logp: Array  # nats, of the distribution sampled from
+    entropy: Array  # nats, temperature 1
+    is_argmax: Array  # bool: no token is more probable
+
+
+class TokenInputs(NamedTuple):
+    """What the policy loss of a token reads besides; the shape of `TokenStats`."""
+
+    logp_old: Array
+    advantage: Array
+    loss_weight: Array  # c
+    regulariser: Array  # u
+    mask: Array  # bool: a token of the policy
+    logp_ref: Array | None  # None without a KL term
+
+
+class TokenLoss(NamedTuple):
+    """Loss of each token, and metrics: the sum of each of `sums`, the largest of each of `maxima`."""
+
+    loss: Array
+    sums: dict[str, Array]
+    maxima: dict[str, Array]
+
+
+def policy_token_loss(seen: TokenStats, x: TokenInputs, cfg: LossConfig) -> TokenLoss:
+    """The loss of each token and its part in the metrics; zero outside the mask.
+
+    Gradient flows through `seen.logp`, and through `seen.entropy` if there is an entropy term.
+    """
+    a, u = x.advantage, x.regulariser
+    r = ratio(seen.logp, x.logp_old)
+    policy = -jnp.minimum(r * a, jnp.clip(r, 1 - cfg.clip_low, 1 + cfg.clip_high) * a)
+    if cfg.dual_clip is not None:
+        policy = jnp.where(a < 0, jnp.minimum(policy, -cfg.dual_clip * a), policy)
+    loss = x.loss_weight * policy
+    sums = {"update/policy_loss": loss}
+    if cfg.entropy_coefficient > 0:
+        loss = loss - cfg.entropy_coefficient * u * seen.entropy
+    if x.logp_ref is not None:
+        kl = KL_ESTIMATORS[cfg.kl_estimator](seen.logp, x.logp_ref)
+        loss = loss + cfg.kl_coefficient * u * kl
+        sums["update/kl"] = u * kl
+    sums |= {"update/loss": loss, "update/entropy": u * seen.entropy}
+    sums |= {name: u * value for name, value in ratio_metrics(seen.logp, x, cfg).items()}
+    difference = jnp.abs(seen.logp - x.logp_old)
+    return TokenLoss(
+        jnp.where(x.mask, loss, 0.0),
+        {name: jnp.where(x.mask, value, 0.0) for name, value in sums.items()},
+        {"update/ratio_max": jnp.where(x.mask, ratio(difference, 0.0), -jnp.inf)},
+    )
+
+
+def ratio_metrics(logp: Array, x: TokenInputs, cfg: LossConfig) -> dict[str, Array]:
+    """Per token: how far the policy moved since it sampled, and which clip cuts the gradient."""
+    r, a = ratio(logp, x.logp_old), x.advantage
+    low, high = (a < 0) & (r < 1 - cfg.clip_low), (a > 0) & (r > 1 + cfg.clip_high)
+    dual = jnp.zeros_like(low) if cfg.dual_clip is None else (a < 0) & (r > cfg.dual_clip)
+    return {
+        "update/clip_fraction": low | high | dual,
+        "update/clip_low_fraction": low,
+        "update/clip_high_fraction": high,
+        "update/dual_clip_fraction": dual,
+        "update/ratio_mean": r,
+        "update/logp_difference": jnp.abs(logp - x.logp_old),
+        "update/approx_kl": k3(x.logp_old, logp),
+    }
+
+
 def ratio(logp: Float[Array, "..."], logp_old: Float[Array, "..."] | float) -> Float[Array, "..."]:
     """exp of the clamped log-ratio."""
     return jnp.exp(jnp.clip(logp - logp_old, -LOG_RATIO_CLIP, LOG_RATIO_CLIP))
 
 
-def policy_loss(
-    logp: Float[Array, "P G T"],
-    logp_old: Float[Array, "P G T"],
-    advantage: Float[Array, "P G"],
-    cfg: LossConfig,
-) -> Float[Array, "P G T"]:
-    """Per-token loss L, before weights."""
-    return token_policy_loss(logp, logp_old, advantage[..., None], cfg)
-
-
-def token_policy_loss(
-    logp: Float[Array, "..."],
-    logp_old: Float[Array, "..."],
-    a: Float[Array, "..."],
-    cfg: LossConfig,
-) -> Float[Array, "..."]:
-    """L where every token has its advantage beside it."""
-    r = ratio(logp, logp_old)
-    loss = jnp.maximum(-r * a, -jnp.clip(r, 1 - cfg.clip_low, 1 + cfg.clip_high) * a)
-    if cfg.dual_clip is None:
-        return loss
-    return jnp.where(a < 0, jnp.minimum(loss, -cfg.dual_clip * a), loss)
-
-
-def clipped(
-    logp: Float[Array, "P G T"],
-    logp_old: Float[Array, "P G T"],
-    advantage: Float[Array, "P G"],
-    cfg: LossConfig,
-) -> Bool[Array, "P G T"]:
-    """Where the clip or the dual clip cuts the gradient."""
-    r, a = ratio(logp, logp_old), advantage[..., None]
-    cut = ((a > 0) & (r > 1 + cfg.clip_high)) | ((a < 0) & (r < 1 - cfg.clip_low))
-    return cut if cfg.dual_clip is None else cut | ((a < 0) & (r > cfg.dual_clip))
-
-
-def k1(logp: Float[Array, "..."], logp_ref: Float[Array, "..."]) -> Float[Array, "..."]:
-    """logp - logp_ref: unbiased value, high variance; its gradient has mean zero, so it only monitors."""
-    return jnp.clip(logp - logp_ref, -LOG_RATIO_CLIP, LOG_RATIO_CLIP)
-
-
 def k2(logp: Float[Array, "..."], logp_ref: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Half the squared log-ratio: its gradient is that of the KL."""
-    return 0.5 * k1(logp, logp_ref) ** 2
+    """Half the squared log-ratio: its gradient is that of the KL from the reference."""
+    return 0.5 * jnp.clip(logp - logp_ref, -LOG_RATIO_CLIP, LOG_RATIO_CLIP) ** 2
 
 
 def k3(logp: Float[Array, "..."], logp_ref: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -74,33 +107,51 @@ def k3(logp: Float[Array, "..."], logp_ref: Float[Array, "..."]) -> Float[Array,
     return jnp.exp(d) - d - 1
 
 
-KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+KL_ESTIMATORS = {"k2": k2, "k3": k3}
 
 
-def weighted_token_mean(weight: Float[Array, "P G T"], mask: Bool[Array, "P G T"], length: int):
+class MiniBatches(NamedTuple):
+    """To which of `count` mini-batches (optimiser updates) each group of a batch belongs."""
+
+    index: Int[Array, " P"]
+    count: int
+
+    def total(self, x: Float[Array, " P"] | Bool[Array, " P"]) -> Float[Array, "P 1 1"]:
+        """For each group the sum of x over its mini-batch, across all devices."""
+        member = self.index[:, None] == jnp.arange(self.count)
+        sums = jnp.sum(jnp.where(member, x[:, None].astype(jnp.float32), 0.0), axis=0)
+        return sums[self.index][:, None, None]
+
+
+def weighted_token_mean(weight, mask, minibatches: MiniBatches, length: int):
     """w / sum of all w: the ResT aggregation."""
-    return weight / jnp.maximum(jnp.sum(weight), EPS)
+    return weight / jnp.maximum(minibatches.total(jnp.sum(weight, (1, 2))), EPS)
 
 
-def token_mean(weight: Float[Array, "P G T"], mask: Bool[Array, "P G T"], length: int):
+def token_mean(weight, mask, minibatches: MiniBatches, length: int):
     """w / number of tokens."""
-    return weight / jnp.maximum(jnp.sum(mask), 1)
+    return weight / jnp.maximum(minibatches.total(jnp.sum(mask, (1, 2))), 1)
 
 
-def sequence_mean(weight: Float[Array, "P G T"], mask: Bool[Array, "P G T"], length: int):
+def sequence_mean(weight, mask, minibatches: MiniBatches, length: int):
     """Mean over sequences of the weighted mean over their tokens (the paper's formula)."""
-    total = jnp.sum(weight, -1, keepdims=True)
-    return weight / jnp.maximum(total, EPS) / (weight.shape[0] * weight.shape[1])
+    per_sequence = weight / jnp.maximum(jnp.sum(weight, -1, keepdims=True), EPS)
+    return per_sequence / _sequences(weight, minibatches)
 
 
-def fixed_length(weight: Float[Array, "P G T"], mask: Bool[Array, "P G T"], length: int):
+def fixed_length(weight, mask, minibatches: MiniBatches, length: int):
     """Dr.GRPO: divided by sequences x a constant length."""
-    return weight / (weight.shape[0] * weight.shape[1] * length)
+    return weight / (_sequences(weight, minibatches) * length)
 
 
+# (token weight [P G T], mask [P G T], mini-batches, length in tokens) -> c [P G T]
 AGGREGATIONS = {
     "weighted_token_mean": weighted_token_mean,
     "token_mean": token_mean,
     "sequence_mean": sequence_mean,
     "fixed_length": fixed_length,
 }
+
+
+def _sequences(weight, minibatches: MiniBatches):
+    return minibatches.total(jnp.full(weight.shape[0], weight.shape[1], jnp.float32))

@@ -1,6 +1,8 @@
 """AdamW by optax, with schedule, clipping by global norm and a weight-decay mask. Nothing hand-written."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rest_jax.config import OptimizerConfig
@@ -22,6 +24,13 @@ def learning_rate(cfg: OptimizerConfig, updates: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
 
 
+def learning_rates(cfg: OptimizerConfig, updates: int) -> np.ndarray:
+    """float32 [updates]: the rate of each optimiser update of a run, for its metrics."""
+    schedule = learning_rate(cfg, updates)
+    rates = jax.vmap(schedule)(jnp.arange(updates))
+    return np.broadcast_to(np.asarray(rates, np.float32), (updates,))
+
+
 def decay_mask(params: Params) -> Params:
     """True for matrices. Norm scales and biases are left alone; under scanned layers they have a leading layer axis."""
 
@@ -35,7 +44,7 @@ def decay_mask(params: Params) -> Params:
 
 
 def make_optimizer(cfg: OptimizerConfig, updates: int) -> optax.GradientTransformation:
-    """clip_by_global_norm -> AdamW. `updates`: optimiser updates of the whole run."""
+    """clip_by_global_norm -> AdamW. `updates`: optimiser updates of the run."""
     adamw = optax.adamw(
         learning_rate(cfg, updates),
         b1=cfg.beta1,

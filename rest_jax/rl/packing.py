@@ -1,14 +1,15 @@
 """Cutting a step's groups into micro-batches: few shapes, filled by tokens, rows where they are.
 
-`plan` is host code (NumPy): from the lengths alone it says which groups a micro-batch takes, and to which lengths they are
-cut. `take_groups` is its device side. A row never leaves its way (its part of the batch axes), and row p belongs to
-mini-batch p % updates, so neither the cut into mini-batches nor the result depends on the mesh.
+`plan_microbatches` is host code (NumPy): from the lengths alone it says which groups a micro-batch takes and to which
+widths they are cut. `Picker` is its device side. A group never leaves its data shard, and the mini-batch it belongs to
+(`assign_minibatches`) depends on its row alone, so the result does not depend on the mesh.
 
 Lengths are rounded up to 32, 48, 64, 96, 128, 192, .. so that few shapes are ever compiled. Every group costs its trunk
 positions, prompt + G x response; a micro-batch takes the longest groups left until the budget is full, and closes early
 rather than pad a group to more than twice its size.
 """
 
+import bisect
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -16,142 +17,168 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-_SHORTEST = 32
+from rest_jax.distributed import batch_sharding
+from rest_jax.types import ResponseBatch
+
+BUCKETS = sorted({b for k in range(5, 27) for b in (1 << k, 3 << (k - 1))})  # 32, 48, 64, 96, ..
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchLengths:
+    """What the host must know of a global batch to cut it; NumPy."""
+
+    prompt_length: np.ndarray  # [P]
+    response_length: np.ndarray  # [P, G]
+    widths: tuple[int, int]  # padded prompt and response positions
+
+    @classmethod
+    def of(cls, batch: ResponseBatch) -> "BatchLengths":
+        """Of a batch whose rows are all held by this process."""
+        lengths = np.asarray(batch.prompt_length), np.asarray(batch.response_length)
+        return cls(*lengths, widths=batch.widths)
 
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
-    """Groups that go through the trunk together, `pick[w, r]` a row among those of way w (-1: none)."""
+    """Groups that go through the trunk together; `pick[w, r]` is a row among those of data shard w (-1: none)."""
 
     pick: np.ndarray  # int32 [W, R]
-    slots: tuple[int, int]  # prompt and response positions kept
-    tokens: int  # true trunk positions in it
-    padded: int  # positions computed
+    widths: tuple[int, int]  # prompt and response positions kept
+    tokens: int  # trunk positions that hold tokens
+    positions: int  # trunk positions computed
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """The limits of a micro-batch on each of `shards` data shards."""
+
+    shards: int
+    max_tokens: int | None = None  # trunk positions; None: no limit. At least one group always goes
+    max_groups: int | None = None
 
 
 def bucket(length: int, width: int) -> int:
     """The least of 32, 48, 64, 96, .. that holds `length`, at most `width` (which must)."""
-    size = _SHORTEST
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
-    return min(size, width)
+    return min(BUCKETS[bisect.bisect_left(BUCKETS, length)], width)
 
 
-def plan(
-    prompt_length: np.ndarray,
-    response_length: np.ndarray,
-    widths: tuple[int, int],
-    *,
-    ways: int,
-    budget: int | None,
-    wanted: np.ndarray | None = None,
-    updates: int = 1,
-    most_rows: int | None = None,
+def assign_minibatches(groups: int, count: int) -> np.ndarray:
+    """int32 [P]: the mini-batch, in [0, count), of each group; equally many in each, on every data shard."""
+    return np.arange(groups, dtype=np.int32) % count
+
+
+def plan_microbatches(
+    lengths: BatchLengths, minibatch: np.ndarray, active: np.ndarray, packing: Packing
 ) -> list[list[MicroBatch]]:
-    """The micro-batches of each update, for prompts `[P]` with responses `[P, G]`, padded to `widths`.
+    """The micro-batches of each mini-batch.
 
-    `budget`: trunk positions of a micro-batch in one way; None: no limit. At least one group always goes. `wanted` [P]:
-    groups to compute; the others appear nowhere. A mini-batch without wanted groups has no micro-batch. `most_rows`: groups a
-    micro-batch may take of each way.
+    `minibatch` int [P]: of each group (`assign_minibatches`); `active` bool [P]: groups to compute, the others appear
+    nowhere. A mini-batch without active groups has no micro-batch.
     """
-    count, group = len(prompt_length), response_length.shape[1]
-    local = count // ways
+    prompts, responses = lengths.prompt_length, lengths.response_length
+    local = len(prompts) // packing.shards
     sizes = [
-        (bucket(int(p), widths[0]), bucket(int(r), widths[1]))
-        for p, r in zip(prompt_length, response_length.max(axis=1), strict=True)
+        (bucket(int(p), lengths.widths[0]), bucket(int(r), lengths.widths[1]))
+        for p, r in zip(prompts, responses.max(axis=1), strict=True)
     ]
-    true = prompt_length + response_length.sum(axis=1)
-    chosen = np.ones(count, bool) if wanted is None else wanted
+    groups = _Groups(sizes, prompts + responses.sum(axis=1), responses.shape[1], local)
 
-    def queue(way: int, update: int) -> list[int]:
-        rows = [
-            p for p in range(way * local, (way + 1) * local) if chosen[p] and p % updates == update
-        ]
-        return sorted(rows, key=lambda p: (-sizes[p][0] - group * sizes[p][1], p))
+    def queue(shard: int, index: int) -> list[int]:
+        rows = range(shard * local, (shard + 1) * local)
+        mine = [p for p in rows if active[p] and minibatch[p] == index]
+        return sorted(mine, key=lambda p: (-groups.cost(sizes[p]), p))
 
     return [
-        _fill(
-            [queue(way, update) for way in range(ways)],
-            sizes,
-            true,
-            group,
-            local,
-            budget,
-            most_rows or count,
-        )
-        for update in range(updates)
+        _fill([queue(shard, index) for shard in range(packing.shards)], groups, packing)
+        for index in range(int(minibatch.max()) + 1)
     ]
 
 
-def _fill(
-    queues, sizes, true, group: int, local: int, budget: int | None, most_rows: int
-) -> list[MicroBatch]:
-    def shape(heads: Sequence[int]) -> tuple[int, int]:
-        return max(sizes[p][0] for p in heads), max(sizes[p][1] for p in heads)
+@dataclasses.dataclass(frozen=True)
+class _Groups:
+    sizes: list[tuple[int, int]]  # bucketed prompt and response widths of each group
+    tokens: np.ndarray  # [P]
+    group_size: int
+    local: int  # groups of a data shard
 
-    def cost(slots: tuple[int, int]) -> int:
-        return slots[0] + group * slots[1]
+    def cost(self, widths: tuple[int, int]) -> int:
+        return widths[0] + self.group_size * widths[1]
 
-    found = []
+    def widths(self, groups: Sequence[int]) -> tuple[int, int]:
+        """What holds all of them."""
+        return max(self.sizes[p][0] for p in groups), max(self.sizes[p][1] for p in groups)
+
+
+def _fill(queues: list[list[int]], groups: _Groups, packing: Packing) -> list[MicroBatch]:
+    microbatches = []
     while any(queues):
-        slots = shape([queue[0] for queue in queues if queue])
-        rows, left = 1, min(max(map(len, queues)), most_rows)
-        while rows < left:
-            joined = shape([queue[rows] for queue in queues if len(queue) > rows] or [queues[0][0]])
-            wider = (max(slots[0], joined[0]), max(slots[1], joined[1]))
-            full = budget is not None and (rows + 1) * cost(wider) > budget
-            if full or 2 * cost(joined) < cost(wider):
-                break
-            slots, rows = wider, rows + 1
-        if rows < left and rows & (rows - 1):
-            rows = 1 << (rows.bit_length() - 1)  # numbers of rows are few, too
+        rows = _count_rows(queues, groups, packing)
+        taken = [queue[:rows] for queue in queues]
+        queues = [queue[rows:] for queue in queues]
         pick = np.full((len(queues), rows), -1, np.int32)
-        taken = 0
-        for way, queue in enumerate(queues):
-            part, queue[:] = queue[:rows], queue[rows:]
-            pick[way, : len(part)] = [p - way * local for p in part]
-            taken += int(sum(true[p] for p in part))
-        slots = shape([int(p) + way * local for way, row in enumerate(pick) for p in row if p >= 0])
-        found.append(MicroBatch(pick, slots, taken, pick.size * cost(slots)))
-    return found
+        for shard, part in enumerate(taken):
+            pick[shard, : len(part)] = [p - shard * groups.local for p in part]
+        members = [p for part in taken for p in part]
+        widths, tokens = groups.widths(members), int(groups.tokens[members].sum())
+        microbatches.append(MicroBatch(pick, widths, tokens, pick.size * groups.cost(widths)))
+    return microbatches
 
 
-def take_groups(tree: Any, pick: jax.Array, slots: tuple[int, int], mesh: Mesh) -> Any:
-    """Rows `pick` `[W, R]` of leaves `[P, ...]` -> `[W * R, ...]`, cut to `slots`; inside jit.
+def _count_rows(queues: list[list[int]], groups: _Groups, packing: Packing) -> int:
+    """How many groups of each queue go into the next micro-batch."""
+    widths = groups.widths([queue[0] for queue in queues if queue])
+    rows, left = 1, max(map(len, queues))
+    left = min(left, packing.max_groups or left)
+    while rows < left:
+        joined = groups.widths([queue[rows] for queue in queues if len(queue) > rows])
+        wider = (max(widths[0], joined[0]), max(widths[1], joined[1]))
+        full = (
+            packing.max_tokens is not None and (rows + 1) * groups.cost(wider) > packing.max_tokens
+        )
+        if full or 2 * groups.cost(joined) < groups.cost(wider):
+            break
+        widths, rows = wider, rows + 1
+    if rows < left and rows & (rows - 1):
+        rows = 1 << (rows.bit_length() - 1)  # numbers of rows are few, too
+    return rows
 
-    The leaf called `prompt` is cut to the prompt slots, leaves [P, G, T] to the response slots. A row of -1 is an empty
-    group: zeros, and a prompt of length 1.
+
+@dataclasses.dataclass(frozen=True)
+class Picker:
+    """Takes the groups of a micro-batch out of arrays [P, ...], inside jit: [P, ...] -> [W * R, ...].
+
+    A row of -1 is an empty group, with zeros in all arrays but those that ask for another value.
     """
-    ways, rows = pick.shape
-    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
-    def one(path, x):
-        name = getattr(path[-1], "name", "")
-        x = x.reshape(ways, -1, *x.shape[1:])
-        x = jax.vmap(lambda part, index: jnp.take(part, index, axis=0, mode="clip"))(x, pick)
-        empty = (pick < 0).reshape(ways, rows, *(1,) * (x.ndim - 2))
-        x = jnp.where(empty, jnp.asarray(name == "prompt_length", x.dtype), x)
-        x = x.reshape(ways * rows, *x.shape[2:])
-        if name == "prompt":
-            x = x[:, : slots[0]]
-        elif x.ndim == 3:
-            x = x[:, :, : slots[1]]
-        return jax.lax.with_sharding_constraint(x, sharding)
+    pick: jax.Array  # int32 [W, R]
+    sizes: tuple[int, int]  # prompt and response positions kept
+    mesh: Mesh
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    def groups(self, x: Any, empty: int = 0) -> jax.Array:
+        """Rows of any array [P, ...]."""
+        shards, rows = self.pick.shape
+        x = x.reshape(shards, -1, *x.shape[1:])
+        x = jax.vmap(lambda part, row: jnp.take(part, row, axis=0, mode="clip"))(x, self.pick)
+        none = (self.pick < 0).reshape(shards, rows, *(1,) * (x.ndim - 2))
+        x = jnp.where(none, jnp.asarray(empty, x.dtype), x)
+        x = x.reshape(shards * rows, *x.shape[2:])
+        return jax.lax.with_sharding_constraint(x, batch_sharding(self.mesh))
 
+    def prompt(self, x: Any) -> jax.Array:
+        """Rows of prompts [P, Tp], cut to the prompt width."""
+        return self.groups(x[:, : self.sizes[0]])
 
-def put_groups(whole: Any, part: Any, pick: jax.Array) -> Any:
-    """Writes leaves `[W * R, G, t]` back into the rows `pick` of leaves `[P, G, T]`; the inverse of `take_groups`."""
-    ways = pick.shape[0]
+    def tokens(self, x: Any) -> jax.Array:
+        """Rows of a per-token array [P, G, Tr], cut to the response width."""
+        return self.groups(x[:, :, : self.sizes[1]])
 
-    def one(x, new):
-        new = jnp.pad(new, [(0, 0), (0, 0), (0, x.shape[2] - new.shape[2])])
-        old, new = (a.reshape(ways, -1, *a.shape[1:]) for a in (x, new))
-        index = jnp.where(pick < 0, old.shape[1], pick)
+    def put_tokens(self, x: jax.Array, part: jax.Array) -> jax.Array:
+        """Writes rows [W * R, G, t] back into x [P, G, Tr]; the inverse of `tokens`."""
+        shards = self.pick.shape[0]
+        part = jnp.pad(part, [(0, 0), (0, 0), (0, x.shape[2] - part.shape[2])])
+        old, new = (a.reshape(shards, -1, *a.shape[1:]) for a in (x, part))
+        row = jnp.where(self.pick < 0, old.shape[1], self.pick)
         put = jax.vmap(lambda a, i, b: a.at[i].set(b, mode="drop"))
-        return put(old, index, new).reshape(x.shape)
-
-    return jax.tree.map(one, whole, part)
+        return put(old, row, new).reshape(x.shape)

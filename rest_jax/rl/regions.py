@@ -1,8 +1,8 @@
-"""Region of every generated token, from the byte spans of the parsed answers.
+"""Region of every generated token, from the byte spans of the parsed completions.
 
 In: one `Answer` a response and the number of bytes of each generated id. Out: int8 region ids.
 Offsets come from the ids themselves, so nothing is tokenised again. A token belongs to the region
-that holds most of its bytes; on a tie to the more specific one. Vectorised over the whole batch:
+that holds most of its bytes; on a tie to the more specific one. Vectorised over the batch:
 Python touches answers, never tokens. Host code (NumPy).
 """
 

@@ -1,6 +1,6 @@
-"""The supervised step: negative log-likelihood of gold answers, weighted by region (SFT, TSFT, RSFT).
+"""The supervised step: negative log-likelihood of gold responses, weighted by region (SFT, TSFT, RSFT).
 
-    loss = sum_it w_it (-log p(a_it)) / number of answer tokens of the global batch
+    loss = sum_it w_it (-log p(a_it)) / number of target tokens of the global batch
 
 w is 1, scaled up on tool-call tokens (TSFT) or on reasoning tokens (RSFT). The batch has the group layout with G = 1, and
 micro-batches, sharding and optimiser are those of the policy update.
@@ -8,46 +8,64 @@ micro-batches, sharding and optimiser are those of the policy update.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from rest_jax.config import SftConfig
-from rest_jax.distributed import num_data_shards
+from rest_jax.config import LossConfig, SftConfig
+from rest_jax.distributed import batch_sharding, num_data_shards
 from rest_jax.models.decoder import Decoder
-from rest_jax.rl import masked
-from rest_jax.rl.forward import response_loss
-from rest_jax.rl.gradients import Metrics, Totals, make_update
-from rest_jax.rl.packing import plan
+from rest_jax.rl.logprobs import response_loss
+from rest_jax.rl.loss import TokenLoss, TokenStats
+from rest_jax.rl.packing import (
+    BatchLengths,
+    MicroBatch,
+    Packing,
+    assign_minibatches,
+    plan_microbatches,
+)
+from rest_jax.rl.step import Update, make_update
+from rest_jax.rl.update import Totals, UpdateSpec
 from rest_jax.tool_calls import NUM_REGIONS, Region
-from rest_jax.types import AnyArray, Params, Sampling, TrainState, response_mask
+from rest_jax.types import AnyArray, GroupPicker, Params, ResponseBatch, Sampling, TrainState
 
 TOOL_CALL_REGIONS = (Region.SCAFFOLD, Region.NAME, Region.PARAM)
 
 
 @struct.dataclass
-class GoldBatch:
-    """Prompts with their gold answers, G = 1. Shift convention as in `types`."""
+class GoldBatch(ResponseBatch):
+    """Prompts with their gold responses (end-of-turn included), G = 1."""
 
-    prompt: Int[AnyArray, "P Tp"]  # int32
-    prompt_length: Int[AnyArray, " P"]  # int32
-    responses: Int[AnyArray, "P 1 Tr"]  # int32, the answers, end-of-turn included
-    response_length: Int[AnyArray, "P 1"]  # int32
     region: Int[AnyArray, "P 1 Tr"]  # int8
 
 
-@dataclasses.dataclass(frozen=True)
-class SupervisedConfig:
-    """The static side of a supervised step; `max_tokens_per_microbatch` as in `step.StepConfig`."""
+@struct.dataclass
+class SupervisedBatch(ResponseBatch):
+    """Gold responses with the factor of each token's loss, its global denominator included, and that of a plain mean."""
 
-    sft: SftConfig
-    max_tokens_per_microbatch: int | None
-    vocab_chunk: int
+    loss_weight: Float[Array, "P 1 Tr"]
+    plain_weight: Float[Array, "P 1 Tr"]
+
+    def take(self, pick: GroupPicker) -> "SupervisedBatch":
+        """The groups of a micro-batch."""
+        return dataclasses.replace(
+            super().take(pick),
+            loss_weight=pick.tokens(self.loss_weight),
+            plain_weight=pick.tokens(self.plain_weight),
+        )
+
+
+class SupervisedInputs(NamedTuple):
+    """What the loss of a gold token reads."""
+
+    loss_weight: Array
+    plain_weight: Array
 
 
 def region_scale(cfg: SftConfig) -> Float[Array, " R"]:
@@ -57,71 +75,63 @@ def region_scale(cfg: SftConfig) -> Float[Array, " R"]:
     return scale.at[Region.THINK].set(cfg.reasoning_weight)
 
 
-@struct.dataclass
-class SupervisedBatch:
-    """Gold answers with their coefficients: those of the loss, and those of a plain mean."""
-
-    gold: GoldBatch
-    loss: Float[Array, "P 1 Tr"]
-    plain: Float[Array, "P 1 Tr"]
-
-
-def token_coefficients(batch: GoldBatch, cfg: SftConfig) -> Float[Array, "P 1 Tr"]:
-    """w / tokens, over the whole global batch."""
-    mask = response_mask(batch.response_length, batch.responses.shape[-1])
-    weight = jnp.take(region_scale(cfg), batch.region.astype(jnp.int32)) * mask
-    return weight / jnp.maximum(jnp.sum(mask), 1)
+def prepare_gold(gold: GoldBatch, cfg: SftConfig) -> SupervisedBatch:
+    """Weights of the tokens, divided by the number of target tokens of the global batch."""
+    mask = gold.mask
+    plain = mask / jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
+    scale = jnp.take(region_scale(cfg), gold.region.astype(jnp.int32))
+    groups = gold.prompt, gold.prompt_length, gold.responses, gold.response_length
+    return SupervisedBatch(*groups, loss_weight=scale * plain, plain_weight=plain)
 
 
-def loss_terms(
-    params: Params, part: SupervisedBatch, decoder: Decoder, cfg: SupervisedConfig
+def supervised_token_loss(seen: TokenStats, x: SupervisedInputs) -> TokenLoss:
+    """Weighted negative log-likelihood of each token."""
+    loss = -x.loss_weight * seen.logp
+    sums = {
+        "update/loss": loss,
+        "update/nll": -x.plain_weight * seen.logp,
+        "update/entropy": x.plain_weight * seen.entropy,
+        "update/accuracy": x.plain_weight * seen.is_argmax,
+    }
+    sums = {name: jnp.where(x.plain_weight > 0, value, 0.0) for name, value in sums.items()}
+    return TokenLoss(sums["update/loss"], sums, {})
+
+
+def supervised_loss(
+    params: Params, batch: SupervisedBatch, decoder: Decoder, cfg: LossConfig
 ) -> tuple[Float[Array, ""], Totals]:
     """This micro-batch's share of the loss and of its metrics."""
-    b = part.gold
-    total, _, entropy = response_loss(
-        decoder, params, b.prompt, b.prompt_length, b.responses, b.response_length, part.loss,
-        lambda logp, entropy, coefficient: -coefficient * logp, Sampling(), cfg.vocab_chunk,
-    )  # fmt: skip
-    mean = masked.masked_sum(part.plain * entropy, part.plain > 0)
-    return total, Totals({"update/loss": total, "update/entropy": mean}, {})
+    inputs = SupervisedInputs(batch.loss_weight, batch.plain_weight)
+    plain = cfg.model_copy(update={"entropy_coefficient": 0.0})
+    total, sums, maxima = response_loss(
+        decoder, params, batch, inputs, supervised_token_loss, plain, Sampling()
+    )
+    return total, Totals(sums, maxima)
 
 
-def make_supervised_step(
+def make_prepare_gold(cfg: SftConfig, mesh: Mesh):
+    """`prepare_gold` compiled."""
+    rows = batch_sharding(mesh)
+    return jax.jit(functools.partial(prepare_gold, cfg=cfg), in_shardings=rows, out_shardings=rows)
+
+
+def make_supervised_update(
     decoder: Decoder,
     tx: optax.GradientTransformation,
-    cfg: SupervisedConfig,
+    cfg: LossConfig,
     mesh: Mesh,
     state_shardings: TrainState,
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """(state, gold on the mesh, lengths of the whole batch) -> (state, metrics): one optimiser update. The state is donated.
+) -> Update:
+    """The update of the supervised loss on `SupervisedBatch`es."""
+    loss_fn = functools.partial(supervised_loss, decoder=decoder, cfg=cfg)
+    return make_update(UpdateSpec(loss_fn, tx, mesh), state_shardings)
 
-    `lengths`: prompt lengths [P] and answer lengths [P, 1] of all processes' rows, NumPy.
-    """
-    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def with_coefficients(gold):
-        return SupervisedBatch(
-            gold, token_coefficients(gold, cfg.sft), token_coefficients(gold, SftConfig())
-        )
-
-    prepare = jax.jit(with_coefficients, in_shardings=rows, out_shardings=rows)
-    loss_fn = functools.partial(loss_terms, decoder=decoder, cfg=cfg)
-    update = make_update(loss_fn, tx, mesh, state_shardings)
-    add_one = jax.jit(lambda step: step + 1, out_shardings=everywhere)
-
-    def step(state, gold, lengths):
-        widths = gold.prompt.shape[1], gold.responses.shape[2]
-        prompts, answers = lengths
-        (mini,) = plan(
-            prompts,
-            answers,
-            widths,
-            ways=num_data_shards(mesh),
-            budget=cfg.max_tokens_per_microbatch,
-        )
-        state, metrics = update(state, prepare(gold), mini)
-        state = dataclasses.replace(state, step=add_one(state.step))
-        return state, metrics | {"update/tokens": answers.sum()}
-
-    return step
+def plan_supervised(lengths: BatchLengths, max_tokens: int | None, mesh: Mesh) -> list[MicroBatch]:
+    """The micro-batches of a global batch of gold responses, which is one mini-batch."""
+    rows = len(lengths.prompt_length)
+    packing = Packing(num_data_shards(mesh), max_tokens)
+    (micro_batches,) = plan_microbatches(
+        lengths, assign_minibatches(rows, 1), np.ones(rows, bool), packing
+    )
+    return micro_batches

@@ -1,4 +1,4 @@
-"""Region weights from entropies, and token weights from region weights (METHOD sections 3 and 4).
+"""Region weights from entropies, and token weights from region weights (docs/method.md sections 3 and 4).
 
     inverse_bound     w_r = 1 / (1 - exp(-H_r))          as described for ResT, the default
     inverse_entropy   w_r = 1 / H_r
@@ -34,7 +34,7 @@ class RegionStats:
 def region_stats(
     region: Int[Array, "P G T"], entropy: Float[Array, "P G T"], gini: Float[Array, "P G T"]
 ) -> RegionStats:
-    """Sums over the whole (global, sharded) batch, hence across all devices."""
+    """Means over the global batch, hence across all devices."""
     member = region[..., None] == jnp.arange(NUM_REGIONS)  # [P, G, T, R]
     count = jnp.sum(member, axis=(0, 1, 2), dtype=jnp.float32)
 
@@ -88,9 +88,8 @@ def base_weights(
 ) -> Float[Array, " R"]:
     """Weights before the curriculum, clipped to [w_min, w_max]; regions never seen have their constant.
 
-    Entropy rules are scaled so that NAME has its anchor; until a name has been seen, so that the seen regions have the mean
-    of their constants. Under rule `constant`
-    a constant of zero (the released preset) stays zero.
+    Entropy rules are scaled so that NAME has its anchor. Until a name has been seen, they are scaled so that the seen regions
+    have the mean of their constants. A constant of zero (rule `constant`, the released preset) stays zero.
     """
     fixed = jnp.asarray(constants(cfg))
     if cfg.rule == "uniform":
@@ -131,10 +130,9 @@ NORMALIZERS = {
 def realised(
     region: Int[Array, "P G T"], weight: Float[Array, "P G T"]
 ) -> tuple[Float[Array, " R"], Float[Array, " R"]]:
-    """What each region got after normalisation: its mean weight, and its share of the total weight (mass)."""
+    """What each region got after normalisation: its mean weight, and its share of the total weight."""
     member = (region[..., None] == jnp.arange(NUM_REGIONS)).astype(jnp.float32)
-    total = jnp.sum(
-        weight[..., None] * member, axis=(0, 1, 2)
-    )  # float32, which a dot is not on TPU
+    # A sum is float32 on TPU, where a dot is not.
+    total = jnp.sum(weight[..., None] * member, axis=(0, 1, 2))
     mean = total / jnp.maximum(jnp.sum(member, axis=(0, 1, 2)), 1)
     return mean, total / jnp.maximum(jnp.sum(total), EPS)

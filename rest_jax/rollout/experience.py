@@ -1,9 +1,9 @@
-"""A step's experience: rollouts, scored on the host while the device decodes others.
+"""A step's experience: completions sampled on the device, scored on the host while the device decodes others.
 
-    Collector.collect(params, state, step) -> Experience
+    Collector.collect(params, rng, step) -> Experience
 
-The sampler tells of every prompt whose G responses are complete; a thread parses, rewards and labels them at once, so that
-when the last response ends, little is left to wait for. Scores do not depend on when they are computed.
+The sampler reports every prompt whose G completions are done; a thread parses, rewards and labels them at once, so that
+little is left to wait for when the last one ends. Scores do not depend on when they are computed.
 """
 
 import concurrent.futures
@@ -15,17 +15,19 @@ import jax
 import numpy as np
 
 from rest_jax.config import Config
-from rest_jax.data.loader import Ahead
+from rest_jax.data.loader import Ahead, make_loader
 from rest_jax.data.records import StepRecord
-from rest_jax.distributed import gather
+from rest_jax.data.tokenize import Prepared
 from rest_jax.models.load import Policy
 from rest_jax.rewards import Score
-from rest_jax.rl.step import BatchLengths
 from rest_jax.rollout.scheduler import SamplerStats, policy_sampler
-from rest_jax.rollout.scoring import score_rollout
+from rest_jax.rollout.scoring import score_rollout, summarise_scores, truncated
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Target
-from rest_jax.types import Params, PromptBatch, RolloutBatch, Sampling, ScoredBatch
+from rest_jax.types import Params, RolloutBatch, Sampling, ScoredBatch
+
+# Fields of `Score` whose means are metrics of the step.
+REWARD_MEANS = ("format_part", "correctness_part", "accuracy", "exact", "spurious")
 
 
 @dataclasses.dataclass
@@ -33,40 +35,83 @@ class Experience:
     """What one step trains on; NumPy rows of this process."""
 
     scored: ScoredBatch
-    scores: list[list[Score]]
+    scores: list[list[Score]]  # [P][G]
     records: list[StepRecord]
+    row: np.ndarray  # int32 [P], as in PromptBatch
     loader_state: dict[str, Any]  # after this batch
     progress: float  # of the reward scale
     staleness: int  # updates between the policy that sampled and the one that trains on it
     stats: SamplerStats
-    seconds: dict[
-        str, float
-    ]  # data: waiting for the loader; score: at work; score_wait: waited for
+    # Of the stages, under their metric names. data: waiting for the loader; score: at work; score_wait: waited for.
+    seconds: dict[str, float]
+    truncated: float  # fraction of completions that did not end
 
-    @property
-    def targets(self) -> list[Target]:
-        """The gold answers."""
-        return [record.target for record in self.records]
+    def metrics(self) -> dict[str, float]:
+        """Rewards, lengths and timings, of this process's rows."""
+        means = summarise_scores(self.scores, [record.target for record in self.records])
+        rewards = {f"reward/{name}": means[name] for name in REWARD_MEANS}
+        return (
+            rewards
+            | self.seconds
+            | {
+                "reward/progress": self.progress,
+                "rollout/truncated": self.truncated,
+                "rollout/tokens": int(np.sum(self.scored.rollout.response_length)),
+                "rollout/decode_slot_utilisation": self.stats.utilisation,
+                "rollout/staleness": self.staleness,
+            }
+        )
 
 
 class Collector:
-    """Samples and scores. A resource: it holds the compiled sampler and two threads."""
+    """Samples and scores the batches of a run. A resource: it holds the compiled sampler and two threads."""
 
-    def __init__(self, config: Config, policy: Policy, batches: Ahead[PromptBatch], steps: int):
+    def __init__(self, config: Config, policy: Policy, prompts: Prepared, steps: int):
         r = config.rollout
+        self.config, self.policy, self.steps = config, policy, steps
         sampling = Sampling(r.temperature, r.top_k, r.top_p)
-        self.config, self.policy, self.batches, self.steps = config, policy, batches, steps
         self.sampler = policy_sampler(policy, r.group_size, r.max_response_tokens, sampling, r)
         self.template = TEMPLATES[config.data.template]
+        self.batches = Ahead(
+            make_loader(
+                prompts,
+                batch_prompts=r.prompts_per_step,
+                seed=config.seed,
+                pad_id=policy.tokenizer.pad_id,
+                cfg=config.data,
+                num_steps=steps,
+            )
+        )
         self.pool = concurrent.futures.ThreadPoolExecutor(1, "score")
+        self.prefetched: Experience | None = None  # of the next step, under staleness
 
-    def collect(self, params: Params, rng: jax.Array, step: int, staleness: int = 0) -> Experience:
-        """The experience of step `step` (from 0), sampled with `params` (rollout layout) and the run's key."""
-        begun = time.monotonic()
+    def resume(self, loader_state: dict[str, Any] | None) -> None:
+        """Moves to a saved position of the data; None: the start."""
+        if loader_state is not None:
+            self.batches.set_state(loader_state)
+
+    def collect(self, params: Params, rng: jax.Array, step: int) -> Experience:
+        """The experience of step `step` (from 1), with weights in the rollout layout and the run's key.
+
+        With `rollout.staleness` 1 it was sampled a step ahead, and the next step's is sampled now.
+        """
+        experience = self.prefetched or self._sample(params, rng, step, staleness=0)
+        self.prefetched = None
+        if self._samples_ahead(step):
+            self.prefetched = self._sample(params, rng, step + 1, staleness=1)
+        return experience
+
+    def _samples_ahead(self, step: int) -> bool:
+        """Not over a checkpoint, since a run that resumes from it has no older weights: so both do the same."""
+        stale = self.config.rollout.staleness == 1
+        return stale and step < self.steps and step % self.config.train.checkpoint_every != 0
+
+    def _sample(self, params: Params, rng: jax.Array, step: int, staleness: int) -> Experience:
+        started = time.monotonic()
         with jax.profiler.TraceAnnotation("data"):
             batch, records = self.batches.take()
         loaded = time.monotonic()
-        progress = min(1.0, step / (self.config.reward.progress_steps or self.steps))
+        progress = min(1.0, (step - 1) / (self.config.reward.progress_steps or self.steps))
         pending: dict[int, concurrent.futures.Future] = {}
 
         def on_group(prompt: int, rows: RolloutBatch) -> None:
@@ -74,7 +119,7 @@ class Collector:
             pending[prompt] = self.pool.submit(self._score, rows, target, progress)
 
         with jax.profiler.TraceAnnotation("rollout"):
-            rollout = self.sampler(params, batch, rng, step, on_group).validate()
+            rollout = self.sampler(params, batch, rng, step - 1, on_group).validate()
         sampled = time.monotonic()
         with jax.profiler.TraceAnnotation("score"):
             parts = [pending[prompt].result() for prompt in range(len(records))]
@@ -82,39 +127,34 @@ class Collector:
             scored=_join(rollout, [part for part, _, _ in parts]),
             scores=[scores for _, scores, _ in parts],
             records=records,
+            row=batch.row,
             loader_state=self.batches.get_state(),
             progress=progress,
             staleness=staleness,
             stats=self.sampler.stats,
             seconds={
-                "time/data": loaded - begun,
+                "time/data": loaded - started,
                 "time/rollout": sampled - loaded,
                 "time/score": sum(seconds for _, _, seconds in parts),
                 "time/score_wait": time.monotonic() - sampled,
             },
+            truncated=truncated(rollout, self.policy.tokenizer.stop_ids),
         )
 
     def _score(
         self, rows: RolloutBatch, target: Target, progress: float
     ) -> tuple[ScoredBatch, list[Score], float]:
-        begun = time.monotonic()
+        started = time.monotonic()
         with jax.profiler.TraceAnnotation("reward"):
             scored, (scores,) = score_rollout(
                 rows, [target], self.policy.tokenizer, self.template, self.config.reward, progress
             )
-        return scored, scores, time.monotonic() - begun
+        return scored, scores, time.monotonic() - started
 
     def close(self) -> None:
         """Ends the threads."""
         self.pool.shutdown()
         self.batches.close()
-
-
-def gather_lengths(scored: ScoredBatch) -> BatchLengths:
-    """Of the batch of all processes."""
-    own = BatchLengths.of(scored)
-    arrays = gather((own.prompt_length, own.response_length, own.reward))
-    return BatchLengths(*arrays, widths=own.widths)
 
 
 def _join(rollout: RolloutBatch, parts: list[ScoredBatch]) -> ScoredBatch:

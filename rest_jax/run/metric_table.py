@@ -70,7 +70,8 @@ METRICS: dict[str, Metric] = {
     "update/clip_low_fraction": Metric("fraction", "tokens clipped at 1 - clip_low"),
     "update/clip_high_fraction": Metric("fraction", "tokens clipped at 1 + clip_high"),
     "update/dual_clip_fraction": Metric("fraction", "tokens at the dual clip"),
-    "update/correction_mean": Metric("", "mean truncated importance weight"),
+    "update/tis_weight_mean": Metric("", "mean truncated importance weight"),
+    "update/nll": Metric("nats", "supervised loss with all tokens alike"),
     "update/advantage_abs": Metric("", "mean absolute advantage of the answers"),
     "update/weight_mean": Metric("", "mean weight of the policy's tokens"),
     "update/tokens": Metric("tokens", "tokens that carried loss"),
@@ -115,6 +116,9 @@ METRICS: dict[str, Metric] = {
     "time/eval": Metric("s", "held-out evaluation"),
     "time/checkpoint": Metric("s", "waiting for a checkpoint to be handed over"),
     "time/tokens_per_second": Metric("tokens/s", "sampled (supervised: trained) tokens a second"),
+    "time/processed_tokens_per_second": Metric(
+        "tokens/s", "supervised: prompt and target tokens a second"
+    ),
     "time/rollout_tokens_per_second": Metric("tokens/s", "sampled tokens a second of the rollout"),
     "time/reward_responses_per_second": Metric("answers/s", "answers scored a second of scoring"),
     "time/reward_tokens_per_second": Metric("tokens/s", "answer tokens scored a second of scoring"),

@@ -63,7 +63,7 @@ def test_chunks_change_neither_values_nor_gradients(chunk):
     tokens = jnp.asarray(RNG.integers(0, 29, (3, 13)), jnp.int32)
     s = Sampling(0.9)
 
-    def whole(hidden, head):
+    def at_once(hidden, head):
         logits = hidden @ head.T
         return chosen_logp(logits, tokens, s), *entropy_and_gini(logits)
 
@@ -73,10 +73,10 @@ def test_chunks_change_neither_values_nor_gradients(chunk):
     def scalar(f):
         return lambda *a: sum((i + 1) * jnp.sum(jnp.sin(x)) for i, x in enumerate(f(*a)))
 
-    for a, b in zip(whole(hidden, head), chunked(hidden, head), strict=True):
+    for a, b in zip(at_once(hidden, head), chunked(hidden, head), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     for a, b in zip(
-        *(jax.grad(scalar(f), (0, 1))(hidden, head) for f in (whole, chunked)), strict=True
+        *(jax.grad(scalar(f), (0, 1))(hidden, head) for f in (at_once, chunked)), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 

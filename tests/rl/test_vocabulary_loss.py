@@ -1,4 +1,4 @@
-"""The update's vocabulary pass: value and hand-made gradient against `jax.grad` of full logits, dtypes, memory."""
+"""The update's vocabulary pass: value, metrics and hand-made gradient against `jax.grad` of full logits, dtypes, memory."""
 
 import functools
 
@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rest_jax.config import LossConfig
 from rest_jax.rl.logprobs import chosen_logp, entropy_and_gini, truncate, vocabulary_loss
+from rest_jax.rl.loss import TokenInputs, TokenLoss, TokenStats, policy_token_loss
 from rest_jax.types import Sampling
 
 ROWS, TIME, WORDS, WIDTH = 3, 13, 29, 8
@@ -20,13 +22,18 @@ SAMPLINGS = [
 ]
 
 
-def policy_loss(logp, entropy, x):
+def policy_loss(seen: TokenStats, x) -> TokenLoss:
     """Curved in the log-prob, with factors of its own for every token, as the update's."""
-    return x["weight"] * -jnp.exp(logp - x["old"]) + 0.3 * x["weight"] * logp
+    loss = x["weight"] * -jnp.exp(seen.logp - x["old"]) + 0.3 * x["weight"] * seen.logp
+    metrics = {"logp": seen.logp, "entropy": seen.entropy}
+    sums = {name: x["bonus"] * value for name, value in metrics.items()}
+    maxima = {name: jnp.where(x["inside"], value, -jnp.inf) for name, value in metrics.items()}
+    return TokenLoss(loss, sums, maxima)
 
 
-def with_entropy(logp, entropy, x):
-    return policy_loss(logp, entropy, x) - 0.7 * x["bonus"] * jnp.square(entropy)
+def with_entropy(seen: TokenStats, x) -> TokenLoss:
+    out = policy_loss(seen, x)
+    return out._replace(loss=out.loss - 0.7 * x["bonus"] * jnp.square(seen.entropy))
 
 
 @functools.cache
@@ -41,6 +48,7 @@ def inputs(sampling: Sampling = SAMPLINGS[0], dtype: str = "float32"):
     assert float(logp.min()) > -100
     noise = rng.normal(size=(3, ROWS, TIME)).astype(np.float32)
     extra = {"weight": noise[0], "old": np.asarray(logp + 0.3 * noise[1]), "bonus": noise[2]}
+    extra["inside"] = np.ones((ROWS, TIME), bool)
     return hidden, head, tokens, jax.tree.map(jnp.asarray, extra)
 
 
@@ -53,15 +61,24 @@ def full_logits(hidden, head):
     )  # fmt: skip
 
 
+def full_stats(hidden, head, tokens, sampling) -> TokenStats:
+    logits = full_logits(hidden, head)
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    entropy, _ = entropy_and_gini(logits)
+    return TokenStats(
+        chosen_logp(logits, tokens, sampling), entropy, chosen == jnp.max(logits, axis=-1)
+    )
+
+
 def reference(hidden, head, tokens, extra, token_loss, sampling):
     """The definition."""
-    logits = full_logits(hidden, head)
-    logp, (entropy, _) = chosen_logp(logits, tokens, sampling), entropy_and_gini(logits)
-    return jnp.sum(token_loss(logp, entropy, extra)), logp, entropy
+    out = token_loss(full_stats(hidden, head, tokens, sampling), extra)
+    sums, maxima = jax.tree.map(jnp.sum, out.sums), jax.tree.map(jnp.max, out.maxima)
+    return jnp.sum(out.loss), sums, maxima
 
 
 def value_and_gradient(function, hidden, head):
-    """((value, other outputs), (d_hidden, d_head)) of a function with three outputs."""
+    """((value, metrics), (d_hidden, d_head)) of a function with three outputs."""
 
     def first(*args):
         total, *rest = function(*args)
@@ -75,25 +92,28 @@ def close(a, b, relative: float = 2e-6) -> None:
     assert np.linalg.norm(a - b) <= relative * np.linalg.norm(b), np.abs(a - b).max()
 
 
+def close_metrics(a, b) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), a, b)
+
+
 @pytest.mark.parametrize("token_loss", [policy_loss, with_entropy], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_value_and_gradient_are_those_of_full_logits(sampling, token_loss):
     hidden, head, tokens, extra = inputs(sampling)
-    counts = token_loss is with_entropy
+    needs_entropy = token_loss is with_entropy
     expected = value_and_gradient(
         lambda h, w: reference(h, w, tokens, extra, token_loss, sampling), hidden, head
     )
     for chunk in (1, 4, 100):  # 4 does not divide 13
         found = value_and_gradient(
             lambda h, w, c=chunk: vocabulary_loss(
-                h, w, tokens, extra, token_loss, sampling, c, counts
+                h, w, tokens, extra, token_loss, sampling, c, needs_entropy
             ),
             hidden,
             head,
         )
         assert float(found[0][0]) == pytest.approx(float(expected[0][0]), rel=1e-5, abs=1e-5)
-        for name, a, b in zip(("logp", "entropy"), found[0][1], expected[0][1], strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=name)
+        close_metrics(found[0][1], expected[0][1])
         assert np.linalg.norm(expected[1][0]) > 1 < np.linalg.norm(expected[1][1])
         for a, b in zip(found[1], expected[1], strict=True):
             assert a.dtype == jnp.float32 and a.shape == b.shape
@@ -105,8 +125,7 @@ def test_the_value_without_a_gradient_is_the_same(chunk):
     hidden, head, tokens, extra = inputs()
     arguments = (hidden, head, tokens, extra, policy_loss, Sampling(), chunk)
     expected = reference(*arguments[:-1])
-    for found, value in zip(vocabulary_loss(*arguments), expected, strict=True):
-        np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-5)
+    close_metrics(vocabulary_loss(*arguments), expected)
 
 
 def test_finite_differences():
@@ -171,8 +190,8 @@ def test_the_cotangent_scales_the_gradient(dtype):
         return vocabulary_loss(h, w, *arguments)[0]
 
     def scaled(h, w):
-        total, logp, entropy = vocabulary_loss(h, w, *arguments)
-        return -4 * total + jnp.sum(logp) + jnp.sum(entropy)
+        total, *metrics = vocabulary_loss(h, w, *arguments)
+        return -4 * total + sum(jax.tree.leaves(metrics))
 
     for one, four in zip(
         jax.grad(loss, (0, 1))(hidden, head), jax.grad(scaled, (0, 1))(hidden, head), strict=True
@@ -204,37 +223,107 @@ def test_tokens_with_no_weight_have_no_gradient():
     np.testing.assert_array_equal(other[1], d_head)
 
 
-def test_a_loss_that_does_not_vanish_with_its_factors():
-    """Chunks are padded: the padding must not enter the sum, whatever `token_loss` makes of zeros."""
+@pytest.mark.parametrize("sampling", [SAMPLINGS[0], SAMPLINGS[-1]], ids=str)
+@pytest.mark.parametrize("chunk", [4, 13])
+def test_what_is_known_of_every_token(sampling, chunk):
+    """Log-prob, entropy and whether no word is more probable, read token by token (every third of them)."""
+    read_tokens = range(1, ROWS * TIME + 1, 3)
+    hidden, head, tokens, _ = inputs(sampling)
+    number = jnp.arange(1, ROWS * TIME + 1).reshape(ROWS, TIME)
+    likely = jnp.argmax(full_logits(hidden, head), axis=-1).astype(jnp.int32)
+    tokens = jnp.where(number % 2 == 0, likely, tokens)
+
+    def read(seen: TokenStats, number) -> TokenLoss:
+        sums = {
+            f"{name}/{i}": jnp.where(number == i, value, 0.0)
+            for name, value in seen._asdict().items()
+            for i in read_tokens
+        }
+        return TokenLoss(jnp.zeros_like(seen.logp), sums, {})
+
+    _, sums, maxima = jax.jit(
+        lambda: vocabulary_loss(hidden, head, tokens, number, read, sampling, chunk)
+    )()
+    assert maxima == {}
+    expected = full_stats(hidden, head, tokens, sampling)
+    for name, value in expected._asdict().items():
+        found = [float(sums[f"{name}/{i}"]) for i in read_tokens]
+        np.testing.assert_allclose(found, np.ravel(value)[::3], rtol=1e-5, atol=1e-5, err_msg=name)
+    assert 0.4 < np.mean(np.ravel(expected.is_argmax)[::3]) < 1
+
+
+def test_equally_probable_words_are_all_the_argmax():
+    """Two words of the same column of the head; a third that is less probable."""
     hidden, head, tokens, _ = inputs()
+    likely = np.asarray(jnp.argmax(full_logits(hidden, head), axis=-1))
+    twin = (likely[0, 0] + 1) % WORDS
+    head = head.at[twin].set(head[likely[0, 0]])
+    other = (twin + 1) % WORDS
+    row = jnp.broadcast_to(hidden[:1, :1], (1, 3, WIDTH))
 
-    def plain(logp, entropy, _):
-        return -logp
+    def correct(seen: TokenStats, x) -> TokenLoss:
+        return TokenLoss(0.0 * seen.logp, {"accuracy": x * seen.is_argmax}, {})
 
-    expected = reference(hidden, head, tokens, {}, plain, Sampling())[0]
-    for chunk in (13, 4):
-        found = vocabulary_loss(hidden, head, tokens, {}, plain, Sampling(), chunk)[0]
-        assert float(found) == pytest.approx(float(expected), rel=1e-5)
-        found = value_and_gradient(
-            lambda h, w, c=chunk: vocabulary_loss(h, w, tokens, {}, plain, Sampling(), c),
-            hidden,
-            head,
-        )[0][0]
-        assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    for word, expected in ((likely[0, 0], 3), (twin, 3), (other, 0)):
+        tokens = jnp.full((1, 3), word, jnp.int32)
+        _, sums, _ = vocabulary_loss(row, head, tokens, jnp.ones((1, 3)), correct, Sampling(), 2)
+        assert float(sums["accuracy"]) == expected
+
+
+def policy_inputs(hidden, head, tokens, mask) -> TokenInputs:
+    rng = np.random.default_rng(5)
+    logp = np.asarray(full_stats(hidden, head, tokens, Sampling()).logp)
+    old, advantage, weight, u = rng.normal(size=(4, *mask.shape)).astype(np.float32)
+    # All log-probs of the old policy are lower, so that the largest ratio is above that of padding.
+    old = np.where(mask, logp - np.abs(old), 0)
+    x = TokenInputs(old, advantage, weight * mask, np.abs(u) * mask, mask, old - 0.1 * mask)
+    return jax.tree.map(jnp.asarray, x)
+
+
+@pytest.mark.parametrize("garbage", ["tokens", "hidden", "nan"])
+@pytest.mark.parametrize("chunk", [4, 13])
+def test_padding_enters_neither_loss_nor_metrics(chunk, garbage):
+    """Neither that of the responses, whatever is there, nor that of the last chunk."""
+    hidden, head, tokens, _ = inputs()
+    mask = np.arange(TIME) < np.array([[5], [12], [1]])
+    cfg = LossConfig(kl_coefficient=0.1, entropy_coefficient=0.1)
+    x = policy_inputs(hidden, head, tokens, mask)
+
+    def token_loss(seen, x):
+        return policy_token_loss(seen, x, cfg)
+
+    expected = reference(hidden, head, tokens, x, token_loss, Sampling())
+    if garbage == "tokens":
+        tokens = jnp.where(mask, tokens, (tokens + 3) % WORDS)
+    else:
+        wrong = jnp.nan if garbage == "nan" else -100 * hidden
+        hidden = jnp.where(mask[..., None], hidden, wrong)
+    arguments = (x, token_loss, Sampling(), chunk, True)
+    close_metrics(vocabulary_loss(hidden, head, tokens, *arguments), expected)
+    found, gradient = value_and_gradient(
+        lambda h, w: vocabulary_loss(h, w, tokens, *arguments), hidden, head
+    )
+    close_metrics((found[0], *found[1]), expected)
+    if garbage != "nan":
+        assert (np.asarray(gradient[0])[~mask] == 0).all()
+        assert all(np.isfinite(np.asarray(part)).all() for part in gradient)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, 5)], ids=str)
-@pytest.mark.parametrize("counts", [False, True])
-def test_full_logits_never_exist(counts, sampling):
+@pytest.mark.parametrize("needs_entropy", [False, True])
+def test_full_logits_never_exist(needs_entropy, sampling):
     """The buffers of the compiled gradient are far below [P, T, V]."""
     p, t, v, d = 2, 512, 4096, 16
     args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((p, t, d), (v, d))]
     tokens = jax.ShapeDtypeStruct((p, t), jnp.int32)
     extra = {name: jax.ShapeDtypeStruct((p, t), jnp.float32) for name in ("weight", "old", "bonus")}
+    extra["inside"] = jax.ShapeDtypeStruct((p, t), bool)
 
     def loss(hidden, head, tokens, extra):
-        token_loss = with_entropy if counts else policy_loss
-        return vocabulary_loss(hidden, head, tokens, extra, token_loss, sampling, 16, counts)[0]
+        token_loss = with_entropy if needs_entropy else policy_loss
+        return vocabulary_loss(
+            hidden, head, tokens, extra, token_loss, sampling, 16, needs_entropy
+        )[0]
 
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*args, tokens, extra).compile()
     memory = compiled.memory_analysis()

@@ -1,4 +1,4 @@
-"""Options of the loop, with a tiny policy: one step of look ahead, the trace of a step, the names of metrics."""
+"""The loop around the steps, with a tiny policy: sampling one step ahead, the trace of a step, rates, the clock."""
 
 import gzip
 import json
@@ -6,8 +6,7 @@ import pathlib
 import re
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -15,14 +14,17 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from rest_jax import cli, config, train
+from rest_jax import cli, config
 from rest_jax.data.loader import make_loader
+from rest_jax.data.tokenize import load_training, prepare
 from rest_jax.rollout.scheduler import policy_sampler
+from rest_jax.run.loop import Clock
 from rest_jax.run.metric_table import METRICS
 from rest_jax.run.metrics import read_lines
 from rest_jax.run.policy import load_policy
+from rest_jax.templates import TEMPLATES
 from rest_jax.types import Sampling
-from tests import test_train
+from tests.runs import assert_same, finish, lines, recipe, start, state
 
 STEPS, SAVED, KILLED = 5, 3, 4
 NEW = {
@@ -45,9 +47,6 @@ NEW = {
 }
 
 
-model = test_train.model  # the fixture
-
-
 @pytest.fixture(scope="module")
 def source(model, tmp_path_factory) -> pathlib.Path:
     """The tiny policy with a loud end-of-turn token: its answers end early, each at another length."""
@@ -62,14 +61,14 @@ def source(model, tmp_path_factory) -> pathlib.Path:
 
 def stale(source: pathlib.Path, output: pathlib.Path) -> dict:
     """Five steps of two updates, each but the first and the one after the checkpoint sampled one update too early."""
-    raw = test_train.recipe(
+    raw = recipe(
         source,
         output,
         rollout={
             "staleness": 1,
             "recompute_logprobs": True,
             "tis_cap": 2.0,
-            "lanes": 6,
+            "decode_slots": 6,
         },
         optimizer={"learning_rate": 2e-4},
         train={
@@ -85,48 +84,11 @@ def stale(source: pathlib.Path, output: pathlib.Path) -> dict:
     return raw
 
 
-def launch(raw: dict, folder: pathlib.Path, *options: str, code: str | None = None) -> str:
-    """Output of `rest-jax train` in a process of one device; `code` runs before it, and SIGKILL is its end then."""
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    program = ["-m", "rest_jax"] if code is None else ["-c", code]
-    process = subprocess.Popen(
-        [sys.executable, *program, "train", str(path), *options],
-        env=test_train.environment() | {"PYTHONFAULTHANDLER": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    try:
-        out, _ = process.communicate(timeout=400)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGABRT)  # its threads say where they are
-        out, _ = process.communicate()
-    assert process.returncode == (0 if code is None else -signal.SIGKILL), out
-    return out
-
-
-KILL = f"""
-import json, os, signal, sys
-from rest_jax.run import machine
-machine.configure()  # before jax is there, as in the program itself
-from rest_jax import cli, train
-
-def after(self, step, last, plain=train.Loop.after):
-    plain(self, step, last)
-    print("loader", json.dumps(self.loader_state), flush=True)
-    if step == {KILLED}:
-        self.opened.checkpoints.wait()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-train.Loop.after = after
-sys.exit(cli.main())
-"""
-
-
 @pytest.fixture(scope="module")
 def unbroken(source, tmp_path_factory) -> tuple[pathlib.Path, str]:
     """The folder and the output of a run that nothing interrupted and that traced its second step."""
     folder = tmp_path_factory.mktemp("unbroken")
-    out = launch(stale(source, folder), folder, "--profile", "2")
+    out = finish(start("train", stale(source, folder), folder, "--profile", "2"))
     return folder / "tiny", out
 
 
@@ -135,9 +97,11 @@ def broken(source, tmp_path_factory) -> "Broken":
     """The same run killed a step after its checkpoint, then started again."""
     folder = tmp_path_factory.mktemp("broken")
     raw = stale(source, folder)
-    killed = launch(raw, folder, code=KILL)
-    before = test_train.lines(folder / "tiny")
-    return Broken(folder / "tiny", killed, before, launch(raw, folder, "--profile", "2"))
+    process = start("train", raw, folder, program="killed_after_step.py")
+    killed = finish(process, -signal.SIGKILL)
+    before = lines(folder / "tiny")
+    restarted = finish(start("train", raw, folder, "--profile", "2"))
+    return Broken(folder / "tiny", killed, before, restarted)
 
 
 class Broken(NamedTuple):
@@ -163,16 +127,16 @@ def test_staleness_is_one_but_at_the_start_and_after_a_checkpoint(unbroken):
 
 def test_two_runs_of_a_seed_are_the_same(unbroken, broken):
     """Up to where one of them was killed."""
-    lines = test_train.lines(unbroken[0])
+    unbroken_lines = lines(unbroken[0])
     assert SAVED <= len(broken.before) < STEPS
-    assert broken.before == lines[: len(broken.before)]
+    assert broken.before == unbroken_lines[: len(broken.before)]
 
 
 def test_killed_after_a_checkpoint_and_restarted_is_the_unbroken_run(unbroken, broken):
-    assert test_train.lines(broken.run) == test_train.lines(unbroken[0])
-    one, other = test_train.state(broken.run), test_train.state(unbroken[0])
+    assert lines(broken.run) == lines(unbroken[0])
+    one, other = state(broken.run), state(unbroken[0])
     assert one[2] == STEPS
-    test_train.same(one, other)
+    assert_same(one, other)
     samples = [read_lines(run / "samples.jsonl") for run in (broken.run, unbroken[0])]
     assert samples[0] == samples[1]
 
@@ -180,10 +144,12 @@ def test_killed_after_a_checkpoint_and_restarted_is_the_unbroken_run(unbroken, b
 def test_what_is_saved_is_the_position_after_the_batch_trained_on(broken):
     """Not after the one that was sampled ahead: a run stopped at any step drops that one and takes it again."""
     said = re.findall(r"^loader (.*)$", broken.killed, re.MULTILINE)
-    resolved = config.load(broken.run / "config.yaml")
+    resolved = config.load([broken.run / "config.yaml"])
     loaded = load_policy(resolved.model, config.MeshConfig(fsdp=-1))
+    template = TEMPLATES[resolved.data.template]
+    prompts = prepare(load_training(resolved.data), loaded.tokenizer, template, resolved.data)
     loader = make_loader(
-        train.training_prompts(resolved, loaded), batch_prompts=4, seed=0, pad_id=0,
+        prompts, batch_prompts=4, seed=0, pad_id=0,
         cfg=resolved.data, num_steps=STEPS,
     )  # fmt: skip
     expected = []
@@ -250,7 +216,7 @@ def test_the_metrics_of_speed_and_packing(unbroken):
 )
 def test_options_that_cannot_be_are_one_line(source, tmp_path, capsys, overrides, said):
     path = tmp_path / "bad.yaml"
-    path.write_text(yaml.safe_dump(test_train.recipe(source, tmp_path / "out")))
+    path.write_text(yaml.safe_dump(recipe(source, tmp_path / "out")))
     assert cli.main(["train", str(path), *overrides]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
@@ -265,10 +231,18 @@ def test_a_step_to_trace_is_a_whole_number(tmp_path, capsys, step):
     assert "whole number of at least 1" in capsys.readouterr().err
 
 
-def test_lanes_and_slots_reach_the_sampler(source):
+def test_decode_slots_and_cache_entries_reach_the_sampler(source):
     loaded = load_policy(config.ModelConfig(source=str(source)), config.MeshConfig(fsdp=-1))
-    rollout = config.RolloutConfig(lanes=3, prompt_slots=2)
+    rollout = config.RolloutConfig(decode_slots=3, prompt_cache_entries=2)
     made = policy_sampler(loaded, 4, 10, Sampling(), rollout).settings
-    assert (made.lanes, made.prompt_slots, made.sizes(8)) == (3, 2, (2, 3))
+    assert (made.decode_slots, made.prompt_cache_entries, made.sizes(8)) == (3, 2, (2, 3))
     evaluation = policy_sampler(loaded, 1, 10, Sampling(greedy=True), rollout).settings
     assert evaluation.sizes(8) == (3, 3)  # a prompt with one response needs a slot a lane
+
+
+def test_the_laps_of_a_clock_leave_no_gap(monkeypatch):
+    now = iter([1.0, 2.5, 2.5, 7.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    clock = Clock()
+    assert [clock.lap()[0] for _ in range(3)] == [1.5, 0.0, 4.5]
+    assert clock.elapsed == 6.0

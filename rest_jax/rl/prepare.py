@@ -1,0 +1,164 @@
+"""From a scored rollout to what the update reads: curriculum, token weights, advantages, and the global denominators.
+
+    prepare(scored, ..., curriculum) -> TrainBatch, CurriculumState, metrics
+
+Every denominator is computed here, over the global mini-batch, before its micro-batches run. So groups without advantage
+need no forward pass: they have entered the denominators already.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from rest_jax.config import LossConfig
+from rest_jax.rl import curriculum, masked, weights
+from rest_jax.rl.advantages import ADVANTAGES, nonzero_advantage
+from rest_jax.rl.loss import AGGREGATIONS, MiniBatches, ratio
+from rest_jax.tool_calls import Region
+from rest_jax.types import CurriculumState, RolloutBatch, Sampling, ScoredBatch, TrainBatch
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """The static side of a step of `updates` mini-batches."""
+
+    loss: LossConfig
+    schedule: curriculum.Schedule
+    sampling: Sampling
+    updates: int
+    fixed_length: int  # tokens; the constant of aggregation `fixed_length`
+    max_tokens_per_microbatch: int | None = (
+        None  # trunk positions on each data shard; None: no limit
+    )
+    tis_cap: float | None = None  # cap of the truncated importance weights; None: off
+    noise_groups: int | None = None  # groups of a mini-batch, whose gradient noise is measured
+
+    @property
+    def all_groups_active(self) -> bool:
+        """Whether groups without advantage have a gradient all the same."""
+        return self.loss.kl_coefficient > 0 or self.loss.entropy_coefficient > 0
+
+
+@struct.dataclass
+class Recomputed:
+    """Values of the rollout's tokens by the trainer's own forward pass, when asked for."""
+
+    logp: Float[Array, "P G T"]
+    entropy: Float[Array, "P G T"]
+    gini: Float[Array, "P G T"]
+
+
+def active_groups(reward: np.ndarray, cfg: StepConfig) -> np.ndarray:
+    """bool [P]: the groups that must be computed, from rewards [P, G]; the others have no gradient."""
+    return (reward.max(axis=1) != reward.min(axis=1)) | cfg.all_groups_active
+
+
+@jax.named_scope("prepare")
+def prepare(
+    scored: ScoredBatch,
+    recomputed: Recomputed | None,
+    logp_ref: Float[Array, "P G T"] | None,
+    minibatch: Int[Array, " P"],
+    state: CurriculumState,
+    cfg: StepConfig,
+) -> tuple[TrainBatch, CurriculumState, Metrics]:
+    """What the updates of a step read. `recomputed` replaces the sampler's values; `minibatch`: of each group."""
+    rollout = scored.rollout
+    old = rollout if recomputed is None else recomputed
+    stats = weights.region_stats(scored.region, old.entropy, old.gini)
+    new = curriculum.update(state, stats, jnp.mean(scored.format_score), cfg.schedule)
+    weight = weights.token_weights(scored.region, new.weight, cfg.schedule.normalizer)
+    metrics = reward_metrics(scored) | rollout_metrics(rollout)
+    metrics |= curriculum_metrics(scored, weight, stats, new)
+
+    minibatches = MiniBatches(minibatch, cfg.updates)
+    mask = rollout.mask
+    loss_weight = AGGREGATIONS[cfg.loss.aggregation](weight, mask, minibatches, cfg.fixed_length)
+    if recomputed is not None:
+        metrics |= mismatch(recomputed.logp, rollout)
+        if cfg.tis_cap is not None:
+            # The correction multiplies the loss, not the denominator.
+            tis = jnp.minimum(ratio(recomputed.logp, rollout.logp), cfg.tis_cap)
+            metrics["update/tis_weight_mean"] = masked.mean_over_mask(tis, mask)
+            loss_weight = loss_weight * tis
+    active = nonzero_advantage(scored.reward) | cfg.all_groups_active
+    counted = mask & active[:, None, None]
+    batch = TrainBatch(
+        prompt=rollout.prompt,
+        prompt_length=rollout.prompt_length,
+        responses=rollout.responses,
+        response_length=rollout.response_length,
+        logp_old=old.logp,
+        logp_ref=logp_ref,
+        advantage=ADVANTAGES[cfg.loss.advantage](scored.reward),
+        loss_weight=loss_weight,
+        regulariser=counted / jnp.maximum(minibatches.total(jnp.sum(counted, (1, 2))), 1),
+    )
+    return batch, new, metrics
+
+
+def mismatch(logp: Float[Array, "P G T"], rollout: RolloutBatch) -> Metrics:
+    """How far the sampler's log-probs are from the trainer's."""
+    difference = jnp.abs(logp - rollout.logp)
+    return {
+        "rollout/logp_mismatch": masked.mean_over_mask(difference, rollout.mask),
+        "rollout/ratio_max": ratio(masked.max_over_mask(difference, rollout.mask), 0.0),
+    }
+
+
+def reward_metrics(scored: ScoredBatch) -> Metrics:
+    """Rewards over the batch and within the groups."""
+    reward = scored.reward
+    return {
+        "reward/mean": jnp.mean(reward),
+        "reward/std": jnp.std(reward),
+        "reward/min": jnp.min(reward),
+        "reward/max": jnp.max(reward),
+        "reward/group_std": jnp.mean(jnp.std(reward, axis=1)),
+        "reward/format_score": jnp.mean(scored.format_score),
+        "reward/equal_groups": jnp.mean(1.0 - nonzero_advantage(reward)),
+    }
+
+
+def rollout_metrics(rollout: RolloutBatch) -> Metrics:
+    """Lengths, and means over the sampled tokens."""
+    length = rollout.response_length.astype(jnp.float32)
+    mask = rollout.mask
+    return {
+        "rollout/response_tokens": jnp.mean(length),
+        "rollout/response_tokens_max": jnp.max(length),
+        "rollout/prompt_tokens": jnp.mean(rollout.prompt_length.astype(jnp.float32)),
+        "rollout/logp": masked.mean_over_mask(rollout.logp, mask),
+        "rollout/entropy": masked.mean_over_mask(rollout.entropy, mask),
+        "rollout/gini": masked.mean_over_mask(rollout.gini, mask),
+    }
+
+
+def curriculum_metrics(
+    scored: ScoredBatch,
+    weight: Float[Array, "P G T"],
+    stats: weights.RegionStats,
+    state: CurriculumState,
+) -> Metrics:
+    """Progress, and for each region entropy, weight in force, realised weight and weight share, tokens."""
+    mean, share = weights.realised(scored.region, weight)
+    columns = {
+        "entropy": stats.entropy,
+        "gini": stats.gini,
+        "count": stats.count,
+        "base": state.weight,
+        "weight": mean,
+        "weight_share": share,
+    }
+    return {"curriculum/nu": state.nu, "curriculum/format_score": state.format_score} | {
+        f"region/{region.name.lower()}/{name}": column[region]
+        for name, column in columns.items()
+        for region in Region
+        if region is not Region.NONE
+    }

@@ -1,0 +1,158 @@
+"""The device side of an optimiser update: forward pass, loss with its metrics, gradient, AdamW. Pure functions.
+
+    policy_loss(params, batch)   -> loss, Totals                   one micro-batch
+    micro_gradient(params, batch, pick)                            its gradient, for the groups `pick`
+    add_micro_gradient(...)                                        the same, added to what earlier micro-batches gave
+    apply_gradient(state, ...)   -> TrainState, Totals             one optimiser update
+
+`rl/step.py` compiles them and loops over micro-batches. Denominators are in the batch already (`rl/loss.py`), so how it is
+cut changes nothing but the order of sums.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from rest_jax.config import LossConfig
+from rest_jax.models.decoder import Decoder
+from rest_jax.rl.logprobs import response_loss
+from rest_jax.rl.loss import TokenInputs, policy_token_loss
+from rest_jax.rl.packing import Picker
+from rest_jax.types import Params, ResponseBatch, Sampling, TrainBatch, TrainState
+
+
+@struct.dataclass
+class Totals:
+    """Metrics of a mini-batch over its micro-batches: `sums` add up, of `maxima` the largest stays."""
+
+    sums: dict[str, jax.Array]
+    maxima: dict[str, jax.Array]
+
+    def join(self, other: "Totals") -> "Totals":
+        """Of both together."""
+        return Totals(
+            jax.tree.map(jnp.add, self.sums, other.sums),
+            jax.tree.map(jnp.maximum, self.maxima, other.maxima),
+        )
+
+
+LossFn = Callable[[Params, Any], tuple[jax.Array, Totals]]  # (params, groups of the batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateSpec:
+    """What an update does. `noise_groups`: groups of a mini-batch, to measure `gradient_noise`; None: not measured."""
+
+    loss_fn: LossFn
+    tx: optax.GradientTransformation
+    mesh: Mesh
+    noise_groups: int | None = None
+
+
+def policy_loss(
+    params: Params, batch: TrainBatch, decoder: Decoder, cfg: LossConfig, sampling: Sampling
+) -> tuple[Float[Array, ""], Totals]:
+    """This micro-batch's share of the mini-batch's loss and of its metrics."""
+    inputs = TokenInputs(
+        logp_old=batch.logp_old,
+        advantage=jnp.broadcast_to(batch.advantage[..., None], batch.responses.shape),
+        loss_weight=batch.loss_weight,
+        regulariser=batch.regulariser,
+        mask=batch.mask,
+        logp_ref=batch.logp_ref,
+    )
+    total, sums, maxima = response_loss(
+        decoder,
+        params,
+        batch,
+        inputs,
+        lambda seen, x: policy_token_loss(seen, x, cfg),
+        cfg,
+        sampling,
+    )
+    return total, Totals(sums, maxima)
+
+
+def micro_gradient(
+    params: Params, batch: ResponseBatch, pick: jax.Array, widths: tuple[int, int], spec: UpdateSpec
+) -> tuple[Params, Totals]:
+    """Gradient (float32) and metrics of the groups `pick` [W, R] of the batch, cut to `widths`."""
+    part = batch.take(Picker(pick, widths, spec.mesh))
+    gradient, totals = jax.grad(spec.loss_fn, has_aux=True)(params, part)
+    if spec.noise_groups is not None:
+        groups = jnp.sum(pick >= 0).astype(jnp.float32)
+        # What a skipped group adds is put in at the end: `noise_groups` less the groups computed.
+        parts = {SQUARES: optax.tree.norm(gradient, squared=True), COUNTS: groups**2 - groups}
+        totals = Totals(totals.sums | parts, totals.maxima)
+    return gradient, totals
+
+
+def add_micro_gradient(
+    gradient: Params,
+    totals: Totals,
+    params: Params,
+    batch: ResponseBatch,
+    pick: jax.Array,
+    widths: tuple[int, int],
+    spec: UpdateSpec,
+) -> tuple[Params, Totals]:
+    """`micro_gradient`, added to the gradient and the metrics so far (which a compiled call donates)."""
+    new, found = micro_gradient(params, batch, pick, widths, spec)
+    return jax.tree.map(jnp.add, gradient, new), totals.join(found)
+
+
+def zero_gradient(params: Params, batch: ResponseBatch, spec: UpdateSpec) -> tuple[Params, Totals]:
+    """Of a mini-batch in which no group is active: the gradient and the sums are zero."""
+    shards = spec.mesh.shape["data"] * spec.mesh.shape["fsdp"]
+    none = jnp.full((shards, 1), -1, jnp.int32)
+    shapes = jax.eval_shape(lambda p, b: micro_gradient(p, b, none, (32, 32), spec), params, batch)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+@jax.named_scope("optimizer")
+def apply_gradient(
+    state: TrainState, gradient: Params, totals: Totals, spec: UpdateSpec
+) -> tuple[TrainState, Totals]:
+    """One optimiser update, with the norms of gradient, change and parameters among the metrics."""
+    updates, opt_state = spec.tx.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    norm = optax.tree.norm(gradient)
+    sums = totals.sums | {
+        "update/grad_norm": norm,
+        "update/update_norm": optax.tree.norm(updates),
+        "update/param_norm": optax.tree.norm(params),
+    }
+    if spec.noise_groups is not None:
+        counts = sums.pop(COUNTS) + spec.noise_groups
+        sums |= gradient_noise(sums.pop(SQUARES), counts, norm, spec.noise_groups)
+    state = dataclasses.replace(state, params=params, opt_state=opt_state)
+    return state, Totals(sums, totals.maxima)
+
+
+SQUARES, COUNTS = "noise/squares", "noise/counts"
+
+
+def gradient_noise(
+    squares: Float[Array, ""], counts: Float[Array, ""], norm: Float[Array, ""], groups: int
+) -> dict[str, jax.Array]:
+    """Sampling variance of a mini-batch gradient from its parts: `update/grad_variance`, the trace of its covariance, and
+    `update/grad_noise`, that over its own squared norm (1: nothing but noise; scale-free).
+
+    The gradient is the sum of `groups` independent group terms, denominators taken as given. `squares` = sum_k |S_k|^2 over
+    micro-batches of n_k groups, `counts` = sum_k n_k^2 (a skipped group: n 1, S 0), `norm` = |sum_k S_k|. From
+    E|S_k|^2 = n_k t + n_k^2 |mu|^2 and E norm^2 = n t + n^2 |mu|^2 follows the unbiased n t (McCandlish et al. 2018,
+    appendix A, for unequal parts).
+    """
+    share = counts / groups**2
+    variance = (squares - share * norm**2) / jnp.maximum(1 - share, 1e-12)
+    return {
+        "update/grad_variance": variance,
+        "update/grad_noise": variance / jnp.maximum(norm**2, 1e-30),
+    }

@@ -1,0 +1,186 @@
+"""What the two training loops share: resumption, one clock, metrics read a step late, evaluation, checkpoints, SIGTERM.
+
+    state, loader_state = loop.resume(state, abstract)
+    for step in loop.steps():
+        ...                                   dispatch the step
+        loop.end_step(pending, state, loader_state)
+
+The metrics of a step are read while the next one runs, so that the host never waits for a value it has just asked for. A
+step with an evaluation or a checkpoint reads its own first: whatever checkpoint a restarted run finds, the lines up to it
+are on disk.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from rest_jax.distributed import is_first_process
+from rest_jax.run.folder import Run, TrainingStopped, not_finite, save_batch
+from rest_jax.run.metrics import Progress
+from rest_jax.run.profile import Tracer
+from rest_jax.types import TrainState
+
+EVAL_SAMPLES = 8  # held-out completions written to samples.jsonl after each evaluation
+
+Evaluation = tuple[dict[str, float], list[dict[str, Any]]]  # eval/ metrics, one sample a prompt
+
+
+class Clock:
+    """Laps of wall-clock and CPU time without gaps between them: they sum to `elapsed`."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.monotonic()
+        self.last_cpu = time.process_time()
+
+    def lap(self) -> tuple[float, float]:
+        """Seconds since the last lap: wall-clock, and CPU time of all threads."""
+        now, cpu = time.monotonic(), time.process_time()
+        lap = now - self.last, cpu - self.last_cpu
+        self.last, self.last_cpu = now, cpu
+        return lap
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds from the start to the end of the last lap."""
+        return self.last - self.start
+
+
+@dataclasses.dataclass
+class PendingStep:
+    """A step whose metrics are still on the device, and its batch for the case that they are not finite."""
+
+    device: Any  # tree of metrics
+    read: Callable[..., dict[str, Any]]  # from the tree, on the host, to named values
+    host: dict[str, float]
+    rates: Callable[[float, float], dict[str, float]]  # from the seconds of the update, of the step
+    batch: Any  # dataclass of arrays
+    dispatched: float  # time at which the update was handed to the device
+    samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    step: int = 0
+    update_seconds: float | None = None  # None: the device was not seen to be done
+    lap: tuple[float, float] | None = None  # None: the step has not ended
+    elapsed: float = 0.0
+
+    def wait(self) -> None:
+        """Until the device is done with the update."""
+        if self.update_seconds is None:
+            jax.block_until_ready(self.device)
+            self.update_seconds = time.monotonic() - self.dispatched
+
+
+class Loop:
+    """The steps of one run, from its newest checkpoint to `total`."""
+
+    def __init__(
+        self,
+        run: Run,
+        total: int,
+        evaluate: Callable[[TrainState], Evaluation] | None,
+        shown: tuple[str, str],
+        profile: int | None = None,
+    ):
+        """`evaluate`: held-out metrics of a state; None: there is no held-out data. `shown`: label and metric of the
+        progress line. `profile`: a step to trace.
+        """
+        self.run, self.total, self.evaluate, self.shown = run, total, evaluate, shown
+        self.tracer = Tracer(run.folder, profile)
+        self.pending: PendingStep | None = None
+        self.last = self.start = 0
+        self._extra: dict[str, float] = {}
+
+    def resume(
+        self, state: TrainState, abstract: TrainState
+    ) -> tuple[TrainState, dict[str, Any] | None]:
+        """The state and the loader's state of the newest sound checkpoint; without one, `state` and None."""
+        self.state, loader_state, self.start = self.run.resume(state, abstract)
+        self.last = self.start
+        self.progress = Progress(self.total, self.start)
+        return self.state, loader_state
+
+    def steps(self) -> Iterator[int]:
+        """The numbers (from 1) of the steps to do; ends early after SIGTERM. `end_step` must be called in each."""
+        self.clock, train = Clock(), self.run.config.train
+        if self.start == 0 and train.eval_before:
+            self._evaluate(0)
+        for step in range(self.start + 1, self.total + 1):
+            with self.tracer.step(step, lambda: jax.block_until_ready(self.state.params)):
+                self._close_lap()
+                yield step
+            self.last = step
+            stopping = self.run.stop.agreed()
+            ends = step == self.total
+            if ends or (train.eval_every and step % train.eval_every == 0):
+                self._evaluate(step)
+            if ends or stopping or step % train.checkpoint_every == 0:
+                self._save(step)
+            if stopping:
+                self.progress.message(
+                    f"SIGTERM: saved at step {step}; run the same command to resume"
+                )
+                break
+        self._flush()
+        self.progress.close()
+        self.tracer.report(self.progress.message)
+
+    def end_step(
+        self, step: int, pending: PendingStep, state: TrainState, loader_state: dict[str, Any]
+    ) -> None:
+        """Writes the metrics of the step before, and keeps those of this one, which the device still computes."""
+        self._flush()
+        pending.step = step
+        self.pending, self.state, self.loader_state = pending, state, loader_state
+
+    def _close_lap(self) -> None:
+        """The step before ends where this one begins, unless it ended before an evaluation or a checkpoint."""
+        if self.pending is not None and self.pending.lap is None:
+            self.pending.wait()
+            self.pending.lap = self.clock.lap()
+            self.pending.elapsed = self.clock.elapsed
+
+    def _flush(self) -> None:
+        """Reads the pending step's metrics, stops on NaN, writes its lines."""
+        if self.pending is None:
+            return
+        self._close_lap()
+        p, self.pending = self.pending, None
+        values = {name: float(v) for name, v in p.read(*jax.device_get(p.device)).items()}
+        if not_finite(values):
+            arrays = {f.name: getattr(p.batch, f.name) for f in dataclasses.fields(p.batch)}
+            arrays = {
+                name: x for name, x in arrays.items() if isinstance(x, (np.ndarray, jax.Array))
+            }
+            raise TrainingStopped(p.step, values, save_batch(self.run.folder, p.step, arrays))
+        assert p.lap is not None and p.update_seconds is not None
+        seconds, cpu = p.lap
+        values |= p.host | p.rates(p.update_seconds, seconds) | self._extra
+        values |= {"time/step": seconds, "time/cpu": cpu, "time/update": p.update_seconds}
+        values["time/elapsed"], self._extra = p.elapsed, {}
+        if is_first_process():
+            self.run.write(p.step, values, p.samples)
+            label, name = self.shown
+            self.progress.update(p.step, values[name], values["time/tokens_per_second"], label)
+
+    def _evaluate(self, step: int) -> None:
+        """Held-out metrics, as a line of their own."""
+        self._flush()
+        if self.evaluate is None:
+            return
+        self.clock.lap()
+        values, samples = self.evaluate(self.state)
+        seconds, _ = self.clock.lap()
+        shown = [{"split": "eval", **sample} for sample in samples[:EVAL_SAMPLES]]
+        self.run.write(step, values | {"time/eval": seconds}, shown)
+        self.progress.message(
+            f"held out at step {step}: exact {values['eval/exact']:.1%}, format {values['eval/format']:.1%}, "
+            f"spurious {values['eval/spurious']:.1%}, reward {values['eval/reward']:.3f}"
+        )
+
+    def _save(self, step: int) -> None:
+        self._flush()
+        self.clock.lap()
+        self.run.save(step, self.state, self.loader_state)
+        self._extra["time/checkpoint"] = self.clock.lap()[0]

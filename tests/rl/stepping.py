@@ -1,0 +1,106 @@
+"""One RL step of the tiny policy, put together as the loop of train.py does, for the tests of the update."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rest_jax.distributed import replicated
+from rest_jax.models.decoder import param_shardings
+from rest_jax.rl import curriculum
+from rest_jax.rl.packing import (
+    BatchLengths,
+    MicroBatch,
+    Packing,
+    assign_minibatches,
+    plan_microbatches,
+)
+from rest_jax.rl.prepare import Recomputed, StepConfig
+from rest_jax.rl.step import (
+    combine_updates,
+    make_logprobs,
+    make_policy_update,
+    make_prepare,
+    plan_minibatches,
+)
+from rest_jax.types import ScoredBatch, TrainState
+from tests import tiny
+
+# Keeps the gradient as its state and moves nothing: a difference of parameters would be rounded to the parameters' size.
+RECORD = optax.GradientTransformation(
+    init=lambda params: jax.tree.map(jnp.zeros_like, params),
+    update=lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads),
+)
+
+
+def plan_of(scored: ScoredBatch, cfg: StepConfig, mesh) -> list[list[MicroBatch]]:
+    """The plan of a step."""
+    return plan_minibatches(BatchLengths.of(scored.rollout), scored.reward, cfg, mesh)
+
+
+def plan_everything(
+    scored: ScoredBatch, cfg: StepConfig, shards: int = 1, minibatch: np.ndarray | None = None
+) -> list[list[MicroBatch]]:
+    """A plan that skips nothing; `minibatch`: of each group, if not as the step assigns them."""
+    groups = len(scored.reward)
+    packing = Packing(shards, cfg.max_tokens_per_microbatch)
+    if minibatch is None:
+        minibatch = assign_minibatches(groups, cfg.updates)
+    return plan_microbatches(
+        BatchLengths.of(scored.rollout), minibatch, np.ones(groups, bool), packing
+    )
+
+
+def step(
+    cfg: StepConfig,
+    scored: ScoredBatch,
+    plan=None,
+    shape=(1, 1, 1),
+    tx=RECORD,
+    recomputed: Recomputed | None = None,
+    logp_ref=None,
+    remat="none",
+    minibatch: np.ndarray | None = None,
+) -> tuple[TrainState, dict[str, float]]:
+    """(state after a step, its metrics) on a mesh; without a plan and a mini-batch of each group, those of the step."""
+    mesh, decoder = tiny.mesh(*shape), tiny.decoder(remat)
+    start = jax.tree.map(lambda x: x.copy(), tiny.params())
+    state = TrainState(
+        step=jnp.int32(0),
+        params=start,
+        opt_state=tx.init(start),
+        rng=jax.random.key(0),
+        curriculum=curriculum.init(cfg.schedule),
+    )
+    shardings = jax.tree.map(lambda _: replicated(mesh), state)
+    shardings = shardings.replace(params=param_shardings(decoder.cfg, mesh))
+    state = jax.device_put(state, shardings)
+    prepare = make_prepare(cfg, mesh)
+    update = make_policy_update(decoder, tx, cfg, mesh, shardings)
+    if minibatch is None:
+        minibatch = assign_minibatches(len(scored.reward), cfg.updates)
+    batch, moved, prepared = prepare(scored, recomputed, logp_ref, minibatch, state.curriculum)
+    updates = []
+    for micro_batches in plan or plan_of(scored, cfg, mesh):
+        state, totals = update(state, batch, micro_batches)
+        updates.append(totals)
+    metrics = combine_updates(*jax.device_get((prepared, updates)))
+    values = {name: float(value) for name, value in metrics.items()}
+    return state.replace(curriculum=moved), values
+
+
+def logprobs(cfg: StepConfig, scored: ScoredBatch) -> Recomputed:
+    """The tiny policy's own values of a rollout."""
+    mesh = tiny.mesh()
+    shardings = param_shardings(tiny.decoder().cfg, mesh)
+    forward = make_logprobs(tiny.decoder(), cfg, mesh, shardings)
+    return forward(tiny.params(), scored.rollout, BatchLengths.of(scored.rollout))
+
+
+def close(a, b, relative: float = 1e-5) -> None:
+    """Every leaf within `relative` of the leaf's own norm."""
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
+        error = np.linalg.norm(np.asarray(x) - np.asarray(y)) / (np.linalg.norm(y) + 1e-12)
+        assert error <= relative, (jax.tree_util.keystr(path), error)

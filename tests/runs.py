@@ -1,0 +1,114 @@
+"""Small runs for the tests: their config, starting the program as a user would, and what it left behind."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import yaml
+
+import rest_jax
+from rest_jax import config as config_lib
+from rest_jax.rl.curriculum import Schedule
+from rest_jax.rl.optimizer import make_optimizer
+from rest_jax.rl.step import init_state
+from rest_jax.run.checkpoint import Checkpoints
+from rest_jax.run.metrics import read_lines
+from rest_jax.run.policy import load_policy
+
+STEPS = 4
+ROOT = pathlib.Path(rest_jax.__file__).parent.parent
+PROGRAMS = pathlib.Path(__file__).parent / "programs"
+
+
+def recipe(model: pathlib.Path, output: pathlib.Path, **changes) -> dict:
+    """A run of four steps, two updates each, a checkpoint after every step."""
+    raw = {
+        "name": "tiny",
+        "output": str(output),
+        "model": {"source": str(model), "remat": "none"},
+        "data": {"synthetic_size": 64, "eval_limit": 8, "brief_prompt": True},
+        "rollout": {"prompts_per_step": 4, "group_size": 4, "max_response_tokens": 24},
+        "optimizer": {"learning_rate": 1e-3},
+        "mesh": {"data": 1, "fsdp": 1 if len(jax.devices()) == 1 else -1},
+        "train": {
+            "steps": STEPS,
+            "prompts_per_update": 2,
+            "eval_every": 2,
+            "checkpoint_every": 1,
+            "keep_checkpoints": 9,
+        },
+        "sft": {"batch_size": 4},
+    }
+    for section, values in changes.items():
+        raw[section] = raw[section] | values if isinstance(values, dict) else values
+    return raw
+
+
+def environment() -> dict[str, str]:
+    """One device: the runs are started as a user would."""
+    return os.environ | {
+        "XLA_FLAGS": "",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONFAULTHANDLER": "1",
+    }
+
+
+def start(
+    command: str, raw: dict, folder: pathlib.Path, *options: str, program: str | None = None
+) -> subprocess.Popen:
+    """`rest-jax COMMAND` on a config; `program`: a file of tests/programs that takes the place of the command line."""
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    words = ["-m", "rest_jax"] if program is None else [str(PROGRAMS / program)]
+    return subprocess.Popen(
+        [sys.executable, *words, command, str(path), *options],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    """The output of a program that ends with this exit code."""
+    try:
+        out, _ = process.communicate(timeout=400)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # its threads say where they are
+        out, _ = process.communicate()
+    assert process.returncode == code, out
+    return out
+
+
+def lines(run: pathlib.Path) -> list[dict]:
+    """Metrics without the clock."""
+    return [
+        {name: value for name, value in line.items() if not name.startswith("time/")}
+        for line in read_lines(run / "metrics.jsonl")
+    ]
+
+
+def state(run: pathlib.Path):
+    """Everything the newest checkpoint holds."""
+    config = config_lib.load([run / "config.yaml"])
+    policy = load_policy(config.model, config_lib.MeshConfig(fsdp=-1))
+    tx = make_optimizer(config.optimizer, STEPS * 2)
+    _, abstract, _ = init_state(policy, tx, Schedule(config.weights, config.curriculum, STEPS), 0)
+    with Checkpoints(run, 9) as checkpoints:
+        return checkpoints.restore(abstract)
+
+
+def assert_same(a, b) -> None:
+    """Two results of `state` are equal bit for bit."""
+
+    def leaf(x, y):
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+    jax.tree.map(leaf, a[0], b[0])
+    assert a[1:] == b[1:]
