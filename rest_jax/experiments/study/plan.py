@@ -11,7 +11,6 @@ from typing import Annotated
 
 import pydantic
 
-from rest_jax import builtin, schema
 from rest_jax import config as config_lib
 from rest_jax.config import Config, NonNegativeInt, Section
 from rest_jax.errors import UserError
@@ -66,20 +65,19 @@ class PlannedRun:
 
 def load_study(path: str) -> Study:
     """Reads a study file, or a shipped one by its bare name. UserError names every fault."""
-    file = builtin.find_study(path)
-    return schema.validate(Study, schema.read_mapping(file, "study"), f"study {file}")
+    file = config_lib.builtin_file(path, "studies")
+    return config_lib.validate_as(Study, config_lib.read_mapping(file), f"study {file}")
 
 
 def planned_runs(study: Study, overrides: Sequence[str] = ()) -> list[PlannedRun]:
     """Every run, seed by seed, with its config resolved. UserError for a method or a base that is not there, or does not fit."""
-    start = [] if study.warm_start is None else [f"warm_start={study.warm_start}"]
-    shared = [*start, *study.overrides, *overrides, f"output={study.folder}"]
+    shared = [*study.overrides, *overrides, f"output={study.folder}"]
     found = []
     for seed in study.seeds:
         for method in study.methods:
             own = [f"name={method}-seed{seed}", f"seed={seed}"]
-            path = builtin.find_config(method)
-            config = config_lib.resolve(config_lib.load(path, [*shared, *own], base=study.base))
+            files = [study.base, f"method/{method}"]
+            config = config_lib.load(files, [*shared, *own])
             if config.train.steps is None:
                 raise UserError(f"study {study.name}: base {study.base}: train.steps must be set")
             found.append(PlannedRun(method, seed, config))

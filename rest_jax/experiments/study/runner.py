@@ -16,7 +16,6 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from rest_jax import stages
 from rest_jax.config import Config
 from rest_jax.errors import RunStopped, UserError
 from rest_jax.evaluation.heldout import evaluations
@@ -57,29 +56,18 @@ def carry_out(runs: Sequence[PlannedRun], workers: int) -> None:
 
 def jobs_left(runs: Sequence[PlannedRun]) -> list[Job]:
     """What is left to do, supervised starts first. UserError when a folder holds a run of another config."""
-    starts: dict[str, Config] = {}
     found = []
     for run in runs:
         check(run)
-        start = run.config.warm_start
         if is_finished(run):
             continue
-        if start is not None and not stages.is_finished(start):
-            starts[str(start.folder)] = start
-        found.append(Job(settled(run.config), start))
-    return [*(Job(config) for config in starts.values()), *found]
+        found.append(Job(run.config))
+    return found
 
 
 def check(run: PlannedRun) -> None:
     """UserError when its folder, or that of its start, holds a run of another config."""
-    check_config(run.config.folder, settled(run.config))
-    if run.config.warm_start is not None:
-        check_config(run.config.warm_start.folder, run.config.warm_start)
-
-
-def settled(config: Config) -> Config:
-    """The config of the run proper, which its folder records."""
-    return config if config.warm_start is None else stages.from_warm_start(config)
+    check_config(run.config.folder, run.config)
 
 
 def is_finished(run: PlannedRun) -> bool:
@@ -127,10 +115,7 @@ class Pool:
                     self.bar.update()
 
     def _next(self) -> Job | None:
-        for job in self.waiting:
-            if job.after is None or stages.is_finished(job.after):
-                return job
-        return None
+        return next(iter(self.waiting), None)
 
 
 def train(config: Config, cores: set[int], stop: threading.Event) -> int:

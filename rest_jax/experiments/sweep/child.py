@@ -23,10 +23,10 @@ def main() -> int:
     from rest_jax import config as config_lib
 
     try:
-        config = config_lib.load(sys.argv[1])
-        from rest_jax import stages
+        config = config_lib.load([sys.argv[1]])
+        from rest_jax import train
 
-        return stages.run(config)
+        return train.run(config)
     except UserError as error:
         print(f"rest-jax: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -32,7 +32,7 @@ def base(
         what = "the name of the sweep" if key == "name" else "a parameter of the sweep"
         raise UserError(f"{key}=...: {what} is set in its space file; change it there")
     shared = [f"{key}={json.dumps(value)}" for key, value in space.overrides.items()]
-    return config_lib.resolve(config_lib.load(config, [*shared, *overrides], based_on))
+    return config_lib.load([config], [*shared, *overrides])
 
 
 def point_config(shared: Config, point: Mapping[str, Scalar], folder: pathlib.Path) -> Config:
@@ -41,7 +41,7 @@ def point_config(shared: Config, point: Mapping[str, Scalar], folder: pathlib.Pa
     for key, value in point.items():
         _set(raw, key, value)
     raw |= {"name": folder.name, "output": str(folder.parent)}
-    return config_lib.validate(raw, "point")
+    return config_lib.from_overrides(raw)
 
 
 def check(space: Space, shared: Config) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from rest_jax import schema
+from rest_jax import config as config_lib
 from rest_jax.config import NonNegativeInt, PositiveInt, Section
 from rest_jax.run.metric_table import METRICS
 
@@ -134,7 +134,7 @@ class Space(Section):
         measured = [name for name in METRICS if name.startswith("eval/")]
         if self.metric not in measured:
             raise ValueError(
-                f"metric {self.metric!r}: not a held-out metric{schema.near(self.metric, measured)}"
+                f"metric {self.metric!r}: not a held-out metric{config_lib.nearest(self.metric, measured)}"
             )
         for name in self.parameters.keys() & self.overrides.keys():
             raise ValueError(f"{name}: in parameters and in overrides")
@@ -176,4 +176,4 @@ class Space(Section):
 def load(path: str | pathlib.Path) -> Space:
     """Reads SPACE.yaml. UserError lists every fault with its path and, for a typo, the nearest name."""
     path = pathlib.Path(path)
-    return schema.validate(Space, schema.read_mapping(path, "space"), f"space {path}")
+    return config_lib.validate_as(Space, config_lib.read_mapping(path), f"space {path}")

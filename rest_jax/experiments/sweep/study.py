@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rest_jax import config_tree
+from rest_jax import config as config_lib
 from rest_jax.config import Config
 from rest_jax.errors import UserError
 from rest_jax.experiments.sweep import queue
@@ -188,7 +188,7 @@ def _same(study: "optuna.Study", key: str, value: dict[str, Any], free: tuple[st
         return
     found = [
         f"{path}: {old!r} there, {new!r} now"
-        for path, old, new in config_tree.differences(there, value)
+        for path, old, new in config_lib.differences(there, value)
         if path not in free
     ]
     if found:

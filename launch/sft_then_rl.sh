@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# A supervised run, then reinforcement from its end: launch/sft_then_rl.sh SCALE METHOD [key=value ...] [-- key=value ...]
+# For example: launch/sft_then_rl.sh tiny rest_tuned -- seed=1 name=tuned-1
+# Words before `--` go to both runs, words after it to the second alone. Run again, it resumes where it was stopped; a
+# finished supervised run is kept, and shared by all methods with the same SCALE and output.
+set -euo pipefail
+if [ $# -lt 2 ]; then
+  echo "usage: $0 SCALE METHOD [key=value ...] [-- key=value ...]" >&2
+  exit 2
+fi
+scale=$1 method=$2 output=runs
+shift 2
+shared=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+  case $1 in output=*) output=${1#output=} ;; esac
+  shared+=("$1")
+  shift
+done
+[ $# -eq 0 ] || shift
+
+# The first run saves and ends with 0 when it is stopped; the second must not begin then.
+stopped='' child=''
+trap 'stopped=1; kill -TERM "$child" 2>/dev/null || true' TERM INT
+run_stage() {
+  rest-jax "$@" &
+  child=$!
+  while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
+  wait "$child"
+  [ -z "$stopped" ] || exit 0
+}
+
+start=$scale-sft
+run_stage sft "scale/${scale}_sft" method/sft "${shared[@]}" "name=$start"
+run_stage train "scale/$scale" "method/$method" "${shared[@]}" "name=$start-$method" "$@" "model.source=$output/$start"

@@ -1,0 +1,74 @@
+"""Two steps of every builtin method at a tiny size, in one process with one device.
+
+    python tests/programs/golden_steps.py OUT            the runs, in OUT/<method>/
+    python tests/programs/golden_steps.py OUT --update   the same, then writes tests/golden/methods.json from them
+
+All methods sample alike, so the compiled sampler of the first serves the others.
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from rest_jax import config, sft, train
+from rest_jax.rollout import scheduler
+from rest_jax.run.metrics import read_lines
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "methods.json"
+METHODS = sorted(path.stem for path in (GOLDEN.parents[2] / "configs" / "method").glob("*.yaml"))
+SUPERVISED = ("sft", "tsft", "rsft")
+SMALL = [
+    "rollout.prompts_per_step=2",
+    "rollout.group_size=8",
+    "rollout.max_response_tokens=96",
+    "data.synthetic_size=32",
+    "data.eval=null",
+    "sft.batch_size=4",
+    "train.steps=2",
+    "train.checkpoint_every=2",
+]
+
+
+def share_engines() -> None:
+    """Makes equal samplers share one engine, as jax's cache on disk would, without tracing it again."""
+    make, made = scheduler.make_engine, {}
+
+    def shared(decoder, settings, mesh, shardings):
+        key = decoder, settings, mesh
+        if key not in made:
+            made[key] = make(decoder, settings, mesh, shardings)
+        return made[key]
+
+    scheduler.make_engine = shared
+
+
+def train_method(method: str, output: pathlib.Path) -> None:
+    """One run."""
+    words = [*SMALL, f"name={method}", f"output={output}"]
+    if method in SUPERVISED:
+        sft.run(config.load(["scale/tiny_sft", f"method/{method}"], words))
+    else:
+        train.run(config.load(["scale/tiny", f"method/{method}"], words))
+
+
+def golden_lines(run: pathlib.Path) -> list[dict[str, float]]:
+    """The metrics of a run without its clocks."""
+    found = read_lines(run / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in found]
+
+
+def main(output: pathlib.Path, update: bool) -> None:
+    """Every method, then the golden file if it is to be updated."""
+    share_engines()
+    for method in METHODS:
+        train_method(method, output)
+    if update:
+        lines = {method: golden_lines(output / method) for method in METHODS}
+        GOLDEN.write_text(json.dumps(lines, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]), "--update" in sys.argv[2:])
