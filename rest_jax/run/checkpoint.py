@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
 import sys
@@ -18,11 +19,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
+from rest_jax.distributed import any_process, is_first_process
 from rest_jax.errors import UserError
 from rest_jax.types import Params, TrainState
 
@@ -38,7 +38,7 @@ class DamagedError(Exception):
 
 
 class Checkpoints:
-    """The checkpoints of one run. A resource: `close` (or a with statement) waits for the last save."""
+    """The checkpoints of one run. A resource: the end of its with statement waits for the last save."""
 
     def __init__(self, run_dir: str | pathlib.Path, keep: int = 3):
         self.folder = pathlib.Path(run_dir).resolve() / FOLDER
@@ -61,7 +61,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self.wait()
+        # Frees the manager's threads.
+        self._manager.close()
 
     def latest(self) -> int | None:
         """The newest step that was saved to its end (not yet verified); None when there is none."""
@@ -90,7 +92,7 @@ class Checkpoints:
 
     def restore(
         self, abstract_state: TrainState, step: int | None = None
-    ) -> tuple[TrainState, Mapping[str, Any], int]:
+    ) -> tuple[TrainState, dict[str, Any], int]:
         """The state, the loader state and the step of the newest sound checkpoint, or of `step` exactly.
 
         `abstract_state` has a ShapeDtypeStruct for every leaf; each array comes back bit for bit in the sharding given
@@ -105,17 +107,12 @@ class Checkpoints:
         state = dataclasses.replace(rest, params=_read(path / "params", abstract_state.params))
         self._put_aside(damaged)
         with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
-            loader_state = handler.restore(epath.Path(path / "loader"))
+            loader_state = dict(handler.restore(epath.Path(path / "loader")))
         return state, loader_state, found
 
     def wait(self) -> None:
         """Blocks until the save under way is on disk; raises what it raised."""
         self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Waits, then frees the threads of the manager."""
-        self.wait()
-        self._manager.close()
 
     def _seal(self) -> None:
         """Writes the manifest of the step that is being saved, while its folder has its temporary name."""
@@ -124,14 +121,13 @@ class Checkpoints:
 
     def _put_aside(self, steps: list[int]) -> None:
         # Only now that a sound one is known: with every checkpoint renamed, the next start would begin afresh.
-        for step in steps if jax.process_index() == 0 else []:
-            copies = [f"{step}{DAMAGED}", *(f"{step}{DAMAGED}.{n}" for n in range(2, 1000))]
-            free = next(name for name in copies if not (self.folder / name).exists())
+        for step in steps if is_first_process() else []:
+            names = (f"{step}{DAMAGED}{f'.{n}' if n > 1 else ''}" for n in itertools.count(1))
+            free = next(name for name in names if not (self.folder / name).exists())
             (self.folder / str(step)).rename(self.folder / free)
-        if steps:
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("damaged checkpoints put aside")
-            self._manager.reload()
+        # No process goes on before they are renamed.
+        any_process(False)
+        self._manager.reload()
 
 
 def restore_params(
@@ -176,12 +172,8 @@ def verify(folder: pathlib.Path, items: Sequence[str] = _ITEMS) -> None:
         failure = error
     except (OSError, ValueError, TypeError, AttributeError) as error:
         failure = DamagedError(" ".join(str(error).split())[:200])
-    if jax.process_count() > 1:
-        sound = multihost_utils.process_allgather(np.asarray(failure is None))
-        if failure is None and not np.all(sound):
-            failure = DamagedError("another process found damage in its share of the files")
-    if failure is not None:
-        raise failure
+    if any_process(failure is not None):
+        raise failure or DamagedError("another process found damage in its share of the files")
 
 
 def _describe(path: pathlib.Path) -> list[Any]:
@@ -202,7 +194,7 @@ def _newest_sound(
             verify(folder / str(candidate), items)
         except DamagedError as error:
             damaged.append(candidate)
-            if jax.process_index() == 0:
+            if is_first_process():
                 path = folder / str(candidate)
                 print(
                     f"warning: checkpoint {path} is damaged and not used: {error}", file=sys.stderr
