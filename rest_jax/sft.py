@@ -20,7 +20,7 @@ from rest_jax.evaluation.heldout import Evaluator, evaluation, held_out, report_
 from rest_jax.models.load import Policy
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import learning_rates, make_optimizer
-from rest_jax.rl.packing import BatchLengths
+from rest_jax.rl.packing import BatchLengths, packing_metrics
 from rest_jax.rl.regions import label_tokens
 from rest_jax.rl.step import combine_updates, init_state, make_advance
 from rest_jax.rl.supervised import (
@@ -30,10 +30,9 @@ from rest_jax.rl.supervised import (
     plan_supervised,
 )
 from rest_jax.rollout.engine import rollout_cast
-from rest_jax.run.folder import Run, check_start, open_run
+from rest_jax.run.folder import SUPERVISED_FINITE, Run, check_start, open_run
 from rest_jax.run.loop import Loop, PendingStep
 from rest_jax.run.policy import load_policy
-from rest_jax.run.throughput import packing_metrics
 from rest_jax.templates import TEMPLATES
 
 
@@ -111,7 +110,8 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
                 read=combine_updates,
                 host=host,
                 rates=functools.partial(token_rates, tokens, tokens + prompts),
-                batch=gold,
+                must_be_finite=SUPERVISED_FINITE,
+                batch={f.name: getattr(gold, f.name) for f in dataclasses.fields(gold)},
                 dispatched=dispatched,
             )
             loop.end_step(step, pending, state, batches.get_state())

@@ -32,15 +32,15 @@ from rest_jax.evaluation.heldout import Evaluator, evaluation, held_out, report_
 from rest_jax.models.load import Policy
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import learning_rates, make_optimizer
-from rest_jax.rl.packing import BatchLengths, MicroBatch, assign_minibatches
+from rest_jax.rl.packing import BatchLengths, MicroBatch, assign_minibatches, packing_metrics
 from rest_jax.rl.prepare import StepConfig, active_groups
 from rest_jax.rl.step import init_state, make_step, plan_minibatches, policy_metrics
 from rest_jax.rollout.engine import rollout_cast
 from rest_jax.rollout.experience import Collector, Experience
-from rest_jax.run.folder import Run, check_start, open_run
+from rest_jax.run.folder import RL_FINITE, Run, check_start, open_run
 from rest_jax.run.loop import Loop, PendingStep
 from rest_jax.run.policy import load_policy
-from rest_jax.run.throughput import Speed, packing_metrics
+from rest_jax.run.throughput import Speed, mesh_peak_flops, reward_rates
 from rest_jax.templates import TEMPLATES
 from rest_jax.types import Params, Sampling, ScoredBatch
 
@@ -113,7 +113,8 @@ def train_steps(
                 read=policy_metrics,
                 host=host.of_step(step, experience, lengths, plan),
                 rates=functools.partial(host.rates, lengths, active_groups(reward, cfg)),
-                batch=experience.scored,
+                must_be_finite=RL_FINITE,
+                batch=experience.arrays(),
                 dispatched=dispatched,
                 samples=sample_lines(experience, policy, config.train.samples_per_step),
             )
@@ -125,7 +126,8 @@ class HostMetrics:
 
     def __init__(self, config: Config, policy: Policy, prompts: Prepared, updates: int, steps: int):
         self.prompts, self.updates = prompts, updates
-        self.speed = Speed(policy.config, policy.mesh)
+        peak = mesh_peak_flops(policy.mesh.devices.flat, policy.config.dtype)
+        self.speed = Speed(policy.config, peak)
         self.learning_rates = learning_rates(config.optimizer, steps * updates)
 
     def of_step(
@@ -136,13 +138,13 @@ class HostMetrics:
         plan: Sequence[Sequence[MicroBatch]],
     ) -> dict[str, float]:
         """Of a step whose updates are dispatched; `lengths` and `plan` are those of the global batch."""
-        rates = self.speed.of_experience(
-            lengths.prompt_length, lengths.response_length, experience.seconds
-        )
+        prompts, responses = lengths.prompt_length, lengths.response_length
+        seconds, own = experience.seconds, experience.scored.rollout.response_length
         return (
             experience.metrics()
-            | packing_metrics(plan, len(lengths.prompt_length))
-            | rates
+            | packing_metrics(plan, len(prompts))
+            | self.speed.of_rollout(prompts, responses, seconds["time/rollout"])
+            | reward_rates(own, seconds["time/score"])
             | {
                 "data/epoch": int(experience.row.max()) // self.prompts.size + 1,
                 "data/dropped": self.prompts.dropped,

@@ -145,6 +145,18 @@ def _count_rows(queues: list[list[int]], groups: _Groups, packing: Packing) -> i
     return rows
 
 
+def packing_metrics(plan: Sequence[Sequence[MicroBatch]], groups: int) -> dict[str, float]:
+    """Of the micro-batches of a step over `groups` groups."""
+    micro = [m for mini in plan for m in mini]
+    positions = sum(m.positions for m in micro)
+    taken = sum(int((m.pick >= 0).sum()) for m in micro)
+    return {
+        "update/micro_batches": len(micro),
+        "update/padding": 1 - sum(m.tokens for m in micro) / positions if positions else 0.0,
+        "update/skipped_groups": 1 - taken / groups,
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Picker:
     """Takes the groups of a micro-batch out of arrays [P, ...], inside jit: [P, ...] -> [W * R, ...].

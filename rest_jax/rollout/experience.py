@@ -46,6 +46,11 @@ class Experience:
     seconds: dict[str, float]
     truncated: float  # fraction of completions that did not end
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that is known of the batch, to be saved when its step fails."""
+        rollout = {f.name: getattr(self.scored.rollout, f.name) for f in dataclasses.fields(RolloutBatch)}
+        return rollout | {"region": self.scored.region, "reward": self.scored.reward}
+
     def metrics(self) -> dict[str, float]:
         """Rewards, lengths and timings, of this process's rows."""
         means = summarise_scores(self.scores, [record.target for record in self.records])

@@ -12,16 +12,14 @@ are on disk.
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-
 from rest_jax.distributed import is_first_process
-from rest_jax.run.folder import Run, TrainingStopped, not_finite, save_batch
-from rest_jax.run.metrics import Progress
+from rest_jax.run.folder import Run
 from rest_jax.run.profile import Tracer
+from rest_jax.run.progress import Progress
 from rest_jax.types import TrainState
 
 EVAL_SAMPLES = 8  # held-out completions written to samples.jsonl after each evaluation
@@ -51,13 +49,14 @@ class Clock:
 
 @dataclasses.dataclass
 class PendingStep:
-    """A step whose metrics are still on the device, and its batch for the case that they are not finite."""
+    """A step whose metrics are still on the device, and its batch in case they are not finite."""
 
     device: Any  # tree of metrics
     read: Callable[..., dict[str, Any]]  # from the tree, on the host, to named values
     host: dict[str, float]
     rates: Callable[[float, float], dict[str, float]]  # from the seconds of the update, of the step
-    batch: Any  # dataclass of arrays
+    must_be_finite: Sequence[str]  # names of values that stop the run when they are not
+    batch: Mapping[str, Any]  # arrays to save then
     dispatched: float  # time at which the update was handed to the device
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     step: int = 0
@@ -148,12 +147,7 @@ class Loop:
         self._close_lap()
         p, self.pending = self.pending, None
         values = {name: float(v) for name, v in p.read(*jax.device_get(p.device)).items()}
-        if not_finite(values):
-            arrays = {f.name: getattr(p.batch, f.name) for f in dataclasses.fields(p.batch)}
-            arrays = {
-                name: x for name, x in arrays.items() if isinstance(x, (np.ndarray, jax.Array))
-            }
-            raise TrainingStopped(p.step, values, save_batch(self.run.folder, p.step, arrays))
+        self.run.check_finite(p.step, values, p.must_be_finite, p.batch)
         assert p.lap is not None and p.update_seconds is not None
         seconds, cpu = p.lap
         values |= p.host | p.rates(p.update_seconds, seconds) | self._extra
@@ -162,7 +156,8 @@ class Loop:
         if is_first_process():
             self.run.write(p.step, values, p.samples)
             label, name = self.shown
-            self.progress.update(p.step, values[name], values["time/tokens_per_second"], label)
+            rate = values["time/tokens_per_second"]
+            self.progress.update(p.step, f"{label} {values[name]:.3f}, {rate:,.0f} tokens/s")
 
     def _evaluate(self, step: int) -> None:
         """Held-out metrics, as a line of their own."""

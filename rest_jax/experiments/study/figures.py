@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from rest_jax.analysis.plotting import new_figure, save, tidy
 from rest_jax.experiments.study.results import EXACT, MAIN_REGIONS, StudyResult, mean_curve
-from rest_jax.run.metric_table import REGION_NAMES
+from rest_jax.run.metrics import REGION_NAMES
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))

@@ -11,7 +11,7 @@ import pydantic
 
 from rest_jax import config as config_lib
 from rest_jax.config import NonNegativeInt, PositiveInt, Section
-from rest_jax.run.metric_table import METRICS
+from rest_jax.run.metrics import METRICS
 
 Scalar = str | int | float | bool | None
 _RESERVED = ("name", "output")  # each trial's own

@@ -16,7 +16,7 @@ from rest_jax.evaluation.statistics import estimate
 from rest_jax.experiments.study import command, page, runner
 from rest_jax.experiments.study.plan import load_study, planned_runs
 from rest_jax.experiments.study.results import collect, smooth
-from rest_jax.run.metric_table import REGION_NAMES
+from rest_jax.run.metrics import REGION_NAMES
 
 METHODS = ("grpo", "rest", "rest_mass")
 
