@@ -7,6 +7,7 @@ the regions.
 """
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Protocol
 
 import numpy as np
@@ -83,6 +84,27 @@ def score_rollout(
         format_score=_table(scores, "format_score").reshape(prompts, group),  # type: ignore[arg-type]
     )
     return scored.validate(), scores
+
+
+def summarise_scores(
+    scores: Sequence[Sequence[Score]], targets: Sequence[Target]
+) -> dict[str, float]:
+    """The mean of every field of `Score` over all completions, [P][G] for P targets.
+
+    `spurious` is the share among the completions of prompts that should have no call; 0 without such prompts.
+    """
+    flat = [s for group in scores for s in group]
+    means = {f.name: float(np.mean([getattr(s, f.name) for s in flat])) for f in fields(Score)}
+    without_calls = [
+        s.spurious for group, t in zip(scores, targets, strict=True) for s in group if not t.calls
+    ]
+    return means | {"spurious": float(np.mean(without_calls)) if without_calls else 0.0}
+
+
+def truncated(rollout: RolloutBatch, stop_ids: Sequence[int]) -> float:
+    """Share of the completions whose last token does not end the turn."""
+    last = np.take_along_axis(rollout.responses, rollout.response_length[..., None] - 1, axis=-1)
+    return float(np.mean(~np.isin(last, stop_ids)))
 
 
 def _ends_with_stop(ids: np.ndarray, length: np.ndarray, stop_ids: Sequence[int]) -> np.ndarray:
