@@ -128,9 +128,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _variance(arguments: argparse.Namespace) -> int:
-    from rest_jax.analysis.variance import command as variance
+    from rest_jax.analysis.variance.measure import measure_variance
 
-    return variance.run(
+    return measure_variance(
         arguments.model,
         arguments.data,
         prompts=arguments.prompts,

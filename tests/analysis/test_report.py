@@ -4,8 +4,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from rest_jax.analysis.report import run_table, write_curves, write_report
-from rest_jax.analysis.series import read_series
+from rest_jax.analysis.curves import write_curves
+from rest_jax.analysis.plotting import REGION_COLOURS
+from rest_jax.analysis.report import write_report
+from rest_jax.analysis.tables import read_series, run_table
 from rest_jax.errors import UserError
 from rest_jax.run.metrics import REGION_NAMES, MetricsWriter
 
@@ -24,22 +26,46 @@ def fill(run, steps: int, regions: bool = True):
     writer.close()
 
 
+def colours(path) -> set[tuple]:
+    """The colours of a PNG, 0 to 255."""
+    pixels = np.round(255 * matplotlib.image.imread(path)[..., :3]).astype(int)
+    return {tuple(c) for c in np.unique(pixels.reshape(-1, 3), axis=0).tolist()}
+
+
+def test_every_region_has_a_colour_of_its_own():
+    assert tuple(REGION_COLOURS) == REGION_NAMES
+    assert len(set(REGION_COLOURS.values())) == len(REGION_NAMES)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 40])
 def test_curves_are_drawn_for_runs_of_any_length(tmp_run, steps):
     fill(tmp_run, steps)
     path = write_curves(tmp_run)
     assert path == tmp_run / "curves.png"
     picture = matplotlib.image.imread(path)
-    assert picture.shape[0] > 500 and picture.shape[1] > 1000
-    assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 50
-    assert sorted(p.name for p in tmp_run.iterdir()) == [
-        "curves.png",
-        "metrics.jsonl",
-        "samples.jsonl",
-    ]
+    assert picture.shape[0] > 700 and picture.shape[1] > 1000
+    shown = colours(path)
+    for colour in REGION_COLOURS.values():
+        assert tuple(bytes.fromhex(colour[1:])) in shown
+    names = sorted(p.name for p in tmp_run.iterdir())
+    assert names == ["curves.png", "metrics.jsonl", "samples.jsonl"]
 
 
-def test_curves_of_a_run_without_rewards_or_regions(tmp_run):
+def test_a_supervised_run_has_its_own_report(tmp_run):
+    writer = MetricsWriter(tmp_run)
+    writer.write(0, {"eval/exact": 0.25, "eval/format": 0.5})
+    for step in (1, 2):
+        writer.write(step, {"update/loss": 1.0 / step, "update/accuracy": 0.5, "time/step": 2.0})
+    writer.close()
+    lines = [line.split() for line in write_report(tmp_run).splitlines()]
+    assert ["update/loss", "1", "0.5", "-0.5", "1-2"] in lines
+    assert ["update/accuracy", "fraction", "0.5", "0.5", "0", "1-2"] in lines
+    assert not any(line and line[0] in ("region", "reward/mean") for line in lines)
+    # one row of panels: there are no regions
+    assert matplotlib.image.imread(tmp_run / "curves.png").shape[0] < 600
+
+
+def test_curves_of_a_run_with_one_metric(tmp_run):
     writer = MetricsWriter(tmp_run)
     writer.write(1, {"update/loss": 0.5})
     writer.close()
@@ -55,7 +81,7 @@ def test_table_has_first_last_and_change(tmp_run):
     assert ["think", "5", "4.25", "5", "5", "-", "-"] in lines
 
 
-def test_report_names_the_picture_and_refuses_a_folder_without_metrics(tmp_run):
+def test_report_names_the_figure_and_refuses_a_folder_without_metrics(tmp_run):
     with pytest.raises(UserError, match="no such file"):
         write_report(tmp_run)
     fill(tmp_run, 2, regions=False)

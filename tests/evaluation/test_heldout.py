@@ -1,25 +1,74 @@
-"""The closing table of a run: its first and its last evaluation."""
+"""Held-out evaluation: its metrics from known completions, what a run writes and prints of it."""
 
+import numpy as np
 import pytest
 
-from rest_jax.evaluation import heldout
-from rest_jax.run.metrics import MetricsWriter
-
-
-@pytest.mark.parametrize(
-    ("evaluated", "shown"), [([3], [3]), ([0, 3], [0, 3]), ([0, 2, 3], [0, 3])]
+from rest_jax import config as builtin
+from rest_jax.config import Config
+from rest_jax.evaluation.heldout import (
+    Evaluator,
+    evaluations,
+    held_out,
+    report_evaluations,
 )
-def test_the_table_has_each_evaluation_once(tmp_run, capsys, monkeypatch, evaluated, shown):
-    monkeypatch.setattr("rest_jax.analysis.curves.write_curves", lambda folder: "curves.png")
-    writer = MetricsWriter(tmp_run)
-    for step in evaluated:
-        writer.write(step, dict.fromkeys(heldout.TABLE, step / 4))
-    writer.close()
-    heldout.report_evaluations(tmp_run)
-    head, _, first, *_ = capsys.readouterr().out.splitlines()
-    assert head.split() == [
-        "held",
-        "out",
-        *(word for step in shown for word in ("step", str(step))),
+from rest_jax.rollout.engine import rollout_cast
+from rest_jax.run.metrics import MetricsWriter
+from rest_jax.run.policy import load_policy
+
+EVAL = {"eval/exact": 0.5, "eval/format": 1.0, "eval/spurious": 0.0, "eval/accuracy": 0.75,
+        "eval/reward": 1.5, "eval/response_tokens": 20.0}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evaluated():
+    """(metrics, samples) of the quickstart policy on six records, in completions of at most 48 tokens."""
+    source = builtin.locate("configs/quickstart_policy")
+    config = Config.model_validate(
+        {
+            "name": "test",
+            "model": {"source": str(source)},
+            "data": {"eval": "synthetic:eval", "eval_limit": 6, "brief_prompt": True},
+            "rollout": {"max_response_tokens": 48},
+        }
+    )
+    policy = load_policy(config.model, config.mesh)
+    evaluator = Evaluator.of(config, policy, held_out(config, policy))
+    assert evaluator is not None
+    return evaluator(rollout_cast(policy)(policy.params)), evaluator
+
+
+def test_metrics_are_the_means_of_the_samples(evaluated):
+    (metrics, samples), evaluator = evaluated
+    assert [s["id"] for s in samples] == [example.id for example in evaluator.examples]
+    assert metrics["eval/prompts"] == len(samples) == 6
+    for name, field in (("exact", "exact"), ("format", "format_score"), ("reward", "reward")):
+        assert metrics[f"eval/{name}"] == pytest.approx(np.mean([s[field] for s in samples]))
+    without_calls = [
+        s["spurious"]
+        for s, example in zip(samples, evaluator.examples, strict=True)
+        if not example.target.calls
     ]
-    assert first.split() == ["eval/exact", *(f"{step / 4:.4g}" for step in shown)]
+    assert metrics["eval/spurious"] == pytest.approx(np.mean(without_calls or [0.0]))
+    assert 0 < metrics["eval/response_tokens"] <= 48 and 0 <= metrics["eval/truncated"] <= 1
+
+
+def test_a_run_without_held_out_records_has_no_evaluator():
+    config = Config.model_validate(
+        {"name": "test", "model": {"source": "none"}, "data": {"eval": None}}
+    )
+    assert Evaluator.of(config, None, held_out(config, None)) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("steps", [(0, 2, 4), (4,)])
+def test_the_closing_table_has_each_evaluation_once(tmp_run, capsys, steps):
+    writer = MetricsWriter(tmp_run)
+    for step in steps:
+        writer.write(step, EVAL | {"eval/exact": step / 4})
+    writer.close()
+    assert [line["step"] for line in evaluations(tmp_run)] == list(steps)
+    report_evaluations(tmp_run)
+    header, _, exact, *_ = capsys.readouterr().out.splitlines()
+    ends = sorted({steps[0], steps[-1]})
+    assert header.split() == ["held", "out", *(w for s in ends for w in ("step", str(s)))]
+    assert exact.split() == ["eval/exact", *(f"{s / 4:.4g}" for s in ends)]
+    assert (tmp_run / "curves.png").is_file()

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from rest_jax.config import RewardConfig
-from rest_jax.rollout.scoring import score_rollout
+from rest_jax.rewards import Score
+from rest_jax.rollout.scoring import score_rollout, summarise_scores, truncated
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Call, Region, Target
 from rest_jax.types import RolloutBatch
@@ -124,3 +125,22 @@ def test_bad_input_is_named():
         score_rollout(rollout_of([[[STOP]]], 2), TARGETS, Pieces(), TEMPLATES["toolrl"], CFG, 1.0)
     with pytest.raises(ValueError, match="ids 2 to 9 for a vocabulary of 3"):
         score_rollout(rollout_of([[[9]]], 2), TARGETS[:1], Pieces(), TEMPLATES["toolrl"], CFG, 1.0)
+
+
+def test_summaries_are_means_and_spurious_is_among_prompts_without_calls():
+    def one(reward, exact, spurious):
+        return Score(reward, 0.5, reward - 0.5, 1.0, 0.25, exact, spurious)
+
+    scores = [
+        [one(1.0, True, False), one(2.0, False, False)],
+        [one(0.0, False, True), one(3.0, True, False)],
+    ]
+    means = summarise_scores(scores, TARGETS)
+    assert means["reward"] == 1.5 and means["exact"] == 0.5 and means["accuracy"] == 0.25
+    assert means["spurious"] == 0.5  # of the second prompt alone
+    assert summarise_scores(scores[:1], TARGETS[:1])["spurious"] == 0.0
+
+
+def test_truncated_are_those_whose_last_token_is_no_stop():
+    rollout = rollout_of([[[3, STOP], [3, 4]], [[STOP], [4, STOP, 5]]], 4)
+    assert truncated(rollout, (STOP,)) == 0.5

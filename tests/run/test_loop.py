@@ -19,7 +19,7 @@ from rest_jax.data.loader import make_loader
 from rest_jax.data.tokenize import load_training, prepare
 from rest_jax.rollout.scheduler import policy_sampler
 from rest_jax.run.loop import Clock
-from rest_jax.run.metric_table import METRICS
+from rest_jax.run.metrics import METRICS
 from rest_jax.run.metrics import read_lines
 from rest_jax.run.policy import load_policy
 from rest_jax.templates import TEMPLATES

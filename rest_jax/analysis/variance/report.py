@@ -1,107 +1,134 @@
-"""What a measurement of gradient variance found (`rl/variance.py`): settings and rows, plain values, as JSON."""
+"""A measurement of gradient variance as text tables, as JSON and as a figure.
 
-import dataclasses
-import math
+In: what `measure.measure_batch` returns, with the names `model` and `data`; variance.json holds all of it.
+"""
+
+import json
+import pathlib
 from typing import Any
 
-from rest_jax.analysis.variance.group_gradients import EXACT_FLOATS
+import numpy as np
+from matplotlib.figure import Figure
 
-# Of 1 - sum p^2 <= 1 - exp(-H): the rounding of a float32 softmax, its sums included.
-TOLERANCE = 1e-5
-TELLING = 1e-3  # least 1 - exp(-H) at which the ratio of the two sides is more than rounding
+from rest_jax.analysis import plotting
+from rest_jax.files import atomic_write
+from rest_jax.run.metrics import summary_table
 
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a measurement costs and how it draws."""
-
-    tokens: int = 32  # a region, for beta
-    resamples: int = 2000  # of the groups, for intervals
-    chunk: int = 128  # response tokens a row whose logits exist at once
-    exact_floats: int = EXACT_FLOATS
-    seed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Inequality:
-    """Lemma 2: means over the tokens of a region, or over all.
-
-    |onehot(a) - p|^2 = 1 - 2 p_a + sum p^2 has the mean 1 - sum p^2 over a ~ p. So over all tokens `sampled` is `gini` within
-    `sampled_error` (which counts the draw of actions alone: given their contexts, the deviations of different tokens are
-    uncorrelated). Within a region it need not be: which region a token belongs to depends on the action drawn.
-    """
-
-    tokens: int
-    entropy: float  # nats
-    gini: float  # 1 - sum p^2 = E|onehot - p|^2
-    bound: float  # 1 - exp(-H)
-    sampled: float  # |onehot(a) - p|^2 of the actions drawn
-    sampled_error: float
-    largest_ratio: (
-        float | None
-    )  # gini / bound over single tokens; None when every bound is below `TELLING`
-    largest_excess: float  # gini - bound over single tokens
-    violations: int  # tokens whose gini is above their bound by more than `TOLERANCE`
+JSON_FILE, PICTURE = "variance.json", "variance.png"
+_REGION_COLUMNS = {
+    "tokens": "tokens",
+    "entropy": "H",
+    "gini": "1-sum p^2",
+    "bound": "1-exp(-H)",
+    "sampled": "sampled",
+    "largest_ratio": "largest ratio",
+    "violations": "violations",
+    "gradient_square": "|grad|^2",
+    "beta": "beta",
+    "beta_error": "+-",
+    "score": "E|J's|^2",
+    "score_error": "+-",
+}
+_RULE_COLUMNS = {
+    "bound": "bound",
+    "variance": "variance",
+    "mean_square": "|grad|^2",
+    "share": "noise share",
+    "noise_scale": "noise scale",
+    "cosine": "cosine",
+    "relative": "share / uniform",
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class RegionRow(Inequality):
-    """The inequality, the gradient of the region, and its tokens' own gradients (+- standard error)."""
-
-    gradient_square: float  # |g|^2 of the part of the uniform loss on this region
-    gradient_variance: float  # of that part
-    sampled_tokens: int  # looked at for what follows
-    beta: float  # mean |J|_F^2 (1 - exp(-H))
-    beta_error: float | None
-    jacobian: float  # |J|_F^2, weighted by 1 - exp(-H)
-    jacobian_error: float | None
-    score: float  # mean E_a |J^T s|^2, at most beta
-    score_error: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class RuleRow:
-    """The mini-batch gradient under one weight rule; intervals are 95 %, over resampled groups."""
-
-    weights: dict[str, float]  # realised mean by region
-    bound: float  # sum_t beta_t w_t^2, uniform = 1
-    variance: float
-    mean_square: float
-    share: float  # variance / mean_square
-    share_interval: tuple[float, float]
-    relative: float  # share / that of uniform
-    relative_interval: tuple[float, float]
-    noise_scale: (
-        float | None
-    )  # prompts at which noise and signal are equal; None: no signal seen in this batch
-    cosine: float  # of the gradient with that of uniform
+def variance_tables(report: dict[str, Any]) -> str:
+    """Tables by region, of the weights by rule and by rule, then two lines on what they rest on."""
+    regions, rules, overall = report["regions"], report["rules"], report["overall"]
+    every = overall | {"gradient_square": rules["uniform"]["mean_square"]}
+    by_region: list[list[Any]] = [["region", *_REGION_COLUMNS.values()]]
+    for name, row in (regions | {"all": every}).items():
+        by_region.append([name, *(row.get(key) for key in _REGION_COLUMNS)])
+    weights: list[list[Any]] = [["mean weight", *regions]]
+    by_rule: list[list[Any]] = [["rule", *_RULE_COLUMNS.values(), "95 %"]]
+    for name, row in rules.items():
+        weights.append([name, *(row["weights"].get(region) for region in regions)])
+        ends = ("-" if v is None else f"{v:.4g}" for v in row["relative_interval"])
+        by_rule.append([name, *(row[key] for key in _RULE_COLUMNS), " to ".join(ends)])
+    how = "exact gradients" if report["exact_gradients"] else "count sketches of the gradients"
+    holds = "IS BROKEN" if overall["violations"] else "holds"
+    last = (
+        f"1 - sum p^2 <= 1 - exp(-H) {holds}: {overall['violations']} of {overall['tokens']} tokens above it by more than "
+        f"{report['tolerance']:g}\n"
+        f"{report['prompts']} prompts x {report['group_size']} completions, {report['groups_with_advantage']} groups with "
+        f"advantage; {how}, {report['gradient_dimensions']} numbers each"
+    )
+    return "\n\n".join([*map(summary_table, (by_region, weights, by_rule)), last])
 
 
-@dataclasses.dataclass(frozen=True)
-class VarianceReport:
-    """What `measure` found. `to_json` gives plain values; numbers that are not finite become null."""
-
-    prompts: int
-    group_size: int
-    groups_with_advantage: int
-    exact_gradients: bool  # False: from count sketches
-    gradient_dimensions: int
-    tolerance: float
-    settings: Settings
-    overall: Inequality
-    regions: dict[str, RegionRow]
-    rules: dict[str, RuleRow]
-
-    def to_json(self) -> dict[str, Any]:
-        """Nested dicts of numbers, in the order of the fields."""
-        return _plain(dataclasses.asdict(self))
+def write_variance(report: dict[str, Any], folder: str | pathlib.Path) -> list[pathlib.Path]:
+    """Writes both files, each atomically, over those of an earlier measurement; returns their paths."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / JSON_FILE) as partial:
+        partial.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return [folder / JSON_FILE, plotting.save(draw_variance(report), folder / PICTURE)]
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(v) for name, v in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return value
+def draw_variance(report: dict[str, Any]) -> Figure:
+    """Lemma 2 and beta by region above, weights and noise by rule below."""
+    figure = plotting.new_figure(12, 7.6)
+    figure.suptitle(f"{report.get('model', '')}   {report.get('data', '')}".strip())
+    (inequality, beta), (weights, noise) = figure.subplots(2, 2)
+    regions, rules = report["regions"], report["rules"]
+    every = regions | {"all": report["overall"]}
+    _points(inequality, every, "gini", "1 - sum p²", plotting.BLUE, -0.1)
+    _points(inequality, every, "bound", "1 - exp(-H)", plotting.ORANGE, 0.1)
+    _points(inequality, every, "sampled", "|onehot(a) - p|² sampled, ±2 s.e.", plotting.BLACK, -0.2)
+    _finish(inequality, every, "Second moment of the score and its bound, mean by region")
+    _points(beta, regions, "beta", "beta = E |J|² (1 - exp(-H)), ±2 s.e.", plotting.VERMILION, -0.1)
+    _points(beta, regions, "score", "E |Jᵀs|², ±2 s.e.", plotting.GREEN, 0.1)
+    _finish(beta, regions, "Squared gradient of a token's log-prob, and beta", "log")
+    for i, (name, row) in enumerate(rules.items()):
+        heights = [row["weights"].get(region, np.nan) for region in regions]
+        at = np.arange(len(regions)) + 0.8 * (i / len(rules) - 0.4)
+        weights.plot(at, heights, "o", label=name, color=plotting.PALETTE[i], markersize=5)
+    _finish(weights, regions, "Mean weight by region (all weights sum to the tokens)", "log")
+    uniform = rules["uniform"]["variance"]
+    relative = {name: row | {"variance": row["variance"] / uniform} for name, row in rules.items()}
+    _points(noise, relative, "relative", "variance / |gradient|², 95 % over groups", plotting.BLUE)
+    _points(noise, relative, "variance", "variance alone", plotting.GREY, 0.1, "x")
+    _points(noise, relative, "bound", "Theorem 1's bound on the variance", plotting.GREY, 0.2, "D")
+    _finish(noise, rules, "Noise of the mini-batch gradient, uniform = 1")
+    for axes in (weights, noise):
+        axes.axhline(1.0, color="0.6", linewidth=0.8)
+    return figure
+
+
+def _points(
+    axes: Any, rows: dict[str, Any], key: str, label: str, colour: str, shift: float = 0.0, mark="o"
+) -> None:
+    """One point a row, with its `<key>_interval` or twice its `<key>_error` as whiskers where it has them."""
+    value, low, high = np.full((3, len(rows)), np.nan)
+    for i, row in enumerate(rows.values()):
+        value[i] = np.nan if row[key] is None else row[key]
+        if f"{key}_interval" in row:
+            low[i], high[i] = (np.nan if v is None else v for v in row[f"{key}_interval"])
+        elif row.get(f"{key}_error") is not None:
+            error = 2 * row[f"{key}_error"]
+            # on a log axis the lower whisker ends above zero
+            low[i], high[i] = max(value[i] - error, 0.1 * value[i]), value[i] + error
+    whiskers = np.maximum([value - low, high - value], 0)
+    axes.errorbar(
+        np.arange(len(rows)) + shift, value, whiskers, fmt=mark, color=colour, label=label,
+        capsize=3, markersize=5,
+    )  # fmt: skip
+
+
+def _finish(axes: Any, names: dict[str, Any], title: str, scale: str = "linear") -> None:
+    axes.set_xticks(range(len(names)), list(names))
+    axes.set_yscale(scale)
+    if scale == "linear":
+        # the upper part is for the legend
+        axes.set_ylim(0, 1.4 * axes.get_ylim()[1])
+    axes.set_title(title, fontsize="medium")
+    axes.legend(fontsize="small", loc="upper left" if scale == "linear" else "best")
+    plotting.tidy(axes)

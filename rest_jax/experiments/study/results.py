@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rest_jax.analysis.series import Series, read_series
+from rest_jax.analysis.tables import Series, read_series
 from rest_jax.config import RolloutConfig
 from rest_jax.evaluation.statistics import Estimate, estimate, paired
 from rest_jax.experiments.study.plan import PlannedRun, Study
