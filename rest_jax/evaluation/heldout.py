@@ -19,7 +19,7 @@ from rest_jax.data.tokenize import load_split, prepare
 from rest_jax.distributed import gather, is_first_process
 from rest_jax.models.load import Policy
 from rest_jax.rewards import Score
-from rest_jax.rollout.scheduler import policy_sampler
+from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import score_rollout
 from rest_jax.run.folder import Run
 from rest_jax.run.metrics import METRICS_FILE, read_lines, summary_table
@@ -70,8 +70,7 @@ class Evaluator:
     ):
         self.policy, self.held, self.reward = policy, held, reward
         self.template = TEMPLATES[template]
-        greedy = Sampling(greedy=True)
-        self._sampler = policy_sampler(policy, 1, rollout.max_response_tokens, greedy, rollout)
+        self._sampler = make_sampler(policy, rollout, 1, Sampling(greedy=True))
         self._width = bucketed([h.prompt for h in held])
 
     @classmethod

@@ -10,8 +10,8 @@ import jax
 from jax import named_scope
 from jaxtyping import Array, Float, Int
 
+from rest_jax.models.attention import group_layout, pack_group, predicting_hidden
 from rest_jax.models.decoder import Decoder, head_matrix
-from rest_jax.models.layouts import group_layout, pack_group, predicting_hidden
 from rest_jax.rl.logprobs import TokenLoss, vocabulary_loss, vocabulary_pass
 from rest_jax.types import Params, Sampling
 

@@ -40,10 +40,12 @@ def truncate(logits: Float[Array, "*B V"], sampling: Sampling) -> Float[Array, "
 
 
 def entropy_and_gini(logits: Float[Array, "*B V"]) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
-    """Entropy (nats) and 1 - sum p^2 at temperature 1."""
-    logp = jax.nn.log_softmax(logits, axis=-1)
-    p = jnp.exp(logp)
-    return -jnp.sum(p * logp, axis=-1), 1 - jnp.sum(p * p, axis=-1)
+    """Entropy (nats) and 1 - sum p^2 at temperature 1, without probabilities: their terms are divided after the sums."""
+    shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weight = jnp.exp(shifted)
+    total = jnp.sum(weight, axis=-1)
+    entropy = jnp.log(total) - sum_of_products(weight, shifted) / total
+    return entropy, 1 - sum_of_products(weight, weight) / (total * total)
 
 
 def sum_of_products(x: Float[Array, "*B V"], y: Float[Array, "*B V"]) -> Float[Array, "*B"]:
@@ -181,7 +183,7 @@ def _look(logits, tokens, sampling: Sampling) -> _Seen:
     shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weight = jnp.exp(shifted)
     total = jnp.sum(weight, axis=-1, keepdims=True)
-    entropy = jnp.log(total[..., 0]) - sum_of_products(weight, shifted) / total[..., 0]
+    entropy, _ = entropy_and_gini(logits)
     if sampling == Sampling():
         sampled = weight / total
         chosen = jnp.take_along_axis(shifted, tokens[..., None], axis=-1)[..., 0]

@@ -21,7 +21,7 @@ from rest_jax.distributed import gather
 from rest_jax.models.load import Policy
 from rest_jax.rewards import Score
 from rest_jax.rl.step import BatchLengths
-from rest_jax.rollout.scheduler import SamplerStats, policy_sampler
+from rest_jax.rollout.scheduler import SamplerStats, make_sampler
 from rest_jax.rollout.scoring import score_rollout
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Target
@@ -56,7 +56,7 @@ class Collector:
         r = config.rollout
         sampling = Sampling(r.temperature, r.top_k, r.top_p)
         self.config, self.policy, self.batches, self.steps = config, policy, batches, steps
-        self.sampler = policy_sampler(policy, r.group_size, r.max_response_tokens, sampling, r)
+        self.sampler = make_sampler(policy, r, r.group_size, sampling)
         self.template = TEMPLATES[config.data.template]
         self.pool = concurrent.futures.ThreadPoolExecutor(1, "score")
 
