@@ -42,16 +42,15 @@ class Case:
     response: int = 128
     vocab: int | None = None
     max_tokens_per_microbatch: int | None = None
-    lognormal: bool = (
-        False  # response lengths from `lognormal_lengths`; 16 rows at once on both sides
-    )
+    # response lengths from `lognormal_lengths`; both sides decode `ROWS` of them at once
+    lognormal: bool = False
     peer: Literal["tunix", "torch"] | None = None
     folder: str | None = None  # weights both sides load: model-a or smollm2-135m
     cores: int = 1
     clock: Literal["cpu_seconds", "wall_seconds"] = "cpu_seconds"
 
 
-ROWS = 16  # of the log-normal case, at once
+ROWS = 16  # decoded at once in the log-normal case
 
 
 def _faster(factor: float, *more: Check) -> tuple[Check, ...]:
@@ -62,7 +61,7 @@ def _memory(factor: float) -> Check:
     return Check("memory_ratio", factor, at_least=False)
 
 
-_SLOTS = Check("slot_utilisation", 0.9)
+_SLOTS = Check("decode_slot_utilisation", 0.9)
 _SKIPPING = (
     Check("cost_ratio", 0.6, at_least=False),
     Check("gradient_difference", 1e-5, at_least=False),
@@ -103,10 +102,10 @@ def our_arguments(case: Case, folder: str | None, lengths: str | None) -> list[s
         "prompt-tokens": case.prompt,
         "new-tokens" if case.kind == "rollout" else "response-tokens": case.response,
         "vocab": case.vocab,
-        "micro-tokens": case.max_tokens_per_microbatch,
+        "max-tokens-per-microbatch": case.max_tokens_per_microbatch,
         "model": folder,
         "lengths": lengths,
-        "lanes": ROWS if case.lognormal else None,
+        "decode-slots": ROWS if case.lognormal else None,
     }
     return [case.kind, *_options(given)]
 
@@ -127,7 +126,7 @@ def peer_arguments(case: Case, folder: str | None, lengths: str | None) -> list[
 
 
 def lognormal_lengths(count: int, mean: float = 64, most: int = 512, sigma: float = 1) -> list[int]:
-    """Whole numbers in [1, most], log-normal around `mean` before they are cut; always the same."""
+    """Integers in [1, most], log-normal around `mean` before they are cut; always the same."""
     rng = random.Random(0)
     mu = math.log(mean) - sigma**2 / 2
     return [min(max(round(rng.lognormvariate(mu, sigma)), 1), most) for _ in range(count)]

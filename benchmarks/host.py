@@ -1,9 +1,9 @@
-"""Time of the host's part of a step: bytes, parser, rewards and regions of the answers, then their token weights.
+"""Times the host's part of a step: bytes, parser, rewards and regions of the completions, then their token weights.
 
-The answers are toolrl turns of `tokens` tokens: a thought, two calls and a response; of the G answers to a prompt one is
-right, the others have a wrong value, a missing call, or end in the middle. tokens = those of all answers.
+Completions are toolrl turns of `tokens` tokens: a thought, two calls and a response; of the G completions of a prompt one is
+right, the others have a wrong value, a missing call, or end in the middle. tokens = those of all completions.
 
-`step_share`: host time over the time a whole step of Qwen3-1.7B with the same number of groups, G and response length and
+`step_share`: host time over the time a complete step of Qwen3-1.7B with the same number of groups, G and response length and
 prompts of `prompt_tokens` would take this core at its matrix-product rate. `pod_step_share`: over that of 8 devices of
 400 TFLOP/s each; `pod_rollout_share`: over the rollout alone, which is what scoring overlaps with.
 """
@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def make_work(args: argparse.Namespace) -> Work:
-    """A call scores, labels and weighs all answers."""
-    targets, batch, tokenizer = make_answers(args)
+    """A call scores, labels and weighs all completions."""
+    targets, batch, tokenizer = make_completions(args)
     schedule = step_config(args.tokens).schedule
     state = curriculum.init(schedule)
     seconds = []
@@ -69,10 +69,11 @@ def make_work(args: argparse.Namespace) -> Work:
 
     def extra() -> dict[str, Any]:
         host = statistics.median(seconds[1:])
-        answers = args.prompts * args.group
-        return {"responses_per_second": answers / host, "bytes": text_bytes(batch, tokenizer)} | (
-            shares(host, args)
-        )
+        completions = args.prompts * args.group
+        return {
+            "responses_per_second": completions / host,
+            "bytes": text_bytes(batch, tokenizer),
+        } | (shares(host, args))
 
     return Work(call, int(batch.response_length.sum()), 0.0, extra)
 
@@ -91,13 +92,13 @@ def shares(host: float, args: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def make_answers(args: argparse.Namespace) -> tuple[list[Target], RolloutBatch, Tokenizer]:
-    """Gold answers, a rollout of answers to them, and the tokenizer whose ids those are."""
+def make_completions(args: argparse.Namespace) -> tuple[list[Target], RolloutBatch, Tokenizer]:
+    """Gold answers, a rollout of completions, and the tokenizer whose ids those are."""
     rng = random.Random(0)
     ids: dict[bytes, int] = {b"": 0}  # the padding
     targets = [make_target(rng) for _ in range(args.prompts)]
     rows = [
-        cut(answer(target, g, args.tokens, rng), args.tokens - 1, ids, rng)
+        cut(completion(target, g, args.tokens, rng), args.tokens - 1, ids, rng)
         for target in targets
         for g in range(args.group)
     ]
@@ -127,14 +128,14 @@ def make_target(rng: random.Random) -> Target:
     return Target(calls=calls, response="I have asked both, one moment please.")
 
 
-def answer(target: Target, g: int, tokens: int, rng: random.Random) -> bytes:
-    """The g-th answer, with a thought that makes it about four bytes a token long."""
+def completion(target: Target, g: int, tokens: int, rng: random.Random) -> bytes:
+    """The g-th completion, with a thought that makes it about four bytes a token long."""
     first, second = target.calls
     wrong = Call(second.name, second.arguments | {"seats": "two"})
     calls = [(first, second), (first, wrong), (first,), (first, second)][g % 4]
     given = dataclasses.replace(target, calls=calls)
-    room = 4 * tokens - len(TEMPLATES["toolrl"].render_answer(given))
-    thought = " ".join(rng.choices(WORDS, k=max(room // 4, 1)))
+    left = 4 * tokens - len(TEMPLATES["toolrl"].render_answer(given))
+    thought = " ".join(rng.choices(WORDS, k=max(left // 4, 1)))
     text = TEMPLATES["toolrl"].render_answer(dataclasses.replace(given, think=thought)).encode()
     return text[:-60] if g % 4 == 3 else text
 
@@ -148,5 +149,5 @@ def cut(text: bytes, count: int, ids: dict[bytes, int], rng: random.Random) -> l
 
 
 def text_bytes(batch: RolloutBatch, tokenizer: Tokenizer) -> int:
-    """Bytes of all answers."""
+    """Bytes of all completions."""
     return int(tokenizer.piece_lengths[batch.responses].sum())

@@ -21,11 +21,12 @@ from rest_jax.config import MeshConfig, RolloutConfig
 from rest_jax.distributed import make_mesh
 from rest_jax.models.config import DecoderConfig, Remat
 from rest_jax.models.decoder import Decoder, init_params, param_shardings
-from rest_jax.models.hf import write as hf
 from rest_jax.models.hf.folder import write_json
+from rest_jax.models.hf.read import load_model
+from rest_jax.models.hf.write import export
 from rest_jax.models.load import Policy
 from rest_jax.models.tokenizer import Tokenizer
-from rest_jax.rollout.scheduler import Sampler, policy_sampler
+from rest_jax.rollout.scheduler import Sampler, make_sampler
 from rest_jax.types import PromptBatch, Sampling
 from tests.presets import PRESETS
 
@@ -52,11 +53,11 @@ def load(source: str, vocab: int | None = None, remat: Remat = "none") -> Policy
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     if source in NAMED:
         cfg = named(source, vocab, remat)
-        at = param_shardings(cfg, mesh)
-        params = jax.jit(lambda key: init_params(cfg, key), out_shardings=at)(jax.random.key(0))
-    elif (folder := pathlib.Path(source)).is_dir():
-        sizes, params = hf.load_hf(folder, mesh)
-        cfg = dataclasses.replace(sizes, remat=remat)
+        shardings = param_shardings(cfg, mesh)
+        init = jax.jit(lambda key: init_params(cfg, key), out_shardings=shardings)
+        params = init(jax.random.key(0))
+    elif pathlib.Path(source).is_dir():
+        cfg, params, _ = load_model(source, mesh, "float32", remat)
     else:
         raise ValueError(f"{source}: no such folder, and not one of {', '.join(NAMED)}")
     return Policy(Decoder(cfg), params, byte_tokenizer(cfg.vocab_size), mesh, pathlib.Path(source))
@@ -91,18 +92,19 @@ def random_prompts(policy: Policy, count: int, length: int) -> PromptBatch:
     return PromptBatch(tokens, np.full(count, length, np.int32), rows)  # type: ignore[arg-type]
 
 
-def sampler_of(policy: Policy, group: int, new_tokens: int, lanes: int) -> Sampler:
+def sampler_of(policy: Policy, group: int, new_tokens: int, decode_slots: int) -> Sampler:
     """The program's sampler, at temperature 1 and full support."""
-    return policy_sampler(policy, group, new_tokens, Sampling(), RolloutConfig(decode_slots=lanes))
+    rollout = RolloutConfig(max_response_tokens=new_tokens, decode_slots=decode_slots)
+    return make_sampler(policy, rollout, group, Sampling())
 
 
 def write_folder(source: str, vocab: int | None, out: pathlib.Path) -> None:
-    """The random weights of `load` as safetensors with a config.json, whole or not at all."""
+    """The random weights of `load` as safetensors with a config.json, or nothing at all."""
     policy = load(source, vocab)
     side = pathlib.Path(tempfile.mkdtemp())
     try:
         write_json(side / "config.json", hf_config(policy.config))
-        hf.export(policy.params, side, out)
+        export(policy.params, side, out)
     finally:
         shutil.rmtree(side)
 

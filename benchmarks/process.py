@@ -30,9 +30,8 @@ class Work:
     call: Callable[[int], Any]
     tokens: int
     flops: float  # model FLOPs of a call (`rest_jax.run.throughput`)
-    extra: Callable[[], dict[str, Any]] = (
-        dict  # more fields of the record, read after the last call
-    )
+    # more fields of the record, read after the last call
+    extra: Callable[[], dict[str, Any]] = dict
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,9 +42,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
-    """A whole number above zero, from an argument."""
+    """A positive integer, from an argument."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: want a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text}: an integer of at least 1 is needed")
     return int(text)
 
 

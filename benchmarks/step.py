@@ -1,8 +1,8 @@
-"""Time of a whole step: weights into the rollout layout, rollout, scoring, update with the new log-probs, entropies, regions.
+"""Times a complete step: weights into the rollout layout, rollout, scoring, update with the new log-probs, entropies, regions.
 
-Scoring is the program's own: bytes, parser, rewards, regions. Random weights write no answer that earns more than another,
-and groups of equal rewards would skip the update; so the share of even ids, which is the peer's whole reward, is added to
-it, and every group has gradient. tokens = G x (prompt + response) of every group.
+Scoring is the program's own: bytes, parser, rewards, regions. No completion of random weights earns more than another, and
+groups of equal rewards would skip the update; so the share of even ids, which is all of the peer's reward, is added to it,
+and every group has gradient. tokens = G x (prompt + response) of every group.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from benchmarks import policies, rollout, update
-from benchmarks.process import Work, positive
+from benchmarks.process import Work
 from rest_jax.config import RewardConfig
 from rest_jax.distributed import activate
 from rest_jax.rl.step import BatchLengths, plan_step
@@ -29,14 +29,14 @@ TARGET = Target(calls=(Call("find_hotel", {"city": "Oslo", "nights": 2}),))
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Sizes of the case."""
     update.add_arguments(parser)
-    parser.add_argument("--lanes", type=positive, default=128, help="responses decoded at once")
+    rollout.add_decode_slots(parser)
 
 
 def make_work(args: argparse.Namespace) -> Work:
     """A call is one step."""
     policy = policies.load(args.model, args.vocab, args.remat)
     prompts = policies.random_prompts(policy, args.prompts, args.prompt_tokens)
-    sampler = policies.sampler_of(policy, args.group, args.response_tokens, args.lanes)
+    sampler = policies.sampler_of(policy, args.group, args.response_tokens, args.decode_slots)
     cfg = update.step_config(args.response_tokens, args.max_tokens_per_microbatch)
     updates, cast = update.Updates(policy, update.optimizer(), cfg), rollout_cast(policy)
     lengths = np.full((args.prompts, args.group), args.response_tokens)
@@ -45,16 +45,16 @@ def make_work(args: argparse.Namespace) -> Work:
         with activate(policy.mesh):
             params = cast(updates.state.params)
             sampled = sampler(params, prompts, updates.state.rng, number)
-        scored = with_signal(score(sampled, policy))
+        scored = with_advantage(score(sampled, policy))
         plan = plan_step(BatchLengths.of(scored), cfg, ways=1)
         if sum(int((micro.pick >= 0).sum()) for micro in plan[0]) != args.prompts:
-            raise ValueError("a group has no gradient, so the step would not be a whole one")
+            raise ValueError("a group has no gradient, so the step would not be complete")
         updates(scored, plan)
 
     flops = rollout_flops(policy.config, prompts.length, lengths)  # type: ignore[arg-type]
     flops += update_flops(policy.config, prompts.length, lengths)  # type: ignore[arg-type]
     tokens = int((prompts.length[:, None] + lengths).sum())
-    return Work(call, tokens, flops, lambda: rollout.slot_use(sampler))
+    return Work(call, tokens, flops, lambda: rollout.utilisation(sampler))
 
 
 def score(sampled: RolloutBatch, policy: policies.Policy) -> ScoredBatch:
@@ -67,7 +67,7 @@ def score(sampled: RolloutBatch, policy: policies.Policy) -> ScoredBatch:
     return scored
 
 
-def with_signal(scored: ScoredBatch) -> ScoredBatch:
+def with_advantage(scored: ScoredBatch) -> ScoredBatch:
     """The rewards plus the share of even ids."""
     even = np.mean(scored.rollout.responses % 2 == 0, axis=-1, dtype=np.float32)
     return dataclasses.replace(scored, reward=scored.reward + even)

@@ -1,6 +1,6 @@
 """From the records of single processes to one line a case, and from those to the table.
 
-Run r of ours and run r of the peer stand side by side in time. `ratio` is the median of their pairwise ratios,
+Run r of ours and run r of the peer follow each other in time. `ratio` is the median of their pairwise ratios,
 `ratio_of_medians` what its name says; both must reach the target. Ratios compare tokens per second on the case's clock.
 """
 
@@ -13,8 +13,8 @@ from benchmarks.cases import Case
 Record = dict[str, Any]
 OURS, PEER, SUMMARY = "rest_jax", "peer", "summary"
 _NOTES = {
-    "slot_utilisation": "slots {:.1%}",
-    "cost_ratio": "cost {:.2f} of the whole",
+    "decode_slot_utilisation": "slots {:.1%}",
+    "cost_ratio": "{:.2f} of the full cost",
     "gradient_difference": "gradients differ by {:.1e}",
     "responses_per_second": "{:,.0f} responses/s",
     "step_share": "{:.4%} of a 1.7B step on this core",
@@ -38,9 +38,9 @@ def summarise(case: Case, records: Iterable[Record]) -> Record:
     middle, other = medians(list(ours.values())), medians(list(peer.values()))
     both = sorted(ours.keys() & peer.keys())
     pairs = [speed(ours[run], case) / speed(peer[run], case) for run in both]
-    found: Record = {"ratio": None, "ratio_of_medians": None, "memory_ratio": None}
+    ratios: Record = {"ratio": None, "ratio_of_medians": None, "memory_ratio": None}
     if both and case.kind not in ("skipping", "host"):
-        found = {
+        ratios = {
             "ratio": statistics.median(pairs),
             "ratio_of_medians": speed(middle, case) / speed(other, case),
             "memory_ratio": middle["peak_bytes"] / other["peak_bytes"],
@@ -50,21 +50,21 @@ def summarise(case: Case, records: Iterable[Record]) -> Record:
         "side": SUMMARY,
         "clock": case.clock,
         "runs": len(both) or len(ours),
-        **found,
+        **ratios,
         "target": ", ".join(map(str, case.checks)),
-        "met": met(case, found, middle),
+        "met": met(case, ratios, middle),
         OURS: middle,
         PEER: other or None,
     }
 
 
-def met(case: Case, found: Record, middle: Record) -> bool | None:
+def met(case: Case, ratios: Record, middle: Record) -> bool | None:
     """Whether every check holds; None when none fails but some cannot be judged."""
     verdicts = []
     for check in case.checks:
-        verdicts.append(check.holds(found.get(check.metric, middle.get(check.metric))))
+        verdicts.append(check.holds(ratios.get(check.metric, middle.get(check.metric))))
         if check.metric == "ratio":
-            verdicts.append(check.holds(found["ratio_of_medians"]))
+            verdicts.append(check.holds(ratios["ratio_of_medians"]))
     if False in verdicts:
         return False
     return None if None in verdicts else True
@@ -77,13 +77,13 @@ def speed(record: Record, case: Case) -> float:
 
 def medians(records: Sequence[Record]) -> Record:
     """Median of every number the records hold; yes and no as in the last of them."""
-    found: Record = {}
+    middle: Record = {}
     for name, last in (records[-1] if records else {}).items():
         if isinstance(last, bool):
-            found[name] = last
+            middle[name] = last
         elif isinstance(last, int | float) and name != "run":
-            found[name] = statistics.median(r[name] for r in records if name in r)
-    return found
+            middle[name] = statistics.median(r[name] for r in records if name in r)
+    return middle
 
 
 def table(summaries: Sequence[Record], heading: str) -> str:

@@ -1,4 +1,4 @@
-"""Time of an update: one optimiser step on a scored rollout of random tokens, rewards and regions.
+"""Times an update: one optimiser step on a scored rollout of random tokens, rewards and regions.
 
 Everything the program does in a step after scoring is in it: curriculum, token weights, advantages, the plan of the
 micro-batches, forward, backward and AdamW. tokens = G x (prompt + response) of every group: those that the rows of a layout
@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group", type=positive, default=8, help="responses to a prompt")
     parser.add_argument("--prompt-tokens", type=positive, default=128)
     parser.add_argument("--response-tokens", type=positive, default=128)
-    parser.add_argument("--micro-tokens", type=positive, help="trunk positions of a micro-batch")
+    parser.add_argument(
+        "--max-tokens-per-microbatch", type=positive, help="trunk positions of a micro-batch"
+    )
     remat = ModelConfig.model_fields["remat"].default  # as the recipes have it
     parser.add_argument("--remat", choices=("none", "block", "dots"), default=remat)
 
@@ -89,45 +91,45 @@ def make_work(args: argparse.Namespace) -> Work:
 
 def make_skipping_work(args: argparse.Namespace) -> Work:
     """A call is one update in which every other group has equal rewards; `cost_ratio` sets its CPU time against that of
-    an update in which all have gradient, taken in turn in the same process.
+    an update in which all have gradient, measured alternately in the same process.
     """
     policy = policies.load(args.model, args.vocab, args.remat)
     cfg = step_config(args.response_tokens, args.max_tokens_per_microbatch)
-    whole = random_batch(policy, args)
-    half = dataclasses.replace(whole, reward=equal_in_half(whole.reward))
+    full = random_batch(policy, args)
+    half = dataclasses.replace(full, reward=equal_in_half(full.reward))
     difference = gradient_difference(args, half, cfg)
     updates, costs = Updates(policy, optimizer(), cfg), []
 
     def call(number: int) -> None:
-        full, _ = timed(lambda _: updates(whole), number)
-        part, _ = timed(lambda _: updates(half), number)
-        costs.append((full, part))
+        full_cost, _ = timed(lambda _: updates(full), number)
+        half_cost, _ = timed(lambda _: updates(half), number)
+        costs.append((full_cost, half_cost))
 
     def extra() -> dict[str, Any]:
-        full, part = (statistics.median(side) for side in zip(*costs[1:], strict=True))
+        full_cost, half_cost = map(statistics.median, zip(*costs[1:], strict=True))
         return {
-            "full_cpu_seconds": full,
-            "half_cpu_seconds": part,
-            "cost_ratio": part / full,
+            "full_cpu_seconds": full_cost,
+            "half_cpu_seconds": half_cost,
+            "cost_ratio": half_cost / full_cost,
             "gradient_difference": difference,
         }
 
-    lengths = whole.rollout.prompt_length, whole.rollout.response_length
+    lengths = full.rollout.prompt_length, full.rollout.response_length
     flops = 1.5 * update_flops(policy.config, *lengths)
-    return Work(call, 2 * trajectory_tokens(whole), flops, extra)
+    return Work(call, 2 * trajectory_tokens(full), flops, extra)
 
 
 def gradient_difference(args: argparse.Namespace, scored: ScoredBatch, cfg: StepConfig) -> float:
     """Largest difference between the gradients with and without the groups that may be skipped, over the largest entry."""
-    found = []
-    extents = BatchLengths.of(scored)
-    for plan in (plan_step(extents, cfg, ways=1), [plan_all(extents, cfg, ways=1)]):
+    gradients = []
+    lengths = BatchLengths.of(scored)
+    for plan in (plan_step(lengths, cfg, ways=1), [plan_all(lengths, cfg, ways=1)]):
         policy = policies.load(args.model, args.vocab, args.remat)
         updates = Updates(policy, optax.trace(0.0), cfg)  # its state is the last gradient
         updates(scored, plan)
-        found.append(updates.state.opt_state.trace)
-    size = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(found[1]))
-    apart = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), *found)
+        gradients.append(updates.state.opt_state.trace)
+    size = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradients[1]))
+    apart = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), *gradients)
     return max(map(float, jax.tree.leaves(apart))) / size
 
 

@@ -74,7 +74,7 @@ def _train(arguments: argparse.Namespace) -> int:
     _join_hosts(arguments)
     from rest_jax import train
 
-    return train.run(config, arguments.dry_run, arguments.profile)
+    return train.train(config, arguments.dry_run, arguments.profile)
 
 
 def _sft(arguments: argparse.Namespace) -> int:
@@ -82,7 +82,7 @@ def _sft(arguments: argparse.Namespace) -> int:
     _join_hosts(arguments)
     from rest_jax import sft
 
-    return sft.run(config, arguments.dry_run)
+    return sft.finetune(config, arguments.dry_run)
 
 
 def _convert(arguments: argparse.Namespace) -> int:

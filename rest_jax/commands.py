@@ -28,7 +28,7 @@ from rest_jax.models.hf import write as hf
 from rest_jax.models.load import Policy
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.rollout.engine import rollout_cast
-from rest_jax.rollout.scheduler import policy_sampler
+from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.run.folder import MODEL_FOLDER
 from rest_jax.run.metrics import summary_table
 from rest_jax.run.policy import config_of, is_run, load_policy
@@ -83,7 +83,7 @@ def sample(
     prepared = prepare_lib.prepare(records, policy.tokenizer, template, config.data)
     r, tokenizer = config.rollout, policy.tokenizer
     sampling = Sampling(r.temperature, r.top_k, r.top_p, greedy)
-    sampler = policy_sampler(policy, samples, r.max_response_tokens, sampling, r)
+    sampler = make_sampler(policy, r, samples, sampling)
     params = rollout_cast(policy)(policy.params)
     width, call = (
         bucketed(prepared.prompts),

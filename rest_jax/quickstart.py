@@ -38,7 +38,7 @@ def run(seed: int | None = None, fresh: bool = False) -> int:
         update={"model": config.model.model_copy(update={"source": str(converted)})}
     )
     print("[2/4] training with ResT", flush=True)
-    train.run(config)
+    train.train(config)
     lines = evaluations(folder)
     if lines[-1]["step"] != config.train.steps:
         return 0  # SIGTERM: the same command goes on

@@ -28,7 +28,6 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 CHECKED_MODULES = [
     "rest_jax.rl.masked",
     "rest_jax.models.attention",
-    "rest_jax.models.layouts",
     "rest_jax.models.rope",
     "rest_jax.rl.advantages",
     "rest_jax.rl.curriculum",

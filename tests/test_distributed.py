@@ -14,15 +14,10 @@ from jax.sharding import AxisType, PartitionSpec
 
 from rest_jax import distributed as sharding
 from rest_jax.config import MeshConfig
+from rest_jax.models.attention import group_layout, pack_group, predicting_hidden, prompt_rows
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import Decoder, abstract_params, logits, param_shardings
-from rest_jax.models.layouts import (
-    group_layout,
-    init_cache,
-    pack_group,
-    predicting_hidden,
-    prompt_rows,
-)
+from tests import tiny
 
 CFG = DecoderConfig("qwen3", 64, 32, 2, 4, 4, 8, 48, qk_norm=True, tied=False)
 P, G, TP, TR = 4, 2, 5, 4
@@ -100,7 +95,7 @@ def test_decoding_does_not_depend_on_the_mesh(sizes):
         layout, positions = prompt_rows(prompt, prompt_length)
         apply: Any = Decoder(CFG).apply
         _, kv = apply({"params": params}, prompt, positions, layout, return_kv=True)
-        cache = init_cache(kv, prompt_length, G, TR)
+        cache = tiny.empty_cache(kv, prompt_length, G, TR)
         for t in range(TR):
             token = responses[:, :, t]
             hidden, cache = apply({"params": params}, token, cache.positions, cache.layout, cache)

@@ -9,13 +9,14 @@ import numpy as np
 
 from rest_jax.config import CurriculumConfig, LossConfig, MeshConfig, OptimizerConfig, WeightsConfig
 from rest_jax.distributed import make_mesh
+from rest_jax.models.cache import Cache
 from rest_jax.models.config import DecoderConfig
-from rest_jax.models.decoder import Decoder, init_params, param_shardings, unstack_layers
+from rest_jax.models.decoder import Decoder, init_params, unstack_layers
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import make_optimizer
 from rest_jax.rl.prepare import StepConfig
-from rest_jax.rollout.engine import RolloutSettings
-from rest_jax.rollout.scheduler import make_sampler
+from rest_jax.rollout.engine import RolloutSettings, make_engine
+from rest_jax.rollout.scheduler import Sampler
 from rest_jax.types import PromptBatch, RolloutBatch, Sampling, ScoredBatch
 
 FULL = Sampling()
@@ -63,8 +64,9 @@ def sampler(
     """(params, prompts, rng, step) -> RolloutBatch on a mesh of that shape."""
     where = mesh(*shape)
     rollout_settings = RolloutSettings(group, TIME, (STOP,), PAD, sampling, **settings)
-    shardings = param_shardings(decoder(layers=layers).cfg, where, layout="rollout")
-    return make_sampler(decoder(layers=layers), rollout_settings, where, shardings)
+    return Sampler(
+        make_engine(decoder(layers=layers), rollout_settings, where), rollout_settings, where
+    )
 
 
 def rollout(batch: PromptBatch, step: int = 0, layers: str = "scan", **options) -> RolloutBatch:
@@ -96,6 +98,28 @@ def step_config(**changes) -> StepConfig:
         fixed_length=TIME,
     )
     return dataclasses.replace(base, **changes)
+
+
+def empty_cache(kv, prompt_length, group_size: int, width: int) -> Cache:
+    """Cache of P data shards, each with one prompt and decode slots for its `group_size` responses of `width` tokens.
+
+    `kv` is what a PromptLayout pass with `return_kv=True` returned, `[L P Tp K H]` each; every response starts at index 0.
+    """
+    prompt_k, prompt_v = (x.transpose(0, 1, 3, 2, 4)[:, :, None] for x in kv)
+    layers, prompts, _, heads, _, head_dim = prompt_k.shape
+    empty = jnp.zeros((layers, prompts, group_size, heads, width, head_dim), prompt_k.dtype)
+    slots = jnp.broadcast_to(jnp.arange(group_size, dtype=jnp.int32), (prompts, group_size))
+    return Cache(
+        prompt_k,
+        prompt_v,
+        response_k=empty,
+        response_v=empty,
+        prompt_length=prompt_length.astype(jnp.int32)[:, None],
+        index=jnp.zeros_like(slots),
+        entry=jnp.zeros_like(slots),
+        member=slots,
+        members=slots[:, None],
+    )
 
 
 def optimizer():

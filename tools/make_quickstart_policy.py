@@ -4,7 +4,7 @@ demonstrations of the synthetic tool world by a demonstrator with bad habits (`r
     python tools/make_quickstart_policy.py OUT [key=value ...]
 
 Three steps: train the tokenizer; write an HF folder with initial weights (`induction_start.py`); run
-`rest-jax sft tools/quickstart_sft.yaml` from it and export the result to OUT. Interrupted, it goes on where it
+`rest-jax sft tools/quickstart_sft.yaml` from it and export the result to OUT. Interrupted, it resumes where it
 stopped. The committed policy is OUT = configs/quickstart_policy.
 Hardware and time: 2 CPU cores, see tools/quickstart_sft.yaml.
 """
@@ -71,11 +71,11 @@ def main(out: str, overrides: list[str]) -> int:
     start = pathlib.Path(config.model.source)
     if not start.exists():
         write_start(start, config.data.template, config.seed)
-    sft.run(config)
+    sft.finetune(config)
     run = config.folder
     done = [line["step"] for line in read_lines(run / METRICS_FILE) if "update/loss" in line]
     if done[-1] != config.train.steps:
-        return 0  # SIGTERM: the same command goes on
+        return 0  # SIGTERM: the same command resumes
     return rest_jax(["export", str(run), out])
 
 

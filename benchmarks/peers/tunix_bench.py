@@ -12,7 +12,7 @@ rollout  tunix's own Sampler, called as its VanillaRollout calls it (temperature
          tokens = rows * new_tokens.
 
 rollout --lengths FILE   FILE is a JSON list of response lengths. A static-batch sampler frees no
-         row before the whole batch is done, so the responses run in batches of --rows in the
+         row before all of the batch is done, so the responses run in batches of --rows in the
          given order and each batch decodes max(lengths in the batch) steps: that is what this
          peer pays for uneven lengths. An eos cannot be scheduled with random weights, so the
          stop is set on the sampler's own loop bound, which is not compiled in. The token buffer
@@ -301,9 +301,9 @@ def read_lengths(path):
         lengths = json.loads(pathlib.Path(path).read_text())
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{path}: {error}") from error
-    whole = isinstance(lengths, list) and all(type(n) is int and n > 0 for n in lengths)
-    if not whole or not lengths:
-        raise argparse.ArgumentTypeError(f"{path}: want a JSON list of positive whole numbers")
+    valid = isinstance(lengths, list) and all(type(n) is int and n > 0 for n in lengths)
+    if not valid or not lengths:
+        raise argparse.ArgumentTypeError(f"{path}: a JSON list of positive integers is needed")
     return lengths
 
 

@@ -18,7 +18,7 @@ from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.tokenize import load_split, prepare
 from rest_jax.distributed import gather, is_first_process
 from rest_jax.models.load import Policy
-from rest_jax.rollout.scheduler import policy_sampler
+from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import score_rollout, summarise_scores, truncated
 from rest_jax.run.metrics import METRICS_FILE, read_lines, summary_table
 from rest_jax.templates import TEMPLATES
@@ -67,8 +67,7 @@ class Evaluator:
     ):
         self.policy, self.examples, self.reward = policy, examples, reward
         self.template = TEMPLATES[template]
-        greedy = Sampling(greedy=True)
-        self._sampler = policy_sampler(policy, 1, rollout.max_response_tokens, greedy, rollout)
+        self._sampler = make_sampler(policy, rollout, 1, Sampling(greedy=True))
         self._width = bucketed([example.prompt for example in examples])
 
     @classmethod

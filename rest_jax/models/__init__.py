@@ -1,1 +1,1 @@
-"""The decoder, its layouts, published sizes, and conversion from and to Hugging Face folders."""
+"""The decoder with its KV cache, and the reading and writing of Hugging Face folders."""

@@ -1,4 +1,4 @@
-"""Attention of every layout, as pure functions of queries, keys and values.
+"""The layouts of prompts and groups, and attention under every layout, as pure functions of queries, keys and values.
 
 A query's keys come in parts (the shared prompt, a response's own tokens, the token just made) that are joined in one
 softmax, so no mask over a packed row ever exists. Inside, heads come before time and keys are never repeated for grouped
@@ -7,6 +7,8 @@ queries (N = K * R): every product is one batch of plain matrices, in the order 
 `softmax_over` is differentiated by hand (the recomputing backward pass of FlashAttention): it keeps queries, keys, values
 and the log-sum-exp of every query, never the scores. Scores and softmax are float32. Causal parts run in blocks of queries
 that see only the keys up to their end. A query that may see nothing (padding) yields zero, in value and gradient.
+
+Positions of a group are 0, 1, .. in the prompt and prompt_length + t for response token t, whatever the padding between.
 """
 
 import functools
@@ -14,25 +16,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from rest_jax.models.layouts import (
-    DecodeLayout,
-    GroupLayout,
-    LayerCache,
-    PromptLayout,
-    RowLayout,
-    split_group,
-)
+from rest_jax.models.cache import DecodeLayout, GroupLayout, LayerCache, PromptLayout
 
-Layout = RowLayout | PromptLayout | GroupLayout | DecodeLayout
+Layout = PromptLayout | GroupLayout | DecodeLayout
 
 _FLOOR = -1e30  # score of what may not be seen: finite, so that nothing becomes NaN
 _BLOCK = 256  # queries of a causal block
 
 
 class Keys(NamedTuple):
-    """One part of the keys of `softmax_over`: `[P K S H]`, shared by the whole group, or `[P K G S H]`, each row's own."""
+    """One part of the keys of `softmax_over`: `[P K S H]`, shared by the group, or `[P K G S H]`, each row's own."""
 
     k: jax.Array
     v: jax.Array
@@ -47,50 +42,77 @@ class Partial(NamedTuple):
     peak: Float[Array, "*B"]
 
 
+def prompt_rows(
+    prompt: Int[Array, "P Tp"], prompt_length: Int[Array, " P"]
+) -> tuple[PromptLayout, Int[Array, "P Tp"]]:
+    """Layout and positions of right-padded prompts as plain rows (the pass before decoding)."""
+    time = jnp.arange(prompt.shape[1], dtype=jnp.int32)
+    return PromptLayout(prompt_length), jnp.broadcast_to(time, prompt.shape)
+
+
+def pack_group(
+    prompt: Int[Array, "P Tp"], prompt_length: Int[Array, " P"], responses: Int[Array, "P G Tr"]
+) -> tuple[Int[Array, "P packed"], Int[Array, "P packed"]]:
+    """Tokens and positions `[P, Tp + G*Tr]` (int32) of complete groups, for a GroupLayout."""
+    prompts, group_size, width = responses.shape
+    tokens = jnp.concatenate([prompt, responses.reshape(prompts, group_size * width)], axis=1)
+    own = prompt_length[:, None] + jnp.tile(jnp.arange(width, dtype=jnp.int32), group_size)
+    first = jnp.broadcast_to(jnp.arange(prompt.shape[1], dtype=jnp.int32), prompt.shape)
+    return tokens.astype(jnp.int32), jnp.concatenate([first, own.astype(jnp.int32)], axis=1)
+
+
+def group_layout(
+    prompt: Int[Array, "P Tp"],
+    prompt_length: Int[Array, " P"],
+    responses: Int[Array, "P G Tr"],
+    response_length: Int[Array, "P G"],
+) -> GroupLayout:
+    """The layout that goes with `pack_group` of the same arrays."""
+    _, group_size, width = responses.shape
+    return GroupLayout(prompt_length, response_length, prompt.shape[1], group_size, width)
+
+
+def split_group(
+    x: Shaped[Array, "P packed ..."], layout: GroupLayout
+) -> tuple[Shaped[Array, "P Tp ..."], Shaped[Array, "P G Tr ..."]]:
+    """Cuts anything packed along axis 1 (tokens, hidden states, q, k, v) into prompt and responses."""
+    prompt, rest = x[:, : layout.prompt_width], x[:, layout.prompt_width :]
+    shape = (x.shape[0], layout.group_size, layout.response_width, *x.shape[2:])
+    return prompt, rest.reshape(shape)
+
+
+def predicting_hidden(
+    hidden: Float[Array, "P packed D"], layout: GroupLayout
+) -> Float[Array, "P G Tr D"]:
+    """The hidden state that predicts each response token: one position earlier, for t = 0 the last prompt token's."""
+    prompt, responses = split_group(hidden, layout)
+    last = jnp.take_along_axis(prompt, (layout.prompt_length - 1)[:, None, None], axis=1)
+    first = jnp.broadcast_to(last[:, None], (*responses.shape[:2], 1, hidden.shape[-1]))
+    return jnp.concatenate([first, responses[:, :, :-1]], axis=2)
+
+
 def attend(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"] | None,
-    v: Float[Array, "B T K H"] | None,
+    kv: tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]] | None,
     layout: Layout,
     cache: LayerCache | None,
     precision: jax.lax.Precision,
 ) -> Float[Array, "B T N H"]:
-    """Attention under `layout`; `cache` is needed by DecodeLayout only. Returned in q's dtype.
+    """Attention of queries over keys and values under `layout`, in q's dtype.
 
-    With k and v None (DecodeLayout only) the cache has the new tokens' keys and values already.
+    DecodeLayout alone needs `cache`; `kv` None means that the cache holds the new tokens' keys and values already.
     """
-    batch, time, heads, width = q.shape
-    kv_heads = cache.response_k.shape[2] if k is None and cache is not None else k.shape[2]  # type: ignore[union-attr]
-    grouped = (q * width**-0.5).reshape(batch, time, kv_heads, heads // kv_heads, width)
     if isinstance(layout, DecodeLayout):
         if cache is None:
-            raise ValueError("attend: DecodeLayout needs a cache (see layouts.init_cache)")
-        own = None if k is None or v is None else (k, v)
-        out = attend_cache(grouped, own, layout, cache, precision)
-    elif k is None or v is None:
+            raise ValueError("attend: DecodeLayout needs a cache")
+        out = attend_cache(_by_kv_head(q, cache.response_k), kv, layout, cache, precision)
+    elif kv is None:
         raise ValueError(f"attend: {type(layout).__name__} needs keys and values")
-    elif isinstance(layout, RowLayout):
-        out = attend_rows(grouped, k, v, layout, precision)
     elif isinstance(layout, PromptLayout):
-        out = attend_prompts(grouped, k, v, layout, precision)
+        out = attend_prompts(_by_kv_head(q, kv[0]), *kv, layout, precision)
     else:
-        out = attend_groups(grouped, k, v, layout, precision)
+        out = attend_groups(_by_kv_head(q, kv[0]), *kv, layout, precision)
     return out.reshape(q.shape).astype(q.dtype)
-
-
-def attend_rows(
-    q: Float[Array, "B T K R H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    layout: RowLayout,
-    precision: jax.lax.Precision,
-) -> Float[Array, "B T K R H"]:
-    """Causal attention within equal, non-zero segment ids."""
-    ids = layout.segment_ids
-    same = (ids[:, :, None] == ids[:, None, :]) & (ids != 0)[:, :, None]
-    mask = same & _causal(0, ids.shape[1])
-    keys = Keys(_heads_first(k), _heads_first(v), mask[:, None, None, None])
-    return _time_first(softmax_over(_as_group(q), (keys,), precision))
 
 
 def attend_prompts(
@@ -114,27 +136,27 @@ def attend_groups(
     layout: GroupLayout,
     precision: jax.lax.Precision,
 ) -> Float[Array, "P packed K R H"]:
-    """Prompt causally to itself; each response to the whole prompt and causally to itself.
+    """Prompt causally to itself; each response to all of its prompt and causally to itself.
 
     The queries of a group form one matrix against the shared prompt keys.
     """
     (q_prompt, q_own), (k_prompt, k_own), (v_prompt, v_own) = (
         split_group(x, layout) for x in (q, k, v)
     )
-    prompts, group_size, slots = q_own.shape[:3]
+    prompts, group_size, width = q_own.shape[:3]
     prompt = PromptLayout(layout.prompt_length)
     prompt_out = attend_prompts(q_prompt, k_prompt, v_prompt, prompt, precision)
 
-    valid = jnp.arange(layout.prompt_slots) < layout.prompt_length[:, None]
+    valid = jnp.arange(layout.prompt_width) < layout.prompt_length[:, None]
     shared = Keys(
         _heads_first(k_prompt), _heads_first(v_prompt), valid[:, None, None, None, None, :]
     )
     k_own, v_own = (x.transpose(0, 3, 1, 2, 4) for x in (k_own, v_own))  # [P K G Tr H]
     out = _attend_causally(q_own.transpose(0, 3, 1, 4, 2, 5), k_own, v_own, precision, shared)
     out = out.transpose(0, 2, 4, 1, 3, 5)  # [P K G R Tr H] -> [P G Tr K R H]
-    spoken = jnp.arange(slots) < layout.response_length[..., None]
-    out = jnp.where(spoken[..., None, None, None], out, 0)
-    packed = out.reshape(prompts, group_size * slots, *out.shape[3:])
+    valid = jnp.arange(width) < layout.response_length[..., None]
+    out = jnp.where(valid[..., None, None, None], out, 0)
+    packed = out.reshape(prompts, group_size * width, *out.shape[3:])
     return jnp.concatenate([prompt_out, packed], axis=1)
 
 
@@ -150,12 +172,12 @@ def attend_cache(
     `own` holds their keys and values; None: the cache has them already, at `index`. Rows are brought together by prompt,
     so that the keys of a prompt are read once for all its rows.
     """
-    ways, _, heads, repeats, width = q.shape
+    shards, _, heads, repeats, width = q.shape
     prompts, members = layout.members.shape[1:]
-    together = _take_rows(q, layout.members.reshape(ways, -1))
-    together = together.reshape(ways, prompts, members, heads, repeats, width)
+    together = _take_rows(q, layout.members.reshape(shards, -1))
+    together = together.reshape(shards, prompts, members, heads, repeats, width)
     together = together.transpose(0, 1, 3, 2, 4, 5).reshape(
-        ways, prompts, heads, members * repeats, width
+        shards, prompts, heads, members * repeats, width
     )
     seen = jnp.arange(cache.prompt_k.shape[-2]) < layout.prompt_length[..., None]  # [W Q Tp]
     shared = _attend_part(
@@ -233,6 +255,13 @@ def _causal(start: int, end: int) -> Bool[Array, "M S"]:
     return jnp.arange(start, end)[:, None] >= jnp.arange(end)
 
 
+def _by_kv_head(q, keys):
+    """Scaled queries by the head of the keys they go to: `[B T N H]` -> `[B T K R H]`; `keys` has K as axis 2."""
+    batch, time, heads, width = q.shape
+    kv_heads = keys.shape[2]
+    return (q * width**-0.5).reshape(batch, time, kv_heads, heads // kv_heads, width)
+
+
 def _heads_first(x):
     return x.transpose(0, 2, 1, 3)  # [P T K H] -> [P K T H]
 
@@ -246,7 +275,7 @@ def _time_first(out):
 
 
 # The four products of attention as batches of plain matrices: a part with a group axis has one matrix a row of the group,
-# a shared part one for the whole group. Contracted axes are merged first: XLA's CPU backend copies what it must merge itself.
+# a shared part one for the group. Contracted axes are merged first: XLA's CPU backend copies what it must merge itself.
 
 
 def _scores(q, part: Keys, precision):
@@ -320,14 +349,14 @@ def _merge(*parts: Partial) -> Float[Array, "*B H"]:
 
 
 def _take_rows(x, index):
-    """x `[W N ...]`, index `[W M]` -> `[W M ...]`; way by way, so that nothing crosses devices."""
+    """x `[W N ...]`, index `[W M]` -> `[W M ...]`; shard by shard, so that nothing crosses devices."""
     return jax.vmap(lambda rows, i: jnp.take(rows, i, axis=0, mode="clip"))(x, index)
 
 
 def _back_to_rows(x, layout: DecodeLayout, repeats: int):
-    """`[W Q K members*R ...]` -> `[W N K R ...]`: what each lane got at its prompt."""
-    ways, prompts, heads = x.shape[:3]
+    """`[W Q K members*R ...]` -> `[W N K R ...]`: what each decode slot got at its prompt."""
+    shards, prompts, heads = x.shape[:3]
     members, tail = layout.members.shape[2], x.shape[4:]
-    x = x.reshape(ways, prompts, heads, members, repeats, *tail)
-    x = jnp.moveaxis(x, 3, 2).reshape(ways, prompts * members, heads, repeats, *tail)
-    return _take_rows(x, layout.prompt_slot * members + layout.member)
+    x = x.reshape(shards, prompts, heads, members, repeats, *tail)
+    x = jnp.moveaxis(x, 3, 2).reshape(shards, prompts * members, heads, repeats, *tail)
+    return _take_rows(x, layout.entry * members + layout.member)

@@ -1,7 +1,7 @@
 """Static description of a decoder: sizes, architecture switches and how it computes.
 
 `DecoderConfig` is frozen and hashable, so it is a module attribute and a static argument of jit. It knows nothing of HF
-files; `hf.decoder_config` makes one from a config.json and published sizes are in tests.
+files; `hf.config.decoder_config` makes one from a config.json.
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ from rest_jax.errors import UserError
 
 Family = Literal["qwen3", "qwen2", "llama"]
 Remat = Literal["none", "block", "dots"]
-Layers = Literal["scan", "unroll"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +47,10 @@ class DecoderConfig:
     max_positions: int = 32_768
     dtype: Any = "float32"  # of matmuls and activations
     param_dtype: Any = "float32"  # of freshly initialised parameters
-    layers: Layers = (
-        "scan"  # one block looped over stacked parameters, or written out layer by layer
-    )
-    remat: Remat = (
-        "block"  # what the backward pass recomputes: nothing, whole blocks, all but matmul outputs
-    )
+    # one block looped over stacked parameters, or one block after the other
+    layers: Literal["scan", "unroll"] = "scan"
+    # what the backward pass recomputes: nothing, the blocks, all but the outputs of matmuls
+    remat: Remat = "block"
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))

@@ -23,12 +23,11 @@ from jaxtyping import Array, Float, Int, Key
 
 from rest_jax.distributed import logical_shardings
 from rest_jax.models.attention import Layout, attend
-from rest_jax.models.cache import Layers
+from rest_jax.models.cache import Cache, LayerCache, Layers, PromptLayout
 from rest_jax.models.config import DecoderConfig
-from rest_jax.models.layouts import Cache, LayerCache, RowLayout
 from rest_jax.models.rope import Rope, apply_rope, rope_tables
+from rest_jax.types import Params
 
-Params = Any  # nested dict of arrays
 KeysValues = tuple[Layers, Layers]  # a layer: [B T K H]
 
 _INIT = nn.initializers.normal(0.02)
@@ -48,7 +47,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections, head norms, rotation and the layout's attention -> (out, (k, v) or, written out, the layer's cache)."""
+    """Projections, head norms, rotation and the layout's attention -> (out, (k, v) or, unrolled, those of the layer's cache)."""
 
     cfg: DecoderConfig
 
@@ -62,15 +61,17 @@ class Attention(nn.Module):
             q = RMSNorm(cfg, name="q_norm")(q)
             k = RMSNorm(cfg, name="k_norm")(k)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-        kept = (k, v)
         if cache is not None and cfg.layers == "unroll":
             # Written before it is read, so that XLA does so in place; under `scan` the caller writes all layers at once.
             cache = cache.write(layout.index, k, v)  # type: ignore[union-attr]
-            kept, k, v = (cache.response_k, cache.response_v), None, None
-        out = attend(q, k, v, layout, cache, cfg.precision)
+            out = attend(q, None, layout, cache, cfg.precision)
+            kv = cache.response_k, cache.response_v
+        else:
+            out = attend(q, (k, v), layout, cache, cfg.precision)
+            kv = k, v
         shape, axes = (cfg.n_heads, cfg.head_dim, cfg.d_model), ("heads", "head_dim", "embed")
         o = _weight(self, "o", shape, axes).reshape(-1, cfg.d_model)
-        return _times(out.reshape(*x.shape[:2], -1), o, cfg), kept
+        return _times(out.reshape(*x.shape[:2], -1), o, cfg), kv
 
     def _project(self, x, name: str, axis: str, heads: int):
         cfg = self.cfg
@@ -128,7 +129,7 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "B T D"], KeysValues | Cache | None]:
         """Hidden states in the compute dtype, and the advanced cache, (k, v) on `return_kv`, or None.
 
-        A token id outside the vocabulary gives NaN. With a cache, tokens are `[P, G]`, positions
+        A token id outside the vocabulary gives NaN. With a cache, tokens are `[W, N]`, positions
         `cache.positions` and the layout `cache.layout`.
         """
         cfg = self.cfg
@@ -143,21 +144,21 @@ class Decoder(nn.Module):
         if cfg.layers == "scan":
             x, kv = _stacked(cfg)(cfg, return_kv, name="blocks")(x, layers, rope, layout)
         else:
-            x, kv = self._written_out(x, layers, rope, layout, return_kv)
+            x, kv = self._unrolled(x, layers, rope, layout, return_kv)
         hidden = RMSNorm(cfg, name="final_norm")(x)
         if cache is None:
             return hidden, kv
         return hidden, cache.append(*kv) if cfg.layers == "scan" else cache.advance(*kv)
 
-    def _written_out(self, x, layers: LayerCache | None, rope: Rope, layout: Layout, return_kv):
+    def _unrolled(self, x, layers: LayerCache | None, rope: Rope, layout: Layout, return_kv):
         """Layer by layer: parameters, cache and keys and values come and go as one tree a layer (`unstack_layers`)."""
-        found = []
+        outputs = []
         for i in range(self.cfg.n_layers):
             cache = None if layers is None else LayerCache(*(field[i] for field in layers))
             block = _rematerialised(self.cfg)(self.cfg, return_kv, name=f"block_{i}")
             x, kv = block(x, cache, rope, layout)
-            found.append(kv)
-        k_and_v: Any = tuple(zip(*found, strict=True)) if return_kv else None
+            outputs.append(kv)
+        k_and_v: Any = tuple(zip(*outputs, strict=True)) if return_kv else None
         return x, k_and_v
 
 
@@ -189,7 +190,7 @@ def head_matrix(params: Params, cfg: DecoderConfig) -> Float[Array, "V D"]:
 def logits(
     params: Params, cfg: DecoderConfig, hidden: Float[Array, "... D"]
 ) -> Float[Array, "... V"]:
-    """float32 scores of every word, for few positions; whole batches take the chunked vocabulary pass."""
+    """float32 scores of every word, for few positions; batches take the chunked vocabulary pass (`rl.logprobs`)."""
     head = head_matrix(params, cfg).astype(cfg.dtype)
     return jnp.einsum(
         "...d,vd->...v",
@@ -202,11 +203,11 @@ def logits(
 
 def _init_boxed(cfg: DecoderConfig, key: jax.Array) -> Params:
     token = jnp.zeros((1, 1), jnp.int32)
-    return Decoder(cfg).init(key, token, token, RowLayout(token + 1))["params"]
+    return Decoder(cfg).init(key, token, token, PromptLayout(token[0] + 1))["params"]
 
 
 def _pin(x: jax.Array) -> jax.Array:
-    """Splits activations over the batch axes only; does nothing outside `sharding.activate`."""
+    """Splits activations over the batch axes only; does nothing outside `distributed.activate`."""
     return spmd.with_logical_constraint(x, ("batch", None, None))
 
 

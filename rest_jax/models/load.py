@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from rest_jax.config import ModelConfig
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import Decoder
-from rest_jax.models.hf import write as hf
+from rest_jax.models.hf.read import load_model
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.types import Params
 
@@ -44,13 +44,14 @@ def compute_dtype(name: str) -> jnp.dtype:
 
 def load_pretrained(model: ModelConfig, mesh: Mesh) -> Policy:
     """Loads weights straight into their shards. UserError for a source that cannot be used."""
-    loaded = hf.load_model(model.source, mesh, compute_dtype(model.dtype), model.remat)
-    return make_policy(loaded.config, loaded.params, model.tokenizer, mesh, loaded.files)
+    dtype = compute_dtype(model.dtype)
+    config, params, files = load_model(model.source, mesh, dtype, model.remat)
+    return make_policy(config, params, model.tokenizer, mesh, files)
 
 
 def make_policy(
     config: DecoderConfig, params: Params, tokenizer: str | None, mesh: Mesh, files: pathlib.Path
 ) -> Policy:
-    """The policy of weights in place; `tokenizer` None: the one among `files`."""
+    """The policy of loaded weights; `tokenizer` None: the one among `files`."""
     loaded = Tokenizer.load(tokenizer or files, vocab_size=config.vocab_size)
     return Policy(Decoder(config), params, loaded, mesh, files)

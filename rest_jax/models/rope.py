@@ -22,7 +22,7 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.
         return base.astype(np.float32)
     wavelength = 2 * math.pi / base
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    # 0 below the low-frequency bound (stretched whole), 1 above the high-frequency bound (kept), linear between
+    # 0 below the low-frequency bound (stretched in full), 1 above the high-frequency bound (kept), linear between
     keep = np.clip((scaling.original_max_positions / wavelength - low) / (high - low), 0.0, 1.0)
     return ((1 - keep) * base / scaling.factor + keep * base).astype(np.float32)
 
@@ -30,7 +30,7 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.
 def rope_tables(
     positions: Int[Array, "B T"], head_dim: int, theta: float, scaling: RopeScaling | None
 ) -> Rope:
-    """Cosines and sines `[B, T, H/2]` of the angles, float32: bfloat16 would lose whole turns."""
+    """Cosines and sines `[B, T, H/2]` of the angles, float32: bfloat16 would lose full turns."""
     angle = positions[..., None].astype(jnp.float32) * frequencies(head_dim, theta, scaling)
     return jnp.cos(angle), jnp.sin(angle)
 

@@ -1,7 +1,7 @@
-"""Text to token ids and back, with the bytes of every single id.
+"""Turns text into token ids and ids into text, and knows the bytes of every single id.
 
 In: a Hugging Face tokenizer folder or hub id. Out: int32 id arrays for prompts, and for generated ids their exact bytes
-(`bytes_of`) and byte counts (`piece_lengths`), from a table made once. Regions and rewards are placed with these bytes, so
+(`bytes_of`) and byte counts (`piece_lengths`), from a table made once. Regions and rewards are computed from these bytes, so
 text is derived from ids and never tokenised again. transformers is imported on first use.
 """
 
@@ -36,7 +36,7 @@ class Tokenizer:
     piece_lengths: np.ndarray  # int32 [V], bytes of each id
     pad_id: int
     stop_ids: tuple[int, ...]  # ids that end a turn, ascending
-    end_id: int  # the one of them that supervised answers end with: the tokenizer's eos
+    end_id: int  # the one that ends supervised answers: the tokenizer's eos
 
     @classmethod
     def load(cls, source: str | pathlib.Path, vocab_size: int | None = None) -> "Tokenizer":
@@ -70,7 +70,7 @@ class Tokenizer:
         return len(self.pieces)
 
     def bytes_of(self, ids: Iterable[int]) -> bytes:
-        """The bytes the ids stand for, special tokens as their own text. IndexError for ids outside the vocabulary."""
+        """The bytes that the ids represent, special tokens as their own text. IndexError for ids outside the vocabulary."""
         ids = ids.tolist() if isinstance(ids, np.ndarray) else ids
         return b"".join(map(self.pieces.__getitem__, ids))
 
@@ -102,18 +102,18 @@ class Tokenizer:
 def byte_table(hf: Any) -> list[bytes]:
     """Bytes of every id of a fast tokenizer, by the alphabet its decoder declares.
 
-    Byte-level BPE (GPT-2's 256 stand-in characters), SentencePiece with byte fallback (U+2581 is a space, <0xNN> one
-    byte); added tokens stand for their own text. TokenizerError for any other kind, because its bytes are not known.
+    Byte-level BPE (GPT-2's 256 characters), SentencePiece with byte fallback (U+2581 is a space, <0xNN> one
+    byte); an added token is its own text. TokenizerError for any other kind, because its bytes are not known.
     """
     backend = getattr(hf, "backend_tokenizer", None)
     if backend is None:
         raise TokenizerError(f"tokenizer {hf.name_or_path}: no fast (tokenizer.json) version")
     kinds = _decoder_kinds(backend)
     if "ByteLevel" in kinds:
-        stand_in = {stand: byte for byte, stand in byte_alphabet().items()}
+        byte_of = {letter: byte for byte, letter in byte_alphabet().items()}
 
         def to_bytes(word: str) -> bytes:
-            return bytes([stand_in[c] for c in word])
+            return bytes([byte_of[c] for c in word])
     elif "ByteFallback" in kinds or "Metaspace" in kinds:
         to_bytes = _sentencepiece_bytes
     else:
@@ -127,9 +127,7 @@ def byte_table(hf: Any) -> list[bytes]:
         if i not in added:
             try:
                 table[i] = to_bytes(word)
-            except (
-                KeyError
-            ):  # a word outside the byte alphabet: some converters keep special words verbatim
+            except KeyError:  # some converters keep special words verbatim
                 table[i] = word.encode()
     for i, content in added.items():
         table[i] = content.encode()
@@ -137,7 +135,7 @@ def byte_table(hf: Any) -> list[bytes]:
 
 
 def byte_alphabet() -> dict[int, str]:
-    """GPT-2's byte alphabet: printable Latin-1 bytes stand for themselves, the 68 others for U+0100 and up, in order."""
+    """GPT-2's byte alphabet: printable Latin-1 bytes as themselves, the 68 others as U+0100 and up, in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in set(printable)]
     return {b: chr(b) for b in printable} | {b: chr(0x100 + n) for n, b in enumerate(others)}
@@ -176,16 +174,16 @@ def _stop_ids(source: str, hf: Any) -> tuple[int, ...]:
     """The eos ids of generation_config.json and of the tokenizer together."""
     import transformers
 
-    found = set() if hf.eos_token_id is None else {int(hf.eos_token_id)}
+    stop_ids = set() if hf.eos_token_id is None else {int(hf.eos_token_id)}
     try:
         eos = transformers.GenerationConfig.from_pretrained(source).eos_token_id
     except OSError:  # there is no generation_config.json
         eos = None
     if eos is not None:
-        found.update(int(i) for i in (eos if isinstance(eos, (list, tuple)) else [eos]))
-    if not found:
+        stop_ids.update(int(i) for i in (eos if isinstance(eos, (list, tuple)) else [eos]))
+    if not stop_ids:
         raise TokenizerError(
             f"tokenizer {source}: no end-of-turn id; set eos_token in tokenizer_config.json "
             "or eos_token_id in generation_config.json"
         )
-    return tuple(sorted(found))
+    return tuple(sorted(stop_ids))

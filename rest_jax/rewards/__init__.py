@@ -1,8 +1,7 @@
 """Rule-based reward of one answer: format part + correctness part (+ length part, off by default).
-As described for ResT.
 
 Host code without jax. The parts are scores in [0, 1] mapped onto bounds that move with progress
-(`schedule`).
+(`schedule`). docs/method.md section 6.
 """
 
 import dataclasses

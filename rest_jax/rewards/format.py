@@ -1,5 +1,4 @@
-"""S_format in {0, 1}: does the answer have the blocks its kind of gold answer needs? As described
-for ResT.
+"""S_format in {0, 1} (docs/method.md section 6): does the answer have the blocks its kind of gold answer needs?
 
 Gold kinds: calls only, response only, both, think only (neither). A think block is required by
 toolrl, optional elsewhere. strict: the blocks are exactly those, so that text outside them,
@@ -19,7 +18,7 @@ _LETTER = {
     Block.BROKEN: "x",
 }
 
-# (gold has calls, gold has a response) -> the whole of a well-formed answer
+# (gold has calls, gold has a response) -> all blocks of a well-formed answer
 _TOOLRL = {(True, False): "TC", (False, True): "TR", (True, True): "TCR", (False, False): "T"}
 _PROSE = {(True, False): "T?C+", (False, True): "T?R", (True, True): "T?RC+", (False, False): "T"}
 

@@ -1,5 +1,4 @@
-"""Dynamic scaling: the bounds of the two parts of the reward over progress mu in [0, 1]. As
-described for ResT.
+"""Dynamic scaling: the bounds of the two parts of the reward over progress mu in [0, 1].
 
 Format hi 2 -> 1, correctness hi 2 -> 3, lo = -hi, linear in mu; static (an ablation): format [0,
 1], correctness [-3, 3].

@@ -1,5 +1,5 @@
-"""S_acc in [0, 1]: how well predicted calls match the gold ones. As described for ResT (from the
-ToolRL line).
+"""S_acc in [0, 1]: how well predicted calls match the gold ones (docs/method.md
+section 6, after ToolRL).
 
     S_acc = (r_name + sum_i r_para_i + sum_i r_value_i) / (1 + |G| + sum_i |params(G_i)|)
 

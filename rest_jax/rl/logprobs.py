@@ -19,8 +19,8 @@ from jax import named_scope
 from jaxtyping import Array, Float, Int
 
 from rest_jax.config import LossConfig
+from rest_jax.models.attention import group_layout, pack_group, predicting_hidden
 from rest_jax.models.decoder import Decoder, head_matrix
-from rest_jax.models.layouts import group_layout, pack_group, predicting_hidden
 from rest_jax.rl.loss import TokenLoss, TokenStats
 from rest_jax.types import Params, ResponseBatch, Sampling
 
@@ -47,10 +47,12 @@ def truncate(logits: Float[Array, "*B V"], sampling: Sampling) -> Float[Array, "
 
 
 def entropy_and_gini(logits: Float[Array, "*B V"]) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
-    """Entropy (nats) and 1 - sum p^2 at temperature 1."""
-    logp = jax.nn.log_softmax(logits, axis=-1)
-    p = jnp.exp(logp)
-    return -jnp.sum(p * logp, axis=-1), 1 - jnp.sum(p * p, axis=-1)
+    """Entropy (nats) and 1 - sum p^2 at temperature 1, without probabilities: their terms are divided after the sums."""
+    shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weight = jnp.exp(shifted)
+    total = jnp.sum(weight, axis=-1)
+    entropy = jnp.log(total) - sum_of_products(weight, shifted) / total
+    return entropy, 1 - sum_of_products(weight, weight) / (total * total)
 
 
 def sum_of_products(x: Float[Array, "*B V"], y: Float[Array, "*B V"]) -> Float[Array, "*B"]:
@@ -200,7 +202,7 @@ def _read_chunk(logits, tokens, sampling: Sampling) -> _Chunk:
     shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weight = jnp.exp(shifted)
     total = jnp.sum(weight, axis=-1, keepdims=True)
-    entropy = jnp.log(total[..., 0]) - sum_of_products(weight, shifted) / total[..., 0]
+    entropy, _ = entropy_and_gini(logits)
     chosen = jnp.take_along_axis(shifted, tokens[..., None], axis=-1)[..., 0]
     if sampling == Sampling():
         sampled, logp = weight / total, chosen - jnp.log(total[..., 0])

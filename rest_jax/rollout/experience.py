@@ -20,7 +20,7 @@ from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import Prepared
 from rest_jax.models.load import Policy
 from rest_jax.rewards import Score
-from rest_jax.rollout.scheduler import SamplerStats, policy_sampler
+from rest_jax.rollout.scheduler import SamplerStats, make_sampler
 from rest_jax.rollout.scoring import score_rollout, summarise_scores, truncated
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Target
@@ -48,7 +48,9 @@ class Experience:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All that is known of the batch, to be saved when its step fails."""
-        rollout = {f.name: getattr(self.scored.rollout, f.name) for f in dataclasses.fields(RolloutBatch)}
+        rollout = {
+            f.name: getattr(self.scored.rollout, f.name) for f in dataclasses.fields(RolloutBatch)
+        }
         return rollout | {"region": self.scored.region, "reward": self.scored.reward}
 
     def metrics(self) -> dict[str, float]:
@@ -75,7 +77,7 @@ class Collector:
         r = config.rollout
         self.config, self.policy, self.steps = config, policy, steps
         sampling = Sampling(r.temperature, r.top_k, r.top_p)
-        self.sampler = policy_sampler(policy, r.group_size, r.max_response_tokens, sampling, r)
+        self.sampler = make_sampler(policy, r, r.group_size, sampling)
         self.template = TEMPLATES[config.data.template]
         self.batches = Ahead(
             make_loader(

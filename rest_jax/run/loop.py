@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+
 from rest_jax.distributed import is_first_process
 from rest_jax.run.folder import Run
 from rest_jax.run.profile import Tracer

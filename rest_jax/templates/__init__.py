@@ -1,4 +1,4 @@
-"""The three ways of writing prompts and answers: `TEMPLATES[name]` renders a prompt, renders a gold
+"""The three formats of prompts and answers: `TEMPLATES[name]` renders a prompt, renders a gold
 answer, parses a generation.
 
 No jax in here, not even indirectly: data workers and reward hosts import it.

@@ -1,7 +1,7 @@
 """The Llama 3.1 template: JSON tool calling. A call is a bare JSON object with "parameters"; all
 else is text.
 
-The tools stand in the first user message, as in Llama's own chat template.
+The tools are in the first user message, as in Llama's own chat template.
 """
 
 import json

@@ -103,7 +103,7 @@ def _brief_tool(tool: Mapping[str, Any]) -> str:
 
 
 def _dialogue(history: Sequence[Mapping[str, Any]]) -> str:
-    """User turns and assistant turns are paragraphs; a tool's result stands under the turn that
+    """User turns and assistant turns are paragraphs; a tool's result follows the turn that
     asked for it.
     """
     pieces = []

@@ -1,6 +1,6 @@
-"""Collects an answer from left to right: spans, blocks, calls. What the two parsers share.
+"""Collects an answer from left to right: spans, blocks, calls. Both parsers write with it.
 
-Every byte lands in exactly one span, because each `put` goes on from where the last one ended.
+Every byte belongs to exactly one span, because each `put` continues where the last one ended.
 """
 
 import re
@@ -65,12 +65,12 @@ class Writer:
         self.put(end, SCAFFOLD)
 
     def call(self, start: int, scan: Scan) -> bool:
-        """Places a sound object. Returns whether it is a readable call, which is then kept."""
+        """Writes a sound object. Returns whether it is a readable call, which is then kept."""
         if scan.name is None or scan.arguments is None:
             self.put(scan.end, OTHER)
         else:
-            places = sorted([(scan.name, NAME), (scan.arguments, PARAM)])
-            for (first, last), region in places:
+            values = sorted([(scan.name, NAME), (scan.arguments, PARAM)])
+            for (first, last), region in values:
                 self.put(first, SCAFFOLD)
                 self.put(last, region)
             self.put(scan.end, SCAFFOLD)
@@ -126,6 +126,6 @@ def open_thought(out: Writer, thought_end: Search) -> None:
 
 
 def separators_end(data: bytes, pos: int) -> int:
-    """Where white space, commas, semicolons and square brackets, which may stand between calls, end."""
+    """Where white space, commas, semicolons and square brackets, which may separate calls, end."""
     match = _other_than_separator(data, pos)
     return len(data) if match is None else match.start()

@@ -35,9 +35,9 @@ def record(capsys, *argv: str) -> dict:
 def test_rollout(capsys, tmp_path):
     file = tmp_path / "lengths.json"
     file.write_text("[1, 9, 3, 4]")
-    found = record(capsys, "rollout", *SMALL, "--lanes", "2", "--lengths", str(file))
+    found = record(capsys, "rollout", *SMALL, "--decode-slots", "2", "--lengths", str(file))
     assert found["tokens"] == 17
-    assert 0.5 < found["slot_utilisation"] <= 1
+    assert 0.5 < found["decode_slot_utilisation"] <= 1
     assert found["flops_share"] == found["model_flops_per_second"] / 1e11
 
 
@@ -48,7 +48,7 @@ def test_step_trains_every_group(capsys):
 
 @pytest.mark.slow
 def test_skipping_leaves_the_gradient_alone(capsys):
-    sizes = ["--response-tokens", "8", "--micro-tokens", "40"]
+    sizes = ["--response-tokens", "8", "--max-tokens-per-microbatch", "40"]
     found = record(capsys, "skipping", *SMALL, *sizes)
     assert found["gradient_difference"] < 1e-5
     assert found["half_cpu_seconds"] > 0

@@ -1,4 +1,4 @@
-"""The runner, with processes that only pretend: turns, resumption, missing peers, ratios, the table."""
+"""The runner, with processes that only pretend: order, resumption, missing peers, ratios, the table."""
 
 import json
 
@@ -12,7 +12,7 @@ CASE = CASES["update-768"]
 
 
 class Processes:
-    """Stands for the processes: ours takes 1, 2, 3 .. seconds, the peer ten times as long."""
+    """Replaces the processes: ours takes 1, 2, 3 .. seconds, the peer ten times as long."""
 
     def __init__(self):
         self.commands, self.fail = [], False
@@ -22,8 +22,8 @@ class Processes:
             raise run.Failed("out of memory")
         ours = "-m" in command
         self.commands.append(("ours" if ours else "peer", variables))
-        turn = sum(side == self.commands[-1][0] for side, _ in self.commands)
-        return made(turn if ours else 10 * turn, 1e9 if ours else 8e9)
+        number = sum(side == self.commands[-1][0] for side, _ in self.commands)
+        return made(number if ours else 10 * number, 1e9 if ours else 8e9)
 
 
 def made(seconds: float, peak: float, **more) -> dict:
@@ -51,7 +51,7 @@ def lines(capsys) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_sides_take_turns_and_are_compared(processes, tmp_path, capsys):
+def test_sides_alternate_and_are_compared(processes, tmp_path, capsys):
     assert run.main(["--case", CASE.name, "--runs", "3", "--out", str(tmp_path)]) == 0
     *records, summary = lines(capsys)
     assert [side for side, _ in processes.commands] == ["ours", "peer"] * 3

@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from rest_jax.models.attention import attend
-from rest_jax.models.config import DecoderConfig, RopeScaling
-from rest_jax.models.decoder import Decoder, abstract_params, head_matrix, init_params, logits
-from rest_jax.models.layouts import (
-    RowLayout,
+from rest_jax.models.attention import (
+    attend,
     group_layout,
-    init_cache,
     pack_group,
     predicting_hidden,
     prompt_rows,
     split_group,
 )
+from rest_jax.models.cache import PromptLayout
+from rest_jax.models.config import DecoderConfig, RopeScaling
+from rest_jax.models.decoder import Decoder, abstract_params, head_matrix, init_params, logits
 from rest_jax.models.rope import apply_rope, frequencies, rope_tables
 from rest_jax.types import response_mask
+from tests import tiny
 
 VOCAB, PAD = 61, 60
 TP, TR, G = 7, 6, 3
@@ -151,7 +151,7 @@ def test_cached_decode_equals_full_forward(kind):
     last = jnp.take_along_axis(hidden, (PROMPT_LENGTH - 1)[:, None, None], axis=1)
     states, cache = (
         [jnp.broadcast_to(last, (P, G, cfg.d_model))],
-        init_cache(kv, PROMPT_LENGTH, G, TR),
+        tiny.empty_cache(kv, PROMPT_LENGTH, G, TR),
     )
     for t in range(TR - 1):
         hidden, cache = apply(
@@ -166,14 +166,14 @@ def test_cached_decode_equals_full_forward(kind):
     )
 
 
-def test_rows_may_be_at_different_places_in_the_cache():
-    """A row's result depends on its own index only; writes beyond the last slot are dropped."""
+def test_rows_may_be_at_different_positions_in_the_cache():
+    """A row's result depends on its own index only; writes beyond the last position are dropped."""
     cfg, (prompt, responses) = NORMED, make_batch()
     params = make_params(cfg)
     apply = jax.jit(Decoder(cfg).apply, static_argnames="return_kv")
     layout, positions = prompt_rows(prompt, PROMPT_LENGTH)
     _, kv = apply({"params": params}, prompt, positions, layout, return_kv=True)
-    even = init_cache(kv, PROMPT_LENGTH, G, 4)
+    even = tiny.empty_cache(kv, PROMPT_LENGTH, G, 4)
     for t in range(2):
         _, even = apply({"params": params}, responses[:, :, t], even.positions, even.layout, even)
     late = even
@@ -181,7 +181,7 @@ def test_rows_may_be_at_different_places_in_the_cache():
         before, late = apply(
             {"params": params}, responses[:, :, t], late.positions, late.layout, late
         )
-    # rewinding two slots of some rows leaves stale keys there, which must not be seen
+    # rewinding some rows by two positions leaves stale keys there, which must not be seen
     behind = jnp.array([[True, False, False]])
     mixed = dataclasses.replace(late, index=jnp.where(behind, 2, 3 + 0 * late.index))
     token = jnp.where(behind, responses[:, :, 2], responses[:, :, 3])
@@ -227,7 +227,7 @@ def test_attention_of_padding_is_zero_in_value_and_gradient(kind):
     k, v = normal(1, *valid.shape, 2, 6), normal(2, *valid.shape, 2, 6)
 
     def total(q, k, v):
-        out = attend(q, k, v, layout, None, jax.lax.Precision.HIGHEST)
+        out = attend(q, (k, v), layout, None, jax.lax.Precision.HIGHEST)
         return jnp.sum(jnp.sin(out)), out  # padded outputs get a gradient of one each
 
     run = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))
@@ -239,18 +239,17 @@ def test_attention_of_padding_is_zero_in_value_and_gradient(kind):
         assert np.all(np.isfinite(grad))
 
 
-def test_rows_attend_causally_within_their_segment():
+def test_rows_attend_causally_up_to_their_length():
     """NumPy oracle, grouped queries included."""
-    ids = np.array([[1, 1, 2, 2, 2, 0], [3, 3, 3, 3, 0, 0]])
+    length = np.array([5, 4])
     q, k, v = (np.asarray(normal(i, 2, 6, heads, 8)) for i, heads in enumerate((4, 2, 2)))
     expected = np.zeros_like(q)
     for b, t, n in np.ndindex(2, 6, 4):
-        seen = [s for s in range(t + 1) if ids[b, s] == ids[b, t] != 0]
-        if seen:
-            weight = np.exp(k[b, seen, n // 2] @ q[b, t, n] / np.sqrt(8))
-            expected[b, t, n] = weight / weight.sum() @ v[b, seen, n // 2]
-    layout = RowLayout(jnp.asarray(ids))
-    run = jax.jit(lambda q, k, v: attend(q, k, v, layout, None, jax.lax.Precision.HIGHEST))
+        if t < length[b]:
+            weight = np.exp(k[b, : t + 1, n // 2] @ q[b, t, n] / np.sqrt(8))
+            expected[b, t, n] = weight / weight.sum() @ v[b, : t + 1, n // 2]
+    layout = PromptLayout(jnp.asarray(length))
+    run = jax.jit(lambda q, k, v: attend(q, (k, v), layout, None, jax.lax.Precision.HIGHEST))
     out = run(q, k, v)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
@@ -260,7 +259,7 @@ def test_attention_survives_huge_scores():
     layout = group_layout(prompt, PROMPT_LENGTH, responses, RESPONSE_LENGTH)
     q = 1e4 * normal(0, P, TP + G * TR, 2, 4)
     run = jax.value_and_grad(
-        lambda x: jnp.sum(attend(x, x, x, layout, None, jax.lax.Precision.HIGHEST))
+        lambda x: jnp.sum(attend(x, (x, x), layout, None, jax.lax.Precision.HIGHEST))
     )
     out, grad = jax.jit(run)(q)
     assert np.isfinite(out) and np.all(np.isfinite(grad))
@@ -391,7 +390,7 @@ def test_impossible_configs_are_named(change, named):
 
 def test_decoding_without_a_cache_is_named():
     empty = jnp.zeros((1, P, TP, 2, 10))
-    cache = init_cache((empty, empty), PROMPT_LENGTH, G, 2)
+    cache = tiny.empty_cache((empty, empty), PROMPT_LENGTH, G, 2)
     token = jnp.zeros((P, G), jnp.int32)
     with pytest.raises(ValueError, match="DecodeLayout needs a cache"):
         jax.eval_shape(

@@ -1,4 +1,4 @@
-"""The whole reward: bounds over progress, gold without calls, and the holes of the released rule."""
+"""The reward as a whole: bounds over progress, gold without calls, and the holes of the released rule."""
 
 import json
 

@@ -6,10 +6,10 @@ import types
 import jax
 import numpy as np
 import pytest
+from rest_jax.rl.gradients import gradient_noise
 
 from rest_jax import config as config_lib
 from rest_jax.errors import UserError
-from rest_jax.rl.gradients import gradient_noise
 from rest_jax.rl.packing import MicroBatch
 from rest_jax.rl.step import BatchLengths, plan_step
 from rest_jax.train import check_sizes

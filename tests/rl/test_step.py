@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rest_jax.rl.forward import response_logprobs
 
 from rest_jax.config import CurriculumConfig, LossConfig, WeightsConfig
 from rest_jax.distributed import replicated
 from rest_jax.models.decoder import param_shardings
 from rest_jax.rl import curriculum, loss
 from rest_jax.rl.curriculum import Schedule
-from rest_jax.rl.forward import response_logprobs
 from rest_jax.rl.step import OldPolicy, make_logprobs, make_train_step
 from rest_jax.types import TrainState, response_mask
 from tests import tiny

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from rest_jax.models.decoder import logits
-from rest_jax.models.layouts import prompt_rows
 from rest_jax.rl.forward import response_logprobs
+
+from rest_jax.models.attention import prompt_rows
+from rest_jax.models.decoder import logits
 from rest_jax.types import Sampling
 from tests import tiny
 
@@ -51,16 +51,16 @@ def test_samples_differ_steps_differ_and_runs_repeat():
 
 def test_a_row_draws_the_same_in_any_batch_and_order():
     batch = tiny.prompts(8)
-    whole = tiny.rollout(batch)
+    together = tiny.rollout(batch)
     order = np.random.default_rng(1).permutation(8)
     shuffled = tiny.rollout(jax.tree.map(lambda x: x[order], batch))
-    np.testing.assert_array_equal(shuffled.responses, whole.responses[order])
+    np.testing.assert_array_equal(shuffled.responses, together.responses[order])
     part = tiny.rollout(jax.tree.map(lambda x: x[2:5], batch))
-    np.testing.assert_array_equal(part.responses, whole.responses[2:5])
+    np.testing.assert_array_equal(part.responses, together.responses[2:5])
     wider = batch.replace(tokens=np.pad(batch.tokens, ((0, 0), (0, 9))))
-    np.testing.assert_array_equal(tiny.rollout(wider).responses, whole.responses)
+    np.testing.assert_array_equal(tiny.rollout(wider).responses, together.responses)
     fewer = tiny.rollout(batch, group=2)
-    np.testing.assert_array_equal(fewer.responses, whole.responses[:, :2])
+    np.testing.assert_array_equal(fewer.responses, together.responses[:, :2])
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (1, 1, 4)], ids=str)

@@ -5,17 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rest_jax.rollout.sampling import _inverse, draw, row_keys, uniforms
+from rest_jax.rollout.sampling import _inverse_cumulative, draw, row_keys, uniforms
 from rest_jax.types import Sampling
 
-WORDS = [5, 96, 128, 300, 1000]  # less than a block, not a multiple, one whole, several
+WORDS = [5, 96, 128, 300, 1000]  # less than a block, not a multiple, one block, several
 SAMPLINGS = [Sampling(), Sampling(0.7), Sampling(1.4, 3), Sampling(1.0, 0, 0.8), Sampling(0.8, 20, 0.6)]  # fmt: skip
 ROWS = 64
 LARGEST = 1 - 2.0**-24  # the float32 below 1: no uniform number is larger
 ROUNDING = 2e-6  # of cumulative sums in float32
 
 drawn = jax.jit(draw, static_argnums=2)
-inverse = jax.jit(_inverse)
+inverse = jax.jit(_inverse_cumulative)
 
 
 def probabilities(logits: np.ndarray, s: Sampling) -> np.ndarray:
@@ -47,12 +47,12 @@ def sample(words: int, seed: int = 0, scale: float = 2.0) -> tuple[np.ndarray, n
 
 
 def check_intervals(token, uniform, p) -> None:
-    """The word has mass and its interval of the cumulative distribution holds the uniform number. At the very end of a
-    block of 128 words, where rounding may lead behind it, the block's largest will do.
+    """The word has a probability above zero, and its interval of the cumulative distribution holds the uniform number. At
+    the very end of a block of 128 words, where rounding may lead behind it, the block's largest will do.
     """
     rows, words = np.arange(len(token)), p.shape[1]
     assert ((token >= 0) & (token < words)).all()
-    assert (p[rows, token] > 0).all(), "a word without mass"
+    assert (p[rows, token] > 0).all(), "a word of zero probability"
     cumulative = np.cumsum(p, axis=1)
     high = cumulative[rows, token]
     inside = (uniform >= high - p[rows, token] - ROUNDING) & (uniform <= high + ROUNDING)
@@ -92,7 +92,7 @@ def test_the_word_is_exact_where_nothing_is_rounded(words):
 
 @pytest.mark.parametrize("words", WORDS)
 def test_the_ends_of_the_interval(words):
-    """0 draws the first word with mass, the largest uniform number the last one, as far as rounding goes."""
+    """0 draws the first word of non-zero probability, the largest uniform number the last one, as far as rounding goes."""
     logits, _ = sample(words, seed=1)
     logits[:, 0] = logits[:, -1] = -1e30
     p = probabilities(logits, Sampling())
@@ -105,8 +105,8 @@ def test_the_ends_of_the_interval(words):
 @pytest.mark.parametrize("nothing", [-1e30, -np.inf, -200.0], ids=str)
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.5, 40, 0.9)], ids=str)
 @pytest.mark.parametrize("words", [5, 300, 1000])
-def test_words_without_mass_are_never_drawn(words, sampling, nothing):
-    """exp of their logits is zero: whole blocks of them, at either end, between others."""
+def test_words_of_zero_probability_are_never_drawn(words, sampling, nothing):
+    """exp of their logits is zero: full blocks of them, at either end, between others."""
     logits, uniform = sample(words, seed=2)
     rng = np.random.default_rng(words)
     logits[rng.random(logits.shape) < 0.7] = nothing
@@ -124,7 +124,7 @@ def test_words_without_mass_are_never_drawn(words, sampling, nothing):
 
 
 @pytest.mark.parametrize("words", WORDS)
-def test_all_mass_on_one_word(words):
+def test_all_probability_on_one_word(words):
     rng = np.random.default_rng(words)
     only = rng.integers(0, words, ROWS)
     logits = np.full((ROWS, words), -1e30, np.float32)
@@ -188,9 +188,9 @@ def test_frequencies_follow_the_distribution(sampling):
     assert (seen[p == 0] == 0).all()
     often = p * count >= 5
     expected = np.append(p[often], p[~often].sum()) * count
-    found = np.append(seen[often], seen[~often].sum())
+    observed = np.append(seen[often], seen[~often].sum())
     kept = expected > 0
-    statistic = ((found - expected)[kept] ** 2 / expected[kept]).sum()
+    statistic = ((observed - expected)[kept] ** 2 / expected[kept]).sum()
     freedom = kept.sum() - 1
     assert statistic < freedom + 4 * np.sqrt(2 * freedom)
 
@@ -199,15 +199,15 @@ def test_uniforms_depend_on_key_and_position_only():
     rows = jnp.arange(6, dtype=jnp.int32)
     keys = row_keys(jax.random.key(7), jnp.int32(2), rows // 2, rows % 2)
     start = jnp.array([0, 3, 5, 0, 63, 64], jnp.int32)
-    found = np.asarray(uniforms(keys, start, 8))
-    assert found.shape == (8, 6) and ((found >= 0) & (found < 1)).all()
-    for lane in range(6):
+    numbers = np.asarray(uniforms(keys, start, 8))
+    assert numbers.shape == (8, 6) and ((numbers >= 0) & (numbers < 1)).all()
+    for row in range(6):
         for t in range(8):
-            alone = uniforms(keys[lane : lane + 1], start[lane : lane + 1] + t, 1)
-            assert found[t, lane] == alone[0, 0]
+            alone = uniforms(keys[row : row + 1], start[row : row + 1] + t, 1)
+            assert numbers[t, row] == alone[0, 0]
     grid = uniforms(keys.reshape(2, 3), start.reshape(2, 3), 8)
-    np.testing.assert_array_equal(np.asarray(grid).reshape(8, 6), found)
-    assert len(np.unique(found)) > 44  # keys and positions differ, so do nearly all numbers
+    np.testing.assert_array_equal(np.asarray(grid).reshape(8, 6), numbers)
+    assert len(np.unique(numbers)) > 44  # keys and positions differ, so do nearly all numbers
 
 
 def test_keys_differ_by_run_step_row_and_sample():
@@ -217,6 +217,13 @@ def test_keys_differ_by_run_step_row_and_sample():
             np.asarray(jax.random.key_data(row_keys(jax.random.key(run), jnp.int32(step), *one)))[0]
         )
 
-    places = [(0, 0, 1, 2), (1, 0, 1, 2), (0, 1, 1, 2), (0, 0, 2, 1), (0, 0, 1, 3), (0, 2, 1, 0)]
-    assert len({data(*place) for place in places}) == len(places)
+    identities = [
+        (0, 0, 1, 2),
+        (1, 0, 1, 2),
+        (0, 1, 1, 2),
+        (0, 0, 2, 1),
+        (0, 0, 1, 3),
+        (0, 2, 1, 0),
+    ]
+    assert len({data(*one) for one in identities}) == len(identities)
     assert data(0, 0, 1, 2) == data(0, 0, 1, 2)

@@ -17,10 +17,9 @@ from safetensors.numpy import load_file, save_file
 from rest_jax import cli, config
 from rest_jax.data.loader import make_loader
 from rest_jax.data.tokenize import load_training, prepare
-from rest_jax.rollout.scheduler import policy_sampler
+from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.run.loop import Clock
-from rest_jax.run.metrics import METRICS
-from rest_jax.run.metrics import read_lines
+from rest_jax.run.metrics import METRICS, read_lines
 from rest_jax.run.policy import load_policy
 from rest_jax.templates import TEMPLATES
 from rest_jax.types import Sampling
@@ -234,10 +233,10 @@ def test_a_step_to_trace_is_a_whole_number(tmp_path, capsys, step):
 def test_decode_slots_and_cache_entries_reach_the_sampler(source):
     loaded = load_policy(config.ModelConfig(source=str(source)), config.MeshConfig(fsdp=-1))
     rollout = config.RolloutConfig(decode_slots=3, prompt_cache_entries=2)
-    made = policy_sampler(loaded, 4, 10, Sampling(), rollout).settings
+    made = make_sampler(loaded, rollout, 4, Sampling()).settings
     assert (made.decode_slots, made.prompt_cache_entries, made.sizes(8)) == (3, 2, (2, 3))
-    evaluation = policy_sampler(loaded, 1, 10, Sampling(greedy=True), rollout).settings
-    assert evaluation.sizes(8) == (3, 3)  # a prompt with one response needs a slot a lane
+    evaluation = make_sampler(loaded, rollout, 1, Sampling(greedy=True)).settings
+    assert evaluation.sizes(8) == (3, 3)  # a prompt with one response needs an entry a decode slot
 
 
 def test_the_laps_of_a_clock_leave_no_gap(monkeypatch):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from rest_jax.models.attention import prompt_rows
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import Decoder, abstract_params, logits
-from rest_jax.models.layouts import RowLayout
 from rest_jax.run import throughput
 
 CFG = DecoderConfig("qwen3", 61, 24, 3, 6, 2, 10, 32, qk_norm=True)
@@ -95,10 +95,10 @@ def test_xla_counts_the_same_in_the_compiled_decoder(passes, gradient):
     cfg = DecoderConfig("qwen3", 512, 256, 1, 4, 2, 64, 768, qk_norm=True, remat="none")
     batch, time = 2, 16
     tokens = jnp.ones((batch, time), jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), tokens.shape)
+    layout, positions = prompt_rows(tokens, jnp.full(batch, time, jnp.int32))
 
     def forward(params):
-        hidden, _ = Decoder(cfg).apply({"params": params}, tokens, positions, RowLayout(tokens))
+        hidden, _ = Decoder(cfg).apply({"params": params}, tokens, positions, layout)
         return jnp.sum(jnp.square(logits(params, cfg, hidden)))
 
     run = jax.grad(forward) if gradient else forward

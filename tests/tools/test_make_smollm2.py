@@ -1,4 +1,4 @@
-"""The SmolLM2 maker: refusals at once; the whole conversion (half a minute) as a slow test."""
+"""The SmolLM2 maker: refusals at once; a complete conversion (half a minute) as a slow test."""
 
 import importlib.util
 import json

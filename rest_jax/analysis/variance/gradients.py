@@ -23,9 +23,9 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from rest_jax.models.decoder import Decoder, logits
-from rest_jax.rl.forward import response_hidden, response_logprobs
+from rest_jax.rl.logprobs import response_hidden, response_logprobs
 from rest_jax.tool_calls import NUM_REGIONS
-from rest_jax.types import Params, RolloutBatch, Sampling, ScoredBatch
+from rest_jax.types import Params, ResponseBatch, RolloutBatch, Sampling, ScoredBatch
 
 EXACT_FLOATS = 2**29  # gradients are kept in full up to 2 GiB of them
 SKETCH = 2**17  # buckets of a sketched gradient: its inner products err by about 0.4 % of the norms
@@ -120,8 +120,10 @@ def token_logits(
     decoder: Decoder, params: Params, prompt, prompt_length, response, response_length, t
 ) -> jax.Array:
     """float32 [V]: the logits that token t of one response was drawn from."""
-    group = prompt[None], prompt_length[None], response[None, None], response_length[None, None]
-    hidden = response_hidden(decoder, params, *group)
+    group = ResponseBatch(
+        prompt[None], prompt_length[None], response[None, None], response_length[None, None]
+    )
+    hidden = response_hidden(decoder, params, group)
     return logits(params, decoder.cfg, hidden[0, t])
 
 
@@ -194,7 +196,7 @@ def make_group_features(
 
     def features(params, coefficient, *group):
         def logp(params):
-            return response_logprobs(decoder, params, *group, sampling=Sampling(), chunk=chunk)[0]
+            return response_logprobs(decoder, params, ResponseBatch(*group), Sampling(), chunk)[0]
 
         _, pull = jax.vjp(logp, params)
         return jax.lax.map(lambda c: project(pull(c)[0]), coefficient)

@@ -42,7 +42,7 @@ from rest_jax.rl import curriculum, weights
 from rest_jax.rl.advantages import ADVANTAGES, nonzero_advantage
 from rest_jax.rl.packing import bucket
 from rest_jax.rollout.engine import rollout_cast
-from rest_jax.rollout.scheduler import policy_sampler
+from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import score_rollout
 from rest_jax.run.policy import config_of, is_run, load_policy
 from rest_jax.templates import TEMPLATES
@@ -108,7 +108,7 @@ def check_settings(config: Config, prompts: int) -> None:
 def sample_scored(policy: Policy, config: Config, prepared: Prepared, prompts: int) -> ScoredBatch:
     """G scored completions of each of `prompts` prompts, drawn by the config's seed: NumPy."""
     r, tokenizer = config.rollout, policy.tokenizer
-    sampler = policy_sampler(policy, r.group_size, r.max_response_tokens, Sampling(), r)
+    sampler = make_sampler(policy, r, r.group_size, Sampling())
     index = np.sort(np.random.default_rng(config.seed).permutation(prepared.size)[:prompts])
     chosen = [prepared.prompts[i] for i in index]
     tokens, length = pad(chosen, bucketed(chosen), tokenizer.pad_id)

@@ -26,7 +26,7 @@ def main() -> int:
         config = config_lib.load([sys.argv[1]])
         from rest_jax import train
 
-        return train.run(config)
+        return train.train(config)
     except UserError as error:
         print(f"rest-jax: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -12,7 +12,8 @@ from typing import Any
 
 from rest_jax.models.hf.config import ConversionError
 
-MANIFEST = "rest_jax.json"
+MANIFEST = "rest_jax.json"  # of a converted folder: the dtype of every tensor of the source
+MANIFEST_FORMAT = 1
 WEIGHT_INDEX = "model.safetensors.index.json"
 _SIDE_PATTERNS = (
     "*.json",  # config, generation config, tokenizer
@@ -47,7 +48,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConversionError(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ConversionError(f"{path}: a JSON object is needed, found {type(value).__name__}")
+        raise ConversionError(f"{path}: a JSON object is needed, not {type(value).__name__}")
     return value
 
 

@@ -1,9 +1,11 @@
-"""Parameters from the safetensors of an HF folder: checked against the table, then read part by part.
+"""Reading a model of any source: an HF folder, a folder made by `rest-jax convert`, or a hub id -> sharded parameters.
 
-Nothing is read before every tensor's name, shape and dtype is right. Each stacked parameter is made from
-callbacks, one a device, that read only the rows and columns of the layers they need.
+Nothing is read before every tensor's name, shape and dtype is known to be right: unknown, missing and misshapen ones are all
+named in one ConversionError. Each stacked parameter is made from callbacks, one a device, that read only the rows and columns
+of the layers they need: no host builds more of a parameter than it holds.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -11,47 +13,133 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, SingleDeviceSharding
 
-from rest_jax.models.config import DecoderConfig
-from rest_jax.models.decoder import Params
-from rest_jax.models.hf.config import ConversionError
+from rest_jax.models.config import DecoderConfig, Remat
+from rest_jax.models.decoder import param_shardings
+from rest_jax.models.hf.config import ConversionError, decoder_config
+from rest_jax.models.hf.folder import (
+    MANIFEST,
+    MANIFEST_FORMAT,
+    find_source,
+    is_converted,
+    read_json,
+)
 from rest_jax.models.hf.safetensors import DTYPES, Stored, scan
-from rest_jax.models.hf.table import Slices, Spec, expected_shapes, table
+from rest_jax.models.hf.table import EMBED, HEAD, Slices, Spec, expected_shapes, table
+from rest_jax.types import Params
 
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COMPARED_ROWS = 8192
 _NAMES_SHOWN = 8
 
 
+def load_model(
+    source: str, mesh: Mesh, dtype: Any, remat: Remat
+) -> tuple[DecoderConfig, Params, pathlib.Path]:
+    """Sizes, float32 master weights sharded as `param_shardings(config, mesh)`, and the folder of the side files.
+
+    `dtype` is that of the computation. ConversionError (one line) for anything that cannot be loaded, ValueError for an
+    impossible mesh.
+    """
+    folder = find_source(source)
+    cfg = dataclasses.replace(read_config(folder), dtype=dtype, remat=remat)
+    return cfg, read_params(folder, cfg, param_shardings(cfg, mesh), jnp.float32), folder
+
+
+def read_config(folder: pathlib.Path) -> DecoderConfig:
+    """The decoder that the config.json of a model folder describes."""
+    return decoder_config(read_json(folder / "config.json"))
+
+
 def read_params(
-    folder: pathlib.Path, cfg: DecoderConfig, shardings: Any, param_dtype: Any
+    folder: pathlib.Path, cfg: DecoderConfig, shardings: Any = None, dtype: Any = None
 ) -> Params:
-    """Parameters of an HF folder, each device reading its own part; None: on the host, in stored dtypes."""
+    """Parameters of an HF or a converted folder, each device reading its own part.
+
+    `shardings` None: on the first CPU device. `dtype` None: as stored, a stacked parameter in the widest of its layers' dtypes.
+    """
+    if is_converted(folder):
+        return _restore(folder, _abstract(cfg, manifest_dtypes(folder, cfg), shardings, dtype))
     stored = scan(folder)
-    check_tensors(folder, cfg, stored)
-    params: dict[str, Any] = {}
+    _check_tensors(folder, cfg, stored)
+    stored_dtypes = {name: tensor.dtype for name, tensor in stored.items()}
+    abstract = _abstract(cfg, stored_dtypes, shardings, dtype)
+    params: Params = {}
     for spec in table(cfg):
-        sharding = host_sharding() if shardings is None else leaf_at(shardings, spec.path)
-        dtype = _stored_dtype(spec, stored) if param_dtype is None else jnp.dtype(param_dtype)
-        set_leaf(params, spec.path, _read_leaf(spec, stored, sharding, dtype))
+        _set_leaf(params, spec.path, _read_leaf(spec, stored, leaf_at(abstract, spec.path)))
     return params
 
 
-def _read_leaf(spec: Spec, stored: Mapping[str, Stored], sharding: Any, dtype: Any) -> jax.Array:
-    def one(name: str, index: Slices) -> np.ndarray:
-        return spec.read(lambda part: stored[name].read(name, part), index).astype(dtype)
+def manifest_dtypes(folder: pathlib.Path, cfg: DecoderConfig) -> dict[str, str]:
+    """Tensor name -> safetensors dtype, from the manifest of a converted folder. ConversionError if it does not fit `cfg`."""
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("format") != MANIFEST_FORMAT:
+        raise ConversionError(
+            f"{folder / MANIFEST}: format {manifest.get('format')!r}, this version reads {MANIFEST_FORMAT}"
+        )
+    tensors = manifest.get("tensors", {})
+    known = {name for name, _ in expected_shapes(cfg)}
+    optional = {HEAD} if cfg.tied else set()  # a tied head may be stored all the same
+    if set(tensors) - optional != known or not set(tensors.values()) <= DTYPES.keys():
+        raise ConversionError(
+            f"{folder / MANIFEST}: its tensors are not those of config.json; convert the model again"
+        )
+    return tensors
+
+
+def leaf_at(tree: Any, path: tuple[str, ...]) -> Any:
+    """The leaf at `path` of a nested dict; None where there is none."""
+    for key in path:
+        tree = tree.get(key, {}) if isinstance(tree, Mapping) else {}
+    return None if isinstance(tree, Mapping) else tree
+
+
+def _abstract(
+    cfg: DecoderConfig, stored_dtypes: Mapping[str, str], shardings: Any, dtype: Any
+) -> Params:
+    """Shape, dtype and sharding of every parameter that is read."""
+    host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    abstract: Params = {}
+    for spec in table(cfg):
+        widest = jnp.result_type(*{DTYPES[stored_dtypes[name]] for name in spec.hf_names()})
+        sharding = host if shardings is None else leaf_at(shardings, spec.path)
+        leaf = jax.ShapeDtypeStruct(spec.shape, dtype or widest, sharding=sharding)
+        _set_leaf(abstract, spec.path, leaf)
+    return abstract
+
+
+def _restore(folder: pathlib.Path, abstract: Params) -> Params:
+    """Reads the Orbax checkpoint of a converted folder."""
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore((folder / "params").absolute(), abstract)
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConversionError(
+            f"{folder / 'params'}: not a readable checkpoint ({reason}); convert the model again"
+        ) from error
+
+
+def _read_leaf(
+    spec: Spec, stored: Mapping[str, Stored], abstract: jax.ShapeDtypeStruct
+) -> jax.Array:
+    """One parameter, from callbacks that each read the part of one device."""
+
+    def read_layer(name: str, index: Slices) -> np.ndarray:
+        part = spec.read(lambda hf_index: stored[name].read(name, hf_index), index)
+        return part.astype(abstract.dtype)
 
     def read(index: Slices | None) -> np.ndarray:
         index = (slice(None),) * len(spec.shape) if index is None else index
         if spec.layers is None:
-            return one(spec.hf_name, index)
-        return np.stack([one(name, index[1:]) for name in spec.hf_names()[index[0]]])
+            return read_layer(spec.hf_name, index)
+        return np.stack([read_layer(name, index[1:]) for name in spec.hf_names()[index[0]]])
 
-    return jax.make_array_from_callback(spec.shape, sharding, read)
+    return jax.make_array_from_callback(spec.shape, abstract.sharding, read)
 
 
-def check_tensors(folder: pathlib.Path, cfg: DecoderConfig, stored: Mapping[str, Stored]) -> None:
+def _check_tensors(folder: pathlib.Path, cfg: DecoderConfig, stored: Mapping[str, Stored]) -> None:
     """ConversionError naming every tensor that is missing, unknown, misshapen or of an unknown dtype."""
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     expected = dict(expected_shapes(cfg))
@@ -71,9 +159,9 @@ def check_tensors(folder: pathlib.Path, cfg: DecoderConfig, stored: Mapping[str,
         "misshapen tensors": wrong,
         f"dtypes other than {', '.join(DTYPES)}": dtypes,
     }
-    found = [f"{kind}: {_shorten(names)}" for kind, names in faults.items() if names]
-    if found:
-        raise ConversionError(f"model folder {folder} ({cfg.family}): {'; '.join(found)}")
+    named = [f"{kind}: {_shorten(names)}" for kind, names in faults.items() if names]
+    if named:
+        raise ConversionError(f"model folder {folder} ({cfg.family}): {'; '.join(named)}")
     if cfg.tied and HEAD in shapes:
         _check_tied_head(folder, stored)
 
@@ -90,28 +178,7 @@ def _check_tied_head(folder: pathlib.Path, stored: Mapping[str, Stored]) -> None
             )
 
 
-def _stored_dtype(spec: Spec, stored: Mapping[str, Stored]) -> Any:
-    return widest(stored[name].dtype for name in spec.hf_names())
-
-
-def widest(names: Any) -> Any:
-    """The dtype that holds all of these exactly."""
-    return jnp.result_type(*(DTYPES[name] for name in set(names)))
-
-
-def host_sharding() -> SingleDeviceSharding:
-    """The first CPU device."""
-    return SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-
-
-def leaf_at(tree: Any, path: tuple[str, ...]) -> Any:
-    """The leaf at `path` of a nested dict; None where there is none."""
-    for key in path:
-        tree = tree.get(key, {}) if isinstance(tree, Mapping) else {}
-    return None if isinstance(tree, Mapping) else tree
-
-
-def set_leaf(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+def _set_leaf(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     """Puts `value` at `path` of a nested dict, making the dicts above it."""
     for key in path[:-1]:
         tree = tree.setdefault(key, {})

@@ -15,6 +15,7 @@ from rest_jax.models.hf.folder import WEIGHT_INDEX, read_json, write_json
 DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16"), "F16": jnp.dtype("float16")}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_SHARD_BYTES = 5 * 10**9
+LazyTensor = tuple[str, int, Callable[[], np.ndarray]]  # name, bytes, function that makes it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,20 +34,20 @@ class Stored:
 
 def scan(folder: pathlib.Path) -> dict[str, Stored]:
     """Every tensor of the folder's safetensors, headers only. ConversionError names what is missing or broken."""
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for file in _weight_files(folder):
         try:
             with safetensors.safe_open(file, framework="numpy") as opened:
                 for name in opened.keys():  # noqa: SIM118 (a file handle, not a dict)
                     header = opened.get_slice(name)
-                    if name in found:
+                    if name in tensors:
                         raise ConversionError(
-                            f"tensor {name} is in both {found[name].file.name} and {file.name}"
+                            f"tensor {name} is in both {tensors[name].file.name} and {file.name}"
                         )
-                    found[name] = Stored(file, tuple(header.get_shape()), header.get_dtype())
+                    tensors[name] = Stored(file, tuple(header.get_shape()), header.get_dtype())
         except (safetensors.SafetensorError, OSError) as error:
             raise ConversionError(f"{file}: not a readable safetensors file: {error}") from error
-    return found
+    return tensors
 
 
 def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -66,14 +67,14 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def write_shards(
     out: pathlib.Path,
-    tensors: Sequence[tuple[str, int, Callable[[], np.ndarray]]],
+    tensors: Sequence[LazyTensor],
     max_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes (name, bytes, make) in order, cut into files of at most `max_bytes`, with an index when there are several.
+    """Writes the tensors in order, cut into files of at most `max_bytes`, with an index when there are several.
 
     A tensor is made when its file is written, so at most one file's worth is in memory.
     """
-    shards: list[list[tuple[str, int, Callable[[], np.ndarray]]]] = [[]]
+    shards: list[list[LazyTensor]] = [[]]
     for entry in tensors:
         if shards[-1] and sum(size for _, size, _ in shards[-1]) + entry[1] > max_bytes:
             shards.append([])

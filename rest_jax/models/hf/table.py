@@ -2,7 +2,7 @@
 
 One `Spec` a parameter: the HF name (with `{}` for the layer number when it is stacked), our path, and
 the transform. HF stores matrices `[out, in]` with heads fused: `groups` lists the axes behind each HF
-dimension, `order` says which of these axes, in turn, are ours. The transform is a reshape and a
+dimension, `order` lists which of them are our axes. The transform is a reshape and a
 transpose, so it is exact both ways and slices lazily.
 """
 
@@ -15,6 +15,8 @@ import numpy as np
 from rest_jax.models.config import DecoderConfig
 
 Slices = tuple[slice, ...]
+
+EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +43,9 @@ class Spec:
 
     def hf_names(self) -> list[str]:
         """The HF tensor, or one a layer."""
-        return (
-            [self.hf_name]
-            if self.layers is None
-            else [self.hf_name.format(i) for i in range(self.layers)]
-        )
+        if self.layers is None:
+            return [self.hf_name]
+        return [self.hf_name.format(i) for i in range(self.layers)]
 
     def to_hf(self, x: np.ndarray) -> np.ndarray:
         """One layer of our parameter -> the HF tensor."""
@@ -58,30 +58,24 @@ class Spec:
             flat[axis] = index[ours]
         outer, shape, inner = [], [], []
         for group in self.groups:
-            wanted = [slice(*s.indices(n)) for s, n in zip(flat[: len(group)], group, strict=True)]
+            asked = [slice(*s.indices(n)) for s, n in zip(flat[: len(group)], group, strict=True)]
             del flat[: len(group)]
-            first, stride = wanted[0], math.prod(group[1:])
+            first, stride = asked[0], math.prod(group[1:])
             outer.append(slice(first.start * stride, first.stop * stride))
             shape += [first.stop - first.start, *group[1:]]
-            inner += [slice(None), *wanted[1:]]
+            inner += [slice(None), *asked[1:]]
         part = read_hf(tuple(outer)).reshape(shape)[tuple(inner)]
         return np.transpose(part, self.order)
 
 
 def table(cfg: DecoderConfig) -> list[Spec]:
-    """Every parameter of this decoder, in the order HF writes a model."""
-    d, n, k, h, f, v = (
-        cfg.d_model,
-        cfg.n_heads,
-        cfg.n_kv_heads,
-        cfg.head_dim,
-        cfg.d_ff,
-        cfg.vocab_size,
-    )
-    specs = [Spec("model.embed_tokens.weight", ("embed",), ((v,), (d,)), (0, 1), None)]
+    """Every parameter of this decoder."""
+    d, f, v = cfg.d_model, cfg.d_ff, cfg.vocab_size
+    n, k, h = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
+    specs = [Spec(EMBED, ("embed",), ((v,), (d,)), (0, 1), None)]
     if not cfg.tied:
-        specs.append(Spec("lm_head.weight", ("head",), ((v,), (d,)), (0, 1), None))
-    specs.append(Spec("model.norm.weight", ("final_norm", "scale"), ((d,),), (0,), None))
+        specs.append(Spec(HEAD, ("head",), ((v,), (d,)), (0, 1), None))
+    specs.append(Spec(NORM, ("final_norm", "scale"), ((d,),), (0,), None))
 
     def layer(
         name: str, path: str, groups: tuple[tuple[int, ...], ...], order: tuple[int, ...]
@@ -92,13 +86,10 @@ def table(cfg: DecoderConfig) -> list[Spec]:
     layer("input_layernorm.weight", "attention_norm.scale", ((d,),), (0,))
     layer("post_attention_layernorm.weight", "mlp_norm.scale", ((d,),), (0,))
     for letter, heads in (("q", n), ("k", k), ("v", k)):
-        layer(
-            f"self_attn.{letter}_proj.weight", f"attention.{letter}", ((heads, h), (d,)), (2, 0, 1)
-        )
+        hf_name, path = f"self_attn.{letter}_proj", f"attention.{letter}"
+        layer(f"{hf_name}.weight", path, ((heads, h), (d,)), (2, 0, 1))
         if cfg.qkv_bias:
-            layer(
-                f"self_attn.{letter}_proj.bias", f"attention.{letter}_bias", ((heads, h),), (0, 1)
-            )
+            layer(f"{hf_name}.bias", f"{path}_bias", ((heads, h),), (0, 1))
     layer("self_attn.o_proj.weight", "attention.o", ((d,), (n, h)), (1, 2, 0))
     if cfg.qk_norm:
         layer("self_attn.q_norm.weight", "attention.q_norm.scale", ((h,),), (0,))

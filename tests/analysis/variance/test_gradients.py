@@ -20,8 +20,8 @@ from rest_jax.analysis.variance.gradients import (
     token_logits,
 )
 from rest_jax.analysis.variance.measure import trim
+from rest_jax.models.attention import prompt_rows
 from rest_jax.models.decoder import logits
-from rest_jax.models.layouts import RowLayout
 from rest_jax.rl.advantages import grpo
 from rest_jax.tool_calls import Region
 from rest_jax.types import RolloutBatch, ScoredBatch
@@ -60,9 +60,8 @@ def row_gradient(params, tokens, start, coefficient, size: int):
     """Gradient, as one vector, of sum_t c_t log pi(token start + t) in one plain row: no packing, no chunks."""
 
     def objective(params):
-        place = jnp.arange(size)[None]
-        layout = RowLayout((jnp.arange(size) < len(tokens))[None].astype(jnp.int32))
-        hidden, _ = tiny.decoder().apply({"params": params}, tokens[None], place, layout)
+        layout, positions = prompt_rows(tokens[None], jnp.array([len(tokens)]))
+        hidden, _ = tiny.decoder().apply({"params": params}, tokens[None], positions, layout)
         logp = jax.nn.log_softmax(logits(params, tiny.decoder().cfg, hidden[0]))
         at = start + jnp.arange(len(coefficient))
         chosen = logp[at - 1, tokens[jnp.minimum(at, size - 1)]]

@@ -18,16 +18,14 @@ from rest_jax.analysis.variance.measure import (
     theorem2_weights,
 )
 from rest_jax.config import Config, CurriculumConfig, WeightsConfig
-from rest_jax.distributed import replicated
 from rest_jax.errors import UserError
-from rest_jax.models.decoder import param_shardings
 from rest_jax.rl import curriculum
 from rest_jax.rl.curriculum import Schedule
-from rest_jax.rl.step import make_train_batch, make_train_step
+from rest_jax.rl.prepare import prepare
 from rest_jax.tool_calls import NUM_REGIONS, Region
-from rest_jax.types import TrainState
 from tests import tiny
 from tests.analysis.variance.conftest import KINDS
+from tests.rl import stepping
 
 
 def config_with(**sections) -> Config:
@@ -41,18 +39,10 @@ def test_variance_is_that_of_the_trainers_own_gradient(peaked, scored, report, r
     """The update of training measures its noise from its micro-batches: same gradient, same variance."""
     schedule = Schedule(WeightsConfig(rule=rule), CurriculumConfig(shape="constant"), 10)
     cfg = tiny.step_config(schedule=schedule, noise_groups=6)
-    mesh, start = tiny.mesh(), jax.tree.map(jnp.copy, peaked)
-    tx = tiny.optimizer()
-    state = TrainState(
-        jnp.int32(0), start, tx.init(start), jax.random.key(0), curriculum.init(schedule)
-    )
-    shardings = jax.tree.map(lambda _: replicated(mesh), state)
-    shardings = shardings.replace(params=param_shardings(tiny.decoder().cfg, mesh))
-    step = make_train_step(tiny.decoder(), tx, cfg, mesh, shardings)
-    _, metrics = step(jax.device_put(state, shardings), scored, None, None)
+    _, metrics = stepping.step(cfg, scored, tx=tiny.optimizer(), params=peaked)
     row = report["rules"]["uniform" if rule == "uniform" else "paper"]
-    assert float(metrics["update/grad_norm"]) ** 2 == pytest.approx(row["mean_square"], rel=1e-3)
-    assert float(metrics["update/grad_variance"]) == pytest.approx(row["variance"], rel=1e-3)
+    assert metrics["update/grad_norm"] ** 2 == pytest.approx(row["mean_square"], rel=1e-3)
+    assert metrics["update/grad_variance"] == pytest.approx(row["variance"], rel=1e-3)
 
 
 # weights
@@ -93,8 +83,10 @@ def test_rules_sum_to_the_tokens_and_paper_is_the_trainers(scored):
         assert weight[own].sum() == pytest.approx(own.sum()) and not weight[~own].any()
     cfg = tiny.step_config()
     on_device = jax.tree.map(jnp.asarray, scored)
-    trained, _, _ = make_train_batch(on_device, None, None, curriculum.init(cfg.schedule), cfg)
-    np.testing.assert_allclose(rules["paper"], trained.weight, rtol=1e-4)
+    groups = jnp.zeros(len(scored.reward), jnp.int32)
+    trained, _, _ = prepare(on_device, None, None, groups, curriculum.init(cfg.schedule), cfg)
+    paper = rules["paper"] / rules["paper"].sum()
+    np.testing.assert_allclose(paper, trained.loss_weight, rtol=1e-4)
     name, think = (rules["theorem2"][scored.region == r][0] for r in (Region.NAME, Region.THINK))
     beta = tokens.beta
     assert name / think == pytest.approx(beta[Region.THINK] / beta[Region.NAME])

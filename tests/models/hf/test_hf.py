@@ -14,12 +14,14 @@ from jax.sharding import NamedSharding
 from rest_jax.config import MeshConfig
 from rest_jax.distributed import make_mesh
 from rest_jax.errors import UserError
+from rest_jax.models.attention import prompt_rows
 from rest_jax.models.decoder import Decoder, init_params, logits
-from rest_jax.models.hf import write as hf
+from rest_jax.models.hf import write
 from rest_jax.models.hf.config import ConversionError, decoder_config
+from rest_jax.models.hf.read import load_model, read_config, read_params
 from rest_jax.models.hf.safetensors import scan
 from rest_jax.models.hf.table import table
-from rest_jax.models.layouts import RowLayout
+from rest_jax.models.hf.write import convert, export
 from tests.presets import PRESETS
 
 torch = pytest.importorskip("torch")
@@ -78,10 +80,15 @@ def torch_logits(model, tokens):
 
 
 def our_logits(cfg, params, tokens):
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    layout = RowLayout(jnp.ones_like(tokens))
+    layout, positions = prompt_rows(tokens, jnp.full(len(tokens), tokens.shape[1]))
     hidden, _ = jax.jit(Decoder(cfg).apply)({"params": params}, tokens, positions, layout)
     return np.asarray(logits(params, cfg, hidden))
+
+
+def read_on_host(folder):
+    """Sizes and float32 parameters on the first CPU device."""
+    cfg = read_config(folder)
+    return cfg, read_params(folder, cfg, dtype=jnp.float32)
 
 
 def some_tokens():
@@ -114,14 +121,14 @@ def folders(tmp_path_factory):
 def test_parity_both_ways(case, folders, tmp_path):
     tokens = some_tokens()
     model = make_torch(case)
-    cfg, params = hf.load_hf(folders[case])
+    cfg, params = read_on_host(folders[case])
     expected = torch_logits(model, tokens)
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(our_logits(cfg, params, tokens), expected, atol=1e-4)
 
     rng = np.random.default_rng(7)
     ours = jax.tree.map(lambda x: x + 0.02 * rng.normal(size=x.shape).astype(np.float32), params)
-    hf.export(ours, folders[case], tmp_path / "out")
+    export(ours, folders[case], tmp_path / "out")
     back = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype=torch.float32
     ).eval()
@@ -136,10 +143,8 @@ def test_export_of_convert_is_bit_exact(case, dtype, tmp_path):
     model = make_torch(case).to(getattr(torch, dtype))
     source = save_torch(model, tmp_path / "source", max_shard_size="30KB")
     assert (source / "model.safetensors.index.json").is_file()
-    hf.convert(str(source), tmp_path / "converted")
-    hf.export(
-        tmp_path / "converted", tmp_path / "converted", tmp_path / "out", max_shard_bytes=20_000
-    )
+    convert(str(source), tmp_path / "converted")
+    export(tmp_path / "converted", tmp_path / "converted", tmp_path / "out", max_shard_bytes=20_000)
     assert_same_tensors(source, tmp_path / "out")
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 1
@@ -163,14 +168,14 @@ def test_mixed_dtypes_and_a_stored_tied_head_survive(folders, tmp_path):
         mixed[name] = x.astype(kind)
     mixed["lm_head.weight"] = mixed["model.embed_tokens.weight"].copy()
     safetensors.numpy.save_file(mixed, source / "model.safetensors", metadata={"format": "pt"})
-    hf.convert(str(source), tmp_path / "converted")
-    hf.export(tmp_path / "converted", tmp_path / "converted", tmp_path / "out")
+    convert(str(source), tmp_path / "converted")
+    export(tmp_path / "converted", tmp_path / "converted", tmp_path / "out")
     assert_same_tensors(source, tmp_path / "out")
 
     mixed["lm_head.weight"][3, 3] += 1
     safetensors.numpy.save_file(mixed, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConversionError, match=r"lm_head\.weight differs"):
-        hf.load_hf(source)
+        read_on_host(source)
 
 
 def test_side_files_travel(folders, tmp_path):
@@ -187,8 +192,8 @@ def test_side_files_travel(folders, tmp_path):
     for name, text in side.items():
         (source / name).write_text(text)
     (source / "notes.md").write_text("stays behind")
-    hf.convert(str(source), tmp_path / "converted")
-    hf.export(tmp_path / "converted", tmp_path / "converted", tmp_path / "out", dtype="bfloat16")
+    convert(str(source), tmp_path / "converted")
+    export(tmp_path / "converted", tmp_path / "converted", tmp_path / "out", dtype="bfloat16")
     for name, text in side.items():
         assert (tmp_path / "out" / name).read_text() == text
     assert not (tmp_path / "out" / "notes.md").exists()
@@ -200,27 +205,23 @@ def test_side_files_travel(folders, tmp_path):
 @pytest.mark.parametrize("converted", [False, True])
 def test_load_model_is_sharded_and_equal(converted, folders, tmp_path):
     source = folders["qwen3-untied"]
-    whole = hf.load_hf(source)[1]
+    on_host = read_on_host(source)[1]
     if converted:
-        hf.convert(str(source), tmp_path / "converted")
+        convert(str(source), tmp_path / "converted")
         source = tmp_path / "converted"
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
-    model = hf.load_model(str(source), mesh, jnp.bfloat16, "dots")
-    assert (
-        model.config.dtype == jnp.bfloat16
-        and model.config.remat == "dots"
-        and model.files == source
-    )
-    assert jax.tree.structure(model.params) == jax.tree.structure(whole)
-    for a, b in zip(jax.tree.leaves(model.params), jax.tree.leaves(whole), strict=True):
+    cfg, params, files = load_model(str(source), mesh, jnp.bfloat16, "dots")
+    assert cfg.dtype == jnp.bfloat16 and cfg.remat == "dots" and files == source
+    assert jax.tree.structure(params) == jax.tree.structure(on_host)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(on_host), strict=True):
         assert a.dtype == jnp.float32 and isinstance(a.sharding, NamedSharding)
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-    q = model.params["blocks"]["attention"]["q"]
+    q = params["blocks"]["attention"]["q"]
     assert q.addressable_shards[0].data.shape == (2, 16, 2, 8)
 
 
 def test_sharded_reading_reads_parts_only(folders):
-    cfg, params = hf.load_hf(folders["qwen3-tied"])
+    cfg, params = read_on_host(folders["qwen3-tied"])
     stored = scan(folders["qwen3-tied"])
     asked = []
     for spec in table(cfg):
@@ -263,7 +264,7 @@ def test_every_fault_is_named(folders, tmp_path):
     (tmp_path / "config.json").write_text((folders["qwen3-untied"] / "config.json").read_text())
     safetensors.numpy.save_file(bad, tmp_path / "model.safetensors")
     with pytest.raises(ConversionError) as caught:
-        hf.convert(str(tmp_path), tmp_path / "out")
+        convert(str(tmp_path), tmp_path / "out")
     text = str(caught.value)
     assert "\n" not in text
     for part in (
@@ -278,27 +279,27 @@ def test_every_fault_is_named(folders, tmp_path):
 
 def test_folders_that_cannot_be_used(folders, tmp_path):
     with pytest.raises(ConversionError, match="no such folder, and not a hub id"):
-        hf.load_model("nowhere", make_mesh(MeshConfig(), jax.devices()[:1]), jnp.float32, "none")
+        load_model("nowhere", make_mesh(MeshConfig(), jax.devices()[:1]), jnp.float32, "none")
     with pytest.raises(ConversionError, match=r"config\.json: no such file"):
-        hf.load_hf(tmp_path)
+        read_on_host(tmp_path)
     (tmp_path / "config.json").write_text((folders["llama-tied"] / "config.json").read_text())
     with pytest.raises(ConversionError, match=r"weight files missing: model\.safetensors"):
-        hf.load_hf(tmp_path)
+        read_on_host(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not a safetensors file")
     with pytest.raises(ConversionError, match="not a readable safetensors file"):
-        hf.load_hf(tmp_path)
+        read_on_host(tmp_path)
     with pytest.raises(UserError, match="exists and is not empty"):
-        hf.convert(str(folders["llama-tied"]), tmp_path)
-    hf.convert(str(folders["llama-tied"]), tmp_path / "converted")
+        convert(str(folders["llama-tied"]), tmp_path)
+    convert(str(folders["llama-tied"]), tmp_path / "converted")
     with pytest.raises(ConversionError, match="already a converted folder"):
-        hf.convert(str(tmp_path / "converted"), tmp_path / "again")
+        convert(str(tmp_path / "converted"), tmp_path / "again")
     with pytest.raises(ConversionError, match="export dtype 'int8'"):
-        hf.export(tmp_path / "converted", tmp_path / "converted", tmp_path / "out", dtype="int8")
+        export(tmp_path / "converted", tmp_path / "converted", tmp_path / "out", dtype="int8")
     for file in (tmp_path / "converted" / "params").rglob("*"):
         if file.is_file():
             os.truncate(file, 0)
     with pytest.raises(ConversionError, match="not a readable checkpoint"):
-        hf.export(tmp_path / "converted", tmp_path / "converted", tmp_path / "out")
+        export(tmp_path / "converted", tmp_path / "converted", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -308,15 +309,15 @@ def test_side_files_without_weights_name_the_dtype_themselves(folders, tmp_path)
     files.mkdir()
     raw = json.loads((folders["qwen3-tied"] / "config.json").read_text())
     (files / "config.json").write_text(json.dumps(raw | {"dtype": "bfloat16"}))
-    params = hf.load_hf(folders["qwen3-tied"])[1]
-    hf.export(params, files, tmp_path / "out")
+    params = read_on_host(folders["qwen3-tied"])[1]
+    export(params, files, tmp_path / "out")
     assert {stored.dtype for stored in scan(tmp_path / "out").values()} == {"BF16"}
     (files / "config.json").write_text(json.dumps(raw | {"dtype": "float64"}))
     with pytest.raises(ConversionError, match="export dtype 'float64'; known: float32"):
-        hf.export(params, files, tmp_path / "again")
+        export(params, files, tmp_path / "again")
     del params["embed"]
     with pytest.raises(ConversionError, match="parameter embed is missing"):
-        hf.export(params, folders["qwen3-tied"], tmp_path / "again")
+        export(params, folders["qwen3-tied"], tmp_path / "again")
 
 
 def test_an_unreachable_hub_is_one_line(monkeypatch):
@@ -329,16 +330,16 @@ def test_an_unreachable_hub_is_one_line(monkeypatch):
     with pytest.raises(
         ConversionError, match=r"model some/where: .*hub did not give it \(no connection\)"
     ):
-        hf.convert("some/where", "unused")
+        convert("some/where", "unused")
 
 
 def test_failed_write_leaves_nothing(folders, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(hf, "write_shards", full)
+    monkeypatch.setattr(write, "write_shards", full)
     with pytest.raises(OSError, match="disk full"):
-        hf.export(folders["llama-tied"], folders["llama-tied"], tmp_path / "out")
+        export(folders["llama-tied"], folders["llama-tied"], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
