@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One run on several GPU nodes: sbatch launch/slurm.sh CONFIG [key=value ...]
+# One run on several GPU nodes: sbatch launch/slurm.sh FILE ... [key=value ...]
 # One process a GPU; jax finds coordinator, process count and id in SLURM's variables. The run folder must be on a shared file system.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

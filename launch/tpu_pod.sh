@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One run on a Cloud TPU slice: launch/tpu_pod.sh TPU-NAME ZONE CONFIG [key=value ...]
+# One run on a Cloud TPU slice: launch/tpu_pod.sh TPU-NAME ZONE FILE ... [key=value ...]
 # Starts the same command on every host of the slice; jax finds the others by itself. `output=` must be a path all hosts share.
 set -euo pipefail
 name=$1 zone=$2
