@@ -1,26 +1,54 @@
-"""What every picture has in common: drawn without a display, one look of axes, a file that is whole or not there."""
+"""What every figure has in common: one palette, figures drawn without a display, one look of axes, PNG files.
+
+The colours are those of Okabe and Ito, which people with any kind of colour blindness can tell apart.
+"""
 
 import pathlib
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from rest_jax.files import atomic_write
 
 DPI = 110
+BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PINK, SKY, YELLOW, GREY, BLACK = "#CC79A7", "#56B4E9", "#F0E442", "#7F7F7F", "#000000"
+PALETTE = (BLUE, ORANGE, GREEN, VERMILION, PINK, SKY, YELLOW)
+LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+# Blue for structure, warm colours for what a call says, so that related regions look related.
+REGION_COLOURS = {
+    "tag": BLUE,
+    "scaffold": SKY,
+    "name": VERMILION,
+    "param": ORANGE,
+    "think": PINK,
+    "response": GREEN,
+    "other": GREY,
+}
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, whose parts keep clear of each other."""
+    """An empty figure, in inches, whose parts do not overlap."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
+def label_steps(axes: Any, title: str, unit: str) -> None:
+    """Titles axes whose x is the step, and styles them."""
+    axes.set_title(title, fontsize="medium")
+    axes.set_xlabel("step")
+    axes.set_ylabel(unit)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    tidy(axes)
+
+
 def tidy(axes: Any) -> None:
-    """A faint grid, and no frame above and to the right."""
+    """A faint grid behind the data, and no frame above and to the right."""
     axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
