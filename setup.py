@@ -1,4 +1,4 @@
-"""Packages of the wheel: rest_jax, and the recipes in configs/ as the data of rest_jax._configs."""
+"""Packages of the wheel: rest_jax, and the files of configs/ as the data of rest_jax._configs."""
 
 import pathlib
 
@@ -6,13 +6,13 @@ from setuptools import find_packages, setup
 
 CONFIGS = pathlib.Path("configs")
 folders = [CONFIGS, *sorted(path for path in CONFIGS.rglob("*") if path.is_dir())]
-shipped = {
+builtin = {
     "rest_jax._configs" + "".join(f".{part}" for part in path.relative_to(CONFIGS).parts): path
     for path in folders
 }
 
 setup(
-    packages=[*find_packages(include=["rest_jax", "rest_jax.*"]), *shipped],
+    packages=[*find_packages(include=["rest_jax", "rest_jax.*"]), *builtin],
     package_dir={name: path.as_posix() for name, path in builtin.items()},
-    package_data={name: ["*"] for name in shipped},
+    package_data={name: ["*"] for name in builtin},
 )

@@ -57,13 +57,8 @@ def _training(parts, commands: Commands) -> None:
         ("sft", "run a recipe as supervised training on the gold answers"),
     ):
         run = _add(parts, commands, name, what)
-        run.add_argument("config", help="a YAML file, or the name of a shipped recipe")
-        run.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=10")
-        run.add_argument(
-            "--base",
-            metavar="CONFIG",
-            help="what the recipe is built on, instead of its own base, e.g. qwen3_1p7b_rlla",
-        )
+        run.add_argument("config", nargs="+", help="YAML files or names (scale/tiny), key=value")
+        run.set_defaults(overrides=[])
         run.add_argument(
             "--distributed",
             action="store_true",

@@ -54,11 +54,11 @@ def _fail(message: str, code: int) -> int:
 
 
 def _load_config(arguments: argparse.Namespace) -> "Config":
-    from rest_jax import builtin, config
+    from rest_jax import config
 
-    path = builtin.find_config(arguments.config)
-    trainer = "sft" if arguments.command is _sft else None
-    return config.resolve(config.load(path, arguments.overrides, arguments.base, trainer))
+    words = [*arguments.config, *arguments.overrides]
+    files = [word for word in words if "=" not in word]
+    return config.load(files, [word for word in words if "=" in word])
 
 
 def _join_hosts(arguments: argparse.Namespace) -> None:
@@ -72,24 +72,24 @@ def _join_hosts(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     config = _load_config(arguments)
     _join_hosts(arguments)
-    from rest_jax import stages
+    from rest_jax import train
 
-    return stages.run(config, arguments.dry_run, arguments.profile)
+    return train.run(config, arguments.dry_run, arguments.profile)
 
 
 def _sft(arguments: argparse.Namespace) -> int:
     config = _load_config(arguments)
     _join_hosts(arguments)
-    from rest_jax import stages
+    from rest_jax import sft
 
-    return stages.run(config, arguments.dry_run)
+    return sft.run(config, arguments.dry_run)
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from rest_jax import builtin
+    from rest_jax import config
     from rest_jax.models.hf import write as hf
 
-    hf.convert(builtin.locate(arguments.source), arguments.out)
+    hf.convert(config.locate(arguments.source), arguments.out)
     print(f"converted {arguments.source} to {arguments.out}")
     return 0
 
@@ -188,12 +188,12 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from rest_jax import builtin
+    from rest_jax import config
     from rest_jax.experiments import sweep
 
     return sweep.run(
-        builtin.find_config(arguments.config),
-        builtin.find_space(arguments.space),
+        arguments.config,
+        config.builtin_file(arguments.space, "sweeps"),
         arguments.overrides,
         based_on=arguments.base,
         storage=arguments.storage,

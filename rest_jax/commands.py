@@ -13,7 +13,6 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
-from rest_jax import builtin
 from rest_jax import config as config_lib
 from rest_jax.config import Config
 from rest_jax.data import tokenize as prepare_lib
@@ -40,7 +39,7 @@ from rest_jax.types import PromptBatch, Sampling
 
 def export(source: str, out: str, dtype: str | None) -> int:
     """Writes `source` as an HF folder `out`, which must not exist yet."""
-    source = builtin.locate(source)
+    source = config_lib.locate(source)
     if is_run(source):
         config = config_of(source, [])
         policy = load_policy(config.model, config.mesh)
@@ -147,7 +146,7 @@ def inspect(
     config = config_lib.from_overrides({"name": "data", "model": {"source": "none"}}, overrides)
     data, count = config.data, None
     if tokenizer is not None:
-        loaded = Tokenizer.load(builtin.locate(tokenizer))
+        loaded = Tokenizer.load(config_lib.locate(tokenizer))
         count = summary.TokenCounter(loaded, TEMPLATES[data.template], data.brief_prompt)
     world = prepare_lib.is_world(file)
     records = prepare_lib.load_split(file, data, limit) if world else iter_records(file, limit)

@@ -1,26 +1,51 @@
-"""The config models: one frozen pydantic tree a run; YAML files and dotted overrides in, every error at once out.
+"""The config of a run: frozen pydantic sections, read from YAML files and `key=value` words.
 
-`load(path, overrides, base)` -> `Config`. Unknown keys, wrong types and values out of range are reported together, each with its
-dotted path, by one `ConfigError` (a ValueError whose text is what the user reads). Imported by the entry points only; the
-numeric rooms take the section they need, never the whole.
+`load(files, overrides)` merges the files from left to right, then the overrides (OmegaConf: `${...}` refers to another key
+or to `oc.env`), validates, and returns a `Config`. Every fault is a ConfigError: one line with each bad key, its dotted
+path and the nearest known name. Files are paths, or names of builtin ones (`scale/tiny`, `method/rest`).
 """
 
-import dataclasses
+import difflib
+import os
 import pathlib
+import types
 import typing
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import pydantic
 import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from rest_jax import builtin, config_tree, schema
-from rest_jax.config_tree import ConfigError
+from rest_jax.errors import UserError
+
+_PACKAGE = pathlib.Path(__file__).resolve().parent
+# The builtin files: in an installed wheel rest_jax/_configs, else configs/ of the repository.
+_INSTALLED = _PACKAGE / "_configs"
+_BUILTIN = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs"
+
+
+class ConfigError(UserError):
+    """A config that cannot be used; the text names each key, value and remedy."""
+
+
+def locate(source: str) -> str:
+    """A path with `~` expanded; `configs/...` that exists only among the builtin files becomes the path of that file."""
+    source = os.path.expanduser(source)
+    found = _BUILTIN / source.removeprefix("configs/")
+    absent = source.startswith("configs/") and not os.path.exists(source)
+    return str(found) if absent and found.exists() else source
+
 
 PositiveInt = Annotated[int, pydantic.Field(gt=0)]
 NonNegativeInt = Annotated[int, pydantic.Field(ge=0)]
 PositiveFloat = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
+Decay = Annotated[float, pydantic.Field(ge=0, lt=1)]
+Path = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]
+Source = Annotated[str, pydantic.AfterValidator(locate)]
 
 
 class Section(pydantic.BaseModel):
@@ -30,71 +55,52 @@ class Section(pydantic.BaseModel):
 
 
 class ModelConfig(Section):
-    """Where the policy comes from and how it computes."""
+    """Where the policy comes from (HF folder, hub id, run, or what `rest-jax convert` wrote), how it computes."""
 
-    source: str  # HF folder, hub id (needs the network), or a checkpoint made by `rest-jax convert`
-    dtype: Literal["auto", "float32", "bfloat16"] = (
-        "auto"  # compute; auto: bfloat16 on accelerators, float32 on CPU
-    )
+    source: Source
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on CPU, else bfloat16
     remat: Literal["none", "block", "dots"] = "block"  # what the backward pass recomputes
-    tokenizer: str | None = None  # defaults to `source`
+    tokenizer: Source | None = None  # None: that of `source`
 
 
 class DataConfig(Section):
     """Training and held-out step records. A path (JSONL, Parquet, rlla JSON or Parquet) or a `synthetic:` world."""
 
-    train: str = "synthetic:train"
-    eval: str | None = "synthetic:eval"
+    train: Path = "synthetic:train"
+    eval: Path | None = "synthetic:eval"
     template: Literal["toolrl", "hermes", "llama3"] = "toolrl"
-    brief_prompt: bool = (
-        False  # toolrl: only the tool list and one line on the format, for tiny models
-    )
+    brief_prompt: bool = False  # toolrl: only the tool list and one line on the format
     max_prompt_tokens: PositiveInt = 2048  # longer prompts are dropped and counted, never cut
     train_limit: PositiveInt | None = None
     eval_limit: PositiveInt | None = None
     shuffle: bool = True
-    workers: NonNegativeInt = 0  # Grain worker processes
     synthetic_seed: NonNegativeInt = 0
     synthetic_level: Literal["single", "mixed", "reasoned"] = "mixed"
     synthetic_size: PositiveInt = 4096  # training records of a `synthetic:` world
 
 
 class RolloutConfig(Section):
-    """How responses are sampled."""
+    """How completions are sampled."""
 
     prompts_per_step: PositiveInt = 512
-    group_size: PositiveInt = 4
+    group_size: Annotated[int, pydantic.Field(ge=2)] = 4
     max_response_tokens: PositiveInt = 2048
     temperature: PositiveFloat = 1.0
     top_k: NonNegativeInt = 0  # 0: full support
     top_p: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
-    allow_truncated_support: bool = (
-        False  # training with top-k/top-p below full support is refused unless asked for
-    )
-    recompute_logprobs: bool = (
-        False  # a second forward pass for logp_old instead of the sampler's own
-    )
-    tis_cap: PositiveFloat | None = (
-        None  # truncated importance correction; needs recompute_logprobs
-    )
-    decode_slots: PositiveInt = (
-        128  # responses decoded at once on each way (data x fsdp) of the mesh
-    )
-    prompt_cache_entries: PositiveInt | None = (
-        None  # prompts resident at once on each way; None: 4 x decode_slots / group_size
-    )
-    staleness: Literal[0, 1] = (
-        0  # 1: step s + 1 is sampled before update s; needs recompute_logprobs and tis_cap
-    )
+    allow_truncated_support: bool = False  # else top_k, top_p below full support are refused
+    recompute_logprobs: bool = False  # a second forward pass for logp_old, not the sampler's own
+    tis_cap: PositiveFloat | None = None  # truncated importance sampling; needs recompute_logprobs
+    decode_slots: PositiveInt = 128  # completions decoded at once on each data shard
+    prompt_cache_entries: PositiveInt | None = None  # None: 4 x decode_slots / group_size
+    staleness: Literal[0, 1] = 0  # 1: step s + 1 is sampled before update s; needs tis_cap
 
 
 class RewardConfig(Section):
-    """Rule-based reward (METHOD section 6)."""
+    """Rule-based reward (docs/method.md section 6)."""
 
     dynamic: bool = True  # False: the static ablation, format [0, 1], correctness [-3, 3]
-    progress_steps: PositiveInt | None = (
-        None  # steps until the dynamic scale is reached; None: the whole run
-    )
+    progress_steps: PositiveInt | None = None  # to the end of the dynamic scale; None: the run's
     format_scale_start: PositiveFloat = 2.0  # hi = +x, lo = -x
     format_scale_end: PositiveFloat = 1.0
     correctness_scale_start: PositiveFloat = 2.0
@@ -109,8 +115,11 @@ class RewardConfig(Section):
     length_target_tokens: PositiveInt = 512
 
 
+RegionName = Literal["tag", "scaffold", "name", "param", "think", "response", "other"]
+
+
 class WeightsConfig(Section):
-    """Region weights (METHOD section 4)."""
+    """Region weights (docs/method.md section 4)."""
 
     rule: Literal["inverse_bound", "inverse_entropy", "inverse_gini", "constant", "uniform"] = (
         "inverse_bound"
@@ -119,7 +128,7 @@ class WeightsConfig(Section):
     entropy_floor: PositiveFloat = 1e-3  # nats
     w_min: PositiveFloat = 0.1
     w_max: PositiveFloat = 4.0
-    ema_decay: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.9
+    ema_decay: Decay = 0.9
     normalizer: Literal["all_tokens", "positive_tokens", "none"] = "all_tokens"
     # base weights of rule `constant`, and of a region never seen
     tag: NonNegativeFloat = 1.0
@@ -129,18 +138,15 @@ class WeightsConfig(Section):
     think: NonNegativeFloat = 0.6
     response: NonNegativeFloat = 0.6
     other: NonNegativeFloat = 1.0
-    # ablations: regions whose weight is zero, by name; the only way to a zero weight besides the released preset
-    zero: tuple[Literal["tag", "scaffold", "name", "param", "think", "response", "other"], ...] = ()
-    allow_zero_constants: bool = (
-        False  # the released preset's zeros (scaffold, response, other); with rule `constant`
-    )
+    # ablations: regions whose weight is zero; the only way to a zero weight besides the released preset
+    zero: tuple[RegionName, ...] = ()
+    allow_zero_constants: bool = False  # zeros of the released preset; with rule `constant`
 
     @pydantic.model_validator(mode="after")
     def _ordered(self):
         if self.w_min > self.w_max:
             raise ValueError(f"w_min {self.w_min} is above w_max {self.w_max}")
-        named = ("tag", "scaffold", "name", "param", "think", "response", "other")
-        zeros = [name for name in named if getattr(self, name) == 0]
+        zeros = [name for name in typing.get_args(RegionName) if getattr(self, name) == 0]
         if zeros and not self.allow_zero_constants:
             raise ValueError(
                 f"{', '.join(zeros)}: 0 takes all gradient from these tokens; list them in weights.zero (an ablation), "
@@ -150,7 +156,7 @@ class WeightsConfig(Section):
 
 
 class CurriculumConfig(Section):
-    """Motion of the weights over progress nu (METHOD section 5)."""
+    """Motion of the weights over progress nu (docs/method.md section 5)."""
 
     shape: Literal["linear", "cosine", "sqrt", "step", "constant", "adaptive"] = "linear"
     steps: PositiveInt | None = None  # until nu = 1; None: `run_fraction` of the run
@@ -160,36 +166,31 @@ class CurriculumConfig(Section):
     alpha_format: NonNegativeFloat = 0.4
     alpha_param: NonNegativeFloat = 0.6
     alpha_think: NonNegativeFloat = 0.6
-    param_max: PositiveFloat | None = (
-        None  # ceilings of the ramps; None: w_max (the released preset: 1.2 and 1.0)
-    )
+    param_max: PositiveFloat | None = None  # ceilings of the ramps; None: w_max
     think_max: PositiveFloat | None = None
     start_param: PositiveFloat | None = None  # tuned preset: base weights set by hand at nu = 0
     start_think: PositiveFloat | None = None
     # target `mass` (weights.normalizer is not applied): shares of the total weight at nu = 0 and nu = 1;
     # RESPONSE and OTHER get what is left, here nothing but w_min
-    mass_start_format: Fraction = 0.20
-    mass_end_format: Fraction = 0.05
-    mass_start_name: Fraction = 0.25
-    mass_end_name: Fraction = 0.25
-    mass_start_param: Fraction = 0.25
-    mass_end_param: Fraction = 0.30
-    mass_start_think: Fraction = 0.30
-    mass_end_think: Fraction = 0.40
-    adaptive_low: Fraction = (
-        0.5  # shape `adaptive`: nu = 0 at this EMA of the format score, 1 at `adaptive_high`
-    )
+    share_start_format: Fraction = 0.20
+    share_end_format: Fraction = 0.05
+    share_start_name: Fraction = 0.25
+    share_end_name: Fraction = 0.25
+    share_start_param: Fraction = 0.25
+    share_end_param: Fraction = 0.30
+    share_start_think: Fraction = 0.30
+    share_end_think: Fraction = 0.40
+    # shape `adaptive`: nu = 0 at adaptive_low, 1 at adaptive_high, of the moving average of the format score
+    adaptive_low: Fraction = 0.5
     adaptive_high: Fraction = 0.95
-    format_ema_decay: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.9
+    format_ema_decay: Decay = 0.9
 
     @pydantic.model_validator(mode="after")
     def _consistent(self):
         for end in ("start", "end"):
-            parts = [getattr(self, f"mass_{end}_{r}") for r in ("format", "name", "param", "think")]
-            if sum(parts) > 1 + 1e-6:
-                raise ValueError(
-                    f"mass_{end}_*: shares sum to {sum(parts):.3f}, at most 1 is possible"
-                )
+            total = sum(value for name, value in self if name.startswith(f"share_{end}_"))
+            if total > 1 + 1e-6:
+                raise ValueError(f"share_{end}_*: their sum {total:.3f} is above 1")
         if self.adaptive_low >= self.adaptive_high:
             raise ValueError(
                 f"adaptive_low {self.adaptive_low} is not below adaptive_high {self.adaptive_high}"
@@ -198,7 +199,7 @@ class CurriculumConfig(Section):
 
 
 class LossConfig(Section):
-    """Advantage and policy loss (METHOD section 7)."""
+    """Advantage and policy loss (docs/method.md section 7)."""
 
     advantage: Literal["grpo", "dr_grpo"] = "grpo"
     aggregation: Literal["weighted_token_mean", "token_mean", "sequence_mean", "fixed_length"] = (
@@ -208,7 +209,7 @@ class LossConfig(Section):
     clip_high: PositiveFloat = 0.2
     dual_clip: Annotated[float, pydantic.Field(gt=1)] | None = 3.0
     kl_coefficient: NonNegativeFloat = 0.0
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_estimator: Literal["k2", "k3"] = "k3"
     entropy_coefficient: NonNegativeFloat = 0.0
     vocab_chunk: PositiveInt = 128  # response tokens a row whose logits exist at once
 
@@ -220,8 +221,8 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_fraction: Fraction = 0.0
     final_fraction: Fraction = 0.0  # end of the cosine or linear decay, of learning_rate
-    beta1: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.999
+    beta1: Decay = 0.9
+    beta2: Decay = 0.999
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.01  # matrices only: norms and biases are masked out
     max_grad_norm: PositiveFloat | None = 1.0
@@ -248,15 +249,10 @@ class TrainConfig(Section):
 
     steps: PositiveInt | None = None  # None: `epochs` over the data
     epochs: PositiveFloat = 1.0
-    prompts_per_update: PositiveInt | None = (
-        None  # prompts of a mini-batch; None: one update a step
-    )
-    max_tokens_per_microbatch: PositiveInt | None = (
-        16_384  # positions (prompt once + responses, padded) of a micro-batch on each way; None: no limit
-    )
-    measure_noise: bool = (
-        False  # variance of every gradient, from micro-batches of one group a way (somewhat slower)
-    )
+    prompts_per_update: PositiveInt | None = None  # the mini-batch; None: one update a step
+    # positions (prompt once + responses, padded) of a micro-batch on each data shard; None: no limit
+    max_tokens_per_microbatch: PositiveInt | None = 16_384
+    measure_noise: bool = False  # gradient variance, from micro-batches of one group (slower)
     eval_every: NonNegativeInt = 15  # 0: only before the first and after the last step
     eval_before: bool = True
     checkpoint_every: PositiveInt = 15
@@ -267,7 +263,7 @@ class TrainConfig(Section):
 
 
 class SftConfig(Section):
-    """Supervised runs (`trainer: sft`, or `rest-jax sft`)."""
+    """Supervised runs (`rest-jax sft`)."""
 
     batch_size: PositiveInt = 64
     max_tokens: PositiveInt = 8192  # prompt + answer; longer records are dropped and counted
@@ -276,14 +272,11 @@ class SftConfig(Section):
 
 
 class Config(Section):
-    """A run, whole."""
+    """Everything that a run is made of. Its folder is <output>/<name>/."""
 
     name: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9._-]+$")]
-    output: str = "runs"  # the run lives in <output>/<name>/
+    output: Path = "runs"
     seed: NonNegativeInt = 0
-    trainer: config_tree.Trainer = "rl"  # reinforcement, or supervised on the gold answers
-    # The supervised run that is trained first and is the start of this one; in a file, the name of its recipe.
-    warm_start: "Config | None" = None
     model: ModelConfig
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -298,102 +291,193 @@ class Config(Section):
 
     @property
     def folder(self) -> pathlib.Path:
-        """Where its run lives."""
+        """The folder of the run."""
         return pathlib.Path(self.output) / self.name
 
     @pydantic.model_validator(mode="after")
     def _consistent(self):
-        r, t = self.rollout, self.train
-        update = t.prompts_per_update or r.prompts_per_step
-        _divides("rollout.prompts_per_step", r.prompts_per_step, "train.prompts_per_update", update)
+        r = self.rollout
+        update = self.train.prompts_per_update or r.prompts_per_step
+        if r.prompts_per_step % update:
+            raise ValueError(
+                f"rollout.prompts_per_step {r.prompts_per_step} is not a multiple of train.prompts_per_update {update}"
+            )
         if (r.top_k or r.top_p < 1) and not r.allow_truncated_support:
             raise ValueError(
-                f"rollout.top_k {r.top_k}, rollout.top_p {r.top_p}: training below full support is refused; "
-                "set rollout.allow_truncated_support true to do it all the same"
+                f"rollout.top_k {r.top_k}, rollout.top_p {r.top_p}: below full support needs rollout.allow_truncated_support true"
             )
         if r.tis_cap is not None and not r.recompute_logprobs:
             raise ValueError("rollout.tis_cap needs rollout.recompute_logprobs true")
         if r.staleness and r.tis_cap is None:
             raise ValueError(
-                "rollout.staleness 1 trains on answers of the policy before: set rollout.recompute_logprobs true and "
-                "rollout.tis_cap (2.0 is usual), or staleness 0"
-            )
-        if self.warm_start is not None:
-            if (self.trainer, self.warm_start.trainer) != ("rl", "sft"):
-                raise ValueError("warm_start: only a run with trainer rl has one, of trainer sft")
-            if (self.warm_start.output, self.warm_start.name) == (self.output, self.name):
-                raise ValueError(f"warm_start: it would share the folder of this run, {self.name}")
-        if self.trainer == "sft" and t.measure_noise:
-            raise ValueError(
-                "train.measure_noise true: only a run with trainer rl measures it; set it false here, or in the "
-                "`supervised` section of the base"
-            )
-        if r.group_size < 2:
-            raise ValueError(
-                f"rollout.group_size {r.group_size}: a group needs at least 2 responses"
+                "rollout.staleness 1 needs rollout.recompute_logprobs true and rollout.tis_cap (2.0 is usual)"
             )
         return self
 
 
-def _divides(whole_name: str, whole: int, part_name: str, part: int) -> None:
-    if whole % part:
-        raise ValueError(f"{whole_name} {whole} is not a multiple of {part_name} {part}")
+Model = TypeVar("Model", bound=pydantic.BaseModel)
+Tree = Mapping[str, Any]
 
 
-def load(
-    path: str | pathlib.Path,
-    overrides: typing.Sequence[str] = (),
-    base: str | None = None,
-    trainer: config_tree.Trainer | None = None,
-) -> Config:
-    """Reads a YAML file on its base (or on `base` instead), applies `a.b=value` overrides (YAML values), validates.
-
-    How files are merged, and what a run is called: `config_tree.read`. `trainer` replaces the file's. Raises ConfigError.
-    """
-    path = pathlib.Path(path)
-    return validate(config_tree.read(path, overrides, base, trainer), str(path))
-
-
-def from_overrides(
-    raw: dict[str, Any], overrides: typing.Sequence[str], origin: str = "config"
-) -> Config:
-    """Applies `a.b=value` overrides (YAML values) to a plain tree, in place, and validates it. Raises ConfigError."""
-    for override in overrides:
-        config_tree.apply(raw, override)
-    return validate(raw, origin)
-
-
-def resolve(config: Config) -> Config:
-    """The config, and that of its warm start, with model and tokenizer paths located (`shipped.locate`)."""
-    model, warm_start = config.model, config.warm_start
-    tokenizer = None if model.tokenizer is None else builtin.locate(model.tokenizer)
-    located = {"source": builtin.locate(model.source), "tokenizer": tokenizer}
-    changes: dict[str, Any] = {"model": model.model_copy(update=located)}
-    if warm_start is not None:
-        changes["warm_start"] = resolve(warm_start)
-    return config.model_copy(update=changes)
-
-
-def validate(raw: dict[str, Any], origin: str = "config") -> Config:
-    """Validates a plain tree; ConfigError lists every fault with its path and, for a typo, the nearest name."""
-    return schema.validate(Config, raw, origin, ConfigError)
-
-
-def dump(config: Config) -> str:
-    """The resolved config as YAML; `load` of it gives an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """One leaf in which two configs differ."""
+class Difference(NamedTuple):
+    """One key that differs, with both values."""
 
     path: str
     old: Any
     new: Any
 
 
-def differences(old: Config, new: Config) -> list[Difference]:
-    """The leaves in which two configs differ, in order."""
-    there, here = old.model_dump(mode="json"), new.model_dump(mode="json")
-    return [Difference(*found) for found in config_tree.differences(there, here)]
+def load(files: Sequence[str | pathlib.Path], overrides: Sequence[str] = ()) -> Config:
+    """The config of YAML files merged from left to right, then of `a.b=value` overrides (YAML values).
+
+    Mappings are merged key by key; everything else is replaced. Without a `name`, the run is called after the files:
+    scale/tiny and method/rest make tiny-rest. Raises ConfigError.
+    """
+    paths = [builtin_file(file) for file in files]
+    tree = _merge(*map(read_mapping, paths), _parse(overrides))
+    tree.setdefault("name", "-".join(path.stem for path in paths))
+    return validate_as(Config, tree, " ".join(map(str, files)) or "config")
+
+
+def from_overrides(mapping: Tree, overrides: Sequence[str] = ()) -> Config:
+    """The config of a mapping with `a.b=value` overrides on top. Raises ConfigError."""
+    return validate_as(Config, _merge(mapping, _parse(overrides)), "config")
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML; `load` of it gives an equal config."""
+    return OmegaConf.to_yaml(config.model_dump(mode="json"))
+
+
+def differences(old: Section | Tree, new: Section | Tree) -> list[Difference]:
+    """The leaves in which two configs (or plain mappings) differ; a leaf that is absent counts as None."""
+    there, here = dict(_leaves(old)), dict(_leaves(new))
+    found = (Difference(path, there.get(path), here.get(path)) for path in there | here)
+    return [one for one in found if one.old != one.new]
+
+
+def origins(files: Sequence[str | pathlib.Path], overrides: Sequence[str] = ()) -> dict[str, str]:
+    """Where each leaf of the config comes from, by dotted path: a file's name, "command line" or "default"."""
+    found = {path: "default" for path, _ in _leaves(load(files, overrides))}
+    layers = [(str(file), read_mapping(builtin_file(file))) for file in files]
+    for origin, tree in [*layers, ("command line", _parse(overrides))]:
+        found |= {path: origin for path, _ in _leaves(tree) if path in found}
+    return found
+
+
+def check_supervised(config: Config) -> None:
+    """Refuses what a supervised run cannot do. Raises ConfigError."""
+    if config.train.measure_noise:
+        raise ConfigError("train.measure_noise true: only `rest-jax train` measures it")
+
+
+def builtin_file(name: str | pathlib.Path, folder: str | None = None) -> pathlib.Path:
+    """The file at a path, or the builtin one of that name (`scale/tiny`, `configs/method/rest.yaml`).
+
+    With `folder`, say "sweeps", the builtin ones are those in it, with or without its name. Raises ConfigError.
+    """
+    path = pathlib.Path(name).expanduser()
+    if path.is_file():
+        return path
+    folders = ("scale", "method") if folder is None else (folder,)
+    found = sorted(file for f in folders for file in (_BUILTIN / f).glob("*.yaml"))
+    known = {f"{file.parent.name}/{file.stem}": file for file in found}
+    word = path.as_posix().removeprefix("configs/").removesuffix(".yaml")
+    word = word if word in known else f"{folder}/{word}"
+    if word not in known:
+        close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+        said = f"(nearest: {', '.join(close) or 'none'}; known: {', '.join(known)})"
+        raise ConfigError(f"{folder or 'config'} {name}: no such file, nor a builtin one {said}")
+    return known[word]
+
+
+def read_mapping(path: str | pathlib.Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds; nothing but comments is an empty one. ConfigError names file and line."""
+    try:
+        found = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as fault:
+        text = " ".join(str(fault).split())
+        if isinstance(fault, yaml.MarkedYAMLError) and fault.problem_mark is not None:
+            text = f"line {fault.problem_mark.line + 1}: {fault.problem}"
+        raise ConfigError(f"{path}: {text}") from fault
+    if not isinstance(found, DictConfig):
+        raise ConfigError(f"{path}: a mapping is needed at the top, found a list")
+    return typing.cast(dict[str, Any], OmegaConf.to_container(found))
+
+
+def validate_as(model: type[Model], mapping: Tree, name: str) -> Model:
+    """The record of a plain mapping; ConfigError lists every fault after `name`, each with its dotted path."""
+    try:
+        return model.model_validate(mapping)
+    except pydantic.ValidationError as found:
+        lines = dict.fromkeys(_explain(item, model) for item in found.errors())
+        raise ConfigError(f"{name}: " + "; ".join(lines)) from found
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The nearest of the known words, in brackets; all of them when none is near."""
+    found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (nearest: {found[0]})" if found else f" (known: {', '.join(known)})"
+
+
+def _parse(overrides: Sequence[str]) -> dict[str, Any]:
+    """The mapping that `a.b=value` words make; values are YAML."""
+    parsed = OmegaConf.create({})
+    for override in overrides:
+        key, sep, _ = override.partition("=")
+        if not sep or "" in key.split("."):
+            raise ConfigError(f"override {override!r}: write it as section.key=value")
+        try:
+            parsed.merge_with_dotlist([override])
+        except (yaml.YAMLError, OmegaConfBaseException) as fault:
+            raise ConfigError(f"override {override!r}: the value cannot be read") from fault
+    return typing.cast(dict[str, Any], OmegaConf.to_container(parsed))
+
+
+def _merge(*trees: Tree) -> dict[str, Any]:
+    """The trees in one, later ones on top, with every `${...}` replaced."""
+    try:
+        merged = OmegaConf.merge(*trees)
+        plain = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except (OmegaConfBaseException, TypeError) as fault:
+        reason = str(fault).partition("\n")[0]
+        raise ConfigError(f"{getattr(fault, 'full_key', None) or 'config'}: {reason}") from fault
+    return typing.cast(dict[str, Any], plain)
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of everything in a config or plain mapping that is not a mapping itself."""
+    if isinstance(tree, Section):
+        tree = tree.model_dump(mode="json")
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _explain(item: Any, model: type[pydantic.BaseModel]) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return (
+            f"{path}: unknown key{nearest(str(item['loc'][-1]), _known(model, item['loc'][:-1]))}"
+        )
+    if item["type"] == "missing":
+        return f"{path}: missing, and there is no default"
+    message = item["msg"].removeprefix("Value error, ")
+    value = "" if item["type"] == "value_error" else f"{item['input']!r}: "
+    return f"{path}: {value}{message}" if path else message
+
+
+def _known(model: type[pydantic.BaseModel], place: tuple[Any, ...]) -> list[str]:
+    """The keys of the record at a place below `model`."""
+    here: Any = model
+    for part in place:
+        if typing.get_origin(here) is dict:
+            here = typing.get_args(here)[1]
+        else:
+            fields = here.model_fields.items()
+            (here,) = (f.annotation for name, f in fields if part in (name, f.alias))
+        if typing.get_origin(here) in (typing.Union, types.UnionType):  # an optional record
+            here = next(kind for kind in typing.get_args(here) if kind is not type(None))
+    return [field.alias or name for name, field in here.model_fields.items()]

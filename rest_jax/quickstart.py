@@ -1,14 +1,14 @@
 """The quickstart: convert the shipped tiny policy, train it with ResT, evaluate, export, reload the export, say what improved.
 
-`run(seed, fresh)` follows configs/quickstart.yaml; everything lands in runs/<name>/. Interrupted, the same command goes on.
+`run(seed, fresh)` trains scale/tiny with method/rest; everything lands in runs/<name>/. Interrupted, the same command goes on.
 """
 
 import pathlib
 import shutil
 import time
 
-from rest_jax import builtin, train
 from rest_jax import config as config_lib
+from rest_jax import train
 from rest_jax.config import Config
 from rest_jax.evaluation.heldout import Evaluator, evaluations, held_out
 from rest_jax.models.hf import write as hf
@@ -17,7 +17,7 @@ from rest_jax.run.folder import MODEL_FOLDER
 from rest_jax.run.metrics import summary_table
 from rest_jax.run.policy import load_policy
 
-RECIPE = "quickstart"
+FILES, NAME = ("scale/tiny", "method/rest"), "quickstart"
 CONVERTED, EXPORTED = "converted", "exported"
 SHOWN = ("eval/exact", "eval/format", "eval/spurious", "eval/accuracy", "eval/reward")
 
@@ -30,7 +30,7 @@ def run(seed: int | None = None, fresh: bool = False) -> int:
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
     converted = folder / CONVERTED
-    source = builtin.locate(config.model.source)
+    source = config.model.source
     if not converted.is_dir():
         hf.convert(source, converted)
     print(f"[1/4] converted {source} to {converted}", flush=True)
@@ -51,9 +51,9 @@ def run(seed: int | None = None, fresh: bool = False) -> int:
 
 
 def recipe(seed: int | None) -> Config:
-    """configs/quickstart.yaml, with another seed if one is given."""
-    overrides = [] if seed is None else [f"seed={seed}", f"name={RECIPE}-seed{seed}"]
-    return config_lib.load(builtin.find_config(RECIPE), overrides)
+    """ResT at the smallest scale, with another seed if one is given."""
+    overrides = [f"name={NAME}"] if seed is None else [f"seed={seed}", f"name={NAME}-seed{seed}"]
+    return config_lib.load(FILES, overrides)
 
 
 def export(config: Config, folder: pathlib.Path) -> pathlib.Path:

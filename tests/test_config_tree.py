@@ -4,9 +4,9 @@ import pathlib
 
 import pytest
 import yaml
+from rest_jax.config_tree import ConfigError
 
 from rest_jax import builtin, config, config_tree
-from rest_jax.config_tree import ConfigError
 
 
 @pytest.fixture

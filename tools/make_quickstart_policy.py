@@ -67,7 +67,7 @@ def write_start(folder: pathlib.Path, template: str, seed: int) -> None:
 
 def main(out: str, overrides: list[str]) -> int:
     """The three steps; 0 when OUT is written."""
-    config = config_lib.load(CONFIG, overrides)
+    config = config_lib.load([CONFIG], overrides)
     start = pathlib.Path(config.model.source)
     if not start.exists():
         write_start(start, config.data.template, config.seed)

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
-import absl.flags
 import grain
 import jax
 import numpy as np
@@ -200,9 +199,6 @@ def _index_batches(size: int, batch: int, seed: int, num_steps: int | None, cfg:
         batches = batches.slice(slice(num_steps))
     # tokens are ready: indices are all Grain handles, so reading ahead with threads would only cost time
     steps = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    if cfg.workers:
-        absl.flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which only an absl application parses
-        steps = steps.mp_prefetch(grain.MultiprocessingOptions(num_workers=cfg.workers))
     return steps
 
 

@@ -121,7 +121,7 @@ def _by_mass(state: CurriculumState, cfg: Schedule) -> Float[Array, " R"]:
     c, nu, count = cfg.curriculum, state.nu, state.count.at[Region.NONE].set(0.0)
 
     def share(region):
-        start, end = getattr(c, f"mass_start_{region}"), getattr(c, f"mass_end_{region}")
+        start, end = getattr(c, f"share_start_{region}"), getattr(c, f"share_end_{region}")
         return start + (end - start) * nu
 
     named = [share(r) for r in ("format", "name", "param", "think")]

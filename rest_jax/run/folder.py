@@ -150,8 +150,6 @@ def _writer(folder: pathlib.Path, config: Config) -> MetricsWriter:
 
 def check_start(config: Config, mesh: Mesh) -> None:
     """All that can be refused before a folder is made: another config there, absent packages, a mesh across hosts."""
-    if config.warm_start is not None:
-        raise ValueError(f"{config.name}: its warm start comes first (stages.run)")
     check_config(config.folder, config)
     optional = {"tensorboard": config.train.tensorboard, "wandb": config.train.wandb_project}
     for package, wanted in optional.items():
@@ -172,7 +170,7 @@ def check_config(folder: pathlib.Path, config: Config) -> None:
     path = folder / CONFIG_FILE
     if not path.is_file():
         return
-    found = config_lib.differences(config_lib.load(path), config)
+    found = config_lib.differences(config_lib.load([path]), config)
     if found:
         named = "; ".join(f"{d.path}: {d.old!r} there, {d.new!r} now" for d in found)
         raise UserError(

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import jax
 from flax import linen as nn
 
-from rest_jax import builtin
 from rest_jax import config as config_lib
 from rest_jax.config import Config, MeshConfig, ModelConfig
 from rest_jax.distributed import make_mesh
@@ -53,12 +52,12 @@ def config_of(source: str, overrides: Sequence[str]) -> Config:
     """
     path = pathlib.Path(source) / CONFIG_FILE
     if is_run(source) and path.is_file():
-        config = config_lib.load(path, overrides)
+        config = config_lib.load([path], overrides)
     else:
         config = config_lib.from_overrides(
             {"name": "command", "model": {"source": source}}, overrides
         )
-    model = config.model.model_copy(update={"source": builtin.locate(source)})
+    model = config.model.model_copy(update={"source": config_lib.locate(source)})
     # A run's mesh is that of the machine it ran on; here it is what the overrides say, else all devices.
     given = [word for word in overrides if word.startswith("mesh.")]
     mesh = config.mesh if given else MeshConfig()

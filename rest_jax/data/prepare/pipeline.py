@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rest_jax import builtin
+from rest_jax import config
 from rest_jax.data import files as stream
 from rest_jax.data.convert import Source, refuse_benchmarks
 from rest_jax.data.prepare import seeded, splits, summary, transforms, writers
@@ -295,7 +295,7 @@ def _check_left(result: Summary) -> None:
 def _token_counter(settings: Settings) -> summary.TokenCounter | None:
     if settings.tokenizer is None:
         return None
-    tokenizer = Tokenizer.load(builtin.locate(settings.tokenizer))
+    tokenizer = Tokenizer.load(config.locate(settings.tokenizer))
     return summary.TokenCounter(tokenizer, TEMPLATES[settings.template], settings.brief)
 
 
