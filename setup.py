@@ -14,5 +14,5 @@ builtin = {
 setup(
     packages=[*find_packages(include=["rest_jax", "rest_jax.*"]), *builtin],
     package_dir={name: path.as_posix() for name, path in builtin.items()},
-    package_data={name: ["*"] for name in builtin},
+    package_data={name: ["*"] for name in builtin} | {"rest_jax.experiments": ["*.jinja"]},
 )

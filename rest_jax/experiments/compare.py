@@ -1,0 +1,230 @@
+"""A comparison: several methods, each over the same seeds, on one page with paired intervals. `rest-jax compare PLAN...`.
+
+In: plan files (`Plan`). Out: run folders <output>/<plan>/<method>-seed<seed>, and in the page's folder README.md
+(page.md.jinja), images/ and the tables of results.py. All methods share policy, data, rollouts and optimiser: each is a
+config file merged over the same scale. Runs are ordered seed by seed, so that a comparison broken off has the same seeds
+of every method. Without any run folder the page is rendered from the tables.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import jinja2
+import numpy as np
+import pydantic
+from optuna.trial import Trial
+
+from rest_jax import config as config_lib
+from rest_jax.config import Config, NonNegativeInt, Section
+from rest_jax.errors import RunStopped, UserError
+from rest_jax.evaluation.statistics import Estimate
+from rest_jax.experiments import results, storage
+from rest_jax.experiments.figures import write_figures
+from rest_jax.experiments.worker import Engine, Experiment, Job, carry_out, is_finished
+from rest_jax.files import atomic_write
+from rest_jax.run.metrics import summary_table
+
+
+class Plan(Section):
+    """A plan file. `reference` is the method that the others are compared with; `pairs` are compared besides."""
+
+    title: str
+    about: str = ""  # a paragraph for the page: what this world and this start are
+    scale: str
+    start: tuple[str, ...] = ()  # files of a supervised run that all runs start from
+    methods: Annotated[tuple[str, ...], pydantic.Field(min_length=2)]
+    reference: str
+    pairs: tuple[tuple[str, str], ...] = ()
+    seeds: Annotated[tuple[NonNegativeInt, ...], pydantic.Field(min_length=1)]
+    overrides: dict[str, Any] = pydantic.Field(default_factory=dict)
+    output: str = "runs/comparisons"
+    runs: str | None = None  # the plan whose run folders it shares
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self):
+        for name in (self.reference, *(name for pair in self.pairs for name in pair)):
+            if name not in self.methods:
+                raise ValueError(f"{name!r} of reference or pairs is not among the methods")
+        for name, values in (("methods", self.methods), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}: {list(values)} names one twice")
+        return self
+
+    def jobs(self, name: str) -> dict[tuple[str, int], Job]:
+        """(method, seed) -> its run, seed by seed."""
+        folder = pathlib.Path(self.output) / (self.runs or name)
+        start = {"model.source": str(folder / "start")} if self.start else {}
+        return {
+            (method, seed): Job("train", (self.scale, f"method/{method}"), _words(
+                self.overrides | start | {"seed": seed, "name": f"{method}-seed{seed}", "output": str(folder)}
+            ))
+            for seed in self.seeds
+            for method in self.methods
+        }  # fmt: skip
+
+    def comparisons(self, found: results.Results) -> list[tuple[str, str]]:
+        """The pairs (method, compared with) that share a seed."""
+        pairs = [*((m, self.reference) for m in self.methods if m != self.reference), *self.pairs]
+        seeds = {method: found.values(method, results.EXACT).keys() for method in self.methods}
+        return [(a, b) for a, b in pairs if seeds[a] & seeds[b]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """A plan, the config of its first run, and what its runs measured; what the page's template reads."""
+
+    name: str
+    plan: Plan
+    config: Config
+    results: results.Results
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        return self.plan.comparisons(self.results)
+
+    def count_share(self, region: str) -> float:
+        """Share of a region among all sampled tokens."""
+        counts = {
+            name: sum(sum(curves[name].values()) for curves in self.results.curves.values())
+            for name in next(iter(self.results.curves.values()))
+            if name.startswith("region/") and name.endswith("/count")
+        }
+        return counts[f"region/{region}/count"] / sum(counts.values())
+
+    def ends(self, method: str, name: str) -> tuple[float, float]:
+        """The first and the last value of a mean curve."""
+        values = list(self.results.curves[method][name].values())
+        return values[0], values[-1]
+
+
+def compare(
+    plans: Sequence[str], *, output: str = "docs/study", engine: Engine | None = None
+) -> pathlib.Path:
+    """Carries out the runs of the plans, or helps to, and writes their page; its path.
+
+    UserError before anything starts for input that cannot be used, and without any result; RunStopped when runs fail,
+    after the page of the others is written.
+    """
+    engine, folder, failed = engine or Engine(), pathlib.Path(output), []
+    loaded = {}
+    for word in plans:
+        path = config_lib.builtin_file(word, "comparisons")
+        mapping = config_lib.read_mapping(path)
+        loaded[path.stem] = config_lib.validate_as(Plan, mapping, f"plan {path}")
+    for name, plan in loaded.items():
+        for job in plan.jobs(name).values():
+            if job.config().train.steps is None:
+                raise UserError(f"plan {name}: train.steps must be set")
+            is_finished(job.config(), results.EXACT)
+    if engine.workers:
+        for name, plan in loaded.items():
+            failed += train(name, plan, engine)
+    found = [gather(name, plan, folder) for name, plan in loaded.items()]
+    if not any(each.results.runs for each in found):
+        raise UserError(f"{', '.join(loaded)}: no finished run, and no results in {folder}")
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for each in found:
+        if each.results.runs:
+            results.write(each.results, each.name, each.pairs, folder)
+            plan = each.plan
+            write_figures(each.results, each.name, plan.title, plan.reference, folder / "images")
+            print(terminal_table(each), end="\n\n")
+    page = write_page(found, folder)
+    print(f"page: {page}", flush=True)
+    if failed:
+        raise RunStopped(f"{len(failed)} runs failed; the first: {failed[0]}")
+    return page
+
+
+def train(name: str, plan: Plan, engine: Engine) -> list[str]:
+    """Carries out the runs of a plan, its supervised start first; why runs failed."""
+    jobs = {f"{method}-seed{seed}": job for (method, seed), job in plan.jobs(name).items()}
+    folder = pathlib.Path(plan.output) / (plan.runs or name)
+    stages = [(name, jobs)]
+    if plan.start:
+        start = Job("sft", plan.start, _words({"name": "start", "output": str(folder)}))
+        stages.insert(0, (f"{name}-start", {"start": start}))
+    for stage, runs in stages:
+        draw = functools.partial(planned, runs)
+        experiment = Experiment(stage, folder, {run: {} for run in runs}, draw, results.EXACT)
+        trials = storage.current(carry_out(experiment, engine).get_trials(deepcopy=False))
+        failed = [
+            f"{run}: {trial.user_attrs.get(storage.REASON) or 'its worker was lost too often'}"
+            for run, trial in trials.items()
+            if trial.state.name in ("FAIL", "PRUNED")
+            and (not storage.lost(trial) or storage.given_up(trial))
+        ]
+        if failed or any(trial.state.name != "COMPLETE" for trial in trials.values()):
+            return failed
+    return []
+
+
+def planned(jobs: Mapping[str, Job], _: Trial, run: str) -> Job:
+    """The run of a trial; nothing is drawn."""
+    return jobs[run]
+
+
+def gather(name: str, plan: Plan, folder: pathlib.Path) -> Compared:
+    """What the finished runs measured or, where there are none, what is stored beside the page."""
+    jobs = plan.jobs(name)
+    configs = {key: job.config() for key, job in jobs.items()}
+    finished = {key: c.folder for key, c in configs.items() if is_finished(c, results.EXACT)}
+    found = results.collect(finished) if finished else results.read(name, folder)
+    return Compared(name, plan, next(iter(configs.values())), found or results.Results({}, {}))
+
+
+def write_page(found: Sequence[Compared], folder: pathlib.Path) -> pathlib.Path:
+    """Renders page.md.jinja to README.md. Notes in tried.md beside it are linked."""
+    loader = jinja2.PackageLoader("rest_jax.experiments", "")
+    environment = jinja2.Environment(
+        loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.filters |= {"points": points, "change": change, "number": number}
+    notes = (folder / "tried.md").is_file()
+    text = environment.get_template("page.md.jinja").render(
+        compared=found, notes=notes, exact=results.EXACT, sampled=results.SAMPLED, noise=results.NOISE,
+        last_steps=results.LAST_STEPS,
+    )  # fmt: skip
+    with atomic_write(folder / "README.md") as partial:
+        partial.write_text(text, encoding="utf-8")
+    return folder / "README.md"
+
+
+def points(found: Estimate, sign: str = "") -> str:
+    """A rate, or with sign "+" a difference of rates, in percent points: mean [bootstrap] (t)."""
+    mean, low, high, t_low, t_high, _ = (f"{100 * x:{sign}.1f}" for x in dataclasses.astuple(found))
+    return f"{mean} [{low}, {high}] ({t_low}, {t_high})" if found.count > 1 else mean
+
+
+def change(found: Estimate) -> str:
+    """A difference in words, with the wider of its intervals."""
+    if found.count < 2:
+        return f"{100 * found.mean:+.1f} points (one seed)"
+    low, high = min(found.low, found.t_low), max(found.high, found.t_high)
+    return f"{100 * found.mean:+.1f} points (95 % CI {100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def number(value: float) -> str:
+    """Two digits; a dash for what was not measured."""
+    return "-" if np.isnan(value) else f"{value:.2f}"
+
+
+def terminal_table(each: Compared) -> str:
+    """Rates and paired differences of one plan."""
+    rows: list[list[Any]] = [[each.plan.title, "exact, %", "difference, points", "excludes 0"]]
+    for method in each.results.curves:
+        row = [method, points(each.results.mean(method, results.EXACT)), "", ""]
+        if (method, each.plan.reference) in each.pairs:
+            found = each.results.difference(method, each.plan.reference, results.EXACT)
+            row[2:] = [points(found, "+"), "yes" if found.excludes_zero else "no"]
+        rows.append(row)
+    return summary_table(rows)
+
+
+def _words(values: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(f"{key}={json.dumps(value)}" for key, value in values.items())

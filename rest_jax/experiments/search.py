@@ -1,0 +1,304 @@
+"""A sweep: many runs of one config, with values drawn for some of its keys. `rest-jax sweep FILES... --space SPACE`.
+
+In: config files and overrides, and a space file (`Space`): parameters, metric, sampler, pruner. Out: run folders
+<output>/<name>/trial-0000, ..., and beside them results.csv and Optuna's plots. Grid and random points are drawn before
+anything starts, so they are the same whoever trains them; TPE draws when a trial begins.
+"""
+
+import csv
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import optuna
+import pydantic
+from optuna import pruners, samplers
+from optuna.trial import FrozenTrial, Trial
+from optuna.visualization import matplotlib as optuna_plots
+
+from rest_jax import config as config_lib
+from rest_jax.analysis import plotting
+from rest_jax.config import ConfigError, NonNegativeInt, PositiveInt, Section
+from rest_jax.errors import RunStopped, UserError
+from rest_jax.experiments import storage
+from rest_jax.experiments.worker import Engine, Experiment, Job, carry_out, shown
+from rest_jax.files import atomic_write
+from rest_jax.run.metric_table import METRICS
+from rest_jax.run.metrics import summary_table
+
+Scalar = str | int | float | bool | None
+PRUNERS = {
+    "median": pruners.MedianPruner,
+    "percentile": pruners.PercentilePruner,
+    "successive_halving": pruners.SuccessiveHalvingPruner,
+    "hyperband": pruners.HyperbandPruner,
+}
+_STATES = ("complete", "pruned", "running", "waiting", "invalid", "failed")
+_LARGEST_GRID = 10_000
+_ENOUGH = 8  # complete trials before importances mean anything
+
+
+class Parameter(Section):
+    """Values of one config key: `choices`, or a range with both ends."""
+
+    choices: tuple[Scalar, ...] | None = None
+    low: float | None = None
+    high: float | None = None
+    step: float | None = None
+    log: bool = False  # uniform in the logarithm
+    integer: bool = pydantic.Field(default=False, alias="int")
+
+    @pydantic.model_validator(mode="after")
+    def _sound(self):
+        if self.choices is not None and len(self.model_fields_set) > 1:
+            raise ValueError("choices stand alone, without low, high, step, log or int")
+        if self.choices is None and (self.low is None or self.high is None):
+            raise ValueError("give choices, or low and high")
+        if self.integer and any(x and x % 1 for x in (self.low, self.high, self.step)):
+            raise ValueError("int: low, high and step must be whole numbers")
+        self.suggest(optuna.create_study().ask(), "")
+        return self
+
+    def suggest(self, trial: Trial, key: str) -> Any:
+        """The value that the trial has or that the study's sampler draws. ValueError for a range that is none."""
+        if self.choices is not None:
+            return trial.suggest_categorical(key, self.choices)
+        low, high, step, log = self._number(self.low), self._number(self.high), self.step, self.log
+        if self.integer:
+            return trial.suggest_int(key, low, high, step=self._number(step or 1), log=log)
+        return trial.suggest_float(key, low, high, step=step, log=log)
+
+    def grid(self) -> tuple[Scalar, ...]:
+        """All values; empty for a range that has no end of them."""
+        if self.choices is not None:
+            return self.choices
+        step = self.step or (1 if self.integer and not self.log else None)
+        if step is None or self.low is None or self.high is None:
+            return ()
+        count = int((self.high - self.low) / step + 1e-9) + 1
+        return tuple(self._number(round(self.low + i * step, 12)) for i in range(count))
+
+    def _number(self, value: Any) -> Any:
+        return int(value) if self.integer else value
+
+
+class Space(Section):
+    """A space file."""
+
+    metric: str = "eval/reward"
+    direction: Literal["maximize", "minimize"] = "maximize"
+    value: Literal["last", "best"] = "last"  # of the metric over the evaluations of a run
+    sampler: Literal["grid", "random", "tpe"] = "tpe"
+    seed: NonNegativeInt = 0
+    trials: PositiveInt | None = None  # None: the whole grid
+    pruner: dict[str, dict[str, Any]] = pydantic.Field(default_factory=dict)
+    overrides: dict[str, Any] = pydantic.Field(default_factory=dict)
+    parameters: Annotated[dict[str, Parameter], pydantic.Field(min_length=1)]
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self):
+        measured = [name for name in METRICS if name.startswith("eval/")]
+        if self.metric not in measured:
+            hint = config_lib.nearest(self.metric, measured)
+            raise ValueError(f"metric {self.metric!r}: not a held-out metric{hint}")
+        for name in (*self.parameters, *self.overrides):
+            if name in ("name", "output"):
+                raise ValueError(f"{name}: every trial has its own, so it cannot be set")
+        for name in self.parameters.keys() & self.overrides.keys():
+            raise ValueError(f"{name}: in parameters and in overrides")
+        if self.sampler == "grid" and not 0 < self.grid_size() <= _LARGEST_GRID:
+            endless = ", ".join(name for name, p in self.parameters.items() if not p.grid())
+            size = f"{endless}: give choices or step" if endless else f"{self.grid_size():,} points"
+            raise ValueError(f"sampler grid: {size}")
+        if self.sampler != "grid" and self.trials is None:
+            raise ValueError(f"trials: sampler {self.sampler} needs a number of them")
+        self.make_pruner()
+        return self
+
+    def grid_size(self) -> int:
+        """The number of points of a grid; 0 when a parameter has no end of values."""
+        return math.prod(len(parameter.grid()) for parameter in self.parameters.values())
+
+    def make_pruner(self) -> pruners.BasePruner:
+        """Optuna's, made of its own options. ValueError for options that it does not take."""
+        for name, options in self.pruner.items():
+            if name not in PRUNERS or len(self.pruner) > 1:
+                raise ValueError(f"pruner {', '.join(self.pruner)}: one of {', '.join(PRUNERS)}")
+            try:
+                return PRUNERS[name](**options)
+            except TypeError as error:
+                raise ValueError(f"pruner {name}: {error}") from error
+        return pruners.NopPruner()
+
+    def make_sampler(self, index: int) -> samplers.BaseSampler:
+        """Optuna's. TPE is seeded by the trial too, so that two workers do not draw the same values."""
+        if self.sampler == "grid":
+            grid = {name: parameter.grid() for name, parameter in self.parameters.items()}
+            return samplers.GridSampler(grid, self.seed)
+        if self.sampler == "random":
+            return samplers.RandomSampler(self.seed)
+        return samplers.TPESampler(seed=self.seed + 10_007 * index, constant_liar=True)
+
+    def points(self) -> dict[str, dict[str, Scalar]]:
+        """trial -> the values that are fixed beforehand: all of them, or none for TPE."""
+        sizes = [self.trials, self.grid_size() if self.sampler == "grid" else None]
+        names = [f"trial-{i:04d}" for i in range(min(size for size in sizes if size is not None))]
+        if self.sampler == "tpe":
+            return {name: {} for name in names}
+        drawing = optuna.create_study(sampler=self.make_sampler(0))
+        return {name: self.suggest(drawing.ask()) for name in names}
+
+    def suggest(self, trial: Trial) -> dict[str, Scalar]:
+        """The trial's point."""
+        return {key: parameter.suggest(trial, key) for key, parameter in self.parameters.items()}
+
+
+def sweep(
+    files: Sequence[str],
+    overrides: Sequence[str],
+    space: str,
+    *,
+    engine: Engine | None = None,
+    trials: int | None = None,
+    name: str | None = None,
+) -> pathlib.Path:
+    """Carries out a sweep, or helps to; the folder of its results. `trials` replaces the number in the space file.
+
+    UserError before anything starts for a space, config or storage that cannot be used; RunStopped when every trial of
+    the sweep has failed.
+    """
+    path = config_lib.builtin_file(space, "sweeps")
+    mapping = config_lib.read_mapping(path) | ({} if trials is None else {"trials": trials})
+    found = config_lib.validate_as(Space, mapping, f"space {path}")
+    job = shared_job(found, files, overrides)
+    shared = job.config()
+    name = name or f"{shared.name}-{path.stem}"
+    folder = pathlib.Path(shared.output) / name
+    space_and_config = {
+        "space": found.model_dump(mode="json", by_alias=True, exclude={"trials"}),
+        "config": shared.model_dump(mode="json"),
+    }
+    experiment = Experiment(
+        name=name,
+        folder=folder,
+        runs=found.points(),
+        job=functools.partial(draw, found, job, folder),
+        metric=found.metric,
+        direction=found.direction,
+        value=found.value,
+        pruner=found.make_pruner(),
+        definition=space_and_config,
+    )
+    rows = write_results(carry_out(experiment, engine or Engine()), found, folder)
+    if all(row["state"] == "failed" for row in rows):
+        raise RunStopped(f"{name}: all {len(rows)} trials failed; the first: {rows[0]['reason']}")
+    return folder
+
+
+def shared_job(space: Space, files: Sequence[str], overrides: Sequence[str]) -> Job:
+    """What all trials share. UserError for a key, or an end of a range, that no run takes.
+
+    Values that only fail together with others are left to the sweep, which calls these trials invalid.
+    """
+    for key in sorted(
+        {override.partition("=")[0] for override in overrides} & space.parameters.keys()
+    ):
+        raise UserError(f"{key}=...: a parameter of the sweep is set in its space; change it there")
+    job = _with(Job("train", tuple(files), ()), space.overrides)
+    job = dataclasses.replace(job, overrides=(*job.overrides, *overrides))
+    shared = job.config()
+    if shared.data.eval is None:
+        raise UserError(f"data.eval: null: {space.metric} needs held-out data")
+    if space.pruner and not shared.train.eval_every:
+        raise UserError("train.eval_every: 0: a pruner decides at evaluations; set it above 0")
+    faults = []
+    for key, parameter in space.parameters.items():
+        for value in parameter.choices or (parameter.low, parameter.high):
+            try:
+                _with(job, {key: value}).config()
+            except ConfigError as error:
+                if "unknown key" in str(error) or f" {key}: " in str(error):
+                    faults.append(str(error))
+                    break
+    if faults:
+        raise UserError("parameters: " + "; ".join(faults))
+    return job
+
+
+def draw(space: Space, job: Job, folder: pathlib.Path, trial: Trial, run: str) -> Job:
+    """The run of a trial; values that are not fixed beforehand are drawn."""
+    if space.sampler == "tpe":
+        trial.study.sampler = space.make_sampler(int(run.rpartition("-")[2]))
+    return _with(job, space.suggest(trial) | {"name": run, "output": str(folder)})
+
+
+def _with(job: Job, values: dict[str, Any]) -> Job:
+    words = (f"{key}={json.dumps(value)}" for key, value in values.items())
+    return dataclasses.replace(job, overrides=(*job.overrides, *words))
+
+
+def write_results(study: optuna.Study, space: Space, folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Writes results.csv and Optuna's plots, prints the table; its rows, best first."""
+    trials = storage.current(study.get_trials(deepcopy=False)).values()
+    sign = -1 if space.direction == "maximize" else 1
+    rows = sorted(
+        (_row(trial, space) for trial in trials),
+        key=lambda row: (_STATES.index(row["state"]), sign * (row[space.metric] or 0.0)),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / "results.csv") as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda row: row["trial"]))
+    print(summary_table([list(rows[0]), *([shown(v) for v in row.values()] for row in rows)]))
+    _plot(study, folder)
+    if rows[0]["state"] == "complete":
+        best = " ".join(f"{key}={shown(rows[0][key])}" for key in space.parameters)
+        print(f"best: {rows[0]['trial']}, {space.metric} {rows[0][space.metric]:.4g}: {best}")
+    print(f"results: {folder}", flush=True)
+    return rows
+
+
+def _row(trial: FrozenTrial, space: Space) -> dict[str, Any]:
+    curve, reason = trial.intermediate_values, trial.user_attrs.get(storage.REASON, "")
+    state = trial.state.name.lower().replace("fail", "failed")
+    if storage.lost(trial):
+        state = "failed" if storage.given_up(trial) else "waiting"
+        reason = f"its worker was lost, {storage.attempts(trial)} attempts"
+    elif reason.startswith("not a config"):
+        state = "invalid"
+    value = trial.value if state == "complete" else None
+    return {
+        "trial": trial.user_attrs[storage.RUN],
+        "state": state,
+        space.metric: curve[max(curve)] if value is None and curve else value,
+        **{name: trial.params.get(name) for name in space.parameters},
+        "step": max(curve, default=None),
+        "seconds": round(trial.user_attrs.get(storage.SECONDS, 0.0)),
+        "attempts": storage.attempts(trial),
+        "reason": reason,
+    }
+
+
+def _plot(study: optuna.Study, folder: pathlib.Path) -> None:
+    """Draws Optuna's pictures, if a trial is complete."""
+    values = [
+        trial.value for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"
+    ]
+    if not values:
+        return
+    pictures: dict[str, Any] = {
+        "curves": optuna_plots.plot_intermediate_values,
+        "history": optuna_plots.plot_optimization_history,
+        "parallel": optuna_plots.plot_parallel_coordinate,
+    }
+    if len(values) >= _ENOUGH and len(set(values)) > 1:
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        plot = optuna_plots.plot_param_importances
+        pictures["importances"] = functools.partial(plot, evaluator=evaluator)
+    for name, plot in pictures.items():
+        plotting.save(plot(study).figure, folder / f"{name}.png")

@@ -1,0 +1,159 @@
+"""The Optuna study behind an experiment: where it is stored, its queue of trials, and the retries of lost ones.
+
+All trials are enqueued before a worker starts, each with the name of its run in the user attribute `run`. A trial whose
+worker is gone is failed by Optuna (its heartbeat is too old) and enqueued again by `retry` with its parameters and
+intermediate values. Two workers may enqueue the same attempt of the same run at once: of these trials the one with the
+lowest number is done (`current`), so no lock is needed.
+"""
+
+import contextlib
+import copy
+import logging
+import pathlib
+import random
+import re
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import optuna
+import sqlalchemy.event
+import sqlalchemy.exc
+from optuna.storages import RetryHeartbeatStaleTrialCallback
+from optuna.trial import FrozenTrial, TrialState
+
+from rest_jax import config as config_lib
+from rest_jax.errors import UserError
+
+# User attributes of a trial. REASON: why it ended, "" while it has not. STOPS: how often its worker was told to stop.
+RUN, REASON, STOPS, SECONDS = "run", "reason", "stops", "seconds"
+MAX_LOSSES = 4  # a trial whose workers died more often has failed
+_OPEN_TRIES = 20
+_CREATED_MEANWHILE = re.compile("already exists|unique|duplicate", re.IGNORECASE)
+
+
+class Storage(optuna.storages.RDBStorage):
+    """RDBStorage whose heartbeats outlive a short outage of the database. `beaten`: monotonic time of the last one."""
+
+    beaten = 0.0
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        with contextlib.suppress(optuna.exceptions.StorageInternalError):
+            super().record_heartbeat(trial_id)
+            self.beaten = time.monotonic()
+
+
+def open_storage(url: str, heartbeat: int) -> Storage:
+    """The database, its tables made if absent. UserError, without the password, when it cannot be used.
+
+    A running trial without a heartbeat for four times `heartbeat` seconds is stale.
+    """
+    optuna.logging.set_verbosity(logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    sqlite = url.startswith("sqlite:///")
+    if sqlite:
+        pathlib.Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    engine: dict[str, Any] = (
+        {"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True}
+    )
+    for attempt in range(_OPEN_TRIES):
+        try:
+            found = Storage(
+                url,
+                engine,
+                heartbeat_interval=heartbeat,
+                grace_period=4 * heartbeat,
+                heartbeat_stale_trial_callback=retry,
+            )
+            break
+        except (
+            ImportError,
+            sqlalchemy.exc.SQLAlchemyError,
+            optuna.exceptions.OptunaError,
+            ValueError,
+        ) as error:
+            cause = error.__cause__ or error
+            reason = str(getattr(cause, "orig", None) or cause)
+            # Workers that start together all find no tables, and only one of them can make each.
+            if attempt + 1 == _OPEN_TRIES or not _CREATED_MEANWHILE.search(reason):
+                hint = '; pip install "rest-jax[postgres]"' if "psycopg" in reason else ""
+                shown = re.sub(r"//([^:@/]*):[^@]*@", r"//\1@", url)
+                raise UserError(f"storage {shown}: {reason}{hint}") from error
+            time.sleep(random.uniform(0.1, 1.0))
+    if sqlite:
+        _lock_at_begin(found.engine)
+    return found
+
+
+def enqueue(study: optuna.Study, runs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Enqueues the runs (name -> fixed parameters, possibly none) that the study does not have yet."""
+    known = current(study.get_trials(deepcopy=False))
+    for run, fixed in runs.items():
+        if run not in known:
+            study.enqueue_trial(dict(fixed), user_attrs={RUN: run})
+
+
+def current(trials: Iterable[FrozenTrial]) -> dict[str, FrozenTrial]:
+    """run -> the trial of its last attempt, in the order of the trials; duplicates are left out."""
+    found: dict[str, FrozenTrial] = {}
+    for trial in sorted(trials, key=lambda trial: trial.number):
+        run = trial.user_attrs.get(RUN)
+        if run is not None and (run not in found or attempts(trial) > attempts(found[run])):
+            found[run] = trial
+    return found
+
+
+def attempts(trial: FrozenTrial) -> int:
+    """How many workers had this run, this one included."""
+    return 1 + len(RetryHeartbeatStaleTrialCallback.retry_history(trial))
+
+
+def lost(trial: FrozenTrial) -> bool:
+    """Whether the worker of the trial died, or was told to stop, before the trial was done."""
+    return trial.state == TrialState.FAIL and not trial.user_attrs.get(REASON)
+
+
+def given_up(trial: FrozenTrial) -> bool:
+    """Whether a lost trial was lost too often to be enqueued again. Being told to stop (pre-empted) does not count."""
+    return lost(trial) and attempts(trial) - trial.user_attrs.get(STOPS, 0) > MAX_LOSSES
+
+
+def retry(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Enqueues a lost trial again with its parameters and what it reported, unless it is given up."""
+    if lost(trial) and not given_up(trial):
+        again = RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)
+        # A copy: Optuna appends to the history of the trial that it is given.
+        again(study, copy.deepcopy(trial))
+
+
+def retry_lost(study: optuna.Study) -> None:
+    """Fails the stale trials and enqueues every lost trial that is not enqueued yet."""
+    optuna.storages.fail_stale_trials(study)
+    for trial in current(study.get_trials(deepcopy=False)).values():
+        retry(study, trial)
+
+
+def check_same(study: optuna.Study, definition: Mapping[str, Any]) -> None:
+    """Remembers in the study what it is a study of. UserError with every difference when it was begun as another one."""
+    before = study.user_attrs.get("definition")
+    if before is None:
+        study.set_user_attr("definition", definition)
+    elif found := config_lib.differences(before, definition):
+        named = "; ".join(f"{d.path}: {d.old!r} there, {d.new!r} now" for d in found)
+        raise UserError(f"{study.study_name} was begun differently ({named}); choose another name")
+
+
+def _lock_at_begin(engine: Any) -> None:
+    """Makes each transaction of SQLite take its lock before it reads (SQLAlchemy's recipe for pysqlite).
+
+    Optuna reads the state of a trial and then changes it, under a row lock that SQLite does not have: without this, two
+    workers now and then get the same trial.
+    """
+    sqlalchemy.event.listen(
+        engine, "connect", lambda connection, _: setattr(connection, "isolation_level", None)
+    )
+    sqlalchemy.event.listen(
+        engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE")
+    )
+    engine.dispose()

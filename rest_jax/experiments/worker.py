@@ -1,0 +1,328 @@
+"""Workers: each takes trials from a study, trains each as a child process, reports its held-out metric, prunes it.
+
+In: an `Experiment` (which runs, judged by which metric) and an `Engine` (how many workers, which database).
+Out: run folders, and their results in the study. A trial is a process because JAX gives no memory back to the next
+trial, and because a crash then ends one trial and not the worker. SIGTERM (or the first Ctrl-C) to a worker: the run
+saves and stops, and the trial is free for any worker at once. A run that fails ends its trial with its last line.
+"""
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import optuna
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.trial import Trial, TrialState
+
+from rest_jax import config as config_lib
+from rest_jax.config import Config, ConfigError
+from rest_jax.errors import RunStopped, UserError
+from rest_jax.experiments import storage
+from rest_jax.run.metrics import METRICS_FILE, read_lines
+from rest_jax.run.signals import handled
+
+_CONFIG_FILE = "config.yaml"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """The words of a run, `rest-jax <command> <files> <overrides>`; its name and output are among the overrides."""
+
+    command: str
+    files: tuple[str, ...]
+    overrides: tuple[str, ...]
+
+    def config(self) -> Config:
+        """Its resolved config. ConfigError."""
+        return config_lib.load(self.files, self.overrides)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What all workers of a study share. It is pickled for the workers of this machine."""
+
+    name: str
+    folder: pathlib.Path  # of the database and the logs
+    runs: Mapping[str, Mapping[str, Any]]  # run -> parameters that are fixed beforehand
+    job: Callable[[Trial, str], Job]  # draws what is left of a run
+    metric: str
+    direction: str = "maximize"
+    value: str = "last"  # of the metric over the evaluations of a run; or "best"
+    pruner: optuna.pruners.BasePruner = dataclasses.field(default_factory=optuna.pruners.NopPruner)
+    definition: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """How an experiment is carried out."""
+
+    workers: int = 1  # processes on this machine; 0: only results
+    storage: str | None = None  # SQLAlchemy URL; None: study.db in the experiment's folder
+    heartbeat: int = 30  # seconds; a worker silent for four times as long is taken for dead
+    poll: float = 1.0  # seconds between looks at a run
+    program: tuple[str, ...] = (sys.executable, "-m", "rest_jax.experiments.child")
+
+
+class _Ended(Exception):
+    """A trial ends without a value: with a reason in the study it has failed, without one it is free for any worker."""
+
+
+def carry_out(experiment: Experiment, engine: Engine) -> optuna.Study:
+    """Works until every trial is done, or until SIGTERM or Ctrl-C; the study as it is then.
+
+    UserError when the database, or a study that was begun differently, forbids it; RunStopped when all workers fail.
+    """
+    gpus = len(_gpus())
+    if gpus and engine.workers and gpus % engine.workers:
+        raise UserError(f"--workers {engine.workers}: CUDA_VISIBLE_DEVICES lists {gpus} GPUs")
+    worker = Worker(experiment, engine)
+    if engine.workers == 1:
+        worker.work()
+    elif engine.workers:
+        spawn = multiprocessing.get_context("spawn").Process
+        words = [(experiment, engine, index) for index in range(engine.workers)]
+        processes = [spawn(target=_work_on_share, args=arguments) for arguments in words]
+        for process in processes:
+            process.start()
+        with handled(worker.stop, signal.SIGTERM, signal.SIGINT):
+            while any(process.is_alive() for process in processes):
+                for process in processes:
+                    process.join(engine.poll)
+                    if worker.stopping:
+                        process.terminate()
+        if not worker.stopping and all(process.exitcode for process in processes):
+            raise RunStopped(f"{experiment.name}: every worker ended with an error")
+    return worker.study
+
+
+class Worker:
+    """One worker: its connection to the study, and whether it was told to stop."""
+
+    def __init__(self, experiment: Experiment, engine: Engine):
+        """Opens the study and enqueues its runs. UserError as of `carry_out`."""
+        self.experiment, self.engine = experiment, engine
+        url = engine.storage or f"sqlite:///{experiment.folder / 'study.db'}"
+        self.storage = storage.open_storage(url, engine.heartbeat)
+        self.study = optuna.create_study(
+            storage=self.storage,
+            study_name=experiment.name,
+            direction=experiment.direction,
+            pruner=experiment.pruner,
+            load_if_exists=True,
+        )
+        self.stopping = self.taken_away = False
+        storage.check_same(self.study, experiment.definition)
+        storage.enqueue(self.study, experiment.runs)
+
+    def stop(self, number: int, _: Any) -> None:
+        """Handles a signal. A second Ctrl-C interrupts."""
+        self.stopping = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def work(self) -> None:
+        """Takes trials until all are done; while others work it waits, since they may die. RunStopped without storage."""
+        try:
+            with handled(self.stop, signal.SIGTERM, signal.SIGINT):
+                while not self.stopping:
+                    storage.retry_lost(self.study)
+                    states = {trial.state for trial in self.study.get_trials(deepcopy=False)}
+                    if TrialState.WAITING in states:
+                        self._take()
+                    elif TrialState.RUNNING in states:
+                        time.sleep(self.engine.poll)
+                    else:
+                        return
+                storage.retry_lost(self.study)
+        except StorageInternalError as error:
+            raise RunStopped(f"{self.experiment.name}: storage: {error.__cause__}") from error
+
+    def _take(self) -> None:
+        self.taken_away = False
+        try:
+            self.study.optimize(self.objective, n_trials=1, catch=(_Ended,))
+        except ValueError:
+            # Optuna cannot end a trial that another worker took for stale and ended.
+            if not self.taken_away:
+                raise
+
+    def objective(self, trial: Trial) -> float:
+        """Trains one run to its end; the value of its metric. _Ended or TrialPruned when there is none."""
+        run = trial.user_attrs.get(storage.RUN, "")
+        try:
+            found = self._train(trial, run)
+        except (_Ended, optuna.TrialPruned) as ended:
+            self._say(run, str(ended))
+            raise
+        except UserError as error:
+            self._say(run, f"failed: {error}")
+            trial.set_user_attr(storage.REASON, str(error))
+            raise _Ended from error
+        except UpdateFinishedTrialError:
+            self._say(run, "another worker has it")
+            self.taken_away = True
+            raise
+        best = max if self.experiment.direction == "maximize" else min
+        value = found[max(found)] if self.experiment.value == "last" else best(found.values())
+        self._say(run, f"complete at step {max(found)}; {self.experiment.metric} {value:.4g}")
+        return value
+
+    def _train(self, trial: Trial, run: str) -> dict[int, float]:
+        """The evaluations of the run, step -> value."""
+        chosen = storage.current(self.study.get_trials(deepcopy=False)).get(run)
+        # Another worker took the trial that was waiting, or enqueued the same one.
+        if chosen is None or chosen.number != trial.number:
+            raise self._reason(trial, "duplicate", _Ended)
+        self.storage.beaten = time.monotonic()
+        trial.set_user_attr(storage.REASON, "")
+        try:
+            job = self.experiment.job(trial, run)
+            config = job.config()
+        except ConfigError as error:
+            # A pruned trial and not a failed one: TPE learns from it.
+            raise self._reason(trial, f"not a config: {error}", optuna.TrialPruned) from error
+        again = "resumes: " if storage.attempts(chosen) > 1 else ""
+        self._say(run, again + " ".join(f"{k}={shown(v)}" for k, v in trial.params.items()))
+        reported = set(chosen.intermediate_values)
+        if not is_finished(config, self.experiment.metric):
+            log = self.experiment.folder / "logs" / f"{run}.log"
+            with _running(
+                [*self.engine.program, job.command, *job.files, *job.overrides], log
+            ) as child:
+                while child.poll() is None:
+                    self._look(trial, config, child, reported)
+                    time.sleep(self.engine.poll)
+            self._check_end(trial, config, child.returncode, log)
+        self._report(trial, config, reported)
+        return evaluations(config, self.experiment.metric)
+
+    def _look(
+        self, trial: Trial, config: Config, child: subprocess.Popen, reported: set[int]
+    ) -> None:
+        """Reports what is new. Raises, which ends the child, when the trial is pruned, is to stop, or is not ours."""
+        if self.stopping:
+            child.terminate()
+            child.wait()
+            trial.set_user_attr(storage.STOPS, trial.user_attrs.get(storage.STOPS, 0) + 1)
+            raise _Ended("stopped and saved; free for any worker")
+        # Before others take the trial for stale. A shorter outage is waited for.
+        if time.monotonic() - self.storage.beaten > 3 * self.engine.heartbeat:
+            raise _Ended("the storage is out of reach; the run is killed")
+        with contextlib.suppress(StorageInternalError):
+            # UpdateFinishedTrialError when another worker took the trial.
+            seconds = trial.user_attrs.get(storage.SECONDS, 0.0) + self.engine.poll
+            trial.set_user_attr(storage.SECONDS, seconds)
+            step = self._report(trial, config, reported)
+            if step is not None and step != config.train.steps and trial.should_prune():
+                child.terminate()
+                child.wait()
+                raise self._reason(trial, f"pruned at step {step}", optuna.TrialPruned)
+
+    def _check_end(self, trial: Trial, config: Config, code: int, log: pathlib.Path) -> None:
+        """Raises _Ended when the child failed, or was stopped before its last step."""
+        found, steps = evaluations(config, self.experiment.metric), config.train.steps
+        early = code == 0 and steps is not None and max(found, default=steps) < steps
+        if code == -signal.SIGTERM or early:
+            raise _Ended("its run was stopped; free for any worker")
+        if code:
+            raise self._reason(trial, how_it_failed(code, log), _Ended)
+        if not found:
+            raise self._reason(trial, f"no {self.experiment.metric} in its metrics", _Ended)
+
+    def _report(self, trial: Trial, config: Config, reported: set[int]) -> int | None:
+        """Reports the evaluations that are new; the step of the last one, None without any."""
+        step = None
+        found = evaluations(config, self.experiment.metric)
+        for step in sorted(found.keys() - reported):
+            trial.report(found[step], step)
+            reported.add(step)
+        return step
+
+    def _reason(self, trial: Trial, reason: str, error: type[Exception]) -> Exception:
+        trial.set_user_attr(storage.REASON, reason)
+        return error(reason)
+
+    def _say(self, run: str, text: str) -> None:
+        print(f"{self.experiment.name} {run}: {text}", flush=True)
+
+
+@contextlib.contextmanager
+def _running(words: Sequence[str], log: pathlib.Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The process of a run, its output appended to `log`; killed if it still runs when the block is left."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # Its input is closed when this process dies. Ctrl-C is ours to pass on, hence a session of its own.
+    with (
+        log.open("ab") as out,
+        subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=out, stderr=out, start_new_session=True
+        ) as process,
+    ):
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def evaluations(config: Config, metric: str) -> dict[int, float]:
+    """step -> value of a held-out metric of a run so far, in order; empty before the first."""
+    path = config.folder / METRICS_FILE
+    lines = read_lines(path) if path.is_file() else []
+    return {line["step"]: line[metric] for line in lines if line.get(metric) is not None}
+
+
+def is_finished(config: Config, metric: str) -> bool:
+    """Whether the run's folder holds the evaluation of its last step. UserError when it is another config's."""
+    path = config.folder / _CONFIG_FILE
+    if path.is_file() and (found := config_lib.differences(config_lib.load([path]), config)):
+        named = "; ".join(f"{d.path}: {d.old!r} there, {d.new!r} now" for d in found)
+        raise UserError(f"{config.folder} holds a run of another config ({named})")
+    return config.train.steps in evaluations(config, metric)
+
+
+def how_it_failed(code: int, log: pathlib.Path) -> str:
+    """Exit code and last words of a process."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines[-200:] if line.startswith("rest-jax: error: ")]
+    last = [*(errors or lines or ["no output"])][-1].removeprefix("rest-jax: error: ")
+    ended = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    return f"{ended}: {last[:300]} (log: {log})"
+
+
+def shown(value: Any) -> str:
+    """A parameter as text: floats with 4 digits, null for None."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def share(devices: Sequence[Any], index: int, count: int) -> list[Any]:
+    """The devices of worker `index` of `count`; all of them where there are fewer than workers."""
+    size = len(devices)
+    own = slice(index * size // count, (index + 1) * size // count)
+    return list(devices if size < count else devices[own])
+
+
+def _gpus() -> list[str]:
+    return [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d.strip()]
+
+
+def _work_on_share(experiment: Experiment, engine: Engine, index: int) -> None:
+    """A worker process of this machine, with CPU cores and GPUs of its own where there are enough of them."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, share(cores, index, engine.workers))
+    if _gpus():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(share(_gpus(), index, engine.workers))
+    try:
+        Worker(experiment, engine).work()
+    except (UserError, RunStopped) as error:
+        sys.exit(f"rest-jax: error: {' '.join(str(error).split())}")

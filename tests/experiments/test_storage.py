@@ -1,0 +1,72 @@
+"""The queue of trials: each run once, whoever enqueues it; lost ones again; storages that cannot be used."""
+
+import optuna
+import pytest
+
+from rest_jax.errors import UserError
+from rest_jax.experiments import storage
+
+FAIL = optuna.trial.TrialState.FAIL
+
+
+@pytest.fixture
+def study(tmp_path) -> optuna.Study:
+    database = storage.open_storage(f"sqlite:///{tmp_path / 'x.db'}", 1)
+    return optuna.create_study(storage=database, study_name="x")
+
+
+def test_runs_enqueued_by_two_workers_at_once_are_done_once(study):
+    for _ in range(2):
+        study.enqueue_trial({}, user_attrs={storage.RUN: "a"})
+    storage.enqueue(study, {"a": {}, "b": {}})
+    assert {run: t.number for run, t in storage.current(study.trials).items()} == {"a": 0, "b": 2}
+
+
+def test_lost_trials_are_retried_so_often(study):
+    """Being told to stop is free; a worker that dies is not."""
+    storage.enqueue(study, {"a": {}})
+    for _ in range(3):
+        trial = study.ask()
+        trial.report(0.5, len(storage.current(study.trials)["a"].intermediate_values))
+        trial.set_user_attr(storage.STOPS, trial.user_attrs.get(storage.STOPS, 0) + 1)
+        study.tell(trial, state=FAIL)
+        storage.retry_lost(study)
+    for _ in range(storage.MAX_LOSSES):
+        study.tell(study.ask(), state=FAIL)
+        assert not storage.given_up(storage.current(study.trials)["a"])
+        storage.retry_lost(study)
+    assert storage.current(study.trials)["a"].intermediate_values == {0: 0.5, 1: 0.5, 2: 0.5}
+    study.tell(study.ask(), state=FAIL)
+    storage.retry_lost(study)
+    assert storage.given_up(storage.current(study.trials)["a"])
+    assert not any(trial.state.name == "WAITING" for trial in study.trials)
+
+
+def test_failed_trials_are_not_retried(study):
+    storage.enqueue(study, {"a": {}})
+    trial = study.ask()
+    trial.set_user_attr(storage.REASON, "exit code 1")
+    study.tell(trial, state=FAIL)
+    storage.retry_lost(study)
+    assert len(study.trials) == 1 and not storage.lost(study.trials[0])
+
+
+def test_all_workers_mean_the_same(study):
+    storage.check_same(study, {"config": {"seed": 0}, "space": {"a": 1}})
+    storage.check_same(study, {"config": {"seed": 0}, "space": {"a": 1}})
+    with pytest.raises(UserError, match=r"begun differently \(config.seed: 0 there, 5 now\)"):
+        storage.check_same(study, {"config": {"seed": 5}, "space": {"a": 1}})
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("mysterydb://x/y", "storage mysterydb://x/y: "),
+        ("study.db", "storage study.db: "),
+        ("postgresql+psycopg://me:secret@localhost:1/x", "storage postgresql+psycopg://me@localhost:1/x: "),
+    ],
+)  # fmt: skip
+def test_a_storage_that_cannot_be_used(url, said):
+    with pytest.raises(UserError) as stop:
+        storage.open_storage(url, 1)
+    assert said in str(stop.value) and "secret" not in str(stop.value)

@@ -1,0 +1,179 @@
+"""Workers over runs without a model: results, pruning, failures, and what is left when workers are killed or stopped."""
+
+import csv
+import os
+import pathlib
+import signal
+import sys
+import time
+from dataclasses import replace
+
+import optuna
+import pytest
+
+from rest_jax.errors import RunStopped, UserError
+from rest_jax.experiments import storage, worker
+from rest_jax.experiments.search import sweep
+from rest_jax.run.metrics import read_lines
+
+FAIL = optuna.trial.TrialState.FAIL
+
+
+def table(folder: pathlib.Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_each_trial_is_an_ordinary_run_and_fails_alone(recipe, write_space, engine, capsys):
+    parameters = {
+        "curriculum.alpha_format": {"choices": [0.1, 0.2]},
+        "curriculum.alpha_think": {"choices": [0.5, 9.0]},
+        "weights.w_max": {"choices": [4.0, 0.05]},
+    }
+    folder = sweep([recipe], [], write_space(parameters=parameters), engine=engine)
+    rows = table(folder)
+    states = [row["state"] for row in rows]
+    assert [states.count(s) for s in ("complete", "failed", "invalid")] == [2, 2, 4]
+    for row in rows:
+        run = folder / row["trial"]
+        if row["state"] == "complete":
+            assert float(row["eval/reward"]) == 8 * float(row["curriculum.alpha_format"])
+            assert read_lines(run / "metrics.jsonl")[-1]["step"] == 8
+        if row["state"] == "invalid":
+            assert "w_min 0.1 is above w_max 0.05" in row["reason"] and not run.exists()
+        if row["state"] == "failed":
+            assert "exit code 1: step 1: not finite (log: " in row["reason"]
+    shown = capsys.readouterr().out
+    assert "best: trial-" in shown
+    assert shown.count("exit code 1: step 1: not finite") == 4  # when it happens, and in the table
+    for name in ("curves", "history", "parallel"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    # Nothing is left to do, and failed trials are not tried again.
+    again = sweep([recipe], [], write_space(parameters=parameters), engine=engine)
+    assert table(again) == rows
+
+
+def test_a_sweep_of_failures_says_so(recipe, write_space, engine):
+    space = write_space(parameters={"curriculum.alpha_think": {"choices": [9.0]}})
+    with pytest.raises(RunStopped, match="all 1 trials failed; the first: exit code 1: step 1"):
+        sweep([recipe], [], space, engine=engine)
+
+
+def test_successive_halving_stops_and_saves(recipe, write_space, engine, steps, monkeypatch):
+    monkeypatch.setenv("FAKE_SECONDS", "0.1")
+    space = write_space(
+        pruner={"successive_halving": {"min_resource": 2, "reduction_factor": 2}},
+        parameters={"curriculum.alpha_format": {"choices": [0.9, 0.1, 0.2, 0.3]}},
+    )
+    folder = sweep([recipe], [], space, engine=engine)
+    rows = {float(row["curriculum.alpha_format"]): row for row in table(folder)}
+    assert rows[0.9]["state"] == "complete"
+    pruned = [row for row in rows.values() if row["state"] == "pruned"]
+    assert pruned and all(row["reason"].startswith("pruned at step ") for row in pruned)
+    for row in pruned:
+        reached = steps(folder / row["trial"])
+        assert 2 <= len(reached) < 8
+        assert int((folder / row["trial"] / "checkpoint.txt").read_text()) == reached[-1]
+
+
+def test_the_value_may_be_the_best_of_a_run(recipe, write_space, engine):
+    folder = sweep([recipe], [], write_space(direction="minimize", value="best"), engine=engine)
+    assert {row["eval/reward"] for row in table(folder)} == {"0.0"}
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_the_trial_of_a_lost_worker_resumes_in_its_folder(
+    recipe, write_space, tmp_path, start, steps, until, how
+):
+    space, folder = write_space(), tmp_path / "runs/some"
+    first, trial = start(recipe, space, 0.15), folder / "trial-0000"
+    until(lambda: len(steps(trial)) >= 5)
+    first.send_signal(how)
+    out, _ = first.communicate(timeout=60)
+    time.sleep(0.3)
+    trained = steps(trial)
+    assert 5 <= len(trained) < 8  # the run ended with its worker
+    if how == signal.SIGTERM:
+        assert first.returncode == 0 and "stopped and saved; free for any worker" in out
+    second = start(recipe, space, 0.0)
+    out, _ = second.communicate(timeout=120)
+    assert second.returncode == 0 and "trial-0000: resumes: " in out, out
+    saved = {signal.SIGKILL: 3, signal.SIGTERM: len(trained)}[how]
+    assert steps(trial) == [*trained, *range(saved + 1, 9)]
+    found = [(row["state"], row["attempts"]) for row in table(folder)]
+    assert found == [("complete", "2"), ("complete", "1"), ("complete", "1")]
+    held = [line["step"] for line in read_lines(trial / "metrics.jsonl") if "eval/reward" in line]
+    assert held == [0, 2, 4, 6, 8]
+
+
+def test_two_workers_share_a_sweep(recipe, write_space, tmp_path, start, steps):
+    choices = [i / 10 for i in range(1, 7)]
+    space = write_space(parameters={"curriculum.alpha_format": {"choices": choices}})
+    process = start(recipe, space, 0.02, workers=2)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0 and out.count("complete at step 8;") == 6, out
+    rows = table(tmp_path / "runs/some")
+    assert sorted(float(row["curriculum.alpha_format"]) for row in rows) == choices
+    assert {(row["state"], row["attempts"]) for row in rows} == {("complete", "1")}
+    for row in rows:
+        assert steps(tmp_path / "runs/some" / row["trial"]) == list(range(1, 9))
+
+
+def test_a_run_stopped_from_outside_is_taken_again(
+    recipe, write_space, tmp_path, start, steps, until, children
+):
+    process, trial = start(recipe, write_space(), 0.1), tmp_path / "runs/some/trial-0000"
+    until(lambda: len(steps(trial)) >= 3)
+    (run,) = children(process.pid)
+    os.kill(run, signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "its run was stopped; free for any worker" in out, out
+    assert steps(trial) == list(range(1, 9))
+
+
+def test_a_worker_whose_trial_was_taken_away_kills_its_run(
+    recipe, write_space, engine, steps, monkeypatch
+):
+    """As when it slept so long that others took it for dead: two runs never train in one folder."""
+    monkeypatch.setenv("FAKE_SECONDS", "0.2")
+    real, begun = worker._running, []
+
+    def taken_by_others(words, log):
+        if not begun:
+            url = f"sqlite:///{log.parents[1] / 'study.db'}"
+            optuna.load_study(study_name="some", storage=url).tell(0, state=FAIL)
+        begun.append(words)
+        return real(words, log)
+
+    monkeypatch.setattr(worker, "_running", taken_by_others)
+    space = write_space(parameters={"curriculum.alpha_format": {"choices": [0.1]}})
+    folder = sweep([recipe], [], space, engine=engine, name="some")
+    (row,) = table(folder)
+    assert (row["state"], row["attempts"], len(begun)) == ("complete", "2", 2)
+    assert steps(folder / "trial-0000") == list(range(1, 9))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_refused_names_its_last_line(recipe, write_space, engine):
+    """The real program of a trial, for a model that does not exist."""
+    real = replace(engine, program=worker.Engine().program)
+    space = write_space(parameters={"curriculum.alpha_format": {"choices": [0.1]}})
+    with pytest.raises(RunStopped, match=r"exit code 2: .*nowhere"):
+        sweep([recipe], [], space, engine=real)
+
+
+def test_devices_are_shared(monkeypatch, recipe, write_space, engine):
+    assert [worker.share([0, 1, 4, 5], i, 2) for i in range(2)] == [[0, 1], [4, 5]]
+    assert [worker.share([0, 1, 2], i, 2) for i in range(2)] == [[0], [1, 2]]
+    assert worker.share([0], 1, 2) == [0]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,4,5")
+    with pytest.raises(UserError, match="--workers 3: CUDA_VISIBLE_DEVICES lists 4 GPUs"):
+        sweep([recipe], [], write_space(), engine=replace(engine, workers=3))
+
+
+def test_last_words_of_a_process(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("step 1\nrest-jax: error: too large\nWARNING: bye\n\n")
+    assert worker.how_it_failed(2, log) == f"exit code 2: too large (log: {log})"
+    log.write_text("")
+    assert worker.how_it_failed(-9, log) == f"killed by signal 9: no output (log: {log})"
