@@ -53,7 +53,6 @@ class DataConfig(Section):
     train_limit: PositiveInt | None = None
     eval_limit: PositiveInt | None = None
     shuffle: bool = True
-    workers: NonNegativeInt = 0  # Grain worker processes
     synthetic_seed: NonNegativeInt = 0
     synthetic_level: Literal["single", "mixed", "reasoned"] = "mixed"
     synthetic_size: PositiveInt = 4096  # training records of a `synthetic:` world

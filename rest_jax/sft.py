@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from rest_jax.config import Config
-from rest_jax.data.loader import Ahead, SupervisedBatch, sft_loader
+from rest_jax.data.loader import TargetBatch, sft_loader
 from rest_jax.data.tokenize import Prepared, load_training, prepare_supervised
 from rest_jax.distributed import activate, check_batch, gather, is_first_process, to_mesh
 from rest_jax.errors import UserError
@@ -68,8 +68,7 @@ def complete(config: Config, dry_run: bool = False) -> Ending:
         return Ending(finished=False, stopped=False)
     with contextlib.closing(open_run(config, policy.files)) as opened, activate(policy.mesh):
         loop = Loop(config, policy, data, held, steps, opened)
-        with contextlib.closing(loop.batches):
-            last = loop.run()
+        last = loop.run()
     # Read when the last checkpoint is whole: until then SIGTERM is caught, and no other one will tell of it.
     return Ending(finished=last == steps, stopped=opened.stop.agreed())
 
@@ -99,15 +98,13 @@ class Loop:
         )
         self.cast = rollout_cast(policy)
         self.evaluator = Evaluator.of(config, policy, held)
-        self.batches = Ahead(
-            sft_loader(
-                data,
-                batch_size=config.sft.batch_size,
-                seed=config.seed,
-                pad_id=policy.tokenizer.pad_id,
-                cfg=config.data,
-                num_steps=steps,
-            )
+        self.batches = sft_loader(
+            data,
+            batch_size=config.sft.batch_size,
+            seed=config.seed,
+            pad_id=policy.tokenizer.pad_id,
+            cfg=config.data,
+            num_steps=steps,
         )
         self.pending: tuple[int, dict[str, jax.Array], GoldBatch, float] | None = None
 
@@ -123,7 +120,7 @@ class Loop:
         step = start
         for step in range(start + 1, self.steps + 1):
             started = time.monotonic()
-            batch, _ = self.batches.take()
+            batch, _ = next(self.batches)
             lengths = gather((batch.prompt_length, batch.response_length))
             gold = to_mesh(self.labelled(batch), self.policy.mesh)
             self.state, metrics = self.train_step(self.state, gold, lengths)
@@ -141,7 +138,7 @@ class Loop:
         report_evaluations(self.opened.folder)
         return step
 
-    def labelled(self, batch: SupervisedBatch) -> GoldBatch:
+    def labelled(self, batch: TargetBatch) -> GoldBatch:
         """Adds the region of every answer token."""
         tokenizer = self.policy.tokenizer
         ids, length = batch.responses[:, 0], batch.response_length[:, 0]

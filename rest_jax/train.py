@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rest_jax.config import Config
-from rest_jax.data.loader import Ahead, make_loader
+from rest_jax.data.loader import make_loader
 from rest_jax.data.tokenize import Prepared, load_training, prepare
 from rest_jax.distributed import activate, check_batch, is_first_process, num_data_shards, to_mesh
 from rest_jax.errors import UserError
@@ -176,15 +176,13 @@ class Loop:
             policy.decoder, self.step_config, policy.mesh, shardings.params
         )
         self.evaluator = Evaluator.of(config, policy, held)
-        self.batches = Ahead(
-            make_loader(
-                train,
-                batch_prompts=r.prompts_per_step,
-                seed=config.seed,
-                pad_id=policy.tokenizer.pad_id,
-                cfg=config.data,
-                num_steps=steps,
-            )
+        self.batches = make_loader(
+            train,
+            batch_prompts=r.prompts_per_step,
+            seed=config.seed,
+            pad_id=policy.tokenizer.pad_id,
+            cfg=config.data,
+            num_steps=steps,
         )
         self.collector = Collector(config, policy, self.batches, steps)
         self.speed = Speed(policy.config, policy.mesh)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from rest_jax.config import Config
-from rest_jax.data.loader import Ahead
+from rest_jax.data.loader import Loader
 from rest_jax.data.records import StepRecord
 from rest_jax.distributed import gather
 from rest_jax.models.load import Policy
@@ -52,7 +52,7 @@ class Experience:
 class Collector:
     """Samples and scores. A resource: it holds the compiled sampler and two threads."""
 
-    def __init__(self, config: Config, policy: Policy, batches: Ahead[PromptBatch], steps: int):
+    def __init__(self, config: Config, policy: Policy, batches: Loader[PromptBatch], steps: int):
         r = config.rollout
         sampling = Sampling(r.temperature, r.top_k, r.top_p)
         self.config, self.policy, self.batches, self.steps = config, policy, batches, steps
@@ -64,7 +64,7 @@ class Collector:
         """The experience of step `step` (from 0), sampled with `params` (rollout layout) and the run's key."""
         begun = time.monotonic()
         with jax.profiler.TraceAnnotation("data"):
-            batch, records = self.batches.take()
+            batch, records = next(self.batches)
         loaded = time.monotonic()
         progress = min(1.0, step / (self.config.reward.progress_steps or self.steps))
         pending: dict[int, concurrent.futures.Future] = {}
@@ -105,9 +105,8 @@ class Collector:
         return scored, scores, time.monotonic() - begun
 
     def close(self) -> None:
-        """Ends the threads."""
+        """Ends the thread."""
         self.pool.shutdown()
-        self.batches.close()
 
 
 def gather_lengths(scored: ScoredBatch) -> BatchLengths:
