@@ -195,7 +195,7 @@ def _add_prepare(parts, commands: Commands) -> None:
     prepare = _add(parts, commands, "prepare", "make training records of other people's data")
     prepare.add_argument("source", help="layout of the files: openai, toolace, xlam, records, ...")
     prepare.add_argument("inputs", nargs="+", metavar="IN", help="JSONL, JSON list or Parquet")
-    prepare.add_argument("out", metavar="OUT", help="OUT.jsonl, .parquet or .array_record")
+    prepare.add_argument("out", metavar="OUT", help="OUT.jsonl or OUT.parquet")
     prepare.add_argument("--seed", type=int, default=0, help="of all that is random (default: 0)")
     for name, what in (
         ("--mask-names", "of records whose tool and parameter names become random words"),
@@ -212,9 +212,6 @@ def _add_prepare(parts, commands: Commands) -> None:
         "--max-tokens", type=_positive, help="longer records (prompt and answer) are dropped"
     )
     prepare.add_argument("--overwrite", action="store_true", help="replace OUT and its side files")
-    prepare.add_argument(
-        "--not-for-training", action="store_true", help="a benchmark may be prepared with this"
-    )
     _add_settings(prepare)
 
 

@@ -143,7 +143,7 @@ def _variance(arguments: argparse.Namespace) -> int:
 
 def _prepare(arguments: argparse.Namespace) -> int:
     from rest_jax import config
-    from rest_jax.data.prepare import pipeline, termination
+    from rest_jax.data.prepare import pipeline
     from rest_jax.data.prepare import settings as prepare_settings
 
     prepare_settings.check_settings(arguments.settings)
@@ -166,13 +166,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
         brief=data.brief_prompt,
         limit=arguments.limit,
         overwrite=arguments.overwrite,
-        not_for_training=arguments.not_for_training,
     )
-    try:
-        with termination.raised_on_sigterm():
-            print(pipeline.run(settings).to_text())
-    except termination.Terminated:
-        return _fail("terminated", 143)
+    print(pipeline.prepare(settings).to_text())
     return 0
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from rest_jax import config as config_lib
 from rest_jax.config import Config
 from rest_jax.data import tokenize as prepare_lib
-from rest_jax.data.convert import iter_records
+from rest_jax.data.files import iter_records
 from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.prepare import summary
 from rest_jax.data.records import StepRecord

@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 from rest_jax.config import Config
-from rest_jax.data.loader import Ahead, SupervisedBatch, sft_loader
+from rest_jax.data.loader import TargetBatch, sft_loader
 from rest_jax.data.tokenize import Prepared, load_training, prepare_supervised
 from rest_jax.distributed import activate, check_batch, gather, is_first_process, to_mesh
 from rest_jax.errors import UserError
@@ -74,47 +74,44 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
     prepare = make_prepare_gold(config.sft, mesh)
     update = make_supervised_update(policy.decoder, tx, config.loss, mesh, shardings)
     advance = make_advance(mesh)
-    batches = Ahead(
-        sft_loader(
-            data,
-            batch_size=config.sft.batch_size,
-            seed=config.seed,
-            pad_id=policy.tokenizer.pad_id,
-            cfg=config.data,
-            num_steps=steps,
-        )
+    batches = sft_loader(
+        data,
+        batch_size=config.sft.batch_size,
+        seed=config.seed,
+        pad_id=policy.tokenizer.pad_id,
+        cfg=config.data,
+        num_steps=steps,
     )
     loop = Loop(run, steps, evaluation(evaluator, rollout_cast(policy)), ("loss", "update/loss"))
-    with contextlib.closing(batches):
-        state, loader_state = loop.resume(state, abstract)
-        if loader_state is not None:
-            batches.set_state(loader_state)
-        for step in loop.steps():
-            rows, _ = batches.take()
-            lengths = gather_lengths(rows)
-            gold = to_mesh(label_regions(rows, policy, config.data.template), mesh)
-            dispatched = time.monotonic()
-            batch = prepare(gold)
-            plan = plan_supervised(lengths, config.train.max_tokens_per_microbatch, mesh)
-            state, totals = update(state, batch, plan)
-            state = dataclasses.replace(state, step=advance(state.step))
-            tokens, prompts = int(lengths.response_length.sum()), int(lengths.prompt_length.sum())
-            host = packing_metrics([plan], len(lengths.prompt_length)) | {
-                "data/epoch": int(rows.row.max()) // data.size + 1,
-                "data/dropped": data.dropped,
-                "update/tokens": tokens,
-                "update/learning_rate": float(rates[step - 1]),
-            }
-            pending = PendingStep(
-                device=([totals],),
-                read=combine_updates,
-                host=host,
-                rates=functools.partial(token_rates, tokens, tokens + prompts),
-                must_be_finite=SUPERVISED_FINITE,
-                batch={f.name: getattr(gold, f.name) for f in dataclasses.fields(gold)},
-                dispatched=dispatched,
-            )
-            loop.end_step(step, pending, state, batches.get_state())
+    state, loader_state = loop.resume(state, abstract)
+    if loader_state is not None:
+        batches.set_state(loader_state)
+    for step in loop.steps():
+        rows, _ = next(batches)
+        lengths = gather_lengths(rows)
+        gold = to_mesh(label_regions(rows, policy, config.data.template), mesh)
+        dispatched = time.monotonic()
+        batch = prepare(gold)
+        plan = plan_supervised(lengths, config.train.max_tokens_per_microbatch, mesh)
+        state, totals = update(state, batch, plan)
+        state = dataclasses.replace(state, step=advance(state.step))
+        tokens, prompts = int(lengths.response_length.sum()), int(lengths.prompt_length.sum())
+        host = packing_metrics([plan], len(lengths.prompt_length)) | {
+            "data/epoch": int(rows.row.max()) // data.size + 1,
+            "data/dropped": data.dropped,
+            "update/tokens": tokens,
+            "update/learning_rate": float(rates[step - 1]),
+        }
+        pending = PendingStep(
+            device=([totals],),
+            read=combine_updates,
+            host=host,
+            rates=functools.partial(token_rates, tokens, tokens + prompts),
+            must_be_finite=SUPERVISED_FINITE,
+            batch={f.name: getattr(gold, f.name) for f in dataclasses.fields(gold)},
+            dispatched=dispatched,
+        )
+        loop.end_step(step, pending, state, batches.get_state())
 
 
 def token_rates(tokens: int, processed: int, update: float, step: float) -> dict[str, float]:
@@ -136,13 +133,13 @@ def total_steps(config: Config, records: int) -> int:
     return steps
 
 
-def gather_lengths(rows: SupervisedBatch) -> BatchLengths:
+def gather_lengths(rows: TargetBatch) -> BatchLengths:
     """Lengths of the batch of all processes."""
     prompts, targets = gather((rows.prompt_length, rows.response_length))
     return BatchLengths(prompts, targets, (rows.prompt.shape[1], rows.responses.shape[2]))
 
 
-def label_regions(rows: SupervisedBatch, policy: Policy, template: str) -> GoldBatch:
+def label_regions(rows: TargetBatch, policy: Policy, template: str) -> GoldBatch:
     """Adds the region of every target token."""
     tokenizer, parse = policy.tokenizer, TEMPLATES[template].parse
     ids = rows.responses[:, 0]

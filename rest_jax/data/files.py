@@ -1,36 +1,46 @@
-"""Reads files of JSON objects piece by piece, so that memory does not grow with the file.
+"""Files of step records: reading them piece by piece, whatever their layout, and writing them.
 
-In: a path of JSONL, a JSON list, Parquet or ArrayRecord; which of them is decided by the first bytes, not by the name. Out: one
-`Item` for each line, list item, row or record, in order. An item that cannot be read carries a fault and reading goes on;
-where the rest of the file cannot be told apart any more (a broken list, a damaged Parquet file), RecordError is raised.
+| file | what it is |
+| --- | --- |
+| `*.jsonl` | our own records, one JSON object a line (`records.to_json`) |
+| `*.parquet` | our own records with nested fields as JSON strings, or an rlla Parquet file (prompt, reward_model, extra_info) |
+| `*.json` | rlla for supervised runs (instruction, input, output), API-Bank (system, user, answer, other), or our own as a list |
+
+The first bytes tell JSONL, a JSON list and Parquet apart, the fields of an item tell its layout; the name does not count.
+Memory does not grow with the file. Every fault is a `RecordError` naming file, line (item, row) and field.
 """
 
 import codecs
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from typing import Any, BinaryIO
 
-from rest_jax.data import array_records
-from rest_jax.data.records import RecordError
+import ijson
+from ijson.common import ObjectBuilder
 
-CHUNK = 2**20  # bytes read at once of a JSON list
+from rest_jax.data.convert import api_bank, rlla
+from rest_jax.data.convert.fields import MAX_DEPTH
+from rest_jax.data.records import RecordError, StepRecord, from_json, to_json
+from rest_jax.files import atomic_write
+
+CHUNK = 2**16  # bytes read at once of a JSON list, and of an overlong line
 MAX_ITEM = 2**26  # bytes of one line or list item
 BATCH = 512  # Parquet rows decoded at once
-NESTED = (
-    "tools",
-    "history",
-    "target",
-    "messages",
-    "extra",
-)  # JSON strings in our own Parquet files
+ROW_GROUP = 4096  # Parquet rows written, and held in memory, at once
+_DEPTH = {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}
+NESTED = ("tools", "history", "target", "messages", "extra")  # JSON strings in our Parquet files
 
-_SPACE = re.compile(r"[ \t\n\r]*").match
-_MARK = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{}]', re.DOTALL).finditer
-_decode = json.JSONDecoder().raw_decode
+# Fields by which data is known that holds several records an item, and so is not read as it is.
+_TO_PREPARE = {
+    "openai": {"messages"},
+    "toolace": {"system", "conversations"},
+    "xlam": {"query", "tools", "answers"},
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,13 +48,75 @@ class Item:
     """One object of a file, or what is wrong with it."""
 
     where: str  # "data FILE: line 3"
-    raw: Any  # with a fault: what was found, as text
+    raw: Any  # with a fault: the text that was read, None where it was not kept
     fault: str | None
     position: int  # bytes of the file read by then, for progress
 
 
+# --- reading records --------------------------------------------------------------------------------------------------
+
+
+def read_records(path: str | pathlib.Path, limit: int | None = None) -> list[StepRecord]:
+    """The records of a file in their order, at most `limit`.
+
+    RecordError for a missing or empty file, an unknown layout or an unreadable record (file, line or row, and field).
+    """
+    records = list(iter_records(path, limit))
+    if not records:
+        raise RecordError(f"data {path}: no records")
+    return records
+
+
+def iter_records(path: str | pathlib.Path, limit: int | None = None) -> Iterator[StepRecord]:
+    """`read_records` one by one; of the records gone by it holds only the ids. An empty file gives none."""
+    path = pathlib.Path(path)
+    seen: dict[str, int] = {}
+    for i, item in enumerate(itertools.islice(read_items(path), limit)):
+        if item.fault is not None:
+            raise RecordError(f"{item.where}: {item.fault}")
+        record = _record(item.raw, item.where, i, path)
+        if (first := seen.setdefault(record.id, i)) != i:
+            raise RecordError(
+                f"data {path}: records {first} and {i} share the id {record.id!r}; ids must differ"
+            )
+        yield record
+
+
+def _record(raw: Any, where: str, index: int, path: pathlib.Path) -> StepRecord:
+    keys = raw.keys() if isinstance(raw, dict) else {}.keys()
+    name = f"{path.stem}-{index}"
+    if keys >= set(rlla.SUPERVISED) or keys >= set(rlla.PARQUET):
+        return rlla.convert(raw, name, where)[0]
+    if keys >= {"system", "user", "answer"}:
+        return api_bank.convert(raw, name, where)[0]
+    if not keys & {"target", "history"}:
+        _refuse_to_prepare(keys, where, path)
+    if keys & {"target", "history", "tools", "messages"} or not isinstance(raw, dict):
+        return from_json(raw, where)
+    raise RecordError(
+        f"{where}: unknown layout with fields {', '.join(map(str, list(keys)[:6])) or 'none'}; known: our own (id, target, ...), "
+        "rlla (instruction, input, output or prompt, reward_model), API-Bank (system, user, answer)"
+    )
+
+
+def _refuse_to_prepare(keys: Set[str], where: str, path: pathlib.Path) -> None:
+    """RecordError when an item with these fields has first to be converted."""
+    for source, fields in _TO_PREPARE.items():
+        if keys >= fields:
+            raise RecordError(
+                f"{where}: looks like {source} data; make records of it first: "
+                f"rest-jax data prepare {source} {path} OUT"
+            )
+
+
+# --- reading items ----------------------------------------------------------------------------------------------------
+
+
 def read_items(path: str | pathlib.Path) -> Iterator[Item]:
-    """The items of a file. RecordError, before the first item, for a path that is no file."""
+    """The items of a file: lines, list items or rows, in order. An item that cannot be read carries a fault and reading
+    continues; RecordError where the rest cannot be told apart (a broken list, a damaged Parquet file), and at once for a path
+    that is no file.
+    """
     path = pathlib.Path(path)
     if not path.is_file():
         what = "is a folder, a file is needed" if path.is_dir() else "no such file"
@@ -52,18 +124,15 @@ def read_items(path: str | pathlib.Path) -> Iterator[Item]:
     with path.open("rb") as file:
         start = file.read(4096)
     if start.startswith(b"PAR1"):
-        return _parquet(path)
-    if start.startswith(array_records.SIGNATURE):
-        return _array_record(path)
-    for ending, kind in ((".parquet", "Parquet"), (array_records.ENDING, "ArrayRecord")):
-        if path.suffix == ending:
-            raise RecordError(f"data {path}: not a {kind} file (its first bytes are not)")
+        return _parquet_rows(path)
+    if path.suffix == ".parquet":
+        raise RecordError(f"data {path}: not a Parquet file (its first bytes are not)")
     if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-        return _json_list(path)
-    return _jsonl(path)
+        return _list_items(path)
+    return _lines(path)
 
 
-def _jsonl(path: pathlib.Path) -> Iterator[Item]:
+def _lines(path: pathlib.Path) -> Iterator[Item]:
     with path.open("rb") as file:
         number, position = 0, 0
         while line := file.readline(MAX_ITEM + 1):
@@ -74,7 +143,7 @@ def _jsonl(path: pathlib.Path) -> Iterator[Item]:
                 start = line[:1000].decode("utf-8", "backslashreplace")
                 yield Item(where, start, f"longer than {MAX_ITEM:,} bytes", position)
             elif line := (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip():
-                yield _item(where, line, position)
+                yield _line_item(where, line, position)
 
 
 def _skip_line(file: BinaryIO, line: bytes) -> int:
@@ -86,7 +155,7 @@ def _skip_line(file: BinaryIO, line: bytes) -> int:
     return skipped
 
 
-def _item(where: str, text: bytes, position: int) -> Item:
+def _line_item(where: str, text: bytes, position: int) -> Item:
     try:
         return Item(where, json.loads(text.decode("utf-8")), None, position)
     except UnicodeDecodeError as error:
@@ -96,114 +165,59 @@ def _item(where: str, text: bytes, position: int) -> Item:
     return Item(where, text.decode("utf-8", "backslashreplace"), fault, position)
 
 
-def _json_list(path: pathlib.Path) -> Iterator[Item]:
-    """The items of a list, decoded one by one from a window on the text that moves along."""
+def _list_items(path: pathlib.Path) -> Iterator[Item]:
+    """The items of a JSON list. Nothing is built of an item that nests deeper than 64."""
+    number, depth, fault, item_start = 0, 0, None, 0
+    builder = ObjectBuilder()
+    for events, error, position in _list_events(path):
+        for event, value in events:
+            depth += _DEPTH.get(event, 0)
+            if depth == 0 or (depth == 1 and event == "start_array"):
+                continue  # the brackets of the list itself
+            if depth > MAX_DEPTH:
+                fault = f"nests deeper than {MAX_DEPTH}"
+            if fault is None:
+                builder.event(event, value)
+            if depth == 1:
+                raw = None if fault else builder.value
+                yield Item(f"data {path}: item {number}", raw, fault, position)
+                number, fault, item_start, builder = number + 1, None, position, ObjectBuilder()
+        if position - item_start > MAX_ITEM:
+            error = f"longer than {MAX_ITEM:,} bytes"
+        if error is not None:
+            raise RecordError(f"data {path}: item {number}: {error}")
+
+
+def _list_events(path: pathlib.Path) -> Iterator[tuple[list[Any], str | None, int]]:
+    """(the parser's events, what is wrong behind them, bytes read by then) for each piece of a JSON file."""
+    events = ijson.sendable_list()
+    parser = ijson.basic_parse_coro(events, use_float=True)
     with path.open("rb") as file:
-        window = _Window(path, file)
-        window.take("[")
-        number = 0
-        while window.peek() != "]":
-            where = f"data {path}: item {number}"
-            if number:
-                window.take(",")
-                window.peek()
-            raw, window.at, fault = _next_value(window, where)
-            yield Item(where, raw, fault, window.position)
-            number += 1
-        window.take("]")
-        if after := window.peek():
-            raise RecordError(f"data {path}: not JSON: {after!r} behind the end of the list")
+        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            file.seek(0)
+        ended = False
+        while not ended:
+            chunk, error = file.read(CHUNK), None
+            ended = not chunk
+            try:
+                parser.close() if ended else parser.send(chunk)
+            except ijson.JSONError as caught:
+                # yajl shows the text on further lines, and says what is not UTF-8 as the text of bytes
+                reason = str(caught).removeprefix("b'").replace("\\n", "\n").partition("\n")[0]
+                error = f"not JSON: {reason:.100}"
+            yield events, error, file.tell()
+            events.clear()
 
 
-def _next_value(window: "_Window", where: str) -> tuple[Any, int, str | None]:
-    """(value, its end in the window, None); of one that nests too deeply for the decoder (its text, its end, the fault).
-
-    RecordError where the end of the value cannot be told.
-    """
-    while True:
-        raw, end, fault = None, None, None
-        try:
-            raw, end = _decode(window.text, window.at)
-        except (ValueError, RecursionError) as error:
-            fault = f"not JSON: {error}"
-            if isinstance(error, RecursionError):
-                end = _closing(window.text, window.at)
-                raw = window.text[window.at : end]
-        # a number near the end of the window may go on behind it: of "1e+5" the "1" can be read alone
-        if end is not None and end + 2 < len(window.text):
-            return raw, end, fault
-        if not window.more():
-            break
-        if len(window.text) > MAX_ITEM:
-            raise RecordError(f"{where}: {fault or f'longer than {MAX_ITEM:,} characters'}")
-    if end is None:
-        raise RecordError(f"{where}: {fault}")
-    return raw, end, fault
-
-
-def _closing(text: str, at: int) -> int | None:
-    """Where the list or object that opens at `at` ends, None if not in this text."""
-    depth = 0
-    for mark in _MARK(text, at):
-        if mark[0] == '"':  # a string that goes on behind the text
-            return None
-        depth += (mark[0] in "[{") - (mark[0] in "]}")
-        if not depth:
-            return mark.end()
-    return None
-
-
-class _Window:
-    """A piece of a text file: `text[at:]` has not been used yet."""
-
-    def __init__(self, path: pathlib.Path, file: BinaryIO):
-        self.path, self.file = path, file
-        self.text, self.at, self.position = "", 0, 0
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._ended = False
-
-    def more(self) -> bool:
-        """Reads on, at least doubling what is not used, so that one long value costs linear time; False at the end."""
-        if self._ended:
-            return False
-        chunk = self.file.read(max(CHUNK, len(self.text) - self.at))
-        self._ended = not chunk
-        pending = len(self._decoder.getstate()[0])
-        try:
-            new = self._decoder.decode(chunk, final=self._ended)
-        except UnicodeDecodeError as error:
-            byte = self.position - pending + error.start
-            raise RecordError(f"data {self.path}: byte {byte} is not UTF-8") from error
-        self.text, self.at = self.text[self.at :] + new, 0
-        self.position += len(chunk)
-        return True
-
-    def peek(self) -> str:
-        """The next character that is not white space, where `at` then stands; "" at the end."""
-        while True:
-            self.at = _SPACE(self.text, self.at).end()  # type: ignore[union-attr]
-            if self.at < len(self.text):
-                return self.text[self.at]
-            if not self.more():
-                return ""
-
-    def take(self, wanted: str) -> None:
-        """Passes the next character, which has to be `wanted`."""
-        if (found := self.peek()) != wanted:
-            what = repr(found) if found else "the end of the file"
-            raise RecordError(f"data {self.path}: not JSON: {wanted!r} is needed, found {what}")
-        self.at += 1
-
-
-def _parquet(path: pathlib.Path) -> Iterator[Item]:
+def _parquet_rows(path: pathlib.Path) -> Iterator[Item]:
     """Rows, a few hundred decoded at once, as plain JSON; the JSON strings of our own nested fields are decoded too."""
     import pyarrow
     import pyarrow.parquet
 
     size = path.stat().st_size
     try:
-        # a buffer and no pre-buffering: pages are read one by one, not a whole row group
-        with pyarrow.parquet.ParquetFile(path, buffer_size=CHUNK, pre_buffer=False) as file:
+        # pages are read one by one, not a whole row group: a small buffer, no pre-buffering
+        with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
             total, number = file.metadata.num_rows, 0
             for batch in file.iter_batches(BATCH, use_threads=False):
                 for raw in batch.to_pylist():
@@ -243,7 +257,97 @@ def _own_row(where: str, raw: dict[str, Any], position: int) -> Item:
     return Item(where, raw, None, position)
 
 
-def _array_record(path: pathlib.Path) -> Iterator[Item]:
-    size = path.stat().st_size
-    for number, (total, line) in enumerate(array_records.read(path)):
-        yield _item(f"data {path}: record {number}", line, size * (number + 1) // total)
+# --- writing records --------------------------------------------------------------------------------------------------
+
+
+def write_records(path: str | pathlib.Path, records: Sequence[StepRecord]) -> None:
+    """Writes .jsonl or .parquet by the name's ending, atomically; missing folders are made.
+
+    RecordError as for `check_path` and `to_line`.
+    """
+    path = pathlib.Path(path)
+    check_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial, contextlib.closing(WRITERS[path.suffix](partial)) as writer:
+        for record in records:
+            writer.write(record)
+
+
+def check_path(path: pathlib.Path) -> None:
+    """RecordError for an ending that is not written, or a folder."""
+    if path.suffix not in WRITERS:
+        known = " or ".join(WRITERS)
+        raise RecordError(
+            f"data {path}: records are written as {known}, not {path.suffix or 'without ending'}"
+        )
+    if path.is_dir():
+        raise RecordError(f"data {path}: is a folder, the name of a file is needed")
+
+
+def to_line(record: StepRecord) -> bytes:
+    """The record as one line of JSON. RecordError for what JSON or UTF-8 cannot say."""
+    return _json(to_json(record), record)
+
+
+class JsonlWriter:
+    """Writes records one a line. A resource: `close` at the end."""
+
+    def __init__(self, path: pathlib.Path):
+        self._file = path.open("wb")
+
+    def write(self, record: StepRecord) -> None:
+        """Appends a record; RecordError as for `to_line`."""
+        self._file.write(to_line(record) + b"\n")
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class ParquetWriter:
+    """Writes records as rows: version (int32), id and source (text), nested fields as JSON strings or null, so that one schema
+    fits every source. A resource: the file is readable after `close`.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        import pyarrow
+        import pyarrow.parquet
+
+        texts = [(name, pyarrow.string()) for name in ("id", "source", *NESTED)]
+        self._schema = pyarrow.schema([("version", pyarrow.int32()), *texts])
+        self._file = pyarrow.parquet.ParquetWriter(path, self._schema)
+        self._rows: list[dict[str, Any]] = []
+
+    def write(self, record: StepRecord) -> None:
+        """Appends a record; RecordError as for `to_line`."""
+        raw = to_json(record)
+        nested = {field: _json(raw[field], record) for field in NESTED if field in raw}
+        self._rows.append({field: raw[field] for field in ("version", "id", "source")} | nested)
+        if len(self._rows) == ROW_GROUP:
+            self._flush()
+
+    def close(self) -> None:
+        """Writes the rows that are left and closes the file."""
+        if self._rows:
+            self._flush()
+        self._file.close()
+
+    def _flush(self) -> None:
+        import pyarrow
+
+        self._file.write_table(pyarrow.Table.from_pylist(self._rows, schema=self._schema))
+        self._rows.clear()
+
+
+WRITERS = {".jsonl": JsonlWriter, ".parquet": ParquetWriter}
+
+
+def _json(value: Any, record: StepRecord) -> bytes:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(
+            f"record {record.id!r}: half a character ({error.object[error.start]!a}), which no UTF-8 text can hold"
+        ) from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RecordError(f"record {record.id!r}: not a JSON value: {error}") from error

@@ -1,11 +1,10 @@
-"""Grain loaders: batches of prompts (or prompts and answers) in a seeded order that resumes exactly where it stopped.
+"""Grain loaders: batches of prompts (or prompts and targets) in a seeded order that resumes exactly where it stopped.
 
 Order: shuffled by the seed, differently in every epoch; an epoch's last incomplete batch is dropped. Batches are global: with
 several processes each takes its own contiguous part, so the number of processes never changes what a step sees.
 Row ids: `row = epoch * size + index in the data`, so that sampling keys differ between epochs and between prompts.
 """
 
-import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
@@ -27,8 +26,8 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class SupervisedBatch:
-    """Prompts with one answer each, in the layout of a prompt group of one. numpy int32, right-padded."""
+class TargetBatch:
+    """Prompts with one tokenised target each, in the layout of a prompt group of one. numpy int32, right-padded."""
 
     prompt: np.ndarray  # [P, Tp]
     prompt_length: np.ndarray  # [P]
@@ -38,7 +37,10 @@ class SupervisedBatch:
 
 
 class Loader(Generic[T]):
-    """Iterator of (batch, its records) whose position can be saved and restored."""
+    """Iterator of (batch, its records) whose position can be saved and restored.
+
+    `assemble(index, row)` makes the batch of this process's data indices and row ids.
+    """
 
     def __init__(
         self,
@@ -50,21 +52,31 @@ class Loader(Generic[T]):
         num_steps: int | None,
         cfg: DataConfig,
     ):
-        self.batches_per_epoch = _batches_per_epoch(prepared.size, batch)
-        self._records = prepared.records
-        self._assemble = assemble
-        self._identity = {"records": prepared.size, "batch": batch, "seed": seed}
-        self._size = prepared.size
+        size, processes, here = prepared.size, jax.process_count(), jax.process_index()
+        if batch % processes:
+            raise UserError(
+                f"a batch of {batch} prompts cannot be divided over {processes} processes"
+            )
+        if size < batch:
+            raise UserError(
+                f"the data has {size} usable records, fewer than one batch of {batch}; use a smaller batch"
+            )
+        self.batches_per_epoch = size // batch
+        self._records, self._size, self._assemble = prepared.records, size, assemble
+        self._identity = {"records": size, "batch": batch, "seed": seed}
+        part = batch // processes
+        self._part = slice(here * part, (here + 1) * part)
         if num_steps is not None:
-            _check_rows(prepared.size, -(-num_steps // self.batches_per_epoch))
-        self._iterator = iter(_index_batches(prepared.size, batch, seed, num_steps, cfg))
+            _check_rows(size, -(-num_steps // self.batches_per_epoch))
+        self._iterator = iter(_index_batches(size, batch, seed, num_steps, cfg.shuffle))
 
     def __iter__(self) -> Iterator[tuple[T, list[StepRecord]]]:
         return self
 
     def __next__(self) -> tuple[T, list[StepRecord]]:
         """StopIteration after `num_steps` batches; never when that is None."""
-        step, index = next(self._iterator)
+        step, indices = next(self._iterator)
+        index = np.asarray(indices[self._part], np.int64)
         epoch = int(step) // self.batches_per_epoch
         _check_rows(self._size, epoch + 1)
         row = (epoch * self._size + index).astype(np.int32)
@@ -82,50 +94,6 @@ class Loader(Generic[T]):
                     f"loader state: saved with {key} {state.get(key)}, this run has {key} {here}"
                 )
         self._iterator.set_state(state["grain"])
-
-
-class Ahead(Generic[T]):
-    """A loader whose next batch is made in the background while the last one is used.
-
-    Its state is that of the batches handed out, not of those made.
-    """
-
-    def __init__(self, loader: Loader[T]):
-        self._loader = loader
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, "loader")
-        self._next: concurrent.futures.Future | None = None
-        self._state = loader.get_state()
-
-    def take(self) -> tuple[T, list[StepRecord]]:
-        """The next batch; StopIteration when there is none."""
-        made = (self._next or self._pool.submit(self._make)).result()
-        if made is None:
-            raise StopIteration
-        batch, records, self._state = made
-        self._next = self._pool.submit(self._make)
-        return batch, records
-
-    def get_state(self) -> dict[str, Any]:
-        """See `Loader.get_state`."""
-        return self._state
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """See `Loader.set_state`; drops what was made ahead."""
-        if self._next is not None:
-            self._next.result()
-        self._loader.set_state(state)
-        self._next, self._state = None, state
-
-    def close(self) -> None:
-        """Ends the thread."""
-        self._pool.shutdown()
-
-    def _make(self) -> tuple[T, list[StepRecord], dict[str, Any]] | None:
-        try:
-            batch, records = next(self._loader)
-        except StopIteration:
-            return None
-        return batch, records, self._loader.get_state()
 
 
 def make_loader(
@@ -159,14 +127,14 @@ def sft_loader(
     pad_id: int,
     cfg: DataConfig,
     num_steps: int | None = None,
-) -> Loader[SupervisedBatch]:
-    """Loader of `SupervisedBatch`es over what `prepare_supervised` made; otherwise as `make_loader`."""
-    prompt_width, answer_width = bucketed(prepared.prompts), bucketed(prepared.answers)
+) -> Loader[TargetBatch]:
+    """Loader of `TargetBatch`es over what `prepare_supervised` made; otherwise as `make_loader`."""
+    prompt_width, target_width = bucketed(prepared.prompts), bucketed(prepared.targets)
 
-    def assemble(index: np.ndarray, row: np.ndarray) -> SupervisedBatch:
+    def assemble(index: np.ndarray, row: np.ndarray) -> TargetBatch:
         prompt, prompt_length = pad([prepared.prompts[i] for i in index], prompt_width, pad_id)
-        answer, answer_length = pad([prepared.answers[i] for i in index], answer_width, pad_id)
-        return SupervisedBatch(prompt, prompt_length, answer[:, None], answer_length[:, None], row)
+        target, target_length = pad([prepared.targets[i] for i in index], target_width, pad_id)
+        return TargetBatch(prompt, prompt_length, target[:, None], target_length[:, None], row)
 
     return Loader(prepared, assemble, batch=batch_size, seed=seed, num_steps=num_steps, cfg=cfg)
 
@@ -184,41 +152,21 @@ def pad(sequences: list[np.ndarray], width: int, pad_id: int) -> tuple[np.ndarra
     return tokens, np.fromiter(map(len, sequences), np.int32, len(sequences))
 
 
-def _index_batches(size: int, batch: int, seed: int, num_steps: int | None, cfg: DataConfig) -> Any:
-    """Grain data set of (step, data indices of this process's part of the step's batch)."""
-    processes, here = jax.process_count(), jax.process_index()
-    if batch % processes:
-        raise UserError(f"a batch of {batch} prompts cannot be divided over {processes} processes")
-    part = batch // processes
+def _index_batches(size: int, batch: int, seed: int, num_steps: int | None, shuffle: bool) -> Any:
+    """Grain data set of (step, data indices of the step's global batch)."""
     indices = grain.MapDataset.range(size).seed(seed)
-    if cfg.shuffle:
+    if shuffle:
         indices = indices.shuffle()
     batches = indices.batch(batch, drop_remainder=True).repeat()  # repeat reseeds the shuffle
-    batches = batches.map_with_index(_Part(here * part, part))
+    batches = batches.map_with_index(_with_step)
     if num_steps is not None:
         batches = batches.slice(slice(num_steps))
     # tokens are ready: indices are all Grain handles, so reading ahead with threads would only cost time
-    steps = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    return steps
+    return batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """This process's rows of a global batch (a class, so that Grain workers can pickle it)."""
-
-    start: int
-    count: int
-
-    def __call__(self, step: int, indices: np.ndarray) -> tuple[int, np.ndarray]:
-        return step, np.asarray(indices[self.start : self.start + self.count], np.int64)
-
-
-def _batches_per_epoch(size: int, batch: int) -> int:
-    if size < batch:
-        raise UserError(
-            f"the data has {size} usable records, fewer than one batch of {batch}; use a smaller batch"
-        )
-    return size // batch
+def _with_step(step: int, indices: np.ndarray) -> tuple[int, np.ndarray]:
+    return step, indices
 
 
 def _check_rows(size: int, epochs: int) -> None:

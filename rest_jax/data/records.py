@@ -1,8 +1,8 @@
 """The step record: one assistant turn to be produced, with everything the policy sees before it.
 
-A dialogue of K assistant turns becomes K records; record k holds the tools, the history up to turn k and turn k's own
-answer (`data.dialogue.decompose`). `from_json` / `to_json` convert to and from plain JSON objects;
-`data.sources` reads and writes files of them. Every fault is a `RecordError` naming the record and the field.
+A dialogue of K assistant turns becomes K records; record k holds the tools, the history up to turn k and turn k's own calls
+and response as the target (`data.convert.dialogue`). `from_json` / `to_json` convert to and from plain JSON objects;
+`data.files` reads and writes files of them. Every fault is a `RecordError` naming the record and the field.
 """
 
 import dataclasses
@@ -28,20 +28,16 @@ class StepRecord:
     """One training or evaluation instance."""
 
     id: str
-    source: str  # where it comes from: a data set's name
-    tools: tuple[
-        dict[str, Any], ...
-    ]  # {"name", "description", "parameters": JSON schema or flat ToolRL form}
-    history: tuple[
-        dict[str, Any], ...
-    ]  # {"role", "content", optional "calls": [{"name", "arguments"}], "think"}
+    source: str  # the name of the data set it comes from
+    # {"name", "description", "parameters": JSON schema or flat ToolRL form}
+    tools: tuple[dict[str, Any], ...]
+    # {"role", "content", optional "calls": [{"name", "arguments"}], "think"}
+    history: tuple[dict[str, Any], ...]
     target: Target
-    messages: tuple[dict[str, str], ...] | None = (
-        None  # the prompt verbatim, where the source has it in a form that tools and history do not give again
-    )
-    extra: dict[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # what the source says besides, for the way back to it; never seen by a policy
+    # the prompt verbatim, where the source has it in a form that tools and history do not give again
+    messages: tuple[dict[str, str], ...] | None = None
+    # what else is known of it; never seen by a policy
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def prompt_messages(self, template: Template, brief: bool = False) -> list[dict[str, str]]:
         """The chat messages of the prompt: `messages` as they are, or tools and history through the template.
@@ -57,16 +53,11 @@ class StepRecord:
 
 def from_json(raw: Any, where: str = "record") -> StepRecord:
     """A record from its JSON object. `where` (file and line) opens the message of the RecordError raised on any fault."""
-    if not isinstance(raw, Mapping):
-        raise RecordError(f"{where}: an object is needed, found {type(raw).__name__}")
-    name = raw.get("id")
+    name = mapping(raw, where).get("id")
     where = f"{where}: record {name!r}" if name is not None else where
-    if unknown := [key for key in raw if key not in FIELDS]:
-        raise RecordError(f"{where}: unknown field {unknown[0]!r} (known: {', '.join(FIELDS)})")
+    _check_keys(raw, FIELDS, where)
     _check_version(raw, where)
     messages, extra = raw.get("messages"), raw.get("extra")
-    if extra is not None and not isinstance(extra, Mapping):
-        raise RecordError(f"{where}: extra: an object is needed, found {kind(extra)}")
     return StepRecord(
         id=_text(raw, "id", where),
         source=_text(raw, "source", where, default=""),
@@ -76,7 +67,7 @@ def from_json(raw: Any, where: str = "record") -> StepRecord:
         history=_history(raw, where),
         target=target_from_json(raw.get("target"), f"{where}: target"),
         messages=None if messages is None else _messages(messages, where),
-        extra=dict(extra or {}),
+        extra={} if extra is None else dict(mapping(extra, f"{where}: extra")),
     )
 
 
@@ -106,14 +97,7 @@ def to_json(record: StepRecord) -> dict[str, Any]:
 
 def target_from_json(raw: Any, where: str) -> Target:
     """A gold answer from {"calls": [...], "response", "think", "text"}."""
-    if not isinstance(raw, Mapping):
-        raise RecordError(
-            f"{where}: an object with calls and/or response is needed, found {kind(raw)}"
-        )
-    if unknown := [key for key in raw if key not in ("calls", "response", "think", "text")]:
-        raise RecordError(
-            f"{where}: unknown field {unknown[0]!r} (known: calls, response, think, text)"
-        )
+    _check_keys(mapping(raw, where), ("calls", "response", "think", "text"), where)
     calls = _list(raw, "calls", where)
     return Target(
         calls=tuple(call_from_json(c, f"{where}: calls[{i}]") for i, c in enumerate(calls)),
@@ -125,14 +109,8 @@ def target_from_json(raw: Any, where: str) -> Target:
 
 def call_from_json(raw: Any, where: str) -> Call:
     """A call from {"name", "arguments"} (or "parameters")."""
-    if not isinstance(raw, Mapping):
-        raise RecordError(
-            f"{where}: an object with name and arguments is needed, found {kind(raw)}"
-        )
-    arguments = raw.get("arguments", raw.get("parameters"))
-    if not isinstance(arguments, Mapping):
-        raise RecordError(f"{where}: arguments: an object is needed, found {kind(arguments)}")
-    return Call(_text(raw, "name", where), dict(arguments))
+    arguments = mapping(raw, where).get("arguments", raw.get("parameters"))
+    return Call(_text(raw, "name", where), dict(mapping(arguments, f"{where}: arguments")))
 
 
 def target_from_text(text: str, where: str) -> Target:
@@ -140,14 +118,14 @@ def target_from_text(text: str, where: str) -> Target:
 
     RecordError when a call in it cannot be read, or when it holds neither calls, nor a response, nor a thought.
     """
-    answer = TEMPLATES["toolrl"].parse(text.encode())
-    if answer.broken_calls:
-        raise RecordError(f"{where}: the gold answer has {answer.broken_calls} unreadable call(s)")
-    if not answer.calls and answer.response is None and answer.think is None:
+    gold = TEMPLATES["toolrl"].parse(text.encode())
+    if gold.broken_calls:
+        raise RecordError(f"{where}: the gold answer has {gold.broken_calls} unreadable call(s)")
+    if not gold.calls and gold.response is None and gold.think is None:
         raise RecordError(
             f"{where}: the gold answer has no call, no response and no thought: {text[:60]!r}"
         )
-    return Target(calls=answer.calls, response=answer.response, think=answer.think, text=text)
+    return Target(calls=gold.calls, response=gold.response, think=gold.think, text=text)
 
 
 def text(value: Any, where: str) -> str:
@@ -155,6 +133,23 @@ def text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise RecordError(f"{where}: text is needed, found {kind(value)}")
     return value
+
+
+def mapping(value: Any, where: str) -> Mapping[str, Any]:
+    """The value if it is an object."""
+    if not isinstance(value, Mapping):
+        raise RecordError(f"{where}: an object is needed, found {kind(value)}")
+    return value
+
+
+def kind(value: Any) -> str:
+    """What a value is, for a message."""
+    return "nothing" if value is None else type(value).__name__
+
+
+def _check_keys(raw: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    if unknown := [key for key in raw if key not in known]:
+        raise RecordError(f"{where}: unknown field {unknown[0]!r} (known: {', '.join(known)})")
 
 
 def _check_version(raw: Mapping[str, Any], where: str) -> None:
@@ -167,26 +162,21 @@ def _check_version(raw: Mapping[str, Any], where: str) -> None:
 
 def _history(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
     turns = []
-    for i, turn in enumerate(_list(raw, "history", where)):
+    for i, item in enumerate(_list(raw, "history", where)):
         place = f"{where}: history[{i}]"
-        if not isinstance(turn, Mapping):
-            raise RecordError(
-                f"{place}: an object with role and content is needed, found {kind(turn)}"
-            )
+        turn = dict(mapping(item, place))
         if turn.get("role") not in ROLES:
             raise RecordError(
                 f"{place}: role: {turn.get('role')!r} is not one of {', '.join(ROLES)}"
             )
         calls = [
-            call_from_json(c, f"{place}: calls[{j}]")
+            dataclasses.asdict(call_from_json(c, f"{place}: calls[{j}]"))
             for j, c in enumerate(_list(turn, "calls", place))
         ]
         if _optional_text(turn, "content", place) is None and not calls:
             raise RecordError(f"{place}: neither content nor calls")
         _optional_text(turn, "think", place)
-        turns.append(
-            {**turn, "calls": [dataclasses.asdict(c) for c in calls]} if calls else dict(turn)
-        )
+        turns.append({**turn, "calls": calls} if calls else turn)
     return tuple(turns)
 
 
@@ -205,30 +195,18 @@ def _messages(raw: Any, where: str) -> tuple[dict[str, str], ...]:
 
 def check_tool(raw: Any, where: str) -> dict[str, Any]:
     """The tool if it can be rendered: a name, and parameters in one of the two forms. RecordError names what is wrong."""
-    if not isinstance(raw, Mapping):
-        raise RecordError(
-            f"{where}: an object with name, description, parameters is needed, found {kind(raw)}"
-        )
-    _text(raw, "name", where)
+    _text(mapping(raw, where), "name", where)
     place = f"{where}: parameters"
-    parameters = _object(raw.get("parameters", {}), place)
+    parameters = mapping(raw.get("parameters", {}), place)
     if is_schema(parameters):
         required = parameters.get("required")
         if required is not None and not isinstance(required, (list, tuple)):
             raise RecordError(f"{place}: required: a list is needed, found {kind(required)}")
-        place, parameters = (
-            f"{place}: properties",
-            _object(parameters.get("properties", {}), f"{place}: properties"),
-        )
+        place = f"{place}: properties"
+        parameters = mapping(parameters.get("properties", {}), place)
     for name, described in parameters.items():
-        _object(described, f"{place}: {name}")
+        mapping(described, f"{place}: {name}")
     return dict(raw)
-
-
-def _object(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise RecordError(f"{where}: an object is needed, found {kind(value)}")
-    return value
 
 
 def _text(raw: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
@@ -246,8 +224,3 @@ def _list(raw: Mapping[str, Any], key: str, where: str) -> list[Any]:
     if not isinstance(value, (list, tuple)):
         raise RecordError(f"{where}: {key}: a list is needed, found {kind(value)}")
     return list(value)
-
-
-def kind(value: Any) -> str:
-    """What a value is, for a message."""
-    return "nothing" if value is None else type(value).__name__

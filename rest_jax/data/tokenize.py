@@ -1,7 +1,7 @@
 """From a data spec to token ids: load the records of a split, render their prompts, tokenise everything once.
 
 `load_split` understands the `synthetic:` worlds and paths; `prepare` makes prompts for reinforcement,
-`prepare_supervised` prompts and answers. Records that are too long are dropped and counted, never cut: a cut prompt
+`prepare_supervised` prompts and targets. Records that are too long are dropped and counted, never cut: a cut prompt
 loses its tool list.
 """
 
@@ -12,8 +12,8 @@ import jinja2
 import numpy as np
 
 from rest_jax.config import DataConfig
-from rest_jax.data import convert as sources
 from rest_jax.data.convert import rlla
+from rest_jax.data.files import read_records
 from rest_jax.data.records import RecordError, StepRecord
 from rest_jax.data.synthetic import world as synthetic
 from rest_jax.errors import UserError
@@ -25,11 +25,11 @@ SYNTHETIC_EVAL_SIZE = 256  # records of `synthetic:eval` when no limit is given
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Records that fit, tokenised. `answers` is empty for reinforcement; all lists are in the order of the data."""
+    """Records that fit, tokenised. `targets` is empty for reinforcement; all lists are in the order of the data."""
 
     records: list[StepRecord]
     prompts: list[np.ndarray]  # int32 [T_i]
-    answers: list[np.ndarray]  # int32 [T_i], end-of-turn included
+    targets: list[np.ndarray]  # int32 [T_i], end-of-turn included
     dropped: int  # records that were too long
     limit: int  # tokens a record may have
 
@@ -59,7 +59,7 @@ def load_split(spec: str, cfg: DataConfig, limit: int | None = None) -> list[Ste
     Training worlds have `cfg.synthetic_size` records, `synthetic:eval` has `limit` or 256. UserError for an unknown spec.
     """
     if not is_world(spec):
-        return sources.read_records(spec, limit)
+        return read_records(spec, limit)
     name = spec.partition(":")[2]
     seed, level = cfg.synthetic_seed, cfg.synthetic_level
     size = min(cfg.synthetic_size, limit or cfg.synthetic_size)
@@ -80,10 +80,8 @@ def is_world(spec: str) -> bool:
 
 
 def load_training(cfg: DataConfig) -> list[StepRecord]:
-    """The records of `cfg.train`, at most `cfg.train_limit`. UserError also when one of them is of a benchmark."""
-    records = load_split(cfg.train, cfg, cfg.train_limit)
-    sources.refuse_benchmarks(records, f"data {cfg.train}")
-    return records
+    """The records of `cfg.train`, at most `cfg.train_limit`."""
+    return load_split(cfg.train, cfg, cfg.train_limit)
 
 
 def prepare(
@@ -97,7 +95,7 @@ def prepare(
     return Prepared(
         records=[records[i] for i in fits],
         prompts=[prompts[i] for i in fits],
-        answers=[],
+        targets=[],
         dropped=len(records) - len(fits),
         limit=cfg.max_prompt_tokens,
     )
@@ -110,23 +108,23 @@ def prepare_supervised(
     cfg: DataConfig,
     max_tokens: int,
 ) -> Prepared:
-    """Tokenises prompts and answers; drops records of more than `max_tokens` in all.
+    """Tokenises prompts and targets; drops records of more than `max_tokens` in all.
 
     UserError when nothing is left, or when a record is a row of rlla's Parquet files, which say no thought to imitate.
     """
     if any(map(rlla.is_reward_only, records)):
         raise UserError(
             "data.train: rows of rlla's Parquet files, whose thoughts are placeholders, are no supervised data; "
-            "use rlla_sft.json (supervised.data.train of a base)"
+            "use rlla_sft.json"
         )
     both = [tokenize_supervised(r, tokenizer, template, cfg.brief_prompt) for r in records]
-    totals = [len(prompt) + len(answer) for prompt, answer in both]
+    totals = [len(prompt) + len(target) for prompt, target in both]
     fits = [i for i, total in enumerate(totals) if total <= max_tokens]
     _check_left(fits, len(records), min(totals, default=0), "sft.max_tokens", max_tokens)
     return Prepared(
         records=[records[i] for i in fits],
         prompts=[both[i][0] for i in fits],
-        answers=[both[i][1] for i in fits],
+        targets=[both[i][1] for i in fits],
         dropped=len(records) - len(fits),
         limit=max_tokens,
     )
@@ -135,13 +133,13 @@ def prepare_supervised(
 def tokenize_supervised(
     record: StepRecord, tokenizer: Tokenizer, template: Template, brief: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(prompt ids, answer ids): int32 each; the answer is the gold text followed by the end-of-turn id.
+    """(prompt ids, target ids): int32 each; the target is the gold text followed by the end-of-turn id.
 
     RecordError when the tokenizer's chat template refuses the prompt.
     """
     prompt = _tokenize_prompt(record, tokenizer, template, brief)
-    answer = tokenizer.encode(template.render_answer(record.target))
-    return prompt, np.append(answer, np.int32(tokenizer.end_id)).astype(np.int32)
+    target = tokenizer.encode(template.render_answer(record.target))
+    return prompt, np.append(target, np.int32(tokenizer.end_id)).astype(np.int32)
 
 
 def _tokenize_prompt(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rest_jax.analysis.series import read_series
+from rest_jax.analysis.tables import read_series
 from rest_jax.evaluation.statistics import Estimate, estimate, paired
 from rest_jax.files import atomic_write
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from rest_jax.config import Config
-from rest_jax.data.loader import Ahead, make_loader
+from rest_jax.data.loader import make_loader
 from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import Prepared
 from rest_jax.models.load import Policy
@@ -71,7 +71,7 @@ class Experience:
 
 
 class Collector:
-    """Samples and scores the batches of a run. A resource: it holds the compiled sampler and two threads."""
+    """Samples and scores the batches of a run. A resource: it holds the compiled sampler and a thread."""
 
     def __init__(self, config: Config, policy: Policy, prompts: Prepared, steps: int):
         r = config.rollout
@@ -79,15 +79,13 @@ class Collector:
         sampling = Sampling(r.temperature, r.top_k, r.top_p)
         self.sampler = make_sampler(policy, r, r.group_size, sampling)
         self.template = TEMPLATES[config.data.template]
-        self.batches = Ahead(
-            make_loader(
-                prompts,
-                batch_prompts=r.prompts_per_step,
-                seed=config.seed,
-                pad_id=policy.tokenizer.pad_id,
-                cfg=config.data,
-                num_steps=steps,
-            )
+        self.batches = make_loader(
+            prompts,
+            batch_prompts=r.prompts_per_step,
+            seed=config.seed,
+            pad_id=policy.tokenizer.pad_id,
+            cfg=config.data,
+            num_steps=steps,
         )
         self.pool = concurrent.futures.ThreadPoolExecutor(1, "score")
         self.prefetched: Experience | None = None  # of the next step, under staleness
@@ -116,7 +114,7 @@ class Collector:
     def _sample(self, params: Params, rng: jax.Array, step: int, staleness: int) -> Experience:
         started = time.monotonic()
         with jax.profiler.TraceAnnotation("data"):
-            batch, records = self.batches.take()
+            batch, records = next(self.batches)
         loaded = time.monotonic()
         progress = min(1.0, (step - 1) / (self.config.reward.progress_steps or self.steps))
         pending: dict[int, concurrent.futures.Future] = {}
@@ -159,9 +157,8 @@ class Collector:
         return scored, scores, time.monotonic() - started
 
     def close(self) -> None:
-        """Ends the threads."""
+        """Ends the thread."""
         self.pool.shutdown()
-        self.batches.close()
 
 
 def _join(rollout: RolloutBatch, parts: list[ScoredBatch]) -> ScoredBatch:

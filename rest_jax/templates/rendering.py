@@ -12,7 +12,7 @@ from typing import Any
 
 from rest_jax.tool_calls import Answer, Call, Target
 
-_SCHEMA_TYPES = {
+SCHEMA_TYPES = {
     "str": "string",
     "int": "integer",
     "float": "number",
@@ -109,4 +109,4 @@ def verbatim(target: Target, parse: Callable[[bytes], Answer], key: str) -> str 
 
 def _schema_type(kind: str) -> str:
     word = kind.split(",")[0].split("[")[0].strip().lower()
-    return _SCHEMA_TYPES.get(word, word or "string")
+    return SCHEMA_TYPES.get(word, word or "string")

@@ -1,5 +1,6 @@
-"""Reading piece by piece: what json and pyarrow read whole, for every size of piece; faults with their places."""
+"""Files of records: pieces read as json and pyarrow read all at once, layouts told apart, writing, and the faults a file has."""
 
+import dataclasses
 import datetime
 import decimal
 import json
@@ -10,19 +11,26 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rest_jax.data import array_records
-from rest_jax.data import files as stream
-from rest_jax.data.records import RecordError
+from rest_jax.data import files
+from rest_jax.data.files import read_records, write_records
+from rest_jax.data.records import RecordError, StepRecord
+from rest_jax.data.synthetic import world as synthetic
+from rest_jax.templates import TEMPLATES
+from rest_jax.tool_calls import Call, Target
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(1 - 2**63, 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 )
 
 
 def read(path):
-    items = list(stream.read_items(path))
+    items = list(files.read_items(path))
     positions = [item.position for item in items]
     assert positions == sorted(positions) and all(p <= path.stat().st_size for p in positions)
     return items
@@ -41,7 +49,7 @@ def test_a_list_is_what_json_reads(tmp_path_factory, items, indent, chunk):
     path = tmp_path_factory.mktemp("list") / "x.json"
     path.write_text(json.dumps(items, indent=indent, ensure_ascii=False), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "CHUNK", chunk)
+        patch.setattr(files, "CHUNK", chunk)
         assert values(path) == items
 
 
@@ -55,11 +63,14 @@ def test_lines_are_what_json_reads(tmp_path_factory, items):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[{"a": 1}', "',' is needed, found the end of the file"),
-        ('[{"a": 1} {"b": 2}]', "',' is needed, found '{'"),
-        ('[{"a": 1},]', "item 1: not JSON: Expecting value"),
-        ('[{"a": 1}, {"b": }]', "item 1: not JSON: Expecting value"),
-        ('[{"a": 1}]]', "not JSON: ']' behind the end of the list"),
+        ('[{"a": 1}', "item 1: not JSON: parse error: premature EOF"),
+        ('[{"a": 1} {"b": 2}]', "item 1: not JSON: parse error: after array element"),
+        ('[{"a": 1},]', "item 1: not JSON: parse error: unallowed token"),
+        ('[{"a": 1}, {"b": }]', "item 1: not JSON: parse error: unallowed token"),
+        ('[{"a": 1}]]', "item 1: not JSON: parse error: trailing garbage"),
+        ("[1, NaN]", "item 1: not JSON: lexical error: invalid char in json text"),
+        ("[1e999]", "item 0: not JSON: parse error: numeric .*overflow"),
+        (f"[0, {2**64}]", "item 1: not JSON: parse error: integer overflow"),
         ("[[[[", "item 0: not JSON"),
         ("[" * 100_000, "item 0: not JSON"),
         ("[,", "item 0: not JSON"),
@@ -67,21 +78,23 @@ def test_lines_are_what_json_reads(tmp_path_factory, items):
 )
 @pytest.mark.parametrize("chunk", [1, 2**20])
 def test_a_broken_list_is_refused(tmp_path, monkeypatch, text, message, chunk):
-    monkeypatch.setattr(stream, "CHUNK", chunk)
+    monkeypatch.setattr(files, "CHUNK", chunk)
     path = tmp_path / "x.json"
     path.write_text(text)
     with pytest.raises(RecordError, match=message) as caught:
-        list(stream.read_items(path))
+        list(files.read_items(path))
     assert str(caught.value).startswith(f"data {path}: ")
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 2**20])
-def test_a_list_that_is_not_utf8_names_the_byte(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(stream, "CHUNK", chunk)
+def test_a_list_that_is_not_utf8_names_the_item(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(files, "CHUNK", chunk)
     path = tmp_path / "x.json"
     path.write_bytes('["ä", "'.encode() + b'\xff"]')
-    with pytest.raises(RecordError, match="byte 8 is not UTF-8"):
-        list(stream.read_items(path))
+    message = "item 1: not JSON: lexical error: invalid bytes in UTF8 string"
+    with pytest.raises(RecordError, match=message) as caught:
+        list(files.read_items(path))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_byte_order_mark_is_passed_over(tmp_path):
@@ -105,15 +118,15 @@ def test_broken_lines_carry_a_fault_and_reading_goes_on(tmp_path):
 
 
 def test_lines_and_items_have_a_longest_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(stream, "MAX_ITEM", 100)
-    monkeypatch.setattr(stream, "CHUNK", 16)
+    monkeypatch.setattr(files, "MAX_ITEM", 100)
+    monkeypatch.setattr(files, "CHUNK", 16)
     lines, listed = tmp_path / "lines", tmp_path / "list"
     lines.write_text(json.dumps({"a": "x" * 300}) + '\n{"b": 1}\n')
     long, after = read(lines)
     assert long.fault == "longer than 100 bytes" and after.raw == {"b": 1}
     listed.write_text(json.dumps([{"a": "x" * 300}]))
     with pytest.raises(RecordError, match="item 0"):
-        list(stream.read_items(listed))
+        list(files.read_items(listed))
 
 
 def test_parquet_rows(tmp_path):
@@ -149,52 +162,242 @@ def test_an_item_that_nests_too_deeply_is_passed_over(tmp_path, monkeypatch):
     deep = '{"a]": "}\\"", "b": ' + "[" * 100_000 + "]" * 100_000 + "}"
     path = tmp_path / "x.json"
     path.write_text(f'[{{"n": 0}}, {deep}, {{"n": 2}}, {deep}]')
-    for chunk in (7919, stream.CHUNK):
-        monkeypatch.setattr(stream, "CHUNK", chunk)
+    for chunk in (7919, files.CHUNK):
+        monkeypatch.setattr(files, "CHUNK", chunk)
         items = read(path)
         assert [item.fault is None for item in items] == [True, False, True, False]
-        assert items[2].raw == {"n": 2} and items[1].raw == items[3].raw == deep
-        assert "recursion" in items[1].fault and items[1].where == f"data {path}: item 1"
+        assert items[2].raw == {"n": 2} and items[1].raw is None
+        assert items[1].fault == "nests deeper than 64" and items[1].where == f"data {path}: item 1"
 
 
-def test_array_records(tmp_path):
-    path = tmp_path / "x"
-    writer = array_records.writer(path)
-    for i in range(1300):
-        writer.write(json.dumps({"n": i}).encode() if i != 7 else b"{")
-    writer.close()
-    items = read(path)
-    assert [i for i, item in enumerate(items) if item.fault] == [7]
-    assert [item.raw for item in items[8:]] == [{"n": i} for i in range(8, 1300)]
-    assert items[7].where == f"data {path}: record 7"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(RecordError, match="cut off or damaged"):
-        list(stream.read_items(path))
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"), [("x.parquet", "Parquet"), ("x.array_record", "ArrayRecord")]
-)
-def test_an_ending_that_the_content_denies(tmp_path, name, kind):
-    path = tmp_path / name
+def test_an_ending_that_the_content_denies(tmp_path):
+    path = tmp_path / "x.parquet"
     path.write_text("{}")
-    with pytest.raises(RecordError, match=f"not a {kind} file"):
-        stream.read_items(path)
-
-
-def test_no_array_record_package(tmp_path, monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "array_record.python", None)
-    path = tmp_path / "x"
-    path.write_bytes(array_records.SIGNATURE)
-    with pytest.raises(ValueError, match="pip install array-record"):
-        list(stream.read_items(path))
+    with pytest.raises(RecordError, match="not a Parquet file"):
+        files.read_items(path)
 
 
 def test_no_file(tmp_path):
     with pytest.raises(RecordError, match="is a folder"):
-        stream.read_items(tmp_path)
+        files.read_items(tmp_path)
     with pytest.raises(RecordError, match="no such file"):
-        stream.read_items(tmp_path / "none")
+        files.read_items(tmp_path / "none")
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_write_and_read(tmp_path, ending):
+    records = synthetic.world("train", 0, 50)
+    path = tmp_path / "new" / f"records.{ending}"
+    write_records(path, records)
+    assert read_records(path) == records
+    assert read_records(path, limit=7) == records[:7]
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_version_and_extra_are_in_the_file(tmp_path, ending):
+    record = synthetic.world("train", 0, 1)[0]
+    record = dataclasses.replace(record, extra={"page": 3})
+    path = tmp_path / f"r.{ending}"
+    write_records(path, [record])
+    assert read_records(path) == [record]
+    if ending == "parquet":
+        table = pyarrow.parquet.read_table(path)
+        assert table["version"].to_pylist() == [1]
+        place = table.schema.get_field_index("version")
+        newer = pyarrow.array([2], pyarrow.int32())
+        pyarrow.parquet.write_table(table.set_column(place, "version", newer), path)
+    else:
+        text = path.read_text()
+        assert '"version": 1' in text
+        path.write_text(text.replace('"version": 1', '"version": 2'))
+    with pytest.raises(RecordError, match="version: 2 is not known here, 1 is the newest"):
+        read_records(path)
+
+
+def test_rlla_and_its_gold_answers_survive_our_own_files(tmp_path, data_dir):
+    records = read_records(data_dir / "rlla" / "rlla_sft.json", limit=20)
+    for ending in ("jsonl", "parquet"):
+        write_records(tmp_path / f"r.{ending}", records)
+        assert read_records(tmp_path / f"r.{ending}") == records
+
+
+def test_rlla_supervised(data_dir):
+    path = data_dir / "rlla" / "rlla_sft.json"
+    records, raw = read_records(path), json.loads(path.read_text())
+    assert len(records) == len(raw) == 400
+    for record, item in zip(records, raw, strict=True):
+        assert record.target.text == item["output"]
+        prompt = record.prompt_messages(TEMPLATES["toolrl"])
+        assert [m["content"] for m in prompt] == [item["instruction"], item["input"]]
+        assert record.target.calls == tuple(_calls_by_line(item["output"]))
+        assert (record.target.response is not None) == (
+            "<response>" in item["output"].rpartition("</think>")[2]
+        )
+
+
+def test_rlla_parquet(data_dir):
+    path = data_dir / "rlla" / "test.parquet"
+    records, rows = read_records(path), pyarrow.parquet.read_table(path).to_pylist()
+    assert len(records) == len(rows) == 80
+    for record, row in zip(records, rows, strict=True):
+        gold = row["reward_model"]["ground_truth"]
+        assert record.target.calls == tuple(_calls_by_line(gold))
+        # all 80 thoughts are one of two sentences: no text with them, and no thought, is to be imitated
+        assert record.target.text is None and record.target.think is None
+        assert (record.target.response is not None) == ("<response>" in gold)
+        assert record.prompt_messages(TEMPLATES["toolrl"]) == [
+            {k: m[k] for k in ("role", "content")} for m in row["prompt"]
+        ]
+
+
+def _calls_by_line(text):
+    """The calls of a gold answer, read independently: the JSON lines between the tags."""
+    text = text.rpartition("</think>")[2]  # thoughts may speak of the tags
+    if "<tool_call>" not in text:
+        return
+    for line in text.split("<tool_call>")[1].split("</tool_call>")[0].strip().splitlines():
+        raw = json.loads(line)
+        yield Call(raw["name"], raw["parameters"])
+
+
+@pytest.mark.parametrize(("level", "count"), [(1, 399), (2, 67), (3, 131)])
+def test_api_bank(data_dir, level, count):
+    path = data_dir / "api_bank" / f"level-{level}-api_processed.json"
+    records, raw = read_records(path), json.loads(path.read_text())
+    assert len(records) == len(raw) == count
+    for record, item in zip(records, raw, strict=True):
+        gold = item["answer"] if isinstance(item["answer"], list) else [item["answer"]]
+        assert record.target.calls == tuple(Call(c["name"], c["parameters"]) for c in gold)
+        prompt = record.prompt_messages(TEMPLATES["toolrl"])
+        assert [m["content"] for m in prompt] == [item["system"], item["user"]]
+
+
+def _line(**fields):
+    return json.dumps({"id": "a", "target": {"response": "x"}, **fields})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("r.jsonl", "", "no records"),
+        ("r.jsonl", f"{_line()}\n{{broken\n", "line 2: not JSON"),
+        ("r.jsonl", f"\n{_line(id=3)}\n", "line 2: record 3: id: text is needed, found int"),
+        ("r.jsonl", "[" * 100_000, "not JSON"),
+        ("r.jsonl", f"{_line()}\n{_line()}\n", "records 0 and 1 share the id 'a'"),
+        ("r.jsonl", '{"id": "a", "history": []}', "record 'a': target: an object"),
+        (
+            "r.json",
+            '[{"question": "x", "reply": "y"}]',
+            "item 0: unknown layout with fields question, reply",
+        ),
+        (
+            "r.json",
+            '[{"messages": [], "tools": []}]',
+            "item 0: looks like openai data; make records of it first: rest-jax data prepare openai",
+        ),
+        ("r.jsonl", _line(version=2), "line 1: record 'a': version: 2 is not known here"),
+        ("r.json", "[3]", "item 0: an object is needed, found int"),
+        (
+            "r.json",
+            '[{"instruction": "x", "input": 2, "output": "z"}]',
+            "item 0: input: text is needed, found int",
+        ),
+        (
+            "r.json",
+            '[{"instruction": "x", "input": "y", "output": "z"}]',
+            "item 0: output: .* no call",
+        ),
+        ("r.json", '[{"system": "x", "user": "y", "answer": []}]', "item 0: answer: empty"),
+        (
+            "r.json",
+            '[{"system": "x", "user": "y", "answer": {"name": "f"}}]',
+            r"item 0: answer\[0\]: arguments",
+        ),
+        ("r.parquet", "text", "not a Parquet file"),
+        ("r.parquet", "PAR1 text", "not a readable Parquet file"),
+    ],
+)
+def test_faults_name_the_file_and_the_place(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(RecordError, match=message) as caught:
+        read_records(path)
+    assert str(caught.value).startswith(f"data {path}: ") and "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_not_text(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(b'{"id": "\xff"}')
+    with pytest.raises(RecordError, match="byte 8 is not UTF-8"):
+        read_records(path)
+
+
+def test_missing_and_folder(tmp_path):
+    with pytest.raises(RecordError, match="no such file"):
+        read_records(tmp_path / "none.jsonl")
+    with pytest.raises(RecordError, match="is a folder"):
+        read_records(tmp_path)
+
+
+def test_parquet_row_with_broken_nested_json(tmp_path):
+    path = tmp_path / "r.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"id": ["a"], "target": ["{"]}), path)
+    with pytest.raises(RecordError, match="row 0: target: not JSON"):
+        read_records(path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    records = synthetic.world("train", 0, 3)
+    path = tmp_path / "r.jsonl"
+    write_records(path, records)
+    monkeypatch.setattr("rest_jax.data.files.to_json", lambda record: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_records(path, records[:1])
+    assert read_records(path) == records and len(list(tmp_path.iterdir())) == 1
+
+
+def test_unknown_ending(tmp_path):
+    with pytest.raises(RecordError, match=r"not \.csv"):
+        write_records(tmp_path / "r.csv", [])
+
+
+ENDINGS = (".jsonl", ".parquet")
+
+
+def record(**arguments) -> StepRecord:
+    return StepRecord("a", "", (), (), Target((Call("f", arguments),)))
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_more_than_one_row_group(tmp_path, monkeypatch, ending):
+    monkeypatch.setattr(files, "ROW_GROUP", 16)
+    records = synthetic.world("train", 0, 40)
+    path = tmp_path / f"r{ending}"
+    files.write_records(path, records)
+    assert read_records(path) == records
+    if ending == ".parquet":
+        assert pyarrow.parquet.ParquetFile(path).num_row_groups == 3
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("inf"), "record 'a': not a JSON value"),
+        ("\ud83d", r"record 'a': half a character \('\\ud83d'\)"),
+        (b"x", "record 'a': not a JSON value"),
+    ],
+)
+def test_what_json_cannot_say_is_refused(tmp_path, ending, value, message):
+    with pytest.raises(RecordError, match=message):
+        files.write_records(tmp_path / "new" / f"r{ending}", [record(), record(x=value)])
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_paths_that_cannot_be_written(tmp_path):
+    with pytest.raises(RecordError, match=r"\.jsonl or \.parquet, not \.csv"):
+        files.check_path(tmp_path / "x.csv")
+    (tmp_path / "x.jsonl").mkdir()
+    with pytest.raises(RecordError, match="is a folder"):
+        files.check_path(tmp_path / "x.jsonl")

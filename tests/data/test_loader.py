@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rest_jax.config import DataConfig
-from rest_jax.data.convert import read_records, write_records
+from rest_jax.data.files import read_records, write_records
 from rest_jax.data.loader import bucketed, make_loader, pad, sft_loader
 from rest_jax.data.synthetic import world as synthetic
 from rest_jax.data.synthetic.tiny_tokenizer import train_tokenizer
@@ -89,17 +89,6 @@ def test_resumes_where_it_stopped(prepared, done):
     again = _loader(prepared, num_steps=9)
     again.set_state(state)
     assert _rows(again) == rest and len(rest) == 9 - done
-
-
-def test_resumes_with_workers(prepared):
-    cfg = CFG.model_copy(update={"workers": 1})
-    loader = _loader(prepared, cfg, num_steps=5)
-    assert _rows(loader, 2) == _rows(_loader(prepared), 2)
-    state = json.loads(json.dumps(loader.get_state()))
-    rest = _rows(loader)
-    again = _loader(prepared, cfg, num_steps=5)
-    again.set_state(state)
-    assert _rows(again) == rest and len(rest) == 3
 
 
 @pytest.mark.parametrize(("key", "other"), [("batch", {"batch": 2}), ("seed", {"seed": 9})])
@@ -185,7 +174,7 @@ def test_nothing_fits(tokenizer):
         prepare([], tokenizer, TEMPLATE, CFG)
 
 
-def test_supervised_answers_end_with_the_end_of_turn(tokenizer):
+def test_supervised_targets_end_with_the_end_of_turn(tokenizer):
     record = synthetic.world("train", 0, 1)[0]
     prompt, answer = tokenize_supervised(record, tokenizer, TEMPLATE, brief=True)
     assert answer[-1] == tokenizer.end_id and answer.dtype == prompt.dtype == np.int32
@@ -227,9 +216,7 @@ def test_splits_by_name_and_by_path(tmp_path):
     )
     write_records(tmp_path / "r.jsonl", synthetic.world("eval", 0, 5))
     assert load_split(str(tmp_path / "r.jsonl"), cfg, limit=3) == synthetic.world("eval", 0, 3)
-    path = tmp_path / "r.array_record"
-    write_records(path, synthetic.world("eval", 0, 5))
-    training = DataConfig(train=str(path), train_limit=4)
+    training = DataConfig(train=str(tmp_path / "r.jsonl"), train_limit=4)
     assert load_training(training) == synthetic.world("eval", 0, 4)
     with pytest.raises(ValueError, match="synthetic:test"):
         load_split("synthetic:test", cfg)

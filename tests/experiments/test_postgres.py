@@ -35,7 +35,9 @@ def postgres():
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     data = folder / "data"
-    subprocess.run([tools / "initdb", "-D", data, "-A", "trust", "-U", "rest"], cwd=folder, **options)
+    subprocess.run(
+        [tools / "initdb", "-D", data, "-A", "trust", "-U", "rest"], cwd=folder, **options
+    )
     settings = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
     control = [tools / "pg_ctl", "-D", data, "-w", "-l", folder / "log"]
     subprocess.run([*control, "-o", settings, "start"], cwd=folder, **options)

@@ -1,14 +1,13 @@
-"""Calls written as in ToolACE and BFCL, `[Name(a=1), other(b="x")]`: reading and writing them.
+"""Calls written as in ToolACE and BFCL, `[Name(a=1), other(b="x")]`: text in, calls out.
 
 Names may hold spaces and punctuation, even brackets: a name ends at the first parenthesis after which a keyword or the closing
 parenthesis stands. Values are Python or JSON literals (True and true, None and null), nested to a depth of 32. Nothing is ever
 evaluated; the place of reading only moves forward, so time is linear. Faults are `SyntaxFault`s with the place in the text.
 """
 
-import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 MAX_DEPTH = 32
@@ -72,42 +71,6 @@ def parse(text: str) -> list[dict[str, Any]]:
         reader.separate("]")
     reader.finish()
     return calls
-
-
-def parse_call(text: str) -> dict[str, Any]:
-    """The one call, {"name", "arguments"}, that the text is. SyntaxFault for anything else."""
-    reader = _Reader(text)
-    call = reader.call()
-    reader.finish()
-    return call
-
-
-def render(calls: Iterable[Mapping[str, Any]]) -> str:
-    """A bracketed list of calls, which `parse` reads back."""
-    return f"[{', '.join(map(render_call, calls))}]"
-
-
-def render_call(call: Mapping[str, Any]) -> str:
-    """One call: strings as JSON writes them, True, False and None as Python does."""
-    arguments = ", ".join(f"{key}={literal(value)}" for key, value in call["arguments"].items())
-    return f"{call['name']}({arguments})"
-
-
-def literal(value: Any) -> str:
-    """One value as text."""
-    if isinstance(value, dict):
-        return (
-            "{"
-            + ", ".join(
-                f"{json.dumps(k, ensure_ascii=False)}: {literal(v)}" for k, v in value.items()
-            )
-            + "}"
-        )
-    if isinstance(value, list):
-        return f"[{', '.join(map(literal, value))}]"
-    if value is None or isinstance(value, bool):
-        return repr(value)
-    return json.dumps(value, ensure_ascii=False)
 
 
 class _Reader:

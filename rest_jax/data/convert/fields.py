@@ -1,20 +1,23 @@
-"""Reading fields of raw items: kinds are checked, JSON in strings is read strictly, faults are `RecordError`s with the place."""
+"""Fields of raw items for the converters: kinds are checked, and JSON in strings is read strictly.
+
+Every function takes a value and `where` (file, item and field) and gives the value back, or raises a `RecordError` that
+opens with `where`.
+"""
 
 import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rest_jax.data.records import RecordError, check_tool, kind, text
+from rest_jax.data.records import RecordError, check_tool, kind, mapping, text
 
 MAX_DEPTH = 64  # of a raw item, and of JSON in a string
 
 
-def mapping(value: Any, where: str) -> Mapping[str, Any]:
-    """The value if it is an object."""
-    if not isinstance(value, Mapping):
-        raise RecordError(f"{where}: an object is needed, found {kind(value)}")
-    return value
+def item(raw: Any, where: str) -> Mapping[str, Any]:
+    """A raw item: an object that nests no deeper than 64."""
+    check_depth(raw, where)
+    return mapping(raw, where)
 
 
 def sequence(value: Any, where: str) -> list[Any]:
@@ -27,11 +30,11 @@ def sequence(value: Any, where: str) -> list[Any]:
 def json_text(value: Any, where: str) -> Any:
     """What a string of JSON says. Keys that come twice, numbers that are not finite and deep nesting are refused."""
     try:
-        found = _DECODER.decode(text(value, where))
+        decoded = _DECODER.decode(text(value, where))
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{where}: not JSON: {error}") from error
-    check_depth(found, where)
-    return found
+    check_depth(decoded, where)
+    return decoded
 
 
 def tool(value: Any, where: str) -> dict[str, Any]:
@@ -68,7 +71,7 @@ def one_of(value: Any, known: Iterable[str], where: str) -> str:
 
 
 def call(value: Any, where: str, key: str = "arguments") -> dict[str, Any]:
-    """A call {"name", `key`} as a turn holds it; nothing else may stand in it."""
+    """A call {"name", `key`} as a turn holds it; it has no other field."""
     raw = mapping(value, where)
     if unknown := [k for k in raw if k not in ("name", key)]:
         raise RecordError(f"{where}: unknown field {unknown[0]!r} (known: name, {key})")

@@ -1,39 +1,39 @@
 """The rlla records of ToolRL: prompts rendered in the toolrl template, gold answers as text.
 
 Two layouts: the JSON list for supervised runs (instruction, input, output) and the Parquet files for reinforcement (prompt,
-reward_model.ground_truth, extra_info). The Parquet ground truth has a placeholder as its thought (one constant sentence or
-another); only its calls and response are rewarded, so the target has them alone and the text is kept in `extra` for the way
-back. The prompt is read into tools and history; on the way back it is rendered again.
+reward_model.ground_truth). The Parquet ground truth has a placeholder as its thought (one constant sentence or another); only
+its calls and response are rewarded, so the target has them alone. The prompt is read back into tools and history by the inverse
+of `templates.toolrl.render_prompt`; `structure` keeps the text too where rendering what was read does not give it again.
+Reading is lenient about spaces, Python literals for JSON and the order of blocks, and linear in the text.
 """
 
+import ast
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rest_jax.data import toolrl_prompt
-from rest_jax.data.convert import remainder
-from rest_jax.data.records import RecordError, StepRecord, target_from_text, text
-from rest_jax.templates import TEMPLATES
+from rest_jax.data.convert import fields
+from rest_jax.data.records import RecordError, StepRecord, check_tool, target_from_text
+from rest_jax.templates import toolrl
 from rest_jax.tool_calls import Target
 
 SUPERVISED = ("instruction", "input", "output")
 PARQUET = ("prompt", "reward_model")
+MAX_LITERAL = 64 * 1024  # characters of one tool's parameters or of one line of calls
+
+_HEADER = re.compile(r"\*{2,3}Dialogue Records History\*\*\n").match
+_OPEN = re.compile(r"(\s*+)<(user|think|tool_call|response|obs)>").match
+_NUMBER = re.compile(r"(\d+)\. ").match
+
+Parsed = tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]
 
 
 def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
     """The record of one item of either layout."""
-    if not isinstance(raw, Mapping):
-        raise RecordError(f"{where}: an object is needed, found {type(raw).__name__}")
-    if raw.keys() >= set(PARQUET):
-        record = _from_parquet(raw, name, where)
-        extra = {"layout": "parquet", "gold": raw["reward_model"]["ground_truth"]}
-        return remainder.keep([record], raw, _to_parquet, where, extra)
-    return remainder.keep([_from_supervised(raw, name, where)], raw, _to_supervised, where)
-
-
-def restore(records: Sequence[StepRecord]) -> dict[str, Any]:
-    """The item that `convert` made a record of."""
-    layout = _to_parquet if is_reward_only(records[-1]) else _to_supervised
-    return remainder.restored(records, layout)
+    item = fields.item(raw, where)
+    from_item = _from_parquet if item.keys() >= set(PARQUET) else _from_supervised
+    return [from_item(item, name, where)]
 
 
 def is_reward_only(record: StepRecord) -> bool:
@@ -41,71 +41,143 @@ def is_reward_only(record: StepRecord) -> bool:
     return record.extra.get("layout") == "parquet"
 
 
-def _from_supervised(raw: Mapping[str, Any], name: str, where: str) -> StepRecord:
-    for field in SUPERVISED:
-        text(raw.get(field), f"{where}: {field}")
-    messages = (
-        {"role": "system", "content": raw["instruction"]},
-        {"role": "user", "content": raw["input"]},
-    )
-    return StepRecord(
-        id=name,
-        source="rlla",
-        target=target_from_text(raw["output"], f"{where}: output"),
-        **toolrl_prompt.structure(messages),
-    )
+def structure(messages: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """The fields of a `StepRecord` that say this prompt: tools and history, and `messages` where those two do not give it
+    again byte for byte (all of it where it cannot be read at all).
+    """
+    kept = tuple({"role": m["role"], "content": m["content"]} for m in messages)
+    parsed = None
+    if [m["role"] for m in kept] == ["system", "user"]:
+        parsed = read_prompt(kept[0]["content"], kept[1]["content"])
+    if parsed is None:
+        return {"tools": (), "history": (), "messages": kept}
+    tools, history = parsed
+    same = toolrl.render_prompt(tools, history) == list(kept)
+    return {"tools": tools, "history": history, "messages": None if same else kept}
 
 
-def _from_parquet(raw: Mapping[str, Any], name: str, where: str) -> StepRecord:
-    prompt, reward = raw["prompt"], raw["reward_model"]
-    if not isinstance(prompt, list) or not prompt:
-        raise RecordError(
-            f"{where}: prompt: a list of messages is needed, found {type(prompt).__name__}"
-        )
+def read_prompt(system: str, user: str) -> Parsed | None:
+    """(tools, history) of a rendered prompt, None where it cannot be read."""
+    start, end = len(toolrl.INTRODUCTION), system.find(toolrl.RULES)
+    header = _HEADER(user)
+    if not system.startswith(toolrl.INTRODUCTION) or end < 0 or header is None:
+        return None
+    rest = system[end + len(toolrl.RULES) :]
+    if rest and not rest.startswith("\n\n"):
+        return None
+    history = [{"role": "system", "content": rest[2:]}] if rest else []
+    try:
+        return _tools(system[start:end]), (*history, *_dialogue(user, header.end()))
+    except (ValueError, SyntaxError, RecursionError, MemoryError, RecordError):
+        return None
+
+
+def _from_supervised(item: Mapping[str, Any], name: str, where: str) -> StepRecord:
+    instruction, user, output = (fields.text(item.get(f), f"{where}: {f}") for f in SUPERVISED)
+    messages = ({"role": "system", "content": instruction}, {"role": "user", "content": user})
+    target = target_from_text(output, f"{where}: output")
+    return StepRecord(id=name, source="rlla", target=target, **structure(messages))
+
+
+def _from_parquet(item: Mapping[str, Any], name: str, where: str) -> StepRecord:
+    prompt, reward = fields.sequence(item["prompt"], f"{where}: prompt"), item["reward_model"]
+    if not prompt:
+        raise RecordError(f"{where}: prompt: empty, at least one message is needed")
     for i, message in enumerate(prompt):
         for field in ("role", "content"):
             value = message.get(field) if isinstance(message, Mapping) else None
-            text(value, f"{where}: prompt[{i}].{field}")
+            fields.text(value, f"{where}: prompt[{i}].{field}")
+    place = f"{where}: reward_model.ground_truth"
     gold = reward.get("ground_truth") if isinstance(reward, Mapping) else None
-    gold = text(gold, f"{where}: reward_model.ground_truth")
-    target = target_from_text(gold, f"{where}: reward_model.ground_truth")
+    target = target_from_text(fields.text(gold, place), place)
     return StepRecord(
         id=name,
-        source=str(raw.get("data_source") or "rlla"),
+        source=str(item.get("data_source") or "rlla"),
         target=Target(target.calls, target.response),
-        **toolrl_prompt.structure(prompt),
+        extra={"layout": "parquet"},
+        **structure(prompt),
     )
 
 
-def _to_supervised(records: Sequence[StepRecord]) -> dict[str, Any]:
-    system, user = _prompt(records[-1])
-    return dict(zip(SUPERVISED, (system["content"], user["content"], _gold(records)), strict=True))
+def _tools(text: str) -> tuple[dict[str, Any], ...]:
+    """Tools from a numbered list; the next item begins at a line with the next number."""
+    tools: list[dict[str, Any]] = []
+    at = 0
+    while at < len(text):
+        number = _NUMBER(text, at)
+        if number is None or int(number[1]) != len(tools) + 1:
+            raise ValueError("no numbered tool")
+        following = text.find(f"\n{len(tools) + 2}. ", at)
+        end = len(text) if following < 0 else following
+        tools.append(_tool(text[number.end() : end]))
+        at = end + 1
+    return tuple(tools)
 
 
-def _to_parquet(records: Sequence[StepRecord]) -> dict[str, Any]:
-    prompt = _prompt(records[-1])
-    raw = {
-        "data_source": records[-1].source,
-        "prompt": [{"content": m["content"], "role": m["role"]} for m in prompt],
-        "ability": "math",
-        "reward_model": {"ground_truth": _gold(records), "style": "rule"},
-    }
-    if len(prompt) == 2:
-        supervised = _to_supervised(records)
-        raw["extra_info"] = {
-            "index": 0,
-            "input": supervised["input"],
-            "instruction": supervised["instruction"],
-            "output": supervised["output"],
-            "split": "train",
-        }
-    return raw
+def _tool(text: str) -> dict[str, Any]:
+    """One tool, "Name: N", "Description: D", "Parameters: P" by the line, or "N: D", "Parameters: P"."""
+    head, found, parameters = text.rpartition("\nParameters: ")
+    if head.startswith("Name: "):
+        name, described, description = head.removeprefix("Name: ").partition("\nDescription: ")
+    else:
+        name, described, description = head.partition(": ")
+    if not (name and described and found):
+        raise ValueError("a tool lacks name, description or parameters")
+    tool = {"name": name, "description": description, "parameters": _object(parameters)}
+    return check_tool(tool, "tool")
 
 
-def _prompt(record: StepRecord) -> list[dict[str, str]]:
-    return record.prompt_messages(TEMPLATES["toolrl"])
+def _object(text: str) -> dict[str, Any]:
+    """A JSON object, or the Python literal of one."""
+    if len(text) > MAX_LITERAL:
+        raise ValueError("too long")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = ast.literal_eval(text)
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value
 
 
-def _gold(records: Sequence[StepRecord]) -> str:
-    kept = records[-1].extra.get("gold")
-    return TEMPLATES["toolrl"].render_answer(records[-1].target) if kept is None else kept
+def _dialogue(text: str, at: int) -> list[dict[str, Any]]:
+    """Turns from blocks. Blocks of one assistant turn stand on lines of their own; an empty line ends the turn."""
+    history: list[dict[str, Any]] = []
+    text = text.rstrip()
+    while at < len(text):
+        opened = _OPEN(text, at)
+        if opened is None:
+            raise ValueError("text outside the blocks")
+        tag, close = opened[2], f"</{opened[2]}>"
+        end = text.find(close, opened.end())
+        if end < 0:
+            raise ValueError("an unclosed block")
+        body, at = text[opened.end() : end], end + len(close)
+        if tag == "user":
+            history.append({"role": "user", "content": _unspaced(body)})
+        elif tag == "obs":
+            history.append({"role": "tool", "content": _unspaced(body)})
+        else:
+            field = {"think": "think", "tool_call": "calls", "response": "content"}[tag]
+            turn: dict[str, Any] = history[-1] if history else {"role": ""}
+            again = turn["role"] != "assistant" or "\n\n" in opened[1] or tag == "think"
+            if again or turn.get(field) is not None:
+                turn = {"role": "assistant", "content": None}
+                history.append(turn)
+            turn[field] = _calls(body) if tag == "tool_call" else _unspaced(body)
+    return history
+
+
+def _calls(body: str) -> list[dict[str, Any]]:
+    calls = []
+    for line in body.strip("\n").split("\n"):
+        call = _object(line)
+        if call.keys() != {"name", "parameters"} or not isinstance(call["parameters"], dict):
+            raise ValueError("not a call")
+        calls.append({"name": call["name"], "arguments": call["parameters"]})
+    return calls
+
+
+def _unspaced(body: str) -> str:
+    """The text without the one space that the template sets on either side."""
+    return body.removeprefix(" ").removesuffix(" ")

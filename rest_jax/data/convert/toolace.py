@@ -6,35 +6,19 @@ calls are to be written, which the template does here; its other sentences (say,
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from rest_jax.data.convert import call_syntax, fields, gorilla, remainder
-from rest_jax.data.prepare.dialogue import Dialogue, compose, decompose
+from rest_jax.data.convert import call_syntax, fields
+from rest_jax.data.convert.dialogue import decompose
 from rest_jax.data.records import RecordError, StepRecord
+from rest_jax.templates.rendering import SCHEMA_TYPES
 
 _ROLES = {
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function"), "tool"),
 }
-# The usual text around the list. A record with another one keeps its own.
-_BEFORE = (
-    "You are an expert in composing functions. You are given a question and a set of possible functions. \n"
-    "Based on the question, you will need to make one or more function/tool calls to achieve the purpose. \n"
-    "If none of the function can be used, point it out. If the given question lacks the parameters required by "
-    "the function,\nalso point it out. You should only return the function call in tools call sections.\n"
-    "Here is a list of functions in JSON format that you can invoke:\n"
-)
-_AFTER = (
-    ". \nShould you decide to return the function call(s). \n"
-    "Put it in the format of [func1(params_name=params_value, params_name2=params_value2...), func2(params)]\n\n"
-    "NO other text MUST be included. \n"
-)
 _INSTRUCTION = re.compile(
     r"composing functions|set of possible functions|function/tool calls|can be used, point it out|lacks the parameters"
     r"|also point it out|tools? call sections|list of functions in json|return the function call|in the format of \["
@@ -43,37 +27,22 @@ _INSTRUCTION = re.compile(
 ).search
 _SENTENCE_END = re.compile(r"(?<=[.!?:])\s+|\n+")
 _list_open = re.compile(r"\[\s*+[{\]]").finditer
-_MAX_LISTS = 4  # places at which the list of tools is looked for
+_MAX_LISTS = 4  # brackets at which the list of tools is looked for
 
 
 def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
     """A record for each assistant turn."""
-    item = fields.mapping(raw, where)
+    item = fields.item(raw, where)
     system = fields.text(item.get("system"), f"{where}: system")
     start, end, listed = _tool_list(system, f"{where}: system")
-    tools = tuple(
-        gorilla.tool_from(t, f"{where}: system: tools[{i}]") for i, t in enumerate(listed)
-    )
+    tools = tuple(_tool(t, f"{where}: system: tools[{i}]") for i, t in enumerate(listed))
     turns = _turns(item.get("conversations"), {t["name"] for t in tools}, where)
-    before, after = system[:start], system[end:]
-    if other := _other_text(before, after):
+    if other := _other_text(system[:start], system[end:]):
         turns.insert(0, {"role": "system", "content": other})
-    records = decompose(Dialogue(name, "toolace", tools, tuple(turns)))
+    records = decompose(name, "toolace", tools, turns)
     if not records:
         raise RecordError(f"{where}: conversations: no assistant turn to learn from")
-    extra: dict[str, Any] = {}
-    if (before, after) != (_BEFORE, _AFTER):
-        extra["around"] = [before, after]
-    if style := remainder.style_of(listed, system[start:end]):
-        extra["style"] = style
-    if edits := remainder.difference(list(map(gorilla.tool_to, tools)), listed):
-        extra["tools"] = edits
-    return remainder.keep(records, raw, _rebuild, where, extra)
-
-
-def restore(records: Sequence[StepRecord]) -> dict[str, Any]:
-    """The item that `convert` made these records of."""
-    return remainder.restored(records, _rebuild)
+    return records
 
 
 def _tool_list(system: str, where: str) -> tuple[int, int, list[Any]]:
@@ -88,6 +57,31 @@ def _tool_list(system: str, where: str) -> tuple[int, int, list[Any]]:
         fields.check_depth(value, where)
         return found.start(), end, value
     raise RecordError(f"{where}: no JSON list of tools")
+
+
+def _tool(value: Any, where: str) -> dict[str, Any]:
+    """A tool whose parameters are a JSON schema with Python's names of types, as JSON schema names them."""
+    tool = {k: v for k, v in fields.mapping(value, where).items() if v is not None}
+    if tool.get("parameters"):
+        parameters = fields.mapping(tool["parameters"], f"{where}: parameters")
+        if "properties" in parameters:
+            parameters = {"type": "dict", **parameters}
+        tool["parameters"] = _schema(parameters)
+    return fields.tool(tool, where)
+
+
+def _schema(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    renamed = dict(value)
+    for key, inner in value.items():
+        if key == "type" and isinstance(inner, str):
+            renamed[key] = SCHEMA_TYPES.get(inner, inner)
+        elif key == "properties" and isinstance(inner, Mapping):
+            renamed[key] = {name: _schema(schema) for name, schema in inner.items()}
+        elif key in ("items", "additionalProperties"):
+            renamed[key] = _schema(inner)
+    return renamed
 
 
 def _turns(value: Any, names: set[str], where: str) -> list[dict[str, Any]]:
@@ -107,7 +101,7 @@ def _turns(value: Any, names: set[str], where: str) -> list[dict[str, Any]]:
 
 def _assistant(said: str, names: set[str], where: str) -> dict[str, Any]:
     if not said.strip():
-        raise RecordError(f"{where}: an empty answer")
+        raise RecordError(f"{where}: an empty turn")
     if not call_syntax.looks_like_calls(said):
         if name := call_syntax.mentions_call(said, names):
             raise RecordError(f"{where}: has a call of {name!r} but is no list of calls")
@@ -126,21 +120,3 @@ def _other_text(before: str, after: str) -> str:
     """The sentences around the list that are no instruction on calls."""
     pieces = [*_SENTENCE_END.split(before), *_SENTENCE_END.split(after)]
     return " ".join(p for p in pieces if p.strip(" .") and not _INSTRUCTION(p)).strip()
-
-
-def _rebuild(records: Sequence[StepRecord]) -> dict[str, Any]:
-    dialogue, extra = compose(records), records[-1].extra
-    before, after = extra.get("around", (_BEFORE, _AFTER))
-    tools = remainder.apply(list(map(gorilla.tool_to, dialogue.tools)), extra.get("tools", []))
-    return {
-        "system": before + remainder.written(tools, extra.get("style", 0)) + after,
-        "conversations": [_message(t) for t in dialogue.turns if t["role"] != "system"],
-    }
-
-
-def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
-    calls = turn.get("calls")
-    return {
-        "from": turn["role"],
-        "value": call_syntax.render(calls) if calls else turn["content"],
-    }

@@ -1,66 +1,55 @@
-"""xLAM function calling: {"query", "tools", "answers"}, the last two as strings of JSON; one question, one action.
+"""xLAM function calling, {"query", "tools", "answers"}, one question and one action; and Hammer's irrelevance data.
 
-Tools come in the flat form that the rlla data has too: {parameter: {"description", "type", "default"}}.
+The lists are strings of JSON, or lists. Tools come in the flat form that the rlla data has too: {parameter: {"description",
+"type", "default"}}. Hammer has the same shape; where it removed the right tool from the list `answers` is empty, and the target
+is a response that says so.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from rest_jax.data.convert import fields, remainder
-from rest_jax.data.prepare.dialogue import Dialogue, compose, decompose
+from rest_jax.data.convert import fields
+from rest_jax.data.convert.dialogue import decompose
 from rest_jax.data.records import RecordError, StepRecord
 
-_USUAL = 1  # of `remainder.written`: letters beyond ASCII are escaped
+NO_CALL = "None of the given tools can do this."
 
 
 def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
-    """The record of one item; at least one answer is needed."""
-    return convert_as("xlam", None, raw, name, where)
-
-
-def restore(records: Sequence[StepRecord]) -> dict[str, Any]:
-    """The item that `convert` made the record of."""
-    return remainder.restored(records, _rebuild)
-
-
-def convert_as(
-    source: str, no_call: str | None, raw: Any, name: str, where: str
-) -> list[StepRecord]:
-    """The record of an item of this shape. Where `answers` is empty the target is the response `no_call`; None refuses that."""
-    item = fields.mapping(raw, where)
-    query = fields.text(item.get("query"), f"{where}: query")
-    listed, tool_style = _json(item, "tools", where)
-    answers, answer_style = _json(item, "answers", where)
-    tools = tuple(fields.tool(t, f"{where}: tools[{i}]") for i, t in enumerate(listed))
-    calls = [fields.call(c, f"{where}: answers[{i}]") for i, c in enumerate(answers)]
-    if not calls and no_call is None:
-        raise RecordError(f"{where}: answers: empty, at least one call is needed")
-    answer = {"role": "assistant", "content": None, "calls": calls}
+    """The record of one item of xLAM; at least one call is needed."""
+    query, tools, calls = _read(raw, where)
     if not calls:
-        answer = {"role": "assistant", "content": no_call}
-    turns = ({"role": "user", "content": query}, answer)
-    styles = {"tools": tool_style, "answers": answer_style}
-    extra = {} if set(styles.values()) == {_USUAL} else {"styles": styles}
-    records = decompose(Dialogue(name, source, tools, turns))
-    return remainder.keep(records, raw, _rebuild, where, extra)
+        raise RecordError(f"{where}: answers: empty, at least one call is needed")
+    return decompose(name, "xlam", tools, (query, _calls_turn(calls)))
 
 
-def _json(item: Mapping[str, Any], field: str, where: str) -> tuple[list[Any], int | None]:
-    """(list, style of its text); the list may also be there as such, which is style None."""
+def convert_hammer(raw: Any, name: str, where: str) -> list[StepRecord]:
+    """The record of one item of Hammer; without calls its target is the response `NO_CALL`."""
+    query, tools, calls = _read(raw, where)
+    turn = _calls_turn(calls) if calls else {"role": "assistant", "content": NO_CALL}
+    return decompose(name, "hammer", tools, (query, turn))
+
+
+def _read(
+    raw: Any, where: str
+) -> tuple[dict[str, Any], tuple[dict[str, Any], ...], list[dict[str, Any]]]:
+    """(user turn, tools, expected calls)."""
+    item = fields.item(raw, where)
+    query = {"role": "user", "content": fields.text(item.get("query"), f"{where}: query")}
+    tools, calls = (_json_list(item, field, where) for field in ("tools", "answers"))
+    return (
+        query,
+        tuple(fields.tool(t, f"{where}: tools[{i}]") for i, t in enumerate(tools)),
+        [fields.call(c, f"{where}: answers[{i}]") for i, c in enumerate(calls)],
+    )
+
+
+def _calls_turn(calls: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"role": "assistant", "content": None, "calls": calls}
+
+
+def _json_list(item: Mapping[str, Any], field: str, where: str) -> list[Any]:
     value, place = item.get(field), f"{where}: {field}"
     if isinstance(value, str):
-        listed = fields.sequence(fields.json_text(value, place), place)
-        style = remainder.style_of(listed, value, _USUAL)
-        return listed, _USUAL if style is None else style
-    return fields.sequence(value, place), None
-
-
-def _rebuild(records: Sequence[StepRecord]) -> dict[str, Any]:
-    dialogue, styles = compose(records), records[-1].extra.get("styles", {})
-    query, answer = dialogue.turns
-    lists = {"answers": answer.get("calls", []), "tools": list(dialogue.tools)}
-    raw: dict[str, Any] = {"query": query["content"]}
-    for field, value in lists.items():
-        style = styles.get(field, _USUAL)
-        raw[field] = value if style is None else remainder.written(value, style)
-    return raw
+        value = fields.json_text(value, place)
+    return fields.sequence(value, place)

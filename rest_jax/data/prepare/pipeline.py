@@ -1,196 +1,160 @@
 """From other people's data to files of step records: `rest-jax data prepare`.
 
 In: files of one source. Out: OUT, with a part held out also OUT's `.eval` twin, `OUT.rejected.jsonl` ({"where", "reason",
-"raw"} of every item that could not be used) and `OUT.summary.json`. Item by item: read, convert, drop duplicates, place by
-tool, take away or mask, count tokens, write. Memory grows by some 200 bytes a record: a hash of its id and one of what it says.
+"raw"} of every item that could not be used) and `OUT.summary.json`. Item by item: read, convert, drop duplicates, split by
+tool, take away or mask, count tokens, write. Memory grows by some 200 bytes a record: a hash of its id and one of its content.
 Everything random depends on the seed and the record's id, never on the order. All files appear at the end, or none.
 """
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import pathlib
 import re
+import signal
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+import tqdm
 
 from rest_jax import config
-from rest_jax.data import files as stream
-from rest_jax.data.convert import Source, refuse_benchmarks
-from rest_jax.data.prepare import seeded, splits, summary, transforms, writers
-from rest_jax.data.prepare.progress import ReadingProgress
+from rest_jax.data import files
+from rest_jax.data.convert import Convert
+from rest_jax.data.convert.xlam import NO_CALL
+from rest_jax.data.prepare import mask, split, summary, transforms
 from rest_jax.data.prepare.settings import Settings, check
 from rest_jax.data.records import RecordError, StepRecord, to_json
 from rest_jax.errors import UserError
+from rest_jax.files import atomic_write
 from rest_jax.models.tokenizer import Tokenizer
-from rest_jax.run.metrics import summary_table
+from rest_jax.run.signals import handled
 from rest_jax.templates import TEMPLATES
 
 MAX_REASONS = 100  # different reasons counted by their own name
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclasses.dataclass
-class Summary:
-    """What became of the items."""
+class _Work:
+    """One preparation while it runs."""
 
     settings: Settings
-    items: int = 0
-    converted: int = 0  # step records
-    rejected: Counter[str] = dataclasses.field(default_factory=Counter)  # items, by reason
-    dropped: Counter[str] = dataclasses.field(default_factory=Counter)  # records, by reason
-    changed: Counter[str] = dataclasses.field(default_factory=Counter)  # records, by what was done
-    unchanged: Counter[str] = dataclasses.field(default_factory=Counter)  # drawn, but not possible
-    parts: dict[str, summary.Tally] = dataclasses.field(default_factory=dict)  # train, eval
-
-    @property
-    def kept(self) -> int:
-        """Records written."""
-        return sum(tally.records for tally in self.parts.values())
-
-    def to_json(self) -> dict[str, Any]:
-        """The content of OUT.summary.json."""
-        settings = dataclasses.asdict(self.settings)
-        del settings["overwrite"]
-        counts = {
-            name: dict(getattr(self, name).most_common())
-            for name in ("rejected", "dropped", "changed", "unchanged")
-        }
-        parts = {name: summary.to_json(tally) for name, tally in self.parts.items()}
-        return {
-            "settings": settings,
-            "items": self.items,
-            "converted": self.converted,
-            **counts,
-            **parts,
-        }
-
-    def to_text(self) -> str:
-        """Tables for the terminal."""
-        rows: list[list[Any]] = [["what", "count"], ["items read", self.items]]
-        rows += _rows("rejected", self.rejected)
-        rows += [["records made of them", self.converted]]
-        rows += _rows("dropped", self.dropped) + _rows("changed", self.changed)
-        rows += _rows("drawn for a change that was not possible", self.unchanged)
-        texts = [summary_table(rows)]
-        for name, tally in self.parts.items():
-            path = self.settings.eval_path if name == "eval" else self.settings.out_path
-            texts.append(f"{name}: {path}\n{summary.to_text(tally)}")
-        return "\n\n".join(texts)
+    convert: Convert
+    count_tokens: summary.TokenCounter | None
+    result: summary.Summary
+    partial: contextlib.ExitStack  # partial files, which appear when it ends well
+    opened: contextlib.ExitStack  # open ones
+    rejected: TextIO | None = None  # made with the first item that is rejected
+    ids: set[int] = dataclasses.field(default_factory=set)  # hashes
+    contents: set[bytes] = dataclasses.field(default_factory=set)  # hashes
+    described: split.Described = dataclasses.field(default_factory=dict)
 
 
-def run(settings: Settings) -> Summary:
-    """Prepares the files. UserError for settings or files that cannot be used, and when no record is left: then nothing is
-    written.
+def prepare(settings: Settings) -> summary.Summary:
+    """Prepares the files. UserError for settings or files that cannot be used, when no record is left, and when the disk is
+    full: then nothing is written. SIGTERM ends the process with code 143 and leaves no half-written file. Main thread only.
     """
-    source = check(settings)
-    counter = _token_counter(settings)
-    out = settings.out_path
-    names = ["train", *(["eval"] if settings.held_out else [])]
-    result = Summary(settings, parts={name: summary.Tally() for name in names})
-    with writers.complete(settings.files) as (rejected, told, evaluation, train):
-        with contextlib.ExitStack() as open_files:
-            parts = {"train": train, "eval": evaluation}
-            write = {
-                name: open_files.enter_context(writers.open_writer(parts[name], out.suffix))
-                for name in names
-            }
-            reject = open_files.enter_context(_rejector(rejected, result))
-            for record, part in _records(settings, source, counter, result, reject):
-                write[part](record)
-        _check_left(result)
-        told.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="ascii")
+    convert, count_tokens = check(settings), _token_counter(settings)
+    parts = {"train": settings.out_path}
+    if settings.held_out:
+        parts["eval"] = settings.eval_path
+    result = summary.Summary(settings, parts={name: summary.Tally() for name in parts})
+    settings.out_path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # OUT is the first partial file, and so the last to appear: where it is, everything is
+        with handled(_terminate, signal.SIGTERM), contextlib.ExitStack() as partial:
+            with contextlib.ExitStack() as opened:
+                work = _Work(settings, convert, count_tokens, result, partial, opened)
+                writers = {name: _open_writer(path, work) for name, path in parts.items()}
+                for record, part in _records(work):
+                    writers[part].write(record)
+            _check_left(result)
+            told = partial.enter_context(atomic_write(settings.summary_path))
+            told.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="ascii")
+            if not settings.held_out:
+                settings.eval_path.unlink(missing_ok=True)
+            if work.rejected is None:
+                settings.rejected_path.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise UserError(
+            f"data {settings.out}: {error.strerror}; make room and start again"
+        ) from error
     return result
 
 
-def _records(
-    settings: Settings,
-    source: Source,
-    counter: summary.TokenCounter | None,
-    result: Summary,
-    reject: Callable[[str, str, Any], None],
-) -> Iterator[tuple[StepRecord, str]]:
-    """(record, its part) of all that stays, counted in `result`."""
-    seen: set[int] = set()  # of ids
-    contents: set[bytes] = set()
-    described: splits.Described = {}
-    for where, name, raw in _items(settings, result, reject):
+def _terminate(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one does not cut the cleaning up short
+    raise SystemExit(128 + number)
+
+
+def _open_writer(path: pathlib.Path, work: _Work) -> Any:
+    partial = work.partial.enter_context(atomic_write(path))
+    return work.opened.enter_context(contextlib.closing(files.WRITERS[path.suffix](partial)))
+
+
+def _records(work: _Work) -> Iterator[tuple[StepRecord, str]]:
+    """(record, its part) of all that stays, counted in `work.result`."""
+    dropped = work.result.dropped
+    for where, name, raw in _items(work):
         try:
-            records = source.convert(raw, name, where)
-            if not settings.not_for_training:
-                refuse_benchmarks(records, where)
+            records = work.convert(raw, name, where)
             for record in records:
-                writers.to_line(record)  # refuses what cannot be written
+                files.to_line(record)  # refuses what cannot be written
         except (RecordError, RecursionError) as error:
-            reject(where, _reason(error, where), raw)
+            _reject(work, where, _reason(error, where), raw)
             continue
         for record in records:
-            result.converted += 1
-            record = _unique(record, result, seen)
+            work.result.converted += 1
+            record = _with_new_id(record, work)
             if transforms.not_offered(record):
-                result.dropped["calls a tool that is not offered"] += 1
-                continue
-            if not settings.keep_duplicates and _is_known(record, contents):
-                result.dropped["duplicate"] += 1
-                continue
-            placed = _place(record, settings, described, result)
-            if placed is None:
-                continue
-            record, part = placed
-            record = _transform(record, part, settings, described, result)
-            try:
-                tokens = None if counter is None else counter(record)
-            except RecordError as error:
-                reason = _reason(error, f"record {record.id!r}")
-                result.dropped[_kind(reason, result.dropped)] += 1
-                continue
-            if tokens and settings.max_tokens and sum(tokens) > settings.max_tokens:
-                result.dropped[f"longer than {settings.max_tokens} tokens"] += 1
-                continue
-            result.parts[part].add(record, tokens)
-            yield record, part
+                dropped["calls a tool that is not offered"] += 1
+            elif not work.settings.keep_duplicates and _is_known(record, work.contents):
+                dropped["duplicate"] += 1
+            elif (placed := _place(record, work)) is not None:
+                record, part = placed
+                record = _transform(record, part, work)
+                if (tokens := _tokens(record, work)) is not None:
+                    work.result.parts[part].add(record, tokens or None)
+                    yield record, part
 
 
-def _items(
-    settings: Settings, result: Summary, reject: Callable[[str, str, Any], None]
-) -> Iterator[tuple[str, str, Any]]:
-    """(where, name, raw) of each readable item of all files, with a progress bar."""
+def _items(work: _Work) -> Iterator[tuple[str, str, Any]]:
+    """(where, name, raw) of each readable item of all files, with a progress bar on stderr."""
+    settings, result = work.settings, work.result
     paths = list(map(pathlib.Path, settings.inputs))
     sizes = [path.stat().st_size for path in paths]
-    with contextlib.closing(ReadingProgress(sum(sizes))) as progress:
+    seconds = 0.1 if sys.stderr.isatty() else 10  # between two lines of it
+    with tqdm.tqdm(total=sum(sizes), unit="B", unit_scale=True, mininterval=seconds) as bar:
         for number, path in enumerate(paths):
-            before = sum(sizes[:number])
-            for index, item in enumerate(stream.read_items(path)):
+            for index, item in enumerate(files.read_items(path)):
                 if settings.limit is not None and result.items >= settings.limit:
                     return
                 result.items += 1
                 if item.fault is not None:
-                    reject(item.where, item.fault, item.raw)
+                    _reject(work, item.where, item.fault, item.raw)
                 else:
                     yield item.where, f"{path.stem}-{index}", item.raw
-                counts = result.items, result.kept, result.rejected.total()
-                progress.update(before + item.position, *counts)
+                if result.items % 256 == 0 or item.position == sizes[number]:
+                    counts = f"{result.kept:,} records, {result.rejected.total():,} items rejected"
+                    bar.set_postfix_str(counts, refresh=False)
+                    bar.update(sum(sizes[:number]) + item.position - bar.n)
 
 
-def _unique(record: StepRecord, result: Summary, seen: set[int]) -> StepRecord:
-    """The record, under a new id where its own has come before (two files may count from zero)."""
-    key = seeded.digest(record.id)
-    if key in seen:
-        result.changed["id given anew, it came twice"] += 1
-        record = dataclasses.replace(record, id=f"{record.id}#{result.converted}")
-        key = seeded.digest(record.id)
-    seen.add(key)
+def _with_new_id(record: StepRecord, work: _Work) -> StepRecord:
+    """The record, under a new id where its own is taken (two files may count from zero)."""
+    key = transforms.digest(record.id)
+    if key in work.ids:
+        work.result.changed["id given anew, it came twice"] += 1
+        record = dataclasses.replace(record, id=f"{record.id}#{work.result.converted}")
+        key = transforms.digest(record.id)
+    work.ids.add(key)
     return record
-
-
-def content_hash(record: StepRecord) -> bytes:
-    """128 bits of what is asked and answered: tools, history (else the verbatim prompt) and target."""
-    raw = to_json(record)
-    target = {key: value for key, value in raw["target"].items() if key != "text"}
-    prompt = raw["history"] or raw.get("messages")
-    text = json.dumps([raw["tools"], prompt, target], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def _is_known(record: StepRecord, contents: set[bytes]) -> bool:
@@ -199,69 +163,81 @@ def _is_known(record: StepRecord, contents: set[bytes]) -> bool:
     return len(contents) == before
 
 
-def _place(
-    record: StepRecord, settings: Settings, described: splits.Described, result: Summary
-) -> tuple[StepRecord, str] | None:
+def content_hash(record: StepRecord) -> bytes:
+    """128 bits of tools, history (else the verbatim prompt) and target."""
+    raw = to_json(record)
+    target = {key: value for key, value in raw["target"].items() if key != "text"}
+    prompt = raw["history"] or raw.get("messages")
+    text = json.dumps([raw["tools"], prompt, target], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _place(record: StepRecord, work: _Work) -> tuple[StepRecord, str] | None:
+    """(record, its part), None where it belongs to none."""
+    settings = work.settings
     if not settings.held_out:
         return record, "train"
-    placed = splits.place(record, settings.held_out, settings.seed, described)
-    if placed.side is None:
-        result.dropped[placed.reason] += 1
+    placed = split.place(record, settings.held_out, settings.seed, work.described)
+    if placed.part is None:
+        work.result.dropped[placed.reason] += 1
         return None
     if placed.removed:
-        result.changed["held-out tools taken from the offer"] += 1
-    return placed.record, placed.side
+        work.result.changed["held-out tools taken from the offer"] += 1
+    return placed.record, placed.part
 
 
-def _transform(
-    record: StepRecord,
-    part: str,
-    settings: Settings,
-    described: splits.Described,
-    result: Summary,
-) -> StepRecord:
+def _transform(record: StepRecord, part: str, work: _Work) -> StepRecord:
     """The record with the right tools taken away and names masked, where it was drawn for that and allows it.
 
     One for evaluation keeps a held-out tool on offer: without any it would measure nothing that is held out.
     """
-    if seeded.draw(settings.seed, "irrelevance", record.id) < settings.irrelevance:
+    settings, result = work.settings, work.result
+    if transforms.draw(settings.seed, "irrelevance", record.id) < settings.irrelevance:
         response = settings.irrelevance_response
-        without = transforms.remove_right_tools(
-            record, transforms.NO_TOOL if response is None else response
-        )
+        without = transforms.remove_right_tools(record, NO_CALL if response is None else response)
         if without is None:
             result.unchanged[f"irrelevance: {transforms.unremovable(record)}"] += 1
-        elif part == "eval" and not splits.offers_held_out(
-            without, settings.held_out, settings.seed, described
+        elif part == "eval" and not split.offers_held_out(
+            without, settings.held_out, settings.seed, work.described
         ):
             result.unchanged["irrelevance: no held-out tool would stay on offer"] += 1
         else:
             result.changed["right tools taken away"] += 1
             record = without
-    if seeded.draw(settings.seed, "masking", record.id) < settings.mask_names:
-        masked = transforms.mask_names(record, settings.seed)
+    if transforms.draw(settings.seed, "masking", record.id) < settings.mask_names:
+        masked = mask.mask_names(record, settings.seed)
         if masked is None:
-            result.unchanged[f"masking: {transforms.unmaskable(record)}"] += 1
+            result.unchanged[f"masking: {mask.unmaskable(record)}"] += 1
         else:
             result.changed["names masked"] += 1
             record = masked
     return record
 
 
-@contextlib.contextmanager
-def _rejector(path: pathlib.Path, result: Summary) -> Iterator[Callable[[str, str, Any], None]]:
-    """A function (where, reason, raw) that counts an item and keeps it in the side file, which is made with the first."""
-    with contextlib.ExitStack() as stack:
-        files: list[Any] = []
+def _tokens(record: StepRecord, work: _Work) -> tuple[int, int] | tuple[()] | None:
+    """(prompt tokens, target tokens), () where they are not counted; None for a record that is too long or is refused."""
+    if work.count_tokens is None:
+        return ()
+    dropped, most = work.result.dropped, work.settings.max_tokens
+    try:
+        tokens = work.count_tokens(record)
+    except RecordError as error:
+        dropped[_kind(_reason(error, f"record {record.id!r}"), dropped)] += 1
+        return None
+    if most and sum(tokens) > most:
+        dropped[f"longer than {most} tokens"] += 1
+        return None
+    return tokens
 
-        def reject(where: str, reason: str, raw: Any) -> None:
-            if not files:
-                files.append(stack.enter_context(path.open("w", encoding="ascii")))
-            line = {"where": where, "reason": reason, "raw": raw}
-            files[0].write(json.dumps(line, default=str) + "\n")
-            result.rejected[_kind(reason, result.rejected)] += 1
 
-        yield reject
+def _reject(work: _Work, where: str, reason: str, raw: Any) -> None:
+    """Counts an item and keeps it in the side file."""
+    if work.rejected is None:
+        partial = work.partial.enter_context(atomic_write(work.settings.rejected_path))
+        work.rejected = work.opened.enter_context(partial.open("w", encoding="ascii"))
+    line = {"where": where, "reason": reason, "raw": raw}
+    work.rejected.write(json.dumps(line, default=str) + "\n")
+    work.result.rejected[_kind(reason, work.result.rejected)] += 1
 
 
 def _kind(reason: str, counts: Counter[str]) -> str:
@@ -276,7 +252,7 @@ def _reason(error: Exception, where: str) -> str:
     return str(error).removeprefix(f"{where}: ")
 
 
-def _check_left(result: Summary) -> None:
+def _check_left(result: summary.Summary) -> None:
     s = result.settings
     if not result.items:
         raise UserError(f"data {', '.join(s.inputs)}: no records")
@@ -297,9 +273,3 @@ def _token_counter(settings: Settings) -> summary.TokenCounter | None:
         return None
     tokenizer = Tokenizer.load(config.locate(settings.tokenizer))
     return summary.TokenCounter(tokenizer, TEMPLATES[settings.template], settings.brief)
-
-
-def _rows(title: str, counts: Counter[str]) -> list[list[Any]]:
-    if not counts:
-        return []
-    return [[title, counts.total()], *([f"  {name}", n] for name, n in counts.most_common())]

@@ -1,6 +1,7 @@
-"""What a set of step records holds, counted record by record: kinds of answers, calls, argument values, lengths in tokens.
+"""What became of the items that were prepared, and what a set of step records holds: kinds of targets, calls, lengths.
 
-Memory does not grow with the records: every measure is a counter of whole numbers, from which means and percentiles are exact.
+In: one record after the other. Out: tables for the terminal, or plain JSON. Memory does not grow with the records: every
+measure is a counter of whole numbers, from which means and percentiles are exact.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from rest_jax.data.prepare.settings import Settings
 from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import tokenize_supervised
 from rest_jax.models.tokenizer import Tokenizer
@@ -34,7 +36,7 @@ class Tally:
         return self.kinds.total()
 
     def add(self, record: StepRecord, tokens: tuple[int, int] | None = None) -> None:
-        """Counts a record; `tokens` are those of prompt and answer."""
+        """Counts a record; `tokens` are those of its prompt and of its target."""
         self.kinds[kind(record.target)] += 1
         self.sources[record.source or "(none)"] += 1
         for call in record.target.calls:
@@ -45,9 +47,8 @@ class Tally:
         self._measure("messages before", len(record.history or record.messages or ()))
         if record.tools or record.messages is None:  # else the prompt lists them as text
             self._measure("tools", len(record.tools))
-        if tokens is not None:
-            self._measure("prompt tokens", tokens[0])
-            self._measure("answer tokens", tokens[1])
+        for name, count in zip(("prompt tokens", "target tokens"), tokens or (), strict=False):
+            self._measure(name, count)
 
     def _measure(self, name: str, value: int) -> None:
         self.measures.setdefault(name, Counter())[value] += 1
@@ -62,13 +63,62 @@ class TokenCounter:
     brief: bool
 
     def __call__(self, record: StepRecord) -> tuple[int, int]:
-        """(prompt tokens, answer tokens with the end-of-turn token)."""
-        prompt, answer = tokenize_supervised(record, self.tokenizer, self.template, self.brief)
-        return len(prompt), len(answer)
+        """(prompt tokens, target tokens with the end-of-turn token)."""
+        prompt, target = tokenize_supervised(record, self.tokenizer, self.template, self.brief)
+        return len(prompt), len(target)
+
+
+@dataclasses.dataclass
+class Summary:
+    """What became of the items of one preparation."""
+
+    settings: Settings
+    items: int = 0
+    converted: int = 0  # step records
+    rejected: Counter[str] = dataclasses.field(default_factory=Counter)  # items, by reason
+    dropped: Counter[str] = dataclasses.field(default_factory=Counter)  # records, by reason
+    changed: Counter[str] = dataclasses.field(default_factory=Counter)  # records, by what was done
+    unchanged: Counter[str] = dataclasses.field(default_factory=Counter)  # drawn, but not possible
+    parts: dict[str, Tally] = dataclasses.field(default_factory=dict)  # train, eval
+
+    @property
+    def kept(self) -> int:
+        """Records written."""
+        return sum(tally.records for tally in self.parts.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of OUT.summary.json."""
+        settings = dataclasses.asdict(self.settings)
+        del settings["overwrite"]
+        counts = {
+            name: dict(getattr(self, name).most_common())
+            for name in ("rejected", "dropped", "changed", "unchanged")
+        }
+        parts = {name: to_json(tally) for name, tally in self.parts.items()}
+        return {
+            "settings": settings,
+            "items": self.items,
+            "converted": self.converted,
+            **counts,
+            **parts,
+        }
+
+    def to_text(self) -> str:
+        """Tables for the terminal."""
+        rows: list[list[Any]] = [["what", "count"], ["items read", self.items]]
+        rows += _reasons("rejected", self.rejected)
+        rows += [["records made of them", self.converted]]
+        rows += _reasons("dropped", self.dropped) + _reasons("changed", self.changed)
+        rows += _reasons("drawn for a change that was not possible", self.unchanged)
+        texts = [summary_table(rows)]
+        for name, tally in self.parts.items():
+            path = self.settings.eval_path if name == "eval" else self.settings.out_path
+            texts.append(f"{name}: {path}\n{to_text(tally)}")
+        return "\n\n".join(texts)
 
 
 def kind(target: Target) -> str:
-    """Which parts the gold answer has."""
+    """Which parts a target has."""
     calls, response = bool(target.calls), target.response is not None
     if calls and response:
         return "calls and response"
@@ -103,7 +153,7 @@ def to_text(tally: Tally) -> str:
     if not tally.records:
         return text
     calls = [[f"  {value}", count] for value, count in sorted(tally.measures["calls"].items())]
-    text += "\n\n" + summary_table([["calls an answer", "records"], *calls])
+    text += "\n\n" + summary_table([["calls a target", "records"], *calls])
     names = ["least" if p == 0 else "most" if p == 100 else f"{p} %" for p in PERCENTILES]
     measured = [[name, mean(c), *percentiles(c)] for name, c in tally.measures.items()]
     return f"{text}\n\n{summary_table([['a record', 'mean', *names], *measured])}"
@@ -115,7 +165,7 @@ def to_json(tally: Tally) -> dict[str, Any]:
         "records": tally.records,
         "kinds": dict(sorted(tally.kinds.items())),
         "sources": dict(sorted(tally.sources.items())),
-        "calls_per_answer": {
+        "calls_per_target": {
             str(value): n for value, n in sorted(tally.measures.get("calls", Counter()).items())
         },
         "argument_values": {
@@ -132,3 +182,9 @@ def to_json(tally: Tally) -> dict[str, Any]:
 
 def _indented(counts: Counter[str], prefix: str = "") -> list[list[Any]]:
     return [[f"  {prefix}{name}", count] for name, count in sorted(counts.items())]
+
+
+def _reasons(title: str, counts: Counter[str]) -> list[list[Any]]:
+    if not counts:
+        return []
+    return [[title, counts.total()], *([f"  {name}", n] for name, n in counts.most_common())]

@@ -1,6 +1,6 @@
 """`rest-jax data prepare`: every option on small files, its refusals, and that it leaves all its files or none."""
 
-import dataclasses
+import errno
 import json
 import pathlib
 import subprocess
@@ -9,9 +9,10 @@ import sys
 import pytest
 
 from rest_jax import cli
-from rest_jax.data import tokenize as prepare
-from rest_jax.data.convert import read_records, write_records
-from rest_jax.data.prepare import pipeline, splits, summary, transforms, writers
+from rest_jax.data import files, tokenize
+from rest_jax.data.convert.xlam import NO_CALL
+from rest_jax.data.files import read_records, write_records
+from rest_jax.data.prepare import pipeline, split, summary
 from rest_jax.data.prepare.settings import Settings
 from rest_jax.data.records import from_json, to_json
 from rest_jax.data.synthetic import world as synthetic
@@ -61,13 +62,19 @@ def out(tmp_path):
     return tmp_path / "made" / "out.jsonl"
 
 
-def run(source_file, out, **options) -> pipeline.Summary:
+def run(source_file, out, **options) -> summary.Summary:
     inputs = (source_file,) if isinstance(source_file, str) else tuple(source_file)
-    return pipeline.run(Settings(options.pop("source", "openai"), inputs, str(out), **options))
+    return pipeline.prepare(
+        Settings(source=options.pop("source", "openai"), inputs=inputs, out=str(out), **options)
+    )
 
 
 def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def files_under(folder) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
 def test_every_dialogue_becomes_its_steps(source_file, out):
@@ -80,15 +87,14 @@ def test_every_dialogue_becomes_its_steps(source_file, out):
     told = json.loads((out.parent / "out.jsonl.summary.json").read_text())
     assert told["items"] == 40 and told["converted"] == 80 and told["rejected"] == {}
     assert told["train"]["kinds"] == {"calls": 40, "response": 40}
-    assert told["train"]["calls_per_answer"] == {"0": 40, "1": 40}
+    assert told["train"]["calls_per_target"] == {"0": 40, "1": 40}
     assert told["settings"]["source"] == "openai"
 
 
-@pytest.mark.parametrize("ending", ["parquet", "array_record"])
-def test_other_endings_hold_the_same(source_file, out, ending):
+def test_parquet_holds_the_same(source_file, out):
     run(source_file, out)
-    run(source_file, out.with_suffix(f".{ending}"))
-    assert read_records(out.with_suffix(f".{ending}")) == read_records(out)
+    run(source_file, out.with_suffix(".parquet"))
+    assert read_records(out.with_suffix(".parquet")) == read_records(out)
 
 
 def test_several_files_of_several_kinds(tmp_path, source_file, out):
@@ -101,7 +107,7 @@ def test_several_files_of_several_kinds(tmp_path, source_file, out):
 
 def test_prepared_files_are_a_source_too(tmp_path, out):
     worlds = [synthetic.world("train", 0, 20)] * 2
-    files = [tmp_path / "a" / "x.parquet", tmp_path / "b" / "x.array_record"]
+    files = [tmp_path / "a" / "x.parquet", tmp_path / "b" / "x.jsonl"]
     for path, world in zip(files, worlds, strict=True):
         write_records(path, world)
     result = run(map(str, files), out, source="records", keep_duplicates=True)
@@ -219,7 +225,7 @@ def test_held_out_tools_never_occur_in_training(tmp_path, out):
     train, evaluation = read_records(out), read_records(out.with_name("out.eval.jsonl"))
     assert len(train) == result.parts["train"].records > 50
     assert len(evaluation) == result.parts["eval"].records > 20
-    held = {n for n in pool if splits.is_held_out(n, 0.4, 0)}
+    held = {n for n in pool if split.is_held_out(n, 0.4, 0)}
     # descriptions are the names here, and masking keeps them
     assert not held & {t["description"] for r in train for t in r.tools}
     assert not held & {c.name for r in train for c in r.target.calls}
@@ -236,11 +242,11 @@ def test_records_for_evaluation_keep_a_held_out_tool_on_offer(tmp_path, out, fra
         for i in range(120)
     ]
     result = run(write(tmp_path / "in", items), out, held_out=fraction, irrelevance=1)
-    held = {n for n in pool if splits.is_held_out(n, fraction, 0)}
+    held = {n for n in pool if split.is_held_out(n, fraction, 0)}
     evaluation = read_records(out.with_name("out.eval.jsonl"))
     offered = [{t["name"] for t in r.tools} for r in evaluation]
     assert all(names & held for names in offered)
-    without = [r for r in evaluation if r.target.response == transforms.NO_TOOL]
+    without = [r for r in evaluation if r.target.response == NO_CALL]
     assert bool(without) == (fraction == 0.6)  # where the other tool is held out too
     assert result.unchanged["irrelevance: no held-out tool would stay on offer"] > 0
 
@@ -268,19 +274,14 @@ def test_parquet_as_people_have_it(tmp_path, out):
     items = [dialogue(0), dialogue(1, ("alpha",))]
     items[1]["messages"].insert(0, {"role": "system", "content": "Be kind."})
     run(write(tmp_path / "in.jsonl", items), out)
-    wanted = [replace_extra(r) for r in read_records(out)]
+    expected = read_records(out)
     beside = {"at": datetime.datetime(2024, 5, 1), "score": float("nan")}
     texts = [{k: json.dumps(v) for k, v in item.items()} | beside for item in items]
     for rows in (texts, [item | beside for item in items]):
         path = tmp_path / "in.parquet"
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
         result = run(str(path), out, overwrite=True)
-        assert [replace_extra(r) for r in read_records(out)] == wanted and not result.rejected
-    assert "2024-05-01 00:00:00" in out.read_text()  # the way back keeps it
-
-
-def replace_extra(record):
-    return dataclasses.replace(record, extra={})
+        assert read_records(out) == expected and not result.rejected
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +310,7 @@ def test_a_prompt_that_the_chat_template_refuses_is_dropped(tmp_path, out, token
     with pytest.raises(
         UserError, match="record 'in-1/0': the chat template of the tokenizer refuses"
     ):
-        prepare.prepare(read_records(out), strict, template, prepare.DataConfig(train=""))
+        tokenize.prepare(read_records(out), strict, template, tokenize.DataConfig(train=""))
 
 
 @pytest.mark.parametrize("template", ["toolrl", "hermes"])
@@ -326,31 +327,10 @@ def test_long_records_are_dropped(tmp_path, source_file, out, tokenizer, templat
     assert result.dropped == {f"longer than {most} tokens": 2}
     measures = result.to_json()["train"]["measures"]
     assert measures["prompt tokens"]["p100"] == max(prompt for prompt, _ in tokens)
-    assert measures["answer tokens"]["p0"] == min(answer for _, answer in tokens)
+    assert measures["target tokens"]["p0"] == min(target for _, target in tokens)
     assert run((source_file, path), out, max_tokens=most - 1, **options).kept < result.kept
     with pytest.raises(UserError, match="none left; most often: longer than 5 tokens"):
         run(source_file, out, max_tokens=5, **options)
-
-
-def test_a_benchmark_is_for_evaluation_only(tmp_path, out):
-    item = {
-        "question": [[{"role": "user", "content": "Go."}]],
-        "ground_truth": [["cd(folder='docs')"]],
-        "function": [{"name": "cd"}],
-    }
-    path = write(tmp_path / "bfcl.json", [item])
-    with pytest.raises(UserError, match=r"benchmark.*--not-for-training"):
-        run(path, out, source="bfcl_multi_turn")
-    run(path, out, source="bfcl_multi_turn", not_for_training=True)
-    made = tmp_path / "again.jsonl"
-    with pytest.raises(UserError, match="none left; most often: source bfcl_multi_turn: a bench"):
-        run(str(out), made, source="records")
-    run(str(out), made, source="records", not_for_training=True)
-    assert read_records(made) == read_records(out)
-    data = prepare.DataConfig(train=str(out))
-    with pytest.raises(UserError, match="a benchmark, not for training"):
-        prepare.load_training(data)
-    assert len(prepare.load_split(str(out), data)) == 1
 
 
 @pytest.mark.parametrize(
@@ -371,7 +351,7 @@ def test_refusals_leave_nothing(tmp_path, source_file, out, options, message):
     with pytest.raises(UserError, match=message) as caught:
         run(source_file, out, **options)
     assert "\n" not in str(caught.value)
-    assert names(tmp_path) == ["in.jsonl"]
+    assert files_under(tmp_path) == ["in.jsonl"]
 
 
 def test_refused_files(tmp_path, source_file, out):
@@ -392,7 +372,7 @@ def test_refused_files(tmp_path, source_file, out):
     folder.mkdir()
     with pytest.raises(UserError, match="is a folder, the name of a file"):
         run(source_file, folder)
-    out.parent.mkdir()
+    out.parent.mkdir(exist_ok=True)
     out.write_text("before")
     with pytest.raises(UserError, match="exists; --overwrite"):
         run(source_file, out)
@@ -405,7 +385,7 @@ def test_wrong_source_says_why(tmp_path, source_file, out):
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-@pytest.mark.parametrize("ending", ["jsonl", "parquet", "array_record"])
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_a_failure_midway_leaves_what_was_there(tmp_path, out, monkeypatch, error, ending):
     out = out.with_suffix(f".{ending}")
     items = [*(dialogue(i, call="alpha") for i in range(9)), dialogue(9, ("beta",), "beta"), {}]
@@ -413,7 +393,7 @@ def test_a_failure_midway_leaves_what_was_there(tmp_path, out, monkeypatch, erro
     run(path, out, held_out=0.5, seed=_parting_seed())
     before = {p.name: p.read_bytes() for p in out.parent.iterdir()}
     assert len(before) == 4
-    original, count = writers.to_json, 0
+    original, count = files.to_json, 0
 
     def fail(record):
         nonlocal count
@@ -422,7 +402,7 @@ def test_a_failure_midway_leaves_what_was_there(tmp_path, out, monkeypatch, erro
             raise error
         return original(record)
 
-    monkeypatch.setattr(writers, "to_json", fail)
+    monkeypatch.setattr(files, "to_json", fail)
     with pytest.raises(error):
         run(path, out, held_out=0.5, seed=_parting_seed(), overwrite=True)
     assert {p.name: p.read_bytes() for p in out.parent.iterdir()} == before
@@ -430,7 +410,7 @@ def test_a_failure_midway_leaves_what_was_there(tmp_path, out, monkeypatch, erro
 
 def _parting_seed() -> int:
     """A seed under which beta alone is held out."""
-    sides = ((s, *(splits.is_held_out(n, 0.5, s) for n in ("alpha", "beta"))) for s in range(99))
+    sides = ((s, *(split.is_held_out(n, 0.5, s) for n in ("alpha", "beta"))) for s in range(99))
     return next(seed for seed, alpha, beta in sides if beta and not alpha)
 
 
@@ -439,7 +419,17 @@ def test_an_input_that_breaks_off_leaves_nothing(tmp_path, out):
     path.write_text(json.dumps([dialogue(i) for i in range(3)])[:-20])
     with pytest.raises(UserError, match="item 2: not JSON"):
         run(str(path), out)
-    assert names(tmp_path) == ["in.json"]
+    assert files_under(tmp_path) == ["in.json"]
+
+
+def test_a_full_disk_is_said_in_one_line(source_file, out, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.JsonlWriter, "write", fail)
+    with pytest.raises(UserError, match="No space left on device; make room"):
+        run(source_file, out)
+    assert names(out.parent) == []
 
 
 def test_what_runs_with_held_out_tools_replaces_the_old_twin(source_file, out):
@@ -487,17 +477,17 @@ def test_templates_come_from_the_config_models(source_file, out, capsys, tokeniz
 
 
 def test_preparing_needs_no_jax():
-    script = "import sys; from rest_jax.data import pipeline; print('jax' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    script = "import sys; from rest_jax.data.prepare import pipeline; print('jax' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY
+    )
     assert done.stdout == "False\n"
 
 
-def test_progress_lines(source_file, out, capsys, monkeypatch):
-    monkeypatch.setattr(
-        "rest_jax.data.prepare.progress.ReadingProgress.__init__.__defaults__", (None, 0.0)
-    )
+def test_progress(source_file, out, capsys):
     run(source_file, out)
-    assert "100%: 40 read, " in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "100%" in shown and "records, 0 items rejected" in shown
 
 
 @pytest.mark.slow

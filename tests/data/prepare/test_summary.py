@@ -43,9 +43,9 @@ def test_json_says_the_same(tally):
     raw = summary.to_json(tally)
     assert raw["records"] == 4 and raw["sources"] == {"made": 4}
     assert raw["kinds"] == {"calls": 1, "calls and response": 1, "response": 1, "think only": 1}
-    assert raw["calls_per_answer"] == {"0": 2, "1": 1, "2": 1}
+    assert raw["calls_per_target"] == {"0": 2, "1": 1, "2": 1}
     assert raw["argument_values"] == {"total": 9, "nested": 6}
-    assert raw["measures"]["answer tokens"] == {
+    assert raw["measures"]["target tokens"] == {
         "mean": 1.5, "p0": 0, "p50": 2, "p90": 3, "p95": 3, "p99": 3, "p100": 3,
     }  # fmt: skip
 

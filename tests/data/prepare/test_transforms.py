@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from rest_jax.data.prepare import transforms
+from rest_jax.data.prepare import mask, transforms
 from rest_jax.data.records import StepRecord, from_json, to_json
 from rest_jax.data.synthetic import world as synthetic
 from rest_jax.templates import TEMPLATES
@@ -74,7 +74,7 @@ RECORD = StepRecord(
 
 
 def masked(record=RECORD, seed=0) -> StepRecord:
-    made = transforms.mask_names(record, seed)
+    made = mask.mask_names(record, seed)
     assert made is not None
     return made
 
@@ -200,8 +200,8 @@ def _change(**fields) -> StepRecord:
     ],
 )
 def test_records_that_cannot_be_masked(record, reason):
-    assert transforms.unmaskable(record) == reason
-    assert transforms.mask_names(record, 0) is None
+    assert mask.unmaskable(record) == reason
+    assert mask.mask_names(record, 0) is None
 
 
 def test_the_right_tool_is_taken_away():

@@ -1,13 +1,10 @@
-"""Decomposition: hand-written dialogues with their steps, and that compose is the inverse."""
-
-import itertools
+"""Decomposition: hand-written dialogues with their steps, and properties over any turns."""
 
 import hypothesis
 import hypothesis.strategies as st
-import pytest
 
-from rest_jax.data.prepare.dialogue import Dialogue, compose, decompose
-from rest_jax.data.records import RecordError, StepRecord
+from rest_jax.data.convert.dialogue import decompose
+from rest_jax.data.records import StepRecord
 from rest_jax.tool_calls import Call, Target
 
 TOOLS = ({"name": "f", "description": "", "parameters": {}},)
@@ -34,7 +31,7 @@ def _target(*values, **more):
 
 
 def _steps(*turns):
-    return decompose(Dialogue("d", "test", TOOLS, turns))
+    return decompose("d", "test", TOOLS, turns)
 
 
 def _record(name, history, target):
@@ -96,17 +93,6 @@ def test_turns_after_the_last_answer_are_in_no_step():
     assert _steps(_user("a"), _result("r")) == []
 
 
-def test_records_of_different_dialogues_do_not_compose():
-    one, two = _steps(_user("a"), _says("b"), _user("c"), _says("d"))
-    assert compose([two]).turns == compose([one, two]).turns
-    other = _record("e/1", [_user("z"), _says("b")], Target(response="d"))
-    for wrong in ([two, one], [one, other], [one, one], [_record("d/0", [], one.target), two]):
-        with pytest.raises(RecordError, match="no earlier step"):
-            compose(wrong)
-    with pytest.raises(RecordError, match="no records"):
-        compose([])
-
-
 WORDS = st.text("ab é", max_size=3)
 ARGUMENTS = st.dictionaries(WORDS, st.integers() | WORDS | st.lists(WORDS, max_size=2), max_size=2)
 CALLS = st.lists(st.fixed_dictionaries({"name": WORDS, "arguments": ARGUMENTS}), min_size=1)
@@ -119,22 +105,25 @@ ACTIONS = st.builds(
     st.none() | WORDS,
     st.fixed_dictionaries({}, optional={"think": WORDS}),
 )
-ANSWERS = st.builds(_says, WORDS)
 
 
-@hypothesis.given(st.lists(OTHERS | ACTIONS | ANSWERS, max_size=8), st.sampled_from(["d", "d/3"]))
-def test_compose_is_the_inverse(turns, name):
-    records = decompose(Dialogue(name, "test", TOOLS, tuple(turns)))
-    hypothesis.assume(records)
-    dialogue = compose(records)
-    assert decompose(dialogue) == records
-    answers = [t for t in turns if t["role"] == "assistant"]
-    assert sum(len(t.get("calls", ())) for t in answers) == sum(
-        len(r.target.calls) for r in records
+@hypothesis.given(st.lists(OTHERS | ACTIONS | st.builds(_says, WORDS), max_size=8))
+def test_every_answer_is_learned_once_and_seen_by_all_later_steps(turns):
+    records = _steps(*turns)
+    said = [t for t in turns if t["role"] == "assistant"]
+    calls = [(c["name"], c["arguments"]) for t in said for c in t.get("calls", ())]
+    assert [(c.name, c.arguments) for r in records for c in r.target.calls] == calls
+    for step, record in enumerate(records):
+        assert record.id == (f"d/{step}" if len(records) > 1 else "d")
+        before = [t for t in record.history if t["role"] == "assistant"]
+        assert before == [_turn(r.target) for r in records[:step]]
+        others = [t for t in record.history if t["role"] != "assistant"]
+        assert others == [t for t in turns if t["role"] != "assistant"][: len(others)]
+
+
+def _turn(target):
+    calls = [{"name": c.name, "arguments": c.arguments} for c in target.calls]
+    more = {"calls": calls} if calls else {}
+    return _says(
+        target.response, **more, **({} if target.think is None else {"think": target.think})
     )
-    runs = any(
-        a["role"] == b["role"] == "assistant" and a.get("calls") and b.get("calls")
-        for a, b in itertools.pairwise(turns)
-    )
-    if not runs and turns[-1]["role"] == "assistant" and (len(records) > 1 or name == "d"):
-        assert dialogue == Dialogue(name, "test", TOOLS, tuple(turns))

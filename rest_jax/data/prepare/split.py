@@ -15,19 +15,18 @@ whose name says otherwise belongs to neither part. So a held-out tool is in trai
 import dataclasses
 from typing import Any, Literal
 
-from rest_jax.data.prepare import seeded
-from rest_jax.data.prepare.transforms import called, rewritten, structured
+from rest_jax.data.prepare.transforms import TEXT_ONLY, called, digest, draw, rewritten, structured
 from rest_jax.data.records import StepRecord
 
-Side = Literal["train", "eval"]
+Part = Literal["train", "eval"]
 Described = dict[int, bool]  # digest of a description -> whether its first name is held out
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where a record goes. `side` None: nowhere, for `reason`."""
+    """The part a record belongs to. `part` None: none, for `reason`."""
 
-    side: Side | None
+    part: Part | None
     record: StepRecord
     removed: int = 0  # held-out tools taken from what it offers
     reason: str = ""
@@ -40,19 +39,17 @@ def canonical(text: str) -> str:
 
 def is_held_out(name: str, fraction: float, seed: int) -> bool:
     """Whether a tool of that name is for evaluation."""
-    return seeded.draw(seed, "tool", canonical(name)) < fraction
+    return draw(seed, "tool", canonical(name)) < fraction
 
 
 def place(record: StepRecord, fraction: float, seed: int, described: Described) -> Placement:
     """The part a record belongs to. `described` is the memory of descriptions, which it adds to (some 100 bytes each)."""
     if not structured(record):
-        return Placement(
-            None, record, reason="its tools are not known: the prompt is there only as text"
-        )
+        return Placement(None, record, reason=f"its tools are not known: {TEXT_ONLY}")
     held: dict[str, bool | None] = {}  # by canonical name; None: neither part
     for tool in record.tools:
-        name, found = canonical(tool["name"]), _tool(tool, fraction, seed, described)
-        held[name] = found if held.get(name, found) == found else None
+        name, side = canonical(tool["name"]), _is_held_out_tool(tool, fraction, seed, described)
+        held[name] = side if held.get(name, side) == side else None
     names = {*called(record), *(call.name for call in record.target.calls)}
     calls = {held.get(canonical(n), is_held_out(n, fraction, seed)) for n in names}
     deciding = calls or set(held.values())
@@ -71,14 +68,16 @@ def place(record: StepRecord, fraction: float, seed: int, described: Described) 
 
 def offers_held_out(record: StepRecord, fraction: float, seed: int, described: Described) -> bool:
     """Whether one of the tools on offer is for evaluation alone; `described` as for `place`."""
-    return any(_tool(tool, fraction, seed, described) is True for tool in record.tools)
+    return any(_is_held_out_tool(tool, fraction, seed, described) is True for tool in record.tools)
 
 
-def _tool(tool: dict[str, Any], fraction: float, seed: int, described: Described) -> bool | None:
+def _is_held_out_tool(
+    tool: dict[str, Any], fraction: float, seed: int, described: Described
+) -> bool | None:
     """Whether a tool is held out; None where name and description disagree."""
     held = is_held_out(tool["name"], fraction, seed)
     description = tool.get("description")
     if not isinstance(description, str) or not description.strip():
         return held
-    same = described.setdefault(seeded.digest(canonical(description)), held) == held
+    same = described.setdefault(digest(canonical(description)), held) == held
     return held if same else None

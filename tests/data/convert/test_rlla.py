@@ -4,7 +4,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from rest_jax.data.toolrl_prompt import read, structure
+from rest_jax.data.convert.rlla import read_prompt, structure
 from rest_jax.templates import TEMPLATES
 from rest_jax.templates.toolrl import INTRODUCTION, RULES
 
@@ -41,7 +41,7 @@ REPLY = st.fixed_dictionaries(
 )
 def test_reading_is_the_inverse_of_rendering(tools, history):
     system, user = TEMPLATES["toolrl"].render_prompt(tools, history)
-    assert read(system["content"], user["content"]) == (tuple(tools), tuple(history))
+    assert read_prompt(system["content"], user["content"]) == (tuple(tools), tuple(history))
     fields = structure([system, user])
     assert fields == {"tools": tuple(tools), "history": tuple(history), "messages": None}
 
@@ -118,7 +118,7 @@ HISTORY = "**Dialogue Records History**\n"
         (INTRODUCTION + "1. Name: f\nDescription: g\nParameters: open('x')" + RULES, HISTORY),
     ],
 )
-def test_another_text_is_kept_whole(system, user):
+def test_another_text_is_kept_as_it_is(system, user):
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    assert read(system, user) is None
+    assert read_prompt(system, user) is None
     assert structure(messages) == {"tools": (), "history": (), "messages": tuple(messages)}
