@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rest_jax.config import Config, RewardConfig, RolloutConfig
+from rest_jax.config import Config
 from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.tokenize import load_split, prepare
 from rest_jax.distributed import gather, is_first_process
@@ -59,18 +59,11 @@ def held_out(config: Config, policy: Policy) -> list[EvalExample]:
 class Evaluator:
     """Greedy evaluation of any weights on fixed prompts. A resource: it holds the compiled rollout."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        examples: Sequence[EvalExample],
-        template: str,
-        reward: RewardConfig,
-        rollout: RolloutConfig,
-    ):
-        self.policy, self.examples, self.reward = policy, examples, reward
-        self.template = TEMPLATES[template]
-        greedy = Sampling(greedy=True)
-        self._sampler = policy_sampler(policy, 1, rollout.max_response_tokens, greedy, rollout)
+    def __init__(self, config: Config, policy: Policy, examples: Sequence[EvalExample]):
+        self.policy, self.examples, self.reward = policy, examples, config.reward
+        self.template = TEMPLATES[config.data.template]
+        limit, greedy = config.rollout.max_response_tokens, Sampling(greedy=True)
+        self._sampler = policy_sampler(policy, 1, limit, greedy, config.rollout)
         self._width = bucketed([example.prompt for example in examples])
 
     @classmethod
@@ -78,9 +71,7 @@ class Evaluator:
         cls, config: Config, policy: Policy, examples: Sequence[EvalExample]
     ) -> "Evaluator | None":
         """The evaluator of a run; None without held-out prompts."""
-        if not examples:
-            return None
-        return cls(policy, examples, config.data.template, config.reward, config.rollout)
+        return cls(config, policy, examples) if examples else None
 
     def record(self, run: Run, step: int, params: Params) -> str:
         """Evaluates, writes the metrics line and a few samples, and returns one line for the user."""
