@@ -123,13 +123,8 @@ def evaluate(
             prepared = prepare_lib.prepare(found, policy.tokenizer, template, config.data)
             print(f"{spec}: {prepared.summary()}", flush=True)
             pairs = zip(prepared.prompts, prepared.records, strict=True)
-            evaluator = Evaluator(
-                policy,
-                [EvalExample(prompt, record.target, record.id) for prompt, record in pairs],
-                config.data.template,
-                config.reward,
-                config.rollout,
-            )
+            examples = [EvalExample(prompt, record.target, record.id) for prompt, record in pairs]
+            evaluator = Evaluator(config, policy, examples)
             rates, answers = evaluator(params)
             table = table or [["data", *(name.removeprefix("eval/") for name in rates)]]
             table.append([spec, *rates.values()])

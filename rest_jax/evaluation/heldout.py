@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rest_jax.config import Config, RewardConfig, RolloutConfig
+from rest_jax.config import Config
 from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.tokenize import load_split, prepare
 from rest_jax.distributed import gather, is_first_process
@@ -57,17 +57,10 @@ def held_out(config: Config, policy: Policy) -> list[EvalExample]:
 class Evaluator:
     """Greedy evaluation of any weights on fixed prompts. A resource: it holds the compiled rollout."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        examples: Sequence[EvalExample],
-        template: str,
-        reward: RewardConfig,
-        rollout: RolloutConfig,
-    ):
-        self.policy, self.examples, self.reward = policy, examples, reward
-        self.template = TEMPLATES[template]
-        self._sampler = make_sampler(policy, rollout, 1, Sampling(greedy=True))
+    def __init__(self, config: Config, policy: Policy, examples: Sequence[EvalExample]):
+        self.policy, self.examples, self.reward = policy, examples, config.reward
+        self.template = TEMPLATES[config.data.template]
+        self._sampler = make_sampler(policy, config.rollout, 1, Sampling(greedy=True))
         self._width = bucketed([example.prompt for example in examples])
 
     @classmethod
@@ -75,9 +68,7 @@ class Evaluator:
         cls, config: Config, policy: Policy, examples: Sequence[EvalExample]
     ) -> "Evaluator | None":
         """The evaluator of a run; None without held-out prompts."""
-        if not examples:
-            return None
-        return cls(policy, examples, config.data.template, config.reward, config.rollout)
+        return cls(config, policy, examples) if examples else None
 
     def __call__(self, params: Params) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """(the eval/ metrics, one sample a prompt) for weights in the rollout layout. Every process evaluates every prompt."""
