@@ -1,4 +1,4 @@
-"""Every name of the table of metrics is written by some run, and none besides: a reinforcement and a supervised run with all on."""
+"""Every name of the table of metrics is written by some run, and none besides: both kinds of run, with everything on."""
 
 import os
 import pathlib
