@@ -115,9 +115,9 @@ def test_the_paper_s_supervised_numbers():
 SCRIPT = """
 import json, sys
 from rest_jax import cli
-from rest_jax.run import machine
+from rest_jax.run import environment
+environment.configure()
 from rest_jax.rollout import scheduler
-machine.configure()
 make, made = scheduler.make_engine, {}
 def shared(decoder, settings, mesh, shardings):
     key = decoder, settings, mesh

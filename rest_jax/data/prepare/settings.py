@@ -98,9 +98,7 @@ def check_settings(overrides: Sequence[str]) -> None:
     for override in overrides:
         key = override.partition("=")[0].strip()
         if key not in SETTABLE:
-            raise UserError(
-                f"--set {override}: {key} changes nothing here; known: {', '.join(SETTABLE)}"
-            )
+            raise UserError(f"{override}: {key} changes nothing here; known: {', '.join(SETTABLE)}")
 
 
 def _check_files(settings: Settings) -> None:
