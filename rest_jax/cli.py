@@ -123,7 +123,7 @@ Distributed = Annotated[
     bool, Option("--distributed", help="one process of many: one a host, under SLURM one a GPU")
 ]
 Limit = Annotated[int | None, Option(min=1, help="records to read at most")]
-Workers = Annotated[int | None, Option(min=1, help="processes on this machine")]
+Workers = Annotated[int, Option(min=0, help="processes on this machine; 0: results so far")]
 Storage = Annotated[str | None, Option(help="database URL, for many machines; default: SQLite")]
 Tokenizer = Annotated[str | None, Option(help="HF folder or hub id: counts tokens")]
 
@@ -262,28 +262,30 @@ def sweep(
     words: Configs,
     space: Annotated[str, Option(help="YAML file with the values to try, or a builtin name")],
     trials: Annotated[int | None, Option(min=1, help="trials at most")] = None,
-    workers: Workers = None,
+    workers: Workers = 1,
     storage: Storage = None,
     name: Annotated[str | None, Option(help="of the sweep, shared by its workers")] = None,
 ) -> None:
     """Search config values: many trials, many workers."""
     from rest_jax.experiments import search
+    from rest_jax.experiments.worker import Engine
 
-    options = {"trials": trials, "workers": workers, "storage": storage, "name": name}
-    search.sweep(*split(words), space=space, **options)
+    engine = Engine(workers, storage)
+    search.sweep(*split(words), space, engine=engine, trials=trials, name=name)
 
 
 @app.command(rich_help_panel=_STUDY)
 def compare(
     plans: Annotated[list[str], Argument(help="YAML files, or builtin names")],
-    workers: Workers = None,
+    workers: Workers = 1,
     storage: Storage = None,
     output: Annotated[str, Option(help="folder of the page")] = "docs/study",
 ) -> None:
     """Compare methods over seeds, with intervals, tables and pictures."""
     from rest_jax.experiments import compare
+    from rest_jax.experiments.worker import Engine
 
-    compare.compare(plans, workers=workers, storage=storage, output=output)
+    compare.compare(plans, output=output, engine=Engine(workers, storage))
 
 
 @app.command(rich_help_panel=_STUDY)
@@ -298,7 +300,7 @@ def variance(
 ) -> int:
     """Measure gradient variance under each weight rule, and check the theory."""
     options = locals()
-    from rest_jax.analysis.variance.command import measure_variance
+    from rest_jax.analysis.variance.measure import measure_variance
 
     return measure_variance(options.pop("model"), options.pop("data"), **options)
 
@@ -378,25 +380,20 @@ def prepare(
     not_for_training: Annotated[
         bool, Option("--not-for-training", help="needed to prepare a benchmark")
     ] = False,
-) -> int:
+) -> None:
     """Make training records of other people's data."""
     options = locals()  # named as the fields of Settings
     files, overrides = split(options.pop("words"))
     if len(files) < 2:
         raise UserError(f"data prepare {source}: an input and an output file are needed")
     from rest_jax import config
-    from rest_jax.data.prepare import pipeline, settings, termination
+    from rest_jax.data.prepare import pipeline, settings
 
     settings.check_settings(overrides)
     data = config.from_overrides({"name": "data", "model": {"source": "none"}}, overrides).data
     options |= {"template": data.template, "brief": data.brief_prompt}
-    try:
-        with termination.raised_on_sigterm():
-            asked = settings.Settings(inputs=tuple(files[:-1]), out=files[-1], **options)
-            print(pipeline.run(asked).to_text())
-    except termination.Terminated:
-        return _fail("terminated", 143)
-    return 0
+    asked = settings.Settings(inputs=tuple(files[:-1]), out=files[-1], **options)
+    print(pipeline.prepare(asked).to_text())
 
 
 app.add_typer(data_app, name="data", rich_help_panel=_LOOK)
