@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import policies, process
+from benchmarks import cpu_peak, policies
 from benchmarks.process import Work, positive, timed
 from benchmarks.update import step_config
 from rest_jax.config import RewardConfig
@@ -85,7 +85,7 @@ def shares(host: float, args: argparse.Namespace) -> dict[str, float]:
     step = rollout + update_flops(STEP_MODEL, prompts, lengths)
     return {
         "step_flops": step,
-        "step_share": host / (step / process.matmul_rate()),
+        "step_share": host / (step / cpu_peak.measured_cpu_peak()),
         "pod_step_share": host / (step / POD_FLOPS),
         "pod_rollout_share": host / (rollout / POD_FLOPS),
     }

@@ -9,7 +9,6 @@ the device is done. Times are medians over the timed calls; CPU seconds are thos
 
 import argparse
 import dataclasses
-import functools
 import os
 import resource
 import statistics
@@ -18,11 +17,10 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from benchmarks import cpu_peak
 from rest_jax import cli
 from rest_jax.run import environment
 
-# Rows, inner and columns of the products whose rate is measured.
-MATMULS = ((1024, 1024, 1024), (2048, 512, 2048), (512, 2048, 2048))
 ONE_CORE = "--xla_cpu_multi_thread_eigen=false"
 
 
@@ -80,7 +78,7 @@ def measure(case: str, make_work: Callable[[], Work], repeats: int) -> dict[str,
     cpu, wall = zip(*(timed(work.call, number + 1) for number in range(repeats)), strict=True)
     peak_bytes = peak_memory()
     rate = work.flops / statistics.median(wall)
-    best = matmul_rate()  # after the memory was read
+    best = cpu_peak.measured_cpu_peak()  # after the memory was read
     return {
         "case": case,
         "side": "rest_jax",
@@ -102,31 +100,6 @@ def timed(call: Callable[[int], Any], number: int) -> tuple[float, float]:
     cpu, wall = time.process_time(), time.perf_counter()
     call(number)
     return time.process_time() - cpu, time.perf_counter() - wall
-
-
-@functools.cache
-def matmul_rate(seconds: float = 0.2) -> float:
-    """FLOP/s of the fastest of a few float32 matrix products on the default device: best of the runs `seconds` allow.
-
-    Every shape is compiled and run once beforehand, outside the time, and timed at least once. On CPU,
-    XLA spreads one product over all cores the process has, so this is the rate of the machine, not of a core.
-    """
-    import jax
-    import jax.numpy as jnp
-
-    multiply = jax.jit(functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST))
-    best = 0.0
-    for rows, inner, columns in MATMULS:
-        a, b = jnp.ones((rows, inner), jnp.float32), jnp.ones((inner, columns), jnp.float32)
-        jax.block_until_ready(multiply(a, b))
-        end = time.perf_counter()
-        deadline = end + seconds / len(MATMULS)
-        while end < deadline:
-            start = time.perf_counter()
-            jax.block_until_ready(multiply(a, b))
-            end = time.perf_counter()
-            best = max(best, 2 * rows * inner * columns / (end - start))
-    return best
 
 
 def peak_memory() -> int:
