@@ -377,9 +377,6 @@ def prepare(
     overwrite: Annotated[
         bool, Option("--overwrite", help="replace OUT and its side files")
     ] = False,
-    not_for_training: Annotated[
-        bool, Option("--not-for-training", help="needed to prepare a benchmark")
-    ] = False,
 ) -> None:
     """Make training records of other people's data."""
     options = locals()  # named as the fields of Settings

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from rest_jax import config as config_lib
-from rest_jax.data.convert import iter_records
+from rest_jax.data.files import iter_records
 from rest_jax.data.prepare import summary
 from rest_jax.data.tokenize import is_world, load_split
 from rest_jax.errors import UserError
