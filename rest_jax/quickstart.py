@@ -15,10 +15,7 @@ from rest_jax.config import Config
 from rest_jax.evaluation.heldout import Evaluator, evaluations, held_out
 from rest_jax.models.hf import write as hf
 from rest_jax.rollout.engine import rollout_cast
-from rest_jax.run.metrics import summary_table
 from rest_jax.run.policy import export, load_policy
-
-SHOWN = ("eval/exact", "eval/format", "eval/spurious", "eval/accuracy", "eval/reward")
 
 
 def quickstart(overrides: Sequence[str] = (), fresh: bool = False) -> None:
@@ -41,8 +38,14 @@ def quickstart(overrides: Sequence[str] = (), fresh: bool = False) -> None:
     export(str(folder), exported)
     print(f"[3/4] exported to {exported}", flush=True)
     reloaded = evaluate(_with_source(config, exported))
-    print(f"[4/4] reloaded {exported} and evaluated it\n", flush=True)
-    print(closing_text(lines, reloaded, folder, time.monotonic() - started))
+    print(f"[4/4] reloaded {exported} and evaluated it", flush=True)
+    first, last, again = (100 * rates["eval/exact"] for rates in (lines[0], lines[-1], reloaded))
+    print(
+        f"\nExact calls on tools never seen in training: {first:.1f} % -> {last:.1f} % (the reloaded export: {again:.1f} %) "
+        f"in {(time.monotonic() - started) / 60:.1f} minutes.\n"
+        f"Curves: {folder / 'curves.png'}   Completions: {folder / 'samples.jsonl'}\n"
+        f"Policy, ready for transformers: {exported}"
+    )
 
 
 def load_config(overrides: Sequence[str]) -> Config:
@@ -59,25 +62,6 @@ def evaluate(config: Config) -> dict[str, float]:
     evaluator = Evaluator.of(config, policy, held_out(config, policy))
     assert evaluator is not None  # the config has held-out data
     return evaluator(rollout_cast(policy)(policy.params))[0]
-
-
-def closing_text(
-    lines: list[dict], reloaded: dict[str, float], folder: pathlib.Path, seconds: float
-) -> str:
-    """What improved from the first of the evaluations to the last, in one table and three lines."""
-    first, last = lines[0], lines[-1]
-    head = ["held-out tools, greedy", "start", f"step {last['step']}", "change", "export, reloaded"]
-    rows = [
-        [n.removeprefix("eval/"), first[n], last[n], last[n] - first[n], reloaded[n]] for n in SHOWN
-    ]
-    points = 100 * (last["eval/exact"] - first["eval/exact"])
-    return (
-        f"{summary_table([head, *rows])}\n\n"
-        f"Exact calls on tools never seen in training: {first['eval/exact']:.1%} -> {last['eval/exact']:.1%} "
-        f"({points:+.1f} points) in {seconds / 60:.1f} minutes.\n"
-        f"Curves: {folder / 'curves.png'}   Completions: {folder / 'samples.jsonl'}\n"
-        f"Policy, ready for transformers: {folder / 'exported'}"
-    )
 
 
 def _with_source(config: Config, source: pathlib.Path) -> Config:

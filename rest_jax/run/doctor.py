@@ -19,6 +19,7 @@ EXTRAS = {
     "cuda": "jax_cuda12_plugin",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
+    "postgres": "psycopg",
 }
 PROBE = """
 import jax

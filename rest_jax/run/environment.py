@@ -43,22 +43,16 @@ def configure() -> None:
 
 def xla_flags(present: str) -> str:
     """`present` (XLA_FLAGS as it is) with 512-bit vectors, where the CPU has them and nothing speaks against it."""
+    # A first word without "-" is a file of flags. libtpu reads XLA_FLAGS too and has a list of flags of its own.
+    theirs = VECTOR_WIDTH in present or present.strip()[:1] not in ("", "-")
+    if theirs or importlib.util.find_spec("libtpu"):
+        return present
     try:
         known = importlib.metadata.version("jaxlib").startswith(CHECKED_JAXLIB)
         able = "avx512f" in _CPU_INFO.read_text(errors="replace").split()
     except (importlib.metadata.PackageNotFoundError, OSError):
         return present
-    # libtpu reads XLA_FLAGS too and has a list of flags of its own; a first word without "-" is a file of flags
-    file = present.strip() and not present.lstrip().startswith("-")
-    if (
-        not known
-        or not able
-        or file
-        or VECTOR_WIDTH in present
-        or importlib.util.find_spec("libtpu")
-    ):
-        return present
-    return f"{present} --{VECTOR_WIDTH}=512".strip()
+    return f"{present} --{VECTOR_WIDTH}=512".strip() if known and able else present
 
 
 def _writable(chosen: str | None) -> str:
