@@ -18,7 +18,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from benchmarks import cpu_peak
-from rest_jax.run import machine
+from rest_jax import cli
+from rest_jax.run import environment
 
 ONE_CORE = "--xla_cpu_multi_thread_eigen=false"
 
@@ -52,12 +53,12 @@ def start() -> None:
     """Memory and XLA set up as the program sets them up, which may start this process over; pinned to one core, it needs no
     threads for its matrix products.
     """
-    machine.relaunch_tuned()
+    cli.restart_with_huge_pages()
     flags = os.environ.get("XLA_FLAGS", "")
     if core_count() == 1 and "multi_thread_eigen" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {ONE_CORE}".strip()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    machine.configure()
+    environment.configure()
 
 
 def core_count() -> int:

@@ -1,243 +1,397 @@
 """The command line: `rest-jax <command> ...`, or `python -m rest_jax`.
 
-Commands are thin: they read arguments (arguments.py) and call the room that does the work, which is imported only then,
-so that `--help` is instant. Exit codes: 0 done (also when SIGTERM ended a run after saving), 1 a run stopped itself (NaN), 2
-input that cannot be used, as one line on stderr, 130 Ctrl-C, 143 SIGTERM to `data prepare`. Any other error is a defect
-and shows its traceback.
+One typed function for each command: it reads its words and calls the module that does the work, which is imported only then,
+so that `--help` is quick. A word `key=value` is a config value, any other is a file. Exit codes: 0 done (also when SIGTERM
+ended a run after saving), 1 a run stopped itself (NaN), 2 input that cannot be used, as one line on stderr, 130 Ctrl-C, 143
+SIGTERM to `data prepare`. Any other error is a defect and shows its traceback.
 """
 
-import argparse
+import json
+import os
+import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from rest_jax.arguments import parse
+import typer
+from typer import Argument, Option
+
+from rest_jax import __version__
 from rest_jax.errors import RunStopped, UserError
-from rest_jax.run import machine
 
 if TYPE_CHECKING:
     from rest_jax.config import Config
 
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
+data_app = typer.Typer(help="Prepare training records, look at them.", no_args_is_help=True)
+# How `rest-jax --help` groups the commands.
+_TRAIN, _MODEL, _STUDY, _LOOK = "Train", "Use a model", "Experiments", "Data and reports"
+_CANNOT_OPEN = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError)
+
 
 def entry() -> int:
-    """`main` as a program of its own: the process is set up for the machine first."""
-    machine.relaunch_tuned()
-    machine.configure()
+    """`main` as the console program: the process is set up for the machine first."""
+    from rest_jax.run import environment
+
+    restart_with_huge_pages()
+    environment.configure()
     return main()
+
+
+def restart_with_huge_pages() -> None:
+    """Starts this program over with malloc on huge pages, which glibc decides at its start: docs/performance.md."""
+    from rest_jax.run.environment import HUGE_PAGES
+
+    launchers = ("SLURM_", "OMPI_", "TORCHELASTIC", "KUBERNETES", "JAX_COORDINATOR")
+    if "GLIBC_TUNABLES" in os.environ or any(name.startswith(launchers) for name in os.environ):
+        return
+    if sys.gettrace() or {"jax", "pdb", "debugpy", "pydevd", "ipykernel"} & set(sys.modules):
+        return
+    if HUGE_PAGES.is_file() and "[madvise]" in HUGE_PAGES.read_text():
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
-    arguments = parse(argv, COMMANDS)
     try:
-        return arguments.command(arguments) or 0
+        code = typer.main.get_command(app).main(argv, "rest-jax", standalone_mode=False) or 0
+    except typer.TyperException as error:
+        return _fail(_usage(error), error.exit_code)
     except UserError as error:
         return _fail(str(error), 2)
-    except (
-        FileNotFoundError,
-        PermissionError,
-        NotADirectoryError,
-        IsADirectoryError,
-        FileExistsError,
-    ) as error:
+    except (*_CANNOT_OPEN, IsADirectoryError) as error:
         name = f"{error.filename}: " if error.filename else ""
         return _fail(f"{name}{error.strerror or error}", 2)
     except RunStopped as error:
         return _fail(str(error), 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    return _fail("interrupted", code) if code == 130 else code
+
+
+def _usage(error: typer.TyperException) -> str:
+    """What is wrong with the words, and where the right ones are listed; "" when the help itself has been printed."""
+    message = error.format_message().strip().rstrip(".")
+    faults = getattr(error.__cause__, "errors", list)()  # pydantic's, of a value
+    message += "".join(f", not {fault['input']!r}" for fault in faults)
+    context = getattr(error, "ctx", None)
+    return f"{message}; see {context.command_path} --help" if message and context else message
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"rest-jax: error: {' '.join(message.split())}", file=sys.stderr)
+    if message:
+        print(f"rest-jax: error: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
-def _load_config(arguments: argparse.Namespace) -> "Config":
+def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(files, overrides): a word with "=" before any path separator is an override, `./a=b` is a file."""
+    overrides = [word for word in words if "=" in re.split(r"[/\\]", word)[0]]
+    return [word for word in words if word not in overrides], overrides
+
+
+def _load(words: Sequence[str], distributed: bool) -> "Config":
+    """The config of a training run, which joins the others of its hosts before anything touches a device."""
     from rest_jax import config
+    from rest_jax import distributed as hosts
 
-    words = [*arguments.config, *arguments.overrides]
-    files = [word for word in words if "=" not in word]
-    return config.load(files, [word for word in words if "=" in word])
-
-
-def _join_hosts(arguments: argparse.Namespace) -> None:
-    """Before anything touches a device."""
-    if arguments.distributed:
-        from rest_jax import distributed as hosts
-
+    loaded = config.load(*split(words))
+    if distributed:
         hosts.join()
+    return loaded
 
 
-def _train(arguments: argparse.Namespace) -> int:
-    config = _load_config(arguments)
-    _join_hosts(arguments)
+Configs = Annotated[
+    list[str],
+    Argument(
+        metavar="FILE|KEY=VALUE",
+        help="YAML files or builtin names, merged left to right, then single values",
+    ),
+]
+Overrides = Annotated[
+    list[str],
+    Argument(metavar="KEY=VALUE", help="config values, e.g. seed=1", default_factory=list),
+]
+Model = Annotated[str, Argument(help="HF folder, hub id, converted folder, or folder of a run")]
+Out = Annotated[str, Argument(help="folder to make")]
+DryRun = Annotated[bool, Option("--dry-run", help="check config, model and data, train nothing")]
+Distributed = Annotated[
+    bool, Option("--distributed", help="one process of many: one a host, under SLURM one a GPU")
+]
+Limit = Annotated[int | None, Option(min=1, help="records to read at most")]
+Workers = Annotated[int, Option(min=0, help="processes on this machine; 0: results so far")]
+Storage = Annotated[str | None, Option(help="database URL, for many machines; default: SQLite")]
+Tokenizer = Annotated[str | None, Option(help="HF folder or hub id: counts tokens")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"rest-jax {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _describe(
+    version: Annotated[
+        bool, Option("--version", callback=_print_version, is_eager=True, help="the version")
+    ] = False,
+) -> None:
+    """ResT: entropy-reshaped policy gradients for tool-use language models."""
+
+
+@app.command(rich_help_panel=_TRAIN)
+def train(
+    words: Configs,
+    dry_run: DryRun = False,
+    profile: Annotated[
+        int | None, Option(min=1, metavar="STEP", help="write a trace of it, for Perfetto or xprof")
+    ] = None,
+    distributed: Distributed = False,
+) -> None:
+    """Train with ResT, GRPO or one of their variants; the same command resumes."""
+    config = _load(words, distributed)
     from rest_jax import train
 
-    return train.train(config, arguments.dry_run, arguments.profile)
+    train.train(config, dry_run=dry_run, profile=profile)
 
 
-def _sft(arguments: argparse.Namespace) -> int:
-    config = _load_config(arguments)
-    _join_hosts(arguments)
+@app.command(rich_help_panel=_TRAIN)
+def sft(words: Configs, dry_run: DryRun = False, distributed: Distributed = False) -> None:
+    """Train on the gold answers (supervised); the same command resumes."""
+    config = _load(words, distributed)
     from rest_jax import sft
 
-    return sft.finetune(config, arguments.dry_run)
+    sft.finetune(config, dry_run=dry_run)
 
 
-def _convert(arguments: argparse.Namespace) -> int:
-    from rest_jax import config
-    from rest_jax.models.hf import write as hf
-
-    hf.convert(config.locate(arguments.source), arguments.out)
-    print(f"converted {arguments.source} to {arguments.out}")
-    return 0
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    from rest_jax import commands
-
-    return commands.export(arguments.source, arguments.out, arguments.dtype)
-
-
-def _generate(arguments: argparse.Namespace) -> int:
-    from rest_jax import commands
-
-    return commands.generate(
-        arguments.model,
-        prompt=arguments.prompt,
-        tools=arguments.tools,
-        file=arguments.file,
-        limit=arguments.limit,
-        samples=arguments.samples,
-        greedy=arguments.greedy,
-        overrides=arguments.settings,
-    )
-
-
-def _evaluate(arguments: argparse.Namespace) -> int:
-    from rest_jax import commands
-
-    return commands.evaluate(
-        arguments.model,
-        arguments.data,
-        limit=arguments.limit,
-        output=arguments.output,
-        overrides=arguments.settings,
-    )
-
-
-def _variance(arguments: argparse.Namespace) -> int:
-    from rest_jax.analysis.variance.measure import measure_variance
-
-    return measure_variance(
-        arguments.model,
-        arguments.data,
-        prompts=arguments.prompts,
-        tokens=arguments.tokens,
-        limit=arguments.limit,
-        output=arguments.output,
-        overrides=arguments.settings,
-    )
-
-
-def _prepare(arguments: argparse.Namespace) -> int:
-    from rest_jax import config
-    from rest_jax.data.prepare import pipeline
-    from rest_jax.data.prepare import settings as prepare_settings
-
-    prepare_settings.check_settings(arguments.settings)
-    data = config.from_overrides(
-        {"name": "data", "model": {"source": "none"}}, arguments.settings
-    ).data
-    settings = prepare_settings.Settings(
-        source=arguments.source,
-        inputs=tuple(arguments.inputs),
-        out=arguments.out,
-        seed=arguments.seed,
-        mask_names=arguments.mask_names,
-        irrelevance=arguments.irrelevance,
-        irrelevance_response=arguments.irrelevance_response,
-        held_out=arguments.held_out,
-        keep_duplicates=arguments.keep_duplicates,
-        tokenizer=arguments.tokenizer,
-        max_tokens=arguments.max_tokens,
-        template=data.template,
-        brief=data.brief_prompt,
-        limit=arguments.limit,
-        overwrite=arguments.overwrite,
-    )
-    print(pipeline.prepare(settings).to_text())
-    return 0
-
-
-def _inspect(arguments: argparse.Namespace) -> int:
-    from rest_jax import commands
-
-    return commands.inspect(
-        arguments.file,
-        tokenizer=arguments.tokenizer,
-        limit=arguments.limit,
-        overrides=arguments.settings,
-    )
-
-
-def _sweep(arguments: argparse.Namespace) -> int:
-    from rest_jax import config
-    from rest_jax.experiments import sweep
-
-    return sweep.run(
-        arguments.config,
-        config.builtin_file(arguments.space, "sweeps"),
-        arguments.overrides,
-        based_on=arguments.base,
-        storage=arguments.storage,
-        trials=arguments.trials,
-        workers=arguments.workers,
-        stale=arguments.stale,
-        only_results=arguments.results,
-        quiet=arguments.quiet,
-    )
-
-
-def _study(arguments: argparse.Namespace) -> int:
-    from rest_jax.experiments.study import command
-
-    return command.run(
-        arguments.study,
-        workers=arguments.workers,
-        output=arguments.output,
-        overrides=arguments.settings,
-        report_only=arguments.report,
-        dry_run=arguments.dry_run,
-    )
-
-
-def _report(arguments: argparse.Namespace) -> int:
-    from rest_jax.analysis.report import write_report
-
-    print(write_report(arguments.run))
-    return 0
-
-
-def _quickstart(arguments: argparse.Namespace) -> int:
+@app.command(rich_help_panel=_TRAIN)
+def quickstart(
+    overrides: Overrides,
+    seed: Annotated[int | None, Option(min=0, help="short for seed=N")] = None,
+    fresh: Annotated[bool, Option("--fresh", help="forget an earlier quickstart run")] = False,
+) -> None:
+    """Train, evaluate and export a tiny policy on CPU, in minutes."""
     from rest_jax import quickstart
 
-    return quickstart.run(seed=arguments.seed, fresh=arguments.fresh)
+    chosen = [] if seed is None else [f"seed={seed}"]
+    quickstart.quickstart([*chosen, *overrides], fresh)
 
 
-COMMANDS = {
-    "train": _train,
-    "sft": _sft,
-    "sweep": _sweep,
-    "study": _study,
-    "convert": _convert,
-    "export": _export,
-    "generate": _generate,
-    "evaluate": _evaluate,
-    "variance": _variance,
-    "prepare": _prepare,
-    "inspect": _inspect,
-    "report": _report,
-    "quickstart": _quickstart,
-}
+@app.command(rich_help_panel=_MODEL)
+def generate(
+    model: Model,
+    overrides: Overrides,
+    prompt: Annotated[str | None, Option(help="what the user says")] = None,
+    file: Annotated[str | None, Option(help="records instead; the output is JSON lines")] = None,
+    tools: Annotated[str | None, Option(help="JSON file, the tools offered to --prompt")] = None,
+    samples: Annotated[int, Option(min=1, help="completions to each prompt")] = 1,
+    greedy: Annotated[bool, Option("--greedy", help="the most probable token each time")] = False,
+    limit: Limit = None,
+) -> None:
+    """Sample completions."""
+    if (prompt is None) == (file is None):
+        raise UserError("generate: exactly one of --prompt and --file is needed")
+    from rest_jax.data.tokenize import load_split
+    from rest_jax.rollout import generate
+    from rest_jax.run.policy import config_of
+
+    config = config_of(model, overrides)
+    records = (
+        load_split(file, config.data, limit)
+        if file is not None
+        else [generate.prompt_record(str(prompt), tools)]
+    )
+    for record, texts in generate.generate(config, records, samples, greedy):
+        for text in texts:
+            print(text if file is None else json.dumps({"id": record.id, "text": text}), flush=True)
+
+
+@app.command(rich_help_panel=_MODEL)
+def evaluate(
+    model: Model,
+    words: Annotated[
+        list[str],
+        Argument(metavar="DATA|KEY=VALUE", help="record files, or synthetic:eval; config values"),
+    ],
+    limit: Limit = None,
+    output: Annotated[str | None, Option(help="JSONL file for every scored completion")] = None,
+) -> None:
+    """Score greedy completions to held-out records."""
+    data, overrides = split(words)
+    if not data:
+        raise UserError("evaluate: no data; name record files, or synthetic:eval")
+    from rest_jax.evaluation.evaluate import evaluate
+
+    print(evaluate(model, data, overrides, limit=limit, output=output))
+
+
+@app.command(rich_help_panel=_MODEL)
+def convert(
+    source: Annotated[str, Argument(help="HF folder with safetensors, or hub id")], out: Out
+) -> None:
+    """Turn an HF model into an Orbax folder."""
+    from rest_jax.config import locate
+    from rest_jax.models.hf import write
+
+    write.convert(locate(source), out)
+    print(f"converted {source} to {out}")
+
+
+@app.command(rich_help_panel=_MODEL)
+def export(
+    model: Model,
+    out: Out,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, Option(help="default: the model's")
+    ] = None,
+) -> None:
+    """Write a model as an HF folder that transformers loads."""
+    from rest_jax.config import locate
+    from rest_jax.run import policy
+
+    policy.export(locate(model), out, dtype)
+    print(f"exported {model} to {out}")
+
+
+@app.command(rich_help_panel=_STUDY)
+def sweep(
+    words: Configs,
+    space: Annotated[str, Option(help="YAML file with the values to try, or a builtin name")],
+    trials: Annotated[int | None, Option(min=1, help="trials at most")] = None,
+    workers: Workers = 1,
+    storage: Storage = None,
+    name: Annotated[str | None, Option(help="of the sweep, shared by its workers")] = None,
+) -> None:
+    """Search config values: many trials, many workers."""
+    from rest_jax.experiments import search
+    from rest_jax.experiments.worker import Engine
+
+    engine = Engine(workers, storage)
+    search.sweep(*split(words), space, engine=engine, trials=trials, name=name)
+
+
+@app.command(rich_help_panel=_STUDY)
+def compare(
+    plans: Annotated[list[str], Argument(help="YAML files, or builtin names")],
+    workers: Workers = 1,
+    storage: Storage = None,
+    output: Annotated[str, Option(help="folder of the page")] = "docs/study",
+) -> None:
+    """Compare methods over seeds, with intervals, tables and pictures."""
+    from rest_jax.experiments import compare
+    from rest_jax.experiments.worker import Engine
+
+    compare.compare(plans, output=output, engine=Engine(workers, storage))
+
+
+@app.command(rich_help_panel=_STUDY)
+def variance(
+    model: Model,
+    data: Annotated[str, Argument(help="record file, or synthetic:eval")],
+    overrides: Overrides,
+    prompts: Annotated[int, Option(min=1, help="prompts sampled")] = 32,
+    tokens: Annotated[int, Option(min=1, help="tokens of each region, for beta")] = 32,
+    limit: Limit = None,
+    output: Annotated[str | None, Option(help="folder; default: variance/ of the run")] = None,
+) -> int:
+    """Measure gradient variance under each weight rule, and check the theory."""
+    options = locals()
+    from rest_jax.analysis.variance.measure import measure_variance
+
+    return measure_variance(options.pop("model"), options.pop("data"), **options)
+
+
+@app.command(rich_help_panel=_LOOK)
+def report(run: Annotated[str, Argument(help="the folder of the run")]) -> None:
+    """Redraw the curves of a run and print its table."""
+    from rest_jax.analysis.report import write_report
+
+    print(write_report(run))
+
+
+@app.command(rich_help_panel=_LOOK)
+def doctor() -> None:
+    """Show versions, devices, memory, caches, and what is missing."""
+    from rest_jax.run.doctor import diagnose
+
+    print(diagnose())
+
+
+@config_app.command()
+def show(words: Configs) -> None:
+    """Print the resolved config, and where each value comes from."""
+    from rest_jax import config
+
+    files, overrides = split(words)
+    origins = config.origins(files, overrides)
+    lines = config.dump(config.load(files, overrides)).splitlines()
+    width = max(map(len, lines))
+    section = ""
+    for line in lines:
+        key = line.partition(":")[0]
+        section = section if line.startswith(" ") else key
+        origin = origins.get(key if section == key else f"{section}.{key.strip()}")
+        print(line if origin is None else f"{line:<{width}}  # {origin}")
+
+
+@data_app.command()
+def inspect(
+    file: Annotated[str, Argument(help="a file of records, or synthetic:train")],
+    overrides: Overrides,
+    tokenizer: Tokenizer = None,
+    limit: Limit = None,
+) -> None:
+    """Print what a file of records holds."""
+    from rest_jax.data.inspect import inspect
+
+    print(inspect(file, tokenizer, limit, overrides))
+
+
+def _fraction(of: str) -> object:
+    return Option(metavar="FRACTION", help=of)
+
+
+@data_app.command()
+def prepare(
+    source: Annotated[str, Argument(help="openai, toolace, xlam, hammer, rlla, records, ...")],
+    words: Annotated[
+        list[str],
+        Argument(
+            metavar="IN|OUT|KEY=VALUE",
+            help="files to read, then the .jsonl or .parquet to make; data.template, data.brief_prompt",
+        ),
+    ],
+    seed: Annotated[int, Option(help="of all that is random")] = 0,
+    mask_names: Annotated[float, _fraction("of records whose names become random words")] = 0.0,
+    irrelevance: Annotated[float, _fraction("of records whose right tool is taken away")] = 0.0,
+    irrelevance_response: Annotated[str | None, Option(help="the answer to those")] = None,
+    held_out: Annotated[float, _fraction("of tools that only OUT's .eval twin has")] = 0.0,
+    keep_duplicates: Annotated[bool, Option("--keep-duplicates", help="else dropped")] = False,
+    tokenizer: Tokenizer = None,
+    max_tokens: Annotated[int | None, Option(min=1, help="longer records are dropped")] = None,
+    limit: Limit = None,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="replace OUT and its side files")
+    ] = False,
+) -> None:
+    """Make training records of other people's data."""
+    options = locals()  # named as the fields of Settings
+    files, overrides = split(options.pop("words"))
+    if len(files) < 2:
+        raise UserError(f"data prepare {source}: an input and an output file are needed")
+    from rest_jax import config
+    from rest_jax.data.prepare import pipeline, settings
+
+    settings.check_settings(overrides)
+    data = config.from_overrides({"name": "data", "model": {"source": "none"}}, overrides).data
+    options |= {"template": data.template, "brief": data.brief_prompt}
+    asked = settings.Settings(inputs=tuple(files[:-1]), out=files[-1], **options)
+    print(pipeline.prepare(asked).to_text())
+
+
+app.add_typer(data_app, name="data", rich_help_panel=_LOOK)
+app.add_typer(config_app, name="config", rich_help_panel=_LOOK)

@@ -1,6 +1,6 @@
-"""Loading the policy of any source: the folder of a run (its newest sound checkpoint), or what `models.load` reads.
+"""The policy of any source: the folder of a run (its newest sound checkpoint), or what `models.load` reads.
 
-So the checkpoint of one run is the start of another, without conversion.
+`load_policy` loads it, so the checkpoint of one run is the start of another; `export` writes it as a Hugging Face folder.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from rest_jax import config as config_lib
 from rest_jax.config import Config, MeshConfig, ModelConfig
 from rest_jax.distributed import make_mesh
 from rest_jax.models.decoder import abstract_params, param_shardings
+from rest_jax.models.hf import write as hf
 from rest_jax.models.hf.config import decoder_config
 from rest_jax.models.hf.folder import read_json
 from rest_jax.models.load import Policy, compute_dtype, load_pretrained, make_policy
@@ -37,6 +38,18 @@ def load_policy(model: ModelConfig, mesh_config: MeshConfig) -> Policy:
     )
     params, _ = checkpoint.restore_params(folder, shapes)
     return make_policy(config, params, model.tokenizer, mesh, files)
+
+
+def export(source: str, out: str | pathlib.Path, dtype: str | None = None) -> None:
+    """Writes a run, a converted folder or an HF folder as the HF folder `out`, which must not exist yet. `dtype` None: as
+    the source has it. UserError for a source that cannot be used.
+    """
+    if not is_run(source):
+        hf.export(source, hf.find_source(source), out, dtype)
+        return
+    config = config_of(source, [])
+    policy = load_policy(config.model, config.mesh)
+    hf.export(policy.params, pathlib.Path(source) / MODEL_FOLDER, out, dtype)
 
 
 def is_run(source: str) -> bool:

@@ -41,8 +41,6 @@ NEW = {
     "time/reward_tokens_per_second",
     "time/reward_responses_per_second",
     "time/update_tokens_per_second",
-    "time/rollout_mfu",
-    "time/update_mfu",
 }
 
 
@@ -186,7 +184,8 @@ def test_the_metrics_of_speed_and_packing(unbroken):
         # without another term in the loss, these are the groups that are not computed
         assert line["update/skipped_groups"] == pytest.approx(line["reward/equal_groups"])
         assert line["update/micro_batches"] >= 1
-        assert line["time/update_mfu"] > 0 and line["time/rollout_mfu"] > 0
+        # no peak of a CPU is published
+        assert not {"time/update_mfu", "time/rollout_mfu"} & line.keys()
         tokens, responses = line["rollout/tokens"], 16
         assert line["rollout/response_tokens"] * responses == pytest.approx(tokens)
         assert line["time/rollout_tokens_per_second"] * line["time/rollout"] == pytest.approx(

@@ -468,7 +468,7 @@ def test_command(source_file, out, capsys, tokenizer):
 
 def test_templates_come_from_the_config_models(source_file, out, capsys, tokenizer):
     counts = []
-    for settings in ([], ["--set", "data.brief_prompt=true"], ["--set", "data.template=hermes"]):
+    for settings in ([], ["data.brief_prompt=true"], ["data.template=hermes"]):
         argv = ["data", "prepare", "openai", source_file, str(out), "--overwrite"]
         assert cli.main([*argv, "--tokenizer", tokenizer, *settings]) == 0
         told = json.loads(out.with_name("out.jsonl.summary.json").read_text())

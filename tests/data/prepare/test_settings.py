@@ -81,7 +81,7 @@ def test_a_terminated_process_leaves_nothing(tmp_path):
     "setting", ["data.train=x", "model.source=x", "seed=3", "data.template.x=1"]
 )
 def test_only_what_shapes_the_text_can_be_set(tmp_path, items, capsys, setting):
-    argv = ["data", "prepare", "openai", items, str(tmp_path / "out.jsonl"), "--set", setting]
+    argv = ["data", "prepare", "openai", items, str(tmp_path / "out.jsonl"), setting]
     assert cli.main(argv) == 2
     key = setting.partition("=")[0]
     assert capsys.readouterr().err == (

@@ -1,0 +1,66 @@
+"""Completions as text, for reading: the command `rest-jax generate`.
+
+`generate(config, records, ...)` loads the policy that `config.model` names and samples completions to each record, in batches
+that fill the decode slots; it yields their texts, without the token that ends the turn.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from rest_jax.config import Config
+from rest_jax.data.loader import bucketed, pad
+from rest_jax.data.records import StepRecord
+from rest_jax.data.tokenize import prepare
+from rest_jax.distributed import num_data_shards
+from rest_jax.errors import UserError
+from rest_jax.rollout.engine import rollout_cast
+from rest_jax.rollout.scheduler import make_sampler
+from rest_jax.run.policy import load_policy
+from rest_jax.templates import TEMPLATES
+from rest_jax.tool_calls import Target
+from rest_jax.types import PromptBatch, Sampling
+
+
+def generate(
+    config: Config, records: Sequence[StepRecord], samples: int, greedy: bool
+) -> Iterator[tuple[StepRecord, list[str]]]:
+    """Yields each record with the texts of its `samples` completions, in order. Records longer than
+    `data.max_prompt_tokens` are left out. UserError for a model that cannot be loaded.
+    """
+    policy = load_policy(config.model, config.mesh)
+    r, tokenizer = config.rollout, policy.tokenizer
+    prepared = prepare(records, tokenizer, TEMPLATES[config.data.template], config.data)
+    sampling = Sampling(r.temperature, r.top_k, r.top_p, greedy)
+    sampler = make_sampler(policy, r, samples, sampling)
+    params = rollout_cast(policy)(policy.params)
+    width = bucketed(prepared.prompts)
+    batch_size = max(1, r.decode_slots // samples) * num_data_shards(policy.mesh)
+    for start in range(0, prepared.size, batch_size):
+        rows = np.arange(start, min(start + batch_size, prepared.size))
+        tokens, length = pad([prepared.prompts[i] for i in rows], width, tokenizer.pad_id)
+        batch = PromptBatch(tokens, length, rows.astype(np.int32))
+        out = sampler(params, batch, jax.random.key(config.seed), 0)
+        for i, ids, lengths in zip(rows, out.responses, out.response_length, strict=True):
+            texts = [x[:n] for x, n in zip(ids, lengths, strict=True)]
+            texts = [x[:-1] if int(x[-1]) in tokenizer.stop_ids else x for x in texts]
+            yield prepared.records[i], [tokenizer.text(x) for x in texts]
+
+
+def prompt_record(prompt: str, tools: str | None) -> StepRecord:
+    """A record of what a user says, with the tools of a JSON file. UserError for a file that is no list of tools."""
+    offered = []
+    if tools is not None:
+        try:
+            offered = json.loads(pathlib.Path(tools).read_bytes())
+        except ValueError as error:
+            raise UserError(f"tools {tools}: not JSON: {error}") from error
+        if not isinstance(offered, list) or not all(
+            isinstance(tool, dict) and "name" in tool for tool in offered
+        ):
+            raise UserError(f"tools {tools}: a list of objects with a name is needed")
+    history = ({"role": "user", "content": prompt},)
+    return StepRecord("prompt", "", tuple(offered), history, Target())

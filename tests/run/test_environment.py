@@ -1,0 +1,147 @@
+"""Setting up XLA: the environment before jax starts, the cache at work, what the user set wins."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from rest_jax.run import environment
+
+PROGRAMS = pathlib.Path(__file__).parent.parent / "programs"
+FLAG = f"--{environment.VECTOR_WIDTH}=512"
+
+
+def run_program(name: str, home: pathlib.Path, **variables: str):
+    """What a program prints, as JSON, and its stderr: a process with nothing set but `home` and `variables`."""
+    base = {"HOME": str(home), "PYTHONPATH": str(PROGRAMS.parent.parent), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, str(PROGRAMS / name)],
+        env=base | {"PATH": os.environ["PATH"]} | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+# The environment
+
+
+def test_defaults(tmp_path):
+    found, warned = run_program("show_environment.py", tmp_path)
+    folder = tmp_path / ".cache" / "rest_jax" / "xla"
+    assert found["JAX_COMPILATION_CACHE_DIR"] == str(folder) and folder.is_dir()
+    assert float(found["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]) == 0.05
+    assert found.get("XLA_FLAGS", "") == environment.xla_flags("")
+    assert not warned
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"XDG_CACHE_HOME": "xdg"}, "xdg/rest_jax/xla"),
+        ({"XDG_CACHE_HOME": "xdg", "REST_JAX_CACHE": "own"}, "own"),
+        ({"REST_JAX_CACHE": "off", "JAX_COMPILATION_CACHE_DIR": "users"}, "users"),
+        ({"REST_JAX_CACHE": "off"}, None),
+        ({"REST_JAX_CACHE": "gs://bucket/xla"}, "gs://bucket/xla"),
+    ],
+)
+def test_which_cache_folder(tmp_path, monkeypatch, variables, expected):
+    def place(text):
+        return text if text == "off" or "://" in text else str(tmp_path / text)
+
+    monkeypatch.setattr(os, "environ", {name: place(value) for name, value in variables.items()})
+    environment.configure()
+    assert os.environ.get("JAX_COMPILATION_CACHE_DIR") == (expected and place(expected))
+    set_too = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" in os.environ
+    assert set_too == (expected is not None)
+
+
+def test_a_folder_that_cannot_be_made_is_a_warning_and_no_cache(tmp_path):
+    home = tmp_path / "home"
+    home.write_text("a file, so that nothing can be made in it, not even by root")
+    found, warned = run_program("show_environment.py", home)
+    assert "JAX_COMPILATION_CACHE_DIR" not in found
+    assert len(warned.splitlines()) == 1
+    assert "no compilation cache" in warned and str(home) in warned
+
+
+def test_what_the_user_set_is_kept(tmp_path):
+    own = {"XLA_FLAGS": "--xla_cpu_prefer_vector_width=128 --xla_cpu_enable_fast_math=false"}
+    own["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "7"
+    found, _ = run_program("show_environment.py", tmp_path, **own)
+    assert {name: found[name] for name in own} == own
+
+
+# The flag
+
+
+@pytest.fixture
+def able(monkeypatch, tmp_path):
+    """A machine on which the flag applies."""
+    monkeypatch.setattr(environment, "_CPU_INFO", tmp_path / "cpuinfo")
+    environment._CPU_INFO.write_text("processor : 0\nflags : fpu avx2 avx512f\n")
+    version = environment.CHECKED_JAXLIB + "99"
+    monkeypatch.setattr(environment.importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("present", "expected"),
+    [
+        ("", FLAG),
+        ("--xla_dump_to=x", f"--xla_dump_to=x {FLAG}"),
+        ("--xla_cpu_prefer_vector_width=256", "--xla_cpu_prefer_vector_width=256"),
+        (" --xla_cpu_prefer_vector_width 256", " --xla_cpu_prefer_vector_width 256"),
+        ("flags.txt", "flags.txt"),  # XLA reads flags from a file of that name
+    ],
+)
+def test_the_flag_is_added_to_those_present(able, present, expected):
+    assert environment.xla_flags(present) == expected
+
+
+def test_the_flag_waits_for_a_checked_jaxlib(able):
+    able.setattr(environment.importlib.metadata, "version", lambda name: "0.11.0")
+    assert environment.xla_flags("--xla_dump_to=x") == "--xla_dump_to=x"
+
+
+@pytest.mark.parametrize("said", ["flags : avx2 avx512\n", None])
+def test_the_flag_waits_for_a_cpu_that_has_such_vectors(able, said):
+    environment._CPU_INFO.write_text(said) if said else environment._CPU_INFO.unlink()
+    assert environment.xla_flags("--xla_dump_to=x") == "--xla_dump_to=x"
+
+
+def test_no_flag_where_libtpu_reads_it_too(able):
+    able.setattr(environment.importlib.util, "find_spec", lambda name: name == "libtpu" or None)
+    assert environment.xla_flags("") == ""
+
+
+def test_xla_knows_the_flag(tmp_path):
+    """XLA aborts on an unknown flag, so a process that ends well has accepted it."""
+    if not environment.importlib.metadata.version("jaxlib").startswith(environment.CHECKED_JAXLIB):
+        pytest.skip("the flag is not for this jaxlib")
+    run_program("compile_once.py", tmp_path, XLA_FLAGS=FLAG)
+
+
+# The cache at work
+
+
+def test_the_second_process_finds_what_the_first_compiled(tmp_path):
+    quick = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    (hits, misses), _ = run_program("compile_once.py", tmp_path, **quick)
+    assert hits == 0 < misses
+    again, _ = run_program("compile_once.py", tmp_path, **quick)
+    assert again == [misses, 0]
+
+
+def test_transformers_is_quiet_about_pytorch(tmp_path):
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    found, _ = run_program("show_environment.py", tmp_path)
+    _, said = run_program("transformers_without_torch.py", tmp_path, **{name: found[name]})
+    assert said == ""
+    assert "PyTorch was not found" in run_program("transformers_without_torch.py", tmp_path)[1]
