@@ -188,34 +188,27 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from rest_jax import config
-    from rest_jax.experiments import sweep
+    from rest_jax.experiments import search
+    from rest_jax.experiments.worker import Engine
 
-    return sweep.run(
-        arguments.config,
-        config.builtin_file(arguments.space, "sweeps"),
+    engine = Engine(arguments.workers, arguments.storage)
+    search.sweep(
+        [arguments.config],
         arguments.overrides,
-        based_on=arguments.base,
-        storage=arguments.storage,
+        arguments.space,
+        engine=engine,
         trials=arguments.trials,
-        workers=arguments.workers,
-        stale=arguments.stale,
-        only_results=arguments.results,
-        quiet=arguments.quiet,
     )
+    return 0
 
 
 def _study(arguments: argparse.Namespace) -> int:
-    from rest_jax.experiments.study import command
+    from rest_jax.experiments import compare
+    from rest_jax.experiments.worker import Engine
 
-    return command.run(
-        arguments.study,
-        workers=arguments.workers,
-        output=arguments.output,
-        overrides=arguments.settings,
-        report_only=arguments.report,
-        dry_run=arguments.dry_run,
-    )
+    engine = Engine(0 if arguments.report else arguments.workers or 1)
+    compare.compare(arguments.study, output=arguments.output, engine=engine)
+    return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:

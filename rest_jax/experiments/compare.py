@@ -173,6 +173,9 @@ def gather(name: str, plan: Plan, folder: pathlib.Path) -> Compared:
     jobs = plan.jobs(name)
     configs = {key: job.config() for key, job in jobs.items()}
     finished = {key: c.folder for key, c in configs.items() if is_finished(c, results.EXACT)}
+    seeds = {seed for method, seed in finished if method == plan.reference}
+    paired = {method for method, seed in finished if seed in seeds}
+    finished = {key: folder for key, folder in finished.items() if key[0] in paired}
     found = results.collect(finished) if finished else results.read(name, folder)
     return Compared(name, plan, next(iter(configs.values())), found or results.Results({}, {}))
 

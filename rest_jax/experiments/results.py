@@ -57,8 +57,9 @@ def collect(folders: Mapping[tuple[str, int], pathlib.Path]) -> Results:
         for key, folder in folders.items()
     }
     methods = dict.fromkeys(method for method, _ in found)
-    curves = {m: mean_curves([found[key] for key in found if key[0] == m]) for m in methods}
-    return Results({key: summarise(run) for key, run in found.items()}, curves)
+    means = {m: mean_curves([found[key] for key in found if key[0] == m]) for m in methods}
+    curves = {m: {name: rounded(curve) for name, curve in means[m].items()} for m in means}
+    return Results({key: rounded(summarise(run)) for key, run in found.items()}, curves)
 
 
 def summarise(curves: Mapping[str, Curve]) -> dict[str, float]:
@@ -98,7 +99,7 @@ def write(
     results: Results, name: str, pairs: Sequence[tuple[str, str]], folder: pathlib.Path
 ) -> None:
     """Writes the runs, the curves (compressed, the same bytes for the same curves) and the estimates."""
-    rows = [{"method": m, "seed": seed} | _rounded(run) for (m, seed), run in results.runs.items()]
+    rows = [{"method": m, "seed": seed, **run} for (m, seed), run in results.runs.items()]
     _write(folder / f"{name}_runs.csv", rows)
     names = list(next(iter(results.runs.values())))
     found = [
@@ -106,10 +107,10 @@ def write(
     ]
     for a, b in pairs:
         found += [({"method": a, "less": b}, n, results.difference(a, b, n)) for n in names]
-    estimates = [keys | {"metric": n} | _rounded(dataclasses.asdict(e)) for keys, n, e in found]
+    estimates = [keys | {"metric": n} | rounded(dataclasses.asdict(e)) for keys, n, e in found]
     _write(folder / f"{name}_methods.csv", estimates)
     points = [
-        {"method": method, "metric": metric, "step": step} | _rounded({"mean": value})
+        {"method": method, "metric": metric, "step": step, "mean": value}
         for method, curves in results.curves.items()
         for metric, curve in curves.items()
         for step, value in curve.items()
@@ -133,15 +134,18 @@ def read(name: str, folder: pathlib.Path) -> Results | None:
     return Results(numbers, curves)
 
 
-def _rounded(values: Mapping[str, float]) -> dict[str, Any]:
-    return {key: "" if np.isnan(value) else float(f"{value:.6g}") for key, value in values.items()}
+def rounded(values: Mapping[Any, float]) -> dict[Any, float]:
+    """Six digits, as they are stored."""
+    return {key: float(f"{value:.6g}") for key, value in values.items()}
 
 
 def _write(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        # What was not measured (NaN) is left empty.
+        writer.writerow({key: "" if value != value else value for key, value in row.items()})
     content = text.getvalue().encode()
     with atomic_write(path) as partial:
         partial.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)

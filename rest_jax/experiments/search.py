@@ -217,16 +217,21 @@ def shared_job(space: Space, files: Sequence[str], overrides: Sequence[str]) -> 
         raise UserError("train.eval_every: 0: a pruner decides at evaluations; set it above 0")
     faults = []
     for key, parameter in space.parameters.items():
-        for value in parameter.choices or (parameter.low, parameter.high):
-            try:
-                _with(job, {key: value}).config()
-            except ConfigError as error:
-                if "unknown key" in str(error) or f" {key}: " in str(error):
-                    faults.append(str(error))
-                    break
+        ends = parameter.choices or (parameter.low, parameter.high)
+        errors = [error for value in ends if (error := _refusal(_with(job, {key: value})))]
+        own = [error for error in errors if "unknown key" in error or f" {key}: " in error]
+        faults += (own or errors)[:1] if own or len(errors) == len(ends) else []
     if faults:
         raise UserError("parameters: " + "; ".join(faults))
     return job
+
+
+def _refusal(job: Job) -> str | None:
+    try:
+        job.config()
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def draw(space: Space, job: Job, folder: pathlib.Path, trial: Trial, run: str) -> Job:

@@ -35,7 +35,9 @@ def postgres():
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     data = folder / "data"
-    subprocess.run([tools / "initdb", "-D", data, "-A", "trust", "-U", "rest"], cwd=folder, **options)
+    subprocess.run(
+        [tools / "initdb", "-D", data, "-A", "trust", "-U", "rest"], cwd=folder, **options
+    )
     settings = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
     control = [tools / "pg_ctl", "-D", data, "-w", "-l", folder / "log"]
     subprocess.run([*control, "-o", settings, "start"], cwd=folder, **options)
@@ -62,9 +64,9 @@ def test_four_workers_of_which_one_is_killed(
         found = {}
         for worker in [pid for command in commands for pid in children(command.pid)]:
             for run in children(worker):
-                words = pathlib.Path(f"/proc/{run}/cmdline").read_text().split("\0")
-                names = [word[6:-1] for word in words if word.startswith('name="')]
-                found |= {worker: folder / name for name in names}
+                for word in pathlib.Path(f"/proc/{run}/cmdline").read_text().split("\0"):
+                    if word.startswith('name="'):
+                        found[worker] = folder / word[6:-1]
         return found
 
     until(lambda: any(4 <= len(steps(run)) < 7 for run in training().values()))

@@ -4,7 +4,6 @@ import csv
 import os
 import pathlib
 import signal
-import sys
 import time
 from dataclasses import replace
 
@@ -12,7 +11,7 @@ import optuna
 import pytest
 
 from rest_jax.errors import RunStopped, UserError
-from rest_jax.experiments import storage, worker
+from rest_jax.experiments import worker
 from rest_jax.experiments.search import sweep
 from rest_jax.run.metrics import read_lines
 

@@ -20,9 +20,7 @@ def main() -> None:
     stopping = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
     words = sys.argv[2:]
-    config = config_lib.load(
-        [w for w in words if "=" not in w], [w for w in words if "=" in w]
-    )
+    config = config_lib.load([w for w in words if "=" not in w], [w for w in words if "=" in w])
     if config.curriculum.alpha_think == 9:
         sys.exit("rest-jax: error: step 1: not finite")
     folder = pathlib.Path(config.output) / config.name
