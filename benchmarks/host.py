@@ -17,15 +17,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import policies
+from benchmarks import cpu_peak, policies
 from benchmarks.process import Work, positive, timed
 from benchmarks.update import step_config
 from rest_jax.config import RewardConfig
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.rl import curriculum, weights
 from rest_jax.rollout.scoring import score_rollout
-from rest_jax.run import machine
-from rest_jax.run.flops import rollout_flops, update_flops
+from rest_jax.run.throughput import rollout_flops, update_flops
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Call, Target
 from rest_jax.types import RolloutBatch
@@ -86,7 +85,7 @@ def shares(host: float, args: argparse.Namespace) -> dict[str, float]:
     step = rollout + update_flops(STEP_MODEL, prompts, lengths)
     return {
         "step_flops": step,
-        "step_share": host / (step / machine.measured_cpu_peak()),
+        "step_share": host / (step / cpu_peak.measured_cpu_peak()),
         "pod_step_share": host / (step / POD_FLOPS),
         "pod_rollout_share": host / (rollout / POD_FLOPS),
     }

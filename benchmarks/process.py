@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from benchmarks import cpu_peak
 from rest_jax.run import machine
 
 ONE_CORE = "--xla_cpu_multi_thread_eigen=false"
@@ -28,7 +29,7 @@ class Work:
 
     call: Callable[[int], Any]
     tokens: int
-    flops: float  # model FLOPs of a call (`rest_jax.run.flops`)
+    flops: float  # model FLOPs of a call (`rest_jax.run.throughput`)
     extra: Callable[[], dict[str, Any]] = (
         dict  # more fields of the record, read after the last call
     )
@@ -76,7 +77,7 @@ def measure(case: str, make_work: Callable[[], Work], repeats: int) -> dict[str,
     cpu, wall = zip(*(timed(work.call, number + 1) for number in range(repeats)), strict=True)
     peak_bytes = peak_memory()
     rate = work.flops / statistics.median(wall)
-    best = machine.measured_cpu_peak()  # after the memory was read
+    best = cpu_peak.measured_cpu_peak()  # after the memory was read
     return {
         "case": case,
         "side": "rest_jax",

@@ -16,7 +16,7 @@ from benchmarks.process import Work, positive
 from rest_jax.distributed import activate
 from rest_jax.rollout.engine import rollout_cast
 from rest_jax.rollout.scheduler import Sampler
-from rest_jax.run.flops import rollout_flops
+from rest_jax.run.throughput import rollout_flops
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ from rest_jax.distributed import activate
 from rest_jax.rl.step import BatchLengths, plan_step
 from rest_jax.rollout.engine import rollout_cast
 from rest_jax.rollout.scoring import score_rollout
-from rest_jax.run.flops import rollout_flops, update_flops
+from rest_jax.run.throughput import rollout_flops, update_flops
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Call, Target
 from rest_jax.types import RolloutBatch, ScoredBatch

@@ -38,7 +38,7 @@ from rest_jax.rl.step import (
     plan_all,
     plan_step,
 )
-from rest_jax.run.flops import update_flops
+from rest_jax.run.throughput import update_flops
 from rest_jax.types import RolloutBatch, Sampling, ScoredBatch
 
 RUN_STEPS = 100  # length of the run the schedules believe to be in

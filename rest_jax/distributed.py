@@ -190,6 +190,11 @@ def gather(tree: Tree) -> Tree:
     )
 
 
+def any_process(value: bool) -> bool:
+    """Whether `value` holds in any process; every process must call it, and all get the same answer."""
+    return bool(np.any(gather(np.asarray([value]))))
+
+
 def join() -> None:
     """Makes this process one of many: SLURM, Cloud TPU and Open MPI are recognised by jax itself; elsewhere
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say who is who. UserError when nothing does.

@@ -20,9 +20,9 @@ from rest_jax.rl.regions import label_tokens
 from rest_jax.rl.step import init_state
 from rest_jax.rl.supervised import GoldBatch, SupervisedConfig, make_supervised_step
 from rest_jax.rollout.engine import rollout_cast
-from rest_jax.run.folder import Run, TrainingStopped, check_start, not_finite, open_run, save_batch
-from rest_jax.run.metrics import Progress
+from rest_jax.run.folder import SUPERVISED_FINITE, Run, check_start, open_run
 from rest_jax.run.policy import load_policy
+from rest_jax.run.progress import Progress
 from rest_jax.templates import TEMPLATES
 
 
@@ -35,7 +35,7 @@ class Ending:
 
 
 def run(config: Config, dry_run: bool = False) -> int:
-    """Trains; 0 at the end or after SIGTERM. UserError for input that cannot be used; TrainingStopped on NaN."""
+    """Trains; 0 at the end or after SIGTERM. UserError for input that cannot be used; RunStopped on NaN."""
     complete(config, dry_run)
     return 0
 
@@ -165,9 +165,8 @@ class Loop:
             return
         (step, metrics, gold, started), self.pending = self.pending, None
         values = {name: float(value) for name, value in metrics.items()}
-        if not_finite(values):
-            arrays = {f.name: getattr(gold, f.name) for f in dataclasses.fields(gold)}
-            raise TrainingStopped(step, values, save_batch(self.opened.folder, step, arrays))
+        arrays = {f.name: getattr(gold, f.name) for f in dataclasses.fields(gold)}
+        self.opened.check_finite(step, values, SUPERVISED_FINITE, arrays)
         now = time.monotonic()
         values |= {
             "time/step": now - started,
@@ -176,9 +175,8 @@ class Loop:
         }
         if is_first_process():
             self.opened.write(step, values)
-            self.progress.update(
-                step, values["update/loss"], values["time/tokens_per_second"], "loss"
-            )
+            shown = f"loss {values['update/loss']:.3f}"
+            self.progress.update(step, f"{shown}, {values['time/tokens_per_second']:,.0f} tokens/s")
 
     def after(self, step: int, last: bool) -> None:
         """Evaluation and checkpoint, when due; both read the step's metrics first."""

@@ -34,11 +34,12 @@ from rest_jax.rl.step import (
 )
 from rest_jax.rollout.engine import rollout_cast
 from rest_jax.rollout.experience import Collector, Experience, gather_lengths
-from rest_jax.run.folder import Run, TrainingStopped, check_start, not_finite, open_run, save_batch
-from rest_jax.run.metrics import Progress
+from rest_jax.run.folder import RL_FINITE, Run, check_start, open_run
 from rest_jax.run.policy import load_policy
 from rest_jax.run.profile import Tracer
-from rest_jax.run.step_metrics import Speed, step_metrics
+from rest_jax.run.progress import Progress
+from rest_jax.run.step_metrics import step_metrics
+from rest_jax.run.throughput import Speed, mesh_peak_flops, reward_rates
 from rest_jax.templates import TEMPLATES
 from rest_jax.types import RolloutBatch, Sampling, ScoredBatch
 
@@ -64,7 +65,7 @@ class Pending:
 
 def run(config: Config, dry_run: bool = False, profile: int | None = None) -> int:
     """Trains, and writes a trace of step `profile`; 0 at the end or after SIGTERM. UserError for input that cannot be used;
-    TrainingStopped on NaN.
+    RunStopped on NaN.
     """
     policy = load_policy(config.model, config.mesh)
     check_sizes(config, policy)
@@ -187,7 +188,8 @@ class Loop:
             )
         )
         self.collector = Collector(config, policy, self.batches, steps)
-        self.speed = Speed(policy.config, policy.mesh)
+        peak = mesh_peak_flops(policy.mesh.devices.flat, policy.config.dtype)
+        self.speed = Speed(policy.config, peak)
         self.tracer = Tracer(opened.folder, profile)
         self.watch = concurrent.futures.ThreadPoolExecutor(1, "watch")
         self.pending: Pending | None = None
@@ -244,7 +246,10 @@ class Loop:
             step=step,
             metrics=metrics,
             host=step_metrics(now, whole, plan, self.policy.tokenizer.stop_ids)
-            | self.speed.of_experience(now, whole),
+            | self.speed.of_rollout(
+                whole.prompt_length, whole.response_length, now.seconds["time/rollout"]
+            )
+            | reward_rates(now.scored.rollout.response_length, now.seconds["time/score"]),
             whole=whole,
             scored=now.scored,
             samples=self.samples(step, now),
@@ -297,11 +302,11 @@ class Loop:
         values = {name: float(value) for name, value in p.metrics.items()}
         ended, cpu_ended = p.ended or (time.monotonic(), time.process_time())
         elapsed = ended - p.started
-        if not_finite(values):
-            raise self.stopped(p, values)
+        self.opened.check_finite(p.step, values, RL_FINITE, batch_arrays(p.scored))
         update = p.done.result() - p.dispatched
         wanted = active_groups(p.whole.reward, self.step_config)
-        values |= p.host | self.speed.of_update(p.whole, wanted, update)
+        lengths = p.whole.prompt_length, p.whole.response_length
+        values |= p.host | self.speed.of_update(*lengths, wanted, update)
         values |= {
             "time/step": elapsed,
             "time/cpu": cpu_ended - p.cpu,
@@ -311,14 +316,10 @@ class Loop:
         }
         if is_first_process():
             self.opened.write(p.step, values, p.samples)
-            self.progress.update(p.step, values["reward/mean"], values["time/tokens_per_second"])
-
-    def stopped(self, p: Pending, values: dict[str, float]) -> TrainingStopped:
-        """Saves the batch; the last checkpoint is from before the step."""
-        r = p.scored.rollout
-        arrays = {f.name: getattr(r, f.name) for f in dataclasses.fields(r)}
-        arrays |= {"region": p.scored.region, "reward": p.scored.reward}
-        return TrainingStopped(p.step, values, save_batch(self.opened.folder, p.step, arrays))
+            shown = f"reward {values['reward/mean']:.3f}"
+            self.progress.update(
+                p.step, f"{shown}, {values['time/tokens_per_second']:,.0f} tokens/s"
+            )
 
     def after(self, step: int, last: bool) -> None:
         """Evaluation and checkpoint, when due; both read the step's metrics first."""
@@ -341,3 +342,10 @@ def _when_ready(metrics: dict[str, jax.Array]) -> float:
     """The time at which the device has made them."""
     jax.block_until_ready(metrics)
     return time.monotonic()
+
+
+def batch_arrays(scored: ScoredBatch) -> dict[str, Any]:
+    """What is saved of a batch that made a number NaN."""
+    r = scored.rollout
+    arrays = {f.name: getattr(r, f.name) for f in dataclasses.fields(r)}
+    return arrays | {"region": scored.region, "reward": scored.reward}

@@ -36,7 +36,6 @@ CHECKED_MODULES = [
     "rest_jax.rl.regions",
     "rest_jax.rl.weights",
     "rest_jax.rollout.sampling",
-    "rest_jax.run.storage",
 ]
 jaxtyping.install_import_hook(CHECKED_MODULES, "beartype.beartype")
 

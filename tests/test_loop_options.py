@@ -18,8 +18,7 @@ from safetensors.numpy import load_file, save_file
 from rest_jax import cli, config, train
 from rest_jax.data.loader import make_loader
 from rest_jax.rollout.scheduler import policy_sampler
-from rest_jax.run.metric_table import METRICS
-from rest_jax.run.metrics import read_lines
+from rest_jax.run.metrics import METRICS, read_lines
 from rest_jax.run.policy import load_policy
 from rest_jax.types import Sampling
 from tests import test_train

@@ -11,10 +11,11 @@ end as a check. The weights are the 4-bit ones: good for trying things out, not 
 import argparse
 import importlib.util
 import pathlib
-import shutil
 import sys
-import tempfile
 from typing import Any
+
+from rest_jax.errors import UserError
+from rest_jax.files import atomic_folder
 
 PROMPT = "What is the capital of France? Answer in one short sentence."
 
@@ -33,35 +34,25 @@ def find_gguf() -> pathlib.Path:
 
 
 def convert(gguf: pathlib.Path, out: pathlib.Path) -> None:
-    """Writes the HF folder `out` whole or not at all; FileExistsError when `out` is there and not empty."""
+    """Writes the HF folder `out`, all of it or nothing; UserError when `out` is there and not empty."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty")
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
-    # the weights are dequantised now, and the saved folder must not claim otherwise
-    delattr(model.config, "quantization_config")
-    if hasattr(model, "hf_quantizer"):
-        del model.hf_quantizer
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        model.save_pretrained(beside, safe_serialization=True)
-        tokenizer.save_pretrained(beside)
-        if out.exists():
-            out.rmdir()
-        beside.chmod(0o755)  # mkdtemp made it private
-        beside.rename(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with atomic_folder(out) as partial:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
+        # The weights are dequantised now, and the saved folder must not claim otherwise.
+        delattr(model.config, "quantization_config")
+        if hasattr(model, "hf_quantizer"):
+            del model.hf_quantizer
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.save_pretrained(partial, safe_serialization=True)
+        tokenizer.save_pretrained(partial)
 
 
 def answer(folder: pathlib.Path, prompt: str = PROMPT, tokens: int = 24) -> str:
@@ -91,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         gguf = find_gguf()
         convert(gguf, out)
-    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+    except (FileNotFoundError, NotADirectoryError, UserError) as error:
         print(f"make_smollm2: error: {error}", file=sys.stderr)
         return 2
     reply = answer(out)

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from rest_jax.analysis.plotting import new_figure, save, tidy
 from rest_jax.analysis.series import Series, read_series
-from rest_jax.run.metric_table import REGION_NAMES
+from rest_jax.run.metrics import REGION_NAMES
 
 FILE = "curves.png"
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")

@@ -3,8 +3,7 @@
 from typing import Any
 
 from rest_jax.analysis.series import Series
-from rest_jax.run.metric_table import METRICS, REGION_NAMES
-from rest_jax.run.metrics import summary_table
+from rest_jax.run.metrics import METRICS, REGION_NAMES, summary_table
 
 SHOWN = (
     "eval/exact",

@@ -143,14 +143,14 @@ def evaluations(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def report_evaluations(folder: pathlib.Path) -> None:
-    """Prints the table of the first and the last evaluation of a run, and writes its curves."""
+    """Prints the table of the first and the last evaluation of a run (one column when there is one), and writes its curves."""
     if not is_first_process():
         return
     from rest_jax.analysis.curves import write_curves
 
     lines = evaluations(folder)
     if lines:
-        first, last = lines[0], lines[-1]
-        rows = [["held out", f"step {first['step']}", f"step {last['step']}"]]
-        print(summary_table(rows + [[name, first[name], last[name]] for name in TABLE]))
+        shown = [lines[0], lines[-1]][: len(lines)]
+        rows = [["held out", *(f"step {line['step']}" for line in shown)]]
+        print(summary_table(rows + [[name, *(line[name] for line in shown)] for name in TABLE]))
     print(f"curves: {write_curves(folder)}", flush=True)

@@ -360,6 +360,7 @@ def batch_metrics(
         "rollout/response_tokens": jnp.mean(length),
         "rollout/prompt_tokens": jnp.mean(batch.prompt_length.astype(jnp.float32)),
         "rollout/entropy": masked.mean_over_mask(scored.rollout.entropy, batch.mask),
+        "rollout/logp": masked.mean_over_mask(scored.rollout.logp, batch.mask),
         "curriculum/nu": state.nu,
         "curriculum/format_score": state.format_score,
     }

@@ -1,44 +1,59 @@
-"""Checkpoints of a run: Orbax, asynchronous, atomic, each verified when it is read.
+"""Checkpoints of a run: written and read by Orbax, asynchronous, atomic, each verified before it is read.
 
-`<run>/checkpoints/<step>/` holds three items: `params` (nested dict of arrays), `rest` (every other leaf of the state
-under its dotted path), `extra` (JSON: loader state, config, and for every leaf its shape, dtype and fingerprint).
-A checkpoint that cannot be read or does not match its fingerprints is named on stderr and the one before it is used.
+`<run>/checkpoints/<step>/` holds three items, `params`, `rest` (the other fields of the TrainState) and `loader` (JSON: where the
+loader is), and `manifest.json`: the size and the SHA-256 digest of every file of the items. The manifest is written before
+Orbax renames the folder to its final name, so a checkpoint has one or does not exist. A checkpoint that does not match its
+manifest is named on stderr, and the one before it is used.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
+from etils import epath
 
+from rest_jax.distributed import any_process, is_first_process
 from rest_jax.errors import UserError
-from rest_jax.run import storage
 from rest_jax.types import Params, TrainState
 
 FOLDER = "checkpoints"
-DAMAGED = ".damaged"  # suffix of a checkpoint put aside; Orbax does not see it
-_ITEMS = ("params", "rest", "extra")
+MANIFEST = "manifest.json"
+# Suffix of a checkpoint that was put aside; Orbax does not see it.
+DAMAGED = ".damaged"
+_ITEMS = ("params", "rest", "loader")
+
+
+class DamagedError(Exception):
+    """A checkpoint that is not what was saved; the text says in which way."""
 
 
 class Checkpoints:
-    """The checkpoints of one run. A resource: `close` (or a with statement) waits for the last save."""
+    """The checkpoints of one run. A resource: the end of its with statement waits for the last save."""
 
     def __init__(self, run_dir: str | pathlib.Path, keep: int = 3):
         self.folder = pathlib.Path(run_dir).resolve() / FOLDER
+        self._saving = 0
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_names=_ITEMS,
             options=ocp.CheckpointManagerOptions(
                 create=True,
-                cleanup_tmp_directories=True,  # what a killed run left half-written
+                # What a killed run left half-written.
+                cleanup_tmp_directories=True,
                 lightweight_initialize=True,
                 preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+                # Orbax calls it in the first process, when all processes have written and before the rename.
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             ),
         )
 
@@ -46,35 +61,31 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self.wait()
+        # Frees the manager's threads.
+        self._manager.close()
 
     def latest(self) -> int | None:
         """The newest step that was saved to its end (not yet verified); None when there is none."""
         return self._manager.latest_step()
 
-    def save(
-        self, step: int, state: TrainState, loader_state: Mapping[str, Any], config_yaml: str
-    ) -> None:
-        """Copies the state off the devices, then writes it in the background; it counts once it is whole.
+    def save(self, step: int, state: TrainState, loader_state: Mapping[str, Any]) -> None:
+        """Copies the state off the devices and writes it in the background; it counts once all of it is on disk.
 
         `state` may be donated as soon as this returns. `loader_state` is anything JSON holds. A step that exists
         already is left as it is: the same run has the same state there.
         """
+        self.wait()
         if step in self._manager.all_steps():
             return
-        params, rest = _split(state)
-        described = {
-            "params": storage.describe(storage.named(params)),
-            "rest": storage.describe(rest),
-            "loader_state": loader_state,
-            "config": config_yaml,
-        }
+        self._saving = step
+        rest = dataclasses.replace(state, params=None)
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),  # pyright: ignore[reportCallIssue]
+                params=ocp.args.StandardSave(state.params),  # pyright: ignore[reportCallIssue]
                 rest=ocp.args.StandardSave(rest),  # pyright: ignore[reportCallIssue]
-                extra=ocp.args.JsonSave(_seal(described)),  # pyright: ignore[reportCallIssue]
+                loader=ocp.args.JsonSave(dict(loader_state)),  # pyright: ignore[reportCallIssue]
             ),
             force=True,
         )
@@ -90,59 +101,33 @@ class Checkpoints:
         or optimiser.
         """
         self.wait()
-        abstract_params, abstract_rest = _split(abstract_state)
-        damaged = []
-        for candidate in self._candidates(step):
-            try:
-                extra = _extra(self._manager, candidate)
-                storage.compare(self._path(candidate), extra["rest"], abstract_rest)
-                path = self._path(candidate)
-                params = storage.read(path / "params", extra["params"], abstract_params)
-                rest = storage.read(path / "rest", extra["rest"], abstract_rest)
-            except storage.DamagedError as error:
-                damaged.append(candidate)
-                _warn(self._path(candidate), error)
-                continue
-            self._put_aside(damaged)
-            return _join(abstract_state, params, rest), extra["loader_state"], candidate
-        raise _none_left(self.folder, step, damaged)
-
-    def config(self, step: int) -> str:
-        """The resolved config (YAML) that the checkpoint of `step` was saved under. UserError when it is damaged."""
-        try:
-            return _extra(self._manager, step)["config"]
-        except storage.DamagedError as error:
-            raise UserError(f"checkpoint {self._path(step)} is damaged: {error}") from error
+        found, damaged = _newest_sound(self.folder, step, _ITEMS)
+        path = self.folder / str(found)
+        rest = _read(path / "rest", dataclasses.replace(abstract_state, params=None))
+        state = dataclasses.replace(rest, params=_read(path / "params", abstract_state.params))
+        self._put_aside(damaged)
+        with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
+            loader_state = dict(handler.restore(epath.Path(path / "loader")))
+        return state, loader_state, found
 
     def wait(self) -> None:
         """Blocks until the save under way is on disk; raises what it raised."""
         self._manager.wait_until_finished()
 
-    def close(self) -> None:
-        """Waits, then frees the threads of the manager."""
-        self.wait()
-        self._manager.close()
-
-    def _path(self, step: int) -> pathlib.Path:
-        return self.folder / str(step)
-
-    def _candidates(self, step: int | None) -> list[int]:
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        return steps if step is None else [s for s in steps if s == step]
+    def _seal(self) -> None:
+        """Writes the manifest of the step that is being saved, while its folder has its temporary name."""
+        (folder,) = self.folder.glob(f"{self._saving}{ocp.path.step.TMP_DIR_SUFFIX}*")
+        write_manifest(folder)
 
     def _put_aside(self, steps: list[int]) -> None:
         # Only now that a sound one is known: with every checkpoint renamed, the next start would begin afresh.
-        for step in steps if jax.process_index() == 0 else []:
-            target = self._path(step).with_name(f"{step}{DAMAGED}")
-            copies = 1
-            while target.exists():
-                copies += 1
-                target = target.with_name(f"{step}{DAMAGED}.{copies}")
-            self._path(step).rename(target)
-        if steps:
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("damaged checkpoints put aside")
-            self._manager.reload()
+        for step in steps if is_first_process() else []:
+            names = (f"{step}{DAMAGED}{f'.{n}' if n > 1 else ''}" for n in itertools.count(1))
+            free = next(name for name in names if not (self.folder / name).exists())
+            (self.folder / str(step)).rename(self.folder / free)
+        # No process goes on before they are renamed.
+        any_process(False)
+        self._manager.reload()
 
 
 def restore_params(
@@ -150,72 +135,112 @@ def restore_params(
 ) -> tuple[Params, int]:
     """The parameters and the step of the newest sound checkpoint of a run (or of `step`); changes nothing on disk.
 
-    Shapes, dtypes and shardings as in `Checkpoints.restore`; the optimiser's state is not read.
+    Shapes, dtypes and shardings as in `Checkpoints.restore`; the optimiser's state is neither read nor verified.
     """
     folder = pathlib.Path(run_dir).resolve() / FOLDER
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; is {run_dir} the folder of a run?")
-    options = ocp.CheckpointManagerOptions(create=False, lightweight_initialize=True)
+    found, _ = _newest_sound(folder, step, ("params",))
+    return _read(folder / str(found) / "params", abstract_params), found
+
+
+def write_manifest(folder: pathlib.Path) -> None:
+    """Writes the size and the SHA-256 digest of every file of the items in `folder`."""
+    files = [path for path in sorted(folder.glob("*/**/*")) if path.is_file()]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        described = zip(files, pool.map(_describe, files), strict=True)
+        content = {path.relative_to(folder).as_posix(): value for path, value in described}
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1))
+
+
+def verify(folder: pathlib.Path, items: Sequence[str] = _ITEMS) -> None:
+    """DamagedError unless the files of `items` are those of the manifest. Each process reads its share of them."""
+    failure = None
+    try:
+        content = json.loads((folder / MANIFEST).read_text())
+        if {name.split("/")[0] for name in content} != set(_ITEMS):
+            raise DamagedError(f"{MANIFEST} does not describe the items {', '.join(_ITEMS)}")
+        names = [name for name in content if name.split("/")[0] in items]
+        own = names[jax.process_index() :: jax.process_count()]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            for name, found in zip(
+                own, pool.map(lambda n: _describe(folder / n), own), strict=True
+            ):
+                if found != content[name]:
+                    raise DamagedError(f"{name} is not what was saved")
+    except DamagedError as error:
+        failure = error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        failure = DamagedError(" ".join(str(error).split())[:200])
+    if any_process(failure is not None):
+        raise failure or DamagedError("another process found damage in its share of the files")
+
+
+def _describe(path: pathlib.Path) -> list[Any]:
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _newest_sound(
+    folder: pathlib.Path, step: int | None, items: Sequence[str]
+) -> tuple[int, list[int]]:
+    """(the newest sound step, or `step`; the damaged ones passed over). UserError when there is none."""
     damaged = []
-    with ocp.CheckpointManager(folder, item_names=_ITEMS, options=options) as manager:
-        for candidate in sorted(manager.all_steps(), reverse=True):
-            if step not in (None, candidate):
-                continue
-            try:
-                recorded = _extra(manager, candidate)["params"]
-                path = folder / str(candidate) / "params"
-                return storage.read(path, recorded, abstract_params), candidate
-            except storage.DamagedError as error:
-                damaged.append(candidate)
-                _warn(folder / str(candidate), error)
-    raise _none_left(folder, step, damaged)
-
-
-def _split(state: TrainState) -> tuple[Params, storage.Leaves]:
-    """The parameters, and every other leaf under its dotted path; keys as their integer data."""
-    rest = storage.named(dataclasses.replace(state, params=None))
-    return state.params, {name: storage.plain(leaf) for name, leaf in rest.items()}
-
-
-def _join(abstract: TrainState, params: Params, rest: storage.Leaves) -> TrainState:
-    empty = dataclasses.replace(abstract, params=None)
-    leaves = []
-    for name, like in storage.named(empty).items():
-        leaf = rest[name]
-        if storage.is_key(like):
-            leaf = jax.random.wrap_key_data(leaf, impl=storage.key_impl(like))
-        leaves.append(leaf)
-    state = jax.tree.unflatten(jax.tree.structure(empty), leaves)
-    return dataclasses.replace(state, params=params)
-
-
-def _seal(content: dict[str, Any]) -> dict[str, str]:
-    text = json.dumps(content)
-    return {"content": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _extra(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """The JSON item, verified. storage.DamagedError otherwise."""
-    restore = ocp.args.JsonRestore()
-    sealed = storage.guard(
-        lambda: manager.restore(step, args=ocp.args.Composite(extra=restore))["extra"], "extra"
-    )
-    text = sealed.get("content", "") if isinstance(sealed, dict) else ""
-    if not text or hashlib.sha256(text.encode()).hexdigest() != sealed.get("sha256"):
-        raise storage.DamagedError("extra: its checksum does not match")
-    return json.loads(text)
-
-
-def _warn(path: pathlib.Path, error: storage.DamagedError) -> None:
-    if jax.process_index() == 0:
-        print(f"warning: checkpoint {path} is damaged and not used: {error}", file=sys.stderr)
-
-
-def _none_left(folder: pathlib.Path, step: int | None, damaged: list[int]) -> UserError:
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+    for candidate in sorted(steps, reverse=True):
+        if step not in (None, candidate):
+            continue
+        try:
+            verify(folder / str(candidate), items)
+        except DamagedError as error:
+            damaged.append(candidate)
+            if is_first_process():
+                path = folder / str(candidate)
+                print(
+                    f"warning: checkpoint {path} is damaged and not used: {error}", file=sys.stderr
+                )
+            continue
+        return candidate, damaged
     wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
     if not damaged:
-        return UserError(f"{folder}: there is no {wanted}")
+        raise UserError(f"{folder}: there is no {wanted}")
     names = ", ".join(map(str, damaged))
-    return UserError(
+    raise UserError(
         f"{folder}: no sound {wanted} is left (damaged: {names}); move the run folder away to start afresh"
     )
+
+
+def _read(path: pathlib.Path, abstract: Any) -> Any:
+    """One array item, each leaf in its sharding. UserError when it is the item of another model or optimiser."""
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        stored = handler.metadata(epath.Path(path))
+        _compare(path.parent, _named(stored.tree), _named(abstract))
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first), abstract
+        )
+        return handler.restore(epath.Path(path), args=ocp.args.StandardRestore(like))
+
+
+def _compare(path: pathlib.Path, stored: dict[str, Any], abstract: dict[str, Any]) -> None:
+    for name in sorted(stored.keys() ^ abstract.keys()):
+        owner = "checkpoint" if name in stored else "configured run"
+        raise UserError(
+            f"checkpoint {path}: only the {owner} has {name}; it is of another model or optimiser"
+        )
+    for name, like in abstract.items():
+        if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+            # Orbax stores a typed key as its data.
+            like = jax.eval_shape(jax.random.key_data, like)
+        shape, dtype = tuple(stored[name].shape), str(stored[name].dtype)
+        if (shape, dtype) != (tuple(like.shape), str(like.dtype)):
+            raise UserError(
+                f"checkpoint {path}: {name} is {dtype}{list(shape)}, the configured run has "
+                f"{like.dtype}{list(like.shape)}; it is of another model or optimiser"
+            )
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree under their dotted paths."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}

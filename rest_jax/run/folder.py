@@ -1,151 +1,159 @@
-"""A run's folder and its life: resolved config, metrics, checkpoints, resumption, SIGTERM, NaN. Shared by train and sft.
+"""A run's folder and its life: resolved config, metrics, checkpoints, resumption, the request to stop, the NaN guard.
 
 runs/<name>/  config.yaml  metrics.jsonl  samples.jsonl  checkpoints/  model/ (HF side files)  curves.png
 
-Order within a step: metrics lines are on disk before the checkpoint of the same step is begun, so that whatever checkpoint
-a restarted run finds, the lines up to it are there, and those after it are dropped and written again.
+Both loops use it. Order within a step: metrics lines are on disk before the checkpoint of the same step is begun, so that
+whatever checkpoint a restarted run finds, the lines up to it are there; those after it are dropped and written again.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
-import os
 import pathlib
-import shutil
-import signal
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import filelock
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from rest_jax import config as config_lib
 from rest_jax.config import Config
-from rest_jax.distributed import is_first_process, num_data_shards
+from rest_jax.distributed import any_process, is_first_process, num_data_shards
 from rest_jax.errors import RunStopped, UserError
-from rest_jax.files import atomic_write
+from rest_jax.files import atomic_folder, atomic_write
+from rest_jax.models.hf.folder import copy_side_files
 from rest_jax.run.checkpoint import Checkpoints
 from rest_jax.run.metrics import MetricsWriter
+from rest_jax.run.signals import StopRequest
 from rest_jax.types import TrainState
 
 CONFIG_FILE = "config.yaml"
 MODEL_FOLDER = "model"
+LOCK_FILE = ".lock"
 
-
-MUST_BE_FINITE = ("update/loss", "update/grad_norm", "rollout/logp", "rollout/entropy")
-
-
-class TrainingStopped(RunStopped):
-    """A number that must be finite is not."""
-
-    def __init__(self, step: int, values: dict[str, float], batch: pathlib.Path):
-        found = ", ".join(f"{name} {values[name]}" for name in not_finite(values))
-        super().__init__(
-            f"step {step}: not finite: {found}. "
-            f"The batch is saved in {batch}; the last checkpoint is from before it"
-        )
-
-
-def not_finite(values: dict[str, float]) -> list[str]:
-    """Which of the step's numbers stop the run. Those of the rollout belong to it: broken weights sample answers whose
-    rewards are all equal, and groups without advantage have neither loss nor gradient.
-    """
-    return [name for name in MUST_BE_FINITE if not math.isfinite(values.get(name, 0.0))]
-
-
-class StopRequest:
-    """Turns SIGTERM into a flag that the loop reads once a step, so that what it reads is what it acts on."""
-
-    def __init__(self):
-        self.received = False
-        self._previous = signal.signal(signal.SIGTERM, self._receive)
-
-    def _receive(self, *_: Any) -> None:
-        self.received = True
-
-    def agreed(self) -> bool:
-        """Whether any process received it: all must save together or go on together."""
-        if jax.process_count() == 1:
-            return self.received
-        return bool(np.any(multihost_utils.process_allgather(np.asarray(self.received))))
-
-    def close(self) -> None:
-        """Puts the earlier handler back."""
-        signal.signal(signal.SIGTERM, self._previous)
+SUPERVISED_FINITE = ("update/loss", "update/grad_norm")
+# Those of the rollout, too: broken weights sample completions whose rewards are all equal, and groups without advantage
+# have neither loss nor gradient.
+RL_FINITE = (*SUPERVISED_FINITE, "rollout/logp", "rollout/entropy")
 
 
 @dataclasses.dataclass
 class Run:
-    """An open run: the resources that the loop writes to."""
+    """An open run: the resources that the loop writes to. `close` waits for the last checkpoint."""
 
     config: Config
     folder: pathlib.Path
-    metrics: MetricsWriter | None  # in the first process only
+    # In the first process only.
+    metrics: MetricsWriter | None
     checkpoints: Checkpoints
     stop: StopRequest
+    resources: contextlib.ExitStack
+    _saving_seconds: float | None = None
 
     def resume(
         self, fresh: TrainState, abstract: TrainState
     ) -> tuple[TrainState, dict[str, Any] | None, int]:
         """(state, loader state, step): the newest sound checkpoint, or the fresh state, None and 0."""
-        if self.checkpoints.latest() is None:
-            self._truncate(-1)
-            return fresh, None, 0
-        state, loader_state, step = self.checkpoints.restore(abstract)
-        self._truncate(step)
+        state, loader_state, step = fresh, None, 0
+        if self.checkpoints.latest() is not None:
+            state, loader_state, step = self.checkpoints.restore(abstract)
+        if self.metrics is not None:
+            # The evaluation before the first step is a line of step 0.
+            self.metrics.truncate_after(-1 if loader_state is None else step)
         return state, loader_state, step
 
-    def save(self, step: int, state: TrainState, loader_state: dict[str, Any]) -> None:
-        """Metrics to disk, then the checkpoint in the background."""
+    def save(self, step: int, state: TrainState, loader_state: Mapping[str, Any]) -> None:
+        """Forces the metrics to disk, then saves a checkpoint in the background; the next line says how long it took here."""
+        started = time.monotonic()
         if self.metrics is not None:
             self.metrics.sync()
-        self.checkpoints.save(step, state, loader_state, config_lib.dump(self.config))
+        self.checkpoints.save(step, state, loader_state)
+        self._saving_seconds = time.monotonic() - started
 
     def write(
-        self, step: int, values: dict[str, Any], samples: Sequence[dict[str, Any]] = ()
+        self, step: int, values: Mapping[str, Any], samples: Sequence[Mapping[str, Any]] = ()
     ) -> None:
         """One metrics line and the samples that go with it; nothing in processes other than the first."""
-        if self.metrics is not None:
-            self.metrics.write(step, values)
-            self.metrics.write_samples(step, samples)
+        if self.metrics is None:
+            return
+        if self._saving_seconds is not None:
+            values = {**values, "time/checkpoint": self._saving_seconds}
+            self._saving_seconds = None
+        self.metrics.write(step, values)
+        self.metrics.write_samples(step, samples)
 
-    def _truncate(self, step: int) -> None:
-        if self.metrics is not None:
-            self.metrics.truncate_after(step)
+    def check_finite(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        names: Sequence[str],
+        batch: Mapping[str, Any],
+    ) -> None:
+        """RunStopped that names those of `names` that are NaN or infinite, once the arrays of the batch are saved as .npz."""
+        found = [name for name in names if not math.isfinite(values[name])]
+        if not found:
+            return
+        path = self.folder / f"nan_step_{step}.{jax.process_index()}.npz"
+        arrays: dict[str, Any] = {name: np.asarray(value) for name, value in batch.items()}
+        np.savez(path, **arrays)
+        raise RunStopped(
+            f"step {step}: not finite: {', '.join(f'{name} {values[name]}' for name in found)}. "
+            f"The batch is saved in {path}; the last checkpoint is from before it"
+        )
 
     def close(self) -> None:
-        """Waits for the last checkpoint."""
-        self.checkpoints.close()
-        if self.metrics is not None:
-            self.metrics.close()
-        self.stop.close()
+        """Waits for the last checkpoint; until then SIGTERM only sets the flag."""
+        self.resources.close()
 
 
 def open_run(config: Config, files: pathlib.Path) -> Run:
-    """Makes or reopens the folder. UserError when it holds a run of another config (every difference is named).
+    """Makes or reopens the folder. UserError when another process trains in it, or it holds a run of another config.
 
     `files` is the folder with the model's HF side files; they are copied so that the run can be exported on its own.
     """
     folder = config.folder
     check_config(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_locked(folder))
+        metrics = None
+        if is_first_process():
+            with atomic_write(folder / CONFIG_FILE) as partial:
+                partial.write_text(config_lib.dump(config))
+            if not (folder / MODEL_FOLDER).exists():
+                with atomic_folder(folder / MODEL_FOLDER) as partial:
+                    copy_side_files(files, partial)
+            train = config.train
+            metrics = MetricsWriter(folder, train.tensorboard, train.wandb_project)
+            stack.callback(metrics.close)
+        # Before the checkpoints, since resources are closed last to first.
+        stop = stack.enter_context(StopRequest())
+        checkpoints = stack.enter_context(Checkpoints(folder, config.train.keep_checkpoints))
+        return Run(config, folder, metrics, checkpoints, stop, stack.pop_all())
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+    """The first process holds the folder's lock, which the system releases however it ends; the others go by its word."""
+    lock = filelock.FileLock(folder / LOCK_FILE)
+    taken = False
     if is_first_process():
-        with atomic_write(folder / CONFIG_FILE) as partial:
-            partial.write_text(config_lib.dump(config))
-        copy_side_files(files, folder / MODEL_FOLDER)
-    return Run(
-        config=config,
-        folder=folder,
-        metrics=_writer(folder, config) if is_first_process() else None,
-        checkpoints=Checkpoints(folder, config.train.keep_checkpoints),
-        stop=StopRequest(),
-    )
-
-
-def _writer(folder: pathlib.Path, config: Config) -> MetricsWriter:
-    return MetricsWriter(folder, config.train.tensorboard, config.train.wandb_project)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            taken = True
+    if any_process(taken):
+        raise UserError(
+            f"{folder}: another process trains this run; wait for it, or choose another name"
+        )
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_start(config: Config, mesh: Mesh) -> None:
@@ -155,18 +163,18 @@ def check_start(config: Config, mesh: Mesh) -> None:
     for package, wanted in optional.items():
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(f"train.{package}...: the package is missing: pip install {package}")
-    processes, ways = jax.process_count(), num_data_shards(mesh)
-    owners = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(ways, -1)
-    expected = (np.arange(ways) * processes // ways)[:, None]
-    if processes > 1 and (ways % processes or (owners != expected).any()):
+    processes, shards = jax.process_count(), num_data_shards(mesh)
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(shards, -1)
+    expected = (np.arange(shards) * processes // shards)[:, None]
+    if processes > 1 and (shards % processes or (owners != expected).any()):
         raise UserError(
-            f"mesh {dict(mesh.shape)}: data x fsdp = {ways} ways do not lie whole on {processes} processes in order; "
-            "keep tensor and expert within a host"
+            f"mesh {dict(mesh.shape)}: its {shards} data shards (data x fsdp) cannot be split over {processes} processes "
+            "in order; keep tensor and expert within a host"
         )
 
 
 def check_config(folder: pathlib.Path, config: Config) -> None:
-    """UserError when `folder` was made by another config."""
+    """UserError when `folder` was made by another config; every difference is named."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         return
@@ -176,27 +184,3 @@ def check_config(folder: pathlib.Path, config: Config) -> None:
         raise UserError(
             f"{folder} holds a run of another config ({named}); choose another name, or delete the folder"
         )
-
-
-def copy_side_files(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Config, tokenizer and chat template, not the weights; whole or not at all."""
-    if target.exists():
-        return
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for path in sorted(source.iterdir()):
-        weights = path.suffix in (".safetensors", ".bin", ".gguf") or path.name.endswith(
-            ".index.json"
-        )
-        if path.is_file() and not weights:
-            shutil.copy2(path, partial / path.name)
-    os.replace(partial, target)
-
-
-def save_batch(folder: pathlib.Path, step: int, arrays: dict[str, Any]) -> pathlib.Path:
-    """The arrays of a step that went wrong, as one .npz."""
-    path = folder / f"nan_step_{step}.{jax.process_index()}.npz"
-    plain: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
-    np.savez(path, **plain)
-    return path

@@ -1,9 +1,9 @@
-"""Metrics of a run: one JSON line a step, a progress bar, a text table.
+"""The metrics of a run: the table of their names, the files they are written to, and reading those back.
 
-A metric is written under a name that `metric_table.METRICS` has; any other name is an error. Lines go
-to `<run>/metrics.jsonl` always, to TensorBoard and Weights & Biases on request; sampled answers go to
-`<run>/samples.jsonl`. Wall-clock values live under `time/` alone, so that all other values of a run that was
-broken off and resumed can be compared bit for bit with those of an unbroken one.
+One JSON line a step goes to `<run>/metrics.jsonl`, and on request to TensorBoard and Weights & Biases; sampled completions go to
+`<run>/samples.jsonl`. A name that METRICS does not have is an error. Prefixes: data, reward, rollout, update, region/<name>,
+curriculum, eval (held-out prompts, greedy), time. Wall-clock values are under `time/` alone, so that all other values of a
+run that was broken off and resumed equal those of an unbroken one bit for bit.
 """
 
 import difflib
@@ -11,24 +11,183 @@ import json
 import math
 import os
 import pathlib
-import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any, NamedTuple
 
 from rest_jax.errors import UserError
 from rest_jax.files import atomic_write
-from rest_jax.run.metric_table import METRICS
+from rest_jax.tool_calls import Region
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 
 
-_ORDER = {name: place for place, name in enumerate(METRICS)}
+class Metric(NamedTuple):
+    """Unit ("" for a pure number) and meaning of a metric."""
+
+    unit: str
+    meaning: str
+
+
+_OF_A_REGION = {
+    "entropy": ("nats", "mean entropy of the policy on the tokens of the region"),
+    "gini": ("", "mean 1 - sum_v p_v^2 on the tokens of the region"),
+    "base": ("", "weight of the region in force, before normalisation"),
+    "weight": ("", "mean weight of the tokens of the region, after normalisation"),
+    "weight_share": ("fraction", "share of the region in the total weight"),
+    "count": ("tokens", "tokens of the region in the batch"),
+}
+
+REGION_NAMES = tuple(region.name.lower() for region in Region if region is not Region.NONE)
+
+# In the order of the lines.
+_TABLE = {
+    "data/epoch": ("epochs", "passes over the training records that were begun"),
+    "data/dropped": ("records", "records dropped because they are longer than the limit"),
+    "reward/mean": ("", "mean reward of the completions"),
+    "reward/std": ("", "standard deviation of the rewards over the batch"),
+    "reward/min": ("", "least reward of the batch"),
+    "reward/max": ("", "greatest reward of the batch"),
+    "reward/group_std": ("", "mean over groups of the standard deviation within the group"),
+    "reward/equal_groups": ("fraction", "groups whose rewards are all equal: no advantage"),
+    "reward/format_part": ("", "mean format part of the reward, scaled"),
+    "reward/correctness_part": ("", "mean correctness part of the reward, scaled"),
+    "reward/format_score": ("fraction", "completions in the required format"),
+    "reward/accuracy": ("", "mean S_acc, in [0, 1]"),
+    "reward/exact": ("fraction", "completions whose calls are exactly the gold ones"),
+    "reward/spurious": ("fraction", "completions with a call where none is right"),
+    "reward/progress": ("", "progress mu of the dynamic reward scale, in [0, 1]"),
+    "rollout/tokens": ("tokens", "tokens sampled in the step"),
+    "rollout/prompt_tokens": ("tokens", "mean length of the prompts"),
+    "rollout/response_tokens": ("tokens", "mean length of the completions"),
+    "rollout/response_tokens_max": ("tokens", "greatest length of a completion"),
+    "rollout/truncated": ("fraction", "completions that did not end within the limit"),
+    "rollout/entropy": ("nats", "mean entropy of the policy on the sampled tokens"),
+    "rollout/gini": ("", "mean 1 - sum_v p_v^2 on the sampled tokens"),
+    "rollout/logp": ("nats", "mean log-probability of the sampled tokens"),
+    "rollout/logp_mismatch": ("nats", "mean |log-prob of the sampler - of the trainer|"),
+    "rollout/ratio_max": ("", "greatest ratio of the two probabilities, either way"),
+    "rollout/decode_slot_utilisation": (
+        "fraction",
+        "mean share of the decode slots that drew a token",
+    ),
+    "rollout/staleness": ("steps", "age of the weights that sampled, at the update"),
+    "update/loss": ("", "loss, mean over the updates of the step"),
+    "update/policy_loss": ("", "loss without the KL and entropy terms"),
+    "update/kl": ("nats", "estimated KL divergence from the reference policy"),
+    "update/entropy": ("nats", "mean entropy during the update"),
+    "update/logp_difference": ("nats", "mean |log-prob now - of the policy that sampled|"),
+    "update/approx_kl": ("nats", "estimated KL divergence from the policy that sampled"),
+    "update/ratio_mean": ("", "mean probability ratio to the policy that sampled"),
+    "update/ratio_max": ("", "greatest probability ratio to the policy that sampled"),
+    "update/clip_fraction": ("fraction", "tokens whose ratio was clipped, both sides"),
+    "update/clip_low_fraction": ("fraction", "tokens clipped at 1 - clip_low"),
+    "update/clip_high_fraction": ("fraction", "tokens clipped at 1 + clip_high"),
+    "update/dual_clip_fraction": ("fraction", "tokens at the dual clip"),
+    "update/tis_weight_mean": ("", "mean truncated importance weight (rollout.tis_cap)"),
+    "update/tokens": ("tokens", "tokens that carried loss"),
+    "update/accuracy": ("fraction", "supervised tokens that are the most probable ones"),
+    "update/grad_norm": ("", "global norm of the gradient, before clipping"),
+    "update/grad_variance": ("", "trace of the gradient's covariance (train.measure_noise)"),
+    "update/grad_noise": ("", "the same over its squared norm; 1: nothing but noise"),
+    "update/update_norm": ("", "global norm of the change of the parameters"),
+    "update/param_norm": ("", "global norm of the parameters"),
+    "update/learning_rate": ("", "learning rate in force"),
+    "update/skipped_groups": ("fraction", "groups without advantage: no forward pass"),
+    "update/micro_batches": ("micro-batches", "micro-batches of the step"),
+    "update/padding": ("fraction", "positions of the micro-batches that were padding"),
+    **{
+        f"region/{name}/{kind}": metric
+        for name in REGION_NAMES
+        for kind, metric in _OF_A_REGION.items()
+    },
+    "curriculum/nu": ("", "progress of the curriculum, in [0, 1]"),
+    "curriculum/format_score": ("", "moving average of the format score"),
+    "eval/reward": ("", "mean reward on held-out prompts, greedy, at the final scale"),
+    "eval/format": ("fraction", "held-out completions in the required format"),
+    "eval/exact": ("fraction", "held-out completions whose calls are exactly the gold ones"),
+    "eval/spurious": ("fraction", "held-out prompts without gold calls that got one"),
+    "eval/accuracy": ("", "mean S_acc on held-out prompts, in [0, 1]"),
+    "eval/response_tokens": ("tokens", "mean length of the held-out completions"),
+    "eval/truncated": ("fraction", "held-out completions that did not end within the limit"),
+    "eval/prompts": ("prompts", "held-out prompts"),
+    "time/step": ("s", "wall-clock time of the step, evaluation and saving apart"),
+    "time/cpu": ("s", "CPU time of the process in the step, all threads"),
+    "time/data": ("s", "waiting for the loader"),
+    "time/rollout": ("s", "sampling"),
+    "time/score": ("s", "parsing, rewards and regions; beside the sampling"),
+    "time/score_wait": ("s", "waiting for them after the sampling"),
+    "time/update": ("s", "the optimiser updates"),
+    "time/eval": ("s", "held-out evaluation"),
+    "time/checkpoint": ("s", "waiting for a checkpoint to be handed over"),
+    "time/tokens_per_second": ("tokens/s", "sampled (supervised: target) tokens a second"),
+    "time/processed_tokens_per_second": (
+        "tokens/s",
+        "supervised: prompt and target tokens a second",
+    ),
+    "time/rollout_tokens_per_second": ("tokens/s", "sampled tokens a second of the rollout"),
+    "time/reward_responses_per_second": ("completions/s", "completions scored a second of scoring"),
+    "time/reward_tokens_per_second": ("tokens/s", "completion tokens scored a second of scoring"),
+    "time/update_tokens_per_second": (
+        "tokens/s",
+        "G x prompt + completion tokens a second of the update",
+    ),
+    "time/rollout_mfu": ("fraction", "FLOP/s of the model over the published peak, in the rollout"),
+    "time/update_mfu": ("fraction", "the same in the update"),
+    "time/elapsed": ("s", "since this process began to train"),
+}
+
+METRICS = {name: Metric(unit, meaning) for name, (unit, meaning) in _TABLE.items()}
+_ORDER = {name: index for index, name in enumerate(METRICS)}
+
+
+class JsonlFile:
+    """Appends JSON objects that have a "step" to a file. A resource."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Writes one line and flushes it."""
+        # A model's output may hold lone surrogates: as \u escapes they are ASCII and always writable.
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def truncate_after(self, step: int) -> None:
+        """Drops the lines of later steps and a half-written last line: what a resumed run will write again."""
+        found = self.path.read_bytes()
+        kept = []
+        # What follows the last line end is a half-written line.
+        for line in found.split(b"\n")[:-1]:
+            record = _parse(line)
+            if record is not None and record["step"] <= step:
+                kept.append(line + b"\n")
+        if b"".join(kept) == found:
+            return
+        self._file.close()
+        with atomic_write(self.path) as partial, partial.open("wb") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def sync(self) -> None:
+        """Forces the lines to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Syncs and closes."""
+        self.sync()
+        self._file.close()
 
 
 class MetricsWriter:
-    """Appends to the files of one run. A resource: one process writes it, `close` at the end."""
+    """Appends to the files of one run. A resource: one process writes it, `close` at the end.
+
+    `run.folder.check_start` has seen that the packages for TensorBoard and Weights & Biases are there.
+    """
 
     def __init__(
         self,
@@ -36,52 +195,46 @@ class MetricsWriter:
         tensorboard: bool = False,
         wandb_project: str | None = None,
     ):
-        self.run_dir = pathlib.Path(run_dir)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        # Optional packages first: a missing one must stop the run before any file is opened.
-        self._board = _tensorboard_writer(self.run_dir) if tensorboard else None
-        self._wandb = _wandb_run(self.run_dir, wandb_project) if wandb_project else None
-        self._metrics = _open_append(self.run_dir / METRICS_FILE)
-        self._samples = _open_append(self.run_dir / SAMPLES_FILE)
+        run_dir = pathlib.Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._board = _tensorboard_writer(run_dir) if tensorboard else None
+        self._wandb = _wandb_run(run_dir, wandb_project) if wandb_project else None
+        self._metrics = JsonlFile(run_dir / METRICS_FILE)
+        self._samples = JsonlFile(run_dir / SAMPLES_FILE)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends {"step": step, ...} as one line, keys in the order of METRICS, and flushes it.
+        """Appends {"step": step, ...} as one line, keys in the order of METRICS.
 
         Values are numbers (Python, NumPy or JAX scalars), floats written with all their digits. NaN and infinities
         are written as null: JSON has no word for them. ValueError for a name that METRICS does not have.
         """
-        line: dict[str, Any] = {"step": int(step)}
-        for name in sorted(values, key=_place):
+        line: dict[str, Any] = {}
+        for name in sorted(values, key=_position):
             line[name] = _number(values[name])
-        _append(self._metrics, line)
+        self._metrics.append({"step": int(step), **line})
         for name, value in line.items():
-            if self._board is not None and name != "step" and value is not None:
+            if self._board is not None and value is not None:
                 self._board.add_scalar(name, value, step=int(step))
         if self._wandb is not None:
-            self._wandb.log({k: v for k, v in line.items() if k != "step"}, step=int(step))
+            self._wandb.log(line, step=int(step))
 
     def write_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
         """Appends one line a sample: {"step": step, ...the sample...}; any JSON values."""
         for sample in samples:
-            _append(self._samples, {"step": int(step), **sample})
+            self._samples.append({"step": int(step), **sample})
 
     def truncate_after(self, step: int) -> None:
-        """Drops the lines of later steps and a half-written last line, in both files: what a resumed run will redo."""
-        for name in ("_metrics", "_samples"):
-            path = pathlib.Path(getattr(self, name).name)
-            getattr(self, name).close()
-            _truncate(path, step)
-            setattr(self, name, _open_append(path))
+        """`JsonlFile.truncate_after` of both files."""
+        self._metrics.truncate_after(step)
+        self._samples.truncate_after(step)
 
     def sync(self) -> None:
         """Forces the lines written so far to the disk; call it before a checkpoint of the same step."""
-        for file in (self._metrics, self._samples):
-            file.flush()
-            os.fsync(file.fileno())
+        self._metrics.sync()
+        self._samples.sync()
 
     def close(self) -> None:
         """Closes the files and what was opened on request."""
-        self.sync()
         self._metrics.close()
         self._samples.close()
         if self._board is not None:
@@ -108,54 +261,6 @@ def read_lines(path: str | pathlib.Path) -> list[dict[str, Any]]:
     return found
 
 
-class Progress:
-    """Shows how a run goes: a bar on a terminal, a plain line every `seconds` (and for the last step) elsewhere."""
-
-    def __init__(
-        self, total: int, start: int = 0, file: TextIO | None = None, seconds: float = 10.0
-    ):
-        self.total, self.start, self.seconds = total, start, seconds
-        self.file = sys.stderr if file is None else file
-        self._begun = self._shown = time.monotonic()
-        self._bar = None
-        if self.file.isatty():
-            import tqdm
-
-            self._bar = tqdm.tqdm(
-                total=total, initial=start, file=self.file, unit="step", dynamic_ncols=True
-            )
-
-    def update(self, step: int, reward: float, tokens_per_second: float, label: str = "reward"):
-        """Step `step` (counted from 1) is done. `label` names the value shown (supervised runs: "loss")."""
-        shown = f"{label} {reward:.3f}, {tokens_per_second:,.0f} tokens/s"
-        if self._bar is not None:
-            self._bar.set_postfix_str(shown, refresh=False)
-            self._bar.update(step - self._bar.n)
-            return
-        now = time.monotonic()
-        first = step == self.start + 1
-        if first or step >= self.total or now - self._shown >= self.seconds:
-            self._shown = now
-            left = (now - self._begun) / max(step - self.start, 1) * (self.total - step)
-            print(
-                f"step {step}/{self.total}: {shown}, ETA {_duration(left)}",
-                file=self.file,
-                flush=True,
-            )
-
-    def message(self, text: str) -> None:
-        """One line that does not tear the bar."""
-        if self._bar is not None:
-            self._bar.write(text, file=self.file)
-        else:
-            print(text, file=self.file, flush=True)
-
-    def close(self) -> None:
-        """Leaves the bar as it stands."""
-        if self._bar is not None:
-            self._bar.close()
-
-
 def summary_table(rows: Sequence[Sequence[Any]]) -> str:
     """Text table; the first row is the header. Numbers are right-aligned with 4 digits, None is shown as "-"."""
     cells = [[_cell(value) for value in row] for row in rows]
@@ -173,11 +278,11 @@ def summary_table(rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def _place(name: str) -> int:
+def _position(name: str) -> int:
     if name not in _ORDER:
         near = difflib.get_close_matches(name, _ORDER, n=1)
         hint = f" (nearest: {near[0]})" if near else ""
-        raise ValueError(f"metric {name!r} is not in metric_table.METRICS{hint}; add it there")
+        raise ValueError(f"metric {name!r} is not in run.metrics.METRICS{hint}; add it there")
     return _ORDER[name]
 
 
@@ -188,16 +293,6 @@ def _number(value: Any) -> int | float | None:
     return value if math.isfinite(value) else None
 
 
-def _open_append(path: pathlib.Path) -> TextIO:
-    return path.open("a", encoding="utf-8")
-
-
-def _append(file: TextIO, line: Mapping[str, Any]) -> None:
-    # Answers of a model may hold lone surrogates: as \u escapes they are ASCII and always writable.
-    file.write(json.dumps(line, allow_nan=False) + "\n")
-    file.flush()
-
-
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
@@ -206,47 +301,18 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
-def _truncate(path: pathlib.Path, step: int) -> None:
-    found = path.read_bytes()
-    kept = []
-    for line in found.split(b"\n")[:-1]:  # what follows the last line end is a half-written line
-        record = _parse(line)
-        if record is not None and record["step"] <= step:
-            kept.append(line + b"\n")
-    if b"".join(kept) == found:
-        return
-    with atomic_write(path) as partial, partial.open("wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _tensorboard_writer(run_dir: pathlib.Path) -> Any:
-    try:
-        from tensorboard.summary import Writer
-    except ImportError as error:
-        raise UserError(
-            "train.tensorboard is on, but the package is missing: pip install tensorboard"
-        ) from error
+    from tensorboard.summary import Writer
+
     return Writer(str(run_dir / "tensorboard"))
 
 
 def _wandb_run(run_dir: pathlib.Path, project: str) -> Any:
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UserError(
-            f"train.wandb_project is {project!r}, but the package is missing: pip install wandb"
-        ) from error
-    # The same id on every start: a resumed run goes on with the same curves.
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    # The same id on every start: a resumed run continues its curves.
     name = run_dir.resolve().name
     return wandb.init(project=project, id=name, name=name, dir=str(run_dir), resume="allow")
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def _cell(value: Any) -> str:

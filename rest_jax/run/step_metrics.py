@@ -1,16 +1,13 @@
-"""What the host knows of a step: rewards, lengths, packing; and how fast its stages were against the machine's peak."""
+"""What the host knows of a step: rewards, lengths, packing."""
 
 from collections.abc import Sequence
 
 import numpy as np
-from jax.sharding import Mesh
 
-from rest_jax.models.config import DecoderConfig
 from rest_jax.rewards import Score
 from rest_jax.rl.packing import MicroBatch
 from rest_jax.rl.step import BatchLengths
 from rest_jax.rollout.experience import Experience
-from rest_jax.run import flops, machine
 from rest_jax.tool_calls import Target
 from rest_jax.types import RolloutBatch
 
@@ -62,39 +59,3 @@ def reward_metrics(
         "reward/exact": float(np.mean([s.exact for s in flat])),
         "reward/spurious": float(np.mean(spurious)) if spurious else 0.0,
     }
-
-
-class Speed:
-    """Rates of a run's stages; the share of the peak (MFU) is left out where the hardware's peak is not known."""
-
-    def __init__(self, cfg: DecoderConfig, mesh: Mesh):
-        self.cfg = cfg
-        self.peak = machine.mesh_peak_flops(mesh.devices.flat, cfg.dtype)
-
-    def of_experience(self, now: Experience, whole: BatchLengths) -> dict[str, float]:
-        """Of rollout and reward; `whole` is the batch of all processes."""
-        prompts, responses = whole.prompt_length, whole.response_length
-        rollout, score = now.seconds["time/rollout"], max(now.seconds["time/score"], 1e-9)
-        own = now.scored.rollout.response_length
-        work = flops.rollout_flops(self.cfg, prompts, responses)
-        return {
-            "time/rollout_tokens_per_second": float(responses.sum()) / rollout,
-            "time/reward_tokens_per_second": float(own.sum()) / score,
-            "time/reward_responses_per_second": own.size / score,
-            **self._mfu("time/rollout_mfu", work, rollout),
-        }
-
-    def of_update(
-        self, whole: BatchLengths, wanted: np.ndarray, seconds: float
-    ) -> dict[str, float]:
-        """Of the update, on trajectory tokens: a skipped group's tokens count, its FLOPs do not."""
-        prompts, responses = whole.prompt_length, whole.response_length
-        trajectory = float(responses.shape[1] * prompts.sum() + responses.sum())
-        work = flops.update_flops(self.cfg, prompts[wanted], responses[wanted])
-        return {
-            "time/update_tokens_per_second": trajectory / seconds,
-            **self._mfu("time/update_mfu", work, seconds),
-        }
-
-    def _mfu(self, name: str, work: float, seconds: float) -> dict[str, float]:
-        return {} if self.peak is None else {name: work / seconds / self.peak}

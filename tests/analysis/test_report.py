@@ -7,8 +7,7 @@ import pytest
 from rest_jax.analysis.report import run_table, write_curves, write_report
 from rest_jax.analysis.series import read_series
 from rest_jax.errors import UserError
-from rest_jax.run.metric_table import REGION_NAMES
-from rest_jax.run.metrics import MetricsWriter
+from rest_jax.run.metrics import REGION_NAMES, MetricsWriter
 
 
 def fill(run, steps: int, regions: bool = True):

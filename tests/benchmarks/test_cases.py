@@ -19,7 +19,7 @@ SMALL = ["--prompts", "2", "--group", "2", "--prompt-tokens", "12"]
 @pytest.fixture(autouse=True)
 def tiny_model(monkeypatch):
     monkeypatch.setitem(policies.NAMED, "model-a", TINY)
-    monkeypatch.setattr(process.machine, "measured_cpu_peak", lambda: 1e11)
+    monkeypatch.setattr(process.cpu_peak, "measured_cpu_peak", lambda: 1e11)
 
 
 def record(capsys, *argv: str) -> dict:

@@ -1,18 +1,13 @@
-"""Setting up XLA: the environment before jax starts, the cache at work, what the user set wins. The table of peaks."""
+"""Setting up XLA: the environment before jax starts, the cache at work, what the user set wins."""
 
 import json
 import os
 import pathlib
 import subprocess
 import sys
-import types
 
-import jax
-import jax.numpy as jnp
 import pytest
 
-from rest_jax.config import MeshConfig
-from rest_jax.distributed import activate, make_mesh
 from rest_jax.run import machine
 
 FLAGS = [f"--{name}={value}" for name, value in machine.CPU_XLA_FLAGS.items()]
@@ -179,68 +174,3 @@ def test_after_jax_is_imported_the_config_is_set_and_used(tmp_path):
     hits, misses, folder, least = fresh(COMPILE, tmp_path, "late")[0]
     assert first[0] == 0 < first[1] and [hits, misses] == [first[1], 0]
     assert folder == str(tmp_path / ".cache" / "rest_jax" / "xla") and least == 0.05
-
-
-# The peaks
-
-
-def fake(kind: str, platform: str = "gpu", process: int = 0):
-    return types.SimpleNamespace(device_kind=kind, platform=platform, process_index=process)
-
-
-@pytest.mark.parametrize(
-    ("kind", "bfloat16", "float32"),
-    [
-        ("TPU v4", 275e12, None),
-        ("TPU v4 lite", None, None),
-        ("TPU v5 lite", 197e12, None),
-        ("TPU v5e", 197e12, None),
-        ("TPU v5", 459e12, None),
-        ("TPU v5p", 459e12, None),
-        ("TPU v6 lite", 918e12, None),
-        ("TPU7x", 1153.5e12, None),
-        ("NVIDIA A100-SXM4-80GB", 312e12, 19.5e12),
-        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None, None),
-        ("NVIDIA H100 80GB HBM3", 989.5e12, 67e12),
-        ("NVIDIA H100 PCIe", 756.5e12, 51e12),
-        ("NVIDIA H100 NVL", 835.5e12, 60e12),
-        ("NVIDIA H200", 989.5e12, 67e12),
-        ("NVIDIA GH200 480GB", None, None),
-        ("NVIDIA B200", 2250e12, 75e12),
-        ("NVIDIA GB200", None, None),
-        ("NVIDIA L4", 121e12, 30.3e12),
-        ("NVIDIA L40S", 362.05e12, 91.6e12),
-        ("NVIDIA L40", None, None),
-        ("NVIDIA A10", 125e12, 31.2e12),
-        ("NVIDIA A10G", None, None),
-        ("NVIDIA GeForce RTX 4090", 165.2e12, 82.6e12),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
-        ("cpu", None, None),
-    ],
-)
-def test_peaks_by_device_kind_and_dtype(kind, bfloat16, float32):
-    assert machine.peak_flops(fake(kind), jnp.bfloat16) == bfloat16
-    assert machine.peak_flops(fake(kind), "float32") == float32
-    assert machine.peak_flops(fake(kind), jnp.int8) is None
-
-
-def test_a_mesh_is_the_sum_of_its_devices_and_unknown_if_one_is():
-    cards = [fake("NVIDIA L4")] * 3 + [fake("NVIDIA H200")]
-    assert machine.mesh_peak_flops(cards, jnp.bfloat16) == 3 * 121e12 + 989.5e12
-    assert machine.mesh_peak_flops([*cards, fake("NVIDIA X1")], jnp.bfloat16) is None
-
-
-def test_cpu_devices_count_once_a_process(monkeypatch):
-    monkeypatch.setattr(machine, "measured_cpu_peak", lambda: 5.0)
-    devices = [fake("cpu", "cpu", process) for process in (0, 0, 0, 1, 1)]
-    assert machine.mesh_peak_flops(devices[:3], jnp.float32) == 5.0
-    assert machine.mesh_peak_flops(devices, jnp.float32) == 10.0
-
-
-def test_the_cpu_peak_is_measured_once_and_also_inside_a_mesh():
-    mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1), jax.devices())
-    with activate(mesh):
-        peak = machine.measured_cpu_peak(0.01)
-    assert 1e8 < peak < 1e15
-    assert machine.measured_cpu_peak(0.01) == peak
-    assert machine.mesh_peak_flops(mesh.devices.flat, jnp.float32) == machine.measured_cpu_peak()

@@ -1,6 +1,5 @@
-"""metrics.jsonl: names from the table, exact numbers, stable order, exact truncation; progress lines; tables."""
+"""metrics.jsonl: names from the table, exact numbers, stable order, exact truncation; tables."""
 
-import io
 import json
 import math
 import sys
@@ -12,8 +11,14 @@ import pytest
 
 from rest_jax.errors import UserError
 from rest_jax.run import metrics
-from rest_jax.run.metric_table import METRICS, REGION_NAMES
-from rest_jax.run.metrics import METRICS_FILE, SAMPLES_FILE, MetricsWriter, Progress, read_lines
+from rest_jax.run.metrics import (
+    METRICS,
+    METRICS_FILE,
+    REGION_NAMES,
+    SAMPLES_FILE,
+    MetricsWriter,
+    read_lines,
+)
 from rest_jax.tool_calls import Region
 
 
@@ -123,52 +128,6 @@ def test_wandb_gets_the_lines_and_a_lasting_id(tmp_run, monkeypatch):
     writer.close()
     assert logged == [(3, {"reward/mean": 0.5}), "end"]
     assert (started["project"], started["id"], started["resume"]) == ("tools", "run", "allow")
-
-
-@pytest.mark.parametrize(
-    ("module", "options"),
-    [("wandb", {"wandb_project": "p"}), ("tensorboard.summary", {"tensorboard": True})],
-)
-def test_a_missing_optional_package_is_named_before_any_file_is_made(
-    tmp_run, monkeypatch, module, options
-):
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match="pip install"):
-        MetricsWriter(tmp_run, **options)
-    assert not list(tmp_run.iterdir())
-
-
-def test_progress_off_a_terminal_prints_first_due_and_last_lines(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    file = io.StringIO()
-    progress = Progress(total=10, start=4, file=file, seconds=10)
-    for step in range(5, 11):
-        now[0] += 4
-        progress.update(step, 0.5, 1234.5)
-    progress.message("held out: 50 %")
-    progress.close()
-    lines = file.getvalue().splitlines()
-    assert [line.split(":")[0] for line in lines] == [
-        "step 5/10",
-        "step 8/10",
-        "step 10/10",
-        "held out",
-    ]
-    assert lines[0] == "step 5/10: reward 0.500, 1,234 tokens/s, ETA 0:20"
-    assert lines[2].endswith("ETA 0:00")
-
-
-def test_progress_on_a_terminal_is_one_bar():
-    file = io.StringIO()
-    file.isatty = lambda: True
-    progress = Progress(total=3, start=1, file=file)
-    progress.update(2, 0.25, 10.0)
-    progress.message("a line")
-    progress.update(3, 0.75, 10.0)
-    progress.close()
-    text = file.getvalue()
-    assert "3/3" in text and "reward 0.750" in text and "a line\n" in text
 
 
 def test_summary_table_aligns_and_refuses_ragged_rows():

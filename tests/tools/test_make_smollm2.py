@@ -28,7 +28,9 @@ def wheel():
 def test_a_folder_with_something_in_it_is_refused(maker, wheel, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("keep")
     assert maker.main([str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"make_smollm2: error: {tmp_path} is not empty\n"
+    error = capsys.readouterr().err
+    assert error.startswith(f"make_smollm2: error: output {tmp_path}: exists and is not empty")
+    assert error.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 

@@ -1,16 +1,13 @@
-"""Model folders on disk: which files travel with the weights, whole-or-nothing writing, and finding a source.
+"""Model folders on disk: which files travel with the weights, and finding a source.
 
 A source is an HF folder (config.json + safetensors), a folder made by `rest-jax convert` (the same
 side files, `params/` and `rest_jax.json`), or a hub id.
 """
 
-import contextlib
 import json
-import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 from rest_jax.models.hf.config import ConversionError
@@ -28,28 +25,6 @@ _SIDE_PATTERNS = (
     "LICENSE*",
     "NOTICE*",
 )
-
-
-@contextlib.contextmanager
-def atomic_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary sibling of `out` that becomes `out` when the body ends, and disappears when it fails.
-
-    ConversionError when `out` exists and is not an empty folder.
-    """
-    out = pathlib.Path(os.path.abspath(out))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConversionError(
-            f"output {out}: exists and is not empty; name a new folder or remove it"
-        )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = out.parent / f".{out.name}.partial-{os.getpid()}"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
-        yield work
-        os.replace(work, out)  # replaces an empty folder, too
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def copy_side_files(source: pathlib.Path, out: pathlib.Path) -> None:

@@ -18,12 +18,12 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from rest_jax.files import atomic_folder
 from rest_jax.models.config import DecoderConfig, Remat
 from rest_jax.models.decoder import Params, param_shardings
 from rest_jax.models.hf.config import ConversionError, decoder_config
 from rest_jax.models.hf.folder import (
     MANIFEST,
-    atomic_folder,
     copy_side_files,
     find_source,
     is_converted,
@@ -101,7 +101,7 @@ def convert(source: str, out: str | pathlib.Path) -> None:
     folder = find_source(source)
     if is_converted(folder):
         raise ConversionError(f"model {source}: already a converted folder")
-    with atomic_folder(pathlib.Path(out)) as work:
+    with atomic_folder(out) as work:
         cfg = _folder_config(folder)
         params = read_params(folder, cfg, None, None)
         copy_side_files(folder, work)
@@ -141,7 +141,7 @@ def export(
         for _, _, make in tensors:
             make()  # takes part in the gathers
         return
-    with atomic_folder(pathlib.Path(out)) as work:
+    with atomic_folder(out) as work:
         copy_side_files(files, work)
         if dtype is not None:
             hf = read_json(work / "config.json")

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 
 from rest_jax.config import MeshConfig
 from rest_jax.distributed import make_mesh
+from rest_jax.errors import UserError
 from rest_jax.models.decoder import Decoder, init_params, logits
 from rest_jax.models.hf import write as hf
 from rest_jax.models.hf.config import ConversionError, decoder_config
@@ -286,7 +287,7 @@ def test_folders_that_cannot_be_used(folders, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"not a safetensors file")
     with pytest.raises(ConversionError, match="not a readable safetensors file"):
         hf.load_hf(tmp_path)
-    with pytest.raises(ConversionError, match="exists and is not empty"):
+    with pytest.raises(UserError, match="exists and is not empty"):
         hf.convert(str(folders["llama-tied"]), tmp_path)
     hf.convert(str(folders["llama-tied"]), tmp_path / "converted")
     with pytest.raises(ConversionError, match="already a converted folder"):

@@ -1,0 +1,37 @@
+"""A small state with every kind of leaf, for the tests of checkpoints and the programs they start."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rest_jax.types import CurriculumState, TrainState
+
+
+def make_state(seed: int = 0) -> TrainState:
+    """A state with every kind of leaf: bfloat16, bool, int32, scalars, a typed key, adamw moments with a mask."""
+    key = jax.random.key(seed)
+    params = {
+        "layers": {"w": jax.random.normal(key, (8, 16)), "scale": jnp.ones(16)},
+        "head": jax.random.normal(key, (32, 64)).astype(jnp.bfloat16),
+    }
+    matrices = jax.tree.map(lambda x: x.ndim > 1, params)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mask=matrices))
+    _, opt_state = tx.update(params, tx.init(params), params)
+    row = jnp.arange(8, dtype=jnp.float32) / 3
+    curriculum = CurriculumState(
+        step=jnp.int32(3),
+        nu=jnp.float32(0.1),
+        entropy=row,
+        gini=-row,
+        seen=row > 1,
+        count=row * 7,
+        weight=row + 1,
+        format_score=jnp.float32(1 / 3),
+    )
+    return TrainState(
+        step=jnp.int32(7 + seed),
+        params=params,
+        opt_state=opt_state,
+        rng=jax.random.fold_in(key, 5),
+        curriculum=curriculum,
+    )

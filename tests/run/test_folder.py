@@ -1,0 +1,200 @@
+"""A run's folder: one process at a time, one config, complete side files, strict NaN guard, lines before checkpoints."""
+
+import contextlib
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from rest_jax import config as config_lib
+from rest_jax.config import Config
+from rest_jax.errors import RunStopped, UserError
+from rest_jax.run.folder import (
+    CONFIG_FILE,
+    RL_FINITE,
+    SUPERVISED_FINITE,
+    check_config,
+    check_start,
+    open_run,
+)
+from rest_jax.run.metrics import METRICS, METRICS_FILE, SAMPLES_FILE, read_lines
+from tests.programs.states import make_state
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def files(tmp_path) -> pathlib.Path:
+    """A model folder: side files and weights."""
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "LICENSE"):
+        (folder / name).write_text("{}")
+    for name in ("model.safetensors", "model.safetensors.index.json", "rest_jax.json", "notes.md"):
+        (folder / name).write_text("not copied")
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    return make_config(tmp_path)
+
+
+def make_config(tmp_path: pathlib.Path, *overrides: str) -> Config:
+    raw = {"name": "tiny", "output": str(tmp_path / "runs"), "model": {"source": "hf"}}
+    return config_lib.from_overrides(raw, overrides)
+
+
+def abstract(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+
+
+def test_a_new_run_has_its_config_and_the_side_files_alone(config, files):
+    with contextlib.closing(open_run(config, files)) as run:
+        assert config_lib.load(run.folder / CONFIG_FILE) == config
+        names = {path.name for path in (run.folder / "model").iterdir()}
+        assert names == {"config.json", "tokenizer.json", "chat_template.jinja", "LICENSE"}
+    with contextlib.closing(open_run(config, files / "gone")):
+        pass  # what is there is not copied again
+
+
+def test_a_folder_of_another_config_is_refused_with_every_difference(config, files, tmp_path):
+    open_run(config, files).close()
+    other = make_config(tmp_path, "seed=3", "train.steps=7")
+    for refuse in (lambda: check_config(other.folder, other), lambda: open_run(other, files)):
+        with pytest.raises(UserError, match=r"seed: 0 there, 3 now.*steps: .* 7 now") as caught:
+            refuse()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(config, files, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(config_lib.dump(config))
+    words = [
+        sys.executable,
+        str(REPOSITORY / "tests/programs/holds_lock.py"),
+        str(path),
+        str(files),
+    ]
+    process = subprocess.Popen(
+        words,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "open\n"
+        with pytest.raises(UserError, match="another process trains this run") as caught:
+            open_run(config, files)
+        assert str(config.folder) in str(caught.value) and "\n" not in str(caught.value)
+    finally:
+        process.kill()
+        process.wait()
+    open_run(config, files).close()
+
+
+def test_nan_is_named_and_the_batch_saved(config, files):
+    with contextlib.closing(open_run(config, files)) as run:
+        sound = dict.fromkeys(RL_FINITE, 1.0) | {"reward/mean": math.nan}
+        run.check_finite(3, sound, RL_FINITE, {})
+        broken = sound | {"update/grad_norm": math.inf, "rollout/logp": math.nan}
+        batch = {"responses": np.arange(6).reshape(2, 3), "region": jax.numpy.ones(2)}
+        with pytest.raises(RunStopped, match=r"update/grad_norm inf, rollout/logp nan") as caught:
+            run.check_finite(4, broken, RL_FINITE, batch)
+        path = run.folder / "nan_step_4.0.npz"
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+        with np.load(path) as saved:
+            assert saved["responses"].tolist() == [[0, 1, 2], [3, 4, 5]]
+            assert saved["region"].tolist() == [1, 1]
+
+
+def test_a_metric_that_nobody_wrote_is_not_finite(config, files):
+    with contextlib.closing(open_run(config, files)) as run, pytest.raises(KeyError, match="loss"):
+        run.check_finite(1, {"update/grad_norm": 1.0}, SUPERVISED_FINITE, {})
+
+
+def test_the_guard_names_metrics_of_the_table():
+    assert set(RL_FINITE) <= METRICS.keys() and set(SUPERVISED_FINITE) < set(RL_FINITE)
+
+
+def test_resuming_drops_the_lines_after_the_checkpoint(config, files):
+    fresh = make_state()
+    with contextlib.closing(open_run(config, files)) as run:
+        assert run.resume(fresh, abstract(fresh)) == (fresh, None, 0)
+        for step in range(4):
+            run.write(step, {"reward/mean": step / 4}, [{"text": str(step)}])
+            if step == 2:
+                run.save(step, make_state(step), {"seen": step})
+    with contextlib.closing(open_run(config, files)) as run:
+        state, loader_state, step = run.resume(fresh, abstract(fresh))
+        assert (int(state.step), loader_state, step) == (9, {"seen": 2}, 2)
+    lines = read_lines(config.folder / METRICS_FILE)
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert [line["step"] for line in read_lines(config.folder / SAMPLES_FILE)] == [0, 1, 2]
+
+
+def test_a_run_without_a_checkpoint_begins_with_empty_files(config, files):
+    fresh = make_state()
+    with contextlib.closing(open_run(config, files)) as run:
+        run.write(0, {"reward/mean": 1.0})
+    with contextlib.closing(open_run(config, files)) as run:
+        run.resume(fresh, abstract(fresh))
+    assert read_lines(config.folder / METRICS_FILE) == []
+
+
+def test_the_time_of_a_save_is_in_the_next_line(config, files):
+    with contextlib.closing(open_run(config, files)) as run:
+        run.write(1, {"reward/mean": 1.0})
+        run.save(1, make_state(), {})
+        run.write(2, {"reward/mean": 1.0})
+        run.write(3, {"reward/mean": 1.0})
+    seconds = [line.get("time/checkpoint") for line in read_lines(config.folder / METRICS_FILE)]
+    assert seconds[0] is None and 0 < seconds[1] < 60 and seconds[2] is None
+
+
+def test_lines_are_on_disk_before_the_checkpoint_is_begun(config, files, monkeypatch):
+    order = []
+    with contextlib.closing(open_run(config, files)) as run:
+        assert run.metrics is not None
+        monkeypatch.setattr(run.metrics, "sync", lambda: order.append("sync"))
+        monkeypatch.setattr(run.checkpoints, "save", lambda *_: order.append("save"))
+        run.save(1, make_state(), {})
+        assert order == ["sync", "save"]
+
+
+def test_sigterm_is_caught_until_the_last_checkpoint_is_on_disk(config, files, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    run = open_run(config, files)
+    plain = run.checkpoints._manager.wait_until_finished
+    monkeypatch.setattr(
+        run.checkpoints._manager,
+        "wait_until_finished",
+        lambda: (os.kill(os.getpid(), signal.SIGTERM), plain()),
+    )
+    run.close()
+    assert run.stop.received and signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("package", "override"),
+    [("wandb", "train.wandb_project=p"), ("tensorboard", "train.tensorboard=true")],
+)
+def test_a_missing_optional_package_is_named_before_a_folder_is_made(
+    tmp_path, monkeypatch, package, override
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = make_config(tmp_path, override)
+    mesh = Mesh(
+        np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), ("data", "fsdp", "tensor", "expert")
+    )
+    with pytest.raises(UserError, match=f"pip install {package}"):
+        check_start(config, mesh)
+    assert not config.folder.exists()

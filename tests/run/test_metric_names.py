@@ -1,0 +1,59 @@
+"""Every name of the table of metrics is written by some run, and none besides: both kinds of run, with everything on."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from rest_jax.run.metrics import METRICS, METRICS_FILE, read_lines
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+REINFORCED = {
+    "rollout": {
+        "prompts_per_step": 4,
+        "group_size": 4,
+        "max_response_tokens": 24,
+        "recompute_logprobs": True,
+        "tis_cap": 2.0,
+    },
+    "loss": {"kl_coefficient": 0.01, "entropy_coefficient": 0.001},
+    "train": {"prompts_per_update": 2, "measure_noise": True},
+}
+SUPERVISED = {"sft": {"batch_size": 4}}
+
+
+def names_of(command: str, changes: dict, folder: pathlib.Path, source: pathlib.Path) -> set[str]:
+    """The names that a run of two steps, with an evaluation and a checkpoint after each, writes."""
+    raw = {
+        "name": command,
+        "output": str(folder),
+        "model": {"source": str(source), "remat": "none"},
+        "data": {"synthetic_size": 64, "eval_limit": 8, "brief_prompt": True},
+        **changes,
+    }
+    raw["train"] = {"steps": 2, "eval_every": 1, "checkpoint_every": 1, **raw.get("train", {})}
+    path = folder / f"{command}.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    program = [sys.executable, str(REPOSITORY / "tests/programs/with_cpu_peak.py")]
+    done = subprocess.run(
+        [*program, command, str(path)],
+        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout
+    lines = read_lines(folder / command / METRICS_FILE)
+    return set().union(*lines) - {"step"}
+
+
+@pytest.mark.slow
+def test_the_table_is_what_runs_write(tmp_path, configs_dir):
+    source = configs_dir / "quickstart_policy"
+    written = names_of("train", REINFORCED, tmp_path, source)
+    written |= names_of("sft", SUPERVISED, tmp_path, source)
+    assert (METRICS.keys() - written, written - METRICS.keys()) == (set(), set())
