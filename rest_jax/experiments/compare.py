@@ -11,7 +11,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -26,7 +26,6 @@ from rest_jax.experiments import results, storage
 from rest_jax.experiments.figures import write_figures
 from rest_jax.experiments.worker import Engine, Experiment, Job, carry_out, is_finished
 from rest_jax.files import atomic_write
-from rest_jax.run.metrics import summary_table
 
 
 class Plan(Section):
@@ -73,32 +72,14 @@ class Plan(Section):
         return [(a, b) for a, b in pairs if seeds[a] & seeds[b]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Compared:
-    """A plan, the config of its first run, and what its runs measured; what the page's template reads."""
+class Compared(NamedTuple):
+    """A plan, the config of its first run, what its runs measured, and which pairs of methods share a seed."""
 
     name: str
     plan: Plan
     config: Config
     results: results.Results
-
-    @property
-    def pairs(self) -> list[tuple[str, str]]:
-        return self.plan.comparisons(self.results)
-
-    def count_share(self, region: str) -> float:
-        """Share of a region among all sampled tokens."""
-        counts = {
-            name: sum(sum(curves[name].values()) for curves in self.results.curves.values())
-            for name in next(iter(self.results.curves.values()))
-            if name.startswith("region/") and name.endswith("/count")
-        }
-        return counts[f"region/{region}/count"] / sum(counts.values())
-
-    def ends(self, method: str, name: str) -> tuple[float, float]:
-        """The first and the last value of a mean curve."""
-        values = list(self.results.curves[method][name].values())
-        return values[0], values[-1]
+    pairs: list[tuple[str, str]]
 
 
 def compare(
@@ -132,9 +113,9 @@ def compare(
             results.write(each.results, each.name, each.pairs, folder)
             plan = each.plan
             write_figures(each.results, each.name, plan.title, plan.reference, folder / "images")
-            print(terminal_table(each), end="\n\n")
     page = write_page(found, folder)
-    print(f"page: {page}", flush=True)
+    sentences = [line for line in page.read_text().splitlines() if line.startswith("- ")]
+    print("\n".join([*sentences, f"page: {page}"]), flush=True)
     if failed:
         raise RunStopped(f"{len(failed)} runs failed; the first: {failed[0]}")
     return page
@@ -177,7 +158,8 @@ def gather(name: str, plan: Plan, folder: pathlib.Path) -> Compared:
     paired = {method for method, seed in finished if seed in seeds}
     finished = {key: folder for key, folder in finished.items() if key[0] in paired}
     found = results.collect(finished) if finished else results.read(name, folder)
-    return Compared(name, plan, next(iter(configs.values())), found or results.Results({}, {}))
+    found = found or results.Results({}, {})
+    return Compared(name, plan, next(iter(configs.values())), found, plan.comparisons(found))
 
 
 def write_page(found: Sequence[Compared], folder: pathlib.Path) -> pathlib.Path:
@@ -215,18 +197,6 @@ def change(found: Estimate) -> str:
 def number(value: float) -> str:
     """Two digits; a dash for what was not measured."""
     return "-" if np.isnan(value) else f"{value:.2f}"
-
-
-def terminal_table(each: Compared) -> str:
-    """Rates and paired differences of one plan."""
-    rows: list[list[Any]] = [[each.plan.title, "exact, %", "difference, points", "excludes 0"]]
-    for method in each.results.curves:
-        row = [method, points(each.results.mean(method, results.EXACT)), "", ""]
-        if (method, each.plan.reference) in each.pairs:
-            found = each.results.difference(method, each.plan.reference, results.EXACT)
-            row[2:] = [points(found, "+"), "yes" if found.excludes_zero else "no"]
-        rows.append(row)
-    return summary_table(rows)
 
 
 def _words(values: Mapping[str, Any]) -> tuple[str, ...]:

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from rest_jax.analysis.series import read_series
 from rest_jax.evaluation.statistics import Estimate, estimate, paired
 from rest_jax.files import atomic_write
+from rest_jax.run.metrics import METRICS_FILE, read_lines
 
 EXACT, SAMPLED, NOISE = COMPARED = "eval/exact", "sampled/exact", "early/grad_noise"
 _FINAL = (
@@ -49,17 +49,38 @@ class Results:
         """Of `method` less `other`, paired by seed."""
         return paired(self.values(method, name), self.values(other, name))
 
+    def sampled_share(self, region: str) -> float:
+        """Share of a region among all sampled tokens."""
+        counts = {
+            name: sum(sum(curves[name].values()) for curves in self.curves.values())
+            for name in next(iter(self.curves.values()))
+            if name.startswith("region/") and name.endswith("/count")
+        }
+        return counts[f"region/{region}/count"] / sum(counts.values())
+
+    def ends(self, method: str, name: str) -> list[float]:
+        """The first and the last value of a mean curve."""
+        values = list(self.curves[method][name].values())
+        return [values[0], values[-1]]
+
 
 def collect(folders: Mapping[tuple[str, int], pathlib.Path]) -> Results:
     """The results of finished runs, by (method, seed)."""
-    found = {
-        key: {name: dict(zip(*series, strict=True)) for name, series in read_series(folder).items()}
-        for key, folder in folders.items()
-    }
+    found = {key: read_curves(folder) for key, folder in folders.items()}
     methods = dict.fromkeys(method for method, _ in found)
     means = {m: mean_curves([found[key] for key in found if key[0] == m]) for m in methods}
     curves = {m: {name: rounded(curve) for name, curve in means[m].items()} for m in means}
     return Results({key: rounded(summarise(run)) for key, run in found.items()}, curves)
+
+
+def read_curves(folder: pathlib.Path) -> dict[str, dict[int, float]]:
+    """Every metric of a run, step -> value; steps where it was NaN are left out."""
+    curves: dict[str, dict[int, float]] = {}
+    for line in read_lines(folder / METRICS_FILE):
+        for name in line.keys() - {"step"}:
+            if line[name] is not None:
+                curves.setdefault(name, {})[line["step"]] = line[name]
+    return curves
 
 
 def summarise(curves: Mapping[str, Curve]) -> dict[str, float]:

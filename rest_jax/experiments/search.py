@@ -27,8 +27,7 @@ from rest_jax.errors import RunStopped, UserError
 from rest_jax.experiments import storage
 from rest_jax.experiments.worker import Engine, Experiment, Job, carry_out, shown
 from rest_jax.files import atomic_write
-from rest_jax.run.metric_table import METRICS
-from rest_jax.run.metrics import summary_table
+from rest_jax.run.metrics import METRICS, summary_table
 
 Scalar = str | int | float | bool | None
 PRUNERS = {

@@ -32,6 +32,10 @@ MAX_LOSSES = 4  # a trial whose workers died more often has failed
 _OPEN_TRIES = 20
 _CREATED_MEANWHILE = re.compile("already exists|unique|duplicate", re.IGNORECASE)
 
+# What Optuna says at its own level is noise here: workers print a line for each trial, and its heartbeat is experimental.
+optuna.logging.set_verbosity(logging.ERROR)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
 
 class Storage(optuna.storages.RDBStorage):
     """RDBStorage whose heartbeats outlive a short outage of the database. `beaten`: monotonic time of the last one."""
@@ -49,8 +53,6 @@ def open_storage(url: str, heartbeat: int) -> Storage:
 
     A running trial without a heartbeat for four times `heartbeat` seconds is stale.
     """
-    optuna.logging.set_verbosity(logging.ERROR)
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     sqlite = url.startswith("sqlite:///")
     if sqlite:
         pathlib.Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
