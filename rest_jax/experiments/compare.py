@@ -8,7 +8,6 @@ of every method. Without any run folder the page is rendered from the tables.
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
@@ -55,15 +54,17 @@ class Plan(Section):
 
     def jobs(self, name: str) -> dict[tuple[str, int], Job]:
         """(method, seed) -> its run, seed by seed."""
-        folder = pathlib.Path(self.output) / (self.runs or name)
-        start = {"model.source": str(folder / "start")} if self.start else {}
+        folder = f"{self.output}/{self.runs or name}"
+        shared = self.overrides | {"output": folder}
+        if self.start:
+            shared["model.source"] = f"{folder}/start"
         return {
-            (method, seed): Job("train", (self.scale, f"method/{method}"), _words(
-                self.overrides | start | {"seed": seed, "name": f"{method}-seed{seed}", "output": str(folder)}
-            ))
+            (method, seed): Job("train", (self.scale, f"method/{method}")).with_values(
+                shared | {"seed": seed, "name": f"{method}-seed{seed}"}
+            )
             for seed in self.seeds
             for method in self.methods
-        }  # fmt: skip
+        }
 
     def comparisons(self, found: results.Results) -> list[tuple[str, str]]:
         """The pairs (method, compared with) that share a seed."""
@@ -90,20 +91,20 @@ def compare(
     UserError before anything starts for input that cannot be used, and without any result; RunStopped when runs fail,
     after the page of the others is written.
     """
-    engine, folder, failed = engine or Engine(), pathlib.Path(output), []
+    engine, folder = engine or Engine(), pathlib.Path(output)
     loaded = {}
     for word in plans:
         path = config_lib.builtin_file(word, "comparisons")
         mapping = config_lib.read_mapping(path)
         loaded[path.stem] = config_lib.validate_as(Plan, mapping, f"plan {path}")
     for name, plan in loaded.items():
-        for job in plan.jobs(name).values():
-            if job.config().train.steps is None:
+        for config in (job.config() for job in plan.jobs(name).values()):
+            if config.train.steps is None:
                 raise UserError(f"plan {name}: train.steps must be set")
-            is_finished(job.config(), results.EXACT)
-    if engine.workers:
-        for name, plan in loaded.items():
-            failed += train(name, plan, engine)
+            is_finished(config, results.EXACT)
+    failed = [
+        line for name in loaded if engine.workers for line in train(name, loaded[name], engine)
+    ]
     found = [gather(name, plan, folder) for name, plan in loaded.items()]
     if not any(each.results.runs for each in found):
         raise UserError(f"{', '.join(loaded)}: no finished run, and no results in {folder}")
@@ -122,24 +123,21 @@ def compare(
 
 
 def train(name: str, plan: Plan, engine: Engine) -> list[str]:
-    """Carries out the runs of a plan, its supervised start first; why runs failed."""
+    """Carries out the runs of a plan, its supervised start first; why runs failed. RunStopped when told to stop."""
     jobs = {f"{method}-seed{seed}": job for (method, seed), job in plan.jobs(name).items()}
-    folder = pathlib.Path(plan.output) / (plan.runs or name)
-    stages = [(name, jobs)]
+    folder, stages = pathlib.Path(plan.output) / (plan.runs or name), [(name, jobs)]
     if plan.start:
-        start = Job("sft", plan.start, _words({"name": "start", "output": str(folder)}))
+        start = Job("sft", plan.start).with_values({"name": "start", "output": str(folder)})
         stages.insert(0, (f"{name}-start", {"start": start}))
     for stage, runs in stages:
         draw = functools.partial(planned, runs)
         experiment = Experiment(stage, folder, {run: {} for run in runs}, draw, results.EXACT)
-        trials = storage.current(carry_out(experiment, engine).get_trials(deepcopy=False))
-        failed = [
-            f"{run}: {trial.user_attrs.get(storage.REASON) or 'its worker was lost too often'}"
-            for run, trial in trials.items()
-            if trial.state.name in ("FAIL", "PRUNED")
-            and (not storage.lost(trial) or storage.given_up(trial))
-        ]
-        if failed or any(trial.state.name != "COMPLETE" for trial in trials.values()):
+        study = carry_out(experiment, engine)
+        states = {run: storage.state(t) for run, t in storage.current(study.trials).items()}
+        if any(state in ("waiting", "running") for state, _ in states.values()):
+            raise RunStopped(f"{stage}: stopped; the same command resumes it")
+        failed = [f"{run}: {why}" for run, (state, why) in states.items() if state != "complete"]
+        if failed:
             return failed
     return []
 
@@ -197,7 +195,3 @@ def change(found: Estimate) -> str:
 def number(value: float) -> str:
     """Two digits; a dash for what was not measured."""
     return "-" if np.isnan(value) else f"{value:.2f}"
-
-
-def _words(values: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(f"{key}={json.dumps(value)}" for key, value in values.items())

@@ -1,7 +1,6 @@
 """Comparisons: fair plans, runs carried out once, tables and sentences that follow from the numbers, pages from tables."""
 
 import csv
-import json
 import pathlib
 import shutil
 import sys
@@ -15,10 +14,10 @@ from rest_jax import config as config_lib
 from rest_jax.errors import RunStopped, UserError
 from rest_jax.evaluation.statistics import estimate
 from rest_jax.experiments import figures, results
-from rest_jax.experiments.compare import Plan, compare
+from rest_jax.experiments.compare import Plan, compare, gather, write_page
 from rest_jax.experiments.worker import Engine
+from tests.programs.pretend_train import finish
 
-REGIONS = ("tag", "scaffold", "name", "param", "think", "response", "other")
 RATES = {"grpo": (0.50, 0.52, 0.54), "rest": (0.60, 0.63, 0.64), "rest_mass": (0.45, 0.60, 0.53)}
 PAGE_ONLY = Engine(workers=0)
 
@@ -47,31 +46,6 @@ def plan_file(tmp_path):
 
 def load(path: str) -> Plan:
     return config_lib.validate_as(Plan, config_lib.read_mapping(path), f"plan {path}")
-
-
-def finish(config: config_lib.Config, exact: float) -> None:
-    """The folder of a run whose final exact rate is `exact`."""
-    config.folder.mkdir(parents=True)
-    (config.folder / "config.yaml").write_text(config_lib.dump(config))
-    steps = config.train.steps or 0
-    lines = [{"step": 0, **held(0.4)}, *({"step": s, **trained(s)} for s in range(1, steps + 1))]
-    lines.append({"step": steps, **held(exact)})
-    (config.folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-
-
-def held(exact: float) -> dict[str, float]:
-    names = ("accuracy", "format", "spurious", "reward", "response_tokens")
-    return {"eval/exact": exact, **{f"eval/{name}": 0.5 for name in names}}
-
-
-def trained(step: int) -> dict[str, float]:
-    kinds = {"weight": 1.0, "weight_share": 1 / 7, "entropy": 0.1, "count": 10}
-    regions = {f"region/{r}/{kind}": value for r in REGIONS for kind, value in kinds.items()}
-    return regions | {
-        "region/think/count": 40, "reward/mean": 0.1 * step, "reward/exact": 0.05 * step,
-        "rollout/tokens": 100, "rollout/response_tokens": 25, "rollout/entropy": 0.2,
-        "update/grad_noise": 0.9, "time/step": 9.0, "time/cpu": 100.0 if step <= 3 else 2.0,
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["single", "reasoned", "tried"])
@@ -127,6 +101,18 @@ def finished(plan_file):
     return path
 
 
+@pytest.fixture(autouse=True)
+def draw_nothing(request, monkeypatch):
+    """Figures take seconds: only the tests that ask for them draw them."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("rest_jax.experiments.compare.write_figures", lambda *_: None)
+
+
+@pytest.fixture
+def drawn():
+    """Figures are drawn."""
+
+
 @pytest.fixture
 def page(finished, tmp_path) -> pathlib.Path:
     return compare([finished], output=str(tmp_path / "page"), engine=PAGE_ONLY)
@@ -145,7 +131,7 @@ def test_differences_are_paired(finished):
     assert found.runs["rest", 0]["start/exact"] == 0.4
 
 
-def test_the_page_says_what_the_intervals_say(page, capsys):
+def test_the_page_says_what_the_intervals_say(drawn, page):
     written = page.read_text()
     assert (
         "- `rest` against `grpo`: held-out exact answers +10.3 points (95 % CI +8.9 to +11.8).\n"
@@ -183,9 +169,10 @@ def test_tables_hold_every_run_and_render_the_same_page(finished, page, tmp_path
 def test_the_page_of_the_repository_follows_from_its_tables(tmp_path, configs_dir):
     """docs/study is what the command makes of the results stored in it."""
     source = configs_dir.parent / "docs" / "study"
-    shutil.copytree(source, tmp_path / "study")
     names = ["single", "reasoned", "tried"]
-    written = compare(names, output=str(tmp_path / "study"), engine=PAGE_ONLY)
+    plans = {name: load(str(config_lib.builtin_file(name, "comparisons"))) for name in names}
+    (tmp_path / "tried.md").touch()
+    written = write_page([gather(name, plan, source) for name, plan in plans.items()], tmp_path)
     assert written.read_text() == (source / "README.md").read_text()
 
 

@@ -3,12 +3,14 @@
 Each start adds a line to <output>/../trained.txt. A run named by FAIL_AT fails.
 """
 
+import json
 import os
 import pathlib
 import sys
 
 from rest_jax import config as config_lib
-from tests.experiments.test_compare import finish
+
+REGIONS = ("tag", "scaffold", "name", "param", "think", "response", "other")
 
 
 def main() -> None:
@@ -19,6 +21,31 @@ def main() -> None:
     if config.name == os.environ.get("FAIL_AT"):
         sys.exit("rest-jax: error: it broke")
     finish(config, 0.5)
+
+
+def finish(config: config_lib.Config, exact: float) -> None:
+    """The folder of a run whose final exact rate is `exact`."""
+    config.folder.mkdir(parents=True)
+    (config.folder / "config.yaml").write_text(config_lib.dump(config))
+    steps = config.train.steps or 0
+    lines = [{"step": 0, **held(0.4)}, *({"step": s, **trained(s)} for s in range(1, steps + 1))]
+    lines.append({"step": steps, **held(exact)})
+    (config.folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+
+
+def held(exact: float) -> dict[str, float]:
+    names = ("accuracy", "format", "spurious", "reward", "response_tokens")
+    return {"eval/exact": exact, **{f"eval/{name}": 0.5 for name in names}}
+
+
+def trained(step: int) -> dict[str, float]:
+    kinds = {"weight": 1.0, "weight_share": 1 / 7, "entropy": 0.1, "count": 10}
+    regions = {f"region/{r}/{kind}": value for r in REGIONS for kind, value in kinds.items()}
+    return regions | {
+        "region/think/count": 40, "reward/mean": 0.1 * step, "reward/exact": 0.05 * step,
+        "rollout/tokens": 100, "rollout/response_tokens": 25, "rollout/entropy": 0.2,
+        "update/grad_noise": 0.9, "time/step": 9.0, "time/cpu": 100.0 if step <= 3 else 2.0,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
