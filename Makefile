@@ -27,8 +27,8 @@ test-all: $(DEV) ## Every test, the slow ones included
 bench: $(DEV) $(PEERS)/.installed ## Every benchmark against its peer (90 minutes); one: make bench ARGS="--case rollout-128"
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-study: $(RUNTIME) ## Seven methods on two levels, five seeds, into docs/study/ (2 hours on 2 cores; goes on where it stopped)
-	$(BIN)/rest-jax study single reasoned tried $(ARGS)
+study: $(RUNTIME) ## Seven methods on two levels, five seeds, into docs/study/ (2 hours on 2 cores; resumes where it stopped)
+	$(BIN)/rest-jax compare single reasoned tried $(ARGS)
 
 lint: $(DEV) ## ruff: rules and format
 	$(BIN)/ruff check .

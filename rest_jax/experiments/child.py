@@ -5,10 +5,8 @@ that is killed takes its run along and the next worker finds the run's folder fr
 """
 
 import os
-import sys
+import runpy
 import threading
-
-from rest_jax.cli import entry
 
 ORPHANED = 70  # exit code when the worker is gone
 
@@ -24,4 +22,4 @@ def end_with_worker() -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=end_with_worker, daemon=True).start()
-    sys.exit(entry())
+    runpy.run_module("rest_jax", run_name="__main__")

@@ -8,10 +8,9 @@ of every method. Without any run folder the page is rendered from the tables.
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -26,7 +25,6 @@ from rest_jax.experiments import results, storage
 from rest_jax.experiments.figures import write_figures
 from rest_jax.experiments.worker import Engine, Experiment, Job, carry_out, is_finished
 from rest_jax.files import atomic_write
-from rest_jax.run.metrics import summary_table
 
 
 class Plan(Section):
@@ -56,15 +54,17 @@ class Plan(Section):
 
     def jobs(self, name: str) -> dict[tuple[str, int], Job]:
         """(method, seed) -> its run, seed by seed."""
-        folder = pathlib.Path(self.output) / (self.runs or name)
-        start = {"model.source": str(folder / "start")} if self.start else {}
+        folder = f"{self.output}/{self.runs or name}"
+        shared = self.overrides | {"output": folder}
+        if self.start:
+            shared["model.source"] = f"{folder}/start"
         return {
-            (method, seed): Job("train", (self.scale, f"method/{method}"), _words(
-                self.overrides | start | {"seed": seed, "name": f"{method}-seed{seed}", "output": str(folder)}
-            ))
+            (method, seed): Job("train", (self.scale, f"method/{method}")).with_values(
+                shared | {"seed": seed, "name": f"{method}-seed{seed}"}
+            )
             for seed in self.seeds
             for method in self.methods
-        }  # fmt: skip
+        }
 
     def comparisons(self, found: results.Results) -> list[tuple[str, str]]:
         """The pairs (method, compared with) that share a seed."""
@@ -73,32 +73,14 @@ class Plan(Section):
         return [(a, b) for a, b in pairs if seeds[a] & seeds[b]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Compared:
-    """A plan, the config of its first run, and what its runs measured; what the page's template reads."""
+class Compared(NamedTuple):
+    """A plan, the config of its first run, what its runs measured, and which pairs of methods share a seed."""
 
     name: str
     plan: Plan
     config: Config
     results: results.Results
-
-    @property
-    def pairs(self) -> list[tuple[str, str]]:
-        return self.plan.comparisons(self.results)
-
-    def count_share(self, region: str) -> float:
-        """Share of a region among all sampled tokens."""
-        counts = {
-            name: sum(sum(curves[name].values()) for curves in self.results.curves.values())
-            for name in next(iter(self.results.curves.values()))
-            if name.startswith("region/") and name.endswith("/count")
-        }
-        return counts[f"region/{region}/count"] / sum(counts.values())
-
-    def ends(self, method: str, name: str) -> tuple[float, float]:
-        """The first and the last value of a mean curve."""
-        values = list(self.results.curves[method][name].values())
-        return values[0], values[-1]
+    pairs: list[tuple[str, str]]
 
 
 def compare(
@@ -109,20 +91,20 @@ def compare(
     UserError before anything starts for input that cannot be used, and without any result; RunStopped when runs fail,
     after the page of the others is written.
     """
-    engine, folder, failed = engine or Engine(), pathlib.Path(output), []
+    engine, folder = engine or Engine(), pathlib.Path(output)
     loaded = {}
     for word in plans:
         path = config_lib.builtin_file(word, "comparisons")
         mapping = config_lib.read_mapping(path)
         loaded[path.stem] = config_lib.validate_as(Plan, mapping, f"plan {path}")
     for name, plan in loaded.items():
-        for job in plan.jobs(name).values():
-            if job.config().train.steps is None:
+        for config in (job.config() for job in plan.jobs(name).values()):
+            if config.train.steps is None:
                 raise UserError(f"plan {name}: train.steps must be set")
-            is_finished(job.config(), results.EXACT)
-    if engine.workers:
-        for name, plan in loaded.items():
-            failed += train(name, plan, engine)
+            is_finished(config, results.EXACT)
+    failed = [
+        line for name in loaded if engine.workers for line in train(name, loaded[name], engine)
+    ]
     found = [gather(name, plan, folder) for name, plan in loaded.items()]
     if not any(each.results.runs for each in found):
         raise UserError(f"{', '.join(loaded)}: no finished run, and no results in {folder}")
@@ -132,33 +114,30 @@ def compare(
             results.write(each.results, each.name, each.pairs, folder)
             plan = each.plan
             write_figures(each.results, each.name, plan.title, plan.reference, folder / "images")
-            print(terminal_table(each), end="\n\n")
     page = write_page(found, folder)
-    print(f"page: {page}", flush=True)
+    sentences = [line for line in page.read_text().splitlines() if line.startswith("- ")]
+    print("\n".join([*sentences, f"page: {page}"]), flush=True)
     if failed:
         raise RunStopped(f"{len(failed)} runs failed; the first: {failed[0]}")
     return page
 
 
 def train(name: str, plan: Plan, engine: Engine) -> list[str]:
-    """Carries out the runs of a plan, its supervised start first; why runs failed."""
+    """Carries out the runs of a plan, its supervised start first; why runs failed. RunStopped when told to stop."""
     jobs = {f"{method}-seed{seed}": job for (method, seed), job in plan.jobs(name).items()}
-    folder = pathlib.Path(plan.output) / (plan.runs or name)
-    stages = [(name, jobs)]
+    folder, stages = pathlib.Path(plan.output) / (plan.runs or name), [(name, jobs)]
     if plan.start:
-        start = Job("sft", plan.start, _words({"name": "start", "output": str(folder)}))
+        start = Job("sft", plan.start).with_values({"name": "start", "output": str(folder)})
         stages.insert(0, (f"{name}-start", {"start": start}))
     for stage, runs in stages:
         draw = functools.partial(planned, runs)
         experiment = Experiment(stage, folder, {run: {} for run in runs}, draw, results.EXACT)
-        trials = storage.current(carry_out(experiment, engine).get_trials(deepcopy=False))
-        failed = [
-            f"{run}: {trial.user_attrs.get(storage.REASON) or 'its worker was lost too often'}"
-            for run, trial in trials.items()
-            if trial.state.name in ("FAIL", "PRUNED")
-            and (not storage.lost(trial) or storage.given_up(trial))
-        ]
-        if failed or any(trial.state.name != "COMPLETE" for trial in trials.values()):
+        study = carry_out(experiment, engine)
+        states = {run: storage.state(t) for run, t in storage.current(study.trials).items()}
+        if any(state in ("waiting", "running") for state, _ in states.values()):
+            raise RunStopped(f"{stage}: stopped; the same command resumes it")
+        failed = [f"{run}: {why}" for run, (state, why) in states.items() if state != "complete"]
+        if failed:
             return failed
     return []
 
@@ -173,8 +152,12 @@ def gather(name: str, plan: Plan, folder: pathlib.Path) -> Compared:
     jobs = plan.jobs(name)
     configs = {key: job.config() for key, job in jobs.items()}
     finished = {key: c.folder for key, c in configs.items() if is_finished(c, results.EXACT)}
+    seeds = {seed for method, seed in finished if method == plan.reference}
+    paired = {method for method, seed in finished if seed in seeds}
+    finished = {key: folder for key, folder in finished.items() if key[0] in paired}
     found = results.collect(finished) if finished else results.read(name, folder)
-    return Compared(name, plan, next(iter(configs.values())), found or results.Results({}, {}))
+    found = found or results.Results({}, {})
+    return Compared(name, plan, next(iter(configs.values())), found, plan.comparisons(found))
 
 
 def write_page(found: Sequence[Compared], folder: pathlib.Path) -> pathlib.Path:
@@ -212,19 +195,3 @@ def change(found: Estimate) -> str:
 def number(value: float) -> str:
     """Two digits; a dash for what was not measured."""
     return "-" if np.isnan(value) else f"{value:.2f}"
-
-
-def terminal_table(each: Compared) -> str:
-    """Rates and paired differences of one plan."""
-    rows: list[list[Any]] = [[each.plan.title, "exact, %", "difference, points", "excludes 0"]]
-    for method in each.results.curves:
-        row = [method, points(each.results.mean(method, results.EXACT)), "", ""]
-        if (method, each.plan.reference) in each.pairs:
-            found = each.results.difference(method, each.plan.reference, results.EXACT)
-            row[2:] = [points(found, "+"), "yes" if found.excludes_zero else "no"]
-        rows.append(row)
-    return summary_table(rows)
-
-
-def _words(values: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(f"{key}={json.dumps(value)}" for key, value in values.items())

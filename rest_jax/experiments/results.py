@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from rest_jax.analysis.tables import read_series
 from rest_jax.evaluation.statistics import Estimate, estimate, paired
 from rest_jax.files import atomic_write
+from rest_jax.run.metrics import METRICS_FILE, read_lines
 
 EXACT, SAMPLED, NOISE = COMPARED = "eval/exact", "sampled/exact", "early/grad_noise"
 _FINAL = (
@@ -49,16 +49,38 @@ class Results:
         """Of `method` less `other`, paired by seed."""
         return paired(self.values(method, name), self.values(other, name))
 
+    def sampled_share(self, region: str) -> float:
+        """Share of a region among all sampled tokens."""
+        counts = {
+            name: sum(sum(curves[name].values()) for curves in self.curves.values())
+            for name in next(iter(self.curves.values()))
+            if name.startswith("region/") and name.endswith("/count")
+        }
+        return counts[f"region/{region}/count"] / sum(counts.values())
+
+    def ends(self, method: str, name: str) -> list[float]:
+        """The first and the last value of a mean curve."""
+        values = list(self.curves[method][name].values())
+        return [values[0], values[-1]]
+
 
 def collect(folders: Mapping[tuple[str, int], pathlib.Path]) -> Results:
     """The results of finished runs, by (method, seed)."""
-    found = {
-        key: {name: dict(zip(*series, strict=True)) for name, series in read_series(folder).items()}
-        for key, folder in folders.items()
-    }
+    found = {key: read_curves(folder) for key, folder in folders.items()}
     methods = dict.fromkeys(method for method, _ in found)
-    curves = {m: mean_curves([found[key] for key in found if key[0] == m]) for m in methods}
-    return Results({key: summarise(run) for key, run in found.items()}, curves)
+    means = {m: mean_curves([found[key] for key in found if key[0] == m]) for m in methods}
+    curves = {m: {name: rounded(curve) for name, curve in means[m].items()} for m in means}
+    return Results({key: rounded(summarise(run)) for key, run in found.items()}, curves)
+
+
+def read_curves(folder: pathlib.Path) -> dict[str, dict[int, float]]:
+    """Every metric of a run, step -> value; steps where it was NaN are left out."""
+    curves: dict[str, dict[int, float]] = {}
+    for line in read_lines(folder / METRICS_FILE):
+        for name in line.keys() - {"step"}:
+            if line[name] is not None:
+                curves.setdefault(name, {})[line["step"]] = line[name]
+    return curves
 
 
 def summarise(curves: Mapping[str, Curve]) -> dict[str, float]:
@@ -98,7 +120,7 @@ def write(
     results: Results, name: str, pairs: Sequence[tuple[str, str]], folder: pathlib.Path
 ) -> None:
     """Writes the runs, the curves (compressed, the same bytes for the same curves) and the estimates."""
-    rows = [{"method": m, "seed": seed} | _rounded(run) for (m, seed), run in results.runs.items()]
+    rows = [{"method": m, "seed": seed, **run} for (m, seed), run in results.runs.items()]
     _write(folder / f"{name}_runs.csv", rows)
     names = list(next(iter(results.runs.values())))
     found = [
@@ -106,10 +128,10 @@ def write(
     ]
     for a, b in pairs:
         found += [({"method": a, "less": b}, n, results.difference(a, b, n)) for n in names]
-    estimates = [keys | {"metric": n} | _rounded(dataclasses.asdict(e)) for keys, n, e in found]
+    estimates = [keys | {"metric": n} | rounded(dataclasses.asdict(e)) for keys, n, e in found]
     _write(folder / f"{name}_methods.csv", estimates)
     points = [
-        {"method": method, "metric": metric, "step": step} | _rounded({"mean": value})
+        {"method": method, "metric": metric, "step": step, "mean": value}
         for method, curves in results.curves.items()
         for metric, curve in curves.items()
         for step, value in curve.items()
@@ -133,15 +155,18 @@ def read(name: str, folder: pathlib.Path) -> Results | None:
     return Results(numbers, curves)
 
 
-def _rounded(values: Mapping[str, float]) -> dict[str, Any]:
-    return {key: "" if np.isnan(value) else float(f"{value:.6g}") for key, value in values.items()}
+def rounded(values: Mapping[Any, float]) -> dict[Any, float]:
+    """Six digits, as they are stored."""
+    return {key: float(f"{value:.6g}") for key, value in values.items()}
 
 
 def _write(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        # What was not measured (NaN) is left empty.
+        writer.writerow({key: "" if value != value else value for key, value in row.items()})
     content = text.getvalue().encode()
     with atomic_write(path) as partial:
         partial.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)

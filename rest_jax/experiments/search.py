@@ -8,7 +8,6 @@ anything starts, so they are the same whoever trains them; TPE draws when a tria
 import csv
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ import optuna
 import pydantic
 from optuna import pruners, samplers
 from optuna.trial import FrozenTrial, Trial
-from optuna.visualization import matplotlib as optuna_plots
 
 from rest_jax import config as config_lib
 from rest_jax.analysis import plotting
@@ -207,7 +205,7 @@ def shared_job(space: Space, files: Sequence[str], overrides: Sequence[str]) -> 
         {override.partition("=")[0] for override in overrides} & space.parameters.keys()
     ):
         raise UserError(f"{key}=...: a parameter of the sweep is set in its space; change it there")
-    job = _with(Job("train", tuple(files), ()), space.overrides)
+    job = Job("train", tuple(files)).with_values(space.overrides)
     job = dataclasses.replace(job, overrides=(*job.overrides, *overrides))
     shared = job.config()
     if shared.data.eval is None:
@@ -216,28 +214,28 @@ def shared_job(space: Space, files: Sequence[str], overrides: Sequence[str]) -> 
         raise UserError("train.eval_every: 0: a pruner decides at evaluations; set it above 0")
     faults = []
     for key, parameter in space.parameters.items():
-        for value in parameter.choices or (parameter.low, parameter.high):
-            try:
-                _with(job, {key: value}).config()
-            except ConfigError as error:
-                if "unknown key" in str(error) or f" {key}: " in str(error):
-                    faults.append(str(error))
-                    break
+        ends = parameter.choices or (parameter.low, parameter.high)
+        errors = [error for value in ends if (error := _refusal(job.with_values({key: value})))]
+        own = [error for error in errors if "unknown key" in error or f" {key}: " in error]
+        faults += (own or errors)[:1] if own or len(errors) == len(ends) else []
     if faults:
         raise UserError("parameters: " + "; ".join(faults))
     return job
+
+
+def _refusal(job: Job) -> str | None:
+    try:
+        job.config()
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def draw(space: Space, job: Job, folder: pathlib.Path, trial: Trial, run: str) -> Job:
     """The run of a trial; values that are not fixed beforehand are drawn."""
     if space.sampler == "tpe":
         trial.study.sampler = space.make_sampler(int(run.rpartition("-")[2]))
-    return _with(job, space.suggest(trial) | {"name": run, "output": str(folder)})
-
-
-def _with(job: Job, values: dict[str, Any]) -> Job:
-    words = (f"{key}={json.dumps(value)}" for key, value in values.items())
-    return dataclasses.replace(job, overrides=(*job.overrides, *words))
+    return job.with_values(space.suggest(trial) | {"name": run, "output": str(folder)})
 
 
 def write_results(study: optuna.Study, space: Space, folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -263,13 +261,7 @@ def write_results(study: optuna.Study, space: Space, folder: pathlib.Path) -> li
 
 
 def _row(trial: FrozenTrial, space: Space) -> dict[str, Any]:
-    curve, reason = trial.intermediate_values, trial.user_attrs.get(storage.REASON, "")
-    state = trial.state.name.lower().replace("fail", "failed")
-    if storage.lost(trial):
-        state = "failed" if storage.given_up(trial) else "waiting"
-        reason = f"its worker was lost, {storage.attempts(trial)} attempts"
-    elif reason.startswith("not a config"):
-        state = "invalid"
+    curve, (state, reason) = trial.intermediate_values, storage.state(trial)
     value = trial.value if state == "complete" else None
     return {
         "trial": trial.user_attrs[storage.RUN],
@@ -285,6 +277,9 @@ def _row(trial: FrozenTrial, space: Space) -> dict[str, Any]:
 
 def _plot(study: optuna.Study, folder: pathlib.Path) -> None:
     """Draws Optuna's pictures, if a trial is complete."""
+    # A worker does not need pyplot.
+    from optuna.visualization import matplotlib as optuna_plots
+
     values = [
         trial.value for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"
     ]

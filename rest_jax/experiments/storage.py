@@ -28,9 +28,14 @@ from rest_jax.errors import UserError
 
 # User attributes of a trial. REASON: why it ended, "" while it has not. STOPS: how often its worker was told to stop.
 RUN, REASON, STOPS, SECONDS = "run", "reason", "stops", "seconds"
+INVALID = "not a config"
 MAX_LOSSES = 4  # a trial whose workers died more often has failed
 _OPEN_TRIES = 20
 _CREATED_MEANWHILE = re.compile("already exists|unique|duplicate", re.IGNORECASE)
+
+# What Optuna says at its own level is noise here: workers print a line for each trial, and its heartbeat is experimental.
+optuna.logging.set_verbosity(logging.ERROR)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
 class Storage(optuna.storages.RDBStorage):
@@ -49,8 +54,6 @@ def open_storage(url: str, heartbeat: int) -> Storage:
 
     A running trial without a heartbeat for four times `heartbeat` seconds is stale.
     """
-    optuna.logging.set_verbosity(logging.ERROR)
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     sqlite = url.startswith("sqlite:///")
     if sqlite:
         pathlib.Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
@@ -117,6 +120,18 @@ def lost(trial: FrozenTrial) -> bool:
 def given_up(trial: FrozenTrial) -> bool:
     """Whether a lost trial was lost too often to be enqueued again. Being told to stop (pre-empted) does not count."""
     return lost(trial) and attempts(trial) - trial.user_attrs.get(STOPS, 0) > MAX_LOSSES
+
+
+def state(trial: FrozenTrial) -> tuple[str, str]:
+    """In words: complete, pruned, running, waiting, failed or invalid (its values are not a config); and why."""
+    reason, name = trial.user_attrs.get(REASON, ""), trial.state.name.lower()
+    if given_up(trial):
+        return "failed", f"its workers were lost, {attempts(trial)} attempts"
+    if lost(trial):
+        return "waiting", "its worker was lost or stopped"
+    if trial.state == TrialState.PRUNED and reason.startswith(INVALID):
+        return "invalid", reason
+    return name.replace("fail", "failed"), reason
 
 
 def retry(study: optuna.Study, trial: FrozenTrial) -> None:

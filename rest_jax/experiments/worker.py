@@ -35,15 +35,20 @@ _CONFIG_FILE = "config.yaml"
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The words of a run, `rest-jax <command> <files> <overrides>`; its name and output are among the overrides."""
+    """The words of a run: `rest-jax <command> <files> <overrides>`."""
 
     command: str
     files: tuple[str, ...]
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
 
     def config(self) -> Config:
         """Its resolved config. ConfigError."""
         return config_lib.load(self.files, self.overrides)
+
+    def with_values(self, values: Mapping[str, Any]) -> "Job":
+        """The same run with other config values, by dotted key."""
+        words = (f"{key}={json.dumps(value)}" for key, value in values.items())
+        return dataclasses.replace(self, overrides=(*self.overrides, *words))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +194,7 @@ class Worker:
             config = job.config()
         except ConfigError as error:
             # A pruned trial and not a failed one: TPE learns from it.
-            raise self._reason(trial, f"not a config: {error}", optuna.TrialPruned) from error
+            raise self._reason(trial, f"{storage.INVALID}: {error}", optuna.TrialPruned) from error
         again = "resumes: " if storage.attempts(chosen) > 1 else ""
         self._say(run, again + " ".join(f"{k}={shown(v)}" for k, v in trial.params.items()))
         reported = set(chosen.intermediate_values)

@@ -55,10 +55,10 @@ def engine() -> Engine:
 
 @pytest.fixture
 def start():
-    """Starts a sweep of fake runs as a process of its own."""
+    """Starts a sweep, of fake runs unless asked, as a process of its own."""
 
-    def begin(recipe, space, seconds: float, workers: int = 1, url: str = "") -> subprocess.Popen:
-        words = [PROGRAMS / "sweep_worker.py", recipe, space, workers, url]
+    def begin(recipe, space, seconds=0.0, workers=1, url="", kind="fake") -> subprocess.Popen:
+        words = [PROGRAMS / "sweep_worker.py", kind, recipe, space, workers, url]
         return subprocess.Popen(
             [sys.executable, *map(str, words)],
             env=os.environ | {"FAKE_SECONDS": str(seconds)},

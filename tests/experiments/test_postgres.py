@@ -64,9 +64,9 @@ def test_four_workers_of_which_one_is_killed(
         found = {}
         for worker in [pid for command in commands for pid in children(command.pid)]:
             for run in children(worker):
-                words = pathlib.Path(f"/proc/{run}/cmdline").read_text().split("\0")
-                names = [word[6:-1] for word in words if word.startswith('name="')]
-                found |= {worker: folder / name for name in names}
+                for word in pathlib.Path(f"/proc/{run}/cmdline").read_text().split("\0"):
+                    if word.startswith('name="'):
+                        found[worker] = folder / word[6:-1]
         return found
 
     until(lambda: any(4 <= len(steps(run)) < 7 for run in training().values()))

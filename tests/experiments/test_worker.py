@@ -23,16 +23,28 @@ def table(folder: pathlib.Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_each_trial_is_an_ordinary_run_and_fails_alone(recipe, write_space, engine, capsys):
+@pytest.fixture(autouse=True)
+def draw_nothing(request, monkeypatch):
+    """Optuna's pictures take seconds: only the test that asks for them draws them."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("rest_jax.experiments.search._plot", lambda *_: None)
+
+
+@pytest.fixture
+def drawn():
+    """Pictures are drawn."""
+
+
+def test_each_trial_is_an_ordinary_run_and_fails_alone(recipe, write_space, engine, capsys, drawn):
     parameters = {
-        "curriculum.alpha_format": {"choices": [0.1, 0.2]},
+        "curriculum.alpha_format": {"choices": [0.1]},
         "curriculum.alpha_think": {"choices": [0.5, 9.0]},
         "weights.w_max": {"choices": [4.0, 0.05]},
     }
     folder = sweep([recipe], [], write_space(parameters=parameters), engine=engine)
     rows = table(folder)
     states = [row["state"] for row in rows]
-    assert [states.count(s) for s in ("complete", "failed", "invalid")] == [2, 2, 4]
+    assert [states.count(s) for s in ("complete", "failed", "invalid")] == [1, 1, 2]
     for row in rows:
         run = folder / row["trial"]
         if row["state"] == "complete":
@@ -44,7 +56,7 @@ def test_each_trial_is_an_ordinary_run_and_fails_alone(recipe, write_space, engi
             assert "exit code 1: step 1: not finite (log: " in row["reason"]
     shown = capsys.readouterr().out
     assert "best: trial-" in shown
-    assert shown.count("exit code 1: step 1: not finite") == 4  # when it happens, and in the table
+    assert shown.count("exit code 1: step 1: not finite") == 2  # when it happens, and in the table
     for name in ("curves", "history", "parallel"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     # Nothing is left to do, and failed trials are not tried again.
@@ -84,7 +96,8 @@ def test_the_value_may_be_the_best_of_a_run(recipe, write_space, engine):
 def test_the_trial_of_a_lost_worker_resumes_in_its_folder(
     recipe, write_space, tmp_path, start, steps, until, how
 ):
-    space, folder = write_space(), tmp_path / "runs/some"
+    parameters = {"curriculum.alpha_format": {"choices": [0.1, 0.2]}}
+    space, folder = write_space(parameters=parameters), tmp_path / "runs/some"
     first, trial = start(recipe, space, 0.15), folder / "trial-0000"
     until(lambda: len(steps(trial)) >= 5)
     first.send_signal(how)
@@ -100,17 +113,17 @@ def test_the_trial_of_a_lost_worker_resumes_in_its_folder(
     saved = {signal.SIGKILL: 3, signal.SIGTERM: len(trained)}[how]
     assert steps(trial) == [*trained, *range(saved + 1, 9)]
     found = [(row["state"], row["attempts"]) for row in table(folder)]
-    assert found == [("complete", "2"), ("complete", "1"), ("complete", "1")]
+    assert found == [("complete", "2"), ("complete", "1")]
     held = [line["step"] for line in read_lines(trial / "metrics.jsonl") if "eval/reward" in line]
     assert held == [0, 2, 4, 6, 8]
 
 
 def test_two_workers_share_a_sweep(recipe, write_space, tmp_path, start, steps):
-    choices = [i / 10 for i in range(1, 7)]
+    choices = [i / 10 for i in range(1, 5)]
     space = write_space(parameters={"curriculum.alpha_format": {"choices": choices}})
     process = start(recipe, space, 0.02, workers=2)
     out, _ = process.communicate(timeout=200)
-    assert process.returncode == 0 and out.count("complete at step 8;") == 6, out
+    assert process.returncode == 0 and out.count("complete at step 8;") == 4, out
     rows = table(tmp_path / "runs/some")
     assert sorted(float(row["curriculum.alpha_format"]) for row in rows) == choices
     assert {(row["state"], row["attempts"]) for row in rows} == {("complete", "1")}
@@ -121,7 +134,8 @@ def test_two_workers_share_a_sweep(recipe, write_space, tmp_path, start, steps):
 def test_a_run_stopped_from_outside_is_taken_again(
     recipe, write_space, tmp_path, start, steps, until, children
 ):
-    process, trial = start(recipe, write_space(), 0.1), tmp_path / "runs/some/trial-0000"
+    space = write_space(parameters={"curriculum.alpha_format": {"choices": [0.1]}})
+    process, trial = start(recipe, space, 0.1), tmp_path / "runs/some/trial-0000"
     until(lambda: len(steps(trial)) >= 3)
     (run,) = children(process.pid)
     os.kill(run, signal.SIGTERM)

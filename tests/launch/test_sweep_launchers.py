@@ -1,4 +1,4 @@
-"""The launchers of sweeps say what the command line understands, and ask their scheduler for time to save."""
+"""The launchers of sweeps name what there is, and ask their scheduler for time to save."""
 
 import pathlib
 import shlex
@@ -6,17 +6,19 @@ import subprocess
 
 import yaml
 
-from rest_jax import arguments, builtin, cli
+from rest_jax import config
 
 LAUNCH = pathlib.Path(__file__).resolve().parents[2] / "launch"
 
 
 def understood(words: list[str]) -> None:
+    """A sweep of files and a space that exist, on a database."""
     assert words[:2] == ["rest-jax", "sweep"]
-    found = arguments.parse(words[1:], cli.COMMANDS)
-    assert builtin.find_config(found.config).is_file()
-    assert builtin.find_space(found.space).is_file()
-    assert found.quiet
+    options = {words[i]: words[i + 1] for i in range(len(words) - 1) if words[i].startswith("--")}
+    assert options.keys() == {"--space", "--storage"}
+    assert config.builtin_file(options["--space"], "sweeps").is_file()
+    files = [word for word in words[2:] if "/" in word and "=" not in word and "://" not in word]
+    assert files and all(config.builtin_file(file).is_file() for file in files)
 
 
 def test_kubernetes():
@@ -27,6 +29,7 @@ def test_kubernetes():
     (container,) = pod["containers"]
     (script,) = container["args"]
     understood(shlex.split(script.splitlines()[0].removesuffix("&")))
+    assert [variable["name"] for variable in container["env"]] == ["STORAGE"]
     mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert f"output={mounted['sweeps']}" in script
     assert {volume["name"] for volume in pod["volumes"]} == mounted.keys()
@@ -55,6 +58,7 @@ def test_slurm():
     path = LAUNCH / "sweep_slurm.sh"
     subprocess.run(["bash", "-n", path], check=True)
     last = path.read_text().splitlines()[-1]
-    words = shlex.split(last.replace('"$@"', "qwen3_1p7b_rlla curriculum output=/shared/runs"))
+    given = "scale/qwen3_1p7b method/rest output=/shared/runs --space curriculum --storage postgresql+psycopg://host/x"
+    words = shlex.split(last.replace('"$@"', given))
     assert words[:2] == ["exec", "srun"]
     understood(words[2:])

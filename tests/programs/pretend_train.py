@@ -1,0 +1,52 @@
+"""Leaves the folder of a finished run, with made-up metrics: `train|sft FILES... key=value`.
+
+Each start adds a line to <output>/../trained.txt. A run named by FAIL_AT fails.
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+from rest_jax import config as config_lib
+
+REGIONS = ("tag", "scaffold", "name", "param", "think", "response", "other")
+
+
+def main() -> None:
+    command, *words = sys.argv[1:]
+    config = config_lib.load([w for w in words if "=" not in w], [w for w in words if "=" in w])
+    with (pathlib.Path(config.output).parent / "trained.txt").open("a") as file:
+        file.write(f"{command}:{config.name}\n")
+    if config.name == os.environ.get("FAIL_AT"):
+        sys.exit("rest-jax: error: it broke")
+    finish(config, 0.5)
+
+
+def finish(config: config_lib.Config, exact: float) -> None:
+    """The folder of a run whose final exact rate is `exact`."""
+    config.folder.mkdir(parents=True)
+    (config.folder / "config.yaml").write_text(config_lib.dump(config))
+    steps = config.train.steps or 0
+    lines = [{"step": 0, **held(0.4)}, *({"step": s, **trained(s)} for s in range(1, steps + 1))]
+    lines.append({"step": steps, **held(exact)})
+    (config.folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+
+
+def held(exact: float) -> dict[str, float]:
+    names = ("accuracy", "format", "spurious", "reward", "response_tokens")
+    return {"eval/exact": exact, **{f"eval/{name}": 0.5 for name in names}}
+
+
+def trained(step: int) -> dict[str, float]:
+    kinds = {"weight": 1.0, "weight_share": 1 / 7, "entropy": 0.1, "count": 10}
+    regions = {f"region/{r}/{kind}": value for r in REGIONS for kind, value in kinds.items()}
+    return regions | {
+        "region/think/count": 40, "reward/mean": 0.1 * step, "reward/exact": 0.05 * step,
+        "rollout/tokens": 100, "rollout/response_tokens": 25, "rollout/entropy": 0.2,
+        "update/grad_noise": 0.9, "time/step": 9.0, "time/cpu": 100.0 if step <= 3 else 2.0,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
