@@ -33,7 +33,7 @@ def find_gguf() -> pathlib.Path:
 
 
 def convert(gguf: pathlib.Path, out: pathlib.Path) -> None:
-    """Writes the HF folder `out` whole or not at all; FileExistsError when `out` is there and not empty."""
+    """Writes the HF folder `out`, all of it or nothing; FileExistsError when `out` is there and not empty."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
