@@ -46,7 +46,7 @@ def make_work(args: argparse.Namespace) -> Work:
             params = cast(updates.state.params)
             sampled = sampler(params, prompts, updates.state.rng, number)
         scored = with_advantage(score(sampled, policy))
-        plan = plan_step(BatchLengths.of(scored), cfg, ways=1)
+        plan = plan_step(BatchLengths.of(scored), cfg, 1)
         if sum(int((micro.pick >= 0).sum()) for micro in plan[0]) != args.prompts:
             raise ValueError("a group has no gradient, so the step would not be complete")
         updates(scored, plan)

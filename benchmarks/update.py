@@ -123,7 +123,7 @@ def gradient_difference(args: argparse.Namespace, scored: ScoredBatch, cfg: Step
     """Largest difference between the gradients with and without the groups that may be skipped, over the largest entry."""
     gradients = []
     lengths = BatchLengths.of(scored)
-    for plan in (plan_step(lengths, cfg, ways=1), [plan_all(lengths, cfg, ways=1)]):
+    for plan in (plan_step(lengths, cfg, 1), [plan_all(lengths, cfg, 1)]):
         policy = policies.load(args.model, args.vocab, args.remat)
         updates = Updates(policy, optax.trace(0.0), cfg)  # its state is the last gradient
         updates(scored, plan)

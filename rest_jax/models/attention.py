@@ -290,37 +290,24 @@ def _fold(x, like):
 
 
 def _times_transposed(x, y, precision):
-    out = jnp.einsum(
-        "...mh,...sh->...ms",
-        _fold(x, y),
-        y,
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
+    out = _product("...mh,...sh->...ms", _fold(x, y), y, precision)
     return out.reshape(*x.shape[:-1], y.shape[-2])
 
 
 def _times(x, y, precision):
-    out = jnp.einsum(
-        "...ms,...sh->...mh",
-        _fold(x.astype(y.dtype), y),
-        y,
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
+    out = _product("...ms,...sh->...mh", _fold(x.astype(y.dtype), y), y, precision)
     return out.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _outer(x, y, like, precision):
     """Sum over queries of x_ms y_mh, in the dtype of `like`."""
-    out = jnp.einsum(
-        "...ms,...mh->...sh",
-        _fold(x, like),
-        _fold(y, like),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
+    out = _product("...ms,...mh->...sh", _fold(x, like), _fold(y, like), precision)
     return out.astype(like.dtype)
+
+
+def _product(axes, x, y, precision):
+    """einsum that sums in float32."""
+    return jnp.einsum(axes, x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _attend_part(
@@ -331,11 +318,10 @@ def _attend_part(
     precision: jax.lax.Precision,
 ) -> Partial:
     """Attention of scaled queries over one part of the keys."""
-    einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-    score = jnp.where(mask, einsum("...mh,...sh->...ms", q, k), _FLOOR)
+    score = jnp.where(mask, _product("...mh,...sh->...ms", q, k, precision), _FLOOR)
     peak = jnp.maximum(jnp.max(score, axis=-1), 0.5 * _FLOOR)
     weight = jnp.exp(score - peak[..., None])
-    out = einsum("...ms,...sh->...mh", weight.astype(v.dtype), v)
+    out = _product("...ms,...sh->...mh", weight.astype(v.dtype), v, precision)
     return Partial(out, jnp.sum(weight, axis=-1), peak)
 
 

@@ -94,10 +94,6 @@ class Tokenizer:
         )
         return self.encode(text)
 
-    def save(self, folder: str | pathlib.Path) -> None:
-        """Writes the tokenizer's files (tokenizer.json, tokenizer_config.json, chat template) into `folder`."""
-        self.hf.save_pretrained(str(folder))
-
 
 def byte_table(hf: Any) -> list[bytes]:
     """Bytes of every id of a fast tokenizer, by the alphabet its decoder declares.

@@ -13,7 +13,6 @@ from rest_jax.models.hf.config import ConversionError
 from rest_jax.models.hf.folder import WEIGHT_INDEX, read_json, write_json
 
 DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16"), "F16": jnp.dtype("float16")}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_SHARD_BYTES = 5 * 10**9
 LazyTensor = tuple[str, int, Callable[[], np.ndarray]]  # name, bytes, function that makes it
 
@@ -81,16 +80,13 @@ def write_shards(
         shards[-1].append(entry)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
-        only = len(shards) == 1
-        file = (
-            "model.safetensors" if only else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        )
+        part = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
+        file = f"model{part}.safetensors"
         arrays = {name: make() for name, _, make in shard}
         # transformers refuses files that do not say which framework's layout they have
         safetensors.numpy.save_file(arrays, out / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(arrays, file)
     if len(shards) > 1:
         total = sum(size for _, size, _ in tensors)
-        write_json(
-            out / WEIGHT_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(out / WEIGHT_INDEX, index)

@@ -27,14 +27,7 @@ from rest_jax.models.hf.folder import (
     write_json,
 )
 from rest_jax.models.hf.read import leaf_at, manifest_dtypes, read_config, read_params
-from rest_jax.models.hf.safetensors import (
-    DTYPE_NAMES,
-    DTYPES,
-    MAX_SHARD_BYTES,
-    LazyTensor,
-    scan,
-    write_shards,
-)
+from rest_jax.models.hf.safetensors import DTYPES, MAX_SHARD_BYTES, LazyTensor, scan, write_shards
 from rest_jax.models.hf.table import EMBED, HEAD, NORM, Spec, expected_shapes, table
 from rest_jax.types import Params
 
@@ -106,7 +99,7 @@ def _recorded_dtypes(files: pathlib.Path, cfg: DecoderConfig) -> dict[str, str]:
 
 def _dtype_name(dtype: str) -> str:
     """safetensors name of a dtype spelled as in a config.json."""
-    names = {str(known): name for known, name in DTYPE_NAMES.items()}
+    names = {str(known): name for name, known in DTYPES.items()}
     if dtype not in names:
         raise ConversionError(f"export dtype {dtype!r}; known: {', '.join(names)}")
     return names[dtype]

@@ -298,7 +298,7 @@ def test_a_prompt_that_the_chat_template_refuses_is_dropped(tmp_path, out, token
     loaded.hf.chat_template = (
         "{% if 'kind' in messages[0].content %}" + refusal + "{% endif %}{{ messages[-1].content }}"
     )
-    loaded.save(folder)
+    loaded.hf.save_pretrained(str(folder))
     kind = dialogue(1)
     kind["messages"].insert(0, {"role": "system", "content": "Be kind."})
     path = write(tmp_path / "in.jsonl", [dialogue(0), kind])
