@@ -12,7 +12,7 @@ micro-batches nor devices change the loss. float32 throughout.
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from rest_jax.config import LossConfig
 from rest_jax.rl.masked import EPS
@@ -116,7 +116,7 @@ class MiniBatches(NamedTuple):
     index: Int[Array, " P"]
     count: int
 
-    def total(self, x: Float[Array, " P"] | Bool[Array, " P"]) -> Float[Array, "P 1 1"]:
+    def total(self, x: Shaped[Array, " P"]) -> Float[Array, "P 1 1"]:
         """For each group the sum of x over its mini-batch, across all devices."""
         member = self.index[:, None] == jnp.arange(self.count)
         sums = jnp.sum(jnp.where(member, x[:, None].astype(jnp.float32), 0.0), axis=0)
