@@ -7,7 +7,7 @@ import time
 import jax
 import numpy as np
 
-from rest_jax.config import Config
+from rest_jax.config import Config, check_supervised
 from rest_jax.data.loader import Ahead, SupervisedBatch, sft_loader
 from rest_jax.data.tokenize import Prepared, load_training, prepare_supervised
 from rest_jax.distributed import activate, check_batch, gather, is_first_process, to_mesh
@@ -42,6 +42,7 @@ def run(config: Config, dry_run: bool = False) -> int:
 
 def complete(config: Config, dry_run: bool = False) -> Ending:
     """`run` that tells how it ended."""
+    check_supervised(config)
     policy = load_policy(config.model, config.mesh)
     check_batch("sft.batch_size", config.sft.batch_size, policy.mesh)
     records = load_training(config.data)

@@ -180,7 +180,7 @@ def test_killed_after_a_checkpoint_and_restarted_is_the_unbroken_run(unbroken, b
 def test_what_is_saved_is_the_position_after_the_batch_trained_on(broken):
     """Not after the one that was sampled ahead: a run stopped at any step drops that one and takes it again."""
     said = re.findall(r"^loader (.*)$", broken.killed, re.MULTILINE)
-    resolved = config.load(broken.run / "config.yaml")
+    resolved = config.load([broken.run / "config.yaml"])
     loaded = load_policy(resolved.model, config.MeshConfig(fsdp=-1))
     loader = make_loader(
         train.training_prompts(resolved, loaded), batch_prompts=4, seed=0, pad_id=0,

@@ -104,7 +104,7 @@ def lines(run: pathlib.Path) -> list[dict]:
 
 def state(run: pathlib.Path):
     """Everything the newest checkpoint holds."""
-    config = config_lib.load(run / "config.yaml")
+    config = config_lib.load([run / "config.yaml"])
     loaded = load_policy(config.model, config_lib.MeshConfig(fsdp=-1))
     tx = make_optimizer(config.optimizer, STEPS * 2)
     _, abstract, _ = init_state(loaded, tx, Schedule(config.weights, config.curriculum, STEPS), 0)
