@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from rest_jax.config import Config
+from rest_jax.config import Config, check_supervised
 from rest_jax.data.loader import TargetBatch, sft_loader
 from rest_jax.data.tokenize import Prepared, load_training, prepare_supervised
 from rest_jax.distributed import activate, check_batch, gather, is_first_process, to_mesh
@@ -38,10 +38,7 @@ from rest_jax.templates import TEMPLATES
 
 def finetune(config: Config, dry_run: bool = False) -> int:
     """Trains; 0 at the end or after SIGTERM. UserError for input that cannot be used; TrainingStopped on NaN."""
-    if config.train.measure_noise:
-        raise UserError(
-            "train.measure_noise true: a supervised run does not measure it; set it false"
-        )
+    check_supervised(config)
     policy = load_policy(config.model, config.mesh)
     check_batch("sft.batch_size", config.sft.batch_size, policy.mesh)
     records, template = load_training(config.data), TEMPLATES[config.data.template]

@@ -40,7 +40,7 @@ def runs(tmp_path_factory) -> pathlib.Path:
     """Two steps of every method, in a process of one device."""
     output = tmp_path_factory.mktemp("methods") / "runs"
     program = REPOSITORY / "tests" / "programs" / "golden_steps.py"
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(REPOSITORY)}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     words = [sys.executable, str(program), str(output)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -77,7 +77,7 @@ def test_the_numbers_of_every_method(runs, method):
     golden, found = json.loads(GOLDEN.read_text())[method], steps(runs, method)
     assert [line["step"] for line in found] == [1, 2]
     for expected, line in zip(golden, found, strict=True):
-        assert line.keys() == expected.keys()
+        assert line.keys() >= expected.keys()
         for name, value in expected.items():
             assert line[name] == pytest.approx(value, rel=1e-5, abs=1e-5), (line["step"], name)
 

@@ -151,7 +151,7 @@ def packing_metrics(plan: Sequence[Sequence[MicroBatch]], groups: int) -> dict[s
     positions = sum(m.positions for m in micro)
     taken = sum(int((m.pick >= 0).sum()) for m in micro)
     return {
-        "update/micro_batches": len(micro),
+        "update/micro_batches": float(len(micro)),
         "update/padding": 1 - sum(m.tokens for m in micro) / positions if positions else 0.0,
         "update/skipped_groups": 1 - taken / groups,
     }
