@@ -185,7 +185,7 @@ def points(found: Estimate, sign: str = "") -> str:
 
 
 def change(found: Estimate) -> str:
-    """A difference in words, with the wider of its intervals."""
+    """A difference in words, with the interval that holds both of its intervals."""
     if found.count < 2:
         return f"{100 * found.mean:+.1f} points (one seed)"
     low, high = min(found.low, found.t_low), max(found.high, found.t_high)

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -288,11 +289,15 @@ def _plot(study: optuna.Study, folder: pathlib.Path) -> None:
     pictures: dict[str, Any] = {
         "curves": optuna_plots.plot_intermediate_values,
         "history": optuna_plots.plot_optimization_history,
-        "parallel": optuna_plots.plot_parallel_coordinate,
     }
+    if len(values) > 1:
+        pictures["parallel"] = optuna_plots.plot_parallel_coordinate
     if len(values) >= _ENOUGH and len(set(values)) > 1:
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         plot = optuna_plots.plot_param_importances
         pictures["importances"] = functools.partial(plot, evaluator=evaluator)
-    for name, plot in pictures.items():
-        plotting.save(plot(study).figure, folder / f"{name}.png")
+    with warnings.catch_warnings():
+        # Of axes along which all trials are equal.
+        warnings.simplefilter("ignore")
+        for name, plot in pictures.items():
+            plotting.save(plot(study).figure, folder / f"{name}.png")

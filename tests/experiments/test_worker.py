@@ -37,14 +37,14 @@ def drawn():
 
 def test_each_trial_is_an_ordinary_run_and_fails_alone(recipe, write_space, engine, capsys, drawn):
     parameters = {
-        "curriculum.alpha_format": {"choices": [0.1]},
+        "curriculum.alpha_format": {"choices": [0.1, 0.2]},
         "curriculum.alpha_think": {"choices": [0.5, 9.0]},
         "weights.w_max": {"choices": [4.0, 0.05]},
     }
     folder = sweep([recipe], [], write_space(parameters=parameters), engine=engine)
     rows = table(folder)
     states = [row["state"] for row in rows]
-    assert [states.count(s) for s in ("complete", "failed", "invalid")] == [1, 1, 2]
+    assert [states.count(s) for s in ("complete", "failed", "invalid")] == [2, 2, 4]
     for row in rows:
         run = folder / row["trial"]
         if row["state"] == "complete":
@@ -56,7 +56,7 @@ def test_each_trial_is_an_ordinary_run_and_fails_alone(recipe, write_space, engi
             assert "exit code 1: step 1: not finite (log: " in row["reason"]
     shown = capsys.readouterr().out
     assert "best: trial-" in shown
-    assert shown.count("exit code 1: step 1: not finite") == 2  # when it happens, and in the table
+    assert shown.count("exit code 1: step 1: not finite") == 4  # when it happens, and in the table
     for name in ("curves", "history", "parallel"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     # Nothing is left to do, and failed trials are not tried again.
