@@ -124,21 +124,6 @@ def kind(target: Target) -> str:
     return "calls" if calls else "response" if response else "think only"
 
 
-def percentiles(counts: Counter[int], wanted: tuple[float, ...] = PERCENTILES) -> list[int]:
-    """Exact percentiles of the counted values, numpy's method "higher". ValueError when nothing was counted."""
-    if not counts:
-        raise ValueError("percentiles of nothing")
-    values = np.array(sorted(counts))
-    ends = np.cumsum([counts[value] for value in values.tolist()])
-    ranks = np.ceil(np.asarray(wanted) / 100 * (ends[-1] - 1)).astype(np.int64)
-    return values[np.searchsorted(ends, ranks, side="right")].tolist()
-
-
-def mean(counts: Counter[int]) -> float:
-    """The mean of the counted values."""
-    return sum(value * count for value, count in counts.items()) / counts.total()
-
-
 def to_text(tally: Tally) -> str:
     """Tables for the terminal: the counts, and what a record has."""
     raw = to_json(tally)
@@ -172,11 +157,16 @@ def to_json(tally: Tally) -> dict[str, Any]:
             "total": tally.values.total(),
             "nested": tally.values["nested"],
         },
-        "measures": {
-            name: {"mean": mean(counts)}
-            | {f"p{p}": v for p, v in zip(PERCENTILES, percentiles(counts), strict=True)}
-            for name, counts in tally.measures.items()
-        },
+        "measures": {name: _statistics(counts) for name, counts in tally.measures.items()},
+    }
+
+
+def _statistics(counts: Counter[int]) -> dict[str, float]:
+    """Mean and percentiles of the counted values."""
+    values = np.fromiter(counts.elements(), np.int64)
+    ranks = np.percentile(values, PERCENTILES, method="higher").tolist()
+    return {"mean": float(values.mean())} | {
+        f"p{p}": rank for p, rank in zip(PERCENTILES, ranks, strict=True)
     }
 
 
