@@ -17,8 +17,8 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Sequence, Set
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import ijson
 from ijson.common import ObjectBuilder
@@ -90,23 +90,18 @@ def _record(raw: Any, where: str, index: int, path: pathlib.Path) -> StepRecord:
     if keys >= {"system", "user", "answer"}:
         return api_bank.convert(raw, name, where)[0]
     if not keys & {"target", "history"}:
-        _refuse_to_prepare(keys, where, path)
+        for source, needed in _TO_PREPARE.items():
+            if keys >= needed:
+                raise RecordError(
+                    f"{where}: looks like {source} data; make records of it first: "
+                    f"rest-jax data prepare {source} {path} OUT"
+                )
     if keys & {"target", "history", "tools", "messages"} or not isinstance(raw, dict):
         return from_json(raw, where)
     raise RecordError(
         f"{where}: unknown layout with fields {', '.join(map(str, list(keys)[:6])) or 'none'}; known: our own (id, target, ...), "
         "rlla (instruction, input, output or prompt, reward_model), API-Bank (system, user, answer)"
     )
-
-
-def _refuse_to_prepare(keys: Set[str], where: str, path: pathlib.Path) -> None:
-    """RecordError when an item with these fields has first to be converted."""
-    for source, fields in _TO_PREPARE.items():
-        if keys >= fields:
-            raise RecordError(
-                f"{where}: looks like {source} data; make records of it first: "
-                f"rest-jax data prepare {source} {path} OUT"
-            )
 
 
 # --- reading items ----------------------------------------------------------------------------------------------------
@@ -139,20 +134,12 @@ def _lines(path: pathlib.Path) -> Iterator[Item]:
             number, position = number + 1, position + len(line)
             where = f"data {path}: line {number}"
             if len(line) > MAX_ITEM:
-                position += _skip_line(file, line)
                 start = line[:1000].decode("utf-8", "backslashreplace")
+                while line and not line.endswith(b"\n"):
+                    position += len(line := file.readline(CHUNK))
                 yield Item(where, start, f"longer than {MAX_ITEM:,} bytes", position)
             elif line := (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip():
                 yield _line_item(where, line, position)
-
-
-def _skip_line(file: BinaryIO, line: bytes) -> int:
-    """Reads on to the end of a line; the number of bytes read."""
-    skipped = 0
-    while line and not line.endswith(b"\n"):
-        line = file.readline(CHUNK)
-        skipped += len(line)
-    return skipped
 
 
 def _line_item(where: str, text: bytes, position: int) -> Item:

@@ -89,16 +89,7 @@ def prepare(
 ) -> Prepared:
     """Tokenises every prompt once; drops those above `cfg.max_prompt_tokens`. UserError when nothing is left."""
     prompts = [_tokenize_prompt(r, tokenizer, template, cfg.brief_prompt) for r in records]
-    fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= cfg.max_prompt_tokens]
-    shortest = min(map(len, prompts), default=0)
-    _check_left(fits, len(records), shortest, "data.max_prompt_tokens", cfg.max_prompt_tokens)
-    return Prepared(
-        records=[records[i] for i in fits],
-        prompts=[prompts[i] for i in fits],
-        targets=[],
-        dropped=len(records) - len(fits),
-        limit=cfg.max_prompt_tokens,
-    )
+    return _fitting(records, prompts, [], cfg.max_prompt_tokens, "data.max_prompt_tokens")
 
 
 def prepare_supervised(
@@ -118,16 +109,8 @@ def prepare_supervised(
             "use rlla_sft.json"
         )
     both = [tokenize_supervised(r, tokenizer, template, cfg.brief_prompt) for r in records]
-    totals = [len(prompt) + len(target) for prompt, target in both]
-    fits = [i for i, total in enumerate(totals) if total <= max_tokens]
-    _check_left(fits, len(records), min(totals, default=0), "sft.max_tokens", max_tokens)
-    return Prepared(
-        records=[records[i] for i in fits],
-        prompts=[both[i][0] for i in fits],
-        targets=[both[i][1] for i in fits],
-        dropped=len(records) - len(fits),
-        limit=max_tokens,
-    )
+    prompts, targets = [prompt for prompt, _ in both], [target for _, target in both]
+    return _fitting(records, prompts, targets, max_tokens, "sft.max_tokens")
 
 
 def tokenize_supervised(
@@ -154,10 +137,28 @@ def _tokenize_prompt(
         ) from error
 
 
-def _check_left(fits: list[int], total: int, shortest: int, key: str, limit: int) -> None:
-    if not total:
+def _fitting(
+    records: Sequence[StepRecord],
+    prompts: list[np.ndarray],
+    targets: list[np.ndarray],
+    limit: int,
+    key: str,
+) -> Prepared:
+    """The records of at most `limit` tokens in all; `key` is the config value that says so."""
+    if not records:
         raise UserError("data: no records")
+    totals = [
+        sum(map(len, both)) for both in zip(prompts, *([targets] if targets else ()), strict=True)
+    ]
+    fits = [i for i, total in enumerate(totals) if total <= limit]
     if not fits:
         raise UserError(
-            f"{key} {limit}: every one of the {total} records is longer (shortest: {shortest} tokens); raise it"
+            f"{key} {limit}: every one of the {len(records)} records is longer (shortest: {min(totals)} tokens); raise it"
         )
+    return Prepared(
+        records=[records[i] for i in fits],
+        prompts=[prompts[i] for i in fits],
+        targets=[targets[i] for i in fits] if targets else [],
+        dropped=len(records) - len(fits),
+        limit=limit,
+    )

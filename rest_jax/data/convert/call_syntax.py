@@ -2,7 +2,7 @@
 
 Names may hold spaces and punctuation, even brackets: a name ends at the first parenthesis after which a keyword or the closing
 parenthesis stands. Values are Python or JSON literals (True and true, None and null), nested to a depth of 32. Nothing is ever
-evaluated; the place of reading only moves forward, so time is linear. Faults are `SyntaxFault`s with the place in the text.
+evaluated; reading only moves forward, so time is linear. Faults are `SyntaxFault`s with the character in the text.
 """
 
 import math
@@ -69,12 +69,13 @@ def parse(text: str) -> list[dict[str, Any]]:
     while not reader.take("]"):
         calls.append(reader.call())
         reader.separate("]")
-    reader.finish()
+    if reader.at < len(text):
+        raise reader.fault("text after the end")
     return calls
 
 
 class _Reader:
-    """A place in a text that moves forward only."""
+    """A position in a text that moves forward only."""
 
     def __init__(self, text: str):
         self.text = text
@@ -104,20 +105,18 @@ class _Reader:
             raise self.fault(f"',' or {close!r} is needed")
         return comma
 
-    def finish(self) -> None:
-        if self.at < len(self.text):
-            raise self.fault("text after the end")
-
     def fault(self, what: str) -> SyntaxFault:
         found = repr(self.text[self.at : self.at + 20]) if self.at < len(self.text) else "the end"
         return SyntaxFault(f"character {self.at}: {what}, found {found}")
 
     def call(self) -> dict[str, Any]:
-        opened = self._parenthesis()
-        name = self.text[self.at : opened].strip()
+        opened = _arguments_open_anywhere(self.text, self.at)
+        if opened is None:
+            raise self.fault("a call is needed, Name(keyword=value)")
+        name = self.text[self.at : opened.start()].strip()
         if not name:
             raise self.fault("a name is needed")
-        self.at = opened
+        self.at = opened.start()
         self.expect("(")
         arguments: dict[str, Any] = {}
         while not self.take(")"):
@@ -130,13 +129,6 @@ class _Reader:
             arguments[word] = self.value(1)
             self.separate(")")
         return {"name": name, "arguments": arguments}
-
-    def _parenthesis(self) -> int:
-        """Where the arguments of the call that begins here open."""
-        opened = _arguments_open_anywhere(self.text, self.at)
-        if opened is None:
-            raise self.fault("a call is needed, Name(keyword=value)")
-        return opened.start()
 
     def value(self, depth: int) -> Any:
         """One literal and the space after it."""

@@ -40,38 +40,21 @@ def _merge_actions(turns: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...
     """The turns, each sequence of assistant turns with calls merged into one; texts and thoughts are joined by a line end."""
     merged: list[dict[str, Any]] = []
     for turn in turns:
-        if turn["role"] != "assistant":
-            merged.append(turn)
-        elif turn.get("calls") and merged and merged[-1].get("calls"):
-            merged[-1] = _turn(_joined(_target(merged[-1]), _target(turn)))
-        else:
-            merged.append(_turn(_target(turn)))
+        if turn.get("calls") and merged and merged[-1].get("calls"):
+            turn = _merge(merged.pop(), turn)
+        merged.append(turn)
     return tuple(merged)
 
 
-def _turn(target: Target) -> dict[str, Any]:
-    """The assistant turn that a target is: `content` always, `calls` and `think` where there are any."""
-    turn: dict[str, Any] = {"role": "assistant", "content": target.response}
-    if target.calls:
-        turn["calls"] = [{"name": c.name, "arguments": c.arguments} for c in target.calls]
-    if target.think is not None:
-        turn["think"] = target.think
-    return turn
+def _merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    both = {**first, "calls": [*first["calls"], *second["calls"]]}
+    for field in ("content", "think"):
+        texts = [turn[field] for turn in (first, second) if turn.get(field) is not None]
+        if texts:
+            both[field] = "\n".join(texts)
+    return both
 
 
 def _target(turn: dict[str, Any]) -> Target:
     calls = tuple(Call(c["name"], c["arguments"]) for c in turn.get("calls") or ())
     return Target(calls=calls, response=turn.get("content"), think=turn.get("think"))
-
-
-def _joined(first: Target, second: Target) -> Target:
-    return Target(
-        first.calls + second.calls,
-        _lines(first.response, second.response),
-        _lines(first.think, second.think),
-    )
-
-
-def _lines(*texts: str | None) -> str | None:
-    given = [text for text in texts if text is not None]
-    return "\n".join(given) if given else None

@@ -212,7 +212,8 @@ def _mask_default(schema: Mapping[str, Any], mask: _Mask) -> str | None:
     if (before := mask.defaults.get(id(schema))) is not None:  # one object in two places
         return before
     known = f"{schema.get('description', '')}\n{mask.said}"
-    return None if old in known and _whole_word(old).search(known) else mask.word()
+    said = old in known and re.search(rf"(?<!\w){re.escape(old)}(?!\w)", known)
+    return None if said else mask.word()
 
 
 def _mask_required(required: list[Any], mask: _Mask) -> list[Any]:
@@ -286,9 +287,5 @@ def _is_object(value: Any) -> bool:
     return isinstance(value, Mapping)
 
 
-def _is_schema(found: tuple[Any, Any]) -> bool:
-    return _is_object(found[0])
-
-
-def _whole_word(text: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<!\w){re.escape(text)}(?!\w)")
+def _is_schema(pair: tuple[Any, Any]) -> bool:
+    return _is_object(pair[0])

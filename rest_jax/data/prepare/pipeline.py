@@ -59,26 +59,25 @@ def prepare(settings: Settings) -> summary.Summary:
     full: then nothing is written. SIGTERM ends the process with code 143 and leaves no half-written file. Main thread only.
     """
     convert, count_tokens = check(settings), _token_counter(settings)
-    parts = {"train": settings.out_path}
-    if settings.held_out:
-        parts["eval"] = settings.eval_path
+    paths = settings.paths
+    parts = ("train", "eval") if settings.held_out else ("train",)
     result = summary.Summary(settings, parts={name: summary.Tally() for name in parts})
-    settings.out_path.parent.mkdir(parents=True, exist_ok=True)
+    paths["train"].parent.mkdir(parents=True, exist_ok=True)
     try:
         # OUT is the first partial file, and so the last to appear: where it is, everything is
         with handled(_terminate, signal.SIGTERM), contextlib.ExitStack() as partial:
             with contextlib.ExitStack() as opened:
                 work = _Work(settings, convert, count_tokens, result, partial, opened)
-                writers = {name: _open_writer(path, work) for name, path in parts.items()}
+                writers = {name: _open_writer(paths[name], work) for name in parts}
                 for record, part in _records(work):
                     writers[part].write(record)
             _check_left(result)
-            told = partial.enter_context(atomic_write(settings.summary_path))
+            told = partial.enter_context(atomic_write(paths["summary"]))
             told.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="ascii")
             if not settings.held_out:
-                settings.eval_path.unlink(missing_ok=True)
+                paths["eval"].unlink(missing_ok=True)
             if work.rejected is None:
-                settings.rejected_path.unlink(missing_ok=True)
+                paths["rejected"].unlink(missing_ok=True)
     except OSError as error:
         if error.errno not in _FULL:
             raise
@@ -233,7 +232,7 @@ def _tokens(record: StepRecord, work: _Work) -> tuple[int, int] | tuple[()] | No
 def _reject(work: _Work, where: str, reason: str, raw: Any) -> None:
     """Counts an item and keeps it in the side file."""
     if work.rejected is None:
-        partial = work.partial.enter_context(atomic_write(work.settings.rejected_path))
+        partial = work.partial.enter_context(atomic_write(work.settings.paths["rejected"]))
         work.rejected = work.opened.enter_context(partial.open("w", encoding="ascii"))
     line = {"where": where, "reason": reason, "raw": raw}
     work.rejected.write(json.dumps(line, default=str) + "\n")

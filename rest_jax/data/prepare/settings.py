@@ -35,29 +35,15 @@ class Settings:
     overwrite: bool = False
 
     @property
-    def out_path(self) -> pathlib.Path:
-        """The records for training."""
-        return pathlib.Path(self.out)
-
-    @property
-    def eval_path(self) -> pathlib.Path:
-        """The held-out records."""
-        return self.out_path.with_name(f"{self.out_path.stem}.eval{self.out_path.suffix}")
-
-    @property
-    def rejected_path(self) -> pathlib.Path:
-        """The items that cannot be used."""
-        return self.out_path.with_name(f"{self.out_path.name}.rejected.jsonl")
-
-    @property
-    def summary_path(self) -> pathlib.Path:
-        """What came in and what became of it."""
-        return self.out_path.with_name(f"{self.out_path.name}.summary.json")
-
-    @property
-    def paths(self) -> tuple[pathlib.Path, ...]:
-        """All files that preparing replaces or removes."""
-        return self.rejected_path, self.summary_path, self.eval_path, self.out_path
+    def paths(self) -> dict[str, pathlib.Path]:
+        """All files that preparing replaces or removes: records to train on and held out, items rejected, the summary."""
+        out = pathlib.Path(self.out)
+        return {
+            "train": out,
+            "eval": out.with_name(f"{out.stem}.eval{out.suffix}"),
+            "rejected": out.with_name(f"{out.name}.rejected.jsonl"),
+            "summary": out.with_name(f"{out.name}.summary.json"),
+        }
 
 
 def _from_own(raw: Any, name: str, where: str) -> list[StepRecord]:
@@ -96,12 +82,12 @@ def check_settings(overrides: Sequence[str]) -> None:
 
 
 def _check_files(settings: Settings) -> None:
-    out = settings.out_path
+    out, paths = pathlib.Path(settings.out), settings.paths.values()
     files.check_path(out)
     inputs = list(map(pathlib.Path, settings.inputs))
     for path in inputs:
         files.read_items(path)  # refuses what is no file; reads nothing yet
-    for path in filter(pathlib.Path.exists, settings.paths):
+    for path in filter(pathlib.Path.exists, paths):
         if path.is_dir():
             raise UserError(
                 f"data {path}: is a folder, the name of a file is needed; choose another OUT"
@@ -111,7 +97,7 @@ def _check_files(settings: Settings) -> None:
         if not settings.overwrite:
             raise UserError(
                 f"data {path}: exists; --overwrite replaces or removes all that OUT stands for: "
-                f"{', '.join(file.name for file in settings.paths)}"
+                f"{', '.join(file.name for file in paths)}"
             )
     nearest = next(filter(pathlib.Path.exists, out.parents))
     if not nearest.is_dir():

@@ -112,8 +112,7 @@ class Summary:
         rows += _reasons("drawn for a change that was not possible", self.unchanged)
         texts = [summary_table(rows)]
         for name, tally in self.parts.items():
-            path = self.settings.eval_path if name == "eval" else self.settings.out_path
-            texts.append(f"{name}: {path}\n{to_text(tally)}")
+            texts.append(f"{name}: {self.settings.paths[name]}\n{to_text(tally)}")
         return "\n\n".join(texts)
 
 
@@ -125,38 +124,24 @@ def kind(target: Target) -> str:
     return "calls" if calls else "response" if response else "think only"
 
 
-def percentiles(counts: Counter[int], wanted: tuple[float, ...] = PERCENTILES) -> list[int]:
-    """Exact percentiles of the counted values, numpy's method "higher". ValueError when nothing was counted."""
-    if not counts:
-        raise ValueError("percentiles of nothing")
-    values = np.array(sorted(counts))
-    ends = np.cumsum([counts[value] for value in values.tolist()])
-    ranks = np.ceil(np.asarray(wanted) / 100 * (ends[-1] - 1)).astype(np.int64)
-    return values[np.searchsorted(ends, ranks, side="right")].tolist()
-
-
-def mean(counts: Counter[int]) -> float:
-    """The mean of the counted values."""
-    return sum(value * count for value, count in counts.items()) / counts.total()
-
-
 def to_text(tally: Tally) -> str:
-    """Two tables for the terminal: the counts, and what a record has."""
-    rows = [
-        ["records", tally.records],
-        *_indented(tally.kinds),
-        *_indented(tally.sources, "source "),
-    ]
-    rows += [["argument values", tally.values.total()]]
-    rows += [["  nested (lists, objects)", tally.values["nested"]]]
-    text = summary_table([["what", "count"], *rows])
-    if not tally.records:
-        return text
-    calls = [[f"  {value}", count] for value, count in sorted(tally.measures["calls"].items())]
-    text += "\n\n" + summary_table([["calls a target", "records"], *calls])
-    names = ["least" if p == 0 else "most" if p == 100 else f"{p} %" for p in PERCENTILES]
-    measured = [[name, mean(c), *percentiles(c)] for name, c in tally.measures.items()]
-    return f"{text}\n\n{summary_table([['a record', 'mean', *names], *measured])}"
+    """Tables for the terminal: the counts, and what a record has."""
+    raw = to_json(tally)
+    rows = [["what", "count"], ["records", raw["records"]]]
+    rows += [[f"  {name}", count] for name, count in raw["kinds"].items()]
+    rows += [[f"  source {name}", count] for name, count in raw["sources"].items()]
+    rows += [["argument values", raw["argument_values"]["total"]]]
+    rows += [["  nested (lists, objects)", raw["argument_values"]["nested"]]]
+    tables = [rows]
+    if tally.records:
+        calls = [[f"  {calls}", count] for calls, count in raw["calls_per_target"].items()]
+        names = ["least" if p == 0 else "most" if p == 100 else f"{p} %" for p in PERCENTILES]
+        measured = [[name, *values.values()] for name, values in raw["measures"].items()]
+        tables += [
+            [["calls a target", "records"], *calls],
+            [["a record", "mean", *names], *measured],
+        ]
+    return "\n\n".join(map(summary_table, tables))
 
 
 def to_json(tally: Tally) -> dict[str, Any]:
@@ -172,16 +157,17 @@ def to_json(tally: Tally) -> dict[str, Any]:
             "total": tally.values.total(),
             "nested": tally.values["nested"],
         },
-        "measures": {
-            name: {"mean": mean(counts)}
-            | {f"p{p}": v for p, v in zip(PERCENTILES, percentiles(counts), strict=True)}
-            for name, counts in tally.measures.items()
-        },
+        "measures": {name: _statistics(counts) for name, counts in tally.measures.items()},
     }
 
 
-def _indented(counts: Counter[str], prefix: str = "") -> list[list[Any]]:
-    return [[f"  {prefix}{name}", count] for name, count in sorted(counts.items())]
+def _statistics(counts: Counter[int]) -> dict[str, float]:
+    """Mean and percentiles of the counted values."""
+    values = np.fromiter(counts.elements(), np.int64)
+    ranks = np.percentile(values, PERCENTILES, method="higher").tolist()
+    return {"mean": float(values.mean())} | {
+        f"p{p}": rank for p, rank in zip(PERCENTILES, ranks, strict=True)
+    }
 
 
 def _reasons(title: str, counts: Counter[str]) -> list[list[Any]]:

@@ -12,8 +12,9 @@ most of the tokens. `answer` writes such an answer; the habits of `REASONED_HABI
 import dataclasses
 import json
 from collections.abc import Collection, Sequence
-from typing import Any, Protocol
+from typing import Any
 
+from rest_jax.data.synthetic.words import Tool
 from rest_jax.tool_calls import Call, Target
 
 # what the careless demonstrator does, with its probability at sloppiness 1 where the habit applies
@@ -23,19 +24,6 @@ REASONED_HABITS: dict[str, float] = {
     "stringly": 0.55,  # writes integers, numbers and booleans as strings in the call, not in the thought
     "chatty": 0.15,  # adds a response to calls, which the format does not allow there
 }
-
-
-class Tool(Protocol):
-    """What is read of a tool; `parameters` maps a word to its masked name."""
-
-    @property
-    def action(self) -> str: ...
-    @property
-    def thing(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def parameters(self) -> dict[str, str]: ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ A tool is an (action, object) pair. `split_of` decides by a hash of the pair alo
 no seed enters, so a held-out tool never occurs in any training set, while every single word occurs in both.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -54,6 +55,32 @@ laz lek lim lop luv mab meg mik mov muz nal nep nid nof nur pab pel piv pom puz 
 sab sek sil sov suz tal tev tim tof tuz vak vel vim vop vur zab zed zik zol zum
 """
 SYLLABLES = tuple(_SYLLABLES.split())
+
+
+@dataclasses.dataclass(frozen=True)
+class Tool:
+    """An (action, object) pair under a masked name; `parameters` maps a word to its masked name, in order."""
+
+    action: str
+    thing: str
+    name: str
+    parameters: dict[str, str]
+
+    @property
+    def does(self) -> str:
+        return f"{self.action} {self.thing}"
+
+    @property
+    def signature(self) -> str:
+        return ", ".join(f"{m}: {PARAMETER_TYPES[word]}" for word, m in self.parameters.items())
+
+    def schema(self) -> dict[str, Any]:
+        """The tool as a prompt shows it (flat form)."""
+        parameters = {
+            mask: {"description": word, "type": PARAMETER_TYPES[word]}
+            for word, mask in self.parameters.items()
+        }
+        return {"name": self.name, "description": self.does, "parameters": parameters}
 
 
 @functools.cache

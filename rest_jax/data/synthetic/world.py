@@ -17,9 +17,9 @@ from rest_jax.data.records import StepRecord
 from rest_jax.data.synthetic.reasoning import REASONED_HABITS, Task, answer
 from rest_jax.data.synthetic.words import (
     CODE,
-    PARAMETER_TYPES,
     SYLLABLES,
     Split,
+    Tool,
     pairs,
     value,
     words,
@@ -60,32 +60,6 @@ HABITS: dict[str, float] = {
 NO_TOOL = "No tool fits this request."
 CHATTER = "Working on it."
 _OPENINGS = ("please", "i want to", "can you", "i need to", "now", "could you")
-
-
-@dataclasses.dataclass(frozen=True)
-class Tool:
-    """An (action, object) pair under a masked name; `parameters` maps a word to its masked name, in order."""
-
-    action: str
-    thing: str
-    name: str
-    parameters: dict[str, str]
-
-    @property
-    def does(self) -> str:
-        return f"{self.action} {self.thing}"
-
-    @property
-    def signature(self) -> str:
-        return ", ".join(f"{m}: {PARAMETER_TYPES[word]}" for word, m in self.parameters.items())
-
-    def schema(self) -> dict[str, Any]:
-        """The tool as a prompt shows it (flat form)."""
-        parameters = {
-            mask: {"description": word, "type": PARAMETER_TYPES[word]}
-            for word, mask in self.parameters.items()
-        }
-        return {"name": self.name, "description": self.does, "parameters": parameters}
 
 
 @dataclasses.dataclass(frozen=True)
