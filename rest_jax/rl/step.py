@@ -125,7 +125,7 @@ def make_step(
     return Step(
         prepare=make_prepare(cfg, mesh),
         update=make_policy_update(decoder, tx, cfg, mesh, state_shardings),
-        logprobs=make_logprobs(decoder, cfg, mesh, state_shardings.params),
+        logprobs=make_logprobs(decoder, cfg, mesh),
         advance=make_advance(mesh),
     )
 
@@ -181,9 +181,7 @@ def policy_metrics(prepared: Metrics, updates: Sequence[Totals]) -> dict[str, An
     return metrics
 
 
-def make_logprobs(
-    decoder: Decoder, cfg: StepConfig, mesh: Mesh, params_at: Params
-) -> Callable[..., Recomputed]:
+def make_logprobs(decoder: Decoder, cfg: StepConfig, mesh: Mesh) -> Callable[..., Recomputed]:
     """(params, rollout, lengths) -> Recomputed: a forward pass over a rollout in micro-batches, for recomputed old values
     and for the reference model. `lengths`: those of the global batch.
     """
@@ -191,7 +189,6 @@ def make_logprobs(
     add = jax.jit(
         functools.partial(_put_logprobs, decoder=decoder, cfg=cfg, mesh=mesh),
         static_argnames="widths",
-        in_shardings=(params_at, rows, rows, rows),
         out_shardings=rows,
         donate_argnums=1,
     )

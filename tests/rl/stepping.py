@@ -17,11 +17,11 @@ from rest_jax.rl.packing import (
 )
 from rest_jax.rl.prepare import Recomputed, StepConfig
 from rest_jax.rl.step import (
-    combine_updates,
     make_logprobs,
     make_policy_update,
     make_prepare,
     plan_minibatches,
+    policy_metrics,
 )
 from rest_jax.types import ScoredBatch, TrainState
 from tests import tiny
@@ -61,10 +61,11 @@ def step(
     logp_ref=None,
     remat="none",
     minibatch: np.ndarray | None = None,
+    params=None,
 ) -> tuple[TrainState, dict[str, float]]:
     """(state after a step, its metrics) on a mesh; without a plan and a mini-batch of each group, those of the step."""
     mesh, decoder = tiny.mesh(*shape), tiny.decoder(remat)
-    start = jax.tree.map(lambda x: x.copy(), tiny.params())
+    start = jax.tree.map(lambda x: x.copy(), params or tiny.params())
     state = TrainState(
         step=jnp.int32(0),
         params=start,
@@ -84,16 +85,14 @@ def step(
     for micro_batches in plan or plan_of(scored, cfg, mesh):
         state, totals = update(state, batch, micro_batches)
         updates.append(totals)
-    metrics = combine_updates(*jax.device_get((prepared, updates)))
+    metrics = policy_metrics(*jax.device_get((prepared, updates)))
     values = {name: float(value) for name, value in metrics.items()}
     return state.replace(curriculum=moved), values
 
 
 def logprobs(cfg: StepConfig, scored: ScoredBatch) -> Recomputed:
     """The tiny policy's own values of a rollout."""
-    mesh = tiny.mesh()
-    shardings = param_shardings(tiny.decoder().cfg, mesh)
-    forward = make_logprobs(tiny.decoder(), cfg, mesh, shardings)
+    forward = make_logprobs(tiny.decoder(), cfg, tiny.mesh())
     return forward(tiny.params(), scored.rollout, BatchLengths.of(scored.rollout))
 
 

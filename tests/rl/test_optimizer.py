@@ -1,12 +1,13 @@
 """Schedules and the weight-decay mask."""
 
 import jax
+import numpy as np
 import pytest
 
 from rest_jax.config import OptimizerConfig
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import init_params
-from rest_jax.rl.optimizer import decay_mask, learning_rate
+from rest_jax.rl.optimizer import decay_mask, learning_rate, learning_rates
 
 
 def test_only_matrices_decay():
@@ -28,3 +29,12 @@ def test_warm_up_peak_and_end(schedule, end):
     assert float(rate(5)) == pytest.approx(1.0)
     assert float(rate(10)) == pytest.approx(2.0)
     assert float(rate(100)) == pytest.approx(2.0 * end)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+@pytest.mark.parametrize("warmup", [0.0, 0.1])
+def test_the_rate_of_each_update(schedule, warmup):
+    cfg = OptimizerConfig(learning_rate=2.0, schedule=schedule, warmup_fraction=warmup)
+    found, rate = learning_rates(cfg, 30), learning_rate(cfg, 30)
+    assert found.shape == (30,) and found.dtype == np.float32
+    np.testing.assert_allclose(found, [float(rate(i)) for i in range(30)], rtol=1e-5, atol=1e-6)

@@ -1,221 +1,293 @@
-"""The update: exact under micro-batches and meshes, GRPO as a special case, zero gradients where they belong."""
+"""The host side of a step: which groups are computed, consecutive mini-batches, metrics of several updates, log-probs."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from rest_jax.rl.forward import response_logprobs
 
-from rest_jax.config import CurriculumConfig, LossConfig, WeightsConfig
-from rest_jax.distributed import replicated
-from rest_jax.models.decoder import param_shardings
-from rest_jax.rl import curriculum, loss
+from rest_jax import config as config_lib
+from rest_jax.config import CurriculumConfig, LossConfig, OptimizerConfig, WeightsConfig
+from rest_jax.errors import UserError
+from rest_jax.rl import curriculum
 from rest_jax.rl.curriculum import Schedule
-from rest_jax.rl.step import OldPolicy, make_logprobs, make_train_step
-from rest_jax.types import TrainState, response_mask
+from rest_jax.rl.optimizer import make_optimizer
+from rest_jax.rl.prepare import Recomputed, active_groups
+from rest_jax.rl.step import combine_updates, init_state, make_advance, policy_metrics
+from rest_jax.rl.update import Totals
+from rest_jax.train import check_sizes
+from rest_jax.types import ScoredBatch
 from tests import tiny
+from tests.rl.stepping import close, logprobs, plan_everything, plan_of, step
 
+EQUAL = (1, 2, 4, 7)  # groups whose rewards are made equal
 GROUP_TOKENS = 16 + tiny.GROUP * tiny.TIME  # trunk positions of a padded group of `tiny.prompts`
 
-# Keeps the gradient as its state and moves nothing: a difference of parameters would be rounded to the parameters' size.
-RECORD = optax.GradientTransformation(
-    init=lambda params: jax.tree.map(jnp.zeros_like, params),
-    update=lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads),
-)
+
+def identical(a, b) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
 
-def run(cfg, scored, shape=(1, 1, 1), tx=RECORD, old=None, logp_ref=None, remat="none"):
-    """(gradient as a tree, metrics, new state) of one step on a mesh."""
-    mesh = tiny.mesh(*shape)
-    decoder = tiny.decoder(remat)
-    start = jax.tree.map(lambda x: x.copy(), tiny.params())
-    state = TrainState(
-        step=jnp.int32(0),
-        params=start,
-        opt_state=tx.init(start),
-        rng=jax.random.key(0),
-        curriculum=curriculum.init(cfg.schedule),
-    )
-    shardings = jax.tree.map(lambda _: replicated(mesh), state)
-    shardings = shardings.replace(params=param_shardings(decoder.cfg, mesh))
-    step = make_train_step(decoder, tx, cfg, mesh, shardings)
-    new, metrics = step(jax.device_put(state, shardings), scored, old, logp_ref)
-    gradient = jax.tree.map(np.asarray, new.opt_state)
-    return gradient, {k: float(v) for k, v in metrics.items()}, new
-
-
-def close(a, b, relative=1e-5):
-    """Every leaf within `relative` of the leaf's own norm."""
-    for (path, x), y in zip(
-        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
-    ):
-        error = np.linalg.norm(np.asarray(x) - np.asarray(y)) / (np.linalg.norm(y) + 1e-12)
-        assert error <= relative, (jax.tree_util.keystr(path), error)
+def with_equal(scored: ScoredBatch, groups) -> ScoredBatch:
+    """Equal rewards in these groups, of a kind that a mean rounds (0.1 is no float)."""
+    reward = scored.reward.copy()
+    reward[list(groups)] = np.float32(0.1)
+    return scored.replace(reward=reward)
 
 
 @pytest.fixture(scope="module")
-def scored():
+def full() -> ScoredBatch:
     return tiny.scored(tiny.prompts())
 
 
 @pytest.fixture(scope="module")
-def whole(scored):
-    return run(tiny.step_config(), scored)
+def scored(full) -> ScoredBatch:
+    return with_equal(full, EQUAL)
 
 
-def test_loss_and_gradient_against_an_oracle(scored, whole):
-    """The definition written out: full logits, one sum, no packing."""
+def picked(plan) -> list[int]:
+    return sorted(int(p) for mini in plan for micro in mini for p in micro.pick[micro.pick >= 0])
+
+
+def test_only_active_groups_are_in_the_plan(scored):
     cfg = tiny.step_config()
-    r = scored.rollout
-    mask = np.asarray(response_mask(jnp.asarray(r.response_length), tiny.TIME))
-    weight = np.asarray(curriculum.update(
-        curriculum.init(cfg.schedule), _stats(scored), jnp.mean(scored.format_score), cfg.schedule
-    ).weight)[scored.region]  # fmt: skip
-    weight = weight / (weight.sum(-1, keepdims=True) / mask.sum(-1, keepdims=True) + 1e-8) * mask
-    centred = scored.reward - scored.reward.mean(1, keepdims=True)
-    advantage = centred / (scored.reward.std(1, ddof=1, keepdims=True) + 1e-6)
-
-    def objective(params):
-        logp, _, _ = response_logprobs(
-            tiny.decoder(), params, *map(jnp.asarray, (r.prompt, r.prompt_length, r.responses, r.response_length)),
-            cfg.sampling, 100,
-        )  # fmt: skip
-        ratio = jnp.exp(logp - jnp.where(mask, r.logp, logp))
-        clipped = jnp.clip(ratio, 0.8, 1.2)
-        a = advantage[..., None]
-        return (
-            jnp.sum(jnp.where(mask, weight * -jnp.minimum(ratio * a, clipped * a), 0))
-            / weight.sum()
-        )
-
-    value, gradient = jax.value_and_grad(objective)(tiny.params())
-    assert whole[1]["update/loss"] == pytest.approx(float(value), rel=1e-4, abs=1e-6)
-    close(whole[0], gradient, 2e-5)
+    assert picked(plan_of(scored, cfg, tiny.mesh())) == [0, 3, 5, 6]
+    assert picked(plan_everything(scored, cfg)) == list(range(8))
 
 
-def _stats(scored):
-    from rest_jax.rl.weights import region_stats
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1)], ids=str)
+def test_skipping_changes_neither_loss_nor_gradient(scored, shape):
+    """Nor the means over tokens, which are of the active groups anyway."""
+    cfg = tiny.step_config()
+    skipped, metrics = step(cfg, scored, shape=shape)
+    forced, expected = step(cfg, scored, plan_everything(scored, cfg, shape[0]), shape)
+    close(skipped.opt_state, forced.opt_state)
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        if not name.endswith("/ratio_max"):  # the largest of what was computed
+            assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    assert metrics["update/grad_norm"] > 0
 
-    return region_stats(
-        *map(jnp.asarray, (scored.region, scored.rollout.entropy, scored.rollout.gini))
-    )
 
-
-@pytest.mark.parametrize("aggregation", sorted(loss.AGGREGATIONS))
-@pytest.mark.parametrize("micro", [2, 8])
-def test_micro_batches_change_nothing(scored, micro, aggregation):
-    cfg = tiny.step_config(
-        loss=LossConfig(aggregation=aggregation, vocab_chunk=5, entropy_coefficient=0.01)
-    )
-    one, split = (
-        run(cfg, scored),
-        run(dataclasses.replace(cfg, max_tokens_per_microbatch=GROUP_TOKENS * 8 // micro), scored),
-    )
-    close(split[0], one[0])
-    assert split[1]["update/loss"] == pytest.approx(one[1]["update/loss"], rel=1e-5, abs=1e-7)
+def test_skipping_adds_no_more_than_exact_zeros(scored):
+    """One group a micro-batch: what is skipped would have added 0 to every sum, so all bits stay."""
+    cfg = tiny.step_config(max_tokens_per_microbatch=1)
+    plan = plan_everything(scored, cfg)
+    (micro_batches,) = plan
+    assert all(micro.pick.shape == (1, 1) for micro in micro_batches)
+    # The first micro-batch of both is the same: only later ones are added to a sum.
+    first = int(micro_batches[0].pick[0, 0])
+    reward = scored.reward.copy()
+    reward[first] = np.arange(tiny.GROUP, dtype=np.float32)
+    same_start = scored.replace(reward=reward)
+    skipped, metrics = step(cfg, same_start)
+    forced, expected = step(cfg, same_start, plan)
+    assert len(picked(plan_of(same_start, cfg, tiny.mesh()))) < 8
+    identical(skipped.opt_state, forced.opt_state)
+    identical(skipped.curriculum, forced.curriculum)
+    for name in ("update/loss", "update/policy_loss", "update/grad_norm", "update/entropy"):
+        assert metrics[name] == expected[name], name
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 1, 2), (1, 1, 4)], ids=str
+    "changes", [{"kl_coefficient": 0.1}, {"entropy_coefficient": 0.01}], ids=str
 )
-def test_meshes_change_nothing(scored, whole, shape):
-    gradient, metrics, new = run(tiny.step_config(), scored, shape)
-    close(gradient, whole[0])
-    for name, value in whole[1].items():
-        assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+def test_a_kl_term_or_entropy_bonus_needs_every_group(scored, changes):
+    cfg = tiny.step_config(loss=LossConfig(vocab_chunk=5, **changes))
+    assert active_groups(scored.reward, cfg).all()
+    assert picked(plan_of(scored, cfg, tiny.mesh())) == list(range(8))
+    flat = with_equal(scored, range(8))  # nothing but the other term is left
+    reference = flat.rollout.logp - 0.5 if "kl_coefficient" in changes else None
+    new, metrics = step(cfg, flat, logp_ref=reference)
+    assert metrics["update/grad_norm"] > 0 and metrics["update/policy_loss"] == 0
+    assert all(np.asarray(leaf).any() for leaf in jax.tree.leaves(new.opt_state))
+
+
+def decayed(tx_cfg: OptimizerConfig, params):
+    """Weight decay alone: matrices shrink, norms stay."""
+    factor = 1 - tx_cfg.learning_rate * tx_cfg.weight_decay
+
+    def one(path, x):
+        return x if path[-1].key == "scale" else x * np.float32(factor)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def test_without_any_advantage_the_optimiser_still_moves(scored):
+    """No micro-batch at all: the update counts, decays the weights, and its metrics are finite."""
+    tx_cfg = OptimizerConfig(learning_rate=1e-2, weight_decay=0.5, max_grad_norm=1.0)
+    cfg = tiny.step_config(updates=2)
+    flat = with_equal(scored, range(8))
+    assert plan_of(flat, cfg, tiny.mesh()) == [[], []]
+    new, metrics = step(cfg, flat, tx=make_optimizer(tx_cfg, 10))
+    forced, computed = step(cfg, flat, plan_everything(flat, cfg), tx=make_optimizer(tx_cfg, 10))
+    identical(new.params, forced.params)
+    assert metrics.keys() == computed.keys()
+    assert int(optax.tree.get(new.opt_state, "count", filtering=is_adam)) == 2
+    expected = decayed(tx_cfg, decayed(tx_cfg, tiny.params()))
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5),
-        new.curriculum, whole[2].curriculum,
+        lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-6),
+        new.params, expected,
+    )  # fmt: skip
+    assert all(np.isfinite(value) for value in metrics.values()), metrics
+    assert metrics["update/loss"] == metrics["update/grad_norm"] == 0
+    assert metrics["update/update_norm"] > 0 and metrics["reward/equal_groups"] == 1
+
+
+def is_adam(path, value) -> bool:
+    """The count of Adam's moments, not that of a schedule."""
+    return any(getattr(part, "tuple_name", "") == "ScaleByAdamState" for part in path)
+
+
+@pytest.mark.parametrize("empty", [0, 1])
+def test_a_mini_batch_without_advantage_among_others(full, empty):
+    """Groups p % 2 == `empty` have none: that mini-batch's update goes on with the moments alone."""
+    cfg = tiny.step_config(updates=2)
+    half = with_equal(full, range(empty, 8, 2))
+    plan = plan_of(half, cfg, tiny.mesh())
+    assert plan[empty] == [] and len(picked(plan)) == 4
+    new, metrics = step(cfg, half, tx=tiny.optimizer())
+    forced, _ = step(cfg, half, plan_everything(half, cfg), tx=tiny.optimizer())
+    close(new.params, forced.params, 1e-6)
+    assert int(optax.tree.get(new.opt_state, "count", filtering=is_adam)) == 2
+    assert all(np.isfinite(value) for value in metrics.values()), metrics
+    assert metrics["update/grad_norm"] > 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (4, 1, 1)], ids=str)
+def test_a_data_shard_without_work_goes_along(full, shape):
+    """Only one group has advantage: the other shards compute an empty row, which gives no gradient and no NaN."""
+    one = with_equal(full, [p for p in range(8) if p != 5])
+    cfg = tiny.step_config()
+    new, metrics = step(cfg, one, shape=shape)
+    forced, expected = step(cfg, one, plan_everything(one, cfg))
+    close(new.opt_state, forced.opt_state)
+    assert all(np.isfinite(value) for value in metrics.values()), metrics
+    assert metrics["update/loss"] == pytest.approx(expected["update/loss"], rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("aggregation", ["weighted_token_mean", "sequence_mean"])
+def test_the_aggregations_keep_the_skipped_tokens_in_their_denominators(full, aggregation):
+    """Halving the active groups halves no denominator: gradients of two halves add up to that of both."""
+    left, right = with_equal(full, range(4)), with_equal(full, range(4, 8))
+    cfg = tiny.step_config(loss=LossConfig(vocab_chunk=5, aggregation=aggregation))
+    parts = [step(cfg, part)[0].opt_state for part in (full, left, right)]
+    close(jax.tree.map(jnp.add, *parts[1:]), parts[0], 2e-5)
+
+
+def test_mini_batches_are_consecutive_updates(full):
+    """Two updates of a step move the parameters one after the other, with the same curriculum."""
+    new, metrics = step(tiny.step_config(updates=2), full, tx=tiny.optimizer())
+    assert int(new.opt_state[0].count) == 2
+    assert metrics["update/logp_difference"] > metrics["rollout/logp_mismatch"]
+    assert metrics["update/ratio_max"] > 1.01 > metrics["rollout/ratio_max"]
+    once = step(tiny.step_config(), full)[0]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-6),
+        new.curriculum, once.curriculum,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("remat", ["block", "dots"])
-def test_remat_changes_nothing(scored, whole, remat):
-    close(run(tiny.step_config(), scored, remat=remat)[0], whole[0])
-
-
-def test_uniform_weights_are_grpo_bit_for_bit(scored):
+@pytest.mark.parametrize("max_tokens", [None, 1])
+def test_a_mini_batch_of_any_groups_is_an_update_of_these_alone(full, max_tokens):
+    """Whatever groups it has: denominators and metrics are those of its own groups."""
     uniform = Schedule(WeightsConfig(rule="uniform"), CurriculumConfig(shape="constant"), 10)
-    rest = run(tiny.step_config(schedule=uniform), scored)[0]
-    plain = run(
-        tiny.step_config(
-            schedule=dataclasses.replace(
-                uniform, weights=WeightsConfig(rule="uniform", normalizer="none")
-            ),
-            loss=LossConfig(aggregation="token_mean", vocab_chunk=5),
-        ),
-        scored,
-    )[0]
-    jax.tree.map(np.testing.assert_array_equal, rest, plain)
+    cfg = tiny.step_config(schedule=uniform, max_tokens_per_microbatch=max_tokens)
+    both = dataclasses.replace(cfg, updates=2)
+    minibatch = np.array([1, 0, 0, 1, 1, 1, 0, 0], np.int32)
+    plan = plan_everything(full, both, minibatch=minibatch)
+    last, metrics = step(both, full, plan, minibatch=minibatch)
+    alone = [step(cfg, jax.tree.map(lambda x, i=i: x[minibatch == i], full)) for i in (0, 1)]
+    close(last.opt_state, alone[1][0].opt_state)
+    for name in (name for name in metrics if name.startswith("update/")):
+        values = [found[name] for _, found in alone]
+        expected = max(values) if name == "update/ratio_max" else np.mean(values)
+        assert metrics[name] == pytest.approx(expected, rel=1e-4, abs=1e-6), name
 
 
-def test_equal_rewards_give_no_gradient(scored):
-    same = scored.replace(reward=np.full_like(scored.reward, 1.7))
-    gradient, metrics, _ = run(tiny.step_config(), same)
-    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
-    assert metrics["reward/equal_groups"] == 1.0
+def totals(**values) -> Totals:
+    sums = {f"update/{name}": np.float32(x) for name, x in values.items() if name != "ratio_max"}
+    return Totals(sums, {"update/ratio_max": np.float32(values["ratio_max"])})
 
 
-def test_a_group_without_signal_only_enters_the_denominator(scored):
-    """Its tokens count in the mean; changing them changes nothing else."""
-    reward = scored.reward.copy()
-    reward[3] = 0.5
-    flat = scored.replace(reward=reward)
-    other = scored.rollout.responses.copy()
-    other[3] = np.where(other[3] > 5, (other[3] - 6 + 11) % (tiny.VOCAB - 6) + 6, other[3])
-    changed = flat.replace(rollout=scored.rollout.replace(responses=other))
-    close(run(tiny.step_config(), changed)[0], run(tiny.step_config(), flat)[0], 1e-6)
+def test_metrics_of_several_updates():
+    """Means of sums; of the maxima the largest, not their mean."""
+    updates = [totals(loss=1.0, ratio_max=1.5), totals(loss=2.0, ratio_max=9.0)]
+    updates.append(totals(loss=6.0, ratio_max=3.0))
+    found = combine_updates(updates)
+    assert found == {"update/loss": 3.0, "update/ratio_max": 9.0}
 
 
-def test_padding_and_zeroed_regions_get_no_gradient(scored):
-    """Ids behind the end of a response, and tokens of a region zeroed by name, do not matter as targets."""
-    r = scored.rollout
-    mask = np.arange(tiny.TIME) < r.response_length[..., None]
-    noise = np.where(mask, r.responses, 17).astype(np.int32)
-    changed = scored.replace(rollout=r.replace(responses=noise))
-    close(run(tiny.step_config(), changed)[0], run(tiny.step_config(), scored)[0], 1e-6)
-    nothing = scored.replace(region=np.where(mask, 5, 0).astype(np.int8))
-    zero = Schedule(WeightsConfig(zero=("think",)), CurriculumConfig(), 10)
-    gradient = run(tiny.step_config(schedule=zero), nothing)[0]
-    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
+def test_the_first_update_tells_how_far_the_sampler_is_from_the_trainer():
+    """Unless that was measured with recomputed log-probs."""
+    updates = [totals(logp_difference=d, ratio_max=m) for d, m in ((1e-6, 1.25), (0.5, 4.0))]
+    found = policy_metrics({"reward/mean": 2.0}, updates)
+    assert found["reward/mean"] == 2.0
+    assert found["rollout/logp_mismatch"] == np.float32(1e-6)
+    assert found["rollout/ratio_max"] == 1.25 and found["update/ratio_max"] == 4.0
+    measured = {"rollout/logp_mismatch": 0.1, "rollout/ratio_max": 1.1}
+    found = policy_metrics(measured, updates)
+    assert {name: found[name] for name in measured} == measured
 
 
-def test_mini_batches_are_consecutive_updates(scored):
-    """Two updates of a step move the parameters as two steps on the halves would, with the same curriculum."""
-    _, metrics, new = run(tiny.step_config(updates=2), scored, tx=tiny.optimizer())
-    assert int(new.opt_state[0].count) == 2
-    assert metrics["update/logp_difference"] > metrics["rollout/logp_mismatch"]
+def mask_of(scored) -> np.ndarray:
+    return np.arange(tiny.TIME) < scored.rollout.response_length[..., None]
 
 
-def test_kl_term(scored):
-    mesh = tiny.mesh()
-    cfg = tiny.step_config(loss=LossConfig(kl_coefficient=0.5, kl_estimator="k2", vocab_chunk=5))
-    shardings = param_shardings(tiny.decoder().cfg, mesh)
-    same = make_logprobs(tiny.decoder(), cfg, mesh, shardings)(tiny.params(), scored.rollout).logp
-    gradient, metrics, _ = run(cfg, scored, logp_ref=same)
-    close(gradient, run(tiny.step_config(), scored)[0], 2e-5)
-    assert metrics["update/kl"] == pytest.approx(0, abs=1e-8)
-    far = run(cfg, scored, logp_ref=same - 1.0)[1]
-    assert far["update/kl"] == pytest.approx(0.5, rel=1e-3)
-    assert far["update/loss"] == pytest.approx(metrics["update/loss"] + 0.25, rel=1e-3)
+@pytest.mark.parametrize("max_tokens", [None, GROUP_TOKENS * 4, 1])
+def test_log_probs_of_a_rollout(full, max_tokens):
+    """The trainer's values are the sampler's, and zero behind the responses."""
+    found = logprobs(tiny.step_config(max_tokens_per_microbatch=max_tokens), full)
+    mask = mask_of(full)
+    for name in ("logp", "entropy", "gini"):
+        value, expected = np.asarray(getattr(found, name)), getattr(full.rollout, name)
+        np.testing.assert_allclose(value[mask], expected[mask], atol=2e-5, err_msg=name)
+        assert (value[~mask] == 0).all()
 
 
-def test_recomputed_values_and_importance_correction(scored):
-    mesh = tiny.mesh()
+def test_recomputed_values_and_importance_correction(full):
     cfg = tiny.step_config(max_tokens_per_microbatch=GROUP_TOKENS * 4, tis_cap=1.5)
-    shardings = param_shardings(tiny.decoder().cfg, mesh)
-    old = make_logprobs(tiny.decoder(), cfg, mesh, shardings)(tiny.params(), scored.rollout)
-    mask = np.arange(tiny.TIME) < scored.rollout.response_length[..., None]
-    np.testing.assert_allclose(np.asarray(old.logp)[mask], scored.rollout.logp[mask], atol=2e-5)
-    gradient, metrics, _ = run(cfg, scored, old=old)
-    close(gradient, run(tiny.step_config(), scored)[0], 1e-4)
+    old, mask = logprobs(cfg, full), mask_of(full)
+    new, metrics = step(cfg, full, recomputed=old)
+    close(new.opt_state, step(tiny.step_config(), full)[0].opt_state, 1e-4)
     assert metrics["rollout/logp_mismatch"] < 1e-5
-    # a sampler that was more certain than the trainer by a factor of 2: ratio 0.5 on every token
-    biased = scored.replace(
-        rollout=scored.rollout.replace(logp=np.asarray(old.logp) + np.float32(np.log(2)) * mask)
-    )
-    halved = run(cfg, biased, old=OldPolicy(old.logp, old.entropy, old.gini))[0]
-    close(halved, jax.tree.map(lambda g: g / 2, gradient), 1e-4)
+    # A sampler that was more certain than the trainer by a factor of 2: ratio 0.5 on every token.
+    logp = np.asarray(old.logp) + np.float32(np.log(2)) * mask
+    biased = full.replace(rollout=full.rollout.replace(logp=logp))
+    halved = step(cfg, biased, recomputed=Recomputed(old.logp, old.entropy, old.gini))[0]
+    close(halved.opt_state, jax.tree.map(lambda g: g / 2, new.opt_state), 1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_a_fresh_state(shape):
+    """Starts at step 0 from the policy's weights; optimiser moments are sharded as the weights."""
+    cfg, mesh = tiny.step_config(), tiny.mesh(*shape)
+    params = jax.tree.map(lambda x: x.copy(), tiny.params())
+    policy = types.SimpleNamespace(config=tiny.decoder().cfg, mesh=mesh, params=params)
+    state, abstract, shardings = init_state(policy, tiny.optimizer(), cfg.schedule, 5)
+    identical(state.params, tiny.params())
+    identical(state.curriculum, curriculum.init(cfg.schedule))
+    assert int(state.step) == 0 and state.rng == jax.random.key(5)
+    moments = optax.tree.get(state.opt_state, "mu")
+    for moment, weight in zip(jax.tree.leaves(moments), jax.tree.leaves(state.params), strict=True):
+        assert moment.sharding == weight.sharding and not np.asarray(moment).any()
+    for x, described, sharding in zip(
+        *map(jax.tree.leaves, (state, abstract, shardings)), strict=True
+    ):
+        assert (described.shape, described.dtype) == (x.shape, x.dtype)
+        assert described.sharding == x.sharding == sharding
+    assert int(make_advance(mesh)(state.step)) == 1
+
+
+def test_one_micro_batch_has_no_variance_and_is_refused():
+    raw = {
+        "name": "x", "model": {"source": "x"}, "train": {"measure_noise": True},
+        "rollout": {"prompts_per_step": 2},
+    }  # fmt: skip
+    config = config_lib.validate(raw)
+    check_sizes(config, types.SimpleNamespace(mesh=tiny.mesh(1)))
+    with pytest.raises(UserError, match=r"measure_noise: rollout\.prompts_per_step 2 on 2 "):
+        check_sizes(config, types.SimpleNamespace(mesh=tiny.mesh(2)))

@@ -1,4 +1,4 @@
-"""Region weights and the curriculum against a NumPy oracle of METHOD sections 4 and 5."""
+"""Region weights and the curriculum against a NumPy oracle of docs/method.md sections 4 and 5."""
 
 import dataclasses
 import math
@@ -138,7 +138,7 @@ def test_adaptive_follows_the_format_score():
         assert float(state.nu) == pytest.approx(min(max((ema - 0.5) / 0.45, 0), 1), abs=1e-5)
 
 
-def test_mass_target_holds_its_shares():
+def test_target_mass_holds_its_shares():
     cfg = curriculum.Schedule(
         WeightsConfig(w_min=1e-6, normalizer="none"), CurriculumConfig(target="mass", steps=4), 4
     )
@@ -147,16 +147,16 @@ def test_mass_target_holds_its_shares():
     for step in range(6):
         state = curriculum.update(state, stats(count=count), jnp.float32(1.0), cfg)
         nu = min(1, step / 4)
-        mass = np.asarray(state.weight) * count
-        mass /= mass.sum()
+        found = np.asarray(state.weight) * count
+        found /= found.sum()
         share = {r: a + (b - a) * nu for r, (a, b) in
                  {"fmt": (0.2, 0.05), "name": (0.25, 0.25), "param": (0.25, 0.3), "think": (0.3, 0.4)}.items()}  # fmt: skip
         total = sum(share.values())  # RESPONSE and OTHER do not occur: their part goes to the rest
-        assert mass[Region.TAG] + mass[Region.SCAFFOLD] == pytest.approx(
+        assert found[Region.TAG] + found[Region.SCAFFOLD] == pytest.approx(
             share["fmt"] / total, rel=1e-4
         )
         for name in ("name", "param", "think"):
-            assert mass[Region[name.upper()]] == pytest.approx(share[name] / total, rel=1e-4)
+            assert found[Region[name.upper()]] == pytest.approx(share[name] / total, rel=1e-4)
 
 
 def test_absent_region_keeps_its_averages():
@@ -221,20 +221,20 @@ def test_token_weights(tokens, normalizer):
     assert (got[region == 0] == 0).all()
 
 
-def test_region_stats_and_realised_mass(tokens):
+def test_region_stats_and_realised_weight_shares(tokens):
     region, table = tokens
     rng = np.random.default_rng(1)
     entropy, gini = (rng.random(region.shape).astype(np.float32) for _ in range(2))
     found = weights.region_stats(jnp.asarray(region), jnp.asarray(entropy), jnp.asarray(gini))
     weight = table[region]
-    mean, mass = weights.realised(jnp.asarray(region), jnp.asarray(weight))
+    mean, share = weights.realised(jnp.asarray(region), jnp.asarray(weight))
     for r in range(1, NUM_REGIONS):
         here = region == r
         assert float(found.count[r]) == here.sum()
         np.testing.assert_allclose(found.entropy[r], entropy[here].mean(), rtol=1e-5)
         np.testing.assert_allclose(found.gini[r], gini[here].mean(), rtol=1e-5)
         np.testing.assert_allclose(mean[r], weight[here].mean(), rtol=1e-5)
-        np.testing.assert_allclose(mass[r], weight[here].sum() / weight.sum(), rtol=1e-5)
+        np.testing.assert_allclose(share[r], weight[here].sum() / weight.sum(), rtol=1e-5)
 
 
 def test_weights_carry_no_gradient(tokens):
@@ -254,7 +254,7 @@ def test_state_is_a_fixed_point_of_jit():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), eager, jitted)
 
 
-def test_mass_of_a_region_that_pauses_or_comes_late_does_not_grow():
+def test_the_share_of_a_region_that_pauses_or_comes_late_does_not_grow():
     cfg = curriculum.Schedule(
         WeightsConfig(w_min=1e-6), CurriculumConfig(target="mass", shape="constant"), 9
     )
