@@ -1,0 +1,89 @@
+"""Every command in README and docs: it parses, training passes a dry run, targets and scripts exist; the rest runs as written."""
+
+import re
+import shlex
+import shutil
+import subprocess
+
+import pytest
+import typer
+
+from rest_jax import cli
+from tests.conftest import REPOSITORY
+from tests.runs import environment
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+# What a reader has and this machine has not: a hub, its data. The words of a command stay, these win over them.
+HERE = ["model.source=configs/quickstart_policy", "data.train=synthetic:train", "data.eval=synthetic:eval",
+        "data.brief_prompt=true", "mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=1"]  # fmt: skip
+PLACEHOLDER = re.compile(r"\b[A-Z]{2,}\b|\.\.\.|[\[\]]")
+
+
+def commands() -> list[str]:
+    """The command lines of fenced blocks, without comments; placeholders (`MODEL`, `[options]`) are left out."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                line = re.sub(r"\s+#.*", "", line).strip()
+                if re.match(r"(rest-jax|make|python|launch/)\b", line):
+                    found.append(line)
+    return list(dict.fromkeys(found))
+
+
+def starting(*words: str) -> list[str]:
+    return [c for c in commands() if c.startswith(words) and not PLACEHOLDER.search(c)]
+
+
+TRAINING = starting("rest-jax train", "rest-jax sft")
+OTHER = [c for c in starting("rest-jax") if c not in TRAINING]
+
+
+def test_the_pages_have_commands():
+    assert len(TRAINING) > 8 and len(OTHER) > 8
+
+
+@pytest.mark.parametrize("command", starting("rest-jax"))
+def test_a_command_parses(command):
+    words, parsed = shlex.split(command)[1:], typer.main.get_command(cli.app)
+    while hasattr(parsed, "commands"):
+        parsed = parsed.commands[words.pop(0)]
+    parsed.make_context(parsed.name, words)
+
+
+@pytest.mark.parametrize("command", starting("make", "python", "launch"))
+def test_a_target_or_script_exists(command):
+    words = shlex.split(command)
+    if words[0] == "make":
+        subprocess.run(["make", "-n", words[1]], cwd=REPOSITORY, check=True, capture_output=True)
+    else:
+        assert (REPOSITORY / words[words[0] == "python"]).is_file()
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_training_passes_a_dry_run(command, tmp_path, capsys):
+    words = shlex.split(command)[1:]
+    assert cli.main([*words, *HERE, f"output={tmp_path}", "--dry-run"]) == 0, (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.slow
+def test_other_commands_run_as_written(tmp_path):
+    """In a folder with the files that they name; what names a run finds a quickstart's, of two steps."""
+    shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
+    chats = json.loads((REPOSITORY / "tests/data/convert/fixtures/openai.json").read_text())
+    lines = "".join(json.dumps(chat) + "\n" for chat in chats)
+    (tmp_path / "chats.jsonl").write_text(lines)
+
+    def rest_jax(words: list[str]) -> None:
+        done = subprocess.run(
+            [shutil.which("rest-jax") or "rest-jax", *words], cwd=tmp_path, env=environment(), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900,
+        )  # fmt: skip
+        assert done.returncode == 0, (words, done.stdout)
+
+    rest_jax(["quickstart", "train.steps=2", "train.eval_every=0", "data.eval_limit=8"])
+    for command in OTHER:
+        if not command.startswith(("rest-jax quickstart", "rest-jax sweep", "rest-jax compare")):
+            rest_jax(shlex.split(command)[1:])
