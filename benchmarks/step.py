@@ -15,7 +15,8 @@ from benchmarks import policies, rollout, update
 from benchmarks.process import Work
 from rest_jax.config import RewardConfig
 from rest_jax.distributed import activate
-from rest_jax.rl.step import BatchLengths, plan_step
+from rest_jax.rl.packing import BatchLengths
+from rest_jax.rl.step import plan_minibatches
 from rest_jax.rollout.engine import rollout_cast
 from rest_jax.rollout.scoring import score_rollout
 from rest_jax.run.throughput import rollout_flops, update_flops
@@ -46,7 +47,7 @@ def make_work(args: argparse.Namespace) -> Work:
             params = cast(updates.state.params)
             sampled = sampler(params, prompts, updates.state.rng, number)
         scored = with_advantage(score(sampled, policy))
-        plan = plan_step(BatchLengths.of(scored), cfg, 1)
+        plan = plan_minibatches(BatchLengths.of(scored.rollout), scored.reward, cfg, policy.mesh)
         if sum(int((micro.pick >= 0).sum()) for micro in plan[0]) != args.prompts:
             raise ValueError("a group has no gradient, so the step would not be complete")
         updates(scored, plan)

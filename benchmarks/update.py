@@ -29,15 +29,15 @@ from rest_jax.distributed import activate
 from rest_jax.models.load import Policy
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import make_optimizer
-from rest_jax.rl.packing import MicroBatch
-from rest_jax.rl.step import (
+from rest_jax.rl.packing import (
     BatchLengths,
-    StepConfig,
-    init_state,
-    make_train_step,
-    plan_all,
-    plan_step,
+    MicroBatch,
+    Packing,
+    assign_minibatches,
+    plan_microbatches,
 )
+from rest_jax.rl.prepare import StepConfig
+from rest_jax.rl.step import init_state, make_step, plan_minibatches, policy_metrics
 from rest_jax.run.throughput import update_flops
 from rest_jax.types import RolloutBatch, Sampling, ScoredBatch
 
@@ -66,14 +66,27 @@ class Updates:
         self.mesh, self.cfg = policy.mesh, cfg
         with activate(self.mesh):
             self.state, _, shardings = init_state(policy, tx, cfg.schedule, seed=0)
-        self.step = make_train_step(policy.decoder, tx, cfg, policy.mesh, shardings)
+        self.step = make_step(policy.decoder, tx, cfg, policy.mesh, shardings)
 
     def __call__(self, scored: ScoredBatch, plan: Sequence[Sequence[MicroBatch]] | None = None):
         """One update to its end; without a plan, the step makes its own."""
+        minibatch = assign_minibatches(len(scored.reward), self.cfg.updates)
+        if plan is None:
+            lengths = BatchLengths.of(scored.rollout)
+            plan = plan_minibatches(lengths, scored.reward, self.cfg, self.mesh)
         with activate(self.mesh):
-            self.state, metrics = self.step(self.state, scored, None, None, plan)
-            jax.block_until_ready((self.state, metrics))
-        return metrics
+            batch, curriculum, prepared = self.step.prepare(
+                scored, None, None, minibatch, self.state.curriculum
+            )
+            updates = []
+            for micro_batches in plan:
+                self.state, totals = self.step.update(self.state, batch, micro_batches)
+                updates.append(totals)
+            self.state = dataclasses.replace(
+                self.state, step=self.step.advance(self.state.step), curriculum=curriculum
+            )
+            jax.block_until_ready(self.state)
+            return policy_metrics(*jax.device_get((prepared, updates)))
 
 
 def make_work(args: argparse.Namespace) -> Work:
@@ -122,8 +135,13 @@ def make_skipping_work(args: argparse.Namespace) -> Work:
 def gradient_difference(args: argparse.Namespace, scored: ScoredBatch, cfg: StepConfig) -> float:
     """Largest difference between the gradients with and without the groups that may be skipped, over the largest entry."""
     gradients = []
-    lengths = BatchLengths.of(scored)
-    for plan in (plan_step(lengths, cfg, 1), [plan_all(lengths, cfg, 1)]):
+    every = plan_microbatches(
+        BatchLengths.of(scored.rollout),
+        assign_minibatches(len(scored.reward), 1),
+        np.ones(len(scored.reward), bool),
+        Packing(1, cfg.max_tokens_per_microbatch),
+    )
+    for plan in (None, every):
         policy = policies.load(args.model, args.vocab, args.remat)
         updates = Updates(policy, optax.trace(0.0), cfg)  # its state is the last gradient
         updates(scored, plan)

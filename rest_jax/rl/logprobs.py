@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jax import named_scope
 from jaxtyping import Array, Float, Int
 
-from rest_jax.config import LossConfig
 from rest_jax.models.attention import group_layout, pack_group, predicting_hidden
 from rest_jax.models.decoder import Decoder, head_matrix
 from rest_jax.rl.loss import TokenLoss, TokenStats
@@ -94,55 +93,60 @@ def vocabulary_pass(
     return _join_time(out, tokens.shape)
 
 
-TokenLossFn = Callable[[TokenStats, Any], TokenLoss]
+@dataclasses.dataclass(frozen=True)
+class LossSpec:
+    """The loss of a token, `token_loss(stats, inputs)`, and how the pass is made.
+
+    `token_loss` works element by element, is zero where its inputs are, and depends on the entropy only if
+    `needs_entropy_gradient` (which costs a pass over the logits). `chunk`: response positions at once.
+    """
+
+    token_loss: Callable[[TokenStats, Any], TokenLoss]
+    sampling: Sampling
+    chunk: int
+    needs_entropy_gradient: bool = False
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def vocabulary_loss(
     hidden: Float[Array, "P T D"],
     head: Float[Array, "V D"],
     tokens: Int[Array, "P T"],
     inputs: Any,
-    token_loss: TokenLossFn,
-    sampling: Sampling,
-    chunk: int,
-    needs_entropy_gradient: bool = False,
+    spec: LossSpec,
 ) -> LossAndMetrics:
     """(sum of the loss of all tokens, sums, maxima), float32; hidden[:, t] predicts tokens[:, t].
 
-    `inputs` is a tree of arrays [P T]; `token_loss(stats, inputs)` works element by element, is zero where its inputs are,
-    and depends on the entropy only if `needs_entropy_gradient` (which costs a pass over the logits). The loss alone carries
-    gradient, to `hidden` and `head` (in float32). Memory as in `vocabulary_pass`, and one float32 [V D].
+    `inputs` is a tree of arrays [P T]. The loss alone carries gradient, to `hidden` and `head` (in float32). Memory as in
+    `vocabulary_pass`, and one float32 [V D].
     """
 
     def body(total, xs):
         hidden, tokens, inputs = xs
-        chunk = _read_chunk(_logits(hidden, head.astype(hidden.dtype)), tokens, sampling)
-        loss, metrics = _sum_losses(chunk, chunk.logp, chunk.entropy, inputs, token_loss)
+        chunk = _read_chunk(_logits(hidden, head.astype(hidden.dtype)), tokens, spec.sampling)
+        loss, metrics = _sum_losses(chunk, chunk.logp, chunk.entropy, inputs, spec.token_loss)
         return total + loss, metrics
 
     total, metrics = jax.lax.scan(
-        body, jnp.float32(0), _split_time((hidden, tokens, inputs), chunk)
+        body, jnp.float32(0), _split_time((hidden, tokens, inputs), spec.chunk)
     )
     return total, *_over_chunks(metrics)
 
 
-def _loss_forward(
-    hidden, head, tokens, inputs, token_loss, sampling, chunk, needs_entropy_gradient
-):
+def _loss_forward(hidden, head, tokens, inputs, spec):
     compute = head.astype(hidden.dtype)
 
     def body(carry, xs):
         total, d_head = carry
         hidden, tokens, inputs = xs
-        chunk = _read_chunk(_logits(hidden, compute), tokens, sampling)
+        chunk = _read_chunk(_logits(hidden, compute), tokens, spec.sampling)
         (loss, metrics), slopes = jax.value_and_grad(
-            lambda logp, entropy: _sum_losses(chunk, logp, entropy, inputs, token_loss),
+            lambda logp, entropy: _sum_losses(chunk, logp, entropy, inputs, spec.token_loss),
             (0, 1),
             has_aux=True,
         )(chunk.logp, chunk.entropy)
-        d_logits = _logp_gradient(chunk, tokens, slopes[0], sampling)
-        if needs_entropy_gradient:
+        d_logits = _logp_gradient(chunk, tokens, slopes[0], spec.sampling)
+        if spec.needs_entropy_gradient:
             d_logits = d_logits + _entropy_gradient(chunk, slopes[1])
         d_logits = d_logits.astype(hidden.dtype)
         d_logits = d_logits.reshape(-1, d_logits.shape[-1])
@@ -156,14 +160,14 @@ def _loss_forward(
 
     # [D V]: XLA's CPU backend is twice as fast at this product than at the one for [V D]; turned once at the end
     start = (jnp.float32(0), jnp.zeros(head.shape[::-1], jnp.float32))
-    xs = _split_time((hidden, tokens, inputs), chunk)
+    xs = _split_time((hidden, tokens, inputs), spec.chunk)
     (total, d_head), (metrics, d_hidden) = jax.lax.scan(body, start, xs)
     d_hidden = _join_time(d_hidden, tokens.shape)
     d_head = jax.lax.optimization_barrier(d_head.T)  # a transposition fused into others is slow
     return (total, *_over_chunks(metrics)), (d_hidden, d_head.astype(head.dtype))
 
 
-def _loss_backward(token_loss, sampling, chunk, needs_entropy_gradient, kept, cotangents):
+def _loss_backward(spec, kept, cotangents):
     scale = cotangents[0]
     d_hidden, d_head = kept
     return (d_hidden * scale).astype(d_hidden.dtype), d_head * scale, None, None
@@ -172,7 +176,7 @@ def _loss_backward(token_loss, sampling, chunk, needs_entropy_gradient, kept, co
 vocabulary_loss.defvjp(_loss_forward, _loss_backward)
 
 
-def _sum_losses(chunk: "_Chunk", logp, entropy, inputs, token_loss: TokenLossFn):
+def _sum_losses(chunk: "_Chunk", logp, entropy, inputs, token_loss: Callable[..., TokenLoss]):
     """(loss, metrics) of a chunk; of the metrics, sums and maxima over its tokens."""
     out = token_loss(TokenStats(logp, entropy, chunk.is_argmax), inputs)
     sums = {name: jnp.sum(value) for name, value in out.sums.items()}
@@ -291,13 +295,7 @@ def response_logprobs(
 
 
 def response_loss(
-    decoder: Decoder,
-    params: Params,
-    batch: ResponseBatch,
-    inputs: Any,
-    token_loss: TokenLossFn,
-    cfg: LossConfig,
-    sampling: Sampling,
+    decoder: Decoder, params: Params, batch: ResponseBatch, inputs: Any, spec: LossSpec
 ) -> LossAndMetrics:
     """(loss, sums, maxima) of the responses; the loss alone carries gradient. `inputs`: tree of arrays [P G Tr]. See
     `vocabulary_loss`.
@@ -305,7 +303,4 @@ def response_loss(
     hidden, head = response_hidden(decoder, params, batch), head_matrix(params, decoder.cfg)
     flat = jax.tree.map(lambda x: x.reshape(x.shape[0], -1), (batch.responses, inputs))
     with named_scope("vocabulary"):
-        needs_entropy_gradient = cfg.entropy_coefficient > 0
-        return vocabulary_loss(
-            hidden, head, *flat, token_loss, sampling, cfg.vocab_chunk, needs_entropy_gradient
-        )
+        return vocabulary_loss(hidden, head, *flat, spec)

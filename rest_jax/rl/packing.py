@@ -11,6 +11,7 @@ rather than pad a group to more than twice its size.
 
 import bisect
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -157,15 +158,18 @@ def packing_metrics(plan: Sequence[Sequence[MicroBatch]], groups: int) -> dict[s
     }
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["pick"], meta_fields=["widths", "mesh"]
+)
 @dataclasses.dataclass(frozen=True)
 class Picker:
-    """Takes the groups of a micro-batch out of arrays [P, ...], inside jit: [P, ...] -> [W * R, ...].
+    """Takes the groups of a micro-batch out of arrays [P, ...], inside jit: [P, ...] -> [W * R, ...]. A pytree.
 
     A row of -1 is an empty group, with zeros in all arrays but those that ask for another value.
     """
 
-    pick: jax.Array  # int32 [W, R]
-    sizes: tuple[int, int]  # prompt and response positions kept
+    pick: Any  # int32 [W, R]
+    widths: tuple[int, int]  # prompt and response positions kept
     mesh: Mesh
 
     def groups(self, x: Any, empty: int = 0) -> jax.Array:
@@ -180,11 +184,11 @@ class Picker:
 
     def prompt(self, x: Any) -> jax.Array:
         """Rows of prompts [P, Tp], cut to the prompt width."""
-        return self.groups(x[:, : self.sizes[0]])
+        return self.groups(x[:, : self.widths[0]])
 
     def tokens(self, x: Any) -> jax.Array:
         """Rows of a per-token array [P, G, Tr], cut to the response width."""
-        return self.groups(x[:, :, : self.sizes[1]])
+        return self.groups(x[:, :, : self.widths[1]])
 
     def put_tokens(self, x: jax.Array, part: jax.Array) -> jax.Array:
         """Writes rows [W * R, G, t] back into x [P, G, Tr]; the inverse of `tokens`."""
@@ -194,3 +198,8 @@ class Picker:
         row = jnp.where(self.pick < 0, old.shape[1], self.pick)
         put = jax.vmap(lambda a, i, b: a.at[i].set(b, mode="drop"))
         return put(old, row, new).reshape(x.shape)
+
+
+def make_picker(micro: MicroBatch, mesh: Mesh) -> Picker:
+    """The picker of a micro-batch, its rows on their data shards."""
+    return Picker(jax.device_put(micro.pick, batch_sharding(mesh)), micro.widths, mesh)

@@ -33,9 +33,8 @@ class StepConfig:
     sampling: Sampling
     updates: int
     fixed_length: int  # tokens; the constant of aggregation `fixed_length`
-    max_tokens_per_microbatch: int | None = (
-        None  # trunk positions on each data shard; None: no limit
-    )
+    # trunk positions on each data shard; None: no limit
+    max_tokens_per_microbatch: int | None = None
     tis_cap: float | None = None  # cap of the truncated importance weights; None: off
     noise_groups: int | None = None  # groups of a mini-batch, whose gradient noise is measured
 

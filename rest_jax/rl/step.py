@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from rest_jax.distributed import (
     batch_sharding,
@@ -34,8 +34,8 @@ from rest_jax.rl.packing import (
     BatchLengths,
     MicroBatch,
     Packing,
-    Picker,
     assign_minibatches,
+    make_picker,
     plan_microbatches,
 )
 from rest_jax.rl.prepare import Metrics, Recomputed, StepConfig, active_groups, prepare
@@ -62,18 +62,15 @@ class Update:
     add: Callable[..., tuple[Params, Totals]]  # compiled `add_micro_gradient`
     zero: Callable[..., tuple[Params, Totals]]  # compiled `zero_gradient`
     apply: Callable[..., tuple[TrainState, Totals]]  # compiled `apply_gradient`
-    rows: NamedSharding
+    mesh: Mesh
 
     def __call__(
         self, state: TrainState, batch: Any, micro_batches: Sequence[MicroBatch]
     ) -> tuple[TrainState, Totals]:
         total = None
         for micro in micro_batches:
-            pick = jax.device_put(micro.pick, self.rows)
-            if total is None:
-                total = self.first(state.params, batch, pick, widths=micro.widths)
-            else:
-                total = self.add(*total, state.params, batch, pick, widths=micro.widths)
+            groups = state.params, batch, make_picker(micro, self.mesh)
+            total = self.first(*groups) if total is None else self.add(total, *groups)
         return self.apply(state, *(total or self.zero(state.params, batch)))
 
 
@@ -84,14 +81,12 @@ def make_update(spec: UpdateSpec, state_shardings: TrainState) -> Update:
     return Update(
         first=jax.jit(
             functools.partial(micro_gradient, spec=spec),
-            static_argnames="widths",
             out_shardings=accumulated,
         ),
         add=jax.jit(
             functools.partial(add_micro_gradient, spec=spec),
-            static_argnames="widths",
             out_shardings=accumulated,
-            donate_argnums=(0, 1),
+            donate_argnums=0,
         ),
         zero=jax.jit(functools.partial(zero_gradient, spec=spec), out_shardings=accumulated),
         apply=jax.jit(
@@ -100,7 +95,7 @@ def make_update(spec: UpdateSpec, state_shardings: TrainState) -> Update:
             out_shardings=(state_shardings, everywhere),
             donate_argnums=0,
         ),
-        rows=batch_sharding(spec.mesh),
+        mesh=spec.mesh,
     )
 
 
@@ -187,8 +182,7 @@ def make_logprobs(decoder: Decoder, cfg: StepConfig, mesh: Mesh) -> Callable[...
     """
     rows = batch_sharding(mesh)
     add = jax.jit(
-        functools.partial(_put_logprobs, decoder=decoder, cfg=cfg, mesh=mesh),
-        static_argnames="widths",
+        functools.partial(_put_logprobs, decoder=decoder, cfg=cfg),
         out_shardings=rows,
         donate_argnums=1,
     )
@@ -205,15 +199,13 @@ def make_logprobs(decoder: Decoder, cfg: StepConfig, mesh: Mesh) -> Callable[...
             Packing(num_data_shards(mesh), cfg.max_tokens_per_microbatch),
         )
         for micro in micro_batches:
-            pick = jax.device_put(micro.pick, rows)
-            values = add(params, values, rollout, pick, widths=micro.widths)
+            values = add(params, values, rollout, make_picker(micro, mesh))
         return values
 
     return logprobs
 
 
-def _put_logprobs(params, values, rollout, pick, widths, decoder, cfg, mesh) -> Recomputed:
-    picker = Picker(pick, widths, mesh)
+def _put_logprobs(params, values, rollout, picker, decoder, cfg) -> Recomputed:
     part = rollout.take(picker)
     new = response_logprobs(decoder, params, part, cfg.sampling, cfg.loss.vocab_chunk)
     new = Recomputed(*(jnp.where(part.mask, x, 0.0) for x in new))

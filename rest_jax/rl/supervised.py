@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from rest_jax.config import LossConfig, SftConfig
 from rest_jax.distributed import batch_sharding, num_data_shards
 from rest_jax.models.decoder import Decoder
-from rest_jax.rl.logprobs import response_loss
+from rest_jax.rl.logprobs import LossSpec, response_loss
 from rest_jax.rl.loss import TokenLoss, TokenStats
 from rest_jax.rl.packing import (
     BatchLengths,
@@ -102,10 +102,8 @@ def supervised_loss(
 ) -> tuple[Float[Array, ""], Totals]:
     """This micro-batch's share of the loss and of its metrics."""
     inputs = SupervisedInputs(batch.loss_weight, batch.plain_weight)
-    plain = cfg.model_copy(update={"entropy_coefficient": 0.0})
-    total, sums, maxima = response_loss(
-        decoder, params, batch, inputs, supervised_token_loss, plain, Sampling()
-    )
+    spec = LossSpec(supervised_token_loss, Sampling(), cfg.vocab_chunk)
+    total, sums, maxima = response_loss(decoder, params, batch, inputs, spec)
     return total, Totals(sums, maxima)
 
 

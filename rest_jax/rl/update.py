@@ -1,7 +1,7 @@
 """The device side of an optimiser update: forward pass, loss with its metrics, gradient, AdamW. Pure functions.
 
     policy_loss(params, batch)   -> loss, Totals                   one micro-batch
-    micro_gradient(params, batch, pick)                            its gradient, for the groups `pick`
+    micro_gradient(params, batch, picker)                          its gradient, for the groups it picks
     add_micro_gradient(...)                                        the same, added to what earlier micro-batches gave
     apply_gradient(state, ...)   -> TrainState, Totals             one optimiser update
 
@@ -10,6 +10,7 @@ cut changes nothing but the order of sums.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from rest_jax.config import LossConfig
+from rest_jax.distributed import num_data_shards
 from rest_jax.models.decoder import Decoder
-from rest_jax.rl.logprobs import response_loss
+from rest_jax.rl.logprobs import LossSpec, response_loss
 from rest_jax.rl.loss import TokenInputs, policy_token_loss
 from rest_jax.rl.packing import Picker
 from rest_jax.types import Params, ResponseBatch, Sampling, TrainBatch, TrainState
@@ -68,26 +70,23 @@ def policy_loss(
         mask=batch.mask,
         logp_ref=batch.logp_ref,
     )
-    total, sums, maxima = response_loss(
-        decoder,
-        params,
-        batch,
-        inputs,
-        lambda seen, x: policy_token_loss(seen, x, cfg),
-        cfg,
+    spec = LossSpec(
+        functools.partial(policy_token_loss, cfg=cfg),
         sampling,
+        cfg.vocab_chunk,
+        needs_entropy_gradient=cfg.entropy_coefficient > 0,
     )
+    total, sums, maxima = response_loss(decoder, params, batch, inputs, spec)
     return total, Totals(sums, maxima)
 
 
 def micro_gradient(
-    params: Params, batch: ResponseBatch, pick: jax.Array, widths: tuple[int, int], spec: UpdateSpec
+    params: Params, batch: ResponseBatch, picker: Picker, spec: UpdateSpec
 ) -> tuple[Params, Totals]:
-    """Gradient (float32) and metrics of the groups `pick` [W, R] of the batch, cut to `widths`."""
-    part = batch.take(Picker(pick, widths, spec.mesh))
-    gradient, totals = jax.grad(spec.loss_fn, has_aux=True)(params, part)
+    """Gradient (float32) and metrics of the groups of a micro-batch."""
+    gradient, totals = jax.grad(spec.loss_fn, has_aux=True)(params, batch.take(picker))
     if spec.noise_groups is not None:
-        groups = jnp.sum(pick >= 0).astype(jnp.float32)
+        groups = jnp.sum(picker.pick >= 0).astype(jnp.float32)
         # What a skipped group adds is put in at the end: `noise_groups` less the groups computed.
         parts = {SQUARES: optax.tree.norm(gradient, squared=True), COUNTS: groups**2 - groups}
         totals = Totals(totals.sums | parts, totals.maxima)
@@ -95,24 +94,21 @@ def micro_gradient(
 
 
 def add_micro_gradient(
-    gradient: Params,
-    totals: Totals,
+    total: tuple[Params, Totals],
     params: Params,
     batch: ResponseBatch,
-    pick: jax.Array,
-    widths: tuple[int, int],
+    picker: Picker,
     spec: UpdateSpec,
 ) -> tuple[Params, Totals]:
     """`micro_gradient`, added to the gradient and the metrics so far (which a compiled call donates)."""
-    new, found = micro_gradient(params, batch, pick, widths, spec)
-    return jax.tree.map(jnp.add, gradient, new), totals.join(found)
+    gradient, totals = micro_gradient(params, batch, picker, spec)
+    return jax.tree.map(jnp.add, total[0], gradient), total[1].join(totals)
 
 
 def zero_gradient(params: Params, batch: ResponseBatch, spec: UpdateSpec) -> tuple[Params, Totals]:
     """Of a mini-batch in which no group is active: the gradient and the sums are zero."""
-    shards = spec.mesh.shape["data"] * spec.mesh.shape["fsdp"]
-    none = jnp.full((shards, 1), -1, jnp.int32)
-    shapes = jax.eval_shape(lambda p, b: micro_gradient(p, b, none, (32, 32), spec), params, batch)
+    none = Picker(jnp.full((num_data_shards(spec.mesh), 1), -1, jnp.int32), (32, 32), spec.mesh)
+    shapes = jax.eval_shape(lambda p, b: micro_gradient(p, b, none, spec), params, batch)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 

@@ -13,7 +13,7 @@ from rest_jax.config import CurriculumConfig, LossConfig, WeightsConfig
 from rest_jax.rl import curriculum, loss, weights
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.logprobs import response_logprobs
-from rest_jax.rl.packing import BatchLengths, MicroBatch
+from rest_jax.rl.packing import BatchLengths, MicroBatch, Picker
 from rest_jax.rl.prepare import prepare
 from rest_jax.rl.update import (
     Totals,
@@ -243,12 +243,10 @@ def update_parts(scored, noise_groups=None, tx=RECORD):
 def test_micro_gradients_add_up(scored, plain):
     """Two halves give the gradient, and the metrics, of both."""
     spec, batch, state = update_parts(scored)
-    widths = batch.widths
-    first = jnp.arange(4, dtype=jnp.int32)[None]
-    gradient, totals = micro_gradient(state.params, batch, first, widths, spec)
-    gradient, totals = add_micro_gradient(
-        gradient, totals, state.params, batch, first + 4, widths, spec
-    )
+    first = Picker(jnp.arange(4, dtype=jnp.int32)[None], batch.widths, spec.mesh)
+    second = Picker(first.pick + 4, batch.widths, spec.mesh)
+    half = micro_gradient(state.params, batch, first, spec)
+    gradient, totals = add_micro_gradient(half, state.params, batch, second, spec)
     close(gradient, plain[0])
     for name, value in (totals.sums | totals.maxima).items():
         assert float(value) == pytest.approx(plain[1][name], rel=1e-4, abs=1e-6), name
@@ -269,8 +267,8 @@ def test_totals_add_sums_and_keep_the_largest():
 def test_norms_of_an_update(scored):
     """Of the gradient, of the change, and of the parameters after it."""
     spec, batch, state = update_parts(scored, tx=optax.sgd(0.5))
-    pick = jnp.arange(PROMPTS, dtype=jnp.int32)[None]
-    gradient, totals = micro_gradient(state.params, batch, pick, batch.widths, spec)
+    picker = Picker(jnp.arange(PROMPTS, dtype=jnp.int32)[None], batch.widths, spec.mesh)
+    gradient, totals = micro_gradient(state.params, batch, picker, spec)
     new, found = apply_gradient(state, gradient, totals, spec)
     close(new.params, jax.tree.map(lambda p, g: p - 0.5 * g, state.params, gradient), 1e-6)
     norm = np.linalg.norm(flat(gradient))

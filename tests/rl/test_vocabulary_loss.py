@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from rest_jax.config import LossConfig
-from rest_jax.rl.logprobs import chosen_logp, entropy_and_gini, truncate, vocabulary_loss
+from rest_jax.rl import logprobs
+from rest_jax.rl.logprobs import LossSpec, chosen_logp, entropy_and_gini, truncate
 from rest_jax.rl.loss import TokenInputs, TokenLoss, TokenStats, policy_token_loss
 from rest_jax.types import Sampling
 
@@ -20,6 +21,11 @@ SAMPLINGS = [
     Sampling(1.0, 0, 0.8),
     Sampling(0.8, 7, 0.6),
 ]
+
+
+def vocabulary_loss(hidden, head, tokens, inputs, *spec):
+    """The pass, with the fields of its `LossSpec` one by one."""
+    return logprobs.vocabulary_loss(hidden, head, tokens, inputs, LossSpec(*spec))
 
 
 def policy_loss(seen: TokenStats, x) -> TokenLoss:
