@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from benchmarks import cpu_peak
-from rest_jax import cli
 from rest_jax.run import environment
 
 ONE_CORE = "--xla_cpu_multi_thread_eigen=false"
@@ -50,10 +49,7 @@ def positive(text: str) -> int:
 
 
 def start() -> None:
-    """Memory and XLA set up as the program sets them up, which may start this process over; pinned to one core, it needs no
-    threads for its matrix products.
-    """
-    cli.restart_with_huge_pages()
+    """XLA set up as the program sets it up; pinned to one core, it needs no threads for its matrix products."""
     flags = os.environ.get("XLA_FLAGS", "")
     if core_count() == 1 and "multi_thread_eigen" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {ONE_CORE}".strip()

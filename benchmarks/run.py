@@ -192,10 +192,11 @@ def make_folder(name: str, out: pathlib.Path) -> None:
 
 
 def environment(side: str, args: argparse.Namespace | None) -> dict[str, str]:
-    """Variables of a process. Ours sets itself up as the program does; the peer has its defaults."""
+    """Variables of a process. Ours has huge pages, as docs/performance.md advises on CPU; the peer has its defaults."""
     variables = dict(os.environ)
     if side == OURS:
         variables.setdefault("REST_JAX_CACHE", "off")
+        variables.setdefault("GLIBC_TUNABLES", HUGE_PAGES)
     elif args is not None and args.peer_hugepages:
         variables["GLIBC_TUNABLES"] = HUGE_PAGES
     return variables

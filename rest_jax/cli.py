@@ -7,7 +7,6 @@ SIGTERM to `data prepare`. Any other error is a defect and shows its traceback.
 """
 
 import json
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -35,26 +34,11 @@ _CANNOT_OPEN = (FileNotFoundError, FileExistsError, PermissionError, NotADirecto
 
 
 def entry() -> int:
-    """`main` as the console program: the process is set up for the machine first."""
+    """`main` as the console program: XLA is set up for the machine first."""
     from rest_jax.run import environment
 
-    restart_with_huge_pages()
     environment.configure()
     return main()
-
-
-def restart_with_huge_pages() -> None:
-    """Starts this program over with malloc on huge pages, which glibc decides at its start: docs/performance.md."""
-    from rest_jax.run.environment import HUGE_PAGES
-
-    launchers = ("SLURM_", "OMPI_", "TORCHELASTIC", "KUBERNETES", "JAX_COORDINATOR")
-    if "GLIBC_TUNABLES" in os.environ or any(name.startswith(launchers) for name in os.environ):
-        return
-    if sys.gettrace() or {"jax", "pdb", "debugpy", "pydevd", "ipykernel"} & set(sys.modules):
-        return
-    if HUGE_PAGES.is_file() and "[madvise]" in HUGE_PAGES.read_text():
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
+import rest_jax
 from rest_jax import cli
 from rest_jax.data.records import StepRecord, to_json
 from rest_jax.errors import RunStopped, UserError
@@ -66,6 +67,11 @@ def test_help_is_quick_and_does_not_import_jax():
     assert done.stdout.splitlines()[-1] == "heavy: []"
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert used < 2  # CPU seconds; 0.2 where nothing else runs
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"rest-jax {rest_jax.__version__}\n"
 
 
 def test_a_group_without_a_command_prints_its_help(capsys):

@@ -6,11 +6,10 @@ jax is started in a process of its own: it ends its process when XLA does not kn
 import importlib.metadata
 import importlib.util
 import os
+import pathlib
 import platform
 import subprocess
 import sys
-
-from rest_jax.run.environment import HUGE_PAGES
 
 PACKAGES = ("rest-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 # A module that each extra of the package installs (`pip install "rest-jax[cuda]"`).
@@ -21,6 +20,8 @@ EXTRAS = {
     "wandb": "wandb",
     "postgres": "psycopg",
 }
+# Where Linux says whether programs get huge pages: always, on their request (madvise), or never.
+HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 PROBE = """
 import jax
 for d in jax.local_devices():

@@ -14,8 +14,6 @@ import sys
 # XLA aborts the process on a flag it does not know: this one was tried with the jaxlib named here. XLA's own choice is 256.
 CHECKED_JAXLIB = "0.10."
 VECTOR_WIDTH = "xla_cpu_prefer_vector_width"
-# Where Linux says whether programs get huge pages: always, on their request (madvise), or never.
-HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _CPU_INFO = pathlib.Path("/proc/cpuinfo")
 
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
