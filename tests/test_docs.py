@@ -1,5 +1,6 @@
 """Every command in README and docs: it parses, training passes a dry run, targets and scripts exist; the rest runs as written."""
 
+import json
 import re
 import shlex
 import shutil

@@ -47,10 +47,9 @@ def share_engines() -> None:
     """Makes equal samplers share one engine, as jax's cache on disk would, without tracing it again."""
     make, made = scheduler.make_engine, {}
 
-    def shared(decoder, settings, mesh, shardings):
-        key = decoder, settings, mesh
+    def shared(*key):
         if key not in made:
-            made[key] = make(decoder, settings, mesh, shardings)
+            made[key] = make(*key)
         return made[key]
 
     scheduler.make_engine = shared
@@ -60,9 +59,9 @@ def train_method(method: str, output: pathlib.Path) -> None:
     """One run."""
     words = [*SMALL, f"name={method}", f"output={output}"]
     if method in SUPERVISED:
-        sft.run(config.load(["scale/tiny_sft", f"method/{method}"], words))
+        sft.finetune(config.load(["scale/tiny_sft", f"method/{method}"], words))
     else:
-        train.run(config.load(["scale/tiny", f"method/{method}"], words))
+        train.train(config.load(["scale/tiny", f"method/{method}"], words))
 
 
 def golden_lines(run: pathlib.Path) -> list[dict[str, float]]:

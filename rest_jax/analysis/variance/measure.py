@@ -99,7 +99,7 @@ def check_settings(config: Config, prompts: int) -> None:
     if Sampling(r.temperature, r.top_k, r.top_p) != Sampling():
         raise UserError(
             f"rollout.temperature {r.temperature}, top_k {r.top_k}, top_p {r.top_p}: the inequality is about the policy's own "
-            "distribution; add --set rollout.temperature=1.0 --set rollout.top_k=0 --set rollout.top_p=1.0"
+            "distribution; add rollout.temperature=1.0 rollout.top_k=0 rollout.top_p=1.0"
         )
     if prompts < 2:
         raise UserError(f"--prompts {prompts}: a variance over groups needs at least 2")
