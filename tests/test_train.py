@@ -138,13 +138,3 @@ def test_bad_input_is_one_line_and_leaves_nothing(model, tmp_path, capsys, overr
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
-
-
-def test_supervised_run_starts_reinforcement(model, tmp_path):
-    raw = recipe(model, tmp_path, name="gold", sft={"batch_size": 8, "tool_call_weight": 2.0})
-    raw["data"] |= {"train": "synthetic:demonstrations"}
-    finish(start("sft", raw, tmp_path))
-    losses = [line["update/loss"] for line in lines(tmp_path / "gold") if "update/loss" in line]
-    assert len(losses) == STEPS and losses[-1] < losses[0]
-    finish(start("train", recipe(tmp_path / "gold", tmp_path, train={"steps": 1}), tmp_path))
-    assert lines(tmp_path / "tiny")[-1]["step"] == 1
