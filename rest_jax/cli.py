@@ -330,7 +330,7 @@ def inspect(
     limit: Limit = None,
 ) -> None:
     """Print what a file of records holds."""
-    from rest_jax.data.inspect import inspect
+    from rest_jax.data.prepare.summary import inspect
 
     print(inspect(file, tokenizer, limit, overrides))
 

@@ -12,8 +12,8 @@ import time
 import numpy as np
 
 from rest_jax.config import Config, check_supervised
-from rest_jax.data.loader import TargetBatch, sft_loader
-from rest_jax.data.tokenize import Prepared, load_training, prepare_supervised
+from rest_jax.data.loader import Loader, TargetBatch
+from rest_jax.data.tokenize import Prepared, load_split, prepare_supervised
 from rest_jax.distributed import activate, check_batch, gather, is_first_process, to_mesh
 from rest_jax.errors import UserError
 from rest_jax.evaluation.heldout import Evaluator, evaluation, held_out, report_evaluations
@@ -41,10 +41,9 @@ def finetune(config: Config, dry_run: bool = False) -> int:
     check_supervised(config)
     policy = load_policy(config.model, config.mesh)
     check_batch("sft.batch_size", config.sft.batch_size, policy.mesh)
-    records, template = load_training(config.data), TEMPLATES[config.data.template]
-    data = prepare_supervised(
-        records, policy.tokenizer, template, config.data, config.sft.max_tokens
-    )
+    cfg = config.data
+    records, template = load_split(cfg.train, cfg, cfg.train_limit), TEMPLATES[cfg.template]
+    data = prepare_supervised(records, policy.tokenizer, template, cfg, config.sft.max_tokens)
     steps = total_steps(config, data.size)
     examples = held_out(config, policy)
     check_start(config, policy.mesh)
@@ -71,9 +70,10 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
     prepare = make_prepare_gold(config.sft, mesh)
     update = make_supervised_update(policy.decoder, tx, config.loss, mesh, shardings)
     advance = make_advance(mesh)
-    batches = sft_loader(
+    batches = Loader(
         data,
-        batch_size=config.sft.batch_size,
+        TargetBatch,
+        batch=config.sft.batch_size,
         seed=config.seed,
         pad_id=policy.tokenizer.pad_id,
         cfg=config.data,
@@ -132,21 +132,21 @@ def total_steps(config: Config, records: int) -> int:
 
 def gather_lengths(rows: TargetBatch) -> BatchLengths:
     """Lengths of the batch of all processes."""
-    prompts, targets = gather((rows.prompt_length, rows.response_length))
-    return BatchLengths(prompts, targets, (rows.prompt.shape[1], rows.responses.shape[2]))
+    prompts, targets = gather((rows.prompt_length, rows.target_length[:, None]))
+    return BatchLengths(prompts, targets, (rows.prompt.shape[1], rows.target.shape[1]))
 
 
 def label_regions(rows: TargetBatch, policy: Policy, template: str) -> GoldBatch:
-    """Adds the region of every target token."""
+    """Groups of one gold response, with the region of every token."""
     tokenizer, parse = policy.tokenizer, TEMPLATES[template].parse
-    ids = rows.responses[:, 0]
-    text = rows.response_length[:, 0] - 1  # the last token is the end of the turn
+    ids = rows.target
+    text = rows.target_length - 1  # the last token is the end of the turn
     parsed = [parse(tokenizer.bytes_of(row[:n])) for row, n in zip(ids, text, strict=True)]
     region = label_tokens(parsed, tokenizer.piece_lengths[ids], text, np.ones(len(ids), bool))
     return GoldBatch(
         prompt=rows.prompt,
         prompt_length=rows.prompt_length,
-        responses=rows.responses,
-        response_length=rows.response_length,
+        responses=ids[:, None],
+        response_length=rows.target_length[:, None],
         region=region[:, None],
     )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rest_jax.config import Config
-from rest_jax.data.tokenize import Prepared, load_training
+from rest_jax.data.tokenize import Prepared, load_split
 from rest_jax.data.tokenize import prepare as tokenize
 from rest_jax.distributed import (
     activate,
@@ -51,8 +51,9 @@ def train(config: Config, dry_run: bool = False, profile: int | None = None) -> 
     """
     policy = load_policy(config.model, config.mesh)
     check_sizes(config, policy)
-    template = TEMPLATES[config.data.template]
-    prompts = tokenize(load_training(config.data), policy.tokenizer, template, config.data)
+    data, template = config.data, TEMPLATES[config.data.template]
+    records = load_split(data.train, data, data.train_limit)
+    prompts = tokenize(records, policy.tokenizer, template, data)
     examples = held_out(config, policy)
     steps = total_steps(config, prompts.size)
     check_start(config, policy.mesh)

@@ -14,12 +14,12 @@ import pathlib
 import sys
 
 from induction_start import induction_start
+from tiny_tokenizer import train_tokenizer
 
 from rest_jax import config as config_lib
 from rest_jax import sft
 from rest_jax.cli import main as rest_jax
 from rest_jax.data.synthetic import world as synthetic
-from rest_jax.data.synthetic.tiny_tokenizer import train_tokenizer
 from rest_jax.models.hf.config import decoder_config
 from rest_jax.models.hf.write import export
 from rest_jax.models.tokenizer import Tokenizer

@@ -11,22 +11,20 @@ Memory does not grow with the file. Every fault is a `RecordError` naming file, 
 """
 
 import codecs
-import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import ijson
 from ijson.common import ObjectBuilder
 
-from rest_jax.data.convert import api_bank, rlla
+from rest_jax.data.convert import rlla
 from rest_jax.data.convert.fields import MAX_DEPTH
 from rest_jax.data.records import RecordError, StepRecord, from_json, to_json
-from rest_jax.files import atomic_write
 
 CHUNK = 2**16  # bytes read at once of a JSON list, and of an overlong line
 MAX_ITEM = 2**26  # bytes of one line or list item
@@ -88,7 +86,7 @@ def _record(raw: Any, where: str, index: int, path: pathlib.Path) -> StepRecord:
     if keys >= set(rlla.SUPERVISED) or keys >= set(rlla.PARQUET):
         return rlla.convert(raw, name, where)[0]
     if keys >= {"system", "user", "answer"}:
-        return api_bank.convert(raw, name, where)[0]
+        return rlla.convert_api_bank(raw, name, where)[0]
     if not keys & {"target", "history"}:
         for source, needed in _TO_PREPARE.items():
             if keys >= needed:
@@ -245,19 +243,6 @@ def _own_row(where: str, raw: dict[str, Any], position: int) -> Item:
 
 
 # --- writing records --------------------------------------------------------------------------------------------------
-
-
-def write_records(path: str | pathlib.Path, records: Sequence[StepRecord]) -> None:
-    """Writes .jsonl or .parquet by the name's ending, atomically; missing folders are made.
-
-    RecordError as for `check_path` and `to_line`.
-    """
-    path = pathlib.Path(path)
-    check_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as partial, contextlib.closing(WRITERS[path.suffix](partial)) as writer:
-        for record in records:
-            writer.write(record)
 
 
 def check_path(path: pathlib.Path) -> None:

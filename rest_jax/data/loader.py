@@ -6,6 +6,7 @@ Row ids: `row = epoch * size + index in the data`, so that sampling keys differ 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -17,7 +18,6 @@ from rest_jax.config import DataConfig
 from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import Prepared
 from rest_jax.errors import UserError
-from rest_jax.types import PromptBatch
 
 BUCKET = 64  # padded lengths are multiples of this
 _MAX_ROW = 2**31 - 1
@@ -27,30 +27,34 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class TargetBatch:
-    """Prompts with one tokenised target each, in the layout of a prompt group of one. numpy int32, right-padded."""
+    """Prompts with one tokenised target each. numpy int32, right-padded."""
 
     prompt: np.ndarray  # [P, Tp]
     prompt_length: np.ndarray  # [P]
-    responses: np.ndarray  # [P, 1, Tr]
-    response_length: np.ndarray  # [P, 1], end-of-turn included
+    target: np.ndarray  # [P, Tr]
+    target_length: np.ndarray  # [P], end-of-turn included
     row: np.ndarray  # [P]
 
 
 class Loader(Generic[T]):
     """Iterator of (batch, its records) whose position can be saved and restored.
 
-    `assemble(index, row)` makes the batch of this process's data indices and row ids.
+    `assemble` makes the batch of this process from the padded prompts, their lengths, the padded targets and their lengths where
+    there are targets, and the row ids: `PromptBatch`, or `TargetBatch` over what `prepare_supervised` made. All are numpy int32;
+    prompts are padded to one Tp, targets to one Tr, both multiples of 64. `batch` counts the prompts of all processes.
+    UserError when an epoch does not hold one batch, a batch cannot be divided over the processes, or row ids would pass 2^31.
     """
 
     def __init__(
         self,
         prepared: Prepared,
-        assemble: Callable[[np.ndarray, np.ndarray], T],
+        assemble: Callable[..., T],
         *,
         batch: int,
         seed: int,
-        num_steps: int | None,
+        pad_id: int,
         cfg: DataConfig,
+        num_steps: int,
     ):
         size, processes, here = prepared.size, jax.process_count(), jax.process_index()
         if batch % processes:
@@ -62,25 +66,31 @@ class Loader(Generic[T]):
                 f"the data has {size} usable records, fewer than one batch of {batch}; use a smaller batch"
             )
         self.batches_per_epoch = size // batch
-        self._records, self._size, self._assemble = prepared.records, size, assemble
+        self._records, self._assemble, self._pad_id = prepared.records, assemble, pad_id
+        self._columns = [
+            (ids, bucketed(ids)) for ids in (prepared.prompts, prepared.targets) if ids
+        ]
         self._identity = {"records": size, "batch": batch, "seed": seed}
         part = batch // processes
         self._part = slice(here * part, (here + 1) * part)
-        if num_steps is not None:
-            _check_rows(size, -(-num_steps // self.batches_per_epoch))
+        epochs = -(-num_steps // self.batches_per_epoch)
+        if size * epochs > _MAX_ROW:
+            raise UserError(
+                f"{epochs} epochs of {size} records: row ids would pass 2^31; use fewer epochs"
+            )
         self._iterator = iter(_index_batches(size, batch, seed, num_steps, cfg.shuffle))
 
     def __iter__(self) -> Iterator[tuple[T, list[StepRecord]]]:
         return self
 
     def __next__(self) -> tuple[T, list[StepRecord]]:
-        """StopIteration after `num_steps` batches; never when that is None."""
+        """StopIteration after `num_steps` batches."""
         step, indices = next(self._iterator)
         index = np.asarray(indices[self._part], np.int64)
-        epoch = int(step) // self.batches_per_epoch
-        _check_rows(self._size, epoch + 1)
-        row = (epoch * self._size + index).astype(np.int32)
-        return self._assemble(index, row), [self._records[i] for i in index]
+        epoch, size = int(step) // self.batches_per_epoch, len(self._records)
+        padded = (pad([ids[i] for i in index], width, self._pad_id) for ids, width in self._columns)
+        row = (epoch * size + index).astype(np.int32)
+        return self._assemble(*itertools.chain(*padded), row), [self._records[i] for i in index]
 
     def get_state(self) -> dict[str, Any]:
         """JSON-able position: the next `__next__` after `set_state` of it gives the batch that would come next now."""
@@ -96,49 +106,6 @@ class Loader(Generic[T]):
         self._iterator.set_state(state["grain"])
 
 
-def make_loader(
-    prepared: Prepared,
-    *,
-    batch_prompts: int,
-    seed: int,
-    pad_id: int,
-    cfg: DataConfig,
-    num_steps: int | None = None,
-) -> Loader[PromptBatch]:
-    """Loader of `PromptBatch`es (numpy int32, all padded to one Tp, a multiple of 64).
-
-    `batch_prompts` is global and a multiple of the number of processes. `num_steps` None never ends. UserError when an
-    epoch does not hold one batch.
-    """
-    width = bucketed(prepared.prompts)
-
-    def assemble(index: np.ndarray, row: np.ndarray) -> PromptBatch:
-        tokens, length = pad([prepared.prompts[i] for i in index], width, pad_id)
-        return PromptBatch(tokens=tokens, length=length, row=row)
-
-    return Loader(prepared, assemble, batch=batch_prompts, seed=seed, num_steps=num_steps, cfg=cfg)
-
-
-def sft_loader(
-    prepared: Prepared,
-    *,
-    batch_size: int,
-    seed: int,
-    pad_id: int,
-    cfg: DataConfig,
-    num_steps: int | None = None,
-) -> Loader[TargetBatch]:
-    """Loader of `TargetBatch`es over what `prepare_supervised` made; otherwise as `make_loader`."""
-    prompt_width, target_width = bucketed(prepared.prompts), bucketed(prepared.targets)
-
-    def assemble(index: np.ndarray, row: np.ndarray) -> TargetBatch:
-        prompt, prompt_length = pad([prepared.prompts[i] for i in index], prompt_width, pad_id)
-        target, target_length = pad([prepared.targets[i] for i in index], target_width, pad_id)
-        return TargetBatch(prompt, prompt_length, target[:, None], target_length[:, None], row)
-
-    return Loader(prepared, assemble, batch=batch_size, seed=seed, num_steps=num_steps, cfg=cfg)
-
-
 def bucketed(sequences: list[np.ndarray]) -> int:
     """The longest length, rounded up to a multiple of 64."""
     return -(-max(map(len, sequences)) // BUCKET) * BUCKET
@@ -152,25 +119,12 @@ def pad(sequences: list[np.ndarray], width: int, pad_id: int) -> tuple[np.ndarra
     return tokens, np.fromiter(map(len, sequences), np.int32, len(sequences))
 
 
-def _index_batches(size: int, batch: int, seed: int, num_steps: int | None, shuffle: bool) -> Any:
+def _index_batches(size: int, batch: int, seed: int, num_steps: int, shuffle: bool) -> Any:
     """Grain data set of (step, data indices of the step's global batch)."""
     indices = grain.MapDataset.range(size).seed(seed)
     if shuffle:
         indices = indices.shuffle()
     batches = indices.batch(batch, drop_remainder=True).repeat()  # repeat reseeds the shuffle
-    batches = batches.map_with_index(_with_step)
-    if num_steps is not None:
-        batches = batches.slice(slice(num_steps))
+    batches = batches.map_with_index(lambda step, indices: (step, indices)).slice(slice(num_steps))
     # tokens are ready: indices are all Grain handles, so reading ahead with threads would only cost time
     return batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-
-
-def _with_step(step: int, indices: np.ndarray) -> tuple[int, np.ndarray]:
-    return step, indices
-
-
-def _check_rows(size: int, epochs: int) -> None:
-    if size * epochs > _MAX_ROW:
-        raise UserError(
-            f"{epochs} epochs of {size} records: row ids would pass 2^31; use fewer epochs"
-        )

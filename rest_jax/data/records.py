@@ -1,7 +1,7 @@
 """The step record: one assistant turn to be produced, with everything the policy sees before it.
 
-A dialogue of K assistant turns becomes K records; record k holds the tools, the history up to turn k and turn k's own calls
-and response as the target (`data.convert.dialogue`). `from_json` / `to_json` convert to and from plain JSON objects;
+`decompose` makes K records of a dialogue of K assistant turns: record k holds the tools, the history up to turn k and turn k's
+own calls and response as the target. `from_json` / `to_json` convert to and from plain JSON objects;
 `data.files` reads and writes files of them. Every fault is a `RecordError` naming the record and the field.
 """
 
@@ -49,6 +49,54 @@ class StepRecord:
         ):
             return [dict(m) for m in self.messages]
         return template.render_prompt(list(self.tools), list(self.history), brief=brief)
+
+
+def decompose(
+    name: str, source: str, tools: tuple[dict[str, Any], ...], turns: Sequence[dict[str, Any]]
+) -> list[StepRecord]:
+    """A dialogue as training instances (docs/method.md section 1): one record for each assistant turn, in order.
+
+    The k-th sees every turn before the k-th assistant turn and is supervised by that turn's own calls and response; tool results
+    are never a target, and turns after the last assistant turn are in no record. `turns` are as in `StepRecord.history`. Ids are
+    `<name>/<k>`, k from 0, and `name` itself when there is only one. Assistant turns with calls that follow each other with
+    nothing between are one action.
+    """
+    merged = _merge_actions(turns)
+    ends = [i for i, turn in enumerate(merged) if turn["role"] == "assistant"]
+    return [
+        StepRecord(
+            id=f"{name}/{k}" if len(ends) > 1 else name,
+            source=source,
+            tools=tools,
+            history=merged[:end],
+            target=_target_of(merged[end]),
+        )
+        for k, end in enumerate(ends)
+    ]
+
+
+def _merge_actions(turns: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """The turns, each sequence of assistant turns with calls merged into one; texts and thoughts are joined by a line end."""
+    merged: list[dict[str, Any]] = []
+    for turn in turns:
+        if turn.get("calls") and merged and merged[-1].get("calls"):
+            turn = _merge(merged.pop(), turn)
+        merged.append(turn)
+    return tuple(merged)
+
+
+def _merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    both = {**first, "calls": [*first["calls"], *second["calls"]]}
+    for field in ("content", "think"):
+        texts = [turn[field] for turn in (first, second) if turn.get(field) is not None]
+        if texts:
+            both[field] = "\n".join(texts)
+    return both
+
+
+def _target_of(turn: dict[str, Any]) -> Target:
+    calls = tuple(Call(c["name"], c["arguments"]) for c in turn.get("calls") or ())
+    return Target(calls=calls, response=turn.get("content"), think=turn.get("think"))
 
 
 def from_json(raw: Any, where: str = "record") -> StepRecord:
@@ -142,6 +190,13 @@ def mapping(value: Any, where: str) -> Mapping[str, Any]:
     return value
 
 
+def sequence(value: Any, where: str) -> list[Any]:
+    """The value if it is a list."""
+    if not isinstance(value, (list, tuple)):
+        raise RecordError(f"{where}: a list is needed, found {kind(value)}")
+    return list(value)
+
+
 def kind(value: Any) -> str:
     """What a value is, for a message."""
     return "nothing" if value is None else type(value).__name__
@@ -200,8 +255,8 @@ def check_tool(raw: Any, where: str) -> dict[str, Any]:
     parameters = mapping(raw.get("parameters", {}), place)
     if is_schema(parameters):
         required = parameters.get("required")
-        if required is not None and not isinstance(required, (list, tuple)):
-            raise RecordError(f"{place}: required: a list is needed, found {kind(required)}")
+        if required is not None:
+            sequence(required, f"{place}: required")
         place = f"{place}: properties"
         parameters = mapping(parameters.get("properties", {}), place)
     for name, described in parameters.items():
@@ -218,9 +273,4 @@ def _optional_text(raw: Mapping[str, Any], key: str, where: str) -> str | None:
 
 
 def _list(raw: Mapping[str, Any], key: str, where: str) -> list[Any]:
-    value = raw.get(key)
-    if value is None:
-        return []
-    if not isinstance(value, (list, tuple)):
-        raise RecordError(f"{where}: {key}: a list is needed, found {kind(value)}")
-    return list(value)
+    return [] if raw.get(key) is None else sequence(raw[key], f"{where}: {key}")

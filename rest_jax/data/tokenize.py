@@ -38,19 +38,14 @@ class Prepared:
         """Number of records kept."""
         return len(self.records)
 
-    def percentiles(self) -> dict[str, int]:
-        """Prompt tokens: median, 95th percentile and maximum of the records kept."""
-        lengths = [len(p) for p in self.prompts]
-        p50, p95, top = np.percentile(lengths, [50, 95, 100], method="higher")
-        return {"p50": int(p50), "p95": int(p95), "max": int(top)}
-
     def summary(self) -> str:
         """One line: how many records, how many dropped and why, how long the prompts are."""
-        p = self.percentiles()
+        lengths = list(map(len, self.prompts))
+        p50, p95, most = np.percentile(lengths, [50, 95, 100], method="higher")
         dropped = (
             f", {self.dropped} dropped (longer than {self.limit} tokens)" if self.dropped else ""
         )
-        return f"{self.size} records{dropped}; prompt tokens: median {p['p50']}, 95 % {p['p95']}, most {p['max']}"
+        return f"{self.size} records{dropped}; prompt tokens: median {p50}, 95 % {p95}, most {most}"
 
 
 def load_split(spec: str, cfg: DataConfig, limit: int | None = None) -> list[StepRecord]:
@@ -77,11 +72,6 @@ def load_split(spec: str, cfg: DataConfig, limit: int | None = None) -> list[Ste
 def is_world(spec: str) -> bool:
     """Whether a spec names a synthetic world, not a file."""
     return spec.startswith("synthetic:")
-
-
-def load_training(cfg: DataConfig) -> list[StepRecord]:
-    """The records of `cfg.train`, at most `cfg.train_limit`."""
-    return load_split(cfg.train, cfg, cfg.train_limit)
 
 
 def prepare(

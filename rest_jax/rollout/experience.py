@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from rest_jax.config import Config
-from rest_jax.data.loader import make_loader
+from rest_jax.data.loader import Loader
 from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import Prepared
 from rest_jax.models.load import Policy
@@ -24,7 +24,7 @@ from rest_jax.rollout.scheduler import SamplerStats, make_sampler
 from rest_jax.rollout.scoring import score_rollout, summarise_scores, truncated
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Target
-from rest_jax.types import Params, RolloutBatch, Sampling, ScoredBatch
+from rest_jax.types import Params, PromptBatch, RolloutBatch, Sampling, ScoredBatch
 
 # Fields of `Score` whose means are metrics of the step.
 REWARD_MEANS = ("format_part", "correctness_part", "accuracy", "exact", "spurious")
@@ -79,9 +79,10 @@ class Collector:
         sampling = Sampling(r.temperature, r.top_k, r.top_p)
         self.sampler = make_sampler(policy, r, r.group_size, sampling)
         self.template = TEMPLATES[config.data.template]
-        self.batches = make_loader(
+        self.batches = Loader(
             prompts,
-            batch_prompts=r.prompts_per_step,
+            PromptBatch,
+            batch=r.prompts_per_step,
             seed=config.seed,
             pad_id=policy.tokenizer.pad_id,
             cfg=config.data,

@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 
 from rest_jax.config import DataConfig
-from rest_jax.data.files import read_records, write_records
-from rest_jax.data.loader import bucketed, make_loader, pad, sft_loader
+from rest_jax.data.files import read_records
+from rest_jax.data.loader import Loader, TargetBatch, bucketed, pad
 from rest_jax.data.synthetic import world as synthetic
-from rest_jax.data.synthetic.tiny_tokenizer import train_tokenizer
 from rest_jax.data.tokenize import (
     Prepared,
     load_split,
-    load_training,
     prepare,
     prepare_supervised,
     tokenize_supervised,
@@ -22,6 +20,9 @@ from rest_jax.data.tokenize import (
 from rest_jax.errors import UserError
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.templates import TEMPLATES
+from rest_jax.types import PromptBatch
+from tests.data.writing import write_records
+from tools.tiny_tokenizer import train_tokenizer
 
 TEMPLATE = TEMPLATES["toolrl"]
 CFG = DataConfig(brief_prompt=True)
@@ -49,9 +50,9 @@ def _rows(loader, count=None):
     return [batch.row.tolist() for batch, _ in itertools.islice(loader, count)]
 
 
-def _loader(prepared, cfg=CFG, batch=3, seed=0, num_steps=None):
-    return make_loader(
-        prepared, batch_prompts=batch, seed=seed, pad_id=0, cfg=cfg, num_steps=num_steps
+def _loader(prepared, cfg=CFG, batch=3, seed=0, num_steps=20):
+    return Loader(
+        prepared, PromptBatch, batch=batch, seed=seed, pad_id=0, cfg=cfg, num_steps=num_steps
     )
 
 
@@ -159,7 +160,7 @@ def test_long_prompts_are_dropped_and_counted(tokenizer):
     )
     assert made.records == [r for r, n in zip(records, lengths, strict=True) if n <= limit]
     assert made.dropped == sum(n > limit for n in lengths) > 0
-    assert made.percentiles()["max"] <= limit
+    assert max(map(len, made.prompts)) <= limit
     assert f"{made.dropped} dropped (longer than {limit} tokens)" in made.summary()
 
 
@@ -181,15 +182,18 @@ def test_supervised_targets_end_with_the_end_of_turn(tokenizer):
     assert tokenizer.text(answer[:-1]) == TEMPLATE.render_answer(record.target)
 
 
-def test_supervised_batches_are_groups_of_one(tokenizer):
+def test_supervised_batches(tokenizer):
     records = synthetic.demonstrations("train", 0, 8)
     made = prepare_supervised(records, tokenizer, TEMPLATE, CFG, max_tokens=1000)
-    batch, held = next(sft_loader(made, batch_size=4, seed=0, pad_id=tokenizer.pad_id, cfg=CFG))
-    assert batch.prompt.shape[0] == 4 and batch.responses.shape[:2] == (4, 1)
+    loader = Loader(
+        made, TargetBatch, batch=4, seed=0, pad_id=tokenizer.pad_id, cfg=CFG, num_steps=2
+    )
+    batch, held = next(loader)
+    assert batch.prompt.shape[0] == 4 and batch.target.shape[0] == 4
     for i, record in enumerate(held):
         prompt, answer = tokenize_supervised(record, tokenizer, TEMPLATE, brief=True)
         assert np.array_equal(batch.prompt[i, : batch.prompt_length[i]], prompt)
-        assert np.array_equal(batch.responses[i, 0, : batch.response_length[i, 0]], answer)
+        assert np.array_equal(batch.target[i, : batch.target_length[i]], answer)
         assert record == records[batch.row[i]]
 
 
@@ -216,8 +220,6 @@ def test_splits_by_name_and_by_path(tmp_path):
     )
     write_records(tmp_path / "r.jsonl", synthetic.world("eval", 0, 5))
     assert load_split(str(tmp_path / "r.jsonl"), cfg, limit=3) == synthetic.world("eval", 0, 3)
-    training = DataConfig(train=str(tmp_path / "r.jsonl"), train_limit=4)
-    assert load_training(training) == synthetic.world("eval", 0, 4)
     with pytest.raises(ValueError, match="synthetic:test"):
         load_split("synthetic:test", cfg)
 

@@ -9,8 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from rest_jax.data.synthetic.tiny_tokenizer import TAGS, train_tokenizer
 from rest_jax.models.tokenizer import Tokenizer, TokenizerError, byte_alphabet, byte_table
+from tools.tiny_tokenizer import TAGS, train_tokenizer
 
 TEXTS = [
     "Book a hotel in Paris for 3 nights, please.",

@@ -15,14 +15,14 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from rest_jax import cli, config
-from rest_jax.data.loader import make_loader
-from rest_jax.data.tokenize import load_training, prepare
+from rest_jax.data.loader import Loader
+from rest_jax.data.tokenize import load_split, prepare
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.run.loop import Clock
 from rest_jax.run.metrics import METRICS, read_lines
 from rest_jax.run.policy import load_policy
 from rest_jax.templates import TEMPLATES
-from rest_jax.types import Sampling
+from rest_jax.types import PromptBatch, Sampling
 from tests.runs import assert_same, finish, lines, recipe, start, state
 
 STEPS, SAVED, KILLED = 5, 3, 4
@@ -144,9 +144,10 @@ def test_what_is_saved_is_the_position_after_the_batch_trained_on(broken):
     resolved = config.load([broken.run / "config.yaml"])
     loaded = load_policy(resolved.model, config.MeshConfig(fsdp=-1))
     template = TEMPLATES[resolved.data.template]
-    prompts = prepare(load_training(resolved.data), loaded.tokenizer, template, resolved.data)
-    loader = make_loader(
-        prompts, batch_prompts=4, seed=0, pad_id=0,
+    records = load_split(resolved.data.train, resolved.data, resolved.data.train_limit)
+    prompts = prepare(records, loaded.tokenizer, template, resolved.data)
+    loader = Loader(
+        prompts, PromptBatch, batch=4, seed=0, pad_id=0,
         cfg=resolved.data, num_steps=STEPS,
     )  # fmt: skip
     expected = []

@@ -7,7 +7,7 @@ In: one raw item of a source. Out: its step records. `convert(raw, name, where)`
 from collections.abc import Callable
 from typing import Any
 
-from rest_jax.data.convert import api_bank, openai, rlla, toolace, xlam
+from rest_jax.data.convert import openai, rlla, toolace, xlam
 from rest_jax.data.records import StepRecord
 
 Convert = Callable[[Any, str, str], list[StepRecord]]
@@ -18,5 +18,5 @@ SOURCES: dict[str, Convert] = {
     "xlam": xlam.convert,
     "hammer": xlam.convert_hammer,
     "rlla": rlla.convert,
-    "api_bank": api_bank.convert,
+    "api_bank": rlla.convert_api_bank,
 }

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rest_jax.data.records import RecordError, check_tool, kind, mapping, text
+from rest_jax.data.records import RecordError, check_tool, mapping, text
 
 MAX_DEPTH = 64  # of a raw item, and of JSON in a string
 
@@ -18,13 +18,6 @@ def item(raw: Any, where: str) -> Mapping[str, Any]:
     """A raw item: an object that nests no deeper than 64."""
     check_depth(raw, where)
     return mapping(raw, where)
-
-
-def sequence(value: Any, where: str) -> list[Any]:
-    """The value if it is a list."""
-    if not isinstance(value, list):
-        raise RecordError(f"{where}: a list is needed, found {kind(value)}")
-    return value
 
 
 def json_text(value: Any, where: str) -> Any:

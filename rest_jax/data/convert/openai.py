@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rest_jax.data.convert import fields
-from rest_jax.data.convert.dialogue import decompose
-from rest_jax.data.records import RecordError, StepRecord
+from rest_jax.data.records import RecordError, StepRecord, decompose, sequence
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
@@ -19,7 +18,7 @@ _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
     """A record for each assistant message, or sequence of messages with calls, that is to be learned."""
     item = fields.item(raw, where)
-    messages = fields.sequence(_parsed(item, "messages", where), f"{where}: messages")
+    messages = sequence(_parsed(item, "messages", where), f"{where}: messages")
     turns = _turns(messages, f"{where}: messages")
     records = decompose(name, "openai", _tools(item, where), turns)
     records = [r for r, learn in zip(records, _to_learn(messages), strict=True) if learn]
@@ -39,7 +38,7 @@ def _parsed(item: Mapping[str, Any], key: str, where: str) -> Any:
 def _tools(item: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
     key = "functions" if item.get("functions") is not None else "tools"
     tools = []
-    for i, tool in enumerate(fields.sequence(_parsed(item, key, where) or [], f"{where}: {key}")):
+    for i, tool in enumerate(sequence(_parsed(item, key, where) or [], f"{where}: {key}")):
         place = f"{where}: {key}[{i}]"
         if key == "tools":
             kind = fields.mapping(tool, place).get("type")
@@ -110,9 +109,7 @@ def _assistant(message: Mapping[str, Any], where: str) -> tuple[dict[str, Any], 
 
 def _calls(message: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], list[str | None]]:
     calls, ids = [], []
-    for i, item in enumerate(
-        fields.sequence(message.get("tool_calls") or [], f"{where}: tool_calls")
-    ):
+    for i, item in enumerate(sequence(message.get("tool_calls") or [], f"{where}: tool_calls")):
         place = f"{where}: tool_calls[{i}]"
         kind = fields.mapping(item, place).get("type", "function")
         if kind != "function":
@@ -144,7 +141,7 @@ def _content(message: Mapping[str, Any], where: str) -> str | None:
     if content is None or isinstance(content, str):
         return content
     texts = []
-    for i, part in enumerate(fields.sequence(content, f"{where}: content")):
+    for i, part in enumerate(sequence(content, f"{where}: content")):
         place = f"{where}: content[{i}]"
         if (kind := fields.mapping(part, place).get("type")) != "text":
             raise RecordError(f"{place}: type: {kind!r} is not 'text'")

@@ -1,9 +1,11 @@
-"""The rlla records of ToolRL: prompts rendered in the toolrl template, gold answers as text.
+"""The data sets that ToolRL has rendered: its own rlla, whose gold answers are text, and API-Bank, whose calls are structured.
 
-Two layouts: the JSON list for supervised runs (instruction, input, output) and the Parquet files for reinforcement (prompt,
-reward_model.ground_truth). The Parquet ground truth has a placeholder as its thought (one constant sentence or another); only
-its calls and response are rewarded, so the target has them alone. The prompt is read back into tools and history by the inverse
-of `templates.toolrl.render_prompt`; `structure` keeps the text too where rendering what was read does not give it again.
+rlla has two layouts: the JSON list for supervised runs (instruction, input, output) and the Parquet files for reinforcement
+(prompt, reward_model.ground_truth). The Parquet ground truth has a placeholder as its thought (one constant sentence or
+another); only its calls and response are rewarded, so the target has them alone. The prompt is read back into tools and history
+by the inverse of `templates.toolrl.render_prompt`; `structure` keeps the text too where rendering what was read does not give
+it again.
+API-Bank (system, user, answer, other) is rendered much as in the template, but with Python literals for JSON and other spaces.
 Reading is lenient about spaces, Python literals for JSON and the order of blocks, and linear in the text.
 """
 
@@ -14,7 +16,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rest_jax.data.convert import fields
-from rest_jax.data.records import RecordError, StepRecord, check_tool, target_from_text
+from rest_jax.data.records import (
+    RecordError,
+    StepRecord,
+    call_from_json,
+    check_tool,
+    sequence,
+    target_from_text,
+)
 from rest_jax.templates import toolrl
 from rest_jax.tool_calls import Target
 
@@ -34,6 +43,20 @@ def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
     item = fields.item(raw, where)
     from_item = _from_parquet if item.keys() >= set(PARQUET) else _from_supervised
     return [from_item(item, name, where)]
+
+
+def convert_api_bank(raw: Any, name: str, where: str) -> list[StepRecord]:
+    """The record of one item; `answer` may be one call or a list of calls."""
+    item = fields.item(raw, where)
+    system, user = (fields.text(item.get(f), f"{where}: {f}") for f in ("system", "user"))
+    expected = item.get("answer")
+    calls = expected if isinstance(expected, list) else [expected]
+    if not calls:
+        raise RecordError(f"{where}: answer: empty, at least one call is needed")
+    messages = ({"role": "system", "content": system}, {"role": "user", "content": user})
+    target = Target(tuple(call_from_json(c, f"{where}: answer[{i}]") for i, c in enumerate(calls)))
+    prompt = structure(messages)
+    return [StepRecord(id=name, source="api_bank", target=target, **prompt)]
 
 
 def is_reward_only(record: StepRecord) -> bool:
@@ -80,7 +103,7 @@ def _from_supervised(item: Mapping[str, Any], name: str, where: str) -> StepReco
 
 
 def _from_parquet(item: Mapping[str, Any], name: str, where: str) -> StepRecord:
-    prompt, reward = fields.sequence(item["prompt"], f"{where}: prompt"), item["reward_model"]
+    prompt, reward = sequence(item["prompt"], f"{where}: prompt"), item["reward_model"]
     if not prompt:
         raise RecordError(f"{where}: prompt: empty, at least one message is needed")
     for i, message in enumerate(prompt):

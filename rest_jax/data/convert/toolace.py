@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rest_jax.data.convert import call_syntax, fields
-from rest_jax.data.convert.dialogue import decompose
-from rest_jax.data.records import RecordError, StepRecord
+from rest_jax.data.records import RecordError, StepRecord, decompose, sequence
 from rest_jax.templates.rendering import SCHEMA_TYPES
 
 _ROLES = {
@@ -86,7 +85,7 @@ def _schema(value: Any) -> Any:
 
 def _turns(value: Any, names: set[str], where: str) -> list[dict[str, Any]]:
     turns: list[dict[str, Any]] = []
-    for i, message in enumerate(fields.sequence(value, f"{where}: conversations")):
+    for i, message in enumerate(sequence(value, f"{where}: conversations")):
         place = f"{where}: conversations[{i}]"
         speaker = fields.one_of(
             fields.mapping(message, place).get("from"), _ROLES, f"{place}: from"

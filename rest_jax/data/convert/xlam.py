@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rest_jax.data.convert import fields
-from rest_jax.data.convert.dialogue import decompose
-from rest_jax.data.records import RecordError, StepRecord
+from rest_jax.data.records import RecordError, StepRecord, decompose, sequence
 
 NO_CALL = "None of the given tools can do this."
 
@@ -52,4 +51,4 @@ def _json_list(item: Mapping[str, Any], field: str, where: str) -> list[Any]:
     value, place = item.get(field), f"{where}: {field}"
     if isinstance(value, str):
         value = fields.json_text(value, place)
-    return fields.sequence(value, place)
+    return sequence(value, place)

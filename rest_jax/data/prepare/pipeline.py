@@ -21,18 +21,15 @@ from typing import Any, TextIO
 
 import tqdm
 
-from rest_jax import config
 from rest_jax.data import files
 from rest_jax.data.convert import Convert
 from rest_jax.data.convert.xlam import NO_CALL
-from rest_jax.data.prepare import mask, split, summary, transforms
+from rest_jax.data.prepare import split, summary, transforms
 from rest_jax.data.prepare.settings import Settings, check
 from rest_jax.data.records import RecordError, StepRecord, to_json
 from rest_jax.errors import UserError
 from rest_jax.files import atomic_write
-from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run.signals import handled
-from rest_jax.templates import TEMPLATES
 
 MAX_REASONS = 100  # different reasons counted by their own name
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -58,7 +55,8 @@ def prepare(settings: Settings) -> summary.Summary:
     """Prepares the files. UserError for settings or files that cannot be used, when no record is left, and when the disk is
     full: then nothing is written. SIGTERM ends the process with code 143 and leaves no half-written file. Main thread only.
     """
-    convert, count_tokens = check(settings), _token_counter(settings)
+    convert = check(settings)
+    count_tokens = summary.token_counter(settings.tokenizer, settings.template, settings.brief)
     paths = settings.paths
     parts = ("train", "eval") if settings.held_out else ("train",)
     result = summary.Summary(settings, parts={name: summary.Tally() for name in parts})
@@ -204,9 +202,9 @@ def _transform(record: StepRecord, part: str, work: _Work) -> StepRecord:
             result.changed["right tools taken away"] += 1
             record = without
     if transforms.draw(settings.seed, "masking", record.id) < settings.mask_names:
-        masked = mask.mask_names(record, settings.seed)
+        masked = transforms.mask_names(record, settings.seed)
         if masked is None:
-            result.unchanged[f"masking: {mask.unmaskable(record)}"] += 1
+            result.unchanged[f"masking: {transforms.unmaskable(record)}"] += 1
         else:
             result.changed["names masked"] += 1
             record = masked
@@ -265,10 +263,3 @@ def _check_left(result: summary.Summary) -> None:
             raise UserError(
                 f"data {', '.join(s.inputs)}: of {result.items} items of source {s.source} {what}{why}"
             )
-
-
-def _token_counter(settings: Settings) -> summary.TokenCounter | None:
-    if settings.tokenizer is None:
-        return None
-    tokenizer = Tokenizer.load(config.locate(settings.tokenizer))
-    return summary.TokenCounter(tokenizer, TEMPLATES[settings.template], settings.brief)

@@ -5,19 +5,25 @@ measure is a counter of whole numbers, from which means and percentiles are exac
 """
 
 import dataclasses
+import functools
 from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from rest_jax import config
+from rest_jax.data.files import iter_records
 from rest_jax.data.prepare.settings import Settings
 from rest_jax.data.records import StepRecord
-from rest_jax.data.tokenize import tokenize_supervised
+from rest_jax.data.tokenize import is_world, load_split, tokenize_supervised
+from rest_jax.errors import UserError
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run.metrics import summary_table
-from rest_jax.templates import Template
+from rest_jax.templates import TEMPLATES, Template
 from rest_jax.tool_calls import Target
 
+TokenCounter = Callable[[StepRecord], tuple[int, int]]  # (prompt tokens, target tokens)
 PERCENTILES = (0, 50, 90, 95, 99, 100)
 
 
@@ -52,20 +58,6 @@ class Tally:
 
     def _measure(self, name: str, value: int) -> None:
         self.measures.setdefault(name, Counter())[value] += 1
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenCounter:
-    """Counts tokens as training sees a record."""
-
-    tokenizer: Tokenizer
-    template: Template
-    brief: bool
-
-    def __call__(self, record: StepRecord) -> tuple[int, int]:
-        """(prompt tokens, target tokens with the end-of-turn token)."""
-        prompt, target = tokenize_supervised(record, self.tokenizer, self.template, self.brief)
-        return len(prompt), len(target)
 
 
 @dataclasses.dataclass
@@ -114,6 +106,37 @@ class Summary:
         for name, tally in self.parts.items():
             texts.append(f"{name}: {self.settings.paths[name]}\n{to_text(tally)}")
         return "\n\n".join(texts)
+
+
+def inspect(file: str, tokenizer: str | None, limit: int | None, overrides: Sequence[str]) -> str:
+    """Tables of the first `limit` records of a file or a synthetic world, with token counts where a tokenizer is given: the
+    command `rest-jax data inspect`. UserError when there are none.
+    """
+    data = config.from_overrides({"name": "data", "model": {"source": "none"}}, overrides).data
+    count_tokens = token_counter(tokenizer, data.template, data.brief_prompt)
+    tally = Tally()
+    for record in load_split(file, data, limit) if is_world(file) else iter_records(file, limit):
+        tally.add(record, count_tokens and count_tokens(record))
+    if not tally.records:
+        raise UserError(f"data {file}: no records")
+    return to_text(tally)
+
+
+def token_counter(tokenizer: str | None, template: str, brief: bool) -> TokenCounter | None:
+    """Counts the tokens of a record's prompt and target as training sees them; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    loaded = Tokenizer.load(config.locate(tokenizer))
+    return functools.partial(
+        _count_tokens, tokenizer=loaded, template=TEMPLATES[template], brief=brief
+    )
+
+
+def _count_tokens(
+    record: StepRecord, tokenizer: Tokenizer, template: Template, brief: bool
+) -> tuple[int, int]:
+    prompt, target = tokenize_supervised(record, tokenizer, template, brief)
+    return len(prompt), len(target)
 
 
 def kind(target: Target) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from rest_jax.data.synthetic.words import Tool
 from rest_jax.tool_calls import Call, Target
 
-# what the careless demonstrator does, with its probability at sloppiness 1 where the habit applies
+# what the careless demonstrator does, with its probability where the habit applies
 REASONED_HABITS: dict[str, float] = {
     "hasty": 0.25,  # does not go through the list: takes the first tool that shares the action or the object
     "forgets_second": 0.55,  # thinks of the first of two parallel calls only
@@ -72,9 +72,9 @@ def answer(
 
 def _choose(task: Task, tools: Sequence[Tool], hasty: bool) -> Tool | None:
     """The tool that fits, or the first that seems to."""
-    if hasty:
-        return next((t for t in tools if t.action == task.action or t.thing == task.thing), None)
-    return next((t for t in tools if t.action == task.action and t.thing == task.thing), None)
+    enough = any if hasty else all
+    fitting = (t for t in tools if enough((t.action == task.action, t.thing == task.thing)))
+    return next(fitting, None)
 
 
 def _thought(task: Task, tools: Sequence[Tool], chosen: Tool | None, hasty: bool) -> str:

@@ -5,8 +5,8 @@ what a tool does; parameter names are a word and a random ending, which has to b
 of them, for something none of them does, or for the second step of a dialogue. `world` answers correctly. `demonstrations` are
 the same requests answered by a demonstrator with the bad habits of the table `HABITS`; a policy that imitates it makes those
 mistakes about as often, and reinforcement has something to mend.
-At level `reasoned` every call is thought through before it is made (`synthetic_reasoning.py`).
-Tools are split into training and held-out ones by `synthetic_words.split_of`; record i depends on (split, seed, level, i) only.
+At level `reasoned` every call is thought through before it is made (`reasoning.py`).
+Tools are split into training and held-out ones by `words.split_of`; record i depends on (split, seed, level, i) only.
 """
 
 import dataclasses
@@ -15,16 +15,7 @@ from typing import Any, Literal
 
 from rest_jax.data.records import StepRecord
 from rest_jax.data.synthetic.reasoning import REASONED_HABITS, Task, answer
-from rest_jax.data.synthetic.words import (
-    CODE,
-    SYLLABLES,
-    Split,
-    Tool,
-    pairs,
-    value,
-    words,
-)
-from rest_jax.errors import UserError
+from rest_jax.data.synthetic.words import CODE, SYLLABLES, Split, Tool, pairs, value, words
 from rest_jax.tool_calls import Call, Target
 
 Level = Literal["single", "mixed", "reasoned"]
@@ -49,8 +40,8 @@ KINDS: dict[str, dict[str, float]] = {
         "final": 0.08,
     },
 }
-# what the sloppy demonstrator does, with its probability at sloppiness 1 where the habit applies. Above a half the greedy
-# answer of an imitator is wrong, while four samples nearly always hold a right one (1 - 0.6^4 = 87 %).
+# what the sloppy demonstrator does, with its probability where the habit applies. Above a half the greedy answer of an imitator
+# is wrong, while four samples nearly always hold a right one (1 - 0.6^4 = 87 %).
 HABITS: dict[str, float] = {
     "stringly": 0.60,  # writes integers, numbers and booleans as strings; decided once a record
     "forgets_second": 0.60,  # makes only the first of two parallel calls, though the thought names both
@@ -64,86 +55,75 @@ _OPENINGS = ("please", "i want to", "can you", "i need to", "now", "could you")
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """A record in the making: `tempting` is the call a careless demonstrator makes where no tool fits."""
+    """A record in the making: `tempting` is what a careless demonstrator answers where no tool fits."""
 
     tools: list[Tool]
     history: list[dict[str, Any]]
     target: Target
     tasks: tuple[Task, ...]
     done: str = ""  # what a later step's thought begins with
-    tempting: Call | None = None
-    tempting_think: str | None = None
+    tempting: Target | None = None
 
 
 def world(split: Split, seed: int, size: int, level: Level = "mixed") -> list[StepRecord]:
-    """`size` records with correct answers; `split` "eval" holds other tools than "train". UserError for unknown names."""
-    return [_record(split, seed, i, level, 0.0) for i in range(size)]
+    """`size` records with correct answers; `split` "eval" holds other tools than "train"."""
+    return [_record(split, seed, i, level, sloppy=False) for i in range(size)]
 
 
-def demonstrations(
-    split: Split, seed: int, size: int, level: Level = "mixed", sloppiness: float = 1.0
-) -> list[StepRecord]:
-    """The same requests as `world`, answered with the mistakes of `HABITS`, each probability times `sloppiness` in [0, 1]."""
-    if not 0 <= sloppiness <= 1:
-        raise UserError(f"sloppiness {sloppiness}: between 0 and 1")
-    return [_record(split, seed, i, level, sloppiness) for i in range(size)]
+def demonstrations(split: Split, seed: int, size: int, level: Level = "mixed") -> list[StepRecord]:
+    """The same requests as `world`, answered with the mistakes of `HABITS` (`REASONED_HABITS` at level `reasoned`)."""
+    return [_record(split, seed, i, level, sloppy=True) for i in range(size)]
 
 
-def _record(split: Split, seed: int, index: int, level: Level, sloppiness: float) -> StepRecord:
-    if split not in ("train", "eval"):
-        raise UserError(f"synthetic split {split!r}: one of train, eval")
-    if level not in KINDS:
-        raise UserError(f"synthetic level {level!r}: one of {', '.join(KINDS)}")
+def _record(split: Split, seed: int, index: int, level: Level, sloppy: bool) -> StepRecord:
     name = f"{split}-{seed}-{level}-{index}"
     rng = random.Random(name)
     kind = rng.choices(list(KINDS[level]), list(KINDS[level].values()))[0]
     maker = Maker(rng, split)
     draft = getattr(maker, kind)()
     rng.shuffle(draft.tools)
-    spoil = _careless if level == "reasoned" else _sloppy
-    target = spoil(draft, random.Random(f"habits-{name}"), sloppiness)
+    reasoned = level == "reasoned"
+    known = REASONED_HABITS if reasoned else HABITS
+    habits = _striking(known, random.Random(f"habits-{name}")) if sloppy else set()
+    target = _reasoned_answer(draft, habits) if reasoned else _plain_answer(draft, habits)
     return StepRecord(
         id=f"synthetic-{name}-{kind}",
         source="synthetic",
         tools=tuple(tool.schema() for tool in draft.tools),
         history=tuple(draft.history),
-        target=target,
+        target=_misspelt(target, habits),
     )
 
 
-def _sloppy(draft: Draft, rng: random.Random, sloppiness: float) -> Target:
-    """The draft's answer with every habit that strikes."""
-    strikes = _strikes(HABITS, rng, sloppiness)
+def _striking(habits: dict[str, float], rng: random.Random) -> set[str]:
+    """The habits that strike in one record."""
+    return {habit for habit, probability in habits.items() if rng.random() < probability}
+
+
+def _plain_answer(draft: Draft, habits: set[str]) -> Target:
+    """The draft's answer; the habits may spoil the choice of its calls."""
     target = draft.target
-    if strikes["spurious_call"] and draft.tempting is not None:
-        target = Target(calls=(draft.tempting,), think=draft.tempting_think)
-    if strikes["forgets_second"]:
+    if "spurious_call" in habits and draft.tempting is not None:
+        target = draft.tempting
+    if "forgets_second" in habits:
         target = dataclasses.replace(target, calls=target.calls[:1])
-    return _misspelt(target, strikes)
+    return target
 
 
-def _careless(draft: Draft, rng: random.Random, sloppiness: float) -> Target:
-    """The thought-through answer with every habit of `REASONED_HABITS` that strikes."""
-    strikes = _strikes(REASONED_HABITS, rng, sloppiness)
-    habits = [habit for habit, strikes_now in strikes.items() if strikes_now]
+def _reasoned_answer(draft: Draft, habits: set[str]) -> Target:
+    """The thought-through answer; the habits may spoil the thought."""
     report = draft.target.response or ""
-    target = answer(draft.tasks, draft.tools, draft.done, report, NO_TOOL, habits)
-    return _misspelt(target, strikes)
+    return answer(draft.tasks, draft.tools, draft.done, report, NO_TOOL, habits)
 
 
-def _strikes(habits: dict[str, float], rng: random.Random, sloppiness: float) -> dict[str, bool]:
-    """Which habits strike. The same numbers are drawn for every sloppiness."""
-    return {habit: rng.random() < p * sloppiness for habit, p in habits.items()}
-
-
-def _misspelt(target: Target, strikes: dict[str, bool]) -> Target:
+def _misspelt(target: Target, habits: set[str]) -> Target:
     """The habits that spoil the writing of a call, not the choice of it."""
-    if strikes["stringly"]:
+    if "stringly" in habits:
         calls = tuple(
             Call(c.name, {k: _as_string(v) for k, v in c.arguments.items()}) for c in target.calls
         )
         target = dataclasses.replace(target, calls=calls)
-    if strikes["chatty"] and target.calls:
+    if "chatty" in habits and target.calls:
         target = dataclasses.replace(target, response=CHATTER)
     return target
 
@@ -190,7 +170,7 @@ class Maker:
         clause, call = self._request(wanted)
         near = self.similar(wanted, parameters=list(wanted.parameters))
         masks = dict(zip(wanted.parameters.values(), near.parameters.values(), strict=True))
-        tempting = Call(near.name, {masks[mask]: v for mask, v in call.arguments.items()})
+        nearest = Call(near.name, {masks[mask]: v for mask, v in call.arguments.items()})
         others = [self.tool(most=2) for _ in range(self.rng.randint(1, 2))]
         target = Target(response=NO_TOOL, think=f"need to {wanted.does}: no tool fits")
         return Draft(
@@ -198,8 +178,7 @@ class Maker:
             history=self._say(clause),
             target=target,
             tasks=(_task(wanted, call),),
-            tempting=tempting,
-            tempting_think=thought((wanted.does, near)),
+            tempting=Target(calls=(nearest,), think=thought((wanted.does, near))),
         )
 
     def first(self) -> Draft:
@@ -241,13 +220,8 @@ class Maker:
         one, other = self.tool(most=2), self.tool(parameters=[CODE])
         clause, call = self._request(one)
         code, _ = value(self.rng, CODE)
-        return (
-            one,
-            other,
-            f"{clause}, then {other.action} the {other.thing} with the {CODE} you get",
-            call,
-            code,
-        )
+        clause += f", then {other.action} the {other.thing} with the {CODE} you get"
+        return one, other, clause, call, code
 
     def _say(self, clause: str) -> list[dict[str, Any]]:
         return [{"role": "user", "content": f"{self.rng.choice(_OPENINGS)} {clause}"}]

@@ -3,8 +3,7 @@
 import hypothesis
 import hypothesis.strategies as st
 
-from rest_jax.data.convert.dialogue import decompose
-from rest_jax.data.records import StepRecord
+from rest_jax.data.records import StepRecord, decompose
 from rest_jax.tool_calls import Call, Target
 
 TOOLS = ({"name": "f", "description": "", "parameters": {}},)

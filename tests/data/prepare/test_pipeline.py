@@ -11,15 +11,16 @@ import pytest
 from rest_jax import cli
 from rest_jax.data import files, tokenize
 from rest_jax.data.convert.xlam import NO_CALL
-from rest_jax.data.files import read_records, write_records
+from rest_jax.data.files import read_records
 from rest_jax.data.prepare import pipeline, split, summary
 from rest_jax.data.prepare.settings import Settings
 from rest_jax.data.records import from_json, to_json
 from rest_jax.data.synthetic import world as synthetic
-from rest_jax.data.synthetic.tiny_tokenizer import train_tokenizer
 from rest_jax.errors import UserError
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.templates import TEMPLATES
+from tests.data.writing import write_records
+from tools.tiny_tokenizer import train_tokenizer
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 
@@ -109,6 +110,7 @@ def test_prepared_files_are_a_source_too(tmp_path, out):
     worlds = [synthetic.world("train", 0, 20)] * 2
     files = [tmp_path / "a" / "x.parquet", tmp_path / "b" / "x.jsonl"]
     for path, world in zip(files, worlds, strict=True):
+        path.parent.mkdir(exist_ok=True)
         write_records(path, world)
     result = run(map(str, files), out, source="records", keep_duplicates=True)
     records = read_records(out)  # which refuses an id that comes twice
@@ -315,7 +317,7 @@ def test_a_prompt_that_the_chat_template_refuses_is_dropped(tmp_path, out, token
 
 @pytest.mark.parametrize("template", ["toolrl", "hermes"])
 def test_long_records_are_dropped(tmp_path, source_file, out, tokenizer, template):
-    counter = summary.TokenCounter(Tokenizer.load(tokenizer), TEMPLATES[template], False)
+    counter = summary.token_counter(tokenizer, template, False)
     long = dialogue(90)
     long["messages"][0]["content"] = "question " * 500
     path = write(tmp_path / "long.jsonl", [long])

@@ -100,10 +100,6 @@ def test_habits_strike_at_their_rates_and_are_seen_in_the_thought(right, careles
         assert np.mean(made[habit]) == pytest.approx(REASONED_HABITS[habit], abs=0.06), habit
 
 
-def test_no_sloppiness_is_the_world(right):
-    assert synthetic.demonstrations("train", 5, SIZE, "reasoned", sloppiness=0.0) == right
-
-
 def test_carelessness_costs_most_of_the_parallel_answers(right, careless):
     """A policy that imitates has something to learn: a hasty choice is often, not always, wrong."""
     same = collections.defaultdict(list)

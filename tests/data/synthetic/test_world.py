@@ -8,10 +8,10 @@ import pytest
 
 from rest_jax.data.records import from_json, to_json
 from rest_jax.data.synthetic import world as synthetic
-from rest_jax.data.synthetic.tiny_tokenizer import train_tokenizer
 from rest_jax.data.synthetic.words import ACTIONS, OBJECTS, PARAMETER_TYPES, pairs, split_of
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.templates import TEMPLATES
+from tools.tiny_tokenizer import train_tokenizer
 
 SIZE = 1500
 JSON_TYPES = {"string": str, "integer": int, "number": float, "boolean": bool, "array": list}
@@ -135,12 +135,6 @@ def test_gold_answers_parse_to_their_targets(records):
         assert (answer.response is None) == (record.target.response is None)
 
 
-def test_no_sloppiness_is_the_world():
-    assert synthetic.demonstrations("train", 2, 200, sloppiness=0.0) == synthetic.world(
-        "train", 2, 200
-    )
-
-
 def test_habits_strike_at_their_rates():
     """Each mistake is found from the outside, by comparing with the right answer of the same record."""
     right, sloppy = synthetic.world("train", 5, 4000), synthetic.demonstrations("train", 5, 4000)
@@ -167,19 +161,6 @@ def test_spurious_calls_are_well_formed():
         tools = {tool["name"]: tool for tool in record.tools}
         for call in record.target.calls:
             assert set(call.arguments) <= set(tools[call.name]["parameters"])
-
-
-@pytest.mark.parametrize(
-    "arguments", [("test", 0, 1, "mixed"), ("train", 0, 1, "hard")], ids=["split", "level"]
-)
-def test_unknown_names_are_refused(arguments):
-    with pytest.raises(ValueError, match=arguments[0] if arguments[0] == "test" else "hard"):
-        synthetic.world(*arguments)
-
-
-def test_sloppiness_out_of_range():
-    with pytest.raises(ValueError, match=r"sloppiness 1\.5"):
-        synthetic.demonstrations("train", 0, 1, sloppiness=1.5)
 
 
 def test_compact_for_a_small_vocabulary(tmp_path):
