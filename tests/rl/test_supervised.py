@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rest_jax.models.layouts import prompt_rows
 
 from rest_jax.config import LossConfig, SftConfig
 from rest_jax.distributed import replicated
+from rest_jax.models.attention import prompt_rows
 from rest_jax.models.decoder import logits, param_shardings
 from rest_jax.rl.packing import BatchLengths
 from rest_jax.rl.supervised import (
