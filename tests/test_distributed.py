@@ -14,7 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from rest_jax import distributed as sharding
 from rest_jax.config import MeshConfig
-from rest_jax.models.attention import group_layout, pack_group, predicting_hidden, prompt_rows
+from rest_jax.models.attention import pack_group, predicting_hidden, prompt_rows
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import Decoder, abstract_params, logits, param_shardings
 from tests import tiny
@@ -47,8 +47,7 @@ def make_params():
 
 
 def loss(params, prompt, prompt_length, responses, response_length):
-    layout = group_layout(prompt, prompt_length, responses, response_length)
-    tokens, positions = pack_group(prompt, prompt_length, responses)
+    tokens, positions, layout = pack_group(prompt, prompt_length, responses, response_length)
     hidden, _ = Decoder(CFG).apply({"params": params}, tokens, positions, layout)
     logp = jax.nn.log_softmax(logits(params, CFG, predicting_hidden(hidden, layout)))
     chosen = jnp.take_along_axis(logp, responses[..., None], axis=-1)[..., 0]

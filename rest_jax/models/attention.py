@@ -51,25 +51,19 @@ def prompt_rows(
 
 
 def pack_group(
-    prompt: Int[Array, "P Tp"], prompt_length: Int[Array, " P"], responses: Int[Array, "P G Tr"]
-) -> tuple[Int[Array, "P packed"], Int[Array, "P packed"]]:
-    """Tokens and positions `[P, Tp + G*Tr]` (int32) of complete groups, for a GroupLayout."""
-    prompts, group_size, width = responses.shape
-    tokens = jnp.concatenate([prompt, responses.reshape(prompts, group_size * width)], axis=1)
-    own = prompt_length[:, None] + jnp.tile(jnp.arange(width, dtype=jnp.int32), group_size)
-    first = jnp.broadcast_to(jnp.arange(prompt.shape[1], dtype=jnp.int32), prompt.shape)
-    return tokens.astype(jnp.int32), jnp.concatenate([first, own.astype(jnp.int32)], axis=1)
-
-
-def group_layout(
     prompt: Int[Array, "P Tp"],
     prompt_length: Int[Array, " P"],
     responses: Int[Array, "P G Tr"],
     response_length: Int[Array, "P G"],
-) -> GroupLayout:
-    """The layout that goes with `pack_group` of the same arrays."""
-    _, group_size, width = responses.shape
-    return GroupLayout(prompt_length, response_length, prompt.shape[1], group_size, width)
+) -> tuple[Int[Array, "P packed"], Int[Array, "P packed"], GroupLayout]:
+    """Tokens and positions `[P, Tp + G*Tr]` (int32) of complete groups, and their layout."""
+    prompts, group_size, width = responses.shape
+    tokens = jnp.concatenate([prompt, responses.reshape(prompts, group_size * width)], axis=1)
+    own = prompt_length[:, None] + jnp.tile(jnp.arange(width, dtype=jnp.int32), group_size)
+    first = jnp.broadcast_to(jnp.arange(prompt.shape[1], dtype=jnp.int32), prompt.shape)
+    positions = jnp.concatenate([first, own.astype(jnp.int32)], axis=1)
+    layout = GroupLayout(prompt_length, response_length, prompt.shape[1], group_size, width)
+    return tokens.astype(jnp.int32), positions, layout
 
 
 def split_group(
@@ -123,8 +117,9 @@ def attend_prompts(
     precision: jax.lax.Precision,
 ) -> Float[Array, "B T K R H"]:
     """Causal attention of right-padded rows: what lies behind a query is never seen, so only outputs need a mask."""
-    q, k, v = _as_group(q), _heads_first(k), _heads_first(v)
-    out = _time_first(_attend_causally(q, k, v, precision))
+    q = q.transpose(0, 2, 3, 1, 4)[:, :, None]  # [B T K R H] -> [B K 1 R T H]
+    out = _attend_causally(q, _heads_first(k), _heads_first(v), precision)
+    out = out[:, :, 0].transpose(0, 3, 1, 2, 4)  # [B K 1 R T H] -> [B T K R H]
     valid = jnp.arange(out.shape[1]) < layout.length[:, None]
     return jnp.where(valid[..., None, None, None], out, 0)
 
@@ -244,15 +239,11 @@ def _attend_causally(q, k, v, precision, shared: Keys | None = None):
     out = []
     for start in range(0, time, _BLOCK):
         end = min(start + _BLOCK, time)
-        keys = Keys(k[..., :end, :], v[..., :end, :], _causal(start, end))
+        seen = jnp.arange(start, end)[:, None] >= jnp.arange(end)  # [M S]
+        keys = Keys(k[..., :end, :], v[..., :end, :], seen)
         parts = (keys,) if shared is None else (shared, keys)
         out.append(softmax_over(q[..., start:end, :], parts, precision))
     return out[0] if len(out) == 1 else jnp.concatenate(out, axis=4)
-
-
-def _causal(start: int, end: int) -> Bool[Array, "M S"]:
-    """Whether the queries start..end may see the keys 0..end."""
-    return jnp.arange(start, end)[:, None] >= jnp.arange(end)
 
 
 def _by_kv_head(q, keys):
@@ -264,14 +255,6 @@ def _by_kv_head(q, keys):
 
 def _heads_first(x):
     return x.transpose(0, 2, 1, 3)  # [P T K H] -> [P K T H]
-
-
-def _as_group(q):
-    return q.transpose(0, 2, 3, 1, 4)[:, :, None]  # [B T K R H] -> [B K 1 R T H]
-
-
-def _time_first(out):
-    return out[:, :, 0].transpose(0, 3, 1, 2, 4)  # [B K 1 R T H] -> [B T K R H]
 
 
 # The four products of attention as batches of plain matrices: a part with a group axis has one matrix a row of the group,

@@ -65,7 +65,8 @@ class LayerCache(NamedTuple):
         self, index: Int[Array, "W N"], k: Float[Array, "W N K H"], v: Float[Array, "W N K H"]
     ) -> "LayerCache":
         """With one token's keys and values at `index` of every decode slot; a full slot drops the write."""
-        where = _next_token(index)
+        shard, slot = jnp.indices(index.shape)
+        where = (shard, slot, slice(None), index)
         return self._replace(
             response_k=_write(self.response_k, where, k),
             response_v=_write(self.response_v, where, v),
@@ -106,8 +107,8 @@ class Cache:
         """Writes one token's keys and values (a layer: `[W N K H]`) at `index` of every decode slot and advances it; a full
         slot drops the write.
         """
-        where = _next_token(self.index)
-        return self.advance(_write(self.response_k, where, k), _write(self.response_v, where, v))
+        written = self.layers.write(self.index, k, v)  # type: ignore[arg-type]
+        return self.advance(written.response_k, written.response_v)
 
     def advance(self, response_k: Layers, response_v: Layers) -> "Cache":
         """With these layers, into which a token was written, one token further."""
@@ -133,12 +134,6 @@ class Cache:
 def is_stacked(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Whether an array of a cache holds the keys or values of all layers, `[L W ...]`; every other one leads with W."""
     return x.ndim == 6
-
-
-def _next_token(index: Int[Array, "W N"]) -> tuple:
-    """Indices of one layer, at which the next token of every decode slot goes."""
-    shard, slot = jnp.indices(index.shape)
-    return shard, slot, slice(None), index
 
 
 def _write(layers: Layers, where: tuple, new: Layers) -> Layers:

@@ -234,13 +234,12 @@ def _times(x: jax.Array, w: jax.Array, cfg: DecoderConfig) -> jax.Array:
 
 def _rematerialised(cfg: DecoderConfig) -> Any:
     """Block, recomputed in the backward pass as `cfg.remat` says."""
-    if cfg.remat == "block":
-        return nn.remat(Block, prevent_cse=False)
-    if cfg.remat == "dots":
-        # keeps the projections' outputs; scores (matmuls with batch dimensions) are computed again
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        return nn.remat(Block, policy=policy, prevent_cse=False)
-    return Block
+    if cfg.remat == "none":
+        return Block
+    # dots keeps the projections' outputs; scores (matmuls with batch dimensions) are computed again
+    keep_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policy = keep_dots if cfg.remat == "dots" else None
+    return nn.remat(Block, policy=policy, prevent_cse=False)
 
 
 def _stacked(cfg: DecoderConfig) -> Any:

@@ -11,22 +11,13 @@ superfluous calls would use.
 
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from rest_jax.config import RewardConfig
 from rest_jax.tool_calls import Call
-
-
-class Match(NamedTuple):
-    """One gold call and its partner; `predicted` None: it has none, and both scores are 0."""
-
-    gold: int
-    predicted: int | None
-    r_para: float
-    r_value: int
 
 
 def canonical(value: Any) -> Hashable:
@@ -46,7 +37,11 @@ def same_calls(gold: Sequence[Call], predicted: Sequence[Call]) -> bool:
     """Whether the two are equal as multisets: names, parameters and values."""
     if len(gold) != len(predicted):
         return False
-    return _multiset(gold) == _multiset(predicted)
+    given, found = (
+        Counter((call.name, canonical(call.arguments)) for call in calls)
+        for calls in (gold, predicted)
+    )
+    return given == found
 
 
 def superfluous(gold: Sequence[Call], predicted: Sequence[Call]) -> int:
@@ -69,8 +64,8 @@ def r_name(
 
 def match_calls(
     gold: Sequence[Call], predicted: Sequence[Call], strict: bool = False
-) -> list[Match]:
-    """The best one-to-one pairing of calls with the same name, one `Match` a gold call, in order.
+) -> list[float]:
+    """r_para + r_value of each gold call in the best one-to-one pairing of calls with the same name; 0 without a partner.
 
     Time: gold x predicted of each name, plus its assignment problem.
     """
@@ -78,16 +73,15 @@ def match_calls(
     for i, call in enumerate(gold):
         by_name[call.name][0].append(i)
     for j, call in enumerate(predicted):
-        if call.name in by_name:
-            by_name[call.name][1].append(j)
-    matches = [Match(i, None, 0.0, 0) for i in range(len(gold))]
+        by_name[call.name][1].append(j)
+    matched = [0.0] * len(gold)
     for rows, columns in by_name.values():
         wanted = [_parameters(gold[i]) for i in rows]
         offered = [_parameters(predicted[j]) for j in columns]
         scores = [[_pair_score(g, p, strict) for p in offered] for g in wanted]
         for row, column in _assign(scores):
-            matches[rows[row]] = Match(rows[row], columns[column], *scores[row][column])
-    return matches
+            matched[rows[row]] = scores[row][column]
+    return matched
 
 
 def accuracy(gold: Sequence[Call], predicted: Sequence[Call], cfg: RewardConfig) -> float:
@@ -98,9 +92,8 @@ def accuracy(gold: Sequence[Call], predicted: Sequence[Call], cfg: RewardConfig)
         return float(same_calls(gold, predicted))
     if not predicted:
         return 0.0
-    matches = match_calls(gold, predicted, cfg.strict_match)
     gained = r_name(gold, predicted, cfg.count_extra_calls, cfg.strict_match)
-    gained += sum(match.r_para + match.r_value for match in matches)
+    gained += sum(match_calls(gold, predicted, cfg.strict_match))
     score = gained / (1 + len(gold) + sum(len(call.arguments) for call in gold))
     cost = cfg.extra_call_penalty * superfluous(gold, predicted) / len(gold)
     return score * max(0.0, 1.0 - cost)
@@ -110,28 +103,21 @@ def _parameters(call: Call) -> dict[str, Hashable]:
     return {key: canonical(value) for key, value in call.arguments.items()}
 
 
-def _multiset(calls: Sequence[Call]) -> Counter[Hashable]:
-    return Counter((call.name, canonical(call.arguments)) for call in calls)
-
-
-def _pair_score(
-    gold: Mapping[str, Hashable], found: Mapping[str, Hashable], strict: bool
-) -> tuple[float, int]:
-    """(r_para, r_value) of one pair."""
+def _pair_score(gold: Mapping[str, Hashable], found: Mapping[str, Hashable], strict: bool) -> float:
+    """r_para + r_value of one pair."""
     common = gold.keys() & found.keys()
     union = len(gold) + len(found) - len(common)
     r_para = len(common) / union if union else 1.0
     if strict and r_para < 1.0:
         r_para = 0.0
-    return r_para, sum(gold[key] == found[key] for key in common)
+    return r_para + sum(gold[key] == found[key] for key in common)
 
 
-def _assign(scores: list[list[tuple[float, int]]]) -> list[tuple[int, int]]:
+def _assign(scores: list[list[float]]) -> list[tuple[int, int]]:
     """(row, column) pairs of the largest total."""
     if not scores or not scores[0]:
         return []
     if len(scores) == 1:
-        totals = [para + value for para, value in scores[0]]
-        return [(0, totals.index(max(totals)))]
-    rows, columns = linear_sum_assignment(np.array(scores).sum(axis=-1), maximize=True)
+        return [(0, scores[0].index(max(scores[0])))]
+    rows, columns = linear_sum_assignment(np.array(scores), maximize=True)
     return list(zip(rows.tolist(), columns.tolist(), strict=True))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import named_scope
 from jaxtyping import Array, Float, Int
 
-from rest_jax.models.attention import group_layout, pack_group, predicting_hidden
+from rest_jax.models.attention import pack_group, predicting_hidden
 from rest_jax.models.decoder import Decoder, head_matrix
 from rest_jax.rl.loss import TokenLoss, TokenStats
 from rest_jax.types import Params, ResponseBatch, Sampling
@@ -275,8 +275,7 @@ def response_hidden(
     """
     groups = batch.prompt, batch.prompt_length, batch.responses
     with named_scope("trunk"):
-        tokens, positions = pack_group(*groups)
-        layout = group_layout(*groups, batch.response_length)
+        tokens, positions, layout = pack_group(*groups, batch.response_length)
         hidden, _ = decoder.apply({"params": params}, tokens, positions, layout)
         hidden = predicting_hidden(hidden, layout)
         return hidden.reshape(tokens.shape[0], -1, hidden.shape[-1])

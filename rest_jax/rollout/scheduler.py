@@ -14,7 +14,6 @@ calls. Groups are numbered globally, process by process.
 
 import collections
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,7 +51,6 @@ class SamplerStats:
     tokens: int = 0
     slot_steps: int = 0
     calls: int = 0
-    seconds: float = 0.0
 
     @property
     def utilisation(self) -> float:
@@ -75,8 +73,7 @@ class Shard:
         self.waiting = collections.deque(groups)
         self.group_size, self.num_slots = group_size, slots
         self.entries: list[int | None] = [None] * entries  # the group in each
-        self.unstarted = [collections.deque[Response]() for _ in range(entries)]
-        self.unfinished = [0] * entries
+        self.unstarted: list[Response] = []  # of cached prompts, first entry first
         self.busy: dict[int, Response] = {}  # by decode slot
         self.index = np.zeros(slots, np.int64)  # tokens drawn of each slot's response
 
@@ -86,32 +83,26 @@ class Shard:
         return [n for n in range(self.num_slots) if n not in self.busy]
 
     @property
-    def unstarted_count(self) -> int:
-        """Responses of cached prompts that wait for a decode slot."""
-        return sum(map(len, self.unstarted))
-
-    @property
     def nothing_waits(self) -> bool:
         """Whether every response of every prompt has been started."""
-        return not self.waiting and not self.unstarted_count
+        return not self.waiting and not self.unstarted
 
     def next_prompt(self) -> tuple[int, int] | None:
         """(group, entry) of a prompt to prefill, when decode slots would idle otherwise."""
         if not self.waiting or None not in self.entries:
             return None
-        if len(self.free_slots) <= self.unstarted_count:
+        if len(self.free_slots) <= len(self.unstarted):
             return None
         entry, group = self.entries.index(None), self.waiting.popleft()
-        self.entries[entry], self.unfinished[entry] = group, self.group_size
-        samples = range(self.group_size)
-        self.unstarted[entry].extend(Response(group, sample, entry) for sample in samples)
+        self.entries[entry] = group
+        self.unstarted += [Response(group, sample, entry) for sample in range(self.group_size)]
+        self.unstarted.sort(key=lambda response: response.entry)
         return group, entry
 
     def start(self) -> dict[int, Response]:
         """Starts waiting responses, first entry first, in free decode slots; returns them by slot."""
-        waiting = [entry for entry, responses in enumerate(self.unstarted) for _ in responses]
-        slots = zip(self.free_slots, waiting, strict=False)
-        started = {slot: self.unstarted[entry].popleft() for slot, entry in slots}
+        started = dict(zip(self.free_slots, self.unstarted, strict=False))
+        del self.unstarted[: len(started)]
         self.busy |= started
         self.index[list(started)] = 0
         return started
@@ -119,8 +110,7 @@ class Shard:
     def finish(self, slot: int) -> int | None:
         """Frees a decode slot whose response has ended; returns its group when that is complete."""
         group, _, entry = self.busy.pop(slot)
-        self.unfinished[entry] -= 1
-        if self.unfinished[entry]:
+        if any(other.entry == entry for other in [*self.busy.values(), *self.unstarted]):
             return None
         self.entries[entry] = None
         return group
@@ -153,14 +143,12 @@ class Sampler:
 
         `limits` `[P, G]`: tokens of each response at most, where that is below `max_tokens`.
         """
-        begun = time.monotonic()
         rollout = _Rollout(self, params, prompts, limits)
         while rollout.refill(rng, jnp.int32(step)):
             for group in rollout.decode():
                 if on_group is not None:
                     on_group(group, rollout.rows(group))
         self.stats = rollout.stats
-        self.stats.seconds = time.monotonic() - begun
         return rollout.out
 
 

@@ -8,11 +8,11 @@ the regions.
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Protocol
 
 import numpy as np
 
 from rest_jax.config import RewardConfig
+from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.rewards import Score, score
 from rest_jax.rl.regions import label_tokens
 from rest_jax.templates import Template
@@ -20,22 +20,10 @@ from rest_jax.tool_calls import Target
 from rest_jax.types import RolloutBatch, ScoredBatch
 
 
-class TokenBytes(Protocol):
-    """What scoring needs of a tokenizer (`tokenizer.Tokenizer` has it)."""
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]: ...
-
-    @property
-    def piece_lengths(self) -> np.ndarray: ...  # int32 [V], bytes of each id
-
-    def bytes_of(self, ids: Sequence[int]) -> bytes: ...
-
-
 def score_rollout(
     rollout: RolloutBatch,
     targets: Sequence[Target],
-    tokenizer: TokenBytes,
+    tokenizer: Tokenizer,
     template: Template,
     cfg: RewardConfig,
     progress: float,
@@ -63,27 +51,21 @@ def score_rollout(
         for row, n in zip(ids.tolist(), text_length.tolist(), strict=True)
     ]
     region = label_tokens(answers, tokenizer.piece_lengths[ids], text_length, has_stop)
+    gold = [target for target in targets for _ in range(group)]
     scores = [
-        [
-            score(
-                answers[p * group + g],
-                targets[p],
-                template.name,
-                cfg,
-                progress,
-                int(length[p * group + g]),
-            )
-            for g in range(group)
-        ]
-        for p in range(prompts)
+        score(answer, target, template.name, cfg, progress, n)
+        for answer, target, n in zip(answers, gold, length.tolist(), strict=True)
     ]
+    reward, form = (
+        np.array([(s.reward, s.format_score) for s in scores], np.float32).reshape(-1, 2).T
+    )
     scored = ScoredBatch(
         rollout=rollout,
         region=region.reshape(prompts, group, width),  # type: ignore[arg-type]
-        reward=_table(scores, "reward").reshape(prompts, group),  # type: ignore[arg-type]
-        format_score=_table(scores, "format_score").reshape(prompts, group),  # type: ignore[arg-type]
+        reward=reward.reshape(prompts, group),  # type: ignore[arg-type]
+        format_score=form.reshape(prompts, group),  # type: ignore[arg-type]
     )
-    return scored.validate(), scores
+    return scored.validate(), [scores[p * group : (p + 1) * group] for p in range(prompts)]
 
 
 def summarise_scores(
@@ -103,15 +85,11 @@ def summarise_scores(
 
 def truncated(rollout: RolloutBatch, stop_ids: Sequence[int]) -> float:
     """Share of the completions whose last token does not end the turn."""
-    last = np.take_along_axis(rollout.responses, rollout.response_length[..., None] - 1, axis=-1)
-    return float(np.mean(~np.isin(last, stop_ids)))
+    ended = _ends_with_stop(rollout.responses, rollout.response_length, stop_ids)
+    return float(np.mean(~ended))
 
 
 def _ends_with_stop(ids: np.ndarray, length: np.ndarray, stop_ids: Sequence[int]) -> np.ndarray:
-    """bool [B]: whether the last id of a response is a stop id."""
-    last = ids[np.arange(len(ids)), np.maximum(length - 1, 0)]
+    """bool, the shape of `length`: whether the last of a response's ids `[..., T]` is a stop id."""
+    last = np.take_along_axis(ids, np.maximum(length - 1, 0)[..., None], axis=-1)[..., 0]
     return (length > 0) & np.isin(last, np.array(stop_ids, ids.dtype))
-
-
-def _table(scores: list[list[Score]], field: str) -> np.ndarray:
-    return np.array([[getattr(s, field) for s in row] for row in scores], np.float32)

@@ -1,4 +1,5 @@
-"""The policy of any source: the folder of a run (its newest sound checkpoint), or what `models.load` reads.
+"""The policy of any source: the folder of a run (its newest sound checkpoint), or an HF folder, a hub id or a converted
+folder.
 
 `load_policy` loads it, so the checkpoint of one run is the start of another; `export` writes it as a Hugging Face folder.
 """
@@ -13,31 +14,32 @@ from flax import linen as nn
 from rest_jax import config as config_lib
 from rest_jax.config import Config, MeshConfig, ModelConfig
 from rest_jax.distributed import make_mesh
-from rest_jax.models.decoder import abstract_params, param_shardings
+from rest_jax.models.decoder import Decoder, abstract_params, param_shardings
 from rest_jax.models.hf import write as hf
-from rest_jax.models.hf.config import decoder_config
-from rest_jax.models.hf.folder import read_json
-from rest_jax.models.load import Policy, compute_dtype, load_pretrained, make_policy
+from rest_jax.models.hf.read import load_model, read_config
+from rest_jax.models.load import Policy, compute_dtype
+from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run import checkpoint
 from rest_jax.run.folder import CONFIG_FILE, MODEL_FOLDER
 
 
 def load_policy(model: ModelConfig, mesh_config: MeshConfig) -> Policy:
     """Loads weights straight into their shards. UserError for a source that cannot be used."""
-    mesh = make_mesh(mesh_config)
-    if not is_run(model.source):
-        return load_pretrained(model, mesh)
-    folder = pathlib.Path(model.source)
-    files = folder / MODEL_FOLDER
-    sizes = decoder_config(read_json(files / "config.json"))
-    config = dataclasses.replace(sizes, dtype=compute_dtype(model.dtype), remat=model.remat)
-    shapes = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        nn.meta.unbox(abstract_params(config)),
-        param_shardings(config, mesh),
-    )
-    params, _ = checkpoint.restore_params(folder, shapes)
-    return make_policy(config, params, model.tokenizer, mesh, files)
+    mesh, dtype = make_mesh(mesh_config), compute_dtype(model.dtype)
+    if is_run(model.source):
+        folder = pathlib.Path(model.source)
+        files = folder / MODEL_FOLDER
+        config = dataclasses.replace(read_config(files), dtype=dtype, remat=model.remat)
+        shapes = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            nn.meta.unbox(abstract_params(config)),
+            param_shardings(config, mesh),
+        )
+        params, _ = checkpoint.restore_params(folder, shapes)
+    else:
+        config, params, files = load_model(model.source, mesh, dtype, model.remat)
+    tokenizer = Tokenizer.load(model.tokenizer or files, vocab_size=config.vocab_size)
+    return Policy(Decoder(config), params, tokenizer, mesh, files)
 
 
 def export(source: str, out: str | pathlib.Path, dtype: str | None = None) -> None:

@@ -5,22 +5,10 @@ No jax in here, not even indirectly: data workers and reward hosts import it.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
 
 from rest_jax.templates import hermes, llama3, toolrl
 from rest_jax.tool_calls import Answer, Target
-
-
-class RenderPrompt(Protocol):
-    """Tools and dialogue so far to chat messages ({"role", "content"})."""
-
-    def __call__(
-        self,
-        tools: Sequence[Mapping[str, Any]],
-        history: Sequence[Mapping[str, Any]],
-        brief: bool = False,
-    ) -> list[dict[str, str]]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +16,8 @@ class Template:
     """One template. `parse` is total: any bytes give an `Answer`."""
 
     name: str
-    render_prompt: RenderPrompt
+    # (tools, history, brief=False): tools and dialogue so far to chat messages ({"role", "content"})
+    render_prompt: Callable[..., list[dict[str, str]]]
     render_answer: Callable[[Target], str]
     parse: Callable[[bytes], Answer]
 

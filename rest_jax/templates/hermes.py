@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rest_jax.templates import parser
-from rest_jax.templates.rendering import call_lines, signature, verbatim
+from rest_jax.templates.rendering import call_lines, prose_turn, signature, verbatim
 from rest_jax.tool_calls import Answer, Target
 
 _BEFORE_TOOLS = """# Tools
@@ -73,6 +73,5 @@ def parse(data: bytes) -> Answer:
 
 
 def _turn(think: str | None, calls: Sequence[Any], response: str | None) -> str:
-    thought = "" if think is None else f"<think>\n{think}\n</think>\n\n"
     blocks = [f"<tool_call>\n{line}\n</tool_call>" for line in call_lines(calls, "arguments")]
-    return thought + "\n".join(([response] if response else []) + blocks)
+    return prose_turn(think, response, blocks)

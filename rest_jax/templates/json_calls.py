@@ -97,16 +97,13 @@ def read_call(data: bytes, start: int, scan: Scan) -> Call | None:
     try:
         value = _DECODER.decode(raw.decode("utf-8", "replace"))
         if _surrogate_escape(raw):
-            value = _DECODER.decode(_without_lone_surrogates(json.dumps(value, ensure_ascii=False)))
+            text = json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass")
+            value = _DECODER.decode(text.decode("utf-16", "replace"))
     except ValueError:
         return None
     if "parameters" in value and "arguments" in value:
         return None
     return Call(value["name"], value["parameters"] if "parameters" in value else value["arguments"])
-
-
-def _without_lone_surrogates(text: str) -> str:
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -125,8 +122,4 @@ def _finite(digits: str) -> float:
     return number
 
 
-def _refuse(constant: str) -> float:
-    raise ValueError(f"non-finite number {constant}")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_finite, parse_constant=_refuse)
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rest_jax.templates import parser
-from rest_jax.templates.rendering import call_lines, signature, verbatim
+from rest_jax.templates.rendering import call_lines, prose_turn, signature, verbatim
 from rest_jax.tool_calls import Answer, Target
 
 _REQUEST = (
@@ -55,5 +55,4 @@ def parse(data: bytes) -> Answer:
 
 
 def _turn(think: str | None, calls: Sequence[Any], response: str | None) -> str:
-    thought = "" if think is None else f"<think>\n{think}\n</think>\n\n"
-    return thought + "\n".join(([response] if response else []) + call_lines(calls, "parameters"))
+    return prose_turn(think, response, call_lines(calls, "parameters"))

@@ -10,26 +10,23 @@ member at which a broken object failed.
 import dataclasses
 import re
 
-from rest_jax.templates.json_calls import Scan, scan_object
-from rest_jax.templates.writer import (
-    OTHER,
-    RESPONSE,
-    SCAFFOLD,
-    TAG,
-    THINK_OPEN,
-    Writer,
-    closed_thought,
-    open_thought,
-    separators_end,
-)
-from rest_jax.tool_calls import Answer, Block
+import numpy as np
 
+from rest_jax.templates.json_calls import Scan, read_call, scan_object
+from rest_jax.tool_calls import Answer, Block, Call, Region
+
+# Plain integers: they become an int8 array at the end, much faster than enum members would.
+TAG, SCAFFOLD, NAME, PARAM = map(int, (Region.TAG, Region.SCAFFOLD, Region.NAME, Region.PARAM))
+THINK, RESPONSE, OTHER = map(int, (Region.THINK, Region.RESPONSE, Region.OTHER))
+
+THINK_OPEN, THINK_CLOSE = b"<think>", b"</think>"
 CALL_OPEN, CALL_CLOSE = b"<tool_call>", b"</tool_call>"
 RESPONSE_OPEN, RESPONSE_CLOSE = b"<response>", b"</response>"
 PYTHON_TAG = b"<|python_tag|>"
 
 _NAMED_OBJECT = rb'\{[ \t\r\n]*+"name"'
 _named_object = re.compile(_NAMED_OBJECT).match
+_other_than_separator = re.compile(rb"[^\s,;\[\]]").search
 _BRACE = b"{"[0]
 
 
@@ -70,12 +67,87 @@ _bare_thought_end = re.compile(
 ).search
 
 
+class _Writer:
+    """Collects spans, blocks and calls from left to right."""
+
+    def __init__(self, data: bytes):
+        self.data = data
+        self.end = 0
+        self.ends: list[int] = []
+        self.regions: list[int] = []
+        self.blocks: list[Block] = []
+        self.calls: list[Call] = []
+        self.broken_calls = 0
+        self.think: str | None = None
+        self.responses: list[str] = []
+
+    def put(self, end: int, region: int) -> None:
+        """Extends the spans to `end`; equal neighbours become one."""
+        if end <= self.end:
+            return
+        if self.regions and self.regions[-1] == region:
+            self.ends[-1] = end
+        else:
+            self.ends.append(end)
+            self.regions.append(region)
+        self.end = end
+
+    def put_until(self, match: re.Match[bytes] | None, region: int) -> None:
+        """Extends the spans to where `match` begins, to the end of the data without one."""
+        self.put(len(self.data) if match is None else match.start(), region)
+
+    def text(self, start: int, end: int) -> str:
+        return self.data[start:end].decode("utf-8", "replace").strip()
+
+    def loose_text(self, end: int, prose: bool) -> None:
+        """Text outside any block, up to `end`: the answer to the user where that is allowed, else a
+        fault.
+        """
+        chunk = self.data[self.end : end]
+        body = chunk.strip()
+        if body:
+            first = self.end + len(chunk) - len(chunk.lstrip())
+            self.put(first, SCAFFOLD)
+            if prose:
+                self.responses.append(body.decode("utf-8", "replace"))
+            self.blocks.append(Block.RESPONSE if prose else Block.TEXT)
+            self.put(first + len(body), RESPONSE if prose else OTHER)
+        self.put(end, SCAFFOLD)
+
+    def call(self, start: int, scan: Scan) -> bool:
+        """Writes a sound object. Returns whether it is a readable call, which is then kept."""
+        if scan.name is None or scan.arguments is None:
+            self.put(scan.end, OTHER)
+        else:
+            for (first, last), region in sorted([(scan.name, NAME), (scan.arguments, PARAM)]):
+                self.put(first, SCAFFOLD)
+                self.put(last, region)
+            self.put(scan.end, SCAFFOLD)
+        call = read_call(self.data, start, scan)
+        if call is None:
+            self.broken_calls += 1
+            return False
+        self.calls.append(call)
+        return True
+
+    def answer(self) -> Answer:
+        return Answer(
+            calls=tuple(self.calls),
+            broken_calls=self.broken_calls,
+            response="\n".join(self.responses) if self.responses else None,
+            think=self.think,
+            blocks=tuple(self.blocks),
+            span_ends=np.array(self.ends, np.int64),
+            span_regions=np.array(self.regions, np.int8),
+        )
+
+
 def parse_tagged(data: bytes, grammar: Tagged) -> Answer:
     """Parses an answer of tags: thought, call blocks, and a response block (or, with `prose`, free
     text).
     """
-    out = Writer(data)
-    closed_thought(out, implied_open=grammar.prose)
+    out = _Writer(data)
+    _closed_thought(out, implied_open=grammar.prose)
     last_close = data.rfind(RESPONSE_CLOSE)
     while (match := grammar.tag.search(data, out.end)) is not None:
         tag = match.group()
@@ -88,7 +160,8 @@ def parse_tagged(data: bytes, grammar: Tagged) -> Answer:
         else:
             out.blocks.append(Block.BROKEN)
             if tag == THINK_OPEN:
-                open_thought(out, grammar.thought_end.search)
+                # it lasts until a block evidently begins
+                out.put_until(grammar.thought_end.search(data, out.end), THINK)
     out.loose_text(len(data), grammar.prose)
     return out.answer()
 
@@ -98,8 +171,8 @@ def parse_bare(data: bytes) -> Answer:
     the text or of a line or one after the other (with `;`, `,` or in a list), after an optional
     python tag.
     """
-    out = Writer(data)
-    closed_thought(out, implied_open=False)
+    out = _Writer(data)
+    _closed_thought(out, implied_open=False)
     pos, after_call = out.end, False
     while (match := _bare_here(data, pos) or _bare_later(data, pos)) is not None:
         if data[match.end() - 1] == _BRACE:
@@ -107,7 +180,10 @@ def parse_bare(data: bytes) -> Answer:
             scan = scan_object(data, brace)
             if scan.is_call or (not scan.sound and _named_object(data, brace)):
                 _gap(out, brace)
-                _bare_call(out, brace, scan)
+                if scan.sound:
+                    out.blocks.append(Block.CALLS if out.call(brace, scan) else Block.BROKEN)
+                else:
+                    _broken_bare(out, scan.end)
                 pos, after_call = out.end, True
             else:
                 pos = scan.end
@@ -116,7 +192,7 @@ def parse_bare(data: bytes) -> Answer:
         out.put(match.end(), TAG)
         if match.group() == THINK_OPEN:
             out.blocks.append(Block.BROKEN)
-            open_thought(out, _bare_thought_end)
+            out.put_until(_bare_thought_end(data, out.end), THINK)
         elif _bare_here(data, out.end) is None:
             _broken_bare(out, out.end)
         pos, after_call = out.end, False
@@ -126,7 +202,7 @@ def parse_bare(data: bytes) -> Answer:
     return out.answer()
 
 
-def _response_block(out: Writer, grammar: Tagged, last_close: int) -> None:
+def _response_block(out: _Writer, grammar: Tagged, last_close: int) -> None:
     """After an opening response tag. `last_close`: where the last closing one is, so that no search
     is in vain.
     """
@@ -138,19 +214,18 @@ def _response_block(out: Writer, grammar: Tagged, last_close: int) -> None:
         out.put(close + len(RESPONSE_CLOSE), TAG)
         out.blocks.append(Block.RESPONSE)
         return
-    following = grammar.tag.search(data, out.end)
-    out.put(len(data) if following is None else following.start(), RESPONSE)
+    out.put_until(grammar.tag.search(data, out.end), RESPONSE)
     out.blocks.append(Block.BROKEN)
 
 
-def _call_block(out: Writer, grammar: Tagged) -> None:
+def _call_block(out: _Writer, grammar: Tagged) -> None:
     """After an opening tool_call tag: any number of objects, up to a tag that is not inside one of
     them.
     """
     data = out.data
     calls_before, junk, closing = len(out.calls) + out.broken_calls, False, None
     while True:
-        start = separators_end(data, out.end)
+        start = _separators_end(data, out.end)
         out.put(start, SCAFFOLD)
         if start == len(data):
             break
@@ -167,7 +242,7 @@ def _call_block(out: Writer, grammar: Tagged) -> None:
                 break
             junk = True
             resume = grammar.after_junk.search(data, start)
-        out.put(len(data) if resume is None else resume.start(), OTHER)
+        out.put_until(resume, OTHER)
     if junk and calls_before == len(out.calls) + out.broken_calls:
         out.broken_calls += 1
     if closing is not None and closing.group() == CALL_CLOSE:
@@ -177,24 +252,48 @@ def _call_block(out: Writer, grammar: Tagged) -> None:
         out.blocks.append(Block.BROKEN)
 
 
-def _gap(out: Writer, end: int) -> None:
+def _gap(out: _Writer, end: int) -> None:
     """What is between bare calls, up to `end`: separators, or text."""
-    if separators_end(out.data, out.end) >= end:
+    if _separators_end(out.data, out.end) >= end:
         out.put(end, SCAFFOLD)
     else:
         out.loose_text(end, True)
 
 
-def _bare_call(out: Writer, start: int, scan: Scan) -> None:
-    if scan.sound:
-        out.blocks.append(Block.CALLS if out.call(start, scan) else Block.BROKEN)
-    else:
-        _broken_bare(out, scan.end)
-
-
-def _broken_bare(out: Writer, misfit: int) -> None:
+def _broken_bare(out: _Writer, misfit: int) -> None:
     """A call that cannot be read: OTHER up to where, from `misfit` on, another may begin."""
     out.broken_calls += 1
     out.blocks.append(Block.BROKEN)
-    resume = _bare_resume(out.data, misfit)
-    out.put(len(out.data) if resume is None else resume.start(), OTHER)
+    out.put_until(_bare_resume(out.data, misfit), OTHER)
+
+
+def _closed_thought(out: _Writer, implied_open: bool) -> None:
+    """Writes all up to the last closing think tag; `implied_open`: the opening tag may be missing
+    (it was in the prompt).
+    """
+    data = out.data
+    close = data.rfind(THINK_CLOSE)
+    if close < 0:
+        return
+    opened = data.find(THINK_OPEN, 0, close)
+    if opened >= 0:
+        out.loose_text(opened, False)
+        out.put(opened + len(THINK_OPEN), TAG)
+    elif not implied_open:
+        out.loose_text(close, False)
+    start = out.end
+    out.put(close, THINK)
+    out.put(close + len(THINK_CLOSE), TAG)
+    if opened < 0 and not implied_open:
+        out.blocks.append(Block.BROKEN)
+        return
+    out.think = out.text(start, close)
+    out.blocks.append(Block.THINK)
+    if data.find(THINK_CLOSE, start, close) >= 0:
+        out.blocks.append(Block.BROKEN)
+
+
+def _separators_end(data: bytes, pos: int) -> int:
+    """Where white space, commas, semicolons and square brackets, which may separate calls, end."""
+    match = _other_than_separator(data, pos)
+    return len(data) if match is None else match.start()

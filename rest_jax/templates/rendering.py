@@ -7,7 +7,7 @@ A tool is {"name", "description", "parameters"}. Its parameters are a JSON schem
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rest_jax.tool_calls import Answer, Call, Target
@@ -24,20 +24,14 @@ SCHEMA_TYPES = {
 }
 
 
-def call_line(name: str, arguments: Mapping[str, Any], key: str) -> str:
-    """One call as JSON on one line; `key` is the template's word for the arguments."""
-    return json.dumps({"name": name, key: arguments}, ensure_ascii=False)
-
-
 def call_lines(calls: Iterable[Any], key: str) -> list[str]:
-    """The calls of a target (`Call`) or of a history message ({"name", "arguments"}), a line each."""
-    lines = []
-    for call in calls:
-        if isinstance(call, Call):
-            lines.append(call_line(call.name, call.arguments, key))
-        else:
-            lines.append(call_line(call["name"], call["arguments"], key))
-    return lines
+    """The calls of a target (`Call`) or of a history message ({"name", "arguments"}) as JSON, a line each; `key` is the
+    template's word for the arguments.
+    """
+    pairs = (
+        (c.name, c.arguments) if isinstance(c, Call) else (c["name"], c["arguments"]) for c in calls
+    )
+    return [json.dumps({"name": name, key: args}, ensure_ascii=False) for name, args in pairs]
 
 
 def is_schema(parameters: Mapping[str, Any]) -> bool:
@@ -74,7 +68,8 @@ def schema_parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
     for name, flat in parameters.items():
         kind = str(flat.get("type", "string"))
         schema = {k: v for k, v in flat.items() if k not in ("type", "default")}
-        properties[name] = {"type": _schema_type(kind), **schema}
+        word = kind.split(",")[0].split("[")[0].strip().lower()
+        properties[name] = {"type": SCHEMA_TYPES.get(word, word or "string"), **schema}
         if flat.get("default", "") != "":
             properties[name]["default"] = flat["default"]
         elif "optional" not in kind.lower():
@@ -92,6 +87,12 @@ def signature(tool: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
+def prose_turn(think: str | None, response: str | None, calls: Sequence[str]) -> str:
+    """A turn of the templates that answer in plain text: the thought, the text, the calls."""
+    thought = "" if think is None else f"<think>\n{think}\n</think>\n\n"
+    return thought + "\n".join(([response] if response else []) + list(calls))
+
+
 def verbatim(target: Target, parse: Callable[[bytes], Answer], key: str) -> str | None:
     """`target.text` if it is written in the template of `parse`, whose word for the arguments is
     `key`; else None.
@@ -105,8 +106,3 @@ def verbatim(target: Target, parse: Callable[[bytes], Answer], key: str) -> str 
         answer.calls == target.calls and (answer.response or "") == (target.response or "").strip()
     )
     return target.text if same and not answer.broken_calls else None
-
-
-def _schema_type(kind: str) -> str:
-    word = kind.split(",")[0].split("[")[0].strip().lower()
-    return SCHEMA_TYPES.get(word, word or "string")

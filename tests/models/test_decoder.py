@@ -11,7 +11,6 @@ from flax import linen as nn
 
 from rest_jax.models.attention import (
     attend,
-    group_layout,
     pack_group,
     predicting_hidden,
     prompt_rows,
@@ -74,8 +73,8 @@ def normal(seed, *shape):
 
 def grouped_hidden(cfg, params, prompt, responses):
     """[P, G, Tr, D]: what predicts each response token, in the packed layout."""
-    tokens, positions = pack_group(prompt, PROMPT_LENGTH, responses)
-    layout = group_layout(prompt, PROMPT_LENGTH, responses, RESPONSE_LENGTH)
+    group = prompt, PROMPT_LENGTH, responses, RESPONSE_LENGTH
+    tokens, positions, layout = pack_group(*group)
     hidden, _ = Decoder(cfg).apply({"params": params}, tokens, positions, layout)
     return predicting_hidden(hidden, layout)
 
@@ -220,7 +219,7 @@ def test_attention_of_padding_is_zero_in_value_and_gradient(kind):
         layout, _ = prompt_rows(prompt, PROMPT_LENGTH)
         valid = response_mask(PROMPT_LENGTH, TP)
     else:
-        layout = group_layout(prompt, PROMPT_LENGTH, responses, RESPONSE_LENGTH)
+        *_, layout = pack_group(prompt, PROMPT_LENGTH, responses, RESPONSE_LENGTH)
         spoken = response_mask(RESPONSE_LENGTH, TR).reshape(P, -1)
         valid = jnp.concatenate([response_mask(PROMPT_LENGTH, TP), spoken], axis=1)
     q = normal(0, *valid.shape, 4, 6)
@@ -256,7 +255,7 @@ def test_rows_attend_causally_up_to_their_length():
 
 def test_attention_survives_huge_scores():
     prompt, responses = make_batch()
-    layout = group_layout(prompt, PROMPT_LENGTH, responses, RESPONSE_LENGTH)
+    *_, layout = pack_group(prompt, PROMPT_LENGTH, responses, RESPONSE_LENGTH)
     q = 1e4 * normal(0, P, TP + G * TR, 2, 4)
     run = jax.value_and_grad(
         lambda x: jnp.sum(attend(x, (x, x), layout, None, jax.lax.Precision.HIGHEST))
@@ -275,9 +274,8 @@ def test_group_never_builds_a_mask_over_the_packed_row():
         length, spoken = jnp.full(1, 16), jnp.full((1, group_size), 16)
 
         def run(p):
-            tokens, positions = pack_group(prompt, length, responses)
-            layout = group_layout(prompt, length, responses, spoken)
-            return Decoder(cfg).apply({"params": p}, tokens, positions, layout)[0]
+            packed = pack_group(prompt, length, responses, spoken)
+            return Decoder(cfg).apply({"params": p}, *packed)[0]
 
         return max(size_of(jax.make_jaxpr(run)(params).jaxpr))
 
@@ -333,8 +331,8 @@ def test_head_and_logits():
 
 def test_packing_and_splitting():
     prompt, responses = make_batch()
-    tokens, positions = pack_group(prompt, PROMPT_LENGTH, responses)
-    layout = group_layout(prompt, PROMPT_LENGTH, responses, RESPONSE_LENGTH)
+    group = prompt, PROMPT_LENGTH, responses, RESPONSE_LENGTH
+    tokens, positions, layout = pack_group(*group)
     back = split_group(tokens, layout)
     np.testing.assert_array_equal(back[0], prompt)
     np.testing.assert_array_equal(back[1], responses)

@@ -161,7 +161,6 @@ def test_slots_that_are_always_busy_count_as_used():
     assert (out.response_length == tiny.TIME).all()
     stats = sampler.stats
     assert stats.utilisation == 1.0 and stats.tokens == stats.slot_steps == 16 * tiny.TIME
-    assert stats.seconds > 0
 
 
 @pytest.mark.parametrize("slots", [3, 4, 16])

@@ -3,12 +3,12 @@
 Both spellings are read: rope_theta / rope_scaling and the rope_parameters of newer files. Pure functions of a dict.
 """
 
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from rest_jax.errors import UserError
 from rest_jax.models.config import DecoderConfig, Family, RopeScaling
 
-FAMILIES = ("qwen3", "qwen2", "llama")
+FAMILIES = get_args(Family)
 
 
 class ConversionError(UserError):

@@ -14,19 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from rest_jax.models.config import DecoderConfig, Remat
 from rest_jax.models.decoder import param_shardings
 from rest_jax.models.hf.config import ConversionError, decoder_config
 from rest_jax.models.hf.folder import (
+    DTYPES,
     MANIFEST,
     MANIFEST_FORMAT,
+    Stored,
     find_source,
     is_converted,
     read_json,
+    scan,
 )
-from rest_jax.models.hf.safetensors import DTYPES, Stored, scan
 from rest_jax.models.hf.table import EMBED, HEAD, Slices, Spec, expected_shapes, table
 from rest_jax.types import Params
 
@@ -60,15 +63,14 @@ def read_params(
     `shardings` None: on the first CPU device. `dtype` None: as stored, a stacked parameter in the widest of its layers' dtypes.
     """
     if is_converted(folder):
-        return _restore(folder, _abstract(cfg, manifest_dtypes(folder, cfg), shardings, dtype))
+        abstract = _abstract(cfg, manifest_dtypes(folder, cfg), shardings, dtype)
+        return _restore(folder, unflatten_dict(abstract))
     stored = scan(folder)
     _check_tensors(folder, cfg, stored)
     stored_dtypes = {name: tensor.dtype for name, tensor in stored.items()}
     abstract = _abstract(cfg, stored_dtypes, shardings, dtype)
-    params: Params = {}
-    for spec in table(cfg):
-        _set_leaf(params, spec.path, _read_leaf(spec, stored, leaf_at(abstract, spec.path)))
-    return params
+    leaves = {s.path: _read_leaf(s, stored, abstract[s.path]) for s in table(cfg)}
+    return unflatten_dict(leaves)
 
 
 def manifest_dtypes(folder: pathlib.Path, cfg: DecoderConfig) -> dict[str, str]:
@@ -88,24 +90,17 @@ def manifest_dtypes(folder: pathlib.Path, cfg: DecoderConfig) -> dict[str, str]:
     return tensors
 
 
-def leaf_at(tree: Any, path: tuple[str, ...]) -> Any:
-    """The leaf at `path` of a nested dict; None where there is none."""
-    for key in path:
-        tree = tree.get(key, {}) if isinstance(tree, Mapping) else {}
-    return None if isinstance(tree, Mapping) else tree
-
-
 def _abstract(
     cfg: DecoderConfig, stored_dtypes: Mapping[str, str], shardings: Any, dtype: Any
-) -> Params:
-    """Shape, dtype and sharding of every parameter that is read."""
+) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    """Shape, dtype and sharding of every parameter that is read, by its path."""
     host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    abstract: Params = {}
+    given = None if shardings is None else flatten_dict(shardings)
+    abstract = {}
     for spec in table(cfg):
         widest = jnp.result_type(*{DTYPES[stored_dtypes[name]] for name in spec.hf_names()})
-        sharding = host if shardings is None else leaf_at(shardings, spec.path)
-        leaf = jax.ShapeDtypeStruct(spec.shape, dtype or widest, sharding=sharding)
-        _set_leaf(abstract, spec.path, leaf)
+        sharding = host if given is None else given[spec.path]
+        abstract[spec.path] = jax.ShapeDtypeStruct(spec.shape, dtype or widest, sharding=sharding)
     return abstract
 
 
@@ -176,13 +171,6 @@ def _check_tied_head(folder: pathlib.Path, stored: Mapping[str, Stored]) -> None
                 f"model folder {folder}: tie_word_embeddings is true, but {HEAD} differs from {EMBED}; "
                 "set tie_word_embeddings false or remove the tensor"
             )
-
-
-def _set_leaf(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    """Puts `value` at `path` of a nested dict, making the dicts above it."""
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
 
 
 def _shorten(names: list[str]) -> str:

@@ -12,24 +12,31 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from rest_jax.files import atomic_folder
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.hf.config import ConversionError
 from rest_jax.models.hf.folder import (
+    DTYPES,
     MANIFEST,
     MANIFEST_FORMAT,
+    MAX_SHARD_BYTES,
+    LazyTensor,
     copy_side_files,
     find_source,
     is_converted,
     read_json,
+    scan,
     write_json,
+    write_shards,
 )
-from rest_jax.models.hf.read import leaf_at, manifest_dtypes, read_config, read_params
-from rest_jax.models.hf.safetensors import DTYPES, MAX_SHARD_BYTES, LazyTensor, scan, write_shards
+from rest_jax.models.hf.read import manifest_dtypes, read_config, read_params
 from rest_jax.models.hf.table import EMBED, HEAD, NORM, Spec, expected_shapes, table
 from rest_jax.types import Params
+
+Leaves = Mapping[tuple[str, ...], Any]  # parameters by path
 
 
 def convert(source: str, out: str | pathlib.Path) -> None:
@@ -65,11 +72,12 @@ def export(
     cfg = read_config(files)
     if isinstance(params, (str, pathlib.Path)):
         params = read_params(find_source(str(params)), cfg)
-    _check_params(params, cfg)
+    leaves = flatten_dict(params)
+    _check_leaves(leaves, cfg)
     dtypes = _recorded_dtypes(files, cfg)
     if dtype is not None:
         dtypes = dict.fromkeys(dtypes, _dtype_name(dtype))
-    tensors = _lazy_tensors(params, cfg, dtypes)
+    tensors = _lazy_tensors(leaves, cfg, dtypes)
     if jax.process_index() != 0:
         for _, _, make in tensors:
             make()  # takes part in the gathers
@@ -106,12 +114,12 @@ def _dtype_name(dtype: str) -> str:
 
 
 def _lazy_tensors(
-    params: Params, cfg: DecoderConfig, dtypes: Mapping[str, str]
+    leaves: Leaves, cfg: DecoderConfig, dtypes: Mapping[str, str]
 ) -> list[LazyTensor]:
     """Every tensor to write, in the order of HF: embedding, layers, norm, head."""
     lazy: dict[str, LazyTensor] = {}
     for spec in table(cfg):
-        leaf = leaf_at(params, spec.path)
+        leaf = leaves[spec.path]
         for layer, name in enumerate(spec.hf_names()):
             copies_to_head = name == EMBED and cfg.tied and HEAD in dtypes
             for hf_name in [name, HEAD] if copies_to_head else [name]:
@@ -127,9 +135,9 @@ def _make_tensor(spec: Spec, leaf: Any, layer: int, dtype: np.dtype) -> np.ndarr
     return spec.to_hf(_on_host(leaf if spec.layers is None else leaf[layer]).astype(dtype))
 
 
-def _check_params(params: Params, cfg: DecoderConfig) -> None:
+def _check_leaves(leaves: Leaves, cfg: DecoderConfig) -> None:
     for spec in table(cfg):
-        leaf = leaf_at(params, spec.path)
+        leaf = leaves.get(spec.path)
         if leaf is None or leaf.shape != spec.shape:
             fault = "missing" if leaf is None else f"of shape {leaf.shape}"
             raise ConversionError(

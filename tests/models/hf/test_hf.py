@@ -18,8 +18,8 @@ from rest_jax.models.attention import prompt_rows
 from rest_jax.models.decoder import Decoder, init_params, logits
 from rest_jax.models.hf import write
 from rest_jax.models.hf.config import ConversionError, decoder_config
+from rest_jax.models.hf.folder import scan
 from rest_jax.models.hf.read import load_model, read_config, read_params
-from rest_jax.models.hf.safetensors import scan
 from rest_jax.models.hf.table import table
 from rest_jax.models.hf.write import convert, export
 from tests.presets import PRESETS
