@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rest_jax.rl.forward import response_logprobs
 
 from rest_jax.models.attention import prompt_rows
 from rest_jax.models.decoder import logits
-from rest_jax.types import Sampling
+from rest_jax.rl.logprobs import response_logprobs
+from rest_jax.types import ResponseBatch, Sampling
 from tests import tiny
 
 SAMPLINGS = [Sampling(), Sampling(0.7), Sampling(1.2, 8), Sampling(1.0, 0, 0.9)]
@@ -17,10 +17,9 @@ SAMPLINGS = [Sampling(), Sampling(0.7), Sampling(1.2, 8), Sampling(1.0, 0, 0.9)]
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_numbers_equal_teacher_forcing(sampling):
     out = tiny.rollout(tiny.prompts(), sampling=sampling)
-    forced = response_logprobs(
-        tiny.decoder(), tiny.params(), *map(jnp.asarray, (out.prompt, out.prompt_length, out.responses,
-        out.response_length)), sampling, 4,
-    )  # fmt: skip
+    rows = (out.prompt, out.prompt_length, out.responses, out.response_length)
+    batch = ResponseBatch(*map(jnp.asarray, rows))
+    forced = response_logprobs(tiny.decoder(), tiny.params(), batch, sampling, 4)
     mask = np.arange(tiny.TIME) < out.response_length[..., None]
     for name, value in zip(("logp", "entropy", "gini"), forced, strict=True):
         np.testing.assert_allclose(getattr(out, name)[mask], np.asarray(value)[mask], atol=1e-4)
