@@ -72,9 +72,3 @@ class Answer:
     blocks: tuple[Block, ...]
     span_ends: np.ndarray
     span_regions: np.ndarray
-
-    def __post_init__(self):
-        if len(self.span_ends) != len(self.span_regions):
-            raise ValueError(
-                f"Answer: {len(self.span_ends)} span ends, {len(self.span_regions)} span regions"
-            )

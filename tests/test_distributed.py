@@ -126,7 +126,7 @@ def test_mesh_sizes():
 def test_batches_that_do_not_divide_name_both_numbers():
     sharding.check_batch("rollout.prompts_per_step", 8, mesh_of(2, 2, 1))
     with pytest.raises(
-        ValueError, match=r"rollout\.prompts_per_step 6 does not divide over 4 devices"
+        ValueError, match=r"rollout\.prompts_per_step 6 does not divide over 4 data shards"
     ):
         sharding.check_batch("rollout.prompts_per_step", 6, mesh_of(2, 2, 1))
 

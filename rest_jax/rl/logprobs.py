@@ -273,9 +273,9 @@ def response_hidden(
     The trunk sees Tp + G Tr tokens a group instead of G (Tp + Tr); the head sees response positions only. The hidden state
     of the last prompt token predicts token 0 of all G responses, so its gradient is the sum over them, as in G separate rows.
     """
-    groups = batch.prompt, batch.prompt_length, batch.responses
+    group = batch.prompt, batch.prompt_length, batch.responses, batch.response_length
     with named_scope("trunk"):
-        tokens, positions, layout = pack_group(*groups, batch.response_length)
+        tokens, positions, layout = pack_group(*group)
         hidden, _ = decoder.apply({"params": params}, tokens, positions, layout)
         hidden = predicting_hidden(hidden, layout)
         return hidden.reshape(tokens.shape[0], -1, hidden.shape[-1])

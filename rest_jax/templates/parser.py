@@ -100,9 +100,7 @@ class _Writer:
         return self.data[start:end].decode("utf-8", "replace").strip()
 
     def loose_text(self, end: int, prose: bool) -> None:
-        """Text outside any block, up to `end`: the answer to the user where that is allowed, else a
-        fault.
-        """
+        """Text outside any block, up to `end`: the answer to the user where that is allowed, else a fault."""
         chunk = self.data[self.end : end]
         body = chunk.strip()
         if body:
