@@ -208,7 +208,7 @@ def evaluate(
     data, overrides = split(words)
     if not data:
         raise UserError("evaluate: no data; name record files, or synthetic:eval")
-    from rest_jax.evaluation.evaluate import evaluate
+    from rest_jax.evaluation.heldout import evaluate
 
     print(evaluate(model, data, overrides, limit=limit, output=output))
 
@@ -300,7 +300,7 @@ def report(run: Annotated[str, Argument(help="the folder of the run")]) -> None:
 @app.command(rich_help_panel=_LOOK)
 def doctor() -> None:
     """Show versions, devices, memory, caches, and what is missing."""
-    from rest_jax.run.doctor import diagnose
+    from rest_jax.run.environment import diagnose
 
     print(diagnose())
 

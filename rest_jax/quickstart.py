@@ -14,7 +14,6 @@ from rest_jax import train
 from rest_jax.config import Config
 from rest_jax.evaluation.heldout import Evaluator, evaluations, held_out
 from rest_jax.models.hf import write as hf
-from rest_jax.rollout.engine import rollout_cast
 from rest_jax.run.policy import export, load_policy
 
 
@@ -59,9 +58,7 @@ def load_config(overrides: Sequence[str]) -> Config:
 def evaluate(config: Config) -> dict[str, float]:
     """Held-out rates of the policy that `model.source` names, loaded like any other."""
     policy = load_policy(config.model, config.mesh)
-    evaluator = Evaluator.of(config, policy, held_out(config, policy))
-    assert evaluator is not None  # the config has held-out data
-    return evaluator(rollout_cast(policy)(policy.params))[0]
+    return Evaluator(config, policy, held_out(config, policy))(policy.params)[0]
 
 
 def _with_source(config: Config, source: pathlib.Path) -> Config:

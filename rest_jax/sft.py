@@ -16,7 +16,7 @@ from rest_jax.data.loader import Loader, TargetBatch
 from rest_jax.data.tokenize import Prepared, load_split, prepare_supervised
 from rest_jax.distributed import activate, check_batch, gather, is_first_process, to_mesh
 from rest_jax.errors import UserError
-from rest_jax.evaluation.heldout import Evaluator, evaluation, held_out, report_evaluations
+from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
 from rest_jax.models.load import Policy
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import learning_rates, make_optimizer
@@ -29,7 +29,6 @@ from rest_jax.rl.supervised import (
     make_supervised_update,
     plan_supervised,
 )
-from rest_jax.rollout.engine import rollout_cast
 from rest_jax.run.folder import SUPERVISED_FINITE, Run, check_start, open_run
 from rest_jax.run.loop import Loop, PendingStep
 from rest_jax.run.policy import load_policy
@@ -55,7 +54,8 @@ def finetune(config: Config, dry_run: bool = False) -> int:
     if dry_run:
         return 0
     with contextlib.closing(open_run(config, policy.files)) as run, activate(policy.mesh):
-        finetune_steps(policy, data, Evaluator.of(config, policy, examples), run)
+        evaluator = Evaluator(config, policy, examples) if examples else None
+        finetune_steps(policy, data, evaluator, run)
         report_evaluations(run.folder)
     return 0
 
@@ -79,7 +79,7 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
         cfg=config.data,
         num_steps=steps,
     )
-    loop = Loop(run, steps, evaluation(evaluator, rollout_cast(policy)), ("loss", "update/loss"))
+    loop = Loop(run, steps, evaluator, ("loss", "update/loss"))
     state, loader_state = loop.resume(state, abstract)
     if loader_state is not None:
         batches.set_state(loader_state)

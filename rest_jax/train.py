@@ -28,7 +28,7 @@ from rest_jax.distributed import (
     to_mesh,
 )
 from rest_jax.errors import UserError
-from rest_jax.evaluation.heldout import Evaluator, evaluation, held_out, report_evaluations
+from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
 from rest_jax.models.load import Policy
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import learning_rates, make_optimizer
@@ -61,7 +61,7 @@ def train(config: Config, dry_run: bool = False, profile: int | None = None) -> 
     if dry_run:
         return 0
     with contextlib.closing(open_run(config, policy.files)) as run, activate(policy.mesh):
-        evaluator = Evaluator.of(config, policy, examples)
+        evaluator = Evaluator(config, policy, examples) if examples else None
         train_steps(policy, prompts, evaluator, run, profile)
         report_evaluations(run.folder)
     return 0
@@ -81,9 +81,7 @@ def train_steps(
     rollout_params = rollout_cast(policy)
     minibatch = assign_minibatches(config.rollout.prompts_per_step, cfg.updates)
     host = HostMetrics(config, policy, prompts, cfg.updates, steps)
-    loop = Loop(
-        run, steps, evaluation(evaluator, rollout_params), ("reward", "reward/mean"), profile
-    )
+    loop = Loop(run, steps, evaluator, ("reward", "reward/mean"), profile)
     with contextlib.closing(Collector(config, policy, prompts, steps)) as collector:
         state, loader_state = loop.resume(state, abstract)
         collector.resume(loader_state)

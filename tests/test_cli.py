@@ -20,7 +20,7 @@ import rest_jax
 from rest_jax import cli
 from rest_jax.data.records import StepRecord, to_json
 from rest_jax.errors import RunStopped, UserError
-from rest_jax.run import doctor
+from rest_jax.run import environment
 from rest_jax.run.metrics import read_lines
 from rest_jax.tool_calls import Target
 
@@ -407,7 +407,7 @@ def test_doctor(monkeypatch):
 
 def test_doctor_knows_every_extra():
     project = tomllib.loads((PROGRAMS.parent.parent / "pyproject.toml").read_text())["project"]
-    assert doctor.EXTRAS.keys() == project["optional-dependencies"].keys()
+    assert environment.EXTRAS.keys() == project["optional-dependencies"].keys()
 
 
 def test_data_prepare_and_inspect(records, tmp_path):

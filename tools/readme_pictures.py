@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rest_jax.analysis import plotting
-from rest_jax.analysis.tables import Series, read_series
+from rest_jax.analysis.report import Series, read_series
 from rest_jax.analysis.variance.measure import sample_scored
 from rest_jax.config import Config
 from rest_jax.data.tokenize import load_split, prepare

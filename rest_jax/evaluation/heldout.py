@@ -1,13 +1,15 @@
 """Held-out evaluation: greedy completions of prepared prompts, scored like training but at the final reward scale.
 
+`Evaluator` measures any weights, `evaluate` is the command `rest-jax evaluate`, `report_evaluations` closes a run.
 Rates: format (S_format), exact (format and all calls equal gold as multisets; for gold without calls, none made), spurious
 (a call among prompts that should have none), accuracy (mean S_acc).
 """
 
+import contextlib
 import dataclasses
-import functools
+import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,15 +17,19 @@ import numpy as np
 
 from rest_jax.config import Config
 from rest_jax.data.loader import bucketed, pad
+from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import load_split, prepare
 from rest_jax.distributed import gather, is_first_process
+from rest_jax.files import atomic_write
 from rest_jax.models.load import Policy
+from rest_jax.rollout.engine import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import score_rollout, summarise_scores, truncated
 from rest_jax.run.metrics import METRICS_FILE, read_lines, summary_table
+from rest_jax.run.policy import config_of, load_policy
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Target
-from rest_jax.types import Params, PromptBatch, RolloutBatch, Sampling, TrainState
+from rest_jax.types import Params, PromptBatch, RolloutBatch, Sampling
 
 # metric -> the field of `Score` that it is the mean of
 RATES = {
@@ -49,9 +55,17 @@ def held_out(config: Config, policy: Policy) -> list[EvalExample]:
     if config.data.eval is None:
         return []
     records = load_split(config.data.eval, config.data, config.data.eval_limit)
+    return prepare_examples(config, policy, records)[0]
+
+
+def prepare_examples(
+    config: Config, policy: Policy, records: Sequence[StepRecord]
+) -> tuple[list[EvalExample], str]:
+    """The records whose prompts fit, and one line on what became of all."""
     prepared = prepare(records, policy.tokenizer, TEMPLATES[config.data.template], config.data)
     pairs = zip(prepared.prompts, prepared.records, strict=True)
-    return [EvalExample(prompt, record.target, record.id) for prompt, record in pairs]
+    examples = [EvalExample(prompt, record.target, record.id) for prompt, record in pairs]
+    return examples, prepared.summary()
 
 
 class Evaluator:
@@ -61,18 +75,12 @@ class Evaluator:
         self.policy, self.examples, self.reward = policy, examples, config.reward
         self.template = TEMPLATES[config.data.template]
         self._sampler = make_sampler(policy, config.rollout, 1, Sampling(greedy=True))
+        self._rollout_params = rollout_cast(policy)
         self._width = bucketed([example.prompt for example in examples])
 
-    @classmethod
-    def of(
-        cls, config: Config, policy: Policy, examples: Sequence[EvalExample]
-    ) -> "Evaluator | None":
-        """The evaluator of a run; None without held-out prompts."""
-        return cls(config, policy, examples) if examples else None
-
     def __call__(self, params: Params) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """(the eval/ metrics, one sample a prompt) for weights in the rollout layout. Every process evaluates every prompt."""
-        rollout = self._sample(params)
+        """(the eval/ metrics, one sample a prompt) for training weights. Every process has all of them."""
+        rollout = self._sample(self._rollout_params(params))
         targets, tokenizer = [example.target for example in self.examples], self.policy.tokenizer
         _, scores = score_rollout(rollout, targets, tokenizer, self.template, self.reward, 1.0)
         means = summarise_scores(scores, targets)
@@ -99,23 +107,43 @@ class Evaluator:
         rows = np.minimum(np.arange(share * jax.process_count()), len(examples) - 1)
         own = rows[jax.process_index() * share :][:share]
         prompts = [examples[i].prompt for i in own]
-        tokens, length = pad(prompts, self._width, self.policy.tokenizer.pad_id)
-        batch = PromptBatch(tokens=tokens, length=length, row=own.astype(np.int32))
+        padded = pad(prompts, self._width, self.policy.tokenizer.pad_id)
+        batch = PromptBatch(*padded, own.astype(np.int32))
         out = self._sampler(params, batch, jax.random.key(0), 0)
         return jax.tree.map(lambda x: x[: len(examples)], gather(out))
 
 
-def evaluation(
-    evaluator: "Evaluator | None", rollout_params: Callable[[Params], Params]
-) -> Callable[[TrainState], tuple[dict[str, float], list[dict[str, Any]]]] | None:
-    """What `run.loop.Loop` calls with a train state; None without held-out prompts."""
-    if evaluator is None:
-        return None
-    return functools.partial(_evaluate_state, evaluator, rollout_params)
+def evaluate(
+    model: str,
+    data: Sequence[str],
+    overrides: Sequence[str],
+    limit: int | None = None,
+    output: str | None = None,
+) -> str:
+    """The table of rates of greedy completions, a row for each data set: the command `rest-jax evaluate`.
 
-
-def _evaluate_state(evaluator: "Evaluator", rollout_params, state: TrainState):
-    return evaluator(rollout_params(state.params))
+    `limit` is the number of records read of each data set, `output` the JSONL file for the scored completions, which
+    appears once all are written. UserError for a model or data that cannot be used.
+    """
+    config = config_of(model, overrides)
+    sets = {spec: load_split(spec, config.data, limit) for spec in data}
+    policy = load_policy(config.model, config.mesh)
+    rows: list[list[Any]] = []
+    with contextlib.ExitStack() as stack:
+        file = None
+        # Opened first: a folder that is missing is known before hours of sampling.
+        if output is not None:
+            partial = stack.enter_context(atomic_write(output))
+            file = stack.enter_context(partial.open("w", encoding="utf-8"))
+        for spec, records in sets.items():
+            examples, summary = prepare_examples(config, policy, records)
+            print(f"{spec}: {summary}", flush=True)
+            rates, scored = Evaluator(config, policy, examples)(policy.params)
+            rows = rows or [["data", *(name.removeprefix("eval/") for name in rates)]]
+            rows.append([spec, *rates.values()])
+            if file is not None:
+                file.writelines(json.dumps({"data": spec, **line}) + "\n" for line in scored)
+    return summary_table(rows)
 
 
 def evaluations(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -128,7 +156,7 @@ def report_evaluations(folder: pathlib.Path) -> None:
     if not is_first_process():
         return
     # matplotlib takes a second to import, which the start of a run need not wait for
-    from rest_jax.analysis.curves import write_curves
+    from rest_jax.analysis.report import write_curves
 
     lines = evaluations(folder)
     if lines:

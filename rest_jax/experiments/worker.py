@@ -27,8 +27,8 @@ from rest_jax import config as config_lib
 from rest_jax.config import Config, ConfigError
 from rest_jax.errors import RunStopped, UserError
 from rest_jax.experiments import storage
+from rest_jax.run.environment import handled
 from rest_jax.run.metrics import METRICS_FILE, read_lines
-from rest_jax.run.signals import handled
 
 _CONFIG_FILE = "config.yaml"
 

@@ -90,10 +90,8 @@ class Checkpoints:
             force=True,
         )
 
-    def restore(
-        self, abstract_state: TrainState, step: int | None = None
-    ) -> tuple[TrainState, dict[str, Any], int]:
-        """The state, the loader state and the step of the newest sound checkpoint, or of `step` exactly.
+    def restore(self, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any], int]:
+        """The state, the loader state and the step of the newest sound checkpoint.
 
         `abstract_state` has a ShapeDtypeStruct for every leaf; each array comes back bit for bit in the sharding given
         there (none: the first device), whatever mesh it was saved from. Damaged checkpoints passed over are named on
@@ -101,7 +99,7 @@ class Checkpoints:
         or optimiser.
         """
         self.wait()
-        found, damaged = _newest_sound(self.folder, step, _ITEMS)
+        found, damaged = _newest_sound(self.folder, _ITEMS)
         path = self.folder / str(found)
         rest = _read(path / "rest", dataclasses.replace(abstract_state, params=None))
         state = dataclasses.replace(rest, params=_read(path / "params", abstract_state.params))
@@ -130,17 +128,15 @@ class Checkpoints:
         self._manager.reload()
 
 
-def restore_params(
-    run_dir: str | pathlib.Path, abstract_params: Params, step: int | None = None
-) -> tuple[Params, int]:
-    """The parameters and the step of the newest sound checkpoint of a run (or of `step`); changes nothing on disk.
+def restore_params(run_dir: str | pathlib.Path, abstract_params: Params) -> tuple[Params, int]:
+    """The parameters and the step of the newest sound checkpoint of a run; changes nothing on disk.
 
     Shapes, dtypes and shardings as in `Checkpoints.restore`; the optimiser's state is neither read nor verified.
     """
     folder = pathlib.Path(run_dir).resolve() / FOLDER
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; is {run_dir} the folder of a run?")
-    found, _ = _newest_sound(folder, step, ("params",))
+    found, _ = _newest_sound(folder, ("params",))
     return _read(folder / str(found) / "params", abstract_params), found
 
 
@@ -181,32 +177,25 @@ def _describe(path: pathlib.Path) -> list[Any]:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
-def _newest_sound(
-    folder: pathlib.Path, step: int | None, items: Sequence[str]
-) -> tuple[int, list[int]]:
-    """(the newest sound step, or `step`; the damaged ones passed over). UserError when there is none."""
+def _newest_sound(folder: pathlib.Path, items: Sequence[str]) -> tuple[int, list[int]]:
+    """(the newest sound step; the damaged ones passed over). UserError when there is none."""
     damaged = []
     steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
-    for candidate in sorted(steps, reverse=True):
-        if step not in (None, candidate):
-            continue
+    for step in sorted(steps, reverse=True):
+        path = folder / str(step)
         try:
-            verify(folder / str(candidate), items)
+            verify(path, items)
+            return step, damaged
         except DamagedError as error:
-            damaged.append(candidate)
+            damaged.append(step)
             if is_first_process():
-                path = folder / str(candidate)
-                print(
-                    f"warning: checkpoint {path} is damaged and not used: {error}", file=sys.stderr
-                )
-            continue
-        return candidate, damaged
-    wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+                said = f"warning: checkpoint {path} is damaged and not used: {error}"
+                print(said, file=sys.stderr)
     if not damaged:
-        raise UserError(f"{folder}: there is no {wanted}")
+        raise UserError(f"{folder}: there is no checkpoint")
     names = ", ".join(map(str, damaged))
     raise UserError(
-        f"{folder}: no sound {wanted} is left (damaged: {names}); move the run folder away to start afresh"
+        f"{folder}: no sound checkpoint is left (damaged: {names}); move the run folder away to start afresh"
     )
 
 

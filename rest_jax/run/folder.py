@@ -11,6 +11,7 @@ import dataclasses
 import importlib.util
 import math
 import pathlib
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,8 +27,8 @@ from rest_jax.errors import RunStopped, UserError
 from rest_jax.files import atomic_folder, atomic_write
 from rest_jax.models.hf.folder import copy_side_files
 from rest_jax.run.checkpoint import Checkpoints
+from rest_jax.run.environment import handled
 from rest_jax.run.metrics import MetricsWriter
-from rest_jax.run.signals import StopRequest
 from rest_jax.types import TrainState
 
 CONFIG_FILE = "config.yaml"
@@ -38,6 +39,20 @@ SUPERVISED_FINITE = ("update/loss", "update/grad_norm")
 # Those of the rollout, too: broken weights sample completions whose rewards are all equal, and groups without advantage
 # have neither loss nor gradient.
 RL_FINITE = (*SUPERVISED_FINITE, "rollout/logp", "rollout/entropy")
+
+
+class StopRequest:
+    """The request to stop: a flag that a signal handler sets and the loop reads once a step."""
+
+    received = False
+
+    def receive(self, *_: Any) -> None:
+        """Sets the flag."""
+        self.received = True
+
+    def agreed(self) -> bool:
+        """Whether any process received one: all must save together or go on together."""
+        return any_process(self.received)
 
 
 @dataclasses.dataclass
@@ -124,7 +139,8 @@ def open_run(config: Config, files: pathlib.Path) -> Run:
             metrics = MetricsWriter(folder, train.tensorboard, train.wandb_project)
             stack.callback(metrics.close)
         # Before the checkpoints, since resources are closed last to first.
-        stop = stack.enter_context(StopRequest())
+        stop = StopRequest()
+        stack.enter_context(handled(stop.receive, signal.SIGTERM))
         checkpoints = stack.enter_context(Checkpoints(folder, config.train.keep_checkpoints))
         return Run(config, folder, metrics, checkpoints, stop, stack.pop_all())
 

@@ -10,7 +10,9 @@ step with an evaluation or a checkpoint reads its own first: whatever checkpoint
 are on disk.
 """
 
+import contextlib
 import dataclasses
+import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,10 +21,10 @@ import jax
 
 from rest_jax.distributed import is_first_process
 from rest_jax.run.folder import Run
-from rest_jax.run.profile import Tracer
 from rest_jax.run.progress import Progress
-from rest_jax.types import TrainState
+from rest_jax.types import Params, TrainState
 
+PROFILE = "profile"  # the folder of traces in that of a run
 EVAL_SAMPLES = 8  # held-out completions written to samples.jsonl after each evaluation
 
 Evaluation = tuple[dict[str, float], list[dict[str, Any]]]  # eval/ metrics, one sample a prompt
@@ -46,6 +48,41 @@ class Clock:
     def elapsed(self) -> float:
         """Seconds from the start to the end of the last lap."""
         return self.last - self.start
+
+
+class Tracer:
+    """Traces step `wanted` of a run into <run>/profile, for Perfetto (ui.perfetto.dev) or xprof; None: no step."""
+
+    def __init__(self, run: pathlib.Path, wanted: int | None):
+        self.folder, self.wanted, self.written = run / PROFILE, wanted, False
+
+    @contextlib.contextmanager
+    def step(self, number: int, wait: Callable[[], object]) -> Iterator[None]:
+        """Around a step. For the step traced, `wait` is called to see the device's work to its end."""
+        if number != self.wanted:
+            with jax.profiler.StepTraceAnnotation("step", step_num=number):
+                yield
+            return
+        options = jax.profiler.ProfileOptions()
+        # Not every Python call: a Perfetto trace ends with its millionth event, and they would fill it before the update.
+        options.python_tracer_level = 0
+        with jax.profiler.trace(self.folder, create_perfetto_trace=True, profiler_options=options):
+            with jax.profiler.StepTraceAnnotation("step", step_num=number):
+                yield
+            wait()
+        self.written = True
+
+    def report(self, say: Callable[[str], None]) -> None:
+        """One line on where the trace is, or why there is none."""
+        if self.wanted is None:
+            return
+        if self.written:
+            files = sorted(self.folder.rglob("perfetto_trace.json.gz"))
+            say(
+                f"trace of step {self.wanted}: {files[-1]} opens in ui.perfetto.dev, {self.folder} in xprof"
+            )
+        else:
+            say(f"no trace: step {self.wanted} was not among the steps run")
 
 
 @dataclasses.dataclass
@@ -79,11 +116,11 @@ class Loop:
         self,
         run: Run,
         total: int,
-        evaluate: Callable[[TrainState], Evaluation] | None,
+        evaluate: Callable[[Params], Evaluation] | None,
         shown: tuple[str, str],
         profile: int | None = None,
     ):
-        """`evaluate`: held-out metrics of a state; None: there is no held-out data. `shown`: label and metric of the
+        """`evaluate`: held-out metrics of the parameters; None: there is no held-out data. `shown`: label and metric of the
         progress line. `profile`: a step to trace.
         """
         self.run, self.total, self.evaluate, self.shown = run, total, evaluate, shown
@@ -166,7 +203,7 @@ class Loop:
         if self.evaluate is None:
             return
         self.clock.lap()
-        values, samples = self.evaluate(self.state)
+        values, samples = self.evaluate(self.state.params)
         seconds, _ = self.clock.lap()
         shown = [{"split": "eval", **sample} for sample in samples[:EVAL_SAMPLES]]
         self.run.write(step, values | {"time/eval": seconds}, shown)

@@ -198,8 +198,19 @@ class MetricsWriter:
     ):
         run_dir = pathlib.Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._board = _tensorboard_writer(run_dir) if tensorboard else None
-        self._wandb = _wandb_run(run_dir, wandb_project) if wandb_project else None
+        self._board = self._wandb = None
+        if tensorboard:
+            from tensorboard.summary import Writer
+
+            self._board = Writer(str(run_dir / "tensorboard"))
+        if wandb_project:
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            # The same id on every start: a resumed run continues its curves.
+            name = run_dir.resolve().name
+            self._wandb = wandb.init(
+                project=wandb_project, id=name, name=name, dir=str(run_dir), resume="allow"
+            )
         self._metrics = JsonlFile(run_dir / METRICS_FILE)
         self._samples = JsonlFile(run_dir / SAMPLES_FILE)
 
@@ -300,20 +311,6 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
-
-
-def _tensorboard_writer(run_dir: pathlib.Path) -> Any:
-    from tensorboard.summary import Writer
-
-    return Writer(str(run_dir / "tensorboard"))
-
-
-def _wandb_run(run_dir: pathlib.Path, project: str) -> Any:
-    import wandb  # pyright: ignore[reportMissingImports]
-
-    # The same id on every start: a resumed run continues its curves.
-    name = run_dir.resolve().name
-    return wandb.init(project=project, id=name, name=name, dir=str(run_dir), resume="allow")
 
 
 def _cell(value: Any) -> str:

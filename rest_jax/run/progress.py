@@ -6,10 +6,10 @@ from typing import TextIO
 
 
 class Progress:
-    """Shows `done` of `total` units ("step", "run"; "B" for bytes, shown as a share) and a text beside it. A resource."""
+    """Shows how many of `total` steps are done, and a text beside it. A resource."""
 
-    def __init__(self, total: int, start: int = 0, unit: str = "step", file: TextIO | None = None):
-        self.total, self.start, self.unit = total, start, unit
+    def __init__(self, total: int, start: int = 0, file: TextIO | None = None):
+        self.total, self.start = total, start
         self.seconds = 10.0
         self.file = sys.stderr if file is None else file
         self._begun = self._shown = time.monotonic()
@@ -22,13 +22,12 @@ class Progress:
                 total=total,
                 initial=start,
                 file=self.file,
-                unit=unit,
-                unit_scale=unit == "B",
+                unit="step",
                 dynamic_ncols=True,
             )
 
     def update(self, done: int, shown: str) -> None:
-        """`done` units are done. Of the plain lines, the first, the last and one every ten seconds are printed."""
+        """`done` steps are done. Of the plain lines, the first, the last and one every ten seconds are printed."""
         if self._bar is not None:
             self._bar.set_postfix_str(shown, refresh=False)
             self._bar.update(done - self._bar.n)
@@ -37,10 +36,7 @@ class Progress:
         if self._first or done >= self.total or now - self._shown >= self.seconds:
             self._first, self._shown = False, now
             left = (now - self._begun) / max(done - self.start, 1) * (self.total - done)
-            where = f"{self.unit} {done}/{self.total}"
-            if self.unit == "B":
-                where = f"{done / max(self.total, 1):.0%}"
-            self.message(f"{where}: {shown}, ETA {_duration(left)}")
+            self.message(f"step {done}/{self.total}: {shown}, ETA {_duration(left)}")
 
     def message(self, text: str) -> None:
         """One line that does not tear the bar."""

@@ -50,22 +50,6 @@ PEAK_FLOPS: dict[str, dict[str, float]] = {
 }
 
 
-def token_flops(cfg: DecoderConfig) -> int:
-    """Forward FLOPs of one token through all layers: projections and MLP, without attention."""
-    heads = 4 * cfg.d_model * (cfg.n_heads + cfg.n_kv_heads) * cfg.head_dim
-    return cfg.n_layers * (heads + 6 * cfg.d_model * cfg.d_ff)
-
-
-def head_flops(cfg: DecoderConfig) -> int:
-    """Forward FLOPs of one position through the LM head."""
-    return 2 * cfg.d_model * cfg.vocab_size
-
-
-def attention_flops(cfg: DecoderConfig, keys: int) -> int:
-    """Forward FLOPs of scores and values of one query over `keys` keys, all layers; of many queries: the sum of keys."""
-    return 4 * cfg.n_layers * cfg.n_heads * cfg.head_dim * keys
-
-
 def rollout_flops(
     cfg: DecoderConfig,
     prompt_lengths: Int[np.ndarray, " P"],
@@ -73,16 +57,14 @@ def rollout_flops(
 ) -> float:
     """Useful FLOPs of sampling: every prompt once, and for every response token trunk, head and attention over the prompt,
     the earlier tokens and itself.
-
-    ValueError with both shapes unless the lengths are [P] and [P, G].
     """
     prompts, responses = (np.asarray(x, np.int64) for x in (prompt_lengths, response_lengths))
-    if prompts.ndim != 1 or responses.ndim != 2 or len(prompts) != len(responses):
-        raise ValueError(f"lengths must be [P] and [P, G], not {prompts.shape}, {responses.shape}")
     answered = int(responses.sum())
     keys = int(_causal(prompts).sum() + (prompts[:, None] * responses + _causal(responses)).sum())
-    trunk = token_flops(cfg) * (int(prompts.sum()) + answered)
-    return float(trunk + head_flops(cfg) * answered + attention_flops(cfg, keys))
+    heads = 4 * cfg.d_model * (cfg.n_heads + cfg.n_kv_heads) * cfg.head_dim
+    trunk = cfg.n_layers * (heads + 6 * cfg.d_model * cfg.d_ff) * (int(prompts.sum()) + answered)
+    attention = 4 * cfg.n_layers * cfg.n_heads * cfg.head_dim * keys
+    return float(trunk + 2 * cfg.d_model * cfg.vocab_size * answered + attention)
 
 
 def update_flops(

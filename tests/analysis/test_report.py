@@ -4,10 +4,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from rest_jax.analysis.curves import write_curves
 from rest_jax.analysis.plotting import REGION_COLOURS
-from rest_jax.analysis.report import write_report
-from rest_jax.analysis.tables import read_series, run_table
+from rest_jax.analysis.report import read_series, run_table, write_curves, write_report
 from rest_jax.errors import UserError
 from rest_jax.run.metrics import REGION_NAMES, MetricsWriter
 

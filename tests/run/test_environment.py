@@ -1,8 +1,9 @@
-"""Setting up XLA: the environment before jax starts, the cache at work, what the user set wins."""
+"""Setting up XLA: the environment before jax starts, the cache at work, what the user set wins; signals within a block."""
 
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -145,3 +146,16 @@ def test_transformers_is_quiet_about_pytorch(tmp_path):
     _, said = run_program("transformers_without_torch.py", tmp_path, **{name: found[name]})
     assert said == ""
     assert "PyTorch was not found" in run_program("transformers_without_torch.py", tmp_path)[1]
+
+
+# Signals
+
+
+def test_a_handler_for_a_block_even_when_it_raises():
+    def raise_(number, frame):
+        raise KeyError(number)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyError), environment.handled(raise_, signal.SIGTERM):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -173,6 +173,7 @@ def test_lines_are_on_disk_before_the_checkpoint_is_begun(config, files, monkeyp
 def test_sigterm_is_caught_until_the_last_checkpoint_is_on_disk(config, files, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     run = open_run(config, files)
+    assert not run.stop.received and not run.stop.agreed()
     plain = run.checkpoints._manager.wait_until_finished
     monkeypatch.setattr(
         run.checkpoints._manager,
@@ -180,7 +181,8 @@ def test_sigterm_is_caught_until_the_last_checkpoint_is_on_disk(config, files, m
         lambda: (os.kill(os.getpid(), signal.SIGTERM), plain()),
     )
     run.close()
-    assert run.stop.received and signal.getsignal(signal.SIGTERM) is before
+    assert run.stop.received and run.stop.agreed()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(

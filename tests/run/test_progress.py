@@ -25,15 +25,6 @@ def test_off_a_terminal_it_prints_the_first_the_due_and_the_last_line(monkeypatc
     ]
 
 
-def test_bytes_are_shown_as_a_share():
-    file = io.StringIO()
-    shown = Progress(total=4_000, unit="B", file=file)
-    shown.update(1_000, "12 read")
-    assert file.getvalue().startswith("25%: 12 read, ETA ")
-    shown = Progress(total=0, unit="B", file=file)
-    shown.update(0, "nothing read")
-
-
 def test_on_a_terminal_it_is_one_bar():
     file = io.StringIO()
     file.isatty = lambda: True

@@ -55,13 +55,6 @@ def test_rollout_and_update_are_the_sum_over_tokens(kv_heads):
     assert throughput.update_flops(cfg, PROMPTS, RESPONSES) == 3 * expected
 
 
-def test_parts_of_one_token():
-    parts = throughput.token_flops(CFG) + throughput.attention_flops(CFG, 5)
-    assert parts == one_token(CFG, 5)
-    assert throughput.head_flops(CFG) == matmul(1, CFG.d_model, CFG.vocab_size)
-    assert throughput.attention_flops(CFG, 0) == 0
-
-
 def test_groups_add_up_and_none_is_zero():
     whole = throughput.rollout_flops(CFG, PROMPTS, RESPONSES)
     each = [
@@ -76,13 +69,6 @@ def test_int32_lengths_of_a_large_model_do_not_overflow():
     prompts, responses = np.full(512, 65_536, np.int32), np.full((512, 16), 65_536, np.int32)
     one = throughput.rollout_flops(cfg, prompts[:1], responses[:1])
     assert throughput.rollout_flops(cfg, prompts, responses) == pytest.approx(512 * one, rel=1e-12)
-
-
-def test_lengths_that_do_not_belong_together_are_refused():
-    with pytest.raises(ValueError, match=r"\(3,\), \(2, 2\)"):
-        throughput.rollout_flops(CFG, PROMPTS, RESPONSES[:2])
-    with pytest.raises(ValueError, match=r"\(3,\), \(3,\)"):
-        throughput.update_flops(CFG, PROMPTS, RESPONSES[:, 0])
 
 
 @pytest.mark.parametrize(("passes", "gradient"), [(1, False), (3, True)])
@@ -103,8 +89,8 @@ def test_xla_counts_the_same_in_the_compiled_decoder(passes, gradient):
 
     run = jax.grad(forward) if gradient else forward
     counted: Any = jax.jit(run).lower(nn.meta.unbox(abstract_params(cfg))).compile().cost_analysis()
-    query = throughput.attention_flops(cfg, time)
-    expected = batch * time * (throughput.token_flops(cfg) + throughput.head_flops(cfg) + query)
+    head = matmul(1, cfg.d_model, cfg.vocab_size)
+    expected = batch * time * (one_token(cfg, time) + head)
     assert 1.0 <= counted["flops"] / (passes * expected) < 1.03
 
 

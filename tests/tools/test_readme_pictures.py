@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rest_jax.analysis.plotting import REGION_COLOURS
-from rest_jax.analysis.tables import Series
+from rest_jax.analysis.report import Series
 from rest_jax.config import Config
 from rest_jax.tool_calls import Region
 

@@ -39,10 +39,8 @@ class TokenGradients:
     The standard errors (`_error`) hold both the draw of tokens and that of probes.
     """
 
-    sampled_tokens: np.ndarray  # int [R], tokens drawn
     bound: np.ndarray  # 1 - exp(-H), over all tokens of the region
     jacobian: np.ndarray  # |J|_F^2, weighted by 1 - exp(-H): beta / bound
-    jacobian_error: np.ndarray
     beta: np.ndarray  # |J|_F^2 (1 - exp(-H))
     beta_error: np.ndarray
     score: np.ndarray  # E_a |J^T s|^2, at most beta
@@ -76,10 +74,8 @@ def token_gradients(
     jacobian, jacobian_error = region_means(jacobian, region)
     score, score_error = region_means(score / weight[index], region)
     return TokenGradients(
-        sampled_tokens=np.bincount(region, minlength=NUM_REGIONS),
         bound=bound,
         jacobian=jacobian,
-        jacobian_error=jacobian_error,
         beta=bound * jacobian,
         beta_error=bound * jacobian_error,
         score=bound * score,

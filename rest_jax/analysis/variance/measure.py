@@ -111,8 +111,8 @@ def sample_scored(policy: Policy, config: Config, prepared: Prepared, prompts: i
     sampler = make_sampler(policy, r, r.group_size, Sampling())
     index = np.sort(np.random.default_rng(config.seed).permutation(prepared.size)[:prompts])
     chosen = [prepared.prompts[i] for i in index]
-    tokens, length = pad(chosen, bucketed(chosen), tokenizer.pad_id)
-    batch = PromptBatch(tokens, length, index.astype(np.int32))
+    padded = pad(chosen, bucketed(chosen), tokenizer.pad_id)
+    batch = PromptBatch(*padded, index.astype(np.int32))
     params = rollout_cast(policy)(policy.params)
     rollout = sampler(params, batch, jax.random.key(config.seed), 0)
     targets = [prepared.records[i].target for i in index]
@@ -226,8 +226,8 @@ def inequality(scored: ScoredBatch, where: np.ndarray) -> dict[str, Any]:
     """Lemma 2 over the tokens `where`, from the sampler's own float32 log-probs, entropies and Ginis:
 
     means of `entropy` (nats), `gini` (1 - sum p^2 = E|onehot - p|^2), its `bound` 1 - exp(-H) and `sampled`, |onehot(a) - p|^2
-    of the actions drawn; the `largest_ratio` gini / bound (None when every bound is below `TELLING`) and the `largest_excess`
-    gini - bound of single tokens; `violations`, the tokens whose gini exceeds their bound by more than `TOLERANCE`.
+    of the actions drawn; the `largest_ratio` gini / bound of a single token (None when every bound is below `TELLING`);
+    `violations`, the tokens whose gini exceeds their bound by more than `TOLERANCE`.
 
     |onehot(a) - p|^2 = 1 - 2 p_a + sum p^2 has the mean 1 - sum p^2 over a ~ p. So over all tokens `sampled` is `gini` within
     `sampled_error` (which counts the draw of actions alone: given their contexts, the deviations of different tokens are
@@ -246,7 +246,6 @@ def inequality(scored: ScoredBatch, where: np.ndarray) -> dict[str, Any]:
         "sampled": sampled.mean(),
         "sampled_error": np.sqrt(np.sum((sampled - gini) ** 2)) / len(gini),
         "largest_ratio": (gini[telling] / bound[telling]).max() if telling.any() else None,
-        "largest_excess": (gini - bound).max(),
         "violations": int((gini > bound + TOLERANCE).sum()),
     }
 
@@ -254,19 +253,17 @@ def inequality(scored: ScoredBatch, where: np.ndarray) -> dict[str, Any]:
 def region_rows(
     scored: ScoredBatch, present: list[Region], tokens: TokenGradients, gram: np.ndarray
 ) -> dict[str, dict[str, Any]]:
-    """By region: its `TokenGradients`, its `inequality`, and `gradient_square` and `gradient_variance` of its part of the
-    uniform loss, from `gram` [R' P P] of those parts.
+    """By region: its `TokenGradients`, its `inequality`, and `gradient_square`, |g|^2 of its part of the uniform loss, from
+    `gram` [R' P P] of those parts.
     """
-    rows = {}
-    for region, own in zip(present, gram, strict=True):
-        noise = gram_noise(own)
-        rows[region.name.lower()] = {
+    return {
+        region.name.lower(): {
             **{name: values[region] for name, values in dataclasses.asdict(tokens).items()},
             **inequality(scored, scored.region == region),
-            "gradient_square": noise.mean_square,
-            "gradient_variance": noise.variance,
+            "gradient_square": gram_noise(own).mean_square,
         }
-    return rows
+        for region, own in zip(present, gram, strict=True)
+    }
 
 
 def rule_rows(
@@ -278,14 +275,14 @@ def rule_rows(
 ) -> dict[str, dict[str, Any]]:
     """By weight rule, the mini-batch gradient: realised mean `weights` by region; Theorem 1's `bound` sum_t beta_t w_t^2,
     uniform = 1; `variance`, `mean_square` |g|^2 and their ratio `share`, also `relative` to that of the first rule, uniform,
-    with 95 % bootstrap intervals over groups; the `noise_scale`, prompts at which noise and signal are equal (None: no
+    with a 95 % bootstrap interval over groups; the `noise_scale`, prompts at which noise and signal are equal (None: no
     signal seen in this batch); the `cosine` with the gradient of uniform.
     """
     groups = len(scored.reward)
     beta = np.nan_to_num(tokens.beta)[scored.region]
     count = np.bincount(scored.region.ravel(), minlength=NUM_REGIONS)
     uniform = gram_noise(gradients.gram[0]).share
-    intervals = share_intervals(gradients.gram[: len(rules)], seed)
+    intervals = relative_intervals(gradients.gram[: len(rules)], seed)
     rows = {}
     for i, (name, weight) in enumerate(rules.items()):
         noise = gram_noise(gradients.gram[i])
@@ -298,29 +295,28 @@ def rule_rows(
             "variance": noise.variance,
             "mean_square": noise.mean_square,
             "share": noise.share,
-            "share_interval": intervals[0, i],
             "relative": noise.share / uniform,
-            "relative_interval": intervals[1, i],
+            "relative_interval": intervals[i],
             "noise_scale": groups * noise.variance / noise.signal if noise.signal > 0 else None,
             "cosine": gradients.cosine[i],
         }
     return rows
 
 
-def share_intervals(gram: np.ndarray, seed: int) -> np.ndarray:
-    """95 % bootstrap intervals over groups, float64 [2, K, 2]: of each share in `gram` [K, P, P], and of each over the first.
+def relative_intervals(gram: np.ndarray, seed: int) -> np.ndarray:
+    """95 % bootstrap intervals over groups, float64 [K, 2]: of each share in `gram` [K, P, P] over the first.
 
     Resamples of one and the same group, which say nothing of a variance, are left out.
     """
     groups = np.arange(gram.shape[1])
 
-    def shares(drawn: np.ndarray, axis: int) -> np.ndarray:
+    def relative(drawn: np.ndarray, axis: int) -> np.ndarray:
         count = np.count_nonzero(drawn[..., None] == groups, axis=-2)
         own = np.stack([gram_noise(g, count).share for g in gram])
-        return np.stack([own, own / own[0]])
+        return own / own[0]
 
     found = scipy.stats.bootstrap(
-        (groups,), shares, n_resamples=RESAMPLES, vectorized=True, batch=256,
+        (groups,), relative, n_resamples=RESAMPLES, vectorized=True, batch=256,
         method="percentile", rng=np.random.default_rng(seed),
     )  # fmt: skip
     return np.moveaxis(np.nanquantile(found.bootstrap_distribution, [0.025, 0.975], axis=-1), 0, -1)

@@ -29,7 +29,7 @@ from rest_jax.data.prepare.settings import Settings, check
 from rest_jax.data.records import RecordError, StepRecord, to_json
 from rest_jax.errors import UserError
 from rest_jax.files import atomic_write
-from rest_jax.run.signals import handled
+from rest_jax.run.environment import handled
 
 MAX_REASONS = 100  # different reasons counted by their own name
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

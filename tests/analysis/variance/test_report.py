@@ -6,15 +6,15 @@ from rest_jax.analysis.variance.report import variance_tables, write_variance
 
 INEQUALITY = {
     "tokens": 10, "entropy": 0.2, "gini": 0.1, "bound": 0.15, "sampled": 0.11, "sampled_error": 0.02,
-    "largest_ratio": None, "largest_excess": -0.01, "violations": 0,
+    "largest_ratio": None, "violations": 0,
 }  # fmt: skip
 REGION = INEQUALITY | {
-    "gradient_square": 2.0, "gradient_variance": 1.0, "sampled_tokens": 1, "beta": 5.0, "beta_error": None,
-    "jacobian": 30.0, "jacobian_error": None, "score": 1.0, "score_error": None,
+    "gradient_square": 2.0, "beta": 5.0, "beta_error": None,
+    "jacobian": 30.0, "score": 1.0, "score_error": None,
 }  # fmt: skip
 RULE = {
     "weights": {"name": 1.0}, "bound": 1.0, "variance": 0.5, "mean_square": 2.0, "share": 0.25,
-    "share_interval": [0.2, None], "relative": 1.0, "relative_interval": [1.0, None], "noise_scale": None,
+    "relative": 1.0, "relative_interval": [1.0, None], "noise_scale": None,
     "cosine": 1.0,
 }  # fmt: skip
 FOUND = {
