@@ -1,26 +1,23 @@
 """A comparison: several methods, each over the same seeds, on one page with paired intervals. `rest-jax compare PLAN...`.
 
-In: plan files (`Plan`). Out: run folders <output>/<plan>/<method>-seed<seed>, and in the page's folder README.md
-(page.md.jinja), images/ and the tables of results.py. All methods share policy, data, rollouts and optimiser: each is a
-config file merged over the same scale. Runs are ordered seed by seed, so that a comparison broken off has the same seeds
-of every method. Without any run folder the page is rendered from the tables.
+In: plan files (`Plan`). Out: run folders <output>/<plan>/<method>-seed<seed>, and in the page's folder images/, the tables
+of results.py, and README.md, which is rendered of these tables, with run folders or without (page.md.jinja). All methods
+share policy, data, rollouts and optimiser: each is a config file merged over the same scale. Runs are ordered seed by
+seed, so that a comparison broken off has the same seeds of every method.
 """
 
-import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jinja2
-import numpy as np
 import pydantic
 from optuna.trial import Trial
 
 from rest_jax import config as config_lib
 from rest_jax.config import Config, NonNegativeInt, Section
 from rest_jax.errors import RunStopped, UserError
-from rest_jax.evaluation.statistics import Estimate
 from rest_jax.experiments import results, storage
 from rest_jax.experiments.figures import write_figures
 from rest_jax.experiments.worker import Engine, Experiment, Job, carry_out, is_finished
@@ -108,12 +105,9 @@ def compare(
     found = [gather(name, plan, folder) for name, plan in loaded.items()]
     if not any(each.results.runs for each in found):
         raise UserError(f"{', '.join(loaded)}: no finished run, and no results in {folder}")
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    for each in found:
-        if each.results.runs:
-            results.write(each.results, each.name, each.pairs, folder)
-            plan = each.plan
-            write_figures(each.results, each.name, plan.title, plan.reference, folder / "images")
+    for name, plan, _, measured, _ in found:
+        if measured.runs:
+            write_figures(measured, name, plan.title, plan.reference, folder / "images")
     page = write_page(found, folder)
     sentences = [line for line in page.read_text().splitlines() if line.startswith("- ")]
     print("\n".join([*sentences, f"page: {page}"]), flush=True)
@@ -125,16 +119,16 @@ def compare(
 def train(name: str, plan: Plan, engine: Engine) -> list[str]:
     """Carries out the runs of a plan, its supervised start first; why runs failed. RunStopped when told to stop."""
     jobs = {f"{method}-seed{seed}": job for (method, seed), job in plan.jobs(name).items()}
-    folder, stages = pathlib.Path(plan.output) / (plan.runs or name), [(name, jobs)]
+    folder, stages = pathlib.Path(plan.output) / (plan.runs or name), {name: jobs}
     if plan.start:
         start = Job("sft", plan.start).with_values({"name": "start", "output": str(folder)})
-        stages.insert(0, (f"{name}-start", {"start": start}))
-    for stage, runs in stages:
+        stages = {f"{name}-start": {"start": start}} | stages
+    for stage, runs in stages.items():
         draw = functools.partial(planned, runs)
         experiment = Experiment(stage, folder, {run: {} for run in runs}, draw, results.EXACT)
-        study = carry_out(experiment, engine)
-        states = {run: storage.state(t) for run, t in storage.current(study.trials).items()}
-        if any(state in ("waiting", "running") for state, _ in states.values()):
+        trials = storage.current(carry_out(experiment, engine))
+        states = {run: storage.state(trial) for run, trial in trials.items()}
+        if any(state in ("waiting", "running", "lost") for state, _ in states.values()):
             raise RunStopped(f"{stage}: stopped; the same command resumes it")
         failed = [f"{run}: {why}" for run, (state, why) in states.items() if state != "complete"]
         if failed:
@@ -148,15 +142,16 @@ def planned(jobs: Mapping[str, Job], _: Trial, run: str) -> Job:
 
 
 def gather(name: str, plan: Plan, folder: pathlib.Path) -> Compared:
-    """What the finished runs measured or, where there are none, what is stored beside the page."""
-    jobs = plan.jobs(name)
-    configs = {key: job.config() for key, job in jobs.items()}
+    """What the finished runs measured or, where there are none, what is stored beside the page.
+
+    A seed without the reference is left out: nothing could be paired with it.
+    """
+    configs = {key: job.config() for key, job in plan.jobs(name).items()}
     finished = {key: c.folder for key, c in configs.items() if is_finished(c, results.EXACT)}
-    seeds = {seed for method, seed in finished if method == plan.reference}
-    paired = {method for method, seed in finished if seed in seeds}
-    finished = {key: folder for key, folder in finished.items() if key[0] in paired}
-    found = results.collect(finished) if finished else results.read(name, folder)
-    found = found or results.Results({}, {})
+    paired = {key: run for key, run in finished.items() if (plan.reference, key[1]) in finished}
+    if paired:
+        results.store(paired, name, folder)
+    found = results.read(name, folder)
     return Compared(name, plan, next(iter(configs.values())), found, plan.comparisons(found))
 
 
@@ -167,7 +162,6 @@ def write_page(found: Sequence[Compared], folder: pathlib.Path) -> pathlib.Path:
         loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    environment.filters |= {"points": points, "change": change, "number": number}
     notes = (folder / "tried.md").is_file()
     text = environment.get_template("page.md.jinja").render(
         compared=found, notes=notes, exact=results.EXACT, sampled=results.SAMPLED, noise=results.NOISE,
@@ -176,22 +170,3 @@ def write_page(found: Sequence[Compared], folder: pathlib.Path) -> pathlib.Path:
     with atomic_write(folder / "README.md") as partial:
         partial.write_text(text, encoding="utf-8")
     return folder / "README.md"
-
-
-def points(found: Estimate, sign: str = "") -> str:
-    """A rate, or with sign "+" a difference of rates, in percent points: mean [bootstrap] (t)."""
-    mean, low, high, t_low, t_high, _ = (f"{100 * x:{sign}.1f}" for x in dataclasses.astuple(found))
-    return f"{mean} [{low}, {high}] ({t_low}, {t_high})" if found.count > 1 else mean
-
-
-def change(found: Estimate) -> str:
-    """A difference in words, with the interval that holds both of its intervals."""
-    if found.count < 2:
-        return f"{100 * found.mean:+.1f} points (one seed)"
-    low, high = min(found.low, found.t_low), max(found.high, found.t_high)
-    return f"{100 * found.mean:+.1f} points (95 % CI {100 * low:+.1f} to {100 * high:+.1f})"
-
-
-def number(value: float) -> str:
-    """Two digits; a dash for what was not measured."""
-    return "-" if np.isnan(value) else f"{value:.2f}"

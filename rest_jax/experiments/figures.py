@@ -4,15 +4,13 @@ A method has the same colour and line in every figure; the reference is black.
 """
 
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from rest_jax.analysis import plotting
-from rest_jax.evaluation.statistics import Estimate
-from rest_jax.experiments.results import EXACT, Curve, Results
+from rest_jax.experiments.results import EXACT, Curve, Estimate, Results
 
 _REGIONS = ("tag", "scaffold", "name", "param", "think")
 _WINDOW = 5  # steps of the running mean
@@ -28,28 +26,25 @@ _CURVES = {
     "time/cpu": ("CPU time of a step", "s"),
 }
 _ENTROPIES = {f"region/{region}/entropy": (region, "entropy, nats") for region in _REGIONS}
+_WEIGHTS = {f"region/{region}/weight": (region, "mean weight") for region in _REGIONS}
 
 
 def write_figures(
     results: Results, name: str, title: str, reference: str, folder: pathlib.Path
 ) -> None:
     """Draws <name>_rates.png, _curves.png, _entropy.png and _weights.png into the folder."""
-    others = [method for method in results.curves if method != reference]
-    styles = {reference: {"color": "black", "linestyle": "-"}} | {
-        method: {
-            "color": plotting.PALETTE[i % len(plotting.PALETTE)],
-            "linestyle": plotting.LINE_STYLES[
-                (i + i // len(plotting.PALETTE)) % len(plotting.LINE_STYLES)
-            ],
-        }
-        for i, method in enumerate(others)
-    }
+    styles: dict[str, Any] = {reference: {"color": "black", "linestyle": "-"}}
+    for i, method in enumerate(method for method in results.curves if method != reference):
+        round_, place = divmod(i, len(plotting.PALETTE))
+        line = plotting.LINE_STYLES[(place + round_) % len(plotting.LINE_STYLES)]
+        styles[method] = {"color": plotting.PALETTE[place], "linestyle": line}
+    folder.mkdir(parents=True, exist_ok=True)
     smoothed = f"{title}: means over seeds, running mean of {_WINDOW} steps"
     for kind, figure in (
         ("rates", _rates(results, reference, styles)),
-        ("curves", _panels(results, _CURVES, styles, (2, 4))),
-        ("entropy", _panels(results, _ENTROPIES, styles, (1, len(_REGIONS)))),
-        ("weights", _weights(results)),
+        ("curves", _panels(results, _CURVES, styles)),
+        ("entropy", _panels(results, _ENTROPIES, styles)),
+        ("weights", _panels(results, _WEIGHTS, styles)),
     ):
         intervals = f"{title}: mean over seeds; thick: 95 % bootstrap, thin: 95 % t interval"
         figure.suptitle(intervals if kind == "rates" else smoothed)
@@ -84,13 +79,12 @@ def _interval(axes: Any, found: Estimate, y: int, colour: str) -> None:
         axes.plot([100 * found.low, 100 * found.high], [y] * 2, color=colour, linewidth=3.5)
 
 
-def _panels(
-    results: Results, shown: dict[str, Any], styles: dict[str, Any], shape: tuple[int, int]
-) -> Figure:
+def _panels(results: Results, shown: dict[str, Any], styles: dict[str, Any]) -> Figure:
     """One panel for each metric, one line for each method."""
-    figure = plotting.new_figure(16 if shape[0] > 1 else 13, 3.6 * shape[0])
+    rows = 2 if len(shown) > len(_REGIONS) else 1
+    figure = plotting.new_figure(16 if rows > 1 else 13, 3.6 * rows)
     for axes, (name, (title, unit)) in zip(
-        figure.subplots(*shape).flat, shown.items(), strict=True
+        figure.subplots(rows, len(shown) // rows).flat, shown.items(), strict=True
     ):
         for method, curves in results.curves.items():
             if name in curves:
@@ -100,31 +94,12 @@ def _panels(
                     steps, values, label=method, marker=marker, markersize=3, **styles[method]
                 )
         plotting.label_steps(axes, title, unit)
-        if unit.startswith("entropy"):
+        if shown is not _CURVES:
             axes.set_ylim(bottom=0)
-    _legend(figure)
-    return figure
-
-
-def _weights(results: Results) -> Figure:
-    """Above: mean weight of a token of each region; below: the regions' shares of the total weight, stacked."""
-    figure = plotting.new_figure(2.3 * len(results.curves) + 1.2, 5.6)
-    columns = figure.subplots(2, len(results.curves), sharey="row", squeeze=False)
-    for column, (method, curves) in enumerate(results.curves.items()):
-        above, below = columns[:, column]
-        shares, colours, steps = [], [], []
-        for region, colour in plotting.REGION_COLOURS.items():
-            if f"region/{region}/weight_share" in curves:
-                weight = smooth(curves[f"region/{region}/weight"], _WINDOW)
-                above.plot(*weight, color=colour, label=region)
-                steps, share = smooth(curves[f"region/{region}/weight_share"], _WINDOW)
-                shares.append(share)
-                colours.append(colour)
-        below.stackplot(steps, shares, colors=colours)
-        below.set_ylim(0, 1)
-        plotting.label_steps(above, method, "weight" if column == 0 else "")
-        plotting.label_steps(below, "", "share of the weight" if column == 0 else "")
-    _legend(figure)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(len(labels), 7), frameon=False
+    )
     return figure
 
 
@@ -133,9 +108,3 @@ def smooth(curve: Curve, window: int) -> tuple[list[int], np.ndarray]:
     values, half = np.array(list(curve.values())), window // 2
     means = [values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))]
     return list(curve), np.array(means)
-
-
-def _legend(figure: Figure) -> None:
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    columns: Sequence[Any] = labels[:7]
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(columns), frameon=False)

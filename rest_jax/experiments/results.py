@@ -1,8 +1,9 @@
 """What the runs of a comparison measured: a summary of each run, mean curves of each method, estimates over seeds.
 
-`collect` reads them from run folders; `write` leaves them beside the page as <plan>_runs.csv, <plan>_curves.csv.gz and
-<plan>_methods.csv; `read` makes the same `Results` of the first two, so that a page can be rendered without the runs.
-Two runs of one seed see the same prompts in the same order, which is why differences are paired by seed.
+`store` reads run folders and leaves <plan>_runs.csv and <plan>_curves.csv.gz beside the page; `read` makes the `Results`
+of a page of these two. Two runs of one seed see the same prompts in the same order, which is why differences are paired
+by seed. Seeds are few (five is usual). The percentile bootstrap is too narrow then; Student's t is wider and holds its
+level better. A difference counts as found only where both 95 % intervals exclude zero.
 """
 
 import csv
@@ -10,15 +11,17 @@ import dataclasses
 import gzip
 import io
 import pathlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
-from rest_jax.evaluation.statistics import Estimate, estimate, paired
+from rest_jax.analysis.tables import read_series
 from rest_jax.files import atomic_write
-from rest_jax.run.metrics import METRICS_FILE, read_lines
 
+RESAMPLES = 10_000
 EXACT, SAMPLED, NOISE = COMPARED = "eval/exact", "sampled/exact", "early/grad_noise"
 _FINAL = (
     EXACT,
@@ -28,6 +31,50 @@ LAST_STEPS = 10  # training steps whose sampled rate is averaged
 _COMPILING_STEPS = 3  # left out of step times
 
 Curve = Mapping[int, float]  # step -> value
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """The mean of `count` values with its bootstrap and its t interval; the bounds of fewer than two are NaN."""
+
+    mean: float
+    low: float
+    high: float
+    t_low: float
+    t_high: float
+    count: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether both intervals lie on one side of zero. Two values may agree by chance: three are the least."""
+        outside = min(self.low, self.t_low) > 0 or max(self.high, self.t_high) < 0
+        return outside and self.count >= 3
+
+
+def estimate(values: Sequence[float], level: float = 0.95) -> Estimate:
+    """The mean of independent values with both intervals. ValueError without a value."""
+    x = np.asarray(values, np.float64)
+    if x.ndim != 1 or not x.size:
+        raise ValueError(f"values of shape {x.shape}: a list of at least one is needed")
+    if x.size < 2:
+        return Estimate(float(x.mean()), *[float("nan")] * 4, count=1)
+    with warnings.catch_warnings():
+        # Values that are all equal, or that were not measured, have no spread to speak of.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        t = stats.ttest_1samp(x, 0.0).confidence_interval(level)
+        bounds = stats.bootstrap(
+            (x,), np.mean, n_resamples=RESAMPLES, confidence_level=level, method="percentile", rng=0
+        ).confidence_interval
+    ends = (float(end) for end in (bounds.low, bounds.high, t.low, t.high))
+    return Estimate(float(x.mean()), *ends, count=x.size)
+
+
+def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Estimate:
+    """The mean difference over the seeds that both have. ValueError when they share none."""
+    shared = sorted(values.keys() & reference.keys())
+    if not shared:
+        raise ValueError("no seed in common")
+    return estimate([values[seed] - reference[seed] for seed in shared])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,29 +105,23 @@ class Results:
         }
         return counts[f"region/{region}/count"] / sum(counts.values())
 
-    def ends(self, method: str, name: str) -> list[float]:
-        """The first and the last value of a mean curve."""
-        values = list(self.curves[method][name].values())
-        return [values[0], values[-1]]
 
-
-def collect(folders: Mapping[tuple[str, int], pathlib.Path]) -> Results:
-    """The results of finished runs, by (method, seed)."""
-    found = {key: read_curves(folder) for key, folder in folders.items()}
-    methods = dict.fromkeys(method for method, _ in found)
-    means = {m: mean_curves([found[key] for key in found if key[0] == m]) for m in methods}
-    curves = {m: {name: rounded(curve) for name, curve in means[m].items()} for m in means}
-    return Results({key: rounded(summarise(run)) for key, run in found.items()}, curves)
-
-
-def read_curves(folder: pathlib.Path) -> dict[str, dict[int, float]]:
-    """Every metric of a run, step -> value; steps where it was NaN are left out."""
-    curves: dict[str, dict[int, float]] = {}
-    for line in read_lines(folder / METRICS_FILE):
-        for name in line.keys() - {"step"}:
-            if line[name] is not None:
-                curves.setdefault(name, {})[line["step"]] = line[name]
-    return curves
+def store(runs: Mapping[tuple[str, int], pathlib.Path], name: str, folder: pathlib.Path) -> None:
+    """Writes the summaries and the curves of finished runs, given as (method, seed) -> run folder."""
+    found: dict[str, dict[int, Mapping[str, Curve]]] = {}
+    for (method, seed), run in runs.items():
+        curves = {n: dict(zip(*series, strict=True)) for n, series in read_series(run).items()}
+        found.setdefault(method, {})[seed] = curves
+    rows = [{"method": m, "seed": seed, **summarise(found[m][seed])} for m, seed in runs]
+    points = [
+        {"method": method, "metric": metric, "step": step, "mean": value}
+        for method, seeds in found.items()
+        for metric, curve in mean_curves(list(seeds.values())).items()
+        for step, value in curve.items()
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / f"{name}_runs.csv", rows)
+    _write(folder / f"{name}_curves.csv.gz", points)
 
 
 def summarise(curves: Mapping[str, Curve]) -> dict[str, float]:
@@ -116,33 +157,10 @@ def mean_curves(runs: Sequence[Mapping[str, Curve]]) -> dict[str, Curve]:
     return means
 
 
-def write(
-    results: Results, name: str, pairs: Sequence[tuple[str, str]], folder: pathlib.Path
-) -> None:
-    """Writes the runs, the curves (compressed, the same bytes for the same curves) and the estimates."""
-    rows = [{"method": m, "seed": seed, **run} for (m, seed), run in results.runs.items()]
-    _write(folder / f"{name}_runs.csv", rows)
-    names = list(next(iter(results.runs.values())))
-    found = [
-        ({"method": m, "less": ""}, n, results.mean(m, n)) for m in results.curves for n in names
-    ]
-    for a, b in pairs:
-        found += [({"method": a, "less": b}, n, results.difference(a, b, n)) for n in names]
-    estimates = [keys | {"metric": n} | rounded(dataclasses.asdict(e)) for keys, n, e in found]
-    _write(folder / f"{name}_methods.csv", estimates)
-    points = [
-        {"method": method, "metric": metric, "step": step, "mean": value}
-        for method, curves in results.curves.items()
-        for metric, curve in curves.items()
-        for step, value in curve.items()
-    ]
-    _write(folder / f"{name}_curves.csv.gz", points)
-
-
-def read(name: str, folder: pathlib.Path) -> Results | None:
-    """What `write` left in the folder; None without it."""
+def read(name: str, folder: pathlib.Path) -> Results:
+    """What `store` left in the folder; empty without it."""
     if not (folder / f"{name}_runs.csv").is_file():
-        return None
+        return Results({}, {})
     with (folder / f"{name}_runs.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     runs = {(row.pop("method"), int(row.pop("seed"))): row for row in rows}
@@ -155,18 +173,13 @@ def read(name: str, folder: pathlib.Path) -> Results | None:
     return Results(numbers, curves)
 
 
-def rounded(values: Mapping[Any, float]) -> dict[Any, float]:
-    """Six digits, as they are stored."""
-    return {key: float(f"{value:.6g}") for key, value in values.items()}
-
-
 def _write(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Six digits of every number; the same bytes for the same rows."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
+    writer = csv.writer(text)
+    writer.writerow(rows[0])
     for row in rows:
-        # What was not measured (NaN) is left empty.
-        writer.writerow({key: "" if value != value else value for key, value in row.items()})
+        writer.writerow(f"{x:.6g}" if isinstance(x, float) else x for x in row.values())
     content = text.getvalue().encode()
     with atomic_write(path) as partial:
         partial.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)

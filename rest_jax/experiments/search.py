@@ -1,23 +1,25 @@
 """A sweep: many runs of one config, with values drawn for some of its keys. `rest-jax sweep FILES... --space SPACE`.
 
 In: config files and overrides, and a space file (`Space`): parameters, metric, sampler, pruner. Out: run folders
-<output>/<name>/trial-0000, ..., and beside them results.csv and Optuna's plots. Grid and random points are drawn before
-anything starts, so they are the same whoever trains them; TPE draws when a trial begins.
+<output>/<name>/trial-0000, ..., and beside them results.csv and Optuna's plots. The points of a grid are enqueued before
+anything starts. Others are drawn when a trial begins, by a sampler seeded by the trial, so that random points are the
+same whoever draws them.
 """
 
 import csv
 import dataclasses
 import functools
-import math
+import itertools
 import pathlib
+import random
 import warnings
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import optuna
 import pydantic
 from optuna import pruners, samplers
-from optuna.trial import FrozenTrial, Trial
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from rest_jax import config as config_lib
 from rest_jax.analysis import plotting
@@ -35,8 +37,7 @@ PRUNERS = {
     "successive_halving": pruners.SuccessiveHalvingPruner,
     "hyperband": pruners.HyperbandPruner,
 }
-_STATES = ("complete", "pruned", "running", "waiting", "invalid", "failed")
-_LARGEST_GRID = 10_000
+_STATES = ("complete", "pruned", "running", "waiting", "lost", "invalid", "failed")
 _ENOUGH = 8  # complete trials before importances mean anything
 
 
@@ -65,10 +66,10 @@ class Parameter(Section):
         """The value that the trial has or that the study's sampler draws. ValueError for a range that is none."""
         if self.choices is not None:
             return trial.suggest_categorical(key, self.choices)
-        low, high, step, log = self._number(self.low), self._number(self.high), self.step, self.log
+        low, high, step = cast(Any, (self.low, self.high, self.step))
         if self.integer:
-            return trial.suggest_int(key, low, high, step=self._number(step or 1), log=log)
-        return trial.suggest_float(key, low, high, step=step, log=log)
+            return trial.suggest_int(key, low, high, step=step or 1, log=self.log)
+        return trial.suggest_float(key, low, high, step=step, log=self.log)
 
     def grid(self) -> tuple[Scalar, ...]:
         """All values; empty for a range that has no end of them."""
@@ -78,10 +79,8 @@ class Parameter(Section):
         if step is None or self.low is None or self.high is None:
             return ()
         count = int((self.high - self.low) / step + 1e-9) + 1
-        return tuple(self._number(round(self.low + i * step, 12)) for i in range(count))
-
-    def _number(self, value: Any) -> Any:
-        return int(value) if self.integer else value
+        values = (round(self.low + i * step, 12) for i in range(count))
+        return tuple(int(value) if self.integer else value for value in values)
 
 
 class Space(Section):
@@ -89,7 +88,6 @@ class Space(Section):
 
     metric: str = "eval/reward"
     direction: Literal["maximize", "minimize"] = "maximize"
-    value: Literal["last", "best"] = "last"  # of the metric over the evaluations of a run
     sampler: Literal["grid", "random", "tpe"] = "tpe"
     seed: NonNegativeInt = 0
     trials: PositiveInt | None = None  # None: the whole grid
@@ -108,18 +106,13 @@ class Space(Section):
                 raise ValueError(f"{name}: every trial has its own, so it cannot be set")
         for name in self.parameters.keys() & self.overrides.keys():
             raise ValueError(f"{name}: in parameters and in overrides")
-        if self.sampler == "grid" and not 0 < self.grid_size() <= _LARGEST_GRID:
-            endless = ", ".join(name for name, p in self.parameters.items() if not p.grid())
-            size = f"{endless}: give choices or step" if endless else f"{self.grid_size():,} points"
-            raise ValueError(f"sampler grid: {size}")
+        endless = [name for name, parameter in self.parameters.items() if not parameter.grid()]
+        if self.sampler == "grid" and endless:
+            raise ValueError(f"sampler grid: {', '.join(endless)}: give choices or step")
         if self.sampler != "grid" and self.trials is None:
             raise ValueError(f"trials: sampler {self.sampler} needs a number of them")
         self.make_pruner()
         return self
-
-    def grid_size(self) -> int:
-        """The number of points of a grid; 0 when a parameter has no end of values."""
-        return math.prod(len(parameter.grid()) for parameter in self.parameters.values())
 
     def make_pruner(self) -> pruners.BasePruner:
         """Optuna's, made of its own options. ValueError for options that it does not take."""
@@ -133,26 +126,20 @@ class Space(Section):
         return pruners.NopPruner()
 
     def make_sampler(self, index: int) -> samplers.BaseSampler:
-        """Optuna's. TPE is seeded by the trial too, so that two workers do not draw the same values."""
-        if self.sampler == "grid":
-            grid = {name: parameter.grid() for name, parameter in self.parameters.items()}
-            return samplers.GridSampler(grid, self.seed)
+        """Optuna's, for trial `index`: two workers do not draw the same values."""
+        seed = self.seed + 10_007 * index
         if self.sampler == "random":
-            return samplers.RandomSampler(self.seed)
-        return samplers.TPESampler(seed=self.seed + 10_007 * index, constant_liar=True)
+            return samplers.RandomSampler(seed)
+        return samplers.TPESampler(seed=seed, constant_liar=True)
 
     def points(self) -> dict[str, dict[str, Scalar]]:
-        """trial -> the values that are fixed beforehand: all of them, or none for TPE."""
-        sizes = [self.trials, self.grid_size() if self.sampler == "grid" else None]
-        names = [f"trial-{i:04d}" for i in range(min(size for size in sizes if size is not None))]
-        if self.sampler == "tpe":
-            return {name: {} for name in names}
-        drawing = optuna.create_study(sampler=self.make_sampler(0))
-        return {name: self.suggest(drawing.ask()) for name in names}
-
-    def suggest(self, trial: Trial) -> dict[str, Scalar]:
-        """The trial's point."""
-        return {key: parameter.suggest(trial, key) for key, parameter in self.parameters.items()}
+        """trial -> the values that are fixed beforehand: all of them for a grid, in an order drawn by the seed, else none."""
+        points: list[dict[str, Scalar]] = [{}] * (self.trials or 0)
+        if self.sampler == "grid":
+            values = itertools.product(*(p.grid() for p in self.parameters.values()))
+            points = [dict(zip(self.parameters, point, strict=True)) for point in values]
+            random.Random(self.seed).shuffle(points)
+        return {f"trial-{i:04d}": point for i, point in enumerate(points[: self.trials])}
 
 
 def sweep(
@@ -176,10 +163,6 @@ def sweep(
     shared = job.config()
     name = name or f"{shared.name}-{path.stem}"
     folder = pathlib.Path(shared.output) / name
-    space_and_config = {
-        "space": found.model_dump(mode="json", by_alias=True, exclude={"trials"}),
-        "config": shared.model_dump(mode="json"),
-    }
     experiment = Experiment(
         name=name,
         folder=folder,
@@ -187,9 +170,11 @@ def sweep(
         job=functools.partial(draw, found, job, folder),
         metric=found.metric,
         direction=found.direction,
-        value=found.value,
         pruner=found.make_pruner(),
-        definition=space_and_config,
+        definition={
+            "space": found.model_dump(mode="json", by_alias=True, exclude={"trials"}),
+            "config": shared.model_dump(mode="json"),
+        },
     )
     rows = write_results(carry_out(experiment, engine or Engine()), found, folder)
     if all(row["state"] == "failed" for row in rows):
@@ -202,10 +187,9 @@ def shared_job(space: Space, files: Sequence[str], overrides: Sequence[str]) -> 
 
     Values that only fail together with others are left to the sweep, which calls these trials invalid.
     """
-    for key in sorted(
-        {override.partition("=")[0] for override in overrides} & space.parameters.keys()
-    ):
-        raise UserError(f"{key}=...: a parameter of the sweep is set in its space; change it there")
+    for key in (override.partition("=")[0] for override in overrides):
+        if key in space.parameters:
+            raise UserError(f"{key}=...: a parameter of the sweep; change it in the space")
     job = Job("train", tuple(files)).with_values(space.overrides)
     job = dataclasses.replace(job, overrides=(*job.overrides, *overrides))
     shared = job.config()
@@ -213,35 +197,31 @@ def shared_job(space: Space, files: Sequence[str], overrides: Sequence[str]) -> 
         raise UserError(f"data.eval: null: {space.metric} needs held-out data")
     if space.pruner and not shared.train.eval_every:
         raise UserError("train.eval_every: 0: a pruner decides at evaluations; set it above 0")
-    faults = []
     for key, parameter in space.parameters.items():
         ends = parameter.choices or (parameter.low, parameter.high)
-        errors = [error for value in ends if (error := _refusal(job.with_values({key: value})))]
-        own = [error for error in errors if "unknown key" in error or f" {key}: " in error]
-        faults += (own or errors)[:1] if own or len(errors) == len(ends) else []
-    if faults:
-        raise UserError("parameters: " + "; ".join(faults))
+        errors = []
+        for value in ends:
+            try:
+                job.with_values({key: value}).config()
+            except ConfigError as error:
+                errors.append(error)
+                if "unknown key" in str(error) or f" {key}: " in str(error):
+                    raise
+        if len(errors) == len(ends):
+            raise errors[0]
     return job
-
-
-def _refusal(job: Job) -> str | None:
-    try:
-        job.config()
-    except ConfigError as error:
-        return str(error)
-    return None
 
 
 def draw(space: Space, job: Job, folder: pathlib.Path, trial: Trial, run: str) -> Job:
     """The run of a trial; values that are not fixed beforehand are drawn."""
-    if space.sampler == "tpe":
-        trial.study.sampler = space.make_sampler(int(run.rpartition("-")[2]))
-    return job.with_values(space.suggest(trial) | {"name": run, "output": str(folder)})
+    trial.study.sampler = space.make_sampler(int(run.rpartition("-")[2]))
+    values = {key: parameter.suggest(trial, key) for key, parameter in space.parameters.items()}
+    return job.with_values(values | {"name": run, "output": str(folder)})
 
 
 def write_results(study: optuna.Study, space: Space, folder: pathlib.Path) -> list[dict[str, Any]]:
     """Writes results.csv and Optuna's plots, prints the table; its rows, best first."""
-    trials = storage.current(study.get_trials(deepcopy=False)).values()
+    trials = storage.current(study).values()
     sign = -1 if space.direction == "maximize" else 1
     rows = sorted(
         (_row(trial, space) for trial in trials),
@@ -263,11 +243,10 @@ def write_results(study: optuna.Study, space: Space, folder: pathlib.Path) -> li
 
 def _row(trial: FrozenTrial, space: Space) -> dict[str, Any]:
     curve, (state, reason) = trial.intermediate_values, storage.state(trial)
-    value = trial.value if state == "complete" else None
     return {
         "trial": trial.user_attrs[storage.RUN],
         "state": state,
-        space.metric: curve[max(curve)] if value is None and curve else value,
+        space.metric: curve[max(curve)] if curve else None,
         **{name: trial.params.get(name) for name in space.parameters},
         "step": max(curve, default=None),
         "seconds": round(trial.user_attrs.get(storage.SECONDS, 0.0)),
@@ -281,9 +260,7 @@ def _plot(study: optuna.Study, folder: pathlib.Path) -> None:
     # A worker does not need pyplot.
     from optuna.visualization import matplotlib as optuna_plots
 
-    values = [
-        trial.value for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"
-    ]
+    values = [trial.value for trial in study.get_trials(states=(TrialState.COMPLETE,))]
     if not values:
         return
     pictures: dict[str, Any] = {

@@ -1,12 +1,11 @@
 """The Optuna study behind an experiment: where it is stored, its queue of trials, and the retries of lost ones.
 
 All trials are enqueued before a worker starts, each with the name of its run in the user attribute `run`. A trial whose
-worker is gone is failed by Optuna (its heartbeat is too old) and enqueued again by `retry` with its parameters and
+worker is gone is failed by Optuna (its heartbeat is too old) and enqueued again by `retry_lost` with its parameters and
 intermediate values. Two workers may enqueue the same attempt of the same run at once: of these trials the one with the
 lowest number is done (`current`), so no lock is needed.
 """
 
-import contextlib
 import copy
 import logging
 import pathlib
@@ -14,14 +13,14 @@ import random
 import re
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import optuna
 import sqlalchemy.event
-import sqlalchemy.exc
-from optuna.storages import RetryHeartbeatStaleTrialCallback
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from rest_jax import config as config_lib
 from rest_jax.errors import UserError
@@ -31,6 +30,7 @@ RUN, REASON, STOPS, SECONDS = "run", "reason", "stops", "seconds"
 INVALID = "not a config"
 MAX_LOSSES = 4  # a trial whose workers died more often has failed
 _OPEN_TRIES = 20
+_UNUSABLE = (ImportError, ValueError, SQLAlchemyError, optuna.exceptions.OptunaError)
 _CREATED_MEANWHILE = re.compile("already exists|unique|duplicate", re.IGNORECASE)
 
 # What Optuna says at its own level is noise here: workers print a line for each trial, and its heartbeat is experimental.
@@ -38,18 +38,7 @@ optuna.logging.set_verbosity(logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
-class Storage(optuna.storages.RDBStorage):
-    """RDBStorage whose heartbeats outlive a short outage of the database. `beaten`: monotonic time of the last one."""
-
-    beaten = 0.0
-
-    def record_heartbeat(self, trial_id: int) -> None:
-        with contextlib.suppress(optuna.exceptions.StorageInternalError):
-            super().record_heartbeat(trial_id)
-            self.beaten = time.monotonic()
-
-
-def open_storage(url: str, heartbeat: int) -> Storage:
+def open_storage(url: str, heartbeat: int) -> RDBStorage:
     """The database, its tables made if absent. UserError, without the password, when it cannot be used.
 
     A running trial without a heartbeat for four times `heartbeat` seconds is stale.
@@ -57,25 +46,14 @@ def open_storage(url: str, heartbeat: int) -> Storage:
     sqlite = url.startswith("sqlite:///")
     if sqlite:
         pathlib.Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    engine: dict[str, Any] = (
-        {"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True}
-    )
+    options = {"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True}
     for attempt in range(_OPEN_TRIES):
         try:
-            found = Storage(
-                url,
-                engine,
-                heartbeat_interval=heartbeat,
-                grace_period=4 * heartbeat,
-                heartbeat_stale_trial_callback=retry,
+            found = RDBStorage(
+                url, options, heartbeat_interval=heartbeat, grace_period=4 * heartbeat
             )
             break
-        except (
-            ImportError,
-            sqlalchemy.exc.SQLAlchemyError,
-            optuna.exceptions.OptunaError,
-            ValueError,
-        ) as error:
+        except _UNUSABLE as error:
             cause = error.__cause__ or error
             reason = str(getattr(cause, "orig", None) or cause)
             # Workers that start together all find no tables, and only one of them can make each.
@@ -91,18 +69,18 @@ def open_storage(url: str, heartbeat: int) -> Storage:
 
 def enqueue(study: optuna.Study, runs: Mapping[str, Mapping[str, Any]]) -> None:
     """Enqueues the runs (name -> fixed parameters, possibly none) that the study does not have yet."""
-    known = current(study.get_trials(deepcopy=False))
+    known = current(study)
     for run, fixed in runs.items():
         if run not in known:
             study.enqueue_trial(dict(fixed), user_attrs={RUN: run})
 
 
-def current(trials: Iterable[FrozenTrial]) -> dict[str, FrozenTrial]:
+def current(study: optuna.Study) -> dict[str, FrozenTrial]:
     """run -> the trial of its last attempt, in the order of the trials; duplicates are left out."""
     found: dict[str, FrozenTrial] = {}
-    for trial in sorted(trials, key=lambda trial: trial.number):
+    for trial in study.get_trials(deepcopy=False):
         run = trial.user_attrs.get(RUN)
-        if run is not None and (run not in found or attempts(trial) > attempts(found[run])):
+        if run and (run not in found or attempts(trial) > attempts(found[run])):
             found[run] = trial
     return found
 
@@ -112,41 +90,31 @@ def attempts(trial: FrozenTrial) -> int:
     return 1 + len(RetryHeartbeatStaleTrialCallback.retry_history(trial))
 
 
-def lost(trial: FrozenTrial) -> bool:
-    """Whether the worker of the trial died, or was told to stop, before the trial was done."""
-    return trial.state == TrialState.FAIL and not trial.user_attrs.get(REASON)
-
-
-def given_up(trial: FrozenTrial) -> bool:
-    """Whether a lost trial was lost too often to be enqueued again. Being told to stop (pre-empted) does not count."""
-    return lost(trial) and attempts(trial) - trial.user_attrs.get(STOPS, 0) > MAX_LOSSES
-
-
 def state(trial: FrozenTrial) -> tuple[str, str]:
-    """In words: complete, pruned, running, waiting, failed or invalid (its values are not a config); and why."""
-    reason, name = trial.user_attrs.get(REASON, ""), trial.state.name.lower()
-    if given_up(trial):
-        return "failed", f"its workers were lost, {attempts(trial)} attempts"
-    if lost(trial):
-        return "waiting", "its worker was lost or stopped"
+    """In words: complete, pruned, running, waiting, lost, failed or invalid (its values are not a config); and why.
+
+    A worker that was told to stop (pre-empted) counts as one that died, but not towards MAX_LOSSES.
+    """
+    reason = trial.user_attrs.get(REASON, "")
+    if trial.state == TrialState.FAIL:
+        if reason:
+            return "failed", reason
+        if attempts(trial) - trial.user_attrs.get(STOPS, 0) > MAX_LOSSES:
+            return "failed", f"its workers were lost, {attempts(trial)} attempts"
+        return "lost", "its worker was lost or stopped"
     if trial.state == TrialState.PRUNED and reason.startswith(INVALID):
         return "invalid", reason
-    return name.replace("fail", "failed"), reason
-
-
-def retry(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Enqueues a lost trial again with its parameters and what it reported, unless it is given up."""
-    if lost(trial) and not given_up(trial):
-        again = RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)
-        # A copy: Optuna appends to the history of the trial that it is given.
-        again(study, copy.deepcopy(trial))
+    return trial.state.name.lower(), reason
 
 
 def retry_lost(study: optuna.Study) -> None:
-    """Fails the stale trials and enqueues every lost trial that is not enqueued yet."""
+    """Fails the stale trials and enqueues every lost one again, with its parameters and what it reported."""
     optuna.storages.fail_stale_trials(study)
-    for trial in current(study.get_trials(deepcopy=False)).values():
-        retry(study, trial)
+    again = RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)
+    for trial in current(study).values():
+        if state(trial)[0] == "lost":
+            # A copy: Optuna appends to the history of the trial that it is given.
+            again(study, copy.deepcopy(trial))
 
 
 def check_same(study: optuna.Study, definition: Mapping[str, Any]) -> None:

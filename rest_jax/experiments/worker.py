@@ -4,6 +4,8 @@ In: an `Experiment` (which runs, judged by which metric) and an `Engine` (how ma
 Out: run folders, and their results in the study. A trial is a process because JAX gives no memory back to the next
 trial, and because a crash then ends one trial and not the worker. SIGTERM (or the first Ctrl-C) to a worker: the run
 saves and stops, and the trial is free for any worker at once. A run that fails ends its trial with its last line.
+That process is `python -m rest_jax.experiments.worker WORDS...`: it does what `rest-jax WORDS...` does, and ends when
+its standard input is closed, so that a worker that is killed takes its run along.
 """
 
 import contextlib
@@ -12,9 +14,11 @@ import json
 import multiprocessing
 import os
 import pathlib
+import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -30,7 +34,7 @@ from rest_jax.experiments import storage
 from rest_jax.run.environment import handled
 from rest_jax.run.metrics import METRICS_FILE, read_lines
 
-_CONFIG_FILE = "config.yaml"
+_ORPHANED = 70  # exit code of a run whose worker is gone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +65,6 @@ class Experiment:
     job: Callable[[Trial, str], Job]  # draws what is left of a run
     metric: str
     direction: str = "maximize"
-    value: str = "last"  # of the metric over the evaluations of a run; or "best"
     pruner: optuna.pruners.BasePruner = dataclasses.field(default_factory=optuna.pruners.NopPruner)
     definition: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -74,11 +77,19 @@ class Engine:
     storage: str | None = None  # SQLAlchemy URL; None: study.db in the experiment's folder
     heartbeat: int = 30  # seconds; a worker silent for four times as long is taken for dead
     poll: float = 1.0  # seconds between looks at a run
-    program: tuple[str, ...] = (sys.executable, "-m", "rest_jax.experiments.child")
+    program: tuple[str, ...] = (sys.executable, "-m", "rest_jax.experiments.worker")
 
 
-class _Ended(Exception):
-    """A trial ends without a value: with a reason in the study it has failed, without one it is free for any worker."""
+class _Lost(Exception):
+    """The run was stopped before its end; the trial is free for any worker."""
+
+
+class _Failed(Exception):
+    """The run has ended without a value, and is not tried again."""
+
+
+class _TakenAway(BaseException):
+    """Another worker took the trial for stale. No Exception: Optuna could not end a trial that is ended already."""
 
 
 def carry_out(experiment: Experiment, engine: Engine) -> optuna.Study:
@@ -86,9 +97,6 @@ def carry_out(experiment: Experiment, engine: Engine) -> optuna.Study:
 
     UserError when the database, or a study that was begun differently, forbids it; RunStopped when all workers fail.
     """
-    gpus = len(_gpus())
-    if gpus and engine.workers and gpus % engine.workers:
-        raise UserError(f"--workers {engine.workers}: CUDA_VISIBLE_DEVICES lists {gpus} GPUs")
     worker = Worker(experiment, engine)
     if engine.workers == 1:
         worker.work()
@@ -116,15 +124,14 @@ class Worker:
         """Opens the study and enqueues its runs. UserError as of `carry_out`."""
         self.experiment, self.engine = experiment, engine
         url = engine.storage or f"sqlite:///{experiment.folder / 'study.db'}"
-        self.storage = storage.open_storage(url, engine.heartbeat)
         self.study = optuna.create_study(
-            storage=self.storage,
+            storage=storage.open_storage(url, engine.heartbeat),
             study_name=experiment.name,
             direction=experiment.direction,
             pruner=experiment.pruner,
             load_if_exists=True,
         )
-        self.stopping = self.taken_away = False
+        self.stopping = False
         storage.check_same(self.study, experiment.definition)
         storage.enqueue(self.study, experiment.runs)
 
@@ -142,106 +149,81 @@ class Worker:
                     storage.retry_lost(self.study)
                     states = {trial.state for trial in self.study.get_trials(deepcopy=False)}
                     if TrialState.WAITING in states:
-                        self._take()
+                        with contextlib.suppress(_TakenAway):
+                            self.study.optimize(self.objective, n_trials=1, catch=(_Lost, _Failed))
                     elif TrialState.RUNNING in states:
                         time.sleep(self.engine.poll)
                     else:
                         return
-                storage.retry_lost(self.study)
         except StorageInternalError as error:
             raise RunStopped(f"{self.experiment.name}: storage: {error.__cause__}") from error
 
-    def _take(self) -> None:
-        self.taken_away = False
-        try:
-            self.study.optimize(self.objective, n_trials=1, catch=(_Ended,))
-        except ValueError:
-            # Optuna cannot end a trial that another worker took for stale and ended.
-            if not self.taken_away:
-                raise
-
     def objective(self, trial: Trial) -> float:
-        """Trains one run to its end; the value of its metric. _Ended or TrialPruned when there is none."""
+        """Trains one run to its end; its last value of the metric. _Lost, _Failed or TrialPruned when there is none."""
+        # Optuna makes a trial without a run where another worker took the last that was waiting.
         run = trial.user_attrs.get(storage.RUN, "")
         try:
             found = self._train(trial, run)
-        except (_Ended, optuna.TrialPruned) as ended:
+        except (_Lost, _Failed, optuna.TrialPruned) as ended:
             self._say(run, str(ended))
+            if not isinstance(ended, _Lost):
+                trial.set_user_attr(storage.REASON, str(ended))
             raise
-        except UserError as error:
-            self._say(run, f"failed: {error}")
-            trial.set_user_attr(storage.REASON, str(error))
-            raise _Ended from error
-        except UpdateFinishedTrialError:
+        except UpdateFinishedTrialError as error:
             self._say(run, "another worker has it")
-            self.taken_away = True
-            raise
-        best = max if self.experiment.direction == "maximize" else min
-        value = found[max(found)] if self.experiment.value == "last" else best(found.values())
-        self._say(run, f"complete at step {max(found)}; {self.experiment.metric} {value:.4g}")
-        return value
+            raise _TakenAway from error
+        step = max(found)
+        self._say(run, f"complete at step {step}; {self.experiment.metric} {found[step]:.4g}")
+        return found[step]
 
     def _train(self, trial: Trial, run: str) -> dict[int, float]:
         """The evaluations of the run, step -> value."""
-        chosen = storage.current(self.study.get_trials(deepcopy=False)).get(run)
-        # Another worker took the trial that was waiting, or enqueued the same one.
+        chosen = storage.current(self.study).get(run)
+        # Two workers may enqueue the same attempt.
         if chosen is None or chosen.number != trial.number:
-            raise self._reason(trial, "duplicate", _Ended)
-        self.storage.beaten = time.monotonic()
-        trial.set_user_attr(storage.REASON, "")
+            raise _Failed("duplicate")
         try:
             job = self.experiment.job(trial, run)
             config = job.config()
         except ConfigError as error:
             # A pruned trial and not a failed one: TPE learns from it.
-            raise self._reason(trial, f"{storage.INVALID}: {error}", optuna.TrialPruned) from error
+            raise optuna.TrialPruned(f"{storage.INVALID}: {error}") from error
         again = "resumes: " if storage.attempts(chosen) > 1 else ""
         self._say(run, again + " ".join(f"{k}={shown(v)}" for k, v in trial.params.items()))
         reported = set(chosen.intermediate_values)
         if not is_finished(config, self.experiment.metric):
             log = self.experiment.folder / "logs" / f"{run}.log"
-            with _running(
-                [*self.engine.program, job.command, *job.files, *job.overrides], log
-            ) as child:
+            words = [*self.engine.program, job.command, *job.files, *job.overrides]
+            with _running(words, log) as child:
                 while child.poll() is None:
-                    self._look(trial, config, child, reported)
+                    self._look(trial, config, reported)
                     time.sleep(self.engine.poll)
-            self._check_end(trial, config, child.returncode, log)
+            self._check_end(config, child.returncode, log)
         self._report(trial, config, reported)
         return evaluations(config, self.experiment.metric)
 
-    def _look(
-        self, trial: Trial, config: Config, child: subprocess.Popen, reported: set[int]
-    ) -> None:
-        """Reports what is new. Raises, which ends the child, when the trial is pruned, is to stop, or is not ours."""
+    def _look(self, trial: Trial, config: Config, reported: set[int]) -> None:
+        """Reports what is new. Raises, which ends the run, when the trial is pruned, is to stop, or is not ours."""
         if self.stopping:
-            child.terminate()
-            child.wait()
             trial.set_user_attr(storage.STOPS, trial.user_attrs.get(storage.STOPS, 0) + 1)
-            raise _Ended("stopped and saved; free for any worker")
-        # Before others take the trial for stale. A shorter outage is waited for.
-        if time.monotonic() - self.storage.beaten > 3 * self.engine.heartbeat:
-            raise _Ended("the storage is out of reach; the run is killed")
-        with contextlib.suppress(StorageInternalError):
-            # UpdateFinishedTrialError when another worker took the trial.
-            seconds = trial.user_attrs.get(storage.SECONDS, 0.0) + self.engine.poll
-            trial.set_user_attr(storage.SECONDS, seconds)
-            step = self._report(trial, config, reported)
-            if step is not None and step != config.train.steps and trial.should_prune():
-                child.terminate()
-                child.wait()
-                raise self._reason(trial, f"pruned at step {step}", optuna.TrialPruned)
+            raise _Lost("stopped and saved; free for any worker")
+        # UpdateFinishedTrialError when another worker took the trial.
+        seconds = trial.user_attrs.get(storage.SECONDS, 0.0) + self.engine.poll
+        trial.set_user_attr(storage.SECONDS, seconds)
+        step = self._report(trial, config, reported)
+        if step is not None and step != config.train.steps and trial.should_prune():
+            raise optuna.TrialPruned(f"pruned at step {step}")
 
-    def _check_end(self, trial: Trial, config: Config, code: int, log: pathlib.Path) -> None:
-        """Raises _Ended when the child failed, or was stopped before its last step."""
+    def _check_end(self, config: Config, code: int, log: pathlib.Path) -> None:
+        """Raises _Failed when the run did, and _Lost when it was stopped before its last step."""
         found, steps = evaluations(config, self.experiment.metric), config.train.steps
         early = code == 0 and steps is not None and max(found, default=steps) < steps
         if code == -signal.SIGTERM or early:
-            raise _Ended("its run was stopped; free for any worker")
+            raise _Lost("its run was stopped; free for any worker")
         if code:
-            raise self._reason(trial, how_it_failed(code, log), _Ended)
+            raise _Failed(how_it_failed(code, log))
         if not found:
-            raise self._reason(trial, f"no {self.experiment.metric} in its metrics", _Ended)
+            raise _Failed(f"no {self.experiment.metric} in its metrics")
 
     def _report(self, trial: Trial, config: Config, reported: set[int]) -> int | None:
         """Reports the evaluations that are new; the step of the last one, None without any."""
@@ -252,19 +234,17 @@ class Worker:
             reported.add(step)
         return step
 
-    def _reason(self, trial: Trial, reason: str, error: type[Exception]) -> Exception:
-        trial.set_user_attr(storage.REASON, reason)
-        return error(reason)
-
     def _say(self, run: str, text: str) -> None:
         print(f"{self.experiment.name} {run}: {text}", flush=True)
 
 
 @contextlib.contextmanager
 def _running(words: Sequence[str], log: pathlib.Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The process of a run, its output appended to `log`; killed if it still runs when the block is left."""
+    """The process of a run, its output appended to `log`. It saves and stops when its trial ends before it, and is
+    killed when anything else leaves the block.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
-    # Its input is closed when this process dies. Ctrl-C is ours to pass on, hence a session of its own.
+    # Ctrl-C is ours to pass on, hence a session of its own.
     with (
         log.open("ab") as out,
         subprocess.Popen(
@@ -273,6 +253,10 @@ def _running(words: Sequence[str], log: pathlib.Path) -> Iterator[subprocess.Pop
     ):
         try:
             yield process
+        except (_Lost, optuna.TrialPruned):
+            process.terminate()
+            process.wait()
+            raise
         finally:
             process.kill()
 
@@ -286,10 +270,10 @@ def evaluations(config: Config, metric: str) -> dict[int, float]:
 
 def is_finished(config: Config, metric: str) -> bool:
     """Whether the run's folder holds the evaluation of its last step. UserError when it is another config's."""
-    path = config.folder / _CONFIG_FILE
-    if path.is_file() and (found := config_lib.differences(config_lib.load([path]), config)):
-        named = "; ".join(f"{d.path}: {d.old!r} there, {d.new!r} now" for d in found)
-        raise UserError(f"{config.folder} holds a run of another config ({named})")
+    # Imports jax, which a run is to do for itself.
+    from rest_jax.run.folder import check_config
+
+    check_config(config.folder, config)
     return config.train.steps in evaluations(config, metric)
 
 
@@ -309,25 +293,29 @@ def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def share(devices: Sequence[Any], index: int, count: int) -> list[Any]:
-    """The devices of worker `index` of `count`; all of them where there are fewer than workers."""
-    size = len(devices)
-    own = slice(index * size // count, (index + 1) * size // count)
-    return list(devices if size < count else devices[own])
-
-
-def _gpus() -> list[str]:
-    return [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d.strip()]
-
-
 def _work_on_share(experiment: Experiment, engine: Engine, index: int) -> None:
-    """A worker process of this machine, with CPU cores and GPUs of its own where there are enough of them."""
+    """A worker process of this machine, on every n-th CPU core and listed GPU where there are enough of them."""
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, share(cores, index, engine.workers))
-    if _gpus():
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(share(_gpus(), index, engine.workers))
+        os.sched_setaffinity(0, cores[index :: engine.workers] or cores)
+    gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu.strip()]
+    if own := gpus[index :: engine.workers]:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     try:
         Worker(experiment, engine).work()
     except (UserError, RunStopped) as error:
         sys.exit(f"rest-jax: error: {' '.join(str(error).split())}")
+
+
+def _end_with_worker() -> None:
+    """Waits until standard input is closed, then ends the process."""
+    # Not sys.stdin: this thread would hold its lock while the interpreter ends.
+    while os.read(0, 1):
+        pass
+    # Not sys.exit: the main thread may be inside XLA, where no exception reaches it.
+    os._exit(_ORPHANED)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_end_with_worker, daemon=True).start()
+    runpy.run_module("rest_jax", run_name="__main__")

@@ -19,7 +19,7 @@ def test_runs_enqueued_by_two_workers_at_once_are_done_once(study):
     for _ in range(2):
         study.enqueue_trial({}, user_attrs={storage.RUN: "a"})
     storage.enqueue(study, {"a": {}, "b": {}})
-    assert {run: t.number for run, t in storage.current(study.trials).items()} == {"a": 0, "b": 2}
+    assert {run: t.number for run, t in storage.current(study).items()} == {"a": 0, "b": 2}
 
 
 def test_lost_trials_are_retried_so_often(study):
@@ -27,18 +27,19 @@ def test_lost_trials_are_retried_so_often(study):
     storage.enqueue(study, {"a": {}})
     for _ in range(3):
         trial = study.ask()
-        trial.report(0.5, len(storage.current(study.trials)["a"].intermediate_values))
+        trial.report(0.5, len(storage.current(study)["a"].intermediate_values))
         trial.set_user_attr(storage.STOPS, trial.user_attrs.get(storage.STOPS, 0) + 1)
         study.tell(trial, state=FAIL)
         storage.retry_lost(study)
     for _ in range(storage.MAX_LOSSES):
         study.tell(study.ask(), state=FAIL)
-        assert not storage.given_up(storage.current(study.trials)["a"])
+        assert storage.state(storage.current(study)["a"])[0] == "lost"
         storage.retry_lost(study)
-    assert storage.current(study.trials)["a"].intermediate_values == {0: 0.5, 1: 0.5, 2: 0.5}
+    assert storage.current(study)["a"].intermediate_values == {0: 0.5, 1: 0.5, 2: 0.5}
     study.tell(study.ask(), state=FAIL)
     storage.retry_lost(study)
-    assert storage.given_up(storage.current(study.trials)["a"])
+    state = storage.state(storage.current(study)["a"])
+    assert state == ("failed", "its workers were lost, 8 attempts")
     assert not any(trial.state.name == "WAITING" for trial in study.trials)
 
 
@@ -48,7 +49,7 @@ def test_failed_trials_are_not_retried(study):
     trial.set_user_attr(storage.REASON, "exit code 1")
     study.tell(trial, state=FAIL)
     storage.retry_lost(study)
-    assert len(study.trials) == 1 and not storage.lost(study.trials[0])
+    assert [storage.state(trial) for trial in study.trials] == [("failed", "exit code 1")]
 
 
 def test_all_workers_mean_the_same(study):

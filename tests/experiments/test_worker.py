@@ -5,12 +5,13 @@ import os
 import pathlib
 import signal
 import time
+import unittest.mock
 from dataclasses import replace
 
 import optuna
 import pytest
 
-from rest_jax.errors import RunStopped, UserError
+from rest_jax.errors import RunStopped
 from rest_jax.experiments import worker
 from rest_jax.experiments.search import sweep
 from rest_jax.run.metrics import read_lines
@@ -85,11 +86,6 @@ def test_successive_halving_stops_and_saves(recipe, write_space, engine, steps, 
         reached = steps(folder / row["trial"])
         assert 2 <= len(reached) < 8
         assert int((folder / row["trial"] / "checkpoint.txt").read_text()) == reached[-1]
-
-
-def test_the_value_may_be_the_best_of_a_run(recipe, write_space, engine):
-    folder = sweep([recipe], [], write_space(direction="minimize", value="best"), engine=engine)
-    assert {row["eval/reward"] for row in table(folder)} == {"0.0"}
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
@@ -175,13 +171,16 @@ def test_a_run_that_is_refused_names_its_last_line(recipe, write_space, engine):
         sweep([recipe], [], space, engine=real)
 
 
-def test_devices_are_shared(monkeypatch, recipe, write_space, engine):
-    assert [worker.share([0, 1, 4, 5], i, 2) for i in range(2)] == [[0, 1], [4, 5]]
-    assert [worker.share([0, 1, 2], i, 2) for i in range(2)] == [[0], [1, 2]]
-    assert worker.share([0], 1, 2) == [0]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,4,5")
-    with pytest.raises(UserError, match="--workers 3: CUDA_VISIBLE_DEVICES lists 4 GPUs"):
-        sweep([recipe], [], write_space(), engine=replace(engine, workers=3))
+@pytest.mark.parametrize(
+    ("listed", "workers", "index", "own"),
+    [("0,1,4,5", 2, 1, "1,5"), ("0,1,4", 2, 0, "0,4"), ("3", 2, 1, "3"), ("", 2, 1, "")],
+)
+def test_gpus_are_shared(monkeypatch, engine, listed, workers, index, own):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None)
+    monkeypatch.setattr(worker, "Worker", unittest.mock.MagicMock())
+    worker._work_on_share(worker.Worker(), replace(engine, workers=workers), index)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == own
 
 
 def test_last_words_of_a_process(tmp_path):

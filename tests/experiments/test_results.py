@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 
-from rest_jax.evaluation.statistics import estimate, paired
+from rest_jax.experiments.results import estimate, paired
 
 
 def test_bootstrap_is_the_percentiles_of_all_resamples():
