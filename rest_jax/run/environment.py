@@ -21,6 +21,8 @@ from typing import Any
 CHECKED_JAXLIB = "0.10."
 VECTOR_WIDTH = "xla_cpu_prefer_vector_width"
 _CPU_INFO = pathlib.Path("/proc/cpuinfo")
+# Where Linux says whether programs get huge pages: always, on their request (madvise), or never.
+HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 # A program that compiles faster than this many seconds is not worth a file.
