@@ -36,9 +36,13 @@ def quickstart(overrides: Sequence[str] = (), fresh: bool = False) -> None:
     shutil.rmtree(exported, ignore_errors=True)
     export(str(folder), exported)
     print(f"[3/4] exported to {exported}", flush=True)
-    reloaded = evaluate(_with_source(config, exported))
+    reloaded = _with_source(config, exported)
+    policy = load_policy(reloaded.model, reloaded.mesh)
+    data = held_out(reloaded, policy)
+    assert data is not None
+    rates, _ = Evaluator(reloaded, policy, data)(policy.params)
     print(f"[4/4] reloaded {exported} and evaluated it", flush=True)
-    first, last, again = (100 * rates["eval/exact"] for rates in (lines[0], lines[-1], reloaded))
+    first, last, again = (100 * found["eval/exact"] for found in (lines[0], lines[-1], rates))
     print(
         f"\nExact calls on tools never seen in training: {first:.1f} % -> {last:.1f} % (the reloaded export: {again:.1f} %) "
         f"in {(time.monotonic() - started) / 60:.1f} minutes.\n"
@@ -53,12 +57,6 @@ def load_config(overrides: Sequence[str]) -> Config:
     if config.seed and not any(word.startswith("name=") for word in overrides):
         config = config.model_copy(update={"name": f"{config.name}-seed{config.seed}"})
     return config
-
-
-def evaluate(config: Config) -> dict[str, float]:
-    """Held-out rates of the policy that `model.source` names, loaded like any other."""
-    policy = load_policy(config.model, config.mesh)
-    return Evaluator(config, policy, held_out(config, policy))(policy.params)[0]
 
 
 def _with_source(config: Config, source: pathlib.Path) -> Config:

@@ -57,7 +57,7 @@ def train(config: Config, dry_run: bool = False, profile: int | None = None) -> 
     examples = held_out(config, policy)
     steps = total_steps(config, prompts.size)
     check_start(config, policy.mesh)
-    describe(config, policy, prompts, len(examples), steps)
+    describe(config, policy, prompts, examples.size if examples else 0, steps)
     if dry_run:
         return 0
     with contextlib.closing(open_run(config, policy.files)) as run, activate(policy.mesh):

@@ -17,8 +17,7 @@ import numpy as np
 
 from rest_jax.config import Config
 from rest_jax.data.loader import bucketed, pad
-from rest_jax.data.records import StepRecord
-from rest_jax.data.tokenize import load_split, prepare
+from rest_jax.data.tokenize import Prepared, load_split, prepare
 from rest_jax.distributed import gather, is_first_process
 from rest_jax.files import atomic_write
 from rest_jax.models.load import Policy
@@ -28,7 +27,6 @@ from rest_jax.rollout.scoring import score_rollout, summarise_scores, truncated
 from rest_jax.run.metrics import METRICS_FILE, read_lines, summary_table
 from rest_jax.run.policy import config_of, load_policy
 from rest_jax.templates import TEMPLATES
-from rest_jax.tool_calls import Target
 from rest_jax.types import Params, PromptBatch, RolloutBatch, Sampling
 
 # metric -> the field of `Score` that it is the mean of
@@ -41,47 +39,29 @@ RATES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class EvalExample:
-    """One held-out prompt: its ids, its gold answer, its record's id."""
-
-    prompt: np.ndarray  # int32 [T]
-    target: Target
-    id: str
-
-
-def held_out(config: Config, policy: Policy) -> list[EvalExample]:
-    """The held-out prompts; empty without `data.eval`."""
-    if config.data.eval is None:
-        return []
-    records = load_split(config.data.eval, config.data, config.data.eval_limit)
-    return prepare_examples(config, policy, records)[0]
-
-
-def prepare_examples(
-    config: Config, policy: Policy, records: Sequence[StepRecord]
-) -> tuple[list[EvalExample], str]:
-    """The records whose prompts fit, and one line on what became of all."""
-    prepared = prepare(records, policy.tokenizer, TEMPLATES[config.data.template], config.data)
-    pairs = zip(prepared.prompts, prepared.records, strict=True)
-    examples = [EvalExample(prompt, record.target, record.id) for prompt, record in pairs]
-    return examples, prepared.summary()
+def held_out(config: Config, policy: Policy) -> Prepared | None:
+    """The held-out records, tokenised; None without `data.eval`."""
+    data = config.data
+    if data.eval is None:
+        return None
+    records = load_split(data.eval, data, data.eval_limit)
+    return prepare(records, policy.tokenizer, TEMPLATES[data.template], data)
 
 
 class Evaluator:
     """Greedy evaluation of any weights on fixed prompts. A resource: it holds the compiled rollout."""
 
-    def __init__(self, config: Config, policy: Policy, examples: Sequence[EvalExample]):
-        self.policy, self.examples, self.reward = policy, examples, config.reward
+    def __init__(self, config: Config, policy: Policy, data: Prepared):
+        self.policy, self.data, self.reward = policy, data, config.reward
         self.template = TEMPLATES[config.data.template]
         self._sampler = make_sampler(policy, config.rollout, 1, Sampling(greedy=True))
         self._rollout_params = rollout_cast(policy)
-        self._width = bucketed([example.prompt for example in examples])
+        self._width = bucketed(data.prompts)
 
     def __call__(self, params: Params) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """(the eval/ metrics, one sample a prompt) for training weights. Every process has all of them."""
         rollout = self._sample(self._rollout_params(params))
-        targets, tokenizer = [example.target for example in self.examples], self.policy.tokenizer
+        targets, tokenizer = [r.target for r in self.data.records], self.policy.tokenizer
         _, scores = score_rollout(rollout, targets, tokenizer, self.template, self.reward, 1.0)
         means = summarise_scores(scores, targets)
         metrics = {
@@ -90,27 +70,28 @@ class Evaluator:
             "eval/truncated": truncated(rollout, tokenizer.stop_ids),
             "eval/prompts": float(len(scores)),
         }
-        rows = zip(self.examples, rollout.responses, rollout.response_length, scores, strict=True)
+        lengths = rollout.response_length
+        rows = zip(self.data.records, rollout.responses, lengths, scores, strict=True)
         return metrics, [
             {
-                "id": example.id,
+                "id": record.id,
                 "response": tokenizer.text(ids[0, : length[0]]),
                 **dataclasses.asdict(score),
             }
-            for example, ids, length, (score,) in rows
+            for record, ids, length, (score,) in rows
         ]
 
     def _sample(self, params: Params) -> RolloutBatch:
         """Greedy completions of all; each process samples its share and gets the others'."""
-        examples = self.examples
-        share = -(-len(examples) // jax.process_count())
-        rows = np.minimum(np.arange(share * jax.process_count()), len(examples) - 1)
+        size = self.data.size
+        share = -(-size // jax.process_count())
+        rows = np.minimum(np.arange(share * jax.process_count()), size - 1)
         own = rows[jax.process_index() * share :][:share]
-        prompts = [examples[i].prompt for i in own]
+        prompts = [self.data.prompts[i] for i in own]
         padded = pad(prompts, self._width, self.policy.tokenizer.pad_id)
         batch = PromptBatch(*padded, own.astype(np.int32))
         out = self._sampler(params, batch, jax.random.key(0), 0)
-        return jax.tree.map(lambda x: x[: len(examples)], gather(out))
+        return jax.tree.map(lambda x: x[:size], gather(out))
 
 
 def evaluate(
@@ -128,6 +109,7 @@ def evaluate(
     config = config_of(model, overrides)
     sets = {spec: load_split(spec, config.data, limit) for spec in data}
     policy = load_policy(config.model, config.mesh)
+    template = TEMPLATES[config.data.template]
     rows: list[list[Any]] = []
     with contextlib.ExitStack() as stack:
         file = None
@@ -136,9 +118,9 @@ def evaluate(
             partial = stack.enter_context(atomic_write(output))
             file = stack.enter_context(partial.open("w", encoding="utf-8"))
         for spec, records in sets.items():
-            examples, summary = prepare_examples(config, policy, records)
-            print(f"{spec}: {summary}", flush=True)
-            rates, scored = Evaluator(config, policy, examples)(policy.params)
+            prepared = prepare(records, policy.tokenizer, template, config.data)
+            print(f"{spec}: {prepared.summary()}", flush=True)
+            rates, scored = Evaluator(config, policy, prepared)(policy.params)
             rows = rows or [["data", *(name.removeprefix("eval/") for name in rates)]]
             rows.append([spec, *rates.values()])
             if file is not None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from rest_jax.analysis.tables import read_series
+from rest_jax.analysis.report import read_series
 from rest_jax.files import atomic_write
 
 RESAMPLES = 10_000

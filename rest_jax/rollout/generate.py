@@ -41,8 +41,8 @@ def generate(
     batch_size = max(1, r.decode_slots // samples) * num_data_shards(policy.mesh)
     for start in range(0, prepared.size, batch_size):
         rows = np.arange(start, min(start + batch_size, prepared.size))
-        tokens, length = pad([prepared.prompts[i] for i in rows], width, tokenizer.pad_id)
-        batch = PromptBatch(tokens, length, rows.astype(np.int32))
+        padded = pad([prepared.prompts[i] for i in rows], width, tokenizer.pad_id)
+        batch = PromptBatch(*padded, rows.astype(np.int32))
         out = sampler(params, batch, jax.random.key(config.seed), 0)
         for i, ids, lengths in zip(rows, out.responses, out.response_length, strict=True):
             texts = [x[:n] for x, n in zip(ids, lengths, strict=True)]

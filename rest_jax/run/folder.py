@@ -89,10 +89,8 @@ class Run:
         self, step: int, values: Mapping[str, Any], samples: Sequence[Mapping[str, Any]] = ()
     ) -> None:
         """One metrics line and the samples that go with it; nothing in processes other than the first."""
-        if self.metrics is None:
-            return
-        self.metrics.write(step, values)
-        self.metrics.write_samples(step, samples)
+        if self.metrics is not None:
+            self.metrics.write(step, values, samples)
 
     def check_finite(
         self,

@@ -24,7 +24,6 @@ from rest_jax.run.folder import Run
 from rest_jax.run.progress import Progress
 from rest_jax.types import Params, TrainState
 
-PROFILE = "profile"  # the folder of traces in that of a run
 EVAL_SAMPLES = 8  # held-out completions written to samples.jsonl after each evaluation
 
 Evaluation = tuple[dict[str, float], list[dict[str, Any]]]  # eval/ metrics, one sample a prompt
@@ -54,7 +53,7 @@ class Tracer:
     """Traces step `wanted` of a run into <run>/profile, for Perfetto (ui.perfetto.dev) or xprof; None: no step."""
 
     def __init__(self, run: pathlib.Path, wanted: int | None):
-        self.folder, self.wanted, self.written = run / PROFILE, wanted, False
+        self.folder, self.wanted, self.written = run / "profile", wanted, False
 
     @contextlib.contextmanager
     def step(self, number: int, wait: Callable[[], object]) -> Iterator[None]:

@@ -6,7 +6,6 @@ curriculum, eval (held-out prompts, greedy), time. Wall-clock values are under `
 run that was broken off and resumed equal those of an unbroken one bit for bit.
 """
 
-import difflib
 import json
 import math
 import os
@@ -14,8 +13,8 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rest_jax.config import nearest
 from rest_jax.errors import UserError
-from rest_jax.files import atomic_write
 from rest_jax.tool_calls import Region
 
 METRICS_FILE = "metrics.jsonl"
@@ -139,49 +138,6 @@ _TABLE = {
 }
 
 METRICS = {name: Metric(unit, meaning) for name, (unit, meaning) in _TABLE.items()}
-_ORDER = {name: index for index, name in enumerate(METRICS)}
-
-
-class JsonlFile:
-    """Appends JSON objects that have a "step" to a file. A resource."""
-
-    def __init__(self, path: pathlib.Path):
-        self.path = path
-        self._file = path.open("a", encoding="utf-8")
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Writes one line and flushes it."""
-        # A model's output may hold lone surrogates: as \u escapes they are ASCII and always writable.
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
-
-    def truncate_after(self, step: int) -> None:
-        """Drops the lines of later steps and a half-written last line: what a resumed run will write again."""
-        found = self.path.read_bytes()
-        kept = []
-        # What follows the last line end is a half-written line.
-        for line in found.split(b"\n")[:-1]:
-            record = _parse(line)
-            if record is not None and record["step"] <= step:
-                kept.append(line + b"\n")
-        if b"".join(kept) == found:
-            return
-        self._file.close()
-        with atomic_write(self.path) as partial, partial.open("wb") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        self._file = self.path.open("a", encoding="utf-8")
-
-    def sync(self) -> None:
-        """Forces the lines to the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Syncs and closes."""
-        self.sync()
-        self._file.close()
 
 
 class MetricsWriter:
@@ -211,44 +167,60 @@ class MetricsWriter:
             self._wandb = wandb.init(
                 project=wandb_project, id=name, name=name, dir=str(run_dir), resume="allow"
             )
-        self._metrics = JsonlFile(run_dir / METRICS_FILE)
-        self._samples = JsonlFile(run_dir / SAMPLES_FILE)
+        names = (METRICS_FILE, SAMPLES_FILE)
+        self._files = {name: (run_dir / name).open("a", encoding="utf-8") for name in names}
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends {"step": step, ...} as one line, keys in the order of METRICS.
+    def write(
+        self, step: int, values: Mapping[str, Any], samples: Iterable[Mapping[str, Any]] = ()
+    ) -> None:
+        """Appends {"step": step, ...} as one line, keys in the order of METRICS, and one line a sample (any JSON values).
 
         Values are numbers (Python, NumPy or JAX scalars), floats written with all their digits. NaN and infinities
         are written as null: JSON has no word for them. ValueError for a name that METRICS does not have.
         """
-        line: dict[str, Any] = {}
-        for name in sorted(values, key=_position):
-            line[name] = _number(values[name])
-        self._metrics.append({"step": int(step), **line})
+        for name in values.keys() - METRICS.keys():
+            known = nearest(name, list(METRICS))
+            raise ValueError(f"metric {name!r} is not in run.metrics.METRICS{known}; add it there")
+        line = {name: _number(values[name]) for name in METRICS if name in values}
+        self._append(METRICS_FILE, {"step": int(step), **line})
+        for sample in samples:
+            self._append(SAMPLES_FILE, {"step": int(step), **sample})
         for name, value in line.items():
             if self._board is not None and value is not None:
                 self._board.add_scalar(name, value, step=int(step))
         if self._wandb is not None:
             self._wandb.log(line, step=int(step))
 
-    def write_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
-        """Appends one line a sample: {"step": step, ...the sample...}; any JSON values."""
-        for sample in samples:
-            self._samples.append({"step": int(step), **sample})
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        # A model's output may hold lone surrogates: as \u escapes they are ASCII and always writable.
+        self._files[name].write(json.dumps(record, allow_nan=False) + "\n")
+        self._files[name].flush()
 
     def truncate_after(self, step: int) -> None:
-        """`JsonlFile.truncate_after` of both files."""
-        self._metrics.truncate_after(step)
-        self._samples.truncate_after(step)
+        """Cuts both files before the first line of a later step, and before a half-written last line: a resumed run writes
+        them again.
+        """
+        for file in self._files.values():
+            kept = 0
+            # What follows the last line end is a half-written line.
+            for line in pathlib.Path(file.name).read_bytes().split(b"\n")[:-1]:
+                record = _parse(line)
+                if record is not None and record["step"] > step:
+                    break
+                kept += len(line) + 1
+            file.truncate(kept)
 
     def sync(self) -> None:
         """Forces the lines written so far to the disk; call it before a checkpoint of the same step."""
-        self._metrics.sync()
-        self._samples.sync()
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Closes the files and what was opened on request."""
-        self._metrics.close()
-        self._samples.close()
+        """Syncs and closes the files, and closes what was opened on request."""
+        self.sync()
+        for file in self._files.values():
+            file.close()
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
@@ -276,8 +248,6 @@ def read_lines(path: str | pathlib.Path) -> list[dict[str, Any]]:
 def summary_table(rows: Sequence[Sequence[Any]]) -> str:
     """Text table; the first row is the header. Numbers are right-aligned with 4 digits, None is shown as "-"."""
     cells = [[_cell(value) for value in row] for row in rows]
-    if len({len(row) for row in cells}) != 1:
-        raise ValueError(f"summary_table: rows of lengths {sorted({len(r) for r in cells})}")
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     left = [all(isinstance(v, str) for v in column) for column in zip(*rows, strict=True)]
     lines = [
@@ -288,14 +258,6 @@ def summary_table(rows: Sequence[Sequence[Any]]) -> str:
         for row in cells
     ]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
-
-
-def _position(name: str) -> int:
-    if name not in _ORDER:
-        near = difflib.get_close_matches(name, _ORDER, n=1)
-        hint = f" (nearest: {near[0]})" if near else ""
-        raise ValueError(f"metric {name!r} is not in run.metrics.METRICS{hint}; add it there")
-    return _ORDER[name]
 
 
 def _number(value: Any) -> int | float | None:

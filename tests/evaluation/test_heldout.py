@@ -31,20 +31,22 @@ def evaluated():
         }
     )
     policy = load_policy(config.model, config.mesh)
-    evaluator = Evaluator(config, policy, held_out(config, policy))
+    data = held_out(config, policy)
+    assert data is not None
+    evaluator = Evaluator(config, policy, data)
     return evaluator(policy.params), evaluator
 
 
 def test_metrics_are_the_means_of_the_samples(evaluated):
     (metrics, samples), evaluator = evaluated
-    assert [s["id"] for s in samples] == [example.id for example in evaluator.examples]
+    assert [s["id"] for s in samples] == [record.id for record in evaluator.data.records]
     assert metrics["eval/prompts"] == len(samples) == 6
     for name, field in (("exact", "exact"), ("format", "format_score"), ("reward", "reward")):
         assert metrics[f"eval/{name}"] == pytest.approx(np.mean([s[field] for s in samples]))
     without_calls = [
         s["spurious"]
-        for s, example in zip(samples, evaluator.examples, strict=True)
-        if not example.target.calls
+        for s, record in zip(samples, evaluator.data.records, strict=True)
+        if not record.target.calls
     ]
     assert metrics["eval/spurious"] == pytest.approx(np.mean(without_calls or [0.0]))
     assert 0 < metrics["eval/response_tokens"] <= 48 and 0 <= metrics["eval/truncated"] <= 1
@@ -54,7 +56,7 @@ def test_a_run_may_have_no_held_out_records():
     config = Config.model_validate(
         {"name": "test", "model": {"source": "none"}, "data": {"eval": None}}
     )
-    assert held_out(config, None) == []  # type: ignore[arg-type]
+    assert held_out(config, None) is None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("steps", [(0, 2, 4), (4,)])

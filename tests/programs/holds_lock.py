@@ -6,7 +6,7 @@ import sys
 from rest_jax import config
 from rest_jax.run.folder import open_run
 
-run = open_run(config.load(sys.argv[1]), pathlib.Path(sys.argv[2]))
+run = open_run(config.load([sys.argv[1]]), pathlib.Path(sys.argv[2]))
 print("open", flush=True)
 sys.stdin.read()
 run.close()

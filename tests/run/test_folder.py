@@ -58,7 +58,7 @@ def abstract(state):
 
 def test_a_new_run_has_its_config_and_the_side_files_alone(config, files):
     with contextlib.closing(open_run(config, files)) as run:
-        assert config_lib.load(run.folder / CONFIG_FILE) == config
+        assert config_lib.load([run.folder / CONFIG_FILE]) == config
         names = {path.name for path in (run.folder / "model").iterdir()}
         assert names == {"config.json", "tokenizer.json", "chat_template.jinja", "LICENSE"}
     with contextlib.closing(open_run(config, files / "gone")):
@@ -148,16 +148,6 @@ def test_a_run_without_a_checkpoint_begins_with_empty_files(config, files):
     with contextlib.closing(open_run(config, files)) as run:
         run.resume(fresh, abstract(fresh))
     assert read_lines(config.folder / METRICS_FILE) == []
-
-
-def test_the_time_of_a_save_is_in_the_next_line(config, files):
-    with contextlib.closing(open_run(config, files)) as run:
-        run.write(1, {"reward/mean": 1.0})
-        run.save(1, make_state(), {})
-        run.write(2, {"reward/mean": 1.0})
-        run.write(3, {"reward/mean": 1.0})
-    seconds = [line.get("time/checkpoint") for line in read_lines(config.folder / METRICS_FILE)]
-    assert seconds[0] is None and 0 < seconds[1] < 60 and seconds[2] is None
 
 
 def test_lines_are_on_disk_before_the_checkpoint_is_begun(config, files, monkeypatch):

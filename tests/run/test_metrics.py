@@ -64,8 +64,8 @@ def test_unknown_name_is_refused_with_the_nearest_and_nothing_is_written(tmp_run
 def test_truncate_drops_later_steps_and_half_lines_of_both_files(tmp_run):
     writer = MetricsWriter(tmp_run)
     for step in range(4):
-        writer.write(step, {"reward/mean": step / 3})
-        writer.write_samples(step, [{"text": f"é{step}"}, {"text": "\ud800"}])
+        samples = [{"text": f"é{step}"}, {"text": "\ud800"}]
+        writer.write(step, {"reward/mean": step / 3}, samples)
     writer.close()
     kept = {
         name: (tmp_run / name).read_bytes().splitlines(keepends=True)
@@ -138,7 +138,7 @@ def test_summary_table_aligns_and_refuses_ragged_rows():
         "long name  0.1235      -",
         "b              12  1e-09",
     ]
-    with pytest.raises(ValueError, match="lengths"):
+    with pytest.raises(ValueError, match="longer"):
         metrics.summary_table([["a"], ["b", "c"]])
 
 

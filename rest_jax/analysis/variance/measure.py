@@ -49,7 +49,6 @@ from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import NUM_REGIONS, Region
 from rest_jax.types import Params, PromptBatch, Sampling, ScoredBatch
 
-FOLDER = "variance"
 RESAMPLES = 2000  # of the groups, for intervals
 # Of 1 - sum p^2 <= 1 - exp(-H): the rounding of a float32 softmax, its sums included.
 TOLERANCE = 1e-5
@@ -88,7 +87,7 @@ def measure_variance(
     report = {"model": source, "data": data, **measured}
     print(f"\n{variance_tables(report)}\n")
     home = pathlib.Path(source if is_run(source) else config.output)
-    folder = pathlib.Path(output) if output else home / FOLDER
+    folder = pathlib.Path(output) if output else home / "variance"
     print(f"written: {', '.join(map(str, write_variance(report, folder)))}", flush=True)
     return 1 if report["overall"]["violations"] else 0
 
@@ -155,7 +154,6 @@ def measure_batch(
             "exact_gradients": gradients.exact,
             "gradient_dimensions": gradients.dimensions,
             "tolerance": TOLERANCE,
-            "seed": config.seed,
             "overall": inequality(scored, scored.region != Region.NONE),
             "regions": region_rows(scored, present, token_stats, gradients.gram[len(rules) :]),
             "rules": rule_rows(scored, rules, token_stats, gradients, config.seed),

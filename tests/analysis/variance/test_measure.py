@@ -188,9 +188,7 @@ def refused(capsys, *words: str) -> str:
 
 def test_what_cannot_be_measured_is_refused(capsys, tmp_path):
     out = ["--output", str(tmp_path / "out")]
-    assert "temperature 0.7" in refused(
-        capsys, "synthetic:eval", "--set", "rollout.temperature=0.7", *out
-    )
+    assert "temperature 0.7" in refused(capsys, "synthetic:eval", "rollout.temperature=0.7", *out)
     assert "--prompts 1" in refused(capsys, "synthetic:eval", "--prompts", "1", *out)
     assert "has 3 that fit" in refused(capsys, "synthetic:eval", "--limit", "3", *out)
     assert "synthetic:nowhere" in refused(capsys, "synthetic:nowhere", *out)
@@ -207,10 +205,9 @@ def test_the_shipped_policy_end_to_end(capsys, tmp_path):
         "24",
         "--tokens",
         "2",
-        "--set",
         "data.brief_prompt=true",
     ]
-    words += ["--set", "rollout.group_size=4", "--set", "rollout.max_response_tokens=64"]
+    words += ["rollout.group_size=4", "rollout.max_response_tokens=64"]
     command = ["variance", "configs/quickstart_policy", *words, "--output", str(tmp_path)]
     assert cli.main(command) == 0
     assert "1 - sum p^2 <= 1 - exp(-H) holds" in capsys.readouterr().out
