@@ -91,20 +91,21 @@ def train_steps(
             lengths, reward = gather_lengths(experience.scored)
             scored = to_mesh(experience.scored, mesh)
             dispatched = time.monotonic()
-            # advantages, token weights, global denominators
-            recomputed = logp_ref = None
-            if config.rollout.recompute_logprobs:
-                recomputed = rl.logprobs(state.params, scored.rollout, lengths)
-            if reference is not None:
-                logp_ref = rl.logprobs(reference, scored.rollout, lengths).logp
-            batch, curriculum, prepared = rl.prepare(
-                scored, recomputed, logp_ref, minibatch, state.curriculum
-            )
-            # loss, gradient, optimiser
-            plan, updates = plan_minibatches(lengths, reward, cfg, mesh), []
-            for micro_batches in plan:
-                state, totals = rl.update(state, batch, micro_batches)
-                updates.append(totals)
+            with jax.profiler.TraceAnnotation("update"):
+                # advantages, token weights, global denominators
+                recomputed = logp_ref = None
+                if config.rollout.recompute_logprobs:
+                    recomputed = rl.logprobs(state.params, scored.rollout, lengths)
+                if reference is not None:
+                    logp_ref = rl.logprobs(reference, scored.rollout, lengths).logp
+                batch, curriculum, prepared = rl.prepare(
+                    scored, recomputed, logp_ref, minibatch, state.curriculum
+                )
+                # loss, gradient, optimiser
+                plan, updates = plan_minibatches(lengths, reward, cfg, mesh), []
+                for micro_batches in plan:
+                    state, totals = rl.update(state, batch, micro_batches)
+                    updates.append(totals)
             state = dataclasses.replace(state, step=rl.advance(state.step), curriculum=curriculum)
             # log the step before; keep the metrics of this one
             pending = PendingStep(

@@ -347,7 +347,7 @@ def test_a_quickstart_with_another_seed_has_a_folder_of_its_own():
 
 
 def test_train(printed, folder):
-    assert "1 steps of 4 prompts x 2 responses" in printed["dry run"]
+    assert "1 steps of 4 prompts x 2 completions" in printed["dry run"]
     assert not (folder / "dry").exists()
     steps = [line["step"] for line in read_lines(folder / "tiny-grpo" / "metrics.jsonl")]
     assert (
