@@ -201,7 +201,6 @@ class Loop:
         self._flush()
         if self.evaluate is None:
             return
-        self.clock.lap()
         values, samples = self.evaluate(self.state.params)
         seconds, _ = self.clock.lap()
         shown = [{"split": "eval", **sample} for sample in samples[:EVAL_SAMPLES]]
@@ -213,6 +212,5 @@ class Loop:
 
     def _save(self, step: int) -> None:
         self._flush()
-        self.clock.lap()
         self.run.save(step, self.state, self.loader_state)
         self._extra["time/checkpoint"] = self.clock.lap()[0]
