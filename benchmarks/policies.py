@@ -24,7 +24,7 @@ from rest_jax.models.decoder import Decoder, init_params, param_shardings
 from rest_jax.models.hf.folder import write_json
 from rest_jax.models.hf.read import load_model
 from rest_jax.models.hf.write import export
-from rest_jax.models.load import Policy
+from rest_jax.models.policy import Policy
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.rollout.scheduler import Sampler, make_sampler
 from rest_jax.types import PromptBatch, Sampling

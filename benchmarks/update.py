@@ -26,7 +26,7 @@ from rest_jax.config import (
     WeightsConfig,
 )
 from rest_jax.distributed import activate
-from rest_jax.models.load import Policy
+from rest_jax.models.policy import Policy
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import make_optimizer
 from rest_jax.rl.packing import (

@@ -181,7 +181,7 @@ def generate(
         raise UserError("generate: exactly one of --prompt and --file is needed")
     from rest_jax.data.tokenize import load_split
     from rest_jax.rollout import generate
-    from rest_jax.run.policy import config_of
+    from rest_jax.run.load import config_of
 
     config = config_of(model, overrides)
     records = (
@@ -235,9 +235,9 @@ def export(
 ) -> None:
     """Write a model as an HF folder that transformers loads."""
     from rest_jax.config import locate
-    from rest_jax.run import policy
+    from rest_jax.run import load
 
-    policy.export(locate(model), out, dtype)
+    load.export(locate(model), out, dtype)
     print(f"exported {model} to {out}")
 
 

@@ -14,7 +14,7 @@ from rest_jax import train
 from rest_jax.config import Config
 from rest_jax.evaluation.heldout import Evaluator, evaluations, held_out
 from rest_jax.models.hf import write as hf
-from rest_jax.run.policy import export, load_policy
+from rest_jax.run.load import export, load_policy
 
 
 def quickstart(overrides: Sequence[str] = (), fresh: bool = False) -> None:

@@ -17,7 +17,7 @@ from rest_jax.data.tokenize import Prepared, load_split, prepare_supervised
 from rest_jax.distributed import activate, check_batch, gather, is_first_process, to_mesh
 from rest_jax.errors import UserError
 from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
-from rest_jax.models.load import Policy
+from rest_jax.models.policy import Policy
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import learning_rates, make_optimizer
 from rest_jax.rl.packing import BatchLengths, packing_metrics
@@ -30,8 +30,8 @@ from rest_jax.rl.supervised import (
     plan_supervised,
 )
 from rest_jax.run.folder import SUPERVISED_FINITE, Run, check_start, open_run
+from rest_jax.run.load import load_policy
 from rest_jax.run.loop import Loop, PendingStep
-from rest_jax.run.policy import load_policy
 from rest_jax.templates import TEMPLATES
 
 

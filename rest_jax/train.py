@@ -29,7 +29,7 @@ from rest_jax.distributed import (
 )
 from rest_jax.errors import UserError
 from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
-from rest_jax.models.load import Policy
+from rest_jax.models.policy import Policy
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import learning_rates, make_optimizer
 from rest_jax.rl.packing import BatchLengths, MicroBatch, assign_minibatches, packing_metrics
@@ -38,8 +38,8 @@ from rest_jax.rl.step import init_state, make_step, plan_minibatches, policy_met
 from rest_jax.rollout.engine import rollout_cast
 from rest_jax.rollout.experience import Collector, Experience
 from rest_jax.run.folder import RL_FINITE, Run, check_start, open_run
+from rest_jax.run.load import load_policy
 from rest_jax.run.loop import Loop, PendingStep
-from rest_jax.run.policy import load_policy
 from rest_jax.run.throughput import Speed, mesh_peak_flops, reward_rates
 from rest_jax.templates import TEMPLATES
 from rest_jax.types import Params, Sampling, ScoredBatch

@@ -16,8 +16,8 @@ from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import make_optimizer
 from rest_jax.rl.step import init_state
 from rest_jax.run.checkpoint import Checkpoints
+from rest_jax.run.load import load_policy
 from rest_jax.run.metrics import read_lines
-from rest_jax.run.policy import load_policy
 
 STEPS = 4
 ROOT = pathlib.Path(rest_jax.__file__).parent.parent

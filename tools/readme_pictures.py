@@ -25,7 +25,7 @@ from rest_jax.errors import UserError
 from rest_jax.files import atomic_write
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.weights import token_weights
-from rest_jax.run.policy import config_of, load_policy
+from rest_jax.run.load import config_of, load_policy
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import NUM_REGIONS, Region
 

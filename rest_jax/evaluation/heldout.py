@@ -20,12 +20,12 @@ from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.tokenize import Prepared, load_split, prepare
 from rest_jax.distributed import gather, is_first_process
 from rest_jax.files import atomic_write
-from rest_jax.models.load import Policy
+from rest_jax.models.policy import Policy
 from rest_jax.rollout.engine import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import score_rollout, summarise_scores, truncated
+from rest_jax.run.load import config_of, load_policy
 from rest_jax.run.metrics import METRICS_FILE, read_lines, summary_table
-from rest_jax.run.policy import config_of, load_policy
 from rest_jax.templates import TEMPLATES
 from rest_jax.types import Params, PromptBatch, RolloutBatch, Sampling
 

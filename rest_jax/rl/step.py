@@ -27,7 +27,7 @@ from rest_jax.distributed import (
     tree_shardings_like,
 )
 from rest_jax.models.decoder import Decoder, param_shardings
-from rest_jax.models.load import Policy
+from rest_jax.models.policy import Policy
 from rest_jax.rl import curriculum
 from rest_jax.rl.logprobs import response_logprobs
 from rest_jax.rl.packing import (

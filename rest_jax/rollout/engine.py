@@ -27,7 +27,7 @@ from rest_jax.models.attention import prompt_rows
 from rest_jax.models.cache import Cache, Layers, is_stacked
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import Decoder, logits, param_shardings, unstack_layers
-from rest_jax.models.load import Policy
+from rest_jax.models.policy import Policy
 from rest_jax.rollout.sampling import draw, row_keys, uniforms
 from rest_jax.types import AnyArray, Params, Sampling
 

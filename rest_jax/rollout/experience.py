@@ -18,8 +18,8 @@ from rest_jax.config import Config
 from rest_jax.data.loader import Loader
 from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import Prepared
-from rest_jax.models.load import Policy
-from rest_jax.rewards import Score
+from rest_jax.models.policy import Policy
+from rest_jax.rewards.score import Score
 from rest_jax.rollout.scheduler import SamplerStats, make_sampler
 from rest_jax.rollout.scoring import score_rollout, summarise_scores, truncated
 from rest_jax.templates import TEMPLATES

@@ -19,7 +19,7 @@ from rest_jax.distributed import num_data_shards
 from rest_jax.errors import UserError
 from rest_jax.rollout.engine import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
-from rest_jax.run.policy import load_policy
+from rest_jax.run.load import load_policy
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Target
 from rest_jax.types import PromptBatch, Sampling

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from rest_jax.config import RolloutConfig
 from rest_jax.distributed import gather, to_host, to_mesh
-from rest_jax.models.load import Policy
+from rest_jax.models.policy import Policy
 from rest_jax.rl.packing import bucket
 from rest_jax.rollout.engine import (
     CHUNK,

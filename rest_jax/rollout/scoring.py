@@ -13,7 +13,7 @@ import numpy as np
 
 from rest_jax.config import RewardConfig
 from rest_jax.models.tokenizer import Tokenizer
-from rest_jax.rewards import Score, score
+from rest_jax.rewards.score import Score, score
 from rest_jax.rl.regions import label_tokens
 from rest_jax.templates import Template
 from rest_jax.tool_calls import Target

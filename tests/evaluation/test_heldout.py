@@ -11,8 +11,8 @@ from rest_jax.evaluation.heldout import (
     held_out,
     report_evaluations,
 )
+from rest_jax.run.load import load_policy
 from rest_jax.run.metrics import MetricsWriter
-from rest_jax.run.policy import load_policy
 
 EVAL = {"eval/exact": 0.5, "eval/format": 1.0, "eval/spurious": 0.0, "eval/accuracy": 0.75,
         "eval/reward": 1.5, "eval/response_tokens": 20.0}  # fmt: skip

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rest_jax.config import RewardConfig
-from rest_jax.rewards import correctness_bounds, format_bounds, scale, score
+from rest_jax.rewards.score import correctness_bounds, format_bounds, scale, score
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Call, Target
 

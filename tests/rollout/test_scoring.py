@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rest_jax.config import RewardConfig
-from rest_jax.rewards import Score
+from rest_jax.rewards.score import Score
 from rest_jax.rollout.scoring import score_rollout, summarise_scores, truncated
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Call, Region, Target

@@ -18,9 +18,9 @@ from rest_jax import cli, config
 from rest_jax.data.loader import Loader
 from rest_jax.data.tokenize import load_split, prepare
 from rest_jax.rollout.scheduler import make_sampler
+from rest_jax.run.load import load_policy
 from rest_jax.run.loop import Clock
 from rest_jax.run.metrics import METRICS, read_lines
-from rest_jax.run.policy import load_policy
 from rest_jax.templates import TEMPLATES
 from rest_jax.types import PromptBatch, Sampling
 from tests.runs import assert_same, finish, lines, recipe, start, state

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rest_jax.config import RewardConfig
-from rest_jax.rewards import score
+from rest_jax.rewards.score import score
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Call, Region, Target
 

@@ -8,7 +8,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from rest_jax.rewards import format_score
+from rest_jax.rewards.score import format_score
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Call, Target
 

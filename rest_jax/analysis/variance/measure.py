@@ -37,14 +37,14 @@ from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.tokenize import Prepared, load_split, prepare
 from rest_jax.errors import UserError
 from rest_jax.models.decoder import Decoder
-from rest_jax.models.load import Policy
+from rest_jax.models.policy import Policy
 from rest_jax.rl import curriculum, weights
 from rest_jax.rl.advantages import ADVANTAGES, nonzero_advantage
 from rest_jax.rl.packing import bucket
 from rest_jax.rollout.engine import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import score_rollout
-from rest_jax.run.policy import config_of, is_run, load_policy
+from rest_jax.run.load import config_of, is_run, load_policy
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import NUM_REGIONS, Region
 from rest_jax.types import Params, PromptBatch, Sampling, ScoredBatch

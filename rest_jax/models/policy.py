@@ -1,4 +1,4 @@
-"""A policy ready to run: decoder, sharded weights, tokenizer, mesh. `run.policy.load_policy` loads it from any source,
+"""A policy ready to run: decoder, sharded weights, tokenizer, mesh. `run.load.load_policy` loads it from any source,
 with a computation in `compute_dtype`.
 """
 

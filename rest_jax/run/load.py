@@ -17,7 +17,7 @@ from rest_jax.distributed import make_mesh
 from rest_jax.models.decoder import Decoder, abstract_params, param_shardings
 from rest_jax.models.hf import write as hf
 from rest_jax.models.hf.read import load_model, read_config
-from rest_jax.models.load import Policy, compute_dtype
+from rest_jax.models.policy import Policy, compute_dtype
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run import checkpoint
 from rest_jax.run.folder import CONFIG_FILE, MODEL_FOLDER

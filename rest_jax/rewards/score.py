@@ -1,0 +1,126 @@
+"""Rule-based reward of one answer: format part + correctness part (+ length part, off by default).
+
+Host code without jax. The parts are scores in [0, 1] mapped onto bounds that move linearly with progress mu in [0, 1]:
+format hi 2 -> 1, correctness hi 2 -> 3, lo = -hi; static (an ablation): format [0, 1], correctness [-3, 3].
+docs/method.md section 6.
+"""
+
+import dataclasses
+import re
+
+from rest_jax.config import RewardConfig
+from rest_jax.rewards.tool_call import accuracy, same_calls
+from rest_jax.tool_calls import Answer, Block, Target
+
+_LETTER = {
+    Block.THINK: "T",
+    Block.CALLS: "C",
+    Block.RESPONSE: "R",
+    Block.TEXT: "x",
+    Block.BROKEN: "x",
+}
+
+# (gold has calls, gold has a response) -> all blocks of a well-formed answer
+_TOOLRL = {(True, False): "TC", (False, True): "TR", (True, True): "TCR", (False, False): "T"}
+_PROSE = {(True, False): "T?C+", (False, True): "T?R", (True, True): "T?RC+", (False, False): "T"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """The reward of one answer and what it was made of."""
+
+    reward: float  # sum of the parts
+    format_part: float
+    correctness_part: float
+    format_score: float  # S_format, 0 or 1
+    accuracy: float  # S_acc in [0, 1]; without gold calls: 1, or 0 if a tool was called
+    exact: bool  # calls equal gold as multisets, none unreadable, and the format is right
+    spurious: bool  # gold has no calls, the answer calls a tool or tries to
+
+
+def score(
+    answer: Answer,
+    target: Target,
+    template_name: str,
+    cfg: RewardConfig,
+    progress: float,
+    tokens: int = 0,
+) -> Score:
+    """Scores one answer at `progress` mu in [0, 1]. `tokens`: length of the response, for the length part."""
+    s_format = format_score(answer, target, template_name, cfg.strict_format)
+    bounds = correctness_bounds(cfg, progress)
+    spurious = not target.calls and bool(answer.calls or answer.broken_calls)
+    if target.calls:
+        s_acc = accuracy(target.calls, answer.calls, cfg)
+        correctness_part = scale(s_acc, bounds)
+    else:
+        s_acc = 0.0 if spurious else 1.0
+        correctness_part = bounds[0] if spurious and cfg.penalise_spurious_calls else 0.0
+    format_part = scale(s_format, format_bounds(cfg, progress))
+    length_part = cfg.length_weight * min(1.0, tokens / cfg.length_target_tokens)
+    return Score(
+        reward=format_part + correctness_part + length_part,
+        format_part=format_part,
+        correctness_part=correctness_part,
+        format_score=s_format,
+        accuracy=s_acc,
+        exact=s_format == 1.0
+        and not answer.broken_calls
+        and same_calls(target.calls, answer.calls),
+        spurious=spurious,
+    )
+
+
+def format_score(answer: Answer, target: Target, template_name: str, strict: bool) -> float:
+    """S_format: 1.0 if `answer` has the blocks that its kind of gold answer needs in this template, else 0.0.
+
+    Gold kinds: calls only, response only, both, think only (neither). A think block is required by toolrl, optional
+    elsewhere. strict: the blocks are exactly those, so that text outside them, repeated blocks and broken tags fail. Not
+    strict (the released rule): the required blocks occur, in order, and toolrl has no response block where gold has none.
+    """
+    kind = (bool(target.calls), target.response is not None)
+    written = "".join(map(_LETTER.__getitem__, answer.blocks))
+    toolrl = template_name == "toolrl"
+    pattern = (_TOOLRL if toolrl else _PROSE)[kind]
+    if strict:
+        return float(re.fullmatch(pattern, written) is not None)
+    if toolrl and not kind[1] and "R" in written:
+        return 0.0
+    return float(_occur_in_order(pattern.replace("T?", "").replace("+", ""), written))
+
+
+def format_bounds(cfg: RewardConfig, progress: float) -> tuple[float, float]:
+    """(lo, hi) of the format part at `progress` mu; ValueError below 0, 1 from 1 on."""
+    if not cfg.dynamic:
+        return 0.0, 1.0
+    high = _between(cfg.format_scale_start, cfg.format_scale_end, progress)
+    return -high, high
+
+
+def correctness_bounds(cfg: RewardConfig, progress: float) -> tuple[float, float]:
+    """(lo, hi) of the correctness part at `progress` mu; ValueError below 0, 1 from 1 on."""
+    if not cfg.dynamic:
+        return -3.0, 3.0
+    high = _between(cfg.correctness_scale_start, cfg.correctness_scale_end, progress)
+    return -high, high
+
+
+def scale(score: float, bounds: tuple[float, float]) -> float:
+    """Maps a score in [0, 1] linearly onto the bounds."""
+    low, high = bounds
+    return low + (high - low) * score
+
+
+def _occur_in_order(required: str, written: str) -> bool:
+    pos = 0
+    for letter in required:
+        pos = written.find(letter, pos) + 1
+        if pos == 0:
+            return False
+    return True
+
+
+def _between(start: float, end: float, progress: float) -> float:
+    if not progress >= 0.0:
+        raise ValueError(f"reward progress {progress}: a number from 0 to 1 is needed")
+    return start + (end - start) * min(1.0, progress)
