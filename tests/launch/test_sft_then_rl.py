@@ -26,8 +26,13 @@ def start(tmp_path):
         environment = os.environ | {"PATH": path, "LOG": str(tmp_path / "log")}
         environment |= {"SECONDS_EACH": str(seconds), "CODE": str(code)}
         script = str(REPOSITORY / "launch" / "sft_then_rl.sh")
+        # Where the tests run in the background, Ctrl-C is ignored, and a shell cannot trap what it inherits as ignored.
         return subprocess.Popen(
-            [script, *words], env=environment, stderr=subprocess.PIPE, text=True
+            [script, *words],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     return begin
