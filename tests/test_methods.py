@@ -32,7 +32,7 @@ SCALES = sorted(path.stem for path in (REPOSITORY / "configs" / "scale").glob("*
 
 def begin(resolved: config.Config, supervised: bool, dry_run: bool = False) -> None:
     """Trains, or checks what a run needs."""
-    (sft if supervised else train).run(resolved, dry_run)
+    (sft.finetune if supervised else train.train)(resolved, dry_run)
 
 
 @pytest.fixture(scope="module")
