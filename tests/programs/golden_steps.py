@@ -12,8 +12,9 @@ import os
 import pathlib
 import sys
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device
 
 from matplotlib.figure import Figure
 
