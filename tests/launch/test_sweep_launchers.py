@@ -28,7 +28,8 @@ def test_kubernetes():
     assert pod["terminationGracePeriodSeconds"] >= 60
     (container,) = pod["containers"]
     (script,) = container["args"]
-    understood(shlex.split(script.splitlines()[0].removesuffix("&")))
+    (command,) = (line for line in script.splitlines() if line.startswith("rest-jax"))
+    understood(shlex.split(command.removesuffix("&")))
     assert [variable["name"] for variable in container["env"]] == ["STORAGE"]
     mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert f"output={mounted['sweeps']}" in script
