@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 import typer
@@ -83,7 +84,7 @@ def test_other_commands_run_as_written(tmp_path):
 
     def rest_jax(words: list[str]) -> None:
         done = subprocess.run(
-            [shutil.which("rest-jax") or "rest-jax", *words], cwd=tmp_path, env=environment(), text=True,
+            [sys.executable, "-m", "rest_jax", *words], cwd=tmp_path, env=environment(), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900,
         )  # fmt: skip
         assert done.returncode == 0, (words, done.stdout)

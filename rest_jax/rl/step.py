@@ -144,7 +144,8 @@ def make_prepare(
     rows, everywhere = batch_sharding(mesh), replicated(mesh)
     return jax.jit(
         functools.partial(prepare, cfg=cfg),
-        in_shardings=(rows, rows, rows, rows, everywhere),
+        # Every process has the mini-batch of every group: a NumPy array, which can only be replicated.
+        in_shardings=(rows, rows, rows, everywhere, everywhere),
         out_shardings=(rows, everywhere, everywhere),
     )
 
