@@ -47,7 +47,7 @@ from rest_jax.types import Params, Sampling, ScoredBatch
 
 def train(config: Config, dry_run: bool = False, profile: int | None = None) -> int:
     """Trains, and writes a trace of step `profile`; 0 at the end or after SIGTERM. UserError for input that cannot be used;
-    TrainingStopped on NaN.
+    RunStopped on NaN.
     """
     policy = load_policy(config.model, config.mesh)
     check_sizes(config, policy)

@@ -123,7 +123,7 @@ class Checkpoints:
             names = (f"{step}{DAMAGED}{f'.{n}' if n > 1 else ''}" for n in itertools.count(1))
             free = next(name for name in names if not (self.folder / name).exists())
             (self.folder / str(step)).rename(self.folder / free)
-        # No process goes on before they are renamed.
+        # No process continues before they are renamed.
         any_process(False)
         self._manager.reload()
 

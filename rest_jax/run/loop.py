@@ -3,7 +3,7 @@
     state, loader_state = loop.resume(state, abstract)
     for step in loop.steps():
         ...                                   dispatch the step
-        loop.end_step(pending, state, loader_state)
+        loop.end_step(step, pending, state, loader_state)
 
 The metrics of a step are read while the next one runs, so that the host never waits for a value it has just asked for. A
 step with an evaluation or a checkpoint reads its own first: whatever checkpoint a restarted run finds, the lines up to it
@@ -125,7 +125,7 @@ class Loop:
         self.run, self.total, self.evaluate, self.shown = run, total, evaluate, shown
         self.tracer = Tracer(run.folder, profile)
         self.pending: PendingStep | None = None
-        self.last = self.start = 0
+        self.start = 0
         self._extra: dict[str, float] = {}
 
     def resume(
@@ -133,7 +133,6 @@ class Loop:
     ) -> tuple[TrainState, dict[str, Any] | None]:
         """The state and the loader's state of the newest sound checkpoint; without one, `state` and None."""
         self.state, loader_state, self.start = self.run.resume(state, abstract)
-        self.last = self.start
         self.progress = Progress(self.total, self.start)
         return self.state, loader_state
 
@@ -146,7 +145,6 @@ class Loop:
             with self.tracer.step(step, lambda: jax.block_until_ready(self.state.params)):
                 self._close_lap()
                 yield step
-            self.last = step
             stopping = self.run.stop.agreed()
             ends = step == self.total
             if ends or (train.eval_every and step % train.eval_every == 0):
