@@ -231,14 +231,14 @@ class OptimizerConfig(Section):
 class MeshConfig(Section):
     """Devices by axis; -1 on one axis takes what is left."""
 
-    data: int = 1
+    data: int | None = None  # None: one part a TPU slice or GPU node
     fsdp: int = -1
-    tensor: int = 1
     expert: int = 1
+    tensor: int = 1  # inside a host, or over complete hosts
 
     @pydantic.model_validator(mode="after")
     def _one_free(self):
-        sizes = (self.data, self.fsdp, self.tensor, self.expert)
+        sizes = (1 if self.data is None else self.data, self.fsdp, self.expert, self.tensor)
         if sum(s == -1 for s in sizes) > 1 or any(s < 1 and s != -1 for s in sizes):
             raise ValueError(f"mesh sizes {sizes}: each is at least 1, and at most one is -1")
         return self

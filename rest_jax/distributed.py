@@ -1,11 +1,12 @@
 """The mesh, the one table from logical axis names to mesh axes, and what passes between a process and the mesh.
 
-Modules name logical axes only ("embed", "heads", ..); `RULES` says which mesh axes (data, fsdp, tensor,
-expert) hold them. Train layout: weights split over fsdp and tensor. Rollout layout: over tensor only, so
+Modules name logical axes only ("embed", "heads", ..); `RULES` says which mesh axes (data, fsdp, expert,
+tensor) hold them. Train layout: weights split over fsdp and tensor. Rollout layout: over tensor only, so
 that decoding gathers no weights. `activate(mesh)` around a run makes the decoder pin its activations to
 the batch axes. All axes are Auto: XLA places the collectives from the shardings of inputs and outputs.
 """
 
+import collections
 import contextlib
 import math
 import os
@@ -21,8 +22,9 @@ from rest_jax.config import MeshConfig
 from rest_jax.errors import UserError
 
 Tree = TypeVar("Tree")
-AXES = ("data", "fsdp", "tensor", "expert")
-BATCH_AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "expert", "tensor")
+# Rows of a batch are split over all but tensor, so the parts (data shards) are the leading part of the mesh.
+BATCH_AXES = AXES[:-1]
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,
     "vocab": "tensor",
@@ -41,27 +43,71 @@ _REPLICATED_WHEN_FEW = ("kv_heads",)
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Mesh over `devices` (default: all) with axes data, fsdp, tensor, expert; -1 takes what is left.
+    """Mesh over `devices` (default: all) with axes data, fsdp, expert, tensor; -1 takes what is left.
 
-    ValueError with both numbers when the sizes do not use exactly the devices there are.
+    Devices are in one order on all hardware: by slice (TPU) or node (GPU), then by process, then by coordinates. The last
+    axis varies fastest, so tensor groups lie inside a host where they fit, and data, the outermost axis, is the one that
+    crosses the data centre network. UserError with the numbers for sizes that these devices cannot have.
     """
-    devices = list(jax.devices() if devices is None else devices)
-    sizes = [getattr(cfg, axis) for axis in AXES]
+    devices = sorted(jax.devices() if devices is None else devices, key=_device_order)
+    slices = len({_slice_index(device) for device in devices})
+    sizes = _axis_sizes(cfg, len(devices), slices)
+    _check_tensor(sizes[AXES.index("tensor")], devices)
+    grid = np.empty(len(devices), object)
+    grid[:] = devices
+    return Mesh(grid.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _device_order(device: Any) -> tuple[Any, ...]:
+    coords = tuple(getattr(device, "coords", None) or ())
+    return _slice_index(device), device.process_index, coords, device.id
+
+
+def _slice_index(device: Any) -> int:
+    """Devices of one slice are connected with each other (ICI, NVLink); between slices there is the data centre network."""
+    return getattr(device, "slice_index", None) or 0
+
+
+def _axis_sizes(cfg: MeshConfig, devices: int, slices: int) -> list[int]:
+    """The sizes of AXES. `data` None is one part a slice; -1 is what is left."""
+    given = {axis: getattr(cfg, axis) for axis in AXES}
+    if given["data"] is None:
+        given["data"] = slices
+    named = ", ".join(f"{axis} {size}" for axis, size in given.items())
+    sizes = list(given.values())
     fixed = math.prod(size for size in sizes if size != -1)
-    named = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
     if -1 in sizes:
-        if len(devices) % fixed:
+        if devices % fixed:
             raise UserError(
-                f"mesh ({named}): {fixed} does not divide the {len(devices)} devices; change the fixed sizes"
+                f"mesh ({named}): {fixed} does not divide the {devices} devices; change the fixed sizes"
             )
-        sizes[sizes.index(-1)] = len(devices) // fixed
-    elif fixed != len(devices):
+        sizes[sizes.index(-1)] = devices // fixed
+    elif fixed != devices:
         raise UserError(
-            f"mesh ({named}) needs {fixed} devices and there are {len(devices)}; set one size to -1"
+            f"mesh ({named}) needs {fixed} devices and there are {devices}; set one size to -1"
         )
-    return jax.make_mesh(
-        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    return sizes
+
+
+def _check_tensor(tensor: int, devices: Sequence[Any]) -> None:
+    """A tensor group is a part of a host, or several hosts of one slice. `devices` are in their order."""
+    hosts = collections.Counter(device.process_index for device in devices)
+    if len(set(hosts.values())) > 1:
+        uneven = ", ".join(f"process {process}: {count}" for process, count in hosts.items())
+        raise UserError(f"mesh: every process needs equally many devices ({uneven})")
+    host = len(devices) // len(hosts)
+    slices = collections.Counter(map(_slice_index, devices))
+    if host % tensor and tensor % host:
+        fits = ", ".join(str(n) for n in range(1, host + 1) if host % n == 0)
+        raise UserError(
+            f"mesh.tensor {tensor}: neither divides the {host} devices of a process nor is a multiple of them; "
+            f"choose one of {fits}"
+        )
+    if any(count % tensor for count in slices.values()):
+        raise UserError(
+            f"mesh.tensor {tensor}: does not divide the {min(slices.values())} devices of a slice; "
+            "a tensor group cannot cross the data centre network"
+        )
 
 
 @contextlib.contextmanager
@@ -77,7 +123,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over data and fsdp."""
+    """The leading axis split over data, fsdp and expert."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -86,13 +132,42 @@ def num_data_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def shard_owners(mesh: Mesh) -> list[tuple[int, ...]]:
+    """The processes that hold each data shard: one, or several where a tensor group crosses hosts."""
+    parts = mesh.devices.reshape(num_data_shards(mesh), -1)
+    return [tuple(sorted({device.process_index for device in part})) for part in parts]
+
+
+def host_groups(mesh: Mesh) -> list[list[int]]:
+    """The data shards, grouped by the processes that hold them: those of a group work on the same rows."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for shard, owners in enumerate(shard_owners(mesh)):
+        groups.setdefault(owners, []).append(shard)
+    return list(groups.values())
+
+
+def local_shards(mesh: Mesh) -> list[int]:
+    """The data shards that this process holds, ascending."""
+    here = jax.process_index()
+    return [shard for shard, owners in enumerate(shard_owners(mesh)) if here in owners]
+
+
+def rows_of_shards(count: int, shards: Sequence[int], mesh: Mesh) -> np.ndarray:
+    """int64: which of `count` rows lie in the given data shards, ascending. The shards divide the rows evenly, but for
+    the rounding where `count` is no multiple of them.
+    """
+    total = num_data_shards(mesh)
+    parts = [np.arange(count * shard // total, count * (shard + 1) // total) for shard in shards]
+    return np.concatenate(parts)
+
+
 def check_batch(name: str, size: int, mesh: Mesh) -> None:
     """UserError with both numbers unless `size` rows split evenly over the batch axes."""
     shards = num_data_shards(mesh)
     if size % shards:
+        sizes = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in BATCH_AXES)
         raise UserError(
-            f"{name} {size} does not divide over {shards} data shards "
-            f"(mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}); make it a multiple of {shards}"
+            f"{name} {size} does not divide over {shards} data shards (mesh {sizes}); make it a multiple of {shards}"
         )
 
 
@@ -157,7 +232,7 @@ def _mesh_axis(name: str, axis: str, size: int, mesh: Mesh, layout: str) -> str 
 
 
 def to_mesh(tree: Tree, mesh: Mesh) -> Tree:
-    """Leaves: this process's rows [P_local, ...] -> global arrays, first axis sharded over (data, fsdp)."""
+    """Leaves: the rows of this process's data shards [P_local, ...] -> global arrays, split over the data shards."""
     sharding = batch_sharding(mesh)
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
@@ -178,20 +253,41 @@ def to_host(tree: Tree) -> Tree:
     return jax.tree.map(one, tree)
 
 
-def gather(tree: Tree) -> Tree:
-    """NumPy rows of every process, in the order of the processes; every process must call it."""
+def gather(tree: Tree, mesh: Mesh) -> Tree:
+    """NumPy rows of the global batch, in the order of the data shards, from the rows that each process holds (those of its
+    `local_shards`). Every process must call it.
+    """
     if jax.process_count() == 1:
         return tree
+    owners = shard_owners(mesh)
+    held: dict[int, list[int]] = {}
+    for shard, processes in enumerate(owners):
+        for process in processes:
+            held.setdefault(process, []).append(shard)
+    source = [(processes[0], held[processes[0]].index(i)) for i, processes in enumerate(owners)]
+
+    def one(x):
+        parts = all_gather(x)  # [processes, rows, ...]
+        parts = parts.reshape(len(held), len(held[0]), -1, *parts.shape[2:])
+        return np.concatenate([parts[process, position] for process, position in source])
+
+    return jax.tree.map(one, tree)
+
+
+def all_gather(tree: Tree) -> Tree:
+    """NumPy, from the arrays of every process: [processes, ...]. Every process must call it."""
+    if jax.process_count() == 1:
+        return jax.tree.map(lambda x: np.asarray(x)[None], tree)
     from jax.experimental import multihost_utils
 
     return jax.tree.map(
-        lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree
+        lambda x: np.asarray(multihost_utils.process_allgather(np.asarray(x))), tree
     )
 
 
 def any_process(value: bool) -> bool:
     """Whether `value` holds in any process; every process must call it, and all get the same answer."""
-    return bool(np.any(gather(np.asarray([value]))))
+    return bool(np.any(all_gather(np.asarray(value))))
 
 
 def join() -> None:

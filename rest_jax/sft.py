@@ -10,11 +10,20 @@ import functools
 import time
 
 import numpy as np
+from jax.sharding import Mesh
 
 from rest_jax.config import Config, check_supervised
 from rest_jax.data.loader import Loader, TargetBatch
 from rest_jax.data.tokenize import Prepared, load_split, prepare_supervised
-from rest_jax.distributed import activate, check_batch, gather, is_first_process, to_mesh
+from rest_jax.distributed import (
+    activate,
+    check_batch,
+    gather,
+    is_first_process,
+    local_shards,
+    rows_of_shards,
+    to_mesh,
+)
 from rest_jax.errors import UserError
 from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
 from rest_jax.models.policy import Policy
@@ -45,7 +54,7 @@ def finetune(config: Config, dry_run: bool = False) -> int:
     data = prepare_supervised(records, policy.tokenizer, template, cfg, config.sft.max_tokens)
     steps = total_steps(config, data.size)
     examples = held_out(config, policy)
-    check_start(config, policy.mesh)
+    check_start(config)
     if is_first_process():
         print(
             f"{config.name}: {data.summary()}\n{steps} steps of {config.sft.batch_size} records",
@@ -78,6 +87,7 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
         pad_id=policy.tokenizer.pad_id,
         cfg=config.data,
         num_steps=steps,
+        rows=rows_of_shards(config.sft.batch_size, local_shards(mesh), mesh),
     )
     loop = Loop(run, steps, evaluator, ("loss", "update/loss"))
     state, loader_state = loop.resume(state, abstract)
@@ -85,7 +95,7 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
         batches.set_state(loader_state)
     for step in loop.steps():
         rows, _ = next(batches)
-        lengths = gather_lengths(rows)
+        lengths = gather_lengths(rows, mesh)
         gold = to_mesh(label_regions(rows, policy, config.data.template), mesh)
         dispatched = time.monotonic()
         batch = prepare(gold)
@@ -130,9 +140,9 @@ def total_steps(config: Config, records: int) -> int:
     return steps
 
 
-def gather_lengths(rows: TargetBatch) -> BatchLengths:
+def gather_lengths(rows: TargetBatch, mesh: Mesh) -> BatchLengths:
     """Lengths of the batch of all processes."""
-    prompts, targets = gather((rows.prompt_length, rows.target_length[:, None]))
+    prompts, targets = gather((rows.prompt_length, rows.target_length[:, None]), mesh)
     return BatchLengths(prompts, targets, (rows.prompt.shape[1], rows.target.shape[1]))
 
 

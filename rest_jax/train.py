@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from rest_jax.config import Config
 from rest_jax.data.tokenize import Prepared, load_split
@@ -56,7 +57,7 @@ def train(config: Config, dry_run: bool = False, profile: int | None = None) -> 
     prompts = tokenize(records, policy.tokenizer, template, data)
     examples = held_out(config, policy)
     steps = total_steps(config, prompts.size)
-    check_start(config, policy.mesh)
+    check_start(config)
     describe(config, policy, prompts, examples.size if examples else 0, steps)
     if dry_run:
         return 0
@@ -88,7 +89,7 @@ def train_steps(
         for step in loop.steps():
             # sample and score
             experience = collector.collect(rollout_params(state.params), state.rng, step)
-            lengths, reward = gather_lengths(experience.scored)
+            lengths, reward = gather_lengths(experience.scored, mesh)
             scored = to_mesh(experience.scored, mesh)
             dispatched = time.monotonic()
             with jax.profiler.TraceAnnotation("update"):
@@ -187,11 +188,11 @@ def copy_reference(config: Config, params: Params) -> Params | None:
     return jax.tree.map(jnp.copy, params) if config.loss.kl_coefficient > 0 else None
 
 
-def gather_lengths(scored: ScoredBatch) -> tuple[BatchLengths, np.ndarray]:
+def gather_lengths(scored: ScoredBatch, mesh: Mesh) -> tuple[BatchLengths, np.ndarray]:
     """Lengths and rewards [P, G] of the batch of all processes."""
     own = BatchLengths.of(scored.rollout)
     prompts, responses, reward = gather(
-        (own.prompt_length, own.response_length, np.asarray(scored.reward))
+        (own.prompt_length, own.response_length, np.asarray(scored.reward)), mesh
     )
     return BatchLengths(prompts, responses, own.widths), reward
 

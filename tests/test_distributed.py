@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+import math
 from typing import Any
 
 import jax
@@ -10,13 +12,15 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from rest_jax import distributed as sharding
 from rest_jax.config import MeshConfig
+from rest_jax.errors import UserError
 from rest_jax.models.attention import pack_group, predicting_hidden, prompt_rows
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import Decoder, abstract_params, logits, param_shardings
+from rest_jax.rollout.scheduler import deal_groups
 from tests import tiny
 
 CFG = DecoderConfig("qwen3", 64, 32, 2, 4, 4, 8, 48, qk_norm=True, tied=False)
@@ -115,12 +119,110 @@ def test_decoding_does_not_depend_on_the_mesh(sizes):
 
 def test_mesh_sizes():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2), jax.devices()[:8])
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2, "expert": 1}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
     assert set(mesh.axis_types) == {AxisType.Auto}
     with pytest.raises(ValueError, match=r"3 does not divide the 4 devices"):
         mesh_of(3, -1, 1)
     with pytest.raises(ValueError, match=r"needs 2 devices and there are 4"):
         mesh_of(1, 2, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    """What a mesh asks of a device."""
+
+    id: int
+    process_index: int
+    coords: tuple[int, int, int]
+    slice_index: int = 0
+
+
+def slice_of(shape: tuple[int, int, int], host: tuple[int, int, int], slices: int = 1):
+    """The devices of TPU slices in the order of their coordinates, as libtpu lists them: not in that of the hosts."""
+    hosts = [n // m for n, m in zip(shape, host, strict=True)]
+    count, devices = math.prod(hosts), []
+    for part in range(slices):
+        for z, y, x in itertools.product(*map(range, reversed(shape))):
+            at = [c // h for c, h in zip((x, y, z), host, strict=True)]
+            process = at[0] + hosts[0] * (at[1] + hosts[1] * at[2])
+            devices.append(FakeDevice(len(devices), part * count + process, (x, y, z), part))
+    return devices
+
+
+SLICES = {
+    "v5e:4x4": ((4, 4, 1), (2, 2, 1)),
+    "v5e:4x8": ((4, 8, 1), (2, 2, 1)),
+    "v5e:16x16": ((16, 16, 1), (2, 2, 1)),
+    "v6e:8x8": ((8, 8, 1), (2, 2, 1)),
+    "v5p:2x2x4": ((2, 2, 4), (2, 2, 1)),
+    "v5p:4x4x8": ((4, 4, 8), (2, 2, 1)),
+    "4 nodes of 8": ((32, 1, 1), (8, 1, 1)),
+}
+SIZES = [{}, {"tensor": 2}, {"tensor": 4}, {"tensor": 8}, {"data": 2}, {"data": 4, "tensor": 2},
+         {"expert": 2}, {"expert": 4, "tensor": 2}]  # fmt: skip
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("name", SLICES)
+def test_every_mesh_of_a_slice_has_tensor_groups_in_hosts(name, slices):
+    devices = slice_of(*SLICES[name], slices)
+    host = len(devices) // len({d.process_index for d in devices})
+    for sizes in SIZES:
+        mesh = sharding.make_mesh(MeshConfig(**sizes), devices)
+        tensor = sizes.get("tensor", 1)
+        assert mesh.shape["data"] == sizes.get("data", slices)
+        assert sorted(d.id for d in mesh.devices.flat) == list(range(len(devices)))
+        groups = mesh.devices.reshape(-1, tensor)
+        for group in groups:
+            assert len({d.slice_index for d in group}) == 1
+            assert len({d.process_index for d in group}) == max(1, tensor // host)
+        if mesh.shape["data"] % slices == 0:  # then only data crosses slices
+            for part in mesh.devices:
+                assert len({d.slice_index for d in part.flat}) == 1
+        owners = sharding.shard_owners(mesh)
+        assert len(owners) == len(devices) // tensor
+        shards = [shard for group in sharding.host_groups(mesh) for shard in group]
+        assert sorted(shards) == list(range(len(owners)))
+
+
+def test_meshes_that_devices_cannot_have():
+    devices = slice_of((4, 4, 1), (2, 2, 1))
+    with pytest.raises(UserError, match=r"tensor 3\): 3 does not divide the 16 devices"):
+        sharding.make_mesh(MeshConfig(tensor=3), devices)
+    with pytest.raises(
+        UserError, match=r"mesh\.tensor 3: neither divides the 4 devices of a process"
+    ):
+        sharding.make_mesh(MeshConfig(tensor=3), slice_of((6, 2, 1), (2, 2, 1)))
+    with pytest.raises(
+        UserError, match=r"mesh\.tensor 8: does not divide the 4 devices of a slice"
+    ):
+        sharding.make_mesh(MeshConfig(data=1, tensor=8), slice_of((2, 2, 1), (2, 2, 1), slices=2))
+    with pytest.raises(UserError, match=r"equally many devices \(process 0: 4, process 1: 3\)"):
+        sharding.make_mesh(MeshConfig(), slice_of((4, 2, 1), (2, 2, 1))[:-1])
+
+
+def test_rows_belong_to_shards_not_to_processes():
+    """Owners in any order: here the hosts of a slice hold shards that alternate."""
+    mesh = sharding.make_mesh(MeshConfig(), slice_of((2, 2, 2), (2, 2, 1)))
+    mixed = mesh.devices.reshape(-1)[[0, 4, 1, 5, 2, 6, 3, 7]].reshape(mesh.devices.shape)
+    mesh = Mesh(mixed, mesh.axis_names)
+    assert sharding.shard_owners(mesh) == [(0,), (1,)] * 4
+    assert sharding.host_groups(mesh) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert sharding.local_shards(mesh) == [0, 2, 4, 6]
+    assert sharding.rows_of_shards(16, [0, 2, 4, 6], mesh).tolist() == [0, 1, 4, 5, 8, 9, 12, 13]
+    assert deal_groups(np.arange(16), mesh) == [
+        [13, 5], [15, 7], [12, 4], [14, 6], [9, 1], [11, 3], [8, 0], [10, 2]
+    ]  # fmt: skip
+
+
+def test_rows_are_gathered_in_the_order_of_the_shards(monkeypatch):
+    mesh = sharding.make_mesh(MeshConfig(), slice_of((2, 2, 2), (2, 2, 1)))
+    mixed = mesh.devices.reshape(-1)[[0, 4, 1, 5, 2, 6, 3, 7]].reshape(mesh.devices.shape)
+    mesh = Mesh(mixed, mesh.axis_names)
+    parts = [np.array([0, 1, 4, 5, 8, 9, 12, 13]), np.array([2, 3, 6, 7, 10, 11, 14, 15])]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(sharding, "all_gather", lambda x: np.stack(parts))
+    assert sharding.gather(parts[0], mesh).tolist() == list(range(16))
 
 
 def test_batches_that_do_not_divide_name_both_numbers():

@@ -1,7 +1,7 @@
 """Grain loaders: batches of prompts (or prompts and targets) in a seeded order that resumes exactly where it stopped.
 
 Order: shuffled by the seed, differently in every epoch; an epoch's last incomplete batch is dropped. Batches are global: with
-several processes each takes its own contiguous part, so the number of processes never changes what a step sees.
+several processes each takes the rows of its data shards, so the number of processes never changes what a step sees.
 Row ids: `row = epoch * size + index in the data`, so that sampling keys differ between epochs and between prompts.
 """
 
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 import grain
-import jax
 import numpy as np
 
 from rest_jax.config import DataConfig
@@ -41,8 +40,9 @@ class Loader(Generic[T]):
 
     `assemble` makes the batch of this process from the padded prompts, their lengths, the padded targets and their lengths where
     there are targets, and the row ids: `PromptBatch`, or `TargetBatch` over what `prepare_supervised` made. All are numpy int32;
-    prompts are padded to one Tp, targets to one Tr, both multiples of 64. `batch` counts the prompts of all processes.
-    UserError when an epoch does not hold one batch, a batch cannot be divided over the processes, or row ids would pass 2^31.
+    prompts are padded to one Tp, targets to one Tr, both multiples of 64. `batch` counts the prompts of all processes,
+    `rows` are those of them that this process takes (default: all). UserError when an epoch does not hold one batch, or row
+    ids would pass 2^31.
     """
 
     def __init__(
@@ -55,12 +55,9 @@ class Loader(Generic[T]):
         pad_id: int,
         cfg: DataConfig,
         num_steps: int,
+        rows: np.ndarray | None = None,
     ):
-        size, processes, here = prepared.size, jax.process_count(), jax.process_index()
-        if batch % processes:
-            raise UserError(
-                f"a batch of {batch} prompts cannot be divided over {processes} processes"
-            )
+        size = prepared.size
         if size < batch:
             raise UserError(
                 f"the data has {size} usable records, fewer than one batch of {batch}; use a smaller batch"
@@ -71,8 +68,7 @@ class Loader(Generic[T]):
             (ids, bucketed(ids)) for ids in (prepared.prompts, prepared.targets) if ids
         ]
         self._identity = {"records": size, "batch": batch, "seed": seed}
-        part = batch // processes
-        self._part = slice(here * part, (here + 1) * part)
+        self._rows = np.arange(batch) if rows is None else rows
         epochs = -(-num_steps // self.batches_per_epoch)
         if size * epochs > _MAX_ROW:
             raise UserError(
@@ -86,7 +82,7 @@ class Loader(Generic[T]):
     def __next__(self) -> tuple[T, list[StepRecord]]:
         """StopIteration after `num_steps` batches."""
         step, indices = next(self._iterator)
-        index = np.asarray(indices[self._part], np.int64)
+        index = np.asarray(indices, np.int64)[self._rows]
         epoch, size = int(step) // self.batches_per_epoch, len(self._records)
         padded = (pad([ids[i] for i in index], width, self._pad_id) for ids, width in self._columns)
         row = (epoch * size + index).astype(np.int32)

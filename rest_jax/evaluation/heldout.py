@@ -18,7 +18,13 @@ import numpy as np
 from rest_jax.config import Config
 from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.tokenize import Prepared, load_split, prepare
-from rest_jax.distributed import gather, is_first_process
+from rest_jax.distributed import (
+    gather,
+    is_first_process,
+    local_shards,
+    num_data_shards,
+    rows_of_shards,
+)
 from rest_jax.files import atomic_write
 from rest_jax.models.policy import Policy
 from rest_jax.rollout.engine import rollout_cast
@@ -82,16 +88,17 @@ class Evaluator:
         ]
 
     def _sample(self, params: Params) -> RolloutBatch:
-        """Greedy completions of all; each process samples its share and gets the others'."""
-        size = self.data.size
-        share = -(-size // jax.process_count())
-        rows = np.minimum(np.arange(share * jax.process_count()), size - 1)
-        own = rows[jax.process_index() * share :][:share]
+        """Greedy completions of all; each process samples those of its data shards and gets the others'."""
+        size, mesh = self.data.size, self.policy.mesh
+        # Several processes: the last prompt fills the shards up.
+        shards = num_data_shards(mesh) if jax.process_count() > 1 else 1
+        own = rows_of_shards(-(-size // shards) * shards, local_shards(mesh), mesh)
+        own = np.minimum(own, size - 1)
         prompts = [self.data.prompts[i] for i in own]
         padded = pad(prompts, self._width, self.policy.tokenizer.pad_id)
         batch = PromptBatch(*padded, own.astype(np.int32))
         out = self._sampler(params, batch, jax.random.key(0), 0)
-        return jax.tree.map(lambda x: x[:size], gather(out))
+        return jax.tree.map(lambda x: x[:size], gather(out, mesh))
 
 
 def evaluate(

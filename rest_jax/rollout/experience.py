@@ -18,6 +18,7 @@ from rest_jax.config import Config
 from rest_jax.data.loader import Loader
 from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import Prepared
+from rest_jax.distributed import local_shards, rows_of_shards
 from rest_jax.models.policy import Policy
 from rest_jax.rewards.score import Score
 from rest_jax.rollout.scheduler import SamplerStats, make_sampler
@@ -87,6 +88,7 @@ class Collector:
             pad_id=policy.tokenizer.pad_id,
             cfg=config.data,
             num_steps=steps,
+            rows=rows_of_shards(r.prompts_per_step, local_shards(policy.mesh), policy.mesh),
         )
         self.pool = concurrent.futures.ThreadPoolExecutor(1, "score")
         self.prefetched: Experience | None = None  # of the next step, under staleness

@@ -9,7 +9,7 @@ called when the G responses of prompt p are complete, with its rows, before the 
 slots that have nothing left are removed. Caches are as wide as the longest prompt and response in them, in few sizes.
 
 With many processes each one follows all data shards (lengths and flags are global) and feeds its own: all make the same
-calls. Groups are numbered globally, process by process.
+calls. A group, one prompt with its responses, has the number of its row in the global batch.
 """
 
 import collections
@@ -23,7 +23,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rest_jax.config import RolloutConfig
-from rest_jax.distributed import gather, to_host, to_mesh
+from rest_jax.distributed import (
+    gather,
+    host_groups,
+    local_shards,
+    num_data_shards,
+    rows_of_shards,
+    to_host,
+    to_mesh,
+)
 from rest_jax.models.policy import Policy
 from rest_jax.rl.packing import bucket
 from rest_jax.rollout.engine import (
@@ -183,13 +191,11 @@ class _Rollout:
         self.out = _empty_batch(self.prompts, self.settings)
         most = np.full(self.out.response_length.shape, self.settings.max_tokens, np.int32)
         self.limits = most if limits is None else np.minimum(most, limits)
-        count = len(self.prompts.length)
-        self.first_group = jax.process_index() * count  # this process's first
-        self.length = gather(self.prompts.length)
-        per_process = self.engine.num_shards // jax.process_count()
-        first = jax.process_index() * per_process
-        self.own_shards = slice(first, first + per_process)
-        groups = _deal_groups(self.length, jax.process_count(), per_process)
+        self.length = gather(self.prompts.length, self.mesh)
+        self.own_shards = local_shards(self.mesh)
+        own = rows_of_shards(len(self.length), self.own_shards, self.mesh)
+        self.own_rows = {int(group): row for row, group in enumerate(own)}  # its row here
+        groups = deal_groups(self.length, self.mesh)
         entries, slots = self.settings.sizes(max(map(len, groups)))
         group_size = self.settings.group_size
         self.shards = [Shard(own, group_size, entries, slots) for own in groups]
@@ -204,7 +210,7 @@ class _Rollout:
             self.prefill(chosen)
         started = [shard.start() for shard in self.shards]
         if any(started):
-            requests = to_mesh(self.make_requests(started[self.own_shards]), self.mesh)
+            requests = to_mesh(self.make_requests(self.of_own_shards(started)), self.mesh)
             self.state = self.engine.start(self.state, requests, rng, step)
         busy = any(shard.busy for shard in self.shards)
         if busy:
@@ -217,7 +223,7 @@ class _Rollout:
         width = bucket(longest, self.prompts.tokens.shape[1])
         if width > self.widths.prompt:
             self.resize(self.widths._replace(prompt=width))
-        own = chosen[self.own_shards]
+        own = self.of_own_shards(chosen)
         tokens = np.full((len(own), width), self.settings.pad_id, np.int32)
         length = np.ones(len(own), np.int32)
         # an entry out of bounds, where a shard has chosen none: the prompt is dropped
@@ -226,7 +232,7 @@ class _Rollout:
             if choice is not None:
                 group, entries[w] = choice
                 length[w] = self.length[group]
-                tokens[w] = self.prompts.tokens[group - self.first_group, :width]
+                tokens[w] = self.prompts.tokens[self.own_rows[group], :width]
         tokens, length, entries = to_mesh((tokens, length, entries), self.mesh)
         prefilled = self.engine.prefill(self.params, tokens, length)
         self.state = self.engine.insert(self.state, prefilled, entries)
@@ -239,8 +245,8 @@ class _Rollout:
         for w, responses in enumerate(started):
             for slot, (group, sample, entry) in responses.items():
                 new[w, slot], entries[w, slot], samples[w, slot] = True, entry, sample
-                rows[w, slot] = self.prompts.row[group - self.first_group]
-                limits[w, slot] = self.limits[group - self.first_group, sample]
+                row = self.own_rows[group]
+                rows[w, slot], limits[w, slot] = self.prompts.row[row], self.limits[row, sample]
         return NewRequests(new, entries, rows, samples, limits)
 
     def fit(self) -> None:
@@ -267,7 +273,7 @@ class _Rollout:
     def resize(self, widths: Widths, slots: int | None = None) -> None:
         """Changes the widths and, if given, the number of decode slots."""
         kept = [shard.keep(slots or shard.num_slots) for shard in self.shards]
-        own = to_mesh(np.array(kept[self.own_shards], np.int32), self.mesh)
+        own = to_mesh(np.array(self.of_own_shards(kept), np.int32), self.mesh)
         self.state, self.widths = self.engine.resize(self.state, own, widths), widths
 
     def decode(self) -> list[int]:
@@ -275,13 +281,13 @@ class _Rollout:
         this process that are complete now, as indices of its prompts.
         """
         steps = jnp.int32(min(CHUNK, self.widths.response - self.longest_response()))
-        free = [free_to_stop_at(shard) for shard in self.shards[self.own_shards]]
+        free = [free_to_stop_at(shard) for shard in self.of_own_shards(self.shards)]
         free = to_mesh(np.array(free, np.int32), self.mesh)
         self.state, drawn = self.engine.decode(self.params, self.state, steps, free)
         return self.harvest(drawn)
 
     def harvest(self, drawn: Drawn) -> list[int]:
-        """Copies the tokens drawn into `out` and frees the slots of responses that have ended."""
+        """Copies the tokens drawn into `out` and frees the slots of responses that have ended. Returns as `decode` does."""
         count, alive = np.asarray(drawn.count), np.asarray(drawn.alive)
         token, logp, entropy, gini = to_host(drawn[:4])
         self.stats.calls += 1
@@ -289,21 +295,25 @@ class _Rollout:
         self.stats.slot_steps += int(drawn.steps) * count.size
         complete = []
         for w, shard in enumerate(self.shards):
-            own = self.own_shards.start <= w < self.own_shards.stop
+            own = w in self.own_shards
             for slot, (group, sample, _) in sorted(shard.busy.items()):
                 begin, n = int(shard.index[slot]), int(count[w, slot])
                 shard.index[slot] += n
                 if own:
-                    source = w - self.own_shards.start, slot, slice(n)
-                    target = group - self.first_group, sample, slice(begin, begin + n)
+                    source = self.own_shards.index(w), slot, slice(n)
+                    target = self.own_rows[group], sample, slice(begin, begin + n)
                     self.out.responses[target] = token[source]
                     self.out.logp[target] = logp[source]
                     self.out.entropy[target] = entropy[source]
                     self.out.gini[target] = gini[source]
                     self.out.response_length[target[:2]] = begin + n
                 if not alive[w, slot] and shard.finish(slot) is not None and own:
-                    complete.append(group - self.first_group)
+                    complete.append(self.own_rows[group])
         return complete
+
+    def of_own_shards(self, items: list[Any]) -> list[Any]:
+        """Those of a list over all data shards that belong to this process's."""
+        return [items[shard] for shard in self.own_shards]
 
     def rows(self, group: int) -> RolloutBatch:
         """What has been sampled of one prompt."""
@@ -338,14 +348,14 @@ def free_to_stop_at(shard: Shard) -> int:
     return min(slots, now + max(1, slots // 32))
 
 
-def _deal_groups(lengths: np.ndarray, processes: int, shards: int) -> list[list[int]]:
-    """The groups of each data shard: every process deals its own over its `shards` shards, longest prompt first."""
-    count = len(lengths) // processes
-    dealt = []
-    for process in range(processes):
-        groups = range(process * count, (process + 1) * count)
+def deal_groups(lengths: np.ndarray, mesh: Mesh) -> list[list[int]]:
+    """The groups of each data shard: those of a host are dealt over its shards, longest prompt first."""
+    dealt: list[list[int]] = [[] for _ in range(num_data_shards(mesh))]
+    for shards in host_groups(mesh):
+        groups = rows_of_shards(len(lengths), shards, mesh).tolist()
         ordered = sorted(groups, key=lambda g: (-int(lengths[g]), g))
-        dealt += [ordered[shard::shards] for shard in range(shards)]
+        for position, shard in enumerate(shards):
+            dealt[shard] = ordered[position :: len(shards)]
     return dealt
 
 

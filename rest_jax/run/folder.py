@@ -18,11 +18,10 @@ from typing import Any
 import filelock
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from rest_jax import config as config_lib
 from rest_jax.config import Config
-from rest_jax.distributed import any_process, is_first_process, num_data_shards
+from rest_jax.distributed import any_process, is_first_process
 from rest_jax.errors import RunStopped, UserError
 from rest_jax.files import atomic_folder, atomic_write
 from rest_jax.models.hf.folder import copy_side_files
@@ -163,21 +162,13 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
         lock.release()
 
 
-def check_start(config: Config, mesh: Mesh) -> None:
-    """All that can be refused before a folder is made: another config there, absent packages, a mesh across hosts."""
+def check_start(config: Config) -> None:
+    """All that can be refused before a folder is made: another config there, absent packages."""
     check_config(config.folder, config)
     optional = {"tensorboard": config.train.tensorboard, "wandb": config.train.wandb_project}
     for package, wanted in optional.items():
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(f"train.{package}...: the package is missing: pip install {package}")
-    processes, shards = jax.process_count(), num_data_shards(mesh)
-    owners = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(shards, -1)
-    expected = (np.arange(shards) * processes // shards)[:, None]
-    if processes > 1 and (shards % processes or (owners != expected).any()):
-        raise UserError(
-            f"mesh {dict(mesh.shape)}: its {shards} data shards (data x fsdp) cannot be split over {processes} processes "
-            "in order; keep tensor and expert within a host"
-        )
 
 
 def check_config(folder: pathlib.Path, config: Config) -> None:

@@ -11,7 +11,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from rest_jax import config as config_lib
 from rest_jax.config import Config
@@ -184,9 +183,6 @@ def test_a_missing_optional_package_is_named_before_a_folder_is_made(
 ):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     config = make_config(tmp_path, override)
-    mesh = Mesh(
-        np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), ("data", "fsdp", "tensor", "expert")
-    )
     with pytest.raises(UserError, match=f"pip install {package}"):
-        check_start(config, mesh)
+        check_start(config)
     assert not config.folder.exists()
