@@ -54,7 +54,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{name}{error.strerror or error}", 2)
     except RunStopped as error:
         return _fail(str(error), 1)
+    except Exception as error:
+        if fault := _lost_peer(error):
+            return _fail(fault, 1)
+        raise
     return _fail("interrupted", code) if code == 130 else code
+
+
+def _lost_peer(error: Exception) -> str | None:
+    """Why a computation over many processes failed, if another process is lost; then its error is no news."""
+    if "jax" not in sys.modules or "rest_jax.run.processes" not in sys.modules:
+        return None
+    import jax
+
+    from rest_jax.run import processes
+
+    return processes.lost_peer() if isinstance(error, jax.errors.JaxRuntimeError) else None
 
 
 def _usage(error: typer.TyperException) -> str:
@@ -67,8 +82,13 @@ def _usage(error: typer.TyperException) -> str:
 
 
 def _fail(message: str, code: int) -> int:
+    message = " ".join(message.split())
     if message:
-        print(f"rest-jax: error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"rest-jax: error: {message}", file=sys.stderr)
+    if "rest_jax.run.processes" in sys.modules:
+        from rest_jax.run import processes
+
+        processes.leave(message, code)
     return code
 
 
@@ -78,15 +98,29 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return [word for word in words if word not in overrides], overrides
 
 
-def _load(words: Sequence[str], distributed: bool) -> "Config":
-    """The config of a training run, which joins the others of its hosts before anything touches a device."""
+def _load(words: Sequence[str], world: str | None) -> "Config":
+    """The config of a training run, which joins the other processes before anything touches a device."""
     from rest_jax import config
-    from rest_jax import distributed as hosts
 
     loaded = config.load(*split(words))
-    if distributed:
-        hosts.join()
+    _join(world, loaded)
     return loaded
+
+
+def _load_model(model: str, overrides: Sequence[str], world: str | None) -> "Config":
+    """The config to use a model under, once this process has joined the others."""
+    from rest_jax.run.load import config_of
+
+    loaded = config_of(model, overrides)
+    _join(world, loaded)
+    return loaded
+
+
+def _join(world: str | None, config: "Config") -> None:
+    if world is not None:
+        from rest_jax.run import processes
+
+        processes.join(world, config.distributed)
 
 
 Configs = Annotated[
@@ -104,7 +138,11 @@ Model = Annotated[str, Argument(help="HF folder, hub id, converted folder, or fo
 Out = Annotated[str, Argument(help="folder to make")]
 DryRun = Annotated[bool, Option("--dry-run", help="check config, model and data, train nothing")]
 Distributed = Annotated[
-    bool, Option("--distributed", help="one process of many: one a host, under SLURM one a GPU")
+    str | None,
+    Option(
+        metavar="auto|I/N@HOST:PORT",
+        help="one process of many: a host's, under SLURM a GPU's; auto on Cloud TPU, GKE, SLURM, Open MPI",
+    ),
 ]
 Limit = Annotated[int | None, Option(min=1, help="records to read at most")]
 Workers = Annotated[int, Option(min=0, help="processes on this machine; 0: results so far")]
@@ -134,7 +172,7 @@ def train(
     profile: Annotated[
         int | None, Option(min=1, metavar="STEP", help="write a trace of it, for Perfetto or xprof")
     ] = None,
-    distributed: Distributed = False,
+    distributed: Distributed = None,
 ) -> None:
     """Train with ResT, GRPO or one of their variants; the same command resumes."""
     config = _load(words, distributed)
@@ -144,7 +182,7 @@ def train(
 
 
 @app.command(rich_help_panel=_TRAIN)
-def sft(words: Configs, dry_run: DryRun = False, distributed: Distributed = False) -> None:
+def sft(words: Configs, dry_run: DryRun = False, distributed: Distributed = None) -> None:
     """Train on the gold answers (supervised); the same command resumes."""
     config = _load(words, distributed)
     from rest_jax import sft
@@ -175,15 +213,16 @@ def generate(
     samples: Annotated[int, Option(min=1, help="completions to each prompt")] = 1,
     greedy: Annotated[bool, Option("--greedy", help="the most probable token each time")] = False,
     limit: Limit = None,
+    distributed: Distributed = None,
 ) -> None:
     """Sample completions."""
     if (prompt is None) == (file is None):
         raise UserError("generate: exactly one of --prompt and --file is needed")
+    config = _load_model(model, overrides, distributed)
     from rest_jax.data.tokenize import load_split
+    from rest_jax.distributed import say
     from rest_jax.rollout import generate
-    from rest_jax.run.load import config_of
 
-    config = config_of(model, overrides)
     records = (
         load_split(file, config.data, limit)
         if file is not None
@@ -191,7 +230,8 @@ def generate(
     )
     for record, texts in generate.generate(config, records, samples, greedy):
         for text in texts:
-            print(text if file is None else json.dumps({"id": record.id, "text": text}), flush=True)
+            shown = text if file is None else json.dumps({"id": record.id, "text": text})
+            say(shown)
 
 
 @app.command(rich_help_panel=_MODEL)
@@ -203,14 +243,17 @@ def evaluate(
     ],
     limit: Limit = None,
     output: Annotated[str | None, Option(help="JSONL file for every scored completion")] = None,
+    distributed: Distributed = None,
 ) -> None:
     """Score greedy completions to held-out records."""
     data, overrides = split(words)
     if not data:
         raise UserError("evaluate: no data; name record files, or synthetic:eval")
+    config = _load_model(model, overrides, distributed)
     from rest_jax.evaluation.heldout import evaluate
 
-    print(evaluate(model, data, overrides, limit=limit, output=output))
+    if table := evaluate(config, data, limit=limit, output=output):
+        print(table)
 
 
 @app.command(rich_help_panel=_MODEL)
@@ -232,13 +275,17 @@ def export(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, Option(help="default: the model's")
     ] = None,
+    distributed: Distributed = None,
 ) -> None:
     """Write a model as an HF folder that transformers loads."""
     from rest_jax.config import locate
+
+    _load_model(model, [], distributed)
+    from rest_jax.distributed import say
     from rest_jax.run import load
 
     load.export(locate(model), out, dtype)
-    print(f"exported {model} to {out}")
+    say(f"exported {model} to {out}")
 
 
 @app.command(rich_help_panel=_STUDY)
@@ -281,12 +328,15 @@ def variance(
     tokens: Annotated[int, Option(min=1, help="tokens of each region, for beta")] = 32,
     limit: Limit = None,
     output: Annotated[str | None, Option(help="folder; default: variance/ of the run")] = None,
+    distributed: Distributed = None,
 ) -> int:
     """Measure gradient variance under each weight rule, and check the theory."""
     options = locals()
+    model, words, world = (options.pop(name) for name in ("model", "overrides", "distributed"))
+    config = _load_model(model, words, world)
     from rest_jax.analysis.variance.measure import measure_variance
 
-    return measure_variance(options.pop("model"), options.pop("data"), **options)
+    return measure_variance(config, options.pop("data"), **options)
 
 
 @app.command(rich_help_panel=_LOOK)

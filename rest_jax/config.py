@@ -244,6 +244,16 @@ class MeshConfig(Section):
         return self
 
 
+class DistributedConfig(Section):
+    """Time-outs of runs of many processes, in seconds."""
+
+    initialization_timeout: PositiveInt = 300  # until all processes have joined
+    heartbeat_timeout: PositiveInt = (
+        60  # until a silent process counts as lost; half of it in most cases
+    )
+    save_timeout: PositiveInt = 1800
+
+
 class TrainConfig(Section):
     """The loop."""
 
@@ -286,6 +296,7 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
     train: TrainConfig = TrainConfig()
     sft: SftConfig = SftConfig()
 

@@ -9,7 +9,6 @@ the batch axes. All axes are Auto: XLA places the collectives from the shardings
 import collections
 import contextlib
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -120,6 +119,12 @@ def activate(mesh: Mesh) -> Iterator[None]:
 def replicated(mesh: Mesh) -> NamedSharding:
     """All of an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def replicated_beside(params: Any) -> NamedSharding | None:
+    """All of an array on every device that holds `params`; None for parameters that are on no mesh."""
+    where = jax.tree.leaves(params)[0].sharding
+    return replicated(where.mesh) if isinstance(where, NamedSharding) else None
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -290,22 +295,12 @@ def any_process(value: bool) -> bool:
     return bool(np.any(all_gather(np.asarray(value))))
 
 
-def join() -> None:
-    """Makes this process one of many: SLURM, Cloud TPU and Open MPI are recognised by jax itself; elsewhere
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say who is who. UserError when nothing does.
-    """
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    given = [os.environ.get(name) for name in names]
-    try:
-        if all(given):
-            jax.distributed.initialize(given[0], int(given[1] or 0), int(given[2] or 0))
-        else:
-            jax.distributed.initialize()
-    except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--distributed: {reason} (set {', '.join(names)})") from error
-
-
 def is_first_process() -> bool:
     """Whether this process writes the run's files."""
     return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """Prints a line on stdout, in the first process."""
+    if is_first_process():
+        print(text, flush=True)

@@ -19,9 +19,9 @@ from rest_jax.distributed import (
     activate,
     check_batch,
     gather,
-    is_first_process,
     local_shards,
     rows_of_shards,
+    say,
     to_mesh,
 )
 from rest_jax.errors import UserError
@@ -55,11 +55,7 @@ def finetune(config: Config, dry_run: bool = False) -> int:
     steps = total_steps(config, data.size)
     examples = held_out(config, policy)
     check_start(config)
-    if is_first_process():
-        print(
-            f"{config.name}: {data.summary()}\n{steps} steps of {config.sft.batch_size} records",
-            flush=True,
-        )
+    say(f"{config.name}: {data.summary()}\n{steps} steps of {config.sft.batch_size} records")
     if dry_run:
         return 0
     with contextlib.closing(open_run(config, policy.files)) as run, activate(policy.mesh):

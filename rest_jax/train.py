@@ -24,8 +24,8 @@ from rest_jax.distributed import (
     activate,
     check_batch,
     gather,
-    is_first_process,
     num_data_shards,
+    say,
     to_mesh,
 )
 from rest_jax.errors import UserError
@@ -240,14 +240,11 @@ def total_steps(config: Config, prompts: int) -> int:
 
 def describe(config: Config, policy: Policy, prompts: Prepared, examples: int, steps: int) -> None:
     """Prints what is about to run, in a few lines."""
-    if not is_first_process():
-        return
     count = sum(x.size for x in jax.tree.leaves(policy.params))
     r = config.rollout
-    print(
+    say(
         f"{config.name}: {policy.config.family} policy, {count / 1e6:,.1f} M parameters, mesh {dict(policy.mesh.shape)}\n"
         f"train: {prompts.summary()}\nheld out: {examples} records\n"
         f"{steps} steps of {r.prompts_per_step} prompts x {r.group_size} completions, "
-        f"{r.prompts_per_step // minibatch_prompts(config)} update(s) a step",
-        flush=True,
+        f"{r.prompts_per_step // minibatch_prompts(config)} update(s) a step"
     )

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 
@@ -71,6 +72,27 @@ def start(
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def start_processes(
+    words: list[str], count: int, devices: int = 1, programs: dict[int, list[str]] | None = None
+) -> list[subprocess.Popen]:
+    """`rest-jax WORDS --distributed I/COUNT@..`, in every process with so many devices; `programs`: other words of some."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "rest_jax", *(programs or {}).get(i, words)]
+            + ["--distributed", f"{i}/{count}@{address}"],
+            env=environment() | flags,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(count)
+    ]
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:

@@ -1,46 +1,155 @@
-"""Two processes over loopback train like one: same metrics, one writer."""
+"""Many processes over loopback do what one does: the same metrics, parameters and files; a lost one ends the others."""
 
-import os
+import json
 import pathlib
-import socket
-import subprocess
-import sys
+import re
+import signal
+import time
 
+import jax
+import numpy as np
 import pytest
 import yaml
 
-from tests.runs import environment, finish, lines, recipe, start
+from tests.runs import finish, lines, recipe, start, start_processes, state
 
 pytestmark = pytest.mark.multihost
 
+TWO_STEPS = {"train": {"steps": 2, "checkpoint_every": 2}, "rollout": {"prompts_per_step": 4}}
+# (processes, devices of each, mesh)
+RUNS = {
+    "data": (2, 1, {"data": 2}),
+    "fsdp": (2, 1, {"fsdp": 2}),
+    "tensor across processes": (2, 1, {"fsdp": 1, "tensor": 2}),
+    "tensor in processes": (2, 2, {"fsdp": 2, "tensor": 2}),
+    "four": (4, 1, {"data": 2, "fsdp": 2}),
+    "two shards on two processes each": (4, 1, {"fsdp": 2, "tensor": 2}),
+}
 
-def test_two_processes_equal_one(model, tmp_path):
-    changes = {"train": {"steps": 2}, "rollout": {"prompts_per_step": 4}}
-    finish(start("train", recipe(model, tmp_path / "one", **changes), tmp_path))
-    raw = recipe(model, tmp_path / "two", **changes)
-    raw["mesh"] = {"data": 2, "fsdp": 1}
-    path = tmp_path / "two.yaml"
+
+def write(path: pathlib.Path, raw: dict) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(raw))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    words = [sys.executable, "-m", "rest_jax", "train", str(path), "--distributed"]
-    processes = [
-        subprocess.Popen(
-            words,
-            env=environment() | several | {"JAX_PROCESS_ID": str(i)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    for process in processes:
+    return str(path)
+
+
+def two_steps(model: pathlib.Path, output: pathlib.Path, mesh: dict) -> str:
+    raw = recipe(model, output, **TWO_STEPS)
+    return write(output / "config.yaml", raw | {"mesh": {"data": 1, "fsdp": 1} | mesh})
+
+
+@pytest.fixture(scope="module")
+def one(model, tmp_path_factory) -> pathlib.Path:
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("one")
+    finish(start("train", recipe(model, folder, **TWO_STEPS), folder))
+    return folder / "tiny"
+
+
+def assert_close(found: pathlib.Path, expected: pathlib.Path) -> None:
+    """Two runs have the same metrics, but for the order of sums, and the same parameters."""
+    for line, other in zip(lines(found), lines(expected), strict=True):
+        assert line.keys() == other.keys()
+        for name, value in other.items():
+            assert line[name] == pytest.approx(value, rel=2e-3, abs=1e-4), name
+    params, others = (state(run)[0].params for run in (found, expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), params, others)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_many_processes_equal_one(model, one, tmp_path, name):
+    count, devices, mesh = RUNS[name]
+    for process in start_processes(["train", two_steps(model, tmp_path, mesh)], count, devices):
         finish(process)
-    one, two = (lines(pathlib.Path(os.fspath(tmp_path / name / "tiny"))) for name in ("one", "two"))
-    assert [line.keys() for line in one] == [line.keys() for line in two]
-    for a, b in zip(one, two, strict=True):
-        for name in ("update/loss", "reward/mean", "rollout/response_tokens", "eval/reward"):
-            if name in a:
-                assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), name
+    assert_close(tmp_path / "tiny", one)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_others_end_when_a_process_is_lost(model, tmp_path, victim):
+    raw = recipe(model, tmp_path, train={"steps": 500, "checkpoint_every": 500})
+    path = write(tmp_path / "config.yaml", raw | {"mesh": {"data": 2, "fsdp": 1}})
+    words = ["train", path, "data.synthetic_size=4096", "train.eval_every=0"]
+    processes = start_processes(words, 2)
+    metrics, other = tmp_path / "tiny" / "metrics.jsonl", processes[1 - victim]
+    deadline = time.monotonic() + 300
+    while not (metrics.is_file() and "update/loss" in metrics.read_text()):
+        assert other.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    processes[victim].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    out, _ = other.communicate(timeout=120)
+    assert time.monotonic() - killed < 60
+    assert other.returncode != 0
+    (said,) = [line for line in out.splitlines() if "rest-jax: error" in line]
+    assert re.search(r"process.* is lost", said) and "run the same command" in said
+    assert "Traceback" not in out and "Check failure" not in out, out
+
+
+def test_the_others_are_told_why_a_process_ends(model, tmp_path):
+    path = two_steps(model, tmp_path, {"data": 2})
+    absent = ["train", path, "data.train=nowhere.jsonl"]
+    first, second = start_processes(["train", path], 2, programs={1: absent})
+    assert "nowhere.jsonl: no such file" in finish(second, 2)
+    out = finish(first, 1)
+    (said,) = [line for line in out.splitlines() if "rest-jax: error" in line]
+    assert "process 1 of 2 ended: " in said and "nowhere.jsonl" in said
+
+
+def test_a_run_resumes_on_another_number_of_processes(model, one, tmp_path):
+    raw = recipe(model, tmp_path, **TWO_STEPS) | {"mesh": {"fsdp": 2}}
+    raw["train"] |= {"checkpoint_every": 1, "eval_every": 0, "eval_before": False}
+    path = write(tmp_path / "config.yaml", raw)
+    # one more step than there is time for: both are killed once the first one is saved
+    processes = start_processes(["train", path], 2)
+    saved = tmp_path / "tiny" / "checkpoints" / "1" / "manifest.json"
+    deadline = time.monotonic() + 300
+    while not saved.exists():
+        assert processes[0].poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    raw["mesh"] = {"data": 1, "fsdp": 1}
+    finish(start("train", raw, tmp_path))
+    found = [line for line in lines(tmp_path / "tiny") if "update/loss" in line]
+    expected = [line for line in lines(one) if "update/loss" in line]
+    for line, other in zip(found, expected, strict=True):
+        assert line["update/loss"] == pytest.approx(other["update/loss"], rel=1e-3, abs=1e-5)
+    params, others = (state(run)[0].params for run in (tmp_path / "tiny", one))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), params, others)
+
+
+COMMANDS = {
+    "evaluate": ["evaluate", "RUN", "synthetic:eval", "--limit", "5", "--output", "OUT/scored.jsonl"],
+    "generate": ["generate", "RUN", "--file", "synthetic:eval", "--limit", "3", "--greedy"],
+    "export": ["export", "RUN", "OUT/hf"],
+    "variance": ["variance", "RUN", "synthetic:eval", "--prompts", "8", "--tokens", "2",
+                 "--output", "OUT/variance", "seed=1"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_that_run_a_model(one, tmp_path, command):
+    """Two processes write and print what one does."""
+    results = []
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        out.mkdir()
+        words = [w.replace("RUN", str(one)).replace("OUT", str(out)) for w in COMMANDS[command]]
+        first, *others = [finish(p) for p in start_processes(words, count)]
+        assert not any("error" in text for text in [first, *others])
+        assert all("|" not in text and "exported" not in text for text in others)
+        results.append((first.replace(str(out), "OUT"), contents(out)))
+    (said, files), (said_by_two, files_of_two) = results
+    assert said and files.keys() == files_of_two.keys()
+    if command == "variance":
+        regions, regions_of_two = (json.loads(f["variance/variance.json"])["regions"] for f in (files, files_of_two))
+        assert [r["region"] for r in regions] == [r["region"] for r in regions_of_two]
+        return
+    assert said == said_by_two and files == files_of_two
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}

@@ -18,19 +18,13 @@ import numpy as np
 from rest_jax.config import Config
 from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.tokenize import Prepared, load_split, prepare
-from rest_jax.distributed import (
-    gather,
-    is_first_process,
-    local_shards,
-    num_data_shards,
-    rows_of_shards,
-)
+from rest_jax.distributed import is_first_process, say
 from rest_jax.files import atomic_write
 from rest_jax.models.policy import Policy
 from rest_jax.rollout.engine import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import score_rollout, summarise_scores, truncated
-from rest_jax.run.load import config_of, load_policy
+from rest_jax.run.load import load_policy
 from rest_jax.run.metrics import METRICS_FILE, read_lines, summary_table
 from rest_jax.templates import TEMPLATES
 from rest_jax.types import Params, PromptBatch, RolloutBatch, Sampling
@@ -88,32 +82,21 @@ class Evaluator:
         ]
 
     def _sample(self, params: Params) -> RolloutBatch:
-        """Greedy completions of all; each process samples those of its data shards and gets the others'."""
-        size, mesh = self.data.size, self.policy.mesh
-        # Several processes: the last prompt fills the shards up.
-        shards = num_data_shards(mesh) if jax.process_count() > 1 else 1
-        own = rows_of_shards(-(-size // shards) * shards, local_shards(mesh), mesh)
-        own = np.minimum(own, size - 1)
-        prompts = [self.data.prompts[i] for i in own]
-        padded = pad(prompts, self._width, self.policy.tokenizer.pad_id)
-        batch = PromptBatch(*padded, own.astype(np.int32))
-        out = self._sampler(params, batch, jax.random.key(0), 0)
-        return jax.tree.map(lambda x: x[:size], gather(out, mesh))
+        """Greedy completions of all."""
+        padded = pad(self.data.prompts, self._width, self.policy.tokenizer.pad_id)
+        batch = PromptBatch(*padded, np.arange(self.data.size, dtype=np.int32))
+        return self._sampler.sample_all(params, batch, jax.random.key(0))
 
 
 def evaluate(
-    model: str,
-    data: Sequence[str],
-    overrides: Sequence[str],
-    limit: int | None = None,
-    output: str | None = None,
+    config: Config, data: Sequence[str], limit: int | None = None, output: str | None = None
 ) -> str:
     """The table of rates of greedy completions, a row for each data set: the command `rest-jax evaluate`.
 
     `limit` is the number of records read of each data set, `output` the JSONL file for the scored completions, which
-    appears once all are written. UserError for a model or data that cannot be used.
+    appears once all are written. Of many processes the first has the table and writes the file. UserError for a model or
+    data that cannot be used.
     """
-    config = config_of(model, overrides)
     sets = {spec: load_split(spec, config.data, limit) for spec in data}
     policy = load_policy(config.model, config.mesh)
     template = TEMPLATES[config.data.template]
@@ -121,18 +104,18 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         file = None
         # Opened first: a folder that is missing is known before hours of sampling.
-        if output is not None:
+        if output is not None and is_first_process():
             partial = stack.enter_context(atomic_write(output))
             file = stack.enter_context(partial.open("w", encoding="utf-8"))
         for spec, records in sets.items():
             prepared = prepare(records, policy.tokenizer, template, config.data)
-            print(f"{spec}: {prepared.summary()}", flush=True)
+            say(f"{spec}: {prepared.summary()}")
             rates, scored = Evaluator(config, policy, prepared)(policy.params)
             rows = rows or [["data", *(name.removeprefix("eval/") for name in rates)]]
             rows.append([spec, *rates.values()])
             if file is not None:
                 file.writelines(json.dumps({"data": spec, **line}) + "\n" for line in scored)
-    return summary_table(rows)
+    return summary_table(rows) if is_first_process() else ""
 
 
 def evaluations(folder: pathlib.Path) -> list[dict[str, Any]]:

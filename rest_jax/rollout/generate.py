@@ -43,7 +43,7 @@ def generate(
         rows = np.arange(start, min(start + batch_size, prepared.size))
         padded = pad([prepared.prompts[i] for i in rows], width, tokenizer.pad_id)
         batch = PromptBatch(*padded, rows.astype(np.int32))
-        out = sampler(params, batch, jax.random.key(config.seed), 0)
+        out = sampler.sample_all(params, batch, jax.random.key(config.seed))
         for i, ids, lengths in zip(rows, out.responses, out.response_length, strict=True):
             texts = [x[:n] for x, n in zip(ids, lengths, strict=True)]
             texts = [x[:-1] if int(x[-1]) in tokenizer.stop_ids else x for x in texts]

@@ -21,7 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
+from jax.sharding import Sharding
 
+from rest_jax.distributed import replicated_beside
 from rest_jax.models.decoder import Decoder, logits
 from rest_jax.rl.logprobs import response_hidden, response_logprobs
 from rest_jax.tool_calls import NUM_REGIONS
@@ -59,7 +61,7 @@ def token_gradients(
     r, key = scored.rollout, jax.random.key(seed)
     weight = -np.expm1(-r.entropy.astype(np.float64)) + _LEAST
     drawn = draw_tokens(scored.region, weight, tokens, seed)
-    estimate = make_token_norms(decoder)
+    estimate = make_token_norms(decoder, replicated_beside(params))
     norms = [
         estimate(
             params, r.prompt[p], r.prompt_length[p], r.responses[p, g], r.response_length[p, g],
@@ -95,7 +97,7 @@ def draw_tokens(region: np.ndarray, weight: np.ndarray, tokens: int, seed: int) 
     return np.concatenate(parts)
 
 
-def make_token_norms(decoder: Decoder) -> Callable[..., Any]:
+def make_token_norms(decoder: Decoder, out: Sharding | None = None) -> Callable[..., Any]:
     """Jitted (params, prompt [Tp], prompt_length, response [Tr], response_length, t, key) -> unbiased estimates, float32,
     of (|J|_F^2, E_a |J^T s|^2) at token t.
     """
@@ -109,7 +111,7 @@ def make_token_norms(decoder: Decoder) -> Callable[..., Any]:
         )
         return squares[0], squares[1]
 
-    return jax.jit(norms)
+    return jax.jit(norms, out_shardings=out)
 
 
 def token_logits(
@@ -169,7 +171,7 @@ def group_gradients(
     size = sum(x.size for x in jax.tree.leaves(params))
     exact = kinds * len(active) * size <= EXACT_FLOATS
     project = (lambda tree: ravel_pytree(tree)[0]) if exact else make_sketch(seed)
-    features = make_group_features(decoder, chunk, project)
+    features = make_group_features(decoder, chunk, project, replicated_beside(params))
     kept = np.empty((kinds, len(active), size if exact else SKETCH), np.float32)
     for i, p in enumerate(active):
         row = slice(p, p + 1)
@@ -186,7 +188,10 @@ def group_gradients(
 
 
 def make_group_features(
-    decoder: Decoder, chunk: int, project: Callable[[Params], jax.Array]
+    decoder: Decoder,
+    chunk: int,
+    project: Callable[[Params], jax.Array],
+    out: Sharding | None = None,
 ) -> Callable[..., jax.Array]:
     """Jitted (params, coefficient [K 1 G T], one group: prompt [1 Tp], .., responses [1 G T], ..) -> [K, D]."""
 
@@ -197,7 +202,7 @@ def make_group_features(
         _, pull = jax.vjp(logp, params)
         return jax.lax.map(lambda c: project(pull(c)[0]), coefficient)
 
-    return jax.jit(features)
+    return jax.jit(features, out_shardings=out)
 
 
 def make_sketch(seed: int, buckets: int = SKETCH) -> Callable[[Params], jax.Array]:

@@ -16,7 +16,6 @@ Rules compared, every one scaled so that sum_t w_t = T (Theorem 2's constraint, 
 import dataclasses
 import math
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,6 +34,7 @@ from rest_jax.analysis.variance.report import variance_tables, write_variance
 from rest_jax.config import Config
 from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.tokenize import Prepared, load_split, prepare
+from rest_jax.distributed import is_first_process, say
 from rest_jax.errors import UserError
 from rest_jax.models.decoder import Decoder
 from rest_jax.models.policy import Policy
@@ -44,7 +44,7 @@ from rest_jax.rl.packing import bucket
 from rest_jax.rollout.engine import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import score_rollout
-from rest_jax.run.load import config_of, is_run, load_policy
+from rest_jax.run.load import is_run, load_policy
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import NUM_REGIONS, Region
 from rest_jax.types import Params, PromptBatch, Sampling, ScoredBatch
@@ -56,21 +56,19 @@ TELLING = 1e-3  # the least 1 - exp(-H) at which the ratio of the two sides is m
 
 
 def measure_variance(
-    source: str,
+    config: Config,
     data: str,
     *,
     prompts: int,
     tokens: int,
     limit: int | None,
     output: str | None,
-    overrides: Sequence[str],
 ) -> int:
     """Measures and writes; 1 when a token breaks the inequality, else 0. UserError for what cannot be measured.
 
     `prompts` are drawn by the config's seed from the first `limit` records of `data`. `output` None: `variance/` in the
     run's folder, for other models in the config's output folder.
     """
-    config = config_of(source, overrides)
     check_settings(config, prompts)
     records = load_split(data, config.data, limit)
     policy = load_policy(config.model, config.mesh)
@@ -79,16 +77,18 @@ def measure_variance(
         raise UserError(
             f"--prompts {prompts}: {data} has {prepared.size} that fit; lower it or raise --limit"
         )
-    print(f"{data}: {prepared.summary()}", flush=True)
+    say(f"{data}: {prepared.summary()}")
     group_size = config.rollout.group_size
-    print(f"sampling {group_size} completions of each of {prompts} prompts", flush=True)
+    say(f"sampling {group_size} completions of each of {prompts} prompts")
     scored = sample_scored(policy, config, prepared, prompts)
     measured = measure_batch(policy.decoder, policy.params, scored, config, tokens)
+    source = config.model.source
     report = {"model": source, "data": data, **measured}
-    print(f"\n{variance_tables(report)}\n")
+    say(f"\n{variance_tables(report)}\n")
     home = pathlib.Path(source if is_run(source) else config.output)
     folder = pathlib.Path(output) if output else home / "variance"
-    print(f"written: {', '.join(map(str, write_variance(report, folder)))}", flush=True)
+    if is_first_process():
+        say(f"written: {', '.join(map(str, write_variance(report, folder)))}")
     return 1 if report["overall"]["violations"] else 0
 
 
@@ -113,7 +113,7 @@ def sample_scored(policy: Policy, config: Config, prepared: Prepared, prompts: i
     padded = pad(chosen, bucketed(chosen), tokenizer.pad_id)
     batch = PromptBatch(*padded, index.astype(np.int32))
     params = rollout_cast(policy)(policy.params)
-    rollout = sampler(params, batch, jax.random.key(config.seed), 0)
+    rollout = sampler.sample_all(params, batch, jax.random.key(config.seed))
     targets = [prepared.records[i].target for i in index]
     template = TEMPLATES[config.data.template]
     return score_rollout(rollout, targets, tokenizer, template, config.reward, 1.0)[0]
@@ -136,7 +136,7 @@ def measure_batch(
             f"none of {groups} groups of {group_size} completions has rewards that differ, so there is no gradient "
             "to measure; raise --prompts or rollout.group_size, or take a policy with a format of its own"
         )
-    print(f"measuring the gradients of {active} groups with advantage", flush=True)
+    say(f"measuring the gradients of {active} groups with advantage")
     token_stats = token_gradients(decoder, params, scored, tokens, config.seed)
     rules = rule_weights(scored, token_stats, config)
     present = [r for r in weights.POLICY_REGIONS if (scored.region == r).any()]
