@@ -60,7 +60,9 @@ def load(source: str, vocab: int | None = None, remat: Remat = "none") -> Policy
         cfg, params, _ = load_model(source, mesh, "float32", remat)
     else:
         raise ValueError(f"{source}: no such folder, and not one of {', '.join(NAMED)}")
-    return Policy(Decoder(cfg), params, byte_tokenizer(cfg.vocab_size), mesh, pathlib.Path(source))
+    return Policy(
+        Decoder(cfg), params, byte_tokenizer(cfg.vocab_size), mesh, mesh, pathlib.Path(source)
+    )
 
 
 def named(name: str, vocab: int | None = None, remat: Remat = "none") -> DecoderConfig:

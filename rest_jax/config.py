@@ -92,6 +92,9 @@ class RolloutConfig(Section):
     recompute_logprobs: bool = False  # a second forward pass for logp_old, not the sampler's own
     tis_cap: PositiveFloat | None = None  # truncated importance sampling; needs recompute_logprobs
     decode_slots: PositiveInt = 128  # completions decoded at once on each data shard
+    tensor: PositiveInt | None = (
+        None  # devices that share the weights of a rollout; None: mesh.tensor
+    )
     prompt_cache_entries: PositiveInt | None = None  # None: 4 x decode_slots / group_size
     staleness: Literal[0, 1] = 0  # 1: step s + 1 is sampled before update s; needs tis_cap
 

@@ -57,6 +57,12 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(grid.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def with_tensor(mesh: Mesh, tensor: int) -> Mesh:
+    """The devices of `mesh`, in their order, with another size of the tensor axis and of fsdp; data becomes one part."""
+    sizes = MeshConfig(data=1, fsdp=-1, expert=mesh.shape["expert"], tensor=tensor)
+    return make_mesh(sizes, list(mesh.devices.flat))
+
+
 def _device_order(device: Any) -> tuple[Any, ...]:
     coords = tuple(getattr(device, "coords", None) or ())
     return _slice_index(device), device.process_index, coords, device.id
@@ -244,6 +250,26 @@ def to_mesh(tree: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree
     )
+
+
+def move_rows(tree: Tree, source: Mesh, target: Mesh) -> Tree:
+    """Leaves: the rows of this process's data shards of `source` -> global arrays, split over the data shards of `target`, a
+    mesh of the same devices.
+    """
+    if jax.process_count() == 1 or _same_owners(source, target):
+        return to_mesh(tree, target)
+    rows = batch_sharding(target)
+    return jax.jit(lambda x: x, out_shardings=rows)(to_mesh(tree, source))
+
+
+def _same_owners(a: Mesh, b: Mesh) -> bool:
+    """Whether each process has the same rows of a batch under both meshes."""
+    parts = math.lcm(num_data_shards(a), num_data_shards(b))
+    first, second = (
+        [owners for owners in shard_owners(mesh) for _ in range(parts // num_data_shards(mesh))]
+        for mesh in (a, b)
+    )
+    return first == second
 
 
 def to_host(tree: Tree) -> Tree:

@@ -47,7 +47,7 @@ from rest_jax.templates import TEMPLATES
 def finetune(config: Config, dry_run: bool = False) -> int:
     """Trains; 0 at the end or after SIGTERM. UserError for input that cannot be used; RunStopped on NaN."""
     check_supervised(config)
-    policy = load_policy(config.model, config.mesh)
+    policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     check_batch("sft.batch_size", config.sft.batch_size, policy.mesh)
     cfg = config.data
     records, template = load_split(cfg.train, cfg, cfg.train_limit), TEMPLATES[cfg.template]

@@ -24,9 +24,9 @@ from rest_jax.distributed import (
     activate,
     check_batch,
     gather,
+    move_rows,
     num_data_shards,
     say,
-    to_mesh,
 )
 from rest_jax.errors import UserError
 from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
@@ -50,7 +50,7 @@ def train(config: Config, dry_run: bool = False, profile: int | None = None) -> 
     """Trains, and writes a trace of step `profile`; 0 at the end or after SIGTERM. UserError for input that cannot be used;
     RunStopped on NaN.
     """
-    policy = load_policy(config.model, config.mesh)
+    policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     check_sizes(config, policy)
     data, template = config.data, TEMPLATES[config.data.template]
     records = load_split(data.train, data, data.train_limit)
@@ -72,7 +72,7 @@ def train_steps(
     policy: Policy, prompts: Prepared, evaluator: Evaluator | None, run: Run, profile: int | None
 ) -> None:
     """All steps of a run, from its newest checkpoint on."""
-    config, mesh = run.config, policy.mesh
+    config, mesh, rollout_mesh = run.config, policy.mesh, policy.rollout_mesh
     steps = total_steps(config, prompts.size)
     cfg = step_config(config, steps)
     tx = make_optimizer(config.optimizer, steps * cfg.updates)
@@ -89,8 +89,8 @@ def train_steps(
         for step in loop.steps():
             # sample and score
             experience = collector.collect(rollout_params(state.params), state.rng, step)
-            lengths, reward = gather_lengths(experience.scored, mesh)
-            scored = to_mesh(experience.scored, mesh)
+            lengths, reward = gather_lengths(experience.scored, rollout_mesh)
+            scored = move_rows(experience.scored, rollout_mesh, mesh)
             dispatched = time.monotonic()
             with jax.profiler.TraceAnnotation("update"):
                 # advantages, token weights, global denominators
@@ -217,6 +217,9 @@ def check_sizes(config: Config, policy: Policy) -> None:
         name = "rollout.prompts_per_step"
     size, shards = minibatch_prompts(config), num_data_shards(policy.mesh)
     check_batch(name, size, policy.mesh)
+    if jax.process_count() > 1:  # each of them samples equally many
+        prompts = config.rollout.prompts_per_step
+        check_batch("rollout.prompts_per_step", prompts, policy.rollout_mesh)
     if config.train.measure_noise and size <= shards:
         raise UserError(
             f"train.measure_noise: {name} {size} on {shards} data shards is one micro-batch, which has no variance; "

@@ -81,11 +81,11 @@ def start_processes(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
+    program = [sys.executable, "-m", "rest_jax"]
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "rest_jax", *(programs or {}).get(i, words)]
-            + ["--distributed", f"{i}/{count}@{address}"],
+            [*program, *(programs or {}).get(i, words), "--distributed", f"{i}/{count}@{address}"],
             env=environment() | flags,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

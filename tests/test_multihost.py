@@ -143,7 +143,9 @@ def test_commands_that_run_a_model(one, tmp_path, command):
     (said, files), (said_by_two, files_of_two) = results
     assert said and files.keys() == files_of_two.keys()
     if command == "variance":
-        regions, regions_of_two = (json.loads(f["variance/variance.json"])["regions"] for f in (files, files_of_two))
+        regions, regions_of_two = (
+            json.loads(f["variance/variance.json"])["regions"] for f in (files, files_of_two)
+        )
         assert [r["region"] for r in regions] == [r["region"] for r in regions_of_two]
         return
     assert said == said_by_two and files == files_of_two

@@ -98,7 +98,7 @@ def evaluate(
     data that cannot be used.
     """
     sets = {spec: load_split(spec, config.data, limit) for spec in data}
-    policy = load_policy(config.model, config.mesh)
+    policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     template = TEMPLATES[config.data.template]
     rows: list[list[Any]] = []
     with contextlib.ExitStack() as stack:

@@ -80,7 +80,8 @@ class Attention(nn.Module):
         if cfg.qkv_bias:
             shape, axes = (heads, cfg.head_dim), (axis, "head_dim")
             bias = _param(self, f"{name}_bias", nn.initializers.zeros, shape, axes)
-            y = y + bias.astype(cfg.dtype)
+            # in float32, as the sum over tokens and devices that is its gradient
+            y = (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(cfg.dtype)
         return y
 
 
@@ -220,16 +221,39 @@ def _param(
 
 
 def _weight(module: Any, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
-    """A matrix, cast to the compute dtype."""
-    return _param(module, name, _INIT, shape, axes).astype(module.cfg.dtype)
+    """A matrix, in its stored dtype: `_times` casts it."""
+    return _param(module, name, _INIT, shape, axes)
 
 
 def _times(x: jax.Array, w: jax.Array, cfg: DecoderConfig) -> jax.Array:
-    """x `[B T I]` times w `[I O]`, as one plain matrix product: with one contracted axis, also in the backward pass,
-    XLA's CPU backend transposes nothing.
+    """x `[B T I]` times w `[I O]` in the compute dtype, as one plain matrix product: with one contracted axis, also in the
+    backward pass, XLA's CPU backend transposes nothing.
     """
-    y = jnp.matmul(x.reshape(-1, x.shape[-1]), w, precision=cfg.precision)
+    flat = x.reshape(-1, x.shape[-1])
+    same = w.dtype == x.dtype
+    y = jnp.matmul(flat, w, precision=cfg.precision) if same else _mixed_product(flat, w)
     return y.reshape(*x.shape[:-1], w.shape[-1])
+
+
+@jax.custom_vjp
+def _mixed_product(x: Float[Array, "T I"], w: Float[Array, "I O"]) -> Float[Array, "T O"]:
+    """x times w cast to x's dtype. The gradient of w stays in w's dtype (float32): autodiff would round each device's share to
+    bfloat16 before the shares of all devices are added.
+    """
+    return jnp.matmul(x, w.astype(x.dtype))
+
+
+def _mixed_forward(x, w):
+    return _mixed_product(x, w), (x, w)
+
+
+def _mixed_backward(kept, d_y):
+    x, w = kept
+    d_w = jnp.einsum("ti,to->io", x, d_y, preferred_element_type=w.dtype)
+    return jnp.matmul(d_y, w.astype(x.dtype).T), d_w
+
+
+_mixed_product.defvjp(_mixed_forward, _mixed_backward)
 
 
 def _rematerialised(cfg: DecoderConfig) -> Any:

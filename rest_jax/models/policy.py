@@ -23,6 +23,7 @@ class Policy:
     params: Params
     tokenizer: Tokenizer
     mesh: Mesh
+    rollout_mesh: Mesh  # the same devices in the same order, with the tensor size of rollouts
     files: pathlib.Path  # folder of the HF side files
 
     @property

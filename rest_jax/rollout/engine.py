@@ -293,10 +293,12 @@ def make_engine(decoder: Decoder, settings: RolloutSettings, mesh: Mesh) -> Engi
     shards = num_data_shards(mesh)
     empty = functools.partial(empty_state, decoder.cfg, settings.group_size, shards)
     abstract = jax.eval_shape(lambda: empty(1, 1, Widths(1, 1)))
-    state: Any = jax.tree.map(lambda x: _split_over_shards(x, mesh), abstract)
+    rows, copied = batch_sharding(mesh), replicated(mesh)
+    state: Any = jax.tree.map(lambda _: rows, abstract)
+    kv = jax.tree.map(lambda x: cache_sharding(x, mesh), abstract.cache.layers)
+    state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, **kv._asdict()))
     params = param_shardings(decoder.cfg, mesh, layout="rollout")
-    kv, rows, copied = state.cache.prompt_k, batch_sharding(mesh), replicated(mesh)
-    prefilled: Any = Prefilled(k=kv, v=kv, hidden=rows, length=rows)
+    prefilled: Any = Prefilled(k=kv.prompt_k, v=kv.prompt_v, hidden=rows, length=rows)
     drawn: Any = Drawn(rows, rows, rows, rows, count=copied, alive=copied, steps=copied)
     return Engine(
         empty_state=jax.jit(empty, static_argnums=(0, 1, 2), out_shardings=state),
@@ -322,10 +324,13 @@ def make_engine(decoder: Decoder, settings: RolloutSettings, mesh: Mesh) -> Engi
     )
 
 
-def _split_over_shards(x: jax.ShapeDtypeStruct, mesh: Mesh) -> NamedSharding:
-    """Sharding of an array of the state: along axis 1 if its layers are stacked, else along axis 0."""
+def cache_sharding(x: jax.ShapeDtypeStruct, mesh: Mesh) -> NamedSharding:
+    """Sharding of keys or values [W N K S H], of stacked layers [L W N K S H], and of those of new prompts, [L] W T K H: by
+    data shard and by head. Heads that the tensor axis does not divide are on all of its devices, as their weights are.
+    """
     before: Any = (None,) if is_stacked(x) else ()
-    return NamedSharding(mesh, PartitionSpec(*before, BATCH_AXES))
+    heads = "tensor" if x.shape[-3] % mesh.shape["tensor"] == 0 else None
+    return NamedSharding(mesh, PartitionSpec(*before, BATCH_AXES, None, heads))
 
 
 def rollout_decoder(decoder: Decoder) -> Decoder:
@@ -337,17 +342,26 @@ def rollout_decoder(decoder: Decoder) -> Decoder:
 
 
 def rollout_cast(policy: Policy) -> Callable[[Params], Params]:
-    """jit of the cast from a policy's train weights (float32 masters, train layout) to its rollout weights: in the compute
-    dtype, in the rollout layout, with the layers of an unrolled decoder apart.
+    """The cast, jitted, from a policy's train weights (float32 masters, train layout) to its rollout weights: in the compute
+    dtype, in the rollout layout on the rollout mesh, with the layers of an unrolled decoder apart.
     """
     cfg = rollout_decoder(policy.decoder).cfg
+    where = param_shardings(cfg, policy.rollout_mesh, layout="rollout")
+    if cfg.layers == "unroll":
+        cast = functools.partial(
+            jax.tree_util.tree_map_with_path, functools.partial(_cast_leaf, cfg.dtype)
+        )
+        return jax.jit(lambda params: unstack_layers(cast(params)), out_shardings=where)
+    # A program a parameter: one for all would hold a second copy of the weights on every device.
+    programs = jax.tree_util.tree_map_with_path(
+        lambda path, sharding: jax.jit(
+            functools.partial(_cast_leaf, cfg.dtype, path), out_shardings=sharding
+        ),
+        where,
+    )
+    return lambda params: jax.tree.map(lambda program, x: program(x), programs, params)
 
-    def cast_leaf(path, x):
-        # Norm scales stay float32: the trainer multiplies by them in float32 too.
-        return x if path[-1].key == "scale" else x.astype(cfg.dtype)
 
-    def cast(params: Params) -> Params:
-        params = jax.tree_util.tree_map_with_path(cast_leaf, params)
-        return unstack_layers(params) if cfg.layers == "unroll" else params
-
-    return jax.jit(cast, out_shardings=param_shardings(cfg, policy.mesh, layout="rollout"))
+def _cast_leaf(dtype: Any, path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+    """Norm scales stay float32: the trainer multiplies by them in float32 too."""
+    return x if path[-1].key == "scale" else x.astype(dtype)

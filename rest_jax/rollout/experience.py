@@ -75,7 +75,7 @@ class Collector:
     """Samples and scores the batches of a run. A resource: it holds the compiled sampler and a thread."""
 
     def __init__(self, config: Config, policy: Policy, prompts: Prepared, steps: int):
-        r = config.rollout
+        r, mesh = config.rollout, policy.rollout_mesh
         self.config, self.policy, self.steps = config, policy, steps
         sampling = Sampling(r.temperature, r.top_k, r.top_p)
         self.sampler = make_sampler(policy, r, r.group_size, sampling)
@@ -88,7 +88,7 @@ class Collector:
             pad_id=policy.tokenizer.pad_id,
             cfg=config.data,
             num_steps=steps,
-            rows=rows_of_shards(r.prompts_per_step, local_shards(policy.mesh), policy.mesh),
+            rows=rows_of_shards(r.prompts_per_step, local_shards(mesh), mesh),
         )
         self.pool = concurrent.futures.ThreadPoolExecutor(1, "score")
         self.prefetched: Experience | None = None  # of the next step, under staleness

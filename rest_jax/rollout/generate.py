@@ -31,7 +31,7 @@ def generate(
     """Yields each record with the texts of its `samples` completions, in order. Records longer than
     `data.max_prompt_tokens` are left out. UserError for a model that cannot be loaded.
     """
-    policy = load_policy(config.model, config.mesh)
+    policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     r, tokenizer = config.rollout, policy.tokenizer
     prepared = prepare(records, tokenizer, TEMPLATES[config.data.template], config.data)
     sampling = Sampling(r.temperature, r.top_k, r.top_p, greedy)

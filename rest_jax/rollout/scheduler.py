@@ -175,7 +175,7 @@ class Sampler:
 def make_sampler(
     policy: Policy, rollout: RolloutConfig, group_size: int, sampling: Sampling
 ) -> Sampler:
-    """A sampler of `group_size` responses a prompt on the mesh of a policy. Its weights come from `engine.rollout_cast`."""
+    """A sampler of `group_size` responses a prompt on a policy's rollout mesh. Its weights come from `engine.rollout_cast`."""
     settings = RolloutSettings(
         group_size=group_size,
         max_tokens=rollout.max_response_tokens,
@@ -187,8 +187,8 @@ def make_sampler(
         # fewer widths where compilation is dear
         width_ratio=2 if jax.default_backend() == "cpu" else 4,
     )
-    engine = make_engine(rollout_decoder(policy.decoder), settings, policy.mesh)
-    return Sampler(engine, settings, policy.mesh)
+    engine = make_engine(rollout_decoder(policy.decoder), settings, policy.rollout_mesh)
+    return Sampler(engine, settings, policy.rollout_mesh)
 
 
 class _Rollout:

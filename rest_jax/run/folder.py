@@ -34,6 +34,9 @@ CONFIG_FILE = "config.yaml"
 MODEL_FOLDER = "model"
 LOCK_FILE = ".lock"
 
+# Keys that say what a run computes on, not what: a run may resume on other devices.
+HARDWARE = ("mesh.", "distributed.", "rollout.tensor")
+
 SUPERVISED_FINITE = ("update/loss", "update/grad_norm")
 # Those of the rollout, too: broken weights sample completions whose rewards are all equal, and groups without advantage
 # have neither loss nor gradient.
@@ -172,11 +175,15 @@ def check_start(config: Config) -> None:
 
 
 def check_config(folder: pathlib.Path, config: Config) -> None:
-    """UserError when `folder` was made by another config; every difference is named."""
+    """UserError when `folder` was made by another config; every difference is named. The devices may be others."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         return
-    found = config_lib.differences(config_lib.load([path]), config)
+    found = [
+        one
+        for one in config_lib.differences(config_lib.load([path]), config)
+        if not one.path.startswith(HARDWARE)
+    ]
     if found:
         named = "; ".join(f"{d.path}: {d.old!r} there, {d.new!r} now" for d in found)
         raise UserError(

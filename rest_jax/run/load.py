@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from rest_jax import config as config_lib
 from rest_jax.config import Config, MeshConfig, ModelConfig
-from rest_jax.distributed import make_mesh
+from rest_jax.distributed import make_mesh, with_tensor
 from rest_jax.models.decoder import Decoder, abstract_params, param_shardings
 from rest_jax.models.hf import write as hf
 from rest_jax.models.hf.read import load_model, read_config
@@ -23,9 +23,14 @@ from rest_jax.run import checkpoint
 from rest_jax.run.folder import CONFIG_FILE, MODEL_FOLDER
 
 
-def load_policy(model: ModelConfig, mesh_config: MeshConfig) -> Policy:
-    """Loads weights straight into their shards. UserError for a source that cannot be used."""
+def load_policy(
+    model: ModelConfig, mesh_config: MeshConfig, rollout_tensor: int | None = None
+) -> Policy:
+    """Loads weights straight into their shards. `rollout_tensor` is the tensor size of rollouts; None: that of the mesh.
+    UserError for a source that cannot be used.
+    """
     mesh, dtype = make_mesh(mesh_config), compute_dtype(model.dtype)
+    rollout_mesh = mesh if rollout_tensor is None else with_tensor(mesh, rollout_tensor)
     if is_run(model.source):
         folder = pathlib.Path(model.source)
         files = folder / MODEL_FOLDER
@@ -39,7 +44,7 @@ def load_policy(model: ModelConfig, mesh_config: MeshConfig) -> Policy:
     else:
         config, params, files = load_model(model.source, mesh, dtype, model.remat)
     tokenizer = Tokenizer.load(model.tokenizer or files, vocab_size=config.vocab_size)
-    return Policy(Decoder(config), params, tokenizer, mesh, files)
+    return Policy(Decoder(config), params, tokenizer, mesh, rollout_mesh, files)
 
 
 def export(source: str, out: str | pathlib.Path, dtype: str | None = None) -> None:

@@ -71,7 +71,7 @@ def measure_variance(
     """
     check_settings(config, prompts)
     records = load_split(data, config.data, limit)
-    policy = load_policy(config.model, config.mesh)
+    policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     prepared = prepare(records, policy.tokenizer, TEMPLATES[config.data.template], config.data)
     if prepared.size < prompts:
         raise UserError(
