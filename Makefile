@@ -19,10 +19,10 @@ quickstart: $(RUNTIME) ## Train, evaluate and export the tiny policy with ResT (
 	$(BIN)/rest-jax quickstart $(ARGS)
 
 test: $(DEV) ## The default tests; more options: make test ARGS="-k checkpoint"
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-all: $(DEV) ## Every test, the slow ones included
-	$(BIN)/python -m pytest -n 2 -m "" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "" $(ARGS)
 
 bench: $(DEV) $(PEERS)/.installed ## Every benchmark against its peer (90 minutes); one: make bench ARGS="--case rollout-128"
 	$(BIN)/python benchmarks/run.py $(ARGS)

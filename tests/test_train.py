@@ -46,7 +46,7 @@ def test_a_run_leaves_what_it_says(unbroken):
     assert (unbroken / "curves.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("moment", [1, 3])
+@pytest.mark.parametrize("moment", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_and_restarted_is_the_unbroken_run(model, unbroken, tmp_path, moment):
     raw = recipe(model, tmp_path)
     process = start("train", raw, tmp_path)

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -13,44 +12,14 @@ from rest_jax.data import files, tokenize
 from rest_jax.data.convert.xlam import NO_CALL
 from rest_jax.data.files import read_records
 from rest_jax.data.prepare import pipeline, split, summary
-from rest_jax.data.prepare.settings import Settings
 from rest_jax.data.records import from_json, to_json
 from rest_jax.data.synthetic import world as synthetic
 from rest_jax.errors import UserError
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.templates import TEMPLATES
+from tests.data.prepare.dialogues import REPOSITORY, dialogue, files_under, names, run, write
 from tests.data.writing import write_records
 from tools.tiny_tokenizer import train_tokenizer
-
-REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
-
-
-def dialogue(number: int, tools=("alpha", "beta"), call="alpha") -> dict:
-    """An item of source openai: one question, one call, its result, an answer."""
-    function = {"name": call, "arguments": json.dumps({"n": number})}
-    calls = [{"id": "c", "type": "function", "function": function}]
-    properties = {"n": {"type": "integer"}}
-    parameters = {"type": "object", "properties": properties, "required": ["n"]}
-    return {
-        "messages": [
-            {"role": "user", "content": f"question {number}"},
-            {"role": "assistant", "content": None, "tool_calls": calls},
-            {"role": "tool", "tool_call_id": "c", "content": "fine"},
-            {"role": "assistant", "content": f"answer {number}"},
-        ],
-        "tools": [
-            {
-                "type": "function",
-                "function": {"name": n, "description": n, "parameters": parameters},
-            }
-            for n in tools
-        ],
-    }
-
-
-def write(path, items) -> str:
-    path.write_text("".join(json.dumps(item) + "\n" for item in items))
-    return str(path)
 
 
 @pytest.fixture
@@ -61,21 +30,6 @@ def source_file(tmp_path) -> str:
 @pytest.fixture
 def out(tmp_path):
     return tmp_path / "made" / "out.jsonl"
-
-
-def run(source_file, out, **options) -> summary.Summary:
-    inputs = (source_file,) if isinstance(source_file, str) else tuple(source_file)
-    return pipeline.prepare(
-        Settings(source=options.pop("source", "openai"), inputs=inputs, out=str(out), **options)
-    )
-
-
-def names(folder) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def files_under(folder) -> list[str]:
-    return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
 def test_every_dialogue_becomes_its_steps(source_file, out):

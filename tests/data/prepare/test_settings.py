@@ -10,7 +10,7 @@ import pytest
 
 from rest_jax import cli
 from rest_jax.errors import UserError
-from tests.data.prepare.test_pipeline import (
+from tests.data.prepare.dialogues import (
     REPOSITORY,
     dialogue,
     files_under,
