@@ -130,7 +130,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def replicated_beside(params: Any) -> NamedSharding | None:
     """All of an array on every device that holds `params`; None for parameters that are on no mesh."""
     where = jax.tree.leaves(params)[0].sharding
-    return replicated(where.mesh) if isinstance(where, NamedSharding) else None
+    return NamedSharding(where.mesh, PartitionSpec()) if isinstance(where, NamedSharding) else None
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -67,7 +67,7 @@ class Evaluator:
         metrics = {
             **{metric: means[field] for metric, field in RATES.items()},
             "eval/response_tokens": float(np.mean(rollout.response_length)),
-            "eval/truncated": truncated(rollout, tokenizer.stop_ids),
+            "eval/truncated": float(np.mean(truncated(rollout, tokenizer.stop_ids))),
             "eval/prompts": float(len(scores)),
         }
         lengths = rollout.response_length

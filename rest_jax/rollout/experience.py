@@ -18,7 +18,7 @@ from rest_jax.config import Config
 from rest_jax.data.loader import Loader
 from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import Prepared
-from rest_jax.distributed import local_shards, rows_of_shards
+from rest_jax.distributed import gather, local_shards, rows_of_shards
 from rest_jax.models.policy import Policy
 from rest_jax.rewards.score import Score
 from rest_jax.rollout.scheduler import SamplerStats, make_sampler
@@ -45,7 +45,7 @@ class Experience:
     stats: SamplerStats
     # Of the stages, under their metric names. data: waiting for the loader; score: at work; score_wait: waited for.
     seconds: dict[str, float]
-    truncated: float  # fraction of completions that did not end
+    means: dict[str, float]  # of rewards and lengths, over the global batch
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All that is known of the batch, to be saved when its step fails."""
@@ -55,16 +55,12 @@ class Experience:
         return rollout | {"region": self.scored.region, "reward": self.scored.reward}
 
     def metrics(self) -> dict[str, float]:
-        """Rewards, lengths and timings, of this process's rows."""
-        means = summarise_scores(self.scores, [record.target for record in self.records])
-        rewards = {f"reward/{name}": means[name] for name in REWARD_MEANS}
+        """Rewards and lengths of the global batch, timings of this process."""
         return (
-            rewards
+            self.means
             | self.seconds
             | {
                 "reward/progress": self.progress,
-                "rollout/truncated": self.truncated,
-                "rollout/tokens": int(np.sum(self.scored.rollout.response_length)),
                 "rollout/decode_slot_utilisation": self.stats.utilisation,
                 "rollout/staleness": self.staleness,
             }
@@ -146,8 +142,22 @@ class Collector:
                 "time/score": sum(seconds for _, _, seconds in parts),
                 "time/score_wait": time.monotonic() - sampled,
             },
-            truncated=truncated(rollout, self.policy.tokenizer.stop_ids),
+            means=self._means(rollout, [scores for _, scores, _ in parts], records),
         )
+
+    def _means(
+        self, rollout: RolloutBatch, scores: list[list[Score]], records: list[StepRecord]
+    ) -> dict[str, float]:
+        """Of the batch of all processes. It is asked for here, since later the devices are busy with the update."""
+        mesh, stop_ids = self.policy.rollout_mesh, self.policy.tokenizer.stop_ids
+        rewards = summarise_scores(scores, [record.target for record in records], mesh)
+        lengths, cut = gather(
+            (np.asarray(rollout.response_length), truncated(rollout, stop_ids)), mesh
+        )
+        return {f"reward/{name}": rewards[name] for name in REWARD_MEANS} | {
+            "rollout/truncated": float(np.mean(cut)),
+            "rollout/tokens": int(np.sum(lengths)),
+        }
 
     def _score(
         self, rows: RolloutBatch, target: Target, progress: float

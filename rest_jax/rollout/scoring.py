@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 import numpy as np
+from jax.sharding import Mesh
 
 from rest_jax.config import RewardConfig
+from rest_jax.distributed import gather
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.rewards.score import Score, score
 from rest_jax.rl.regions import label_tokens
@@ -69,24 +71,26 @@ def score_rollout(
 
 
 def summarise_scores(
-    scores: Sequence[Sequence[Score]], targets: Sequence[Target]
+    scores: Sequence[Sequence[Score]], targets: Sequence[Target], mesh: Mesh | None = None
 ) -> dict[str, float]:
     """The mean of every field of `Score` over all completions, [P][G] for P targets.
 
-    `spurious` is the share among the completions of prompts that should have no call; 0 without such prompts.
+    `spurious` is the share among the completions of prompts that should have no call; 0 without such prompts. With a mesh the
+    scores are those of this process's rows, and the means are over all processes, which must all call it.
     """
-    flat = [s for group in scores for s in group]
-    means = {f.name: float(np.mean([getattr(s, f.name) for s in flat])) for f in fields(Score)}
-    without_calls = [
-        s.spurious for group, t in zip(scores, targets, strict=True) for s in group if not t.calls
-    ]
-    return means | {"spurious": float(np.mean(without_calls)) if without_calls else 0.0}
+    names = [f.name for f in fields(Score)]
+    table = np.array([[[getattr(s, name) for name in names] for s in group] for group in scores])
+    callless = np.array([not target.calls for target in targets])
+    if mesh is not None:
+        table, callless = gather((table, callless), mesh)
+    means = dict(zip(names, np.mean(table, axis=(0, 1)).tolist(), strict=True))
+    spurious = table[callless, :, names.index("spurious")]
+    return means | {"spurious": float(np.mean(spurious)) if spurious.size else 0.0}
 
 
-def truncated(rollout: RolloutBatch, stop_ids: Sequence[int]) -> float:
-    """Share of the completions whose last token does not end the turn."""
-    ended = _ends_with_stop(rollout.responses, rollout.response_length, stop_ids)
-    return float(np.mean(~ended))
+def truncated(rollout: RolloutBatch, stop_ids: Sequence[int]) -> np.ndarray:
+    """bool [P, G]: the completions whose last token does not end the turn."""
+    return ~_ends_with_stop(rollout.responses, rollout.response_length, stop_ids)
 
 
 def _ends_with_stop(ids: np.ndarray, length: np.ndarray, stop_ids: Sequence[int]) -> np.ndarray:

@@ -143,4 +143,4 @@ def test_summaries_are_means_and_spurious_is_among_prompts_without_calls():
 
 def test_truncated_are_those_whose_last_token_is_no_stop():
     rollout = rollout_of([[[3, STOP], [3, 4]], [[STOP], [4, STOP, 5]]], 4)
-    assert truncated(rollout, (STOP,)) == 0.5
+    assert truncated(rollout, (STOP,)).mean() == 0.5
