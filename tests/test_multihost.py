@@ -8,14 +8,22 @@ import time
 
 import jax
 import numpy as np
+import optax
 import pytest
 import yaml
 
+from rest_jax import config as config_lib
+from rest_jax.run.load import load_policy
 from tests.runs import finish, lines, recipe, start, start_processes, state
 
 pytestmark = pytest.mark.multihost
 
-TWO_STEPS = {"train": {"steps": 2, "checkpoint_every": 2}, "rollout": {"prompts_per_step": 4}}
+# The learning rate is low: the order of sums changes no sampled token then.
+TWO_STEPS = {
+    "train": {"steps": 2, "checkpoint_every": 2},
+    "rollout": {"prompts_per_step": 4},
+    "optimizer": {"learning_rate": 1e-5},
+}
 # (processes, devices of each, mesh)
 RUNS = {
     "data": (2, 1, {"data": 2}),
@@ -47,13 +55,22 @@ def one(model, tmp_path_factory) -> pathlib.Path:
 
 
 def assert_close(found: pathlib.Path, expected: pathlib.Path) -> None:
-    """Two runs have the same metrics, but for the order of sums, and the same parameters."""
+    """Two runs have the same metrics, but for the order of sums and the packing, which depends on
+    the mesh, and their parameters have moved alike.
+    """
     for line, other in zip(lines(found), lines(expected), strict=True):
         assert line.keys() == other.keys()
         for name, value in other.items():
-            assert line[name] == pytest.approx(value, rel=2e-3, abs=1e-4), name
+            if name not in ("update/padding", "update/micro_batches"):
+                assert line[name] == pytest.approx(value, rel=2e-3, abs=1e-4), name
+    config = config_lib.load([expected / "config.yaml"])
+    start = load_policy(config.model, config_lib.MeshConfig()).params
     params, others = (state(run)[0].params for run in (found, expected))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), params, others)
+    apart, moved = (
+        optax.tree.norm(jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), one, two))
+        for one, two in ((params, others), (others, start))
+    )
+    assert float(apart) < 0.02 * float(moved)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -97,7 +114,7 @@ def test_the_others_are_told_why_a_process_ends(model, tmp_path):
 
 def test_a_run_resumes_on_another_number_of_processes(model, one, tmp_path):
     raw = recipe(model, tmp_path, **TWO_STEPS) | {"mesh": {"fsdp": 2}}
-    raw["train"] |= {"checkpoint_every": 1, "eval_every": 0, "eval_before": False}
+    raw["train"] |= {"checkpoint_every": 1}
     path = write(tmp_path / "config.yaml", raw)
     # one more step than there is time for: both are killed once the first one is saved
     processes = start_processes(["train", path], 2)
@@ -109,14 +126,8 @@ def test_a_run_resumes_on_another_number_of_processes(model, one, tmp_path):
     for process in processes:
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    raw["mesh"] = {"data": 1, "fsdp": 1}
-    finish(start("train", raw, tmp_path))
-    found = [line for line in lines(tmp_path / "tiny") if "update/loss" in line]
-    expected = [line for line in lines(one) if "update/loss" in line]
-    for line, other in zip(found, expected, strict=True):
-        assert line["update/loss"] == pytest.approx(other["update/loss"], rel=1e-3, abs=1e-5)
-    params, others = (state(run)[0].params for run in (tmp_path / "tiny", one))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), params, others)
+    finish(start("train", raw | {"mesh": {"data": 1, "fsdp": 1}}, tmp_path))
+    assert_close(tmp_path / "tiny", one)
 
 
 COMMANDS = {
