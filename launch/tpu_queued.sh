@@ -42,19 +42,31 @@ run() {
   if [ -z "${DRY_RUN:-}" ]; then "$@"; else (PS4=''; set -x; : "$@") 2>&1 | sed '1s/^: //'; fi
 }
 
+if [ -n "${DRY_RUN:-}" ]; then
+  run "${request[@]}"
+  for node in "${nodes[@]}"; do "$here/tpu_vm.sh" "$node" "$zone" "${words[@]}"; done
+  [ -n "${KEEP:-}" ] || run "${release[@]}"
+  exit
+fi
+
 # ACTIVE when every node is ready too; SUSPENDED as soon as one is lost, which the resource itself says later.
 state() {
   local found node
   found=$(gcloud compute tpus queued-resources describe "$name" --zone="$zone" --format='value(state.state)' 2>/dev/null) || found=ABSENT
   [ "$found" = ACTIVE ] || { echo "$found"; return; }
   for node in "${nodes[@]}"; do
-    case $(gcloud compute tpus tpu-vm describe "$node" --zone="$zone" --format='value(state)' 2>/dev/null || echo TERMINATED) in
+    case $(gcloud compute tpus tpu-vm describe "$node" --zone="$zone" --format='value(state)' 2>/dev/null) in
       READY) ;;
       PREEMPTED | TERMINATED) found=SUSPENDED ;;
-      *) [ "$found" = SUSPENDED ] || found=PROVISIONING ;;
+      *) [ "$found" = SUSPENDED ] || found=UNKNOWN ;;
     esac
   done
   echo "$found"
+}
+
+use_up_a_try() {
+  [ "$left" != 0 ] || exit "$1"
+  left=$((left - 1))
 }
 
 acquire() {
@@ -62,19 +74,12 @@ acquire() {
   while now=$(state); [ "$now" != ACTIVE ]; do
     echo "$name: $now" >&2
     case $now in
-      ABSENT) run "${request[@]}" ;;
-      SUSPENDED | FAILED) run "${release[@]}" ;;
-      *) sleep "$poll" ;;
+      ABSENT) run "${request[@]}" || use_up_a_try $? ;;
+      SUSPENDED | FAILED) run "${release[@]}" || use_up_a_try $? ;;
     esac
+    sleep "$poll"
   done
 }
-
-if [ -n "${DRY_RUN:-}" ]; then
-  run "${request[@]}"
-  for node in "${nodes[@]}"; do "$here/tpu_vm.sh" "$node" "$zone" "${words[@]}"; done
-  [ -n "${KEEP:-}" ] || run "${release[@]}"
-  exit
-fi
 
 # The command on all slices at once; the highest of their exit codes. Each has a process group, so that a signal can end it.
 processes=''

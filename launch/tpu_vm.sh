@@ -27,7 +27,7 @@ if [ -n "${INSTALL:-}" ]; then
   fi
   # The images' own Python may be older than 3.11.
   printf -v quoted '%q' "$package"
-  on_every_host "curl -LsSf https://astral.sh/uv/install.sh | sh && ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 ~/rest_jax && ~/.local/bin/uv pip install --quiet --python ~/rest_jax/bin/python $quoted"
+  on_every_host "curl -LsSf https://astral.sh/uv/install.sh | sh && ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 ~/rest_jax && ~/.local/bin/uv pip install --quiet --reinstall-package rest-jax --python ~/rest_jax/bin/python $quoted"
 fi
 
 printf -v words ' %q' "$@" --distributed auto

@@ -14,7 +14,7 @@ SOURCE = "rest-jax[tpu] @ git+https://host/rest_jax@main"
 INSTALL = (
     "gcloud compute tpus tpu-vm ssh {node} --zone=z --worker=all '--command=curl -LsSf https://astral.sh/uv/install.sh | sh"
     " && ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 ~/rest_jax"
-    " && ~/.local/bin/uv pip install --quiet --python ~/rest_jax/bin/python {package}'\n"
+    " && ~/.local/bin/uv pip install --quiet --reinstall-package rest-jax --python ~/rest_jax/bin/python {package}'\n"
 )
 RUN = (
     "gcloud compute tpus tpu-vm ssh {node} --zone=z --worker=all"
@@ -182,6 +182,20 @@ def test_a_lost_node_is_seen_before_the_resource_says_so(fakes, lost):
     assert [verb for verb in asked if "describe" not in verb] == [
         "vm install", "vm ssh", "delete", "create", "vm install", "vm ssh", "delete",
     ]  # fmt: skip
+
+
+def test_a_look_that_fails_deletes_nothing(fakes):
+    nodes = ("tpu-vm describe", [{"code": 1}, {"out": "READY\n"}])
+    fakes.answer(states("ACTIVE"), nodes)
+    assert [verb for verb in queued(fakes, KEEP="1") if "describe" not in verb] == [
+        "vm install",
+        "vm ssh",
+    ]
+
+
+def test_a_request_that_is_refused_is_made_again_so_often(fakes):
+    fakes.answer(states(None), ("create", [{"code": 1}]))
+    assert queued(fakes, 1, RETRIES="2") == ["describe", "create"] * 3
 
 
 def test_bad_input_is_not_tried_again(fakes):
