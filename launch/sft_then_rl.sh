@@ -3,6 +3,7 @@
 # For example: launch/sft_then_rl.sh tiny rest_tuned -- seed=1 name=tuned-1
 # Words before `--` go to both runs, words after it to the second alone. Run again, it resumes where it was stopped; a
 # finished supervised run is kept, and shared by all methods with the same SCALE and output.
+# On one host: a host whose run ends because another one was told to stop cannot see that it has not finished.
 set -euo pipefail
 if [ $# -lt 2 ]; then
   echo "usage: $0 SCALE METHOD [key=value ...] [-- key=value ...]" >&2

@@ -21,14 +21,15 @@ HERE = ["model.source=configs/quickstart_policy", "data.train=synthetic:train", 
 PLACEHOLDER = re.compile(r"\b[A-Z]{2,}\b|\.\.\.|[\[\]]")
 
 
-def commands() -> list[str]:
-    """The command lines of fenced blocks, without comments; placeholders (`MODEL`, `[options]`) are left out."""
+def commands(pattern: str = r"(rest-jax|make|python|launch/)\b") -> list[str]:
+    """The lines of fenced blocks, without comments, that start so."""
     found = []
     for page in PAGES:
-        for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        text = page.read_text()
+        for block in re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 line = re.sub(r"\s+#.*", "", line).strip()
-                if re.match(r"(rest-jax|make|python|launch/)\b", line):
+                if re.match(pattern, line):
                     found.append(line)
     return list(dict.fromkeys(found))
 
@@ -60,6 +61,24 @@ def test_a_target_or_script_exists(command):
         subprocess.run(["make", "-n", words[1]], cwd=REPOSITORY, check=True, capture_output=True)
     else:
         assert (REPOSITORY / words[words[0] == "python"]).is_file()
+
+
+@pytest.mark.parametrize("command", commands(r"(\w+=\S+ )*(sbatch .*|python )?launch/\w"))
+def test_a_launcher_passes_a_dry_run(command):
+    """Whatever its scheduler: sbatch runs the script, kubectl reads what the other prints."""
+    line = re.sub(r"^sbatch .*?(?=launch/)", "", command).partition(" | ")[0]
+    line = re.sub(r"^python ", f"{sys.executable} ", line)
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=REPOSITORY, env=environment() | {"DRY_RUN": "1"}, capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def test_the_launchers_that_pages_name_are_those_that_exist():
+    """And the other way round: each is on some page."""
+    text = "".join(page.read_text() for page in PAGES)
+    named = set(re.findall(r"launch/(\w[\w.]*\w)", text))
+    assert named == {path.name for path in (REPOSITORY / "launch").iterdir() if path.is_file()}
 
 
 @pytest.mark.parametrize("command", TRAINING)

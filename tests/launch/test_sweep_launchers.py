@@ -2,6 +2,7 @@
 
 import pathlib
 import shlex
+import shutil
 import subprocess
 
 import yaml
@@ -55,11 +56,27 @@ def test_a_pod_told_to_stop_passes_it_on_and_counts_as_failed(tmp_path):
     assert said.read_text() == "started\nsaved\n"
 
 
-def test_slurm():
-    path = LAUNCH / "sweep_slurm.sh"
-    subprocess.run(["bash", "-n", path], check=True)
-    last = path.read_text().splitlines()[-1]
+def test_a_preempted_pod_is_not_counted_and_bad_input_ends_the_job():
+    job = yaml.safe_load((LAUNCH / "sweep_job.yaml").read_text())
+    preempted, refused = job["spec"]["podFailurePolicy"]["rules"]
+    assert preempted["action"] == "Ignore"
+    assert preempted["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    codes = {"containerName": container["name"], "operator": "In", "values": [2]}
+    assert refused == {"action": "FailJob", "onExitCodes": codes}
+
+
+def test_slurm(fakes):
     given = "scale/qwen3_1p7b method/rest output=/shared/runs --space curriculum --storage postgresql+psycopg://host/x"
-    words = shlex.split(last.replace('"$@"', given))
-    assert words[:2] == ["exec", "srun"]
-    understood(words[2:])
+    words = shlex.split(fakes.dry_run("launch/sweep_slurm.sh", *given.split()))
+    assert words[:3] == ["srun", "bash", "-c"]
+    understood(words[4:])
+    assert shlex.join(words[6:]) == given
+
+
+def test_slurm_starts_it_from_where_the_sweep_was_submitted(fakes, tmp_path):
+    """SLURM runs a copy of the script, elsewhere."""
+    shutil.copy(LAUNCH / "sweep_slurm.sh", tmp_path / "slurm_script")
+    command = ("cd / && bash ~/slurm_script tiny --space x",)
+    fakes.run("bash", "-c", *command, SLURM_SUBMIT_DIR=str(LAUNCH.parent), SLURM_JOB_ID="7")
+    assert fakes.calls("srun")[0][-5:] == ["rest-jax", "sweep", "tiny", "--space", "x"]
