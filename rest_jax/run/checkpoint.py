@@ -128,19 +128,10 @@ class Checkpoints:
         self._manager.reload()
 
 
-def restore_params(run_dir: str | pathlib.Path, abstract_params: Params) -> tuple[Params, int]:
-    """The parameters and the step of the newest sound checkpoint of a run; changes nothing on disk.
-
-    Shapes, dtypes and shardings as in `Checkpoints.restore`; the optimiser's state is neither read nor verified.
-    """
-    path, step = newest_params(run_dir)
-    return _read(path, abstract_params), step
-
-
 def newest_params(run_dir: str | pathlib.Path) -> tuple[pathlib.Path, int]:
-    """Folder of the parameters and step of the newest sound checkpoint of a run; changes nothing on disk.
+    """Where the parameters of the newest sound checkpoint of a run are (an Orbax checkpoint), and its step.
 
-    Every process calls it: each verifies its share of the files.
+    Changes nothing on disk; the optimiser's state is not verified. Every process calls it and verifies its share of the files.
     """
     folder = pathlib.Path(run_dir).resolve() / FOLDER
     if not folder.is_dir():

@@ -10,16 +10,22 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-import jax
-from flax import linen as nn
+import jax.numpy as jnp
 
 from rest_jax import config as config_lib
 from rest_jax.config import Config, MeshConfig, ModelConfig
 from rest_jax.distributed import any_process, is_first_process, make_mesh
-from rest_jax.models.decoder import Decoder, abstract_params, param_shardings
+from rest_jax.models.decoder import Decoder, param_shardings
 from rest_jax.models.hf import write as hf
 from rest_jax.models.hf.folder import find_source
-from rest_jax.models.hf.read import Report, load_model, read_config, silent
+from rest_jax.models.hf.read import (
+    Report,
+    load_model,
+    open_weights,
+    read_config,
+    read_params,
+    silent,
+)
 from rest_jax.models.policy import Policy, compute_dtype
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run import checkpoint
@@ -30,18 +36,14 @@ from rest_jax.run.progress import Transfer
 def load_policy(model: ModelConfig, mesh_config: MeshConfig) -> Policy:
     """Loads weights straight into their shards. UserError for a source that cannot be used."""
     mesh, dtype = make_mesh(mesh_config), compute_dtype(model.dtype)
-    if is_run(model.source):
-        folder = pathlib.Path(model.source)
-        files = folder / MODEL_FOLDER
-        config = dataclasses.replace(read_config(files), dtype=dtype, remat=model.remat)
-        shapes = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            nn.meta.unbox(abstract_params(config)),
-            param_shardings(config, mesh),
-        )
-        params, _ = checkpoint.restore_params(folder, shapes)
-    else:
-        with _transfer("load") as report:
+    with _transfer("load") as report:
+        if is_run(model.source):
+            saved, _ = checkpoint.newest_params(model.source)
+            files = pathlib.Path(model.source) / MODEL_FOLDER
+            config = dataclasses.replace(read_config(files), dtype=dtype, remat=model.remat)
+            shardings = param_shardings(config, mesh)
+            params = read_params(open_weights(saved, config), shardings, jnp.float32, report)
+        else:
             config, params, files = load_model(model.source, mesh, dtype, model.remat, report)
     tokenizer = Tokenizer.load(model.tokenizer or files, vocab_size=config.vocab_size)
     return Policy(Decoder(config), params, tokenizer, mesh, files)

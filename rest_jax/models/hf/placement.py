@@ -28,9 +28,8 @@ class Weights:
     """The values of one parameter as its source stores them, and how to read a part of them."""
 
     spec: Spec
-    shape: tuple[
-        int, ...
-    ]  # leading axes of the parameter (1 when it has none), then those of one tensor
+    # Leading axes of the parameter (1 when it has none), then those of one tensor.
+    shape: tuple[int, ...]
     chunk: tuple[int, ...]  # what is read together: parts aligned to it are read without waste
     dtype: np.dtype
     in_hf_layout: bool  # the tensor is that of HF; else our parameter
@@ -103,17 +102,18 @@ class _Plan(NamedTuple):
 
     spec: Spec
     in_hf_layout: bool
+    stored: np.dtype
     dtype: np.dtype
-    stages: tuple[
-        NamedSharding, ...
-    ]  # of the layers as they are stored: as read, .., as the parameter needs them
+    # Of the layers as they are stored: as they are read, .., as the parameter needs them.
+    stages: tuple[NamedSharding, ...]
     sharding: NamedSharding  # of the parameter
 
 
 def _plan(weights: Weights, sharding: NamedSharding, dtype: np.dtype) -> _Plan:
     # Compiled once for all parameters of one layout, whatever their names.
     spec = dataclasses.replace(weights.spec, hf_name="", path=())
-    return _Plan(spec, weights.in_hf_layout, dtype, _stages(weights, sharding), sharding)
+    stages = _stages(weights, sharding)
+    return _Plan(spec, weights.in_hf_layout, weights.dtype, dtype, stages, sharding)
 
 
 def _layers_together(weights: Weights, sharding: NamedSharding) -> int:
@@ -178,16 +178,20 @@ def _axes_as_stored(weights: Weights, sharding: NamedSharding) -> list[list[str]
 
 
 def _stage(weights: Weights, layers: slice, sharding: NamedSharding) -> jax.Array:
-    """Layers as they are stored; a process reads no value twice, and in one piece if its devices hold one."""
+    """Layers as they are stored; a process reads no value twice, and in one piece if its devices hold one.
+
+    As unsigned integers: a compiler that sees floats casts them before the devices exchange them.
+    """
     shape = (layers.stop - layers.start, *weights.shape[1:])
     indices = sharding.addressable_devices_indices_map(shape).values()
     parts = {tuple(s.indices(n)[:2] for s, n in zip(i, shape, strict=True)) for i in indices}
     bounds = np.asarray(list(parts))  # [parts, axes, (first, last)]
     first, last = bounds[:, :, 0].min(0), bounds[:, :, 1].max(0)
     in_one_piece = np.prod(last - first) == np.prod(bounds[:, :, 1] - bounds[:, :, 0], 1).sum()
+    bits = np.dtype(f"u{weights.dtype.itemsize}")
     pieces = [tuple(zip(first, last, strict=True))] if in_one_piece else parts
     held = {
-        piece: weights.read((layers, *(slice(int(a), int(b)) for a, b in piece[1:])))
+        piece: weights.read((layers, *(slice(int(a), int(b)) for a, b in piece[1:]))).view(bits)
         for piece in pieces
     }
 
@@ -200,11 +204,11 @@ def _stage(weights: Weights, layers: slice, sharding: NamedSharding) -> jax.Arra
     return jax.make_array_from_callback(shape, sharding, part)
 
 
-def _arrange(staged: jax.Array, plan: _Plan) -> jax.Array:
-    # Moved between the devices in the stored dtype, half the bytes of float32 as a rule.
+def _arrange(bits: jax.Array, plan: _Plan) -> jax.Array:
     for sharding in plan.stages[1:]:
-        staged = jax.lax.with_sharding_constraint(staged, sharding)
-    ours = plan.spec.to_ours(staged) if plan.in_hf_layout else staged
+        bits = jax.lax.with_sharding_constraint(bits, sharding)
+    values = jax.lax.bitcast_convert_type(bits, plan.stored)
+    ours = plan.spec.to_ours(values) if plan.in_hf_layout else values
     return (ours if plan.spec.stack else ours[0]).astype(plan.dtype)
 
 

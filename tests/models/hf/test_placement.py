@@ -22,6 +22,7 @@ from rest_jax.models.hf.table import table
 from rest_jax.models.hf.write import convert
 from tests.presets import PRESETS
 from tests.programs import random_hf_folder
+from tests.runs import run_together
 
 SIZES = DecoderConfig("qwen3", 256, 64, 4, 8, 8, 16, 96, qk_norm=True, tied=True)
 # fsdp divides no multiple of 3; kv heads fewer than the tensor axis; q has a bias.
@@ -150,14 +151,14 @@ def test_devices_exchange_stored_dtypes_and_never_whole_layers(layout, sources):
     weights = found["blocks", "mlp", "gate"]
     sharding = param_shardings(cfg, mesh)["blocks"]["mlp"]["gate"]
     plan = placement._plan(weights, sharding, np.dtype("float32"))
-    staged = jax.ShapeDtypeStruct(weights.shape, weights.dtype, sharding=plan.stages[0])
+    bits = jax.ShapeDtypeStruct(weights.shape, np.uint16, sharding=plan.stages[0])
     program = jax.jit(placement._arrange, static_argnames="plan", out_shardings=sharding)
-    text = program.lower(staged, plan=plan).compile().as_text()
+    text = program.lower(bits, plan=plan).compile().as_text()
     exchanged = re.findall(r"(\w+)\[([\d,]+)\]\S* (?:all-gather|all-to-all|all-reduce)", text)
     assert exchanged
     part = np.prod(weights.shape) // 4
     for dtype, shape in exchanged:
-        assert dtype in ("bf16", "u16") and np.prod([int(n) for n in shape.split(",")]) <= part
+        assert dtype == "u16" and np.prod([int(n) for n in shape.split(",")]) <= part
 
 
 def test_layers_are_staged_in_whole_chunks():
@@ -168,9 +169,19 @@ def test_layers_are_staged_in_whole_chunks():
     sharding = param_shardings(cfg, mesh_of(1, 1, 1))["blocks"]["mlp"]["gate"]
 
     def together(chunk):
-        found = placement.Weights(gate, shape, chunk, np.dtype(jnp.bfloat16), True, lambda _: None)
+        found = placement.Weights(gate, shape, chunk, np.dtype(jnp.bfloat16), True, np.zeros)
         return placement._layers_together(found, sharding)
 
     assert together((1, 1, 2560)) == 1
     assert together((4, 1, 2560)) == 4
     assert together((5, 1, 2560)) == 36
+
+
+@pytest.mark.multihost
+@pytest.mark.parametrize("sizes", ["1,4,1", "2,2,1", "1,2,2"])
+def test_two_processes_read_each_byte_once_between_them(sizes, sources):
+    root, expected = sources
+    said = run_together("loads_on_mesh.py", str(root / "hf"), options=[sizes])
+    read = [int(lines[-1]) for lines in said]
+    assert sum(read) == sum(x.size * 2 for x in jax.tree.leaves(expected))
+    assert max(read) < 0.6 * sum(read)
