@@ -9,7 +9,7 @@ beside the parameters only its share of those layers.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -183,8 +183,11 @@ def _stage(weights: Weights, layers: slice, sharding: NamedSharding) -> jax.Arra
     As unsigned integers: a compiler that sees floats casts them before the devices exchange them.
     """
     shape = (layers.stop - layers.start, *weights.shape[1:])
-    indices = sharding.addressable_devices_indices_map(shape).values()
-    parts = {tuple(s.indices(n)[:2] for s, n in zip(i, shape, strict=True)) for i in indices}
+
+    def bounds_of(index: Any) -> tuple[tuple[int, int], ...]:
+        return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+
+    parts = {bounds_of(index) for index in sharding.addressable_devices_indices_map(shape).values()}
     bounds = np.asarray(list(parts))  # [parts, axes, (first, last)]
     first, last = bounds[:, :, 0].min(0), bounds[:, :, 1].max(0)
     in_one_piece = np.prod(last - first) == np.prod(bounds[:, :, 1] - bounds[:, :, 0], 1).sum()
@@ -195,8 +198,8 @@ def _stage(weights: Weights, layers: slice, sharding: NamedSharding) -> jax.Arra
         for piece in pieces
     }
 
-    def part(index: Slices) -> np.ndarray:
-        asked = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+    def part(index: Any) -> np.ndarray:
+        asked = bounds_of(index)
         piece = next(iter(held)) if in_one_piece else asked
         inside = zip(asked, piece, strict=True)
         return held[piece][tuple(slice(a - start, b - start) for (a, b), (start, _) in inside)]

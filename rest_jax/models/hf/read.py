@@ -63,7 +63,7 @@ def read_params(
     weights: Sequence[Weights], shardings: Params, dtype: Any, report: Report = silent
 ) -> Params:
     """The parameters, each cast to `dtype` and in its NamedSharding of `shardings`. All processes call it."""
-    given = flatten_dict(shardings)
+    given: dict[Any, Any] = flatten_dict(shardings)
     total = sum(w.nbytes for w in weights)
 
     def advance(moved: int) -> None:
