@@ -129,14 +129,15 @@ def _fill_store(
     writes: collections.deque[tuple[Any, int]] = collections.deque()
     for name in sorted(places, key=lambda name: (stored[name].file, stored[name].offset)):
         spec, index = places[name]
-        tensor = stored[name]
-        for rows in _row_parts(
-            tensor.shape[0], tensor.row_bytes, 1 if spec.as_in_hf else tensor.shape[0]
-        ):
+        tensor, array = stored[name], arrays[spec.path]
+        # Parts of a chunk would be written by reading the rest of it.
+        chunk = array.chunk_layout.read_chunk.shape[len(index)]
+        chunk = chunk if spec.as_in_hf else tensor.shape[0]
+        for rows in _row_parts(tensor.shape[0], tensor.row_bytes, chunk):
             values = tensor.read(rows).astype(shapes[spec.path].dtype, copy=False)
             part = (*index, rows) if spec.as_in_hf else index
             ours = values if spec.as_in_hf else copy_in_order(spec.to_ours(values))
-            write = arrays[spec.path][part].write(ours)
+            write = array[part].write(ours)
             write.commit.force()
             writes.append((write, values.nbytes))
             report((rows.stop - rows.start) * tensor.row_bytes, total)
@@ -148,7 +149,7 @@ def _fill_store(
 
 
 def _row_parts(rows: int, row_bytes: int, chunk: int) -> Iterator[slice]:
-    """`rows` in parts of about _PART_BYTES, but never less than the `chunk` that is read together anyway."""
+    """`rows` in parts of about _PART_BYTES, but in whole chunks of `chunk` rows."""
     step = chunk * max(1, _PART_BYTES // (row_bytes * chunk))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
@@ -223,10 +224,14 @@ def _leaf_weights(spec: Spec, leaf: Any) -> Weights:
             f"parameter {'.'.join(spec.path)} is {fault}; config.json needs {spec.shape}"
         )
 
-    def read(index: Slices) -> np.ndarray:
-        return np.asarray(leaf[index]) if spec.stack else np.asarray(leaf[index[1:]])[None]
-
     stack = spec.stack or (1,)
     own = spec.shape[len(spec.stack) :]
-    chunk = (*(1 for _ in stack), *own)
+    ones = tuple(1 for _ in stack)
+
+    def read(index: Slices) -> np.ndarray:
+        # By number: jax compiles a slice for each of its starts.
+        tensor = leaf[tuple(part.start for part in index[: len(spec.stack)])]
+        return np.asarray(tensor).reshape(*ones, *own)
+
+    chunk = (*ones, *own)
     return Weights(spec, (*stack, *own), chunk, jnp.dtype(leaf.dtype), False, read)
