@@ -7,12 +7,11 @@ import dataclasses
 import pathlib
 import sys
 
-import ml_dtypes
 import numpy as np
 
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.hf.folder import write_index, write_json
-from rest_jax.models.hf.safetensors import TensorType, lay_out
+from rest_jax.models.hf.safetensors import DTYPES, TensorType, lay_out
 from rest_jax.models.hf.table import expected_shapes
 from tests.presets import PRESETS
 
@@ -52,7 +51,7 @@ def write(cfg: DecoderConfig, folder: pathlib.Path, max_bytes: int = 2 * 10**9) 
         for first in range(0, tensor.shape[0], step):
             rows = min(step, tensor.shape[0] - first)
             bits = rng.integers(0, 2**16, (rows, width), np.uint16) & 0x807F | 0x3C80
-            tensor.write(bits.view(ml_dtypes.bfloat16), first)
+            tensor.write(bits.view(DTYPES["BF16"]), first)
 
 
 if __name__ == "__main__":

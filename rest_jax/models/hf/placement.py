@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rest_jax.models.hf.table import Slices, Spec
 
 Path = tuple[str, ...]
-_STAGED_BYTES = 2**26  # of one device
+_STAGED_BYTES = 2**25  # of one device
 _SMALL_BYTES = 2**24  # of a parameter
 
 
