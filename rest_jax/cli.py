@@ -262,9 +262,9 @@ def convert(
 ) -> None:
     """Turn an HF model into an Orbax folder."""
     from rest_jax.config import locate
-    from rest_jax.models.hf import write
+    from rest_jax.run import load
 
-    write.convert(locate(source), out)
+    load.convert(locate(source), out)
     print(f"converted {source} to {out}")
 
 

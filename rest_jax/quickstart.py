@@ -13,8 +13,7 @@ from rest_jax import config as config_lib
 from rest_jax import train
 from rest_jax.config import Config
 from rest_jax.evaluation.heldout import Evaluator, evaluations, held_out
-from rest_jax.models.hf import write as hf
-from rest_jax.run.load import export, load_policy
+from rest_jax.run.load import convert, export, load_policy
 
 
 def quickstart(overrides: Sequence[str] = (), fresh: bool = False) -> None:
@@ -26,7 +25,7 @@ def quickstart(overrides: Sequence[str] = (), fresh: bool = False) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     converted, exported = folder / "converted", folder / "exported"
     if not converted.is_dir():
-        hf.convert(source, converted)
+        convert(source, converted)
     print(f"[1/4] converted {source} to {converted}", flush=True)
     print("[2/4] training with ResT", flush=True)
     train.train(_with_source(config, converted))

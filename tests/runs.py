@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -104,6 +105,24 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
         out, _ = process.communicate()
     assert process.returncode == code, out
     return out
+
+
+def run_together(program: str, *words: str, options: Sequence[str] = ()) -> list[list[str]]:
+    """The lines that each of two processes of a file of tests/programs prints: PROGRAM WORDS ADDRESS INDEX OPTIONS."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(PROGRAMS / program), *words, address, str(index), *options],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    return [finish(process).splitlines() for process in started]
 
 
 def lines(run: pathlib.Path) -> list[dict]:

@@ -83,7 +83,7 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),  # pyright: ignore[reportCallIssue]
+                params=ocp.args.StandardSave(state.params, _one_chunk_a_layer(state.params)),  # pyright: ignore[reportCallIssue]
                 rest=ocp.args.StandardSave(rest),  # pyright: ignore[reportCallIssue]
                 loader=ocp.args.JsonSave(dict(loader_state)),  # pyright: ignore[reportCallIssue]
             ),
@@ -128,16 +128,16 @@ class Checkpoints:
         self._manager.reload()
 
 
-def restore_params(run_dir: str | pathlib.Path, abstract_params: Params) -> tuple[Params, int]:
-    """The parameters and the step of the newest sound checkpoint of a run; changes nothing on disk.
+def newest_params(run_dir: str | pathlib.Path) -> tuple[pathlib.Path, int]:
+    """Where the parameters of the newest sound checkpoint of a run are (an Orbax checkpoint), and its step.
 
-    Shapes, dtypes and shardings as in `Checkpoints.restore`; the optimiser's state is neither read nor verified.
+    Changes nothing on disk; the optimiser's state is not verified. Every process calls it and verifies its share of the files.
     """
     folder = pathlib.Path(run_dir).resolve() / FOLDER
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; is {run_dir} the folder of a run?")
     found, _ = _newest_sound(folder, ("params",))
-    return _read(folder / str(found) / "params", abstract_params), found
+    return folder / str(found) / "params", found
 
 
 def write_manifest(folder: pathlib.Path) -> None:
@@ -170,6 +170,16 @@ def verify(folder: pathlib.Path, items: Sequence[str] = _ITEMS) -> None:
         failure = DamagedError(" ".join(str(error).split())[:200])
     if any_process(failure is not None):
         raise failure or DamagedError("another process found damage in its share of the files")
+
+
+def _one_chunk_a_layer(params: Params) -> Any:
+    """How Orbax cuts parameters: those stacked over layers by layer, so that one layer can be read without the others."""
+
+    def cut(path: tuple[Any, ...], _: Any) -> ocp.SaveArgs:
+        stacked = path[:1] == (jax.tree_util.DictKey("blocks"),)
+        return ocp.SaveArgs(shard_axes=(0,) if stacked else ())
+
+    return jax.tree_util.tree_map_with_path(cut, params)
 
 
 def _describe(path: pathlib.Path) -> list[Any]:

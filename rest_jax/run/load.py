@@ -1,26 +1,36 @@
 """The policy of any source: the folder of a run (its newest sound checkpoint), or an HF folder, a hub id or a converted
 folder.
 
-`load_policy` loads it, so the checkpoint of one run is the start of another; `export` writes it as a Hugging Face folder.
+`load_policy` loads it, so the checkpoint of one run is the start of another; `export` writes it as a Hugging Face folder, and
+`convert` makes a converted folder of one.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-import jax
-from flax import linen as nn
+import jax.numpy as jnp
 
 from rest_jax import config as config_lib
 from rest_jax.config import Config, MeshConfig, ModelConfig
-from rest_jax.distributed import make_mesh, with_tensor
-from rest_jax.models.decoder import Decoder, abstract_params, param_shardings
+from rest_jax.distributed import any_process, is_first_process, make_mesh, with_tensor
+from rest_jax.models.decoder import Decoder, param_shardings
 from rest_jax.models.hf import write as hf
-from rest_jax.models.hf.read import load_model, read_config
+from rest_jax.models.hf.folder import find_source
+from rest_jax.models.hf.read import (
+    Report,
+    load_model,
+    open_weights,
+    read_config,
+    read_params,
+    silent,
+)
 from rest_jax.models.policy import Policy, compute_dtype
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run import checkpoint
 from rest_jax.run.folder import CONFIG_FILE, MODEL_FOLDER
+from rest_jax.run.progress import Transfer
 
 
 def load_policy(
@@ -31,18 +41,15 @@ def load_policy(
     """
     mesh, dtype = make_mesh(mesh_config), compute_dtype(model.dtype)
     rollout_mesh = mesh if rollout_tensor is None else with_tensor(mesh, rollout_tensor)
-    if is_run(model.source):
-        folder = pathlib.Path(model.source)
-        files = folder / MODEL_FOLDER
-        config = dataclasses.replace(read_config(files), dtype=dtype, remat=model.remat)
-        shapes = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            nn.meta.unbox(abstract_params(config)),
-            param_shardings(config, mesh),
-        )
-        params, _ = checkpoint.restore_params(folder, shapes)
-    else:
-        config, params, files = load_model(model.source, mesh, dtype, model.remat)
+    with _transfer("load") as report:
+        if is_run(model.source):
+            saved, _ = checkpoint.newest_params(model.source)
+            files = pathlib.Path(model.source) / MODEL_FOLDER
+            config = dataclasses.replace(read_config(files), dtype=dtype, remat=model.remat)
+            shardings = param_shardings(config, mesh)
+            params = read_params(open_weights(saved, config), shardings, jnp.float32, report)
+        else:
+            config, params, files = load_model(model.source, mesh, dtype, model.remat, report)
     tokenizer = Tokenizer.load(model.tokenizer or files, vocab_size=config.vocab_size)
     return Policy(Decoder(config), params, tokenizer, mesh, rollout_mesh, files)
 
@@ -50,13 +57,31 @@ def load_policy(
 def export(source: str, out: str | pathlib.Path, dtype: str | None = None) -> None:
     """Writes a run, a converted folder or an HF folder as the HF folder `out`, which must not exist yet. `dtype` None: as
     the source has it. UserError for a source that cannot be used.
+
+    It needs no accelerator and little memory. Of several processes, which all call it, the first writes.
     """
-    if not is_run(source):
-        hf.export(source, hf.find_source(source), out, dtype)
-        return
-    config = config_of(source, [])
-    policy = load_policy(config.model, config.mesh)
-    hf.export(policy.params, pathlib.Path(source) / MODEL_FOLDER, out, dtype)
+    if is_run(source):
+        weights, files = checkpoint.newest_params(source)[0], pathlib.Path(source) / MODEL_FOLDER
+    else:
+        weights = files = find_source(source)
+    if is_first_process():
+        with _transfer("export") as report:
+            hf.export(weights, files, out, dtype, report)
+    # No process ends before the folder is there: the end of one would be taken for a failure.
+    any_process(False)
+
+
+def convert(source: str, out: str | pathlib.Path) -> None:
+    """Writes an HF folder or hub id as the converted folder `out`, which must not exist yet. UserError for a source that
+    cannot be used.
+    """
+    with _transfer("convert") as report:
+        hf.convert(source, out, report)
+
+
+def _transfer(label: str) -> contextlib.AbstractContextManager[Report]:
+    """Progress of the first process; the others are silent."""
+    return Transfer(label) if is_first_process() else contextlib.nullcontext(silent)
 
 
 def is_run(source: str) -> bool:

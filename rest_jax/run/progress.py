@@ -1,4 +1,7 @@
-"""How far a command is, on stderr: a bar on a terminal, a plain line every ten seconds elsewhere."""
+"""How far a command is, on stderr: a bar on a terminal, a plain line every ten seconds elsewhere.
+
+`Progress` counts the steps of a run, `Transfer` the bytes of a model that is read or written.
+"""
 
 import sys
 import time
@@ -49,6 +52,60 @@ class Progress:
         """Leaves the bar as it is."""
         if self._bar is not None:
             self._bar.close()
+
+
+class Transfer:
+    """Shows how much of a model has been moved and how fast; called with (bytes just moved, bytes in all). A resource.
+
+    What takes less than two seconds on a terminal, or ten elsewhere, shows nothing.
+    """
+
+    def __init__(self, label: str, file: TextIO | None = None):
+        self.label = label
+        self.seconds = 10.0
+        self.file = sys.stderr if file is None else file
+        self._begun = self._shown = time.monotonic()
+        self._done = 0
+        self._bar = None
+
+    def __call__(self, moved: int, total: int) -> None:
+        self._done += moved
+        if self.file.isatty():
+            self._advance_bar(moved, total)
+            return
+        now = time.monotonic()
+        shown_before = self._shown > self._begun
+        if now - self._shown >= self.seconds or (shown_before and self._done >= total):
+            self._shown = now
+            speed = self._done / (now - self._begun)
+            left = _duration((total - self._done) / speed)
+            print(
+                f"{self.label}: {self._done / 1e9:.1f}/{total / 1e9:.1f} GB, {speed / 1e6:,.0f} MB/s, ETA {left}",
+                file=self.file,
+                flush=True,
+            )
+
+    def __enter__(self) -> "Transfer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _advance_bar(self, moved: int, total: int) -> None:
+        if self._bar is None:
+            import tqdm
+
+            self._bar = tqdm.tqdm(
+                desc=self.label,
+                total=total,
+                file=self.file,
+                unit="B",
+                unit_scale=True,
+                delay=2.0,
+                dynamic_ncols=True,
+            )
+        self._bar.update(moved)
 
 
 def _duration(seconds: float) -> str:

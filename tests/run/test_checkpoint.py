@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rest_jax.errors import UserError
-from rest_jax.run.checkpoint import DAMAGED, FOLDER, MANIFEST, Checkpoints, restore_params
+from rest_jax.run.checkpoint import DAMAGED, FOLDER, MANIFEST, Checkpoints, newest_params
 from tests.programs.states import make_state
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -109,13 +109,11 @@ def test_only_the_newest_are_kept_and_an_existing_step_stays(tmp_run):
     assert_same_bits(state, make_state(3))
 
 
-def test_restore_params_reads_the_parameters_alone_and_changes_nothing(saved, tmp_path):
+def test_newest_params_needs_the_parameters_alone_and_changes_nothing(saved, tmp_path):
     run = shutil.copytree(saved, tmp_path / "run")
     shutil.rmtree(run / FOLDER / "2" / "rest")
     before = sorted(run.rglob("*"))
-    params, step = restore_params(run, abstract(make_state()).params)
-    assert step == 2
-    assert_same_bits(params, make_state(2).params)
+    assert newest_params(run) == (run / FOLDER / "2" / "params", 2)
     assert sorted(run.rglob("*")) == before
 
 
@@ -175,7 +173,7 @@ def test_content_that_decodes_but_differs_is_found(saved, tmp_path, capfd):
     ):  # a sound database of another step: only the fingerprints can tell
         shutil.rmtree(run / FOLDER / "2" / item)
         shutil.copytree(run / FOLDER / "1" / item, run / FOLDER / "2" / item)
-    _, step = restore_params(run, abstract(make_state()).params)
+    _, step = newest_params(run)
     assert step == 1
     assert "checkpoints/2 is damaged" in capfd.readouterr().err
 
@@ -189,7 +187,7 @@ def test_none_left_is_an_error_and_nothing_is_renamed(saved, tmp_path, capfd):
             checkpoints.restore(abstract(make_state()))
         assert checkpoints.latest() == 2
     with pytest.raises(UserError, match="no sound checkpoint"):
-        restore_params(run, abstract(make_state()).params)
+        newest_params(run)
 
 
 def test_missing_checkpoints_are_user_errors(tmp_run):
@@ -198,7 +196,7 @@ def test_missing_checkpoints_are_user_errors(tmp_run):
         with pytest.raises(UserError, match="there is no checkpoint"):
             checkpoints.restore(abstract(make_state()))
     with pytest.raises(UserError, match=r"is .* the folder of a run"):
-        restore_params(tmp_run / "nowhere", {})
+        newest_params(tmp_run / "nowhere")
 
 
 def test_another_model_or_optimiser_is_named_not_called_damaged(saved, tmp_path):
@@ -262,7 +260,7 @@ def test_every_flipped_bit_is_found(saved, tmp_path, capfd, count):
 def test_a_checkpoint_without_a_manifest_is_not_sound(saved, tmp_path, capfd):
     run = shutil.copytree(saved, tmp_path / "run")
     (run / FOLDER / "2" / MANIFEST).unlink()
-    _, step = restore_params(run, abstract(make_state()).params)
+    _, step = newest_params(run)
     assert step == 1
     assert "manifest.json" in capfd.readouterr().err
 

@@ -35,3 +35,38 @@ def test_on_a_terminal_it_is_one_bar():
     shown.close()
     text = file.getvalue()
     assert "3/3" in text and "reward 0.750" in text and "a line\n" in text
+
+
+def transferred(monkeypatch, seconds, parts=4, tty=False):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    file = io.StringIO()
+    file.isatty = lambda: tty
+    with progress.Transfer("convert", file) as shown:
+        for _ in range(parts):
+            now[0] += seconds / parts
+            shown(2 * 10**9, parts * 2 * 10**9)
+    return file.getvalue().splitlines()
+
+
+def test_a_transfer_says_every_ten_seconds_how_fast_it_is(monkeypatch):
+    assert transferred(monkeypatch, 24) == [
+        "convert: 4.0/8.0 GB, 333 MB/s, ETA 0:12",
+        "convert: 8.0/8.0 GB, 333 MB/s, ETA 0:00",
+    ]
+
+
+def test_a_short_transfer_says_nothing(monkeypatch):
+    assert transferred(monkeypatch, 9) == []
+
+
+def test_a_transfer_is_a_bar_on_a_terminal_after_two_seconds():
+    file = io.StringIO()
+    file.isatty = lambda: True
+    with progress.Transfer("export", file) as shown:
+        shown(10**9, 4 * 10**9)
+        assert file.getvalue() == ""
+        shown._bar.start_t -= 3
+        shown(10**9, 4 * 10**9)
+        shown._bar.refresh()
+    assert "export:  50%" in file.getvalue() and "2.00G/4.00G" in file.getvalue()

@@ -1,30 +1,29 @@
-"""Model folders on disk: finding one, the files that travel with the weights, and its safetensors, tensor by tensor.
+"""Model folders on disk: finding one, the files that travel with the weights, and which tensors it holds.
 
 A source is an HF folder (config.json + safetensors, one file or several with an index), a folder made by `rest-jax convert`
 (the same side files, `params/` and `rest_jax.json`), or a hub id.
 """
 
-import dataclasses
 import json
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Sequence
+import socket
+import zlib
+from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+from rest_jax.distributed import gather
 from rest_jax.models.hf.config import ConversionError
+from rest_jax.models.hf.safetensors import Stored, scan_file
 
 MANIFEST = "rest_jax.json"  # of a converted folder: the dtype of every tensor of the source
 MANIFEST_FORMAT = 1
+PARAMS = "params"  # of a converted folder: the Orbax checkpoint
 WEIGHT_INDEX = "model.safetensors.index.json"
-DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16"), "F16": jnp.dtype("float16")}
-MAX_SHARD_BYTES = 5 * 10**9
-LazyTensor = tuple[str, int, Callable[[], np.ndarray]]  # name, bytes, function that makes it
 _SIDE_PATTERNS = (
     "*.json",  # config, generation config, tokenizer
     "*.jinja",  # chat template
@@ -36,20 +35,6 @@ _SIDE_PATTERNS = (
     "LICENSE*",
     "NOTICE*",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """One tensor on disk: what its header says."""
-
-    file: pathlib.Path
-    shape: tuple[int, ...]
-    dtype: str  # safetensors name, e.g. BF16
-
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """The part `index` of the tensor, in its own dtype; reads no more than that."""
-        with safetensors.safe_open(self.file, framework="numpy") as opened:
-            return opened.get_slice(name)[index]
 
 
 def copy_side_files(source: pathlib.Path, out: pathlib.Path) -> None:
@@ -99,12 +84,39 @@ def find_source(source: str) -> pathlib.Path:
 
 
 def _download(hub_id: str) -> pathlib.Path:
+    """The snapshot of a hub id; all processes call this. The first of each host fetches it while the others wait.
+
+    A failure is said by one process, once; the others end without a word.
+    """
+    hosts = gather(np.asarray([zlib.crc32(socket.gethostname().encode())], np.uint32))
+    first = int(np.argmax(hosts == hosts[jax.process_index()]))
+    snapshot = failure = None
+    if first == jax.process_index():
+        try:
+            snapshot = _snapshot(hub_id)
+        except ConversionError as error:
+            failure = error
+    failed = gather(np.asarray([failure is not None]))
+    if failed.any():
+        said_here = int(np.argmax(failed)) == jax.process_index()
+        raise failure if failure is not None and said_here else ConversionError("")
+    if snapshot is None:
+        try:
+            snapshot = _snapshot(hub_id, local_files_only=True)
+        except ConversionError:
+            snapshot = _snapshot(hub_id)  # two hosts of one name
+    return snapshot
+
+
+def _snapshot(hub_id: str, local_files_only: bool = False) -> pathlib.Path:
     import huggingface_hub
     from huggingface_hub import errors
 
     patterns = [*_SIDE_PATTERNS, "*.safetensors"]
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
+        path = huggingface_hub.snapshot_download(
+            hub_id, allow_patterns=patterns, local_files_only=local_files_only
+        )
     except (
         errors.HfHubHTTPError,
         errors.LocalEntryNotFoundError,
@@ -116,23 +128,19 @@ def _download(hub_id: str) -> pathlib.Path:
             f"model {hub_id}: no such folder, and the hub did not give it ({reason}); "
             "check the name and the network, or download the model and name its folder"
         ) from error
+    return pathlib.Path(path)
 
 
 def scan(folder: pathlib.Path) -> dict[str, Stored]:
     """Every tensor of the folder's safetensors, headers only. ConversionError names what is missing or broken."""
     tensors: dict[str, Stored] = {}
     for file in _weight_files(folder):
-        try:
-            with safetensors.safe_open(file, framework="numpy") as opened:
-                for name in opened.keys():  # noqa: SIM118 (a file handle, not a dict)
-                    header = opened.get_slice(name)
-                    if name in tensors:
-                        raise ConversionError(
-                            f"tensor {name} is in both {tensors[name].file.name} and {file.name}"
-                        )
-                    tensors[name] = Stored(file, tuple(header.get_shape()), header.get_dtype())
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ConversionError(f"{file}: not a readable safetensors file: {error}") from error
+        for tensor in scan_file(file):
+            if tensor.name in tensors:
+                raise ConversionError(
+                    f"tensor {tensor.name} is in both {tensors[tensor.name].file.name} and {file.name}"
+                )
+            tensors[tensor.name] = tensor
     return tensors
 
 
@@ -151,29 +159,10 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return files
 
 
-def write_shards(
-    out: pathlib.Path,
-    tensors: Sequence[LazyTensor],
-    max_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Writes the tensors in order, cut into files of at most `max_bytes`, with an index when there are several.
-
-    A tensor is made when its file is written, so at most one file's worth is in memory.
-    """
-    shards: list[list[LazyTensor]] = [[]]
-    for entry in tensors:
-        if shards[-1] and sum(size for _, size, _ in shards[-1]) + entry[1] > max_bytes:
-            shards.append([])
-        shards[-1].append(entry)
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        part = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
-        file = f"model{part}.safetensors"
-        arrays = {name: make() for name, _, make in shard}
-        # transformers refuses files that do not say which framework's layout they have
-        safetensors.numpy.save_file(arrays, out / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(arrays, file)
-    if len(shards) > 1:
-        total = sum(size for _, size, _ in tensors)
+def write_index(folder: pathlib.Path, tensors: Mapping[str, Stored]) -> None:
+    """Writes which tensor is in which file, when there are several files."""
+    weight_map = {name: tensor.file.name for name, tensor in tensors.items()}
+    if len(set(weight_map.values())) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(out / WEIGHT_INDEX, index)
+        write_json(folder / WEIGHT_INDEX, index)

@@ -1,53 +1,57 @@
 """Reading a model of any source: an HF folder, a folder made by `rest-jax convert`, or a hub id -> sharded parameters.
 
 Nothing is read before every tensor's name, shape and dtype is known to be right: unknown, missing and misshapen ones are all
-named in one ConversionError. Each stacked parameter is made from callbacks, one a device, that read only the rows and columns
-of the layers they need: no host builds more of a parameter than it holds.
+named in one ConversionError.
 """
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from rest_jax.models.config import DecoderConfig, Remat
 from rest_jax.models.decoder import param_shardings
+from rest_jax.models.hf import store
 from rest_jax.models.hf.config import ConversionError, decoder_config
 from rest_jax.models.hf.folder import (
-    DTYPES,
     MANIFEST,
     MANIFEST_FORMAT,
-    Stored,
+    PARAMS,
     find_source,
     is_converted,
     read_json,
     scan,
 )
+from rest_jax.models.hf.placement import Weights, place
+from rest_jax.models.hf.safetensors import DTYPES, Stored
 from rest_jax.models.hf.table import EMBED, HEAD, Slices, Spec, expected_shapes, table
 from rest_jax.types import Params
 
-_COMPARED_ROWS = 8192
 _NAMES_SHOWN = 8
+Report = Callable[[int, int], None]  # (bytes just moved, bytes in all)
+
+
+def silent(_moved: int, _total: int) -> None:
+    """Reports nothing."""
 
 
 def load_model(
-    source: str, mesh: Mesh, dtype: Any, remat: Remat
+    source: str, mesh: Mesh, dtype: Any, remat: Remat, report: Report = silent
 ) -> tuple[DecoderConfig, Params, pathlib.Path]:
     """Sizes, float32 master weights sharded as `param_shardings(config, mesh)`, and the folder of the side files.
 
     `dtype` is that of the computation. ConversionError (one line) for anything that cannot be loaded, ValueError for an
-    impossible mesh.
+    impossible mesh. All processes of the mesh call it.
     """
     folder = find_source(source)
     cfg = dataclasses.replace(read_config(folder), dtype=dtype, remat=remat)
-    return cfg, read_params(folder, cfg, param_shardings(cfg, mesh), jnp.float32), folder
+    shardings = param_shardings(cfg, mesh)
+    return cfg, read_params(open_weights(folder, cfg), shardings, jnp.float32, report), folder
 
 
 def read_config(folder: pathlib.Path) -> DecoderConfig:
@@ -56,21 +60,78 @@ def read_config(folder: pathlib.Path) -> DecoderConfig:
 
 
 def read_params(
-    folder: pathlib.Path, cfg: DecoderConfig, shardings: Any = None, dtype: Any = None
+    weights: Sequence[Weights], shardings: Params, dtype: Any, report: Report = silent
 ) -> Params:
-    """Parameters of an HF or a converted folder, each device reading its own part.
+    """The parameters, each cast to `dtype` and in its NamedSharding of `shardings`. All processes call it."""
+    given: dict[Any, Any] = flatten_dict(shardings)
+    total = sum(w.nbytes for w in weights)
 
-    `shardings` None: on the first CPU device. `dtype` None: as stored, a stacked parameter in the widest of its layers' dtypes.
+    def advance(moved: int) -> None:
+        report(moved, total)
+
+    return unflatten_dict(place(weights, given, jnp.dtype(dtype), advance))
+
+
+def open_weights(folder: pathlib.Path, cfg: DecoderConfig) -> list[Weights]:
+    """Every parameter of an HF folder, a converted folder, or an Orbax checkpoint of parameters, to be read in parts.
+
+    ConversionError when they are not those of `cfg`.
     """
     if is_converted(folder):
-        abstract = _abstract(cfg, manifest_dtypes(folder, cfg), shardings, dtype)
-        return _restore(folder, unflatten_dict(abstract))
+        manifest_dtypes(folder, cfg)
+        return [_in_store(spec, folder / PARAMS) for spec in table(cfg)]
+    if store.is_checkpoint(folder):
+        return [_in_store(spec, folder) for spec in table(cfg)]
+    stored = checked_scan(folder, cfg)
+    return [_in_hf_files(spec, stored) for spec in table(cfg)]
+
+
+def checked_scan(folder: pathlib.Path, cfg: DecoderConfig) -> dict[str, Stored]:
+    """Every tensor of an HF folder that has to be read; a stored copy of a tied embedding is the embedding's twin."""
     stored = scan(folder)
     _check_tensors(folder, cfg, stored)
-    stored_dtypes = {name: tensor.dtype for name, tensor in stored.items()}
-    abstract = _abstract(cfg, stored_dtypes, shardings, dtype)
-    leaves = {s.path: _read_leaf(s, stored, abstract[s.path]) for s in table(cfg)}
-    return unflatten_dict(leaves)
+    if cfg.tied and HEAD in stored:
+        stored[EMBED] = dataclasses.replace(stored[EMBED], twin=stored.pop(HEAD))
+    return stored
+
+
+def widest(spec: Spec, stored: Mapping[str, Stored]) -> np.dtype:
+    """The dtype of a parameter: the one that holds the values of all its tensors."""
+    return jnp.result_type(*{DTYPES[stored[name].dtype] for name in spec.hf_names()})
+
+
+def _in_hf_files(spec: Spec, stored: Mapping[str, Stored]) -> Weights:
+    stack = spec.stack or (1,)
+    dtype = widest(spec, stored)
+    names = np.asarray(spec.hf_names()).reshape(stack)
+
+    def read(index: Slices) -> np.ndarray:
+        asked, rows = names[index[: len(stack)]], index[len(stack)]
+        tensors = [stored[str(name)].read(rows).astype(dtype, copy=False) for name in asked.flat]
+        found = tensors[0][None] if len(tensors) == 1 else np.stack(tensors)
+        return found.reshape(*asked.shape, *found.shape[1:])
+
+    chunk = (*(1 for _ in stack), 1, *spec.hf_shape[1:])
+    return Weights(spec, (*stack, *spec.hf_shape), chunk, dtype, True, read)
+
+
+def _in_store(spec: Spec, folder: pathlib.Path) -> Weights:
+    array = store.open_array(folder, spec.path)
+    if tuple(array.shape) != spec.shape:
+        raise ConversionError(
+            f"{folder}: parameter {'.'.join(spec.path)} is of shape {tuple(array.shape)}; config.json needs {spec.shape}"
+        )
+
+    def read(index: Slices) -> np.ndarray:
+        return store.read(folder, spec.path, array, index)
+
+    def read_single(index: Slices) -> np.ndarray:
+        return read(index[1:])[None]
+
+    chunk, dtype = tuple(array.chunk_layout.read_chunk.shape), np.dtype(array.dtype.numpy_dtype)
+    if spec.stack:
+        return Weights(spec, spec.shape, chunk, dtype, False, read)
+    return Weights(spec, (1, *spec.shape), (1, *chunk), dtype, False, read_single)
 
 
 def manifest_dtypes(folder: pathlib.Path, cfg: DecoderConfig) -> dict[str, str]:
@@ -88,50 +149,6 @@ def manifest_dtypes(folder: pathlib.Path, cfg: DecoderConfig) -> dict[str, str]:
             f"{folder / MANIFEST}: its tensors are not those of config.json; convert the model again"
         )
     return tensors
-
-
-def _abstract(
-    cfg: DecoderConfig, stored_dtypes: Mapping[str, str], shardings: Any, dtype: Any
-) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
-    """Shape, dtype and sharding of every parameter that is read, by its path."""
-    host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    given = None if shardings is None else flatten_dict(shardings)
-    abstract = {}
-    for spec in table(cfg):
-        widest = jnp.result_type(*{DTYPES[stored_dtypes[name]] for name in spec.hf_names()})
-        sharding = host if given is None else given[spec.path]
-        abstract[spec.path] = jax.ShapeDtypeStruct(spec.shape, dtype or widest, sharding=sharding)
-    return abstract
-
-
-def _restore(folder: pathlib.Path, abstract: Params) -> Params:
-    """Reads the Orbax checkpoint of a converted folder."""
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore((folder / "params").absolute(), abstract)
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConversionError(
-            f"{folder / 'params'}: not a readable checkpoint ({reason}); convert the model again"
-        ) from error
-
-
-def _read_leaf(
-    spec: Spec, stored: Mapping[str, Stored], abstract: jax.ShapeDtypeStruct
-) -> jax.Array:
-    """One parameter, from callbacks that each read the part of one device."""
-
-    def read_layer(name: str, index: Slices) -> np.ndarray:
-        part = spec.read(lambda hf_index: stored[name].read(name, hf_index), index)
-        return part.astype(abstract.dtype)
-
-    def read(index: Slices | None) -> np.ndarray:
-        index = (slice(None),) * len(spec.shape) if index is None else index
-        if spec.layers is None:
-            return read_layer(spec.hf_name, index)
-        return np.stack([read_layer(name, index[1:]) for name in spec.hf_names()[index[0]]])
-
-    return jax.make_array_from_callback(spec.shape, abstract.sharding, read)
 
 
 def _check_tensors(folder: pathlib.Path, cfg: DecoderConfig, stored: Mapping[str, Stored]) -> None:
@@ -157,20 +174,6 @@ def _check_tensors(folder: pathlib.Path, cfg: DecoderConfig, stored: Mapping[str
     named = [f"{kind}: {_shorten(names)}" for kind, names in faults.items() if names]
     if named:
         raise ConversionError(f"model folder {folder} ({cfg.family}): {'; '.join(named)}")
-    if cfg.tied and HEAD in shapes:
-        _check_tied_head(folder, stored)
-
-
-def _check_tied_head(folder: pathlib.Path, stored: Mapping[str, Stored]) -> None:
-    rows = stored[EMBED].shape[0]
-    for start in range(0, rows, _COMPARED_ROWS):
-        part = (slice(start, min(start + _COMPARED_ROWS, rows)), slice(None))
-        embed, head = (stored[name].read(name, part) for name in (EMBED, HEAD))
-        if embed.dtype != head.dtype or embed.tobytes() != head.tobytes():
-            raise ConversionError(
-                f"model folder {folder}: tie_word_embeddings is true, but {HEAD} differs from {EMBED}; "
-                "set tie_word_embeddings false or remove the tensor"
-            )
 
 
 def _shorten(names: list[str]) -> str:

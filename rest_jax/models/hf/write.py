@@ -1,94 +1,182 @@
 """Writing models: a converted folder in the source's own dtypes, and an HF folder that transformers loads.
 
 `convert(source, out)` writes parameters as an Orbax checkpoint with the side files and a manifest of the source's dtypes;
-`export(params, files, out)` writes safetensors, and `export(convert(x))` equals x bit for bit. Both write all or nothing.
+`export(weights, files, out)` writes safetensors, and `export(convert(x))` equals x bit for bit. Both write all or nothing, on
+the host alone, and go from tensor to tensor: a few copies of one are in memory, whatever the size of the model.
 """
 
-import functools
+import collections
+import itertools
+import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
-from jax.experimental import multihost_utils
 
 from rest_jax.files import atomic_folder
 from rest_jax.models.config import DecoderConfig
+from rest_jax.models.hf import store
 from rest_jax.models.hf.config import ConversionError
 from rest_jax.models.hf.folder import (
-    DTYPES,
     MANIFEST,
     MANIFEST_FORMAT,
-    MAX_SHARD_BYTES,
-    LazyTensor,
+    PARAMS,
     copy_side_files,
     find_source,
     is_converted,
     read_json,
     scan,
+    write_index,
     write_json,
-    write_shards,
 )
-from rest_jax.models.hf.read import manifest_dtypes, read_config, read_params
-from rest_jax.models.hf.table import EMBED, HEAD, NORM, Spec, expected_shapes, table
+from rest_jax.models.hf.placement import Weights
+from rest_jax.models.hf.read import (
+    Report,
+    checked_scan,
+    manifest_dtypes,
+    open_weights,
+    read_config,
+    silent,
+    widest,
+)
+from rest_jax.models.hf.safetensors import DTYPES, Stored, TensorType, lay_out
+from rest_jax.models.hf.table import (
+    EMBED,
+    HEAD,
+    NORM,
+    Slices,
+    Spec,
+    copy_in_order,
+    expected_shapes,
+    table,
+)
 from rest_jax.types import Params
 
-Leaves = Mapping[tuple[str, ...], Any]  # parameters by path
+MAX_SHARD_BYTES = 5 * 10**9
+_PART_BYTES = 2**27  # of a tensor that needs no transposition, and of writes under way
 
 
-def convert(source: str, out: str | pathlib.Path) -> None:
+def convert(source: str, out: str | pathlib.Path, report: Report = silent) -> None:
     """Writes a converted folder: `params/` (Orbax, the source's dtypes), side files, the manifest.
 
-    All or nothing. Runs on the host: it needs memory for the model once, in its stored dtype.
+    All or nothing. The files of the source are read once, one after the other.
     """
     folder = find_source(source)
     if is_converted(folder):
         raise ConversionError(f"model {source}: already a converted folder")
+    cfg = read_config(folder)
+    stored = checked_scan(folder, cfg)
     with atomic_folder(out) as work:
-        params = read_params(folder, read_config(folder))
         copy_side_files(folder, work)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(work / "params", params)
-        stored = {name: tensor.dtype for name, tensor in scan(folder).items()}
-        write_json(work / MANIFEST, {"format": MANIFEST_FORMAT, "tensors": stored})
+        _fill_store(work / PARAMS, stored, cfg, report)
+        dtypes = {name: tensor.dtype for name, tensor in scan(folder).items()}
+        write_json(work / MANIFEST, {"format": MANIFEST_FORMAT, "tensors": dtypes})
 
 
 def export(
-    params: Params | str | pathlib.Path,
+    weights: Params | str | pathlib.Path,
     files: str | pathlib.Path,
     out: str | pathlib.Path,
     dtype: str | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    report: Report = silent,
 ) -> None:
-    """Writes an HF folder from parameters (or a model folder) and the folder `files` they came from.
+    """Writes an HF folder from `weights` and the folder `files` they came from.
 
-    All or nothing. Tensors, dtypes and the presence of a tied head are those of `files`; `dtype`
-    (float32, bfloat16, float16) overrides the dtypes. Several hosts: all call it, the first writes.
+    `weights` are parameters this process holds, a model folder, or an Orbax checkpoint of parameters. Tensors, dtypes and the
+    presence of a tied head are those of `files`; `dtype` (float32, bfloat16, float16) overrides the dtypes. All or nothing.
     """
     files = pathlib.Path(files)
     cfg = read_config(files)
-    if isinstance(params, (str, pathlib.Path)):
-        params = read_params(find_source(str(params)), cfg)
-    leaves = flatten_dict(params)
-    _check_leaves(leaves, cfg)
+    on_disk = isinstance(weights, (str, pathlib.Path))
+    opened = open_weights(pathlib.Path(weights), cfg) if on_disk else _in_memory(weights, cfg)
     dtypes = _recorded_dtypes(files, cfg)
     if dtype is not None:
         dtypes = dict.fromkeys(dtypes, _dtype_name(dtype))
-    tensors = _lazy_tensors(leaves, cfg, dtypes)
-    if jax.process_index() != 0:
-        for _, _, make in tensors:
-            make()  # takes part in the gathers
-        return
     with atomic_folder(out) as work:
         copy_side_files(files, work)
         if dtype is not None:
             hf = read_json(work / "config.json")
             key = "torch_dtype" if "torch_dtype" in hf else "dtype"
             write_json(work / "config.json", {**hf, key: dtype})
-        write_shards(work, tensors, max_shard_bytes)
+        placed = lay_out(work, _tensor_types(cfg, dtypes), MAX_SHARD_BYTES)
+        write_index(work, placed)
+        total = sum(tensor.nbytes for tensor in placed.values())
+        for source in opened:
+            for name, first, values in _hf_parts(source):
+                copies = [name, HEAD] if name == EMBED and cfg.tied and HEAD in dtypes else [name]
+                for tensor in (placed[copy] for copy in copies):
+                    tensor.write(values.astype(DTYPES[tensor.dtype], copy=False), first)
+                    report(len(values) * tensor.row_bytes, total)
+
+
+def _fill_store(
+    folder: pathlib.Path, stored: Mapping[str, Stored], cfg: DecoderConfig, report: Report
+) -> None:
+    """Writes every tensor into its place in a store, in the order in which the files hold them."""
+    specs = table(cfg)
+    shapes = {s.path: jax.ShapeDtypeStruct(s.shape, widest(s, stored)) for s in specs}
+    arrays = store.create(folder, shapes, {s.path: len(s.stack) for s in specs})
+    places = {
+        name: (spec, index)
+        for spec in specs
+        for index, name in zip(np.ndindex(*spec.stack), spec.hf_names(), strict=True)
+    }
+    total = sum(stored[name].nbytes for name in places)
+    writes: collections.deque[tuple[Any, int]] = collections.deque()
+    for name in sorted(places, key=lambda name: (stored[name].file, stored[name].offset)):
+        spec, index = places[name]
+        tensor, array = stored[name], arrays[spec.path]
+        # Parts of a chunk would be written by reading the rest of it.
+        chunk = array.chunk_layout.read_chunk.shape[len(index)]
+        chunk = chunk if spec.as_in_hf else tensor.shape[0]
+        for rows in _row_parts(tensor.shape[0], tensor.row_bytes, chunk):
+            values = tensor.read(rows).astype(shapes[spec.path].dtype, copy=False)
+            part = (*index, rows) if spec.as_in_hf else index
+            ours = values if spec.as_in_hf else copy_in_order(spec.to_ours(values))
+            write = array[part].write(ours)
+            write.commit.force()
+            writes.append((write, values.nbytes))
+            report((rows.stop - rows.start) * tensor.row_bytes, total)
+            # Two are under way at least: one is encoded while the next is read.
+            while len(writes) > 2 and sum(size for _, size in writes) > _PART_BYTES:
+                writes.popleft()[0].result()
+    for write, _ in writes:
+        write.result()
+
+
+def _row_parts(rows: int, row_bytes: int, chunk: int) -> Iterator[slice]:
+    """`rows` in parts of about _PART_BYTES, but in whole chunks of `chunk` rows."""
+    step = chunk * max(1, _PART_BYTES // (row_bytes * chunk))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _hf_parts(weights: Weights) -> Iterator[tuple[str, int, np.ndarray]]:
+    """(HF tensor, number of the first row, rows) of one parameter, as its source has them together."""
+    spec = weights.spec
+    stack = spec.stack or (1,)
+    names = np.asarray(spec.hf_names()).reshape(stack)
+    own = weights.shape[len(stack) :]
+    divisible = weights.in_hf_layout or spec.as_in_hf
+    row_bytes = math.prod(own[1:]) * weights.dtype.itemsize
+    chunk = weights.chunk[len(stack)] if divisible else own[0]
+    for block in _blocks(stack, weights.chunk[: len(stack)]):
+        for rows in _row_parts(own[0], row_bytes, chunk):
+            rest = tuple(slice(0, n) for n in own[1:])
+            values = weights.read((*block, rows, *rest))
+            for at, name in np.ndenumerate(names[block]):
+                one = values[at]
+                yield str(name), rows.start, one if divisible else spec.to_hf(one)
+
+
+def _blocks(shape: tuple[int, ...], step: tuple[int, ...]) -> Iterator[Slices]:
+    ranges = (range(0, n, k) for n, k in zip(shape, step, strict=True))
+    for starts in itertools.product(*ranges):
+        yield tuple(slice(a, min(a + k, n)) for a, k, n in zip(starts, step, shape, strict=True))
 
 
 def _recorded_dtypes(files: pathlib.Path, cfg: DecoderConfig) -> dict[str, str]:
@@ -113,40 +201,37 @@ def _dtype_name(dtype: str) -> str:
     return names[dtype]
 
 
-def _lazy_tensors(
-    leaves: Leaves, cfg: DecoderConfig, dtypes: Mapping[str, str]
-) -> list[LazyTensor]:
+def _tensor_types(cfg: DecoderConfig, dtypes: Mapping[str, str]) -> list[TensorType]:
     """Every tensor to write, in the order of HF: embedding, layers, norm, head."""
-    lazy: dict[str, LazyTensor] = {}
-    for spec in table(cfg):
-        leaf = leaves[spec.path]
-        for layer, name in enumerate(spec.hf_names()):
-            copies_to_head = name == EMBED and cfg.tied and HEAD in dtypes
-            for hf_name in [name, HEAD] if copies_to_head else [name]:
-                dtype = DTYPES[dtypes[hf_name]]
-                make = functools.partial(_make_tensor, spec, leaf, layer, dtype)
-                lazy[hf_name] = (hf_name, int(np.prod(spec.hf_shape)) * dtype.itemsize, make)
-    layers = [n for i in range(cfg.n_layers) for n in lazy if n.startswith(f"model.layers.{i}.")]
-    return [lazy[name] for name in (EMBED, *layers, NORM, HEAD) if name in lazy]
+    shapes = dict(expected_shapes(cfg))
+    if cfg.tied and HEAD in dtypes:
+        shapes[HEAD] = shapes[EMBED]
+    layers = [n for i in range(cfg.n_layers) for n in shapes if n.startswith(f"model.layers.{i}.")]
+    names = [name for name in (EMBED, *layers, NORM, HEAD) if name in shapes]
+    return [TensorType(name, dtypes[name], shapes[name]) for name in names]
 
 
-def _make_tensor(spec: Spec, leaf: Any, layer: int, dtype: np.dtype) -> np.ndarray:
-    """The HF tensor of one layer of a parameter."""
-    return spec.to_hf(_on_host(leaf if spec.layers is None else leaf[layer]).astype(dtype))
+def _in_memory(params: Params, cfg: DecoderConfig) -> list[Weights]:
+    """Parameters that this process holds, as weights to be read in parts."""
+    leaves = flatten_dict(params)
+    return [_leaf_weights(spec, leaves.get(spec.path)) for spec in table(cfg)]
 
 
-def _check_leaves(leaves: Leaves, cfg: DecoderConfig) -> None:
-    for spec in table(cfg):
-        leaf = leaves.get(spec.path)
-        if leaf is None or leaf.shape != spec.shape:
-            fault = "missing" if leaf is None else f"of shape {leaf.shape}"
-            raise ConversionError(
-                f"parameter {'.'.join(spec.path)} is {fault}; config.json needs {spec.shape}"
-            )
+def _leaf_weights(spec: Spec, leaf: Any) -> Weights:
+    if leaf is None or leaf.shape != spec.shape:
+        fault = "missing" if leaf is None else f"of shape {leaf.shape}"
+        raise ConversionError(
+            f"parameter {'.'.join(spec.path)} is {fault}; config.json needs {spec.shape}"
+        )
 
+    stack = spec.stack or (1,)
+    own = spec.shape[len(spec.stack) :]
+    ones = tuple(1 for _ in stack)
 
-def _on_host(x: Any) -> np.ndarray:
-    """The complete array; one that several processes hold is gathered, which all of them must ask for."""
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-    return np.asarray(x)
+    def read(index: Slices) -> np.ndarray:
+        # By number: jax compiles a slice for each of its starts.
+        tensor = leaf[tuple(part.start for part in index[: len(spec.stack)])]
+        return np.asarray(tensor).reshape(*ones, *own)
+
+    chunk = (*ones, *own)
+    return Weights(spec, (*stack, *own), chunk, jnp.dtype(leaf.dtype), False, read)
