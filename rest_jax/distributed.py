@@ -1,9 +1,10 @@
 """The mesh, the one table from logical axis names to mesh axes, and what passes between a process and the mesh.
 
-Modules name logical axes only ("embed", "heads", ..); `RULES` says which mesh axes (data, fsdp, tensor,
-expert) hold them. Train layout: weights split over fsdp and tensor. Rollout layout: over tensor only, so
-that decoding gathers no weights. `activate(mesh)` around a run makes the decoder pin its activations to
-the batch axes. All axes are Auto: XLA places the collectives from the shardings of inputs and outputs.
+Modules name logical axes only ("embed", "heads", ..); `RULES` says which mesh axes (data, fsdp, expert,
+tensor) hold them. The batch is split over data, fsdp and expert. Train layout: weights are split over fsdp,
+expert and tensor. Rollout layout: over tensor, and experts over expert, so that decoding gathers no weights.
+`activate(mesh)` around a run makes the decoder pin its activations to the batch axes. All axes are Auto: XLA
+places the collectives from the shardings of inputs and outputs; `models/moe.py` alone places its own.
 """
 
 import contextlib
@@ -21,27 +22,29 @@ from rest_jax.config import MeshConfig
 from rest_jax.errors import UserError
 
 Tree = TypeVar("Tree")
-AXES = ("data", "fsdp", "tensor", "expert")
-BATCH_AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": ("fsdp", "expert"),
+    "expert_embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
     "expert": "expert",
+    "router": None,
     "head_dim": None,
     "norm": None,
     "layers": None,
 }
-_UNSPLIT_IN_ROLLOUT = ("embed",)
+_UNSPLIT_IN_ROLLOUT = ("embed", "expert_embed")
 # Fewer kv heads than tensor devices: every device keeps them all.
 _REPLICATED_WHEN_FEW = ("kv_heads",)
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Mesh over `devices` (default: all) with axes data, fsdp, tensor, expert; -1 takes what is left.
+    """Mesh over `devices` (default: all) with axes data, fsdp, expert, tensor; -1 takes what is left.
 
     ValueError with both numbers when the sizes do not use exactly the devices there are.
     """
@@ -77,7 +80,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over data and fsdp."""
+    """The leading axis split over data, fsdp and expert."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -92,7 +95,8 @@ def check_batch(name: str, size: int, mesh: Mesh) -> None:
     if size % shards:
         raise UserError(
             f"{name} {size} does not divide over {shards} data shards "
-            f"(mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}); make it a multiple of {shards}"
+            f"(mesh {' x '.join(f'{axis} {mesh.shape[axis]}' for axis in BATCH_AXES)}); "
+            f"make it a multiple of {shards}"
         )
 
 
@@ -102,8 +106,8 @@ def logical_shardings(
     """NamedSharding of every parameter of `boxed` (abstract, with logical axis names), as a plain nested dict like
     the parameters themselves.
 
-    A dimension its mesh axis does not divide is an error naming tensor, dimension and axis size; only
-    kv heads fewer than the tensor axis are replicated instead.
+    A dimension its mesh axis does not divide is an error naming tensor, dimension and axis size; only kv heads fewer
+    than the tensor axis are replicated instead, and of several mesh axes that do not divide it the first alone is taken.
     """
 
     def sharding_of(path: tuple[Any, ...], box: Any) -> NamedSharding:
@@ -140,24 +144,29 @@ def tree_shardings_like(tree: Any, params: Any, shardings: Any) -> Any:
     return jax.tree_util.tree_map_with_path(sharding_of, tree)
 
 
-def _mesh_axis(name: str, axis: str, size: int, mesh: Mesh, layout: str) -> str | None:
+def _mesh_axis(
+    name: str, axis: str, size: int, mesh: Mesh, layout: str
+) -> str | tuple[str, ...] | None:
     target = RULES[axis]
     if target is None or (layout == "rollout" and axis in _UNSPLIT_IN_ROLLOUT):
         return None
-    assert isinstance(target, str)  # parameters never carry the batch axis
-    devices = mesh.shape[target]
+    first, *others = (target,) if isinstance(target, str) else target
+    joined = (first, *(other for other in others if mesh.shape[other] > 1))
+    if len(joined) > 1 and size % math.prod(mesh.shape[part] for part in joined) == 0:
+        return joined
+    devices = mesh.shape[first]
     if size % devices == 0:
-        return target
+        return first
     if axis in _REPLICATED_WHEN_FEW and size < devices:
         return None
     raise UserError(
-        f"parameter {name}: its {axis} dimension {size} does not divide over mesh axis {target} {devices}; "
-        f"choose a {target} size that divides {size}"
+        f"parameter {name}: its {axis} dimension {size} does not divide over mesh axis {first} {devices}; "
+        f"choose a {first} size that divides {size}"
     )
 
 
 def to_mesh(tree: Tree, mesh: Mesh) -> Tree:
-    """Leaves: this process's rows [P_local, ...] -> global arrays, first axis sharded over (data, fsdp)."""
+    """Leaves: this process's rows [P_local, ...] -> global arrays, first axis sharded over BATCH_AXES."""
     sharding = batch_sharding(mesh)
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)

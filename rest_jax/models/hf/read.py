@@ -121,15 +121,16 @@ def _read_leaf(
 ) -> jax.Array:
     """One parameter, from callbacks that each read the part of one device."""
 
-    def read_layer(name: str, index: Slices) -> np.ndarray:
+    def read_one(name: str, index: Slices) -> np.ndarray:
         part = spec.read(lambda hf_index: stored[name].read(name, hf_index), index)
         return part.astype(abstract.dtype)
 
     def read(index: Slices | None) -> np.ndarray:
         index = (slice(None),) * len(spec.shape) if index is None else index
-        if spec.layers is None:
-            return read_layer(spec.hf_name, index)
-        return np.stack([read_layer(name, index[1:]) for name in spec.hf_names()[index[0]]])
+        depth = len(spec.stack)
+        names = np.array(spec.hf_names()).reshape(spec.stack)[index[:depth]]
+        parts = np.stack([read_one(str(name), index[depth:]) for name in names.flat])
+        return parts.reshape(*names.shape, *parts.shape[1:])
 
     return jax.make_array_from_callback(spec.shape, abstract.sharding, read)
 

@@ -120,19 +120,19 @@ def _lazy_tensors(
     lazy: dict[str, LazyTensor] = {}
     for spec in table(cfg):
         leaf = leaves[spec.path]
-        for layer, name in enumerate(spec.hf_names()):
+        for index, name in zip(np.ndindex(*spec.stack), spec.hf_names(), strict=True):
             copies_to_head = name == EMBED and cfg.tied and HEAD in dtypes
             for hf_name in [name, HEAD] if copies_to_head else [name]:
                 dtype = DTYPES[dtypes[hf_name]]
-                make = functools.partial(_make_tensor, spec, leaf, layer, dtype)
+                make = functools.partial(_make_tensor, spec, leaf, index, dtype)
                 lazy[hf_name] = (hf_name, int(np.prod(spec.hf_shape)) * dtype.itemsize, make)
     layers = [n for i in range(cfg.n_layers) for n in lazy if n.startswith(f"model.layers.{i}.")]
     return [lazy[name] for name in (EMBED, *layers, NORM, HEAD) if name in lazy]
 
 
-def _make_tensor(spec: Spec, leaf: Any, layer: int, dtype: np.dtype) -> np.ndarray:
-    """The HF tensor of one layer of a parameter."""
-    return spec.to_hf(_on_host(leaf if spec.layers is None else leaf[layer]).astype(dtype))
+def _make_tensor(spec: Spec, leaf: Any, index: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """The HF tensor at `index` of the stacked axes of a parameter."""
+    return spec.to_hf(_on_host(leaf[index] if index else leaf).astype(dtype))
 
 
 def _check_leaves(leaves: Leaves, cfg: DecoderConfig) -> None:
