@@ -107,14 +107,8 @@ def test_fields_of_unequal_length_are_refused():
 
 
 # data, fsdp, tensor, expert
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (1, 2, 1, 2),
-        *(pytest.param(m, marks=pytest.mark.slow) for m in [(1, 1, 1, 4), (2, 1, 2, 2)]),
-    ],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 2, 1, 2), (1, 1, 1, 4), (2, 1, 2, 2)], ids=str)
 def test_devices_do_not_change_the_ids_of_experts(shape):
     one = tiny.rollout(tiny.prompts(), experts=4, record_routes=True)
     many = tiny.rollout(tiny.prompts(), shape=shape, experts=4, record_routes=True)
@@ -123,7 +117,7 @@ def test_devices_do_not_change_the_ids_of_experts(shape):
     jax.tree.map(np.testing.assert_array_equal, one.routes, many.routes)
 
 
-@pytest.mark.parametrize("layers", ["scan", "unroll"])
+@pytest.mark.parametrize("layers", [pytest.param("scan", marks=pytest.mark.slow), "unroll"])
 def test_experts_teacher_forced_are_those_recorded(layers):
     out = tiny.rollout(tiny.prompts(), experts=4, layers=layers, record_routes=True)
     batch = jax.tree.map(jnp.asarray, out.replace(routes=None))
