@@ -119,7 +119,8 @@ class Experts(nn.Module):
         )
         valid = valid_positions(layout, x.shape[:2])
         routing = route(x, router, replayed, cfg)
-        self.sow("router", "record", record(routing, valid), reduce_fn=lambda _, new: new)
+        done: Any = record(routing, valid)
+        self.sow("router", "record", done, reduce_fn=lambda _, new: new)
         return mix_experts(x, routing, valid, experts, cfg)
 
 
@@ -196,10 +197,11 @@ def apply_routed(
     decoder: Decoder, params: Params, *inputs: Any, **options: Any
 ) -> tuple[Any, Any, RouterRecord | None]:
     """What `decoder.apply` returns for these inputs, and what the routers of all layers did; None without experts."""
+    apply: Any = decoder.apply
     if not decoder.cfg.n_experts:
-        return *decoder.apply({"params": params}, *inputs, **options), None
-    out: Any = decoder.apply({"params": params}, *inputs, **options, mutable=["router"])
-    (hidden, kv), sown = out[0], out[1]["router"]
+        return *apply({"params": params}, *inputs, **options), None
+    (hidden, kv), state = apply({"params": params}, *inputs, **options, mutable=["router"])
+    sown = state["router"]
     if decoder.cfg.layers == "scan":
         return hidden, kv, sown["blocks"]["mlp"]["record"]
     layers = [sown[f"block_{i}"]["mlp"]["record"] for i in range(decoder.cfg.n_layers)]

@@ -15,7 +15,7 @@ group gather each other's tokens, compute what goes to their own experts, and su
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +122,8 @@ def mix_experts(
     rows = PartitionSpec(BATCH_AXES)
     if mesh.empty or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
         return _compute_groups(x, chosen, routing.weight, experts, cfg)
-    wide, narrow = (PartitionSpec("expert", *spec) for spec in ((None, "tensor"), ("tensor", None)))
+    wide: Any = PartitionSpec("expert", None, "tensor")
+    narrow: Any = PartitionSpec("expert", "tensor", None)
     on_device = jax.shard_map(
         functools.partial(_compute_on_device, cfg=cfg),
         in_specs=(rows, rows, rows, ExpertWeights(wide, wide, narrow)),
@@ -133,18 +134,19 @@ def mix_experts(
 
 def _compute_on_device(x, chosen, weight, experts: ExpertWeights, cfg: DecoderConfig):
     """This device's rows, from the experts of all devices of its expert group."""
-    gathered = [jax.lax.all_gather(a, "expert", tiled=True) for a in (x, chosen, weight)]
-    gathered[1] -= jax.lax.axis_index("expert") * experts.gate.shape[0]
-    if (parts := _count_parts(jax.lax.axis_size("expert"), gathered[1].size)) == 1:
-        partial = _compute_groups(*gathered, experts, cfg)
+    x, chosen, weight = (jax.lax.all_gather(a, "expert", tiled=True) for a in (x, chosen, weight))
+    chosen = chosen - jax.lax.axis_index("expert") * experts.gate.shape[0]
+
+    def compute(part):
+        return _compute_groups(*part, experts=experts, cfg=cfg)
+
+    parts = _count_parts(jax.lax.axis_size("expert"), chosen.size)
+    if parts == 1:
+        partial = compute((x, chosen, weight))
     else:
-
-        def compute(part):
-            return _compute_groups(*part, experts, cfg)
-
         compute = compute if cfg.remat == "none" else jax.checkpoint(compute)
-        partial = jax.lax.map(compute, [a.reshape(parts, -1, *a.shape[1:]) for a in gathered])
-        partial = partial.reshape(-1, *x.shape[1:])
+        cut = [a.reshape(parts, -1, *a.shape[1:]) for a in (x, chosen, weight)]
+        partial = jax.lax.map(compute, cut).reshape(x.shape)
     mine = jax.lax.psum_scatter(partial, "expert", tiled=True)
     return jax.lax.psum(mine, "tensor")
 

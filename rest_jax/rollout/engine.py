@@ -164,8 +164,9 @@ def prefill(
             decoder, params, tokens, positions, layout, return_kv=True
         )
         last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
-        recorded = router is not None and settings.record_routes
-        routes = compact(router.chosen, decoder.cfg) if recorded else None
+        routes = None
+        if router is not None and settings.record_routes:
+            routes = compact(router.chosen, decoder.cfg)
         return Prefilled(k, v, last, length, routes)
 
 
@@ -247,6 +248,7 @@ def decode(
                 decoder, params, token, cache.positions, cache.layout, cache
             )
         if settings.record_routes:
+            assert router is not None  # only models with experts are asked to
             drawn = (*drawn, compact(router.chosen, decoder.cfg))
         out = tuple(x.at[t].set(y) for x, y in zip(out, drawn, strict=True))
         state = dataclasses.replace(state, cache=cache, hidden=hidden, alive=state.alive & ~stopped)
