@@ -25,10 +25,10 @@ from rest_jax.models.hf.folder import write_json
 from rest_jax.models.hf.read import load_model
 from rest_jax.models.hf.write import export
 from rest_jax.models.policy import Policy
+from rest_jax.models.presets import PRESETS, preset
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.rollout.scheduler import Sampler, make_sampler
 from rest_jax.types import PromptBatch, Sampling
-from tests.presets import PRESETS
 
 MODEL_A = DecoderConfig(
     family="qwen3",
@@ -44,7 +44,7 @@ MODEL_A = DecoderConfig(
     tied=True,
     max_positions=40_960,
 )
-NAMED = {"model-a": MODEL_A, **PRESETS}
+NAMED = {"model-a": MODEL_A, **{name: preset(name) for name in PRESETS}}
 _ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
 

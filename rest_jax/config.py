@@ -96,6 +96,7 @@ class RolloutConfig(Section):
         None  # devices that share the weights of a rollout; None: mesh.tensor
     )
     prompt_cache_entries: PositiveInt | None = None  # None: 4 x decode_slots / group_size
+    replay_routing: bool = False  # the update takes the experts that the sampler's routers chose
     staleness: Literal[0, 1] = 0  # 1: step s + 1 is sampled before update s; needs tis_cap
 
 
@@ -214,6 +215,7 @@ class LossConfig(Section):
     kl_coefficient: NonNegativeFloat = 0.0
     kl_estimator: Literal["k2", "k3"] = "k3"
     entropy_coefficient: NonNegativeFloat = 0.0
+    load_balance_coefficient: NonNegativeFloat = 0.0  # of the experts, within each group
     vocab_chunk: PositiveInt = 128  # response tokens a row whose logits exist at once
 
 

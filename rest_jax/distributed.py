@@ -1,9 +1,10 @@
 """The mesh, the one table from logical axis names to mesh axes, and what passes between a process and the mesh.
 
 Modules name logical axes only ("embed", "heads", ..); `RULES` says which mesh axes (data, fsdp, expert,
-tensor) hold them. Train layout: weights split over fsdp and tensor. Rollout layout: over tensor only, so
-that decoding gathers no weights. `activate(mesh)` around a run makes the decoder pin its activations to
-the batch axes. All axes are Auto: XLA places the collectives from the shardings of inputs and outputs.
+tensor) hold them. The batch is split over data, fsdp and expert. Train layout: weights are split over fsdp,
+expert and tensor. Rollout layout: over tensor, and experts over expert, so that decoding gathers no weights.
+`activate(mesh)` around a run makes the decoder pin its activations to the batch axes. All axes are Auto: XLA
+places the collectives from the shardings of inputs and outputs; `models/moe.py` alone places its own.
 """
 
 import collections
@@ -27,16 +28,18 @@ BATCH_AXES = AXES[:-1]
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": ("fsdp", "expert"),
+    "expert_embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
     "expert": "expert",
+    "router": None,
     "head_dim": None,
     "norm": None,
     "layers": None,
 }
-_UNSPLIT_IN_ROLLOUT = ("embed",)
+_UNSPLIT_IN_ROLLOUT = ("embed", "expert_embed")
 # Fewer kv heads than tensor devices: every device keeps them all.
 _REPLICATED_WHEN_FEW = ("kv_heads",)
 
@@ -188,8 +191,8 @@ def logical_shardings(
     """NamedSharding of every parameter of `boxed` (abstract, with logical axis names), as a plain nested dict like
     the parameters themselves.
 
-    A dimension its mesh axis does not divide is an error naming tensor, dimension and axis size; only
-    kv heads fewer than the tensor axis are replicated instead.
+    A dimension its mesh axis does not divide is an error naming tensor, dimension and axis size; only kv heads fewer
+    than the tensor axis are replicated instead, and of several mesh axes that do not divide it the first alone is taken.
     """
 
     def sharding_of(path: tuple[Any, ...], box: Any) -> NamedSharding:
@@ -226,19 +229,24 @@ def tree_shardings_like(tree: Any, params: Any, shardings: Any) -> Any:
     return jax.tree_util.tree_map_with_path(sharding_of, tree)
 
 
-def _mesh_axis(name: str, axis: str, size: int, mesh: Mesh, layout: str) -> str | None:
+def _mesh_axis(
+    name: str, axis: str, size: int, mesh: Mesh, layout: str
+) -> str | tuple[str, ...] | None:
     target = RULES[axis]
     if target is None or (layout == "rollout" and axis in _UNSPLIT_IN_ROLLOUT):
         return None
-    assert isinstance(target, str)  # parameters never carry the batch axis
-    devices = mesh.shape[target]
+    first, *others = (target,) if isinstance(target, str) else target
+    joined = (first, *(other for other in others if mesh.shape[other] > 1))
+    if len(joined) > 1 and size % math.prod(mesh.shape[part] for part in joined) == 0:
+        return joined
+    devices = mesh.shape[first]
     if size % devices == 0:
-        return target
+        return first
     if axis in _REPLICATED_WHEN_FEW and size < devices:
         return None
     raise UserError(
-        f"parameter {name}: its {axis} dimension {size} does not divide over mesh axis {target} {devices}; "
-        f"choose a {target} size that divides {size}"
+        f"parameter {name}: its {axis} dimension {size} does not divide over mesh axis {first} {devices}; "
+        f"choose a {first} size that divides {size}"
     )
 
 

@@ -27,6 +27,7 @@ from rest_jax.distributed import (
 from rest_jax.errors import UserError
 from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
 from rest_jax.models.policy import Policy
+from rest_jax.rl.balance import check_experts
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import learning_rates, make_optimizer
 from rest_jax.rl.packing import BatchLengths, packing_metrics
@@ -49,6 +50,7 @@ def finetune(config: Config, dry_run: bool = False) -> int:
     check_supervised(config)
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     check_batch("sft.batch_size", config.sft.batch_size, policy.mesh)
+    check_experts(config, policy.config)
     cfg = config.data
     records, template = load_split(cfg.train, cfg, cfg.train_limit), TEMPLATES[cfg.template]
     data = prepare_supervised(records, policy.tokenizer, template, cfg, config.sft.max_tokens)

@@ -31,6 +31,7 @@ from rest_jax.distributed import (
 from rest_jax.errors import UserError
 from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
 from rest_jax.models.policy import Policy
+from rest_jax.rl.balance import check_experts
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import learning_rates, make_optimizer
 from rest_jax.rl.packing import BatchLengths, MicroBatch, assign_minibatches, packing_metrics
@@ -52,6 +53,7 @@ def train(config: Config, dry_run: bool = False, profile: int | None = None) -> 
     """
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     check_sizes(config, policy)
+    check_experts(config, policy.config)
     data, template = config.data, TEMPLATES[config.data.template]
     records = load_split(data.train, data, data.train_limit)
     prompts = tokenize(records, policy.tokenizer, template, data)
@@ -98,7 +100,9 @@ def train_steps(
                 if config.rollout.recompute_logprobs:
                     recomputed = rl.logprobs(state.params, scored.rollout, lengths)
                 if reference is not None:
-                    logp_ref = rl.logprobs(reference, scored.rollout, lengths).logp
+                    # Its routers choose for themselves: a route belongs to the policy that sampled.
+                    own = dataclasses.replace(scored.rollout, routes=None)
+                    logp_ref = rl.logprobs(reference, own, lengths).logp
                 batch, curriculum, prepared = rl.prepare(
                     scored, recomputed, logp_ref, minibatch, state.curriculum
                 )

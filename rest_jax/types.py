@@ -1,8 +1,8 @@
 """The array dataclasses that modules pass to each other, and the glossary of dimension letters.
 
 Letters: B batch rows, P prompts (= groups), G responses a prompt, T time, Tp prompt time, Tr response time, S cache positions,
-D model, N heads, K key/value heads, H head dim, F mlp, V vocabulary, L layers, R regions (tool_calls.NUM_REGIONS),
-W data shards.
+D model, N heads, K key/value heads, H head dim, F mlp, E experts, k experts of a token, V vocabulary, L layers, R regions
+(tool_calls.NUM_REGIONS), W data shards.
 
 Layout. The unit is the prompt group: one prompt and its G responses, each stored once. Prompts are right-padded
 (`prompt_length` says where they end); response token t of a group sits at position `prompt_length + t`.
@@ -20,7 +20,7 @@ from typing import Any, Protocol, Self
 
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 AnyArray = Any  # NumPy rows on the host, jax arrays on the mesh: the same record on both sides
 Params = Any  # nested dict of arrays: the "params" collection of the decoder
@@ -56,6 +56,18 @@ class GroupPicker(Protocol):
 
 
 @struct.dataclass
+class Routes:
+    """The experts that the sampler's routers chose, to be replayed in the update; uint8, or uint16 above 256 experts."""
+
+    prompt: UInt[AnyArray, "P Tp L k"]
+    responses: UInt[AnyArray, "P G Tr L k"]
+
+    def take(self, pick: GroupPicker) -> "Routes":
+        """The groups of a micro-batch."""
+        return Routes(pick.prompt(self.prompt), pick.tokens(self.responses))
+
+
+@struct.dataclass
 class ResponseBatch:
     """Prompts with G responses each: what a forward pass reads."""
 
@@ -63,6 +75,8 @@ class ResponseBatch:
     prompt_length: Int[AnyArray, " P"]  # int32
     responses: Int[AnyArray, "P G Tr"]  # int32
     response_length: Int[AnyArray, "P G"]  # int32
+    # None: the routers choose (or there are none)
+    routes: Routes | None = struct.field(default=None, kw_only=True)
 
     @property
     def mask(self) -> Bool[Array, "P G Tr"]:
@@ -82,6 +96,7 @@ class ResponseBatch:
             prompt_length=pick.groups(self.prompt_length, empty=1),
             responses=pick.tokens(self.responses),
             response_length=pick.groups(self.response_length),
+            routes=None if self.routes is None else self.routes.take(pick),
         )
 
 
@@ -107,6 +122,10 @@ class RolloutBatch(ResponseBatch):
         _check_shapes("RolloutBatch", self.responses.shape, self.logp, self.entropy, self.gini)
         _check_shapes("RolloutBatch", self.responses.shape[:2], self.response_length)
         _check_shapes("RolloutBatch", self.prompt.shape[:1], self.prompt_length)
+        if self.routes is not None:
+            choice = self.routes.prompt.shape[2:]
+            _check_shapes("RolloutBatch", (*self.prompt.shape, *choice), self.routes.prompt)
+            _check_shapes("RolloutBatch", (*self.responses.shape, *choice), self.routes.responses)
         return self
 
 

@@ -28,8 +28,10 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 CHECKED_MODULES = [
     "rest_jax.rl.masked",
     "rest_jax.models.attention",
+    "rest_jax.models.moe",
     "rest_jax.models.rope",
     "rest_jax.rl.advantages",
+    "rest_jax.rl.balance",
     "rest_jax.rl.curriculum",
     "rest_jax.rl.logprobs",
     "rest_jax.rl.loss",
@@ -79,20 +81,37 @@ def configs_dir() -> pathlib.Path:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory, configs_dir) -> pathlib.Path:
     """An HF folder: the quickstart's tokenizer, two random layers."""
+    return _random_model(tmp_path_factory.mktemp("model"), configs_dir, {})
+
+
+@pytest.fixture(scope="session")
+def expert_model(tmp_path_factory, configs_dir) -> pathlib.Path:
+    """The same with four experts a layer, of which a token has two."""
+    experts = {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    }
+    return _random_model(tmp_path_factory.mktemp("expert_model"), configs_dir, experts)
+
+
+def _random_model(folder: pathlib.Path, configs_dir: pathlib.Path, changes: dict) -> pathlib.Path:
     import jax
 
     from rest_jax.models.decoder import init_params
     from rest_jax.models.hf.config import decoder_config
     from rest_jax.models.hf.write import export
 
-    folder = tmp_path_factory.mktemp("model")
     files = folder / "files"
     ignore = shutil.ignore_patterns("*.safetensors")
     shutil.copytree(configs_dir / "quickstart_policy", files, ignore=ignore)
     path = files / "config.json"
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "intermediate_size": 64}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    raw = json.loads(path.read_text()) | sizes | heads
+    raw = json.loads(path.read_text()) | sizes | heads | changes
     raw.pop("layer_types", None)
     path.write_text(json.dumps(raw))
     params = jax.tree.map(lambda x: x * 3, init_params(decoder_config(raw), jax.random.key(0)))

@@ -120,6 +120,7 @@ def test_decoding_does_not_depend_on_the_mesh(sizes):
 def test_mesh_sizes():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2), jax.devices()[:8])
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
+    assert mesh.axis_names == ("data", "fsdp", "expert", "tensor")
     assert set(mesh.axis_types) == {AxisType.Auto}
     with pytest.raises(ValueError, match=r"3 does not divide the 4 devices"):
         mesh_of(3, -1, 1)
@@ -247,6 +248,25 @@ def test_parameter_layouts():
     assert rollout["head"].spec == PartitionSpec("tensor", None)
     params = nn.meta.unbox(abstract_params(CFG))
     assert jax.tree.structure(params) == jax.tree.structure(train) == jax.tree.structure(rollout)
+
+
+def test_experts_are_split_and_their_axis_is_never_idle():
+    """Rows and the other weights are split over it as well; what does not divide over both is split over fsdp."""
+    cfg = dataclasses.replace(CFG, family="qwen3_moe", d_ff=8, n_experts=4, experts_per_token=2)
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2), jax.devices()[:8])
+    assert sharding.num_data_shards(mesh) == 4
+    assert sharding.batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp", "expert"))
+    mlp = param_shardings(cfg, mesh)["blocks"]["mlp"]
+    assert mlp["gate"].spec == PartitionSpec(None, "expert", "fsdp", "tensor")
+    assert mlp["down"].spec == PartitionSpec(None, "expert", "tensor", "fsdp")
+    assert mlp["router"].spec == PartitionSpec(None, ("fsdp", "expert"), None)
+    placed = param_shardings(cfg, mesh)
+    assert placed["embed"].spec == PartitionSpec("tensor", ("fsdp", "expert"))
+    odd = dataclasses.replace(cfg, d_model=30)
+    assert param_shardings(odd, mesh)["embed"].spec == PartitionSpec("tensor", "fsdp")
+    rollout = param_shardings(cfg, mesh, layout="rollout")
+    assert rollout["blocks"]["mlp"]["gate"].spec == PartitionSpec(None, "expert", None, "tensor")
+    assert rollout["embed"].spec == PartitionSpec("tensor", None)
 
 
 def test_dimensions_that_do_not_divide():

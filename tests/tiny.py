@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rest_jax.config import CurriculumConfig, LossConfig, MeshConfig, OptimizerConfig, WeightsConfig
-from rest_jax.distributed import make_mesh
+from rest_jax.distributed import activate, make_mesh
 from rest_jax.models.cache import Cache
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import Decoder, init_params, unstack_layers
@@ -25,23 +26,32 @@ GROUP, TIME = 4, 12
 
 
 @functools.cache
-def decoder(remat: str = "none", layers: str = "scan") -> Decoder:
-    """Two layers of the Qwen3 kind, float32; every dimension divides by 4."""
-    sizes = ("qwen3", VOCAB, 32, 2, 4, 4, 8, 64)
-    return Decoder(DecoderConfig(*sizes, qk_norm=True, tied=True, remat=remat, layers=layers))
+def decoder(remat: str = "none", layers: str = "scan", experts: int = 0) -> Decoder:
+    """Two layers of the Qwen3 kind, float32; every dimension divides by 4. `experts`: two of them for every token."""
+    sizes = ("qwen3_moe" if experts else "qwen3", VOCAB, 32, 2, 4, 4, 8, 16 if experts else 64)
+    mixture = {"n_experts": experts, "experts_per_token": 2, "norm_topk": True} if experts else {}
+    options: dict[str, Any] = {"remat": remat, "layers": layers, **mixture}
+    return Decoder(DecoderConfig(*sizes, qk_norm=True, tied=True, **options))
 
 
 @functools.cache
-def params():
+def params(experts: int = 0):
     """Random weights with enough spread that the policy is neither flat nor certain."""
-    fresh = init_params(decoder().cfg, jax.random.key(0))
-    return jax.tree.map(lambda x: x * 2 if x.ndim > 1 else x, fresh)
+    fresh = init_params(decoder(experts=experts).cfg, jax.random.key(0))
+    fresh = jax.tree.map(lambda x: x * 2 if x.ndim > 1 else x, fresh)
+    if experts:
+        # routers that prefer some experts, and experts that are heard
+        mlp = fresh["blocks"]["mlp"]
+        fresh["blocks"]["mlp"] = {
+            name: x * (8 if name == "router" else 3) for name, x in mlp.items()
+        }
+    return fresh
 
 
-def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1):
+def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1):
     """Mesh over the first devices."""
-    devices = jax.devices()[: data * fsdp * tensor]
-    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
+    devices = jax.devices()[: data * fsdp * tensor * expert]
+    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor, expert=expert), devices)
 
 
 def prompts(count: int = 8, width: int = 16, seed: int = 0) -> PromptBatch:
@@ -56,29 +66,32 @@ def prompts(count: int = 8, width: int = 16, seed: int = 0) -> PromptBatch:
 @functools.cache
 def sampler(
     sampling: Sampling = FULL,
-    shape: tuple[int, int, int] = (1, 1, 1),
+    shape: tuple[int, ...] = (1, 1, 1),
     group: int = GROUP,
     layers: str = "scan",
+    experts: int = 0,
     **settings,
 ):
     """(params, prompts, rng, step) -> RolloutBatch on a mesh of that shape."""
     where = mesh(*shape)
     rollout_settings = RolloutSettings(group, TIME, (STOP,), PAD, sampling, **settings)
-    return Sampler(
-        make_engine(decoder(layers=layers), rollout_settings, where), rollout_settings, where
-    )
+    engine = make_engine(decoder(layers=layers, experts=experts), rollout_settings, where)
+    return Sampler(engine, rollout_settings, where)
 
 
-def rollout(batch: PromptBatch, step: int = 0, layers: str = "scan", **options) -> RolloutBatch:
+def rollout(batch: PromptBatch, step: int = 0, **options) -> RolloutBatch:
     """NumPy rollout with the tiny policy."""
-    weights = params() if layers == "scan" else unstack_layers(params())
-    return sampler(layers=layers, **options)(weights, batch, jax.random.key(7), jnp.int32(step))
+    weights, sample = params(options.get("experts", 0)), sampler(**options)
+    if options.get("layers") == "unroll":
+        weights = unstack_layers(weights)
+    with activate(sample.mesh):
+        return sample(weights, batch, jax.random.key(7), jnp.int32(step))
 
 
-def scored(batch: PromptBatch, seed: int = 0) -> ScoredBatch:
+def scored(batch: PromptBatch, seed: int = 0, **options) -> ScoredBatch:
     """A rollout with random regions, rewards and format scores."""
     rng = np.random.default_rng(seed)
-    sampled = rollout(batch)
+    sampled = rollout(batch, **options)
     mask = np.arange(TIME) < sampled.response_length[..., None]
     region = np.where(mask, rng.integers(1, 8, mask.shape), 0).astype(np.int8)
     reward = rng.normal(size=mask.shape[:2]).astype(np.float32)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rest_jax.models.cache import DecodeLayout, GroupLayout, LayerCache, PromptLayout
+from rest_jax.types import response_mask
 
 Layout = PromptLayout | GroupLayout | DecodeLayout
 
@@ -73,6 +74,18 @@ def split_group(
     prompt, rest = x[:, : layout.prompt_width], x[:, layout.prompt_width :]
     shape = (x.shape[0], layout.group_size, layout.response_width, *x.shape[2:])
     return prompt, rest.reshape(shape)
+
+
+def valid_positions(layout: Layout, shape: tuple[int, int]) -> Bool[Array, "B T"]:
+    """Where `[B, T]` holds tokens, not padding. A group without response tokens is padding as well; a decode slot is none."""
+    if isinstance(layout, DecodeLayout):
+        return jnp.ones(shape, bool)
+    if isinstance(layout, PromptLayout):
+        return response_mask(layout.length, shape[1])
+    empty = jnp.all(layout.response_length == 0, axis=1)
+    prompt = response_mask(jnp.where(empty, 0, layout.prompt_length), layout.prompt_width)
+    responses = response_mask(layout.response_length, layout.response_width)
+    return jnp.concatenate([prompt, responses.reshape(shape[0], -1)], axis=1)
 
 
 def predicting_hidden(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from rest_jax.errors import UserError
 
-Family = Literal["qwen3", "qwen2", "llama"]
+Family = Literal["qwen3", "qwen3_moe", "qwen2", "llama"]
 Remat = Literal["none", "block", "dots"]
 
 
@@ -28,7 +28,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A dense decoder of the Qwen3, Qwen2 or Llama 3 family; `family` picks the HF names, the switches the maths."""
+    """A decoder of the Qwen3, Qwen3-MoE, Qwen2 or Llama 3 family; `family` picks the HF names, the switches the maths."""
 
     family: Family
     vocab_size: int
@@ -37,7 +37,7 @@ class DecoderConfig:
     n_heads: int
     n_kv_heads: int
     head_dim: int
-    d_ff: int
+    d_ff: int  # width of the MLP, of one expert where there are experts
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
@@ -45,6 +45,9 @@ class DecoderConfig:
     qkv_bias: bool = False  # biases on q, k and v, none on o (Qwen2)
     tied: bool = True  # the output matrix is the embedding
     max_positions: int = 32_768
+    n_experts: int = 0  # of every layer; 0: one dense MLP
+    experts_per_token: int = 0
+    norm_topk: bool = False  # the weights of a token's experts are divided by their sum
     dtype: Any = "float32"  # of matmuls and activations
     param_dtype: Any = "float32"  # of freshly initialised parameters
     # one block looped over stacked parameters, or one block after the other
@@ -62,6 +65,10 @@ class DecoderConfig:
         if self.head_dim % 2:
             raise UserError(
                 f"DecoderConfig: head_dim {self.head_dim} is odd; rotary positions need pairs"
+            )
+        if self.n_experts and not 0 < self.experts_per_token <= self.n_experts:
+            raise UserError(
+                f"DecoderConfig: experts_per_token {self.experts_per_token} is not in 1 .. n_experts {self.n_experts}"
             )
         if self.remat not in ("none", "block", "dots"):
             raise UserError(f"DecoderConfig: remat {self.remat!r} is not none, block or dots")

@@ -1,4 +1,4 @@
-"""The decoder: a pre-norm transformer with rotary positions, grouped queries and a SwiGLU MLP.
+"""The decoder: a pre-norm transformer with rotary positions, grouped queries and a SwiGLU MLP or experts.
 
 `Decoder(cfg).apply({"params": p}, tokens, positions, layout, cache, return_kv)` -> (hidden, kv): token
 ids in, hidden states after the final norm out; logits never exist in here (`head_matrix`, `logits`).
@@ -8,7 +8,8 @@ around as plain nested dicts. The KV cache goes in and comes out as a pytree.
 
 Leaves: embed [V D], head [V D] (untied only), final_norm/scale [D]; under blocks:
 attention_norm/scale, mlp_norm/scale [L D]; attention/q [L D N H], k, v [L D K H], o [L N H D],
-q_bias [L N H], k_bias, v_bias [L K H], q_norm/scale, k_norm/scale [L H]; mlp/gate, up [L D F], down [L F D].
+q_bias [L N H], k_bias, v_bias [L K H], q_norm/scale, k_norm/scale [L H]; mlp/gate, up [L D F], down [L F D], or with
+experts mlp/router [L D E], gate, up [L E D F], down [L E F D].
 """
 
 from typing import Any, Literal
@@ -19,12 +20,14 @@ from flax import linen as nn
 from flax.linen import spmd
 from jax.nn.initializers import Initializer
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Integer, Key
 
 from rest_jax.distributed import logical_shardings
-from rest_jax.models.attention import Layout, attend
+from rest_jax.errors import UserError
+from rest_jax.models.attention import Layout, attend, valid_positions
 from rest_jax.models.cache import Cache, LayerCache, Layers, PromptLayout
 from rest_jax.models.config import DecoderConfig
+from rest_jax.models.moe import ExpertWeights, RouterRecord, mix_experts, record, route
 from rest_jax.models.rope import Rope, apply_rope, rope_tables
 from rest_jax.types import Params
 
@@ -99,18 +102,45 @@ class Mlp(nn.Module):
         return _times(jax.nn.silu(_times(x, gate, cfg)) * _times(x, up, cfg), down, cfg)
 
 
+class Experts(nn.Module):
+    """The mixture of experts; what its router did is sown as `record` of the collection `router`."""
+
+    cfg: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x, layout: Layout, replayed):
+        cfg = self.cfg
+        e, d, f = cfg.n_experts, cfg.d_model, cfg.d_ff
+        router = _weight(self, "router", (d, e), ("embed", "router"))
+        wide, narrow = ("expert", "expert_embed", "mlp"), ("expert", "mlp", "expert_embed")
+        experts = ExpertWeights(
+            gate=_weight(self, "gate", (e, d, f), wide),
+            up=_weight(self, "up", (e, d, f), wide),
+            down=_weight(self, "down", (e, f, d), narrow),
+        )
+        valid = valid_positions(layout, x.shape[:2])
+        routing = route(x, router, replayed, cfg)
+        done: Any = record(routing, valid)
+        self.sow("router", "record", done, reduce_fn=lambda _, new: new)
+        return mix_experts(x, routing, valid, experts, cfg)
+
+
 class Block(nn.Module):
-    """One layer as scan wants it: (carry, its cache, rope, layout) -> (carry, keys and values or None)."""
+    """One layer as scan wants it: (carry, its cache, rope, layout, replayed experts) -> (carry, keys and values or None)."""
 
     cfg: DecoderConfig
     return_kv: bool
 
     @nn.compact
-    def __call__(self, x, cache, rope: Rope, layout: Layout):
+    def __call__(self, x, cache, rope: Rope, layout: Layout, replayed):
         normed = RMSNorm(self.cfg, name="attention_norm")(x)
         y, kv = Attention(self.cfg, name="attention")(normed, cache, rope, layout)
         x = x + y
-        x = x + Mlp(self.cfg, name="mlp")(RMSNorm(self.cfg, name="mlp_norm")(x))
+        normed = RMSNorm(self.cfg, name="mlp_norm")(x)
+        if self.cfg.n_experts:
+            x = x + Experts(self.cfg, name="mlp")(normed, layout, replayed)
+        else:
+            x = x + Mlp(self.cfg, name="mlp")(normed)
         return _pin(x), kv if self.return_kv else None
 
 
@@ -127,11 +157,12 @@ class Decoder(nn.Module):
         layout: Layout,
         cache: Cache | None = None,
         return_kv: bool = False,
+        replayed: Integer[Array, "L B T k"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeysValues | Cache | None]:
         """Hidden states in the compute dtype, and the advanced cache, (k, v) on `return_kv`, or None.
 
         A token id outside the vocabulary gives NaN. With a cache, tokens are `[W, N]`, positions
-        `cache.positions` and the layout `cache.layout`.
+        `cache.positions` and the layout `cache.layout`. `replayed` experts take the place of the routers' own choice.
         """
         cfg = self.cfg
         shape, axes = (cfg.vocab_size, cfg.d_model), ("vocab", "embed")
@@ -143,24 +174,39 @@ class Decoder(nn.Module):
         return_kv = return_kv or cache is not None
         x = _pin(jnp.take(embed, tokens, axis=0).astype(cfg.dtype))
         if cfg.layers == "scan":
-            x, kv = _stacked(cfg)(cfg, return_kv, name="blocks")(x, layers, rope, layout)
+            x, kv = _stacked(cfg)(cfg, return_kv, name="blocks")(x, layers, rope, layout, replayed)
         else:
-            x, kv = self._unrolled(x, layers, rope, layout, return_kv)
+            x, kv = self._unrolled(x, layers, (rope, layout, replayed), return_kv)
         hidden = RMSNorm(cfg, name="final_norm")(x)
         if cache is None:
             return hidden, kv
         return hidden, cache.append(*kv) if cfg.layers == "scan" else cache.advance(*kv)
 
-    def _unrolled(self, x, layers: LayerCache | None, rope: Rope, layout: Layout, return_kv):
+    def _unrolled(self, x, layers: LayerCache | None, inputs: tuple, return_kv: bool):
         """Layer by layer: parameters, cache and keys and values come and go as one tree a layer (`unstack_layers`)."""
-        outputs = []
+        (rope, layout, replayed), outputs = inputs, []
         for i in range(self.cfg.n_layers):
             cache = None if layers is None else LayerCache(*(field[i] for field in layers))
             block = _rematerialised(self.cfg)(self.cfg, return_kv, name=f"block_{i}")
-            x, kv = block(x, cache, rope, layout)
+            x, kv = block(x, cache, rope, layout, None if replayed is None else replayed[i])
             outputs.append(kv)
         k_and_v: Any = tuple(zip(*outputs, strict=True)) if return_kv else None
         return x, k_and_v
+
+
+def apply_routed(
+    decoder: Decoder, params: Params, *inputs: Any, **options: Any
+) -> tuple[Any, Any, RouterRecord | None]:
+    """What `decoder.apply` returns for these inputs, and what the routers of all layers did; None without experts."""
+    apply: Any = decoder.apply
+    if not decoder.cfg.n_experts:
+        return *apply({"params": params}, *inputs, **options), None
+    (hidden, kv), state = apply({"params": params}, *inputs, **options, mutable=["router"])
+    sown = state["router"]
+    if decoder.cfg.layers == "scan":
+        return hidden, kv, sown["blocks"]["mlp"]["record"]
+    layers = [sown[f"block_{i}"]["mlp"]["record"] for i in range(decoder.cfg.n_layers)]
+    return hidden, kv, jax.tree.map(lambda *x: jnp.stack(x), *layers)
 
 
 def unstack_layers(params: Params) -> Params:
@@ -268,10 +314,10 @@ def _rematerialised(cfg: DecoderConfig) -> Any:
 
 def _stacked(cfg: DecoderConfig) -> Any:
     """The block scanned over the layers."""
-    in_axes: Any = (0, nn.broadcast, nn.broadcast)  # cache, rope, layout
+    in_axes: Any = (0, nn.broadcast, nn.broadcast, 0)  # cache, rope, layout, replayed experts
     return nn.scan(
         _rematerialised(cfg),
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "router": 0},
         split_rngs={"params": True},
         in_axes=in_axes,
         out_axes=0,
@@ -283,5 +329,11 @@ def _stacked(cfg: DecoderConfig) -> Any:
 def param_shardings(
     cfg: DecoderConfig, mesh: Mesh, *, layout: Literal["train", "rollout"] = "train"
 ) -> Params:
-    """NamedSharding of every parameter: split over fsdp and tensor (`train`), or over tensor alone (`rollout`)."""
+    """NamedSharding of every parameter: split over fsdp, expert and tensor (`train`), or over tensor, and experts over
+    expert (`rollout`). UserError for a mesh that does not fit the sizes.
+    """
+    if mesh.shape["expert"] > 1 and not cfg.n_experts:
+        raise UserError(
+            f"mesh.expert {mesh.shape['expert']}: a {cfg.family} model has no experts; set mesh.expert 1 and raise mesh.fsdp"
+        )
     return logical_shardings(abstract_params(cfg), mesh, layout=layout)

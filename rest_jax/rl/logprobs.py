@@ -16,12 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import named_scope
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt
 
 from rest_jax.models.attention import pack_group, predicting_hidden
-from rest_jax.models.decoder import Decoder, head_matrix
+from rest_jax.models.decoder import Decoder, apply_routed, head_matrix
+from rest_jax.models.moe import RouterRecord
 from rest_jax.rl.loss import TokenLoss, TokenStats
-from rest_jax.types import Params, ResponseBatch, Sampling
+from rest_jax.types import Params, ResponseBatch, Routes, Sampling
 
 # (loss, sums, maxima): scalars
 LossAndMetrics = tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]
@@ -267,25 +268,33 @@ def _join_time(tree, shape: tuple[int, ...]):
 
 def response_hidden(
     decoder: Decoder, params: Params, batch: ResponseBatch
-) -> Float[Array, "P T D"]:
-    """What predicts each response token, T = G * Tr, from one packed row a group.
+) -> tuple[Float[Array, "P T D"], RouterRecord | None]:
+    """What predicts each response token, T = G * Tr, from one packed row a group, and what the routers did (None without
+    experts).
 
     The trunk sees Tp + G Tr tokens a group instead of G (Tp + Tr); the head sees response positions only. The hidden state
     of the last prompt token predicts token 0 of all G responses, so its gradient is the sum over them, as in G separate rows.
     """
     group = batch.prompt, batch.prompt_length, batch.responses, batch.response_length
     with named_scope("trunk"):
-        tokens, positions, layout = pack_group(*group)
-        hidden, _ = decoder.apply({"params": params}, tokens, positions, layout)
-        hidden = predicting_hidden(hidden, layout)
-        return hidden.reshape(tokens.shape[0], -1, hidden.shape[-1])
+        packed = pack_group(*group)
+        replayed = None if batch.routes is None else _pack_routes(batch.routes)
+        hidden, _, router = apply_routed(decoder, params, *packed, replayed=replayed)
+        hidden = predicting_hidden(hidden, packed[-1])
+        return hidden.reshape(hidden.shape[0], -1, hidden.shape[-1]), router
+
+
+def _pack_routes(routes: Routes) -> UInt[Array, "L P packed k"]:
+    own = routes.responses
+    own = own.reshape(own.shape[0], -1, *own.shape[3:])
+    return jnp.moveaxis(jnp.concatenate([routes.prompt, own], axis=1), 2, 0)
 
 
 def response_logprobs(
     decoder: Decoder, params: Params, batch: ResponseBatch, sampling: Sampling, chunk: int
 ) -> tuple[Float[Array, "P G Tr"], Float[Array, "P G Tr"], Float[Array, "P G Tr"]]:
     """(logp, entropy, gini) of the responses, float32. Mask them: past response_length they mean nothing."""
-    hidden, shape = response_hidden(decoder, params, batch), batch.responses.shape
+    (hidden, _), shape = response_hidden(decoder, params, batch), batch.responses.shape
     tokens = batch.responses.reshape(shape[0], -1)
     with named_scope("vocabulary"):
         out = vocabulary_pass(hidden, head_matrix(params, decoder.cfg), tokens, sampling, chunk)
@@ -295,11 +304,12 @@ def response_logprobs(
 
 def response_loss(
     decoder: Decoder, params: Params, batch: ResponseBatch, inputs: Any, spec: LossSpec
-) -> LossAndMetrics:
+) -> tuple[LossAndMetrics, RouterRecord | None]:
     """(loss, sums, maxima) of the responses; the loss alone carries gradient. `inputs`: tree of arrays [P G Tr]. See
-    `vocabulary_loss`.
+    `vocabulary_loss`. Also what the routers did.
     """
-    hidden, head = response_hidden(decoder, params, batch), head_matrix(params, decoder.cfg)
+    hidden, router = response_hidden(decoder, params, batch)
+    head = head_matrix(params, decoder.cfg)
     flat = jax.tree.map(lambda x: x.reshape(x.shape[0], -1), (batch.responses, inputs))
     with named_scope("vocabulary"):
-        return vocabulary_loss(hidden, head, *flat, spec)
+        return vocabulary_loss(hidden, head, *flat, spec), router

@@ -41,7 +41,9 @@ class StepConfig:
     @property
     def all_groups_active(self) -> bool:
         """Whether groups without advantage have a gradient all the same."""
-        return self.loss.kl_coefficient > 0 or self.loss.entropy_coefficient > 0
+        loss = self.loss
+        terms = loss.kl_coefficient, loss.entropy_coefficient, loss.load_balance_coefficient
+        return max(terms) > 0
 
 
 @struct.dataclass
@@ -93,6 +95,7 @@ def prepare(
         prompt_length=rollout.prompt_length,
         responses=rollout.responses,
         response_length=rollout.response_length,
+        routes=rollout.routes,
         logp_old=old.logp,
         logp_ref=logp_ref,
         advantage=ADVANTAGES[cfg.loss.advantage](scored.reward),

@@ -31,7 +31,7 @@ from rest_jax.rl.packing import (
     plan_microbatches,
 )
 from rest_jax.rl.step import Update, make_update
-from rest_jax.rl.update import Totals, UpdateSpec
+from rest_jax.rl.update import Totals, UpdateSpec, add_router
 from rest_jax.tool_calls import NUM_REGIONS, Region
 from rest_jax.types import AnyArray, GroupPicker, Params, ResponseBatch, Sampling, TrainState
 
@@ -103,8 +103,9 @@ def supervised_loss(
     """This micro-batch's share of the loss and of its metrics."""
     inputs = SupervisedInputs(batch.loss_weight, batch.plain_weight)
     spec = LossSpec(supervised_token_loss, Sampling(), cfg.vocab_chunk)
-    total, sums, maxima = response_loss(decoder, params, batch, inputs, spec)
-    return total, Totals(sums, maxima)
+    out, router = response_loss(decoder, params, batch, inputs, spec)
+    group_weight = jnp.sum(batch.plain_weight, axis=(1, 2))
+    return add_router(out, router, group_weight, cfg.load_balance_coefficient)
 
 
 def make_prepare_gold(cfg: SftConfig, mesh: Mesh):

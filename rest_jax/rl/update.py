@@ -24,7 +24,9 @@ from jaxtyping import Array, Float
 from rest_jax.config import LossConfig
 from rest_jax.distributed import num_data_shards
 from rest_jax.models.decoder import Decoder
-from rest_jax.rl.logprobs import LossSpec, response_loss
+from rest_jax.models.moe import RouterRecord
+from rest_jax.rl.balance import RouterSums, balance_loss, router_metrics, sum_router
+from rest_jax.rl.logprobs import LossAndMetrics, LossSpec, response_loss
 from rest_jax.rl.loss import TokenInputs, policy_token_loss
 from rest_jax.rl.packing import Picker
 from rest_jax.types import Params, ResponseBatch, Sampling, TrainBatch, TrainState
@@ -32,16 +34,20 @@ from rest_jax.types import Params, ResponseBatch, Sampling, TrainBatch, TrainSta
 
 @struct.dataclass
 class Totals:
-    """Metrics of a mini-batch over its micro-batches: `sums` add up, of `maxima` the largest stays."""
+    """Metrics of a mini-batch over its micro-batches: `sums` add up, of `maxima` the largest stays. `router`: what its
+    metrics are made of; None without experts, and after the update.
+    """
 
     sums: dict[str, jax.Array]
     maxima: dict[str, jax.Array]
+    router: RouterSums | None = None
 
     def join(self, other: "Totals") -> "Totals":
         """Of both together."""
         return Totals(
             jax.tree.map(jnp.add, self.sums, other.sums),
             jax.tree.map(jnp.maximum, self.maxima, other.maxima),
+            jax.tree.map(jnp.add, self.router, other.router),
         )
 
 
@@ -76,8 +82,28 @@ def policy_loss(
         cfg.vocab_chunk,
         needs_entropy_gradient=cfg.entropy_coefficient > 0,
     )
-    total, sums, maxima = response_loss(decoder, params, batch, inputs, spec)
-    return total, Totals(sums, maxima)
+    out, router = response_loss(decoder, params, batch, inputs, spec)
+    group_weight = jnp.sum(batch.regulariser, axis=(1, 2))
+    return add_router(out, router, group_weight, cfg.load_balance_coefficient)
+
+
+def add_router(
+    out: LossAndMetrics,
+    router: RouterRecord | None,
+    group_weight: Float[Array, " P"],
+    coefficient: float,
+) -> tuple[Float[Array, ""], Totals]:
+    """The loss and its metrics with what the routers add; `group_weight` is each group's share of the mini-batch."""
+    total, sums, maxima = out
+    if router is None:
+        return total, Totals(sums, maxima)
+    if coefficient > 0:
+        balance = balance_loss(router, group_weight)
+        total = total + coefficient * balance
+        own = jax.lax.stop_gradient(balance)
+        loss = sums["update/loss"] + coefficient * own
+        sums = sums | {"update/loss": loss, "update/balance_loss": own}
+    return total, Totals(sums, maxima, sum_router(router))
 
 
 def micro_gradient(
@@ -89,7 +115,7 @@ def micro_gradient(
         groups = jnp.sum(picker.pick >= 0).astype(jnp.float32)
         # What a skipped group adds is put in at the end: `noise_groups` less the groups computed.
         parts = {SQUARES: optax.tree.norm(gradient, squared=True), COUNTS: groups**2 - groups}
-        totals = Totals(totals.sums | parts, totals.maxima)
+        totals = dataclasses.replace(totals, sums=totals.sums | parts)
     return gradient, totals
 
 
@@ -128,6 +154,8 @@ def apply_gradient(
     if spec.noise_groups is not None:
         counts = sums.pop(COUNTS) + spec.noise_groups
         sums |= gradient_noise(sums.pop(SQUARES), counts, norm, spec.noise_groups)
+    if totals.router is not None:
+        sums |= router_metrics(totals.router)
     state = dataclasses.replace(state, params=params, opt_state=opt_state)
     return state, Totals(sums, totals.maxima)
 

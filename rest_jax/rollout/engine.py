@@ -20,13 +20,20 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from rest_jax.distributed import BATCH_AXES, batch_sharding, num_data_shards, replicated
 from rest_jax.models.attention import prompt_rows
 from rest_jax.models.cache import Cache, Layers, is_stacked
 from rest_jax.models.config import DecoderConfig
-from rest_jax.models.decoder import Decoder, logits, param_shardings, unstack_layers
+from rest_jax.models.decoder import (
+    Decoder,
+    apply_routed,
+    logits,
+    param_shardings,
+    unstack_layers,
+)
+from rest_jax.models.moe import compact
 from rest_jax.models.policy import Policy
 from rest_jax.rollout.sampling import draw, row_keys, uniforms
 from rest_jax.types import AnyArray, Params, Sampling
@@ -47,6 +54,7 @@ class RolloutSettings:
     # None: four times what complete groups need, so that a group's last responses keep no slot waiting
     prompt_cache_entries: int | None = None
     width_ratio: int = 2  # between the widths of the response cache that are compiled
+    record_routes: bool = False  # the experts of every token, for replay
 
     def sizes(self, groups: int) -> tuple[int, int]:
         """(prompt cache entries, decode slots) of a data shard that has `groups` groups to sample."""
@@ -82,6 +90,7 @@ class Prefilled(NamedTuple):
     v: Layers
     hidden: Float[AnyArray, "W D"]
     length: Int[AnyArray, " W"]
+    routes: UInt[Array, "W T L k"] | None = None  # if they are recorded
 
 
 class NewRequests(NamedTuple):
@@ -104,6 +113,7 @@ class Drawn(NamedTuple):
     count: Int[AnyArray, "W N"]
     alive: Bool[AnyArray, "W N"]
     steps: Int[AnyArray, ""]
+    routes: UInt[AnyArray, "W N CHUNK L k"] | None = None  # if they are recorded
 
 
 def empty_state(
@@ -140,15 +150,24 @@ def empty_state(
 
 
 def prefill(
-    params: Params, tokens: Int[Array, "W T"], length: Int[Array, " W"], *, decoder: Decoder
+    params: Params,
+    tokens: Int[Array, "W T"],
+    length: Int[Array, " W"],
+    *,
+    decoder: Decoder,
+    settings: RolloutSettings,
 ) -> Prefilled:
     """Runs one right-padded prompt a data shard through the trunk."""
     with jax.named_scope("prefill"):
         layout, positions = prompt_rows(tokens, length)
-        out: Any = decoder.apply({"params": params}, tokens, positions, layout, return_kv=True)
-        hidden, (k, v) = out
+        hidden, (k, v), router = apply_routed(
+            decoder, params, tokens, positions, layout, return_kv=True
+        )
         last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
-        return Prefilled(k, v, last, length)
+        routes = None
+        if router is not None and settings.record_routes:
+            routes = compact(router.chosen, decoder.cfg)
+        return Prefilled(k, v, last, length, routes)
 
 
 @jax.named_scope("insert")
@@ -205,7 +224,10 @@ def decode(
     shape = state.alive.shape
     uniform = uniforms(state.key, state.cache.index, CHUNK)
     zero = jnp.zeros((CHUNK, *shape), jnp.float32)
-    out = (jnp.full((CHUNK, *shape), settings.pad_id, jnp.int32), zero, zero, zero)
+    out: Any = (jnp.full((CHUNK, *shape), settings.pad_id, jnp.int32), zero, zero, zero)
+    if settings.record_routes:
+        routes = _token_routes(decoder.cfg)
+        out = (*out, jnp.zeros((CHUNK, *shape, *routes.shape), routes.dtype))
 
     def unfinished(carry):
         t, _, state, _ = carry
@@ -217,23 +239,26 @@ def decode(
             scores = logits(params, decoder.cfg, state.hidden)
         with jax.named_scope("draw"):
             drawn = draw(scores, uniform[t], settings.sampling)
-        out = tuple(x.at[t].set(y) for x, y in zip(out, drawn, strict=True))
         count = count + state.alive
         token, cache = drawn[0], state.cache
         stopped = jnp.isin(token, jnp.array(settings.stop_ids, jnp.int32))
         stopped = stopped | (cache.index + 1 >= state.limit)
         with jax.named_scope("trunk"):
-            hidden, cache = decoder.apply(
-                {"params": params}, token, cache.positions, cache.layout, cache
+            hidden, cache, router = apply_routed(
+                decoder, params, token, cache.positions, cache.layout, cache
             )
+        if settings.record_routes:
+            assert router is not None  # only models with experts are asked to
+            drawn = (*drawn, compact(router.chosen, decoder.cfg))
+        out = tuple(x.at[t].set(y) for x, y in zip(out, drawn, strict=True))
         state = dataclasses.replace(state, cache=cache, hidden=hidden, alive=state.alive & ~stopped)
         return t + 1, count, state, out
 
     with jax.named_scope("decode"):
         first = (jnp.int32(0), jnp.zeros(shape, jnp.int32), state, out)
         steps, count, state, out = jax.lax.while_loop(unfinished, decode_step, first)
-    token, logp, entropy, gini = (jnp.moveaxis(x, 0, 2) for x in out)
-    return state, Drawn(token, logp, entropy, gini, count, state.alive, steps)
+    token, logp, entropy, gini, *routes = (jnp.moveaxis(x, 0, 2) for x in out)
+    return state, Drawn(token, logp, entropy, gini, count, state.alive, steps, *routes)
 
 
 @jax.named_scope("resize")
@@ -286,6 +311,7 @@ class Engine(NamedTuple):
     decode: Callable[..., tuple[DecodeState, Drawn]]
     resize: Callable[..., DecodeState]
     num_shards: int
+    routes: jax.ShapeDtypeStruct | None = None  # [L k], of a token's recorded experts
 
 
 def make_engine(decoder: Decoder, settings: RolloutSettings, mesh: Mesh) -> Engine:
@@ -298,14 +324,15 @@ def make_engine(decoder: Decoder, settings: RolloutSettings, mesh: Mesh) -> Engi
     kv = jax.tree.map(lambda x: cache_sharding(x, mesh), abstract.cache.layers)
     state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, **kv._asdict()))
     params = param_shardings(decoder.cfg, mesh, layout="rollout")
+    routes: Any = rows if settings.record_routes else None
     prefilled: Any = Prefilled(k=kv.prompt_k, v=kv.prompt_v, hidden=rows, length=rows)
     drawn: Any = Drawn(rows, rows, rows, rows, count=copied, alive=copied, steps=copied)
     return Engine(
         empty_state=jax.jit(empty, static_argnums=(0, 1, 2), out_shardings=state),
         prefill=jax.jit(
-            functools.partial(prefill, decoder=decoder),
+            functools.partial(prefill, decoder=decoder, settings=settings),
             in_shardings=(params, rows, rows),
-            out_shardings=prefilled,
+            out_shardings=prefilled._replace(routes=routes),
         ),
         insert=jax.jit(
             insert, in_shardings=(state, prefilled, rows), out_shardings=state, donate_argnums=0
@@ -316,12 +343,18 @@ def make_engine(decoder: Decoder, settings: RolloutSettings, mesh: Mesh) -> Engi
         decode=jax.jit(
             functools.partial(decode, decoder=decoder, settings=settings),
             in_shardings=(params, state, copied, rows),
-            out_shardings=(state, drawn),
+            out_shardings=(state, drawn._replace(routes=routes)),
             donate_argnums=1,
         ),
         resize=jax.jit(resize, static_argnums=2, out_shardings=state),
         num_shards=shards,
+        routes=_token_routes(decoder.cfg) if settings.record_routes else None,
     )
+
+
+def _token_routes(cfg: DecoderConfig) -> jax.ShapeDtypeStruct:
+    chosen = jax.ShapeDtypeStruct((cfg.n_layers, cfg.experts_per_token), jnp.int32)
+    return jax.eval_shape(functools.partial(compact, cfg=cfg), chosen)
 
 
 def cache_sharding(x: jax.ShapeDtypeStruct, mesh: Mesh) -> NamedSharding:

@@ -49,9 +49,10 @@ class Experience:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All that is known of the batch, to be saved when its step fails."""
-        rollout = {
-            f.name: getattr(self.scored.rollout, f.name) for f in dataclasses.fields(RolloutBatch)
-        }
+        rollout = dict(vars(self.scored.rollout))
+        routes = rollout.pop("routes")
+        if routes is not None:
+            rollout |= {f"routes_{name}": x for name, x in vars(routes).items()}
         return rollout | {"region": self.scored.region, "reward": self.scored.reward}
 
     def metrics(self) -> dict[str, float]:
@@ -74,7 +75,7 @@ class Collector:
         r, mesh = config.rollout, policy.rollout_mesh
         self.config, self.policy, self.steps = config, policy, steps
         sampling = Sampling(r.temperature, r.top_k, r.top_p)
-        self.sampler = make_sampler(policy, r, r.group_size, sampling)
+        self.sampler = make_sampler(policy, r, r.group_size, sampling, r.replay_routing)
         self.template = TEMPLATES[config.data.template]
         self.batches = Loader(
             prompts,

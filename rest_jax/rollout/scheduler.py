@@ -45,7 +45,7 @@ from rest_jax.rollout.engine import (
     make_engine,
     rollout_decoder,
 )
-from rest_jax.types import Params, PromptBatch, RolloutBatch, Sampling
+from rest_jax.types import Params, PromptBatch, RolloutBatch, Routes, Sampling
 
 _FEWEST_SLOTS = 8  # decode slots are not removed below this number
 
@@ -173,9 +173,15 @@ class Sampler:
 
 
 def make_sampler(
-    policy: Policy, rollout: RolloutConfig, group_size: int, sampling: Sampling
+    policy: Policy,
+    rollout: RolloutConfig,
+    group_size: int,
+    sampling: Sampling,
+    record_routes: bool = False,
 ) -> Sampler:
-    """A sampler of `group_size` responses a prompt on a policy's rollout mesh. Its weights come from `engine.rollout_cast`."""
+    """A sampler of `group_size` responses a prompt on a policy's rollout mesh. Its weights come from `engine.rollout_cast`.
+    `record_routes`: the experts of every token come with the responses.
+    """
     settings = RolloutSettings(
         group_size=group_size,
         max_tokens=rollout.max_response_tokens,
@@ -186,6 +192,7 @@ def make_sampler(
         prompt_cache_entries=rollout.prompt_cache_entries if group_size > 1 else None,
         # fewer widths where compilation is dear
         width_ratio=2 if jax.default_backend() == "cpu" else 4,
+        record_routes=record_routes,
     )
     engine = make_engine(rollout_decoder(policy.decoder), settings, policy.rollout_mesh)
     return Sampler(engine, settings, policy.rollout_mesh)
@@ -200,7 +207,8 @@ class _Rollout:
         self.engine, self.settings, self.mesh = sampler.engine, sampler.settings, sampler.mesh
         self.params, self.stats = params, SamplerStats()
         self.prompts = jax.tree.map(np.asarray, prompts)
-        self.out = _empty_batch(self.prompts, self.settings)
+        self.out = _empty_batch(self.prompts, self.settings, self.engine.routes)
+        self.prefilled: list[tuple[list, jax.Array]] = []  # whose routes have not been read yet
         most = np.full(self.out.response_length.shape, self.settings.max_tokens, np.int32)
         self.limits = most if limits is None else np.minimum(most, limits)
         self.length = gather(self.prompts.length, self.mesh)
@@ -247,6 +255,9 @@ class _Rollout:
                 tokens[w] = self.prompts.tokens[self.own_rows[group], :width]
         tokens, length, entries = to_mesh((tokens, length, entries), self.mesh)
         prefilled = self.engine.prefill(self.params, tokens, length)
+        if prefilled.routes is not None:
+            self.prefilled.append((own, prefilled.routes))
+            prefilled = prefilled._replace(routes=None)
         self.state = self.engine.insert(self.state, prefilled, entries)
 
     def make_requests(self, started: list[dict[int, Response]]) -> NewRequests:
@@ -302,6 +313,7 @@ class _Rollout:
         """Copies the tokens drawn into `out` and frees the slots of responses that have ended. Returns as `decode` does."""
         count, alive = np.asarray(drawn.count), np.asarray(drawn.alive)
         token, logp, entropy, gini = to_host(drawn[:4])
+        routes = self.read_prompt_routes(drawn)
         self.stats.calls += 1
         self.stats.tokens += int(count.sum())
         self.stats.slot_steps += int(drawn.steps) * count.size
@@ -318,6 +330,8 @@ class _Rollout:
                     self.out.logp[target] = logp[source]
                     self.out.entropy[target] = entropy[source]
                     self.out.gini[target] = gini[source]
+                    if routes is not None:
+                        self.out.routes.responses[target] = routes[source]
                     self.out.response_length[target[:2]] = begin + n
                 if not alive[w, slot] and shard.finish(slot) is not None and own:
                     complete.append(self.own_rows[group])
@@ -326,6 +340,17 @@ class _Rollout:
     def of_own_shards(self, items: list[Any]) -> list[Any]:
         """Those of a list over all data shards that belong to this process's."""
         return [items[shard] for shard in self.own_shards]
+
+    def read_prompt_routes(self, drawn: Drawn) -> np.ndarray | None:
+        """Copies the routes of the prompts prefilled since the last call into `out`; returns those of the tokens drawn."""
+        for own, prompts in self.prefilled:
+            routes = to_host(prompts)
+            for w, choice in enumerate(own):
+                if choice is not None:
+                    row = self.own_rows[choice[0]]
+                    self.out.routes.prompt[row, : routes.shape[1]] = routes[w]
+        self.prefilled.clear()
+        return to_host(drawn.routes)
 
     def rows(self, group: int) -> RolloutBatch:
         """What has been sampled of one prompt."""
@@ -371,9 +396,15 @@ def deal_groups(lengths: np.ndarray, mesh: Mesh) -> list[list[int]]:
     return dealt
 
 
-def _empty_batch(prompts: PromptBatch, settings: RolloutSettings) -> Any:
-    """A RolloutBatch of NumPy arrays without responses, to be filled."""
+def _empty_batch(
+    prompts: PromptBatch, settings: RolloutSettings, routes: jax.ShapeDtypeStruct | None
+) -> Any:
+    """A RolloutBatch of NumPy arrays without responses, to be filled. `routes`: of a token, if they are recorded."""
     shape = (len(prompts.length), settings.group_size, settings.max_tokens)
+    empty = None
+    if routes is not None:
+        both = ((*lead, *routes.shape) for lead in (prompts.tokens.shape, shape))
+        empty = Routes(*(np.zeros(size, routes.dtype) for size in both))
     return RolloutBatch(
         prompt=prompts.tokens,
         prompt_length=prompts.length,
@@ -382,4 +413,5 @@ def _empty_batch(prompts: PromptBatch, settings: RolloutSettings) -> Any:
         logp=np.zeros(shape, np.float32),
         entropy=np.zeros(shape, np.float32),
         gini=np.zeros(shape, np.float32),
+        routes=empty,
     )

@@ -1,9 +1,9 @@
 """The metrics of a run: the table of their names, the files they are written to, and reading those back.
 
 One JSON line a step goes to `<run>/metrics.jsonl`, and on request to TensorBoard and Weights & Biases; sampled completions go to
-`<run>/samples.jsonl`. A name that METRICS does not have is an error. Prefixes: data, reward, rollout, update, region/<name>,
-curriculum, eval (held-out prompts, greedy), time. Wall-clock values are under `time/` alone, so that all other values of a
-run that was broken off and resumed equal those of an unbroken one bit for bit.
+`<run>/samples.jsonl`. A name that METRICS does not have is an error. Prefixes: data, reward, rollout, update, router (of models
+with experts), region/<name>, curriculum, eval (held-out prompts, greedy), time. Wall-clock values are under `time/` alone, so
+that all other values of a run that was broken off and resumed equal those of an unbroken one bit for bit.
 """
 
 import json
@@ -73,6 +73,7 @@ _TABLE = {
     "rollout/staleness": ("steps", "age of the weights that sampled, at the update"),
     "update/loss": ("", "loss, mean over the updates of the step"),
     "update/policy_loss": ("", "loss without the KL and entropy terms"),
+    "update/balance_loss": ("", "load-balance loss of the experts; experts of a token: even"),
     "update/nll": ("nats", "supervised loss with all tokens alike"),
     "update/kl": ("nats", "estimated KL divergence from the reference policy"),
     "update/entropy": ("nats", "mean entropy during the update"),
@@ -96,6 +97,13 @@ _TABLE = {
     "update/skipped_groups": ("fraction", "groups without advantage: no forward pass"),
     "update/micro_batches": ("micro-batches", "micro-batches of the step"),
     "update/padding": ("fraction", "positions of the micro-batches that were padding"),
+    "router/load_max": ("", "greatest load of an expert over the mean load, mean over layers"),
+    "router/unused_experts": ("fraction", "experts of a layer that got no token"),
+    "router/entropy": ("nats", "mean entropy of the routers' probabilities"),
+    "router/agreement": (
+        "fraction",
+        "experts of the routers' own choice that were taken (1 unless replayed)",
+    ),
     **{
         f"region/{name}/{kind}": metric
         for name in REGION_NAMES

@@ -4,6 +4,7 @@ FLOPs of a decoder are the matmul work its maths asks for, whatever the hardware
 model, N heads, K key/value heads, H head dim, F mlp, V vocabulary:
 
     trunk, a token            L (4 D N H + 4 D K H + 6 D F)    q and o, k and v, gate, up and down
+      with E experts          L (.. + 6 D F k + 2 D E)         of the k experts of a token, and the router
     head, a position          2 D V
     attention, a query        4 L N H keys                     scores and the weighted sum of values
 
@@ -62,7 +63,10 @@ def rollout_flops(
     answered = int(responses.sum())
     keys = int(_causal(prompts).sum() + (prompts[:, None] * responses + _causal(responses)).sum())
     heads = 4 * cfg.d_model * (cfg.n_heads + cfg.n_kv_heads) * cfg.head_dim
-    trunk = cfg.n_layers * (heads + 6 * cfg.d_model * cfg.d_ff) * (int(prompts.sum()) + answered)
+    mlp = 6 * cfg.d_model * cfg.d_ff
+    if cfg.n_experts:
+        mlp = cfg.experts_per_token * mlp + 2 * cfg.d_model * cfg.n_experts
+    trunk = cfg.n_layers * (heads + mlp) * (int(prompts.sum()) + answered)
     attention = 4 * cfg.n_layers * cfg.n_heads * cfg.head_dim * keys
     return float(trunk + 2 * cfg.d_model * cfg.vocab_size * answered + attention)
 

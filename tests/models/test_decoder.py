@@ -41,7 +41,10 @@ BIASED = dataclasses.replace(
     tied=False,
     rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16),
 )
-CONFIGS = {"normed": NORMED, "biased": BIASED}
+EXPERTS = dataclasses.replace(
+    NORMED, family="qwen3_moe", d_ff=12, n_experts=4, experts_per_token=2, norm_topk=True
+)
+CONFIGS = {"normed": NORMED, "biased": BIASED, "experts": EXPERTS}
 
 
 @functools.cache

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rest_jax.distributed import replicated
+from rest_jax.distributed import activate, replicated
 from rest_jax.models.decoder import param_shardings
 from rest_jax.rl import curriculum
 from rest_jax.rl.packing import (
@@ -62,10 +62,11 @@ def step(
     remat="none",
     minibatch: np.ndarray | None = None,
     params=None,
+    experts: int = 0,
 ) -> tuple[TrainState, dict[str, float]]:
     """(state after a step, its metrics) on a mesh; without a plan and a mini-batch of each group, those of the step."""
-    mesh, decoder = tiny.mesh(*shape), tiny.decoder(remat)
-    start = jax.tree.map(lambda x: x.copy(), params or tiny.params())
+    mesh, decoder = tiny.mesh(*shape), tiny.decoder(remat, experts=experts)
+    start = jax.tree.map(lambda x: x.copy(), params or tiny.params(experts))
     state = TrainState(
         step=jnp.int32(0),
         params=start,
@@ -82,18 +83,19 @@ def step(
         minibatch = assign_minibatches(len(scored.reward), cfg.updates)
     batch, moved, prepared = prepare(scored, recomputed, logp_ref, minibatch, state.curriculum)
     updates = []
-    for micro_batches in plan or plan_of(scored, cfg, mesh):
-        state, totals = update(state, batch, micro_batches)
-        updates.append(totals)
+    with activate(mesh):
+        for micro_batches in plan or plan_of(scored, cfg, mesh):
+            state, totals = update(state, batch, micro_batches)
+            updates.append(totals)
     metrics = policy_metrics(*jax.device_get((prepared, updates)))
     values = {name: float(value) for name, value in metrics.items()}
     return state.replace(curriculum=moved), values
 
 
-def logprobs(cfg: StepConfig, scored: ScoredBatch) -> Recomputed:
+def logprobs(cfg: StepConfig, scored: ScoredBatch, experts: int = 0) -> Recomputed:
     """The tiny policy's own values of a rollout."""
-    forward = make_logprobs(tiny.decoder(), cfg, tiny.mesh())
-    return forward(tiny.params(), scored.rollout, BatchLengths.of(scored.rollout))
+    forward = make_logprobs(tiny.decoder(experts=experts), cfg, tiny.mesh())
+    return forward(tiny.params(experts), scored.rollout, BatchLengths.of(scored.rollout))
 
 
 def close(a, b, relative: float = 1e-5) -> None:

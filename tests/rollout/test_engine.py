@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rest_jax.models.attention import prompt_rows
-from rest_jax.models.decoder import logits
+from rest_jax.models.attention import pack_group, prompt_rows, split_group
+from rest_jax.models.decoder import apply_routed, logits
 from rest_jax.rl.logprobs import response_logprobs
 from rest_jax.types import Sampling
 from tests import tiny
@@ -104,3 +104,34 @@ def test_fields_of_unequal_length_are_refused():
     out = tiny.rollout(tiny.prompts())
     with pytest.raises(ValueError, match=r"RolloutBatch: a field of shape \(8, 4, 11\)"):
         out.replace(entropy=out.entropy[..., 1:]).validate()
+
+
+# data, fsdp, tensor, expert
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 2, 1, 2), (1, 1, 1, 4), (2, 1, 2, 2)], ids=str)
+def test_devices_do_not_change_the_ids_of_experts(shape):
+    one = tiny.rollout(tiny.prompts(), experts=4, record_routes=True)
+    many = tiny.rollout(tiny.prompts(), shape=shape, experts=4, record_routes=True)
+    np.testing.assert_array_equal(one.responses, many.responses)
+    np.testing.assert_allclose(one.logp, many.logp, rtol=1e-5, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, one.routes, many.routes)
+
+
+@pytest.mark.parametrize("layers", [pytest.param("scan", marks=pytest.mark.slow), "unroll"])
+def test_experts_teacher_forced_are_those_recorded(layers):
+    out = tiny.rollout(tiny.prompts(), experts=4, layers=layers, record_routes=True)
+    batch = jax.tree.map(jnp.asarray, out.replace(routes=None))
+    decoder, params = tiny.decoder(experts=4), tiny.params(4)
+    logp, _, _ = response_logprobs(decoder, params, batch, Sampling(), 4)
+    mask = np.arange(tiny.TIME) < out.response_length[..., None]
+    np.testing.assert_allclose(out.logp[mask], np.asarray(logp)[mask], atol=1e-4)
+
+    packed = pack_group(batch.prompt, batch.prompt_length, batch.responses, batch.response_length)
+    _, _, router = apply_routed(decoder, params, *packed)
+    prompt, responses = split_group(jnp.moveaxis(router.chosen, 0, 2), packed[-1])
+    seen = np.arange(prompt.shape[1]) < out.prompt_length[:, None]
+    assert out.routes.prompt.dtype == np.uint8
+    np.testing.assert_array_equal(out.routes.prompt[seen], np.asarray(prompt)[seen])
+    np.testing.assert_array_equal(out.routes.responses[mask], np.asarray(responses)[mask])
+    assert len(np.unique(out.routes.responses[mask])) == 4
+    assert (tiny.rollout(tiny.prompts(), experts=4).responses == out.responses).all()

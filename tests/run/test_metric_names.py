@@ -23,10 +23,15 @@ REINFORCED = {
     "train": {"prompts_per_update": 2, "measure_noise": True},
 }
 SUPERVISED = {"sft": {"batch_size": 4}}
+EXPERTS = REINFORCED | {
+    "rollout": REINFORCED["rollout"] | {"replay_routing": True},
+    "loss": {"load_balance_coefficient": 0.001},
+}
 
 
 def names_of(command: str, changes: dict, folder: pathlib.Path, source: pathlib.Path) -> set[str]:
     """The names that a run of two steps, with an evaluation and a checkpoint after each, writes."""
+    folder.mkdir()
     raw = {
         "name": command,
         "output": str(folder),
@@ -52,8 +57,9 @@ def names_of(command: str, changes: dict, folder: pathlib.Path, source: pathlib.
 
 
 @pytest.mark.slow
-def test_the_table_is_what_runs_write(tmp_path, configs_dir):
+def test_the_table_is_what_runs_write(tmp_path, configs_dir, expert_model):
     source = configs_dir / "quickstart_policy"
-    written = names_of("train", REINFORCED, tmp_path, source)
-    written |= names_of("sft", SUPERVISED, tmp_path, source)
+    written = names_of("train", REINFORCED, tmp_path / "rl", source)
+    written |= names_of("sft", SUPERVISED, tmp_path / "sft", source)
+    written |= names_of("train", EXPERTS, tmp_path / "experts", expert_model)
     assert (METRICS.keys() - written, written - METRICS.keys()) == (set(), set())

@@ -17,6 +17,7 @@ from rest_jax.run import throughput
 
 CFG = DecoderConfig("qwen3", 61, 24, 3, 6, 2, 10, 32, qk_norm=True)
 PROMPTS = np.array([4, 7, 1])
+EXPERTS = dataclasses.replace(CFG, family="qwen3_moe", n_experts=5, experts_per_token=2)
 RESPONSES = np.array([[6, 1], [2, 0], [5, 3]])
 
 
@@ -31,7 +32,9 @@ def one_token(cfg: DecoderConfig, keys: int) -> int:
         total += cfg.n_heads * matmul(1, cfg.d_model, cfg.head_dim)  # q
         total += 2 * cfg.n_kv_heads * matmul(1, cfg.d_model, cfg.head_dim)  # k, v
         total += matmul(1, cfg.n_heads * cfg.head_dim, cfg.d_model)  # o
-        total += 3 * matmul(1, cfg.d_model, cfg.d_ff)  # gate, up, down
+        for _ in range(cfg.experts_per_token or 1):
+            total += 3 * matmul(1, cfg.d_model, cfg.d_ff)  # gate, up, down
+        total += matmul(1, cfg.d_model, cfg.n_experts)  # router
         for _ in range(cfg.n_heads):
             total += matmul(1, cfg.head_dim, keys) + matmul(1, keys, cfg.head_dim)
     return total
@@ -47,9 +50,10 @@ def by_hand(cfg: DecoderConfig, prompts, responses) -> int:
     return total
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 6])
-def test_rollout_and_update_are_the_sum_over_tokens(kv_heads):
-    cfg = dataclasses.replace(CFG, n_kv_heads=kv_heads)
+@pytest.mark.parametrize(
+    "cfg", [*(dataclasses.replace(CFG, n_kv_heads=heads) for heads in (1, 2, 6)), EXPERTS]
+)
+def test_rollout_and_update_are_the_sum_over_tokens(cfg):
     expected = by_hand(cfg, PROMPTS.tolist(), RESPONSES.tolist())
     assert throughput.rollout_flops(cfg, PROMPTS, RESPONSES) == expected
     assert throughput.update_flops(cfg, PROMPTS, RESPONSES) == 3 * expected

@@ -121,7 +121,7 @@ def token_logits(
     group = ResponseBatch(
         prompt[None], prompt_length[None], response[None, None], response_length[None, None]
     )
-    hidden = response_hidden(decoder, params, group)
+    hidden, _ = response_hidden(decoder, params, group)
     return logits(params, decoder.cfg, hidden[0, t])
 
 

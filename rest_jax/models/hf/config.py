@@ -9,6 +9,7 @@ from rest_jax.errors import UserError
 from rest_jax.models.config import DecoderConfig, Family, RopeScaling
 
 FAMILIES = get_args(Family)
+_QWEN3 = ("qwen3", "qwen3_moe")
 
 
 class ConversionError(UserError):
@@ -31,12 +32,13 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
     d_model = _integer(hf, "hidden_size")
     head_dim = hf.get("head_dim")
     if head_dim is None:
-        if family == "qwen3" or d_model % heads:
+        if family in _QWEN3 or d_model % heads:
             raise ConversionError(
                 f"config.json: head_dim is missing (hidden_size {d_model}, {heads} heads)"
             )
         head_dim = d_model // heads
     kv_heads = hf.get("num_key_value_heads")
+    moe = family == "qwen3_moe"
     try:
         return DecoderConfig(
             family=cast(Family, family),
@@ -46,14 +48,17 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
             n_heads=heads,
             n_kv_heads=heads if kv_heads is None else kv_heads,
             head_dim=head_dim,
-            d_ff=_integer(hf, "intermediate_size"),
+            d_ff=_integer(hf, "moe_intermediate_size" if moe else "intermediate_size"),
             rope_theta=theta,
             rope_scaling=scaling,
             norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-            qk_norm=family == "qwen3",
+            qk_norm=family in _QWEN3,
             qkv_bias=family == "qwen2",
             tied=bool(hf.get("tie_word_embeddings", False)),
             max_positions=_integer(hf, "max_position_embeddings"),
+            n_experts=_integer(hf, _experts_key(hf)) if moe else 0,
+            experts_per_token=_integer(hf, "num_experts_per_tok") if moe else 0,
+            norm_topk=moe and bool(hf.get("norm_topk_prob", False)),
         )
     except (TypeError, ValueError) as error:
         raise ConversionError(f"config.json: {error}") from error
@@ -73,6 +78,12 @@ def _refuse_unsupported(hf: dict[str, Any]) -> None:
         refused.append(f"attention_dropout {hf['attention_dropout']}")
     if hf.get("quantization_config"):
         refused.append("quantization_config (convert the weights to bfloat16 or float32 first)")
+    if hf.get("mlp_only_layers"):
+        refused.append(f"mlp_only_layers {hf['mlp_only_layers']} (known: experts in every layer)")
+    if hf.get("decoder_sparse_step", 1) != 1:
+        refused.append(
+            f"decoder_sparse_step {hf['decoder_sparse_step']} (known: 1, experts in every layer)"
+        )
     partial = hf.get(
         "partial_rotary_factor", (hf.get("rope_parameters") or {}).get("partial_rotary_factor")
     )
@@ -82,6 +93,11 @@ def _refuse_unsupported(hf: dict[str, Any]) -> None:
         raise ConversionError(
             f"config.json ({hf['model_type']}) asks for {'; '.join(refused)}: not supported"
         )
+
+
+def _experts_key(hf: dict[str, Any]) -> str:
+    """Published files say num_experts; transformers 5 writes num_local_experts."""
+    return "num_experts" if "num_experts" in hf else "num_local_experts"
 
 
 def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:

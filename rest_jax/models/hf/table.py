@@ -1,9 +1,9 @@
 """The strict table between Hugging Face tensors and our parameters.
 
-One `Spec` a parameter: the HF name (with `{}` for the layer number when it is stacked), our path, and
-the transform. HF stores matrices `[out, in]` with heads fused: `groups` lists the axes behind each HF
-dimension, `order` lists which of them are our axes. The transform is a reshape and a
-transpose, so it is exact both ways.
+One `Spec` a parameter: the HF name (with `{}` for the layer number when it is stacked, and another for the
+number of the expert), our path, and the transform. HF stores matrices `[out, in]` with heads fused: `groups`
+lists the axes behind each HF dimension, `order` lists which of them are our axes. The transform is a reshape
+and a transpose, so it is exact both ways.
 """
 
 import dataclasses
@@ -31,6 +31,7 @@ class Spec:
     groups: tuple[tuple[int, ...], ...]  # sizes of the axes behind each HF dimension
     order: tuple[int, ...]  # our axis i is flat axis order[i]
     layers: int | None  # None: not stacked
+    experts: int | None = None  # of every layer; None: the tensor of a layer is one
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
@@ -39,21 +40,18 @@ class Spec:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of our parameter, the layer axis included."""
+        """Shape of our parameter, the axes of layers and experts included."""
         flat = [size for group in self.groups for size in group]
-        own = tuple(flat[axis] for axis in self.order)
-        return own if self.layers is None else (self.layers, *own)
-
-    def hf_names(self) -> list[str]:
-        """The HF tensor, or one a layer."""
-        if self.layers is None:
-            return [self.hf_name]
-        return [self.hf_name.format(i) for i in range(self.layers)]
+        return (*self.stack, *(flat[axis] for axis in self.order))
 
     @property
     def stack(self) -> tuple[int, ...]:
-        """Sizes of the leading axes of our parameter that count HF tensors; () when it is one tensor."""
-        return self.shape[: len(self.shape) - len(self.order)]
+        """Sizes of the leading axes over which HF has one tensor each: none, layers, or layers and experts."""
+        return tuple(size for size in (self.layers, self.experts) if size is not None)
+
+    def hf_names(self) -> list[str]:
+        """The HF tensors, in the order of the leading axes."""
+        return [self.hf_name.format(*index) for index in np.ndindex(*self.stack)]
 
     @property
     def as_in_hf(self) -> bool:
@@ -101,10 +99,14 @@ def table(cfg: DecoderConfig) -> list[Spec]:
     specs.append(Spec(NORM, ("final_norm", "scale"), ((d,),), (0,), None))
 
     def layer(
-        name: str, path: str, groups: tuple[tuple[int, ...], ...], order: tuple[int, ...]
+        name: str,
+        path: str,
+        groups: tuple[tuple[int, ...], ...],
+        order: tuple[int, ...],
+        experts: int | None = None,
     ) -> None:
         keys = ("blocks", *path.split("."))
-        specs.append(Spec("model.layers.{}." + name, keys, groups, order, cfg.n_layers))
+        specs.append(Spec("model.layers.{}." + name, keys, groups, order, cfg.n_layers, experts))
 
     layer("input_layernorm.weight", "attention_norm.scale", ((d,),), (0,))
     layer("post_attention_layernorm.weight", "mlp_norm.scale", ((d,),), (0,))
@@ -117,9 +119,12 @@ def table(cfg: DecoderConfig) -> list[Spec]:
     if cfg.qk_norm:
         layer("self_attn.q_norm.weight", "attention.q_norm.scale", ((h,),), (0,))
         layer("self_attn.k_norm.weight", "attention.k_norm.scale", ((h,),), (0,))
-    layer("mlp.gate_proj.weight", "mlp.gate", ((f,), (d,)), (1, 0))
-    layer("mlp.up_proj.weight", "mlp.up", ((f,), (d,)), (1, 0))
-    layer("mlp.down_proj.weight", "mlp.down", ((d,), (f,)), (1, 0))
+    experts, prefix = (cfg.n_experts, "mlp.experts.{}") if cfg.n_experts else (None, "mlp")
+    if cfg.n_experts:
+        layer("mlp.gate.weight", "mlp.router", ((cfg.n_experts,), (d,)), (1, 0))
+    layer(f"{prefix}.gate_proj.weight", "mlp.gate", ((f,), (d,)), (1, 0), experts)
+    layer(f"{prefix}.up_proj.weight", "mlp.up", ((f,), (d,)), (1, 0), experts)
+    layer(f"{prefix}.down_proj.weight", "mlp.down", ((d,), (f,)), (1, 0), experts)
     return specs
 
 

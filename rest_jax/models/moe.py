@@ -1,0 +1,217 @@
+"""Routing of tokens to experts, and the experts' MLPs over a mesh, as pure functions of arrays.
+
+    p_te = softmax_e(x_t . router_e)                                  float32
+    S_t  = the k experts of largest p_t (or those that are replayed)
+    g_te = p_te, divided by the sum over S_t if `norm_topk`
+    y_t  = sum over e in S_t of g_te down_e(silu(gate_e x_t) * up_e x_t)
+
+(Qwen3-MoE; transformers, modeling_qwen3_moe.py.) No expert has a capacity and no token is dropped, so that the output of a
+token depends on that token alone. Rows are sorted by expert and multiplied group by group (`jax.lax.ragged_dot`).
+
+Over a mesh the experts are split over its expert axis and each expert's width over the tensor axis. The devices of an expert
+group gather each other's tokens, compute what goes to their own experts, and sum and scatter the results. Gathering moves
+(X - 1) rows a token for X devices, sending to k experts at most k, so gathering is the cheaper one up to X = k.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Integer, UInt
+
+from rest_jax.distributed import BATCH_AXES
+from rest_jax.models.config import DecoderConfig
+
+# Rows of one product over the gathered tokens. All tokens may go to the experts of one device, so its buffers have a row for
+# every choice of every device; in parts they are no larger than without an expert axis. A few rows (decoding) go at once: each
+# part reads the weights again.
+_ROWS = 1 << 16
+
+
+class Routing(NamedTuple):
+    """Where the tokens of a layer go."""
+
+    chosen: Int[Array, "B T k"]  # experts, int32
+    weight: Float[Array, "B T k"]  # g, float32
+    probability: Float[Array, "B T E"]  # p, float32
+    own: Int[Array, "B T k"]  # the router's own choice: `chosen` unless that is replayed
+
+
+class RouterRecord(NamedTuple):
+    """What the routers of a pass did, with a leading axis L over all layers. Sums are over a row's tokens without padding."""
+
+    chosen: Int[Array, "*L B T k"]  # int32
+    tokens: Float[Array, "*L B"]
+    load: Float[Array, "*L B E"]  # tokens that went to each expert
+    probability: Float[Array, "*L B E"]  # sum of p
+    entropy: Float[Array, "*L B"]  # sum of the entropy of p, nats
+    agreement: Float[Array, "*L B"]  # experts of the router's own choice that were chosen
+
+
+class ExpertWeights(NamedTuple):
+    """Matrices of all experts of a layer, in the compute dtype."""
+
+    gate: Float[Array, "E D F"]
+    up: Float[Array, "E D F"]
+    down: Float[Array, "E F D"]
+
+
+def route(
+    x: Float[Array, "B T D"],
+    router: Float[Array, "D E"],
+    replayed: Integer[Array, "B T k"] | None,
+    cfg: DecoderConfig,
+) -> Routing:
+    """The experts of every token and their weights. `replayed` takes the place of the router's own choice; weights are the
+    router's in any case, and alone carry gradient.
+    """
+    logits = jnp.einsum(
+        "btd,de->bte", x, router, precision=cfg.precision, preferred_element_type=jnp.float32
+    )
+    probability = jax.nn.softmax(logits, axis=-1)
+    _, own = jax.lax.top_k(jax.lax.stop_gradient(probability), cfg.experts_per_token)
+    chosen = own if replayed is None else replayed.astype(jnp.int32)
+    weight = jnp.take_along_axis(probability, chosen, axis=-1)
+    if cfg.norm_topk:
+        weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
+    return Routing(chosen, weight, probability, own)
+
+
+def compact(chosen: Int[Array, "L *B k"], cfg: DecoderConfig) -> UInt[Array, "*B L k"]:
+    """Chosen experts as they are kept for replay: layers behind the tokens, in the least unsigned integers."""
+    dtype = jnp.uint8 if cfg.n_experts <= 256 else jnp.uint16
+    return jnp.moveaxis(chosen, 0, -2).astype(dtype)
+
+
+def record(routing: Routing, valid: Bool[Array, "B T"]) -> RouterRecord:
+    """What a router did with the tokens that are no padding."""
+    chosen, p = routing.chosen, routing.probability
+    took, own = (
+        jnp.any(ids[..., None] == jnp.arange(p.shape[-1]), axis=-2) for ids in (chosen, routing.own)
+    )
+    p = jnp.where(valid[..., None], p, 0.0)
+    entropy = -jnp.sum(jax.scipy.special.xlogy(p, p), axis=(1, 2))
+    took = took & valid[..., None]
+    return RouterRecord(
+        chosen=chosen,
+        tokens=jnp.sum(valid, axis=1).astype(jnp.float32),
+        load=jnp.sum(took, axis=1).astype(jnp.float32),
+        probability=jnp.sum(p, axis=1),
+        entropy=jax.lax.stop_gradient(entropy),
+        agreement=jnp.sum(took & own, axis=(1, 2)).astype(jnp.float32),
+    )
+
+
+def mix_experts(
+    x: Float[Array, "B T D"],
+    routing: Routing,
+    valid: Bool[Array, "B T"],
+    experts: ExpertWeights,
+    cfg: DecoderConfig,
+) -> Float[Array, "B T D"]:
+    """The weighted sum of the chosen experts' MLPs, in x's dtype; zero for padding, which no expert computes.
+
+    Under `distributed.activate` (rows that divide over the data shards) every device computes its own experts; elsewhere this
+    is one product over all experts.
+    """
+    chosen = jnp.where(valid[..., None], routing.chosen, cfg.n_experts)
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = PartitionSpec(BATCH_AXES)
+    if mesh.empty or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+        return _compute_groups(x, chosen, routing.weight, experts, cfg)
+    wide: Any = PartitionSpec("expert", None, "tensor")
+    narrow: Any = PartitionSpec("expert", "tensor", None)
+    on_device = jax.shard_map(
+        functools.partial(_compute_on_device, cfg=cfg),
+        in_specs=(rows, rows, rows, ExpertWeights(wide, wide, narrow)),
+        out_specs=rows,
+    )
+    return on_device(x, chosen, routing.weight, experts)
+
+
+def _compute_on_device(x, chosen, weight, experts: ExpertWeights, cfg: DecoderConfig):
+    """This device's rows, from the experts of all devices of its expert group."""
+    x, chosen, weight = (jax.lax.all_gather(a, "expert", tiled=True) for a in (x, chosen, weight))
+    chosen = chosen - jax.lax.axis_index("expert") * experts.gate.shape[0]
+
+    def compute(part):
+        return _compute_groups(*part, experts=experts, cfg=cfg)
+
+    parts = _count_parts(jax.lax.axis_size("expert"), chosen.size)
+    if parts == 1:
+        partial = compute((x, chosen, weight))
+    else:
+        compute = compute if cfg.remat == "none" else jax.checkpoint(compute)
+        cut = [a.reshape(parts, -1, *a.shape[1:]) for a in (x, chosen, weight)]
+        partial = jax.lax.map(compute, cut).reshape(x.shape)
+    mine = jax.lax.psum_scatter(partial, "expert", tiled=True)
+    return jax.lax.psum(mine, "tensor")
+
+
+def _count_parts(devices: int, rows: int) -> int:
+    """Into how many parts, at most one a device, the gathered rows are cut, so that a product has at most `_ROWS`."""
+    fits = (n for n in range(1, devices) if devices % n == 0 and rows <= n * _ROWS)
+    return next(fits, devices)
+
+
+def _compute_groups(x, chosen, weight, experts: ExpertWeights, cfg: DecoderConfig):
+    """Rows `[B T D]` through the experts at hand; a chosen number that is none of theirs adds nothing."""
+    count, k = experts.gate.shape[0], chosen.shape[-1]
+    flat = x.reshape(-1, x.shape[-1])
+    expert = chosen.reshape(-1)
+    expert = jnp.where((expert >= 0) & (expert < count), expert, count)
+    order = jnp.argsort(expert, stable=True)
+    inverse = jnp.argsort(order)
+    sizes = jnp.sum(expert[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
+    # Rows behind the last group belong to no expert at hand. What a product leaves there is not defined, in value or gradient.
+    used = (jnp.arange(expert.size) < jnp.sum(sizes))[:, None]
+
+    def times(rows, weights):
+        return jax.lax.ragged_dot(rows, weights, sizes, precision=cfg.precision)
+
+    rows = jnp.where(used, _to_experts(flat, order, inverse, k), 0)
+    out = times(jax.nn.silu(times(rows, experts.gate)) * times(rows, experts.up), experts.down)
+    out = _to_tokens(jnp.where(used, out, 0), order, inverse).reshape(-1, k, x.shape[-1])
+    mixed = jnp.sum(out.astype(jnp.float32) * weight.reshape(-1, k, 1), axis=1)
+    return mixed.astype(x.dtype).reshape(x.shape)
+
+
+# The gradient of a gather is a scatter, which is slow everywhere; of a permutation it is the gather by its inverse.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _to_experts(x, order, inverse, k: int):
+    """x `[t D]` -> `[t*k D]`: row r is the token of assignment `order[r]`; token i has the assignments i*k .. i*k + k - 1."""
+    return x[order // k]
+
+
+def _to_experts_forward(x, order, inverse, k):
+    return _to_experts(x, order, inverse, k), inverse
+
+
+def _to_experts_backward(k, inverse, d_rows):
+    d_x = d_rows[inverse].reshape(-1, k, d_rows.shape[-1])
+    return jnp.sum(d_x.astype(jnp.float32), axis=1).astype(d_rows.dtype), None, None
+
+
+_to_experts.defvjp(_to_experts_forward, _to_experts_backward)
+
+
+@jax.custom_vjp
+def _to_tokens(rows, order, inverse):
+    """Rows `[t*k D]` in the order of the experts -> in that of the tokens."""
+    return rows[inverse]
+
+
+def _to_tokens_forward(rows, order, inverse):
+    return _to_tokens(rows, order, inverse), order
+
+
+def _to_tokens_backward(order, d_out):
+    return d_out[order], None, None
+
+
+_to_tokens.defvjp(_to_tokens_forward, _to_tokens_backward)

@@ -1,0 +1,254 @@
+"""Experts against a loop over tokens, on any mesh, with padding, replayed; what the routers report."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from rest_jax import distributed
+from rest_jax.config import MeshConfig
+from rest_jax.errors import UserError
+from rest_jax.models import moe
+from rest_jax.models.attention import pack_group, predicting_hidden, valid_positions
+from rest_jax.models.cache import GroupLayout, PromptLayout
+from rest_jax.models.config import DecoderConfig
+from rest_jax.models.decoder import (
+    Decoder,
+    abstract_params,
+    apply_routed,
+    logits,
+    param_shardings,
+)
+from rest_jax.models.moe import ExpertWeights, compact, mix_experts, record, route
+
+CFG = DecoderConfig(
+    "qwen3_moe", 64, 32, 2, 4, 4, 8, 16, qk_norm=True, tied=False,
+    n_experts=4, experts_per_token=2, norm_topk=True,
+)  # fmt: skip
+P, G, TP, TR = 8, 2, 5, 4
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@functools.cache
+def make_params(cfg=CFG):
+    rng = np.random.default_rng(0)
+    shapes = nn.meta.unbox(abstract_params(cfg))
+    return jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), jnp.float32), shapes)
+
+
+def batch():
+    """Ragged groups; the last one is empty, as rows of a micro-batch can be."""
+    rng = np.random.default_rng(1)
+    prompt, responses = (
+        jnp.asarray(rng.integers(0, 64, shape), jnp.int32) for shape in ((P, TP), (P, G, TR))
+    )
+    lengths = rng.integers(1, TP + 1, P), rng.integers(1, TR + 1, (P, G))
+    lengths[0][-1], lengths[1][-1] = 1, 0
+    return prompt, jnp.asarray(lengths[0]), responses, jnp.asarray(lengths[1])
+
+
+def loss(params, prompt, prompt_length, responses, response_length, cfg=CFG):
+    """(a loss with a load-balance term, what the routers did)."""
+    packed = pack_group(prompt, prompt_length, responses, response_length)
+    hidden, _, router = apply_routed(Decoder(cfg), params, *packed)
+    logp = jax.nn.log_softmax(logits(params, cfg, predicting_hidden(hidden, packed[-1])))
+    chosen = jnp.take_along_axis(logp, responses[..., None], axis=-1)[..., 0]
+    policy = -jnp.sum(jnp.where(jnp.arange(TR) < response_length[..., None], chosen, 0.0))
+    assert router is not None
+    balance = jnp.sum(jax.lax.stop_gradient(router.load) * router.probability)
+    return policy + 0.01 * balance, router
+
+
+@functools.cache
+def single_device(cfg=CFG):
+    run = jax.jit(jax.value_and_grad(functools.partial(loss, cfg=cfg), has_aux=True))
+    return run(make_params(), *batch())
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        np.testing.assert_allclose(a, b, atol=tolerance * max(np.abs(b).max(), 1e-6), rtol=0)
+
+
+# data, fsdp, expert, tensor
+MESHES = [(1, 1, 2, 1), (1, 1, 4, 1), (1, 2, 4, 1), (1, 1, 4, 2), (2, 1, 2, 2), (1, 2, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1, 2, 2, 2), *(pytest.param(m, marks=pytest.mark.slow) for m in MESHES)], ids=str
+)
+@pytest.mark.parametrize("remat", ["block", pytest.param("dots", marks=pytest.mark.slow)])
+def test_value_and_gradient_do_not_depend_on_the_mesh(sizes, remat):
+    params, cfg = make_params(), dataclasses.replace(CFG, remat=remat)
+    names = dict(zip(distributed.AXES, sizes, strict=True))
+    mesh = distributed.make_mesh(MeshConfig(**names), jax.devices()[: int(np.prod(sizes))])
+    placed, rows = param_shardings(cfg, mesh), distributed.batch_sharding(mesh)
+    with distributed.activate(mesh):
+        run = jax.jit(
+            jax.value_and_grad(functools.partial(loss, cfg=cfg), has_aux=True),
+            in_shardings=(placed, *[rows] * 4),
+            out_shardings=(None, placed),
+        )
+        found = run(jax.device_put(params, placed), *(jax.device_put(x, rows) for x in batch()))
+    (value, router), gradient = found
+    (expected, expected_router), expected_gradient = single_device()
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_array_equal(router.load, expected_router.load)
+    assert_close(gradient, expected_gradient)
+    assert_close(router, expected_router)
+
+
+def test_how_many_parts():
+    """The least divisor of the number of devices whose parts are small enough."""
+    limit = moe._ROWS
+    found = [moe._count_parts(4, rows) for rows in (1, limit, limit + 1, 2 * limit + 1, 99 * limit)]
+    assert found == [1, 1, 2, 4, 4]
+    assert moe._count_parts(1, 99 * limit) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_gathered_rows_in_parts(parts, remat, monkeypatch):
+    rows = P * (TP + G * TR) * 2
+    monkeypatch.setattr(moe, "_ROWS", rows // parts)
+    assert moe._count_parts(4, rows) == parts
+    test_value_and_gradient_do_not_depend_on_the_mesh((1, 1, 4, 1), remat)
+
+
+def test_each_token_goes_through_its_experts():
+    """NumPy, token by token; the gradient of the same sum written with all experts."""
+    x = normal(0, 3, 5, 32)
+    router, gate, up = normal(1, 32, 4), normal(2, 4, 32, 16), normal(3, 4, 32, 16)
+    experts = ExpertWeights(0.2 * gate, 0.2 * up, 0.2 * normal(4, 4, 16, 32))
+    valid = jnp.arange(5) < jnp.array([5, 2, 4])[:, None]
+
+    def ours(x, router, experts):
+        return mix_experts(x, route(x, router, None, CFG), valid, experts, CFG)
+
+    p = np.exp(np.asarray(x) @ np.asarray(router))
+    p /= p.sum(-1, keepdims=True)
+    chosen = np.argsort(-p, axis=-1)[..., :2]
+    expected = np.zeros(x.shape)
+    for b, t in np.argwhere(np.asarray(valid)):
+        for e in chosen[b, t]:
+            weight = p[b, t, e] / p[b, t, chosen[b, t]].sum()
+            h, u = np.asarray(x)[b, t] @ np.stack([experts.gate[e], experts.up[e]])
+            expected[b, t] += weight * (h / (1 + np.exp(-h)) * u @ np.asarray(experts.down[e]))
+    np.testing.assert_allclose(jax.jit(ours)(x, router, experts), expected, atol=1e-5)
+
+    def dense(x, router, experts):
+        p = jax.nn.softmax(jnp.einsum("btd,de->bte", x, router, precision="highest"))
+        p = jnp.where(jax.nn.one_hot(chosen, 4).sum(-2) > 0, p, 0)
+        h = jnp.einsum("btd,edf->btef", x, experts.gate, precision="highest")
+        h = jax.nn.silu(h) * jnp.einsum("btd,edf->btef", x, experts.up, precision="highest")
+        y = jnp.einsum("btef,efd->bted", h, experts.down, precision="highest")
+        y = jnp.einsum("bte,bted->btd", p / p.sum(-1, keepdims=True), y, precision="highest")
+        return jnp.where(valid[..., None], y, 0)
+
+    def gradient(f):
+        return jax.jit(jax.grad(lambda *inputs: jnp.sum(jnp.sin(f(*inputs))), (0, 1, 2)))
+
+    assert_close(gradient(ours)(x, router, experts), gradient(dense)(x, router, experts))
+
+
+def test_padding_influences_nothing():
+    """Other ids in the padding, and another empty group: same loss, same gradient, same record, bit for bit."""
+    prompt, prompt_length, responses, response_length = batch()
+    past = jnp.arange(TR) >= response_length[..., None]
+    other = (
+        jnp.where(jnp.arange(TP) >= prompt_length[:, None], 7, prompt).at[-1].set(9),
+        prompt_length,
+        jnp.where(past, 11, responses),
+        response_length,
+    )
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    ((value, router), gradient) = run(make_params(), *other)
+    ((expected, expected_router), expected_gradient) = run(make_params(), *batch())
+    assert not np.array_equal(other[2], responses)
+    np.testing.assert_array_equal(value, expected)
+    jax.tree.map(np.testing.assert_array_equal, gradient, expected_gradient)
+    for name in ("tokens", "load", "probability", "entropy", "agreement"):
+        np.testing.assert_array_equal(getattr(router, name), getattr(expected_router, name), name)
+    tokens = np.asarray(prompt_length) + np.asarray(response_length).sum(1)
+    tokens[-1] = 0  # a group without responses is padding
+    np.testing.assert_array_equal(router.tokens, np.broadcast_to(tokens, (2, P)))
+    np.testing.assert_array_equal(router.load.sum(-1), 2 * router.tokens)
+
+
+def test_the_record_of_a_router():
+    p = np.array([[[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.15, 0.05], [0.25, 0.25, 0.4, 0.1]]])
+    x, router = jnp.eye(3)[None], jnp.asarray(np.log(p[0]), jnp.float32)
+    valid = jnp.array([[True, True, False]])
+    routing = route(x, router, None, CFG)
+    np.testing.assert_allclose(routing.probability, p, rtol=1e-6)
+    np.testing.assert_array_equal(routing.chosen[0, :2], [[3, 2], [0, 2]])
+    np.testing.assert_allclose(routing.weight[0, 0], [4 / 7, 3 / 7], rtol=1e-6)
+    found = record(routing, valid)
+    np.testing.assert_array_equal(found.load, [[1, 0, 2, 1]])
+    np.testing.assert_allclose(found.probability[0], p[0, :2].sum(0), rtol=1e-6)
+    entropy = -(p[0, :2] * np.log(p[0, :2])).sum()
+    np.testing.assert_allclose(found.entropy, [entropy], rtol=1e-6)
+    assert found.agreement == 4
+
+    replayed = record(
+        route(x, router, jnp.array([[[3, 1], [0, 2], [0, 1]]], jnp.uint8), CFG), valid
+    )
+    np.testing.assert_array_equal(replayed.load, [[1, 1, 1, 1]])
+    assert replayed.agreement == 3
+    plain = route(x, router, None, dataclasses.replace(CFG, norm_topk=False))
+    np.testing.assert_allclose(plain.weight[0, 0], [0.4, 0.3], rtol=1e-6)
+
+
+def test_replayed_experts_take_the_place_of_the_routers_choice():
+    params, inputs = make_params(), batch()
+    packed = pack_group(*inputs)
+    valid = np.asarray(valid_positions(packed[-1], packed[0].shape))
+
+    @jax.jit
+    def run(params, replayed):
+        return apply_routed(Decoder(CFG), params, *packed, replayed=replayed)
+
+    hidden, _, router = run(params, None)
+    kept = jnp.moveaxis(compact(router.chosen, CFG), -2, 0)
+    assert kept.dtype == jnp.uint8 and kept.shape == (2, *valid.shape, 2)
+    same, _, again = run(params, kept)
+    np.testing.assert_array_equal(np.asarray(same)[valid], np.asarray(hidden)[valid])
+    np.testing.assert_array_equal(again.agreement, router.load.sum(-1))
+    moved, _, other = run(params, (kept + 1) % 4)
+    assert np.abs(np.asarray(moved - hidden))[valid].max() > 1e-2
+    np.testing.assert_array_equal(other.load, np.roll(router.load, 1, axis=-1))
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(run(p, kept)[0] ** 2 * valid[..., None])))(params)
+    assert np.abs(gradient["blocks"]["mlp"]["router"]).max() > 1e-3
+
+
+def test_valid_positions():
+    rows = valid_positions(PromptLayout(jnp.array([2, 3])), (2, 4))
+    np.testing.assert_array_equal(rows, [[1, 1, 0, 0], [1, 1, 1, 0]])
+    layout = GroupLayout(jnp.array([1, 2]), jnp.array([[2, 1], [0, 0]]), 2, 2, 2)
+    np.testing.assert_array_equal(
+        valid_positions(layout, (2, 6)), [[1, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0]]
+    )
+
+
+def test_experts_that_do_not_fit_a_mesh():
+    def mesh(expert):
+        return distributed.make_mesh(MeshConfig(expert=expert, fsdp=1), jax.devices()[:expert])
+
+    dense = dataclasses.replace(CFG, family="qwen3", n_experts=0, experts_per_token=0)
+    with pytest.raises(UserError, match=r"mesh\.expert 2: a qwen3 model has no experts"):
+        param_shardings(dense, mesh(2))
+    with pytest.raises(
+        UserError, match=r"expert dimension 4 does not divide over mesh axis expert 3"
+    ):
+        param_shardings(CFG, mesh(3))
+    with pytest.raises(UserError, match=r"experts_per_token 5 is not in 1 \.\. n_experts 4"):
+        dataclasses.replace(CFG, experts_per_token=5)
