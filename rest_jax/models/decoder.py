@@ -111,12 +111,12 @@ class Experts(nn.Module):
     def __call__(self, x, layout: Layout, replayed):
         cfg = self.cfg
         e, d, f = cfg.n_experts, cfg.d_model, cfg.d_ff
-        router = _weight(self, "router", (d, e), ("embed", "router"))
+        router = _weight(self, "router", (d, e), ("embed", "router")).astype(cfg.dtype)
         wide, narrow = ("expert", "expert_embed", "mlp"), ("expert", "mlp", "expert_embed")
         experts = ExpertWeights(
-            gate=_weight(self, "gate", (e, d, f), wide),
-            up=_weight(self, "up", (e, d, f), wide),
-            down=_weight(self, "down", (e, f, d), narrow),
+            gate=_weight(self, "gate", (e, d, f), wide).astype(cfg.dtype),
+            up=_weight(self, "up", (e, d, f), wide).astype(cfg.dtype),
+            down=_weight(self, "down", (e, f, d), narrow).astype(cfg.dtype),
         )
         valid = valid_positions(layout, x.shape[:2])
         routing = route(x, router, replayed, cfg)
