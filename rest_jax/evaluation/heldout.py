@@ -8,12 +8,12 @@ Rates: format (S_format), exact (format and all calls equal gold as multisets; f
 import contextlib
 import dataclasses
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from rest_jax.config import Config
 from rest_jax.data.loader import bucketed, pad
@@ -128,12 +128,12 @@ def evaluate(
     return summary_table(rows)
 
 
-def evaluations(folder: pathlib.Path) -> list[dict[str, Any]]:
+def evaluations(folder: epath.Path) -> list[dict[str, Any]]:
     """The metrics lines of a run's held-out evaluations, in order. UserError when it has no metrics."""
     return [line for line in read_lines(folder / METRICS_FILE) if "eval/exact" in line]
 
 
-def report_evaluations(folder: pathlib.Path) -> None:
+def report_evaluations(folder: epath.Path) -> None:
     """Prints the table of the first and the last evaluation of a run, and draws its curves."""
     if not is_first_process():
         return

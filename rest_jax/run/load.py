@@ -14,6 +14,7 @@ from flax import linen as nn
 from rest_jax import config as config_lib
 from rest_jax.config import Config, MeshConfig, ModelConfig
 from rest_jax.distributed import make_mesh
+from rest_jax.files import as_path, fetch_folder, is_url, store_errors
 from rest_jax.models.decoder import Decoder, abstract_params, param_shardings
 from rest_jax.models.hf import write as hf
 from rest_jax.models.hf.read import load_model, read_config
@@ -27,15 +28,14 @@ def load_policy(model: ModelConfig, mesh_config: MeshConfig) -> Policy:
     """Loads weights straight into their shards. UserError for a source that cannot be used."""
     mesh, dtype = make_mesh(mesh_config), compute_dtype(model.dtype)
     if is_run(model.source):
-        folder = pathlib.Path(model.source)
-        files = folder / MODEL_FOLDER
+        files = fetch_folder(as_path(model.source) / MODEL_FOLDER)
         config = dataclasses.replace(read_config(files), dtype=dtype, remat=model.remat)
         shapes = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             nn.meta.unbox(abstract_params(config)),
             param_shardings(config, mesh),
         )
-        params, _ = checkpoint.restore_params(folder, shapes)
+        params, _ = checkpoint.restore_params(model.source, shapes)
     else:
         config, params, files = load_model(model.source, mesh, dtype, model.remat)
     tokenizer = Tokenizer.load(model.tokenizer or files, vocab_size=config.vocab_size)
@@ -51,13 +51,16 @@ def export(source: str, out: str | pathlib.Path, dtype: str | None = None) -> No
         return
     config = config_of(source, [])
     policy = load_policy(config.model, config.mesh)
-    hf.export(policy.params, pathlib.Path(source) / MODEL_FOLDER, out, dtype)
+    hf.export(policy.params, policy.files, out, dtype)
 
 
 def is_run(source: str) -> bool:
-    """Whether a path is the folder of a run."""
-    folder = pathlib.Path(source)
-    return (folder / checkpoint.FOLDER).is_dir() and (folder / MODEL_FOLDER).is_dir()
+    """Whether a path or URL is the folder of a run."""
+    folder = as_path(source)
+    with store_errors(folder):
+        # In a store a folder without files does not exist.
+        begun = is_url(folder) or (folder / checkpoint.FOLDER).is_dir()
+        return begun and (folder / MODEL_FOLDER).is_dir()
 
 
 def config_of(source: str, overrides: Sequence[str]) -> Config:
@@ -65,7 +68,7 @@ def config_of(source: str, overrides: Sequence[str]) -> Config:
 
     `model.source` is `source`.
     """
-    path = pathlib.Path(source) / CONFIG_FILE
+    path = as_path(source) / CONFIG_FILE
     if is_run(source) and path.is_file():
         config = config_lib.load([path], overrides)
     else:

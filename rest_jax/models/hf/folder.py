@@ -17,11 +17,13 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from rest_jax.files import fetch_folder, is_url
 from rest_jax.models.hf.config import ConversionError
 
 MANIFEST = "rest_jax.json"  # of a converted folder: the dtype of every tensor of the source
 MANIFEST_FORMAT = 1
 WEIGHT_INDEX = "model.safetensors.index.json"
+PARAMS = "params"  # of a converted folder: the Orbax checkpoint
 DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16"), "F16": jnp.dtype("float16")}
 MAX_SHARD_BYTES = 5 * 10**9
 LazyTensor = tuple[str, int, Callable[[], np.ndarray]]  # name, bytes, function that makes it
@@ -87,7 +89,11 @@ def is_converted(folder: pathlib.Path) -> bool:
 
 
 def find_source(source: str) -> pathlib.Path:
-    """The local folder of a model: `source` itself, or the snapshot of a hub id (downloaded when not cached)."""
+    """The local folder of a model: `source` itself, a copy of what is at a URL, or the snapshot of a hub id (both are
+    downloaded when not cached). The weights of a converted folder stay in the store (`files.follow`).
+    """
+    if is_url(source):
+        return fetch_folder(source, leave=(PARAMS,))
     path = pathlib.Path(source).expanduser()
     if path.is_dir():
         return path

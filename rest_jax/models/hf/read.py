@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from rest_jax.files import follow
 from rest_jax.models.config import DecoderConfig, Remat
 from rest_jax.models.decoder import param_shardings
 from rest_jax.models.hf.config import ConversionError, decoder_config
@@ -24,6 +25,7 @@ from rest_jax.models.hf.folder import (
     DTYPES,
     MANIFEST,
     MANIFEST_FORMAT,
+    PARAMS,
     Stored,
     find_source,
     is_converted,
@@ -31,6 +33,7 @@ from rest_jax.models.hf.folder import (
     scan,
 )
 from rest_jax.models.hf.table import EMBED, HEAD, Slices, Spec, expected_shapes, table
+from rest_jax.orbax_s3 import checkpoint_path
 from rest_jax.types import Params
 
 _COMPARED_ROWS = 8192
@@ -106,13 +109,14 @@ def _abstract(
 
 def _restore(folder: pathlib.Path, abstract: Params) -> Params:
     """Reads the Orbax checkpoint of a converted folder."""
+    path = checkpoint_path(follow(folder / PARAMS))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore((folder / "params").absolute(), abstract)
+            return checkpointer.restore(path, abstract)
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConversionError(
-            f"{folder / 'params'}: not a readable checkpoint ({reason}); convert the model again"
+            f"{path}: not a readable checkpoint ({reason}); convert the model again"
         ) from error
 
 

@@ -23,6 +23,7 @@ from rest_jax.models.hf.folder import (
     MANIFEST,
     MANIFEST_FORMAT,
     MAX_SHARD_BYTES,
+    PARAMS,
     LazyTensor,
     copy_side_files,
     find_source,
@@ -47,11 +48,11 @@ def convert(source: str, out: str | pathlib.Path) -> None:
     folder = find_source(source)
     if is_converted(folder):
         raise ConversionError(f"model {source}: already a converted folder")
-    with atomic_folder(out) as work:
+    with atomic_folder(out, last=MANIFEST) as work:
         params = read_params(folder, read_config(folder))
         copy_side_files(folder, work)
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(work / "params", params)
+            checkpointer.save(work / PARAMS, params)
         stored = {name: tensor.dtype for name, tensor in scan(folder).items()}
         write_json(work / MANIFEST, {"format": MANIFEST_FORMAT, "tensors": stored})
 
