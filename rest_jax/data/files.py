@@ -62,7 +62,8 @@ def read_records(path: Location, limit: int | None = None) -> list[StepRecord]:
 
     RecordError for a missing or empty file, an unknown layout or an unreadable record (file, line or row, and field).
     """
-    records = list(iter_records(path, limit))
+    with store_errors(path):
+        records = list(iter_records(path, limit))
     if not records:
         raise RecordError(f"data {path}: no records")
     return records

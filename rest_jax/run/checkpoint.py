@@ -28,6 +28,7 @@ from rest_jax.files import (
     absolute,
     is_url,
     list_files,
+    make_folder,
     move_folder,
     open_bytes,
     store_errors,
@@ -54,11 +55,15 @@ class Checkpoints:
         self.folder = checkpoint_path(absolute(run_dir) / FOLDER)
         self._saving = 0
         processes = jax.process_count()
+        # Orbax makes no folder when it is told who takes part.
+        if is_first_process():
+            make_folder(self.folder)
+        any_process(False, timeout)
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_names=_ITEMS,
             options=ocp.CheckpointManagerOptions(
-                create=True,
+                create=False,
                 # What a killed run left half-written.
                 cleanup_tmp_directories=True,
                 lightweight_initialize=True,

@@ -129,6 +129,8 @@ class Run:
             with self.stop.waiting(what):
                 yield
         except (TimeoutError, jax.errors.JaxRuntimeError) as error:
+            if jax.process_count() == 1 and not isinstance(error, TimeoutError):
+                raise
             reason = " ".join(str(error).split())[:300]
             end(f"{what} failed: {reason}", SIGTERM_CODE if self.stop.received else 1)
 

@@ -38,7 +38,9 @@ def load_policy(model: ModelConfig, mesh_config: MeshConfig) -> Policy:
         params, _ = checkpoint.restore_params(model.source, shapes)
     else:
         config, params, files = load_model(model.source, mesh, dtype, model.remat)
-    tokenizer = Tokenizer.load(model.tokenizer or files, vocab_size=config.vocab_size)
+    source = model.tokenizer or files
+    source = fetch_folder(source) if is_url(source) else source
+    tokenizer = Tokenizer.load(source, vocab_size=config.vocab_size)
     return Policy(Decoder(config), params, tokenizer, mesh, files)
 
 
