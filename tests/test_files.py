@@ -162,10 +162,9 @@ def test_a_folder_is_fetched_once_and_again_when_it_has_changed(
     assert not (first / "params").exists()
     assert files.follow(first / "params") == url / "params"
     assert (files.fetch_folder(url) / "params/d/1").read_text() == "params/d/1"
-    monkeypatch.setattr(files, "_download", lambda *_: pytest.fail("fetched twice"))
-    assert files.fetch_folder(url, leave=("params",)) == first
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "_download", lambda *_: pytest.fail("fetched twice"))
+        assert files.fetch_folder(url, leave=("params",)) == first
     (url / "config.json").write_text("new")
     assert (files.fetch_folder(url, leave=("params",)) / "config.json").read_text() == "new"
     assert files.fetch_folder(tmp_path) == tmp_path
