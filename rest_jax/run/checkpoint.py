@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from rest_jax.distributed import any_process, is_first_process
-from rest_jax.errors import UserError
+from rest_jax.errors import RunStopped, UserError
 from rest_jax.files import (
     Location,
     absolute,
@@ -53,6 +53,7 @@ class Checkpoints:
     def __init__(self, run_dir: Location, keep: int = 3, timeout: int = 1800):
         """`timeout`: seconds that a save may take in the background."""
         self.folder = checkpoint_path(absolute(run_dir) / FOLDER)
+        self._timeout = timeout
         self._saving = 0
         processes = jax.process_count()
         # Orbax makes no folder when it is told who takes part.
@@ -105,15 +106,18 @@ class Checkpoints:
             return
         self._saving = step
         rest = dataclasses.replace(state, params=None)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),  # pyright: ignore[reportCallIssue]
-                rest=ocp.args.StandardSave(rest),  # pyright: ignore[reportCallIssue]
-                loader=ocp.args.JsonSave(dict(loader_state)),  # pyright: ignore[reportCallIssue]
-            ),
-            force=True,
-        )
+        # Orbax's own barriers give up after 300 s: all are here before the first of them.
+        any_process(False, self._timeout)
+        with self._failing_store():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),  # pyright: ignore[reportCallIssue]
+                    rest=ocp.args.StandardSave(rest),  # pyright: ignore[reportCallIssue]
+                    loader=ocp.args.JsonSave(dict(loader_state)),  # pyright: ignore[reportCallIssue]
+                ),
+                force=True,
+            )
 
     def restore(self, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any], int]:
         """The state, the loader state and the step of the newest sound checkpoint.
@@ -134,8 +138,23 @@ class Checkpoints:
         return state, loader_state, found
 
     def wait(self) -> None:
-        """Blocks until the save under way is on disk; raises what it raised."""
-        self._manager.wait_until_finished()
+        """Blocks until the save under way is stored; raises what it raised, RunStopped when a store failed."""
+        with self._failing_store():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _failing_store(self) -> Iterator[None]:
+        try:
+            yield
+        except (TimeoutError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # of TensorStore, gcsfs or s3fs
+            if not is_url(self.folder):
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise RunStopped(
+                f"{self.folder}/{self._saving}: not saved: {reason}; the same command resumes from the checkpoint before"
+            ) from error
 
     def _seal(self) -> None:
         """Writes the manifest of the step that is being saved, while its folder has its temporary name or no commit file."""

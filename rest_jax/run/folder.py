@@ -79,7 +79,11 @@ class Run:
         self.check_lock()
         with self._in_time(f"{self.folder}: the checkpoint of step {step}, or the one before,"):
             if self.metrics is not None:
-                self.metrics.sync()
+                try:
+                    self.metrics.sync()
+                except UserError as error:
+                    # It could be written when the run began.
+                    raise RunStopped(f"step {step}: {error}") from error
             self.checkpoints.save(step, state, loader_state)
 
     def wait(self) -> None:

@@ -33,9 +33,9 @@ SETTLE = 2.0
 
 @contextlib.contextmanager
 def locked(folder: epath.Path) -> Iterator[Callable[[], None]]:
-    """The first process holds the folder's lock, the others go by its word. Yields what raises RunStopped once it is lost.
+    """The first process holds the folder's lock, the others go by its word. UserError when another process trains in it.
 
-    UserError when another process trains in the folder.
+    Yields what raises RunStopped, in all processes, once the lock is lost; all must call it.
     """
     lock = None
     fault = ""
@@ -46,15 +46,18 @@ def locked(folder: epath.Path) -> Iterator[Callable[[], None]]:
             fault = str(error)
     if said := exchange(fault)[0]:
         raise UserError(said)
+
+    def check() -> None:
+        # The system takes no file lock away.
+        lost = lock.lost if isinstance(lock, _StoreLock) else ""
+        if is_url(folder) and (said := exchange(lost)[0]):
+            raise RunStopped(said)
+
     try:
-        yield lock.check if isinstance(lock, _StoreLock) else _held
+        yield check
     finally:
         if lock is not None:
             lock.release()
-
-
-def _held() -> None:
-    """Of a file lock, and of processes that go by the first one's word: it is not lost."""
 
 
 def _file_lock(path: epath.Path) -> filelock.BaseFileLock:
@@ -80,17 +83,12 @@ class _StoreLock:
         self.path = path
         self._fs, self._name = fsspec.url_to_fs(os.fspath(path))
         self._id, self._beats = uuid.uuid4().hex, 0
-        self._lost = ""
+        self.lost = ""  # why it is no longer ours
         self._closing = threading.Event()
         with store_errors(path):
             self._take()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="lock")
         self._thread.start()
-
-    def check(self) -> None:
-        """RunStopped when another process has taken the lock."""
-        if self._lost:
-            raise RunStopped(f"{self.path.parent}: {self._lost}; this process saves nothing more")
 
     def release(self) -> None:
         """Removes the object, if it is still ours."""
@@ -128,8 +126,9 @@ class _StoreLock:
             with contextlib.suppress(Exception):  # a store that fails for a while; STALE bounds it
                 owner = self._owner()
                 if owner.get("id", self._id) != self._id:
-                    self._lost = (
-                        f"{owner.get('host')}, process {owner.get('pid')}, took this run over"
+                    other = f"{owner.get('host')}, process {owner.get('pid')},"
+                    self.lost = (
+                        f"{self.path.parent}: {other} took this run over; it ends here unsaved"
                     )
                     return
                 self._put()
