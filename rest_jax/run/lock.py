@@ -99,26 +99,33 @@ class _StoreLock:
                 self.path.unlink(missing_ok=True)
 
     def _take(self) -> None:
-        try:
-            self._fs.pipe_file(self._name, self._token(), mode="create")
-            return
-        except OSError:
-            # Present, or made by another just now; any other fault shows when it is read or put.
-            found = self._read()
-        begun = time.monotonic()
+        found, begun = self._read(), time.monotonic()
         while found and time.monotonic() - begun < STALE:
             time.sleep(min(HEARTBEAT, STALE) / 4)
             now = self._read()
             if now and now != found:
-                owner = self._owner()
-                raise _taken(
-                    self.path.parent, f" ({owner.get('host')}, process {owner.get('pid')})"
-                )
+                raise self._refusal()
             found = now
-        self._put()
+        if found:
+            self._put()
+        else:
+            self._create()
+        # Two may have taken over a stale one at once, and not every server minds "only if absent".
         time.sleep(SETTLE)
         if self._owner().get("id") != self._id:
-            raise _taken(self.path.parent, f" ({self._owner().get('host')})")
+            raise self._refusal()
+
+    def _create(self) -> None:
+        try:
+            self._fs.pipe_file(self._name, self._token(), mode="create")
+        except FileExistsError:
+            pass  # another's, as will be seen
+        except OSError:
+            self._put()  # a server that does not know "only if absent"; other faults return
+
+    def _refusal(self) -> UserError:
+        owner = self._owner()
+        return _taken(self.path.parent, f" ({owner.get('host')}, process {owner.get('pid')})")
 
     def _beat(self) -> None:
         """Puts the object again and again, unless it is another's."""
