@@ -206,7 +206,7 @@ def exchange(text: str, timeout: int = 1800) -> list[str]:
     if jax.process_count() == 1:
         return [text]
     # jax offers the coordinator's store and barriers to libraries only (Orbax uses the same client).
-    client = jax._src.distributed.global_state.client
+    client: Any = jax._src.distributed.global_state.client
     number, here = next(_EXCHANGES), jax.process_index()
     name = f"rest_jax/exchange/{number}"
     try:

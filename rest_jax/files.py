@@ -13,7 +13,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 # etils would take TensorFlow for URLs where that is installed, and behave otherwise than on a machine without it.
 os.environ.setdefault("EPATH_USE_TF", "false")
@@ -21,6 +21,7 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 import filelock
 import fsspec
 from etils import epath
+from fsspec.config import conf as fsspec_config
 
 from rest_jax.errors import UserError
 
@@ -42,7 +43,7 @@ _URL_FILE = ".url"  # of a folder that was left in the store: where it is
 
 for _scheme in (*STORES, "gcs"):
     # A listing kept in memory would hide what other processes have written.
-    fsspec.config.conf.setdefault(_scheme, {}).setdefault("use_listings_cache", False)
+    fsspec_config.setdefault(_scheme, {}).setdefault("use_listings_cache", False)
 
 
 def is_url(location: Location) -> bool:
@@ -99,14 +100,14 @@ def store_errors(location: Location) -> Iterator[None]:
         ) from error
 
 
-def open_bytes(location: Location) -> BinaryIO:
+def open_bytes(location: Location) -> io.BufferedReader:
     """A file, opened to read bytes; of a store in pieces of 4 MiB, so that any size can be read."""
     path = as_path(location)
     if not is_url(path):
         return open(path, "rb")
     fs, name = fsspec.url_to_fs(os.fspath(path))
     file: Any = fs.open(name, "rb", block_size=_READ_AHEAD)
-    return io.BufferedReader(file, _READ_AHEAD)  # pyright: ignore[reportReturnType]
+    return io.BufferedReader(file, _READ_AHEAD)
 
 
 def list_files(folder: Location) -> dict[str, dict[str, Any]]:

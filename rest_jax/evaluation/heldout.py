@@ -13,13 +13,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from rest_jax.config import Config
 from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.tokenize import Prepared, load_split, prepare
 from rest_jax.distributed import gather, is_first_process
-from rest_jax.files import atomic_write
+from rest_jax.files import Location, as_path, atomic_write
 from rest_jax.models.policy import Policy
 from rest_jax.rollout.engine import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
@@ -128,12 +127,12 @@ def evaluate(
     return summary_table(rows)
 
 
-def evaluations(folder: epath.Path) -> list[dict[str, Any]]:
+def evaluations(folder: Location) -> list[dict[str, Any]]:
     """The metrics lines of a run's held-out evaluations, in order. UserError when it has no metrics."""
-    return [line for line in read_lines(folder / METRICS_FILE) if "eval/exact" in line]
+    return [line for line in read_lines(as_path(folder) / METRICS_FILE) if "eval/exact" in line]
 
 
-def report_evaluations(folder: epath.Path) -> None:
+def report_evaluations(folder: Location) -> None:
     """Prints the table of the first and the last evaluation of a run, and draws its curves."""
     if not is_first_process():
         return
