@@ -118,6 +118,30 @@ def s3_server():
 
 
 @pytest.fixture(scope="session")
+def gs_server():
+    """The URL of an empty bucket on a server of this machine that speaks Google Cloud Storage's protocol."""
+    for package in ("gcp_storage_emulator", "gcsfs"):
+        pytest.importorskip(package, reason=f"{package} is missing: requirements-dev.txt")
+    import socket
+
+    from etils.epath import backend
+    from gcp_storage_emulator.server import create_server
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{port}")
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
+        backend.fsspec_backend._get_filesystem.cache_clear()
+        yield "gs://bucket"
+    server.stop()
+
+
+@pytest.fixture(scope="session")
 def configs_dir() -> pathlib.Path:
     """The builtin configs."""
     return REPOSITORY / "configs"

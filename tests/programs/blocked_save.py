@@ -15,10 +15,13 @@ if several:
 
 import pathlib
 
+import numpy as np
+from jax.sharding import Mesh
+
 from rest_jax import config as config_lib
 from rest_jax.run import checkpoint
 from rest_jax.run.folder import open_run
-from tests.programs.states import make_state
+from tests.programs.states import make_state, place
 
 checkpoint.write_manifest = lambda folder: time.sleep(600)
 files = pathlib.Path(run, "files")
@@ -29,6 +32,7 @@ raw = {"name": "run", "output": run, "model": {"source": "hf"}}
 limits = {"save_timeout": int(save_timeout), "stop_timeout": int(stop_timeout)}
 config = config_lib.from_overrides(raw | {"distributed": limits})
 with contextlib.closing(open_run(config, files)) as opened:
-    opened.save(1, make_state(1), {})
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    opened.save(1, jax.tree.map(lambda x: place(x, mesh), make_state(1)), {})
     print("saving", flush=True)
 print("ended", flush=True)

@@ -1,4 +1,4 @@
-"""A run on an S3 server equals one on a local file system bit for bit, through a kill; other commands use it where it is."""
+"""A run in a store equals one on a local file system bit for bit, through a kill; other commands use it where it is."""
 
 import contextlib
 import json
@@ -25,10 +25,10 @@ def abstract():
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), make_state())
 
 
-@pytest.fixture
-def saved(s3_server, request):
+@pytest.fixture(params=["s3_server", "gs_server"])
+def saved(request):
     """The URL of a run with checkpoints 1 and 2."""
-    run = as_path(f"{s3_server}/{request.node.name}")
+    run = as_path(f"{request.getfixturevalue(request.param)}/{request.node.originalname}")
     with Checkpoints(run) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, make_state(step), {"seen": step})
