@@ -63,7 +63,7 @@ def test_a_damaged_one_is_put_aside_and_its_step_can_be_written_again(saved, cap
 def test_one_without_its_commit_file_does_not_exist(saved, capsys):
     (saved / "checkpoints" / "2" / COMMIT_FILE).unlink()
     _, step = restore_params(saved, abstract().params)
-    assert step == 1 and capsys.readouterr().err == ""
+    assert step == 1 and "damaged" not in capsys.readouterr().err
     with Checkpoints(saved) as checkpoints:
         assert checkpoints.latest() == 1
         checkpoints.save(2, make_state(2), {"seen": 2})
