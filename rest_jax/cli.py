@@ -3,7 +3,7 @@
 One typed function for each command: it reads its words and calls the module that does the work, which is imported only then,
 so that `--help` is quick. A word `key=value` is a config value, any other is a file. Exit codes: 0 done (also when SIGTERM
 ended a run after saving), 1 a run stopped itself (NaN), 2 input that cannot be used, as one line on stderr, 130 Ctrl-C, 143
-SIGTERM to `data prepare`. Any other error is a defect and shows its traceback.
+SIGTERM to `data prepare`, or to a run that waits in vain. Any other error is a defect and shows its traceback.
 """
 
 import json

@@ -15,10 +15,12 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import pydantic
 import yaml
+from etils import epath
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rest_jax.errors import UserError
+from rest_jax.files import Location, as_path, is_url, store_errors
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 # The builtin files: in an installed wheel rest_jax/_configs, else configs/ of the repository.
@@ -249,16 +251,6 @@ class MeshConfig(Section):
         return self
 
 
-class DistributedConfig(Section):
-    """Time-outs of runs of many processes, in seconds."""
-
-    initialization_timeout: PositiveInt = 300  # until all processes have joined
-    heartbeat_timeout: PositiveInt = (
-        60  # until a silent process counts as lost; half of it in most cases
-    )
-    save_timeout: PositiveInt = 1800
-
-
 class TrainConfig(Section):
     """The loop."""
 
@@ -275,6 +267,15 @@ class TrainConfig(Section):
     samples_per_step: NonNegativeInt = 4  # generations written to samples.jsonl
     tensorboard: bool = False
     wandb_project: str | None = None
+
+
+class DistributedConfig(Section):
+    """How many seconds processes wait, for one another and for the store, before the run ends with one line."""
+
+    initialization_timeout: PositiveInt = 300  # until all processes have joined
+    heartbeat_timeout: PositiveInt = 60  # a process silent for so long is taken for dead
+    save_timeout: PositiveInt = 1800  # of a checkpoint, and of the barriers around it
+    stop_timeout: PositiveInt = 300  # after SIGTERM: of a save, and of the other processes
 
 
 class SftConfig(Section):
@@ -301,14 +302,14 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
-    distributed: DistributedConfig = DistributedConfig()
     train: TrainConfig = TrainConfig()
     sft: SftConfig = SftConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
     @property
-    def folder(self) -> pathlib.Path:
-        """The folder of the run."""
-        return pathlib.Path(self.output) / self.name
+    def folder(self) -> epath.Path:
+        """The folder of the run: a local one, or a URL (gs://, s3://)."""
+        return as_path(self.output) / self.name
 
     @pydantic.model_validator(mode="after")
     def _consistent(self):
@@ -343,7 +344,7 @@ class Difference(NamedTuple):
     new: Any
 
 
-def load(files: Sequence[str | pathlib.Path], overrides: Sequence[str] = ()) -> Config:
+def load(files: Sequence[Location], overrides: Sequence[str] = ()) -> Config:
     """The config of YAML files merged from left to right, then of `a.b=value` overrides (YAML values).
 
     Mappings are merged key by key; everything else is replaced. Without a `name`, the run is called after the files:
@@ -372,7 +373,7 @@ def differences(old: Section | Tree, new: Section | Tree) -> list[Difference]:
     return [one for one in found if one.old != one.new]
 
 
-def origins(files: Sequence[str | pathlib.Path], overrides: Sequence[str] = ()) -> dict[str, str]:
+def origins(files: Sequence[Location], overrides: Sequence[str] = ()) -> dict[str, str]:
     """Where each leaf of the config comes from, by dotted path: a file's name, "command line" or "default"."""
     found = {path: "default" for path, _ in _leaves(load(files, overrides))}
     layers = [(str(file), read_mapping(builtin_file(file))) for file in files]
@@ -387,12 +388,15 @@ def check_supervised(config: Config) -> None:
         raise ConfigError("train.measure_noise true: only `rest-jax train` measures it")
 
 
-def builtin_file(name: str | pathlib.Path, folder: str | None = None) -> pathlib.Path:
+def builtin_file(name: Location, folder: str | None = None) -> epath.Path:
     """The file at a path, or the builtin one of that name (`scale/tiny`, `configs/method/rest.yaml`).
 
     With `folder`, say "sweeps", the builtin ones are those in it, with or without its name. Raises ConfigError.
     """
-    path = pathlib.Path(name).expanduser()
+    path = as_path(name)
+    if is_url(path):
+        return path
+    path = path.expanduser()
     if path.is_file():
         return path
     folders = ("scale", "method") if folder is None else (folder,)
@@ -404,13 +408,14 @@ def builtin_file(name: str | pathlib.Path, folder: str | None = None) -> pathlib
         close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
         said = f"(nearest: {', '.join(close) or 'none'}; known: {', '.join(known)})"
         raise ConfigError(f"{folder or 'config'} {name}: no such file, nor a builtin one {said}")
-    return known[word]
+    return as_path(known[word])
 
 
-def read_mapping(path: str | pathlib.Path) -> dict[str, Any]:
+def read_mapping(path: Location) -> dict[str, Any]:
     """The mapping that a YAML file holds; nothing but comments is an empty one. ConfigError names file and line."""
     try:
-        found = OmegaConf.load(path)
+        with store_errors(path), as_path(path).open() as file:
+            found = OmegaConf.load(file)
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as fault:
         text = " ".join(str(fault).split())
         if isinstance(fault, yaml.MarkedYAMLError) and fault.problem_mark is not None:

@@ -9,17 +9,19 @@ places the collectives from the shardings of inputs and outputs; `models/moe.py`
 
 import collections
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
+import jax._src.distributed
 import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rest_jax.config import MeshConfig
-from rest_jax.errors import UserError
+from rest_jax.errors import RunStopped, UserError
 
 Tree = TypeVar("Tree")
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -40,6 +42,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
 }
 _UNSPLIT_IN_ROLLOUT = ("embed", "expert_embed")
+_EXCHANGES = itertools.count(1)
 # Fewer kv heads than tensor devices: every device keeps them all.
 _REPLICATED_WHEN_FEW = ("kv_heads",)
 
@@ -324,9 +327,35 @@ def all_gather(tree: Tree) -> Tree:
     )
 
 
-def any_process(value: bool) -> bool:
-    """Whether `value` holds in any process; every process must call it, and all get the same answer."""
-    return bool(np.any(all_gather(np.asarray(value))))
+def any_process(value: bool, timeout: int = 1800) -> bool:
+    """Whether `value` holds in any process; every process must call it, and all get the same answer. Errors of `exchange`."""
+    return "1" in exchange(str(int(value)), timeout)
+
+
+def exchange(text: str, timeout: int = 1800) -> list[str]:
+    """The texts of all processes, in their order. Every process must call it, from one thread.
+
+    They pass through the coordinator: no device takes part and nothing is compiled. RunStopped when one of them has not
+    called it after `timeout` seconds, or has ended.
+    """
+    if jax.process_count() == 1:
+        return [text]
+    # jax offers the coordinator's store and barriers to libraries only (Orbax uses the same client).
+    client: Any = jax._src.distributed.global_state.client
+    number, here = next(_EXCHANGES), jax.process_index()
+    name = f"rest_jax/exchange/{number}"
+    try:
+        client.key_value_set(f"{name}/{here}", text)
+        client.wait_at_barrier(name, timeout * 1000)
+        found = {int(key.rpartition("/")[2]): said for key, said in client.key_value_dir_get(name)}
+        # Whoever is here has read what was said the time before.
+        client.key_value_delete(f"rest_jax/exchange/{number - 1}/{here}")
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RunStopped(
+            f"process {here} of {jax.process_count()}: the others gave no answer within {timeout} s ({reason})"
+        ) from error
+    return [found[index] for index in range(jax.process_count())]
 
 
 def is_first_process() -> bool:

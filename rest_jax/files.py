@@ -1,20 +1,182 @@
-"""Atomic writing: a file or a folder appears under its name when all of it is written, or not at all."""
+"""Files by path or URL: one path type, writing all or nothing, folders of a store fetched once a host.
+
+`as_path` makes an `epath.Path` of a local path, `gs://bucket/..` or `s3://bucket/..`; etils and fsspec (gcsfs, s3fs) do the work.
+An object store has no folders and cannot append to or rename a file: what is written there is put whole, in one request. Errors
+of a store are one line (`store_errors`); those of local files are Python's own.
+"""
 
 import contextlib
+import hashlib
+import io
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+# etils would take TensorFlow for URLs where that is installed, and behave otherwise than on a machine without it.
+os.environ.setdefault("EPATH_USE_TF", "false")
+
+import filelock
+import fsspec
+from etils import epath
+from fsspec.config import conf as fsspec_config
 
 from rest_jax.errors import UserError
 
+Location = str | os.PathLike[str]
+
+# scheme -> the extra of the package that brings its file system, and how to say who one is
+STORES = {
+    "gs": (
+        "gcs",
+        "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
+    ),
+    "s3": (
+        "s3",
+        "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (another server: AWS_ENDPOINT_URL)",
+    ),
+}
+_READ_AHEAD = 2**22  # bytes asked of a store at once
+_URL_FILE = ".url"  # of a folder that was left in the store: where it is
+
+for _scheme in (*STORES, "gcs"):
+    # A listing kept in memory would hide what other processes have written.
+    fsspec_config.setdefault(_scheme, {}).setdefault("use_listings_cache", False)
+
+
+def is_url(location: Location) -> bool:
+    """Whether a location is in an object store, not on a file system."""
+    return "://" in os.fspath(location)
+
+
+def as_path(location: Location) -> epath.Path:
+    """The path of a local file or folder, or of a URL. UserError for an unknown scheme or a package that is missing."""
+    text = os.fspath(location)
+    if not is_url(text):
+        return epath.Path(text)
+    scheme = text.partition("://")[0]
+    if scheme not in STORES:
+        known = ", ".join(f"{name}://" for name in STORES)
+        raise UserError(f"{text}: no such store as {scheme}://; known: {known} and local paths")
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        extra, _ = STORES[scheme]
+        raise UserError(
+            f'{text}: the package for {scheme}:// is missing: pip install "rest-jax[{extra}]"'
+        ) from error
+    return epath.Path(text)
+
+
+def absolute(location: Location) -> epath.Path:
+    """The path from the root of the file system, links followed; a URL as it is."""
+    path = as_path(location)
+    return path if is_url(path) else epath.Path(pathlib.Path(path).resolve())
+
+
+def local_path(name: str, location: Location) -> pathlib.Path:
+    """A path that has to be local; UserError, which names the value `name`, for a URL."""
+    if is_url(location):
+        raise UserError(f"{name} {os.fspath(location)}: a local path is needed here, not a URL")
+    return pathlib.Path(location)
+
 
 @contextlib.contextmanager
-def atomic_write(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path beside `path` to write a file to. It becomes `path` when the block ends well; when it does not, it is
-    removed, and what was there before is untouched. Its name has the process in it: two writers do not meet.
+def store_errors(location: Location) -> Iterator[None]:
+    """Makes one UserError of whatever a store's package raises about a URL, with the remedy. Local errors pass."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # gcsfs, s3fs and botocore have no common kind
+        if not is_url(location):
+            raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        _, remedy = STORES[os.fspath(location).partition("://")[0]]
+        raise UserError(
+            f"{os.fspath(location)}: {reason}; check the name and the rights, or {remedy}"
+        ) from error
+
+
+def open_bytes(location: Location) -> io.BufferedReader:
+    """A file, opened to read bytes; of a store in pieces of 4 MiB, so that any size can be read."""
+    path = as_path(location)
+    if not is_url(path):
+        return open(path, "rb")
+    fs, name = fsspec.url_to_fs(os.fspath(path))
+    file: Any = fs.open(name, "rb", block_size=_READ_AHEAD)
+    return io.BufferedReader(file, _READ_AHEAD)
+
+
+def list_files(folder: Location) -> dict[str, dict[str, Any]]:
+    """Every file below a folder: its name relative to the folder -> what the file system knows of it, "size" among it."""
+    fs, root = fsspec.url_to_fs(os.fspath(folder))
+    found: Any = fs.find(root, detail=True)
+    return {name.removeprefix(root).lstrip("/"): info for name, info in found.items()}
+
+
+def make_folder(path: epath.Path) -> None:
+    """Makes a local folder and its parents; in a store a folder is but the beginning of names."""
+    if not is_url(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def move_folder(path: epath.Path, target: epath.Path) -> None:
+    """Renames a folder; in a store every file is copied there and then removed."""
+    if not is_url(path):
+        path.rename(target)
+        return
+    fs, root = fsspec.url_to_fs(os.fspath(path))
+    _, other = fsspec.url_to_fs(os.fspath(target))
+    for name in list_files(path):
+        fs.cp_file(f"{root}/{name}", f"{other}/{name}")
+    fs.rm(root, recursive=True)
+
+
+def upload(file: pathlib.Path, url: epath.Path) -> None:
+    """Puts a local file whole."""
+    fs, name = fsspec.url_to_fs(os.fspath(url))
+    fs.put_file(str(file), name)
+
+
+def download(url: epath.Path, file: pathlib.Path) -> None:
+    """Copies a file of a store to a local one."""
+    fs, name = fsspec.url_to_fs(os.fspath(url))
+    fs.get_file(name, str(file))
+
+
+@contextlib.contextmanager
+def written_locally(location: Location, last: str = "") -> Iterator[pathlib.Path]:
+    """A local folder to write files to: the one at `location`; for a URL one whose files are put there when the block ends
+    well, the one called `last` behind all others.
     """
-    path = pathlib.Path(path)
+    if not is_url(location):
+        yield pathlib.Path(location)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield pathlib.Path(folder)
+        with store_errors(location):
+            for name in sorted(list_files(folder), key=lambda name: (name == last, name)):
+                upload(pathlib.Path(folder, name), as_path(location) / name)
+
+
+@contextlib.contextmanager
+def atomic_write(location: Location) -> Iterator[pathlib.Path]:
+    """A local path to write a file to; it becomes the file at `location` when the block ends well.
+
+    When it does not, the path is removed, and what was there before is untouched. A local file is written beside its
+    place, under a name with the process in it, so that two writers do not meet; the file of a URL is put in one request.
+    """
+    if is_url(location):
+        with tempfile.TemporaryDirectory() as folder:
+            partial = pathlib.Path(folder) / as_path(location).name
+            yield partial
+            with store_errors(location):
+                upload(partial, as_path(location))
+        return
+    path = pathlib.Path(location)
     partial = _beside(path)
     try:
         yield partial
@@ -24,12 +186,22 @@ def atomic_write(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """An empty folder beside `path` that becomes `path` when the block ends well, and is removed when it does not.
+def atomic_folder(location: Location, last: str = "config.json") -> Iterator[pathlib.Path]:
+    """An empty local folder that becomes the one at `location` when the block ends well, and is removed when it does not.
 
-    Missing parents of `path` are made. UserError when `path` exists and is not an empty folder.
+    Missing parents are made. UserError when there is something at `location` that is not an empty folder. In a store the files
+    are put one by one, and the file called `last` behind all others: a folder without it is not complete.
     """
-    path = pathlib.Path(os.path.abspath(path))
+    if is_url(location):
+        with store_errors(location):
+            if list_files(as_path(location)):
+                raise UserError(
+                    f"output {os.fspath(location)}: exists and is not empty; name a new folder"
+                )
+        with written_locally(location, last) as partial:
+            yield partial
+        return
+    path = pathlib.Path(os.path.abspath(location))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"output {path}: exists and is not empty; name a new folder or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,6 +214,54 @@ def atomic_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
         os.replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def fetch_folder(location: Location, leave: Sequence[str] = ()) -> pathlib.Path:
+    """A local copy of a folder of a store; a local folder as it is. UserError for a URL with no files.
+
+    The copy is made once a host: in the cache ($XDG_CACHE_HOME or ~/.cache, rest_jax/models), under a name with a digest of the
+    folder's listing in it, so that a folder which has changed is fetched anew. Of the subfolders called in `leave` nothing is
+    copied: a file beside says where they are, which `follow` reads.
+    """
+    if not is_url(location):
+        return pathlib.Path(location)
+    url = as_path(location)
+    with store_errors(location):
+        found = list_files(url)
+        if not found:
+            raise UserError(f"{url}: no such folder, or it has no files")
+        listing = repr((os.fspath(url), sorted(leave), sorted(found.items())))
+        digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
+        base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        copy = base / "rest_jax" / "models" / f"{url.name}-{digest}"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{copy}.lock"):
+            if not copy.is_dir():
+                with atomic_folder(copy) as partial:
+                    _download(url, sorted(found), partial, leave)
+    return copy
+
+
+def _download(
+    url: epath.Path, names: Sequence[str], folder: pathlib.Path, leave: Sequence[str]
+) -> None:
+    """Copies the files of a folder of a store, but for the subfolders `leave`, of which the URL is written down."""
+    fs, root = fsspec.url_to_fs(os.fspath(url))
+    wanted = [name for name in names if name.partition("/")[0] not in leave]
+    for name in wanted:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    if wanted:
+        sources = [f"{root}/{name}" for name in wanted]
+        fs.get(sources, [str(folder / name) for name in wanted])
+    for name in leave:
+        if any(other.startswith(f"{name}/") for other in names):
+            (folder / f"{name}{_URL_FILE}").write_text(os.fspath(url / name))
+
+
+def follow(folder: pathlib.Path) -> epath.Path:
+    """A folder that `fetch_folder` may have left in the store: where it is."""
+    url = folder.with_name(f"{folder.name}{_URL_FILE}")
+    return as_path(url.read_text()) if url.is_file() else absolute(folder)
 
 
 def _beside(path: pathlib.Path) -> pathlib.Path:

@@ -13,6 +13,7 @@ from rest_jax import config as config_lib
 from rest_jax import train
 from rest_jax.config import Config
 from rest_jax.evaluation.heldout import Evaluator, evaluations, held_out
+from rest_jax.files import local_path
 from rest_jax.run.load import convert, export, load_policy
 
 
@@ -20,7 +21,8 @@ def quickstart(overrides: Sequence[str] = (), fresh: bool = False) -> None:
     """Carries out the stages. `overrides` ("key=value") change the config; `fresh` forgets an earlier run."""
     started = time.monotonic()
     config = load_config(overrides)
-    folder, source = config.folder, config_lib.locate(config.model.source)
+    folder = local_path("output", config.folder)
+    source = config_lib.locate(config.model.source)
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
     converted, exported = folder / "converted", folder / "exported"

@@ -42,12 +42,14 @@ from rest_jax.rl.supervised import (
 from rest_jax.run.folder import SUPERVISED_FINITE, Run, check_start, open_run
 from rest_jax.run.load import load_policy
 from rest_jax.run.loop import Loop, PendingStep
+from rest_jax.run.preflight import check_store
 from rest_jax.templates import TEMPLATES
 
 
 def finetune(config: Config, dry_run: bool = False) -> int:
     """Trains; 0 at the end or after SIGTERM. UserError for input that cannot be used; RunStopped on NaN."""
     check_supervised(config)
+    check_store(config)
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     check_batch("sft.batch_size", config.sft.batch_size, policy.mesh)
     check_experts(config, policy.config)

@@ -42,6 +42,7 @@ from rest_jax.rollout.experience import Collector, Experience
 from rest_jax.run.folder import RL_FINITE, Run, check_start, open_run
 from rest_jax.run.load import load_policy
 from rest_jax.run.loop import Loop, PendingStep
+from rest_jax.run.preflight import check_store
 from rest_jax.run.throughput import Speed, mesh_peak_flops, reward_rates
 from rest_jax.templates import TEMPLATES
 from rest_jax.types import Params, Sampling, ScoredBatch
@@ -51,6 +52,7 @@ def train(config: Config, dry_run: bool = False, profile: int | None = None) -> 
     """Trains, and writes a trace of step `profile`; 0 at the end or after SIGTERM. UserError for input that cannot be used;
     RunStopped on NaN.
     """
+    check_store(config)
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     check_sizes(config, policy)
     check_experts(config, policy.config)

@@ -6,6 +6,7 @@ than arrays.
 """
 
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -70,6 +71,76 @@ def tmp_run(tmp_path) -> pathlib.Path:
     folder = tmp_path / "run"
     folder.mkdir()
     return folder
+
+
+@pytest.fixture
+def memory_store(monkeypatch):
+    """The URL of an empty bucket whose objects are in the memory of this process (fsspec's memory store)."""
+    from etils.epath import backend
+    from fsspec.implementations.memory import MemoryFileSystem
+    from fsspec.registry import _registry
+
+    class Memory(MemoryFileSystem):
+        protocol = "s3"
+        store, pseudo_dirs = {}, [""]
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(path.removeprefix("s3://"))
+
+    # epath keeps the file system of a scheme
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    monkeypatch.setitem(_registry, "s3", Memory)
+    yield "s3://bucket"
+    backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """The URL of an empty bucket on an S3 server of this machine, for this process and those it starts."""
+    for package in ("moto", "flask_cors", "s3fs"):
+        pytest.importorskip(package, reason=f"{package} is missing: requirements-dev.txt")
+    import boto3
+    from etils.epath import backend
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "id")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "key")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        boto3.client("s3").create_bucket(Bucket="bucket")
+        backend.fsspec_backend._get_filesystem.cache_clear()
+        yield "s3://bucket"
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def gs_server():
+    """The URL of an empty bucket on a server of this machine that speaks Google Cloud Storage's protocol."""
+    for package in ("gcp_storage_emulator", "gcsfs"):
+        pytest.importorskip(package, reason=f"{package} is missing: requirements-dev.txt")
+    import socket
+
+    from etils.epath import backend
+    from gcp_storage_emulator.server import create_server
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{port}")
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
+        backend.fsspec_backend._get_filesystem.cache_clear()
+        yield "gs://bucket"
+    server.stop()
 
 
 @pytest.fixture(scope="session")

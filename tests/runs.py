@@ -14,6 +14,7 @@ import yaml
 
 import rest_jax
 from rest_jax import config as config_lib
+from rest_jax.files import Location, as_path
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import make_optimizer
 from rest_jax.rl.step import init_state
@@ -26,7 +27,7 @@ ROOT = pathlib.Path(rest_jax.__file__).parent.parent
 PROGRAMS = pathlib.Path(__file__).parent / "programs"
 
 
-def recipe(model: pathlib.Path, output: pathlib.Path, **changes) -> dict:
+def recipe(model: Location, output: Location, **changes) -> dict:
     """A run of four steps, two updates each, a checkpoint after every step."""
     raw = {
         "name": "tiny",
@@ -125,16 +126,17 @@ def run_together(program: str, *words: str, options: Sequence[str] = ()) -> list
     return [finish(process).splitlines() for process in started]
 
 
-def lines(run: pathlib.Path) -> list[dict]:
+def lines(run: Location) -> list[dict]:
     """Metrics without the clock."""
     return [
         {name: value for name, value in line.items() if not name.startswith("time/")}
-        for line in read_lines(run / "metrics.jsonl")
+        for line in read_lines(as_path(run) / "metrics.jsonl")
     ]
 
 
-def state(run: pathlib.Path):
+def state(run: Location):
     """Everything the newest checkpoint holds."""
+    run = as_path(run)
     config = config_lib.load([run / "config.yaml"])
     policy = load_policy(config.model, config_lib.MeshConfig(fsdp=-1))
     tx = make_optimizer(config.optimizer, STEPS * 2)

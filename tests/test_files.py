@@ -2,8 +2,10 @@
 
 import os
 import pathlib
+import sys
 
 import pytest
+from fsspec.registry import _registry
 
 from rest_jax import files
 from rest_jax.errors import UserError
@@ -78,3 +80,105 @@ def test_what_a_killed_process_of_this_number_left_is_removed(tmp_path):
     with files.atomic_folder(tmp_path / "out") as partial:
         (partial / "a").write_text("")
     assert os.listdir(tmp_path / "out") == ["a"]
+
+
+def test_a_location_is_a_path_or_a_known_url(tmp_path, memory_store):
+    assert files.as_path(tmp_path) == tmp_path and files.as_path("a/b").parts == ("a", "b")
+    url = files.as_path(f"{memory_store}/a") / "b"
+    assert str(url) == "s3://bucket/a/b" and files.as_path(url) == url
+    assert files.absolute(url) == url and files.absolute(tmp_path / "x" / ".." / "y").name == "y"
+    with pytest.raises(UserError, match=r"ftp://x/y: no such store as ftp://; known: gs://, s3://"):
+        files.as_path("ftp://x/y")
+    with pytest.raises(UserError, match="output s3://bucket: a local path is needed"):
+        files.local_path("output", memory_store)
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    monkeypatch.delitem(_registry, "gs", raising=False)
+    with pytest.raises(UserError, match=r'gs://b/x: .* missing: pip install "rest-jax\[gcs\]"'):
+        files.as_path("gs://b/x")
+
+
+def test_a_file_of_a_store_is_put_at_the_end_or_not_at_all(memory_store):
+    path = files.as_path(f"{memory_store}/a.csv")
+    path.write_text("old")
+    with files.atomic_write(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    with pytest.raises(ValueError), files.atomic_write(path) as partial:
+        partial.write_text("half")
+        raise ValueError
+    assert path.read_text() == "new" and not partial.exists()
+
+
+def test_the_last_file_of_a_folder_is_put_last(memory_store, monkeypatch):
+    put = []
+    monkeypatch.setattr(
+        files,
+        "upload",
+        lambda file, url, plain=files.upload: (put.append(url.name), plain(file, url)),
+    )
+    with files.atomic_folder(f"{memory_store}/out") as partial:
+        for name in ("config.json", "weights", "sub/vocab.txt"):
+            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).write_text(name)
+        assert not files.list_files(f"{memory_store}/out")
+    assert put == ["vocab.txt", "weights", "config.json"]
+    assert files.as_path(f"{memory_store}/out/sub/vocab.txt").read_text() == "sub/vocab.txt"
+    with (
+        pytest.raises(UserError, match="s3://bucket/out: exists and is not empty"),
+        files.atomic_folder(f"{memory_store}/out"),
+    ):
+        pytest.fail("the block was entered")
+
+
+@pytest.mark.parametrize("where", ["local", "store"])
+def test_listing_reading_and_moving_a_folder(where, tmp_path, memory_store):
+    root = files.as_path(tmp_path if where == "local" else memory_store)
+    with files.written_locally(root / "a") as folder:
+        (folder / "sub").mkdir(parents=True)
+        (folder / "one").write_bytes(b"1\n" * 5)
+        (folder / "sub" / "two").write_bytes(b"2")
+    found = files.list_files(root / "a")
+    assert {name: info["size"] for name, info in found.items()} == {"one": 10, "sub/two": 1}
+    with files.open_bytes(root / "a" / "one") as file:
+        assert file.readline(1) == b"1" and file.readline(9) == b"\n" and file.read() == b"1\n" * 4
+        assert file.seek(0) == 0 and file.read(3) == b"1\n1"
+    files.move_folder(root / "a", root / "b")
+    assert files.list_files(root / "b").keys() == found.keys() and not (root / "a").exists()
+
+
+def test_a_folder_is_fetched_once_and_again_when_it_has_changed(
+    memory_store, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    url = files.as_path(f"{memory_store}/model")
+    for name in ("config.json", "params/d/1", "params/2"):
+        (url / name).write_text(name)
+    first = files.fetch_folder(url, leave=("params",))
+    assert first.is_relative_to(tmp_path) and (first / "config.json").read_text() == "config.json"
+    assert not (first / "params").exists()
+    assert files.follow(first / "params") == url / "params"
+    assert (files.fetch_folder(url) / "params/d/1").read_text() == "params/d/1"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "_download", lambda *_: pytest.fail("fetched twice"))
+        assert files.fetch_folder(url, leave=("params",)) == first
+    (url / "config.json").write_text("new")
+    assert (files.fetch_folder(url, leave=("params",)) / "config.json").read_text() == "new"
+    assert files.fetch_folder(tmp_path) == tmp_path
+    assert files.follow(tmp_path / "params") == tmp_path / "params"
+    with pytest.raises(UserError, match="s3://bucket/none: no such folder"):
+        files.fetch_folder(f"{memory_store}/none")
+
+
+def test_errors_of_a_store_are_one_line_with_a_remedy_and_local_ones_are_pythons():
+    with (
+        pytest.raises(UserError, match=r"s3://b/x: no credentials; .*AWS_ACCESS_KEY_ID") as caught,
+        files.store_errors("s3://b/x"),
+    ):
+        raise RuntimeError("no\ncredentials")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RuntimeError), files.store_errors("/b/x"):
+        raise RuntimeError

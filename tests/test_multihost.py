@@ -166,3 +166,19 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
     """Every file below a folder."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def test_folders_that_are_not_shared_are_one_line_before_anything_is_loaded(tmp_path):
+    """Each process has an output folder of its own, as on hosts without a shared file system."""
+    begun, commands = time.monotonic(), {}
+    for index in range(2):
+        # There is no such model: it would be named if it was looked for.
+        raw = recipe(tmp_path / "no-model", tmp_path / f"host-{index}")
+        path = write(tmp_path / str(index) / "config.yaml", raw | {"mesh": {"data": 2, "fsdp": 1}})
+        commands[index] = ["train", path]
+    for process in start_processes([], 2, programs=commands):
+        out = finish(process, 2)
+        (line,) = [line for line in out.splitlines() if "error" in line]
+        assert "not shared by all processes: process 0" in line and "gs://BUCKET" in line
+        assert "compil" not in out and "no-model" not in out
+    assert time.monotonic() - begun < 30

@@ -3,8 +3,8 @@
 The colours are those of Okabe and Ito, which people with any kind of colour blindness can tell apart.
 """
 
-import pathlib
-from typing import Any
+import os
+from typing import Any, TypeVar
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from rest_jax.files import atomic_write
 
+PathT = TypeVar("PathT", bound=os.PathLike[str])
 DPI = 110
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PINK, SKY, YELLOW, GREY, BLACK = "#CC79A7", "#56B4E9", "#F0E442", "#7F7F7F", "#000000"
@@ -52,7 +53,7 @@ def tidy(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def save(figure: Figure, path: pathlib.Path, dpi: int = DPI) -> pathlib.Path:
+def save(figure: Figure, path: PathT, dpi: int = DPI) -> PathT:
     """Writes the figure as PNG; returns the path."""
     with atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=dpi)

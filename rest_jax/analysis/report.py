@@ -4,8 +4,9 @@ The figure `<run>/curves.png` has learning curves above, and entropy, weight and
 what moved from the first step to the last. Both show the metrics that the run has, of reinforcement learning or supervised.
 """
 
-import pathlib
 from typing import Any, NamedTuple
+
+from etils import epath
 
 from rest_jax.analysis.plotting import (
     LINE_STYLES,
@@ -16,6 +17,7 @@ from rest_jax.analysis.plotting import (
     save,
 )
 from rest_jax.errors import UserError
+from rest_jax.files import Location, absolute, as_path
 from rest_jax.run.metrics import METRICS, METRICS_FILE, REGION_NAMES, read_lines, summary_table
 
 SHOWN = (
@@ -69,9 +71,9 @@ class Series(NamedTuple):
     values: list[float]
 
 
-def read_series(run_dir: str | pathlib.Path) -> dict[str, Series]:
+def read_series(run_dir: Location) -> dict[str, Series]:
     """Every metric of a run by name. UserError when the folder has no metrics, or none of any step."""
-    path = pathlib.Path(run_dir) / METRICS_FILE
+    path = as_path(run_dir) / METRICS_FILE
     series: dict[str, Series] = {}
     for line in read_lines(path):
         step = line.pop("step")
@@ -103,7 +105,7 @@ def run_table(series: dict[str, Series]) -> str:
     return "\n\n".join(summary_table(t) for t in (rows, by_region) if len(t) > 1)
 
 
-def write_report(run_dir: str | pathlib.Path) -> str:
+def write_report(run_dir: Location) -> str:
     """Redraws `<run>/curves.png` and returns the table of the run, with the path of the figure as its last line.
 
     UserError when the folder has no metrics.
@@ -112,7 +114,7 @@ def write_report(run_dir: str | pathlib.Path) -> str:
     return f"{run_table(read_series(run_dir))}\n\ncurves: {figure}"
 
 
-def write_curves(run_dir: str | pathlib.Path) -> pathlib.Path:
+def write_curves(run_dir: Location) -> epath.Path:
     """Draws the figure and returns its path. UserError when the run has no metrics."""
     series = read_series(run_dir)
     panels = [_REWARD if "reward/mean" in series else _LOSS, _RATES, _LENGTH]
@@ -120,7 +122,7 @@ def write_curves(run_dir: str | pathlib.Path) -> pathlib.Path:
         panels += _BY_REGION
     rows = len(panels) // 3
     figure = new_figure(14, 3.8 * rows)
-    figure.suptitle(pathlib.Path(run_dir).resolve().name)
+    figure.suptitle(absolute(run_dir).name)
     steps = [step for curve in series.values() for step in curve.steps]
     # never empty, also after a single step
     margin = max(0.5, 0.02 * (max(steps) - min(steps)))
@@ -133,7 +135,7 @@ def write_curves(run_dir: str | pathlib.Path) -> pathlib.Path:
             list(lines.values()), list(lines), loc="outside lower center", ncols=len(lines),
             title="regions (lower row)", frameon=False,
         )  # fmt: skip
-    return save(figure, pathlib.Path(run_dir) / FILE)
+    return save(figure, as_path(run_dir) / FILE)
 
 
 def _draw_panel(

@@ -12,6 +12,7 @@ Memory does not grow with the file. Every fault is a `RecordError` naming file, 
 
 import codecs
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -20,11 +21,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import ijson
+from etils import epath
 from ijson.common import ObjectBuilder
 
 from rest_jax.data.convert import rlla
 from rest_jax.data.convert.fields import MAX_DEPTH
 from rest_jax.data.records import RecordError, StepRecord, from_json, to_json
+from rest_jax.files import Location, as_path, open_bytes, store_errors
 
 CHUNK = 2**16  # bytes read at once of a JSON list, and of an overlong line
 MAX_ITEM = 2**26  # bytes of one line or list item
@@ -54,20 +57,21 @@ class Item:
 # --- reading records --------------------------------------------------------------------------------------------------
 
 
-def read_records(path: str | pathlib.Path, limit: int | None = None) -> list[StepRecord]:
+def read_records(path: Location, limit: int | None = None) -> list[StepRecord]:
     """The records of a file in their order, at most `limit`.
 
     RecordError for a missing or empty file, an unknown layout or an unreadable record (file, line or row, and field).
     """
-    records = list(iter_records(path, limit))
+    with store_errors(path):
+        records = list(iter_records(path, limit))
     if not records:
         raise RecordError(f"data {path}: no records")
     return records
 
 
-def iter_records(path: str | pathlib.Path, limit: int | None = None) -> Iterator[StepRecord]:
+def iter_records(path: Location, limit: int | None = None) -> Iterator[StepRecord]:
     """`read_records` one by one; of the records gone by it holds only the ids. An empty file gives none."""
-    path = pathlib.Path(path)
+    path = as_path(path)
     seen: dict[str, int] = {}
     for i, item in enumerate(itertools.islice(read_items(path), limit)):
         if item.fault is not None:
@@ -80,7 +84,7 @@ def iter_records(path: str | pathlib.Path, limit: int | None = None) -> Iterator
         yield record
 
 
-def _record(raw: Any, where: str, index: int, path: pathlib.Path) -> StepRecord:
+def _record(raw: Any, where: str, index: int, path: epath.Path) -> StepRecord:
     keys = raw.keys() if isinstance(raw, dict) else {}.keys()
     name = f"{path.stem}-{index}"
     if keys >= set(rlla.SUPERVISED) or keys >= set(rlla.PARQUET):
@@ -105,17 +109,18 @@ def _record(raw: Any, where: str, index: int, path: pathlib.Path) -> StepRecord:
 # --- reading items ----------------------------------------------------------------------------------------------------
 
 
-def read_items(path: str | pathlib.Path) -> Iterator[Item]:
+def read_items(path: Location) -> Iterator[Item]:
     """The items of a file: lines, list items or rows, in order. An item that cannot be read carries a fault and reading
     continues; RecordError where the rest cannot be told apart (a broken list, a damaged Parquet file), and at once for a path
     that is no file.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        what = "is a folder, a file is needed" if path.is_dir() else "no such file"
-        raise RecordError(f"data {path}: {what}")
-    with path.open("rb") as file:
-        start = file.read(4096)
+    path = as_path(path)
+    with store_errors(path):
+        if not path.is_file():
+            what = "is a folder, a file is needed" if path.is_dir() else "no such file"
+            raise RecordError(f"data {path}: {what}")
+        with open_bytes(path) as file:
+            start = file.read(4096)
     if start.startswith(b"PAR1"):
         return _parquet_rows(path)
     if path.suffix == ".parquet":
@@ -125,8 +130,8 @@ def read_items(path: str | pathlib.Path) -> Iterator[Item]:
     return _lines(path)
 
 
-def _lines(path: pathlib.Path) -> Iterator[Item]:
-    with path.open("rb") as file:
+def _lines(path: epath.Path) -> Iterator[Item]:
+    with open_bytes(path) as file:
         number, position = 0, 0
         while line := file.readline(MAX_ITEM + 1):
             number, position = number + 1, position + len(line)
@@ -150,7 +155,7 @@ def _line_item(where: str, text: bytes, position: int) -> Item:
     return Item(where, text.decode("utf-8", "backslashreplace"), fault, position)
 
 
-def _list_items(path: pathlib.Path) -> Iterator[Item]:
+def _list_items(path: epath.Path) -> Iterator[Item]:
     """The items of a JSON list. Nothing is built of an item that nests deeper than 64."""
     number, depth, fault, item_start = 0, 0, None, 0
     builder = ObjectBuilder()
@@ -173,11 +178,11 @@ def _list_items(path: pathlib.Path) -> Iterator[Item]:
             raise RecordError(f"data {path}: item {number}: {error}")
 
 
-def _list_events(path: pathlib.Path) -> Iterator[tuple[list[Any], str | None, int]]:
+def _list_events(path: epath.Path) -> Iterator[tuple[list[Any], str | None, int]]:
     """(the parser's events, what is wrong behind them, bytes read by then) for each piece of a JSON file."""
     events = ijson.sendable_list()
     parser = ijson.basic_parse_coro(events, use_float=True)
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
             file.seek(0)
         ended = False
@@ -194,15 +199,18 @@ def _list_events(path: pathlib.Path) -> Iterator[tuple[list[Any], str | None, in
             events.clear()
 
 
-def _parquet_rows(path: pathlib.Path) -> Iterator[Item]:
+def _parquet_rows(path: epath.Path) -> Iterator[Item]:
     """Rows, a few hundred decoded at once, as plain JSON; the JSON strings of our own nested fields are decoded too."""
     import pyarrow
     import pyarrow.parquet
 
-    size = path.stat().st_size
     try:
         # pages are read one by one, not a whole row group: a small buffer, no pre-buffering
-        with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+        with (
+            open_bytes(path) as opened,
+            pyarrow.parquet.ParquetFile(opened, buffer_size=2**20, pre_buffer=False) as file,
+        ):
+            size = opened.seek(0, io.SEEK_END)
             total, number = file.metadata.num_rows, 0
             for batch in file.iter_batches(BATCH, use_threads=False):
                 for raw in batch.to_pylist():

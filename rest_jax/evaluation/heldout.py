@@ -8,7 +8,6 @@ Rates: format (S_format), exact (format and all calls equal gold as multisets; f
 import contextlib
 import dataclasses
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from rest_jax.config import Config
 from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.tokenize import Prepared, load_split, prepare
 from rest_jax.distributed import activate, is_first_process, say
-from rest_jax.files import atomic_write
+from rest_jax.files import Location, as_path, atomic_write
 from rest_jax.models.policy import Policy
 from rest_jax.rollout.engine import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
@@ -119,12 +118,12 @@ def evaluate(
     return summary_table(rows) if is_first_process() else ""
 
 
-def evaluations(folder: pathlib.Path) -> list[dict[str, Any]]:
+def evaluations(folder: Location) -> list[dict[str, Any]]:
     """The metrics lines of a run's held-out evaluations, in order. UserError when it has no metrics."""
-    return [line for line in read_lines(folder / METRICS_FILE) if "eval/exact" in line]
+    return [line for line in read_lines(as_path(folder) / METRICS_FILE) if "eval/exact" in line]
 
 
-def report_evaluations(folder: pathlib.Path) -> None:
+def report_evaluations(folder: Location) -> None:
     """Prints the table of the first and the last evaluation of a run, and draws its curves."""
     if not is_first_process():
         return

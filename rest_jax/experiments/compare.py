@@ -21,7 +21,7 @@ from rest_jax.errors import RunStopped, UserError
 from rest_jax.experiments import results, storage
 from rest_jax.experiments.figures import write_figures
 from rest_jax.experiments.worker import Engine, Experiment, Job, carry_out, is_finished
-from rest_jax.files import atomic_write
+from rest_jax.files import atomic_write, local_path
 
 
 class Plan(Section):
@@ -119,7 +119,7 @@ def compare(
 def train(name: str, plan: Plan, engine: Engine) -> list[str]:
     """Carries out the runs of a plan, its supervised start first; why runs failed. RunStopped when told to stop."""
     jobs = {f"{method}-seed{seed}": job for (method, seed), job in plan.jobs(name).items()}
-    folder, stages = pathlib.Path(plan.output) / (plan.runs or name), {name: jobs}
+    folder, stages = local_path("output", plan.output) / (plan.runs or name), {name: jobs}
     if plan.start:
         start = Job("sft", plan.start).with_values({"name": "start", "output": str(folder)})
         stages = {f"{name}-start": {"start": start}} | stages
@@ -147,7 +147,11 @@ def gather(name: str, plan: Plan, folder: pathlib.Path) -> Compared:
     A seed without the reference is left out: nothing could be paired with it.
     """
     configs = {key: job.config() for key, job in plan.jobs(name).items()}
-    finished = {key: c.folder for key, c in configs.items() if is_finished(c, results.EXACT)}
+    finished = {
+        key: local_path("output", c.folder)
+        for key, c in configs.items()
+        if is_finished(c, results.EXACT)
+    }
     paired = {key: run for key, run in finished.items() if (plan.reference, key[1]) in finished}
     if paired:
         results.store(paired, name, folder)

@@ -27,7 +27,7 @@ from rest_jax.config import ConfigError, NonNegativeInt, PositiveInt, Section
 from rest_jax.errors import RunStopped, UserError
 from rest_jax.experiments import storage
 from rest_jax.experiments.worker import Engine, Experiment, Job, carry_out, shown
-from rest_jax.files import atomic_write
+from rest_jax.files import atomic_write, local_path
 from rest_jax.run.metrics import METRICS, summary_table
 
 Scalar = str | int | float | bool | None
@@ -162,7 +162,7 @@ def sweep(
     job = shared_job(found, files, overrides)
     shared = job.config()
     name = name or f"{shared.name}-{path.stem}"
-    folder = pathlib.Path(shared.output) / name
+    folder = local_path("output", shared.output) / name
     experiment = Experiment(
         name=name,
         folder=folder,

@@ -2,8 +2,8 @@
 
 `<run>/checkpoints/<step>/` holds three items, `params`, `rest` (the other fields of the TrainState) and `loader` (JSON: where the
 loader is), and `manifest.json`: the size and the SHA-256 digest of every file of the items. The manifest is written before
-Orbax renames the folder to its final name, so a checkpoint has one or does not exist. A checkpoint that does not match its
-manifest is named on stderr, and the one before it is used.
+Orbax completes the checkpoint (renames its folder, or in an object store puts `commit_success.txt`), so a checkpoint has one or
+does not exist. A checkpoint that does not match its manifest is named on stderr, and the one before it is used.
 """
 
 import concurrent.futures
@@ -12,9 +12,8 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +22,18 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from rest_jax.distributed import any_process, is_first_process
-from rest_jax.errors import UserError
+from rest_jax.errors import RunStopped, UserError
+from rest_jax.files import (
+    Location,
+    absolute,
+    is_url,
+    list_files,
+    make_folder,
+    move_folder,
+    open_bytes,
+    store_errors,
+)
+from rest_jax.models.hf.remote import ATOMICITY, checkpoint_path, is_complete
 from rest_jax.types import Params, TrainState
 
 FOLDER = "checkpoints"
@@ -40,20 +50,36 @@ class DamagedError(Exception):
 class Checkpoints:
     """The checkpoints of one run. A resource: the end of its with statement waits for the last save."""
 
-    def __init__(self, run_dir: str | pathlib.Path, keep: int = 3):
-        self.folder = pathlib.Path(run_dir).resolve() / FOLDER
+    def __init__(self, run_dir: Location, keep: int = 3, timeout: int = 1800):
+        """`timeout`: seconds that a save may take in the background."""
+        self.folder = checkpoint_path(absolute(run_dir) / FOLDER)
+        self._timeout = timeout
         self._saving = 0
+        processes = jax.process_count()
+        # Orbax makes no folder when it is told who takes part.
+        if is_first_process():
+            make_folder(self.folder)
+        any_process(False, timeout)
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_names=_ITEMS,
             options=ocp.CheckpointManagerOptions(
-                create=True,
+                create=False,
                 # What a killed run left half-written.
                 cleanup_tmp_directories=True,
                 lightweight_initialize=True,
                 preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-                # Orbax calls it in the first process, when all processes have written and before the rename.
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+                atomicity_options=ATOMICITY if is_url(self.folder) else None,
+                # Told who takes part, Orbax waits for them through the coordinator, which has a time-out, and not in
+                # collectives, which have none.
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    active_processes=set(range(processes)) if processes > 1 else None
+                ),
+                async_options=ocp.AsyncOptions(
+                    timeout_secs=timeout,
+                    # Orbax calls it in the first process, when all have written and before it completes the checkpoint.
+                    post_finalization_callback=self._seal,
+                ),
             ),
         )
 
@@ -80,15 +106,18 @@ class Checkpoints:
             return
         self._saving = step
         rest = dataclasses.replace(state, params=None)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params, _one_chunk_a_layer(state.params)),  # pyright: ignore[reportCallIssue]
-                rest=ocp.args.StandardSave(rest),  # pyright: ignore[reportCallIssue]
-                loader=ocp.args.JsonSave(dict(loader_state)),  # pyright: ignore[reportCallIssue]
-            ),
-            force=True,
-        )
+        # Orbax's own barriers give up after 300 s: all are here before the first of them.
+        any_process(False, self._timeout)
+        with self._failing_store():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params, _one_chunk_a_layer(state.params)),  # pyright: ignore[reportCallIssue]
+                    rest=ocp.args.StandardSave(rest),  # pyright: ignore[reportCallIssue]
+                    loader=ocp.args.JsonSave(dict(loader_state)),  # pyright: ignore[reportCallIssue]
+                ),
+                force=True,
+            )
 
     def restore(self, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any], int]:
         """The state, the loader state and the step of the newest sound checkpoint.
@@ -105,15 +134,33 @@ class Checkpoints:
         state = dataclasses.replace(rest, params=_read(path / "params", abstract_state.params))
         self._put_aside(damaged)
         with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
-            loader_state = dict(handler.restore(epath.Path(path / "loader")))
+            loader_state = dict(handler.restore(path / "loader"))
         return state, loader_state, found
 
     def wait(self) -> None:
-        """Blocks until the save under way is on disk; raises what it raised."""
-        self._manager.wait_until_finished()
+        """Blocks until the save under way is stored; raises what it raised, RunStopped when a store failed."""
+        with self._failing_store():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _failing_store(self) -> Iterator[None]:
+        try:
+            yield
+        except (TimeoutError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # of TensorStore, gcsfs or s3fs
+            if not is_url(self.folder):
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise RunStopped(
+                f"{self.folder}/{self._saving}: not saved: {reason}; the same command resumes from the checkpoint before"
+            ) from error
 
     def _seal(self) -> None:
-        """Writes the manifest of the step that is being saved, while its folder has its temporary name."""
+        """Writes the manifest of the step that is being saved, while its folder has its temporary name or no commit file."""
+        if is_url(self.folder):
+            write_manifest(self.folder / str(self._saving))
+            return
         (folder,) = self.folder.glob(f"{self._saving}{ocp.path.step.TMP_DIR_SUFFIX}*")
         write_manifest(folder)
 
@@ -122,52 +169,47 @@ class Checkpoints:
         for step in steps if is_first_process() else []:
             names = (f"{step}{DAMAGED}{f'.{n}' if n > 1 else ''}" for n in itertools.count(1))
             free = next(name for name in names if not (self.folder / name).exists())
-            (self.folder / str(step)).rename(self.folder / free)
+            move_folder(self.folder / str(step), self.folder / free)
         # No process continues before they are renamed.
         any_process(False)
         self._manager.reload()
 
 
-def newest_params(run_dir: str | pathlib.Path) -> tuple[pathlib.Path, int]:
+def newest_params(run_dir: Location) -> tuple[epath.Path, int]:
     """Where the parameters of the newest sound checkpoint of a run are (an Orbax checkpoint), and its step.
 
     Changes nothing on disk; the optimiser's state is not verified. Every process calls it and verifies its share of the files.
     """
-    folder = pathlib.Path(run_dir).resolve() / FOLDER
+    folder = checkpoint_path(absolute(run_dir) / FOLDER)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; is {run_dir} the folder of a run?")
     found, _ = _newest_sound(folder, ("params",))
     return folder / str(found) / "params", found
 
 
-def write_manifest(folder: pathlib.Path) -> None:
+def write_manifest(folder: epath.Path) -> None:
     """Writes the size and the SHA-256 digest of every file of the items in `folder`."""
-    files = [path for path in sorted(folder.glob("*/**/*")) if path.is_file()]
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        described = zip(files, pool.map(_describe, files), strict=True)
-        content = {path.relative_to(folder).as_posix(): value for path, value in described}
+    sizes = {name: info["size"] for name, info in list_files(folder).items() if "/" in name}
+    content = {name: [sizes[name], digest] for name, digest in _digests(folder, sorted(sizes))}
     (folder / MANIFEST).write_text(json.dumps(content, indent=1))
 
 
-def verify(folder: pathlib.Path, items: Sequence[str] = _ITEMS) -> None:
-    """DamagedError unless the files of `items` are those of the manifest. Each process reads its share of them."""
-    failure = None
+def verify(folder: epath.Path, items: Sequence[str] = _ITEMS) -> None:
+    """DamagedError unless the files of `items` are those of the manifest. Each process reads its share of them.
+
+    UserError when a store cannot be read: that says nothing about the checkpoint.
+    """
+    failure: Exception | None = None
     try:
-        content = json.loads((folder / MANIFEST).read_text())
-        if {name.split("/")[0] for name in content} != set(_ITEMS):
-            raise DamagedError(f"{MANIFEST} does not describe the items {', '.join(_ITEMS)}")
-        names = [name for name in content if name.split("/")[0] in items]
-        own = names[jax.process_index() :: jax.process_count()]
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            for name, found in zip(
-                own, pool.map(lambda n: _describe(folder / n), own), strict=True
-            ):
-                if found != content[name]:
-                    raise DamagedError(f"{name} is not what was saved")
+        _compare_files(folder, items)
     except DamagedError as error:
         failure = error
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, TypeError, AttributeError) as error:
         failure = DamagedError(" ".join(str(error).split())[:200])
+    except OSError as error:
+        failure = DamagedError(" ".join(str(error).split())[:200])
+        if is_url(folder):
+            failure = UserError(f"{folder}: cannot be read: {failure}")
     if any_process(failure is not None):
         raise failure or DamagedError("another process found damage in its share of the files")
 
@@ -182,15 +224,36 @@ def _one_chunk_a_layer(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(cut, params)
 
 
-def _describe(path: pathlib.Path) -> list[Any]:
-    with path.open("rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+def _compare_files(folder: epath.Path, items: Sequence[str]) -> None:
+    """DamagedError when this process's share of the files is not what the manifest says."""
+    content = json.loads((folder / MANIFEST).read_text())
+    if {name.split("/")[0] for name in content} != set(_ITEMS):
+        raise DamagedError(f"{MANIFEST} does not describe the items {', '.join(_ITEMS)}")
+    names = [name for name in content if name.split("/")[0] in items]
+    own = names[jax.process_index() :: jax.process_count()]
+    sizes = {name: info["size"] for name, info in list_files(folder).items()}
+    for name, digest in _digests(folder, own):
+        if [sizes[name], digest] != content[name]:
+            raise DamagedError(f"{name} is not what was saved")
 
 
-def _newest_sound(folder: pathlib.Path, items: Sequence[str]) -> tuple[int, list[int]]:
+def _digests(folder: epath.Path, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The SHA-256 digest of each of these files, several at once."""
+
+    def digest(name: str) -> tuple[str, str]:
+        with open_bytes(folder / name) as file:
+            return name, hashlib.file_digest(file, "sha256").hexdigest()
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        yield from pool.map(digest, names)
+
+
+def _newest_sound(folder: epath.Path, items: Sequence[str]) -> tuple[int, list[int]]:
     """(the newest sound step; the damaged ones passed over). UserError when there is none."""
     damaged = []
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+    with store_errors(folder):
+        found = [path for path in folder.iterdir() if path.name.isdigit() and is_complete(path)]
+    steps = [int(path.name) for path in found]
     for step in sorted(steps, reverse=True):
         path = folder / str(step)
         try:
@@ -209,19 +272,19 @@ def _newest_sound(folder: pathlib.Path, items: Sequence[str]) -> tuple[int, list
     )
 
 
-def _read(path: pathlib.Path, abstract: Any) -> Any:
+def _read(path: epath.Path, abstract: Any) -> Any:
     """One array item, each leaf in its sharding. UserError when it is the item of another model or optimiser."""
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-        stored = handler.metadata(epath.Path(path))
+        stored = handler.metadata(path)
         _compare(path.parent, _named(stored.tree), _named(abstract))
         first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         like = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first), abstract
         )
-        return handler.restore(epath.Path(path), args=ocp.args.StandardRestore(like))
+        return handler.restore(path, args=ocp.args.StandardRestore(like))
 
 
-def _compare(path: pathlib.Path, stored: dict[str, Any], abstract: dict[str, Any]) -> None:
+def _compare(path: epath.Path, stored: dict[str, Any], abstract: dict[str, Any]) -> None:
     for name in sorted(stored.keys() ^ abstract.keys()):
         owner = "checkpoint" if name in stored else "configured run"
         raise UserError(

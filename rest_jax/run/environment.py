@@ -36,6 +36,8 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "wandb": "wandb",
     "postgres": "psycopg",
+    "gcs": "gcsfs",
+    "s3": "s3fs",
 }
 # jax is started in a process of its own: it ends its process when XLA does not know a flag, and may wait for other hosts.
 PROBE = """

@@ -2,8 +2,9 @@
 
 runs/<name>/  config.yaml  metrics.jsonl  samples.jsonl  checkpoints/  model/ (HF side files)  curves.png
 
-Both loops use it. Order within a step: metrics lines are on disk before the checkpoint of the same step is begun, so that
+Both loops use it. Order within a step: metrics lines are stored before the checkpoint of the same step is begun, so that
 whatever checkpoint a restarted run finds, the lines up to it are there; those after it are dropped and written again.
+The folder is a local one, or a URL of an object store (docs/storage.md).
 """
 
 import contextlib
@@ -11,28 +12,34 @@ import dataclasses
 import importlib.util
 import math
 import pathlib
-import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import filelock
 import jax
 import numpy as np
+from etils import epath
 
 from rest_jax import config as config_lib
 from rest_jax.config import Config
-from rest_jax.distributed import any_process, is_first_process
+from rest_jax.distributed import is_first_process
 from rest_jax.errors import RunStopped, UserError
-from rest_jax.files import atomic_folder, atomic_write
+from rest_jax.files import (
+    atomic_folder,
+    atomic_write,
+    is_url,
+    make_folder,
+    store_errors,
+    written_locally,
+)
 from rest_jax.models.hf.folder import copy_side_files
 from rest_jax.run.checkpoint import Checkpoints
-from rest_jax.run.environment import handled
+from rest_jax.run.lock import locked
 from rest_jax.run.metrics import MetricsWriter
+from rest_jax.run.stop import SIGTERM_CODE, StopRequest, end
 from rest_jax.types import TrainState
 
 CONFIG_FILE = "config.yaml"
 MODEL_FOLDER = "model"
-LOCK_FILE = ".lock"
 
 # Keys that say what a run computes on, not what: a run may resume on other devices.
 HARDWARE = ("mesh.", "distributed.", "rollout.tensor")
@@ -43,30 +50,17 @@ SUPERVISED_FINITE = ("update/loss", "update/grad_norm")
 RL_FINITE = (*SUPERVISED_FINITE, "rollout/logp", "rollout/entropy")
 
 
-class StopRequest:
-    """The request to stop: a flag that a signal handler sets and the loop reads once a step."""
-
-    received = False
-
-    def receive(self, *_: Any) -> None:
-        """Sets the flag."""
-        self.received = True
-
-    def agreed(self) -> bool:
-        """Whether any process received one: all must save together or go on together."""
-        return any_process(self.received)
-
-
 @dataclasses.dataclass
 class Run:
     """An open run: the resources that the loop writes to. `close` waits for the last checkpoint."""
 
     config: Config
-    folder: pathlib.Path
+    folder: epath.Path
     # In the first process only.
     metrics: MetricsWriter | None
     checkpoints: Checkpoints
     stop: StopRequest
+    check_lock: Callable[[], None]  # RunStopped when another process has taken the folder
     resources: contextlib.ExitStack
 
     def resume(
@@ -75,17 +69,29 @@ class Run:
         """(state, loader state, step): the newest sound checkpoint, or the fresh state, None and 0."""
         state, loader_state, step = fresh, None, 0
         if self.checkpoints.latest() is not None:
-            state, loader_state, step = self.checkpoints.restore(abstract)
+            with self._in_time("restoring the checkpoint"):
+                state, loader_state, step = self.checkpoints.restore(abstract)
         if self.metrics is not None:
             # The evaluation before the first step is a line of step 0.
             self.metrics.truncate_after(-1 if loader_state is None else step)
         return state, loader_state, step
 
     def save(self, step: int, state: TrainState, loader_state: Mapping[str, Any]) -> None:
-        """Forces the metrics to disk, then saves a checkpoint in the background."""
-        if self.metrics is not None:
-            self.metrics.sync()
-        self.checkpoints.save(step, state, loader_state)
+        """Stores the metrics, then saves a checkpoint in the background."""
+        self.check_lock()
+        with self._in_time(f"{self.folder}: the checkpoint of step {step}, or the one before,"):
+            if self.metrics is not None:
+                try:
+                    self.metrics.sync()
+                except UserError as error:
+                    # It could be written when the run began.
+                    raise RunStopped(f"step {step}: {error}") from error
+            self.checkpoints.save(step, state, loader_state)
+
+    def wait(self) -> None:
+        """Until the checkpoint under way is stored."""
+        with self._in_time(f"{self.folder}: the last checkpoint"):
+            self.checkpoints.wait()
 
     def write(
         self, step: int, values: Mapping[str, Any], samples: Sequence[Mapping[str, Any]] = ()
@@ -107,7 +113,8 @@ class Run:
             return
         path = self.folder / f"nan_step_{step}.{jax.process_index()}.npz"
         arrays: dict[str, Any] = {name: np.asarray(value) for name, value in batch.items()}
-        np.savez(path, **arrays)
+        with atomic_write(path) as partial, partial.open("wb") as file:
+            np.savez(file, **arrays)
         raise RunStopped(
             f"step {step}: not finite: {', '.join(f'{name} {values[name]}' for name in found)}. "
             f"The batch is saved in {path}; the last checkpoint is from before it"
@@ -115,7 +122,23 @@ class Run:
 
     def close(self) -> None:
         """Waits for the last checkpoint; until then SIGTERM only sets the flag."""
-        self.resources.close()
+        with self._in_time(f"{self.folder}: the last checkpoint"):
+            self.resources.close()
+
+    @contextlib.contextmanager
+    def _in_time(self, what: str) -> Iterator[None]:
+        """Around saving and restoring: ends the process when it takes too long, also by Orbax's own account.
+
+        Threads that still write, and processes that wait for this one, would keep it from ending otherwise.
+        """
+        try:
+            with self.stop.waiting(what):
+                yield
+        except (TimeoutError, jax.errors.JaxRuntimeError) as error:
+            if jax.process_count() == 1 and not isinstance(error, TimeoutError):
+                raise
+            reason = " ".join(str(error).split())[:300]
+            end(f"{what} failed: {reason}", SIGTERM_CODE if self.stop.received else 1)
 
 
 def open_run(config: Config, files: pathlib.Path) -> Run:
@@ -125,44 +148,35 @@ def open_run(config: Config, files: pathlib.Path) -> Run:
     """
     folder = config.folder
     check_config(folder, config)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_locked(folder))
+        check_lock = stack.enter_context(locked(folder))
         metrics = None
         if is_first_process():
             with atomic_write(folder / CONFIG_FILE) as partial:
                 partial.write_text(config_lib.dump(config))
-            if not (folder / MODEL_FOLDER).exists():
-                with atomic_folder(folder / MODEL_FOLDER) as partial:
-                    copy_side_files(files, partial)
+            _copy_model_files(files, folder / MODEL_FOLDER)
             train = config.train
             metrics = MetricsWriter(folder, train.tensorboard, train.wandb_project)
             stack.callback(metrics.close)
         # Before the checkpoints, since resources are closed last to first.
-        stop = StopRequest()
-        stack.enter_context(handled(stop.receive, signal.SIGTERM))
-        checkpoints = stack.enter_context(Checkpoints(folder, config.train.keep_checkpoints))
-        return Run(config, folder, metrics, checkpoints, stop, stack.pop_all())
+        stop = StopRequest(config.distributed)
+        stack.enter_context(stop.watched())
+        keep, timeout = config.train.keep_checkpoints, config.distributed.save_timeout
+        checkpoints = stack.enter_context(Checkpoints(folder, keep, timeout))
+        return Run(config, folder, metrics, checkpoints, stop, check_lock, stack.pop_all())
 
 
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path) -> Iterator[None]:
-    """The first process holds the folder's lock, which the system releases however it ends; the others go by its word."""
-    lock = filelock.FileLock(folder / LOCK_FILE)
-    taken = False
-    if is_first_process():
-        try:
-            lock.acquire(blocking=False)
-        except filelock.Timeout:
-            taken = True
-    if any_process(taken):
-        raise UserError(
-            f"{folder}: another process trains this run; wait for it, or choose another name"
-        )
-    try:
-        yield
-    finally:
-        lock.release()
+def _copy_model_files(files: pathlib.Path, folder: epath.Path) -> None:
+    """Copies the side files of a model, once. In a store they are complete when config.json, put last, is there."""
+    if is_url(folder):
+        with store_errors(folder):
+            if not (folder / "config.json").exists():
+                with written_locally(folder, last="config.json") as partial:
+                    copy_side_files(files, partial)
+    elif not folder.exists():
+        with atomic_folder(folder) as partial:
+            copy_side_files(files, partial)
 
 
 def check_start(config: Config) -> None:
@@ -174,16 +188,14 @@ def check_start(config: Config) -> None:
             raise UserError(f"train.{package}...: the package is missing: pip install {package}")
 
 
-def check_config(folder: pathlib.Path, config: Config) -> None:
+def check_config(folder: epath.Path, config: Config) -> None:
     """UserError when `folder` was made by another config; every difference is named. The devices may be others."""
     path = folder / CONFIG_FILE
-    if not path.is_file():
-        return
-    found = [
-        one
-        for one in config_lib.differences(config_lib.load([path]), config)
-        if not one.path.startswith(HARDWARE)
-    ]
+    with store_errors(path):
+        if not path.is_file():
+            return
+    found = config_lib.differences(config_lib.load([path]), config)
+    found = [one for one in found if not one.path.startswith(HARDWARE)]
     if found:
         named = "; ".join(f"{d.path}: {d.old!r} there, {d.new!r} now" for d in found)
         raise UserError(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from rest_jax import config as config_lib
 from rest_jax.config import Config, MeshConfig, ModelConfig
 from rest_jax.distributed import any_process, is_first_process, make_mesh, with_tensor
+from rest_jax.files import as_path, fetch_folder, is_url, store_errors
 from rest_jax.models.decoder import Decoder, param_shardings
 from rest_jax.models.hf import write as hf
 from rest_jax.models.hf.folder import find_source
@@ -44,13 +45,15 @@ def load_policy(
     with _transfer("load") as report:
         if is_run(model.source):
             saved, _ = checkpoint.newest_params(model.source)
-            files = pathlib.Path(model.source) / MODEL_FOLDER
+            files = fetch_folder(as_path(model.source) / MODEL_FOLDER)
             config = dataclasses.replace(read_config(files), dtype=dtype, remat=model.remat)
             shardings = param_shardings(config, mesh)
             params = read_params(open_weights(saved, config), shardings, jnp.float32, report)
         else:
             config, params, files = load_model(model.source, mesh, dtype, model.remat, report)
-    tokenizer = Tokenizer.load(model.tokenizer or files, vocab_size=config.vocab_size)
+    source = model.tokenizer or files
+    source = fetch_folder(source) if is_url(source) else source
+    tokenizer = Tokenizer.load(source, vocab_size=config.vocab_size)
     return Policy(Decoder(config), params, tokenizer, mesh, rollout_mesh, files)
 
 
@@ -61,7 +64,8 @@ def export(source: str, out: str | pathlib.Path, dtype: str | None = None) -> No
     It needs no accelerator and little memory. Of several processes, which all call it, the first writes.
     """
     if is_run(source):
-        weights, files = checkpoint.newest_params(source)[0], pathlib.Path(source) / MODEL_FOLDER
+        weights = checkpoint.newest_params(source)[0]
+        files = fetch_folder(as_path(source) / MODEL_FOLDER)
     else:
         weights = files = find_source(source)
     if is_first_process():
@@ -85,9 +89,12 @@ def _transfer(label: str) -> contextlib.AbstractContextManager[Report]:
 
 
 def is_run(source: str) -> bool:
-    """Whether a path is the folder of a run."""
-    folder = pathlib.Path(source)
-    return (folder / checkpoint.FOLDER).is_dir() and (folder / MODEL_FOLDER).is_dir()
+    """Whether a path or URL is the folder of a run."""
+    folder = as_path(source)
+    with store_errors(folder):
+        # In a store a folder without files does not exist.
+        begun = is_url(folder) or (folder / checkpoint.FOLDER).is_dir()
+        return begun and (folder / MODEL_FOLDER).is_dir()
 
 
 def config_of(source: str, overrides: Sequence[str]) -> Config:
@@ -95,7 +102,7 @@ def config_of(source: str, overrides: Sequence[str]) -> Config:
 
     `model.source` is `source`.
     """
-    path = pathlib.Path(source) / CONFIG_FILE
+    path = as_path(source) / CONFIG_FILE
     if is_run(source) and path.is_file():
         config = config_lib.load([path], overrides)
     else:

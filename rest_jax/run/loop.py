@@ -12,14 +12,15 @@ are on disk.
 
 import contextlib
 import dataclasses
-import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from etils import epath
 
 from rest_jax.distributed import is_first_process
+from rest_jax.files import list_files, written_locally
 from rest_jax.run.folder import Run
 from rest_jax.run.progress import Progress
 from rest_jax.types import Params, TrainState
@@ -52,7 +53,7 @@ class Clock:
 class Tracer:
     """Traces step `wanted` of a run into <run>/profile, for Perfetto (ui.perfetto.dev) or xprof; None: no step."""
 
-    def __init__(self, run: pathlib.Path, wanted: int | None):
+    def __init__(self, run: epath.Path, wanted: int | None):
         self.folder, self.wanted, self.written = run / "profile", wanted, False
 
     @contextlib.contextmanager
@@ -65,7 +66,10 @@ class Tracer:
         options = jax.profiler.ProfileOptions()
         # Not every Python call: a Perfetto trace ends with its millionth event, and they would fill it before the update.
         options.python_tracer_level = 0
-        with jax.profiler.trace(self.folder, create_perfetto_trace=True, profiler_options=options):
+        with (
+            written_locally(self.folder) as folder,
+            jax.profiler.trace(folder, create_perfetto_trace=True, profiler_options=options),
+        ):
             with jax.profiler.StepTraceAnnotation("step", step_num=number):
                 yield
             wait()
@@ -76,9 +80,9 @@ class Tracer:
         if self.wanted is None:
             return
         if self.written:
-            files = sorted(self.folder.rglob("perfetto_trace.json.gz"))
+            found = [n for n in list_files(self.folder) if n.endswith("perfetto_trace.json.gz")]
             say(
-                f"trace of step {self.wanted}: {files[-1]} opens in ui.perfetto.dev, {self.folder} in xprof"
+                f"trace of step {self.wanted}: {self.folder / max(found)} opens in ui.perfetto.dev, {self.folder} in xprof"
             )
         else:
             say(f"no trace: step {self.wanted} was not among the steps run")
@@ -152,6 +156,7 @@ class Loop:
             if ends or stopping or step % train.checkpoint_every == 0:
                 self._save(step)
             if stopping:
+                self.run.wait()
                 self.progress.message(
                     f"SIGTERM: saved at step {step}; run the same command to resume"
                 )

@@ -10,11 +10,15 @@ import json
 import math
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from etils import epath
+
 from rest_jax.config import nearest
 from rest_jax.errors import UserError
+from rest_jax.files import Location, absolute, as_path, download, is_url, store_errors, upload
 from rest_jax.tool_calls import Region
 
 METRICS_FILE = "metrics.jsonl"
@@ -151,16 +155,30 @@ METRICS = {name: Metric(unit, meaning) for name, (unit, meaning) in _TABLE.items
 class MetricsWriter:
     """Appends to the files of one run. A resource: one process writes it, `close` at the end.
 
-    `run.folder.check_start` has seen that the packages for TensorBoard and Weights & Biases are there.
+    A store cannot append: the files of a run in one are written to a temporary folder here and put whole at every `sync`, so
+    that a reader sees the lines up to the newest checkpoint. `run.folder.check_start` has seen that the packages for
+    TensorBoard and Weights & Biases are there.
     """
 
     def __init__(
         self,
-        run_dir: str | pathlib.Path,
+        run_dir: Location,
         tensorboard: bool = False,
         wandb_project: str | None = None,
     ):
-        run_dir = pathlib.Path(run_dir)
+        names = (METRICS_FILE, SAMPLES_FILE)
+        self._url = as_path(run_dir) if is_url(run_dir) else None
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._stored: dict[str, tuple[int, int]] = {}
+        name = absolute(run_dir).name
+        if self._url is not None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="rest-jax-")
+            run_dir = self._temporary.name
+            with store_errors(self._url):
+                for file in names:
+                    if (self._url / file).exists():
+                        download(self._url / file, pathlib.Path(run_dir, file))
+        self._folder = run_dir = pathlib.Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self._board = self._wandb = None
         if tensorboard:
@@ -171,11 +189,9 @@ class MetricsWriter:
             import wandb  # pyright: ignore[reportMissingImports]
 
             # The same id on every start: a resumed run continues its curves.
-            name = run_dir.resolve().name
             self._wandb = wandb.init(
                 project=wandb_project, id=name, name=name, dir=str(run_dir), resume="allow"
             )
-        names = (METRICS_FILE, SAMPLES_FILE)
         self._files = {name: (run_dir / name).open("a", encoding="utf-8") for name in names}
 
     def write(
@@ -219,31 +235,50 @@ class MetricsWriter:
             file.truncate(kept)
 
     def sync(self) -> None:
-        """Forces the lines written so far to the disk; call it before a checkpoint of the same step."""
+        """Forces the lines written so far to the disk or the store; call it before a checkpoint of the same step."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
+        if self._url is not None:
+            if self._board is not None:
+                self._board.flush()
+            with store_errors(self._url):
+                self._put(self._url)
+
+    def _put(self, url: epath.Path) -> None:
+        """Puts the files that have changed since they were put."""
+        for file in sorted(self._folder.rglob("*")):
+            name, found = file.relative_to(self._folder).as_posix(), file.stat()
+            state = (found.st_size, found.st_mtime_ns)
+            if file.is_file() and self._stored.get(name) != state:
+                upload(file, url / name)
+                self._stored[name] = state
 
     def close(self) -> None:
         """Syncs and closes the files, and closes what was opened on request."""
-        self.sync()
-        for file in self._files.values():
-            file.close()
-        if self._board is not None:
-            self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        try:
+            self.sync()
+        finally:
+            for file in self._files.values():
+                file.close()
+            if self._board is not None:
+                self._board.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+            if self._temporary is not None:
+                self._temporary.cleanup()
 
 
-def read_lines(path: str | pathlib.Path) -> list[dict[str, Any]]:
+def read_lines(path: Location) -> list[dict[str, Any]]:
     """The lines of a JSONL file written by `MetricsWriter`; a half-written last line is left out.
 
     UserError when the file is missing or another line is not a JSON object.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; is {path.parent} the folder of a run?")
-    lines = path.read_bytes().split(b"\n")
+    path = as_path(path)
+    with store_errors(path):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; is {path.parent} the folder of a run?")
+        lines = path.read_bytes().split(b"\n")
     found = []
     for number, line in enumerate(lines[:-1], start=1):
         record = _parse(line)

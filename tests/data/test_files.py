@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from rest_jax.data import files
 from rest_jax.data.files import read_records
-from rest_jax.data.records import RecordError, StepRecord
+from rest_jax.data.records import RecordError, StepRecord, to_json
 from rest_jax.data.synthetic import world as synthetic
+from rest_jax.files import as_path
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Call, Target
 from tests.data.writing import write_records
@@ -385,3 +386,18 @@ def test_paths_that_cannot_be_written(tmp_path):
     (tmp_path / "x.jsonl").mkdir()
     with pytest.raises(RecordError, match="is a folder"):
         files.check_path(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet", ".json"])
+def test_records_of_a_store_are_those_of_the_local_file(ending, tmp_path, memory_store):
+    records = synthetic.world("train", 0, 20, "mixed")
+    local, url = tmp_path / f"x{ending}", as_path(memory_store) / f"x{ending}"
+    if ending == ".json":
+        local.write_text(json.dumps([to_json(record) for record in records]))
+    else:
+        write_records(local, records)
+    url.write_bytes(local.read_bytes())
+    assert read_records(str(url)) == records == read_records(local)
+    assert [item.position for item in files.read_items(url)] == [i.position for i in read(local)]
+    with pytest.raises(RecordError, match=f"data {memory_store}/none: no such file"):
+        read_records(f"{memory_store}/none")

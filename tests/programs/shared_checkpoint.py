@@ -10,20 +10,15 @@ jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from rest_jax.run.checkpoint import Checkpoints, newest_params
-from tests.programs.states import make_state
+from tests.programs.states import make_state, place
 
 
-def place(x):
-    """Matrices split by rows over the processes, everything else on both."""
-    spec = PartitionSpec("data") if x.ndim == 2 else PartitionSpec()
-    sharding = NamedSharding(mesh, spec)
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        data = place(jax.random.key_data(x))
-        return jax.jit(jax.random.wrap_key_data, out_shardings=sharding)(data)
-    return jax.make_array_from_callback(x.shape, sharding, lambda index: np.asarray(x)[index])
+def placed(seed: int):
+    """The state of a seed on both processes."""
+    return jax.tree.map(lambda x: place(x, mesh), make_state(seed))
 
 
 def check(restored, expected) -> None:
@@ -39,11 +34,11 @@ mesh = Mesh(np.array(jax.devices()), ("data",))
 run = pathlib.Path(sys.argv[1])
 with Checkpoints(run) as checkpoints:
     for step in (1, 2):
-        checkpoints.save(step, jax.tree.map(place, make_state(step)), {"seen": step})
+        checkpoints.save(step, placed(step), {"seen": step})
     checkpoints.wait()
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-        jax.tree.map(place, make_state()),
+        placed(0),
     )
     state, loader_state, step = checkpoints.restore(like)
     assert (step, loader_state) == (2, {"seen": 2})

@@ -2,7 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rest_jax.types import CurriculumState, TrainState
 
@@ -35,3 +37,13 @@ def make_state(seed: int = 0) -> TrainState:
         rng=jax.random.fold_in(key, 5),
         curriculum=curriculum,
     )
+
+
+def place(x: jax.Array, mesh: Mesh) -> jax.Array:
+    """A leaf on the devices of all processes: matrices split by rows over "data", everything else on every device."""
+    spec = PartitionSpec("data") if x.ndim == 2 else PartitionSpec()
+    sharding = NamedSharding(mesh, spec)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = place(jax.random.key_data(x), mesh)
+        return jax.jit(jax.random.wrap_key_data, out_shardings=sharding)(data)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: np.asarray(x)[index])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rest_jax.errors import UserError
+from rest_jax.files import as_path
 from rest_jax.run import metrics
 from rest_jax.run.metrics import (
     METRICS,
@@ -148,3 +149,33 @@ def with_writer(run, act):
         act(writer)
     finally:
         writer.close()
+
+
+def test_the_files_of_a_store_are_put_whole_at_a_sync_and_continued(memory_store, monkeypatch):
+    run, put = as_path(memory_store) / "run", []
+    monkeypatch.setattr(
+        metrics,
+        "upload",
+        lambda f, url, plain=metrics.upload: (put.append(url.name), plain(f, url)),
+    )
+    writer = MetricsWriter(run)
+    writer.write(1, {"reward/mean": 0.5}, [{"text": "a"}])
+    assert not (run / METRICS_FILE).exists()
+    writer.sync()
+    writer.write(2, {"reward/mean": 1.5})
+    assert [line["step"] for line in read_lines(run / METRICS_FILE)] == [1]
+    writer.close()
+    assert [line["step"] for line in read_lines(run / METRICS_FILE)] == [1, 2]
+    assert put == [
+        METRICS_FILE,
+        SAMPLES_FILE,
+        METRICS_FILE,
+    ]  # what has not changed is not put again
+    again = MetricsWriter(run)
+    again.truncate_after(1)
+    again.write(2, {"reward/mean": 2.5}, [{"text": "b"}])
+    again.close()
+    assert [line["reward/mean"] for line in read_lines(run / METRICS_FILE)] == [0.5, 2.5]
+    assert [line["text"] for line in read_lines(run / SAMPLES_FILE)] == ["a", "b"]
+    with pytest.raises(UserError, match=r"s3://bucket/none/metrics\.jsonl: no such file"):
+        read_lines(f"{memory_store}/none/{METRICS_FILE}")

@@ -15,7 +15,6 @@ Rules compared, every one scaled so that sum_t w_t = T (Theorem 2's constraint, 
 
 import dataclasses
 import math
-import pathlib
 from typing import Any
 
 import jax
@@ -36,6 +35,7 @@ from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.tokenize import Prepared, load_split, prepare
 from rest_jax.distributed import is_first_process, say
 from rest_jax.errors import UserError
+from rest_jax.files import as_path
 from rest_jax.models.decoder import Decoder
 from rest_jax.models.policy import Policy
 from rest_jax.rl import curriculum, weights
@@ -85,8 +85,8 @@ def measure_variance(
     source = config.model.source
     report = {"model": source, "data": data, **measured}
     say(f"\n{variance_tables(report)}\n")
-    home = pathlib.Path(source if is_run(source) else config.output)
-    folder = pathlib.Path(output) if output else home / "variance"
+    home = as_path(source if is_run(source) else config.output)
+    folder = as_path(output) if output else home / "variance"
     if is_first_process():
         say(f"written: {', '.join(map(str, write_variance(report, folder)))}")
     return 1 if report["overall"]["violations"] else 0

@@ -4,14 +4,14 @@ In: what `measure.measure_batch` returns, with the names `model` and `data`; var
 """
 
 import json
-import pathlib
 from typing import Any
 
 import numpy as np
+from etils import epath
 from matplotlib.figure import Figure
 
 from rest_jax.analysis import plotting
-from rest_jax.files import atomic_write
+from rest_jax.files import Location, as_path, atomic_write, make_folder
 from rest_jax.run.metrics import summary_table
 
 JSON_FILE, PICTURE = "variance.json", "variance.png"
@@ -64,10 +64,10 @@ def variance_tables(report: dict[str, Any]) -> str:
     return "\n\n".join([*map(summary_table, (by_region, weights, by_rule)), last])
 
 
-def write_variance(report: dict[str, Any], folder: str | pathlib.Path) -> list[pathlib.Path]:
+def write_variance(report: dict[str, Any], folder: Location) -> list[epath.Path]:
     """Writes both files, each atomically, over those of an earlier measurement; returns their paths."""
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = as_path(folder)
+    make_folder(folder)
     with atomic_write(folder / JSON_FILE) as partial:
         partial.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return [folder / JSON_FILE, plotting.save(draw_variance(report), folder / PICTURE)]

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from rest_jax.distributed import gather
+from rest_jax.files import fetch_folder, is_url
 from rest_jax.models.hf.config import ConversionError
 from rest_jax.models.hf.safetensors import Stored, scan_file
 
@@ -72,7 +73,11 @@ def is_converted(folder: pathlib.Path) -> bool:
 
 
 def find_source(source: str) -> pathlib.Path:
-    """The local folder of a model: `source` itself, or the snapshot of a hub id (downloaded when not cached)."""
+    """The local folder of a model: `source` itself, a copy of what is at a URL, or the snapshot of a hub id (both are
+    downloaded when not cached). The weights of a converted folder stay in the store (`files.follow`).
+    """
+    if is_url(source):
+        return fetch_folder(source, leave=(PARAMS,))
     path = pathlib.Path(source).expanduser()
     if path.is_dir():
         return path

@@ -14,6 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from rest_jax.files import follow
 from rest_jax.models.config import DecoderConfig, Remat
 from rest_jax.models.decoder import param_shardings
 from rest_jax.models.hf import store
@@ -79,7 +80,8 @@ def open_weights(folder: pathlib.Path, cfg: DecoderConfig) -> list[Weights]:
     """
     if is_converted(folder):
         manifest_dtypes(folder, cfg)
-        return [_in_store(spec, folder / PARAMS) for spec in table(cfg)]
+        params = follow(folder / PARAMS)
+        return [_in_store(spec, params) for spec in table(cfg)]
     if store.is_checkpoint(folder):
         return [_in_store(spec, folder) for spec in table(cfg)]
     stored = checked_scan(folder, cfg)

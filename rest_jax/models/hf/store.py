@@ -17,6 +17,7 @@ import tensorstore as ts
 from flax.traverse_util import unflatten_dict
 
 from rest_jax.models.hf.config import ConversionError
+from rest_jax.models.hf.remote import kvstore
 
 CHUNK_BYTES = 8 * 2**20
 _ERRORS = (ValueError, RuntimeError, NotImplementedError, OSError)
@@ -82,14 +83,14 @@ def _chunk(x: jax.ShapeDtypeStruct, stacked: int) -> list[int]:
 
 def _spec(folder: pathlib.Path, path: Path) -> dict[str, Any]:
     """Missing chunks are errors, and chunks of zeros are written, so that a part that was lost never reads as zeros."""
-    url = str(folder) if "://" in str(folder) else folder.absolute().as_uri()
-    name = ".".join(path)
+    base, name = kvstore(folder), ".".join(path)
     if (folder / "manifest.ocdbt").exists():
-        kvstore = {"driver": "ocdbt", "base": f"{url}/", "path": f"{name}/"}
+        base["path"] += "/"
+        where = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
     else:
-        kvstore = f"{url}/{name}/"
+        where = {**base, "path": f"{base['path']}/{name}/"}
     missing = {"fill_missing_data_reads": False, "store_data_equal_to_fill_value": True}
-    return {"driver": "zarr", "kvstore": kvstore, **missing}
+    return {"driver": "zarr", "kvstore": where, **missing}
 
 
 def _unreadable(folder: pathlib.Path, path: Path, error: Exception) -> ConversionError:

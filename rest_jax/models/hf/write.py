@@ -70,7 +70,7 @@ def convert(source: str, out: str | pathlib.Path, report: Report = silent) -> No
         raise ConversionError(f"model {source}: already a converted folder")
     cfg = read_config(folder)
     stored = checked_scan(folder, cfg)
-    with atomic_folder(out) as work:
+    with atomic_folder(out, last=MANIFEST) as work:
         copy_side_files(folder, work)
         _fill_store(work / PARAMS, stored, cfg, report)
         dtypes = {name: tensor.dtype for name, tensor in scan(folder).items()}

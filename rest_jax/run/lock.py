@@ -1,0 +1,160 @@
+"""One run in a folder at a time.
+
+Locally it is a file lock, which the system releases however the process ends. A store has none, so there it is an object:
+`.lock`, made only if absent, holds who owns it and is put again every HEARTBEAT seconds. It is the owner's as long as it
+changes. One that has not changed for STALE seconds is that of a dead process and is taken over, so a run that was killed can be
+started again at once and waits for at most that long. No clocks are compared. Two processes that take over a stale one at the
+same moment are told apart SETTLE seconds later; a process that is held up (a suspended machine) and finds another's name in its
+place stops.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+
+import filelock
+import fsspec
+from etils import epath
+
+from rest_jax.distributed import exchange, is_first_process
+from rest_jax.errors import RunStopped, UserError
+from rest_jax.files import is_url, store_errors
+
+FILE = ".lock"
+HEARTBEAT = 10.0  # seconds
+STALE = 45.0
+SETTLE = 2.0
+
+
+@contextlib.contextmanager
+def locked(folder: epath.Path) -> Iterator[Callable[[], None]]:
+    """The first process holds the folder's lock, the others go by its word. UserError when another process trains in it.
+
+    Yields what raises RunStopped, in all processes, once the lock is lost; all must call it.
+    """
+    lock = None
+    fault = ""
+    if is_first_process():
+        try:
+            lock = _StoreLock(folder / FILE) if is_url(folder) else _file_lock(folder / FILE)
+        except UserError as error:
+            fault = str(error)
+    if said := exchange(fault)[0]:
+        raise UserError(said)
+
+    def check() -> None:
+        # The system takes no file lock away.
+        lost = lock.lost if isinstance(lock, _StoreLock) else ""
+        if is_url(folder) and (said := exchange(lost)[0]):
+            raise RunStopped(said)
+
+    try:
+        yield check
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _file_lock(path: epath.Path) -> filelock.BaseFileLock:
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise _taken(path.parent, "") from None
+    return lock
+
+
+def _taken(folder: epath.Path, owner: str) -> UserError:
+    return UserError(
+        f"{folder}: another process{owner} trains this run; wait for it, or choose another name"
+    )
+
+
+class _StoreLock:
+    """The object that says who trains in a folder of a store. A resource: `release` at the end."""
+
+    def __init__(self, path: epath.Path):
+        """Takes it. UserError when its owner is alive."""
+        self.path = path
+        self._fs, self._name = fsspec.url_to_fs(os.fspath(path))
+        self._id, self._beats = uuid.uuid4().hex, 0
+        self.lost = ""  # why it is no longer ours
+        self._closing = threading.Event()
+        with store_errors(path):
+            self._take()
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="lock")
+        self._thread.start()
+
+    def release(self) -> None:
+        """Removes the object, if it is still ours."""
+        self._closing.set()
+        self._thread.join()
+        with store_errors(self.path):
+            if self._owner().get("id") == self._id:
+                self.path.unlink(missing_ok=True)
+
+    def _take(self) -> None:
+        found, begun = self._read(), time.monotonic()
+        while found and time.monotonic() - begun < STALE:
+            time.sleep(min(HEARTBEAT, STALE) / 4)
+            now = self._read()
+            if now and now != found:
+                raise self._refusal()
+            found = now
+        if found:
+            self._put()
+        else:
+            self._create()
+        # Two may have taken over a stale one at once, and not every server minds "only if absent".
+        time.sleep(SETTLE)
+        if self._owner().get("id") != self._id:
+            raise self._refusal()
+
+    def _create(self) -> None:
+        try:
+            self._fs.pipe_file(self._name, self._token(), mode="create")
+        except FileExistsError:
+            pass  # another's, as will be seen
+        except OSError:
+            self._put()  # a server that does not know "only if absent"; other faults return
+
+    def _refusal(self) -> UserError:
+        owner = self._owner()
+        return _taken(self.path.parent, f" ({owner.get('host')}, process {owner.get('pid')})")
+
+    def _beat(self) -> None:
+        """Puts the object again and again, unless it is another's."""
+        while not self._closing.wait(HEARTBEAT):
+            with contextlib.suppress(Exception):  # a store that fails for a while; STALE bounds it
+                owner = self._owner()
+                if owner.get("id", self._id) != self._id:
+                    other = f"{owner.get('host')}, process {owner.get('pid')},"
+                    self.lost = (
+                        f"{self.path.parent}: {other} took this run over; it ends here unsaved"
+                    )
+                    return
+                self._put()
+
+    def _put(self) -> None:
+        self._fs.pipe_file(self._name, self._token())
+
+    def _token(self) -> bytes:
+        self._beats += 1
+        token = {"id": self._id, "host": socket.gethostname(), "pid": os.getpid()}
+        return json.dumps(token | {"heartbeat": self._beats}).encode()
+
+    def _read(self) -> bytes:
+        """What the object holds; nothing when there is none."""
+        try:
+            return self._fs.cat_file(self._name)
+        except FileNotFoundError:
+            return b""
+
+    def _owner(self) -> dict[str, object]:
+        content = self._read()
+        return json.loads(content) if content else {}

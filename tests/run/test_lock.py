@@ -1,0 +1,77 @@
+"""One run in a folder of a store at a time: a live owner is respected, a dead one replaced, a lost lock noticed."""
+
+import json
+import threading
+import time
+
+import pytest
+
+from rest_jax.errors import RunStopped, UserError
+from rest_jax.files import as_path
+from rest_jax.run import lock
+
+
+@pytest.fixture
+def folder(memory_store, monkeypatch):
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.05)
+    monkeypatch.setattr(lock, "STALE", 0.4)
+    monkeypatch.setattr(lock, "SETTLE", 0.05)
+    return as_path(f"{memory_store}/run")
+
+
+def test_a_live_owner_keeps_the_folder_and_leaves_nothing(folder):
+    with lock.locked(folder) as check:
+        check()
+        with (
+            pytest.raises(
+                UserError, match=r"run: another process \(.*process \d+\) trains"
+            ) as caught,
+            lock.locked(folder),
+        ):
+            pytest.fail("two owners")
+        assert "\n" not in str(caught.value)
+        check()
+    assert not (folder / lock.FILE).exists()
+
+
+def test_the_lock_of_a_killed_process_is_taken_over_when_it_has_not_changed_for_a_while(folder):
+    (folder / lock.FILE).write_text(
+        json.dumps({"id": "dead", "host": "h", "pid": 1, "heartbeat": 7})
+    )
+    begun = time.monotonic()
+    with lock.locked(folder):
+        assert lock.STALE <= time.monotonic() - begun < lock.STALE + 1
+        assert json.loads((folder / lock.FILE).read_text())["id"] != "dead"
+
+
+def test_of_two_that_take_over_at_once_one_wins(folder):
+    (folder / lock.FILE).write_text(json.dumps({"id": "dead", "heartbeat": 7}))
+    won, refused, release = [], [], threading.Event()
+
+    def run(name: int) -> None:
+        try:
+            with lock.locked(folder):
+                won.append(name)
+                release.wait(5)
+        except UserError:
+            refused.append(name)
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in range(2)]
+    for thread in threads:
+        thread.start()
+    while len(won) + len(refused) < 2:
+        time.sleep(0.01)
+    release.set()
+    for thread in threads:
+        thread.join()
+    assert len(won) == len(refused) == 1
+
+
+def test_an_owner_that_finds_another_in_its_place_stops_and_lets_it_be(folder):
+    with lock.locked(folder) as check:
+        other = json.dumps({"id": "other", "host": "elsewhere", "pid": 9, "heartbeat": 1})
+        (folder / lock.FILE).write_text(other)
+        time.sleep(0.3)
+        with pytest.raises(RunStopped, match="elsewhere, process 9, took this run over"):
+            check()
+    assert (folder / lock.FILE).read_text() == other

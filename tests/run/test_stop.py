@@ -1,0 +1,108 @@
+"""A run that waits in vain ends: by itself after the time-out, sooner after SIGTERM, always with one line."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rest_jax.config import DistributedConfig
+from rest_jax.run.stop import SIGTERM_CODE, StopRequest
+from tests.runs import PROGRAMS, environment
+
+LIMITS = DistributedConfig(save_timeout=100, stop_timeout=10)
+
+
+def test_a_wait_is_overdue_by_its_own_time_or_by_that_since_the_request(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    stop = StopRequest(LIMITS)
+    assert stop.overdue() is None
+    with stop.waiting("the save"), stop.waiting("an inner wait"):
+        now += 100
+        assert stop.overdue() is None
+        now += 1
+        assert "the save did not end within distributed.save_timeout 100 s" in str(stop.overdue())
+    with stop.waiting("the save"):
+        now += 50
+        stop.receive()
+        now += 10
+        stop.receive()  # asking again changes nothing
+        assert stop.overdue() is None
+        now += 1
+        assert "SIGTERM: the save did not end within distributed.stop_timeout 10 s" in str(
+            stop.overdue()
+        )
+    assert stop.overdue() is None  # a run that does not wait takes its time to save
+
+
+def test_sigterm_sets_the_flag_in_the_block_and_all_is_as_before_behind_it():
+    stop, before = StopRequest(LIMITS), signal.getsignal(signal.SIGTERM)
+    with stop.watched():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received and stop.agreed()
+    assert signal.getsignal(signal.SIGTERM) is before and signal.set_wakeup_fd(-1) == -1
+
+
+def start(*words: object, program: str = "blocked_save.py") -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(PROGRAMS / program), *map(str, words)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end_of(process: subprocess.Popen) -> list[str]:
+    """What the program says of its end, which must come within 15 seconds."""
+    try:
+        out, err = process.communicate(timeout=15)
+    finally:
+        process.kill()
+    assert "ended" not in out
+    return [line for line in err.splitlines() if "rest-jax: error" in line]
+
+
+def test_sigterm_ends_a_wait_in_which_no_python_code_runs():
+    process = start(1, program="blocked_in_c.py")
+    assert process.stdout is not None and process.stdout.readline() == "saving\n"
+    process.send_signal(signal.SIGTERM)
+    (line,) = end_of(process)
+    assert process.returncode == SIGTERM_CODE and "the mutex did not end" in line
+
+
+def test_sigterm_ends_a_run_whose_save_hangs(tmp_path):
+    process = start(tmp_path, 600, 1)
+    assert process.stdout is not None and process.stdout.readline() == "saving\n"
+    process.send_signal(signal.SIGTERM)
+    (line,) = end_of(process)
+    assert process.returncode == SIGTERM_CODE
+    assert f"SIGTERM: {tmp_path}/run: the last checkpoint did not end within" in line
+
+
+@pytest.mark.slow
+def test_a_save_that_hangs_ends_the_run_by_itself(tmp_path):
+    process = start(tmp_path, 2, 600)
+    (line,) = end_of(process)
+    assert process.returncode == 1 and "within distributed.save_timeout 2 s" in line
+
+
+@pytest.mark.multihost
+def test_sigterm_ends_all_processes_when_the_save_of_one_hangs(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    processes = [start(tmp_path, 600, 2, address, index, 2) for index in range(2)]
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "saving\n"
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    for process in processes:
+        # the one that ends second may be told by the coordinator that the first is gone
+        assert end_of(process) or process.returncode < 0
+        assert process.returncode not in (0, None)
+    assert SIGTERM_CODE in [process.returncode for process in processes]
