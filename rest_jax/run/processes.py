@@ -40,6 +40,8 @@ def join(world: str, config: DistributedConfig) -> None:
     known = _parse(world)
     timeout = config.heartbeat_timeout
     _filter_stderr()
+    # Its service takes SIGTERM for itself; a run saves and ends on it.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             **known,

@@ -9,14 +9,12 @@ import pathlib
 import re
 import shutil
 import socket
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
-from rest_jax.distributed import gather
+from rest_jax.distributed import exchange
 from rest_jax.files import fetch_folder, is_url
 from rest_jax.models.hf.config import ConversionError
 from rest_jax.models.hf.safetensors import Stored, scan_file
@@ -25,6 +23,7 @@ MANIFEST = "rest_jax.json"  # of a converted folder: the dtype of every tensor o
 MANIFEST_FORMAT = 1
 PARAMS = "params"  # of a converted folder: the Orbax checkpoint
 WEIGHT_INDEX = "model.safetensors.index.json"
+_DOWNLOAD_SECONDS = 24 * 3600  # the longest wait for another process's download
 _SIDE_PATTERNS = (
     "*.json",  # config, generation config, tokenizer
     "*.jinja",  # chat template
@@ -93,17 +92,15 @@ def _download(hub_id: str) -> pathlib.Path:
 
     A failure is said by one process, once; the others end without a word.
     """
-    hosts = gather(np.asarray([zlib.crc32(socket.gethostname().encode())], np.uint32))
-    first = int(np.argmax(hosts == hosts[jax.process_index()]))
     snapshot = failure = None
-    if first == jax.process_index():
+    if exchange(socket.gethostname()).index(socket.gethostname()) == jax.process_index():
         try:
             snapshot = _snapshot(hub_id)
         except ConversionError as error:
             failure = error
-    failed = gather(np.asarray([failure is not None]))
-    if failed.any():
-        said_here = int(np.argmax(failed)) == jax.process_index()
+    failed = exchange("failed" if failure else "", _DOWNLOAD_SECONDS)
+    if "failed" in failed:
+        said_here = failed.index("failed") == jax.process_index()
         raise failure if failure is not None and said_here else ConversionError("")
     if snapshot is None:
         try:

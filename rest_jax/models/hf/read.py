@@ -34,6 +34,7 @@ from rest_jax.models.hf.table import EMBED, HEAD, Slices, Spec, expected_shapes,
 from rest_jax.types import Params
 
 _NAMES_SHOWN = 8
+Folder = store.Folder
 Report = Callable[[int, int], None]  # (bytes just moved, bytes in all)
 
 
@@ -73,7 +74,7 @@ def read_params(
     return unflatten_dict(place(weights, given, jnp.dtype(dtype), advance))
 
 
-def open_weights(folder: pathlib.Path, cfg: DecoderConfig) -> list[Weights]:
+def open_weights(folder: Folder, cfg: DecoderConfig) -> list[Weights]:
     """Every parameter of an HF folder, a converted folder, or an Orbax checkpoint of parameters, to be read in parts.
 
     ConversionError when they are not those of `cfg`.
@@ -117,7 +118,7 @@ def _in_hf_files(spec: Spec, stored: Mapping[str, Stored]) -> Weights:
     return Weights(spec, (*stack, *spec.hf_shape), chunk, dtype, True, read)
 
 
-def _in_store(spec: Spec, folder: pathlib.Path) -> Weights:
+def _in_store(spec: Spec, folder: Folder) -> Weights:
     array = store.open_array(folder, spec.path)
     if tuple(array.shape) != spec.shape:
         raise ConversionError(

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from etils import epath
 from flax.traverse_util import unflatten_dict
 
 from rest_jax.models.hf.config import ConversionError
@@ -22,6 +23,7 @@ from rest_jax.models.hf.remote import kvstore
 CHUNK_BYTES = 8 * 2**20
 _ERRORS = (ValueError, RuntimeError, NotImplementedError, OSError)
 Path = tuple[str, ...]  # the keys that lead to an array
+Folder = pathlib.Path | epath.Path
 
 # Nodes of an OCDBT database are looked up for every chunk. Files are not forced to disk one by one: a folder that is not
 # complete never gets its name, and safetensors are not forced either.
@@ -52,7 +54,7 @@ def create(
     return {path: future.result() for path, future in opened.items()}
 
 
-def open_array(folder: pathlib.Path, path: Path) -> Any:
+def open_array(folder: Folder, path: Path) -> Any:
     """The array `path` of a checkpoint, to be read. ConversionError when there is none."""
     try:
         return ts.open(_spec(folder, path), context=_CONTEXT, open=True).result()
@@ -60,7 +62,7 @@ def open_array(folder: pathlib.Path, path: Path) -> Any:
         raise _unreadable(folder, path, error) from error
 
 
-def read(folder: pathlib.Path, path: Path, array: Any, index: tuple[slice, ...]) -> np.ndarray:
+def read(folder: Folder, path: Path, array: Any, index: tuple[slice, ...]) -> np.ndarray:
     """The part `index` of an opened array. ConversionError when it is damaged."""
     try:
         return array[index].read().result()
@@ -68,7 +70,7 @@ def read(folder: pathlib.Path, path: Path, array: Any, index: tuple[slice, ...])
         raise _unreadable(folder, path, error) from error
 
 
-def is_checkpoint(folder: pathlib.Path) -> bool:
+def is_checkpoint(folder: Folder) -> bool:
     """Whether Orbax made `folder` for the arrays of a tree."""
     return (folder / "_METADATA").exists()
 
@@ -81,7 +83,7 @@ def _chunk(x: jax.ShapeDtypeStruct, stacked: int) -> list[int]:
     return [1] * stacked + [math.ceil(own[0] / chunks), *own[1:]]
 
 
-def _spec(folder: pathlib.Path, path: Path) -> dict[str, Any]:
+def _spec(folder: Folder, path: Path) -> dict[str, Any]:
     """Missing chunks are errors, and chunks of zeros are written, so that a part that was lost never reads as zeros."""
     base, name = kvstore(folder), ".".join(path)
     if (folder / "manifest.ocdbt").exists():
@@ -93,7 +95,7 @@ def _spec(folder: pathlib.Path, path: Path) -> dict[str, Any]:
     return {"driver": "zarr", "kvstore": where, **missing}
 
 
-def _unreadable(folder: pathlib.Path, path: Path, error: Exception) -> ConversionError:
+def _unreadable(folder: Folder, path: Path, error: Exception) -> ConversionError:
     reason = str(error).strip().splitlines()[0].partition(" [")[0]
     return ConversionError(
         f"{folder}: not a readable checkpoint ({'.'.join(path)}: {reason}); "
