@@ -53,6 +53,17 @@ def test_a_run_is_exported_without_a_policy(run, model, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(1, 8, 1), (4, 1, 2), (1, 2, 4)])
+def test_a_run_is_loaded_exactly_on_another_mesh(run, data, fsdp, tensor):
+    folder, params = run
+    mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+    policy = load.load_policy(ModelConfig(source=str(folder)), mesh)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(np.asarray(a), b), policy.params, params
+    )
+    assert dict(policy.mesh.shape) == {"data": data, "fsdp": fsdp, "tensor": tensor, "expert": 1}
+
+
 def test_a_layer_of_a_checkpoint_is_a_chunk(run):
     folder, params = run
     path = folder / "checkpoints" / "1" / "params"
