@@ -76,13 +76,18 @@ def start(
     )
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def start_processes(
     words: list[str], count: int, devices: int = 1, programs: dict[int, list[str]] | None = None
 ) -> list[subprocess.Popen]:
     """`rest-jax WORDS --distributed I/COUNT@..`, in every process with so many devices; `programs`: other words of some."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     program = [sys.executable, "-m", "rest_jax"]
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     return [

@@ -10,7 +10,7 @@ import sys
 import pytest
 import typer
 
-from rest_jax import cli
+from rest_jax import cli, config
 from tests.conftest import REPOSITORY
 from tests.runs import environment
 
@@ -72,6 +72,8 @@ def test_a_launcher_passes_a_dry_run(command):
         ["bash", "-c", line], cwd=REPOSITORY, env=environment() | {"DRY_RUN": "1"}, capture_output=True, text=True
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout, done.stderr
+    if trained := re.search(r" (?:train|sft) (.*)", line):
+        config.load(*cli.split(shlex.split(trained[1])))
 
 
 def test_the_launchers_that_pages_name_are_those_that_exist():

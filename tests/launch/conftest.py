@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 import time
@@ -57,16 +56,15 @@ class Fakes:
         """Starts a launcher, or another command, in the repository."""
         path = f"{self.folder / 'bin'}:/usr/bin:/bin"
         environment = {"PATH": path, "HOME": str(self.folder), "FAKES": str(self.folder)}
+        # Where the tests run in the background, Ctrl-C is ignored, and a shell cannot trap what it inherits as ignored.
         return subprocess.Popen(
-            command,
+            ["env", "--default-signal=INT", *command],
             cwd=REPOSITORY,
             env=environment | variables,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # Where the tests run in the background, Ctrl-C is ignored, and a shell cannot trap what it inherits as ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, *command: str, code: int = 0, **variables: str) -> str:

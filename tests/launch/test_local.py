@@ -2,15 +2,15 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
+import yaml
 
 from tests.conftest import REPOSITORY
-from tests.runs import environment, lines, recipe
+from tests.runs import environment, free_port, lines, recipe
 
 SCRIPT = "launch/local.sh"
 
@@ -70,15 +70,13 @@ def test_two_processes_train(model, tmp_path):
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m rest_jax "$@"\n')
     program.chmod(0o755)
-    import yaml
-
     raw = recipe(model, tmp_path, train={"steps": 2, "checkpoint_every": 2})
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(raw | {"mesh": {"data": 2, "fsdp": 1}}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    variables = environment() | {"PORT": port, "PATH": f"{program.parent}:{os.environ['PATH']}"}
+    variables = environment() | {
+        "PORT": str(free_port()),
+        "PATH": f"{program.parent}:{os.environ['PATH']}",
+    }
     subprocess.run(
         [REPOSITORY / SCRIPT, "2", "train", path], env=variables, check=True, timeout=400
     )

@@ -3,8 +3,13 @@
 import os
 import shlex
 import signal
+import sys
+import time
 
 import pytest
+import yaml
+
+from tests.runs import environment, free_port, lines, recipe
 
 SCRIPT = "launch/slurm.sh"
 JOB = {"SLURM_JOB_ID": "42"}
@@ -66,3 +71,35 @@ def test_a_cancelled_job_is_not_queued_again(fakes):
 
 def test_a_sweep_gets_no_word_of_other_processes(fakes):
     assert "--distributed" not in fakes.dry_run(SCRIPT, "sweep", "tiny", "--space", "x")
+
+
+@pytest.mark.slow
+def test_the_same_command_finishes_a_run_that_was_stopped(fakes, model, tmp_path):
+    """The real program in the task: SIGTERM in its first steps, then again from the start of the script."""
+    (fakes.folder / "bin" / "rest-jax").write_text(
+        f'#!/bin/sh\nexec {sys.executable} -m rest_jax "$@"\n'
+    )
+    path = tmp_path / "config.yaml"
+    raw = recipe(model, tmp_path, train={"steps": 16, "checkpoint_every": 100, "eval_every": 0})
+    path.write_text(yaml.safe_dump(raw | {"mesh": {"data": 1, "fsdp": 1}}))
+    alone = {"JAX_PROCESS_ID": "0", "JAX_NUM_PROCESSES": "1"}
+    address = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}"}
+    used = {name: value for name, value in environment().items() if name not in ("PATH", "HOME")}
+    variables = used | JOB | alone | address
+    fakes.answer(SRUN, RUNNING)
+    job = fakes.start(SCRIPT, "train", str(path), **variables)
+    metrics = tmp_path / "tiny" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.is_file() and "update/loss" in metrics.read_text()):
+        assert job.poll() is None and time.monotonic() < deadline, job.communicate()
+        time.sleep(0.02)
+    os.kill(fakes.process("srun"), signal.SIGTERM)
+    _, said = job.communicate(timeout=300)
+    assert job.returncode == 143 and "SIGTERM: saved at step" in said, said
+    assert fakes.calls()[-1] == REQUEUE
+    again = fakes.start(SCRIPT, "train", str(path), **variables)
+    _, said = again.communicate(timeout=300)
+    assert again.returncode == 0, said
+    assert fakes.calls().count(REQUEUE) == 1
+    steps = [line["step"] for line in lines(tmp_path / "tiny") if "update/loss" in line]
+    assert steps == list(range(1, 17))

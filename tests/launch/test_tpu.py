@@ -18,7 +18,7 @@ INSTALL = (
 )
 RUN = (
     "gcloud compute tpus tpu-vm ssh {node} --zone=z --worker=all"
-    " '--command=while pkill -F ~/.rest_jax.pid -x rest-jax; do sleep 1; done;"
+    " '--command=while pkill -F ~/.rest_jax.pid -x rest-jax 2>/dev/null; do sleep 1; done;"
     " trap '\\''kill -TERM $!; wait $!; exit 143'\\'' TERM;"
     " ~/rest_jax/bin/rest-jax {words} --distributed auto & echo $! > ~/.rest_jax.pid; wait $!'\n"
 )
