@@ -21,6 +21,7 @@ from benchmarks import cpu_peak, policies
 from benchmarks.process import Work, positive, timed
 from benchmarks.update import step_config
 from rest_jax.config import RewardConfig
+from rest_jax.models.presets import PRESETS
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.rl import curriculum, weights
 from rest_jax.rollout.scoring import score_rollout
@@ -28,7 +29,6 @@ from rest_jax.run.throughput import rollout_flops, update_flops
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Call, Target
 from rest_jax.types import RolloutBatch
-from tests.presets import PRESETS
 
 STEP_MODEL = PRESETS["qwen3-1.7b"]
 POD_FLOPS = 8 * 400e12

@@ -25,10 +25,10 @@ from rest_jax.models.hf.folder import write_json
 from rest_jax.models.hf.read import load_model
 from rest_jax.models.hf.write import export
 from rest_jax.models.policy import Policy
+from rest_jax.models.presets import PRESETS
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.rollout.scheduler import Sampler, make_sampler
 from rest_jax.types import PromptBatch, Sampling
-from tests.presets import PRESETS
 
 MODEL_A = DecoderConfig(
     family="qwen3",

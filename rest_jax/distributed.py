@@ -45,7 +45,8 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
     ValueError with both numbers when the sizes do not use exactly the devices there are.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    given = devices is not None
+    devices = list(devices if devices is not None else jax.devices())
     sizes = [getattr(cfg, axis) for axis in AXES]
     fixed = math.prod(size for size in sizes if size != -1)
     named = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
@@ -59,9 +60,24 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         raise UserError(
             f"mesh ({named}) needs {fixed} devices and there are {len(devices)}; set one size to -1"
         )
-    return jax.make_mesh(
-        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    kinds = (AxisType.Auto,) * len(AXES)
+    if given:
+        ordered = np.empty(len(devices), object)
+        ordered[:] = sorted(devices, key=_by_host)
+        return Mesh(ordered.reshape(sizes), AXES, axis_types=kinds)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
+
+
+def _by_host(device: Any) -> tuple[Any, ...]:
+    """Sorts devices by slice, process and coordinates, so that neighbours in the mesh are on one host."""
+    slice_index = getattr(device, "slice_index", None) or 0
+    return slice_index, device.process_index, getattr(device, "coords", None) or (), device.id
+
+
+def platform(mesh: Mesh) -> str:
+    """What the devices of a mesh are: "cpu", "gpu" or "tpu". They need not be in this machine (`rest_jax.planning`)."""
+    name = mesh.devices.flat[0].platform
+    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
 
 
 @contextlib.contextmanager
@@ -79,6 +95,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def place(shapes: Tree, shardings: Any) -> Tree:
+    """Abstract arrays with the shardings of a tree like theirs, or all with one."""
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, shapes)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
 
 
 def num_data_shards(mesh: Mesh) -> int:

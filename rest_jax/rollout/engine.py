@@ -22,7 +22,13 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from rest_jax.distributed import BATCH_AXES, batch_sharding, num_data_shards, replicated
+from rest_jax.distributed import (
+    BATCH_AXES,
+    batch_sharding,
+    num_data_shards,
+    platform,
+    replicated,
+)
 from rest_jax.models.attention import prompt_rows
 from rest_jax.models.cache import Cache, Layers, is_stacked
 from rest_jax.models.config import DecoderConfig
@@ -285,6 +291,7 @@ class Engine(NamedTuple):
     start: Callable[..., DecodeState]
     decode: Callable[..., tuple[DecodeState, Drawn]]
     resize: Callable[..., DecodeState]
+    state_shardings: DecodeState
     num_shards: int
 
 
@@ -318,6 +325,7 @@ def make_engine(decoder: Decoder, settings: RolloutSettings, mesh: Mesh) -> Engi
             donate_argnums=1,
         ),
         resize=jax.jit(resize, static_argnums=2, out_shardings=state),
+        state_shardings=state,
         num_shards=shards,
     )
 
@@ -328,19 +336,19 @@ def _split_over_shards(x: jax.ShapeDtypeStruct, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*before, BATCH_AXES))
 
 
-def rollout_decoder(decoder: Decoder) -> Decoder:
+def rollout_decoder(policy: Policy) -> Decoder:
     """The decoder of rollouts. On CPU its layers are unrolled: a loop over stacked weights would copy each layer's weights
     for every token.
     """
-    layers = "unroll" if jax.default_backend() == "cpu" else "scan"
-    return Decoder(dataclasses.replace(decoder.cfg, layers=layers, remat="none"))
+    layers = "unroll" if platform(policy.mesh) == "cpu" else "scan"
+    return Decoder(dataclasses.replace(policy.config, layers=layers, remat="none"))
 
 
 def rollout_cast(policy: Policy) -> Callable[[Params], Params]:
     """jit of the cast from a policy's train weights (float32 masters, train layout) to its rollout weights: in the compute
     dtype, in the rollout layout, with the layers of an unrolled decoder apart.
     """
-    cfg = rollout_decoder(policy.decoder).cfg
+    cfg = rollout_decoder(policy).cfg
 
     def cast_leaf(path, x):
         # Norm scales stay float32: the trainer multiplies by them in float32 too.

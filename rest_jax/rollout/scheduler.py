@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rest_jax.config import RolloutConfig
-from rest_jax.distributed import gather, to_host, to_mesh
+from rest_jax.distributed import gather, platform, to_host, to_mesh
 from rest_jax.models.policy import Policy
 from rest_jax.rl.packing import bucket
 from rest_jax.rollout.engine import (
@@ -156,7 +156,16 @@ def make_sampler(
     policy: Policy, rollout: RolloutConfig, group_size: int, sampling: Sampling
 ) -> Sampler:
     """A sampler of `group_size` responses a prompt on the mesh of a policy. Its weights come from `engine.rollout_cast`."""
-    settings = RolloutSettings(
+    settings = rollout_settings(policy, rollout, group_size, sampling)
+    engine = make_engine(rollout_decoder(policy), settings, policy.mesh)
+    return Sampler(engine, settings, policy.mesh)
+
+
+def rollout_settings(
+    policy: Policy, rollout: RolloutConfig, group_size: int, sampling: Sampling
+) -> RolloutSettings:
+    """What is fixed for all rollouts of `make_sampler`."""
+    return RolloutSettings(
         group_size=group_size,
         max_tokens=rollout.max_response_tokens,
         stop_ids=policy.tokenizer.stop_ids,
@@ -165,10 +174,8 @@ def make_sampler(
         decode_slots=rollout.decode_slots,
         prompt_cache_entries=rollout.prompt_cache_entries if group_size > 1 else None,
         # fewer widths where compilation is dear
-        width_ratio=2 if jax.default_backend() == "cpu" else 4,
+        width_ratio=2 if platform(policy.mesh) == "cpu" else 4,
     )
-    engine = make_engine(rollout_decoder(policy.decoder), settings, policy.mesh)
-    return Sampler(engine, settings, policy.mesh)
 
 
 class _Rollout:
@@ -320,11 +327,16 @@ class _Rollout:
         return bucket(longest, self.prompts.tokens.shape[1])
 
     def response_widths(self) -> list[int]:
-        """Widths of the response cache, ascending up to `max_tokens`."""
-        widths = [self.settings.max_tokens]
-        while widths[0] > CHUNK:
-            widths.insert(0, -(-widths[0] // self.settings.width_ratio))
-        return widths
+        """Widths of the response cache."""
+        return response_widths(self.settings)
+
+
+def response_widths(settings: RolloutSettings) -> list[int]:
+    """Widths of the response cache that are compiled, ascending up to `max_tokens`."""
+    widths = [settings.max_tokens]
+    while widths[0] > CHUNK:
+        widths.insert(0, -(-widths[0] // settings.width_ratio))
+    return widths
 
 
 def free_to_stop_at(shard: Shard) -> int:

@@ -8,12 +8,11 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-import jax
 from flax import linen as nn
 
 from rest_jax import config as config_lib
 from rest_jax.config import Config, MeshConfig, ModelConfig
-from rest_jax.distributed import make_mesh
+from rest_jax.distributed import make_mesh, place
 from rest_jax.models.decoder import Decoder, abstract_params, param_shardings
 from rest_jax.models.hf import write as hf
 from rest_jax.models.hf.read import load_model, read_config
@@ -25,16 +24,13 @@ from rest_jax.run.folder import CONFIG_FILE, MODEL_FOLDER
 
 def load_policy(model: ModelConfig, mesh_config: MeshConfig) -> Policy:
     """Loads weights straight into their shards. UserError for a source that cannot be used."""
-    mesh, dtype = make_mesh(mesh_config), compute_dtype(model.dtype)
+    mesh = make_mesh(mesh_config)
+    dtype = compute_dtype(model.dtype, mesh)
     if is_run(model.source):
         folder = pathlib.Path(model.source)
         files = folder / MODEL_FOLDER
         config = dataclasses.replace(read_config(files), dtype=dtype, remat=model.remat)
-        shapes = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            nn.meta.unbox(abstract_params(config)),
-            param_shardings(config, mesh),
-        )
+        shapes = place(nn.meta.unbox(abstract_params(config)), param_shardings(config, mesh))
         params, _ = checkpoint.restore_params(folder, shapes)
     else:
         config, params, files = load_model(model.source, mesh, dtype, model.remat)

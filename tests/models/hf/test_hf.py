@@ -22,7 +22,7 @@ from rest_jax.models.hf.folder import scan
 from rest_jax.models.hf.read import load_model, read_config, read_params
 from rest_jax.models.hf.table import table
 from rest_jax.models.hf.write import convert, export
-from tests.presets import PRESETS
+from rest_jax.models.presets import PRESETS
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
