@@ -32,8 +32,13 @@ COLLECTIVES = (
 # They move nothing, or what they call is looked at instead.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
-    "partition-id", "replica-id", "opt-barrier", "copy-done", "async-start", "async-update", "async-done", "domain",
+    "partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "domain",
 }  # fmt: skip
+# Custom calls by which libtpu notes something.
+_MARKS = (
+    "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveStart", "AsyncCollectiveDone", "ConcatBitcast",
+    "GatherScatterIndicesBitpacked",
+)  # fmt: skip
 # Parts of the model, found in the name of an operation; the first that occurs counts.
 PARTS = (
     "vocabulary", "head", "draw", "insert", "resize", "optimizer", "attention", "moe", "mlp", "norm", "trunk",
@@ -107,6 +112,7 @@ class Use(NamedTuple):
     computation: Computation
     loops: tuple[int | None, ...]
     fused: bool
+    asynchronous: bool  # started by an async-start, which others follow before it is done
 
     @property
     def trips(self) -> int:
@@ -213,21 +219,22 @@ def _closing(text: str, start: int) -> int:
 
 def uses(module: Module) -> Iterator[Use]:
     """Every instruction that runs, each once for every way it is reached."""
-    yield from _uses(module, module.entry, (), False)
+    yield from _uses(module, module.entry, (), ())
 
 
-def _uses(module: Module, name: str, loops: tuple[int | None, ...], fused: bool) -> Iterator[Use]:
+def _uses(
+    module: Module, name: str, loops: tuple[int | None, ...], callers: tuple[str, ...]
+) -> Iterator[Use]:
     computation = module.computations[name]
     for instruction in computation.values():
-        yield Use(instruction, computation, loops, fused)
+        yield Use(instruction, computation, loops, "fusion" in callers, "async-start" in callers)
         inner = loops
         if instruction.opcode == "while":
             inner = (*loops, loop_trips(module, instruction))
-        within = fused or instruction.opcode == "fusion"
         if instruction.opcode in _APPLIES:
             continue  # what they apply to single elements is part of them
         for called in instruction.called:
-            yield from _uses(module, called, inner, within)
+            yield from _uses(module, called, inner, (*callers, instruction.opcode))
 
 
 _APPLIES = {"reduce", "reduce-window", "scatter", "select-and-scatter", "sort", "map", *COLLECTIVES}
@@ -299,7 +306,7 @@ def measure(
 def _work(module: Module, use: Use, rates: Rates) -> Work | None:
     """Of an instruction outside of fusions, with what it fuses."""
     instruction = use.instruction
-    if use.fused or instruction.opcode in _FREE:
+    if use.fused or instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
         return None
     flops = instruction_flops(module, instruction, use.computation)
     nbytes = instruction_bytes(module, instruction, use.computation)
@@ -379,21 +386,42 @@ def instruction_bytes(module: Module, instruction: Instruction, where: Computati
     """Bytes that an instruction reads from and writes to the main memory; of an array of which it takes or changes a slice,
     those of the slice.
     """
-    written = sum(a.nbytes for a in instruction.outputs if a.space == 0)
+    opcode, outputs = instruction.opcode, instruction.outputs
+    if any(f'custom_call_target="{name}"' in instruction.text for name in _MARKS):
+        return 0.0
+    if opcode == "copy-start":  # (destination, source, context)
+        outputs = outputs[:1]
+    elif opcode == "slice-start":  # (source, destination, context)
+        outputs = outputs[1:2]
+    written = sum(a.nbytes for a in outputs if a.space == 0)
     read = {i: _in_main_memory(where, name) for i, name in enumerate(instruction.operands)}
-    if instruction.opcode == "fusion" and len(instruction.called) == 1:
+    if opcode == "fusion" and len(instruction.called) == 1:
         inner = module.computations[instruction.called[0]]
-        for i, nbytes in _sliced(inner).items():
-            read[i] = min(read.get(i, 0), nbytes)
-        root = list(inner.values())[-1]
-        if root.opcode == "dynamic-update-slice" and written:
-            written = inner[root.operands[1]].outputs[0].nbytes
-    elif instruction.opcode in ("dynamic-slice", "slice", "gather"):
-        read[0] = min(read[0], written or read[0])
-    elif instruction.opcode == "dynamic-update-slice":
-        written = where[instruction.operands[1]].outputs[0].nbytes
-        read[0] = 0
+        read |= {i: min(read.get(i, 0), nbytes) for i, nbytes in _sliced(inner).items()}
+        written = sum(_written(inner, name) for name in _results(inner))
+    elif opcode in ("dynamic-slice", "slice", "gather", "slice-start"):
+        read[0] = min(read[0], sum(a.nbytes for a in outputs))
+    elif opcode == "dynamic-update-slice":
+        written, read[0] = where[instruction.operands[1]].outputs[0].nbytes, 0
     return float(written + sum(read.values()))
+
+
+def _results(inner: Computation) -> tuple[str, ...]:
+    """Names of what a fused computation makes."""
+    root = list(inner.values())[-1]
+    return root.operands if root.opcode == "tuple" else (root.name,)
+
+
+def _written(inner: Computation, name: str) -> int:
+    """Bytes of a result in the main memory; of an array that is changed in a slice, those of the slice."""
+    made = inner[name]
+    while made.opcode == "bitcast":
+        made = inner[made.operands[0]]
+    if made.opcode == "parameter":
+        return 0
+    if made.opcode == "dynamic-update-slice":
+        return inner[made.operands[1]].outputs[0].nbytes
+    return sum(a.nbytes for a in inner[name].outputs if a.space == 0)
 
 
 def _in_main_memory(where: Computation, name: str) -> int:
@@ -447,7 +475,7 @@ def _collective(use: Use, kind: str, layers: int, hosts: np.ndarray | None) -> C
         part,
         size,
         crosses,
-        use.fused or instruction.opcode.endswith("-start"),
+        use.fused or use.asynchronous or instruction.opcode.endswith("-start"),
         use.trips,
         int(use.trips * produced * factor),
     )
