@@ -76,8 +76,8 @@ def _by_host(device: Any) -> tuple[Any, ...]:
 
 def platform(mesh: Mesh) -> str:
     """What the devices of a mesh are: "cpu", "gpu" or "tpu". They need not be in this machine (`rest_jax.planning`)."""
-    name = mesh.devices.flat[0].platform
-    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
+    name: str = mesh.devices.flat[0].platform
+    return "gpu" if name in ("cuda", "rocm") else name
 
 
 @contextlib.contextmanager

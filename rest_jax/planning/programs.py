@@ -226,7 +226,9 @@ def supervised_programs(
         plain_weight=_numbers(tokens, jnp.float32),
     )
     full = BatchLengths(
-        np.full(size, lengths.prompt), np.full((size, 1), lengths.response), tuple(lengths)
+        np.full(size, lengths.prompt),
+        np.full((size, 1), lengths.response),
+        (lengths.prompt, lengths.response),
     )
     micro = plan_supervised(full, max_tokens, update.mesh)[0]
     return gradient_programs(update, state, batch, micro, {})
@@ -342,7 +344,7 @@ def _scored(config: Config) -> ScoredBatch:
     return ScoredBatch(rollout, _numbers(tokens, jnp.int8), reward, reward)
 
 
-def _numbers(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+def _numbers(shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
@@ -351,7 +353,7 @@ def device_bytes(tree: Tree) -> int:
 
     def one(x: Any) -> int:
         shape = x.sharding.shard_shape(x.shape) if x.sharding is not None else x.shape
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return 8 * math.prod(shape)
         return math.prod(shape) * x.dtype.itemsize
 

@@ -6,7 +6,7 @@ from typing import Any
 
 GIB = 2**30
 # In the order of the bars.
-NAMES = (
+NAMES: tuple[str, ...] = (
     "parameters", "optimiser", "reference", "batch", "gradient", "rollout weights", "cache", "temporaries", "outputs",
     "other arguments",
 )  # fmt: skip
