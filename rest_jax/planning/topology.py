@@ -103,6 +103,8 @@ def child_environment(topology: Topology, dump: pathlib.Path) -> dict[str, str]:
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": " ".join(flags).strip(),
+        # It would keep every executable, 100 times the text that a plan is made of.
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
