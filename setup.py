@@ -14,5 +14,6 @@ builtin = {
 setup(
     packages=[*find_packages(include=["rest_jax", "rest_jax.*"]), *builtin],
     package_dir={name: path.as_posix() for name, path in builtin.items()},
-    package_data={name: ["*"] for name in builtin} | {"rest_jax.experiments": ["*.jinja"]},
+    package_data={name: ["*"] for name in builtin}
+    | {"rest_jax.experiments": ["*.jinja"], "rest_jax.planning": ["*.txtpb"]},
 )

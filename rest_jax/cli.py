@@ -191,6 +191,27 @@ def sft(words: Configs, dry_run: DryRun = False, distributed: Distributed = None
 
 
 @app.command(rich_help_panel=_TRAIN)
+def plan(
+    words: Configs,
+    topology: Annotated[
+        str, Option(metavar="NAME", help="v5e:4x4, v5p:2x2x4, v6e:4x4, h100:8, h100:4x8, cpu:8")
+    ],
+    prompt_tokens: Annotated[
+        int | None, Option(min=1, help="of every prompt, for the time; default: the longest")
+    ] = None,
+    response_tokens: Annotated[int | None, Option(min=1, help="of every response")] = None,
+    json: Annotated[str | None, Option(metavar="FILE", help="write everything as JSON")] = None,
+    output: Annotated[str | None, Option(metavar="FILE", help="draw the memory, as PNG")] = None,
+) -> int:
+    """Compile for hardware that is not here: memory, traffic, speed; exit code 1 if it does not fit."""
+    from rest_jax import config
+    from rest_jax.planning import plan
+
+    options = plan.Options(topology, prompt_tokens, response_tokens, json, output)
+    return plan.plan(config.load(*split(words)), options)
+
+
+@app.command(rich_help_panel=_TRAIN)
 def quickstart(
     overrides: Overrides,
     seed: Annotated[int | None, Option(min=0, help="short for seed=N")] = None,

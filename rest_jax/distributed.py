@@ -121,6 +121,12 @@ def _check_tensor(tensor: int, devices: Sequence[Any]) -> None:
         )
 
 
+def platform(mesh: Mesh) -> str:
+    """What the devices of a mesh are: "cpu", "gpu" or "tpu". They need not be in this machine (`rest_jax.planning`)."""
+    name: str = mesh.devices.flat[0].platform
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
 @contextlib.contextmanager
 def activate(mesh: Mesh) -> Iterator[None]:
     """Makes `mesh` and the table ambient: functions traced inside pin activations to the batch axes."""
@@ -142,6 +148,15 @@ def replicated_beside(params: Any) -> NamedSharding | None:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis split over data, fsdp and expert."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def place(shapes: Tree, shardings: Any) -> Tree:
+    """Abstract arrays with the shardings of a tree like theirs, or all with one."""
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, shapes)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
 
 
 def num_data_shards(mesh: Mesh) -> int:

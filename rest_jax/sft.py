@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rest_jax.config import Config, check_supervised
-from rest_jax.data.loader import Loader, TargetBatch
+from rest_jax.data.loader import Loader, TargetBatch, bucketed
 from rest_jax.data.tokenize import Prepared, load_split, prepare_supervised
 from rest_jax.distributed import (
     activate,
@@ -27,6 +27,8 @@ from rest_jax.distributed import (
 from rest_jax.errors import UserError
 from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
 from rest_jax.models.policy import Policy
+from rest_jax.planning.memory import check_memory
+from rest_jax.planning.programs import Lengths, supervised_programs
 from rest_jax.rl.balance import check_experts
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import learning_rates, make_optimizer
@@ -78,6 +80,10 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
     state, abstract, shardings = init_state(policy, tx, schedule, config.seed)
     prepare = make_prepare_gold(config.sft, mesh)
     update = make_supervised_update(policy.decoder, tx, config.loss, mesh, shardings)
+    longest = Lengths(bucketed(data.prompts), bucketed(data.targets))
+    size, most = config.sft.batch_size, config.train.max_tokens_per_microbatch
+    programs = functools.partial(supervised_programs, update, abstract, size, longest, most)
+    check_memory(programs, mesh)
     advance = make_advance(mesh)
     batches = Loader(
         data,

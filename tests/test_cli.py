@@ -25,7 +25,7 @@ from rest_jax.run.metrics import read_lines
 from rest_jax.tool_calls import Target
 
 COMMANDS = (
-    "train", "sft", "quickstart", "generate", "evaluate", "convert", "export", "sweep", "compare",
+    "train", "sft", "plan", "quickstart", "generate", "evaluate", "convert", "export", "sweep", "compare",
     "variance", "report", "doctor", "data", "data prepare", "data inspect", "config", "config show",
 )  # fmt: skip
 PROGRAMS = pathlib.Path(__file__).parent / "programs"

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -28,6 +29,8 @@ ELSEWHERE = {
     "tiny_reasoned_sft": ["data.synthetic_size=64"],
 }
 SCALES = sorted(path.stem for path in (REPOSITORY / "configs" / "scale").glob("*.yaml"))
+# The recipes for real machines (`make aot`) are of the same kind.
+ELSEWHERE |= {s: ELSEWHERE["qwen3_1p7b"] for s in SCALES if re.search(r"_(v\d\w|h100x)\d+$", s)}
 
 
 def begin(resolved: config.Config, supervised: bool, dry_run: bool = False) -> None:

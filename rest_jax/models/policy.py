@@ -5,10 +5,10 @@ with a computation in `compute_dtype`.
 import dataclasses
 import pathlib
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from rest_jax.distributed import platform
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import Decoder
 from rest_jax.models.tokenizer import Tokenizer
@@ -32,8 +32,8 @@ class Policy:
         return self.decoder.cfg
 
 
-def compute_dtype(name: str) -> jnp.dtype:
+def compute_dtype(name: str, mesh: Mesh) -> jnp.dtype:
     """`auto`: float32 on CPU, bfloat16 on accelerators."""
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        name = "float32" if platform(mesh) == "cpu" else "bfloat16"
     return jnp.dtype(name)

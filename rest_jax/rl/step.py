@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from rest_jax.distributed import (
     batch_sharding,
     num_data_shards,
+    place,
     replicated,
     tree_shardings_like,
 )
@@ -219,19 +220,25 @@ def init_state(
     """(state, abstract state with shardings, shardings). The optimiser's state is born sharded; the policy's weights
     move into the state (they are donated).
     """
-    params_at = param_shardings(policy.config, policy.mesh)
+    abstract, shardings = abstract_state(policy, tx, schedule)
     make = functools.partial(_fresh_state, tx=tx, schedule=schedule, seed=seed)
+    state = jax.jit(make, out_shardings=shardings, donate_argnums=0)(policy.params)
+    return state, abstract, shardings
+
+
+def abstract_state(
+    policy: Policy, tx: optax.GradientTransformation, schedule: curriculum.Schedule
+) -> tuple[TrainState, TrainState]:
+    """(abstract state with shardings, shardings); the policy's parameters may be abstract, too."""
+    params_at = param_shardings(policy.config, policy.mesh)
+    make = functools.partial(_fresh_state, tx=tx, schedule=schedule, seed=0)
     shapes = jax.eval_shape(make, policy.params)
     shardings = dataclasses.replace(
         jax.tree.map(lambda _: replicated(policy.mesh), shapes),
         params=params_at,
         opt_state=tree_shardings_like(shapes.opt_state, policy.params, params_at),
     )
-    state = jax.jit(make, out_shardings=shardings, donate_argnums=0)(policy.params)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
-    return state, abstract, shardings
+    return place(shapes, shardings), shardings
 
 
 def _fresh_state(params, tx, schedule, seed) -> TrainState:

@@ -22,7 +22,13 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
-from rest_jax.distributed import BATCH_AXES, batch_sharding, num_data_shards, replicated
+from rest_jax.distributed import (
+    BATCH_AXES,
+    batch_sharding,
+    num_data_shards,
+    platform,
+    replicated,
+)
 from rest_jax.models.attention import prompt_rows
 from rest_jax.models.cache import Cache, Layers, is_stacked
 from rest_jax.models.config import DecoderConfig
@@ -310,6 +316,7 @@ class Engine(NamedTuple):
     start: Callable[..., DecodeState]
     decode: Callable[..., tuple[DecodeState, Drawn]]
     resize: Callable[..., DecodeState]
+    state_shardings: DecodeState
     num_shards: int
     routes: jax.ShapeDtypeStruct | None = None  # [L k], of a token's recorded experts
 
@@ -347,6 +354,7 @@ def make_engine(decoder: Decoder, settings: RolloutSettings, mesh: Mesh) -> Engi
             donate_argnums=1,
         ),
         resize=jax.jit(resize, static_argnums=2, out_shardings=state),
+        state_shardings=state,
         num_shards=shards,
         routes=_token_routes(decoder.cfg) if settings.record_routes else None,
     )
@@ -366,33 +374,40 @@ def cache_sharding(x: jax.ShapeDtypeStruct, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*before, BATCH_AXES, None, heads))
 
 
-def rollout_decoder(decoder: Decoder) -> Decoder:
+def rollout_decoder(policy: Policy) -> Decoder:
     """The decoder of rollouts. On CPU its layers are unrolled: a loop over stacked weights would copy each layer's weights
     for every token.
     """
-    layers = "unroll" if jax.default_backend() == "cpu" else "scan"
-    return Decoder(dataclasses.replace(decoder.cfg, layers=layers, remat="none"))
+    layers = "unroll" if platform(policy.mesh) == "cpu" else "scan"
+    return Decoder(dataclasses.replace(policy.config, layers=layers, remat="none"))
 
 
 def rollout_cast(policy: Policy) -> Callable[[Params], Params]:
     """The cast, jitted, from a policy's train weights (float32 masters, train layout) to its rollout weights: in the compute
     dtype, in the rollout layout on the rollout mesh, with the layers of an unrolled decoder apart.
     """
-    cfg = rollout_decoder(policy.decoder).cfg
-    where = param_shardings(cfg, policy.rollout_mesh, layout="rollout")
+    cfg = rollout_decoder(policy).cfg
     if cfg.layers == "unroll":
+        where = param_shardings(cfg, policy.rollout_mesh, layout="rollout")
         cast = functools.partial(
             jax.tree_util.tree_map_with_path, functools.partial(_cast_leaf, cfg.dtype)
         )
         return jax.jit(lambda params: unstack_layers(cast(params)), out_shardings=where)
-    # A program a parameter: one for all would hold a second copy of the weights on every device.
-    programs = jax.tree_util.tree_map_with_path(
+    programs = cast_programs(policy)
+    return lambda params: jax.tree.map(lambda program, x: program(x), programs, params)
+
+
+def cast_programs(policy: Policy) -> Any:
+    """The cast of each parameter of stacked layers, in the tree of the parameters. One program for all of them would hold a
+    second copy of the weights on every device.
+    """
+    cfg = rollout_decoder(policy).cfg
+    return jax.tree_util.tree_map_with_path(
         lambda path, sharding: jax.jit(
             functools.partial(_cast_leaf, cfg.dtype, path), out_shardings=sharding
         ),
-        where,
+        param_shardings(cfg, policy.rollout_mesh, layout="rollout"),
     )
-    return lambda params: jax.tree.map(lambda program, x: program(x), programs, params)
 
 
 def _cast_leaf(dtype: Any, path: tuple[Any, ...], x: jax.Array) -> jax.Array:

@@ -24,10 +24,12 @@ from jax.sharding import Mesh
 
 from rest_jax.config import RolloutConfig
 from rest_jax.distributed import (
+    activate,
     gather,
     host_groups,
     local_shards,
     num_data_shards,
+    platform,
     rows_of_shards,
     to_host,
     to_mesh,
@@ -151,11 +153,12 @@ class Sampler:
 
         `limits` `[P, G]`: tokens of each response at most, where that is below `max_tokens`.
         """
-        rollout = _Rollout(self, params, prompts, limits)
-        while rollout.refill(rng, jnp.int32(step)):
-            for group in rollout.decode():
-                if on_group is not None:
-                    on_group(group, rollout.rows(group))
+        with activate(self.mesh):
+            rollout = _Rollout(self, params, prompts, limits)
+            while rollout.refill(rng, jnp.int32(step)):
+                for group in rollout.decode():
+                    if on_group is not None:
+                        on_group(group, rollout.rows(group))
         self.stats = rollout.stats
         return rollout.out
 
@@ -182,7 +185,20 @@ def make_sampler(
     """A sampler of `group_size` responses a prompt on a policy's rollout mesh. Its weights come from `engine.rollout_cast`.
     `record_routes`: the experts of every token come with the responses.
     """
-    settings = RolloutSettings(
+    settings = rollout_settings(policy, rollout, group_size, sampling, record_routes)
+    engine = make_engine(rollout_decoder(policy), settings, policy.rollout_mesh)
+    return Sampler(engine, settings, policy.rollout_mesh)
+
+
+def rollout_settings(
+    policy: Policy,
+    rollout: RolloutConfig,
+    group_size: int,
+    sampling: Sampling,
+    record_routes: bool = False,
+) -> RolloutSettings:
+    """What is fixed for all rollouts of `make_sampler`."""
+    return RolloutSettings(
         group_size=group_size,
         max_tokens=rollout.max_response_tokens,
         stop_ids=policy.tokenizer.stop_ids,
@@ -191,11 +207,9 @@ def make_sampler(
         decode_slots=rollout.decode_slots,
         prompt_cache_entries=rollout.prompt_cache_entries if group_size > 1 else None,
         # fewer widths where compilation is dear
-        width_ratio=2 if jax.default_backend() == "cpu" else 4,
+        width_ratio=2 if platform(policy.mesh) == "cpu" else 4,
         record_routes=record_routes,
     )
-    engine = make_engine(rollout_decoder(policy.decoder), settings, policy.rollout_mesh)
-    return Sampler(engine, settings, policy.rollout_mesh)
 
 
 class _Rollout:
@@ -367,11 +381,16 @@ class _Rollout:
         return bucket(longest, self.prompts.tokens.shape[1])
 
     def response_widths(self) -> list[int]:
-        """Widths of the response cache, ascending up to `max_tokens`."""
-        widths = [self.settings.max_tokens]
-        while widths[0] > CHUNK:
-            widths.insert(0, -(-widths[0] // self.settings.width_ratio))
-        return widths
+        """Widths of the response cache."""
+        return response_widths(self.settings)
+
+
+def response_widths(settings: RolloutSettings) -> list[int]:
+    """Widths of the response cache that are compiled, ascending up to `max_tokens`."""
+    widths = [settings.max_tokens]
+    while widths[0] > CHUNK:
+        widths.insert(0, -(-widths[0] // settings.width_ratio))
+    return widths
 
 
 def free_to_stop_at(shard: Shard) -> int:

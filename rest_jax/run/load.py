@@ -40,7 +40,8 @@ def load_policy(
     """Loads weights straight into their shards. `rollout_tensor` is the tensor size of rollouts; None: that of the mesh.
     UserError for a source that cannot be used.
     """
-    mesh, dtype = make_mesh(mesh_config), compute_dtype(model.dtype)
+    mesh = make_mesh(mesh_config)
+    dtype = compute_dtype(model.dtype, mesh)
     rollout_mesh = mesh if rollout_tensor is None else with_tensor(mesh, rollout_tensor)
     with _transfer("load") as report:
         if is_run(model.source):

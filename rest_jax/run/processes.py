@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from rest_jax.config import DistributedConfig
-from rest_jax.errors import UserError
+from rest_jax.errors import RunStopped, UserError
 
 AUTO = "auto"
 _WORLD = re.compile(r"(\d+)/(\d+)@([^@\s]+:\d+)")
@@ -34,7 +34,7 @@ def join(world: str, config: DistributedConfig) -> None:
 
     `world` "I/N@HOST:PORT" says that it is process I (from 0) of N and where the first one listens; "auto" finds out: from
     JAX_PROCESS_ID, JAX_NUM_PROCESSES and JAX_COORDINATOR_ADDRESS if they are set, else jax recognises Cloud TPU, GKE,
-    SLURM and Open MPI. UserError when nothing says so, or when not all have come in time.
+    SLURM and Open MPI. UserError when nothing says so, RunStopped when not all have come in time.
     """
     global _peers
     known = _parse(world)
@@ -49,6 +49,12 @@ def join(world: str, config: DistributedConfig) -> None:
             heartbeat_timeout_seconds=timeout,
             shutdown_timeout_seconds=timeout,
         )
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        raise RunStopped(
+            f"--distributed {world}: not all processes have joined within distributed.initialization_timeout "
+            f"{config.initialization_timeout} s: {reason}"
+        ) from error
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:_LONGEST_REASON]
         raise UserError(

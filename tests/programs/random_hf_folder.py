@@ -1,6 +1,6 @@
 """random_hf_folder.py PRESET OUT [LAYERS]: an HF folder of bfloat16 weights drawn at random, as large as the real one.
 
-Files of at most 2 GB with the names and shapes of the preset (tests/presets.py); a row block at a time is in memory.
+Files of at most 2 GB with the names and shapes of the preset (rest_jax/models/presets.py); a row block at a time is in memory.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from rest_jax.models.config import DecoderConfig
 from rest_jax.models.hf.folder import write_index, write_json
 from rest_jax.models.hf.safetensors import DTYPES, TensorType, lay_out
 from rest_jax.models.hf.table import expected_shapes
-from tests.presets import PRESETS
+from rest_jax.models.presets import preset
 
 _BLOCK = 2**25  # values
 
@@ -55,7 +55,7 @@ def write(cfg: DecoderConfig, folder: pathlib.Path, max_bytes: int = 2 * 10**9) 
 
 
 if __name__ == "__main__":
-    sizes = PRESETS[sys.argv[1]]
+    sizes = preset(sys.argv[1])
     if len(sys.argv) > 3:
         sizes = dataclasses.replace(sizes, n_layers=int(sys.argv[3]))
     write(sizes, pathlib.Path(sys.argv[2]))

@@ -21,7 +21,7 @@ from rest_jax.models.hf.read import load_model, open_weights, read_config
 from rest_jax.models.hf.safetensors import Stored
 from rest_jax.models.hf.table import table
 from rest_jax.models.hf.write import convert
-from tests.presets import PRESETS
+from rest_jax.models.presets import preset
 from tests.programs import random_hf_folder
 from tests.runs import run_together
 
@@ -166,7 +166,7 @@ def test_devices_exchange_stored_dtypes_and_never_whole_layers(layout, sources):
 
 def test_layers_are_staged_in_whole_chunks():
     """36 layers of 2560 x 9728 in bfloat16, 50 MB each."""
-    cfg = PRESETS["qwen3-4b"]
+    cfg = preset("Qwen/Qwen3-4B")
     gate = {spec.path: spec for spec in table(cfg)}["blocks", "mlp", "gate"]
     shape = (36, *gate.hf_shape)
     sharding = param_shardings(cfg, mesh_of(1, 1, 1))["blocks"]["mlp"]["gate"]

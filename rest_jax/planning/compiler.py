@@ -1,0 +1,260 @@
+"""The process that compiles for absent hardware: python -m rest_jax.planning.compiler REQUEST RESULT.
+
+It reads a request (JSON: config, topology, lengths), lowers the programs of `planning.programs`, compiles them or finds them
+in the cache, measures their texts and writes the Plan (JSON). It is a process of its own because jax reads its platform and XLA's
+flags once. A compiled program's text and memory are kept in the user's cache folder, under a digest of what XLA was given.
+"""
+
+import collections
+import dataclasses
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rest_jax.errors import UserError
+from rest_jax.files import atomic_write
+from rest_jax.planning import estimate, hlo, topology
+from rest_jax.planning.estimate import Calls
+from rest_jax.run.environment import compiler_options, user_cache
+
+PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
+
+
+def plan_config(request: Mapping[str, Any], dump: pathlib.Path) -> dict[str, Any]:
+    """The plan of one config: JSON with memory, programs, and the seconds of a step. UserError for a bad config or mesh."""
+    from rest_jax.config import Config
+    from rest_jax.planning import memory, programs
+    from rest_jax.train import step_config
+
+    where = topology.parse(request["topology"])
+    devices = topology.devices(where)
+    setup = programs.abstract_setup(Config.model_validate(request["config"]), devices, step_config)
+    most = programs.longest(setup.config)
+    lengths = programs.Lengths(*(request["lengths"] or most))
+    wanted = memory.memory_programs(setup, most)
+    compiled = {
+        name: compile_program(program, setup, where, dump) for name, program in wanted.items()
+    }
+    usages = [memory.usage(wanted[name], found.allocation) for name, found in compiled.items()]
+    result = {
+        "topology": where.name,
+        "devices": where.size,
+        "device_kind": devices[0].device_kind,
+        "mesh": {axis: int(n) for axis, n in setup.policy.mesh.shape.items()},
+        "packages": versions(),
+        "memory": {
+            "limit": where.chip.memory,
+            "programs": {u.name: dict(u.parts) | {"total": u.total} for u in usages},
+        },
+    }
+    if not request["memory_only"]:
+        timed = timed_programs(setup, lengths, compiled, where, dump)
+        result |= describe_speed(setup, lengths, timed, where)
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What is kept of a compiled program; `allocation` an integer: XLA refused it, that is what it needs."""
+
+    allocation: Any
+    text: str
+    seconds: float  # that compiling took
+
+
+def compile_program(
+    program: Any, setup: Any, where: topology.Topology, dump: pathlib.Path
+) -> Compiled:
+    """Compiles a program, or takes it from the cache."""
+    from rest_jax.distributed import activate
+    from rest_jax.planning.memory import Allocation, compile_or_measure
+
+    options = compiler_options(where.chip.platform)
+    with activate(setup.policy.mesh):
+        lowered = program.lower()
+    ids = [device.id for device in setup.policy.mesh.devices.flat]
+    given = json.dumps([lowered.as_text(), where.name, ids, options, versions()])
+    path = _cache() / f"{hashlib.sha256(given.encode()).hexdigest()}.json.gz"
+    if path.is_file():
+        kept = json.loads(gzip.decompress(path.read_bytes()))
+        found = kept["allocation"]
+        found = found if isinstance(found, int) else Allocation(**found)
+        return Compiled(found, kept["text"], kept["seconds"])
+    started = time.monotonic()
+    compiled = compile_or_measure(lowered, options)
+    seconds = time.monotonic() - started
+    print(
+        f"plan: {program.name} compiled in {seconds:.0f} s", flush=True
+    )  # on the stderr of the command
+    if isinstance(compiled, int):
+        found, text = Compiled(compiled, "", seconds), ""
+    else:
+        text = _text(compiled, dump)
+        found = Compiled(Allocation.of(compiled), text, seconds)
+    for file in dump.rglob("*.txt"):
+        file.unlink()
+    kept = dataclasses.asdict(found)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        partial.write_bytes(gzip.compress(json.dumps(kept).encode()))
+    return found
+
+
+def _text(compiled: Any, dump: pathlib.Path) -> str:
+    """XLA's text of a program. Some that libtpu makes it can write to a file only."""
+    try:
+        return compiled.as_text()
+    except Exception as error:
+        written = sorted(dump.glob("*after_codegen.txt"), key=lambda f: f.stat().st_mtime)
+        if not written:
+            raise UserError(f"plan: XLA does not show a program: {error}") from error
+        return written[-1].read_text()
+
+
+def timed_programs(
+    setup: Any,
+    lengths: Any,
+    compiled: Mapping[str, Compiled],
+    where: topology.Topology,
+    dump: pathlib.Path,
+) -> dict[str, Compiled]:
+    """The programs that a step at these lengths calls; they are those of the memory at the longest lengths."""
+    from rest_jax.planning import programs
+
+    if lengths == programs.longest(setup.config):
+        return {name: compiled[name] for name in CALLED}
+    found = programs.update_programs(setup, lengths)
+    r = setup.config.rollout
+    found |= programs.rollout_programs(setup, lengths, r.group_size, setup.step.sampling)
+    return {name: compile_program(found[name], setup, where, dump) for name in CALLED}
+
+
+CALLED = ("cast", "prefill", "insert", "start", "decode", "update", "apply")
+
+
+def describe_speed(
+    setup: Any, lengths: Any, timed: Mapping[str, Compiled], where: topology.Topology
+) -> dict[str, Any]:
+    """What the programs of a step do and how long it takes, as JSON."""
+    import numpy as np
+
+    from rest_jax.planning import programs
+    from rest_jax.run import throughput
+
+    mesh, model = setup.policy.mesh, setup.policy.config
+    peak = throughput.mesh_peak_flops(mesh.devices.flat, model.dtype)
+    rates = hlo.Rates((peak or 0) / where.size, where.chip.memory_bandwidth or 0)
+    measured = {
+        name: hlo.measure(hlo.parse(c.text), model.n_layers, rates, programs.hosts(mesh))
+        for name, c in timed.items()
+        if c.text
+    }
+    calls = count_calls(setup, lengths)
+    described = {
+        "lengths": dict(lengths._asdict()),
+        "programs": {
+            name: _describe_program(m) | {"compile_seconds": round(timed[name].seconds, 1)}
+            for name, m in measured.items()
+        },
+        "calls": {name: dataclasses.asdict(c) for name, c in calls.items()},
+    }
+    if len(measured) < len(timed) or where.chip.memory_bandwidth is None:
+        return described | {"step": None}
+    costs = {name: estimate.cost(m, where.chip) for name, m in measured.items()}
+    parts = estimate.step_seconds(costs, calls)
+    r = setup.config.rollout
+    prompts = np.full(r.prompts_per_step, lengths.prompt)
+    responses = np.full((r.prompts_per_step, r.group_size), lengths.response)
+    update = sum(sum(parts[name].values()) for name in ("update", "apply"))
+    total = sum(sum(p.values()) for p in parts.values())
+    tokens = float(responses.sum())
+    step = {
+        "seconds": total,
+        "update_seconds": update,
+        "rollout_seconds": total - update,
+        "tokens_per_second": tokens / total,
+        "tokens_per_second_per_device": tokens / total / where.size,
+        "parts": parts,
+        "calls": {
+            name: {"call": sum(c.call.values()), "token": sum(c.token.values())}
+            for name, c in costs.items()
+        },
+    }
+    if peak:
+        work = throughput.update_flops(model, prompts, responses)
+        step["update_mfu"] = work / update / peak
+        work = throughput.rollout_flops(model, prompts, responses)
+        step["rollout_mfu"] = work / (total - update) / peak
+    return described | {"step": step}
+
+
+def count_calls(setup: Any, lengths: Any) -> dict[str, Calls]:
+    """How often a step calls its programs when all groups are active and all responses as long as `lengths`."""
+    from rest_jax.planning import programs
+    from rest_jax.rollout.engine import CHUNK
+    from rest_jax.rollout.scheduler import rollout_settings
+
+    r, step = setup.config.rollout, setup.step
+    micro = programs.micro_batches(setup, lengths)
+    updates = step.updates * sum(m.positions for m in micro) / micro[0].positions
+    groups = programs.groups_of_shard(setup)
+    settings = rollout_settings(setup.policy, r, r.group_size, step.sampling)
+    _, slots = settings.sizes(groups)
+    rounds = -(-groups * r.group_size // slots)
+    return {
+        "cast": Calls(1),
+        "prefill": Calls(groups),
+        "insert": Calls(groups),
+        "start": Calls(rounds),
+        "decode": Calls(rounds * -(-lengths.response // CHUNK), rounds * lengths.response),
+        "update": Calls(updates),
+        "apply": Calls(step.updates),
+    }
+
+
+def _describe_program(measured: hlo.Measured) -> dict[str, Any]:
+    """Totals, and every kind of collective, as JSON."""
+    totals: dict[str, Any] = collections.defaultdict(float)
+    for suffix, parts in (("", measured.once), ("_per_token", measured.each)):
+        for work in parts.values():
+            totals[f"flops{suffix}"] += work.flops
+            totals[f"bytes{suffix}"] += work.nbytes
+    return {**totals, "collectives": [c._asdict() for c in measured.collectives]}
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what a program is compiled to."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cache() -> pathlib.Path:
+    return user_cache() / "plans"
+
+
+def main() -> int:
+    """Reads the request, writes the result or the one line that says why there is none."""
+    request, result = (pathlib.Path(word) for word in sys.argv[1:3])
+    dump = pathlib.Path(os.environ["REST_JAX_PLAN_DUMP"])
+    try:
+        found = plan_config(json.loads(request.read_text()), dump)
+    except UserError as error:
+        found = {"error": str(error)}
+    result.write_text(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

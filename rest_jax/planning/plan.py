@@ -1,0 +1,137 @@
+"""The command `rest-jax plan`: what a config needs and how fast it would be on hardware that is not here.
+
+`make_plan(config, options)` has a process of its own compile the programs (`planning.compiler`), then searches the smallest
+change that makes the config fit, if it does not. The same plan is made once: it is kept in the user's cache folder.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from rest_jax.config import Config
+from rest_jax.errors import UserError
+from rest_jax.files import atomic_write
+from rest_jax.planning import fit, report, topology
+from rest_jax.planning.compiler import versions
+from rest_jax.run.environment import user_cache
+
+FULL = 0.9  # of the memory: what is above is left to fragments and to the runtime
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a plan is for. Lengths None: the longest that the config allows."""
+
+    topology: str
+    prompt_tokens: int | None = None
+    response_tokens: int | None = None
+    json: str | None = None
+    output: str | None = None
+
+
+def plan(config: Config, options: Options) -> int:
+    """Prints the plan and writes its files; 0 when the config fits, 1 when it does not. UserError for bad input."""
+    made = make_plan(config, options)
+    print(report.table(made))
+    if options.json:
+        with atomic_write(options.json) as partial:
+            partial.write_text(json.dumps(made, indent=1) + "\n")
+    if options.output:
+        report.draw(made, pathlib.Path(options.output))
+    return 0 if made["fits"] else 1
+
+
+def make_plan(config: Config, options: Options) -> dict[str, Any]:
+    """The plan as JSON. UserError when the config or the topology cannot be used, or the compiler is missing."""
+    where = topology.parse(options.topology)
+    topology.check_compiler(where)
+    lengths = _lengths(config, options)
+    made = compile_plan(config, where, lengths, memory_only=False)
+    limit = FULL * where.chip.memory
+    needs = made["memory"]["programs"]
+    found = {"name": config.name, "fits": fit.largest(needs)[1] <= limit, **made}
+    if found["fits"]:
+        return found
+    compile = functools.partial(_needs, where=where, lengths=lengths)
+    change = fit.smallest_change(config, needs, limit, compile)
+    if change is None:
+        return found | {"change": None}
+    small = compile_plan(change.config, where, lengths, memory_only=False)
+    return found | {"change": {"values": list(change.changes), **small}}
+
+
+def _lengths(config: Config, options: Options) -> tuple[int, int] | None:
+    if options.prompt_tokens is None and options.response_tokens is None:
+        return None
+    most = (config.data.max_prompt_tokens, config.rollout.max_response_tokens)
+    asked = (options.prompt_tokens or most[0], options.response_tokens or most[1])
+    names = ("--prompt-tokens", "data.max_prompt_tokens", "--response-tokens", "rollout.max_response_tokens")  # fmt: skip
+    for i in (0, 1):
+        if asked[i] > most[i]:
+            raise UserError(
+                f"{names[2 * i]} {asked[i]} is above {names[2 * i + 1]} {most[i]}; lower it"
+            )
+    return asked
+
+
+def _needs(config: Config, where: topology.Topology, lengths: tuple[int, int] | None) -> fit.Needs:
+    return compile_plan(config, where, lengths, memory_only=True)["memory"]["programs"]
+
+
+def compile_plan(
+    config: Config, where: topology.Topology, lengths: tuple[int, int] | None, memory_only: bool
+) -> dict[str, Any]:
+    """What `planning.compiler` finds out of a config, from the cache where it is known."""
+    request = {
+        "config": config.model_dump(mode="json"),
+        "topology": where.name,
+        "lengths": lengths,
+        "memory_only": memory_only,
+    }
+    known = json.dumps([request | {"name": None}, versions(), _sources()], sort_keys=True)
+    path = user_cache() / "plans" / f"{hashlib.sha256(known.encode()).hexdigest()}.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    found = _run_compiler(request, where)
+    if "error" in found:
+        raise UserError(found["error"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(found))
+    return found
+
+
+def _run_compiler(request: dict[str, Any], where: topology.Topology) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="rest-jax-plan-") as folder:
+        here = pathlib.Path(folder)
+        asked, result = here / "request.json", here / "result.json"
+        asked.write_text(json.dumps(request))
+        command = [sys.executable, "-m", "rest_jax.planning.compiler", str(asked), str(result)]
+        dump = here / "dump"
+        environment = topology.child_environment(where, dump) | {"REST_JAX_PLAN_DUMP": str(dump)}
+        with open(here / "log", "w+") as log:
+            done = subprocess.run(command, env=environment, stdout=2, stderr=log)
+            log.seek(0)
+            lines = [line for line in log.read().splitlines() if line.strip()]
+        if done.returncode or not result.is_file():
+            said = lines[-1] if lines else "nothing"
+            raise UserError(
+                f"plan: the compiler of {where.name} ended with exit code {done.returncode}: {said}"
+            )
+        return json.loads(result.read_text())
+
+
+@functools.cache
+def _sources() -> str:
+    """Digest of this package's code, on which its programs depend."""
+    package = pathlib.Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

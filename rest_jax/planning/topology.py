@@ -1,0 +1,139 @@
+"""The hardware that a plan is for: names such as `v5p:2x2x4`, what is published of the chips, their devices in jax.
+
+jax compiles for devices that are not here, given the compiler of the platform: libtpu for TPUs, the CUDA plugin for GPUs.
+`child_environment` is what the process needs that does so; `devices` are those of the topology, within that process.
+`cpu:8` is this machine's processor as 8 devices: it has memory and traffic, but no published speed.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import pathlib
+import re
+from typing import Any
+
+from rest_jax.errors import UserError
+
+GIB = 2**30
+FORMS = (
+    "v5e:4x4, v5p:2x2x4, v6e:4x4 (chips along the torus), h100:8, h100:4x8 (nodes x GPUs), cpu:8"
+)
+_TARGETS = pathlib.Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One jax device. Rates are in bytes a second, of one device; None: unknown."""
+
+    platform: str  # "tpu", "gpu" or "cpu"
+    memory: int  # bytes that programs may use
+    memory_bandwidth: float | None = None
+    clock: float | None = None  # Hz of libtpu's estimated cycles
+    link: float | None = (
+        None  # between neighbours, both directions: what a ring over one axis moves
+    )
+    network: float | None = None  # between hosts, where that is not `link`
+
+
+# Memory: what XLA lets a program have ("of 15.75G hbm"), less than is built in. Bandwidth of it: the pages of v5e, v5p and v6e
+# in docs.cloud.google.com/tpu/docs, and NVIDIA's H100 SXM datasheet. Clocks: those at which the multiply-adds of all matrix units
+# give the published peak. Links: of one torus axis, both directions (jax-ml.github.io/scaling-book/tpus); NVLink 4, one
+# direction; one 400 Gb/s adapter a GPU.
+CHIPS = {
+    "v5e": Chip("tpu", int(15.75 * GIB), 819e9, clock=1.5e9, link=90e9),
+    "v5p": Chip("tpu", int(95.74 * GIB), 2765e9, clock=1.75e9, link=180e9),
+    "v6e": Chip("tpu", int(31.25 * GIB), 1640e9, clock=1.75e9, link=180e9),
+    "h100": Chip("gpu", int(79.1 * GIB), 3350e9, link=450e9, network=50e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """So many chips of one kind: of a TPU along each axis of the torus, of GPUs and CPUs hosts x devices."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    chip: Chip
+
+    @property
+    def size(self) -> int:
+        """Number of devices."""
+        return math.prod(self.shape)
+
+
+def parse(name: str) -> Topology:
+    """The topology of a name such as `v5p:2x2x4`; UserError names the forms there are."""
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name.strip().lower())
+    if not found:
+        raise UserError(f"--topology {name}: not a topology; write it as {FORMS}")
+    kind, shape = found[1], tuple(int(n) for n in found[2].split("x"))
+    if kind not in CHIPS and kind != "cpu":
+        raise UserError(f"--topology {name}: unknown hardware {kind}; write it as {FORMS}")
+    chip = CHIPS[kind] if kind != "cpu" else Chip("cpu", _host_memory() // math.prod(shape or (1,)))
+    dimensions = {"v5p": (3,), "v5e": (2,), "v6e": (2,), "cpu": (1,)}.get(kind, (1, 2))
+    if len(shape) not in dimensions or 0 in shape:
+        raise UserError(f"--topology {name}: {kind} has no shape {found[2]}; write it as {FORMS}")
+    return Topology(f"{kind}:{found[2]}", kind, shape, chip)
+
+
+def check_compiler(topology: Topology) -> None:
+    """UserError with what to install, unless the compiler of the platform is here."""
+    module, extra = {
+        "tpu": ("libtpu", "tpu"),
+        "gpu": ("jax_cuda12_plugin", "cuda"),
+        "cpu": ("jaxlib", ""),
+    }[topology.chip.platform]
+    if importlib.util.find_spec(module) is None:
+        raise UserError(
+            f'--topology {topology.name}: {module}, which compiles for it, is missing; pip install "rest-jax[{extra}]" '
+            "(no such device is needed)"
+        )
+
+
+def child_environment(topology: Topology, dump: pathlib.Path) -> dict[str, str]:
+    """Variables of a process that compiles for `topology`; XLA writes the text of compiled programs to `dump`."""
+    count = topology.size if topology.chip.platform == "cpu" else 1
+    flags = [
+        os.environ.get("XLA_FLAGS", ""),
+        f"--xla_force_host_platform_device_count={count}",
+        f"--xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=^$",
+    ]
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": " ".join(flags).strip(),
+        # It would keep every executable, 100 times the text that a plan is made of.
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+
+
+def devices(topology: Topology) -> list[Any]:
+    """The devices of the topology. UserError for a shape that is not made."""
+    import jax
+    from jax.experimental import topologies
+
+    if topology.chip.platform == "cpu":
+        return jax.devices()[: topology.size]
+    shape = "x".join(map(str, topology.shape))
+    try:
+        if topology.chip.platform == "tpu":
+            found = topologies.get_topology_desc(f"{topology.kind}:{shape}", "tpu")
+        else:
+            target = (_TARGETS / f"{topology.kind}.txtpb").read_text()
+            hosts = shape if len(topology.shape) == 2 else f"1x{shape}"
+            found = topologies.get_topology_desc(
+                topology.kind, "cuda", target_config=target, topology=f"1x{hosts}"
+            )
+    except Exception as error:  # of the compiler's own kinds
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--topology {topology.name}: {reason}") from error
+    return list(found.devices)
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,91 @@
+"""The search for the smallest change, with a compiler that knows the memory of a config by a formula."""
+
+from rest_jax.config import Config
+from rest_jax.errors import UserError
+from rest_jax.planning import fit
+
+GB = 10**9
+
+
+def config(**sections) -> Config:
+    base = {"name": "x", "model": {"source": "none"}, "mesh": {"fsdp": 8}}
+    return Config.model_validate(base | sections)
+
+
+class FakeCompiler:
+    """Weights 16 GB over tensor in the rollout; caches by decode slots; temporaries by tokens of a micro-batch."""
+
+    def __init__(self, weights: int = 16 * GB, slot: int = GB // 8, token: int = GB // 1024):
+        self.weights, self.slot, self.token, self.asked = weights, slot, token, []
+
+    def __call__(self, config: Config) -> fit.Needs:
+        self.asked.append(config)
+        if config.mesh.tensor > 4:
+            raise UserError("heads 4 do not divide")
+        rollout = self.weights // config.mesh.tensor
+        cache = self.slot * config.rollout.decode_slots
+        group = 4096  # the least a micro-batch can hold
+        temporaries = self.token * max(group, config.train.max_tokens_per_microbatch or 65_536)
+        temporaries //= 1 if config.model.remat == "block" else config.mesh.tensor * 0 or 1
+        return {
+            "decode": {"rollout weights": rollout, "cache": cache, "total": rollout + cache},
+            "update": {
+                "parameters": 4 * GB,
+                "temporaries": temporaries,
+                "total": 4 * GB + temporaries,
+            },
+        }
+
+
+def search(compiler: FakeCompiler, limit: float, start: Config) -> fit.Fit | None:
+    return fit.smallest_change(start, compiler(start), limit, compiler)
+
+
+def test_what_fits_is_left_as_it_is():
+    found = search(FakeCompiler(), 40 * GB, config())
+    assert found is not None and found.changes == ()
+
+
+def test_fewer_decode_slots_as_few_as_needed():
+    """128 slots need 16 + 16 GB: half of them fit 25 GB, and no other key is touched."""
+    found = search(FakeCompiler(), 25 * GB, config())
+    assert found is not None and found.changes == ("rollout.decode_slots=64",)
+    assert fit.largest(found.needs)[1] <= 25 * GB
+
+
+def test_slots_that_cannot_be_enough_are_not_tried():
+    """Weights alone are over 12 GB: the rollout needs more tensor devices first."""
+    compiler = FakeCompiler()
+    found = search(compiler, 12 * GB, config())
+    assert found is not None
+    assert found.changes[:2] == ("mesh.tensor=2", "mesh.fsdp=4")
+    assert found.config.mesh.tensor * found.config.mesh.fsdp == 8
+
+
+def test_smaller_microbatches_for_the_update():
+    found = search(FakeCompiler(weights=GB, slot=0), 13 * GB, config())
+    assert found is not None and found.changes == ("train.max_tokens_per_microbatch=8192",)
+
+
+def test_a_change_that_lowers_nothing_is_not_kept():
+    """One group needs 4,096 tokens whatever the limit: more tensor devices do not help this compiler either."""
+    compiler = FakeCompiler(weights=GB, slot=0)
+    assert search(compiler, 7 * GB, config(train={"max_tokens_per_microbatch": 4096})) is None
+    assert {c.train.max_tokens_per_microbatch for c in compiler.asked} == {4096, 2048}
+
+
+def test_recomputing_comes_before_smaller_microbatches():
+    tried = list(
+        fit.candidates(
+            config(model={"source": "none", "remat": "none"}),
+            "update",
+            {"temporaries": 8, "total": 10},
+            6,
+        )
+    )
+    assert tried[0] == {"model.remat": "block"}
+    assert tried[1] == {"train.max_tokens_per_microbatch": 8192}
+
+
+def test_nothing_helps_is_said():
+    assert search(FakeCompiler(weights=900 * GB), 12 * GB, config()) is None

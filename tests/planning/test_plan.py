@@ -1,0 +1,125 @@
+"""A plan from end to end on the devices of this machine, and what its command says of bad input."""
+
+import json
+
+import pytest
+import yaml
+
+from rest_jax import cli, config
+from rest_jax.planning import plan, report, topology
+from tests.conftest import REPOSITORY
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "intermediate_size": 64,
+         "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A user's cache folder of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """Two layers, 16 prompts x 4 completions, one update a step."""
+    folder = tmp_path_factory.mktemp("plan")
+    raw = json.loads((REPOSITORY / "configs/quickstart_policy/config.json").read_text()) | SIZES
+    (folder / "config.json").write_text(json.dumps(raw))
+    path = folder / "recipe.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "name": "small",
+                "model": {"source": str(folder)},
+                "data": {"max_prompt_tokens": 64, "eval": None},
+                "rollout": {
+                    "prompts_per_step": 16,
+                    "group_size": 4,
+                    "max_response_tokens": 32,
+                    "decode_slots": 8,
+                },
+                "mesh": {"fsdp": 2, "tensor": 2, "data": 2},
+            }
+        )
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(cache, recipe):
+    return plan.make_plan(config.load([recipe]), plan.Options("cpu:8"))
+
+
+def test_a_plan_names_the_memory_of_every_program(made):
+    programs = made["memory"]["programs"]
+    assert {"cast", "prefill", "insert", "decode", "resize", "update", "apply"} <= programs.keys()
+    parts = programs["update"]
+    # float32 parameters over fsdp 2 x tensor 2; AdamW keeps two of each
+    assert 1.9 < parts["optimiser"] / parts["parameters"] < 2.1
+    assert parts["gradient"] == parts["parameters"]
+    assert parts["total"] == sum(size for name, size in parts.items() if name != "total")
+    assert made["fits"] and made["devices"] == 8 and made["mesh"]["tensor"] == 2
+
+
+def test_a_plan_counts_what_a_step_calls(made):
+    calls = {name: c["calls"] for name, c in made["calls"].items()}
+    # 4 data shards of 4 prompts; 16 completions in 8 slots are 2 rounds of one call each
+    assert (calls["prefill"], calls["decode"], calls["update"], calls["apply"]) == (4, 2, 1, 1)
+    assert made["calls"]["decode"]["tokens"] == 2 * 32
+
+
+def test_a_plan_counts_the_work_of_the_layers(made):
+    """Useful FLOPs of the update: 3 forward passes of 4 groups (data 2 x fsdp 2 shards), tensor 2 halves them; recomputation
+    and the scores behind the causal mask come on top.
+    """
+    width, tokens = 32, 4 * (64 + 4 * 32)
+    layer = 2 * width * (4 * 8 * 2 + 4 * 8 * 2 + 3 * 64)
+    useful = 3 * (2 * layer * tokens + 2 * width * 768 * 4 * 4 * 32) / 2
+    assert 1.0 < made["programs"]["update"]["flops"] / useful < 2.0
+
+
+def test_a_plan_shows_the_gather_of_the_weights_inside_the_layer_loop(made):
+    places = {(c["kind"], c["place"]) for c in made["programs"]["update"]["collectives"]}
+    assert ("all-gather", "layer loop") in places, places
+
+
+def test_a_plan_is_a_table_and_a_picture(made, tmp_path):
+    text = report.table(made)
+    assert "small on cpu:8" in text and "it fits" in text and "layer loop" in text
+    report.draw(made, tmp_path / "memory.png")
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_plan_is_found_and_compiles_nothing(cache, made, recipe, monkeypatch):
+    monkeypatch.setattr(plan, "_run_compiler", None)
+    assert plan.make_plan(config.load([recipe]), plan.Options("cpu:8")) == made
+
+
+@pytest.mark.slow
+def test_shorter_lengths_take_less_time_to_compute(made, cache, recipe):
+    options = plan.Options("cpu:8", prompt_tokens=32, response_tokens=32)
+    short = plan.make_plan(config.load([recipe]), options)
+    assert short["memory"] == made["memory"]
+    assert short["programs"]["update"]["flops"] < made["programs"]["update"]["flops"]
+
+
+def test_lengths_above_the_configs_are_refused(recipe, capsys):
+    words = ["plan", str(recipe), "--topology", "cpu:8", "--prompt-tokens", "65"]
+    assert cli.main(words) == 2
+    assert "--prompt-tokens 65 is above data.max_prompt_tokens 64" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_ends_with_the_smallest_change(monkeypatch, cache, recipe, capsys):
+    """A machine with less memory than 8 decode slots need."""
+    full = plan.make_plan(config.load([recipe]), plan.Options("cpu:8"))["memory"]["programs"]
+    most = max(parts["total"] for parts in full.values())
+    chip = topology.Chip("cpu", int(most / plan.FULL) - 1)
+    small = topology.Topology("cpu:8", "cpu", (8,), chip)
+    monkeypatch.setattr(topology, "parse", lambda name: small)
+    assert cli.main(["plan", str(recipe), "--topology", "cpu:8"]) == 1
+    said = capsys.readouterr().out
+    assert "it does not fit" in said and "it fits with " in said
