@@ -81,7 +81,11 @@ def candidates(
         if fewer >= _FEWEST_TOKENS:
             yield {"train.max_tokens_per_microbatch": fewer}
     mesh = config.mesh
-    if mesh.data > 1 and program not in ROLLOUT:
+    if program in ROLLOUT:
+        yield {"rollout.tensor": 2 * (config.rollout.tensor or mesh.tensor)}
+    elif mesh.data is None:  # one part a slice
+        yield {"mesh.data": 1, "mesh.fsdp": -1}
+    elif mesh.data > 1:
         yield {"mesh.data": mesh.data // 2, "mesh.fsdp": mesh.fsdp * 2 if mesh.fsdp > 0 else -1}
     if mesh.fsdp == -1 or mesh.fsdp % 2 == 0:
         yield {

@@ -79,12 +79,13 @@ def open_weights(folder: Folder, cfg: DecoderConfig) -> list[Weights]:
 
     ConversionError when they are not those of `cfg`.
     """
+    if store.is_checkpoint(folder):
+        return [_in_store(spec, folder) for spec in table(cfg)]
+    folder = pathlib.Path(folder)  # what lies in a store has been fetched (`find_source`)
     if is_converted(folder):
         manifest_dtypes(folder, cfg)
         params = follow(folder / PARAMS)
         return [_in_store(spec, params) for spec in table(cfg)]
-    if store.is_checkpoint(folder):
-        return [_in_store(spec, folder) for spec in table(cfg)]
     stored = checked_scan(folder, cfg)
     return [_in_hf_files(spec, stored) for spec in table(cfg)]
 
