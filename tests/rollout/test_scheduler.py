@@ -19,7 +19,14 @@ from hypothesis import strategies as st
 from rest_jax.rl.packing import bucket
 from rest_jax.rollout import engine as engine_lib
 from rest_jax.rollout import scheduler
-from rest_jax.rollout.engine import DecodeState, Drawn, Engine, RolloutSettings, make_engine
+from rest_jax.rollout.engine import (
+    DecodeState,
+    Drawn,
+    Engine,
+    Prefilled,
+    RolloutSettings,
+    make_engine,
+)
 from rest_jax.rollout.scheduler import Sampler, Shard
 from rest_jax.types import PromptBatch, RolloutBatch
 from tests import tiny
@@ -364,7 +371,7 @@ class FakeEngine:
 
     def engine(self) -> Engine:
         steps = (self.empty_state, self.prefill, self.insert, self.start, self.decode, self.resize)
-        return Engine(*steps, num_shards=self.shards)
+        return Engine(*steps, state_shardings=None, num_shards=self.shards)
 
     def empty_state(self, entries, slots, widths):
         self.prompts = np.full((self.shards, entries), -1)  # the first token of the prompt
@@ -378,10 +385,10 @@ class FakeEngine:
         tokens, length = np.asarray(tokens), np.asarray(length)
         assert tokens.shape[0] == self.shards and tokens.shape[1] <= self.widths.prompt
         assert (length <= tokens.shape[1]).all()
-        return tokens, length
+        return Prefilled(k=tokens, v=None, hidden=None, length=length)
 
     def insert(self, state, prefilled, entries):
-        tokens, length = prefilled
+        tokens, length = prefilled.k, prefilled.length
         for w, q in enumerate(np.asarray(entries)):
             if q < self.prompts.shape[1]:
                 assert not (self.alive[w] & (self.entry[w] == q)).any(), "a prompt in use"
@@ -461,7 +468,7 @@ def test_the_scheduler_asks_for_everything_once(
 
     fake = FakeEngine(shards, size, lambda row, sample: natural[row - 1, sample], chunk)
     options = RolloutSettings(size, most, (5,), 0, tiny.FULL, slots, entries)
-    sampler = Sampler(fake.engine(), options, tiny.mesh())
+    sampler = Sampler(fake.engine(), options, tiny.mesh(data=shards))
     reported = []
 
     def on_group(prompt, rows):
