@@ -48,16 +48,18 @@ NAMED = {"model-a": MODEL_A, **{name: preset(name) for name in PRESETS}}
 _ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
 
-def load(source: str, vocab: int | None = None, remat: Remat = "none") -> Policy:
-    """float32 weights in the train layout. ValueError for a source that is neither a name nor a folder."""
+def load(
+    source: str, vocab: int | None = None, remat: Remat = "none", dtype: str = "float32"
+) -> Policy:
+    """float32 weights in the train layout, computing in `dtype`. ValueError for a source that is neither a name nor a folder."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     if source in NAMED:
-        cfg = named(source, vocab, remat)
+        cfg = dataclasses.replace(named(source, vocab, remat), dtype=dtype)
         shardings = param_shardings(cfg, mesh)
         init = jax.jit(lambda key: init_params(cfg, key), out_shardings=shardings)
         params = init(jax.random.key(0))
     elif pathlib.Path(source).is_dir():
-        cfg, params, _ = load_model(source, mesh, "float32", remat)
+        cfg, params, _ = load_model(source, mesh, dtype, remat)
     else:
         raise ValueError(f"{source}: no such folder, and not one of {', '.join(NAMED)}")
     return Policy(

@@ -66,6 +66,10 @@ def core_count() -> int:
 
 def measure(case: str, make_work: Callable[[], Work], repeats: int) -> dict[str, Any]:
     """The record of one process, as the peers print it, and the share of the matrix-product rate that was reached."""
+    import jax
+
+    from rest_jax.run.throughput import peak_flops
+
     begun = time.perf_counter()
     work = make_work()
     work.call(0)
@@ -73,7 +77,10 @@ def measure(case: str, make_work: Callable[[], Work], repeats: int) -> dict[str,
     cpu, wall = zip(*(timed(work.call, number + 1) for number in range(repeats)), strict=True)
     peak_bytes = peak_memory()
     rate = work.flops / statistics.median(wall)
-    best = cpu_peak.measured_cpu_peak()  # after the memory was read
+    device = jax.local_devices()[0]
+    best = (
+        peak_flops(device, jax.numpy.bfloat16) or cpu_peak.measured_cpu_peak()
+    )  # after the memory was read
     return {
         "case": case,
         "side": "rest_jax",
@@ -81,7 +88,10 @@ def measure(case: str, make_work: Callable[[], Work], repeats: int) -> dict[str,
         "cpu_seconds": statistics.median(cpu),
         "wall_seconds": statistics.median(wall),
         "tokens_per_cpu_second": work.tokens / statistics.median(cpu),
+        "device": device.device_kind,
+        "tokens_per_second": work.tokens / statistics.median(wall),
         "peak_bytes": peak_bytes,
+        "device_peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
         "warmup_seconds": warmup,
         "model_flops_per_second": rate,
         "matmul_flops_per_second": best,

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Sizes of the case."""
     parser.add_argument("--model", default="model-a", help="model-a, a preset, or an HF folder")
     parser.add_argument("--vocab", type=positive, help="of a random model")
+    add_dtype(parser)
     parser.add_argument("--prompts", type=positive, default=2)
     parser.add_argument("--group", type=positive, default=8, help="responses to a prompt")
     parser.add_argument("--prompt-tokens", type=positive, default=128)
@@ -35,6 +36,12 @@ def add_decode_slots(parser: argparse.ArgumentParser) -> None:
     """The argument --decode-slots."""
     text = "responses decoded at once"
     parser.add_argument("--decode-slots", type=positive, default=128, help=text)
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """The argument --dtype."""
+    kinds = ("float32", "bfloat16")
+    parser.add_argument("--dtype", choices=kinds, default=kinds[0], help="of the computation")
 
 
 def read_lengths(path: str) -> np.ndarray:
@@ -52,7 +59,7 @@ def read_lengths(path: str) -> np.ndarray:
 def make_work(args: argparse.Namespace) -> Work:
     """A call is one rollout; weights are in the rollout layout beforehand."""
     lengths = response_lengths(args)
-    policy = policies.load(args.model, args.vocab)
+    policy = policies.load(args.model, args.vocab, dtype=args.dtype)
     prompts = policies.random_prompts(policy, len(lengths), args.prompt_tokens)
     sampler = policies.sampler_of(policy, lengths.shape[1], int(lengths.max()), args.decode_slots)
     with activate(policy.mesh):

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def make_work(args: argparse.Namespace) -> Work:
     """A call is one step."""
-    policy = policies.load(args.model, args.vocab, args.remat)
+    policy = policies.load(args.model, args.vocab, args.remat, args.dtype)
     prompts = policies.random_prompts(policy, args.prompts, args.prompt_tokens)
     sampler = policies.sampler_of(policy, args.group, args.response_tokens, args.decode_slots)
     cfg = update.step_config(args.response_tokens, args.max_tokens_per_microbatch)

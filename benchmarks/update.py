@@ -18,6 +18,7 @@ import optax
 
 from benchmarks import policies
 from benchmarks.process import Work, positive, timed
+from benchmarks.rollout import add_dtype
 from rest_jax.config import (
     CurriculumConfig,
     LossConfig,
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Sizes of the case."""
     parser.add_argument("--model", default="model-a", help="model-a, a preset, or an HF folder")
     parser.add_argument("--vocab", type=positive, help="of a random model")
+    add_dtype(parser)
     parser.add_argument("--prompts", type=positive, default=2)
     parser.add_argument("--group", type=positive, default=8, help="responses to a prompt")
     parser.add_argument("--prompt-tokens", type=positive, default=128)
@@ -91,7 +93,7 @@ class Updates:
 
 def make_work(args: argparse.Namespace) -> Work:
     """A call is one update in which every group has gradient."""
-    policy = policies.load(args.model, args.vocab, args.remat)
+    policy = policies.load(args.model, args.vocab, args.remat, args.dtype)
     scored = random_batch(policy, args)
     updates = Updates(
         policy, optimizer(), step_config(args.response_tokens, args.max_tokens_per_microbatch)
@@ -106,7 +108,7 @@ def make_skipping_work(args: argparse.Namespace) -> Work:
     """A call is one update in which every other group has equal rewards; `cost_ratio` sets its CPU time against that of
     an update in which all have gradient, measured alternately in the same process.
     """
-    policy = policies.load(args.model, args.vocab, args.remat)
+    policy = policies.load(args.model, args.vocab, args.remat, args.dtype)
     cfg = step_config(args.response_tokens, args.max_tokens_per_microbatch)
     full = random_batch(policy, args)
     half = dataclasses.replace(full, reward=equal_in_half(full.reward))
@@ -142,7 +144,7 @@ def gradient_difference(args: argparse.Namespace, scored: ScoredBatch, cfg: Step
         Packing(1, cfg.max_tokens_per_microbatch),
     )
     for plan in (None, every):
-        policy = policies.load(args.model, args.vocab, args.remat)
+        policy = policies.load(args.model, args.vocab, args.remat, args.dtype)
         updates = Updates(policy, optax.trace(0.0), cfg)  # its state is the last gradient
         updates(scored, plan)
         gradients.append(updates.state.opt_state.trace)

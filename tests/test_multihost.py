@@ -24,7 +24,7 @@ TWO_STEPS = {
     "rollout": {"prompts_per_step": 4},
     "optimizer": {"learning_rate": 1e-5},
 }
-# (processes, devices of each, mesh)
+# (processes, devices of each, mesh); `rollout`: the tensor size of the rollout
 RUNS = {
     "data": (2, 1, {"data": 2}),
     "fsdp": (2, 1, {"fsdp": 2}),
@@ -32,6 +32,8 @@ RUNS = {
     "tensor in processes": (2, 2, {"fsdp": 2, "tensor": 2}),
     "four": (4, 1, {"data": 2, "fsdp": 2}),
     "two shards on two processes each": (4, 1, {"fsdp": 2, "tensor": 2}),
+    "a rollout over more devices": (2, 2, {"fsdp": 4, "rollout": 2}),
+    "a rollout in other processes": (2, 1, {"tensor": 2, "fsdp": 1, "rollout": 1}),
 }
 
 
@@ -42,7 +44,8 @@ def write(path: pathlib.Path, raw: dict) -> str:
 
 
 def two_steps(model: pathlib.Path, output: pathlib.Path, mesh: dict) -> str:
-    raw = recipe(model, output, **TWO_STEPS)
+    raw, mesh = recipe(model, output, **TWO_STEPS), dict(mesh)
+    raw["rollout"]["tensor"] = mesh.pop("rollout", None)
     return write(output / "config.yaml", raw | {"mesh": {"data": 1, "fsdp": 1} | mesh})
 
 

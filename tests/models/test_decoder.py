@@ -398,3 +398,30 @@ def test_decoding_without_a_cache_is_named():
             lambda p: Decoder(NORMED).apply({"params": p}, token, cache.positions, cache.layout),
             make_params(NORMED),
         )
+
+
+def test_gradients_of_matrices_are_not_rounded_to_the_compute_dtype():
+    """They are added up over devices in float32: a share that was rounded to bfloat16 before would equal itself rounded."""
+    cfg = dataclasses.replace(tiny.decoder().cfg, dtype="bfloat16", qkv_bias=True)
+    decoder = Decoder(cfg)
+    params = init_params(cfg, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, cfg.vocab_size)
+    layout, positions = prompt_rows(tokens, jnp.array([9, 7]))
+
+    def loss(params):
+        hidden, _ = decoder.apply({"params": params}, tokens, positions, layout)
+        return jnp.sum(hidden.astype(jnp.float32) ** 2)
+
+    blocks = jax.grad(loss)(params)["blocks"]
+    matrices = [
+        *blocks["mlp"].values(),
+        *(blocks["attention"][n] for n in ("q", "v", "o", "q_bias")),
+    ]
+    for gradient in matrices:
+        assert gradient.dtype == jnp.float32
+        rounded = gradient.astype(jnp.bfloat16).astype(jnp.float32)
+        assert float(jnp.mean(rounded == gradient)) < 0.2
+    decoder = Decoder(dataclasses.replace(cfg, dtype="float32"))
+    exact = jax.grad(loss)(params)["blocks"]["mlp"]["down"]
+    error = jnp.linalg.norm(blocks["mlp"]["down"] - exact) / jnp.linalg.norm(exact)
+    assert float(error) < 0.05

@@ -8,6 +8,7 @@ import pytest
 from rest_jax.models.attention import pack_group, prompt_rows, split_group
 from rest_jax.models.decoder import apply_routed, logits
 from rest_jax.rl.logprobs import response_logprobs
+from rest_jax.rollout.engine import Widths, cache_sharding
 from rest_jax.types import Sampling
 from tests import tiny
 
@@ -135,3 +136,15 @@ def test_experts_teacher_forced_are_those_recorded(layers):
     np.testing.assert_array_equal(out.routes.responses[mask], np.asarray(responses)[mask])
     assert len(np.unique(out.routes.responses[mask])) == 4
     assert (tiny.rollout(tiny.prompts(), experts=4).responses == out.responses).all()
+
+
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+def test_caches_are_split_by_head(layers):
+    """A tensor group holds each head once: with all of them on every device the caches would not shrink."""
+    sampler = tiny.sampler(shape=(2, 1, 2), layers=layers)
+    state = sampler.engine.empty_state(3, 5, Widths(16, tiny.TIME))
+    for keys in jax.tree.leaves(state.cache.layers):
+        shard = keys.addressable_shards[0].data.shape
+        assert shard[-5:-2] == (1, keys.shape[-4], keys.shape[-3] // 2)
+    odd = jax.ShapeDtypeStruct((2, 5, 3, 16, 8), jnp.float32)  # three heads: on both devices
+    assert cache_sharding(odd, sampler.mesh).shard_shape(odd.shape) == (1, 5, 3, 16, 8)
