@@ -269,7 +269,7 @@ class _Rollout:
                 tokens[w] = self.prompts.tokens[self.own_rows[group], :width]
         tokens, length, entries = to_mesh((tokens, length, entries), self.mesh)
         prefilled = self.engine.prefill(self.params, tokens, length)
-        if prefilled.routes is not None:
+        if self.engine.routes is not None:
             self.prefilled.append((own, prefilled.routes))
             prefilled = prefilled._replace(routes=None)
         self.state = self.engine.insert(self.state, prefilled, entries)
