@@ -5,7 +5,6 @@ in the cache, measures their texts and writes the Plan (JSON). It is a process o
 flags once. A compiled program's text and memory are kept in the user's cache folder, under a digest of what XLA was given.
 """
 
-import collections
 import dataclasses
 import gzip
 import hashlib
@@ -151,8 +150,10 @@ def describe_speed(
     mesh, model = setup.policy.mesh, setup.policy.config
     peak = throughput.mesh_peak_flops(mesh.devices.flat, model.dtype)
     rates = hlo.Rates((peak or 0) / where.size, where.chip.memory_bandwidth or 0)
+    # the chips of a TPU slice are neighbours whatever their host
+    hosts = programs.hosts(mesh) if where.chip.network else None
     measured = {
-        name: hlo.measure(hlo.parse(c.text), model.n_layers, rates, programs.hosts(mesh))
+        name: hlo.measure(hlo.parse(c.text), model.n_layers, rates, hosts)
         for name, c in timed.items()
         if c.text
     }
@@ -182,7 +183,7 @@ def describe_speed(
         "tokens_per_second": tokens / total,
         "tokens_per_second_per_device": tokens / total / where.size,
         "parts": parts,
-        "calls": {
+        "costs": {
             name: {"call": sum(c.call.values()), "token": sum(c.token.values())}
             for name, c in costs.items()
         },
@@ -221,12 +222,10 @@ def count_calls(setup: Any, lengths: Any) -> dict[str, Calls]:
 
 def _describe_program(measured: hlo.Measured) -> dict[str, Any]:
     """Totals, and every kind of collective, as JSON."""
-    totals: dict[str, Any] = collections.defaultdict(float)
-    for suffix, parts in (("", measured.once), ("_per_token", measured.each)):
-        for work in parts.values():
-            totals[f"flops{suffix}"] += work.flops
-            totals[f"bytes{suffix}"] += work.nbytes
-    return {**totals, "collectives": [c._asdict() for c in measured.collectives]}
+    sums = (sum(parts.values(), hlo.Work()) for parts in (measured.once, measured.each))
+    call, token = ({"flops": work.flops, "bytes": work.nbytes} for work in sums)
+    collectives = [c._asdict() for c in measured.collectives]
+    return {"call": call, "token": token, "collectives": collectives}
 
 
 def versions() -> dict[str, str]:
