@@ -15,10 +15,11 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "intermediate
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A user's cache folder of its own."""
+    """A user's cache folder of its own; nothing that is compiled here runs, so it need not be fast."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
         yield folder
 
 
@@ -33,7 +34,7 @@ def recipe(tmp_path_factory):
         yaml.safe_dump(
             {
                 "name": "small",
-                "model": {"source": str(folder)},
+                "model": {"source": str(folder), "remat": "none"},
                 "data": {"max_prompt_tokens": 64, "eval": None},
                 "rollout": {
                     "prompts_per_step": 16,
