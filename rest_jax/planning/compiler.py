@@ -20,7 +20,7 @@ from typing import Any
 from rest_jax.errors import UserError
 from rest_jax.files import atomic_write
 from rest_jax.planning import estimate, hlo, topology
-from rest_jax.planning.estimate import Calls
+from rest_jax.planning.estimate import Calls, Cost
 from rest_jax.run.environment import compiler_options, user_cache
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
@@ -142,8 +142,6 @@ def describe_speed(
     setup: Any, lengths: Any, timed: Mapping[str, Compiled], where: topology.Topology
 ) -> dict[str, Any]:
     """What the programs of a step do and how long it takes, as JSON."""
-    import numpy as np
-
     from rest_jax.planning import programs
     from rest_jax.run import throughput
 
@@ -169,31 +167,42 @@ def describe_speed(
     if len(measured) < len(timed) or where.chip.memory_bandwidth is None:
         return described | {"step": None}
     costs = {name: estimate.cost(m, where.chip) for name, m in measured.items()}
+    return described | {"step": _describe_step(setup, lengths, costs, calls)}
+
+
+def _describe_step(
+    setup: Any, lengths: Any, costs: Mapping[str, Cost], calls: Mapping[str, Calls]
+) -> dict[str, Any]:
+    """Seconds, tokens a second and utilisation of a step, as JSON."""
+    import numpy as np
+
+    from rest_jax.run import throughput
+
+    mesh, model, r = setup.policy.mesh, setup.policy.config, setup.config.rollout
     parts = estimate.step_seconds(costs, calls)
-    r = setup.config.rollout
-    prompts = np.full(r.prompts_per_step, lengths.prompt)
-    responses = np.full((r.prompts_per_step, r.group_size), lengths.response)
     update = sum(sum(parts[name].values()) for name in ("update", "apply"))
     total = sum(sum(p.values()) for p in parts.values())
-    tokens = float(responses.sum())
+    prompts = np.full(r.prompts_per_step, lengths.prompt)
+    responses = np.full((r.prompts_per_step, r.group_size), lengths.response)
+    rate = float(responses.sum()) / total
     step = {
         "seconds": total,
         "update_seconds": update,
         "rollout_seconds": total - update,
-        "tokens_per_second": tokens / total,
-        "tokens_per_second_per_device": tokens / total / where.size,
+        "tokens_per_second": rate,
+        "tokens_per_second_per_device": rate / mesh.size,
         "parts": parts,
         "costs": {
             name: {"call": sum(c.call.values()), "token": sum(c.token.values())}
             for name, c in costs.items()
         },
     }
-    if peak:
+    if peak := throughput.mesh_peak_flops(mesh.devices.flat, model.dtype):
         work = throughput.update_flops(model, prompts, responses)
         step["update_mfu"] = work / update / peak
         work = throughput.rollout_flops(model, prompts, responses)
         step["rollout_mfu"] = work / (total - update) / peak
-    return described | {"step": step}
+    return step
 
 
 def count_calls(setup: Any, lengths: Any) -> dict[str, Calls]:
