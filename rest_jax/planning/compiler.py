@@ -5,7 +5,6 @@ in the cache, measures their texts and writes the Plan (JSON). It is a process o
 flags once. A compiled program's text and memory are kept in the user's cache folder, under a digest of what XLA was given.
 """
 
-import collections
 import dataclasses
 import gzip
 import hashlib
@@ -21,7 +20,7 @@ from typing import Any
 from rest_jax.errors import UserError
 from rest_jax.files import atomic_write
 from rest_jax.planning import estimate, hlo, topology
-from rest_jax.planning.estimate import Calls
+from rest_jax.planning.estimate import Calls, Cost
 from rest_jax.run.environment import compiler_options, user_cache
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
@@ -143,16 +142,16 @@ def describe_speed(
     setup: Any, lengths: Any, timed: Mapping[str, Compiled], where: topology.Topology
 ) -> dict[str, Any]:
     """What the programs of a step do and how long it takes, as JSON."""
-    import numpy as np
-
     from rest_jax.planning import programs
     from rest_jax.run import throughput
 
     mesh, model = setup.policy.mesh, setup.policy.config
     peak = throughput.mesh_peak_flops(mesh.devices.flat, model.dtype)
     rates = hlo.Rates((peak or 0) / where.size, where.chip.memory_bandwidth or 0)
+    # the chips of a TPU slice are neighbours whatever their host
+    hosts = programs.hosts(mesh) if where.chip.network else None
     measured = {
-        name: hlo.measure(hlo.parse(c.text), model.n_layers, rates, programs.hosts(mesh))
+        name: hlo.measure(hlo.parse(c.text), model.n_layers, rates, hosts)
         for name, c in timed.items()
         if c.text
     }
@@ -168,31 +167,42 @@ def describe_speed(
     if len(measured) < len(timed) or where.chip.memory_bandwidth is None:
         return described | {"step": None}
     costs = {name: estimate.cost(m, where.chip) for name, m in measured.items()}
+    return described | {"step": _describe_step(setup, lengths, costs, calls)}
+
+
+def _describe_step(
+    setup: Any, lengths: Any, costs: Mapping[str, Cost], calls: Mapping[str, Calls]
+) -> dict[str, Any]:
+    """Seconds, tokens a second and utilisation of a step, as JSON."""
+    import numpy as np
+
+    from rest_jax.run import throughput
+
+    mesh, model, r = setup.policy.mesh, setup.policy.config, setup.config.rollout
     parts = estimate.step_seconds(costs, calls)
-    r = setup.config.rollout
-    prompts = np.full(r.prompts_per_step, lengths.prompt)
-    responses = np.full((r.prompts_per_step, r.group_size), lengths.response)
     update = sum(sum(parts[name].values()) for name in ("update", "apply"))
     total = sum(sum(p.values()) for p in parts.values())
-    tokens = float(responses.sum())
+    prompts = np.full(r.prompts_per_step, lengths.prompt)
+    responses = np.full((r.prompts_per_step, r.group_size), lengths.response)
+    rate = float(responses.sum()) / total
     step = {
         "seconds": total,
         "update_seconds": update,
         "rollout_seconds": total - update,
-        "tokens_per_second": tokens / total,
-        "tokens_per_second_per_device": tokens / total / where.size,
+        "tokens_per_second": rate,
+        "tokens_per_second_per_device": rate / mesh.size,
         "parts": parts,
-        "calls": {
+        "costs": {
             name: {"call": sum(c.call.values()), "token": sum(c.token.values())}
             for name, c in costs.items()
         },
     }
-    if peak:
+    if peak := throughput.mesh_peak_flops(mesh.devices.flat, model.dtype):
         work = throughput.update_flops(model, prompts, responses)
         step["update_mfu"] = work / update / peak
         work = throughput.rollout_flops(model, prompts, responses)
         step["rollout_mfu"] = work / (total - update) / peak
-    return described | {"step": step}
+    return step
 
 
 def count_calls(setup: Any, lengths: Any) -> dict[str, Calls]:
@@ -221,12 +231,10 @@ def count_calls(setup: Any, lengths: Any) -> dict[str, Calls]:
 
 def _describe_program(measured: hlo.Measured) -> dict[str, Any]:
     """Totals, and every kind of collective, as JSON."""
-    totals: dict[str, Any] = collections.defaultdict(float)
-    for suffix, parts in (("", measured.once), ("_per_token", measured.each)):
-        for work in parts.values():
-            totals[f"flops{suffix}"] += work.flops
-            totals[f"bytes{suffix}"] += work.nbytes
-    return {**totals, "collectives": [c._asdict() for c in measured.collectives]}
+    sums = (sum(parts.values(), hlo.Work()) for parts in (measured.once, measured.each))
+    call, token = ({"flops": work.flops, "bytes": work.nbytes} for work in sums)
+    collectives = [c._asdict() for c in measured.collectives]
+    return {"call": call, "token": token, "collectives": collectives}
 
 
 def versions() -> dict[str, str]:

@@ -466,6 +466,7 @@ def _collective(use: Use, kind: str, layers: int, hosts: np.ndarray | None) -> C
         "reduce-scatter": share * size,
         "collective-permute": 1.0,
     }.get(kind, share)
+    started = use.fused or use.asynchronous or instruction.opcode.endswith("-start")
     crosses = False
     if hosts is not None and groups.size and groups.max() < len(hosts):
         crosses = bool(np.any(hosts[groups] != hosts[groups[:, :1]]))
@@ -475,7 +476,7 @@ def _collective(use: Use, kind: str, layers: int, hosts: np.ndarray | None) -> C
         part,
         size,
         crosses,
-        use.fused or use.asynchronous or instruction.opcode.endswith("-start"),
+        started and '"is_sync":true' not in instruction.text,
         use.trips,
         int(use.trips * produced * factor),
     )

@@ -56,12 +56,13 @@ def make_plan(config: Config, options: Options) -> dict[str, Any]:
     limit = FULL * where.chip.memory
     needs = made["memory"]["programs"]
     found = {"name": config.name, "fits": fit.largest(needs)[1] <= limit, **made}
+    found["change"] = None
     if found["fits"]:
         return found
     compile = functools.partial(_needs, where=where, lengths=lengths)
     change = fit.smallest_change(config, needs, limit, compile)
     if change is None:
-        return found | {"change": None}
+        return found
     small = compile_plan(change.config, where, lengths, memory_only=False)
     return found | {"change": {"values": list(change.changes), **small}}
 

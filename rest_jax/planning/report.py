@@ -37,25 +37,24 @@ def memory_table(memory: Mapping[str, Any]) -> str:
 
 
 def program_table(plan: Mapping[str, Any]) -> str:
-    """FLOPs, bytes and estimated time of each program of a step."""
+    """FLOPs, bytes and estimated time of each program of a step, and of each token that it draws."""
     if "programs" not in plan:
         return ""
-    step = plan["step"]
-    lengths = plan["lengths"]
+    step, lengths = plan["step"], plan["lengths"]
     title = f"a device, prompt {lengths['prompt']}, response {lengths['response']}"
-    rows = [[title, "calls", "TFLOP a call", "GB a call", "ms a call", "ms a token", "s a step"]]
+    rows = [[title, "times", "TFLOP", "GB", "ms", "s a step"]]
     for name, program in plan["programs"].items():
         calls = plan["calls"][name]
-        time = ["", "", ""]
-        if step:
-            costs = step["calls"][name]
-            token = f"{1e3 * costs['token']:.2f}" if costs["token"] else ""
-            time = [f"{1e3 * costs['call']:.1f}", token, f"{sum(step['parts'][name].values()):.2f}"]
-        flops = program.get("flops", 0.0)
-        nbytes = program.get("bytes", 0.0)
-        rows.append(
-            [name, f"{calls['calls']:.4g}", f"{flops / 1e12:.3f}", f"{nbytes / 1e9:.2f}", *time]
-        )
+        for kind, times in (("call", calls["calls"]), ("token", calls["tokens"])):
+            if times:
+                work = program[kind]
+                ms = seconds = ""
+                if step:
+                    cost = step["costs"][name][kind]
+                    ms, seconds = f"{1e3 * cost:.2f}", f"{times * cost:.2f}"
+                label = name if kind == "call" else f"{name}, a token"
+                flops, nbytes = f"{work['flops'] / 1e12:.3f}", f"{work['bytes'] / 1e9:.2f}"
+                rows.append([label, f"{times:.4g}", flops, nbytes, ms, seconds])
     return columns(rows)
 
 
@@ -106,8 +105,8 @@ def verdict(plan: Mapping[str, Any]) -> str:
     said = f"{name} needs the most, {programs[name]['total'] / GIB:.2f} GiB, {share:.0f} % of the limit"
     if plan["fits"]:
         return f"it fits: {said}"
-    change = plan.get("change")
-    if not change:
+    change = plan["change"]
+    if change is None:
         return f"it does not fit: {said}; nothing that was tried does: take more devices"
     needs = change["memory"]["programs"]
     most = max(parts["total"] for parts in needs.values())

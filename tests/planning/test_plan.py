@@ -15,10 +15,11 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "intermediate
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A user's cache folder of its own."""
+    """A user's cache folder of its own; nothing that is compiled here runs, so it need not be fast."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
         yield folder
 
 
@@ -33,7 +34,7 @@ def recipe(tmp_path_factory):
         yaml.safe_dump(
             {
                 "name": "small",
-                "model": {"source": str(folder)},
+                "model": {"source": str(folder), "remat": "none"},
                 "data": {"max_prompt_tokens": 64, "eval": None},
                 "rollout": {
                     "prompts_per_step": 16,
@@ -78,7 +79,7 @@ def test_a_plan_counts_the_work_of_the_layers(made):
     width, tokens = 32, 4 * (64 + 4 * 32)
     layer = 2 * width * (4 * 8 * 2 + 4 * 8 * 2 + 3 * 64)
     useful = 3 * (2 * layer * tokens + 2 * width * 768 * 4 * 4 * 32) / 2
-    assert 1.0 < made["programs"]["update"]["flops"] / useful < 2.0
+    assert 1.0 < made["programs"]["update"]["call"]["flops"] / useful < 2.0
 
 
 def test_a_plan_shows_the_gather_of_the_weights_inside_the_layer_loop(made):
@@ -103,7 +104,8 @@ def test_shorter_lengths_take_less_time_to_compute(made, cache, recipe):
     options = plan.Options("cpu:8", prompt_tokens=32, response_tokens=32)
     short = plan.make_plan(config.load([recipe]), options)
     assert short["memory"] == made["memory"]
-    assert short["programs"]["update"]["flops"] < made["programs"]["update"]["flops"]
+    work, before = (p["programs"]["update"]["call"]["flops"] for p in (short, made))
+    assert work < before
 
 
 def test_lengths_above_the_configs_are_refused(recipe, capsys):
