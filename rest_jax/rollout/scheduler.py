@@ -222,7 +222,7 @@ class _Rollout:
         self.params, self.stats = params, SamplerStats()
         self.prompts = jax.tree.map(np.asarray, prompts)
         self.out = _empty_batch(self.prompts, self.settings, self.engine.routes)
-        self.prefilled: list[tuple[list, jax.Array]] = []  # whose routes have not been read yet
+        self.prefilled: list[tuple[list, Any]] = []  # whose routes have not been read yet
         most = np.full(self.out.response_length.shape, self.settings.max_tokens, np.int32)
         self.limits = most if limits is None else np.minimum(most, limits)
         self.length = gather(self.prompts.length, self.mesh)
