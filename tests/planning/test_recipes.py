@@ -34,7 +34,7 @@ def test_every_recipe_with_a_topology_is_planned():
 def test_a_recipe_divides_over_its_hardware(name):
     made, where = loaded(name), topology.parse(recipes()[name])
     mesh = made.mesh
-    fixed = mesh.data * mesh.tensor * mesh.expert
+    fixed = (mesh.data or 1) * mesh.tensor * mesh.expert
     assert mesh.fsdp == -1 and where.size % fixed == 0
     shards = where.size // mesh.tensor
     assert made.train.prompts_per_update % shards == 0

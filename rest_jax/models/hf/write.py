@@ -8,6 +8,7 @@ the host alone, and go from tensor to tensor: a few copies of one are in memory,
 import collections
 import itertools
 import math
+import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -78,7 +79,7 @@ def convert(source: str, out: str | pathlib.Path, report: Report = silent) -> No
 
 
 def export(
-    weights: Params | str | pathlib.Path,
+    weights: Params | str | store.Folder,
     files: str | pathlib.Path,
     out: str | pathlib.Path,
     dtype: str | None = None,
@@ -91,8 +92,10 @@ def export(
     """
     files = pathlib.Path(files)
     cfg = read_config(files)
-    on_disk = isinstance(weights, (str, pathlib.Path))
-    opened = open_weights(pathlib.Path(weights), cfg) if on_disk else _in_memory(weights, cfg)
+    if isinstance(weights, str):
+        weights = pathlib.Path(weights)
+    on_disk = isinstance(weights, os.PathLike)
+    opened = open_weights(weights, cfg) if on_disk else _in_memory(weights, cfg)
     dtypes = _recorded_dtypes(files, cfg)
     if dtype is not None:
         dtypes = dict.fromkeys(dtypes, _dtype_name(dtype))
