@@ -21,7 +21,7 @@ from rest_jax.errors import UserError
 from rest_jax.files import atomic_write
 from rest_jax.planning import estimate, hlo, topology
 from rest_jax.planning.estimate import Calls, Cost
-from rest_jax.run.environment import compiler_options, user_cache
+from rest_jax.run.environment import LIBTPU_VARIABLE, user_cache
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
 
@@ -75,11 +75,10 @@ def compile_program(
     from rest_jax.distributed import activate
     from rest_jax.planning.memory import Allocation, compile_or_measure
 
-    options = compiler_options(where.chip.platform)
     with activate(setup.policy.mesh):
         lowered = program.lower()
     ids = [device.id for device in setup.policy.mesh.devices.flat]
-    given = json.dumps([lowered.as_text(), where.name, ids, options, versions()])
+    given = json.dumps([lowered.as_text(), where.name, ids, compiler_flags(where), versions()])
     path = _cache() / f"{hashlib.sha256(given.encode()).hexdigest()}.json.gz"
     if path.is_file():
         kept = json.loads(gzip.decompress(path.read_bytes()))
@@ -87,7 +86,7 @@ def compile_program(
         found = found if isinstance(found, int) else Allocation(**found)
         return Compiled(found, kept["text"], kept["seconds"])
     started = time.monotonic()
-    compiled = compile_or_measure(lowered, options)
+    compiled = compile_or_measure(lowered)
     seconds = time.monotonic() - started
     print(
         f"plan: {program.name} compiled in {seconds:.0f} s", flush=True
@@ -235,6 +234,13 @@ def _describe_program(measured: hlo.Measured) -> dict[str, Any]:
     call, token = ({"flops": work.flops, "bytes": work.nbytes} for work in sums)
     collectives = [c._asdict() for c in measured.collectives]
     return {"call": call, "token": token, "collectives": collectives}
+
+
+def compiler_flags(where: topology.Topology) -> dict[str, str]:
+    """Flags of the platform's compiler in this process: XLA_FLAGS has those of GPUs (`xla_gpu_...`)."""
+    variable = {"tpu": LIBTPU_VARIABLE, "gpu": "XLA_FLAGS"}.get(where.chip.platform, "")
+    words = (word.lstrip("-").partition("=") for word in os.environ.get(variable, "").split())
+    return {name: value for name, _, value in words if variable != "XLA_FLAGS" or "gpu" in name}
 
 
 def versions() -> dict[str, str]:

@@ -8,7 +8,6 @@ XLA's own `cost_analysis` counts the body of a loop once. Here the trips of a lo
 says; those of a loop that ends when values say so (decoding) are unknown: what is in it is kept apart, for each trip.
 """
 
-import collections
 import dataclasses
 import math
 import re
@@ -383,8 +382,8 @@ def _window_pairs(size: int, kernel: int, output: int, fields: Mapping[str, str]
 
 
 def instruction_bytes(module: Module, instruction: Instruction, where: Computation) -> float:
-    """Bytes that an instruction reads from and writes to the main memory; of an array of which it takes or changes a slice,
-    those of the slice.
+    """Bytes that an instruction reads from and writes to the main memory; of an array of which it takes or changes a part,
+    those of the part.
     """
     opcode, outputs = instruction.opcode, instruction.outputs
     if any(f'custom_call_target="{name}"' in instruction.text for name in _MARKS):
@@ -394,16 +393,57 @@ def instruction_bytes(module: Module, instruction: Instruction, where: Computati
     elif opcode == "slice-start":  # (source, destination, context)
         outputs = outputs[1:2]
     written = sum(a.nbytes for a in outputs if a.space == 0)
-    read = {i: _in_main_memory(where, name) for i, name in enumerate(instruction.operands)}
-    if opcode == "fusion" and len(instruction.called) == 1:
+    read = [_in_main_memory(where, name) for name in instruction.operands]
+    if opcode == "fusion":
         inner = module.computations[instruction.called[0]]
-        read |= {i: min(read.get(i, 0), nbytes) for i, nbytes in _sliced(inner).items()}
-        written = sum(_written(inner, name) for name in _results(inner))
-    elif opcode in ("dynamic-slice", "slice", "gather", "slice-start"):
+        for i, name in enumerate(_parameters(inner)):
+            part = _part_read(module, inner, name)
+            read[i] = read[i] if part is None else min(read[i], part)
+        written = sum(_written(module, inner, name) for name in _results(inner))
+    elif opcode in _TAKES:
         read[0] = min(read[0], sum(a.nbytes for a in outputs))
-    elif opcode == "dynamic-update-slice":
-        written, read[0] = where[instruction.operands[1]].outputs[0].nbytes, 0
-    return float(written + sum(read.values()))
+    elif opcode in _CHANGES:
+        written, read[0] = _in_main_memory(where, instruction.operands[_CHANGES[opcode]]), 0
+    return float(written + sum(read))
+
+
+_TAKES = ("dynamic-slice", "slice", "gather", "slice-start")
+# They change a part of their first operand, in place; the number of the operand that is put there.
+_CHANGES = {"dynamic-update-slice": 1, "scatter": 2}
+
+
+def _in_main_memory(where: Computation, name: str) -> int:
+    found = where.get(name)
+    return sum(a.nbytes for a in found.outputs if a.space == 0) if found else 0
+
+
+def _parameters(inner: Computation) -> list[str]:
+    """Names of the parameters of a computation, in their order."""
+    found = [i for i in inner.values() if i.opcode == "parameter"]
+    return [i.name for i in sorted(found, key=lambda i: int(i.constant))]
+
+
+def _part_read(module: Module, inner: Computation, name: str) -> int | None:
+    """Bytes read of a value in a fused computation where all that use it take or change a part; None: all of it is read."""
+    total = 0
+    for user in inner.values():
+        for i, operand in enumerate(user.operands):
+            if operand != name:
+                continue
+            part: int | None = None
+            if user.opcode in _TAKES and i == 0:
+                part = user.outputs[0].nbytes
+            elif user.opcode in _CHANGES and i == 0:
+                part = 0
+            elif user.opcode == "bitcast":
+                part = _part_read(module, inner, user.name)
+            elif user.opcode == "fusion":
+                called = module.computations[user.called[0]]
+                part = _part_read(module, called, _parameters(called)[i])
+            if part is None:
+                return None
+            total += part
+    return total
 
 
 def _results(inner: Computation) -> tuple[str, ...]:
@@ -412,43 +452,19 @@ def _results(inner: Computation) -> tuple[str, ...]:
     return root.operands if root.opcode == "tuple" else (root.name,)
 
 
-def _written(inner: Computation, name: str) -> int:
-    """Bytes of a result in the main memory; of an array that is changed in a slice, those of the slice."""
+def _written(module: Module, inner: Computation, name: str) -> int:
+    """Bytes of a result in the main memory; of an array of which a part is changed, those of the part."""
     made = inner[name]
     while made.opcode == "bitcast":
         made = inner[made.operands[0]]
     if made.opcode == "parameter":
         return 0
-    if made.opcode == "dynamic-update-slice":
-        return inner[made.operands[1]].outputs[0].nbytes
+    if made.opcode == "fusion":
+        called = module.computations[made.called[0]]
+        return sum(_written(module, called, result) for result in _results(called))
+    if made.opcode in _CHANGES:
+        return inner[made.operands[_CHANGES[made.opcode]]].outputs[0].nbytes
     return sum(a.nbytes for a in inner[name].outputs if a.space == 0)
-
-
-def _in_main_memory(where: Computation, name: str) -> int:
-    found = where.get(name)
-    return sum(a.nbytes for a in found.outputs if a.space == 0) if found else 0
-
-
-def _sliced(inner: Computation) -> dict[int, int]:
-    """Bytes read of the parameters of a fused computation of which only slices are read, by their number."""
-    users: dict[str, list[Instruction]] = collections.defaultdict(list)
-    for instruction in inner.values():
-        for name in instruction.operands:
-            users[name].append(instruction)
-    found = {}
-    for instruction in inner.values():
-        if instruction.opcode != "parameter":
-            continue
-        total = 0
-        for user in users[instruction.name]:
-            first = user.operands[0] == instruction.name
-            if user.opcode in ("dynamic-slice", "slice", "gather") and first:
-                total += user.outputs[0].nbytes
-            elif user.opcode != "dynamic-update-slice" or not first:
-                break
-        else:
-            found[int(instruction.constant)] = total
-    return found
 
 
 def _collective(use: Use, kind: str, layers: int, hosts: np.ndarray | None) -> Collective:

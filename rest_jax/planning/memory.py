@@ -23,7 +23,6 @@ from rest_jax.planning.programs import (
     rollout_programs,
     update_programs,
 )
-from rest_jax.run.environment import compiler_options
 from rest_jax.types import Sampling
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -66,10 +65,10 @@ class Allocation:
         )
 
 
-def compile_or_measure(lowered: jax.stages.Lowered, options: Mapping[str, str]) -> Any:
+def compile_or_measure(lowered: jax.stages.Lowered) -> Any:
     """The compiled program, or the bytes that it would need where XLA refuses it for want of memory."""
     try:
-        return lowered.compile(compiler_options=dict(options) or None)
+        return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         found = _OUT_OF_MEMORY.search(str(error))
         if not found:
@@ -116,7 +115,7 @@ def check_memory(make_programs: Callable[[], Mapping[str, Program]], mesh: Mesh)
         return
     for program in make_programs().values():
         with activate(mesh):
-            compiled = compile_or_measure(program.lower(), compiler_options(platform(mesh)))
+            compiled = compile_or_measure(program.lower())
         found = compiled if isinstance(compiled, int) else Allocation.of(compiled)
         refuse_if_over(usage(program, found), limit)
 

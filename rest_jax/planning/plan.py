@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from rest_jax.errors import UserError
 from rest_jax.files import atomic_write
 from rest_jax.planning import fit, report, topology
 from rest_jax.planning.compiler import versions
-from rest_jax.run.environment import user_cache
+from rest_jax.run.environment import LIBTPU_VARIABLE, user_cache
 
 FULL = 0.9  # of the memory: what is above is left to fragments and to the runtime
 
@@ -95,7 +96,8 @@ def compile_plan(
         "lengths": lengths,
         "memory_only": memory_only,
     }
-    known = json.dumps([request | {"name": None}, versions(), _sources()], sort_keys=True)
+    flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", LIBTPU_VARIABLE)]
+    known = json.dumps([request, versions(), flags, _sources()], sort_keys=True)
     path = user_cache() / "plans" / f"{hashlib.sha256(known.encode()).hexdigest()}.json"
     if path.is_file():
         return json.loads(path.read_text())

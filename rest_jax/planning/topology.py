@@ -14,6 +14,7 @@ import re
 from typing import Any
 
 from rest_jax.errors import UserError
+from rest_jax.run.environment import LIBTPU_VARIABLE, libtpu_flags
 
 GIB = 2**30
 FORMS = (
@@ -102,6 +103,7 @@ def child_environment(topology: Topology, dump: pathlib.Path) -> dict[str, str]:
     ]
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
+        LIBTPU_VARIABLE: libtpu_flags(os.environ.get(LIBTPU_VARIABLE, "")),
         "XLA_FLAGS": " ".join(flags).strip(),
         # It would keep every executable, 100 times the text that a plan is made of.
         "JAX_ENABLE_COMPILATION_CACHE": "false",

@@ -35,13 +35,13 @@ def test_a_program_needs_its_arguments_its_outputs_and_what_lies_beside():
 
 def test_what_xla_refuses_is_known_by_what_it_says(monkeypatch):
     class Refused:
-        def compile(self, compiler_options):
+        def compile(self):
             raise jax.errors.JaxRuntimeError(
                 "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 22.50G of 15.75G hbm."
             )
 
     lowered: Any = Refused()
-    assert memory.compile_or_measure(lowered, {}) == int(22.5 * 2**30)
+    assert memory.compile_or_measure(lowered) == int(22.5 * 2**30)
     needed = memory.usage(program(), int(22.5 * 2**30))
     assert needed.total == int(22.5 * 2**30) + 2**20
 

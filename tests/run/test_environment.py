@@ -41,6 +41,15 @@ def test_defaults(tmp_path):
     assert not warned
 
 
+def test_flags_of_libtpu_and_what_the_user_says_of_them(tmp_path):
+    """libtpu aborts the process on a flag that it does not know; `rest-jax plan` compiles with the same."""
+    (name,) = environment.LIBTPU_FLAGS
+    found, _ = run_program("show_environment.py", tmp_path)
+    assert found["LIBTPU_INIT_ARGS"] == f"--{name}=1000000"
+    assert environment.libtpu_flags("--other=1") == f"--other=1 --{name}=1000000"
+    assert environment.libtpu_flags(f"--{name}=3") == f"--{name}=3"
+
+
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
