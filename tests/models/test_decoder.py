@@ -407,10 +407,11 @@ def test_gradients_of_matrices_are_not_rounded_to_the_compute_dtype():
     params = init_params(cfg, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, cfg.vocab_size)
     layout, positions = prompt_rows(tokens, jnp.array([9, 7]))
+    slope = jax.random.normal(jax.random.key(2), (2, 9, cfg.d_model))
 
     def loss(params):
         hidden, _ = decoder.apply({"params": params}, tokens, positions, layout)
-        return jnp.sum(hidden.astype(jnp.float32) ** 2)
+        return jnp.sum(hidden.astype(jnp.float32) * slope)
 
     blocks = jax.grad(loss)(params)["blocks"]
     matrices = [
