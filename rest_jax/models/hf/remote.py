@@ -1,39 +1,58 @@
 """Orbax checkpoints on s3://: Orbax knows local paths and gs:// alone, TensorStore below it knows S3 as well.
 
 `checkpoint_path(path)` is called with every path that is handed to Orbax. For s3:// it has Orbax ask TensorStore's s3 driver
-where it would ask the gcs driver; the three functions it replaces for that are private to Orbax, and `requirements.txt` bounds
-its version. Credentials and region are those that AWS's own tools find; AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL name another
-server, for s3fs as well as here.
+where it would ask the gcs driver; the three functions it replaces for that are private to Orbax, so they are looked for only
+then. Credentials and region are those that AWS's own tools find; AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL name another server,
+for s3fs as well as here.
 
 A store cannot rename, so a checkpoint there is written under its final name (`ATOMICITY`): it counts once `commit_success.txt`,
 put last, is there.
 """
 
+import functools
 import os
 from typing import Any
 
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint._src.path import gcs_utils
-from orbax.checkpoint._src.serialization import tensorstore_utils
 
+from rest_jax.errors import UserError
 from rest_jax.files import is_url
 
 COMMIT_FILE = "commit_success.txt"
 ATOMICITY = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
 _SCHEME = "s3://"
 
-_gcs_kvstore = gcs_utils.get_kvstore_for_gcs
-_normalise = tensorstore_utils._normalize_path
-
 
 def checkpoint_path(path: epath.Path) -> epath.Path:
     """The path, once Orbax can read and write there."""
     if os.fspath(path).startswith(_SCHEME):
-        gcs_utils.get_kvstore_for_gcs = _kvstore
-        tensorstore_utils._normalize_path = _normalise_url
-        tensorstore_utils._use_gcs_driver = is_url
+        _teach_orbax()
     return path
+
+
+@functools.cache
+def _teach_orbax() -> None:
+    """Replaces the three functions, once. UserError when this version of Orbax has others."""
+    try:
+        from orbax.checkpoint._src.path import gcs_utils
+        from orbax.checkpoint._src.serialization import tensorstore_utils
+
+        gcs_kvstore = gcs_utils.get_kvstore_for_gcs
+        normalise = tensorstore_utils._normalize_path
+        _ = tensorstore_utils._use_gcs_driver
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"s3://: Orbax {ocp.__version__} does not write there ({error}); "
+            'pip install "orbax-checkpoint==0.12.8", or take gs:// or a local path'
+        ) from error
+    gcs_utils.get_kvstore_for_gcs = lambda path: (
+        _s3_kvstore(path) if path.startswith(_SCHEME) else gcs_kvstore(path)
+    )
+    tensorstore_utils._normalize_path = lambda path: (
+        path.rstrip("/") if path.startswith(_SCHEME) else normalise(path)
+    )
+    tensorstore_utils._use_gcs_driver = is_url
 
 
 def is_complete(path: epath.Path) -> bool:
@@ -47,19 +66,13 @@ def kvstore(folder: os.PathLike[str]) -> dict[str, Any]:
     if not is_url(text):
         return {"driver": "file", "path": os.path.abspath(text)}
     if text.startswith(_SCHEME):
-        return _kvstore(text)
+        return _s3_kvstore(text)
     bucket, _, name = text.partition("://")[2].partition("/")
     return {"driver": "gcs", "bucket": bucket, "path": name}
 
 
-def _normalise_url(path: str) -> str:
-    return path.rstrip("/") if path.startswith(_SCHEME) else _normalise(path)
-
-
-def _kvstore(path: str) -> dict[str, Any]:
-    """TensorStore's description of a place in a store."""
-    if not path.startswith(_SCHEME):
-        return _gcs_kvstore(path)
+def _s3_kvstore(path: str) -> dict[str, Any]:
+    """TensorStore's description of a place on s3://."""
     bucket, _, name = path.removeprefix(_SCHEME).partition("/")
     spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": name}
     for key, names in {
