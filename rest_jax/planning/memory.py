@@ -26,7 +26,10 @@ from rest_jax.planning.programs import (
 from rest_jax.types import Sampling
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_OUT_OF_MEMORY = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])")
+# libtpu has two sentences for it.
+_OUT_OF_MEMORY = re.compile(
+    r"(?:[Uu]sed |HLO temporaries \()([\d.]+)([KMGT])\)?(?: of| exceeds available)"
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,12 +33,17 @@ def test_a_program_needs_its_arguments_its_outputs_and_what_lies_beside():
     assert parts == {"parameters": 2**18, "outputs": 2**18, "optimiser": 2**20}
 
 
-def test_what_xla_refuses_is_known_by_what_it_says(monkeypatch):
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Ran out of memory in memory space hbm. Used 22.50G of 15.75G hbm.",
+        "Ran out of memory on HBM, the total memory required for HLO temporaries (22.50G) exceeds available HBM (15.75G).",
+    ],
+)
+def test_what_xla_refuses_is_known_by_what_it_says(said):
     class Refused:
         def compile(self):
-            raise jax.errors.JaxRuntimeError(
-                "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 22.50G of 15.75G hbm."
-            )
+            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {said}")
 
     lowered: Any = Refused()
     assert memory.compile_or_measure(lowered) == int(22.5 * 2**30)
