@@ -210,13 +210,18 @@ def apply_routed(
 
 
 def unstack_layers(params: Params) -> Params:
-    """Parameters of `layers: scan` as those of `layers: unroll`: `blocks` becomes `block_0`, `block_1`, .."""
+    """Parameters of `layers: scan` as those of `layers: unroll`: `blocks` becomes `block_0`, `block_1`, .. A parameter in it is
+    an array [L ...] or a tuple of layers.
+    """
     rest = {name: value for name, value in params.items() if name != "blocks"}
-    count = jax.tree.leaves(params["blocks"])[0].shape[0]
-    blocks = {
-        f"block_{i}": jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(count)
-    }
-    return rest | blocks
+
+    def layer(i: int) -> Params:
+        return jax.tree.map(
+            lambda x: x[i], params["blocks"], is_leaf=lambda x: isinstance(x, tuple)
+        )
+
+    count = len(params["blocks"]["attention"]["q"])
+    return rest | {f"block_{i}": layer(i) for i in range(count)}
 
 
 def init_params(cfg: DecoderConfig, key: Key[Array, ""]) -> Params:

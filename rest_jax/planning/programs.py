@@ -317,9 +317,6 @@ def _rollout_parts(
 
 def _lower_cast(policy: Policy) -> Any:
     """Of the largest parameter: they are cast one after another."""
-    if rollout_decoder(policy).cfg.layers == "unroll":
-        cast: Any = rollout_cast(policy)
-        return cast.lower(policy.params)
     leaves = zip(
         jax.tree.leaves(cast_programs(policy)), jax.tree.leaves(policy.params), strict=True
     )

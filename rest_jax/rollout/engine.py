@@ -375,39 +375,43 @@ def cache_sharding(x: jax.ShapeDtypeStruct, mesh: Mesh) -> NamedSharding:
 
 
 def rollout_decoder(policy: Policy) -> Decoder:
-    """The decoder of rollouts. On CPU its layers are unrolled: a loop over stacked weights would copy each layer's weights
-    for every token.
+    """The decoder of rollouts. On CPU and GPU its layers are unrolled: a loop over stacked weights would copy each layer's
+    weights and caches for every token. On TPU it is the other way round (docs/performance.md).
     """
-    layers = "unroll" if platform(policy.mesh) == "cpu" else "scan"
+    layers = "scan" if platform(policy.mesh) == "tpu" else "unroll"
     return Decoder(dataclasses.replace(policy.config, layers=layers, remat="none"))
 
 
 def rollout_cast(policy: Policy) -> Callable[[Params], Params]:
-    """The cast, jitted, from a policy's train weights (float32 masters, train layout) to its rollout weights: in the compute
-    dtype, in the rollout layout on the rollout mesh, with the layers of an unrolled decoder apart.
+    """The cast from a policy's train weights (float32 masters, train layout) to its rollout weights: in the compute dtype, in
+    the rollout layout on the rollout mesh, with the layers of an unrolled decoder apart. `cast_programs` is what it runs.
     """
-    cfg = rollout_decoder(policy).cfg
-    if cfg.layers == "unroll":
-        where = param_shardings(cfg, policy.rollout_mesh, layout="rollout")
-        cast = functools.partial(
-            jax.tree_util.tree_map_with_path, functools.partial(_cast_leaf, cfg.dtype)
-        )
-        return jax.jit(lambda params: unstack_layers(cast(params)), out_shardings=where)
     programs = cast_programs(policy)
-    return lambda params: jax.tree.map(lambda program, x: program(x), programs, params)
+    unrolled = rollout_decoder(policy).cfg.layers == "unroll"
+
+    def cast(params: Params) -> Params:
+        params = jax.tree.map(lambda program, x: program(x), programs, params)
+        return unstack_layers(params) if unrolled else params
+
+    return cast
 
 
 def cast_programs(policy: Policy) -> Any:
-    """The cast of each parameter of stacked layers, in the tree of the parameters. One program for all of them would hold a
-    second copy of the weights on every device.
+    """The jitted cast of each parameter, in the tree of the train weights; of an unrolled decoder a stacked parameter becomes a
+    tuple of layers. One program for all would hold a second copy of the weights on every device.
     """
-    cfg = rollout_decoder(policy).cfg
-    return jax.tree_util.tree_map_with_path(
-        lambda path, sharding: jax.jit(
-            functools.partial(_cast_leaf, cfg.dtype, path), out_shardings=sharding
-        ),
-        param_shardings(cfg, policy.rollout_mesh, layout="rollout"),
-    )
+    cfg, mesh = rollout_decoder(policy).cfg, policy.rollout_mesh
+    stacked = dataclasses.replace(cfg, layers="scan")
+
+    def program(path: tuple[Any, ...], sharding: NamedSharding) -> Callable[[jax.Array], Any]:
+        cast = functools.partial(_cast_leaf, cfg.dtype, path)
+        if cfg.layers == "scan" or path[0].key != "blocks":
+            return jax.jit(cast, out_shardings=sharding)
+        layer = NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
+        return jax.jit(lambda x: tuple(cast(x)), out_shardings=(layer,) * cfg.n_layers)
+
+    where = param_shardings(stacked, mesh, layout="rollout")
+    return jax.tree_util.tree_map_with_path(program, where)
 
 
 def _cast_leaf(dtype: Any, path: tuple[Any, ...], x: jax.Array) -> jax.Array:
