@@ -8,7 +8,6 @@ the host alone, and go from tensor to tensor: a few copies of one are in memory,
 import collections
 import itertools
 import math
-import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax.traverse_util import flatten_dict
 
 from rest_jax.files import atomic_folder
@@ -94,7 +94,7 @@ def export(
     cfg = read_config(files)
     if isinstance(weights, str):
         weights = pathlib.Path(weights)
-    on_disk = isinstance(weights, os.PathLike)
+    on_disk = isinstance(weights, (pathlib.Path, epath.Path))
     opened = open_weights(weights, cfg) if on_disk else _in_memory(weights, cfg)
     dtypes = _recorded_dtypes(files, cfg)
     if dtype is not None:
