@@ -39,6 +39,7 @@ def test_the_times_of_the_steps_sum_to_the_length_of_the_run(supervised):
         assert line["time/processed_tokens_per_second"] > line["time/tokens_per_second"]
 
 
+@pytest.mark.slow
 def test_its_folder_is_a_start_for_reinforcement(supervised, tmp_path):
     finish(start("train", recipe(supervised, tmp_path, train={"steps": 1}), tmp_path))
     assert lines(tmp_path / "tiny")[-1]["step"] == 1

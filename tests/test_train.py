@@ -66,6 +66,7 @@ def test_killed_and_restarted_is_the_unbroken_run(model, unbroken, tmp_path, mom
     assert_same(state(tmp_path / "tiny"), state(unbroken))
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_ends_well(model, unbroken, tmp_path):
     raw = recipe(model, tmp_path, train={"checkpoint_every": 100})
     process = start("train", raw, tmp_path)

@@ -12,6 +12,7 @@ q_bias [L N H], k_bias, v_bias [L K H], q_norm/scale, k_norm/scale [L H]; mlp/ga
 experts mlp/router [L D E], gate, up [L E D F], down [L E F D].
 """
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -229,6 +230,7 @@ def init_params(cfg: DecoderConfig, key: Key[Array, ""]) -> Params:
     return nn.meta.unbox(_init_boxed(cfg, key))
 
 
+@functools.lru_cache(maxsize=16)
 def abstract_params(cfg: DecoderConfig) -> Params:
     """Shapes and dtypes of the parameters, still boxed with their logical axes; nothing is computed."""
     return jax.eval_shape(lambda: _init_boxed(cfg, jax.random.key(0)))

@@ -116,6 +116,7 @@ def test_the_trial_of_a_lost_worker_resumes_in_its_folder(
     assert held == [0, 2, 4, 6, 8]
 
 
+@pytest.mark.slow
 def test_two_workers_share_a_sweep(recipe, write_space, tmp_path, start, steps):
     choices = [i / 10 for i in range(1, 5)]
     space = write_space(parameters={"curriculum.alpha_format": {"choices": choices}})

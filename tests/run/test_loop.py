@@ -122,6 +122,7 @@ def test_staleness_is_one_but_at_the_start_and_after_a_checkpoint(unbroken):
     assert all(line["update/grad_norm"] > 0 for line in found)
 
 
+@pytest.mark.slow
 def test_two_runs_of_a_seed_are_the_same(unbroken, broken):
     """Up to where one of them was killed."""
     unbroken_lines = lines(unbroken[0])
@@ -129,6 +130,7 @@ def test_two_runs_of_a_seed_are_the_same(unbroken, broken):
     assert broken.before == unbroken_lines[: len(broken.before)]
 
 
+@pytest.mark.slow
 def test_killed_after_a_checkpoint_and_restarted_is_the_unbroken_run(unbroken, broken):
     assert lines(broken.run) == lines(unbroken[0])
     one, other = state(broken.run), state(unbroken[0])
@@ -138,6 +140,7 @@ def test_killed_after_a_checkpoint_and_restarted_is_the_unbroken_run(unbroken, b
     assert samples[0] == samples[1]
 
 
+@pytest.mark.slow
 def test_what_is_saved_is_the_position_after_the_batch_trained_on(broken):
     """Not after the one that was sampled ahead: a run stopped at any step drops that one and takes it again."""
     said = re.findall(r"^loader (.*)$", broken.killed, re.MULTILINE)
@@ -170,6 +173,7 @@ def test_a_trace_opens_in_perfetto(unbroken):
     assert list((run / "profile").rglob("*.xplane.pb"))
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_run_has_no_trace(broken):
     assert "no trace: step 2 was not among the steps run" in broken.restarted
     assert not (broken.run / "profile").exists()
