@@ -20,8 +20,8 @@ pytestmark = pytest.mark.multihost
 
 # The learning rate is low: the order of sums changes no sampled token then.
 TWO_STEPS = {
-    "train": {"steps": 2, "checkpoint_every": 2},
-    "rollout": {"prompts_per_step": 4},
+    "train": {"steps": 2, "checkpoint_every": 2, "prompts_per_update": 4},
+    "rollout": {"prompts_per_step": 8},
     "optimizer": {"learning_rate": 1e-5},
 }
 # (processes, devices of each, mesh); `rollout`: the tensor size of the rollout

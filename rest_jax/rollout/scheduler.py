@@ -30,6 +30,7 @@ from rest_jax.distributed import (
     local_shards,
     num_data_shards,
     platform,
+    replicated,
     rows_of_shards,
     to_host,
     to_mesh,
@@ -139,6 +140,8 @@ class Sampler:
     def __init__(self, engine: Engine, settings: RolloutSettings, mesh: Mesh):
         self.engine, self.settings, self.mesh = engine, settings, mesh
         self.stats = SamplerStats()
+        # The run's key lies on the mesh of the training, with which nothing here can be computed.
+        self._place = jax.jit(lambda rng: rng, out_shardings=replicated(mesh))
 
     def __call__(
         self,
@@ -153,6 +156,7 @@ class Sampler:
 
         `limits` `[P, G]`: tokens of each response at most, where that is below `max_tokens`.
         """
+        rng = self._place(rng)
         with activate(self.mesh):
             rollout = _Rollout(self, params, prompts, limits)
             while rollout.refill(rng, jnp.int32(step)):

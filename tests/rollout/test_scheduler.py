@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rest_jax.distributed import activate, replicated
 from rest_jax.rl.packing import bucket
 from rest_jax.rollout import engine as engine_lib
 from rest_jax.rollout import scheduler
@@ -135,6 +136,15 @@ def test_groups_are_reported_once_when_they_are_complete(reference, slots):
     assert sampler.stats.calls == len(decode.calls)
     if slots == 4:  # most of them while others are still being decoded
         assert sum(calls < len(decode.calls) for calls, _ in reported.values()) >= 4
+
+
+def test_the_key_may_lie_on_another_mesh(reference):
+    """As in a run whose rollouts have a tensor size of their own."""
+    sampler, params = tiny.sampler(shape=(1, 1, 2)), tiny.params()
+    key = jax.device_put(jax.random.key(7), replicated(tiny.mesh(data=2)))
+    with activate(tiny.mesh(data=2)):
+        out = sampler(params, tiny.prompts(), key, 0)
+    same(out, reference)
 
 
 @pytest.mark.parametrize("slots", [3, 16])
