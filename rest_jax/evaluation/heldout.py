@@ -17,7 +17,7 @@ import numpy as np
 from rest_jax.config import Config
 from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.tokenize import Prepared, load_split, prepare
-from rest_jax.distributed import activate, is_first_process, say
+from rest_jax.distributed import is_first_process, say
 from rest_jax.files import Location, as_path, atomic_write
 from rest_jax.models.policy import Policy
 from rest_jax.rollout.engine import rollout_cast
@@ -101,7 +101,6 @@ def evaluate(
     template = TEMPLATES[config.data.template]
     rows: list[list[Any]] = []
     with contextlib.ExitStack() as stack:
-        stack.enter_context(activate(policy.mesh))
         file = None
         # Opened first: a folder that is missing is known before hours of sampling.
         if output is not None and is_first_process():

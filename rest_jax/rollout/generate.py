@@ -15,7 +15,7 @@ from rest_jax.config import Config
 from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import prepare
-from rest_jax.distributed import activate, num_data_shards
+from rest_jax.distributed import num_data_shards
 from rest_jax.errors import UserError
 from rest_jax.rollout.engine import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
@@ -43,8 +43,7 @@ def generate(
         rows = np.arange(start, min(start + batch_size, prepared.size))
         padded = pad([prepared.prompts[i] for i in rows], width, tokenizer.pad_id)
         batch = PromptBatch(*padded, rows.astype(np.int32))
-        with activate(policy.mesh):
-            out = sampler.sample_all(params, batch, jax.random.key(config.seed))
+        out = sampler.sample_all(params, batch, jax.random.key(config.seed))
         for i, ids, lengths in zip(rows, out.responses, out.response_length, strict=True):
             texts = [x[:n] for x, n in zip(ids, lengths, strict=True)]
             texts = [x[:-1] if int(x[-1]) in tokenizer.stop_ids else x for x in texts]

@@ -230,8 +230,9 @@ class _Rollout:
         most = np.full(self.out.response_length.shape, self.settings.max_tokens, np.int32)
         self.limits = most if limits is None else np.minimum(most, limits)
         self.length = gather(self.prompts.length, self.mesh)
-        self.own_shards = local_shards(self.mesh)
-        own = rows_of_shards(len(self.length), self.own_shards, self.mesh)
+        # This process's data shards, and where each is among them.
+        self.own_shards = {shard: i for i, shard in enumerate(local_shards(self.mesh))}
+        own = rows_of_shards(len(self.length), list(self.own_shards), self.mesh)
         self.own_rows = {int(group): row for row, group in enumerate(own)}  # its row here
         groups = deal_groups(self.length, self.mesh)
         entries, slots = self.settings.sizes(max(map(len, groups)))
@@ -342,7 +343,7 @@ class _Rollout:
                 begin, n = int(shard.index[slot]), int(count[w, slot])
                 shard.index[slot] += n
                 if own:
-                    source = self.own_shards.index(w), slot, slice(n)
+                    source = self.own_shards[w], slot, slice(n)
                     target = self.own_rows[group], sample, slice(begin, begin + n)
                     self.out.responses[target] = token[source]
                     self.out.logp[target] = logp[source]

@@ -18,6 +18,7 @@ import jax
 
 from rest_jax.config import DistributedConfig
 from rest_jax.errors import RunStopped, UserError
+from rest_jax.run.stop import end
 
 AUTO = "auto"
 _WORLD = re.compile(r"(\d+)/(\d+)@([^@\s]+:\d+)")
@@ -172,15 +173,6 @@ def lost_peer(seconds: float | None = None) -> str | None:
             return "the first process, which coordinates the others, is lost"
         time.sleep(_SECONDS)
     return None
-
-
-def end(message: str, code: int) -> None:
-    """Ends the process at once, with one line: threads and devices wait for processes that are no more."""
-    if message:
-        print(f"rest-jax: error: {message}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _filter_stderr() -> None:

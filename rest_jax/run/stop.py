@@ -102,7 +102,11 @@ class StopRequest:
 
 
 def end(message: str, code: int) -> None:
-    """Ends the process at once, without waiting for threads or other processes: there is no other way out of a wait."""
-    print(f"rest-jax: error: {message}", file=sys.stderr, flush=True)
+    """Ends the process at once, without waiting for threads or other processes: there is no other way out of a wait. An empty
+    message has been printed before.
+    """
+    if message:
+        print(f"rest-jax: error: {message}", file=sys.stderr)
+    sys.stderr.flush()
     sys.stdout.flush()
     os._exit(code)

@@ -74,7 +74,7 @@ def test_a_host_that_is_told_to_stop_saves_and_says_so(fakes):
 
 
 def test_an_earlier_run_saves_first(fakes):
-    """One whose connection is lost: its host goes on."""
+    """One whose connection is lost: its host keeps running."""
     fakes.answer(("gcloud", [{"run": "command"}]), ("rest-jax", [{"seconds": 60}, {}]))
     fakes.start(VM, "pod", "z", "train", "first")
     earlier = fakes.process("rest-jax", "train", "first")
