@@ -45,7 +45,11 @@ MODEL_A = DecoderConfig(
     max_positions=40_960,
 )
 NAMED = {"model-a": MODEL_A, **{name: preset(name) for name in PRESETS}}
-_ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+_ARCHITECTURES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
 
 
 def load(
@@ -113,8 +117,8 @@ def write_folder(source: str, vocab: int | None, out: pathlib.Path) -> None:
         shutil.rmtree(side)
 
 
-def hf_config(cfg: DecoderConfig) -> dict:
-    """config.json of a Qwen3 or Llama model of these sizes."""
+def hf_config(cfg: DecoderConfig, dtype: str = "float32") -> dict:
+    """config.json of a Qwen or Llama model of these sizes."""
     return {
         "architectures": [_ARCHITECTURES[cfg.family]],
         "model_type": cfg.family,
@@ -132,5 +136,5 @@ def hf_config(cfg: DecoderConfig) -> dict:
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": cfg.tied,
-        "torch_dtype": "float32",
+        "dtype": dtype,
     }

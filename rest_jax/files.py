@@ -219,7 +219,7 @@ def atomic_folder(location: Location, last: str = "config.json") -> Iterator[pat
 def fetch_folder(location: Location, leave: Sequence[str] = ()) -> pathlib.Path:
     """A local copy of a folder of a store; a local folder as it is. UserError for a URL with no files.
 
-    The copy is made once a host: in the cache ($XDG_CACHE_HOME or ~/.cache, rest_jax/models), under a name with a digest of the
+    The copy is made once a host: in the cache ($XDG_CACHE_HOME or ~/.cache, rest_jax/fetched), under a name with a digest of the
     folder's listing in it, so that a folder which has changed is fetched anew. Of the subfolders called in `leave` nothing is
     copied: a file beside says where they are, which `follow` reads.
     """
@@ -233,7 +233,7 @@ def fetch_folder(location: Location, leave: Sequence[str] = ()) -> pathlib.Path:
         listing = repr((os.fspath(url), sorted(leave), sorted(found.items())))
         digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
         base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        copy = base / "rest_jax" / "models" / f"{url.name}-{digest}"
+        copy = base / "rest_jax" / "fetched" / f"{url.name}-{digest}"
         copy.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{copy}.lock"):
             if not copy.is_dir():

@@ -39,7 +39,7 @@ def quickstart(overrides: Sequence[str] = (), fresh: bool = False) -> None:
     print(f"[3/4] exported to {exported}", flush=True)
     reloaded = _with_source(config, exported)
     policy = load_policy(reloaded.model, reloaded.mesh)
-    data = held_out(reloaded, policy)
+    data = held_out(reloaded, policy, keep=True)
     assert data is not None
     rates, _ = Evaluator(reloaded, policy, data)(policy.params)
     print(f"[4/4] reloaded {exported} and evaluated it", flush=True)

@@ -13,8 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rest_jax.config import Config, check_supervised
+from rest_jax.data.cache import load_demonstrations
 from rest_jax.data.loader import Loader, TargetBatch, bucketed
-from rest_jax.data.tokenize import Prepared, load_split, prepare_supervised
+from rest_jax.data.tokenize import Prepared
 from rest_jax.distributed import (
     activate,
     check_batch,
@@ -24,7 +25,6 @@ from rest_jax.distributed import (
     say,
     to_mesh,
 )
-from rest_jax.errors import UserError
 from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
 from rest_jax.models.policy import Policy
 from rest_jax.planning.memory import check_memory
@@ -43,9 +43,11 @@ from rest_jax.rl.supervised import (
 )
 from rest_jax.run.folder import SUPERVISED_FINITE, Run, check_start, open_run
 from rest_jax.run.load import load_policy
-from rest_jax.run.loop import Loop, PendingStep
+from rest_jax.run.loop import Loop, PendingStep, total_steps
 from rest_jax.run.preflight import check_store
 from rest_jax.templates import TEMPLATES
+
+BATCH = "sft.batch_size"  # the records of a step
 
 
 def finetune(config: Config, dry_run: bool = False) -> int:
@@ -53,13 +55,11 @@ def finetune(config: Config, dry_run: bool = False) -> int:
     check_supervised(config)
     check_store(config)
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
-    check_batch("sft.batch_size", config.sft.batch_size, policy.mesh)
+    check_batch(BATCH, config.sft.batch_size, policy.mesh)
     check_experts(config, policy.config)
-    cfg = config.data
-    records, template = load_split(cfg.train, cfg, cfg.train_limit), TEMPLATES[cfg.template]
-    data = prepare_supervised(records, policy.tokenizer, template, cfg, config.sft.max_tokens)
-    steps = total_steps(config, data.size)
-    examples = held_out(config, policy)
+    data = load_demonstrations(config, policy.tokenizer, keep=not dry_run)
+    steps = total_steps(config, data.size, BATCH)
+    examples = held_out(config, policy, keep=not dry_run)
     check_start(config)
     say(f"{config.name}: {data.summary()}\n{steps} steps of {config.sft.batch_size} records")
     if dry_run:
@@ -74,7 +74,7 @@ def finetune(config: Config, dry_run: bool = False) -> int:
 def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, run: Run) -> None:
     """All steps of a run, from its newest checkpoint on."""
     config, mesh = run.config, policy.mesh
-    steps = total_steps(config, data.size)
+    steps = total_steps(config, data.size, BATCH)
     tx, rates = make_optimizer(config.optimizer, steps), learning_rates(config.optimizer, steps)
     schedule = Schedule(config.weights, config.curriculum, steps)
     state, abstract, shardings = init_state(policy, tx, schedule, config.seed)
@@ -133,17 +133,6 @@ def token_rates(tokens: int, processed: int, update: float, step: float) -> dict
         "time/tokens_per_second": tokens / step,
         "time/processed_tokens_per_second": processed / step,
     }
-
-
-def total_steps(config: Config, records: int) -> int:
-    """`train.steps`, or the complete steps in `train.epochs`."""
-    size, epochs = config.sft.batch_size, config.train.epochs
-    if records < size:
-        raise UserError(f"data.train: {records} records, fewer than sft.batch_size {size}")
-    steps = config.train.steps or int(records // size * epochs)
-    if steps == 0:
-        raise UserError(f"train.epochs {epochs}: less than one step of {records} records")
-    return steps
 
 
 def gather_lengths(rows: TargetBatch, mesh: Mesh) -> BatchLengths:

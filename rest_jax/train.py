@@ -18,9 +18,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rest_jax.config import Config
+from rest_jax.data.cache import load_prompts
 from rest_jax.data.loader import bucketed
-from rest_jax.data.tokenize import Prepared, load_split
-from rest_jax.data.tokenize import prepare as tokenize
+from rest_jax.data.tokenize import Prepared
 from rest_jax.distributed import (
     activate,
     check_batch,
@@ -44,11 +44,12 @@ from rest_jax.rollout.engine import rollout_cast
 from rest_jax.rollout.experience import Collector, Experience
 from rest_jax.run.folder import RL_FINITE, Run, check_start, open_run
 from rest_jax.run.load import load_policy
-from rest_jax.run.loop import Loop, PendingStep
+from rest_jax.run.loop import Loop, PendingStep, total_steps
 from rest_jax.run.preflight import check_store
 from rest_jax.run.throughput import Speed, mesh_peak_flops, reward_rates
-from rest_jax.templates import TEMPLATES
 from rest_jax.types import Params, Sampling, ScoredBatch
+
+BATCH = "rollout.prompts_per_step"  # the prompts of a step
 
 
 def train(config: Config, dry_run: bool = False, profile: int | None = None) -> int:
@@ -59,11 +60,10 @@ def train(config: Config, dry_run: bool = False, profile: int | None = None) -> 
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     check_sizes(config, policy)
     check_experts(config, policy.config)
-    data, template = config.data, TEMPLATES[config.data.template]
-    records = load_split(data.train, data, data.train_limit)
-    prompts = tokenize(records, policy.tokenizer, template, data)
-    examples = held_out(config, policy)
-    steps = total_steps(config, prompts.size)
+    data, keep = config.data, not dry_run
+    prompts = load_prompts(config, data.train, data.train_limit, policy.tokenizer, keep)
+    examples = held_out(config, policy, keep)
+    steps = total_steps(config, prompts.size, BATCH)
     check_start(config)
     describe(config, policy, prompts, examples.size if examples else 0, steps)
     if dry_run:
@@ -80,7 +80,7 @@ def train_steps(
 ) -> None:
     """All steps of a run, from its newest checkpoint on."""
     config, mesh, rollout_mesh = run.config, policy.mesh, policy.rollout_mesh
-    steps = total_steps(config, prompts.size)
+    steps = total_steps(config, prompts.size, BATCH)
     cfg = step_config(config, steps)
     tx = make_optimizer(config.optimizer, steps * cfg.updates)
     reference = copy_reference(config, policy.params)
@@ -226,31 +226,16 @@ def check_sizes(config: Config, policy: Policy) -> None:
     """A mini-batch must divide over the mesh; UserError with both numbers."""
     name = "train.prompts_per_update"
     if config.train.prompts_per_update is None:
-        name = "rollout.prompts_per_step"
+        name = BATCH
     size, shards = minibatch_prompts(config), num_data_shards(policy.mesh)
     check_batch(name, size, policy.mesh)
     if jax.process_count() > 1:  # each of them samples equally many
-        prompts = config.rollout.prompts_per_step
-        check_batch("rollout.prompts_per_step", prompts, policy.rollout_mesh)
+        check_batch(BATCH, config.rollout.prompts_per_step, policy.rollout_mesh)
     if config.train.measure_noise and size <= shards:
         raise UserError(
             f"train.measure_noise: {name} {size} on {shards} data shards is one micro-batch, which has no variance; "
             f"raise {name}"
         )
-
-
-def total_steps(config: Config, prompts: int) -> int:
-    """`train.steps`, or the complete steps in `train.epochs`."""
-    if prompts < config.rollout.prompts_per_step:
-        raise UserError(
-            f"data.train {config.data.train}: {prompts} prompts, fewer than "
-            f"rollout.prompts_per_step {config.rollout.prompts_per_step}; lower it or add data"
-        )
-    epochs = config.train.epochs
-    steps = config.train.steps or int(prompts // config.rollout.prompts_per_step * epochs)
-    if steps == 0:
-        raise UserError(f"train.epochs {epochs}: less than one step of {prompts} prompts; raise it")
-    return steps
 
 
 def describe(config: Config, policy: Policy, prompts: Prepared, examples: int, steps: int) -> None:

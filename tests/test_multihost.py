@@ -13,7 +13,9 @@ import pytest
 import yaml
 
 from rest_jax import config as config_lib
+from rest_jax.data.synthetic import world as synthetic
 from rest_jax.run.load import load_policy
+from tests.data.writing import write_records
 from tests.runs import finish, lines, recipe, start, start_processes, state
 
 pytestmark = pytest.mark.multihost
@@ -131,6 +133,41 @@ def test_a_run_resumes_on_another_number_of_processes(model, one, tmp_path):
         process.communicate()
     finish(start("train", raw | {"mesh": {"data": 1, "fsdp": 1}}, tmp_path))
     assert_close(tmp_path / "tiny", one)
+
+
+def test_processes_share_the_tokenising(model, tmp_path):
+    """Of a file each tokenises its part; another number of processes finds what is there."""
+    data = tmp_path / "train.jsonl"
+    write_records(data, synthetic.world("train", 0, 600, "single"))
+    runs = {}
+    for count in (2, 1):
+        raw = recipe(model, tmp_path, **TWO_STEPS) | {"name": f"of{count}"}
+        raw |= {"mesh": {"data": count, "fsdp": 1}}
+        raw["data"] |= {"train": str(data)}
+        path = write(tmp_path / f"{count}.yaml", raw)
+        for process in start_processes(["train", path], count):
+            finish(process)
+        runs[count] = tmp_path / f"of{count}"
+    (folder,) = (tmp_path / ".tokenised").iterdir()
+    names = {"tokens-{}-of-2.bin", "records-{}-of-2.jsonl", "index-{}-of-2.npz"}
+    parts = {name.format(i) for name in names for i in range(2)}
+    assert {path.name for path in folder.iterdir()} == parts | {"complete.json"}
+    assert_close(runs[2], runs[1])
+
+
+def test_processes_that_read_other_data_are_told(model, tmp_path):
+    data = [tmp_path / str(i) / "train.jsonl" for i in range(2)]
+    programs = {}
+    for i, path in enumerate(data):
+        path.parent.mkdir()
+        write_records(path, synthetic.world("train", i, 20, "single"))
+        raw = recipe(model, tmp_path, **TWO_STEPS) | {"mesh": {"data": 2, "fsdp": 1}}
+        raw["data"] |= {"train": str(path)}
+        programs[i] = ["train", write(tmp_path / f"{i}.yaml", raw)]
+    for process in start_processes(programs[0], 2, programs={1: programs[1]}):
+        out = finish(process, 2)
+        assert "reads something else than process" in out and "Traceback" not in out
+    assert not (tmp_path / ".tokenised").exists()
 
 
 COMMANDS = {

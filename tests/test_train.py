@@ -117,7 +117,7 @@ def test_a_folder_of_another_config_is_refused(model, unbroken, capsys):
         ("data.train=nowhere.jsonl", "nowhere.jsonl"),
         ("rollout.temprature=1", "nearest: temperature"),
         ("mesh.tensor=3", "3"),
-        ("data.synthetic_size=4", "4 prompts, fewer than"),
+        ("data.synthetic_size=4", "4 records, fewer than"),
         ("data.eval=nowhere.parquet", "nowhere.parquet"),
     ],
 )

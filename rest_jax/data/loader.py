@@ -7,13 +7,14 @@ Row ids: `row = epoch * size + index in the data`, so that sampling keys differ 
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import grain
 import numpy as np
 
 from rest_jax.config import DataConfig
+from rest_jax.data.ragged import lengths_of
 from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import Prepared
 from rest_jax.errors import UserError
@@ -65,7 +66,7 @@ class Loader(Generic[T]):
         self.batches_per_epoch = size // batch
         self._records, self._assemble, self._pad_id = prepared.records, assemble, pad_id
         self._columns = [
-            (ids, bucketed(ids)) for ids in (prepared.prompts, prepared.targets) if ids
+            (rows, bucketed(rows)) for rows in (prepared.prompts, prepared.targets) if len(rows)
         ]
         self._identity = {"records": size, "batch": batch, "seed": seed}
         self._rows = np.arange(batch) if rows is None else rows
@@ -102,17 +103,17 @@ class Loader(Generic[T]):
         self._iterator.set_state(state["grain"])
 
 
-def bucketed(sequences: list[np.ndarray]) -> int:
+def bucketed(rows: Sequence[np.ndarray]) -> int:
     """The longest length, rounded up to a multiple of 64."""
-    return -(-max(map(len, sequences)) // BUCKET) * BUCKET
+    return -(-int(lengths_of(rows).max()) // BUCKET) * BUCKET
 
 
-def pad(sequences: list[np.ndarray], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+def pad(rows: Sequence[np.ndarray], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """(int32 [P, width] right-padded with `pad_id`, int32 [P] lengths)."""
-    tokens = np.full((len(sequences), width), pad_id, np.int32)
-    for row, ids in zip(tokens, sequences, strict=True):
-        row[: len(ids)] = ids
-    return tokens, np.fromiter(map(len, sequences), np.int32, len(sequences))
+    tokens = np.full((len(rows), width), pad_id, np.int32)
+    for padded, ids in zip(tokens, rows, strict=True):
+        padded[: len(ids)] = ids
+    return tokens, lengths_of(rows).astype(np.int32)
 
 
 def _index_batches(size: int, batch: int, seed: int, num_steps: int, shuffle: bool) -> Any:

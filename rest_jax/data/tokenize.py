@@ -1,8 +1,8 @@
 """From a data spec to token ids: load the records of a split, render their prompts, tokenise everything once.
 
 `load_split` understands the `synthetic:` worlds and paths; `prepare` makes prompts for reinforcement,
-`prepare_supervised` prompts and targets. Records that are too long are dropped and counted, never cut: a cut prompt
-loses its tool list.
+`prepare_supervised` prompts and targets; `data.cache` keeps those of large files. Records that are too long are dropped
+and counted, never cut: a cut prompt loses its tool list.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import numpy as np
 from rest_jax.config import DataConfig
 from rest_jax.data.convert import rlla
 from rest_jax.data.files import read_records
+from rest_jax.data.ragged import Ragged, take_records
 from rest_jax.data.records import RecordError, StepRecord
 from rest_jax.data.synthetic import world as synthetic
 from rest_jax.errors import UserError
@@ -25,11 +26,11 @@ SYNTHETIC_EVAL_SIZE = 256  # records of `synthetic:eval` when no limit is given
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Records that fit, tokenised. `targets` is empty for reinforcement; all lists are in the order of the data."""
+    """Records that fit, tokenised; all in the order of the data."""
 
-    records: list[StepRecord]
-    prompts: list[np.ndarray]  # int32 [T_i]
-    targets: list[np.ndarray]  # int32 [T_i], end-of-turn included
+    records: Sequence[StepRecord]
+    prompts: Ragged  # int32 rows
+    targets: Ragged  # int32 rows, end-of-turn included; none for reinforcement
     dropped: int  # records that were too long
     limit: int  # tokens a record may have
 
@@ -40,12 +41,43 @@ class Prepared:
 
     def summary(self) -> str:
         """One line: how many records, how many dropped and why, how long the prompts are."""
-        lengths = list(map(len, self.prompts))
-        p50, p95, most = np.percentile(lengths, [50, 95, 100], method="higher")
+        p50, p95, most = np.percentile(self.prompts.lengths, [50, 95, 100], method="higher")
         dropped = (
             f", {self.dropped} dropped (longer than {self.limit} tokens)" if self.dropped else ""
         )
         return f"{self.size} records{dropped}; prompt tokens: median {p50}, 95 % {p95}, most {most}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """What becomes token ids of a record: its prompt, and in supervised training its target."""
+
+    tokenizer: Tokenizer
+    template: Template
+    brief: bool = False
+    supervised: bool = False
+
+    def __call__(self, records: Sequence[StepRecord]) -> tuple[list[np.ndarray], ...]:
+        """(prompts,) or (prompts, targets): int32 rows; a target is the gold text followed by the end-of-turn id.
+
+        RecordError when the tokenizer's chat template refuses a prompt.
+        """
+        prompts = self.tokenizer.encode_all([self._prompt(record) for record in records])
+        if not self.supervised:
+            return (prompts,)
+        answers = [self.template.render_answer(record.target) for record in records]
+        end = np.int32(self.tokenizer.end_id)
+        return prompts, [np.append(ids, end) for ids in self.tokenizer.encode_all(answers)]
+
+    def _prompt(self, record: StepRecord) -> str:
+        try:
+            messages = record.prompt_messages(self.template, self.brief)
+            return self.tokenizer.render_prompt(messages)
+        except jinja2.TemplateError as error:  # say, of roles that do not alternate
+            said = " ".join(str(error).split())
+            raise RecordError(
+                f"record {record.id!r}: the chat template of the tokenizer refuses it: {said}"
+            ) from error
 
 
 def load_split(spec: str, cfg: DataConfig, limit: int | None = None) -> list[StepRecord]:
@@ -78,8 +110,8 @@ def prepare(
     records: Sequence[StepRecord], tokenizer: Tokenizer, template: Template, cfg: DataConfig
 ) -> Prepared:
     """Tokenises every prompt once; drops those above `cfg.max_prompt_tokens`. UserError when nothing is left."""
-    prompts = [_tokenize_prompt(r, tokenizer, template, cfg.brief_prompt) for r in records]
-    return _fitting(records, prompts, [], cfg.max_prompt_tokens, "data.max_prompt_tokens")
+    columns = Encoder(tokenizer, template, cfg.brief_prompt)(records)
+    return fitting(records, [Ragged.of(c) for c in columns], cfg.max_prompt_tokens)
 
 
 def prepare_supervised(
@@ -89,66 +121,39 @@ def prepare_supervised(
     cfg: DataConfig,
     max_tokens: int,
 ) -> Prepared:
-    """Tokenises prompts and targets; drops records of more than `max_tokens` in all.
-
-    UserError when nothing is left, or when a record is a row of rlla's Parquet files, which say no thought to imitate.
+    """Tokenises prompts and targets; drops records of more than `max_tokens` in all. UserError when nothing is left, and
+    for records without a thought to imitate.
     """
+    check_demonstrations(records)
+    columns = Encoder(tokenizer, template, cfg.brief_prompt, supervised=True)(records)
+    return fitting(records, [Ragged.of(c) for c in columns], max_tokens)
+
+
+def check_demonstrations(records: Sequence[StepRecord]) -> None:
+    """UserError for rows of rlla's Parquet files, which say no thought to imitate."""
     if any(map(rlla.is_reward_only, records)):
         raise UserError(
             "data.train: rows of rlla's Parquet files, whose thoughts are placeholders, are no supervised data; "
             "use rlla_sft.json"
         )
-    both = [tokenize_supervised(r, tokenizer, template, cfg.brief_prompt) for r in records]
-    prompts, targets = [prompt for prompt, _ in both], [target for _, target in both]
-    return _fitting(records, prompts, targets, max_tokens, "sft.max_tokens")
 
 
-def tokenize_supervised(
-    record: StepRecord, tokenizer: Tokenizer, template: Template, brief: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """(prompt ids, target ids): int32 each; the target is the gold text followed by the end-of-turn id.
-
-    RecordError when the tokenizer's chat template refuses the prompt.
-    """
-    prompt = _tokenize_prompt(record, tokenizer, template, brief)
-    target = tokenizer.encode(template.render_answer(record.target))
-    return prompt, np.append(target, np.int32(tokenizer.end_id)).astype(np.int32)
-
-
-def _tokenize_prompt(
-    record: StepRecord, tokenizer: Tokenizer, template: Template, brief: bool
-) -> np.ndarray:
-    try:
-        return tokenizer.encode_prompt(record.prompt_messages(template, brief))
-    except jinja2.TemplateError as error:  # say, of roles that do not alternate
-        said = " ".join(str(error).split())
-        raise RecordError(
-            f"record {record.id!r}: the chat template of the tokenizer refuses it: {said}"
-        ) from error
-
-
-def _fitting(
-    records: Sequence[StepRecord],
-    prompts: list[np.ndarray],
-    targets: list[np.ndarray],
-    limit: int,
-    key: str,
-) -> Prepared:
-    """The records of at most `limit` tokens in all; `key` is the config value that says so."""
+def fitting(records: Sequence[StepRecord], columns: Sequence[Ragged], max_tokens: int) -> Prepared:
+    """The records of at most `max_tokens` tokens in all columns, which are those of `Encoder`. UserError when there are none."""
     if not records:
         raise UserError("data: no records")
-    totals = [
-        sum(map(len, both)) for both in zip(prompts, *([targets] if targets else ()), strict=True)
-    ]
-    fits = [i for i, total in enumerate(totals) if total <= limit]
-    if not fits:
+    totals = np.sum([column.lengths for column in columns], axis=0)
+    fits = np.flatnonzero(totals <= max_tokens)
+    if not len(fits):
+        key = "data.max_prompt_tokens" if len(columns) == 1 else "sft.max_tokens"
         raise UserError(
-            f"{key} {limit}: every one of the {len(records)} records is longer (shortest: {min(totals)} tokens); raise it"
+            f"{key} {max_tokens}: every one of the {len(records)} records is longer (shortest: {totals.min()} tokens); raise it"
         )
+    prompts, *targets = (column.take(fits) for column in columns)
     return Prepared(
-        records=[records[i] for i in fits],
-        prompts=[prompts[i] for i in fits],
-        targets=[targets[i] for i in fits] if targets else [],
+        records=take_records(records, fits),
+        prompts=prompts,
+        targets=targets[0] if targets else Ragged.of([]),
         dropped=len(records) - len(fits),
-        limit=limit,
+        limit=max_tokens,
     )

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from rest_jax.config import Config
+from rest_jax.data.cache import load_prompts
 from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.tokenize import Prepared, load_split, prepare
 from rest_jax.distributed import is_first_process, say
@@ -38,13 +39,12 @@ RATES = {
 }
 
 
-def held_out(config: Config, policy: Policy) -> Prepared | None:
-    """The held-out records, tokenised; None without `data.eval`."""
+def held_out(config: Config, policy: Policy, keep: bool) -> Prepared | None:
+    """The held-out records, tokenised and, if `keep`, kept beside the run; None without `data.eval`."""
     data = config.data
     if data.eval is None:
         return None
-    records = load_split(data.eval, data, data.eval_limit)
-    return prepare(records, policy.tokenizer, TEMPLATES[data.template], data)
+    return load_prompts(config, data.eval, data.eval_limit, policy.tokenizer, keep)
 
 
 class Evaluator:

@@ -6,6 +6,7 @@ text is derived from ids and never tokenised again. transformers is imported on 
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import re
@@ -17,6 +18,9 @@ import numpy as np
 from rest_jax.errors import UserError
 
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
+
+# Hides the function by which transformers tells a template the date; this one is what Llama 3 falls back on.
+DATE_MACRO = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes a space as this
@@ -82,17 +86,45 @@ class Tokenizer:
         """int32 [T]: the ids of a text; no beginning or end token is added, added tokens in the text are recognised."""
         return np.asarray(self.hf.encode(text, add_special_tokens=False), np.int32)
 
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of every text, on all cores."""
+        if not texts:
+            return []
+        options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+        ids = self.hf(list(texts), add_special_tokens=False, **options)["input_ids"]
+        return [np.asarray(row, np.int32) for row in ids]
+
     def encode_prompt(self, messages: Sequence[Message]) -> np.ndarray:
-        """int32 [T]: the chat through the tokenizer's own template, up to where the assistant starts to write."""
+        """int32 [T]: the ids of `render_prompt`."""
+        return self.encode(self.render_prompt(messages))
+
+    def render_prompt(self, messages: Sequence[Message]) -> str:
+        """The chat through the tokenizer's own template, up to where the assistant starts to write.
+
+        A template that asks for the date (Llama 3.2) is told a fixed one: prompts of tomorrow are those of today.
+        """
         if not self.hf.chat_template:
             raise TokenizerError(
                 f"tokenizer {self.source}: no chat template; add chat_template.jinja to its folder "
                 "(or use the instruction-tuned model's tokenizer)"
             )
-        text = self.hf.apply_chat_template(
-            [dict(m) for m in messages], add_generation_prompt=True, tokenize=False
+        return self.hf.apply_chat_template(
+            [dict(m) for m in messages],
+            add_generation_prompt=True,
+            tokenize=False,
+            chat_template=DATE_MACRO + self.hf.get_chat_template(),
         )
-        return self.encode(text)
+
+    def digest(self) -> str:
+        """SHA-256, in hex, of all that decides which ids a chat has."""
+        hf = self.hf
+        content = (
+            hf.backend_tokenizer.to_str(),
+            hf.chat_template,
+            hf.special_tokens_map,
+            self.end_id,
+        )
+        return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def byte_table(hf: Any) -> list[bytes]:

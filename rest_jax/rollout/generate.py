@@ -40,9 +40,9 @@ def generate(
     width = bucketed(prepared.prompts)
     batch_size = max(1, r.decode_slots // samples) * num_data_shards(policy.mesh)
     for start in range(0, prepared.size, batch_size):
-        rows = np.arange(start, min(start + batch_size, prepared.size))
+        rows = range(start, min(start + batch_size, prepared.size))
         padded = pad([prepared.prompts[i] for i in rows], width, tokenizer.pad_id)
-        batch = PromptBatch(*padded, rows.astype(np.int32))
+        batch = PromptBatch(*padded, np.asarray(rows, np.int32))
         out = sampler.sample_all(params, batch, jax.random.key(config.seed))
         for i, ids, lengths in zip(rows, out.responses, out.response_length, strict=True):
             texts = [x[:n] for x, n in zip(ids, lengths, strict=True)]

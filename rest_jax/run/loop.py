@@ -12,6 +12,7 @@ are on disk.
 
 import contextlib
 import dataclasses
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,9 @@ from typing import Any
 import jax
 from etils import epath
 
+from rest_jax.config import Config
 from rest_jax.distributed import is_first_process
+from rest_jax.errors import UserError
 from rest_jax.files import list_files, written_locally
 from rest_jax.run.folder import Run
 from rest_jax.run.progress import Progress
@@ -86,6 +89,22 @@ class Tracer:
             )
         else:
             say(f"no trace: step {self.wanted} was not among the steps run")
+
+
+def total_steps(config: Config, records: int, key: str) -> int:
+    """`train.steps`, or the complete steps in `train.epochs`; the value `key` is the number of records of a step.
+
+    UserError when the data or the epochs do not make one.
+    """
+    size, epochs = operator.attrgetter(key)(config), config.train.epochs
+    if records < size:
+        raise UserError(
+            f"data.train {config.data.train}: {records} records, fewer than {key} {size}; lower it or add data"
+        )
+    steps = config.train.steps or int(records // size * epochs)
+    if steps == 0:
+        raise UserError(f"train.epochs {epochs}: less than one step of {records} records; raise it")
+    return steps
 
 
 @dataclasses.dataclass

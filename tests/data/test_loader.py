@@ -11,11 +11,11 @@ from rest_jax.data.files import read_records
 from rest_jax.data.loader import Loader, TargetBatch, bucketed, pad
 from rest_jax.data.synthetic import world as synthetic
 from rest_jax.data.tokenize import (
+    Encoder,
     Prepared,
     load_split,
     prepare,
     prepare_supervised,
-    tokenize_supervised,
 )
 from rest_jax.errors import UserError
 from rest_jax.models.tokenizer import Tokenizer
@@ -172,9 +172,14 @@ def test_nothing_fits(tokenizer):
         prepare([], tokenizer, TEMPLATE, CFG)
 
 
+def _supervised(record, tokenizer):
+    (prompt,), (target,) = Encoder(tokenizer, TEMPLATE, brief=True, supervised=True)([record])
+    return prompt, target
+
+
 def test_supervised_targets_end_with_the_end_of_turn(tokenizer):
     record = synthetic.world("train", 0, 1)[0]
-    prompt, answer = tokenize_supervised(record, tokenizer, TEMPLATE, brief=True)
+    prompt, answer = _supervised(record, tokenizer)
     assert answer[-1] == tokenizer.end_id and answer.dtype == prompt.dtype == np.int32
     assert tokenizer.text(answer[:-1]) == TEMPLATE.render_answer(record.target)
 
@@ -188,7 +193,7 @@ def test_supervised_batches(tokenizer):
     batch, held = next(loader)
     assert batch.prompt.shape[0] == 4 and batch.target.shape[0] == 4
     for i, record in enumerate(held):
-        prompt, answer = tokenize_supervised(record, tokenizer, TEMPLATE, brief=True)
+        prompt, answer = _supervised(record, tokenizer)
         assert np.array_equal(batch.prompt[i, : batch.prompt_length[i]], prompt)
         assert np.array_equal(batch.target[i, : batch.target_length[i]], answer)
         assert record == records[batch.row[i]]
@@ -196,7 +201,7 @@ def test_supervised_batches(tokenizer):
 
 def test_supervised_records_that_are_too_long(tokenizer):
     records = synthetic.world("train", 0, 40)
-    totals = [sum(map(len, tokenize_supervised(r, tokenizer, TEMPLATE, True))) for r in records]
+    totals = [sum(map(len, _supervised(r, tokenizer))) for r in records]
     limit = int(np.median(totals))
     made = prepare_supervised(records, tokenizer, TEMPLATE, CFG, max_tokens=limit)
     assert made.size == sum(n <= limit for n in totals) and made.dropped == len(records) - made.size

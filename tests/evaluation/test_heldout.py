@@ -31,7 +31,7 @@ def evaluated():
         }
     )
     policy = load_policy(config.model, config.mesh)
-    data = held_out(config, policy)
+    data = held_out(config, policy, keep=False)
     assert data is not None
     evaluator = Evaluator(config, policy, data)
     return evaluator(policy.params), evaluator
@@ -56,7 +56,7 @@ def test_a_run_may_have_no_held_out_records():
     config = Config.model_validate(
         {"name": "test", "model": {"source": "none"}, "data": {"eval": None}}
     )
-    assert held_out(config, None) is None  # type: ignore[arg-type]
+    assert held_out(config, None, keep=False) is None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("steps", [(0, 2, 4), (4,)])

@@ -4,6 +4,7 @@ import base64
 import importlib.util
 import itertools
 import pathlib
+import shutil
 import time
 
 import numpy as np
@@ -164,6 +165,23 @@ def test_prompt_ends_where_the_assistant_starts(tiny):
         == "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\né<|im_end|>\n<|im_start|>assistant\n"
     )
     assert (ids == tiny.stop_ids[0]).sum() == 2
+
+
+def test_all_at_once_is_one_by_one(tiny):
+    rows = tiny.encode_all(TEXTS)
+    assert [row.tolist() for row in rows] == [tiny.encode(text).tolist() for text in TEXTS]
+    assert all(row.dtype == np.int32 for row in rows) and tiny.encode_all([]) == []
+
+
+def test_templates_that_ask_for_the_date_are_told_a_fixed_one(tiny, tmp_path):
+    """As Llama 3.2's: else the prompts of a resumed run, or of an evaluation a day later, would be others."""
+    folder = shutil.copytree(tiny.source, tmp_path / "llama")
+    (folder / "chat_template.jinja").write_text(
+        "{% set date = strftime_now('%d %b %Y') if strftime_now is defined else 'never' %}"
+        "Today Date: {{ date }}\n{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    text = Tokenizer.load(folder).render_prompt([{"role": "user", "content": "hi"}])
+    assert text == "Today Date: 26 Jul 2024\nhi"
 
 
 def test_tags_are_single_words(tiny):

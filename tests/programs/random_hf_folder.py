@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 
+from benchmarks.policies import hf_config
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.hf.folder import write_index, write_json
 from rest_jax.models.hf.safetensors import DTYPES, TensorType, lay_out
@@ -18,29 +19,10 @@ from rest_jax.models.presets import preset
 _BLOCK = 2**25  # values
 
 
-def config_json(cfg: DecoderConfig) -> dict:
-    """What transformers would write for it."""
-    return {
-        "model_type": cfg.family,
-        "vocab_size": cfg.vocab_size,
-        "hidden_size": cfg.d_model,
-        "intermediate_size": cfg.d_ff,
-        "num_hidden_layers": cfg.n_layers,
-        "num_attention_heads": cfg.n_heads,
-        "num_key_value_heads": cfg.n_kv_heads,
-        "head_dim": cfg.head_dim,
-        "max_position_embeddings": cfg.max_positions,
-        "rms_norm_eps": cfg.norm_eps,
-        "rope_theta": cfg.rope_theta,
-        "tie_word_embeddings": cfg.tied,
-        "dtype": "bfloat16",
-    }
-
-
 def write(cfg: DecoderConfig, folder: pathlib.Path, max_bytes: int = 2 * 10**9) -> None:
     """Values are +-[2^-6, 2^-5): random signs and mantissas."""
     folder.mkdir(parents=True)
-    write_json(folder / "config.json", config_json(cfg))
+    write_json(folder / "config.json", hf_config(cfg, "bfloat16"))
     tensors = [TensorType(name, "BF16", shape) for name, shape in expected_shapes(cfg)]
     placed = lay_out(folder, tensors, max_bytes)
     write_index(folder, placed)

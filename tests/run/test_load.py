@@ -107,7 +107,12 @@ def peak_bytes(*words):
 def test_convert_and_export_hold_no_model(tmp_path):
     """Llama 3.2 1B: 2.5 GB in two files, the embedding alone 0.5 GB."""
     source, converted, out = (tmp_path / name for name in ("hf", "converted", "out"))
-    words = [sys.executable, str(PROGRAMS / "random_hf_folder.py"), "llama-3.2-1b", str(source)]
+    words = [
+        sys.executable,
+        str(PROGRAMS / "random_hf_folder.py"),
+        "meta-llama/Llama-3.2-1B-Instruct",
+        str(source),
+    ]
     subprocess.run(words, env=environment() | {"PYTHONPATH": str(ROOT)}, check=True)
     files = sorted(source.glob("*.safetensors"))
     assert sum(file.stat().st_size for file in files) > 2.4 * GIGABYTE

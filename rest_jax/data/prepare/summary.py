@@ -16,11 +16,11 @@ from rest_jax import config
 from rest_jax.data.files import iter_records
 from rest_jax.data.prepare.settings import Settings
 from rest_jax.data.records import StepRecord
-from rest_jax.data.tokenize import is_world, load_split, tokenize_supervised
+from rest_jax.data.tokenize import Encoder, is_world, load_split
 from rest_jax.errors import UserError
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run.metrics import summary_table
-from rest_jax.templates import TEMPLATES, Template
+from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Target
 
 TokenCounter = Callable[[StepRecord], tuple[int, int]]  # (prompt tokens, target tokens)
@@ -127,15 +127,12 @@ def token_counter(tokenizer: str | None, template: str, brief: bool) -> TokenCou
     if tokenizer is None:
         return None
     loaded = Tokenizer.load(config.locate(tokenizer))
-    return functools.partial(
-        _count_tokens, tokenizer=loaded, template=TEMPLATES[template], brief=brief
-    )
+    encoder = Encoder(loaded, TEMPLATES[template], brief, supervised=True)
+    return functools.partial(_count_tokens, encoder=encoder)
 
 
-def _count_tokens(
-    record: StepRecord, tokenizer: Tokenizer, template: Template, brief: bool
-) -> tuple[int, int]:
-    prompt, target = tokenize_supervised(record, tokenizer, template, brief)
+def _count_tokens(record: StepRecord, encoder: Encoder) -> tuple[int, int]:
+    (prompt,), (target,) = encoder([record])
     return len(prompt), len(target)
 
 

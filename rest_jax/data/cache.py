@@ -1,0 +1,284 @@
+"""Tokenised data kept in files: made once by all processes together, mapped into memory by each.
+
+<output>/.tokenised/<digest>/
+  tokens-I-of-N.bin     int32: the ids of the records that process I has tokenised, prompt before target
+  records-I-of-N.jsonl  those records, a line each
+  index-I-of-N.npz      of each: `number` in the data, `bytes` of its line, `tokens` of each column
+  complete.json         put last: how many parts and records there are, the bytes of every file
+
+Every process reads the data and tokenises its share of the chunks. The digest is of all that decides the result: the data's
+content, the tokenizer, the template, and the code that reads and renders; a run that finds a complete folder maps it, so that
+neither memory nor the time to start grows with the data. Such a folder may be removed at any time between runs.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+import fsspec
+import jax
+import numpy as np
+from etils import epath
+
+from rest_jax.config import Config
+from rest_jax.data.files import iter_records, read_items
+from rest_jax.data.ragged import Ragged, StoredRecords, to_bytes
+from rest_jax.data.records import RecordError, StepRecord
+from rest_jax.data.tokenize import (
+    Encoder,
+    Prepared,
+    check_demonstrations,
+    fitting,
+    is_world,
+    load_split,
+    prepare,
+    prepare_supervised,
+)
+from rest_jax.distributed import any_process, exchange, is_first_process, say
+from rest_jax.errors import UserError
+from rest_jax.files import (
+    as_path,
+    atomic_write,
+    fetch_folder,
+    is_url,
+    make_folder,
+    open_bytes,
+    store_errors,
+)
+from rest_jax.models.tokenizer import Tokenizer
+from rest_jax.templates import TEMPLATES
+
+FOLDER = ".tokenised"
+COMPLETE = "complete.json"
+CHUNK = 256  # records tokenised at once, the unit that processes share out
+# A process that is lost is known by its heartbeat; this is for one that is slow.
+_TIMEOUT = 6 * 3600
+_PATIENCE = 60.0  # seconds in which a shared file system shows what another host has written
+_SECONDS = 10.0  # between lines on how far it is
+
+T = TypeVar("T")
+
+
+class Source(NamedTuple):
+    """A file of records, and what becomes token ids of them."""
+
+    spec: str
+    limit: int | None  # records read
+    encoder: Encoder
+
+
+def load_prompts(
+    config: Config, spec: str, limit: int | None, tokenizer: Tokenizer, keep: bool
+) -> Prepared:
+    """`prepare` of the records of a spec. With `keep` what is tokenised of a file is kept beside the run; what is there is found.
+
+    Every process must call it. UserError for data that cannot be used, or that differs between processes.
+    """
+    cfg, template = config.data, TEMPLATES[config.data.template]
+    source = Source(spec, limit, Encoder(tokenizer, template, cfg.brief_prompt))
+    kept = None if is_world(spec) else _kept(source, as_path(config.output) / FOLDER, keep)
+    if kept is None:
+        return prepare(load_split(spec, cfg, limit), tokenizer, template, cfg)
+    return fitting(*kept, cfg.max_prompt_tokens)
+
+
+def load_demonstrations(config: Config, tokenizer: Tokenizer, keep: bool) -> Prepared:
+    """`prepare_supervised` of the records of `data.train`; the rest as for `load_prompts`."""
+    cfg, template, most = config.data, TEMPLATES[config.data.template], config.sft.max_tokens
+    encoder = Encoder(tokenizer, template, cfg.brief_prompt, supervised=True)
+    source = Source(cfg.train, cfg.train_limit, encoder)
+    kept = None if is_world(cfg.train) else _kept(source, as_path(config.output) / FOLDER, keep)
+    if kept is None:
+        records = load_split(cfg.train, cfg, cfg.train_limit)
+        return prepare_supervised(records, tokenizer, template, cfg, most)
+    return fitting(*kept, most)
+
+
+def _kept(
+    source: Source, home: epath.Path, keep: bool
+) -> tuple[StoredRecords, list[Ragged]] | None:
+    """(records, a column of ids for each that the encoder makes); None when nothing is kept and nothing shall be."""
+    digest = _digest(source)
+    for process, other in enumerate(exchange(digest)):
+        if other != digest:
+            raise UserError(
+                f"data {source.spec}: process {jax.process_index()} reads something else than process {process}; "
+                "give all hosts the same file, tokenizer and versions"
+            )
+    folder = home / digest[:16]
+    with store_errors(folder):
+        # The others do not look before the file is there: a network file system remembers that it was not.
+        if not any_process(is_first_process() and (folder / COMPLETE).exists()):
+            if not keep:
+                return None
+            make_folder(folder)
+            _tokenise(source, folder)
+        return _open(folder)
+
+
+def _digest(source: Source) -> str:
+    """SHA-256, in hex, of all that decides what is kept."""
+    encoder = source.encoder
+    versions = [importlib.metadata.version(name) for name in ("tokenizers", "transformers")]
+    content = [
+        *(_content(source.spec), pathlib.PurePath(source.spec).stem, source.limit),
+        *(encoder.tokenizer.digest(), encoder.template.name, encoder.brief, encoder.supervised),
+        *(versions, _code()),
+    ]
+    return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
+def _content(spec: str) -> str:
+    """A digest of a file's content; of one in a store, of what the store knows of it. RecordError when it is no file."""
+    read_items(spec)
+    if is_url(spec):
+        fs, name = fsspec.url_to_fs(spec)
+        with store_errors(spec):
+            return str(fs.ukey(name))
+    with open_bytes(spec) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _code() -> str:
+    """A digest of the code that makes prompts of a file."""
+    root = pathlib.Path(__file__).parents[1]
+    files = [root / "tool_calls.py", root / "models" / "tokenizer.py"]
+    files += [
+        *root.glob("data/*.py"),
+        *root.glob("data/convert/*.py"),
+        *root.glob("templates/*.py"),
+    ]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _tokenise(source: Source, folder: epath.Path) -> None:
+    """Writes the part of this process, and the file that says that all parts are there."""
+    total, sizes = _write_part(source, folder, jax.process_index(), jax.process_count())
+    sizes = {
+        name: size
+        for said in exchange(json.dumps(sizes), _TIMEOUT)
+        for name, size in json.loads(said).items()
+    }
+    if is_first_process():
+        content = {"parts": jax.process_count(), "records": total, "bytes": sizes}
+        with atomic_write(folder / COMPLETE) as partial:
+            partial.write_text(json.dumps(content, indent=1))
+    exchange("written", _TIMEOUT)
+    _await(folder / COMPLETE)
+
+
+def _write_part(
+    source: Source, folder: epath.Path, process: int, processes: int
+) -> tuple[int, dict[str, int]]:
+    """(records of all processes, file -> bytes of this one). RecordError as for `read_records`."""
+    kinds = _part(process, processes)
+    numbers, text_bytes, lengths, total = [], [], [], 0
+    with contextlib.ExitStack() as stack:
+        partial = {kind: stack.enter_context(atomic_write(folder / kinds[kind])) for kind in kinds}
+        tokens, text, index = (stack.enter_context(path.open("wb")) for path in partial.values())
+        for chunk, records in enumerate(_chunks(_shown(source))):
+            first, total = total, total + len(records)
+            if chunk % processes != process:
+                continue
+            if source.encoder.supervised:
+                check_demonstrations(records)
+            columns = source.encoder(records)
+            lines = [to_bytes(record) + b"\n" for record in records]
+            tokens.writelines(ids for rows in zip(*columns, strict=True) for ids in rows)
+            text.writelines(lines)
+            numbers.append(np.arange(first, total))
+            text_bytes.append(list(map(len, lines)))
+            lengths.append([[len(ids) for ids in rows] for rows in zip(*columns, strict=True)])
+        if not total:
+            raise RecordError(f"data {source.spec}: no records")
+        np.savez(index, number=_joined(numbers), bytes=_joined(text_bytes), tokens=_joined(lengths))
+        files = {"tokens": tokens, "records": text, "index": index}
+        return total, {kinds[kind]: file.tell() for kind, file in files.items()}
+
+
+def _part(process: int, processes: int) -> dict[str, str]:
+    """The files of a process, by what is in them."""
+    part = f"{process}-of-{processes}"
+    return {
+        "tokens": f"tokens-{part}.bin",
+        "records": f"records-{part}.jsonl",
+        "index": f"index-{part}.npz",
+    }
+
+
+def _joined(parts: Sequence) -> np.ndarray:
+    """int64, flat; of a process without a chunk it is empty."""
+    return np.concatenate([np.zeros(0, np.int64), *(np.ravel(part) for part in parts)])
+
+
+def _chunks(items: Iterable[T]) -> Iterator[list[T]]:
+    items = iter(items)
+    while chunk := list(itertools.islice(items, CHUNK)):
+        yield chunk
+
+
+def _shown(source: Source) -> Iterator[StepRecord]:
+    """The records; says on stdout how many have been read, when it takes long."""
+    shown = time.monotonic()
+    with store_errors(source.spec):
+        for number, record in enumerate(iter_records(source.spec, source.limit)):
+            if (now := time.monotonic()) - shown >= _SECONDS:
+                shown = now
+                say(f"data {source.spec}: {number:,} records tokenised")
+            yield record
+
+
+def _await(path: epath.Path) -> None:
+    """Until a file that another process has written is seen here."""
+    begun = time.monotonic()
+    while not path.exists():
+        if time.monotonic() - begun > _PATIENCE:
+            raise UserError(
+                f"{path}: not seen by process {jax.process_index()} {_PATIENCE:.0f} s after it was written; "
+                "name an output folder that all hosts share"
+            )
+        time.sleep(0.25)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _open(folder: epath.Path) -> tuple[StoredRecords, list[Ragged]]:
+    """Maps the files of a complete folder; of one in a store, a copy made once a host. UserError for one that is damaged."""
+    local = fetch_folder(folder)
+    content = json.loads((local / COMPLETE).read_text())
+    parts = [_part(process, content["parts"]) for process in range(content["parts"])]
+    for name, size in content["bytes"].items():
+        found = os.path.getsize(local / name) if (local / name).is_file() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found} bytes, not {size}"
+            raise UserError(f"{local / name}: {what}; remove the folder, it will be made anew")
+    indices = [np.load(local / part["index"]) for part in parts]
+    number, text_bytes, lengths = (
+        np.concatenate([index[name] for index in indices]) for name in ("number", "bytes", "tokens")
+    )
+    order = np.argsort(number)
+    texts = [_mapped(local / part["records"], np.uint8) for part in parts]
+    tokens = [_mapped(local / part["tokens"], np.int32) for part in parts]
+    records = Ragged(texts, np.cumsum(text_bytes) - text_bytes, text_bytes)
+    lengths = lengths.reshape(len(number), -1)
+    ends = np.cumsum(lengths).reshape(lengths.shape)
+    columns = [
+        Ragged(tokens, end - size, size) for end, size in zip(ends.T, lengths.T, strict=True)
+    ]
+    return StoredRecords(records.take(order)), [column.take(order) for column in columns]
+
+
+def _mapped(path: pathlib.Path, dtype: type) -> np.ndarray:
+    """A file of numbers, as an array that is read when it is used; an empty file cannot be mapped."""
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
