@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 import signal
 import time
 
@@ -133,6 +134,42 @@ def test_a_run_resumes_on_another_number_of_processes(model, one, tmp_path):
         process.communicate()
     finish(start("train", raw | {"mesh": {"data": 1, "fsdp": 1}}, tmp_path))
     assert_close(tmp_path / "tiny", one)
+
+
+# (processes, devices of each, mesh)
+CONTINUED = {
+    "2x2": (1, 4, {"data": 2, "fsdp": 2}),
+    "two processes": (2, 2, {"data": 2, "fsdp": 2}),
+    "two processes, fsdp across": (2, 2, {"fsdp": 4}),
+}
+
+
+@pytest.fixture(scope="module")
+def one_by_four(model, tmp_path_factory) -> pathlib.Path:
+    """Two steps on mesh 1x4, a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("one_by_four")
+    words = ["train", two_steps(model, folder, {"fsdp": 4}), "train.checkpoint_every=1"]
+    (process,) = start_processes(words, 1, devices=4)
+    finish(process)
+    return folder / "tiny"
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_a_checkpoint_continues_on_another_mesh(model, one_by_four, tmp_path, name):
+    """From the first checkpoint the second step has the same samples and the same loss."""
+    count, devices, mesh = CONTINUED[name]
+    run = shutil.copytree(one_by_four, tmp_path / "tiny")
+    shutil.rmtree(run / "checkpoints" / "2")
+    words = ["train", two_steps(model, tmp_path, mesh), "train.checkpoint_every=1"]
+    for process in start_processes(words, count, devices):
+        finish(process)
+    found, expected = (
+        next(line for line in lines(folder) if line["step"] == 2 and "update/loss" in line)
+        for folder in (run, one_by_four)
+    )
+    assert found["reward/mean"] == expected["reward/mean"]
+    assert found["update/loss"] == pytest.approx(expected["update/loss"], abs=1e-6)
+    assert found["update/grad_norm"] == pytest.approx(expected["update/grad_norm"], rel=1e-4)
 
 
 def test_processes_share_the_tokenising(model, tmp_path):

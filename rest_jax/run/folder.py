@@ -41,8 +41,8 @@ from rest_jax.types import TrainState
 CONFIG_FILE = "config.yaml"
 MODEL_FOLDER = "model"
 
-# Keys that say what a run computes on, not what: a run may resume on other devices.
-HARDWARE = ("mesh.", "distributed.", "rollout.tensor")
+# Keys that say where a run computes and lies, not what it computes: it may resume on other devices, or in another place.
+ELSEWHERE = ("mesh.", "distributed.", "rollout.tensor", "output")
 
 SUPERVISED_FINITE = ("update/loss", "update/grad_norm")
 # Those of the rollout, too: broken weights sample completions whose rewards are all equal, and groups without advantage
@@ -189,13 +189,13 @@ def check_start(config: Config) -> None:
 
 
 def check_config(folder: epath.Path, config: Config) -> None:
-    """UserError when `folder` was made by another config; every difference is named. The devices may be others."""
+    """UserError when `folder` was made by another config; every difference is named. Devices and place may be others."""
     path = folder / CONFIG_FILE
     with store_errors(path):
         if not path.is_file():
             return
     found = config_lib.differences(config_lib.load([path]), config)
-    found = [one for one in found if not one.path.startswith(HARDWARE)]
+    found = [one for one in found if not one.path.startswith(ELSEWHERE)]
     if found:
         named = "; ".join(f"{d.path}: {d.old!r} there, {d.new!r} now" for d in found)
         raise UserError(

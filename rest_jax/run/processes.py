@@ -6,6 +6,8 @@ ended, ends them all, since none of them could go on without its share of the de
 tells the others. jax has heartbeats too, but ends in C++ with a stack trace; `stderr_filter` makes one line of that.
 """
 
+import atexit
+import contextlib
 import os
 import re
 import subprocess
@@ -25,6 +27,8 @@ _WORLD = re.compile(r"(\d+)/(\d+)@([^@\s]+:\d+)")
 _VARIABLES = ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES", "JAX_COORDINATOR_ADDRESS")
 _SECONDS = 1.0  # between heartbeats
 _ALIVE, _ENDED = "rest_jax/alive", "rest_jax/ended"
+_DONE = "done"  # the last heartbeat
+_FINISH = 5.0  # seconds for a heartbeat under way
 _LONGEST_REASON = 500
 
 _peers: "Peers | None" = None
@@ -99,12 +103,15 @@ class Peers:
         self.client: Any = distributed.global_state.client
         self.index, self.count, self.timeout = jax.process_index(), jax.process_count(), timeout
         self.seen: dict[str, tuple[str, float]] = {}  # of every process: heartbeat, when it was new
-        self.leaving = False
-        threading.Thread(target=self._watch, name="peers", daemon=True).start()
+        self.leaving = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self.thread.start()
+        # Before jax waits for the others. A thread that is in C++ while Python ends aborts the process.
+        atexit.register(self.finish)
 
     def _watch(self) -> None:
         beat = 0
-        while not self.leaving:
+        while not self.leaving.is_set():
             beat += 1
             try:
                 self.client.key_value_set(f"{_ALIVE}/{self.index}", str(beat), allow_overwrite=True)
@@ -112,9 +119,16 @@ class Peers:
             except jax.errors.JaxRuntimeError:
                 # The first process is gone, and jax ends this one; or all have left.
                 return
-            if fault is not None and not self.leaving:
+            if fault is not None and not self.leaving.is_set():
                 end(fault, 1)
-            time.sleep(_SECONDS)
+            self.leaving.wait(_SECONDS)
+
+    def finish(self) -> None:
+        """Ends the heartbeats of a process that is done, and tells the others, who may need longer."""
+        self.leaving.set()
+        self.thread.join(_FINISH)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # there is nobody left to tell
+            self.client.key_value_set(f"{_ALIVE}/{self.index}", _DONE, allow_overwrite=True)
 
     def fault(self) -> str | None:
         """Which process is lost, and why as far as it is known; None: all live."""
@@ -124,7 +138,9 @@ class Peers:
             if process != str(self.index):
                 return f"process {process} of {self.count} ended: {reason}"
         for key, beat in self.client.key_value_dir_get(_ALIVE):
-            if self.seen.get(key, ("", now))[0] != beat:
+            if beat == _DONE:
+                self.seen.pop(key, None)
+            elif self.seen.get(key, ("", now))[0] != beat:
                 self.seen[key] = (beat, now)
         for key, (_, when) in self.seen.items():
             if now - when > self.timeout:
@@ -137,7 +153,7 @@ class Peers:
 
     def leave(self, reason: str) -> None:
         """Tells the others that this process ends. The first one, whose end takes the store away, waits for them."""
-        self.leaving = True
+        self.leaving.set()
         try:
             self.client.key_value_set(
                 f"{_ENDED}/{self.index}", reason[:_LONGEST_REASON], allow_overwrite=True
