@@ -10,14 +10,17 @@ they are there: 6 instead of 8 FLOPs a weight of the head.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import named_scope
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, UInt
 
+from rest_jax.distributed import BATCH_AXES
 from rest_jax.models.attention import pack_group, predicting_hidden
 from rest_jax.models.decoder import Decoder, apply_routed, head_matrix
 from rest_jax.models.moe import RouterRecord
@@ -135,12 +138,33 @@ def vocabulary_loss(
 
 
 def _loss_forward(hidden, head, tokens, inputs, spec):
+    axes = _split_axes(hidden.shape[0])
     compute = head.astype(hidden.dtype)
+    on_device = functools.partial(_loss_on_device, spec=spec, axes=axes)
+    if axes:
+        # The head comes whole to every device, once; the partitioner would bring it for every chunk, and add up d_head there.
+        rows, scattered = (
+            PartitionSpec(axes),
+            PartitionSpec(_head_axes(axes, head.shape[1]) or None),
+        )
+        on_device = jax.shard_map(
+            on_device,
+            in_specs=(rows, PartitionSpec(), rows, rows),
+            out_specs=(PartitionSpec(), PartitionSpec(), rows, scattered),
+            axis_names=set(axes),
+        )
+    total, metrics, d_hidden, d_head = on_device(hidden, compute, tokens, inputs)
+    d_head = jax.lax.optimization_barrier(d_head.T)  # a transposition fused into others is slow
+    return (total, *metrics), (d_hidden, d_head.astype(head.dtype))
+
+
+def _loss_on_device(hidden, head, tokens, inputs, spec: "LossSpec", axes: tuple[str, ...]):
+    """(loss, (sums, maxima), d_hidden, d_head [D V] float32) of the rows of a data shard, summed over `axes`."""
 
     def body(carry, xs):
         total, d_head = carry
         hidden, tokens, inputs = xs
-        chunk = _read_chunk(_logits(hidden, compute), tokens, spec.sampling)
+        chunk = _read_chunk(_logits(hidden, head), tokens, spec.sampling)
         (loss, metrics), slopes = jax.value_and_grad(
             lambda logp, entropy: _sum_losses(chunk, logp, entropy, inputs, spec.token_loss),
             (0, 1),
@@ -155,17 +179,43 @@ def _loss_forward(hidden, head, tokens, inputs, spec):
         matmul = functools.partial(
             jnp.einsum, precision=_precision(hidden), preferred_element_type=jnp.float32
         )
-        d_hidden = matmul("tv,vd->td", d_logits, compute).astype(hidden.dtype)
+        d_hidden = matmul("tv,vd->td", d_logits, head).astype(hidden.dtype)
         d_head = d_head + matmul("td,tv->dv", flat, d_logits)
         return (total + loss, d_head), (metrics, d_hidden.reshape(hidden.shape))
 
     # [D V]: XLA's CPU backend is twice as fast at this product than at the one for [V D]; turned once at the end
     start = (jnp.float32(0), jnp.zeros(head.shape[::-1], jnp.float32))
+    if axes:
+        start = jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), start)
     xs = _split_time((hidden, tokens, inputs), spec.chunk)
     (total, d_head), (metrics, d_hidden) = jax.lax.scan(body, start, xs)
+    sums, maxima = _over_chunks(metrics)
     d_hidden = _join_time(d_hidden, tokens.shape)
-    d_head = jax.lax.optimization_barrier(d_head.T)  # a transposition fused into others is slow
-    return (total, *_over_chunks(metrics)), (d_hidden, d_head.astype(head.dtype))
+    if axes:
+        total, sums = jax.lax.psum((total, sums), axes)
+        maxima = jax.lax.pmax(maxima, axes)
+        scattered = _head_axes(axes, head.shape[1])
+        if scattered:
+            d_head = jax.lax.psum_scatter(d_head, scattered, tiled=True)
+        if rest := tuple(axis for axis in axes if axis not in scattered):
+            d_head = jax.lax.psum(d_head, rest)
+    return total, (sums, maxima), d_hidden, d_head
+
+
+def _split_axes(rows: int) -> tuple[str, ...]:
+    """The axes of the ambient mesh that split so many rows; none where they do not divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = () if mesh.empty else tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
+    return axes if rows % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
+
+
+def _head_axes(axes: tuple[str, ...], width: int) -> tuple[str, ...]:
+    """Those over which a gradient of the head is split along the model's width, as the head itself is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    split = tuple(axis for axis in axes if axis != "data")
+    while width % math.prod(mesh.shape[axis] for axis in split):
+        split = split[:-1]
+    return split
 
 
 def _loss_backward(spec, kept, cotangents):

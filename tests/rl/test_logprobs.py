@@ -1,11 +1,24 @@
 """The chunked vocabulary pass against full logits, and truncation against a NumPy oracle."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from rest_jax.rl.logprobs import chosen_logp, entropy_and_gini, truncate, vocabulary_pass
+from rest_jax.config import MeshConfig
+from rest_jax.distributed import activate, batch_sharding, make_mesh
+from rest_jax.rl.logprobs import (
+    LossSpec,
+    chosen_logp,
+    entropy_and_gini,
+    truncate,
+    vocabulary_loss,
+    vocabulary_pass,
+)
+from rest_jax.rl.loss import TokenLoss
 from rest_jax.types import Sampling
 
 RNG = np.random.default_rng(0)
@@ -92,3 +105,60 @@ def test_full_logits_never_exist():
 
     memory = jax.jit(jax.grad(f, (0, 1))).lower(*args, tokens).compile().memory_analysis()
     assert memory.temp_size_in_bytes < p * t * v * 4 / 4
+
+
+def _policy_like(stats, weight):
+    """A loss with all that a chunk gives, and metrics of both kinds."""
+    loss = -weight * (stats.logp + 0.1 * stats.entropy)
+    return TokenLoss(loss, {"entropy": weight * stats.entropy}, {"logp": stats.logp})
+
+
+def _compiled_loss(mesh, dtype):
+    """((loss, (sums, maxima)), (d_hidden, d_head)) of a loss on a mesh, and the compiled program."""
+    rng = np.random.default_rng(3)
+    hidden = jnp.asarray(rng.normal(size=(8, 24, 16)), dtype)
+    head = jnp.asarray(rng.normal(size=(40, 16)), jnp.float32)
+    tokens = jnp.asarray(rng.integers(0, 40, (8, 24)), jnp.int32)
+    weight = jnp.asarray(rng.normal(size=(8, 24)), jnp.float32)
+    spec = LossSpec(_policy_like, Sampling(), 8, needs_entropy_gradient=True)
+
+    def loss(hidden, head):
+        total, *metrics = vocabulary_loss(hidden, head, tokens, weight, spec)
+        return total, metrics
+
+    at = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec("tensor", ("fsdp", "expert")))
+    with activate(mesh):
+        gradient = jax.value_and_grad(loss, (0, 1), has_aux=True)
+        program = jax.jit(gradient, in_shardings=at, out_shardings=(None, at))
+        program = program.lower(hidden, head).compile()
+        return program(hidden, head), program.as_text()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("sizes", [{"fsdp": 4}, {"data": 2, "fsdp": 2}, {"fsdp": 2, "expert": 2}])
+def test_the_head_comes_once_and_its_gradient_is_reduced_once(sizes, dtype):
+    mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}), jax.devices()[:4])
+    alone = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    (found, text), (expected, _) = (_compiled_loss(m, dtype) for m in (mesh, alone))
+    tolerance = 1e-5 if dtype == jnp.float32 else 1e-2
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        one, other = (np.asarray(x, np.float32) for x in (one, other))
+        assert np.abs(one - other).max() <= tolerance * max(1.0, np.abs(other).max())
+    collectives = [
+        line
+        for line in text.splitlines()
+        if re.search(r"= .* (all-reduce|all-gather|reduce-scatter)(-start)?\(", line)
+    ]
+    assert collectives and not [line for line in collectives if "while/body" in line]
+    assert sum("reduce-scatter" in line for line in collectives) == 1
+
+
+def test_a_split_vocabulary():
+    """Over the tensor axis the partitioner joins the parts of every softmax."""
+    alone = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    expected, _ = _compiled_loss(alone, jnp.float32)
+    tensor = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    found, _ = _compiled_loss(tensor, jnp.float32)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
+    )
