@@ -194,7 +194,8 @@ def sft(words: Configs, dry_run: DryRun = False, distributed: Distributed = None
 def plan(
     words: Configs,
     topology: Annotated[
-        str, Option(metavar="NAME", help="v5e:4x4, v5p:2x2x4, v6e:4x4, h100:8, h100:4x8, cpu:8")
+        str,
+        Option(metavar="NAME", help="v5e:4x4, v5p:2x2x4, 2xv6e:4x4 (2 slices), h100:4x8, cpu:8"),
     ],
     prompt_tokens: Annotated[
         int | None, Option(min=1, help="of every prompt, for the time; default: the longest")

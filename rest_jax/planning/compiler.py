@@ -147,8 +147,8 @@ def describe_speed(
     mesh, model = setup.policy.mesh, setup.policy.config
     peak = throughput.mesh_peak_flops(mesh.devices.flat, model.dtype)
     rates = hlo.Rates((peak or 0) / where.size, where.chip.memory_bandwidth or 0)
-    # the chips of a TPU slice are neighbours whatever their host
-    hosts = programs.hosts(mesh) if where.chip.network else None
+    # The chips of a TPU slice are neighbours whatever their host; what slices send to one another is marked as such.
+    hosts = programs.hosts(mesh) if where.chip.platform == "gpu" else None
     measured = {
         name: hlo.measure(hlo.parse(c.text), model.n_layers, rates, hosts)
         for name, c in timed.items()

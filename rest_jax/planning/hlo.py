@@ -31,7 +31,7 @@ COLLECTIVES = (
 # They move nothing, or what they call is looked at instead.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
-    "partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "domain",
+    "partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "domain", "send", "recv",
 }  # fmt: skip
 # Custom calls by which libtpu notes something.
 _MARKS = (
@@ -126,7 +126,7 @@ class Collective(NamedTuple):
     place: str  # "once", "layer loop", "loop of 16"; in a loop of unknown trips "token loop"
     part: str
     group: int  # devices that take part together
-    crosses: bool  # whether such a group has devices of several hosts
+    crosses: bool  # whether such a group has devices of several TPU slices, of several GPU nodes
     overlaps: bool  # whether the program computes meanwhile
     count: int  # executions; in a loop of unknown trips, those of one trip
     nbytes: int  # that a device sends in all of them
@@ -280,13 +280,12 @@ def measure(
     """
     sums: tuple[dict[str, Work], dict[str, Work]] = ({}, {})
     moved: dict[tuple, Collective] = {}
-    seen: set[tuple[str, tuple]] = set()
+    seen: set[tuple[str, str, tuple]] = set()
     for use in uses(module):
-        part, unknown = part_of(use.instruction.op_name), None in use.loops
-        kind = use.instruction.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
+        opcode, part = use.instruction.opcode, part_of(use.instruction.op_name)
+        if kind := collective_kind(use.instruction):
             channel = re.search(r"channel_id=(\d+)", use.instruction.text)
-            key = channel[1] if channel else use.instruction.name, use.loops
+            key = opcode, channel[1] if channel else use.instruction.name, use.loops
             if key not in seen:  # libtpu repeats one that it spreads over several fusions
                 seen.add(key)
                 one = _collective(use, kind, layers, hosts)
@@ -297,7 +296,7 @@ def measure(
             continue
         work = _work(module, use, rates)
         if work is not None:
-            into = sums[unknown]
+            into = sums[None in use.loops]
             into[part] = into.get(part, Work()) + work
     return Measured(sums[0], sums[1], tuple(moved.values()))
 
@@ -467,35 +466,53 @@ def _written(module: Module, inner: Computation, name: str) -> int:
     return sum(a.nbytes for a in inner[name].outputs if a.space == 0)
 
 
+def collective_kind(instruction: Instruction) -> str:
+    """The kind of collective that an instruction is, "" for none. What slices exchange passes through the host, as a `send`
+    and a `recv` of libtpu's "megascale" runtime; the second counts, since it has the result.
+    """
+    if instruction.opcode == "recv":
+        found = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.text)
+        kind = found[1].lower().replace("_", "-") if found else ""
+        return "collective-permute" if kind == "one-to-one" else kind
+    kind = instruction.opcode.removesuffix("-start")
+    return kind if kind in COLLECTIVES else ""
+
+
 def _collective(use: Use, kind: str, layers: int, hosts: np.ndarray | None) -> Collective:
     """A device sends (n - 1) / n of what an all-gather makes or a reduce-scatter takes, twice that of an all-reduce."""
     instruction, part = use.instruction, part_of(use.instruction.op_name)
-    outputs = instruction.outputs
+    outputs, between_slices = instruction.outputs, instruction.opcode == "recv"
     if instruction.opcode.endswith("-start") and len(outputs) > 1 and kind != "all-reduce":
         outputs = outputs[len(outputs) // 2 :]  # (operands, results)
-    produced = sum(a.nbytes for a in outputs)
+    elif between_slices:
+        outputs = outputs[:1]  # (result, context, token)
     groups = replica_groups(instruction.text)
     size = groups.shape[1] if groups.size else 1
-    share = (size - 1) / size if size else 0.0
+    share = (size - 1) / size
     factor = {
         "all-reduce": 2 * share,
         "reduce-scatter": share * size,
         "collective-permute": 1.0,
     }.get(kind, share)
-    started = use.fused or use.asynchronous or instruction.opcode.endswith("-start")
-    crosses = False
+    crosses = between_slices
     if hosts is not None and groups.size and groups.max() < len(hosts):
         crosses = bool(np.any(hosts[groups] != hosts[groups[:, :1]]))
-    return Collective(
-        kind,
-        place_of(use.loops, layers, part),
-        part,
-        size,
-        crosses,
-        started and '"is_sync":true' not in instruction.text,
-        use.trips,
-        int(use.trips * produced * factor),
-    )
+    nbytes = use.trips * sum(a.nbytes for a in outputs) * factor
+    place = place_of(use.loops, layers, part)
+    return Collective(kind, place, part, size, crosses, _overlaps(use), use.trips, int(nbytes))
+
+
+def _overlaps(use: Use) -> bool:
+    """Whether a collective that has been started lets the program compute before it waits for the result."""
+    instruction = use.instruction
+    if instruction.opcode == "recv":
+        after = list(use.computation.values())
+        after = after[after.index(instruction) + 1 :]
+        until = next(i for i, x in enumerate(after) if instruction.name in x.operands)
+        idle = _FREE | {"send-done", "recv-done"}
+        return any(x.called or x.opcode not in idle for x in after[:until])
+    started = use.fused or use.asynchronous or instruction.opcode.endswith("-start")
+    return started and '"is_sync":true' not in instruction.text
 
 
 def place_of(loops: tuple[int | None, ...], layers: int, part: str) -> str:
@@ -511,7 +528,11 @@ def place_of(loops: tuple[int | None, ...], layers: int, part: str) -> str:
 
 
 def replica_groups(text: str) -> np.ndarray:
-    """int [groups, devices]: who takes part with whom, from any of XLA's three forms; empty: not said."""
+    """int [groups, devices]: who takes part with whom, from any of XLA's three forms; empty: not said. Of what slices
+    exchange one group, of slices or of one device of each.
+    """
+    if found := re.search(r'_xla_megascale_target="?\{+([\d,]+)\}', text):
+        return np.array([[int(n) for n in found[1].split(",")]])
     if found := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", text):
         rows = re.findall(r"\{([\d, ]+)\}", found[1])
         return np.array([[int(n) for n in row.split(",")] for row in rows])

@@ -61,12 +61,13 @@ def program_table(plan: Mapping[str, Any]) -> str:
 def collective_table(plan: Mapping[str, Any]) -> str:
     """Collectives by program, kind and place."""
     rows = [["collectives", "kind", "where", "part", "devices", "times", "GB a device"]]
+    apart = "hosts" if plan["topology"].startswith("h100") else "slices"
     for name, program in plan.get("programs", {}).items():
         for one in sorted(program["collectives"], key=lambda c: -c["nbytes"])[:_SHOWN]:
             beside = ", overlaps" if one["overlaps"] else ""
-            hosts = ", across hosts" if one["crosses"] else ""
+            across = f", across {apart}" if one["crosses"] else ""
             rows.append(
-                [name, one["kind"], f"{one['place']}{beside}", one["part"], f"{one['group']}{hosts}",
+                [name, one["kind"], f"{one['place']}{beside}", one["part"], f"{one['group']}{across}",
                  str(one["count"]), f"{one['nbytes'] / 1e9:.3f}"]
             )  # fmt: skip
     return columns(rows) if len(rows) > 1 else ""

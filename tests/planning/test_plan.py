@@ -1,14 +1,17 @@
 """A plan from end to end on the devices of this machine, and what its command says of bad input."""
 
+import importlib.util
 import json
 
 import pytest
 import yaml
 
 from rest_jax import cli, config
+from rest_jax.errors import UserError
 from rest_jax.planning import plan, report, topology
 from tests.conftest import REPOSITORY
 
+on_tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is missing")
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "intermediate_size": 64,
          "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
 
@@ -125,3 +128,31 @@ def test_what_does_not_fit_ends_with_the_smallest_change(monkeypatch, cache, rec
     assert cli.main(["plan", str(recipe), "--topology", "cpu:8"]) == 1
     said = capsys.readouterr().out
     assert "it does not fit" in said and "it fits with " in said
+
+
+@pytest.mark.aot
+@on_tpu
+def test_slices_reduce_the_gradient_over_the_network_between_them(cache, recipe, tmp_path):
+    """`mesh.data` unset is one part a slice: weights are gathered inside slices, the gradient alone crosses. 4 x 128 wide,
+    since TPUs pad to 128.
+    """
+    raw = json.loads((recipe.parent / "config.json").read_text()) | {"hidden_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    free = [f"model.source={tmp_path}", "mesh.data=null", "mesh.fsdp=-1", "mesh.tensor=1"]
+    made = plan.make_plan(config.load([recipe], free), plan.Options("2xv5e:2x2"))
+    assert (made["devices"], made["mesh"]["data"], made["mesh"]["fsdp"]) == (8, 2, 4)
+    found = made["programs"]["update"]["collectives"]
+    crossing = [c for c in found if c["crosses"]]
+    assert crossing and {c["kind"] for c in crossing} <= {"all-reduce", "reduce-scatter"}
+    assert {c["group"] for c in crossing} == {2}
+    assert all(c["group"] <= 4 for c in found)
+    # Each of 4 devices of a slice reduces its quarter of the gradient with its counterpart; that of the tied embedding twice,
+    # as head and as embedding.
+    gradient, embedding = made["memory"]["programs"]["update"]["gradient"], 4 * 768 * 128
+    assert sum(c["nbytes"] for c in crossing) == pytest.approx(gradient + embedding, rel=0.02)
+    assert "across slices" in report.table(made)
+    with pytest.raises(UserError, match=r"mesh.tensor 8: does not divide the 4 devices of a slice"):
+        plan.make_plan(
+            config.load([recipe], ["mesh.data=1", "mesh.fsdp=1", "mesh.tensor=8"]),
+            plan.Options("2xv5e:2x2"),
+        )
