@@ -201,6 +201,10 @@ def plan(
         int | None, Option(min=1, help="of every prompt, for the time; default: the longest")
     ] = None,
     response_tokens: Annotated[int | None, Option(min=1, help="of every response")] = None,
+    supervised: Annotated[
+        bool | None,
+        Option("--sft/--train", help="which command; default: sft if the config sets a key of sft"),
+    ] = None,
     json: Annotated[str | None, Option(metavar="FILE", help="write everything as JSON")] = None,
     output: Annotated[str | None, Option(metavar="FILE", help="draw the memory, as PNG")] = None,
 ) -> int:
@@ -208,8 +212,12 @@ def plan(
     from rest_jax import config
     from rest_jax.planning import plan
 
-    options = plan.Options(topology, prompt_tokens, response_tokens, json, output)
-    return plan.plan(config.load(*split(words)), options)
+    files, overrides = split(words)
+    loaded = config.load(files, overrides)
+    if supervised is None:
+        supervised = plan.is_supervised(files, overrides)
+    options = plan.Options(topology, supervised, prompt_tokens, response_tokens, json, output)
+    return plan.plan(loaded, options)
 
 
 @app.command(rich_help_panel=_TRAIN)

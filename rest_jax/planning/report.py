@@ -17,7 +17,8 @@ def table(plan: Mapping[str, Any]) -> str:
     """Everything that a plan says, in plain text."""
     mesh = " ".join(f"{axis} {n}" for axis, n in plan["mesh"].items())
     packages = " ".join(f"{name} {version}" for name, version in plan["packages"].items())
-    title = f"{plan['name']} on {plan['topology']} ({plan['devices']} x {plan['device_kind']}), mesh {mesh}; {packages}"
+    devices = f"{plan['topology']} ({plan['devices']} x {plan['device_kind']})"
+    title = f"{plan['name']} on {devices}, rest-jax {plan['command']}, mesh {mesh}; {packages}"
     blocks = [title, memory_table(plan["memory"]), program_table(plan), collective_table(plan)]
     blocks.append(step_table(plan))
     blocks.append(verdict(plan))
@@ -90,9 +91,9 @@ def step_table(plan: Mapping[str, Any]) -> str:
         for name in ("update", "rollout")
         if f"{name}_mfu" in step
     )
+    stages = f" = rollout {step['rollout_seconds']:.1f} + update {step['update_seconds']:.1f}"
     return (
-        f"step, estimated: {step['seconds']:.1f} s = rollout {step['rollout_seconds']:.1f} + "
-        f"update {step['update_seconds']:.1f}; "
+        f"step, estimated: {step['seconds']:.1f} s{stages if step['rollout_seconds'] else ''}; "
         f"{step['tokens_per_second']:,.0f} tokens/s, {step['tokens_per_second_per_device']:,.0f} a device; MFU {mfu}\n"
         f"what takes the time: {most}"
     )

@@ -102,6 +102,37 @@ def test_the_same_plan_is_found_and_compiles_nothing(cache, made, recipe, monkey
     assert plan.make_plan(config.load([recipe]), plan.Options("cpu:8")) == made
 
 
+def test_a_config_that_sets_a_key_of_sft_is_a_supervised_one(recipe):
+    assert plan.is_supervised(["scale/tiny_sft"], []) and plan.is_supervised(
+        ["scale/tiny", "method/rsft"], []
+    )
+    assert plan.is_supervised([str(recipe)], ["sft.batch_size=16"])
+    assert not plan.is_supervised(["scale/tiny", "method/rest"], ["seed=1"])
+
+
+@pytest.mark.slow
+def test_a_supervised_plan_has_the_update_and_the_evaluations(cache, recipe, capsys, tmp_path):
+    """As many useful FLOPs as three passes over the gold responses take, and no rollout but that of the evaluations."""
+    words = [str(recipe), "sft.batch_size=16", "sft.max_tokens=96", "data.eval=synthetic:eval"]
+    file = tmp_path / "plan.json"
+    assert cli.main(["plan", *words, "--topology", "cpu:8", "--json", str(file)]) == 0
+    made = json.loads(file.read_text())
+    assert "rest-jax sft" in capsys.readouterr().out and made["command"] == "sft"
+    assert made["lengths"] == {"prompt": 48, "response": 48}
+    assert made["programs"].keys() == {"prepare", "update", "apply"}
+    assert made["calls"]["update"]["calls"] == 1
+    assert {"evaluation", "evaluation resize", "fullest update"} <= made["memory"][
+        "programs"
+    ].keys()
+    width, tokens = 32, 4 * 96
+    layer = 2 * width * (4 * 8 * 2 + 4 * 8 * 2 + 3 * 64)
+    useful = 3 * (2 * layer * tokens + 2 * width * 768 * 4 * 48) / 2
+    assert 1.0 < made["programs"]["update"]["call"]["flops"] / useful < 2.0
+    # the same config by the other command
+    assert cli.main(["plan", *words, "--train", "--topology", "cpu:8", "--json", str(file)]) == 0
+    assert "decode" in json.loads(file.read_text())["programs"]
+
+
 @pytest.mark.slow
 def test_shorter_lengths_take_less_time_to_compute(made, cache, recipe):
     options = plan.Options("cpu:8", prompt_tokens=32, response_tokens=32)
@@ -112,9 +143,26 @@ def test_shorter_lengths_take_less_time_to_compute(made, cache, recipe):
 
 
 def test_lengths_above_the_configs_are_refused(recipe, capsys):
-    words = ["plan", str(recipe), "--topology", "cpu:8", "--prompt-tokens", "65"]
-    assert cli.main(words) == 2
+    words = ["plan", str(recipe), "--topology", "cpu:8"]
+    assert cli.main([*words, "--prompt-tokens", "65"]) == 2
     assert "--prompt-tokens 65 is above data.max_prompt_tokens 64" in capsys.readouterr().err
+    for lengths in (
+        ["--response-tokens", "97"],
+        ["--prompt-tokens", "50", "--response-tokens", "48"],
+    ):
+        assert cli.main([*words, *lengths, "sft.max_tokens=96"]) == 2
+        said = "--prompt-tokens + --response-tokens 98 is above sft.max_tokens 96; lower it"
+        assert said in capsys.readouterr().err
+
+
+def test_what_a_run_refuses_a_plan_refuses(cache, recipe, capsys):
+    words = ["plan", str(recipe), "--topology", "cpu:8"]
+    assert cli.main([*words, "rollout.prompts_per_step=6"]) == 2
+    assert (
+        "rollout.prompts_per_step 6 does not divide over 4 data shards" in capsys.readouterr().err
+    )
+    assert cli.main([*words, "sft.batch_size=6"]) == 2
+    assert "sft.batch_size 6 does not divide over 4 data shards" in capsys.readouterr().err
 
 
 @pytest.mark.slow
