@@ -22,6 +22,7 @@ from rest_jax.errors import UserError
 from rest_jax.files import atomic_write
 from rest_jax.planning import estimate, hlo, topology
 from rest_jax.planning.estimate import Calls, Cost
+from rest_jax.planning.measure import Measured, Rates, Work, measure
 from rest_jax.run.environment import LIBTPU_VARIABLE, user_cache
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
@@ -149,11 +150,11 @@ def describe_speed(
 
     mesh, model = setup.policy.mesh, setup.policy.config
     peak = throughput.mesh_peak_flops(mesh.devices.flat, model.dtype)
-    rates = hlo.Rates((peak or 0) / where.size, where.chip.memory_bandwidth or 0)
+    rates = Rates((peak or 0) / where.size, where.chip.memory_bandwidth or 0)
     # The chips of a TPU slice are neighbours whatever their host; what slices send to one another is marked as such.
     hosts = programs.hosts(mesh) if where.chip.platform == "gpu" else None
     measured = {
-        name: hlo.measure(hlo.parse(c.text), model.n_layers, rates, hosts)
+        name: measure(hlo.parse(c.text), model.n_layers, rates, hosts)
         for name, c in timed.items()
         if c.text
     }
@@ -246,9 +247,9 @@ def count_calls(setup: Any, lengths: Any, names: Iterable[str]) -> dict[str, Cal
     return {name: calls[name] for name in names}
 
 
-def _describe_program(measured: hlo.Measured) -> dict[str, Any]:
+def _describe_program(measured: Measured) -> dict[str, Any]:
     """Totals, and every kind of collective, as JSON."""
-    sums = (sum(parts.values(), hlo.Work()) for parts in (measured.once, measured.each))
+    sums = (sum(parts.values(), Work()) for parts in (measured.once, measured.each))
     call, token = ({"flops": work.flops, "bytes": work.nbytes} for work in sums)
     collectives = [c._asdict() for c in measured.collectives]
     return {"call": call, "token": token, "collectives": collectives}
