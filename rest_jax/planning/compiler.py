@@ -15,12 +15,12 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rest_jax.errors import UserError
 from rest_jax.files import atomic_write
-from rest_jax.planning import estimate, hlo, topology
+from rest_jax.planning import estimate, fit, hlo, topology
 from rest_jax.planning.estimate import Calls, Cost
 from rest_jax.planning.measure import Measured, Rates, Work, measure
 from rest_jax.run.environment import LIBTPU_VARIABLE, user_cache
@@ -35,7 +35,7 @@ def plan_config(request: Mapping[str, Any], dump: pathlib.Path) -> dict[str, Any
 
     where = topology.parse(request["topology"])
     devices = topology.devices(where)
-    setup, longest = make_setup(request, devices)
+    setup, longest = make_setup(request, where, devices)
     wanted = programs.memory_programs(setup, longest)
     compiled = {
         name: compile_program(program, setup, where, dump) for name, program in wanted.items()
@@ -67,7 +67,9 @@ def plan_config(request: Mapping[str, Any], dump: pathlib.Path) -> dict[str, Any
     return result
 
 
-def make_setup(request: Mapping[str, Any], devices: Any) -> tuple[Any, Any]:
+def make_setup(
+    request: Mapping[str, Any], where: topology.Topology, devices: Sequence[Any]
+) -> tuple[Any, Any]:
     """(setup, lengths of the longest groups) of a request. UserError for a config that its command refuses."""
     from rest_jax import train
     from rest_jax.config import Config, check_supervised
@@ -75,6 +77,9 @@ def make_setup(request: Mapping[str, Any], devices: Any) -> tuple[Any, Any]:
     from rest_jax.rl.balance import check_experts
 
     config, supervised = Config.model_validate(request["config"]), request["supervised"]
+    if config.mesh.data is None and where.nodes > 1:
+        # Those of a topology do not say, as a run's do, on which node they are.
+        config = fit.with_values(config, {"mesh.data": where.nodes})
     if supervised:
         check_supervised(config)
     made = setup.abstract_setup(config, devices, None if supervised else train.step_config)

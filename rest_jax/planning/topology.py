@@ -67,6 +67,11 @@ class Topology:
         """Number of devices."""
         return self.slices * math.prod(self.shape)
 
+    @property
+    def nodes(self) -> int:
+        """Machines whose GPUs are connected with each other; 1 on other hardware."""
+        return self.shape[0] if self.chip.platform == "gpu" and len(self.shape) == 2 else 1
+
 
 def parse(name: str) -> Topology:
     """The topology of a name such as `v5p:2x2x4` or `2xv5e:4x4`; UserError names the forms there are."""

@@ -3,12 +3,13 @@
 import importlib.util
 import json
 
+import jax
 import pytest
 import yaml
 
 from rest_jax import cli, config
 from rest_jax.errors import UserError
-from rest_jax.planning import plan, report, topology
+from rest_jax.planning import compiler, plan, report, topology
 from tests.conftest import REPOSITORY
 
 on_tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is missing")
@@ -90,6 +91,16 @@ def test_a_plan_shows_the_gather_of_the_weights_inside_the_layer_loop(made):
     assert ("all-gather", "layer loop") in places, places
 
 
+@pytest.mark.parametrize(("data", "size"), [("null", 2), ("1", 1)])
+def test_unset_the_data_axis_has_one_part_a_gpu_node(recipe, data, size):
+    """As in a run, whose devices say on which node they are; 8 devices of this machine stand for the GPUs."""
+    words = [f"mesh.data={data}", "mesh.fsdp=-1"]
+    raw = config.load([recipe], words).model_dump(mode="json")
+    request = {"config": raw, "supervised": False}
+    made, _ = compiler.make_setup(request, topology.parse("h100:2x4"), jax.devices())
+    assert made.policy.mesh.shape["data"] == size
+
+
 def test_a_plan_is_a_table_and_a_picture(made, tmp_path):
     text = report.table(made)
     assert "small on cpu:8" in text and "it fits" in text and "layer loop" in text
@@ -155,14 +166,14 @@ def test_lengths_above_the_configs_are_refused(recipe, capsys):
         assert said in capsys.readouterr().err
 
 
-def test_what_a_run_refuses_a_plan_refuses(cache, recipe, capsys):
-    words = ["plan", str(recipe), "--topology", "cpu:8"]
-    assert cli.main([*words, "rollout.prompts_per_step=6"]) == 2
-    assert (
-        "rollout.prompts_per_step 6 does not divide over 4 data shards" in capsys.readouterr().err
-    )
-    assert cli.main([*words, "sft.batch_size=6"]) == 2
-    assert "sft.batch_size 6 does not divide over 4 data shards" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("supervised", "word"), [(False, "rollout.prompts_per_step=6"), (True, "sft.batch_size=6")]
+)
+def test_what_a_run_refuses_a_plan_refuses(recipe, supervised, word):
+    raw = config.load([recipe], [word]).model_dump(mode="json")
+    request, key = {"config": raw, "supervised": supervised}, word.partition("=")[0]
+    with pytest.raises(UserError, match=f"{key} 6 does not divide over 4 data shards"):
+        compiler.make_setup(request, topology.parse("cpu:8"), jax.devices())
 
 
 @pytest.mark.slow
