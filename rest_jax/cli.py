@@ -194,12 +194,17 @@ def sft(words: Configs, dry_run: DryRun = False, distributed: Distributed = None
 def plan(
     words: Configs,
     topology: Annotated[
-        str, Option(metavar="NAME", help="v5e:4x4, v5p:2x2x4, v6e:4x4, h100:8, h100:4x8, cpu:8")
+        str,
+        Option(metavar="NAME", help="v5e:4x4, v5p:2x2x4, 2xv6e:4x4 (2 slices), h100:4x8, cpu:8"),
     ],
     prompt_tokens: Annotated[
         int | None, Option(min=1, help="of every prompt, for the time; default: the longest")
     ] = None,
     response_tokens: Annotated[int | None, Option(min=1, help="of every response")] = None,
+    supervised: Annotated[
+        bool | None,
+        Option("--sft/--train", help="which command; default: sft if the config sets a key of sft"),
+    ] = None,
     json: Annotated[str | None, Option(metavar="FILE", help="write everything as JSON")] = None,
     output: Annotated[str | None, Option(metavar="FILE", help="draw the memory, as PNG")] = None,
 ) -> int:
@@ -207,8 +212,12 @@ def plan(
     from rest_jax import config
     from rest_jax.planning import plan
 
-    options = plan.Options(topology, prompt_tokens, response_tokens, json, output)
-    return plan.plan(config.load(*split(words)), options)
+    files, overrides = split(words)
+    loaded = config.load(files, overrides)
+    if supervised is None:
+        supervised = plan.is_supervised(files, overrides)
+    options = plan.Options(topology, supervised, prompt_tokens, response_tokens, json, output)
+    return plan.plan(loaded, options)
 
 
 @app.command(rich_help_panel=_TRAIN)

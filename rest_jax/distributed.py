@@ -152,11 +152,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def place(shapes: Tree, shardings: Any) -> Tree:
     """Abstract arrays with the shardings of a tree like theirs, or all with one."""
+
+    def one(x: Any, where: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
     if isinstance(shardings, NamedSharding):
-        shardings = jax.tree.map(lambda _: shardings, shapes)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
+        return jax.tree.map(lambda x: one(x, shardings), shapes)
+    return jax.tree.map(one, shapes, shardings)
 
 
 def num_data_shards(mesh: Mesh) -> int:

@@ -28,18 +28,18 @@ from rest_jax.distributed import (
 from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
 from rest_jax.models.policy import Policy
 from rest_jax.planning.memory import check_memory
-from rest_jax.planning.programs import Lengths, supervised_programs
+from rest_jax.planning.programs import memory_programs
+from rest_jax.planning.setup import HeldOut, Lengths, Setup
 from rest_jax.rl.balance import check_experts
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import learning_rates, make_optimizer
 from rest_jax.rl.packing import BatchLengths, packing_metrics
 from rest_jax.rl.regions import label_tokens
-from rest_jax.rl.step import combine_updates, init_state, make_advance
+from rest_jax.rl.step import combine_updates, init_state, make_advance, plan_all_groups
 from rest_jax.rl.supervised import (
     GoldBatch,
     make_prepare_gold,
     make_supervised_update,
-    plan_supervised,
 )
 from rest_jax.run.folder import SUPERVISED_FINITE, Run, check_start, open_run
 from rest_jax.run.load import load_policy
@@ -81,9 +81,10 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
     prepare = make_prepare_gold(config.sft, mesh)
     update = make_supervised_update(policy.decoder, tx, config.loss, mesh, shardings)
     longest = Lengths(bucketed(data.prompts), bucketed(data.targets))
-    size, most = config.sft.batch_size, config.train.max_tokens_per_microbatch
-    programs = functools.partial(supervised_programs, update, abstract, size, longest, most)
-    check_memory(programs, mesh)
+    abstract_policy = dataclasses.replace(policy, params=abstract.params)
+    held_out = evaluator and HeldOut(evaluator.data.size, evaluator.width)
+    setup = Setup(config, abstract_policy, None, tx, longest, held_out)
+    check_memory(lambda: memory_programs(setup, longest), mesh)
     advance = make_advance(mesh)
     batches = Loader(
         data,
@@ -105,7 +106,7 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
         gold = to_mesh(label_regions(rows, policy, config.data.template), mesh)
         dispatched = time.monotonic()
         batch = prepare(gold)
-        plan = plan_supervised(lengths, config.train.max_tokens_per_microbatch, mesh)
+        plan = plan_all_groups(lengths, config.train.max_tokens_per_microbatch, mesh)
         state, totals = update(state, batch, plan)
         state = dataclasses.replace(state, step=advance(state.step))
         tokens, prompts = int(lengths.response_length.sum()), int(lengths.prompt_length.sum())

@@ -32,8 +32,9 @@ from rest_jax.distributed import (
 from rest_jax.errors import UserError
 from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
 from rest_jax.models.policy import Policy
-from rest_jax.planning.memory import check_memory, memory_programs
-from rest_jax.planning.programs import Lengths, Setup
+from rest_jax.planning.memory import check_memory
+from rest_jax.planning.programs import memory_programs
+from rest_jax.planning.setup import HeldOut, Lengths, Setup
 from rest_jax.rl.balance import check_experts
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import learning_rates, make_optimizer
@@ -86,8 +87,10 @@ def train_steps(
     reference = copy_reference(config, policy.params)
     state, abstract, shardings = init_state(policy, tx, cfg.schedule, config.seed)
     rl = make_step(policy.decoder, tx, cfg, mesh, shardings)
-    setup = Setup(config, dataclasses.replace(policy, params=abstract.params), cfg, tx)
     longest = Lengths(bucketed(prompts.prompts), config.rollout.max_response_tokens)
+    abstract_policy = dataclasses.replace(policy, params=abstract.params)
+    held_out = evaluator and HeldOut(evaluator.data.size, evaluator.width)
+    setup = Setup(config, abstract_policy, cfg, tx, longest, held_out)
     check_memory(lambda: memory_programs(setup, longest), mesh)
     rollout_params = rollout_cast(policy)
     minibatch = assign_minibatches(config.rollout.prompts_per_step, cfg.updates)

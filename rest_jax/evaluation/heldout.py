@@ -55,7 +55,7 @@ class Evaluator:
         self.template = TEMPLATES[config.data.template]
         self._sampler = make_sampler(policy, config.rollout, 1, Sampling(greedy=True))
         self._rollout_params = rollout_cast(policy)
-        self._width = bucketed(data.prompts)
+        self.width = bucketed(data.prompts)
 
     def __call__(self, params: Params) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """(the eval/ metrics, one sample a prompt) for training weights. Every process has all of them."""
@@ -82,7 +82,7 @@ class Evaluator:
 
     def _sample(self, params: Params) -> RolloutBatch:
         """Greedy completions of all."""
-        padded = pad(self.data.prompts, self._width, self.policy.tokenizer.pad_id)
+        padded = pad(self.data.prompts, self.width, self.policy.tokenizer.pad_id)
         batch = PromptBatch(*padded, np.arange(self.data.size, dtype=np.int32))
         return self._sampler.sample_all(params, batch, jax.random.key(0))
 

@@ -1,8 +1,9 @@
 """The process that compiles for absent hardware: python -m rest_jax.planning.compiler REQUEST RESULT.
 
-It reads a request (JSON: config, topology, lengths), lowers the programs of `planning.programs`, compiles them or finds them
-in the cache, measures their texts and writes the Plan (JSON). It is a process of its own because jax reads its platform and XLA's
-flags once. A compiled program's text and memory are kept in the user's cache folder, under a digest of what XLA was given.
+It reads a request (JSON: config, whether supervised, topology, lengths), lowers the programs of `planning.programs`, compiles
+them or finds them in the cache, measures their texts and writes the Plan (JSON). It is a process of its own because jax reads
+its platform and XLA's flags once. A compiled program's text and memory are kept in the user's cache folder, under a digest of
+what XLA was given.
 """
 
 import dataclasses
@@ -14,13 +15,14 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rest_jax.errors import UserError
 from rest_jax.files import atomic_write
-from rest_jax.planning import estimate, hlo, topology
+from rest_jax.planning import estimate, fit, hlo, topology
 from rest_jax.planning.estimate import Calls, Cost
+from rest_jax.planning.measure import Measured, Rates, Work, measure
 from rest_jax.run.environment import LIBTPU_VARIABLE, user_cache
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
@@ -28,21 +30,19 @@ PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
 
 def plan_config(request: Mapping[str, Any], dump: pathlib.Path) -> dict[str, Any]:
     """The plan of one config: JSON with memory, programs, and the seconds of a step. UserError for a bad config or mesh."""
-    from rest_jax.config import Config
     from rest_jax.planning import memory, programs
-    from rest_jax.train import step_config
+    from rest_jax.planning.setup import Lengths
 
     where = topology.parse(request["topology"])
     devices = topology.devices(where)
-    setup = programs.abstract_setup(Config.model_validate(request["config"]), devices, step_config)
-    most = programs.longest(setup.config)
-    lengths = programs.Lengths(*(request["lengths"] or most))
-    wanted = memory.memory_programs(setup, most)
+    setup, longest = make_setup(request, where, devices)
+    wanted = programs.memory_programs(setup, longest)
     compiled = {
         name: compile_program(program, setup, where, dump) for name, program in wanted.items()
     }
     usages = [memory.usage(wanted[name], found.allocation) for name, found in compiled.items()]
     result = {
+        "command": "sft" if request["supervised"] else "train",
         "topology": where.name,
         "devices": where.size,
         "device_kind": devices[0].device_kind,
@@ -54,9 +54,39 @@ def plan_config(request: Mapping[str, Any], dump: pathlib.Path) -> dict[str, Any
         },
     }
     if not request["memory_only"]:
-        timed = timed_programs(setup, lengths, compiled, where, dump)
+        lengths = Lengths(*(request["lengths"] or longest))
+        called = programs.step_programs(setup, lengths)
+        # Those of a step with the longest groups are compiled.
+        timed = {
+            name: compiled[name]
+            if lengths == longest
+            else compile_program(program, setup, where, dump)
+            for name, program in called.items()
+        }
         result |= describe_speed(setup, lengths, timed, where)
     return result
+
+
+def make_setup(
+    request: Mapping[str, Any], where: topology.Topology, devices: Sequence[Any]
+) -> tuple[Any, Any]:
+    """(setup, lengths of the longest groups) of a request. UserError for a config that its command refuses."""
+    from rest_jax import train
+    from rest_jax.config import Config, check_supervised
+    from rest_jax.planning import setup
+    from rest_jax.rl.balance import check_experts
+
+    config, supervised = Config.model_validate(request["config"]), request["supervised"]
+    if config.mesh.data is None and where.nodes > 1:
+        # Those of a topology do not say, as a run's do, on which node they are.
+        config = fit.with_values(config, {"mesh.data": where.nodes})
+    if supervised:
+        check_supervised(config)
+    made = setup.abstract_setup(config, devices, None if supervised else train.step_config)
+    if not supervised:
+        train.check_sizes(config, made.policy)
+    check_experts(config, made.policy.config)
+    return made, setup.longest(config, supervised)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,27 +146,6 @@ def _text(compiled: Any, dump: pathlib.Path) -> str:
         return written[-1].read_text()
 
 
-def timed_programs(
-    setup: Any,
-    lengths: Any,
-    compiled: Mapping[str, Compiled],
-    where: topology.Topology,
-    dump: pathlib.Path,
-) -> dict[str, Compiled]:
-    """The programs that a step at these lengths calls; they are those of the memory at the longest lengths."""
-    from rest_jax.planning import programs
-
-    if lengths == programs.longest(setup.config):
-        return {name: compiled[name] for name in CALLED}
-    found = programs.update_programs(setup, lengths)
-    r = setup.config.rollout
-    found |= programs.rollout_programs(setup, lengths, r.group_size, setup.step.sampling)
-    return {name: compile_program(found[name], setup, where, dump) for name in CALLED}
-
-
-CALLED = ("cast", "prefill", "insert", "start", "decode", "update", "apply")
-
-
 def describe_speed(
     setup: Any, lengths: Any, timed: Mapping[str, Compiled], where: topology.Topology
 ) -> dict[str, Any]:
@@ -146,15 +155,15 @@ def describe_speed(
 
     mesh, model = setup.policy.mesh, setup.policy.config
     peak = throughput.mesh_peak_flops(mesh.devices.flat, model.dtype)
-    rates = hlo.Rates((peak or 0) / where.size, where.chip.memory_bandwidth or 0)
-    # the chips of a TPU slice are neighbours whatever their host
-    hosts = programs.hosts(mesh) if where.chip.network else None
+    rates = Rates((peak or 0) / where.size, where.chip.memory_bandwidth or 0)
+    # The chips of a TPU slice are neighbours whatever their host; what slices send to one another is marked as such.
+    hosts = programs.hosts(mesh) if where.chip.platform == "gpu" else None
     measured = {
-        name: hlo.measure(hlo.parse(c.text), model.n_layers, rates, hosts)
+        name: measure(hlo.parse(c.text), model.n_layers, rates, hosts)
         for name, c in timed.items()
         if c.text
     }
-    calls = count_calls(setup, lengths)
+    calls = count_calls(setup, lengths, timed)
     described = {
         "lengths": dict(lengths._asdict()),
         "programs": {
@@ -169,6 +178,10 @@ def describe_speed(
     return described | {"step": _describe_step(setup, lengths, costs, calls)}
 
 
+# Programs of a step that sample; the others are the update's.
+_SAMPLING = ("cast", "prefill", "insert", "start", "decode")
+
+
 def _describe_step(
     setup: Any, lengths: Any, costs: Mapping[str, Cost], calls: Mapping[str, Calls]
 ) -> dict[str, Any]:
@@ -177,17 +190,18 @@ def _describe_step(
 
     from rest_jax.run import throughput
 
-    mesh, model, r = setup.policy.mesh, setup.policy.config, setup.config.rollout
+    mesh, model = setup.policy.mesh, setup.policy.config
     parts = estimate.step_seconds(costs, calls)
-    update = sum(sum(parts[name].values()) for name in ("update", "apply"))
-    total = sum(sum(p.values()) for p in parts.values())
-    prompts = np.full(r.prompts_per_step, lengths.prompt)
-    responses = np.full((r.prompts_per_step, r.group_size), lengths.response)
+    seconds = {name: sum(inner.values()) for name, inner in parts.items()}
+    rollout = sum(seconds.get(name, 0.0) for name in _SAMPLING)
+    total = sum(seconds.values())
+    prompts = np.full(setup.groups, lengths.prompt)
+    responses = np.full((setup.groups, setup.group_size), lengths.response)
     rate = float(responses.sum()) / total
     step = {
         "seconds": total,
-        "update_seconds": update,
-        "rollout_seconds": total - update,
+        "update_seconds": total - rollout,
+        "rollout_seconds": rollout,
         "tokens_per_second": rate,
         "tokens_per_second_per_device": rate / mesh.size,
         "parts": parts,
@@ -198,39 +212,49 @@ def _describe_step(
     }
     if peak := throughput.mesh_peak_flops(mesh.devices.flat, model.dtype):
         work = throughput.update_flops(model, prompts, responses)
-        step["update_mfu"] = work / update / peak
-        work = throughput.rollout_flops(model, prompts, responses)
-        step["rollout_mfu"] = work / (total - update) / peak
+        step["update_mfu"] = work / (total - rollout) / peak
+        if rollout:
+            work = throughput.rollout_flops(model, prompts, responses)
+            step["rollout_mfu"] = work / rollout / peak
     return step
 
 
-def count_calls(setup: Any, lengths: Any) -> dict[str, Calls]:
-    """How often a step calls its programs when all groups are active and all responses as long as `lengths`."""
+def count_calls(setup: Any, lengths: Any, names: Iterable[str]) -> dict[str, Calls]:
+    """How often a step calls the programs of these names when all groups are active and as long as `lengths`."""
     from rest_jax.planning import programs
+    from rest_jax.planning.setup import all_groups, micro_batches
     from rest_jax.rollout.engine import CHUNK
-    from rest_jax.rollout.scheduler import rollout_settings
 
-    r, step = setup.config.rollout, setup.step
-    micro = programs.micro_batches(setup, lengths)
-    updates = step.updates * sum(m.positions for m in micro) / micro[0].positions
-    groups = programs.groups_of_shard(setup)
-    settings = rollout_settings(setup.policy, r, r.group_size, step.sampling)
-    _, slots = settings.sizes(groups)
-    rounds = -(-groups * r.group_size // slots)
-    return {
-        "cast": Calls(1),
-        "prefill": Calls(groups),
-        "insert": Calls(groups),
-        "start": Calls(rounds),
-        "decode": Calls(rounds * -(-lengths.response // CHUNK), rounds * lengths.response),
-        "update": Calls(updates),
-        "apply": Calls(step.updates),
+    # the last micro-batch may be a smaller one
+    update, forward = (
+        sum(m.positions for m in micro) / micro[0].positions
+        for micro in (micro_batches(setup, lengths), all_groups(setup, lengths))
+    )
+    calls = {
+        "logprobs": Calls(forward),
+        "reference logprobs": Calls(forward),
+        "prepare": Calls(1),
+        "update": Calls(setup.updates * update),
+        "apply": Calls(setup.updates),
     }
+    if setup.step is not None:
+        groups, _, _, settings = programs.training_rollout(setup, lengths)
+        _, slots = settings.sizes(groups)
+        rounds = -(-groups * settings.group_size // slots)
+        chunks = rounds * -(-lengths.response // CHUNK)
+        calls |= {
+            "cast": Calls(1),
+            "prefill": Calls(groups),
+            "insert": Calls(groups),
+            "start": Calls(rounds),
+            "decode": Calls(chunks, rounds * lengths.response),
+        }
+    return {name: calls[name] for name in names}
 
 
-def _describe_program(measured: hlo.Measured) -> dict[str, Any]:
+def _describe_program(measured: Measured) -> dict[str, Any]:
     """Totals, and every kind of collective, as JSON."""
-    sums = (sum(parts.values(), hlo.Work()) for parts in (measured.once, measured.each))
+    sums = (sum(parts.values(), Work()) for parts in (measured.once, measured.each))
     call, token = ({"flops": work.flops, "bytes": work.nbytes} for work in sums)
     collectives = [c._asdict() for c in measured.collectives]
     return {"call": call, "token": token, "collectives": collectives}

@@ -9,7 +9,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from rest_jax.planning.hlo import Collective, Measured, Work
+from rest_jax.planning.collectives import Collective
+from rest_jax.planning.measure import Measured, Work
 from rest_jax.planning.topology import Chip
 
 

@@ -60,6 +60,7 @@ def candidates(
     config: Config, program: str, parts: Mapping[str, int], limit: float
 ) -> Iterator[dict[str, Any]]:
     """Changes that lower what a program needs, the smallest first; a knob that cannot be enough is left out."""
+    program = program.removeprefix("evaluation ")
     if program in ROLLOUT:
         moving = sum(parts.get(name, 0) for name in ("cache", "temporaries", "outputs"))
         slots, fixed = config.rollout.decode_slots, parts["total"] - moving
@@ -72,7 +73,7 @@ def candidates(
                 else {"rollout.prompt_cache_entries": max(1, entries * fewer // slots)}
             )
             yield {"rollout.decode_slots": fewer, **kept}
-    elif program != "apply":
+    elif program not in ("prepare", "apply"):
         if config.model.remat != "block":
             yield {"model.remat": "block"}
         tokens = config.train.max_tokens_per_microbatch

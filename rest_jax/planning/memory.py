@@ -14,16 +14,7 @@ from jax.sharding import Mesh
 
 from rest_jax.distributed import activate, platform
 from rest_jax.errors import UserError
-from rest_jax.planning.programs import (
-    Lengths,
-    Program,
-    Setup,
-    device_bytes,
-    fullest,
-    rollout_programs,
-    update_programs,
-)
-from rest_jax.types import Sampling
+from rest_jax.planning.programs import Program, device_bytes
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # libtpu has two sentences for it.
@@ -93,21 +84,6 @@ def usage(program: Program, allocation: Allocation | int) -> Usage:
     return Usage(program.name, {k: v for k, v in (parts | beside).items() if v})
 
 
-def memory_programs(setup: Setup, most: Lengths) -> dict[str, Program]:
-    """The programs among which the one is that needs the most, where prompts and responses are at most so long. "update" is
-    the micro-batch of the longest groups, "fullest update" that of the most positions.
-    """
-    found = update_programs(setup, most)
-    if (other := fullest(setup, most)) != most:
-        full = update_programs(setup, other)["update"]
-        found["fullest update"] = dataclasses.replace(full, name="fullest update")
-    found |= rollout_programs(setup, most, setup.config.rollout.group_size, setup.step.sampling)
-    if setup.config.data.eval is not None:
-        held_out = rollout_programs(setup, most, 1, Sampling(greedy=True))["decode"]
-        found["evaluation"] = dataclasses.replace(held_out, name="evaluation")
-    return found
-
-
 def check_memory(make_programs: Callable[[], Mapping[str, Program]], mesh: Mesh) -> None:
     """UserError with the numbers for a program that needs more memory than a device of the mesh has.
 
@@ -130,13 +106,13 @@ def memory_limit(mesh: Mesh) -> int | None:
     return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
 
 
-_FEWER_TOKENS = "lower train.max_tokens_per_microbatch or raise mesh.fsdp or mesh.tensor"
-_FEWER_SLOTS = "lower rollout.decode_slots or raise mesh.tensor"
-_REMEDIES = {
-    "update": _FEWER_TOKENS,
-    "fullest update": _FEWER_TOKENS,
-    "apply": "raise mesh.fsdp or mesh.tensor",
-}
+def remedy(program: str) -> str:
+    """What lowers the memory that a program needs."""
+    if program in ("prepare", "apply"):
+        return "raise mesh.fsdp or mesh.tensor"
+    if program.endswith(("update", "logprobs")):
+        return "lower train.max_tokens_per_microbatch or raise mesh.fsdp or mesh.tensor"
+    return "lower rollout.decode_slots or raise mesh.tensor"
 
 
 def refuse_if_over(needed: Usage, limit: int) -> None:
@@ -147,5 +123,5 @@ def refuse_if_over(needed: Usage, limit: int) -> None:
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in largest)
     raise UserError(
         f"memory: {needed.name} needs {needed.total / 2**30:.2f} GiB on each device, which has {limit / 2**30:.2f} "
-        f"({parts}); {_REMEDIES.get(needed.name, _FEWER_SLOTS)}; `rest-jax plan` finds the smallest change"
+        f"({parts}); {remedy(needed.name)}; `rest-jax plan` finds the smallest change"
     )

@@ -13,8 +13,10 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
+from rest_jax import config as config_lib
 from rest_jax.config import Config
 from rest_jax.errors import UserError
 from rest_jax.files import atomic_write
@@ -27,9 +29,10 @@ FULL = 0.9  # of the memory: what is above is left to fragments and to the runti
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a plan is for. Lengths None: the longest that the config allows."""
+    """What a plan is for: `rest-jax train` or `rest-jax sft` on a topology. Lengths None: the longest that the config allows."""
 
     topology: str
+    supervised: bool = False
     prompt_tokens: int | None = None
     response_tokens: int | None = None
     json: str | None = None
@@ -52,50 +55,66 @@ def make_plan(config: Config, options: Options) -> dict[str, Any]:
     """The plan as JSON. UserError when the config or the topology cannot be used, or the compiler is missing."""
     where = topology.parse(options.topology)
     topology.check_compiler(where)
-    lengths = _lengths(config, options)
-    made = compile_plan(config, where, lengths, memory_only=False)
+    request = {
+        "supervised": options.supervised,
+        "topology": where.name,
+        "lengths": _lengths(config, options),
+    }
+    made = compile_plan(config, where, request | {"memory_only": False})
     limit = FULL * where.chip.memory
     needs = made["memory"]["programs"]
     found = {"name": config.name, "fits": fit.largest(needs)[1] <= limit, **made}
     found["change"] = None
     if found["fits"]:
         return found
-    compile = functools.partial(_needs, where=where, lengths=lengths)
+    compile = functools.partial(_needs, where=where, request=request | {"memory_only": True})
     change = fit.smallest_change(config, needs, limit, compile)
     if change is None:
         return found
-    small = compile_plan(change.config, where, lengths, memory_only=False)
+    small = compile_plan(change.config, where, request | {"memory_only": False})
     return found | {"change": {"values": list(change.changes), **small}}
 
 
+def is_supervised(files: Sequence[str], overrides: Sequence[str]) -> bool:
+    """Whether a config is one of `rest-jax sft`: its files or words set a value of section `sft`."""
+    origins = config_lib.origins(files, overrides)
+    return any(path.startswith("sft.") for path, origin in origins.items() if origin != "default")
+
+
 def _lengths(config: Config, options: Options) -> tuple[int, int] | None:
-    if options.prompt_tokens is None and options.response_tokens is None:
+    """The lengths asked for; of one alone the other is the longest beside it."""
+    prompt, response = options.prompt_tokens, options.response_tokens
+    if prompt is None and response is None:
         return None
-    most = (config.data.max_prompt_tokens, config.rollout.max_response_tokens)
-    asked = (options.prompt_tokens or most[0], options.response_tokens or most[1])
-    names = ("--prompt-tokens", "data.max_prompt_tokens", "--response-tokens", "rollout.max_response_tokens")  # fmt: skip
-    for i in (0, 1):
-        if asked[i] > most[i]:
-            raise UserError(
-                f"{names[2 * i]} {asked[i]} is above {names[2 * i + 1]} {most[i]}; lower it"
-            )
-    return asked
+    if options.supervised:
+        most = config.sft.max_tokens
+        prompt = prompt or max(1, min(config.data.max_prompt_tokens, most - (response or 0)))
+        response = response or most - prompt
+        limits = [
+            ("--prompt-tokens + --response-tokens", prompt + response, "sft.max_tokens", most)
+        ]
+    else:
+        longest = (config.data.max_prompt_tokens, config.rollout.max_response_tokens)
+        prompt, response = prompt or longest[0], response or longest[1]
+        limits = [
+            ("--prompt-tokens", prompt, "data.max_prompt_tokens", longest[0]),
+            ("--response-tokens", response, "rollout.max_response_tokens", longest[1]),
+        ]
+    for option, asked, key, most in limits:
+        if asked > most:
+            raise UserError(f"{option} {asked} is above {key} {most}; lower it")
+    return prompt, response
 
 
-def _needs(config: Config, where: topology.Topology, lengths: tuple[int, int] | None) -> fit.Needs:
-    return compile_plan(config, where, lengths, memory_only=True)["memory"]["programs"]
+def _needs(config: Config, where: topology.Topology, request: dict[str, Any]) -> fit.Needs:
+    return compile_plan(config, where, request)["memory"]["programs"]
 
 
 def compile_plan(
-    config: Config, where: topology.Topology, lengths: tuple[int, int] | None, memory_only: bool
+    config: Config, where: topology.Topology, request: dict[str, Any]
 ) -> dict[str, Any]:
     """What `planning.compiler` finds out of a config, from the cache where it is known."""
-    request = {
-        "config": config.model_dump(mode="json"),
-        "topology": where.name,
-        "lengths": lengths,
-        "memory_only": memory_only,
-    }
+    request = request | {"config": config.model_dump(mode="json")}
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", LIBTPU_VARIABLE)]
     known = json.dumps([request, versions(), flags, _sources()], sort_keys=True)
     path = user_cache() / "plans" / f"{hashlib.sha256(known.encode()).hexdigest()}.json"

@@ -1,49 +1,39 @@
 """The programs that a run compiles, lowered with abstract weights on a mesh whose devices need not be here.
 
-    setup = abstract_setup(config, devices)        config, policy without weights, optimiser, static side of the steps
-    programs(setup, lengths)                       -> the update's and the rollout's Programs at the given lengths
+    step_programs(setup, lengths)        those that a step of `rest-jax train` or `rest-jax sft` calls, at these lengths
+    memory_programs(setup, lengths)      all that can decide how much memory a run needs, evaluations among them
 
-They are those of a run: `rl.step.make_step` and `rollout.engine.make_engine` make them. What is on a device while a program runs
+They are those of a run: `rl.step`, `rl.supervised` and `rollout.engine` make them. What is on a device while a program runs
 is its arguments and what other programs have left there; a Program names both, so that memory has names.
 """
 
 import dataclasses
 import functools
-import json
 import math
-import pathlib
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import linen as nn
 from jax.sharding import Mesh
 
-from rest_jax.config import Config, locate
-from rest_jax.distributed import (
-    activate,
-    batch_sharding,
-    make_mesh,
-    num_data_shards,
-    place,
-    replicated,
-    with_tensor,
+from rest_jax.distributed import activate, batch_sharding, num_data_shards, place, replicated
+from rest_jax.models.decoder import param_shardings
+from rest_jax.models.policy import Policy
+from rest_jax.planning.setup import (
+    HeldOut,
+    Lengths,
+    Setup,
+    all_groups,
+    fullest,
+    micro_batches,
 )
-from rest_jax.errors import UserError
-from rest_jax.models.config import DecoderConfig
-from rest_jax.models.decoder import Decoder, abstract_params, param_shardings
-from rest_jax.models.hf.config import decoder_config
-from rest_jax.models.policy import Policy, compute_dtype
-from rest_jax.models.presets import PRESETS, preset
-from rest_jax.rl.optimizer import make_optimizer
-from rest_jax.rl.packing import BUCKETS, BatchLengths, MicroBatch, Picker, bucket
-from rest_jax.rl.prepare import StepConfig
-from rest_jax.rl.step import Update, abstract_state, make_step, plan_minibatches
-from rest_jax.rl.supervised import SupervisedBatch, plan_supervised
+from rest_jax.rl.curriculum import Schedule
+from rest_jax.rl.packing import MicroBatch, Picker, bucket
+from rest_jax.rl.prepare import Recomputed
+from rest_jax.rl.step import Logprobs, Update, abstract_state, make_step
+from rest_jax.rl.supervised import GoldBatch, make_prepare_gold, make_supervised_update
 from rest_jax.rollout.engine import (
     Engine,
     NewRequests,
@@ -53,28 +43,12 @@ from rest_jax.rollout.engine import (
     make_engine,
     rollout_cast,
     rollout_decoder,
+    token_routes,
 )
 from rest_jax.rollout.scheduler import response_widths, rollout_settings
-from rest_jax.types import RolloutBatch, Sampling, ScoredBatch, TrainState
+from rest_jax.types import RolloutBatch, Routes, Sampling, ScoredBatch, TrainState
 
 Tree = Any
-
-
-class Lengths(NamedTuple):
-    """Tokens of every prompt and of every response."""
-
-    prompt: int
-    response: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What the programs of a run are made of; the policy's parameters are abstract, with shardings."""
-
-    config: Config
-    policy: Policy
-    step: StepConfig
-    tx: optax.GradientTransformation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,117 +61,106 @@ class Program:
     resident: dict[str, Tree]  # no arguments of it
 
 
-@dataclasses.dataclass(frozen=True)
-class _AnyTokenizer:
-    """Ids that a rollout knows of; which they are changes no program."""
+def step_programs(setup: Setup, lengths: Lengths) -> dict[str, Program]:
+    """The programs that a step at these lengths calls, in their order, but for `resize`, which it seldom does."""
+    found = {}
+    if setup.step is not None:
+        found |= rollout_programs(setup, training_rollout(setup, lengths))
+        del found["resize"]
+    return found | update_programs(setup, lengths)
 
-    pad_id: int = 0
-    stop_ids: tuple[int, ...] = (1,)
 
-
-def model_config(source: str) -> DecoderConfig:
-    """Sizes of a model from its config.json (a folder's, or the file), or of a published one by its name, with or without the
-    owner's: no weights are read, nothing is fetched. UserError names the known ones.
+def memory_programs(setup: Setup, lengths: Lengths) -> dict[str, Program]:
+    """The programs among which the one is that needs the most, where the longest groups have these lengths. "fullest ..." is
+    that with the micro-batch of the most positions.
     """
-    path = pathlib.Path(locate(source))
-    file = path / "config.json" if path.is_dir() else path
-    if file.is_file():
-        return decoder_config(json.loads(file.read_text()))
-    known = {_size_name(hub_id): hub_id for hub_id in PRESETS}
-    if _size_name(source) not in known:
-        raise UserError(
-            f"model.source {source}: neither a folder with a config.json nor a published size; known: {', '.join(known)}"
-        )
-    return preset(known[_size_name(source)])
-
-
-def _size_name(source: str) -> str:
-    return re.sub(r"-(instruct|thinking|base)\b", "", source.rpartition("/")[2].lower())
-
-
-def abstract_setup(
-    config: Config, devices: Sequence[Any], step_config: Callable[[Config, int], StepConfig]
-) -> Setup:
-    """The setup of `config` on these devices. UserError for a mesh that they or the model do not fit."""
-    mesh = make_mesh(config.mesh, devices)
-    cfg = dataclasses.replace(
-        model_config(config.model.source),
-        dtype=compute_dtype(config.model.dtype, mesh),
-        remat=config.model.remat,
-    )
-    params = place(nn.meta.unbox(abstract_params(cfg)), param_shardings(cfg, mesh))
-    tokenizer: Any = _AnyTokenizer()
-    tensor = config.rollout.tensor
-    rollout_mesh = mesh if tensor is None else with_tensor(mesh, tensor)
-    policy = Policy(Decoder(cfg), params, tokenizer, mesh, rollout_mesh, pathlib.Path())
-    steps = config.train.steps or 100  # a constant of the schedules
-    step = step_config(config, steps)
-    return Setup(config, policy, step, make_optimizer(config.optimizer, steps * step.updates))
-
-
-def longest(config: Config) -> Lengths:
-    """The longest prompts and responses that a config allows."""
-    return Lengths(config.data.max_prompt_tokens, config.rollout.max_response_tokens)
-
-
-def micro_batches(setup: Setup, lengths: Lengths) -> list[MicroBatch]:
-    """The micro-batches of one update in which all groups are active and as long as `lengths`."""
-    config, mesh = setup.config, setup.policy.mesh
-    rollout, most = config.rollout, longest(config)
-    shape = (rollout.prompts_per_step, rollout.group_size)
-    batch = BatchLengths(
-        np.full(shape[0], lengths.prompt, np.int32),
-        np.full(shape, lengths.response, np.int32),
-        (max(lengths.prompt, most.prompt), most.response),
-    )
-    reward = np.zeros(shape, np.float32)
-    reward[:, 0] = 1
-    return plan_minibatches(batch, reward, setup.step, mesh)[0]
-
-
-def fullest(setup: Setup, most: Lengths) -> Lengths:
-    """The lengths, at most these, whose micro-batch has the most positions: of several the longest responses."""
-    step, rollout = setup.step, setup.config.rollout
-    limit = step.max_tokens_per_microbatch
+    found = update_programs(setup, lengths)
     shards = num_data_shards(setup.policy.mesh)
-    groups = max(1, rollout.prompts_per_step // step.updates // shards)
-    if limit is None or step.noise_groups is not None:
-        return most
-    best, found = 0, most
-    for prompt in sorted(
-        {bucket(b, most.prompt) for b in BUCKETS if b <= most.prompt} | {most.prompt}
-    ):
-        for response in sorted({b for b in BUCKETS if b <= most.response} | {most.response}):
-            cost = prompt + rollout.group_size * response
-            rows = max(1, min(groups, limit // cost))
-            rows = rows if rows == groups else 1 << (rows.bit_length() - 1)
-            if (rows * cost, response) > (best, found.response):
-                best, found = rows * cost, Lengths(prompt, response)
+    mini_batch = max(1, setup.groups // setup.updates // shards)
+    if setup.step is not None and setup.step.noise_groups is not None:
+        mini_batch = 1
+    step = setup.groups // shards
+    cuts = {"update": mini_batch, "logprobs": step, "reference logprobs": step}
+    for name, groups in cuts.items():
+        if name in found and (other := fullest(setup, groups)) != lengths:
+            full = update_programs(setup, other)[name]
+            found[f"fullest {name}"] = dataclasses.replace(full, name=f"fullest {name}")
+    if setup.step is not None:
+        found |= rollout_programs(setup, training_rollout(setup, lengths))
+    if setup.held_out is not None:
+        found |= evaluation_programs(setup, setup.held_out)
     return found
 
 
+# --- the update -------------------------------------------------------------------------------------------------------------
+
+
 def update_programs(setup: Setup, lengths: Lengths) -> dict[str, Program]:
-    """`update`, the gradient of the largest micro-batch of these lengths, added to what there is; `apply`, the optimiser."""
+    """`prepare`, which makes the batch; `update`, the gradient of the largest micro-batch of these lengths; `apply`, the
+    optimiser. `logprobs` and `reference logprobs`, where the config asks for them: forward passes over the largest micro-batch.
+    """
+    if setup.step is None:
+        return _supervised_programs(setup, lengths)
     config, mesh = setup.config, setup.policy.mesh
-    state, shardings = abstract_state(setup.policy, setup.tx, setup.step.schedule)
+    state, shardings = train_state(setup)
     rl = make_step(setup.policy.decoder, setup.tx, setup.step, mesh, shardings)
-    scored = place(_scored(config), batch_sharding(mesh))
-    kl = config.loss.kl_coefficient > 0
-    logp_ref = scored.rollout.logp if kl else None
-    minibatch = _numbers((config.rollout.prompts_per_step,))
-    batch, _, _ = jax.eval_shape(rl.prepare, scored, None, logp_ref, minibatch, state.curriculum)
-    reference = {"reference": state.params} if kl else {}
-    return gradient_programs(rl.update, state, batch, micro_batches(setup, lengths)[0], reference)
+    scored, kept = _scored(setup), _reference(setup, state)
+    token = scored.rollout.logp
+    recomputed = Recomputed(token, token, token) if config.rollout.recompute_logprobs else None
+    minibatch = place(_numbers((setup.groups,)), replicated(mesh))
+    given = scored, recomputed, token if kept else None, minibatch, state.curriculum
+    found = {}
+    if recomputed is not None:
+        found["logprobs"] = _logprobs(rl.logprobs, setup, lengths, scored.rollout, state)
+    if kept:
+        own = dataclasses.replace(scored.rollout, routes=None)
+        program = _logprobs(rl.logprobs, setup, lengths, own, state)
+        found["reference logprobs"] = dataclasses.replace(program, name="reference logprobs")
+    found["prepare"] = _prepare(rl.prepare, given, scored, state, kept)
+    batch, _, _ = jax.eval_shape(rl.prepare, *given)
+    micro = micro_batches(setup, lengths)
+    return found | gradient_programs(rl.update, state, batch, micro[0], kept)
+
+
+def _supervised_programs(setup: Setup, lengths: Lengths) -> dict[str, Program]:
+    config, mesh = setup.config, setup.policy.mesh
+    state, shardings = train_state(setup)
+    prepare = make_prepare_gold(config.sft, mesh)
+    update = make_supervised_update(setup.policy.decoder, setup.tx, config.loss, mesh, shardings)
+    tokens = (setup.groups, 1, setup.widths.response)
+    gold = place(
+        GoldBatch(
+            prompt=_numbers((setup.groups, setup.widths.prompt)),
+            prompt_length=_numbers(tokens[:1]),
+            responses=_numbers(tokens),
+            response_length=_numbers(tokens[:2]),
+            region=_numbers(tokens, jnp.int8),
+        ),
+        batch_sharding(mesh),
+    )
+    batch = jax.eval_shape(prepare, gold)
+    micro = micro_batches(setup, lengths)
+    return {"prepare": _prepare(prepare, (gold,), gold, state, {})} | gradient_programs(
+        update, state, batch, micro[0], {}
+    )
+
+
+def _prepare(prepare, given: tuple, batch: Tree, state: TrainState, kept: dict) -> Program:
+    held = {"parameters": state.params, "optimiser": state.opt_state, **kept}
+    return Program("prepare", lambda: prepare.lower(*given), {"batch": batch}, held)
 
 
 def gradient_programs(
     update: Update, state: TrainState, batch: Tree, micro: MicroBatch, kept: dict[str, Tree]
 ) -> dict[str, Program]:
-    """`update` and `apply` of any loss. `state` and `batch` are abstract; `kept` is what else stays on the devices."""
+    """`update`, the gradient of a micro-batch added to what there is, and `apply` of any loss. A run's first micro-batch of an
+    update has nothing to add to, and needs no more memory.
+
+    `state` and `batch` are abstract; `kept` is what else stays on the devices.
+    """
     mesh = update.mesh
     batch = place(batch, batch_sharding(mesh))
-    pick = jax.ShapeDtypeStruct(micro.pick.shape, jnp.int32, sharding=batch_sharding(mesh))
-    picker = Picker(pick, micro.widths, mesh)
+    picker = _picker(micro, mesh)
     with activate(mesh):
         gradient, totals = jax.eval_shape(update.first, state.params, batch, picker)
     gradient = place(gradient, jax.tree.map(lambda x: x.sharding, state.params))
@@ -220,35 +183,108 @@ def gradient_programs(
     }
 
 
-def supervised_programs(
-    update: Update, state: TrainState, size: int, lengths: Lengths, max_tokens: int | None
-) -> dict[str, Program]:
-    """`update` and `apply` of a supervised run whose batches are `size` records of these lengths."""
-    tokens = (size, 1, lengths.response)
-    batch = SupervisedBatch(
-        prompt=_numbers((size, lengths.prompt)),
-        prompt_length=_numbers((size,)),
+def _logprobs(
+    logprobs: Logprobs, setup: Setup, lengths: Lengths, rollout: RolloutBatch, state: TrainState
+) -> Program:
+    picker = _picker(all_groups(setup, lengths)[0], setup.policy.mesh)
+    values = Recomputed(rollout.logp, rollout.entropy, rollout.gini)
+    kept = _reference(setup, state)
+    return Program(
+        "logprobs",
+        lambda: logprobs.add.lower(state.params, values, rollout, picker),
+        {"parameters": state.params, "batch": rollout},
+        {"optimiser": state.opt_state, **kept},
+    )
+
+
+def _picker(micro: MicroBatch, mesh: Mesh) -> Picker:
+    rows = jax.ShapeDtypeStruct(micro.pick.shape, jnp.int32, sharding=batch_sharding(mesh))
+    return Picker(rows, micro.widths, mesh)
+
+
+def train_state(setup: Setup) -> tuple[TrainState, TrainState]:
+    """(abstract state, shardings); how long the schedule of the weights is changes no program."""
+    schedule = Schedule(setup.config.weights, setup.config.curriculum, 1)
+    return abstract_state(setup.policy, setup.tx, schedule)
+
+
+def _reference(setup: Setup, state: TrainState) -> dict[str, Tree]:
+    """The starting policy, which a KL term keeps on the devices."""
+    kept = setup.step is not None and setup.config.loss.kl_coefficient > 0
+    return {"reference": state.params} if kept else {}
+
+
+def _scored(setup: Setup) -> ScoredBatch:
+    """The abstract batch of a step, as long as it may be."""
+    most = setup.widths
+    groups, tokens = (setup.groups,), (setup.groups, setup.group_size, most.response)
+    each, reward = _numbers(tokens, jnp.float32), _numbers(tokens[:2], jnp.float32)
+    routes = None
+    if setup.config.rollout.replay_routing:
+        route = token_routes(setup.policy.config)
+        shapes = ((*groups, most.prompt), tokens)
+        routes = Routes(*(_numbers((*shape, *route.shape), route.dtype) for shape in shapes))
+    rollout = RolloutBatch(
+        prompt=_numbers((*groups, most.prompt)),
+        prompt_length=_numbers(groups),
         responses=_numbers(tokens),
         response_length=_numbers(tokens[:2]),
-        loss_weight=_numbers(tokens, jnp.float32),
-        plain_weight=_numbers(tokens, jnp.float32),
+        logp=each,
+        entropy=each,
+        gini=each,
+        routes=routes,
     )
-    full = BatchLengths(
-        np.full(size, lengths.prompt),
-        np.full((size, 1), lengths.response),
-        (lengths.prompt, lengths.response),
-    )
-    micro = plan_supervised(full, max_tokens, update.mesh)[0]
-    return gradient_programs(update, state, batch, micro, {})
+    scored = ScoredBatch(rollout, _numbers(tokens, jnp.int8), reward, reward)
+    return place(scored, batch_sharding(setup.policy.mesh))
 
 
-def rollout_programs(
-    setup: Setup, lengths: Lengths, group_size: int, sampling: Sampling
-) -> dict[str, Program]:
-    """`cast`, `prefill`, `insert`, `start`, `decode`, `resize` with caches for these lengths; `group_size` 1: those of the
-    evaluation.
+# --- the rollout and the evaluation -----------------------------------------------------------------------------------------
+
+
+class Rollout(NamedTuple):
+    """What is sampled: `groups` of each data shard, of these lengths; no prompt is longer than `widest`."""
+
+    groups: int
+    lengths: Lengths
+    widest: int
+    settings: RolloutSettings
+
+
+def training_rollout(setup: Setup, lengths: Lengths) -> Rollout:
+    """The rollout of a step."""
+    r, policy = setup.config.rollout, setup.policy
+    assert setup.step is not None
+    settings = rollout_settings(policy, r, r.group_size, setup.step.sampling, r.replay_routing)
+    groups = -(-setup.groups // num_data_shards(policy.rollout_mesh))
+    return Rollout(groups, lengths, setup.widths.prompt, settings)
+
+
+def evaluation_programs(setup: Setup, held_out: HeldOut) -> dict[str, Program]:
+    """Those of the greedy rollout of an evaluation, one completion a prompt: `evaluation` decodes, the others are called after
+    their part. Its `prefill` and, in a supervised run, its `cast` are made once.
     """
-    parts = _rollout_parts(setup, lengths, group_size, sampling)
+    r, policy = setup.config.rollout, setup.policy
+    settings = rollout_settings(policy, r, 1, Sampling(greedy=True))
+    groups = settings.decode_slots
+    if held_out.prompts is not None:
+        groups = -(-held_out.prompts // num_data_shards(policy.rollout_mesh))
+    lengths = Lengths(held_out.tokens, r.max_response_tokens)
+    found = rollout_programs(setup, Rollout(groups, lengths, held_out.tokens, settings))
+    if setup.step is not None:
+        del found["cast"]
+    names = {
+        name: "evaluation" if name == "decode" else name if name == "cast" else f"evaluation {name}"
+        for name in found
+    }
+    return {
+        names[name]: dataclasses.replace(program, name=names[name])
+        for name, program in found.items()
+    }
+
+
+def rollout_programs(setup: Setup, rollout: Rollout) -> dict[str, Program]:
+    """`cast`, `prefill`, `insert`, `start`, `decode`, `resize` with caches for what is sampled."""
+    parts = _rollout_parts(setup.policy, rollout)
     engine, weights, state, widths = parts.engine, parts.weights, parts.state, parts.widths
     shards = engine.num_shards
     of_shard, scalar = _numbers((shards,)), _numbers(())
@@ -293,18 +329,17 @@ class _RolloutParts:
     slots: int  # decode slots of a data shard
 
 
-def _rollout_parts(
-    setup: Setup, lengths: Lengths, group_size: int, sampling: Sampling
-) -> _RolloutParts:
-    policy, mesh = setup.policy, setup.policy.rollout_mesh
-    settings = rollout_settings(policy, setup.config.rollout, group_size, sampling)
+def _rollout_parts(policy: Policy, rollout: Rollout) -> _RolloutParts:
+    mesh, settings, lengths = policy.rollout_mesh, rollout.settings, rollout.lengths
     decoder, cast = rollout_decoder(policy), rollout_cast(policy)
     engine = make_engine(decoder, settings, mesh)
-    sizes = settings.sizes(groups_of_shard(setup))
+    sizes = settings.sizes(rollout.groups)
     at = param_shardings(decoder.cfg, mesh, layout="rollout")
-    widths = cache_widths(settings, lengths, longest(setup.config))
-    shorter = [n for n in response_widths(settings) if n < widths.response]
-    before = widths._replace(response=shorter[-1] if shorter else widths.response)
+    # when responses have reached their length
+    reached = next(n for n in response_widths(settings) if n >= lengths.response)
+    widths = Widths(bucket(lengths.prompt, rollout.widest), reached)
+    shorter = [n for n in response_widths(settings) if n < reached]
+    before = widths._replace(response=shorter[-1] if shorter else reached)
     states = (
         place(
             jax.eval_shape(functools.partial(engine.empty_state, *sizes, w)), engine.state_shardings
@@ -326,38 +361,10 @@ def _lower_cast(policy: Policy) -> Any:
 
 def _trained(setup: Setup) -> dict[str, Tree]:
     """What a run holds on the devices while it samples."""
-    state, _ = abstract_state(setup.policy, setup.tx, setup.step.schedule)
-    kept = {"reference": state.params} if setup.config.loss.kl_coefficient > 0 else {}
-    batch = place(_scored(setup.config), batch_sharding(setup.policy.mesh))
-    return {"parameters": state.params, "optimiser": state.opt_state, "batch": batch, **kept}
-
-
-def groups_of_shard(setup: Setup) -> int:
-    """Prompts of a step that a data shard samples for."""
-    return -(-setup.config.rollout.prompts_per_step // num_data_shards(setup.policy.rollout_mesh))
-
-
-def cache_widths(settings: RolloutSettings, lengths: Lengths, most: Lengths) -> Widths:
-    """Widths of the caches when responses have reached their length."""
-    response = next(n for n in response_widths(settings) if n >= lengths.response)
-    return Widths(bucket(lengths.prompt, most.prompt), response)
-
-
-def _scored(config: Config) -> ScoredBatch:
-    """The abstract batch of a step, as long as it may be."""
-    r, most = config.rollout, longest(config)
-    groups, tokens = (r.prompts_per_step,), (r.prompts_per_step, r.group_size, most.response)
-    each, reward = _numbers(tokens, jnp.float32), _numbers(tokens[:2], jnp.float32)
-    rollout = RolloutBatch(
-        prompt=_numbers((*groups, most.prompt)),
-        prompt_length=_numbers(groups),
-        responses=_numbers(tokens),
-        response_length=_numbers(tokens[:2]),
-        logp=each,
-        entropy=each,
-        gini=each,
-    )
-    return ScoredBatch(rollout, _numbers(tokens, jnp.int8), reward, reward)
+    state, _ = train_state(setup)
+    batch = {} if setup.step is None else {"batch": _scored(setup)}
+    kept = batch | _reference(setup, state)
+    return {"parameters": state.params, "optimiser": state.opt_state, **kept}
 
 
 def _numbers(shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:

@@ -17,7 +17,8 @@ def table(plan: Mapping[str, Any]) -> str:
     """Everything that a plan says, in plain text."""
     mesh = " ".join(f"{axis} {n}" for axis, n in plan["mesh"].items())
     packages = " ".join(f"{name} {version}" for name, version in plan["packages"].items())
-    title = f"{plan['name']} on {plan['topology']} ({plan['devices']} x {plan['device_kind']}), mesh {mesh}; {packages}"
+    devices = f"{plan['topology']} ({plan['devices']} x {plan['device_kind']})"
+    title = f"{plan['name']} on {devices}, rest-jax {plan['command']}, mesh {mesh}; {packages}"
     blocks = [title, memory_table(plan["memory"]), program_table(plan), collective_table(plan)]
     blocks.append(step_table(plan))
     blocks.append(verdict(plan))
@@ -61,12 +62,13 @@ def program_table(plan: Mapping[str, Any]) -> str:
 def collective_table(plan: Mapping[str, Any]) -> str:
     """Collectives by program, kind and place."""
     rows = [["collectives", "kind", "where", "part", "devices", "times", "GB a device"]]
+    apart = "hosts" if plan["topology"].startswith("h100") else "slices"
     for name, program in plan.get("programs", {}).items():
         for one in sorted(program["collectives"], key=lambda c: -c["nbytes"])[:_SHOWN]:
             beside = ", overlaps" if one["overlaps"] else ""
-            hosts = ", across hosts" if one["crosses"] else ""
+            across = f", across {apart}" if one["crosses"] else ""
             rows.append(
-                [name, one["kind"], f"{one['place']}{beside}", one["part"], f"{one['group']}{hosts}",
+                [name, one["kind"], f"{one['place']}{beside}", one["part"], f"{one['group']}{across}",
                  str(one["count"]), f"{one['nbytes'] / 1e9:.3f}"]
             )  # fmt: skip
     return columns(rows) if len(rows) > 1 else ""
@@ -89,9 +91,9 @@ def step_table(plan: Mapping[str, Any]) -> str:
         for name in ("update", "rollout")
         if f"{name}_mfu" in step
     )
+    stages = f" = rollout {step['rollout_seconds']:.1f} + update {step['update_seconds']:.1f}"
     return (
-        f"step, estimated: {step['seconds']:.1f} s = rollout {step['rollout_seconds']:.1f} + "
-        f"update {step['update_seconds']:.1f}; "
+        f"step, estimated: {step['seconds']:.1f} s{stages if step['rollout_seconds'] else ''}; "
         f"{step['tokens_per_second']:,.0f} tokens/s, {step['tokens_per_second_per_device']:,.0f} a device; MFU {mfu}\n"
         f"what takes the time: {most}"
     )

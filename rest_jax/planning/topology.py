@@ -1,6 +1,7 @@
 """The hardware that a plan is for: names such as `v5p:2x2x4`, what is published of the chips, their devices in jax.
 
 jax compiles for devices that are not here, given the compiler of the platform: libtpu for TPUs, the CUDA plugin for GPUs.
+`2xv5p:2x2x4` is two such slices, which the data centre network connects.
 `child_environment` is what the process needs that does so; `devices` are those of the topology, within that process.
 `cpu:8` is this machine's processor as 8 devices: it has memory and traffic, but no published speed.
 """
@@ -18,7 +19,8 @@ from rest_jax.run.environment import LIBTPU_VARIABLE, libtpu_flags
 
 GIB = 2**30
 FORMS = (
-    "v5e:4x4, v5p:2x2x4, v6e:4x4 (chips along the torus), h100:8, h100:4x8 (nodes x GPUs), cpu:8"
+    "v5e:4x4, v5p:2x2x4, v6e:4x4 (chips along the torus), 2xv5e:4x4 (slices x slice), h100:8, h100:4x8 "
+    "(nodes x GPUs), cpu:8"
 )
 _TARGETS = pathlib.Path(__file__).parent
 
@@ -34,49 +36,61 @@ class Chip:
     link: float | None = (
         None  # between neighbours, both directions: what a ring over one axis moves
     )
-    network: float | None = None  # between hosts, where that is not `link`
+    network: float | None = None  # between the slices of TPUs, the nodes of GPUs; one direction
 
 
 # Memory: what XLA lets a program have ("of 15.75G hbm"), less than is built in. Bandwidth of it: the pages of v5e, v5p and v6e
 # in docs.cloud.google.com/tpu/docs, and NVIDIA's H100 SXM datasheet. Clocks: those at which the multiply-adds of all matrix units
 # give the published peak. Links: of one torus axis, both directions (jax-ml.github.io/scaling-book/tpus); NVLink 4, one
-# direction; one 400 Gb/s adapter a GPU.
+# direction. Networks: a chip's share of the data centre network by the same pages of Google's, 6.4 Tb/s (v5e) and 25.6 Tb/s
+# (v6e) a pod of 256 chips, 50 Gb/s a chip (v5p); one 400 Gb/s adapter a GPU.
 CHIPS = {
-    "v5e": Chip("tpu", int(15.75 * GIB), 819e9, clock=1.5e9, link=90e9),
-    "v5p": Chip("tpu", int(95.74 * GIB), 2765e9, clock=1.75e9, link=180e9),
-    "v6e": Chip("tpu", int(31.25 * GIB), 1640e9, clock=1.75e9, link=180e9),
+    "v5e": Chip("tpu", int(15.75 * GIB), 819e9, clock=1.5e9, link=90e9, network=3.125e9),
+    "v5p": Chip("tpu", int(95.74 * GIB), 2765e9, clock=1.75e9, link=180e9, network=6.25e9),
+    "v6e": Chip("tpu", int(31.25 * GIB), 1640e9, clock=1.75e9, link=180e9, network=12.5e9),
     "h100": Chip("gpu", int(79.1 * GIB), 3350e9, link=450e9, network=50e9),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """So many chips of one kind: of a TPU along each axis of the torus, of GPUs and CPUs hosts x devices."""
+    """So many chips of one kind: of a TPU slice along each axis of the torus, of GPUs and CPUs hosts x devices."""
 
     name: str
     kind: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of one slice
     chip: Chip
+    slices: int = 1
 
     @property
     def size(self) -> int:
         """Number of devices."""
-        return math.prod(self.shape)
+        return self.slices * math.prod(self.shape)
+
+    @property
+    def nodes(self) -> int:
+        """Machines whose GPUs are connected with each other; 1 on other hardware."""
+        return self.shape[0] if self.chip.platform == "gpu" and len(self.shape) == 2 else 1
 
 
 def parse(name: str) -> Topology:
-    """The topology of a name such as `v5p:2x2x4`; UserError names the forms there are."""
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name.strip().lower())
+    """The topology of a name such as `v5p:2x2x4` or `2xv5e:4x4`; UserError names the forms there are."""
+    found = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)", name.strip().lower())
     if not found:
         raise UserError(f"--topology {name}: not a topology; write it as {FORMS}")
-    kind, shape = found[1], tuple(int(n) for n in found[2].split("x"))
+    slices, kind, dims = int(found[1] or 1), found[2], found[3]
+    shape = tuple(map(int, dims.split("x")))
     if kind not in CHIPS and kind != "cpu":
         raise UserError(f"--topology {name}: unknown hardware {kind}; write it as {FORMS}")
-    chip = CHIPS[kind] if kind != "cpu" else Chip("cpu", _host_memory() // math.prod(shape or (1,)))
+    chip = CHIPS[kind] if kind != "cpu" else Chip("cpu", _host_memory() // (math.prod(shape) or 1))
     dimensions = {"v5p": (3,), "v5e": (2,), "v6e": (2,), "cpu": (1,)}.get(kind, (1, 2))
-    if len(shape) not in dimensions or 0 in shape:
-        raise UserError(f"--topology {name}: {kind} has no shape {found[2]}; write it as {FORMS}")
-    return Topology(f"{kind}:{found[2]}", kind, shape, chip)
+    if len(shape) not in dimensions or 0 in (slices, *shape):
+        size = dims if slices else "of 0 slices"
+        raise UserError(f"--topology {name}: {kind} has no shape {size}; write it as {FORMS}")
+    if slices > 1 and chip.platform != "tpu":
+        raise UserError(f"--topology {name}: only TPUs come in slices; write it as {FORMS}")
+    before = f"{slices}x" if slices > 1 else ""
+    return Topology(f"{before}{kind}:{dims}", kind, shape, chip, slices)
 
 
 def check_compiler(topology: Topology) -> None:
@@ -124,7 +138,9 @@ def devices(topology: Topology) -> list[Any]:
     shape = "x".join(map(str, topology.shape))
     try:
         if topology.chip.platform == "tpu":
-            found = topologies.get_topology_desc(f"{topology.kind}:{shape}", "tpu")
+            found = topologies.get_topology_desc(
+                f"{topology.kind}:{shape}", "tpu", num_slices=topology.slices
+            )
         else:
             target = (_TARGETS / f"{topology.kind}.txtpb").read_text()
             hosts = shape if len(topology.shape) == 2 else f"1x{shape}"

@@ -18,16 +18,17 @@ from rest_jax.config import Config
 from rest_jax.errors import UserError
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.moe import RouterRecord
+from rest_jax.types import AnyArray
 
 
 @struct.dataclass
 class RouterSums:
     """What the metrics of the routers are made of; it adds up over micro-batches."""
 
-    load: Float[Array, "L E"]  # tokens that went to each expert
-    tokens: Float[Array, " L"]
-    entropy: Float[Array, " L"]  # nats
-    agreement: Float[Array, " L"]  # experts of the routers' own choice that were taken
+    load: Float[AnyArray, "L E"]  # tokens that went to each expert
+    tokens: Float[AnyArray, " L"]
+    entropy: Float[AnyArray, " L"]  # nats
+    agreement: Float[AnyArray, " L"]  # experts of the routers' own choice that were taken
 
 
 def balance_loss(router: RouterRecord, group_weight: Float[Array, " P"]) -> Float[Array, ""]:

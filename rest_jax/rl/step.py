@@ -101,12 +101,31 @@ def make_update(spec: UpdateSpec, state_shardings: TrainState) -> Update:
 
 
 @dataclasses.dataclass(frozen=True)
+class Logprobs:
+    """(params, rollout, lengths) -> Recomputed: a forward pass over a rollout in micro-batches, for recomputed old values and
+    for the reference model. `lengths`: those of the global batch.
+    """
+
+    add: Callable[..., Recomputed]  # compiled: the values so far, with those of a micro-batch
+    max_tokens: int | None
+    mesh: Mesh
+
+    def __call__(self, params: Params, rollout: RolloutBatch, lengths: BatchLengths) -> Recomputed:
+        shape, rows = rollout.responses.shape, batch_sharding(self.mesh)
+        zeros = (jnp.zeros(shape, jnp.float32, device=rows) for _ in range(3))
+        values = Recomputed(*zeros)
+        for micro in plan_all_groups(lengths, self.max_tokens, self.mesh):
+            values = self.add(params, values, rollout, make_picker(micro, self.mesh))
+        return values
+
+
+@dataclasses.dataclass(frozen=True)
 class Step:
     """The compiled functions of an RL step."""
 
     prepare: Callable[..., tuple[TrainBatch, CurriculumState, Metrics]]
     update: Update
-    logprobs: Callable[..., Recomputed]
+    logprobs: Logprobs
     advance: Callable[[jax.Array], jax.Array]  # from one step index to the next
 
 
@@ -178,33 +197,24 @@ def policy_metrics(prepared: Metrics, updates: Sequence[Totals]) -> dict[str, An
     return metrics
 
 
-def make_logprobs(decoder: Decoder, cfg: StepConfig, mesh: Mesh) -> Callable[..., Recomputed]:
-    """(params, rollout, lengths) -> Recomputed: a forward pass over a rollout in micro-batches, for recomputed old values
-    and for the reference model. `lengths`: those of the global batch.
-    """
-    rows = batch_sharding(mesh)
+def make_logprobs(decoder: Decoder, cfg: StepConfig, mesh: Mesh) -> Logprobs:
+    """Compiles the forward pass over a rollout."""
     add = jax.jit(
         functools.partial(_put_logprobs, decoder=decoder, cfg=cfg),
-        out_shardings=rows,
+        out_shardings=batch_sharding(mesh),
         donate_argnums=1,
     )
+    return Logprobs(add, cfg.max_tokens_per_microbatch, mesh)
 
-    def logprobs(params: Params, rollout: RolloutBatch, lengths: BatchLengths) -> Recomputed:
-        shape = rollout.responses.shape
-        zeros = (jnp.zeros(shape, jnp.float32, device=rows) for _ in range(3))
-        values = Recomputed(*zeros)
-        groups = len(lengths.prompt_length)
-        (micro_batches,) = plan_microbatches(
-            lengths,
-            assign_minibatches(groups, 1),
-            np.ones(groups, bool),
-            Packing(num_data_shards(mesh), cfg.max_tokens_per_microbatch),
-        )
-        for micro in micro_batches:
-            values = add(params, values, rollout, make_picker(micro, mesh))
-        return values
 
-    return logprobs
+def plan_all_groups(lengths: BatchLengths, max_tokens: int | None, mesh: Mesh) -> list[MicroBatch]:
+    """The micro-batches of a pass over all groups of a global batch."""
+    groups = len(lengths.prompt_length)
+    packing = Packing(num_data_shards(mesh), max_tokens)
+    (micro_batches,) = plan_microbatches(
+        lengths, assign_minibatches(groups, 1), np.ones(groups, bool), packing
+    )
+    return micro_batches
 
 
 def _put_logprobs(params, values, rollout, picker, decoder, cfg) -> Recomputed:

@@ -12,24 +12,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from rest_jax.config import LossConfig, SftConfig
-from rest_jax.distributed import batch_sharding, num_data_shards
+from rest_jax.distributed import batch_sharding
 from rest_jax.models.decoder import Decoder
 from rest_jax.rl.logprobs import LossSpec, response_loss
 from rest_jax.rl.loss import TokenLoss, TokenStats
-from rest_jax.rl.packing import (
-    BatchLengths,
-    MicroBatch,
-    Packing,
-    assign_minibatches,
-    plan_microbatches,
-)
 from rest_jax.rl.step import Update, make_update
 from rest_jax.rl.update import Totals, UpdateSpec, add_router
 from rest_jax.tool_calls import NUM_REGIONS, Region
@@ -124,13 +116,3 @@ def make_supervised_update(
     """The update of the supervised loss on `SupervisedBatch`es."""
     loss_fn = functools.partial(supervised_loss, decoder=decoder, cfg=cfg)
     return make_update(UpdateSpec(loss_fn, tx, mesh), state_shardings)
-
-
-def plan_supervised(lengths: BatchLengths, max_tokens: int | None, mesh: Mesh) -> list[MicroBatch]:
-    """The micro-batches of a global batch of gold responses, which is one mini-batch."""
-    rows = len(lengths.prompt_length)
-    packing = Packing(num_data_shards(mesh), max_tokens)
-    (micro_batches,) = plan_microbatches(
-        lengths, assign_minibatches(rows, 1), np.ones(rows, bool), packing
-    )
-    return micro_batches

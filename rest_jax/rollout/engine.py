@@ -232,7 +232,7 @@ def decode(
     zero = jnp.zeros((CHUNK, *shape), jnp.float32)
     out: Any = (jnp.full((CHUNK, *shape), settings.pad_id, jnp.int32), zero, zero, zero)
     if settings.record_routes:
-        routes = _token_routes(decoder.cfg)
+        routes = token_routes(decoder.cfg)
         out = (*out, jnp.zeros((CHUNK, *shape, *routes.shape), routes.dtype))
 
     def unfinished(carry):
@@ -356,11 +356,12 @@ def make_engine(decoder: Decoder, settings: RolloutSettings, mesh: Mesh) -> Engi
         resize=jax.jit(resize, static_argnums=2, out_shardings=state),
         state_shardings=state,
         num_shards=shards,
-        routes=_token_routes(decoder.cfg) if settings.record_routes else None,
+        routes=token_routes(decoder.cfg) if settings.record_routes else None,
     )
 
 
-def _token_routes(cfg: DecoderConfig) -> jax.ShapeDtypeStruct:
+def token_routes(cfg: DecoderConfig) -> jax.ShapeDtypeStruct:
+    """[L k]: the recorded experts of a token."""
     chosen = jax.ShapeDtypeStruct((cfg.n_layers, cfg.experts_per_token), jnp.int32)
     return jax.eval_shape(functools.partial(compact, cfg=cfg), chosen)
 

@@ -2,8 +2,10 @@
 
 import pytest
 
-from rest_jax.planning import estimate, hlo
+from rest_jax.planning import estimate
+from rest_jax.planning.collectives import Collective
 from rest_jax.planning.estimate import Calls
+from rest_jax.planning.measure import Measured, Work
 from rest_jax.planning.topology import Chip
 
 TPU = Chip("tpu", 1, 1e9, clock=2e9, link=1e8)
@@ -11,34 +13,32 @@ GPU = Chip("gpu", 1, 1e9, link=1e8, network=1e7)
 
 
 def gather(nbytes: int, place: str = "layer loop", crosses: bool = False, overlaps: bool = False):
-    return hlo.Collective("all-gather", place, "mlp", 4, crosses, overlaps, 1, nbytes)
+    return Collective("all-gather", place, "mlp", 4, crosses, overlaps, 1, nbytes)
 
 
 def test_cycles_over_the_clock_and_exposed_collectives_beside_them():
-    measured = hlo.Measured({"mlp": hlo.Work(cycles=4e9)}, {}, (gather(int(3e8)),))
+    measured = Measured({"mlp": Work(cycles=4e9)}, {}, (gather(int(3e8)),))
     call, token = estimate.cost(measured, TPU)
     assert call == pytest.approx({"mlp": 2.0, "collectives": 3.0}) and token == {}
 
 
 def test_what_overlaps_counts_as_far_as_it_outlasts_the_computation():
-    work = {"mlp": hlo.Work(cycles=4e9)}
-    short, long = (
-        hlo.Measured(work, {}, (gather(n, overlaps=True),)) for n in (int(1e8), int(5e8))
-    )
+    work = {"mlp": Work(cycles=4e9)}
+    short, long = (Measured(work, {}, (gather(n, overlaps=True),)) for n in (int(1e8), int(5e8)))
     assert estimate.cost(short, TPU).call == pytest.approx({"mlp": 2.0})
     assert estimate.cost(long, TPU).call == pytest.approx({"mlp": 2.0, "collectives": 3.0})
 
 
 def test_between_hosts_a_gpu_has_its_network():
     collectives = (gather(int(1e8), crosses=True), gather(int(1e8)))
-    measured = hlo.Measured({"mlp": hlo.Work(limit=0.5)}, {}, collectives)
+    measured = Measured({"mlp": Work(limit=0.5)}, {}, collectives)
     assert estimate.cost(measured, GPU).call == pytest.approx({"mlp": 0.5, "collectives": 11.0})
 
 
 def test_a_token_loop_is_paid_for_each_token():
-    measured = hlo.Measured(
-        {"other": hlo.Work(cycles=2e9)},
-        {"mlp": hlo.Work(cycles=4e9)},
+    measured = Measured(
+        {"other": Work(cycles=2e9)},
+        {"mlp": Work(cycles=4e9)},
         (gather(int(1e8), place="token loop"),),
     )
     costs = {"decode": estimate.cost(measured, TPU)}

@@ -1,14 +1,18 @@
 """A plan from end to end on the devices of this machine, and what its command says of bad input."""
 
+import importlib.util
 import json
 
+import jax
 import pytest
 import yaml
 
 from rest_jax import cli, config
-from rest_jax.planning import plan, report, topology
+from rest_jax.errors import UserError
+from rest_jax.planning import compiler, plan, report, topology
 from tests.conftest import REPOSITORY
 
+on_tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is missing")
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "intermediate_size": 64,
          "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
 
@@ -87,6 +91,16 @@ def test_a_plan_shows_the_gather_of_the_weights_inside_the_layer_loop(made):
     assert ("all-gather", "layer loop") in places, places
 
 
+@pytest.mark.parametrize(("data", "size"), [("null", 2), ("1", 1)])
+def test_unset_the_data_axis_has_one_part_a_gpu_node(recipe, data, size):
+    """As in a run, whose devices say on which node they are; 8 devices of this machine stand for the GPUs."""
+    words = [f"mesh.data={data}", "mesh.fsdp=-1"]
+    raw = config.load([recipe], words).model_dump(mode="json")
+    request = {"config": raw, "supervised": False}
+    made, _ = compiler.make_setup(request, topology.parse("h100:2x4"), jax.devices())
+    assert made.policy.mesh.shape["data"] == size
+
+
 def test_a_plan_is_a_table_and_a_picture(made, tmp_path):
     text = report.table(made)
     assert "small on cpu:8" in text and "it fits" in text and "layer loop" in text
@@ -99,6 +113,37 @@ def test_the_same_plan_is_found_and_compiles_nothing(cache, made, recipe, monkey
     assert plan.make_plan(config.load([recipe]), plan.Options("cpu:8")) == made
 
 
+def test_a_config_that_sets_a_key_of_sft_is_a_supervised_one(recipe):
+    assert plan.is_supervised(["scale/tiny_sft"], []) and plan.is_supervised(
+        ["scale/tiny", "method/rsft"], []
+    )
+    assert plan.is_supervised([str(recipe)], ["sft.batch_size=16"])
+    assert not plan.is_supervised(["scale/tiny", "method/rest"], ["seed=1"])
+
+
+@pytest.mark.slow
+def test_a_supervised_plan_has_the_update_and_the_evaluations(cache, recipe, capsys, tmp_path):
+    """As many useful FLOPs as three passes over the gold responses take, and no rollout but that of the evaluations."""
+    words = [str(recipe), "sft.batch_size=16", "sft.max_tokens=96", "data.eval=synthetic:eval"]
+    file = tmp_path / "plan.json"
+    assert cli.main(["plan", *words, "--topology", "cpu:8", "--json", str(file)]) == 0
+    made = json.loads(file.read_text())
+    assert "rest-jax sft" in capsys.readouterr().out and made["command"] == "sft"
+    assert made["lengths"] == {"prompt": 48, "response": 48}
+    assert made["programs"].keys() == {"prepare", "update", "apply"}
+    assert made["calls"]["update"]["calls"] == 1
+    assert {"evaluation", "evaluation resize", "fullest update"} <= made["memory"][
+        "programs"
+    ].keys()
+    width, tokens = 32, 4 * 96
+    layer = 2 * width * (4 * 8 * 2 + 4 * 8 * 2 + 3 * 64)
+    useful = 3 * (2 * layer * tokens + 2 * width * 768 * 4 * 48) / 2
+    assert 1.0 < made["programs"]["update"]["call"]["flops"] / useful < 2.0
+    # the same config by the other command
+    assert cli.main(["plan", *words, "--train", "--topology", "cpu:8", "--json", str(file)]) == 0
+    assert "decode" in json.loads(file.read_text())["programs"]
+
+
 @pytest.mark.slow
 def test_shorter_lengths_take_less_time_to_compute(made, cache, recipe):
     options = plan.Options("cpu:8", prompt_tokens=32, response_tokens=32)
@@ -109,9 +154,26 @@ def test_shorter_lengths_take_less_time_to_compute(made, cache, recipe):
 
 
 def test_lengths_above_the_configs_are_refused(recipe, capsys):
-    words = ["plan", str(recipe), "--topology", "cpu:8", "--prompt-tokens", "65"]
-    assert cli.main(words) == 2
+    words = ["plan", str(recipe), "--topology", "cpu:8"]
+    assert cli.main([*words, "--prompt-tokens", "65"]) == 2
     assert "--prompt-tokens 65 is above data.max_prompt_tokens 64" in capsys.readouterr().err
+    for lengths in (
+        ["--response-tokens", "97"],
+        ["--prompt-tokens", "50", "--response-tokens", "48"],
+    ):
+        assert cli.main([*words, *lengths, "sft.max_tokens=96"]) == 2
+        said = "--prompt-tokens + --response-tokens 98 is above sft.max_tokens 96; lower it"
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("supervised", "word"), [(False, "rollout.prompts_per_step=6"), (True, "sft.batch_size=6")]
+)
+def test_what_a_run_refuses_a_plan_refuses(recipe, supervised, word):
+    raw = config.load([recipe], [word]).model_dump(mode="json")
+    request, key = {"config": raw, "supervised": supervised}, word.partition("=")[0]
+    with pytest.raises(UserError, match=f"{key} 6 does not divide over 4 data shards"):
+        compiler.make_setup(request, topology.parse("cpu:8"), jax.devices())
 
 
 @pytest.mark.slow
@@ -125,3 +187,31 @@ def test_what_does_not_fit_ends_with_the_smallest_change(monkeypatch, cache, rec
     assert cli.main(["plan", str(recipe), "--topology", "cpu:8"]) == 1
     said = capsys.readouterr().out
     assert "it does not fit" in said and "it fits with " in said
+
+
+@pytest.mark.aot
+@on_tpu
+def test_slices_reduce_the_gradient_over_the_network_between_them(cache, recipe, tmp_path):
+    """`mesh.data` unset is one part a slice: weights are gathered inside slices, the gradient alone crosses. 4 x 128 wide,
+    since TPUs pad to 128.
+    """
+    raw = json.loads((recipe.parent / "config.json").read_text()) | {"hidden_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    free = [f"model.source={tmp_path}", "mesh.data=null", "mesh.fsdp=-1", "mesh.tensor=1"]
+    made = plan.make_plan(config.load([recipe], free), plan.Options("2xv5e:2x2"))
+    assert (made["devices"], made["mesh"]["data"], made["mesh"]["fsdp"]) == (8, 2, 4)
+    found = made["programs"]["update"]["collectives"]
+    crossing = [c for c in found if c["crosses"]]
+    assert crossing and {c["kind"] for c in crossing} <= {"all-reduce", "reduce-scatter"}
+    assert {c["group"] for c in crossing} == {2}
+    assert all(c["group"] <= 4 for c in found)
+    # Each of 4 devices of a slice reduces its quarter of the gradient with its counterpart; that of the tied embedding twice,
+    # as head and as embedding.
+    gradient, embedding = made["memory"]["programs"]["update"]["gradient"], 4 * 768 * 128
+    assert sum(c["nbytes"] for c in crossing) == pytest.approx(gradient + embedding, rel=0.02)
+    assert "across slices" in report.table(made)
+    with pytest.raises(UserError, match=r"mesh.tensor 8: does not divide the 4 devices of a slice"):
+        plan.make_plan(
+            config.load([recipe], ["mesh.data=1", "mesh.fsdp=1", "mesh.tensor=8"]),
+            plan.Options("2xv5e:2x2"),
+        )

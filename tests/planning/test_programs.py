@@ -1,20 +1,26 @@
-"""The programs of a run on devices that need not be here: sizes by name, the shapes of micro-batches, who owns what memory."""
+"""The programs of a run on devices that need not be here: which there are, who owns what memory."""
 
-import json
+import contextlib
+import logging
+import re
 
 import jax
 import pytest
+import yaml
 
+from rest_jax import cli, sft, train
 from rest_jax.config import Config
-from rest_jax.errors import UserError
-from rest_jax.models.presets import preset
-from rest_jax.planning import programs
-from rest_jax.planning.programs import Lengths
+from rest_jax.distributed import activate, batch_sharding, place
+from rest_jax.planning import memory, programs
+from rest_jax.planning.setup import Lengths, Setup, abstract_setup, micro_batches
+from rest_jax.rl.packing import make_picker
+from rest_jax.rl.step import make_step
 from rest_jax.train import step_config
 from tests.conftest import REPOSITORY
+from tests.runs import recipe
 
 
-def setup(**sections) -> programs.Setup:
+def setup(command: str = "train", **sections) -> Setup:
     """The quickstart's policy on data 2 x fsdp 2 x tensor 2; 32 prompts a step, two updates, 8 groups a shard."""
     base = {
         "name": "x",
@@ -23,52 +29,10 @@ def setup(**sections) -> programs.Setup:
         "rollout": {"prompts_per_step": 32, "group_size": 4, "max_response_tokens": 64},
         "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
         "train": {"prompts_per_update": 16, "max_tokens_per_microbatch": 1500},
+        "sft": {"batch_size": 32, "max_tokens": 160},
     }
     config = Config.model_validate(base | sections)
-    return programs.abstract_setup(config, jax.devices(), step_config)
-
-
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [
-        ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-1.7B"),
-        ("qwen3-8b", "Qwen/Qwen3-8B"),
-        ("qwen3-4b-2507", "Qwen/Qwen3-4B-Instruct-2507"),
-        ("Llama-3.2-3B", "meta-llama/Llama-3.2-3B-Instruct"),
-    ],
-)
-def test_a_published_model_is_known_by_its_name_without_its_weights(source, name):
-    assert programs.model_config(source) == preset(name)
-
-
-def test_a_folder_or_its_config_json_will_do(tmp_path):
-    folder = REPOSITORY / "configs/quickstart_policy"
-    alone = tmp_path / "config.json"
-    alone.write_text(json.dumps(json.loads((folder / "config.json").read_text())))
-    assert programs.model_config(str(alone)) == programs.model_config(str(folder))
-
-
-def test_an_unknown_model_is_one_line_with_the_known_ones():
-    with pytest.raises(UserError, match=r"model.source org/none: .*known: .*qwen3-8b"):
-        programs.model_config("org/none")
-
-
-def test_a_mesh_that_the_devices_do_not_fit_is_one_line():
-    with pytest.raises(UserError, match=r"mesh .*: 6 does not divide the 8 devices"):
-        setup(mesh={"data": 3, "fsdp": -1, "tensor": 2})
-
-
-def test_micro_batches_are_those_of_the_packing():
-    """Groups of 96 + 4 x 64 positions: 4 of them are 1,408, within 1,500; a shard has 4 in an update."""
-    (micro,) = programs.micro_batches(setup(), Lengths(96, 64))
-    assert (micro.pick.shape, micro.widths) == ((4, 4), (96, 64))
-
-
-def test_the_fullest_micro_batch_may_hold_shorter_groups():
-    """3 groups of 96 + 4 x 64 would fit 1,100 positions, but rows are powers of two: 704. Four of 64 + 4 x 48 are 1,024."""
-    made = setup(train={"prompts_per_update": 16, "max_tokens_per_microbatch": 1100})
-    assert programs.fullest(made, Lengths(96, 64)) == Lengths(64, 48)
-    assert programs.fullest(setup(), Lengths(96, 64)) == Lengths(96, 64)
+    return abstract_setup(config, jax.devices(), step_config if command == "train" else None)
 
 
 def test_memory_is_that_of_one_device():
@@ -87,3 +51,99 @@ def test_a_kl_term_keeps_a_reference_on_the_devices():
     made = programs.update_programs(setup(loss={"kl_coefficient": 0.1}), Lengths(96, 64))
     assert "reference" in made["update"].resident and "reference" in made["apply"].resident
     assert "reference" not in programs.update_programs(setup(), Lengths(96, 64))["update"].resident
+
+
+def test_what_a_config_switches_on_is_planned():
+    sampled = {"cast", "prefill", "insert", "start", "decode", "resize"}
+    update = {"prepare", "update", "apply"}
+    held_out = {f"evaluation {name}" for name in ("prefill", "insert", "start", "resize")}
+    held_out |= {"evaluation"}
+
+    def planned(command: str = "train", **sections):
+        return programs.memory_programs(setup(command, **sections), Lengths(96, 64)).keys()
+
+    none = {"max_prompt_tokens": 96, "eval": None}
+    assert planned(data=none) == sampled | update
+    asked = {"prompts_per_step": 32, "max_response_tokens": 64, "recompute_logprobs": True}
+    logprobs = {"logprobs", "reference logprobs"}
+    everything = planned(rollout=asked, loss={"kl_coefficient": 0.1})
+    assert everything == sampled | update | held_out | logprobs
+    assert planned("sft") == update | held_out | {"fullest update", "cast"}
+
+
+# Programs of a run that are not planned: what they hold is no more than what they return, or is gone before the first step.
+UNPLANNED = {"_arrange_all", "_fresh_state", "empty_state"}
+RUNS = {
+    "asynchronous": ("train", {"rollout": {"staleness": 1, "recompute_logprobs": True, "tis_cap": 2.0},
+                               "loss": {"entropy_coefficient": 0.1}}),
+    "reference and experts": ("train", {"rollout": {"replay_routing": True, "recompute_logprobs": True},
+                                        "loss": {"kl_coefficient": 0.1}}),
+    "supervised": ("sft", {}),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_the_programs_of_a_plan_are_those_that_a_run_compiles(name, request, tmp_path, monkeypatch):
+    command, changes = RUNS[name]
+    model = request.getfixturevalue("expert_model" if "experts" in name else "model")
+    raw = recipe(
+        model,
+        tmp_path,
+        mesh={"data": 1, "fsdp": 2, "tensor": 4},
+        # caches grow, and a data shard has two micro-batches of one group
+        rollout={"group_size": 2, "max_response_tokens": 96} | changes.pop("rollout", {}),
+        train={"steps": 1, "prompts_per_update": None, "max_tokens_per_microbatch": 32},
+    )
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw | changes))
+    checked = []
+    module = {"train": train, "sft": sft}[command]
+    monkeypatch.setattr(module, "check_memory", lambda make, mesh: checked.append((make, mesh)))
+    with compiled_functions() as ran:
+        assert cli.main([command, str(tmp_path / "run.yaml")]) == 0
+    ((make, mesh),) = checked
+    with activate(mesh):
+        texts = [program.lower().as_text() for program in make().values()]
+    planned = [re.search(r"module @jit_(\w+)", text)[1] for text in dict.fromkeys(texts)]
+    package = "".join(file.read_text() for file in (REPOSITORY / "rest_jax").rglob("*.py"))
+    ours = {function for function in ran if f"def {function}(" in package}
+    # what a first micro-batch compiles needs no more than the others: the test below
+    assert ours - UNPLANNED - {"micro_gradient"} == set(planned)
+    assert all(ran.count(function) >= planned.count(function) for function in planned)
+
+
+@contextlib.contextmanager
+def compiled_functions():
+    """The names of the functions that jax compiles within the block, as often as it does."""
+    found, logger = [], logging.getLogger("jax._src.dispatch")
+
+    class Names(logging.Handler):
+        def emit(self, record):
+            if said := re.match(r"Finished XLA compilation of jit\((\w+)\)", record.getMessage()):
+                found.append(said[1])
+
+    jax.clear_caches()  # what an earlier run has compiled counts, too
+    handler = Names()
+    logger.addHandler(handler)
+    propagates, logger.propagate = logger.propagate, False
+    try:
+        with jax.log_compiles():
+            yield found
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagates
+
+
+@pytest.mark.slow
+def test_the_first_micro_batch_needs_no_more_than_the_others():
+    made = setup()
+    state, shardings = programs.train_state(made)
+    rl = make_step(made.policy.decoder, made.tx, made.step, made.policy.mesh, shardings)
+    found = programs.update_programs(made, Lengths(96, 64))["update"]
+    batch = place(found.arguments["batch"], batch_sharding(made.policy.mesh))
+    (micro,) = micro_batches(made, Lengths(96, 64))
+    with activate(made.policy.mesh):
+        first = rl.update.first.lower(state.params, batch, make_picker(micro, made.policy.mesh))
+        sizes = [memory.Allocation.of(x.compile()) for x in (first, found.lower())]
+    first, later = (s.arguments + s.outputs - s.donated + s.temporaries for s in sizes)
+    assert first <= later

@@ -14,6 +14,8 @@ from rest_jax.planning import topology
         ("v5e:4x4", 16, "tpu"),
         ("V5P:2x2x4", 16, "tpu"),
         ("v6e:4x8", 32, "tpu"),
+        ("2xv5e:4x4", 32, "tpu"),
+        ("3XV5P:2x2x4", 48, "tpu"),
         ("h100:8", 8, "gpu"),
         ("h100:4x8", 32, "gpu"),
         ("cpu:8", 8, "cpu"),
@@ -25,12 +27,19 @@ def test_a_name_says_how_many_devices_of_which_kind(name, size, platform):
 
 
 @pytest.mark.parametrize(
-    "name", ["v5p", "v5p:2x2", "v5e:2x2x4", "v9:2x2", "h100:2x2x2", "v5e:0x4", "8"]
-)
+    "name",
+    ["v5p", "v5p:2x2", "v5e:2x2x4", "v9:2x2", "h100:2x2x2", "v5e:0x4", "8", "v5e:4x4x2", "0xv5e:4x4", "2xh100:8",
+     "2xcpu:4", "v5e:0x4", "cpu:0", "xv5e:4x4"],
+)  # fmt: skip
 def test_a_wrong_name_is_one_line_with_the_forms(name):
     with pytest.raises(UserError, match=f"--topology {name}: .*v5p:2x2x4") as caught:
         topology.parse(name)
     assert "\n" not in str(caught.value)
+
+
+def test_slices_are_a_part_of_the_name_where_there_are_several():
+    assert topology.parse("2xv5e:4x4").slices == 2
+    assert topology.parse("1xv5e:4x4") == topology.parse("v5e:4x4")
 
 
 def test_a_missing_compiler_is_named_with_the_extra_that_brings_it(monkeypatch):
@@ -59,3 +68,4 @@ def test_clocks_are_those_of_the_published_peaks(name):
     if chip.clock:
         assert 2 * units[name] * chip.clock == pytest.approx(peaks[name], rel=0.01)
     assert chip.memory < 100 * 2**30 and chip.memory_bandwidth > 8e11
+    assert chip.network < chip.link / 5  # between slices and nodes it is slower

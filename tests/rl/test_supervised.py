@@ -10,12 +10,12 @@ from rest_jax.distributed import replicated
 from rest_jax.models.attention import prompt_rows
 from rest_jax.models.decoder import logits, param_shardings
 from rest_jax.rl.packing import BatchLengths
+from rest_jax.rl.step import plan_all_groups
 from rest_jax.rl.supervised import (
     TOOL_CALL_REGIONS,
     GoldBatch,
     make_prepare_gold,
     make_supervised_update,
-    plan_supervised,
     prepare_gold,
     region_scale,
 )
@@ -69,7 +69,7 @@ def update(gold: GoldBatch, max_tokens=None, shape=(1, 1, 1), cfg=CFG, loss_cfg=
     shardings = shardings.replace(params=param_shardings(tiny.decoder().cfg, mesh))
     loss_cfg = loss_cfg or LossConfig(vocab_chunk=5)
     step = make_supervised_update(tiny.decoder(), RECORD, loss_cfg, mesh, shardings)
-    plan = plan_supervised(BatchLengths.of(gold), max_tokens, mesh)
+    plan = plan_all_groups(BatchLengths.of(gold), max_tokens, mesh)
     batch = make_prepare_gold(cfg, mesh)(gold)
     state, totals = step(jax.device_put(state, shardings), batch, plan)
     metrics = {name: float(value) for name, value in (totals.sums | totals.maxima).items()}

@@ -1,0 +1,189 @@
+"""What the programs of a run are made of, for devices that need not be here: sizes, lengths, the shapes of micro-batches.
+
+    setup = abstract_setup(config, devices, step_config)      config, policy without weights, optimiser, what is held out
+    longest(config, supervised)                               the lengths that a plan is for, unless it is told others
+    micro_batches(setup, lengths), fullest(setup, groups)     how a mini-batch is cut
+
+A run (`train.py`, `sft.py`) makes a Setup of its own policy and data for the check of memory at its start.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import optax
+from flax import linen as nn
+
+from rest_jax.config import Config, locate
+from rest_jax.distributed import check_batch, make_mesh, place, with_tensor
+from rest_jax.errors import UserError
+from rest_jax.models.config import DecoderConfig
+from rest_jax.models.decoder import Decoder, abstract_params, param_shardings
+from rest_jax.models.hf.config import decoder_config
+from rest_jax.models.policy import Policy, compute_dtype
+from rest_jax.models.presets import PRESETS, preset
+from rest_jax.rl.optimizer import make_optimizer
+from rest_jax.rl.packing import BUCKETS, BatchLengths, MicroBatch
+from rest_jax.rl.prepare import StepConfig
+from rest_jax.rl.step import plan_all_groups, plan_minibatches
+
+
+class Lengths(NamedTuple):
+    """Tokens of every prompt and of every response."""
+
+    prompt: int
+    response: int
+
+
+class HeldOut(NamedTuple):
+    """What the evaluations of a run complete: `prompts` of at most `tokens`; None: as many as fill the decode slots."""
+
+    prompts: int | None
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What the programs of a run are made of; the policy's parameters are abstract, with shardings."""
+
+    config: Config
+    policy: Policy
+    step: StepConfig | None  # None: a supervised run
+    tx: optax.GradientTransformation
+    widths: Lengths  # of a batch: as long as its longest prompt and its longest response may be
+    held_out: HeldOut | None
+
+    @property
+    def groups(self) -> int:
+        """Groups (prompts with their responses) of a step."""
+        if self.step is None:
+            return self.config.sft.batch_size
+        return self.config.rollout.prompts_per_step
+
+    @property
+    def group_size(self) -> int:
+        """Responses of a group."""
+        return 1 if self.step is None else self.config.rollout.group_size
+
+    @property
+    def updates(self) -> int:
+        """Optimiser updates of a step."""
+        return 1 if self.step is None else self.step.updates
+
+
+@dataclasses.dataclass(frozen=True)
+class _AnyTokenizer:
+    """Ids that a rollout knows of; which they are changes no program."""
+
+    pad_id: int = 0
+    stop_ids: tuple[int, ...] = (1,)
+
+
+def model_config(source: str) -> DecoderConfig:
+    """Sizes of a model from its config.json (a folder's, or the file), or of a published one by its name, with or without the
+    owner's: no weights are read, nothing is fetched. UserError names the known ones.
+    """
+    path = pathlib.Path(locate(source))
+    file = path / "config.json" if path.is_dir() else path
+    if file.is_file():
+        return decoder_config(json.loads(file.read_text()))
+    known = {_size_name(hub_id): hub_id for hub_id in PRESETS}
+    if _size_name(source) not in known:
+        raise UserError(
+            f"model.source {source}: neither a folder with a config.json nor a published size; known: {', '.join(known)}"
+        )
+    return preset(known[_size_name(source)])
+
+
+def _size_name(source: str) -> str:
+    return re.sub(r"-(instruct|thinking|base)\b", "", source.rpartition("/")[2].lower())
+
+
+def abstract_setup(
+    config: Config,
+    devices: Sequence[Any],
+    step_config: Callable[[Config, int], StepConfig] | None,
+) -> Setup:
+    """The setup of `config` on these devices, of a supervised run if `step_config` is None. UserError for a mesh that they, the
+    model or the batch do not fit.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    cfg = dataclasses.replace(
+        model_config(config.model.source),
+        dtype=compute_dtype(config.model.dtype, mesh),
+        remat=config.model.remat,
+    )
+    params = place(nn.meta.unbox(abstract_params(cfg)), param_shardings(cfg, mesh))
+    tokenizer: Any = _AnyTokenizer()
+    tensor = config.rollout.tensor
+    rollout_mesh = mesh if tensor is None else with_tensor(mesh, tensor)
+    policy = Policy(Decoder(cfg), params, tokenizer, mesh, rollout_mesh, pathlib.Path())
+    steps = config.train.steps or 100  # a constant of the schedules
+    most, data = config.sft.max_tokens, config.data
+    if step_config is None:
+        check_batch("sft.batch_size", config.sft.batch_size, mesh)
+        step, updates, widths = None, steps, Lengths(min(data.max_prompt_tokens, most), most)
+    else:
+        step = step_config(config, steps)
+        updates, widths = steps * step.updates, longest(config, supervised=False)
+    tx = make_optimizer(config.optimizer, updates)
+    held_out = HeldOut(data.eval_limit, data.max_prompt_tokens) if data.eval else None
+    return Setup(config, policy, step, tx, widths, held_out)
+
+
+def longest(config: Config, supervised: bool) -> Lengths:
+    """The longest groups that a config allows. A supervised record has `sft.max_tokens` in all, and no prompt of its own limit:
+    `data.max_prompt_tokens` of them, at most half, are taken for it.
+    """
+    prompt, most = config.data.max_prompt_tokens, config.sft.max_tokens
+    if not supervised:
+        return Lengths(prompt, config.rollout.max_response_tokens)
+    prompt = min(prompt, most // 2)
+    return Lengths(prompt, most - prompt)
+
+
+def _batch(setup: Setup, lengths: Lengths) -> BatchLengths:
+    shape, widths = (setup.groups, setup.group_size), setup.widths
+    return BatchLengths(
+        np.full(shape[0], lengths.prompt, np.int32),
+        np.full(shape, lengths.response, np.int32),
+        (max(lengths.prompt, widths.prompt), max(lengths.response, widths.response)),
+    )
+
+
+def micro_batches(setup: Setup, lengths: Lengths) -> list[MicroBatch]:
+    """The micro-batches of one update in which all groups are active and as long as `lengths`."""
+    if setup.step is None:
+        return all_groups(setup, lengths)
+    reward = np.zeros((setup.groups, setup.group_size), np.float32)
+    reward[:, 0] = 1
+    return plan_minibatches(_batch(setup, lengths), reward, setup.step, setup.policy.mesh)[0]
+
+
+def all_groups(setup: Setup, lengths: Lengths) -> list[MicroBatch]:
+    """The micro-batches of a pass over all groups of a step, as long as `lengths`."""
+    limit = setup.config.train.max_tokens_per_microbatch
+    return plan_all_groups(_batch(setup, lengths), limit, setup.policy.mesh)
+
+
+def fullest(setup: Setup, groups: int) -> Lengths:
+    """The lengths, at most the widths of a batch, whose micro-batch has the most positions, where a data shard has so many
+    groups to cut: of several the longest responses.
+    """
+    most, limit = setup.widths, setup.config.train.max_tokens_per_microbatch
+    if limit is None:
+        return most
+    best, found = 0, most
+    prompts, responses = (sorted({b for b in BUCKETS if b < n} | {n}) for n in most)
+    for prompt in prompts:
+        for response in responses:
+            cost = prompt + setup.group_size * response
+            rows = max(1, min(groups, limit // cost))
+            rows = rows if rows == groups else 1 << (rows.bit_length() - 1)
+            if (rows * cost, response) > (best, found.response):
+                best, found = rows * cost, Lengths(prompt, response)
+    return found

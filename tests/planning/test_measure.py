@@ -1,0 +1,84 @@
+"""Sums over compiled text: FLOPs, bytes, cycles and collectives times the trips of their loops, against hand counts."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rest_jax.planning import hlo
+from rest_jax.planning.measure import Work, measure, part_of
+from tests.planning.compiling import compiled, flops
+
+TEXTS = pathlib.Path(__file__).parent / "texts"
+# A device of v5e:2x2 computes x = tanh(x w_l) with l of 7, x bf16 [512, 1024] split over 4 devices, w f32 [7, 1024, 1024] split
+# in its contracted dimension, then x = x w_0 while mean(x) > 0.
+TPU = (TEXTS / "v5e_scan_and_while.hlo").read_text()
+PRODUCT = 2 * 128 * 1024 * 1024
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    """XLA's own count takes the body once."""
+
+    def f(w, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    assert flops(compiled(f, (5, 64, 64), (32, 64))) == 5 * 2 * 32 * 64 * 64
+
+
+def test_loops_inside_loops_multiply():
+    def f(w, x):
+        def twice(x, w):
+            return jax.lax.fori_loop(0, 3, lambda _, x: jnp.sin(x @ w), x), None
+
+        return jax.lax.scan(twice, x, w)[0]
+
+    assert flops(compiled(f, (5, 64, 64), (32, 64))) == 15 * 2 * 32 * 64 * 64
+
+
+def test_tpu_text_flops_cycles_and_loops_of_unknown_length():
+    module = hlo.parse(TPU)
+    trips = {
+        use.instruction.name: hlo.loop_trips(module, use.instruction)
+        for use in hlo.uses(module)
+        if use.instruction.opcode == "while"
+    }
+    assert sorted(trips.values(), key=str) == [7, None]
+    measured = measure(module, layers=7)
+    once, each = (sum(parts.values(), Work()) for parts in (measured.once, measured.each))
+    assert once.flops == 7 * PRODUCT and each.flops == PRODUCT
+    assert once.cycles == 7 * (5206 + 5703) + 4044 + 55368 + 6400
+    assert each.cycles == 5703 + 3511
+    # float32 weights in the main memory, once; what lies on the chip (space 1) costs no traffic
+    assert 4 * 7 * 256 * 1024 < once.nbytes < 2 * 4 * 7 * 256 * 1024
+
+
+def test_tpu_text_collectives():
+    found = {c.place: c for c in measure(hlo.parse(TPU), layers=7).collectives if c.nbytes > 100}
+    gathered = 2 * 1024 * 1024 * 3 // 4
+    layers, tokens = found["layer loop"], found["token loop"]
+    assert (layers.kind, layers.group, layers.count, layers.nbytes) == (
+        "all-gather",
+        4,
+        7,
+        7 * gathered,
+    )
+    assert (tokens.kind, tokens.count, tokens.nbytes) == ("all-gather", 1, gathered)
+    assert not layers.crosses and not layers.overlaps
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        (
+            "jit(add)/transpose(jvp(trunk))/Decoder/blocks/while/body/attention/dot_general",
+            "attention",
+        ),
+        ("jit(add)/vocabulary/while/body/dot_general", "vocabulary"),
+        ("jit(decode)/decode/while/body/trunk/Decoder/blocks/mlp/dot_general", "mlp"),
+        ("jit(decode)/decode/while/body/draw/sort", "draw"),
+        ("jit(f)/add", "other"),
+    ],
+)
+def test_parts_are_those_of_the_model(name, part):
+    assert part_of(name) == part
