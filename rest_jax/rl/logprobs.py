@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.linen import spmd
 from jax import named_scope
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, UInt
@@ -84,17 +85,36 @@ def vocabulary_pass(
     Chunks run along T, so that rows stay on their devices. Peak memory is P * chunk * V float32 a device's share of rows.
     """
 
+    # Whole on every data shard before the loop; the partitioner would bring it for every chunk.
+    cast = spmd.with_logical_constraint(head.astype(hidden.dtype), ("vocab", None))
+
     @jax.checkpoint
-    def one_chunk(head, hidden, tokens):
-        # the cast is in here, so that chunks add up their gradients in float32
-        scores = _logits(hidden, head.astype(hidden.dtype))
+    def one_chunk(head, cast, hidden, tokens):
+        scores = _logits(hidden, _read_as(head, cast))
         return chosen_logp(scores, tokens, sampling), *entropy_and_gini(scores)
 
     def body(_, xs):
-        return None, one_chunk(head, *xs)
+        return None, one_chunk(head, cast, *xs)
 
     _, out = jax.lax.scan(body, None, _split_time((hidden, tokens), chunk))
     return _join_time(out, tokens.shape)
+
+
+@jax.custom_vjp
+def _read_as(head, cast):
+    """`cast`, the head in the compute dtype. Its gradient goes to `head`: chunks add theirs up in the head's own dtype."""
+    return cast
+
+
+def _read_as_forward(head, cast):
+    return cast, jnp.zeros((), head.dtype)
+
+
+def _read_as_backward(like, d_cast):
+    return d_cast.astype(like.dtype), None
+
+
+_read_as.defvjp(_read_as_forward, _read_as_backward)
 
 
 @dataclasses.dataclass(frozen=True)
