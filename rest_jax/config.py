@@ -221,6 +221,9 @@ class LossConfig(Section):
     vocab_chunk: PositiveInt = 128  # response tokens a row whose logits exist at once
 
 
+Moments = Literal["device", "host"]
+
+
 class OptimizerConfig(Section):
     """AdamW through optax."""
 
@@ -233,6 +236,8 @@ class OptimizerConfig(Section):
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.01  # matrices only: norms and biases are masked out
     max_grad_norm: PositiveFloat | None = 1.0
+    # Where the two moments are kept: 8 bytes a parameter, beside the devices they cost a transfer an update.
+    moments: Moments = "device"
 
 
 class MeshConfig(Section):

@@ -27,6 +27,7 @@ Tree = TypeVar("Tree")
 AXES = ("data", "fsdp", "expert", "tensor")
 # Rows of a batch are split over all but tensor, so the parts (data shards) are the leading part of the mesh.
 BATCH_AXES = AXES[:-1]
+HOST_MEMORY = "pinned_host"  # the kind of memory beside the devices that they can read
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,
     "vocab": "tensor",

@@ -77,7 +77,9 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
     steps = total_steps(config, data.size, BATCH)
     tx, rates = make_optimizer(config.optimizer, steps), learning_rates(config.optimizer, steps)
     schedule = Schedule(config.weights, config.curriculum, steps)
-    state, abstract, shardings = init_state(policy, tx, schedule, config.seed)
+    state, abstract, shardings = init_state(
+        policy, tx, schedule, config.seed, config.optimizer.moments
+    )
     prepare = make_prepare_gold(config.sft, mesh)
     update = make_supervised_update(policy.decoder, tx, config.loss, mesh, shardings)
     longest = Lengths(bucketed(data.prompts), bucketed(data.targets))

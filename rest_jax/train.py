@@ -85,7 +85,9 @@ def train_steps(
     cfg = step_config(config, steps)
     tx = make_optimizer(config.optimizer, steps * cfg.updates)
     reference = copy_reference(config, policy.params)
-    state, abstract, shardings = init_state(policy, tx, cfg.schedule, config.seed)
+    state, abstract, shardings = init_state(
+        policy, tx, cfg.schedule, config.seed, config.optimizer.moments
+    )
     rl = make_step(policy.decoder, tx, cfg, mesh, shardings)
     longest = Lengths(bucketed(prompts.prompts), config.rollout.max_response_tokens)
     abstract_policy = dataclasses.replace(policy, params=abstract.params)

@@ -18,7 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rest_jax.distributed import activate, batch_sharding, num_data_shards, place, replicated
+from rest_jax.distributed import (
+    HOST_MEMORY,
+    activate,
+    batch_sharding,
+    num_data_shards,
+    place,
+    replicated,
+)
 from rest_jax.models.decoder import param_shardings
 from rest_jax.models.policy import Policy
 from rest_jax.planning.setup import (
@@ -205,7 +212,7 @@ def _picker(micro: MicroBatch, mesh: Mesh) -> Picker:
 def train_state(setup: Setup) -> tuple[TrainState, TrainState]:
     """(abstract state, shardings); how long the schedule of the weights is changes no program."""
     schedule = Schedule(setup.config.weights, setup.config.curriculum, 1)
-    return abstract_state(setup.policy, setup.tx, schedule)
+    return abstract_state(setup.policy, setup.tx, schedule, setup.config.optimizer.moments)
 
 
 def _reference(setup: Setup, state: TrainState) -> dict[str, Tree]:
@@ -372,9 +379,11 @@ def _numbers(shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
 
 
 def device_bytes(tree: Tree) -> int:
-    """Bytes of a tree of abstract arrays on one device."""
+    """Bytes of a tree of abstract arrays on one device; what is kept in the memory of its host is not there."""
 
     def one(x: Any) -> int:
+        if x.sharding is not None and x.sharding.memory_kind == HOST_MEMORY:
+            return 0
         shape = x.sharding.shard_shape(x.shape) if x.sharding is not None else x.shape
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return 8 * math.prod(shape)

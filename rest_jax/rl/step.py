@@ -18,9 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
+from rest_jax.config import Moments
 from rest_jax.distributed import (
+    HOST_MEMORY,
     batch_sharding,
     num_data_shards,
     place,
@@ -45,6 +47,7 @@ from rest_jax.rl.update import (
     UpdateSpec,
     add_micro_gradient,
     apply_gradient,
+    apply_with_host_moments,
     micro_gradient,
     policy_loss,
     zero_gradient,
@@ -79,6 +82,8 @@ def make_update(spec: UpdateSpec, state_shardings: TrainState) -> Update:
     """Compiles the parts of an update (`rl/update.py`)."""
     everywhere = replicated(spec.mesh)
     accumulated = (state_shardings.params, everywhere)
+    kinds = {sharding.memory_kind for sharding in jax.tree.leaves(state_shardings.opt_state)}
+    apply = apply_with_host_moments if HOST_MEMORY in kinds else apply_gradient
     return Update(
         first=jax.jit(
             functools.partial(micro_gradient, spec=spec),
@@ -91,7 +96,7 @@ def make_update(spec: UpdateSpec, state_shardings: TrainState) -> Update:
         ),
         zero=jax.jit(functools.partial(zero_gradient, spec=spec), out_shardings=accumulated),
         apply=jax.jit(
-            functools.partial(apply_gradient, spec=spec),
+            functools.partial(apply, spec=spec),
             in_shardings=(state_shardings, *accumulated),
             out_shardings=(state_shardings, everywhere),
             donate_argnums=0,
@@ -225,30 +230,45 @@ def _put_logprobs(params, values, rollout, picker, decoder, cfg) -> Recomputed:
 
 
 def init_state(
-    policy: Policy, tx: optax.GradientTransformation, schedule: curriculum.Schedule, seed: int
+    policy: Policy,
+    tx: optax.GradientTransformation,
+    schedule: curriculum.Schedule,
+    seed: int,
+    moments: Moments = "device",
 ) -> tuple[TrainState, TrainState, TrainState]:
-    """(state, abstract state with shardings, shardings). The optimiser's state is born sharded; the policy's weights
-    move into the state (they are donated).
+    """(state, abstract state with shardings, shardings). The optimiser's state is born sharded, on the devices or in the
+    memory of their hosts; the policy's weights move into the state (they are donated).
     """
-    abstract, shardings = abstract_state(policy, tx, schedule)
+    abstract, shardings = abstract_state(policy, tx, schedule, moments)
     make = functools.partial(_fresh_state, tx=tx, schedule=schedule, seed=seed)
     state = jax.jit(make, out_shardings=shardings, donate_argnums=0)(policy.params)
     return state, abstract, shardings
 
 
 def abstract_state(
-    policy: Policy, tx: optax.GradientTransformation, schedule: curriculum.Schedule
+    policy: Policy,
+    tx: optax.GradientTransformation,
+    schedule: curriculum.Schedule,
+    moments: Moments = "device",
 ) -> tuple[TrainState, TrainState]:
     """(abstract state with shardings, shardings); the policy's parameters may be abstract, too."""
     params_at = param_shardings(policy.config, policy.mesh)
     make = functools.partial(_fresh_state, tx=tx, schedule=schedule, seed=0)
     shapes = jax.eval_shape(make, policy.params)
+    optimiser_at = tree_shardings_like(shapes.opt_state, policy.params, params_at)
+    if moments == "host":
+        optimiser_at = jax.tree.map(_in_host_memory, shapes.opt_state, optimiser_at)
     shardings = dataclasses.replace(
         jax.tree.map(lambda _: replicated(policy.mesh), shapes),
         params=params_at,
-        opt_state=tree_shardings_like(shapes.opt_state, policy.params, params_at),
+        opt_state=optimiser_at,
     )
     return place(shapes, shardings), shardings
+
+
+def _in_host_memory(x: Any, sharding: NamedSharding) -> NamedSharding:
+    """Counts stay on the device."""
+    return sharding.with_memory_kind(HOST_MEMORY) if x.ndim else sharding
 
 
 def _fresh_state(params, tx, schedule, seed) -> TrainState:

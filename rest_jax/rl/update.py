@@ -160,6 +160,16 @@ def apply_gradient(
     return state, Totals(sums, totals.maxima)
 
 
+def apply_with_host_moments(
+    state: TrainState, gradient: Params, totals: Totals, spec: UpdateSpec
+) -> tuple[TrainState, Totals]:
+    """`apply_gradient` of a state whose moments are in host memory: they come for the update, and the shardings of the result
+    send them back.
+    """
+    moments = jax.device_put(state.opt_state, jax.memory.Space.Device)
+    return apply_gradient(dataclasses.replace(state, opt_state=moments), gradient, totals, spec)
+
+
 SQUARES, COUNTS = "noise/squares", "noise/counts"
 
 

@@ -42,7 +42,7 @@ CONFIG_FILE = "config.yaml"
 MODEL_FOLDER = "model"
 
 # Keys that say where a run computes and lies, not what it computes: it may resume on other devices, or in another place.
-ELSEWHERE = ("mesh.", "distributed.", "rollout.tensor", "output")
+ELSEWHERE = ("mesh.", "distributed.", "rollout.tensor", "optimizer.moments", "output")
 
 SUPERVISED_FINITE = ("update/loss", "update/grad_norm")
 # Those of the rollout, too: broken weights sample completions whose rewards are all equal, and groups without advantage

@@ -8,6 +8,7 @@ import pytest
 from rest_jax.config import Config
 from rest_jax.errors import UserError
 from rest_jax.models.presets import preset
+from rest_jax.planning.programs import device_bytes, train_state
 from rest_jax.planning.setup import (
     Lengths,
     Setup,
@@ -99,3 +100,13 @@ def test_a_supervised_record_is_a_group_of_one_and_bounded_in_all():
 def test_a_supervised_batch_must_divide_over_the_data_shards():
     with pytest.raises(UserError, match=r"sft.batch_size 30 does not divide over 4 data shards"):
         setup("sft", sft={"batch_size": 30})
+
+
+def test_moments_in_host_memory_are_not_on_the_device():
+    on_device, on_host = (
+        device_bytes(train_state(setup(optimizer={"moments": moments}))[0].opt_state)
+        for moments in ("device", "host")
+    )
+    parameters = device_bytes(train_state(setup())[0].params)
+    assert on_device == pytest.approx(2 * parameters, rel=0.01)
+    assert on_host < 100  # counts

@@ -16,7 +16,13 @@ from rest_jax.rl import curriculum
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import make_optimizer
 from rest_jax.rl.prepare import Recomputed, active_groups
-from rest_jax.rl.step import combine_updates, init_state, make_advance, policy_metrics
+from rest_jax.rl.step import (
+    combine_updates,
+    init_state,
+    make_advance,
+    make_step,
+    policy_metrics,
+)
 from rest_jax.rl.update import Totals
 from rest_jax.train import check_sizes
 from rest_jax.types import ScoredBatch
@@ -280,6 +286,36 @@ def test_a_fresh_state(shape):
         assert (described.shape, described.dtype) == (x.shape, x.dtype)
         assert described.sharding == x.sharding == sharding
     assert int(make_advance(mesh)(state.step)) == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_moments_in_host_memory_change_nothing(shape, scored):
+    """Two updates with AdamW give the same bits; the moments come and go, and are where they were put."""
+    cfg, mesh = tiny.step_config(), tiny.mesh(*shape)
+    tx = make_optimizer(OptimizerConfig(learning_rate=1e-2), 2)
+    states = {}
+    for moments in ("device", "host"):
+        params = jax.tree.map(lambda x: x.copy(), tiny.params())
+        policy = types.SimpleNamespace(config=tiny.decoder().cfg, mesh=mesh, params=params)
+        state, abstract, shardings = init_state(policy, tx, cfg.schedule, 5, moments)
+        made = make_step(tiny.decoder(), tx, cfg, mesh, shardings)
+        (plan,) = plan_of(scored, cfg, mesh)
+        minibatch = jnp.zeros(len(scored.reward), jnp.int32)
+        batch, _, _ = made.prepare(
+            jax.tree.map(jnp.asarray, scored), None, None, minibatch, state.curriculum
+        )
+        for _ in range(2):
+            state, _ = made.update(state, batch, plan)
+        kinds = {
+            x.sharding.memory_kind for x in jax.tree.leaves(state.opt_state) if jnp.ndim(x) > 0
+        }
+        assert kinds == {"pinned_host" if moments == "host" else "device"}
+        assert {x.sharding.memory_kind for x in jax.tree.leaves(state.params)} == {"device"}
+        for x, described in zip(*map(jax.tree.leaves, (state, abstract)), strict=True):
+            assert described.sharding == x.sharding
+        states[moments] = state
+    identical(states["host"].params, states["device"].params)
+    identical(states["host"].opt_state, states["device"].opt_state)
 
 
 def test_one_micro_batch_has_no_variance_and_is_refused():
