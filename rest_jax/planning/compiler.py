@@ -146,11 +146,12 @@ def describe_speed(
 
     mesh, model = setup.policy.mesh, setup.policy.config
     peak = throughput.mesh_peak_flops(mesh.devices.flat, model.dtype)
-    rates = hlo.Rates((peak or 0) / where.size, where.chip.memory_bandwidth or 0)
+    chip = where.chip
+    rates = hlo.Rates((peak or 0) / where.size, chip.memory_bandwidth or 0, chip.clock or 0)
     # the chips of a TPU slice are neighbours whatever their host
     hosts = programs.hosts(mesh) if where.chip.network else None
     measured = {
-        name: hlo.measure(hlo.parse(c.text), model.n_layers, rates, hosts)
+        name: hlo.measure(hlo.parse(c.text), model.n_layers, rates, hosts, model.n_experts)
         for name, c in timed.items()
         if c.text
     }

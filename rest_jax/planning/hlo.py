@@ -160,10 +160,11 @@ class Measured:
 
 
 class Rates(NamedTuple):
-    """Of a device: FLOP/s of matrix products and bytes/s of its main memory; 0: unknown."""
+    """Of a device: FLOP/s of matrix products, bytes/s of its main memory, Hz of its clock; 0: unknown."""
 
     flops: float
     memory: float
+    clock: float = 0.0
 
 
 UNKNOWN = Rates(0, 0)
@@ -273,10 +274,14 @@ def part_of(op_name: str) -> str:
 
 
 def measure(
-    module: Module, layers: int, rates: Rates = UNKNOWN, hosts: np.ndarray | None = None
+    module: Module,
+    layers: int,
+    rates: Rates = UNKNOWN,
+    hosts: np.ndarray | None = None,
+    experts: int = 0,
 ) -> Measured:
     """Sums over a program. `layers`: trips of the loop over layers; `hosts` int [devices]: the host of each device, in the
-    order of the mesh.
+    order of the mesh; `experts` of a layer, on all devices: rows are taken to be spread evenly over them.
     """
     sums: tuple[dict[str, Work], dict[str, Work]] = ({}, {})
     moved: dict[tuple, Collective] = {}
@@ -286,8 +291,10 @@ def measure(
         kind = use.instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             channel = re.search(r"channel_id=(\d+)", use.instruction.text)
-            key = channel[1] if channel else use.instruction.name, use.loops
-            if key not in seen:  # libtpu repeats one that it spreads over several fusions
+            # libtpu repeats one that it spreads over several fusions; those of a shard_map all have channel 1
+            spread = channel is not None and (use.fused or use.asynchronous)
+            key = channel[1] if channel and spread else use.instruction.name, use.loops
+            if key not in seen:
                 seen.add(key)
                 one = _collective(use, kind, layers, hosts)
                 same = moved.get(one[:6], one._replace(count=0, nbytes=0))
@@ -295,25 +302,49 @@ def measure(
                     count=same.count + one.count, nbytes=same.nbytes + one.nbytes
                 )
             continue
-        work = _work(module, use, rates)
+        work = _work(module, use, rates, experts)
         if work is not None:
             into = sums[unknown]
             into[part] = into.get(part, Work()) + work
     return Measured(sums[0], sums[1], tuple(moved.values()))
 
 
-def _work(module: Module, use: Use, rates: Rates) -> Work | None:
-    """Of an instruction outside of fusions, with what it fuses."""
+def _work(module: Module, use: Use, rates: Rates, experts: int) -> Work | None:
+    """Of an instruction outside of fusions, with what it fuses. libtpu gives no cycles for kernels: theirs are those that the
+    peak rates allow.
+    """
     instruction = use.instruction
     if use.fused or instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
         return None
     flops = instruction_flops(module, instruction, use.computation)
     nbytes = instruction_bytes(module, instruction, use.computation)
+    kernel = f'custom_call_target="{_KERNEL}"' in instruction.text
+    if kernel and (grouped := _grouped_product(instruction, use.computation)):
+        flops = grouped[0] * (grouped[1] / experts if experts else 1)
     limit = 0.0
     if rates.flops and rates.memory:
         limit = max(flops / rates.flops, nbytes / rates.memory)
+    cycles = limit * rates.clock if kernel else float(instruction.cycles)
     n = use.trips
-    return Work(n * flops, n * nbytes, float(n * instruction.cycles), n * limit)
+    return Work(n * flops, n * nbytes, n * cycles, n * limit)
+
+
+_KERNEL = "tpu_custom_call"
+
+
+def _grouped_product(instruction: Instruction, where: Computation) -> tuple[float, int] | None:
+    """FLOPs of a kernel that multiplies rows by the matrix of their group (libtpu's `ragged-dot`), or sums their outer products
+    by group (`tgmm`), if every row is in a group; and the number of groups. None: another kernel.
+    """
+    if len(instruction.operands) < 2:
+        return None
+    a, b = (where[name].outputs[0].shape for name in instruction.operands[-2:])
+    out = instruction.outputs[0].shape
+    if (len(a), len(b), len(out)) == (2, 3, 2):  # [r I] x [E I O] -> [r O]
+        return 2.0 * math.prod(a) * out[1], b[0]
+    if (len(a), len(b), len(out)) == (2, 2, 3):  # [r I], [r O] -> [E I O]
+        return 2.0 * math.prod(a) * b[1], out[0]
+    return None
 
 
 def instruction_flops(module: Module, instruction: Instruction, where: Computation) -> float:
