@@ -502,7 +502,9 @@ def _collective(use: Use, kind: str, layers: int, hosts: np.ndarray | None) -> C
     """A device sends (n - 1) / n of what an all-gather makes or a reduce-scatter takes, twice that of an all-reduce."""
     instruction, part = use.instruction, part_of(use.instruction.op_name)
     outputs = instruction.outputs
-    if instruction.opcode.endswith("-start") and len(outputs) > 1 and kind != "all-reduce":
+    if instruction.opcode == "collective-permute-start":  # (operand, result, two contexts)
+        outputs = outputs[1:2]
+    elif instruction.opcode.endswith("-start") and len(outputs) > 1 and kind != "all-reduce":
         outputs = outputs[len(outputs) // 2 :]  # (operands, results)
     produced = sum(a.nbytes for a in outputs)
     groups = replica_groups(instruction.text)

@@ -209,3 +209,15 @@ def test_sums_of_a_shard_map_share_a_channel_and_are_all_counted():
     )
     (found,) = hlo.measure(hlo.parse(text), layers=1).collectives
     assert (found.count, found.nbytes) == (2, 2 * 32)
+
+
+def test_a_permute_sends_what_it_was_given():
+    """Its start gives the operand, the result and two numbers of the runtime."""
+    text = (
+        "ENTRY %main (p: bf16[4,8]) -> bf16[4,8] {\n  %p = bf16[4,8]{1,0} parameter(0)\n"
+        "  %s = (bf16[4,8]{1,0}, bf16[4,8]{1,0}, u32[], u32[]) collective-permute-start(%p), channel_id=1, "
+        "source_target_pairs={{0,1},{1,0}}\n"
+        "  ROOT %d = bf16[4,8]{1,0} collective-permute-done(%s)\n}\n"
+    )
+    (found,) = hlo.measure(hlo.parse(text), layers=1).collectives
+    assert (found.kind, found.count, found.nbytes) == ("collective-permute", 1, 64)
