@@ -11,7 +11,7 @@ PEER := google-tunix==0.1.7
 
 # Recipes of configs/scale and the hardware they are for: what `make aot` proves to fit.
 TPU_PLANS := qwen3_1p7b_v5e16=v5e:4x4 qwen3_4b_v6e16=v6e:4x4 qwen3_8b_v5p32=v5p:2x2x4 qwen3_14b_v5p64=v5p:2x4x4 \
-  qwen3_32b_v5p128=v5p:4x4x4
+  qwen3_32b_v5p128=v5p:4x4x4 qwen3_30b_a3b_v5p64=v5p:2x4x4 qwen3_235b_a22b_v5p512=v5p:4x8x8
 GPU_PLANS := llama3_2_3b_h100x8=h100:8 qwen3_8b_h100x8=h100:8 qwen3_32b_h100x32=h100:4x8
 PLANS ?= $(TPU_PLANS)
 

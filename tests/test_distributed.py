@@ -2,8 +2,12 @@
 
 import dataclasses
 import functools
+import importlib.util
 import itertools
+import json
 import math
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -20,8 +24,10 @@ from rest_jax.errors import UserError
 from rest_jax.models.attention import pack_group, predicting_hidden, prompt_rows
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import Decoder, abstract_params, logits, param_shardings
+from rest_jax.planning import topology
 from rest_jax.rollout.scheduler import deal_groups
 from tests import tiny
+from tests.conftest import REPOSITORY
 
 CFG = DecoderConfig("qwen3", 64, 32, 2, 4, 4, 8, 48, qk_norm=True, tied=False)
 P, G, TP, TR = 4, 2, 5, 4
@@ -184,6 +190,51 @@ def test_every_mesh_of_a_slice_has_tensor_groups_in_hosts(name, slices):
         assert len(owners) == len(devices) // tensor
         shards = [shard for group in sharding.host_groups(mesh) for shard in group]
         assert sorted(shards) == list(range(len(owners)))
+
+
+# What libtpu and XLA for GPUs know of real hardware; two slices of the first.
+TPU_SLICES = [
+    "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:16x16", "v6e:4x4", "v6e:8x8", "v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4",
+    "v5p:4x4x8", "v4:2x2x4", "v5e:4x4*2",
+]  # fmt: skip
+GPU_NODES = ["h100:8", "h100:2x8", "h100:3x8", "h100:4x8"]
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("package", "names"), [("libtpu", TPU_SLICES), ("jax_cuda12_plugin", GPU_NODES)]
+)
+def test_every_mesh_of_real_hardware_starts(package, names, tmp_path):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    command = [sys.executable, "-m", "tests.programs.topology_meshes", *names]
+    environment = topology.child_environment(topology.parse("v5e:4x4"), tmp_path)
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) == 6 * len(names)
+    for record in found:
+        _check_mesh_of_hardware(record)
+
+
+def _check_mesh_of_hardware(record: dict[str, Any]) -> None:
+    """Every process owns rows; tensor groups lie in one process or are complete ones, of one slice; data crosses slices."""
+    where = f"{record['topology']} {record['sizes']}"
+    assert "refused" not in record, f"{where}: {record['refused']}"
+    sizes, processes = record["mesh"], np.array(record["processes"])
+    count, host = len(processes), len(processes) // len(set(record["processes"]))
+    slices, coords = np.array(record["slices"]), np.array(record["coords"])
+    assert count == record["devices"] == math.prod(sizes.values()), where
+    assert all(sizes[axis] == size for axis, size in record["sizes"].items()), where
+    tensor = sizes["tensor"]
+    groups = processes.reshape(-1, tensor)
+    assert {len(set(group)) for group in groups} == {max(1, tensor // host)}, where
+    assert {len(set(group)) for group in slices.reshape(-1, tensor)} == {1}, where
+    assert {len(set(part)) for part in slices.reshape(sizes["data"], -1)} == {1}, where
+    assert set(groups.flat) == set(range(count // host)), where  # data shards of every process
+    if coords.size:  # on a torus a tensor group is a box of chips; those of v4 are two devices
+        sides = np.ptp(coords.reshape(count // tensor, tensor, -1), axis=1) + 1
+        assert set(np.prod(sides, axis=1)) <= {tensor, max(1, tensor // 2)}, where
 
 
 def test_meshes_that_devices_cannot_have():

@@ -115,9 +115,9 @@ class Experts(nn.Module):
         router = _weight(self, "router", (d, e), ("embed", "router")).astype(cfg.dtype)
         wide, narrow = ("expert", "expert_embed", "mlp"), ("expert", "mlp", "expert_embed")
         experts = ExpertWeights(
-            gate=_weight(self, "gate", (e, d, f), wide).astype(cfg.dtype),
-            up=_weight(self, "up", (e, d, f), wide).astype(cfg.dtype),
-            down=_weight(self, "down", (e, f, d), narrow).astype(cfg.dtype),
+            gate=_weight(self, "gate", (e, d, f), wide),
+            up=_weight(self, "up", (e, d, f), wide),
+            down=_weight(self, "down", (e, f, d), narrow),
         )
         valid = valid_positions(layout, x.shape[:2])
         routing = route(x, router, replayed, cfg)

@@ -29,6 +29,9 @@ from rest_jax.models.config import DecoderConfig
 # every choice of every device; in parts they are no larger than without an expert axis. A few rows (decoding) go at once: each
 # part reads the weights again.
 _ROWS = 1 << 16
+# Rows and columns of both operands that the kernel of `_sum_outer` has on the chip at once: with a float32 sum of 1024 x 768,
+# and everything twice, 13 of the 16 MB that a kernel gets.
+_TILE = (256, 1024, 768)
 
 
 class Routing(NamedTuple):
@@ -52,11 +55,18 @@ class RouterRecord(NamedTuple):
 
 
 class ExpertWeights(NamedTuple):
-    """Matrices of all experts of a layer, in the compute dtype."""
+    """Matrices of all experts of a layer, in their stored dtype."""
 
     gate: Float[Array, "E D F"]
     up: Float[Array, "E D F"]
     down: Float[Array, "E F D"]
+
+
+class Matrices(NamedTuple):
+    """The experts' matrices as they are multiplied, and as they are stored, which have the gradient and are not read."""
+
+    cast: ExpertWeights
+    stored: ExpertWeights
 
 
 def route(
@@ -115,27 +125,37 @@ def mix_experts(
     """The weighted sum of the chosen experts' MLPs, in x's dtype; zero for padding, which no expert computes.
 
     Under `distributed.activate` (rows that divide over the data shards) every device computes its own experts; elsewhere this
-    is one product over all experts.
+    is one product over all experts. Matrices are multiplied in x's dtype; their gradients are made and summed over devices
+    in their own.
     """
     chosen = jnp.where(valid[..., None], routing.chosen, cfg.n_experts)
+    cast = ExpertWeights(*(jax.lax.stop_gradient(w).astype(x.dtype) for w in experts))
+    matrices = Matrices(cast, experts)
     mesh = jax.sharding.get_abstract_mesh()
     rows = PartitionSpec(BATCH_AXES)
     if mesh.empty or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
-        return _compute_groups(x, chosen, routing.weight, experts, cfg)
-    wide: Any = PartitionSpec("expert", None, "tensor")
-    narrow: Any = PartitionSpec("expert", "tensor", None)
+        return _compute_groups(x, chosen, routing.weight, matrices, cfg)
+    embed = "fsdp" if _split_over_fsdp(matrices) else None
+    wide: Any = PartitionSpec("expert", embed, "tensor")
+    narrow: Any = PartitionSpec("expert", "tensor", embed)
+    split = ExpertWeights(wide, wide, narrow)
     on_device = jax.shard_map(
         functools.partial(_compute_on_device, cfg=cfg),
-        in_specs=(rows, rows, rows, ExpertWeights(wide, wide, narrow)),
+        in_specs=(rows, rows, rows, Matrices(split, split)),
         out_specs=rows,
+        check_vma=False,  # the kernel of `_sum_outer` does not say over which axes its output varies
     )
-    return on_device(x, chosen, routing.weight, experts)
+    return on_device(x, chosen, routing.weight, matrices)
 
 
-def _compute_on_device(x, chosen, weight, experts: ExpertWeights, cfg: DecoderConfig):
+def _compute_on_device(x, chosen, weight, experts: Matrices, cfg: DecoderConfig):
     """This device's rows, from the experts of all devices of its expert group."""
     x, chosen, weight = (jax.lax.all_gather(a, "expert", tiled=True) for a in (x, chosen, weight))
-    chosen = chosen - jax.lax.axis_index("expert") * experts.gate.shape[0]
+    if _split_over_fsdp(experts):
+        # Of `stored` the gradient alone is computed: this gather in reverse, a sum that is scattered.
+        axes: Any = Matrices(*2 * (ExpertWeights(1, 1, 2),))  # type: ignore[arg-type]
+        experts = jax.tree.map(_gather_embed, experts, axes)
+    chosen = chosen - jax.lax.axis_index("expert") * experts.cast.gate.shape[0]
 
     def compute(part):
         return _compute_groups(*part, experts=experts, cfg=cfg)
@@ -151,15 +171,24 @@ def _compute_on_device(x, chosen, weight, experts: ExpertWeights, cfg: DecoderCo
     return jax.lax.psum(mine, "tensor")
 
 
+def _split_over_fsdp(experts: Matrices) -> bool:
+    """Whether the matrices are in the layout of training: there they are stored in more bits than they are multiplied in."""
+    return experts.stored.gate.dtype != experts.cast.gate.dtype
+
+
+def _gather_embed(w, axis: int):
+    return jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
+
+
 def _count_parts(devices: int, rows: int) -> int:
     """Into how many parts, at most one a device, the gathered rows are cut, so that a product has at most `_ROWS`."""
     fits = (n for n in range(1, devices) if devices % n == 0 and rows <= n * _ROWS)
     return next(fits, devices)
 
 
-def _compute_groups(x, chosen, weight, experts: ExpertWeights, cfg: DecoderConfig):
+def _compute_groups(x, chosen, weight, experts: Matrices, cfg: DecoderConfig):
     """Rows `[B T D]` through the experts at hand; a chosen number that is none of theirs adds nothing."""
-    count, k = experts.gate.shape[0], chosen.shape[-1]
+    count, k = experts.cast.gate.shape[0], chosen.shape[-1]
     flat = x.reshape(-1, x.shape[-1])
     expert = chosen.reshape(-1)
     expert = jnp.where((expert >= 0) & (expert < count), expert, count)
@@ -169,11 +198,12 @@ def _compute_groups(x, chosen, weight, experts: ExpertWeights, cfg: DecoderConfi
     # Rows behind the last group belong to no expert at hand. What a product leaves there is not defined, in value or gradient.
     used = (jnp.arange(expert.size) < jnp.sum(sizes))[:, None]
 
-    def times(rows, weights):
-        return jax.lax.ragged_dot(rows, weights, sizes, precision=cfg.precision)
+    def times(rows, name: str) -> Any:
+        cast, stored = (getattr(matrices, name) for matrices in experts)
+        return _group_product(rows, cast, stored, sizes, cfg.precision)
 
     rows = jnp.where(used, _to_experts(flat, order, inverse, k), 0)
-    out = times(jax.nn.silu(times(rows, experts.gate)) * times(rows, experts.up), experts.down)
+    out = times(jax.nn.silu(times(rows, "gate")) * times(rows, "up"), "down")
     out = _to_tokens(jnp.where(used, out, 0), order, inverse).reshape(-1, k, x.shape[-1])
     mixed = jnp.sum(out.astype(jnp.float32) * weight.reshape(-1, k, 1), axis=1)
     return mixed.astype(x.dtype).reshape(x.shape)
@@ -215,3 +245,52 @@ def _to_tokens_backward(order, d_out):
 
 
 _to_tokens.defvjp(_to_tokens_forward, _to_tokens_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _group_product(rows, cast, stored, sizes, precision):
+    """Rows `[r I]`, the first `sizes[0]` times matrix 0 of `cast` `[E I O]`, the next `sizes[1]` times matrix 1, ... -> `[r O]`.
+    The gradient of the matrices goes to `stored`, in its dtype.
+    """
+    return jax.lax.ragged_dot(rows, cast, sizes, precision=precision)
+
+
+def _group_product_forward(rows, cast, stored, sizes, precision):
+    # an array without elements stands for the dtype of `stored`
+    kept = rows, cast, jnp.zeros(0, stored.dtype), sizes
+    return _group_product(rows, cast, stored, sizes, precision), kept
+
+
+def _group_product_backward(precision, kept, d_out):
+    rows, cast, like, sizes = kept
+    transposed = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,))
+    d_rows = jax.lax.ragged_dot_general(d_out, cast, sizes, transposed, precision=precision)
+    return d_rows, None, _sum_outer(rows, d_out, sizes, like.dtype, precision), None
+
+
+_group_product.defvjp(_group_product_forward, _group_product_backward)
+
+
+def _sum_outer(a, b, sizes, dtype, precision):
+    """`[r I]`, `[r O]` -> `[E I O]` in `dtype`: the sum of a_r b_r^T over the rows of each group."""
+    summed = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
+
+    def general(a, b, sizes):
+        return jax.lax.ragged_dot_general(
+            a, b, sizes, summed, precision=precision, preferred_element_type=dtype
+        )
+
+    # libtpu has a kernel for products by group, but none for this sum: it would multiply all rows once a group.
+    kernel = functools.partial(_sum_outer_kernel, dtype=dtype)
+    return jax.lax.platform_dependent(a, b, sizes, tpu=kernel, default=general)
+
+
+def _sum_outer_kernel(a, b, sizes, dtype, interpret: bool = False):
+    """The same by jax's kernel for TPUs, which takes its products in a's dtype and adds them up in float32."""
+    # not part of jax's start, and of no use elsewhere
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    rows, *most = _TILE
+    a, b = (jnp.pad(x, ((0, -len(x) % rows), (0, 0))) for x in (a, b))
+    tile = (rows, min(a.shape[1], most[0]), min(b.shape[1], most[1]))
+    return tgmm(a.T, b, sizes, preferred_element_type=dtype, tiling=tile, interpret=interpret)

@@ -41,7 +41,9 @@ def read_collective(use: Use, part: str, layers: int, hosts: np.ndarray | None) 
     """
     instruction, kind = use.instruction, collective_kind(use.instruction)
     outputs, between_slices = instruction.outputs, instruction.opcode == "recv"
-    if instruction.opcode.endswith("-start") and len(outputs) > 1 and kind != "all-reduce":
+    if instruction.opcode == "collective-permute-start":  # (operand, result, two contexts)
+        outputs = outputs[1:2]
+    elif instruction.opcode.endswith("-start") and len(outputs) > 1 and kind != "all-reduce":
         outputs = outputs[len(outputs) // 2 :]  # (operands, results)
     elif between_slices:
         outputs = outputs[:1]  # (result, context, token)

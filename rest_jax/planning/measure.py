@@ -15,7 +15,12 @@ import numpy as np
 
 from rest_jax.planning.collectives import Collective, collective_kind, read_collective
 from rest_jax.planning.hlo import FREE, Module, Use, uses
-from rest_jax.planning.work import instruction_bytes, instruction_flops
+from rest_jax.planning.work import (
+    grouped_product,
+    instruction_bytes,
+    instruction_flops,
+    is_kernel,
+)
 
 # Parts of the model, found in the name of an operation; the first that occurs counts.
 PARTS = (
@@ -51,10 +56,11 @@ class Measured:
 
 
 class Rates(NamedTuple):
-    """Of a device: FLOP/s of matrix products and bytes/s of its main memory; 0: unknown."""
+    """Of a device: FLOP/s of matrix products, bytes/s of its main memory, Hz of its clock; 0: unknown."""
 
     flops: float
     memory: float
+    clock: float = 0.0
 
 
 UNKNOWN = Rates(0, 0)
@@ -70,10 +76,14 @@ def part_of(op_name: str) -> str:
 
 
 def measure(
-    module: Module, layers: int, rates: Rates = UNKNOWN, hosts: np.ndarray | None = None
+    module: Module,
+    layers: int,
+    rates: Rates = UNKNOWN,
+    hosts: np.ndarray | None = None,
+    experts: int = 0,
 ) -> Measured:
     """Sums over a program. `layers`: trips of the loop over layers; `hosts` int [devices]: the host of each device, in the
-    order of the mesh.
+    order of the mesh; `experts` of a layer, on all devices: rows are taken to be spread evenly over them.
     """
     sums: tuple[dict[str, Work], dict[str, Work]] = ({}, {})
     moved: dict[tuple, Collective] = {}
@@ -82,8 +92,10 @@ def measure(
         opcode, part = use.instruction.opcode, part_of(use.instruction.op_name)
         if collective_kind(use.instruction):
             channel = re.search(r"channel_id=(\d+)", use.instruction.text)
-            key = opcode, channel[1] if channel else use.instruction.name, use.loops
-            if key not in seen:  # libtpu repeats one that it spreads over several fusions
+            # libtpu repeats one that it spreads over several fusions; those of a shard_map all have channel 1
+            spread = channel is not None and (use.fused or use.asynchronous)
+            key = opcode, channel[1] if channel and spread else use.instruction.name, use.loops
+            if key not in seen:
                 seen.add(key)
                 one = read_collective(use, part, layers, hosts)
                 same = moved.get(one[:6], one._replace(count=0, nbytes=0))
@@ -91,22 +103,28 @@ def measure(
                     count=same.count + one.count, nbytes=same.nbytes + one.nbytes
                 )
             continue
-        work = _work(module, use, rates)
+        work = _work(module, use, rates, experts)
         if work is not None:
             into = sums[None in use.loops]
             into[part] = into.get(part, Work()) + work
     return Measured(sums[0], sums[1], tuple(moved.values()))
 
 
-def _work(module: Module, use: Use, rates: Rates) -> Work | None:
-    """Of an instruction outside of fusions, with what it fuses."""
+def _work(module: Module, use: Use, rates: Rates, experts: int) -> Work | None:
+    """Of an instruction outside of fusions, with what it fuses. libtpu gives no cycles for kernels: theirs are those that the
+    peak rates allow.
+    """
     instruction = use.instruction
     if use.fused or instruction.opcode in FREE or instruction.opcode.endswith("-done"):
         return None
     flops = instruction_flops(module, instruction, use.computation)
     nbytes = instruction_bytes(module, instruction, use.computation)
+    kernel = is_kernel(instruction)
+    if kernel and (grouped := grouped_product(instruction, use.computation)):
+        flops = grouped.flops * (grouped.groups / experts if experts else 1)
     limit = 0.0
     if rates.flops and rates.memory:
         limit = max(flops / rates.flops, nbytes / rates.memory)
+    cycles = limit * rates.clock if kernel else float(instruction.cycles)
     n = use.trips
-    return Work(n * flops, n * nbytes, float(n * instruction.cycles), n * limit)
+    return Work(n * flops, n * nbytes, n * cycles, n * limit)

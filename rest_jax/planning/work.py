@@ -7,11 +7,13 @@ those read from and written to the main memory: of an array of which a part is t
 import math
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from rest_jax.planning.hlo import Computation, Instruction, Module
 
+_KERNEL = "tpu_custom_call"
 # Custom calls by which libtpu notes something.
 _MARKS = (
     "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveStart", "AsyncCollectiveDone", "ConcatBitcast",
@@ -48,6 +50,33 @@ def _library_flops(instruction: Instruction, where: Computation) -> float:
     lhs = where[instruction.operands[0]].outputs[0].shape
     contracted = [int(n) for n in re.findall(r"\d+", found[1])]
     return 2.0 * math.prod(instruction.outputs[0].shape) * math.prod(lhs[d] for d in contracted)
+
+
+def is_kernel(instruction: Instruction) -> bool:
+    """Whether it is a Pallas kernel of TPUs, or one of libtpu's own."""
+    return f'custom_call_target="{_KERNEL}"' in instruction.text
+
+
+class GroupedProduct(NamedTuple):
+    """Of rows with the matrix of their group."""
+
+    flops: float  # if every row is in a group
+    groups: int
+
+
+def grouped_product(instruction: Instruction, where: Computation) -> GroupedProduct | None:
+    """A kernel that multiplies rows by the matrix of their group (libtpu's `ragged-dot`), or sums their outer products by group
+    (`tgmm`). None: another kernel.
+    """
+    if len(instruction.operands) < 2:
+        return None
+    a, b = (where[name].outputs[0].shape for name in instruction.operands[-2:])
+    out = instruction.outputs[0].shape
+    if (len(a), len(b), len(out)) == (2, 3, 2):  # [r I] x [E I O] -> [r O]
+        return GroupedProduct(2.0 * math.prod(a) * out[1], b[0])
+    if (len(a), len(b), len(out)) == (2, 2, 3):  # [r I], [r O] -> [E I O]
+        return GroupedProduct(2.0 * math.prod(a) * b[1], out[0])
+    return None
 
 
 def _convolution_flops(instruction: Instruction, where: Computation) -> float:

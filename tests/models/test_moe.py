@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import importlib.util
+import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +28,8 @@ from rest_jax.models.decoder import (
     param_shardings,
 )
 from rest_jax.models.moe import ExpertWeights, compact, mix_experts, record, route
+from rest_jax.planning import topology
+from tests.conftest import REPOSITORY
 
 CFG = DecoderConfig(
     "qwen3_moe", 64, 32, 2, 4, 4, 8, 16, qk_norm=True, tied=False,
@@ -252,3 +258,52 @@ def test_experts_that_do_not_fit_a_mesh():
         param_shardings(CFG, mesh(3))
     with pytest.raises(UserError, match=r"experts_per_token 5 is not in 1 \.\. n_experts 4"):
         dataclasses.replace(CFG, experts_per_token=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(100, 0, 156, 77, 3), (0, 0, 0, 0, 0), (336, 0, 0, 0, 0)])
+def test_the_tpu_kernel_of_the_gradient_is_the_general_product(sizes):
+    """Groups that are empty, that share a tile, and rows behind the last group; interpreted."""
+    a, b = (0.1 * normal(seed, 340, width) for seed, width in ((0, 128), (1, 256)))
+    sizes = jnp.array(sizes, jnp.int32)
+    expected = moe._sum_outer(a, b, sizes, jnp.float32, jax.lax.Precision.HIGHEST)
+    found = moe._sum_outer_kernel(a, b, sizes, jnp.float32, interpret=True)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    ends = np.cumsum(sizes)
+    for e, (start, end) in enumerate(zip(ends - np.asarray(sizes), ends, strict=True)):
+        np.testing.assert_allclose(found[e], a[start:end].T @ b[start:end], atol=1e-5)
+
+
+def test_gradients_of_matrices_keep_their_precision():
+    """Of 513 equal tokens it is 513 times that of one, which bfloat16, the dtype of the products, would round to 512."""
+    cfg = dataclasses.replace(CFG, dtype="bfloat16")
+    experts = ExpertWeights(*(jnp.full(s, 0.25) for s in ((4, 8, 16), (4, 8, 16), (4, 16, 8))))
+
+    def gradient(count):
+        weight = jnp.full((1, count, 1), 0.5)
+        chosen = jnp.zeros(weight.shape, jnp.int32)
+        routing = moe.Routing(chosen, weight, weight, chosen)
+        x, valid = jnp.ones((1, count, 8), jnp.bfloat16), jnp.ones((1, count), bool)
+
+        def total(experts):
+            return jnp.sum(mix_experts(x, routing, valid, experts, cfg).astype(jnp.float32))
+
+        return jax.grad(total)(experts)
+
+    for many, one in zip(gradient(513), gradient(1), strict=True):
+        assert many.dtype == jnp.float32 and np.all(one[0] > 0) and not np.any(many[1:])
+        np.testing.assert_array_equal(many, 513 * one)
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_a_tpu_multiplies_chosen_experts_only_and_sums_gradients_in_float32(tmp_path):
+    """XLA would multiply every row once an expert for the gradient of the matrices, and add devices up in bfloat16."""
+    command = [sys.executable, "-m", "tests.programs.expert_gradient"]
+    environment = topology.child_environment(topology.parse("v5p:2x2x2"), tmp_path)
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["flops"] == found["exact"]
+    kinds, dtypes = zip(*found["sums"], strict=True)
+    assert set(dtypes) == {"f32"} and kinds.count("reduce-scatter") == 3

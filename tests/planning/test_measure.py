@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from rest_jax.planning import hlo
-from rest_jax.planning.measure import Work, measure, part_of
+from rest_jax.planning.measure import Rates, Work, measure, part_of
 from tests.planning.compiling import compiled, flops
 
 TEXTS = pathlib.Path(__file__).parent / "texts"
@@ -82,3 +82,51 @@ def test_tpu_text_collectives():
 )
 def test_parts_are_those_of_the_model(name, part):
     assert part_of(name) == part
+
+
+def _kernel(out: str, *operands: str) -> hlo.Module:
+    """A program of one of libtpu's kernels."""
+    defined = "".join(f"  %p{i} = {a} parameter({i})\n" for i, a in enumerate(operands))
+    names = ", ".join(f"%p{i}" for i in range(len(operands)))
+    call = f'  ROOT %k = {out} custom-call({names}), custom_call_target="tpu_custom_call"\n'
+    return hlo.parse(f"ENTRY %main (p: s32[]) -> f32[] {{\n{defined}{call}}}\n")
+
+
+def test_a_kernel_that_multiplies_groups_of_rows_counts_the_rows_that_are_there():
+    """4 of 16 experts are on this device: a quarter of the rows, if they are spread evenly. A kernel has the peak's time."""
+    rates = Rates(flops=1e6, memory=1e12, clock=1e3)
+    rows, inner, outer = "bf16[512,32]{1,0}", "bf16[4,32,64]{2,1,0}", "bf16[512,64]{1,0}"
+    expected = 2 * 512 * 32 * 64 / 4
+    for module in (
+        _kernel(outer, "s32[5]{0}", rows, inner),
+        _kernel(inner, "s32[5]{0}", rows, outer),
+    ):
+        (work,) = measure(module, layers=1, rates=rates, experts=16).once.values()
+        assert work.flops == expected
+        assert work.limit == pytest.approx(expected / 1e6)
+        assert work.cycles == pytest.approx(work.limit * 1e3)
+    other = _kernel("s32[5]{0}", "s32[4]{0}")
+    (work,) = measure(other, layers=1, rates=rates, experts=16).once.values()
+    assert work.flops == 0
+
+
+def test_sums_of_a_shard_map_share_a_channel_and_are_all_counted():
+    text = (
+        "ENTRY %main (p: f32[8]) -> f32[8] {\n  %p = f32[8]{0} parameter(0)\n"
+        "  %a = f32[8]{0} all-reduce(%p), channel_id=1, replica_groups={{0,1}}, to_apply=%add\n"
+        "  ROOT %b = f32[8]{0} all-reduce(%a), channel_id=1, replica_groups={{0,1}}, to_apply=%add\n}\n"
+    )
+    (found,) = measure(hlo.parse(text), layers=1).collectives
+    assert (found.count, found.nbytes) == (2, 2 * 32)
+
+
+def test_a_permute_sends_what_it_was_given():
+    """Its start gives the operand, the result and two numbers of the runtime."""
+    text = (
+        "ENTRY %main (p: bf16[4,8]) -> bf16[4,8] {\n  %p = bf16[4,8]{1,0} parameter(0)\n"
+        "  %s = (bf16[4,8]{1,0}, bf16[4,8]{1,0}, u32[], u32[]) collective-permute-start(%p), channel_id=1, "
+        "source_target_pairs={{0,1},{1,0}}\n"
+        "  ROOT %d = bf16[4,8]{1,0} collective-permute-done(%s)\n}\n"
+    )
+    (found,) = measure(hlo.parse(text), layers=1).collectives
+    assert (found.kind, found.count, found.nbytes) == ("collective-permute", 1, 64)
