@@ -163,7 +163,9 @@ def _compute_on_device(x, chosen, weight, experts: Matrices, cfg: DecoderConfig)
     if parts == 1:
         partial = compute((x, chosen, weight))
     else:
-        compute = compute if cfg.remat == "none" else jax.checkpoint(compute)
+        # with the barriers of `prevent_cse`, which a loop does not need, the stored matrices would count as read, and be gathered
+        remat = functools.partial(jax.checkpoint, prevent_cse=False)
+        compute = compute if cfg.remat == "none" else remat(compute)
         cut = [a.reshape(parts, -1, *a.shape[1:]) for a in (x, chosen, weight)]
         partial = jax.lax.map(compute, cut).reshape(x.shape)
     mine = jax.lax.psum_scatter(partial, "expert", tiled=True)
