@@ -153,7 +153,7 @@ def _compute_on_device(x, chosen, weight, experts: Matrices, cfg: DecoderConfig)
     x, chosen, weight = (jax.lax.all_gather(a, "expert", tiled=True) for a in (x, chosen, weight))
     if _split_over_fsdp(experts):
         # Of `stored` the gradient alone is computed: this gather in reverse, a sum that is scattered.
-        experts = jax.tree.map(_gather_embed, experts, Matrices(*2 * (ExpertWeights(1, 1, 2),)))
+        experts = Matrices(*map(_gather_embed, experts))
     chosen = chosen - jax.lax.axis_index("expert") * experts.cast.gate.shape[0]
 
     def compute(part):
@@ -177,8 +177,10 @@ def _split_over_fsdp(experts: Matrices) -> bool:
     return experts.stored.gate.dtype != experts.cast.gate.dtype
 
 
-def _gather_embed(w, axis: int):
-    return jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
+def _gather_embed(experts: ExpertWeights) -> ExpertWeights:
+    gather = functools.partial(jax.lax.all_gather, axis_name="fsdp", tiled=True)
+    gate, up, down = experts
+    return ExpertWeights(gather(gate, axis=1), gather(up, axis=1), gather(down, axis=2))
 
 
 def _count_parts(devices: int, rows: int) -> int:
@@ -199,7 +201,7 @@ def _compute_groups(x, chosen, weight, experts: Matrices, cfg: DecoderConfig):
     # Rows behind the last group belong to no expert at hand. What a product leaves there is not defined, in value or gradient.
     used = (jnp.arange(expert.size) < jnp.sum(sizes))[:, None]
 
-    def times(rows, name):
+    def times(rows, name: str) -> Any:
         cast, stored = (getattr(matrices, name) for matrices in experts)
         return _group_product(rows, cast, stored, sizes, cfg.precision)
 
