@@ -153,8 +153,7 @@ def _compute_on_device(x, chosen, weight, experts: Matrices, cfg: DecoderConfig)
     x, chosen, weight = (jax.lax.all_gather(a, "expert", tiled=True) for a in (x, chosen, weight))
     if _split_over_fsdp(experts):
         # Of `stored` the gradient alone is computed: this gather in reverse, a sum that is scattered.
-        axes: Any = Matrices(*2 * (ExpertWeights(1, 1, 2),))  # type: ignore[arg-type]
-        experts = jax.tree.map(_gather_embed, experts, axes)
+        experts = Matrices(*map(_gather_embed, experts))
     chosen = chosen - jax.lax.axis_index("expert") * experts.cast.gate.shape[0]
 
     def compute(part):
@@ -164,7 +163,9 @@ def _compute_on_device(x, chosen, weight, experts: Matrices, cfg: DecoderConfig)
     if parts == 1:
         partial = compute((x, chosen, weight))
     else:
-        compute = compute if cfg.remat == "none" else jax.checkpoint(compute)
+        # with the barriers of `prevent_cse`, which a loop does not need, the stored matrices would count as read, and be gathered
+        remat = functools.partial(jax.checkpoint, prevent_cse=False)
+        compute = compute if cfg.remat == "none" else remat(compute)
         cut = [a.reshape(parts, -1, *a.shape[1:]) for a in (x, chosen, weight)]
         partial = jax.lax.map(compute, cut).reshape(x.shape)
     mine = jax.lax.psum_scatter(partial, "expert", tiled=True)
@@ -176,8 +177,10 @@ def _split_over_fsdp(experts: Matrices) -> bool:
     return experts.stored.gate.dtype != experts.cast.gate.dtype
 
 
-def _gather_embed(w, axis: int):
-    return jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
+def _gather_embed(experts: ExpertWeights) -> ExpertWeights:
+    gather = functools.partial(jax.lax.all_gather, axis_name="fsdp", tiled=True)
+    gate, up, down = experts
+    return ExpertWeights(gather(gate, axis=1), gather(up, axis=1), gather(down, axis=2))
 
 
 def _count_parts(devices: int, rows: int) -> int:

@@ -26,8 +26,9 @@ _CPU_INFO = pathlib.Path("/proc/cpuinfo")
 HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 # Flags of libtpu. No product becomes a ring of partial products over the contracted, fsdp-sharded dimension: each step of a ring
-# reads and writes the complete result and rounds it to bfloat16. Qwen3-1.7B on v5e:4x4, fsdp 16, a micro-batch of 12,288
-# positions a chip: 4,262 ms of libtpu's estimated cycles with rings, 1,905 without.
+# reads and writes the complete result and rounds it to bfloat16. Qwen3-1.7B on v5e:4x4, fsdp 16, a micro-batch of 10,240
+# positions a chip: 3,598 ms of libtpu's estimated cycles with rings, 1,317 without. Flags for asynchronous collectives, on TPU
+# and GPU, change nothing or hide less (docs/performance.md), so that none is set.
 LIBTPU_FLAGS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 LIBTPU_VARIABLE = "LIBTPU_INIT_ARGS"
 

@@ -305,5 +305,6 @@ def test_a_tpu_multiplies_chosen_experts_only_and_sums_gradients_in_float32(tmp_
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["flops"] == found["exact"]
+    assert found["gathers"] == 3  # once, for both passes, and not of the stored matrices
     kinds, dtypes = zip(*found["sums"], strict=True)
     assert set(dtypes) == {"f32"} and kinds.count("reduce-scatter") == 3

@@ -1,7 +1,8 @@
 """expert_gradient.py: compiles the gradient of a layer of experts for a v5p slice; what XLA made of it, as JSON on stdout.
 
-`flops` of a device with rows spread evenly over the experts, `exact` those of the experts that its tokens have (forward pass
-and twice that backwards), and `sums`: [kind, dtype] of every collective that adds up gradients of matrices.
+`flops` of a device with rows spread evenly over the experts, `exact` those of the experts that its tokens have (forward pass,
+once more in the backward pass, and twice that for the gradients), `gathers`: how many matrices are gathered, and `sums`: [kind,
+dtype] of every collective that adds up gradients of matrices. Gathered rows are computed in two parts.
 """
 
 import json
@@ -13,11 +14,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rest_jax.config import MeshConfig
 from rest_jax.distributed import activate, batch_sharding, make_mesh, place
+from rest_jax.models import moe
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.moe import ExpertWeights, Routing, mix_experts
 from rest_jax.planning import hlo
 
 TOKENS, EXPERTS, CHOSEN, D, F = 512, 16, 2, 256, 128
+moe._ROWS = TOKENS * CHOSEN
 cfg = DecoderConfig(
     "qwen3_moe",
     64,
@@ -61,19 +64,12 @@ with activate(mesh):
 
 module = hlo.parse(text)
 work = hlo.measure(module, layers=0, experts=EXPERTS).once
-sums = []
+sums, gathers = [], 0
 for use in hlo.uses(module):
     kind = use.instruction.opcode.removesuffix("-start")
+    matrices = [a for a in use.instruction.outputs if len(a.shape) == 3 and F in a.shape]
     if kind in ("all-reduce", "reduce-scatter"):
-        sums += [
-            [kind, a.dtype] for a in use.instruction.outputs if len(a.shape) == 3 and F in a.shape
-        ]
-print(
-    json.dumps(
-        {
-            "flops": sum(part.flops for part in work.values()),
-            "exact": 3 * 2 * 3 * TOKENS * CHOSEN * D * F,
-            "sums": sums,
-        }
-    )
-)
+        sums += [[kind, a.dtype] for a in matrices]
+    gathers += len(matrices) if kind == "all-gather" else 0
+flops, exact = sum(part.flops for part in work.values()), 4 * 2 * 3 * TOKENS * CHOSEN * D * F
+print(json.dumps({"flops": flops, "exact": exact, "gathers": gathers, "sums": sums}))
