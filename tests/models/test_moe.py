@@ -295,6 +295,32 @@ def test_gradients_of_matrices_keep_their_precision():
         np.testing.assert_array_equal(many, 513 * one)
 
 
+def test_stored_matrices_are_gathered_and_their_gradients_scattered():
+    """float32 matrices split over fsdp, bfloat16 products: the same gradients as on one device, in the same place."""
+    cfg = dataclasses.replace(CFG, dtype="bfloat16")
+    x = normal(0, 8, 6, 32).astype(jnp.bfloat16)
+    router = normal(1, 32, 4)
+    routing = route(x.astype(jnp.float32), router, None, CFG)
+    valid = jnp.arange(6) < jnp.arange(1, 9)[:, None]
+    experts = ExpertWeights(normal(2, 4, 32, 16), normal(3, 4, 32, 16), normal(4, 4, 16, 32))
+    experts = jax.tree.map(lambda w: 0.2 * w, experts)
+
+    def total(x, experts):
+        y = mix_experts(x, routing, valid, experts, cfg)
+        return jnp.sum(jnp.sin(y.astype(jnp.float32)))
+
+    expected = jax.jit(jax.grad(total, argnums=(0, 1)))(x, experts)
+    mesh = distributed.make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2), jax.devices()[:8])
+    mlp = param_shardings(CFG, mesh)["blocks"]["mlp"]
+    layer = (jax.sharding.PartitionSpec(*mlp[name].spec[1:]) for name in ExpertWeights._fields)
+    placed = ExpertWeights(*(jax.sharding.NamedSharding(mesh, spec) for spec in layer))
+    with distributed.activate(mesh):
+        run = jax.jit(jax.grad(total, argnums=(0, 1)), out_shardings=(None, placed))
+        found = run(x, jax.device_put(experts, placed))
+    assert [w.dtype for w in found[1]] == [jnp.float32] * 3
+    assert_close(jax.tree.map(lambda a: a.astype(jnp.float32), found), expected, tolerance=0.02)
+
+
 @pytest.mark.aot
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_a_tpu_multiplies_chosen_experts_only_and_sums_gradients_in_float32(tmp_path):
