@@ -132,7 +132,12 @@ Configs = Annotated[
 ]
 Overrides = Annotated[
     list[str],
-    Argument(metavar="KEY=VALUE", help="config values, e.g. seed=1", default_factory=list),
+    Argument(
+        metavar="KEY=VALUE",
+        help="config values, e.g. seed=1",
+        default_factory=list,
+        show_default=False,
+    ),
 ]
 Model = Annotated[str, Argument(help="HF folder, hub id, converted folder, or folder of a run")]
 Out = Annotated[str, Argument(help="folder to make")]
@@ -259,9 +264,11 @@ def generate(
         else [generate.prompt_record(str(prompt), tools)]
     )
     for record, texts in generate.generate(config, records, samples, greedy):
-        for text in texts:
-            shown = text if file is None else json.dumps({"id": record.id, "text": text})
-            say(shown)
+        for number, text in enumerate(texts, 1):
+            if file is not None:
+                say(json.dumps({"id": record.id, "text": text}))
+            else:
+                say(text if samples == 1 else f"--- {number} of {samples}\n{text}")
 
 
 @app.command(rich_help_panel=_MODEL)

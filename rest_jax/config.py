@@ -410,6 +410,9 @@ def builtin_file(name: Location, folder: str | None = None) -> epath.Path:
     word = path.as_posix().removeprefix("configs/").removesuffix(".yaml")
     word = word if word in known else f"{folder}/{word}"
     if word not in known:
+        section, _, key = str(name).partition(".")
+        if key in getattr(Config.model_fields.get(section), "annotation", Section).model_fields:  # type: ignore[union-attr]
+            raise ConfigError(f"config {name}: a value is needed: {name}=VALUE")
         close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
         said = f"(nearest: {', '.join(close) or 'none'}; known: {', '.join(known)})"
         raise ConfigError(f"{folder or 'config'} {name}: no such file, nor a builtin one {said}")

@@ -90,8 +90,11 @@ def _axis_sizes(cfg: MeshConfig, devices: int, slices: int) -> list[int]:
     fixed = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
         if devices % fixed:
+            free = AXES[sizes.index(-1)]
+            large = ", ".join(f"mesh.{axis}" for axis, n in given.items() if n not in (1, -1))
             raise UserError(
-                f"mesh ({named}): {fixed} does not divide the {devices} devices; change the fixed sizes"
+                f"mesh ({named}): {fixed} does not divide the {devices} devices here, so that nothing is left for mesh.{free}; "
+                f"make {large} smaller"
             )
         sizes[sizes.index(-1)] = devices // fixed
     elif fixed != devices:

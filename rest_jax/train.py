@@ -66,7 +66,7 @@ def train(config: Config, dry_run: bool = False, profile: int | None = None) -> 
     examples = held_out(config, policy, keep)
     steps = total_steps(config, prompts.size, BATCH)
     check_start(config)
-    describe(config, policy, prompts, examples.size if examples else 0, steps)
+    describe(config, policy, prompts, examples, steps)
     if dry_run:
         return 0
     with contextlib.closing(open_run(config, policy.files)) as run, activate(policy.mesh):
@@ -243,13 +243,15 @@ def check_sizes(config: Config, policy: Policy) -> None:
         )
 
 
-def describe(config: Config, policy: Policy, prompts: Prepared, examples: int, steps: int) -> None:
+def describe(
+    config: Config, policy: Policy, prompts: Prepared, examples: Prepared | None, steps: int
+) -> None:
     """Prints what is about to run, in a few lines."""
     count = sum(x.size for x in jax.tree.leaves(policy.params))
     r = config.rollout
     say(
         f"{config.name}: {policy.config.family} policy, {count / 1e6:,.1f} M parameters, mesh {dict(policy.mesh.shape)}\n"
-        f"train: {prompts.summary()}\nheld out: {examples} records\n"
+        f"train: {prompts.summary()}\nheld out: {examples.summary() if examples else 'none'}\n"
         f"{steps} steps of {r.prompts_per_step} prompts x {r.group_size} completions, "
         f"{r.prompts_per_step // minibatch_prompts(config)} update(s) a step"
     )

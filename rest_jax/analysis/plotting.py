@@ -15,7 +15,14 @@ from rest_jax.files import atomic_write
 PathT = TypeVar("PathT", bound=os.PathLike[str])
 DPI = 110
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PINK, SKY, YELLOW, GREY, BLACK = "#CC79A7", "#56B4E9", "#F0E442", "#7F7F7F", "#000000"
+PINK, SKY, YELLOW, GREY, BLACK, LIGHT = (
+    "#CC79A7",
+    "#56B4E9",
+    "#F0E442",
+    "#7F7F7F",
+    "#000000",
+    "#D0D0D0",
+)
 PALETTE = (BLUE, ORANGE, GREEN, VERMILION, PINK, SKY, YELLOW)
 LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 # Blue for structure, warm colours for what a call says, so that related regions look related.

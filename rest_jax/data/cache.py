@@ -1,4 +1,4 @@
-"""Tokenised data kept in files: made once by all processes together, mapped into memory by each.
+"""Tokenised data kept in files: made once by all processes together, read by each as it needs them.
 
 <output>/.tokenised/<digest>/
   tokens-I-of-N.bin     int32: the ids of the records that process I has tokenised, prompt before target
@@ -7,8 +7,8 @@
   complete.json         put last: how many parts and records there are, the bytes of every file
 
 Every process reads the data and tokenises its share of the chunks. The digest is of all that decides the result: the data's
-content, the tokenizer, the template, and the code that reads and renders; a run that finds a complete folder maps it, so that
-neither memory nor the time to start grows with the data. Such a folder may be removed at any time between runs.
+content, the tokenizer, the template, and the code that reads and renders; a run that finds a complete folder reads from it,
+so that neither memory nor the time to start grows with the data. Such a folder may be removed at any time between runs.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from etils import epath
 
 from rest_jax.config import Config
 from rest_jax.data.files import iter_records, read_items
-from rest_jax.data.ragged import Ragged, StoredRecords, to_bytes
+from rest_jax.data.ragged import FileArray, Ragged, StoredRecords, lengths_of, to_bytes
 from rest_jax.data.records import RecordError, StepRecord
 from rest_jax.data.tokenize import (
     Encoder,
@@ -48,6 +48,7 @@ from rest_jax.files import (
     atomic_write,
     fetch_folder,
     is_url,
+    list_files,
     make_folder,
     open_bytes,
     store_errors,
@@ -114,13 +115,40 @@ def _kept(
             )
     folder = home / digest[:16]
     with store_errors(folder):
-        # The others do not look before the file is there: a network file system remembers that it was not.
-        if not any_process(is_first_process() and (folder / COMPLETE).exists()):
+        # The others do not look before the files are there: a network file system remembers that they were not.
+        if not any_process(is_first_process() and _is_sound(folder)):
             if not keep:
                 return None
-            make_folder(folder)
-            _tokenise(source, folder)
+            with _emptied_on_failure(folder):
+                _tokenise(source, folder)
         return _open(folder)
+
+
+def _is_sound(folder: epath.Path) -> bool:
+    """Whether the folder is complete, and every file as long as it was written; says so of one that is damaged."""
+    if not (folder / COMPLETE).exists():
+        return False
+    wanted = json.loads((folder / COMPLETE).read_text())["bytes"]
+    found = {name: info["size"] for name, info in list_files(folder).items()}
+    for name, size in wanted.items():
+        if found.get(name) != size:
+            what = "is missing" if name not in found else f"has {found[name]} bytes, not {size}"
+            say(f"{folder / name}: {what}; the data is tokenised anew")
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _emptied_on_failure(folder: epath.Path) -> Iterator[None]:
+    """The folder is there within the block, and does not stay when nothing has been put there."""
+    made = [] if is_url(folder) else [p for p in (folder, *folder.parents) if not p.exists()]
+    make_folder(folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for path in made:
+                os.rmdir(path)
 
 
 def _digest(source: Source) -> str:
@@ -197,8 +225,8 @@ def _write_part(
             tokens.writelines(ids for rows in zip(*columns, strict=True) for ids in rows)
             text.writelines(lines)
             numbers.append(np.arange(first, total))
-            text_bytes.append(list(map(len, lines)))
-            lengths.append([[len(ids) for ids in rows] for rows in zip(*columns, strict=True)])
+            text_bytes.append(np.fromiter(map(len, lines), np.int64, len(lines)))
+            lengths.append(np.stack([lengths_of(column) for column in columns], axis=1))
         if not total:
             raise RecordError(f"data {source.spec}: no records")
         np.savez(index, number=_joined(numbers), bytes=_joined(text_bytes), tokens=_joined(lengths))
@@ -254,22 +282,17 @@ def _await(path: epath.Path) -> None:
 
 
 def _open(folder: epath.Path) -> tuple[StoredRecords, list[Ragged]]:
-    """Maps the files of a complete folder; of one in a store, a copy made once a host. UserError for one that is damaged."""
+    """The rows in the files of a complete folder; of one in a store, in a copy made once a host."""
     local = fetch_folder(folder)
     content = json.loads((local / COMPLETE).read_text())
     parts = [_part(process, content["parts"]) for process in range(content["parts"])]
-    for name, size in content["bytes"].items():
-        found = os.path.getsize(local / name) if (local / name).is_file() else None
-        if found != size:
-            what = "is missing" if found is None else f"has {found} bytes, not {size}"
-            raise UserError(f"{local / name}: {what}; remove the folder, it will be made anew")
     indices = [np.load(local / part["index"]) for part in parts]
     number, text_bytes, lengths = (
         np.concatenate([index[name] for index in indices]) for name in ("number", "bytes", "tokens")
     )
     order = np.argsort(number)
-    texts = [_mapped(local / part["records"], np.uint8) for part in parts]
-    tokens = [_mapped(local / part["tokens"], np.int32) for part in parts]
+    texts = [FileArray(local / part["records"], np.uint8) for part in parts]
+    tokens = [FileArray(local / part["tokens"], np.int32) for part in parts]
     records = Ragged(texts, np.cumsum(text_bytes) - text_bytes, text_bytes)
     lengths = lengths.reshape(len(number), -1)
     ends = np.cumsum(lengths).reshape(lengths.shape)
@@ -277,8 +300,3 @@ def _open(folder: epath.Path) -> tuple[StoredRecords, list[Ragged]]:
         Ragged(tokens, end - size, size) for end, size in zip(ends.T, lengths.T, strict=True)
     ]
     return StoredRecords(records.take(order)), [column.take(order) for column in columns]
-
-
-def _mapped(path: pathlib.Path, dtype: type) -> np.ndarray:
-    """A file of numbers, as an array that is read when it is used; an empty file cannot be mapped."""
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)

@@ -1,6 +1,8 @@
-"""Rows of different lengths in flat arrays, which may be files mapped into memory, and step records kept as such rows."""
+"""Rows of different lengths in flat arrays, which may lie in files, and step records kept as such rows."""
 
 import json
+import os
+import pathlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -8,13 +10,35 @@ import numpy as np
 from rest_jax.data.records import StepRecord, from_json, to_json
 
 
+class FileArray:
+    """A flat array in a file, of which a slice is read when it is asked for. The pages of a mapped file would count as memory of
+    the process, in the end all of them.
+    """
+
+    def __init__(self, path: pathlib.Path, dtype: type):
+        self.dtype = np.dtype(dtype)
+        self._file = path.open("rb")
+        self._size = os.fstat(self._file.fileno()).st_size // self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(self._size)
+        width = self.dtype.itemsize
+        read = os.pread(self._file.fileno(), max(stop - start, 0) * width, start * width)
+        return np.frombuffer(read, self.dtype)
+
+
 class Ragged(Sequence[np.ndarray]):
-    """Read-only rows: row i is the view `starts[i] : starts[i] + lengths[i]` of the arrays, thought joined end to end.
+    """Read-only rows: row i is the part `starts[i] : starts[i] + lengths[i]` of the arrays, thought joined end to end.
 
     `arrays` are flat and of one dtype, `starts` and `lengths` int64 [N]; no row may cross from one array to the next.
     """
 
-    def __init__(self, arrays: Sequence[np.ndarray], starts: np.ndarray, lengths: np.ndarray):
+    def __init__(
+        self, arrays: Sequence[np.ndarray | FileArray], starts: np.ndarray, lengths: np.ndarray
+    ):
         self.arrays, self.starts, self.lengths = arrays, starts, lengths
         self._ends = np.cumsum([len(array) for array in arrays])
 

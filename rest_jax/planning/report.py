@@ -134,17 +134,19 @@ def draw(plan: Mapping[str, Any], path: pathlib.Path) -> None:
     from rest_jax.analysis import plotting
 
     programs, limit = plan["memory"]["programs"], plan["memory"]["limit"]
-    colours = dict(zip(NAMES, (*plotting.PALETTE, plotting.GREY, plotting.BLACK), strict=False))
+    greys = plotting.GREY, plotting.BLACK, plotting.LIGHT
+    colours = dict(zip(NAMES, (*plotting.PALETTE, *greys), strict=True))
     figure = plotting.new_figure(8, 1.2 + 0.4 * len(programs))
     axes = figure.subplots()
     left = dict.fromkeys(programs, 0.0)
     for name in _used(programs.values()):
         sizes = [parts.get(name, 0) / GIB for parts in programs.values()]
-        colour = colours.get(name, plotting.GREY)
-        axes.barh(list(programs), sizes, left=list(left.values()), color=colour, label=name)
+        axes.barh(list(programs), sizes, left=list(left.values()), color=colours[name], label=name)
         left = {p: left[p] + s for p, s in zip(programs, sizes, strict=True)}
     axes.axvline(limit / GIB, color=plotting.BLACK, linestyle="--")
-    axes.annotate("limit", (limit / GIB, -0.6), ha="right", fontsize="small")
+    at = limit / GIB, len(programs) - 0.4
+    away = {"xytext": (-4, 0), "textcoords": "offset points"}
+    axes.annotate("limit", at, ha="right", fontsize="small", **away)
     axes.invert_yaxis()
     axes.set_xlabel("GiB of one device")
     axes.set_title(f"{plan['name']} on {plan['topology']}", fontsize="medium")

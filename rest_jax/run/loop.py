@@ -21,7 +21,7 @@ import jax
 from etils import epath
 
 from rest_jax.config import Config
-from rest_jax.distributed import is_first_process
+from rest_jax.distributed import is_first_process, say
 from rest_jax.errors import UserError
 from rest_jax.files import list_files, written_locally
 from rest_jax.run.folder import Run
@@ -156,6 +156,10 @@ class Loop:
     ) -> tuple[TrainState, dict[str, Any] | None]:
         """The state and the loader's state of the newest sound checkpoint; without one, `state` and None."""
         self.state, loader_state, self.start = self.run.resume(state, abstract)
+        if self.start >= self.total:
+            say(f"{self.run.folder}: all {self.total} steps are done")
+        elif loader_state is not None:
+            say(f"{self.run.folder}: resumes after step {self.start}")
         self.progress = Progress(self.total, self.start)
         return self.state, loader_state
 

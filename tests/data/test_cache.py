@@ -12,6 +12,7 @@ from rest_jax.config import Config
 from rest_jax.data import cache
 from rest_jax.data.cache import COMPLETE, FOLDER, load_demonstrations, load_prompts
 from rest_jax.data.files import read_records
+from rest_jax.data.ragged import FileArray
 from rest_jax.data.synthetic import world as synthetic
 from rest_jax.data.tokenize import Encoder, prepare, prepare_supervised
 from rest_jax.errors import UserError
@@ -88,8 +89,8 @@ def test_prompts_are_tokenised_once(config, tokenizer, monkeypatch):
             update={"data": config.data.model_copy(update={"max_prompt_tokens": 9999})}
         )
         assert _load(more, tokenizer).size == 23
-    assert isinstance(again.prompts.arrays[0], np.memmap)
-    assert isinstance(again.records.rows.arrays[0], np.memmap)
+    assert isinstance(again.prompts.arrays[0], FileArray)
+    assert isinstance(again.records.rows.arrays[0], FileArray)
 
 
 def test_demonstrations_have_targets(config, tokenizer, monkeypatch):
@@ -169,13 +170,13 @@ def test_what_was_begun_is_made_anew(config, tokenizer, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Encoder, "__call__", killed)
         _load(config, tokenizer)
-    (name,) = _folders(config)
-    assert list(pathlib.Path(config.output, FOLDER, name).iterdir()) == []
+    assert not pathlib.Path(config.output).exists()  # nothing was written
     _assert_same(_load(config, tokenizer), prepare(RECORDS, tokenizer, TEMPLATE, config.data))
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_damage_is_named(config, tokenizer, damage):
+def test_what_is_damaged_is_made_anew(config, tokenizer, damage, capsys):
+    expected = prepare(RECORDS, tokenizer, TEMPLATE, config.data)
     _load(config, tokenizer)
     (folder,) = pathlib.Path(config.output, FOLDER).iterdir()
     path = folder / "tokens-0-of-1.bin"
@@ -183,12 +184,14 @@ def test_damage_is_named(config, tokenizer, damage):
     if damage == "cut":
         with path.open("r+b") as file:
             file.truncate(size - 4)
-        said = f"has {size - 4} bytes, not {size}; remove the folder"
+        said = f"has {size - 4} bytes, not {size}; the data is tokenised anew"
     else:
         path.unlink()
-        said = "tokens-0-of-1.bin: is missing; remove the folder"
-    with pytest.raises(UserError, match=said):
-        _load(config, tokenizer)
+        said = "tokens-0-of-1.bin: is missing; the data is tokenised anew"
+    _assert_same(_load(config, tokenizer), expected)
+    assert said in capsys.readouterr().out
+    _load(config, tokenizer)
+    assert said not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [None, ""])

@@ -1,9 +1,18 @@
 """Rows of different lengths over one array or several, and records kept as rows."""
 
+import pathlib
+
 import numpy as np
 import pytest
 
-from rest_jax.data.ragged import Ragged, StoredRecords, lengths_of, take_records, to_bytes
+from rest_jax.data.ragged import (
+    FileArray,
+    Ragged,
+    StoredRecords,
+    lengths_of,
+    take_records,
+    to_bytes,
+)
 from rest_jax.data.records import StepRecord
 from rest_jax.data.synthetic import world as synthetic
 from rest_jax.tool_calls import Target
@@ -18,8 +27,20 @@ def split() -> Ragged:
     return Ragged(arrays, whole.starts, whole.lengths)
 
 
-@pytest.mark.parametrize("ragged", [Ragged.of(ROWS), split()], ids=["one", "split"])
-def test_rows_are_those_given(ragged):
+def in_files(folder: pathlib.Path) -> Ragged:
+    """The same, with arrays in files."""
+    made = split()
+    for i, array in enumerate(made.arrays):
+        array.tofile(folder / str(i))
+    arrays = [FileArray(folder / str(i), np.int32) for i in range(len(made.arrays))]
+    return Ragged(arrays, made.starts, made.lengths)
+
+
+@pytest.mark.parametrize("kind", ["one", "split", "files"])
+def test_rows_are_those_given(kind, tmp_path):
+    ragged = (
+        in_files(tmp_path) if kind == "files" else {"one": Ragged.of(ROWS), "split": split()}[kind]
+    )
     assert len(ragged) == 5 and ragged.lengths.tolist() == [3, 0, 5, 1, 0]
     assert [row.tolist() for row in ragged] == [row.tolist() for row in ROWS]
     assert ragged[-2].tolist() == [10] and ragged[2].dtype == np.int32
