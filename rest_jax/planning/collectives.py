@@ -35,6 +35,12 @@ def collective_kind(instruction: Instruction) -> str:
     return kind if kind in COLLECTIVES else ""
 
 
+def _is_scattered(use: Use) -> bool:
+    """Whether an all-reduce keeps this device's part alone: libtpu writes its reduce-scatter as a fusion of it with slices."""
+    fused = use.fused and use.instruction.opcode == "all-reduce"
+    return fused and any(i.opcode == "dynamic-slice" for i in use.computation.values())
+
+
 def read_collective(use: Use, part: str, layers: int, hosts: np.ndarray | None) -> Collective:
     """Of an instruction that is one. A device sends (n - 1) / n of what an all-gather makes or a reduce-scatter takes, twice
     that of an all-reduce. `hosts`: as for `measure`.
@@ -50,17 +56,21 @@ def read_collective(use: Use, part: str, layers: int, hosts: np.ndarray | None) 
     groups = replica_groups(instruction.text)
     size = groups.shape[1] if groups.size else 1
     share = (size - 1) / size
+    scattered = _is_scattered(use)
     factor = {
         "all-reduce": 2 * share,
         "reduce-scatter": share * size,
         "collective-permute": 1.0,
     }.get(kind, share)
+    if scattered:
+        kind, factor = "reduce-scatter", share
     crosses = between_slices
     if hosts is not None and groups.size and groups.max() < len(hosts):
         crosses = bool(np.any(hosts[groups] != hosts[groups[:, :1]]))
     nbytes = use.trips * sum(a.nbytes for a in outputs) * factor
     place = place_of(use.loops, layers, part)
-    return Collective(kind, place, part, size, crosses, _overlaps(use), use.trips, int(nbytes))
+    overlaps = _overlaps(use) and not scattered
+    return Collective(kind, place, part, size, crosses, overlaps, use.trips, int(nbytes))
 
 
 def _overlaps(use: Use) -> bool:

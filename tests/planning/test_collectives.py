@@ -76,3 +76,18 @@ def test_what_slices_exchange_is_a_collective_that_crosses(transfer, kind, sent,
 )
 def test_groups_are_read_in_every_form(text, groups):
     assert replica_groups(text).tolist() == groups
+
+
+def test_libtpu_writes_a_scattered_sum_as_a_fusion_with_slices():
+    """A device sends (n - 1) / n of what is summed, not twice that; it waits for it."""
+    text = (
+        "%all-reduce-scatter.1 (i: f32[8,4]) -> f32[2,4] {\n"
+        "  %i = f32[8,4]{1,0} parameter(0)\n  %zero = u32[] constant(0)\n"
+        "  %r = f32[8,4]{1,0} all-reduce(%i), channel_id=3, replica_groups={{0,1,2,3}}, to_apply=%add\n"
+        "  ROOT %s = f32[2,4]{1,0} dynamic-slice(%r, %zero, %zero), dynamic_slice_sizes={2,4}\n}\n"
+        "ENTRY %main (p: f32[8,4]) -> f32[2,4] {\n  %p = f32[8,4]{1,0} parameter(0)\n"
+        "  ROOT %f = f32[2,4]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1\n}\n"
+    )
+    (found,) = measure(hlo.parse(text), layers=1).collectives
+    assert (found.kind, found.count, found.nbytes) == ("reduce-scatter", 1, 96)
+    assert not found.overlaps
