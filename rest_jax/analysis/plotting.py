@@ -60,8 +60,8 @@ def tidy(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def save(figure: Figure, path: PathT, dpi: int = DPI) -> PathT:
-    """Writes the figure as PNG; returns the path."""
+def save(figure: Figure, path: PathT, dpi: int = DPI, **options: Any) -> PathT:
+    """Writes the figure as PNG; returns the path. `options` are matplotlib's."""
     with atomic_write(path) as partial:
-        figure.savefig(partial, format="png", dpi=dpi)
+        figure.savefig(partial, format="png", dpi=dpi, **options)
     return path

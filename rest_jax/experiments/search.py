@@ -233,7 +233,7 @@ def write_results(study: optuna.Study, space: Space, folder: pathlib.Path) -> li
         writer.writeheader()
         writer.writerows(sorted(rows, key=lambda row: row["trial"]))
     print(summary_table([list(rows[0]), *([shown(v) for v in row.values()] for row in rows)]))
-    _plot(study, folder)
+    _plot(study, space, folder)
     if rows[0]["state"] == "complete":
         best = " ".join(f"{key}={shown(rows[0][key])}" for key in space.parameters)
         print(f"best: {rows[0]['trial']}, {space.metric} {rows[0][space.metric]:.4g}: {best}")
@@ -255,26 +255,38 @@ def _row(trial: FrozenTrial, space: Space) -> dict[str, Any]:
     }
 
 
-def _plot(study: optuna.Study, folder: pathlib.Path) -> None:
+def _plot(study: optuna.Study, space: Space, folder: pathlib.Path) -> None:
     """Draws Optuna's pictures, if a trial is complete."""
     # A worker does not need pyplot.
+    import matplotlib.style
+    from matplotlib.ticker import MaxNLocator
     from optuna.visualization import matplotlib as optuna_plots
 
     values = [trial.value for trial in study.get_trials(states=(TrialState.COMPLETE,))]
     if not values:
         return
+    named = {"target_name": space.metric}
     pictures: dict[str, Any] = {
         "curves": optuna_plots.plot_intermediate_values,
-        "history": optuna_plots.plot_optimization_history,
+        "history": functools.partial(optuna_plots.plot_optimization_history, **named),
     }
     if len(values) > 1:
-        pictures["parallel"] = optuna_plots.plot_parallel_coordinate
+        pictures["parallel"] = functools.partial(optuna_plots.plot_parallel_coordinate, **named)
     if len(values) >= _ENOUGH and len(set(values)) > 1:
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         plot = optuna_plots.plot_param_importances
-        pictures["importances"] = functools.partial(plot, evaluator=evaluator)
+        pictures["importances"] = functools.partial(plot, evaluator=evaluator, **named)
     with warnings.catch_warnings():
         # Of axes along which all trials are equal.
         warnings.simplefilter("ignore")
         for name, plot in pictures.items():
-            plotting.save(plot(study).figure, folder / f"{name}.png")
+            with matplotlib.style.context("default"):  # Optuna sets a style for good
+                axes = plot(study)
+            if name == "parallel":
+                axes.figure.set_size_inches(2 * (len(space.parameters) + 2), 4.5)
+            elif name != "importances":
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            if name == "curves":
+                axes.set_ylabel(space.metric)
+            # The names below the parallel axes lie outside of the figure.
+            plotting.save(axes.figure, folder / f"{name}.png", bbox_inches="tight")
