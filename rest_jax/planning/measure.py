@@ -15,7 +15,7 @@ import numpy as np
 
 from rest_jax.planning.collectives import Collective, collective_kind, read_collective
 from rest_jax.planning.hlo import FREE, Module, Use, uses
-from rest_jax.planning.work import instruction_bytes, instruction_flops
+from rest_jax.planning.work import instruction_bytes, instruction_flops, kernel_flops
 
 # Parts of the model, found in the name of an operation; the first that occurs counts.
 PARTS = (
@@ -31,6 +31,7 @@ class Work:
     nbytes: float = 0.0  # read from and written to the main memory
     cycles: float = 0.0  # libtpu's estimate
     limit: float = 0.0  # seconds at the peak rates of the chip, instruction by instruction
+    kernels: float = 0.0  # seconds of Pallas kernels, of which libtpu knows no cycles
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
@@ -38,6 +39,7 @@ class Work:
             self.nbytes + other.nbytes,
             self.cycles + other.cycles,
             self.limit + other.limit,
+            self.kernels + other.kernels,
         )
 
 
@@ -58,6 +60,8 @@ class Rates(NamedTuple):
 
 
 UNKNOWN = Rates(0, 0)
+# The share of the peak at which a Pallas kernel's own FLOPs are taken to run, or else its bytes at the whole bandwidth.
+KERNEL_RATE = 0.5
 
 
 def part_of(op_name: str) -> str:
@@ -105,8 +109,10 @@ def _work(module: Module, use: Use, rates: Rates) -> Work | None:
         return None
     flops = instruction_flops(module, instruction, use.computation)
     nbytes = instruction_bytes(module, instruction, use.computation)
-    limit = 0.0
+    limit = kernel = 0.0
     if rates.flops and rates.memory:
         limit = max(flops / rates.flops, nbytes / rates.memory)
+        if own := kernel_flops(instruction):
+            kernel = max(own / (KERNEL_RATE * rates.flops), nbytes / rates.memory)
     n = use.trips
-    return Work(n * flops, n * nbytes, float(n * instruction.cycles), n * limit)
+    return Work(n * flops, n * nbytes, float(n * instruction.cycles), n * limit, n * kernel)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from rest_jax.planning import hlo
-from rest_jax.planning.measure import Work, measure, part_of
+from rest_jax.planning.measure import KERNEL_RATE, Rates, Work, measure, part_of
 from tests.planning.compiling import compiled, flops
 
 TEXTS = pathlib.Path(__file__).parent / "texts"
@@ -51,6 +51,33 @@ def test_tpu_text_flops_cycles_and_loops_of_unknown_length():
     assert each.cycles == 5703 + 3511
     # float32 weights in the main memory, once; what lies on the chip (space 1) costs no traffic
     assert 4 * 7 * 256 * 1024 < once.nbytes < 2 * 4 * 7 * 256 * 1024
+
+
+def test_a_pallas_kernel_counts_what_it_says_of_itself():
+    """libtpu has no cycles for it. Its bytes are those of its arrays in the main memory."""
+    estimate = '"cost_estimate":{"flops":"%d","transcendentals":"7","bytes_accessed":"9"}'
+    line = (
+        "  %%%s = bf16[8,64]{1,0:T(8,128)} custom-call(%%x, %%y), "
+        'custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/attention/pallas_call"}, '
+        'backend_config={"custom_call_config":{"body":"T0",' + estimate + "}}"
+    )
+    text = "\n".join(
+        [
+            "HloModule jit_f",
+            "",
+            "ENTRY %main (x: bf16[8,64], y: bf16[8,64]) -> bf16[8,64] {",
+            "  %x = bf16[8,64]{1,0} parameter(0)",
+            "  %y = bf16[8,64]{1,0:S(1)} parameter(1)",
+            line % ("long", 4_000_000),
+            line % ("short", 1),
+            "}",
+        ]
+    )
+    nbytes = 2 * 2 * 8 * 64  # x and the output
+    found = measure(hlo.parse(text), layers=0, rates=Rates(flops=1e6, memory=nbytes / 3)).once
+    assert found["attention"].flops == 4_000_001 and found["attention"].cycles == 0
+    assert found["attention"].kernels == pytest.approx(4 / KERNEL_RATE + 3)
+    assert measure(hlo.parse(text), layers=0).once["attention"].kernels == 0
 
 
 def test_tpu_text_collectives():

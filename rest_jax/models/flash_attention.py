@@ -1,0 +1,398 @@
+"""Attention of packed rows as Pallas TPU kernels that never hold a row's scores, with a mask given by one table.
+
+`until[b, j]` is the position before which key j is seen: query i sees key j iff j <= i < until[b, j]. A token sees itself, so
+what has until[b, j] <= j is padding: it yields zero, in value and gradient, and is seen by nobody. A prompt token's is the end
+of its group, a completion token's the end of its completion, so that a row may hold several groups, each of one prompt and its
+completions, in any order of lengths.
+
+With s = k q / sqrt(H) and p = exp(s - lse), where lse is the log of the sum of exp(s) over the keys that a query sees:
+
+    out = sum_j p v        d_v = sum_i p d_out        d_s = p (v d_out - sum_h out d_out)
+                           d_q = sum_j d_s k          d_k = sum_i d_s q
+
+(FlashAttention-2, arXiv:2307.08691.) Kept for the backward pass: q, k, v, out, lse. Statistics and sums are float32, products
+take the compute dtype. A block of the scores has keys as rows and the queries of all heads of a kv head as columns, so that
+statistics are rows and sums over keys need no exchange of lanes. Blocks that nobody sees are not visited: the kernels loop
+over lists of the visible ones, made from the table on the device and as long as the longest of a batch.
+
+On other hardware than TPUs the kernels are interpreted, for tests.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from rest_jax.distributed import BATCH_AXES
+
+_FLOOR = -1e30  # score of what may not be seen: finite, so that nothing becomes NaN
+_COLUMNS = 1024  # queries of a block, all heads of a kv head together
+_BLOCK = 512  # positions of a block at most; a block of scores has _BLOCK x _COLUMNS at most
+_LANES = 128
+
+
+class _Case(NamedTuple):
+    """What is fixed in a call."""
+
+    queries: int  # positions of a block of queries
+    keys: int  # positions of a block of keys
+    pairs: int  # of query and key that see each other in a full row
+    precision: jax.lax.Precision
+
+
+class _Visits(NamedTuple):
+    """Blocks of scores to visit, row by row; behind `count` the last of them is repeated."""
+
+    query: Int[Array, "B n"]  # int32 block of queries
+    key: Int[Array, "B n"]  # int32 block of keys
+    count: Int[Array, " B"]
+
+
+def fits(q: Float[Array, "B T N H"], k: Float[Array, "B T K H"]) -> bool:
+    """Whether the ambient mesh splits rows and heads evenly, as `flash_attention` needs it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return True
+    tensor, (rows, _, heads, _), kv_heads = mesh.shape["tensor"], q.shape, k.shape[2]
+    even = heads % tensor == 0 and (kv_heads % tensor == 0 or tensor % kv_heads == 0)
+    return even and rows % math.prod(mesh.shape[axis] for axis in BATCH_AXES) == 0
+
+
+def flash_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    until: Int[Array, "B T"],
+    pairs: int,
+) -> Float[Array, "B T N H"]:
+    """Attention in q's dtype, differentiable in q, k, v. `pairs` of query and key see each other in a full row, which is for
+    the compiler's account of the cost.
+
+    Under `distributed.activate` every device has its rows and its heads (`fits`); fewer kv heads than tensor devices are on
+    all of those, and each takes the one that its queries go to.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    run = functools.partial(_attend_padded, pairs=pairs)
+    if mesh.empty or mesh.size == 1:
+        return run(q, k, v, until)
+    tensor, repeats = mesh.shape["tensor"], q.shape[2] // k.shape[2]
+    rows, heads = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, None, "tensor")
+    replicated = k.shape[2] % tensor != 0
+
+    def on_device(q, k, v, until):
+        if replicated:
+            head = jax.lax.axis_index("tensor") * q.shape[2] // repeats
+            k, v = (jax.lax.dynamic_slice_in_dim(x, head, 1, axis=2) for x in (k, v))
+        return run(q, k, v, until)
+
+    kv_heads = rows if replicated else heads
+    # kernels do not say over which axes their results vary
+    split = jax.shard_map(
+        on_device, in_specs=(heads, kv_heads, kv_heads, rows), out_specs=heads, check_vma=False
+    )
+    return split(q, k, v, until)
+
+
+def _attend_padded(q, k, v, until, pairs: int):
+    """All that a device has, heads first and time a multiple of the blocks."""
+    batch, time, heads, width = q.shape
+    kv_heads = k.shape[2]
+    case = _make_case(time, heads // kv_heads, pairs, q.dtype)
+    padding = -time % max(case.queries, case.keys)
+    q, k, v = (
+        jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
+        for x in (q * width**-0.5, k, v)
+    )
+    until = jnp.pad(until.astype(jnp.int32), ((0, 0), (0, padding)))
+    q = q.reshape(batch, kv_heads, heads // kv_heads, -1, width)
+    out: Any = _attend(q, k, v, until, case)
+    return out.reshape(batch, heads, -1, width)[:, :, :time].transpose(0, 2, 1, 3)
+
+
+def _make_case(time: int, repeats: int, pairs: int, dtype: Any) -> _Case:
+    """Blocks as large as the scores may be, of positions that are a power of two; with little padding of the time."""
+
+    def block(limit: int) -> int:
+        sizes = (_LANES << n for n in (2, 1) if _LANES << n <= limit)
+        return next((b for b in sizes if -time % b <= time // 8), _LANES)
+
+    queries = block(min(_BLOCK, _COLUMNS // repeats))
+    keys = block(min(_BLOCK, _BLOCK * _COLUMNS // (queries * repeats)))
+    exact = jnp.dtype(dtype) == jnp.float32
+    precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+    return _Case(queries, keys, pairs, precision)
+
+
+def _visible_blocks(until: Int[Array, "B T"], case: _Case) -> Bool[Array, "B q k"]:
+    """Which blocks of scores have a query that sees a key (one of padding counts)."""
+    time = until.shape[1]
+    first_query = jnp.arange(0, time, case.queries)[:, None]
+    first_key = jnp.arange(0, time, case.keys)
+    last = jnp.max(until.reshape(until.shape[0], 1, -1, case.keys), axis=-1)
+    causal = first_key < first_query + case.queries
+    return causal & (last > jnp.maximum(first_query, first_key))
+
+
+def _list_visits(visible: Bool[Array, "B q k"], by_key: bool) -> _Visits:
+    """The visible blocks in the order of the queries, or of the keys."""
+    batch, queries, keys = visible.shape
+    visible = visible.transpose(0, 2, 1) if by_key else visible
+    flat = visible.reshape(batch, -1)
+    count = jnp.sum(flat, axis=1, dtype=jnp.int32)
+    order = jnp.argsort(~flat, axis=1, stable=True)
+    n = jnp.minimum(jnp.arange(flat.shape[1]), jnp.maximum(count - 1, 0)[:, None])
+    order = jnp.take_along_axis(order, n, axis=1).astype(jnp.int32)
+    outer, inner = jnp.divmod(order, queries if by_key else keys)
+    return _Visits(inner, outer, count) if by_key else _Visits(outer, inner, count)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q, k, v, until, case: _Case):
+    """q `[B K R T H]`, scaled; k, v `[B K T H]`; until `[B T]` -> `[B K R T H]`."""
+    return _attend_forward(q, k, v, until, case)[0]
+
+
+def _attend_forward(q, k, v, until, case: _Case):
+    batch, kv_heads, repeats, time, width = q.shape
+    columns = repeats * case.queries
+    lse = jax.ShapeDtypeStruct((batch, kv_heads, time // case.queries, 1, columns), jnp.float32)
+    scratch = [(width, columns), (1, columns), (1, columns)]
+    visits = _list_visits(_visible_blocks(until, case), by_key=False)
+    out, lse = _run(
+        _Call(_forward_kernel, False, 2, (jax.ShapeDtypeStruct(q.shape, v.dtype), lse), scratch),
+        visits, (q, k, v, until[:, None]), case,
+    )  # fmt: skip
+    out = jnp.where(_valid(until)[:, None, None], out, 0)
+    return out, (q, k, v, until, out, lse)
+
+
+def _attend_backward(case: _Case, kept, d_out):
+    q, k, v, until, out, lse = kept
+    columns, width = lse.shape[-1], q.shape[-1]
+    valid = _valid(until)[:, None, None]
+    d_out = jnp.where(valid, d_out, 0)
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    batch, kv_heads, repeats = delta.shape[:3]
+    # by blocks of queries, and in each by head, as the kernels have them
+    delta = delta.reshape(batch, kv_heads, repeats, -1, case.queries).transpose(0, 1, 3, 2, 4)
+    inputs = q, k, v, until[:, None], d_out, lse, delta.reshape(lse.shape)
+
+    visible = _visible_blocks(until, case)
+    like_q, like_k, like_v = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v))
+    by_query, by_key = (_list_visits(visible, by_key) for by_key in (False, True))
+    call = _Call(_query_gradient_kernel, False, 3, (like_q,), [(width, columns)])
+    (d_q,) = _run(call, by_query, inputs, case)
+    scratch = [(case.keys, width)] * 2
+    call = _Call(_key_gradient_kernel, True, 4, (like_k, like_v), scratch)
+    d_k, d_v = _run(call, by_key, inputs, case)
+    # what was not visited is not defined
+    d_q = jnp.where(valid, d_q, 0)
+    d_k, d_v = (jnp.where(valid[:, 0], x, 0) for x in (d_k, d_v))
+    return d_q, d_k, d_v, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _valid(until: Int[Array, "B T"]) -> Bool[Array, "B T 1"]:
+    return (until > jnp.arange(until.shape[1]))[..., None]
+
+
+class _Call(NamedTuple):
+    """A kernel and what it makes."""
+
+    kernel: Callable[..., None]
+    by_key: bool  # its visits are in the order of the keys
+    products: int  # of matrices, for a block of scores
+    outputs: tuple[jax.ShapeDtypeStruct, ...]
+    scratch: list[tuple[int, int]]  # float32
+
+
+def _run(call: _Call, visits: _Visits, inputs: tuple[jax.Array, ...], case: _Case):
+    """The kernel over all rows, kv heads and visits."""
+    batch, kv_heads, repeats, _, width = inputs[0].shape
+    specs = [_block_spec(x.shape, case) for x in inputs]
+    pairs = case.pairs * batch * kv_heads * repeats
+    nbytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*inputs, *call.outputs))
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=len(visits),
+        grid=(batch, kv_heads, jnp.maximum(jnp.max(visits.count), 1)),
+        in_specs=specs,
+        out_specs=[_block_spec(x.shape, case) for x in call.outputs],
+        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in call.scratch],
+    )
+    kernel = functools.partial(call.kernel, case, call.by_key)
+
+    def compute(interpret: bool, *arrays):
+        run = pl.pallas_call(
+            kernel,
+            grid_spec=grid,
+            out_shape=call.outputs,
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary")
+            ),
+            cost_estimate=pl.CostEstimate(
+                flops=2 * call.products * width * pairs,
+                transcendentals=pairs,
+                bytes_accessed=nbytes,
+            ),
+            interpret=interpret,
+            name=call.kernel.__name__.strip("_"),
+        )
+        return run(*arrays)
+
+    return jax.lax.platform_dependent(
+        *visits,
+        *inputs,
+        tpu=functools.partial(compute, False),
+        default=functools.partial(compute, True),
+    )
+
+
+def _block_spec(shape: tuple[int, ...], case: _Case) -> pl.BlockSpec:
+    """How an array is cut: until `[B 1 T]`, keys `[B K T H]`, queries `[B K R T H]`, statistics `[B K blocks 1 columns]`."""
+    if len(shape) == 3:
+        return pl.BlockSpec((1, 1, case.keys), lambda b, h, n, query, key, _: (b, 0, key[b, n]))
+    if len(shape) == 4:
+        block = (1, 1, case.keys, shape[-1])
+        return pl.BlockSpec(block, lambda b, h, n, query, key, _: (b, h, key[b, n], 0))
+    if shape[3] == 1:
+        block = (1, 1, 1, 1, shape[-1])
+        return pl.BlockSpec(block, lambda b, h, n, query, key, _: (b, h, query[b, n], 0, 0))
+    block = (1, 1, shape[2], case.queries, shape[-1])
+    return pl.BlockSpec(block, lambda b, h, n, query, key, _: (b, h, 0, query[b, n], 0))
+
+
+class _Visit(NamedTuple):
+    """Where a kernel is."""
+
+    query: jax.Array  # position of the block's first query
+    key: jax.Array  # and of its first key
+    live: jax.Array  # false behind the end of the list
+    first: jax.Array  # of those that add to the same output
+    last: jax.Array
+
+
+def _visit(case: _Case, by_key: bool, query_ref, key_ref, count_ref) -> _Visit:
+    b, n = pl.program_id(0), pl.program_id(2)
+    count, outer = count_ref[b], key_ref if by_key else query_ref
+    live = n < count
+    before = outer[b, jnp.maximum(n - 1, 0)]
+    after = outer[b, jnp.minimum(n + 1, outer.shape[1] - 1)]
+    return _Visit(
+        query_ref[b, n] * case.queries,
+        key_ref[b, n] * case.keys,
+        live,
+        live & ((n == 0) | (before != outer[b, n])),
+        live & ((n == count - 1) | (after != outer[b, n])),
+    )
+
+
+def _forward_kernel(case: _Case, by_key: bool, query, key, count, *refs):
+    q_ref, k_ref, v_ref, until_ref, out_ref, lse_ref, sum_ref, peak_ref, total_ref = refs
+    at = _visit(case, by_key, query, key, count)
+
+    @pl.when(at.first)
+    def _():
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+        total_ref[...] = jnp.zeros_like(total_ref)
+        # half the floor: exp of the floor then is zero also where nothing may be seen
+        peak_ref[...] = jnp.full_like(peak_ref, 0.5 * _FLOOR)
+
+    @pl.when(at.live)
+    def _():
+        score = _scores(case, at, q_ref, k_ref, until_ref)
+        before = peak_ref[...]
+        peak = jnp.maximum(before, jnp.max(score, axis=0, keepdims=True))
+        weight, scale = jnp.exp(score - peak), jnp.exp(before - peak)
+        v = v_ref[0, 0]
+        sum_ref[...] = scale * sum_ref[...] + _product(case, v, weight.astype(v.dtype), (0, 0))
+        total_ref[...] = scale * total_ref[...] + jnp.sum(weight, axis=0, keepdims=True)
+        peak_ref[...] = peak
+
+    @pl.when(at.last)
+    def _():
+        total = jnp.where(total_ref[...] > 0, total_ref[...], 1.0)
+        out = (sum_ref[...] / total).T
+        out_ref[0, 0] = out.reshape(out_ref.shape[2:]).astype(out_ref.dtype)
+        lse_ref[0, 0, 0] = peak_ref[...] + jnp.log(total)
+
+
+def _query_gradient_kernel(case: _Case, by_key: bool, query, key, count, *refs):
+    *inputs, d_q_ref, sum_ref = refs
+    k_ref = inputs[1]
+    at = _visit(case, by_key, query, key, count)
+
+    @pl.when(at.first)
+    def _():
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    @pl.when(at.live)
+    def _():
+        k = k_ref[0, 0]
+        _, d_score = _weights_and_gradient(case, at, inputs)
+        sum_ref[...] += _product(case, k, d_score.astype(k.dtype), (0, 0))
+
+    @pl.when(at.last)
+    def _():
+        d_q_ref[0, 0] = sum_ref[...].T.reshape(d_q_ref.shape[2:]).astype(d_q_ref.dtype)
+
+
+def _key_gradient_kernel(case: _Case, by_key: bool, query, key, count, *refs):
+    *inputs, d_k_ref, d_v_ref, k_sum_ref, v_sum_ref = refs
+    at = _visit(case, by_key, query, key, count)
+
+    @pl.when(at.first)
+    def _():
+        k_sum_ref[...] = jnp.zeros_like(k_sum_ref)
+        v_sum_ref[...] = jnp.zeros_like(v_sum_ref)
+
+    @pl.when(at.live)
+    def _():
+        q, d_out = _columns(inputs[0]), _columns(inputs[4])
+        weight, d_score = _weights_and_gradient(case, at, inputs)
+        k_sum_ref[...] += _product(case, d_score.astype(q.dtype), q, (1, 0))
+        v_sum_ref[...] += _product(case, weight.astype(d_out.dtype), d_out, (1, 0))
+
+    @pl.when(at.last)
+    def _():
+        d_k_ref[0, 0] = k_sum_ref[...].astype(d_k_ref.dtype)
+        d_v_ref[0, 0] = v_sum_ref[...].astype(d_v_ref.dtype)
+
+
+def _weights_and_gradient(case: _Case, at: _Visit, inputs):
+    """p and d_s of a block, float32 `[keys, columns]`."""
+    q_ref, k_ref, v_ref, until_ref, d_out_ref, lse_ref, delta_ref = inputs
+    weight = jnp.exp(_scores(case, at, q_ref, k_ref, until_ref) - lse_ref[0, 0, 0])
+    d_weight = _product(case, v_ref[0, 0], _columns(d_out_ref), (1, 1))
+    return weight, weight * (d_weight - delta_ref[0, 0, 0])
+
+
+def _scores(case: _Case, at: _Visit, q_ref, k_ref, until_ref):
+    """float32 `[keys, columns]`."""
+    score = _product(case, k_ref[0, 0], _columns(q_ref), (1, 1))
+    key = at.key + jax.lax.broadcasted_iota(jnp.int32, (case.keys, 1), 0)
+    column = jax.lax.broadcasted_iota(jnp.int32, (1, score.shape[1]), 1)
+    query = at.query + jax.lax.bitwise_and(column, case.queries - 1)
+    until = until_ref[0, 0][:, None]
+    return jnp.where((key <= query) & (query < until), score, _FLOOR)
+
+
+def _columns(ref):
+    """A block `[1 1 R queries H]` as `[R * queries, H]`."""
+    return ref[0, 0].reshape(-1, ref.shape[-1])
+
+
+def _product(case: _Case, x, y, contracted: tuple[int, int]):
+    """Of matrices over one axis of each, summed in float32."""
+    axes = (((contracted[0],), (contracted[1],)), ((), ()))
+    return jax.lax.dot_general(
+        x, y, axes, precision=case.precision, preferred_element_type=jnp.float32
+    )
