@@ -306,7 +306,7 @@ def test_decoder_gives_the_same_gradients(remat):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is missing")
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
 def test_kernels_compile_for_tpus(topology):
-    """Forward and backward, under fsdp 2 x tensor 2: three kernels each, and no array of a row's scores."""
+    """Forward and backward, under fsdp 2 x tensor 2: three kernels each, and no array of all scores."""
     program = pathlib.Path(__file__).parent.parent / "programs" / "compiles_flash_attention.py"
     environment = os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
     done = subprocess.run(
@@ -314,4 +314,4 @@ def test_kernels_compile_for_tpus(topology):
     )
     for found in json.loads(done.stdout):
         assert found["kernels"] == 3
-        assert found["temporaries"] < found["arguments"]
+        assert found["temporaries"] < 0.05 * found["scores"]
