@@ -13,7 +13,7 @@ With s = k q / sqrt(H) and p = exp(s - lse), where lse is the log of the sum of 
 (FlashAttention-2, arXiv:2307.08691.) Kept for the backward pass: q, k, v, out, lse. Statistics and sums are float32, products
 take the compute dtype. A block of the scores has keys as rows and the queries of all heads of a kv head as columns, so that
 statistics are rows and sums over keys need no exchange of lanes. Blocks that nobody sees are not visited: the kernels loop
-over lists of the visible ones, made from the table on the device and as long as the longest of a batch.
+over lists of the others, made from the table on the device and as long as the longest of a batch.
 
 On other hardware than TPUs the kernels are interpreted, for tests.
 """
@@ -130,24 +130,25 @@ def _make_case(time: int, repeats: int, pairs: int, dtype: Any) -> _Case:
     return _Case(queries, keys, pairs, precision)
 
 
-def _visible_blocks(until: Int[Array, "B T"], case: _Case) -> Bool[Array, "B q k"]:
-    """Which blocks of scores have a query that sees a key (one of padding counts)."""
+def _visited_blocks(until: Int[Array, "B T"], case: _Case) -> Bool[Array, "B q k"]:
+    """Which blocks of scores may have a query that sees a key, and those on the diagonal, so that every output is written."""
     time = until.shape[1]
     first_query = jnp.arange(0, time, case.queries)[:, None]
     first_key = jnp.arange(0, time, case.keys)
     last = jnp.max(until.reshape(until.shape[0], 1, -1, case.keys), axis=-1)
     causal = first_key < first_query + case.queries
-    return causal & (last > jnp.maximum(first_query, first_key))
+    diagonal = causal & (first_query < first_key + case.keys)
+    return diagonal | (causal & (last > first_query))
 
 
-def _list_visits(visible: Bool[Array, "B q k"], by_key: bool) -> _Visits:
-    """The visible blocks in the order of the queries, or of the keys."""
-    batch, queries, keys = visible.shape
-    visible = visible.transpose(0, 2, 1) if by_key else visible
-    flat = visible.reshape(batch, -1)
+def _list_visits(visited: Bool[Array, "B q k"], by_key: bool) -> _Visits:
+    """The blocks in the order of the queries, or of the keys."""
+    batch, queries, keys = visited.shape
+    visited = visited.transpose(0, 2, 1) if by_key else visited
+    flat = visited.reshape(batch, -1)
     count = jnp.sum(flat, axis=1, dtype=jnp.int32)
     order = jnp.argsort(~flat, axis=1, stable=True)
-    n = jnp.minimum(jnp.arange(flat.shape[1]), jnp.maximum(count - 1, 0)[:, None])
+    n = jnp.minimum(jnp.arange(flat.shape[1]), count[:, None] - 1)
     order = jnp.take_along_axis(order, n, axis=1).astype(jnp.int32)
     outer, inner = jnp.divmod(order, queries if by_key else keys)
     return _Visits(inner, outer, count) if by_key else _Visits(outer, inner, count)
@@ -160,49 +161,44 @@ def _attend(q, k, v, until, case: _Case):
 
 
 def _attend_forward(q, k, v, until, case: _Case):
-    batch, kv_heads, repeats, time, width = q.shape
-    columns = repeats * case.queries
-    lse = jax.ShapeDtypeStruct((batch, kv_heads, time // case.queries, 1, columns), jnp.float32)
+    width, columns = q.shape[-1], q.shape[2] * case.queries
+    visits = _list_visits(_visited_blocks(until, case), by_key=False)
+    masks = until[:, None], _query_positions(until, case, q.shape[2])
+    lse = jax.ShapeDtypeStruct((*q.shape[:2], q.shape[3] // case.queries, 1, columns), jnp.float32)
+    outputs = {"query": jax.ShapeDtypeStruct(q.shape, v.dtype), "statistic": lse}
     scratch = [(width, columns), (1, columns), (1, columns)]
-    visits = _list_visits(_visible_blocks(until, case), by_key=False)
-    out, lse = _run(
-        _Call(_forward_kernel, False, 2, (jax.ShapeDtypeStruct(q.shape, v.dtype), lse), scratch),
-        visits, (q, k, v, until[:, None]), case,
-    )  # fmt: skip
-    out = jnp.where(_valid(until)[:, None, None], out, 0)
+    call = _Call(_forward_kernel, False, 2, outputs, scratch)
+    out, lse = _run(call, visits, (*masks, q, k, v), case)
     return out, (q, k, v, until, out, lse)
 
 
 def _attend_backward(case: _Case, kept, d_out):
     q, k, v, until, out, lse = kept
-    columns, width = lse.shape[-1], q.shape[-1]
-    valid = _valid(until)[:, None, None]
-    d_out = jnp.where(valid, d_out, 0)
+    width, columns = q.shape[-1], lse.shape[-1]
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    batch, kv_heads, repeats = delta.shape[:3]
     # by blocks of queries, and in each by head, as the kernels have them
-    delta = delta.reshape(batch, kv_heads, repeats, -1, case.queries).transpose(0, 1, 3, 2, 4)
-    inputs = q, k, v, until[:, None], d_out, lse, delta.reshape(lse.shape)
+    delta = delta.reshape(*q.shape[:3], -1, case.queries).transpose(0, 1, 3, 2, 4)
+    masks = until[:, None], _query_positions(until, case, q.shape[2])
+    inputs = *masks, q, k, v, d_out, lse, delta.reshape(lse.shape)
 
-    visible = _visible_blocks(until, case)
-    like_q, like_k, like_v = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v))
-    by_query, by_key = (_list_visits(visible, by_key) for by_key in (False, True))
-    call = _Call(_query_gradient_kernel, False, 3, (like_q,), [(width, columns)])
-    (d_q,) = _run(call, by_query, inputs, case)
-    scratch = [(case.keys, width)] * 2
-    call = _Call(_key_gradient_kernel, True, 4, (like_k, like_v), scratch)
-    d_k, d_v = _run(call, by_key, inputs, case)
-    # what was not visited is not defined
-    d_q = jnp.where(valid, d_q, 0)
-    d_k, d_v = (jnp.where(valid[:, 0], x, 0) for x in (d_k, d_v))
+    visited = _visited_blocks(until, case)
+    like_q, like_k = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k))
+    call = _Call(_query_gradient_kernel, False, 3, {"query": like_q}, [(width, columns)])
+    (d_q,) = _run(call, _list_visits(visited, by_key=False), inputs, case)
+    outputs = {"key": like_k, "value": like_k}
+    call = _Call(_key_gradient_kernel, True, 4, outputs, [(case.keys, width)] * 2)
+    d_k, d_v = _run(call, _list_visits(visited, by_key=True), inputs, case)
     return d_q, d_k, d_v, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _valid(until: Int[Array, "B T"]) -> Bool[Array, "B T 1"]:
-    return (until > jnp.arange(until.shape[1]))[..., None]
+def _query_positions(until: Int[Array, "B T"], case: _Case, repeats: int):
+    """int32 `[B 1 blocks 1 columns]`: the position of every query of a block, -1 for padding, which so sees nothing."""
+    time = jnp.arange(until.shape[1], dtype=jnp.int32)
+    position = jnp.where(until > time, time, -1)
+    return jnp.tile(position.reshape(until.shape[0], 1, -1, 1, case.queries), repeats)
 
 
 class _Call(NamedTuple):
@@ -211,38 +207,42 @@ class _Call(NamedTuple):
     kernel: Callable[..., None]
     by_key: bool  # its visits are in the order of the keys
     products: int  # of matrices, for a block of scores
-    outputs: tuple[jax.ShapeDtypeStruct, ...]
+    outputs: dict[str, jax.ShapeDtypeStruct]  # by how they are cut
     scratch: list[tuple[int, int]]  # float32
+
+
+# of the kernels, in their order; the forward kernel has the first five
+_INPUTS = ("until", "position", "query", "key", "value", "query", "statistic", "statistic")
 
 
 def _run(call: _Call, visits: _Visits, inputs: tuple[jax.Array, ...], case: _Case):
     """The kernel over all rows, kv heads and visits."""
-    batch, kv_heads, repeats, _, width = inputs[0].shape
-    specs = [_block_spec(x.shape, case) for x in inputs]
-    pairs = case.pairs * batch * kv_heads * repeats
-    nbytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*inputs, *call.outputs))
+    batch, kv_heads, repeats, _, width = inputs[2].shape
+    specs = _block_specs(case, repeats, width)
+    outputs = tuple(call.outputs.values())
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=len(visits),
-        grid=(batch, kv_heads, jnp.maximum(jnp.max(visits.count), 1)),
-        in_specs=specs,
-        out_specs=[_block_spec(x.shape, case) for x in call.outputs],
+        grid=(batch, kv_heads, jnp.max(visits.count)),
+        in_specs=[specs[kind] for kind, _ in zip(_INPUTS, inputs, strict=False)],
+        out_specs=[specs[kind] for kind in call.outputs],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in call.scratch],
     )
-    kernel = functools.partial(call.kernel, case, call.by_key)
+    pairs = case.pairs * batch * kv_heads * repeats
+    cost = pl.CostEstimate(
+        flops=2 * call.products * width * pairs,
+        transcendentals=pairs,
+        bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in (*inputs, *outputs)),
+    )
 
-    def compute(interpret: bool, *arrays):
+    def compute(*arrays, interpret: bool):
         run = pl.pallas_call(
-            kernel,
+            functools.partial(call.kernel, case, call.by_key),
             grid_spec=grid,
-            out_shape=call.outputs,
+            out_shape=outputs,
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary")
             ),
-            cost_estimate=pl.CostEstimate(
-                flops=2 * call.products * width * pairs,
-                transcendentals=pairs,
-                bytes_accessed=nbytes,
-            ),
+            cost_estimate=cost,
             interpret=interpret,
             name=call.kernel.__name__.strip("_"),
         )
@@ -251,30 +251,36 @@ def _run(call: _Call, visits: _Visits, inputs: tuple[jax.Array, ...], case: _Cas
     return jax.lax.platform_dependent(
         *visits,
         *inputs,
-        tpu=functools.partial(compute, False),
-        default=functools.partial(compute, True),
+        tpu=functools.partial(compute, interpret=False),
+        default=functools.partial(compute, interpret=True),
     )
 
 
-def _block_spec(shape: tuple[int, ...], case: _Case) -> pl.BlockSpec:
-    """How an array is cut: until `[B 1 T]`, keys `[B K T H]`, queries `[B K R T H]`, statistics `[B K blocks 1 columns]`."""
-    if len(shape) == 3:
-        return pl.BlockSpec((1, 1, case.keys), lambda b, h, n, query, key, _: (b, 0, key[b, n]))
-    if len(shape) == 4:
-        block = (1, 1, case.keys, shape[-1])
-        return pl.BlockSpec(block, lambda b, h, n, query, key, _: (b, h, key[b, n], 0))
-    if shape[3] == 1:
-        block = (1, 1, 1, 1, shape[-1])
-        return pl.BlockSpec(block, lambda b, h, n, query, key, _: (b, h, query[b, n], 0, 0))
-    block = (1, 1, shape[2], case.queries, shape[-1])
-    return pl.BlockSpec(block, lambda b, h, n, query, key, _: (b, h, 0, query[b, n], 0))
+def _block_specs(case: _Case, repeats: int, width: int) -> dict[str, pl.BlockSpec]:
+    """How arrays are cut: until `[B 1 T]`, positions `[B 1 blocks 1 columns]`, queries and their like `[B K R T H]`, keys and
+    values `[B K T H]`, statistics of queries `[B K blocks 1 columns]`.
+    """
+    row = (1, 1, 1, 1, repeats * case.queries)
+    keys = pl.BlockSpec(
+        (1, 1, case.keys, width), lambda b, h, n, query, key, _: (b, h, key[b, n], 0)
+    )
+    return {
+        "until": pl.BlockSpec((1, 1, case.keys), lambda b, h, n, query, key, _: (b, 0, key[b, n])),
+        "position": pl.BlockSpec(row, lambda b, h, n, query, key, _: (b, 0, query[b, n], 0, 0)),
+        "query": pl.BlockSpec(
+            (1, 1, repeats, case.queries, width),
+            lambda b, h, n, query, key, _: (b, h, 0, query[b, n], 0),
+        ),
+        "key": keys,
+        "value": keys,
+        "statistic": pl.BlockSpec(row, lambda b, h, n, query, key, _: (b, h, query[b, n], 0, 0)),
+    }
 
 
 class _Visit(NamedTuple):
     """Where a kernel is."""
 
-    query: jax.Array  # position of the block's first query
-    key: jax.Array  # and of its first key
+    key: jax.Array  # position of the block's first key
     live: jax.Array  # false behind the end of the list
     first: jax.Array  # of those that add to the same output
     last: jax.Array
@@ -287,7 +293,6 @@ def _visit(case: _Case, by_key: bool, query_ref, key_ref, count_ref) -> _Visit:
     before = outer[b, jnp.maximum(n - 1, 0)]
     after = outer[b, jnp.minimum(n + 1, outer.shape[1] - 1)]
     return _Visit(
-        query_ref[b, n] * case.queries,
         key_ref[b, n] * case.keys,
         live,
         live & ((n == 0) | (before != outer[b, n])),
@@ -296,19 +301,19 @@ def _visit(case: _Case, by_key: bool, query_ref, key_ref, count_ref) -> _Visit:
 
 
 def _forward_kernel(case: _Case, by_key: bool, query, key, count, *refs):
-    q_ref, k_ref, v_ref, until_ref, out_ref, lse_ref, sum_ref, peak_ref, total_ref = refs
+    *inputs, v_ref, out_ref, lse_ref, sum_ref, peak_ref, total_ref = refs
     at = _visit(case, by_key, query, key, count)
 
     @pl.when(at.first)
     def _():
         sum_ref[...] = jnp.zeros_like(sum_ref)
         total_ref[...] = jnp.zeros_like(total_ref)
-        # half the floor: exp of the floor then is zero also where nothing may be seen
+        # half the floor: exp of the floor then is zero also for queries that see nothing, here and in the backward pass
         peak_ref[...] = jnp.full_like(peak_ref, 0.5 * _FLOOR)
 
     @pl.when(at.live)
     def _():
-        score = _scores(case, at, q_ref, k_ref, until_ref)
+        score = _scores(case, at, *inputs)
         before = peak_ref[...]
         peak = jnp.maximum(before, jnp.max(score, axis=0, keepdims=True))
         weight, scale = jnp.exp(score - peak), jnp.exp(before - peak)
@@ -327,7 +332,6 @@ def _forward_kernel(case: _Case, by_key: bool, query, key, count, *refs):
 
 def _query_gradient_kernel(case: _Case, by_key: bool, query, key, count, *refs):
     *inputs, d_q_ref, sum_ref = refs
-    k_ref = inputs[1]
     at = _visit(case, by_key, query, key, count)
 
     @pl.when(at.first)
@@ -336,7 +340,7 @@ def _query_gradient_kernel(case: _Case, by_key: bool, query, key, count, *refs):
 
     @pl.when(at.live)
     def _():
-        k = k_ref[0, 0]
+        k = inputs[3][0, 0]
         _, d_score = _weights_and_gradient(case, at, inputs)
         sum_ref[...] += _product(case, k, d_score.astype(k.dtype), (0, 0))
 
@@ -356,7 +360,7 @@ def _key_gradient_kernel(case: _Case, by_key: bool, query, key, count, *refs):
 
     @pl.when(at.live)
     def _():
-        q, d_out = _columns(inputs[0]), _columns(inputs[4])
+        q, d_out = _columns(inputs[2]), _columns(inputs[5])
         weight, d_score = _weights_and_gradient(case, at, inputs)
         k_sum_ref[...] += _product(case, d_score.astype(q.dtype), q, (1, 0))
         v_sum_ref[...] += _product(case, weight.astype(d_out.dtype), d_out, (1, 0))
@@ -369,19 +373,17 @@ def _key_gradient_kernel(case: _Case, by_key: bool, query, key, count, *refs):
 
 def _weights_and_gradient(case: _Case, at: _Visit, inputs):
     """p and d_s of a block, float32 `[keys, columns]`."""
-    q_ref, k_ref, v_ref, until_ref, d_out_ref, lse_ref, delta_ref = inputs
-    weight = jnp.exp(_scores(case, at, q_ref, k_ref, until_ref) - lse_ref[0, 0, 0])
+    *scored, v_ref, d_out_ref, lse_ref, delta_ref = inputs
+    weight = jnp.exp(_scores(case, at, *scored) - lse_ref[0, 0, 0])
     d_weight = _product(case, v_ref[0, 0], _columns(d_out_ref), (1, 1))
     return weight, weight * (d_weight - delta_ref[0, 0, 0])
 
 
-def _scores(case: _Case, at: _Visit, q_ref, k_ref, until_ref):
+def _scores(case: _Case, at: _Visit, until_ref, position_ref, q_ref, k_ref):
     """float32 `[keys, columns]`."""
     score = _product(case, k_ref[0, 0], _columns(q_ref), (1, 1))
     key = at.key + jax.lax.broadcasted_iota(jnp.int32, (case.keys, 1), 0)
-    column = jax.lax.broadcasted_iota(jnp.int32, (1, score.shape[1]), 1)
-    query = at.query + jax.lax.bitwise_and(column, case.queries - 1)
-    until = until_ref[0, 0][:, None]
+    query, until = position_ref[0, 0, 0], until_ref[0, 0][:, None]
     return jnp.where((key <= query) & (query < until), score, _FLOOR)
 
 
