@@ -36,6 +36,7 @@ _FLOOR = -1e30  # score of what may not be seen: finite, so that nothing becomes
 _COLUMNS = 1024  # queries of a block, all heads of a kv head together
 _BLOCK = 512  # positions of a block at most; a block of scores has _BLOCK x _COLUMNS at most
 _LANES = 128
+_INPUTS = ("until", "position", "query", "key", "value")  # of all kernels, by how they are cut
 
 
 class _Case(NamedTuple):
@@ -167,7 +168,7 @@ def _attend_forward(q, k, v, until, case: _Case):
     lse = jax.ShapeDtypeStruct((*q.shape[:2], q.shape[3] // case.queries, 1, columns), jnp.float32)
     outputs = {"query": jax.ShapeDtypeStruct(q.shape, v.dtype), "statistic": lse}
     scratch = [(width, columns), (1, columns), (1, columns)]
-    call = _Call(_forward_kernel, False, 2, outputs, scratch)
+    call = _Call(_forward_kernel, False, 2, _INPUTS, outputs, scratch)
     out, lse = _run(call, visits, (*masks, q, k, v), case)
     return out, (q, k, v, until, out, lse)
 
@@ -175,18 +176,19 @@ def _attend_forward(q, k, v, until, case: _Case):
 def _attend_backward(case: _Case, kept, d_out):
     q, k, v, until, out, lse = kept
     width, columns = q.shape[-1], lse.shape[-1]
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    # by blocks of queries, and in each by head, as the kernels have them
-    delta = delta.reshape(*q.shape[:3], -1, case.queries).transpose(0, 1, 3, 2, 4)
     masks = until[:, None], _query_positions(until, case, q.shape[2])
-    inputs = *masks, q, k, v, d_out, lse, delta.reshape(lse.shape)
-
     visited = _visited_blocks(until, case)
-    like_q, like_k = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k))
-    call = _Call(_query_gradient_kernel, False, 3, {"query": like_q}, [(width, columns)])
-    (d_q,) = _run(call, _list_visits(visited, by_key=False), inputs, case)
+    like_q, like_k, statistic = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, lse))
+
+    outputs = {"query": like_q, "statistic": statistic}
+    kinds = (*_INPUTS, "query", "statistic", "query")
+    call = _Call(_query_gradient_kernel, False, 3, kinds, outputs, [(width, columns)])
+    inputs = *masks, q, k, v, d_out, lse, out
+    d_q, delta = _run(call, _list_visits(visited, by_key=False), inputs, case)
     outputs = {"key": like_k, "value": like_k}
-    call = _Call(_key_gradient_kernel, True, 4, outputs, [(case.keys, width)] * 2)
+    kinds = (*_INPUTS, "query", "statistic", "statistic")
+    call = _Call(_key_gradient_kernel, True, 4, kinds, outputs, [(case.keys, width)] * 2)
+    inputs = *masks, q, k, v, d_out, lse, delta
     d_k, d_v = _run(call, _list_visits(visited, by_key=True), inputs, case)
     return d_q, d_k, d_v, None
 
@@ -202,17 +204,14 @@ def _query_positions(until: Int[Array, "B T"], case: _Case, repeats: int):
 
 
 class _Call(NamedTuple):
-    """A kernel and what it makes."""
+    """A kernel, what it takes and what it makes; arrays by how they are cut (`_block_specs`)."""
 
     kernel: Callable[..., None]
     by_key: bool  # its visits are in the order of the keys
     products: int  # of matrices, for a block of scores
-    outputs: dict[str, jax.ShapeDtypeStruct]  # by how they are cut
+    inputs: tuple[str, ...]
+    outputs: dict[str, jax.ShapeDtypeStruct]
     scratch: list[tuple[int, int]]  # float32
-
-
-# of the kernels, in their order; the forward kernel has the first five
-_INPUTS = ("until", "position", "query", "key", "value", "query", "statistic", "statistic")
 
 
 def _run(call: _Call, visits: _Visits, inputs: tuple[jax.Array, ...], case: _Case):
@@ -223,7 +222,7 @@ def _run(call: _Call, visits: _Visits, inputs: tuple[jax.Array, ...], case: _Cas
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=len(visits),
         grid=(batch, kv_heads, jnp.max(visits.count)),
-        in_specs=[specs[kind] for kind, _ in zip(_INPUTS, inputs, strict=False)],
+        in_specs=[specs[kind] for kind in call.inputs],
         out_specs=[specs[kind] for kind in call.outputs],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in call.scratch],
     )
@@ -331,17 +330,22 @@ def _forward_kernel(case: _Case, by_key: bool, query, key, count, *refs):
 
 
 def _query_gradient_kernel(case: _Case, by_key: bool, query, key, count, *refs):
-    *inputs, d_q_ref, sum_ref = refs
+    *inputs, out_ref, d_q_ref, delta_ref, sum_ref = refs
     at = _visit(case, by_key, query, key, count)
 
     @pl.when(at.first)
     def _():
         sum_ref[...] = jnp.zeros_like(sum_ref)
+        d_out, out = (_columns(ref).astype(jnp.float32) for ref in (inputs[5], out_ref))
+        # a product with ones puts the sums over the head dimension in a row
+        ones = jnp.ones((8, out.shape[1]), jnp.float32)
+        exact = case._replace(precision=jax.lax.Precision.HIGHEST)
+        delta_ref[0, 0, 0] = _product(exact, ones, d_out * out, (1, 1))[:1]
 
     @pl.when(at.live)
     def _():
         k = inputs[3][0, 0]
-        _, d_score = _weights_and_gradient(case, at, inputs)
+        _, d_score = _weights_and_gradient(case, at, (*inputs, delta_ref))
         sum_ref[...] += _product(case, k, d_score.astype(k.dtype), (0, 0))
 
     @pl.when(at.last)

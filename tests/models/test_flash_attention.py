@@ -8,6 +8,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import hypothesis
 import jax
@@ -282,6 +283,9 @@ def test_pairs_of_a_full_row():
 
 def test_platform_chooses():
     assert attention_of(tiny.mesh()) == "blocks"
+    for platform, name in [("tpu", "flash"), ("cuda", "blocks")]:
+        devices = np.array([types.SimpleNamespace(platform=platform)])
+        assert attention_of(types.SimpleNamespace(devices=devices)) == name
 
 
 @pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "block"])
