@@ -149,7 +149,9 @@ def _list_visits(visited: Bool[Array, "B q k"], by_key: bool) -> _Visits:
     flat = visited.reshape(batch, -1)
     count = jnp.sum(flat, axis=1, dtype=jnp.int32)
     order = jnp.argsort(~flat, axis=1, stable=True)
-    n = jnp.minimum(jnp.arange(flat.shape[1]), count[:, None] - 1)
+    # the most there are: the blocks of a causal row
+    length = sum(-(-(n + 1) * keys // queries) for n in range(queries))
+    n = jnp.minimum(jnp.arange(length), count[:, None] - 1)
     order = jnp.take_along_axis(order, n, axis=1).astype(jnp.int32)
     outer, inner = jnp.divmod(order, queries if by_key else keys)
     return _Visits(inner, outer, count) if by_key else _Visits(outer, inner, count)

@@ -22,7 +22,7 @@ from rest_jax.config import MeshConfig
 from rest_jax.models import attention, flash_attention
 from rest_jax.models.attention import ATTENTION, pack_group, prompt_rows, valid_positions
 from rest_jax.models.cache import GroupLayout
-from rest_jax.models.decoder import Decoder, init_params
+from rest_jax.models.decoder import Decoder, init_params, param_shardings
 from rest_jax.models.policy import attention_of
 from tests import tiny
 
@@ -272,6 +272,17 @@ def test_blocks_that_nobody_sees_are_not_visited():
     assert sorted(first) == sorted(own + shared) and second == own
 
 
+def test_lists_hold_a_causal_row():
+    """Where nothing is left out, they are as long as they may be."""
+    until = np.full((1, 1024), 1024, np.int32)
+    for queries, keys in [(128, 128), (512, 128), (128, 256)]:
+        case = flash_attention._Case(queries, keys, 1, HIGHEST)
+        blocks = visible_pairs(until).reshape(1024 // queries, queries, 1024 // keys, keys)
+        for by_key in (False, True):
+            (found,), visits = visit_set(until, case, by_key)
+            assert len(found) == visits.query.shape[1] == blocks.any((1, 3)).sum()
+
+
 def test_pairs_of_a_full_row():
     """What the compiler is told equals the pairs of the mask."""
     full = GroupLayout(jnp.array([6]), jnp.array([[4, 4, 4]]), 6, 3, 4)
@@ -288,13 +299,22 @@ def test_platform_chooses():
         assert attention_of(types.SimpleNamespace(devices=devices)) == name
 
 
-@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "block"])
-def test_decoder_gives_the_same_gradients(remat):
-    cfg = dataclasses.replace(tiny.decoder(remat).cfg, n_kv_heads=2)
+@pytest.mark.parametrize(
+    ("remat", "kv_heads", "mesh"),
+    [
+        ("block", 2, None),
+        pytest.param("none", 2, None, marks=pytest.mark.slow),
+        pytest.param("block", 2, {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
+        pytest.param("dots", 1, {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_decoder_gives_the_same_gradients(remat, kv_heads, mesh):
+    """Layers scanned and rematerialised, split over a mesh or not."""
+    cfg = dataclasses.replace(tiny.decoder(remat).cfg, n_kv_heads=kv_heads)
     params = init_params(cfg, jax.random.key(0))
-    prompt, responses = jnp.ones((2, 20), jnp.int32), jnp.ones((2, 3, 9), jnp.int32) * 7
+    tokens = jax.random.randint(jax.random.key(1), (2, 47), 0, cfg.vocab_size)
     lengths = jnp.array([20, 11]), jnp.array([[9, 1, 4], [2, 0, 9]])
-    packed = pack_group(prompt, lengths[0], responses, lengths[1])
+    packed = pack_group(tokens[:, :20], lengths[0], tokens[:, 20:].reshape(2, 3, 9), lengths[1])
     valid = valid_positions(packed[2], packed[0].shape)
     weight = jnp.where(valid[..., None], normal(0, *valid.shape, cfg.d_model), 0)
 
@@ -304,9 +324,15 @@ def test_decoder_gives_the_same_gradients(remat):
         def total(params):
             return jnp.sum(decoder.apply({"params": params}, *packed)[0] * weight)
 
-        return jax.jit(jax.value_and_grad(total))(params)
+        return jax.jit(jax.grad(total))
 
-    assert_close(gradient("flash"), gradient("blocks"))
+    if mesh is None:
+        found = gradient("flash")(params)
+    else:
+        made = tiny.mesh(**mesh)
+        with distributed.activate(made):
+            found = gradient("flash")(jax.device_put(params, param_shardings(cfg, made)))
+    assert_close(found, gradient("blocks")(params))
 
 
 @pytest.mark.aot
