@@ -24,7 +24,7 @@ from rest_jax.models.decoder import Decoder, init_params, param_shardings
 from rest_jax.models.hf.folder import write_json
 from rest_jax.models.hf.read import load_model
 from rest_jax.models.hf.write import export
-from rest_jax.models.policy import Policy
+from rest_jax.models.policy import Policy, attention_of
 from rest_jax.models.presets import PRESETS, preset
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.rollout.scheduler import Sampler, make_sampler
@@ -66,6 +66,7 @@ def load(
         cfg, params, _ = load_model(source, mesh, dtype, remat)
     else:
         raise ValueError(f"{source}: no such folder, and not one of {', '.join(NAMED)}")
+    cfg = dataclasses.replace(cfg, attention=attention_of(mesh))
     return Policy(
         Decoder(cfg), params, byte_tokenizer(cfg.vocab_size), mesh, mesh, pathlib.Path(source)
     )

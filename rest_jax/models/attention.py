@@ -8,6 +8,8 @@ queries (N = K * R): every product is one batch of plain matrices, in the order 
 and the log-sum-exp of every query, never the scores. Scores and softmax are float32. Causal parts run in blocks of queries
 that see only the keys up to their end. A query that may see nothing (padding) yields zero, in value and gradient.
 
+On TPU (`attend_flash`) prompts and groups take the one kernel of `flash_attention.py` instead.
+
 Positions of a group are 0, 1, .. in the prompt and prompt_length + t for response token t, whatever the padding between.
 """
 
@@ -18,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from rest_jax.models import flash_attention
 from rest_jax.models.cache import DecodeLayout, GroupLayout, LayerCache, PromptLayout
 from rest_jax.types import response_mask
 
@@ -120,6 +123,43 @@ def attend(
     else:
         out = attend_groups(_by_kv_head(q, kv[0]), *kv, layout, precision)
     return out.reshape(q.shape).astype(q.dtype)
+
+
+def attend_flash(
+    q: Float[Array, "B T N H"],
+    kv: tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]] | None,
+    layout: Layout,
+    cache: LayerCache | None,
+    precision: jax.lax.Precision,
+) -> Float[Array, "B T N H"]:
+    """The same by one kernel call; decoding, and rows that the mesh does not divide, as `attend` does it."""
+    if isinstance(layout, DecodeLayout) or kv is None or not flash_attention.fits(q, kv[0]):
+        return attend(q, kv, layout, cache, precision)
+    until, pairs = seen_until(layout, q.shape[1])
+    return flash_attention.flash_attention(q, *kv, until, pairs)
+
+
+# by DecoderConfig.attention
+ATTENTION = {"blocks": attend, "flash": attend_flash}
+
+
+def seen_until(
+    layout: PromptLayout | GroupLayout, width: int
+) -> tuple[Int[Array, "B {width}"], int]:
+    """Of each position, the one before which later tokens see it (`flash_attention`), int32; 0 for padding. And how many pairs
+    of query and key see each other in a row without padding.
+    """
+    if isinstance(layout, PromptLayout):
+        end, pairs = layout.length[:, None], width * (width + 1) // 2
+    else:
+        first, own = layout.prompt_width, layout.response_width
+        start = first + own * jnp.arange(layout.group_size)
+        ends = jnp.repeat(start + layout.response_length, own, axis=1)
+        end = jnp.concatenate([jnp.full((ends.shape[0], first), width), ends], axis=1)
+        pairs = first * (first + 1) // 2
+        pairs += layout.group_size * (own * first + own * (own + 1) // 2)
+    valid = valid_positions(layout, (end.shape[0], width))
+    return jnp.where(valid, end, 0).astype(jnp.int32), pairs
 
 
 def attend_prompts(

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, Integer, Key
 
 from rest_jax.distributed import logical_shardings
 from rest_jax.errors import UserError
-from rest_jax.models.attention import Layout, attend, valid_positions
+from rest_jax.models.attention import ATTENTION, Layout, valid_positions
 from rest_jax.models.cache import Cache, LayerCache, Layers, PromptLayout
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.moe import ExpertWeights, RouterRecord, mix_experts, record, route
@@ -58,6 +58,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, cache, rope: Rope, layout: Layout):
         cfg = self.cfg
+        attend = ATTENTION[cfg.attention]
         q = self._project(x, "q", "heads", cfg.n_heads)
         k = self._project(x, "k", "kv_heads", cfg.n_kv_heads)
         v = self._project(x, "v", "kv_heads", cfg.n_kv_heads)

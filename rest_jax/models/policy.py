@@ -1,5 +1,5 @@
 """A policy ready to run: decoder, sharded weights, tokenizer, mesh. `run.load.load_policy` loads it from any source,
-with a computation in `compute_dtype`.
+with a computation in `compute_dtype` and the `attention_of` its devices.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rest_jax.distributed import platform
-from rest_jax.models.config import DecoderConfig
+from rest_jax.models.config import Attention, DecoderConfig
 from rest_jax.models.decoder import Decoder
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.types import Params
@@ -37,3 +37,8 @@ def compute_dtype(name: str, mesh: Mesh) -> jnp.dtype:
     if name == "auto":
         name = "float32" if platform(mesh) == "cpu" else "bfloat16"
     return jnp.dtype(name)
+
+
+def attention_of(mesh: Mesh) -> Attention:
+    """How prompts and groups attend: by one kernel on TPUs."""
+    return "flash" if platform(mesh) == "tpu" else "blocks"

@@ -155,10 +155,9 @@ def describe_speed(
 
     mesh, model = setup.policy.mesh, setup.policy.config
     peak = throughput.mesh_peak_flops(mesh.devices.flat, model.dtype)
-    chip = where.chip
-    rates = Rates((peak or 0) / where.size, chip.memory_bandwidth or 0, chip.clock or 0)
+    rates = Rates((peak or 0) / where.size, where.chip.memory_bandwidth or 0)
     # The chips of a TPU slice are neighbours whatever their host; what slices send to one another is marked as such.
-    hosts = programs.hosts(mesh) if chip.platform == "gpu" else None
+    hosts = programs.hosts(mesh) if where.chip.platform == "gpu" else None
     measured = {
         name: measure(hlo.parse(c.text), model.n_layers, rates, hosts, model.n_experts)
         for name, c in timed.items()

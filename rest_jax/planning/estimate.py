@@ -1,6 +1,7 @@
 """How long a step takes: the programs of a plan, each so often as a step at given lengths calls it.
 
-TPU: libtpu's estimated cycles over the clock. GPU: the time each instruction needs at the published peak rates (a lower bound).
+TPU: libtpu's estimated cycles over the clock, and of Pallas kernels a share of the peak (`measure.KERNEL_RATE`). GPU: the time
+each instruction needs at the published peak rates (a lower bound).
 Collectives: the bytes that a device sends over the speed of its link; those that overlap count as far as they outlast the rest.
 Nothing else is in it: no host, no waiting for the longest response, no contention. These are estimates: read ratios.
 """
@@ -58,7 +59,7 @@ def _parts(
 
 def work_seconds(work: Work, chip: Chip) -> float:
     """Seconds of computation."""
-    return work.cycles / chip.clock if chip.clock else work.limit
+    return work.cycles / chip.clock + work.kernels if chip.clock else work.limit
 
 
 def step_seconds(

@@ -36,6 +36,7 @@ class Work:
     nbytes: float = 0.0  # read from and written to the main memory
     cycles: float = 0.0  # libtpu's estimate
     limit: float = 0.0  # seconds at the peak rates of the chip, instruction by instruction
+    kernels: float = 0.0  # seconds of kernels, of which libtpu knows no cycles
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
@@ -43,6 +44,7 @@ class Work:
             self.nbytes + other.nbytes,
             self.cycles + other.cycles,
             self.limit + other.limit,
+            self.kernels + other.kernels,
         )
 
 
@@ -56,14 +58,15 @@ class Measured:
 
 
 class Rates(NamedTuple):
-    """Of a device: FLOP/s of matrix products, bytes/s of its main memory, Hz of its clock; 0: unknown."""
+    """Of a device: FLOP/s of matrix products and bytes/s of its main memory; 0: unknown."""
 
     flops: float
     memory: float
-    clock: float = 0.0
 
 
 UNKNOWN = Rates(0, 0)
+# The share of the peak at which a kernel's FLOPs are taken to run, or else its bytes at the whole bandwidth.
+KERNEL_RATE = 0.5
 
 
 def part_of(op_name: str) -> str:
@@ -111,9 +114,7 @@ def measure(
 
 
 def _work(module: Module, use: Use, rates: Rates, experts: int) -> Work | None:
-    """Of an instruction outside of fusions, with what it fuses. libtpu gives no cycles for kernels: theirs are those that the
-    peak rates allow.
-    """
+    """Of an instruction outside of fusions, with what it fuses."""
     instruction = use.instruction
     if use.fused or instruction.opcode in FREE or instruction.opcode.endswith("-done"):
         return None
@@ -122,9 +123,10 @@ def _work(module: Module, use: Use, rates: Rates, experts: int) -> Work | None:
     kernel = is_kernel(instruction)
     if kernel and (grouped := grouped_product(instruction, use.computation)):
         flops = grouped.flops * (grouped.groups / experts if experts else 1)
-    limit = 0.0
+    limit = seconds = 0.0
     if rates.flops and rates.memory:
         limit = max(flops / rates.flops, nbytes / rates.memory)
-    cycles = limit * rates.clock if kernel else float(instruction.cycles)
+        if kernel:
+            seconds = max(flops / (KERNEL_RATE * rates.flops), nbytes / rates.memory)
     n = use.trips
-    return Work(n * flops, n * nbytes, n * cycles, n * limit)
+    return Work(n * flops, n * nbytes, float(n * instruction.cycles), n * limit, n * seconds)

@@ -24,7 +24,7 @@ from rest_jax.errors import UserError
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import Decoder, abstract_params, param_shardings
 from rest_jax.models.hf.config import decoder_config
-from rest_jax.models.policy import Policy, compute_dtype
+from rest_jax.models.policy import Policy, attention_of, compute_dtype
 from rest_jax.models.presets import PRESETS, preset
 from rest_jax.rl.optimizer import make_optimizer
 from rest_jax.rl.packing import BUCKETS, BatchLengths, MicroBatch
@@ -116,6 +116,7 @@ def abstract_setup(
         model_config(config.model.source),
         dtype=compute_dtype(config.model.dtype, mesh),
         remat=config.model.remat,
+        attention=attention_of(mesh),
     )
     params = place(nn.meta.unbox(abstract_params(cfg)), param_shardings(cfg, mesh))
     tokenizer: Any = _AnyTokenizer()

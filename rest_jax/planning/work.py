@@ -1,7 +1,8 @@
 """FLOPs and bytes of an instruction of a compiled program, with what it fuses.
 
-FLOPs are those of matrix products (dots, the convolutions of TPUs, the calls of GPU libraries), a multiply-add is 2. Bytes are
-those read from and written to the main memory: of an array of which a part is taken or changed, those of the part.
+FLOPs are those of matrix products (dots, the convolutions of TPUs, the calls of GPU libraries, what a Pallas kernel says of
+itself), a multiply-add is 2. Bytes are those read from and written to the main memory: of an array of which a part is taken or
+changed, those of the part.
 """
 
 import math
@@ -38,8 +39,14 @@ def instruction_flops(module: Module, instruction: Instruction, where: Computati
     elif instruction.opcode == "convolution":
         total = _convolution_flops(instruction, where)
     elif instruction.opcode == "custom-call":
-        total = _library_flops(instruction, where)
+        total = kernel_flops(instruction) or _library_flops(instruction, where)
     return total
+
+
+def kernel_flops(instruction: Instruction) -> float:
+    """What the cost estimate of a Pallas kernel says; 0 for other instructions."""
+    found = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.text)
+    return float(found[1]) if found else 0.0
 
 
 def _library_flops(instruction: Instruction, where: Computation) -> float:

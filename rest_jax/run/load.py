@@ -27,7 +27,7 @@ from rest_jax.models.hf.read import (
     read_params,
     silent,
 )
-from rest_jax.models.policy import Policy, compute_dtype
+from rest_jax.models.policy import Policy, attention_of, compute_dtype
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run import checkpoint
 from rest_jax.run.folder import CONFIG_FILE, MODEL_FOLDER
@@ -52,6 +52,7 @@ def load_policy(
             params = read_params(open_weights(saved, config), shardings, jnp.float32, report)
         else:
             config, params, files = load_model(model.source, mesh, dtype, model.remat, report)
+    config = dataclasses.replace(config, attention=attention_of(mesh))
     source = model.tokenizer or files
     source = fetch_folder(source) if is_url(source) else source
     tokenizer = Tokenizer.load(source, vocab_size=config.vocab_size)

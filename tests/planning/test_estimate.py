@@ -22,6 +22,12 @@ def test_cycles_over_the_clock_and_exposed_collectives_beside_them():
     assert call == pytest.approx({"mlp": 2.0, "collectives": 3.0}) and token == {}
 
 
+def test_kernels_take_their_own_time_beside_the_cycles():
+    measured = Measured({"attention": Work(cycles=4e9, limit=1.0, kernels=0.5)}, {}, ())
+    assert estimate.cost(measured, TPU).call == pytest.approx({"attention": 2.5})
+    assert estimate.cost(measured, GPU).call == pytest.approx({"attention": 1.0})
+
+
 def test_what_overlaps_counts_as_far_as_it_outlasts_the_computation():
     work = {"mlp": Work(cycles=4e9)}
     short, long = (Measured(work, {}, (gather(n, overlaps=True),)) for n in (int(1e8), int(5e8)))

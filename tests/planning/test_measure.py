@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from rest_jax.planning import hlo
-from rest_jax.planning.measure import Rates, Work, measure, part_of
+from rest_jax.planning.measure import KERNEL_RATE, Rates, Work, measure, part_of
 from tests.planning.compiling import compiled, flops
 
 TEXTS = pathlib.Path(__file__).parent / "texts"
@@ -53,6 +53,33 @@ def test_tpu_text_flops_cycles_and_loops_of_unknown_length():
     assert 4 * 7 * 256 * 1024 < once.nbytes < 2 * 4 * 7 * 256 * 1024
 
 
+def test_a_pallas_kernel_counts_what_it_says_of_itself():
+    """libtpu has no cycles for it. Its bytes are those of its arrays in the main memory."""
+    estimate = '"cost_estimate":{"flops":"%d","transcendentals":"7","bytes_accessed":"9"}'
+    line = (
+        "  %%%s = bf16[8,64]{1,0:T(8,128)} custom-call(%%x, %%y), "
+        'custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/attention/pallas_call"}, '
+        'backend_config={"custom_call_config":{"body":"T0",' + estimate + "}}"
+    )
+    text = "\n".join(
+        [
+            "HloModule jit_f",
+            "",
+            "ENTRY %main (x: bf16[8,64], y: bf16[8,64]) -> bf16[8,64] {",
+            "  %x = bf16[8,64]{1,0} parameter(0)",
+            "  %y = bf16[8,64]{1,0:S(1)} parameter(1)",
+            line % ("long", 4_000_000),
+            line % ("short", 1),
+            "}",
+        ]
+    )
+    nbytes = 2 * 2 * 8 * 64  # x and the output
+    found = measure(hlo.parse(text), layers=0, rates=Rates(flops=1e6, memory=nbytes / 3)).once
+    assert found["attention"].flops == 4_000_001 and found["attention"].cycles == 0
+    assert found["attention"].kernels == pytest.approx(4 / KERNEL_RATE + 3)
+    assert measure(hlo.parse(text), layers=0).once["attention"].kernels == 0
+
+
 def test_tpu_text_collectives():
     found = {c.place: c for c in measure(hlo.parse(TPU), layers=7).collectives if c.nbytes > 100}
     gathered = 2 * 1024 * 1024 * 3 // 4
@@ -93,8 +120,8 @@ def _kernel(out: str, *operands: str) -> hlo.Module:
 
 
 def test_a_kernel_that_multiplies_groups_of_rows_counts_the_rows_that_are_there():
-    """4 of 16 experts are on this device: a quarter of the rows, if they are spread evenly. A kernel has the peak's time."""
-    rates = Rates(flops=1e6, memory=1e12, clock=1e3)
+    """4 of 16 experts are on this device: a quarter of the rows, if they are spread evenly. A kernel has a share of the peak."""
+    rates = Rates(flops=1e6, memory=1e12)
     rows, inner, outer = "bf16[512,32]{1,0}", "bf16[4,32,64]{2,1,0}", "bf16[512,64]{1,0}"
     expected = 2 * 512 * 32 * 64 / 4
     for module in (
@@ -104,7 +131,7 @@ def test_a_kernel_that_multiplies_groups_of_rows_counts_the_rows_that_are_there(
         (work,) = measure(module, layers=1, rates=rates, experts=16).once.values()
         assert work.flops == expected
         assert work.limit == pytest.approx(expected / 1e6)
-        assert work.cycles == pytest.approx(work.limit * 1e3)
+        assert work.kernels == pytest.approx(work.limit / KERNEL_RATE)
     other = _kernel("s32[5]{0}", "s32[4]{0}")
     (work,) = measure(other, layers=1, rates=rates, experts=16).once.values()
     assert work.flops == 0

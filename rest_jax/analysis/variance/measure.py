@@ -81,7 +81,9 @@ def measure_variance(
     group_size = config.rollout.group_size
     say(f"sampling {group_size} completions of each of {prompts} prompts")
     scored = sample_scored(policy, config, prepared, prompts)
-    measured = measure_batch(policy.decoder, policy.params, scored, config, tokens)
+    # all devices compute one group together, which is not how the attention kernel is split
+    decoder = Decoder(dataclasses.replace(policy.config, attention="blocks"))
+    measured = measure_batch(decoder, policy.params, scored, config, tokens)
     source = config.model.source
     report = {"model": source, "data": data, **measured}
     say(f"\n{variance_tables(report)}\n")
