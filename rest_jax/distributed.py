@@ -4,7 +4,8 @@ Modules name logical axes only ("embed", "heads", ..); `RULES` says which mesh a
 tensor) hold them. The batch is split over data, fsdp and expert. Train layout: weights are split over fsdp,
 expert and tensor. Rollout layout: over tensor, and experts over expert, so that decoding gathers no weights.
 `activate(mesh)` around a run makes the decoder pin its activations to the batch axes. All axes are Auto: XLA
-places the collectives from the shardings of inputs and outputs; `models/moe.py` alone places its own.
+places the collectives from the shardings of inputs and outputs; `models/moe.py`, `models/flash_attention.py` and `rl/logprobs.py`
+place their own.
 """
 
 import collections
