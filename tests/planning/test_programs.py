@@ -53,6 +53,7 @@ def test_a_kl_term_keeps_a_reference_on_the_devices():
     assert "reference" not in programs.update_programs(setup(), Lengths(96, 64))["update"].resident
 
 
+@pytest.mark.slow
 def test_what_a_config_switches_on_is_planned():
     sampled = {"cast", "prefill", "insert", "start", "decode", "resize"}
     update = {"prepare", "update", "apply"}
