@@ -110,7 +110,6 @@ class Broken(NamedTuple):
     restarted: str  # output of the second part
 
 
-@pytest.mark.slow
 def test_staleness_is_one_but_at_the_start_and_after_a_checkpoint(unbroken):
     found = read_lines(unbroken[0] / "metrics.jsonl")
     assert [line["step"] for line in found] == list(range(1, STEPS + 1))
