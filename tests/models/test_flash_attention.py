@@ -302,7 +302,7 @@ def test_platform_chooses():
 @pytest.mark.parametrize(
     ("remat", "kv_heads", "mesh"),
     [
-        ("block", 2, None),
+        pytest.param("block", 2, None, marks=pytest.mark.slow),
         pytest.param("none", 2, None, marks=pytest.mark.slow),
         pytest.param("block", 2, {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param("dots", 1, {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),

@@ -197,7 +197,7 @@ def test_mini_batches_are_consecutive_updates(full):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("max_tokens", [None, 1])
+@pytest.mark.parametrize("max_tokens", [None, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_mini_batch_of_any_groups_is_an_update_of_these_alone(full, max_tokens):
     """Whatever groups it has: denominators and metrics are those of its own groups."""
     uniform = Schedule(WeightsConfig(rule="uniform"), CurriculumConfig(shape="constant"), 10)

@@ -131,13 +131,8 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        "bit flipped",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in DAMAGES if n != "bit flipped"),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_to_any_file_is_harmless_or_named(saved, tmp_path, damage, capfd):
     found_out = 0
     state, like = make_state(2), abstract(make_state())

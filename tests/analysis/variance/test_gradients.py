@@ -126,6 +126,7 @@ def test_all_basis_vectors_together_give_the_frobenius_norm(peaked, scored):
     assert total == pytest.approx(exact_norms(peaked, r, 0, 0, 0)[0], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_region_means_against_every_token(peaked, scored):
     """Importance-drawn tokens against the sum over all of them; the standard errors are of the right size."""
     few = trim(dataclasses.replace(scored, **_rows(scored, slice(0, 2))))
