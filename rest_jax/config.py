@@ -410,13 +410,20 @@ def builtin_file(name: Location, folder: str | None = None) -> epath.Path:
     word = path.as_posix().removeprefix("configs/").removesuffix(".yaml")
     word = word if word in known else f"{folder}/{word}"
     if word not in known:
-        section, _, key = str(name).partition(".")
-        if key in getattr(Config.model_fields.get(section), "annotation", Section).model_fields:  # type: ignore[union-attr]
+        if _is_key(str(name)):
             raise ConfigError(f"config {name}: a value is needed: {name}=VALUE")
         close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
         said = f"(nearest: {', '.join(close) or 'none'}; known: {', '.join(known)})"
         raise ConfigError(f"{folder or 'config'} {name}: no such file, nor a builtin one {said}")
     return as_path(known[word])
+
+
+def _is_key(word: str) -> bool:
+    """Whether it is the dotted path of a value in a section."""
+    section, _, key = word.partition(".")
+    field = Config.model_fields.get(section)
+    kind = field.annotation if field else None
+    return isinstance(kind, type) and issubclass(kind, Section) and key in kind.model_fields
 
 
 def read_mapping(path: Location) -> dict[str, Any]:

@@ -311,3 +311,18 @@ def test_the_paper_s_supervised_numbers():
     optimizer, train = start.optimizer, start.train
     assert (optimizer.learning_rate, optimizer.warmup_fraction) == (5e-6, 0.05)
     assert (train.epochs, train.steps, start.sft.max_tokens) == (3, None, 8192)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("train.steps", "config train.steps: a value is needed: train.steps=VALUE"),
+        ("train.stepz", "config train.stepz: no such file"),
+        ("name.yaml", "config name.yaml: no such file"),
+        ("output.x", "config output.x: no such file"),
+        ("seed", "config seed: no such file"),
+    ],
+)
+def test_a_word_that_is_neither_file_nor_value(word, said):
+    with pytest.raises(config.ConfigError, match=said):
+        config.builtin_file(word)
