@@ -19,7 +19,7 @@ import jax
 import jax._src.distributed
 import numpy as np
 from flax import linen as nn
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rest_jax.config import MeshConfig
 from rest_jax.errors import RunStopped, UserError
@@ -166,7 +166,7 @@ def place(shapes: Tree, shardings: Any) -> Tree:
     return jax.tree.map(one, shapes, shardings)
 
 
-def num_data_shards(mesh: Mesh) -> int:
+def num_data_shards(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts `batch_sharding` splits an array."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 

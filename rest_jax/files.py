@@ -123,6 +123,19 @@ def make_folder(path: epath.Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
+@contextlib.contextmanager
+def folder_while_used(path: epath.Path) -> Iterator[None]:
+    """The folder is there within the block; it and the parents made for it are removed again, unless something is in them."""
+    made = [] if is_url(path) else [p for p in (path, *path.parents) if not p.exists()]
+    try:
+        make_folder(path)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for folder in made:
+                os.rmdir(folder)
+
+
 def move_folder(path: epath.Path, target: epath.Path) -> None:
     """Renames a folder; in a store every file is copied there and then removed."""
     if not is_url(path):

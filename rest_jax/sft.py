@@ -84,8 +84,8 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
     update = make_supervised_update(policy.decoder, tx, config.loss, mesh, shardings)
     longest = Lengths(bucketed(data.prompts), bucketed(data.targets))
     abstract_policy = dataclasses.replace(policy, params=abstract.params)
-    held_out = evaluator and HeldOut(evaluator.data.size, evaluator.width)
-    setup = Setup(config, abstract_policy, None, tx, longest, held_out)
+    examples = evaluator and HeldOut(evaluator.data.size, evaluator.width)
+    setup = Setup(config, abstract_policy, None, tx, longest, examples)
     check_memory(lambda: memory_programs(setup, longest), mesh)
     advance = make_advance(mesh)
     batches = Loader(

@@ -16,7 +16,6 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
-import os
 import pathlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,8 +37,7 @@ from rest_jax.data.tokenize import (
     fitting,
     is_world,
     load_split,
-    prepare,
-    prepare_supervised,
+    tokenise,
 )
 from rest_jax.distributed import any_process, exchange, is_first_process, say
 from rest_jax.errors import UserError
@@ -47,9 +45,9 @@ from rest_jax.files import (
     as_path,
     atomic_write,
     fetch_folder,
+    folder_while_used,
     is_url,
     list_files,
-    make_folder,
     open_bytes,
     store_errors,
 )
@@ -82,24 +80,27 @@ def load_prompts(
 
     Every process must call it. UserError for data that cannot be used, or that differs between processes.
     """
-    cfg, template = config.data, TEMPLATES[config.data.template]
-    source = Source(spec, limit, Encoder(tokenizer, template, cfg.brief_prompt))
-    kept = None if is_world(spec) else _kept(source, as_path(config.output) / FOLDER, keep)
-    if kept is None:
-        return prepare(load_split(spec, cfg, limit), tokenizer, template, cfg)
-    return fitting(*kept, cfg.max_prompt_tokens)
+    data = config.data
+    encoder = Encoder(tokenizer, TEMPLATES[data.template], data.brief_prompt)
+    return _load(config, Source(spec, limit, encoder), keep, data.max_prompt_tokens)
 
 
 def load_demonstrations(config: Config, tokenizer: Tokenizer, keep: bool) -> Prepared:
     """`prepare_supervised` of the records of `data.train`; the rest as for `load_prompts`."""
-    cfg, template, most = config.data, TEMPLATES[config.data.template], config.sft.max_tokens
-    encoder = Encoder(tokenizer, template, cfg.brief_prompt, supervised=True)
-    source = Source(cfg.train, cfg.train_limit, encoder)
-    kept = None if is_world(cfg.train) else _kept(source, as_path(config.output) / FOLDER, keep)
+    data = config.data
+    encoder = Encoder(tokenizer, TEMPLATES[data.template], data.brief_prompt, supervised=True)
+    source = Source(data.train, data.train_limit, encoder)
+    return _load(config, source, keep, config.sft.max_tokens)
+
+
+def _load(config: Config, source: Source, keep: bool, max_tokens: int) -> Prepared:
+    kept = None
+    if not is_world(source.spec):
+        kept = _kept(source, as_path(config.output) / FOLDER, keep)
     if kept is None:
-        records = load_split(cfg.train, cfg, cfg.train_limit)
-        return prepare_supervised(records, tokenizer, template, cfg, most)
-    return fitting(*kept, most)
+        records = load_split(source.spec, config.data, source.limit)
+        return tokenise(records, source.encoder, max_tokens)
+    return fitting(*kept, max_tokens)
 
 
 def _kept(
@@ -119,8 +120,8 @@ def _kept(
         if not any_process(is_first_process() and _is_sound(folder)):
             if not keep:
                 return None
-            with _emptied_on_failure(folder):
-                _tokenise(source, folder)
+            with folder_while_used(folder):
+                _write(source, folder)
         return _open(folder)
 
 
@@ -136,19 +137,6 @@ def _is_sound(folder: epath.Path) -> bool:
             say(f"{folder / name}: {what}; the data is tokenised anew")
             return False
     return True
-
-
-@contextlib.contextmanager
-def _emptied_on_failure(folder: epath.Path) -> Iterator[None]:
-    """The folder is there within the block, and does not stay when nothing has been put there."""
-    made = [] if is_url(folder) else [p for p in (folder, *folder.parents) if not p.exists()]
-    make_folder(folder)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            for path in made:
-                os.rmdir(path)
 
 
 def _digest(source: Source) -> str:
@@ -189,7 +177,7 @@ def _code() -> str:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _tokenise(source: Source, folder: epath.Path) -> None:
+def _write(source: Source, folder: epath.Path) -> None:
     """Writes the part of this process, and the file that says that all parts are there."""
     total, sizes = _write_part(source, folder, jax.process_index(), jax.process_count())
     sizes = {

@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -93,9 +93,8 @@ def lengths_of(rows: Sequence[np.ndarray]) -> np.ndarray:
     return np.fromiter(map(len, rows), np.int64, len(rows))
 
 
-def take_records(records: Sequence[StepRecord], index: Iterable[int]) -> Sequence[StepRecord]:
-    """The records `index`."""
-    index = np.asarray(list(index), np.int64)
+def take_records(records: Sequence[StepRecord], index: np.ndarray) -> Sequence[StepRecord]:
+    """The records `index`, int [M]."""
     return (
         records.take(index) if isinstance(records, StoredRecords) else [records[i] for i in index]
     )

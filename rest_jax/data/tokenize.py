@@ -110,8 +110,7 @@ def prepare(
     records: Sequence[StepRecord], tokenizer: Tokenizer, template: Template, cfg: DataConfig
 ) -> Prepared:
     """Tokenises every prompt once; drops those above `cfg.max_prompt_tokens`. UserError when nothing is left."""
-    columns = Encoder(tokenizer, template, cfg.brief_prompt)(records)
-    return fitting(records, [Ragged.of(c) for c in columns], cfg.max_prompt_tokens)
+    return tokenise(records, Encoder(tokenizer, template, cfg.brief_prompt), cfg.max_prompt_tokens)
 
 
 def prepare_supervised(
@@ -124,9 +123,16 @@ def prepare_supervised(
     """Tokenises prompts and targets; drops records of more than `max_tokens` in all. UserError when nothing is left, and
     for records without a thought to imitate.
     """
-    check_demonstrations(records)
-    columns = Encoder(tokenizer, template, cfg.brief_prompt, supervised=True)(records)
-    return fitting(records, [Ragged.of(c) for c in columns], max_tokens)
+    return tokenise(
+        records, Encoder(tokenizer, template, cfg.brief_prompt, supervised=True), max_tokens
+    )
+
+
+def tokenise(records: Sequence[StepRecord], encoder: Encoder, max_tokens: int) -> Prepared:
+    """What the encoder makes of the records, of at most `max_tokens` in all; errors of `prepare` and `prepare_supervised`."""
+    if encoder.supervised:
+        check_demonstrations(records)
+    return fitting(records, [Ragged.of(column) for column in encoder(records)], max_tokens)
 
 
 def check_demonstrations(records: Sequence[StepRecord]) -> None:

@@ -12,7 +12,7 @@ With s = k q / sqrt(H) and p = exp(s - lse), where lse is the log of the sum of 
 
 (FlashAttention-2, arXiv:2307.08691.) Kept for the backward pass: q, k, v, out, lse. Statistics and sums are float32, products
 take the compute dtype. A block of the scores has keys as rows and the queries of all heads of a kv head as columns, so that
-statistics are rows and sums over keys need no exchange of lanes. Blocks that nobody sees are not visited: the kernels loop
+statistics are rows and sums over keys stay in a column. Blocks that nobody sees are not visited: the kernels loop
 over lists of the others, made from the table on the device and as long as the longest of a batch.
 
 On other hardware than TPUs the kernels are interpreted, for tests.
@@ -30,7 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from rest_jax.distributed import BATCH_AXES
+from rest_jax.distributed import BATCH_AXES, num_data_shards
 
 _FLOOR = -1e30  # score of what may not be seen: finite, so that nothing becomes NaN
 _COLUMNS = 1024  # queries of a block, all heads of a kv head together
@@ -63,7 +63,7 @@ def fits(q: Float[Array, "B T N H"], k: Float[Array, "B T K H"]) -> bool:
         return True
     tensor, (rows, _, heads, _), kv_heads = mesh.shape["tensor"], q.shape, k.shape[2]
     even = heads % tensor == 0 and (kv_heads % tensor == 0 or tensor % kv_heads == 0)
-    return even and rows % math.prod(mesh.shape[axis] for axis in BATCH_AXES) == 0
+    return even and rows % num_data_shards(mesh) == 0
 
 
 def flash_attention(

@@ -14,7 +14,6 @@ group gather each other's tokens, compute what goes to their own experts, and su
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Integer, UInt
 
-from rest_jax.distributed import BATCH_AXES
+from rest_jax.distributed import BATCH_AXES, num_data_shards
 from rest_jax.models.config import DecoderConfig
 
 # Rows of one product over the gathered tokens. All tokens may go to the experts of one device, so its buffers have a row for
@@ -133,7 +132,7 @@ def mix_experts(
     matrices = Matrices(cast, experts)
     mesh = jax.sharding.get_abstract_mesh()
     rows = PartitionSpec(BATCH_AXES)
-    if mesh.empty or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+    if mesh.empty or x.shape[0] % num_data_shards(mesh):
         return _compute_groups(x, chosen, routing.weight, matrices, cfg)
     embed = "fsdp" if _split_over_fsdp(matrices) else None
     wide: Any = PartitionSpec("expert", embed, "tensor")

@@ -21,7 +21,7 @@ from jax import named_scope
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, UInt
 
-from rest_jax.distributed import BATCH_AXES
+from rest_jax.distributed import BATCH_AXES, num_data_shards
 from rest_jax.models.attention import pack_group, predicting_hidden
 from rest_jax.models.decoder import Decoder, apply_routed, head_matrix
 from rest_jax.models.moe import RouterRecord
@@ -225,8 +225,9 @@ def _loss_on_device(hidden, head, tokens, inputs, spec: "LossSpec", axes: tuple[
 def _split_axes(rows: int) -> tuple[str, ...]:
     """The axes of the ambient mesh that split so many rows; none where they do not divide."""
     mesh = jax.sharding.get_abstract_mesh()
-    axes = () if mesh.empty else tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
-    return axes if rows % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
+    if mesh.empty or rows % num_data_shards(mesh):
+        return ()
+    return tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
 
 
 def _head_axes(axes: tuple[str, ...], width: int) -> tuple[str, ...]:

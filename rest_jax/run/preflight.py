@@ -6,7 +6,6 @@ checkpoint.
 """
 
 import contextlib
-import os
 import socket
 import threading
 import time
@@ -19,7 +18,7 @@ from etils import epath
 from rest_jax.config import Config
 from rest_jax.distributed import exchange
 from rest_jax.errors import UserError
-from rest_jax.files import as_path, is_url, make_folder, store_errors
+from rest_jax.files import as_path, folder_while_used, is_url, store_errors
 
 DEADLINE = 25  # seconds for a store to answer
 _PATIENCE = 8.0  # seconds in which a shared file system shows what another host has written
@@ -80,29 +79,23 @@ def _check_readable(config: Config) -> None:
 
 @contextlib.contextmanager
 def _written(token: epath.Path, content: str) -> Iterator[None]:
-    """The token is there within the block; folders made for it are removed again, if nothing else came into them."""
-    folder = token.parent
-    made = [] if is_url(folder) else [p for p in (folder, *folder.parents) if not p.exists()]
-    try:
-        _write(token, content)
+    """The token is there within the block."""
+    with contextlib.ExitStack() as stack:
+        try:
+            with store_errors(token.parent):
+                stack.enter_context(folder_while_used(token.parent))
+                stack.callback(_remove, token)
+                token.write_text(content)
+        except OSError as error:
+            raise UserError(
+                f"output {token.parent}: cannot be written ({error.strerror}); name a folder that can"
+            ) from error
         yield
-    finally:
-        with contextlib.suppress(OSError, UserError), store_errors(folder):
-            token.unlink()
-        with contextlib.suppress(OSError):
-            for path in made:
-                os.rmdir(path)
 
 
-def _write(token: epath.Path, content: str) -> None:
-    try:
-        with store_errors(token.parent):
-            make_folder(token.parent)
-            token.write_text(content)
-    except OSError as error:
-        raise UserError(
-            f"output {token.parent}: cannot be written ({error.strerror}); name a folder that can"
-        ) from error
+def _remove(token: epath.Path) -> None:
+    with contextlib.suppress(OSError, UserError), store_errors(token.parent):
+        token.unlink()
 
 
 def _check_shared(folder: epath.Path, tokens: list[epath.Path], content: str) -> None:

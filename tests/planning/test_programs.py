@@ -9,30 +9,14 @@ import pytest
 import yaml
 
 from rest_jax import cli, sft, train
-from rest_jax.config import Config
 from rest_jax.distributed import activate, batch_sharding, place
 from rest_jax.planning import memory, programs
-from rest_jax.planning.setup import Lengths, Setup, abstract_setup, micro_batches
+from rest_jax.planning.setup import Lengths, micro_batches
 from rest_jax.rl.packing import make_picker
 from rest_jax.rl.step import make_step
-from rest_jax.train import step_config
 from tests.conftest import REPOSITORY
+from tests.planning.setups import setup
 from tests.runs import recipe
-
-
-def setup(command: str = "train", **sections) -> Setup:
-    """The quickstart's policy on data 2 x fsdp 2 x tensor 2; 32 prompts a step, two updates, 8 groups a shard."""
-    base = {
-        "name": "x",
-        "model": {"source": "configs/quickstart_policy", "remat": "none"},
-        "data": {"max_prompt_tokens": 96},
-        "rollout": {"prompts_per_step": 32, "group_size": 4, "max_response_tokens": 64},
-        "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
-        "train": {"prompts_per_update": 16, "max_tokens_per_microbatch": 1500},
-        "sft": {"batch_size": 32, "max_tokens": 160},
-    }
-    config = Config.model_validate(base | sections)
-    return abstract_setup(config, jax.devices(), step_config if command == "train" else None)
 
 
 def test_memory_is_that_of_one_device():

@@ -2,40 +2,21 @@
 
 import json
 
-import jax
 import pytest
 
-from rest_jax.config import Config
 from rest_jax.errors import UserError
 from rest_jax.models.presets import preset
 from rest_jax.planning.programs import device_bytes, train_state
 from rest_jax.planning.setup import (
     Lengths,
-    Setup,
-    abstract_setup,
     all_groups,
     fullest,
     longest,
     micro_batches,
     model_config,
 )
-from rest_jax.train import step_config
 from tests.conftest import REPOSITORY
-
-
-def setup(command: str = "train", **sections) -> Setup:
-    """The quickstart's policy on data 2 x fsdp 2 x tensor 2; 32 prompts a step, two updates, 8 groups a shard."""
-    base = {
-        "name": "x",
-        "model": {"source": "configs/quickstart_policy", "remat": "none"},
-        "data": {"max_prompt_tokens": 96},
-        "rollout": {"prompts_per_step": 32, "group_size": 4, "max_response_tokens": 64},
-        "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
-        "train": {"prompts_per_update": 16, "max_tokens_per_microbatch": 1500},
-        "sft": {"batch_size": 32, "max_tokens": 160},
-    }
-    config = Config.model_validate(base | sections)
-    return abstract_setup(config, jax.devices(), step_config if command == "train" else None)
+from tests.planning.setups import setup
 
 
 @pytest.mark.parametrize(
