@@ -48,7 +48,8 @@ def make_work(args: argparse.Namespace) -> Work:
             sampled = sampler(params, prompts, updates.state.rng, number)
         scored = with_advantage(score(sampled, policy))
         plan = plan_minibatches(BatchLengths.of(scored.rollout), scored.reward, cfg, policy.mesh)
-        if sum(int((micro.pick >= 0).sum()) for micro in plan[0]) != args.prompts:
+        rows = [row for micro in plan[0] for row in micro.rows]
+        if len({piece.group for row in rows for piece in row}) != args.prompts:
             raise ValueError("a group has no gradient, so the step would not be complete")
         updates(scored, plan)
 

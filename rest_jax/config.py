@@ -218,7 +218,7 @@ class LossConfig(Section):
     kl_estimator: Literal["k2", "k3"] = "k3"
     entropy_coefficient: NonNegativeFloat = 0.0
     load_balance_coefficient: NonNegativeFloat = 0.0  # of the experts, within each group
-    vocab_chunk: PositiveInt = 128  # response tokens a row whose logits exist at once
+    vocab_chunk: PositiveInt = 256  # positions of a device whose logits exist at once
 
 
 Moments = Literal["device", "host"]
@@ -262,9 +262,11 @@ class TrainConfig(Section):
     steps: PositiveInt | None = None  # None: `epochs` over the data
     epochs: PositiveFloat = 1.0
     prompts_per_update: PositiveInt | None = None  # the mini-batch; None: one update a step
-    # positions (prompt once + responses, padded) of a micro-batch on each data shard; None: no limit
+    # positions of a row, of which a micro-batch has one on each data shard: prompts, each with its completions; None: no limit
     max_tokens_per_microbatch: PositiveInt | None = 16_384
-    measure_noise: bool = False  # gradient variance, from micro-batches of one group (slower)
+    measure_noise: bool = (
+        False  # gradient variance, from micro-batches of one undivided group a data shard (slower)
+    )
     eval_every: NonNegativeInt = 15  # 0: only before the first and after the last step
     eval_before: bool = True
     checkpoint_every: PositiveInt = 15

@@ -228,15 +228,13 @@ def sample_lines(experience: Experience, policy: Policy, count: int) -> list[dic
 
 
 def check_sizes(config: Config, policy: Policy) -> None:
-    """A mini-batch must divide over the mesh; UserError with both numbers."""
-    name = "train.prompts_per_update"
-    if config.train.prompts_per_update is None:
-        name = BATCH
-    size, shards = minibatch_prompts(config), num_data_shards(policy.mesh)
-    check_batch(name, size, policy.mesh)
+    """The prompts of a step must divide over the mesh; UserError with both numbers."""
+    check_batch(BATCH, config.rollout.prompts_per_step, policy.mesh)
     if jax.process_count() > 1:  # each of them samples equally many
         check_batch(BATCH, config.rollout.prompts_per_step, policy.rollout_mesh)
+    size, shards = minibatch_prompts(config), num_data_shards(policy.mesh)
     if config.train.measure_noise and size <= shards:
+        name = "train.prompts_per_update" if config.train.prompts_per_update else BATCH
         raise UserError(
             f"train.measure_noise: {name} {size} on {shards} data shards is one micro-batch, which has no variance; "
             f"raise {name}"

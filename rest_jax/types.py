@@ -10,13 +10,14 @@ Layout. The unit is the prompt group: one prompt and its G responses, each store
 Shift convention, stated once: every per-token field of a response (`logp`, `entropy`, `gini`, `region`, `weight`, mask) at
 index t belongs to the token `responses[..., t]`, i.e. to the PREDICTED token; it was predicted from the hidden state one
 position earlier (for t = 0: that of the last prompt token). `response_length` counts the policy's tokens, the end-of-turn
-token included; fields at and after it are zero, ids are the padding id.
+token included; fields at and after it are zero, ids are the padding id. Packed rows (`rl/packing.py`) [W, T] hold a token where
+it is predicted from.
 
 Flow: StepRecord -> PromptBatch -> RolloutBatch -> ScoredBatch -> TrainBatch -> TrainState.
 """
 
 import dataclasses
-from typing import Any, Protocol, Self
+from typing import Any
 
 import jax.numpy as jnp
 from flax import struct
@@ -45,26 +46,12 @@ class PromptBatch:
     row: Int[AnyArray, " P"]  # int32
 
 
-class GroupPicker(Protocol):
-    """Picks the groups of a micro-batch out of the arrays of a batch (`rl.packing.Picker`)."""
-
-    def groups(self, x: Any, empty: int = 0) -> Any: ...  # [P ...]; `empty` fills rows of no group
-
-    def prompt(self, x: Any) -> Any: ...  # [P Tp], cut to the prompt width
-
-    def tokens(self, x: Any) -> Any: ...  # [P G Tr], cut to the response width
-
-
 @struct.dataclass
 class Routes:
     """The experts that the sampler's routers chose, to be replayed in the update; uint8, or uint16 above 256 experts."""
 
     prompt: UInt[AnyArray, "P Tp L k"]
     responses: UInt[AnyArray, "P G Tr L k"]
-
-    def take(self, pick: GroupPicker) -> "Routes":
-        """The groups of a micro-batch."""
-        return Routes(pick.prompt(self.prompt), pick.tokens(self.responses))
 
 
 @struct.dataclass
@@ -88,17 +75,6 @@ class ResponseBatch:
         """Padded positions of a prompt and of a response."""
         return self.prompt.shape[1], self.responses.shape[2]
 
-    def take(self, pick: GroupPicker) -> Self:
-        """The groups of a micro-batch."""
-        return dataclasses.replace(
-            self,
-            prompt=pick.prompt(self.prompt),
-            prompt_length=pick.groups(self.prompt_length, empty=1),
-            responses=pick.tokens(self.responses),
-            response_length=pick.groups(self.response_length),
-            routes=None if self.routes is None else self.routes.take(pick),
-        )
-
 
 @struct.dataclass
 class RolloutBatch(ResponseBatch):
@@ -107,15 +83,6 @@ class RolloutBatch(ResponseBatch):
     logp: Float[AnyArray, "P G Tr"]  # float32, nats, of the distribution sampled from
     entropy: Float[AnyArray, "P G Tr"]  # float32, nats, temperature 1, full support
     gini: Float[AnyArray, "P G Tr"]  # float32, 1 - sum_v p^2, temperature 1, full support
-
-    def take(self, pick: GroupPicker) -> "RolloutBatch":
-        """The groups of a micro-batch."""
-        return dataclasses.replace(
-            super().take(pick),
-            logp=pick.tokens(self.logp),
-            entropy=pick.tokens(self.entropy),
-            gini=pick.tokens(self.gini),
-        )
 
     def validate(self) -> "RolloutBatch":
         """Returns self; ValueError naming the field whose shape differs from that of `responses`."""
@@ -159,17 +126,6 @@ class TrainBatch(ResponseBatch):
     advantage: Float[Array, "P G"]  # float32
     loss_weight: Float[Array, "P G Tr"]  # float32, factor of the policy loss
     regulariser: Float[Array, "P G Tr"]  # float32, factor of KL and entropy terms
-
-    def take(self, pick: GroupPicker) -> "TrainBatch":
-        """The groups of a micro-batch."""
-        return dataclasses.replace(
-            super().take(pick),
-            logp_old=pick.tokens(self.logp_old),
-            logp_ref=None if self.logp_ref is None else pick.tokens(self.logp_ref),
-            advantage=pick.groups(self.advantage),
-            loss_weight=pick.tokens(self.loss_weight),
-            regulariser=pick.tokens(self.regulariser),
-        )
 
 
 @struct.dataclass

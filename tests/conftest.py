@@ -29,6 +29,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 CHECKED_MODULES = [
     "rest_jax.rl.masked",
     "rest_jax.models.attention",
+    "rest_jax.models.block_attention",
     "rest_jax.models.flash_attention",
     "rest_jax.models.moe",
     "rest_jax.models.rope",

@@ -21,11 +21,12 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from rest_jax import distributed as sharding
 from rest_jax.config import MeshConfig
 from rest_jax.errors import UserError
-from rest_jax.models.attention import pack_group, predicting_hidden, prompt_rows
+from rest_jax.models.attention import prompt_rows
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import Decoder, abstract_params, logits, param_shardings
 from rest_jax.planning import topology
 from rest_jax.rollout.scheduler import deal_groups
+from rest_jax.types import ResponseBatch
 from tests import tiny
 from tests.conftest import REPOSITORY
 
@@ -39,12 +40,13 @@ def mesh_of(data, fsdp, tensor, count=4):
     )
 
 
-def batch():
+def batch() -> ResponseBatch:
     rng = np.random.default_rng(1)
     prompt, responses = (
         jnp.asarray(rng.integers(0, 64, shape), jnp.int32) for shape in ((P, TP), (P, G, TR))
     )
-    return prompt, jnp.array([5, 3, 1, 4]), responses, jnp.array([[4, 2], [1, 3], [4, 4], [2, 1]])
+    prompt_length, length = jnp.array([5, 3, 1, 4]), jnp.array([[4, 2], [1, 3], [4, 4], [2, 1]])
+    return ResponseBatch(prompt, prompt_length, responses, length)
 
 
 @functools.cache
@@ -56,17 +58,17 @@ def make_params():
     )
 
 
-def loss(params, prompt, prompt_length, responses, response_length):
-    tokens, positions, layout = pack_group(prompt, prompt_length, responses, response_length)
-    hidden, _ = Decoder(CFG).apply({"params": params}, tokens, positions, layout)
-    logp = jax.nn.log_softmax(logits(params, CFG, predicting_hidden(hidden, layout)))
-    chosen = jnp.take_along_axis(logp, responses[..., None], axis=-1)[..., 0]
-    return -jnp.mean(jnp.where(jnp.arange(TR) < response_length[..., None], chosen, 0.0))
+def loss(params, batch, rows):
+    inputs = rows.tokens(batch), rows.position, rows.layout
+    hidden, _ = Decoder(CFG).apply({"params": params}, *inputs)
+    logp = jax.nn.log_softmax(logits(params, CFG, hidden))
+    chosen = jnp.take_along_axis(logp, rows.targets(batch.responses)[..., None], axis=-1)[..., 0]
+    return -jnp.sum(jnp.where(rows.predicts, chosen, 0.0)) / batch.responses.size
 
 
 @functools.cache
 def single_device():
-    return jax.jit(jax.value_and_grad(loss))(make_params(), *batch())
+    return jax.jit(jax.value_and_grad(loss))(make_params(), batch(), tiny.packed(batch(), P))
 
 
 MESHES = [(1, 4, 1), (1, 2, 2)]
@@ -83,11 +85,12 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(sizes):
     rows = sharding.batch_sharding(mesh)
     step = jax.jit(
         jax.value_and_grad(loss),
-        in_shardings=(placed, *[rows] * 4),
+        in_shardings=(placed, rows, rows),
         out_shardings=(sharding.replicated(mesh), placed),
     )
     with sharding.activate(mesh):
-        found = step(jax.device_put(params, placed), *(jax.device_put(x, rows) for x in batch()))
+        inputs = jax.device_put((batch(), tiny.packed(batch(), P)), rows)
+        found = step(jax.device_put(params, placed), *inputs)
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
     for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
         np.testing.assert_allclose(
@@ -98,7 +101,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(sizes):
 @pytest.mark.parametrize("sizes", [pytest.param((2, 2, 1), marks=pytest.mark.slow), (1, 2, 2)])
 def test_decoding_does_not_depend_on_the_mesh(sizes):
     params = make_params()
-    prompt, prompt_length, responses, _ = batch()
+    prompt, prompt_length, responses = batch().prompt, batch().prompt_length, batch().responses
 
     def decode(params, prompt, prompt_length, responses):
         layout, positions = prompt_rows(prompt, prompt_length)

@@ -15,10 +15,11 @@ from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import Decoder, init_params, unstack_layers
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import make_optimizer
+from rest_jax.rl.packing import BatchLengths, MicroBatch, Rows, make_rows, row_length
 from rest_jax.rl.prepare import StepConfig
 from rest_jax.rollout.engine import RolloutSettings, make_engine
 from rest_jax.rollout.scheduler import Sampler
-from rest_jax.types import PromptBatch, RolloutBatch, Sampling, ScoredBatch
+from rest_jax.types import PromptBatch, ResponseBatch, RolloutBatch, Sampling, ScoredBatch
 
 FULL = Sampling()
 VOCAB, STOP, PAD = 96, 5, 0
@@ -113,10 +114,26 @@ def step_config(**changes) -> StepConfig:
     return dataclasses.replace(base, **changes)
 
 
+def packed(batch: ResponseBatch, rows: int = 1) -> Rows:
+    """All groups of a batch, dealt to so many rows."""
+    lengths = BatchLengths.of(batch)
+    pieces = [lengths.whole(p) for p in range(len(batch.prompt))]
+    dealt = tuple(tuple(pieces[i::rows]) for i in range(rows))
+    longest = max(sum(map(lengths.positions, row)) for row in dealt)
+    made = make_rows(MicroBatch(dealt, row_length(longest), lengths))
+    return jax.tree.map(jnp.asarray, made)
+
+
+def predicting(rows: Rows, hidden: jax.Array, batch: ResponseBatch) -> jax.Array:
+    """[P G Tr D]: of hidden states [W T D] of packed rows, those that predict each response token; zero where none is."""
+    zeros = jnp.zeros(batch.responses.shape, hidden.dtype)
+    return jax.vmap(lambda x: rows.put_targets(zeros, x), in_axes=-1, out_axes=-1)(hidden)
+
+
 def empty_cache(kv, prompt_length, group_size: int, width: int) -> Cache:
     """Cache of P data shards, each with one prompt and decode slots for its `group_size` responses of `width` tokens.
 
-    `kv` is what a PromptLayout pass with `return_kv=True` returned, `[L P Tp K H]` each; every response starts at index 0.
+    `kv` is what a pass over `prompt_rows` with `return_kv=True` returned, `[L P Tp K H]` each; every response starts at index 0.
     """
     prompt_k, prompt_v = (x.transpose(0, 1, 3, 2, 4)[:, :, None] for x in kv)
     layers, prompts, _, heads, _, head_dim = prompt_k.shape

@@ -1,12 +1,12 @@
 """Records of how tokens lie in a batch, and the KV cache. They are pytrees without logic of their own besides writing keys.
 
-PromptLayout  `[P, Tp]`: right-padded prompts, one a row; the pass before decoding.
-GroupLayout   `[P, Tp + G*Tr]`: a prompt, then its G responses; the update.
+RowLayout     `[B, T]`: rows of tokens that see earlier ones; prompts before decoding, packed groups in the update.
 DecodeLayout  `[W, N]`: the next token of every decode slot against a `Cache`; the rollout.
 
 A cache is divided into W data shards (the parts of the batch axes of the mesh). A shard has Q prompt cache entries, each
 with the keys and values of one prompt, and N decode slots, each with those of one response; `entry` names the prompt cache
-entry that the response in a slot continues. `attention.py` makes the layouts and attends under each of them.
+entry that the response in a slot continues. `attention.prompt_rows`, `rl/packing.py` and
+`Cache.layout` make the layouts; `attention.py` attends under each of them.
 """
 
 import dataclasses
@@ -15,27 +15,29 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 Layers = jax.Array | tuple[jax.Array, ...]  # stacked on a leading axis L, or one array a layer
 
 
 @struct.dataclass
-class PromptLayout:
-    """One causal row a prompt, right-padded."""
+class RowLayout:
+    """Rows of tokens of any number of groups, of which each token sees earlier ones, itself included.
 
-    length: Int[Array, " P"]  # int32
+    Token i sees token j iff j <= i < until[j]. So `until` of a completion's token is the end of the completion, that of a
+    prompt's token is the end of the last completion behind it, and a token that does not see itself is padding.
+    """
 
+    until: Int[Array, "B T"]  # int32; 0 for padding
+    # pairs of tokens that see each other in a row, for the compiler's account of the cost
+    pairs: int = struct.field(pytree_node=False)
+    # weight of each token in the load-balance loss (`rl/balance.py`), float32; None: there is none
+    balance: Float[Array, "B T"] | None = None
 
-@struct.dataclass
-class GroupLayout:
-    """One prompt right-padded to `prompt_width`, then `group_size` responses of `response_width` each, right-padded."""
-
-    prompt_length: Int[Array, " P"]  # int32
-    response_length: Int[Array, "P G"]  # int32
-    prompt_width: int = struct.field(pytree_node=False)
-    group_size: int = struct.field(pytree_node=False)
-    response_width: int = struct.field(pytree_node=False)
+    @property
+    def valid(self) -> Bool[Array, "B T"]:
+        """Where there is a token, no padding."""
+        return self.until > jnp.arange(self.until.shape[1])
 
 
 @struct.dataclass

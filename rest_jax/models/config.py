@@ -14,7 +14,7 @@ from rest_jax.errors import UserError
 
 Family = Literal["qwen3", "qwen3_moe", "qwen2", "llama"]
 Remat = Literal["none", "block", "dots"]
-Attention = Literal["blocks", "flash"]
+Attention = Literal["blocks", "wide_blocks", "flash"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class DecoderConfig:
     layers: Literal["scan", "unroll"] = "scan"
     # what the backward pass recomputes: nothing, the blocks, all but the outputs of matmuls
     remat: Remat = "block"
-    # of prompts and groups: blocks of queries in XLA's operations, or the kernels of `flash_attention`
+    # of rows (`attention.KERNELS`): blocks in XLA's operations, small or large, or the kernels of `flash_attention`
     attention: Attention = "blocks"
 
     def __post_init__(self):

@@ -25,8 +25,8 @@ from jaxtyping import Array, Float, Int, Integer, Key
 
 from rest_jax.distributed import logical_shardings
 from rest_jax.errors import UserError
-from rest_jax.models.attention import ATTENTION, Layout, valid_positions
-from rest_jax.models.cache import Cache, LayerCache, Layers, PromptLayout
+from rest_jax.models.attention import Layout, attend, valid_positions
+from rest_jax.models.cache import Cache, LayerCache, Layers, RowLayout
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.moe import ExpertWeights, RouterRecord, mix_experts, record, route
 from rest_jax.models.rope import Rope, apply_rope, rope_tables
@@ -58,7 +58,6 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, cache, rope: Rope, layout: Layout):
         cfg = self.cfg
-        attend = ATTENTION[cfg.attention]
         q = self._project(x, "q", "heads", cfg.n_heads)
         k = self._project(x, "k", "kv_heads", cfg.n_kv_heads)
         v = self._project(x, "v", "kv_heads", cfg.n_kv_heads)
@@ -69,10 +68,10 @@ class Attention(nn.Module):
         if cache is not None and cfg.layers == "unroll":
             # Written before it is read, so that XLA does so in place; under `scan` the caller writes all layers at once.
             cache = cache.write(layout.index, k, v)  # type: ignore[union-attr]
-            out = attend(q, None, layout, cache, cfg.precision)
+            out = attend(q, None, layout, cache, cfg)
             kv = cache.response_k, cache.response_v
         else:
-            out = attend(q, (k, v), layout, cache, cfg.precision)
+            out = attend(q, (k, v), layout, cache, cfg)
             kv = k, v
         shape, axes = (cfg.n_heads, cfg.head_dim, cfg.d_model), ("heads", "head_dim", "embed")
         o = _weight(self, "o", shape, axes).reshape(-1, cfg.d_model)
@@ -122,7 +121,7 @@ class Experts(nn.Module):
         )
         valid = valid_positions(layout, x.shape[:2])
         routing = route(x, router, replayed, cfg)
-        done: Any = record(routing, valid)
+        done: Any = record(routing, valid, layout)
         self.sow("router", "record", done, reduce_fn=lambda _, new: new)
         return mix_experts(x, routing, valid, experts, cfg)
 
@@ -258,7 +257,7 @@ def logits(
 
 def _init_boxed(cfg: DecoderConfig, key: jax.Array) -> Params:
     token = jnp.zeros((1, 1), jnp.int32)
-    return Decoder(cfg).init(key, token, token, PromptLayout(token[0] + 1))["params"]
+    return Decoder(cfg).init(key, token, token, RowLayout(token + 1, 1))["params"]
 
 
 def _pin(x: jax.Array) -> jax.Array:

@@ -1,9 +1,7 @@
 """Attention of packed rows as Pallas TPU kernels that never hold a row's scores, with a mask given by one table.
 
-`until[b, j]` is the position before which key j is seen: query i sees key j iff j <= i < until[b, j]. A token sees itself, so
-what has until[b, j] <= j is padding: it yields zero, in value and gradient, and is seen by nobody. A prompt token's is the end
-of its group, a completion token's the end of its completion, so that a row may hold several groups, each of one prompt and its
-completions, in any order of lengths.
+Query i sees key j iff j <= i < until[b, j] (`RowLayout`). A token sees itself, so what has until[b, j] <= j is padding: it
+yields zero, in value and gradient, and is seen by nobody.
 
 With s = k q / sqrt(H) and p = exp(s - lse), where lse is the log of the sum of exp(s) over the keys that a query sees:
 
@@ -27,10 +25,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from rest_jax.distributed import BATCH_AXES, num_data_shards
+from rest_jax.models.cache import RowLayout
 
 _FLOOR = -1e30  # score of what may not be seen: finite, so that nothing becomes NaN
 _COLUMNS = 1024  # queries of a block, all heads of a kv head together
@@ -56,65 +53,20 @@ class _Visits(NamedTuple):
     count: Int[Array, " B"]
 
 
-def fits(q: Float[Array, "B T N H"], k: Float[Array, "B T K H"]) -> bool:
-    """Whether the ambient mesh splits rows and heads evenly, as `flash_attention` needs it."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return True
-    tensor, (rows, _, heads, _), kv_heads = mesh.shape["tensor"], q.shape, k.shape[2]
-    even = heads % tensor == 0 and (kv_heads % tensor == 0 or tensor % kv_heads == 0)
-    return even and rows % num_data_shards(mesh) == 0
-
-
 def flash_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    until: Int[Array, "B T"],
-    pairs: int,
-) -> Float[Array, "B T N H"]:
-    """Attention in q's dtype, differentiable in q, k, v. `pairs` of query and key see each other in a full row, which is for
-    the compiler's account of the cost.
-
-    Under `distributed.activate` every device has its rows and its heads (`fits`); fewer kv heads than tensor devices are on
-    all of those, and each takes the one that its queries go to.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    run = functools.partial(_attend_padded, pairs=pairs)
-    if mesh.empty or mesh.size == 1:
-        return run(q, k, v, until)
-    tensor, repeats = mesh.shape["tensor"], q.shape[2] // k.shape[2]
-    rows, heads = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, None, "tensor")
-    replicated = k.shape[2] % tensor != 0
-
-    def on_device(q, k, v, until):
-        if replicated:
-            head = jax.lax.axis_index("tensor") * q.shape[2] // repeats
-            k, v = (jax.lax.dynamic_slice_in_dim(x, head, 1, axis=2) for x in (k, v))
-        return run(q, k, v, until)
-
-    kv_heads = rows if replicated else heads
-    # kernels do not say over which axes their results vary
-    split = jax.shard_map(
-        on_device, in_specs=(heads, kv_heads, kv_heads, rows), out_specs=heads, check_vma=False
-    )
-    return split(q, k, v, until)
-
-
-def _attend_padded(q, k, v, until, pairs: int):
-    """All that a device has, heads first and time a multiple of the blocks."""
-    batch, time, heads, width = q.shape
-    kv_heads = k.shape[2]
-    case = _make_case(time, heads // kv_heads, pairs, q.dtype)
+    q: Float[Array, "B K R T H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    layout: RowLayout,
+) -> Float[Array, "B K R T H"]:
+    """Attention of scaled queries in q's dtype, differentiable in q, k, v."""
+    time = q.shape[3]
+    case = _make_case(time, q.shape[2], layout.pairs, q.dtype)
     padding = -time % max(case.queries, case.keys)
-    q, k, v = (
-        jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
-        for x in (q * width**-0.5, k, v)
-    )
-    until = jnp.pad(until.astype(jnp.int32), ((0, 0), (0, padding)))
-    q = q.reshape(batch, kv_heads, heads // kv_heads, -1, width)
+    q, k, v = (jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, padding), (0, 0)]) for x in (q, k, v))
+    until = jnp.pad(layout.until, ((0, 0), (0, padding)))
     out: Any = _attend(q, k, v, until, case)
-    return out.reshape(batch, heads, -1, width)[:, :, :time].transpose(0, 2, 1, 3)
+    return out[:, :, :, :time]
 
 
 def _make_case(time: int, repeats: int, pairs: int, dtype: Any) -> _Case:

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Integer, UInt
 
 from rest_jax.distributed import BATCH_AXES, num_data_shards
+from rest_jax.models.cache import DecodeLayout, RowLayout
 from rest_jax.models.config import DecoderConfig
 
 # Rows of one product over the gathered tokens. All tokens may go to the experts of one device, so its buffers have a row for
@@ -48,9 +49,11 @@ class RouterRecord(NamedTuple):
     chosen: Int[Array, "*L B T k"]  # int32
     tokens: Float[Array, "*L B"]
     load: Float[Array, "*L B E"]  # tokens that went to each expert
-    probability: Float[Array, "*L B E"]  # sum of p
     entropy: Float[Array, "*L B"]  # sum of the entropy of p, nats
     agreement: Float[Array, "*L B"]  # experts of the router's own choice that were chosen
+    balance: Float[
+        Array, "*L B"
+    ]  # sum of the load-balance loss (`rl/balance.py`); zero unless `RowLayout.balance` is given
 
 
 class ExpertWeights(NamedTuple):
@@ -95,7 +98,9 @@ def compact(chosen: Int[Array, "L *B k"], cfg: DecoderConfig) -> UInt[Array, "*B
     return jnp.moveaxis(chosen, 0, -2).astype(dtype)
 
 
-def record(routing: Routing, valid: Bool[Array, "B T"]) -> RouterRecord:
+def record(
+    routing: Routing, valid: Bool[Array, "B T"], layout: RowLayout | DecodeLayout
+) -> RouterRecord:
     """What a router did with the tokens that are no padding."""
     chosen, p = routing.chosen, routing.probability
     took, own = (
@@ -108,10 +113,27 @@ def record(routing: Routing, valid: Bool[Array, "B T"]) -> RouterRecord:
         chosen=chosen,
         tokens=jnp.sum(valid, axis=1).astype(jnp.float32),
         load=jnp.sum(took, axis=1).astype(jnp.float32),
-        probability=jnp.sum(p, axis=1),
         entropy=jax.lax.stop_gradient(entropy),
         agreement=jnp.sum(took & own, axis=(1, 2)).astype(jnp.float32),
+        balance=_balance(took, p, layout),
     )
+
+
+def _balance(took, p, layout: RowLayout | DecodeLayout):
+    """float32 [B]: sum_t u_t E sum_e f_e p_te, f the share of the tokens of t's completion that went to e; u the weights."""
+    if not isinstance(layout, RowLayout) or layout.balance is None:
+        return jnp.zeros(p.shape[0])
+    weight, time, experts = layout.balance, *p.shape[1:]
+    # the tokens of a completion have its end in common
+    end = jnp.where(weight > 0, layout.until, 0)
+    ones = (weight > 0).astype(jnp.float32)[..., None]
+
+    def share(took, ones, end):
+        sums = jax.ops.segment_sum(jnp.concatenate([took * ones, ones], axis=1), end, time + 1)
+        return (sums[:, :experts] / jnp.maximum(sums[:, experts:], 1))[end]
+
+    f = jax.lax.stop_gradient(jax.vmap(share)(took, ones, end))
+    return experts * jnp.sum(weight * jnp.sum(f * p, axis=-1), axis=1)
 
 
 def mix_experts(

@@ -39,6 +39,9 @@ def compute_dtype(name: str, mesh: Mesh) -> jnp.dtype:
     return jnp.dtype(name)
 
 
+ATTENTION: dict[str, Attention] = {"cpu": "blocks", "tpu": "flash"}
+
+
 def attention_of(mesh: Mesh) -> Attention:
-    """How prompts and groups attend: by one kernel on TPUs."""
-    return "flash" if platform(mesh) == "tpu" else "blocks"
+    """How rows attend on these devices."""
+    return ATTENTION.get(platform(mesh), "wide_blocks")

@@ -70,7 +70,7 @@ def read_collective(use: Use, part: str, layers: int, hosts: np.ndarray | None) 
     nbytes = use.trips * sum(a.nbytes for a in outputs) * factor
     place = place_of(use.loops, layers, part)
     overlaps = _overlaps(use) and not scattered
-    return Collective(kind, place, part, size, crosses, overlaps, use.trips, int(nbytes))
+    return Collective(kind, place, part, size, crosses, overlaps, round(use.trips), int(nbytes))
 
 
 def _overlaps(use: Use) -> bool:
@@ -86,7 +86,7 @@ def _overlaps(use: Use) -> bool:
     return started and '"is_sync":true' not in instruction.text
 
 
-def place_of(loops: tuple[int | None, ...], layers: int, part: str) -> str:
+def place_of(loops: tuple[float | None, ...], layers: int, part: str) -> str:
     """In words, where in the program that is. XLA may take the first or the last trip of a loop out of it; the vocabulary
     is in chunks of time, which may be as many as layers.
     """

@@ -22,7 +22,7 @@ from rest_jax.errors import UserError
 from rest_jax.files import atomic_write
 from rest_jax.planning import estimate, fit, hlo, topology
 from rest_jax.planning.estimate import Calls, Cost
-from rest_jax.planning.measure import Measured, Rates, Work, measure
+from rest_jax.planning.measure import Measured, Rates, Sizes, Work, measure
 from rest_jax.run.environment import LIBTPU_VARIABLE, user_cache
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
@@ -63,7 +63,7 @@ def plan_config(request: Mapping[str, Any], dump: pathlib.Path) -> dict[str, Any
             else compile_program(program, setup, where, dump)
             for name, program in called.items()
         }
-        result |= describe_speed(setup, lengths, timed, where)
+        result |= describe_speed((setup, lengths), called, timed, where)
     return result
 
 
@@ -147,19 +147,28 @@ def _text(compiled: Any, dump: pathlib.Path) -> str:
 
 
 def describe_speed(
-    setup: Any, lengths: Any, timed: Mapping[str, Compiled], where: topology.Topology
+    made: tuple[Any, Any],
+    called: Mapping[str, Any],
+    timed: Mapping[str, Compiled],
+    where: topology.Topology,
 ) -> dict[str, Any]:
     """What the programs of a step do and how long it takes, as JSON."""
     from rest_jax.planning import programs
     from rest_jax.run import throughput
 
+    setup, lengths = made
     mesh, model = setup.policy.mesh, setup.policy.config
     peak = throughput.mesh_peak_flops(mesh.devices.flat, model.dtype)
     rates = Rates((peak or 0) / where.size, where.chip.memory_bandwidth or 0)
     # The chips of a TPU slice are neighbours whatever their host; what slices send to one another is marked as such.
     hosts = programs.hosts(mesh) if where.chip.platform == "gpu" else None
     measured = {
-        name: measure(hlo.parse(c.text), model.n_layers, rates, hosts, model.n_experts)
+        name: measure(
+            hlo.parse(c.text),
+            Sizes(model.n_layers, model.n_experts, called[name].trips),
+            rates,
+            hosts,
+        )
         for name, c in timed.items()
         if c.text
     }
@@ -225,10 +234,8 @@ def count_calls(setup: Any, lengths: Any, names: Iterable[str]) -> dict[str, Cal
     from rest_jax.planning.setup import all_groups, micro_batches
     from rest_jax.rollout.engine import CHUNK
 
-    # the last micro-batch may be a smaller one
     update, forward = (
-        sum(m.positions for m in micro) / micro[0].positions
-        for micro in (micro_batches(setup, lengths), all_groups(setup, lengths))
+        len(micro) for micro in (micro_batches(setup, lengths), all_groups(setup, lengths))
     )
     calls = {
         "logprobs": Calls(forward),

@@ -11,7 +11,7 @@ bytes) and `collectives`; `measure` sums it up.
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
@@ -94,17 +94,22 @@ class Module:
     entry: str
 
 
+Trips = Callable[[Instruction], float | None]
+
+
 class Use(NamedTuple):
-    """An instruction that runs, and the trips of the loops around it, outermost first; None: unknown."""
+    """An instruction that runs, and the trips of the loops around it, outermost first; None: unknown. Of loops whose trips
+    values decide they may be a mean.
+    """
 
     instruction: Instruction
     computation: Computation
-    loops: tuple[int | None, ...]
+    loops: tuple[float | None, ...]
     fused: bool
     asynchronous: bool  # started by an async-start, which others follow before it is done
 
     @property
-    def trips(self) -> int:
+    def trips(self) -> float:
         """How often it runs, an unknown loop taken as one trip."""
         return math.prod(n for n in self.loops if n is not None)
 
@@ -156,24 +161,29 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"no closing bracket: {text[:80]}")
 
 
-def uses(module: Module) -> Iterator[Use]:
-    """Every instruction that runs, each once for every way it is reached."""
-    yield from _uses(module, module.entry, (), ())
+def uses(module: Module, told: Trips = lambda loop: None) -> Iterator[Use]:
+    """Every instruction that runs, each once for every way it is reached. `told`: the trips of a loop that values decide."""
+
+    def trips(loop: Instruction) -> float | None:
+        known = loop_trips(module, loop)
+        return told(loop) if known is None else known
+
+    yield from _uses(module, module.entry, ((), ()), trips)
 
 
 def _uses(
-    module: Module, name: str, loops: tuple[int | None, ...], callers: tuple[str, ...]
+    module: Module, name: str, path: tuple[tuple[float | None, ...], tuple[str, ...]], trips: Trips
 ) -> Iterator[Use]:
-    computation = module.computations[name]
+    computation, (loops, callers) = module.computations[name], path
     for instruction in computation.values():
         yield Use(instruction, computation, loops, "fusion" in callers, "async-start" in callers)
         inner = loops
         if instruction.opcode == "while":
-            inner = (*loops, loop_trips(module, instruction))
+            inner = (*loops, trips(instruction))
         if instruction.opcode in _APPLIES:
             continue  # what they apply to single elements is part of them
         for called in instruction.called:
-            yield from _uses(module, called, inner, (*callers, instruction.opcode))
+            yield from _uses(module, called, (inner, (*callers, instruction.opcode)), trips)
 
 
 _APPLIES = {"reduce", "reduce-window", "scatter", "select-and-scatter", "sort", "map", *COLLECTIVES}

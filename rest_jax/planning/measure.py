@@ -1,7 +1,7 @@
 """Sums over a compiled program by part of the model: FLOPs, bytes, libtpu's cycles, each times the trips of its loops, and its
 collectives.
 
-    measure(hlo.parse(text), layers)      -> Measured
+    measure(hlo.parse(text), Sizes(layers))  -> Measured
 
 What is in a loop of unknown trips (decoding) is kept apart, for each trip.
 """
@@ -9,6 +9,7 @@ What is in a loop of unknown trips (decoding) is kept apart, for each trip.
 import dataclasses
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -78,20 +79,23 @@ def part_of(op_name: str) -> str:
     return "other"
 
 
+class Sizes(NamedTuple):
+    """What the text of a program does not say."""
+
+    layers: int  # trips of the loop over layers
+    experts: int = 0  # of a layer, on all devices: rows are taken to be spread evenly over them
+    # of loops that values decide, by the part that they are in; may be a mean. Others are kept apart, for each trip
+    trips: Mapping[str, float] = MappingProxyType({})
+
+
 def measure(
-    module: Module,
-    layers: int,
-    rates: Rates = UNKNOWN,
-    hosts: np.ndarray | None = None,
-    experts: int = 0,
+    module: Module, sizes: Sizes, rates: Rates = UNKNOWN, hosts: np.ndarray | None = None
 ) -> Measured:
-    """Sums over a program. `layers`: trips of the loop over layers; `hosts` int [devices]: the host of each device, in the
-    order of the mesh; `experts` of a layer, on all devices: rows are taken to be spread evenly over them.
-    """
+    """Sums over a program. `hosts` int [devices]: the host of each device, in the order of the mesh."""
     sums: tuple[dict[str, Work], dict[str, Work]] = ({}, {})
     moved: dict[tuple, Collective] = {}
     seen: set[tuple[str, str, tuple]] = set()
-    for use in uses(module):
+    for use in uses(module, lambda loop: sizes.trips.get(part_of(loop.op_name))):
         opcode, part = use.instruction.opcode, part_of(use.instruction.op_name)
         if collective_kind(use.instruction):
             channel = re.search(r"channel_id=(\d+)", use.instruction.text)
@@ -100,13 +104,13 @@ def measure(
             key = opcode, channel[1] if channel and spread else use.instruction.name, use.loops
             if key not in seen:
                 seen.add(key)
-                one = read_collective(use, part, layers, hosts)
+                one = read_collective(use, part, sizes.layers, hosts)
                 same = moved.get(one[:6], one._replace(count=0, nbytes=0))
                 moved[one[:6]] = one._replace(
                     count=same.count + one.count, nbytes=same.nbytes + one.nbytes
                 )
             continue
-        work = _work(module, use, rates, experts)
+        work = _work(module, use, rates, sizes.experts)
         if work is not None:
             into = sums[None in use.loops]
             into[part] = into.get(part, Work()) + work

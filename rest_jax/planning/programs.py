@@ -10,7 +10,7 @@ is its arguments and what other programs have left there; a Program names both, 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -31,13 +31,15 @@ from rest_jax.models.policy import Policy
 from rest_jax.planning.setup import (
     HeldOut,
     Lengths,
+    Row,
     Setup,
-    all_groups,
-    fullest,
-    micro_batches,
+    StepRows,
+    attention_trips,
+    longest_rows,
+    rows_at,
 )
 from rest_jax.rl.curriculum import Schedule
-from rest_jax.rl.packing import MicroBatch, Picker, bucket
+from rest_jax.rl.packing import Rows, bucket
 from rest_jax.rl.prepare import Recomputed
 from rest_jax.rl.step import Logprobs, Update, abstract_state, make_step
 from rest_jax.rl.supervised import GoldBatch, make_prepare_gold, make_supervised_update
@@ -66,6 +68,8 @@ class Program:
     lower: Callable[[], jax.stages.Lowered]
     arguments: dict[str, Tree]
     resident: dict[str, Tree]  # no arguments of it
+    # of its loops that values decide, by part (`measure.Sizes`)
+    trips: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def step_programs(setup: Setup, lengths: Lengths) -> dict[str, Program]:
@@ -74,24 +78,18 @@ def step_programs(setup: Setup, lengths: Lengths) -> dict[str, Program]:
     if setup.step is not None:
         found |= rollout_programs(setup, training_rollout(setup, lengths))
         del found["resize"]
-    return found | update_programs(setup, lengths)
+    return found | update_programs(setup, rows_at(setup, lengths))
 
 
 def memory_programs(setup: Setup, lengths: Lengths) -> dict[str, Program]:
     """The programs among which the one is that needs the most, where the longest groups have these lengths. "fullest ..." is
     that with the micro-batch of the most positions.
     """
-    found = update_programs(setup, lengths)
-    shards = num_data_shards(setup.policy.mesh)
-    mini_batch = max(1, setup.groups // setup.updates // shards)
-    if setup.step is not None and setup.step.noise_groups is not None:
-        mini_batch = 1
-    step = setup.groups // shards
-    cuts = {"update": mini_batch, "logprobs": step, "reference logprobs": step}
-    for name, groups in cuts.items():
-        if name in found and (other := fullest(setup, groups)) != lengths:
-            full = update_programs(setup, other)[name]
-            found[f"fullest {name}"] = dataclasses.replace(full, name=f"fullest {name}")
+    own, longest = rows_at(setup, lengths), longest_rows(setup)
+    found, fullest = (update_programs(setup, rows) for rows in (own, longest))
+    for name, rows in {"update": 0, "logprobs": 1, "reference logprobs": 1}.items():
+        if name in found and longest[rows].length > own[rows].length:
+            found[f"fullest {name}"] = dataclasses.replace(fullest[name], name=f"fullest {name}")
     if setup.step is not None:
         found |= rollout_programs(setup, training_rollout(setup, lengths))
     if setup.held_out is not None:
@@ -102,12 +100,12 @@ def memory_programs(setup: Setup, lengths: Lengths) -> dict[str, Program]:
 # --- the update -------------------------------------------------------------------------------------------------------------
 
 
-def update_programs(setup: Setup, lengths: Lengths) -> dict[str, Program]:
-    """`prepare`, which makes the batch; `update`, the gradient of the largest micro-batch of these lengths; `apply`, the
-    optimiser. `logprobs` and `reference logprobs`, where the config asks for them: forward passes over the largest micro-batch.
+def update_programs(setup: Setup, rows: StepRows) -> dict[str, Program]:
+    """`prepare`, which makes the batch; `update`, the gradient of a micro-batch of these rows; `apply`, the optimiser. `logprobs`
+    and `reference logprobs`, where the config asks for them: forward passes over a micro-batch.
     """
     if setup.step is None:
-        return _supervised_programs(setup, lengths)
+        return _supervised_programs(setup, rows.update)
     config, mesh = setup.config, setup.policy.mesh
     state, shardings = train_state(setup)
     rl = make_step(setup.policy.decoder, setup.tx, setup.step, mesh, shardings)
@@ -118,18 +116,17 @@ def update_programs(setup: Setup, lengths: Lengths) -> dict[str, Program]:
     given = scored, recomputed, token if kept else None, minibatch, state.curriculum
     found = {}
     if recomputed is not None:
-        found["logprobs"] = _logprobs(rl.logprobs, setup, lengths, scored.rollout, state)
+        found["logprobs"] = _logprobs(rl.logprobs, setup, rows.forward, scored.rollout, state)
     if kept:
         own = dataclasses.replace(scored.rollout, routes=None)
-        program = _logprobs(rl.logprobs, setup, lengths, own, state)
+        program = _logprobs(rl.logprobs, setup, rows.forward, own, state)
         found["reference logprobs"] = dataclasses.replace(program, name="reference logprobs")
     found["prepare"] = _prepare(rl.prepare, given, scored, state, kept)
     batch, _, _ = jax.eval_shape(rl.prepare, *given)
-    micro = micro_batches(setup, lengths)
-    return found | gradient_programs(rl.update, state, batch, micro[0], kept)
+    return found | gradient_programs(rl.update, state, batch, rows.update, kept)
 
 
-def _supervised_programs(setup: Setup, lengths: Lengths) -> dict[str, Program]:
+def _supervised_programs(setup: Setup, row: Row) -> dict[str, Program]:
     config, mesh = setup.config, setup.policy.mesh
     state, shardings = train_state(setup)
     prepare = make_prepare_gold(config.sft, mesh)
@@ -146,9 +143,8 @@ def _supervised_programs(setup: Setup, lengths: Lengths) -> dict[str, Program]:
         batch_sharding(mesh),
     )
     batch = jax.eval_shape(prepare, gold)
-    micro = micro_batches(setup, lengths)
     return {"prepare": _prepare(prepare, (gold,), gold, state, {})} | gradient_programs(
-        update, state, batch, micro[0], {}
+        update, state, batch, row, {}
     )
 
 
@@ -158,18 +154,17 @@ def _prepare(prepare, given: tuple, batch: Tree, state: TrainState, kept: dict) 
 
 
 def gradient_programs(
-    update: Update, state: TrainState, batch: Tree, micro: MicroBatch, kept: dict[str, Tree]
+    update: Update, state: TrainState, batch: Tree, row: Row, kept: dict[str, Tree]
 ) -> dict[str, Program]:
-    """`update`, the gradient of a micro-batch added to what there is, and `apply` of any loss. A run's first micro-batch of an
-    update has nothing to add to, and needs no more memory.
+    """`update`, the gradient of a micro-batch added to what there is, and `apply` of any loss.
 
     `state` and `batch` are abstract; `kept` is what else stays on the devices.
     """
     mesh = update.mesh
     batch = place(batch, batch_sharding(mesh))
-    picker = _picker(micro, mesh)
+    rows = _rows(row, mesh)
     with activate(mesh):
-        gradient, totals = jax.eval_shape(update.first, state.params, batch, picker)
+        gradient, totals = jax.eval_shape(update.zero, state.params, batch)
     gradient = place(gradient, jax.tree.map(lambda x: x.sharding, state.params))
     totals = place(totals, replicated(mesh))
     parameters = {"parameters": state.params, "gradient": gradient}
@@ -177,9 +172,10 @@ def gradient_programs(
     return {
         "update": Program(
             "update",
-            lambda: update.add.lower((gradient, totals), state.params, batch, picker),
+            lambda: update.add.lower((gradient, totals), state.params, batch, rows),
             parameters | {"batch": batch},
             optimiser | kept,
+            row.trips,
         ),
         "apply": Program(
             "apply",
@@ -191,22 +187,25 @@ def gradient_programs(
 
 
 def _logprobs(
-    logprobs: Logprobs, setup: Setup, lengths: Lengths, rollout: RolloutBatch, state: TrainState
+    logprobs: Logprobs, setup: Setup, row: Row, rollout: RolloutBatch, state: TrainState
 ) -> Program:
-    picker = _picker(all_groups(setup, lengths)[0], setup.policy.mesh)
+    rows = _rows(row, setup.policy.mesh)
     values = Recomputed(rollout.logp, rollout.entropy, rollout.gini)
     kept = _reference(setup, state)
     return Program(
         "logprobs",
-        lambda: logprobs.add.lower(state.params, values, rollout, picker),
+        lambda: logprobs.add.lower(state.params, values, rollout, rows),
         {"parameters": state.params, "batch": rollout},
         {"optimiser": state.opt_state, **kept},
+        row.trips,
     )
 
 
-def _picker(micro: MicroBatch, mesh: Mesh) -> Picker:
-    rows = jax.ShapeDtypeStruct(micro.pick.shape, jnp.int32, sharding=batch_sharding(mesh))
-    return Picker(rows, micro.widths, mesh)
+def _rows(row: Row, mesh: Mesh) -> Rows:
+    shards = num_data_shards(mesh)
+    table, groups = _numbers((shards, row.length)), _numbers((shards,))
+    rows = Rows(table, table, table, table, groups, pairs=row.pairs)
+    return place(rows, batch_sharding(mesh))
 
 
 def train_state(setup: Setup) -> tuple[TrainState, TrainState]:
@@ -321,7 +320,12 @@ def rollout_programs(setup: Setup, rollout: Rollout) -> dict[str, Program]:
         "decode": (own | cache, trained),
         "resize": ({"cache": parts.narrower}, trained | own),
     }
-    return {name: Program(name, lower, *memory[name]) for name, lower in lowered.items()}
+    until = np.full((1, widths.prompt), widths.prompt, np.int32)
+    trips = {"prefill": attention_trips(setup.policy.config, until)}
+    return {
+        name: Program(name, lower, *memory[name], trips.get(name, {}))
+        for name, lower in lowered.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     setup = abstract_setup(config, devices, step_config)      config, policy without weights, optimiser, what is held out
     longest(config, supervised)                               the lengths that a plan is for, unless it is told others
-    micro_batches(setup, lengths), fullest(setup, groups)     how a mini-batch is cut
+    rows_at(setup, lengths), longest_rows(setup)              how a mini-batch is packed
 
 A run (`train.py`, `sft.py`) makes a Setup of its own policy and data for the check of memory at its start.
 """
@@ -11,23 +11,27 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
 
 from rest_jax.config import Config, locate
-from rest_jax.distributed import check_batch, make_mesh, place, with_tensor
+from rest_jax.distributed import check_batch, make_mesh, num_data_shards, place, with_tensor
 from rest_jax.errors import UserError
+from rest_jax.models.attention import KERNELS
+from rest_jax.models.block_attention import cpu_blocks, mean_visits
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import Decoder, abstract_params, param_shardings
 from rest_jax.models.hf.config import decoder_config
 from rest_jax.models.policy import Policy, attention_of, compute_dtype
 from rest_jax.models.presets import PRESETS, preset
 from rest_jax.rl.optimizer import make_optimizer
-from rest_jax.rl.packing import BUCKETS, BatchLengths, MicroBatch
+from rest_jax.rl.packing import BatchLengths, MicroBatch, longest_row, make_rows, row_length
 from rest_jax.rl.prepare import StepConfig
 from rest_jax.rl.step import plan_all_groups, plan_minibatches
 
@@ -171,20 +175,58 @@ def all_groups(setup: Setup, lengths: Lengths) -> list[MicroBatch]:
     return plan_all_groups(_batch(setup, lengths), limit, setup.policy.mesh)
 
 
-def fullest(setup: Setup, groups: int) -> Lengths:
-    """The lengths, at most the widths of a batch, whose micro-batch has the most positions, where a data shard has so many
-    groups to cut: of several the longest responses.
+class Row(NamedTuple):
+    """The rows of a micro-batch: positions, pairs of tokens that see each other, and the trips of the loops over what is in
+    them, by part (`measure.Sizes`).
     """
-    most, limit = setup.widths, setup.config.train.max_tokens_per_microbatch
-    if limit is None:
-        return most
-    best, found = 0, most
-    prompts, responses = (sorted({b for b in BUCKETS if b < n} | {n}) for n in most)
-    for prompt in prompts:
-        for response in responses:
-            cost = prompt + setup.group_size * response
-            rows = max(1, min(groups, limit // cost))
-            rows = rows if rows == groups else 1 << (rows.bit_length() - 1)
-            if (rows * cost, response) > (best, found.response):
-                best, found = rows * cost, Lengths(prompt, response)
-    return found
+
+    length: int
+    pairs: int
+    trips: Mapping[str, float] = MappingProxyType({})
+
+
+class StepRows(NamedTuple):
+    """The rows of an update, and those of a pass over all groups of a step."""
+
+    update: Row
+    forward: Row
+
+
+def rows_at(setup: Setup, lengths: Lengths) -> StepRows:
+    """The rows where all groups are active and as long as `lengths`."""
+
+    def row(micro: MicroBatch) -> Row:
+        rows = make_rows(micro)
+        predicted = int((rows.target >= 0).sum(axis=1).max())
+        chunks = -(-predicted // min(setup.config.loss.vocab_chunk, micro.row_length))
+        trips = {"vocabulary": chunks} | attention_trips(setup.policy.config, rows.until)
+        return Row(micro.row_length, micro.max_pairs, trips)
+
+    return StepRows(row(micro_batches(setup, lengths)[0]), row(all_groups(setup, lengths)[0]))
+
+
+def attention_trips(cfg: DecoderConfig, until: np.ndarray) -> dict[str, float]:
+    """Blocks of keys that a block of queries of such a row visits, on average; a kernel's loop is not in a program's text."""
+    if cfg.attention == "flash":
+        return {}
+    blocks = KERNELS[cfg.attention].keywords.get("blocks", cpu_blocks(cfg.n_heads * cfg.head_dim))
+    return {"attention": mean_visits(jnp.asarray(until[:1]), blocks)}
+
+
+def longest_rows(setup: Setup) -> StepRows:
+    """The longest rows that any lengths of the batch can give."""
+    (prompt, response), shards = setup.widths, num_data_shards(setup.policy.mesh)
+    group = prompt - 1 + setup.group_size * response
+    limit = setup.config.train.max_tokens_per_microbatch
+
+    def longest(groups: int) -> Row:
+        everything = -(-groups // shards) * group
+        length = row_length(everything)
+        if limit is not None:
+            length = min(length, longest_row(prompt - 1 + response, limit))
+        return Row(length, length * (length + 1) // 2)
+
+    update = longest(setup.groups // setup.updates)
+    if setup.step is not None and setup.step.noise_groups is not None:  # one group a row
+        update = Row(row_length(group), group * (group + 1) // 2)
+    return StepRows(update, longest(setup.groups))

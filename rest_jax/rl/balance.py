@@ -1,12 +1,13 @@
 """The load-balance loss of models with experts, and the metrics of their routers.
 
-    loss = sum over groups of c mean over layers of E sum_e f_e P_e
-    f_e  = share of the group's tokens that went to expert e        P_e = their mean probability of e
+    loss = sum over completions of c mean over layers of E sum_e f_e P_e
+    f_e  = share of the completion's positions that went to expert e        P_e = their mean probability of e
 
-(Switch Transformer, arXiv:2101.03961, eq. 4 to 6; it is k when all experts get equally many tokens.) A group's tokens are its
-prompt, once, and its responses; c is the group's share of the response tokens of the mini-batch. The product of f and P is
-taken within a group, as DeepSeek-V3 (arXiv:2412.19437, eq. 17 to 20) takes it within a sequence: over a global batch it is no
-sum over parts, so that micro-batches would change it. f carries no gradient.
+(Switch Transformer, arXiv:2101.03961, eq. 4 to 6; it is k when all experts get equally many tokens.) c is the completion's
+share of the response tokens of the mini-batch. The product of f and P is taken within a completion, as DeepSeek-V3
+(arXiv:2412.19437, eq. 17 to 20) takes it within a sequence: over a global batch it is no sum over parts, so that micro-batches
+would change it. Its positions are those that predict it; the prompt, which many completions share, is not among them. f carries
+no gradient. `moe.record` makes the sums over positions.
 """
 
 import jax
@@ -31,16 +32,13 @@ class RouterSums:
     agreement: Float[AnyArray, " L"]  # experts of the routers' own choice that were taken
 
 
-def balance_loss(router: RouterRecord, group_weight: Float[Array, " P"]) -> Float[Array, ""]:
-    """The loss of these groups. `group_weight`: c, 0 for rows of padding."""
-    tokens = jnp.maximum(router.tokens, 1.0)[..., None]
-    share, probability = router.load / tokens, router.probability / tokens
-    products = router.load.shape[-1] * jnp.sum(share * probability, axis=-1)
-    return jnp.sum(jnp.mean(products, axis=0) * group_weight)
+def balance_loss(router: RouterRecord) -> Float[Array, ""]:
+    """The loss of these rows."""
+    return jnp.sum(jnp.mean(router.balance, axis=0))
 
 
 def sum_router(router: RouterRecord) -> RouterSums:
-    """Sums over the groups of a micro-batch."""
+    """Sums over the rows of a micro-batch."""
     sums = router.load, router.tokens, router.entropy, router.agreement
     return jax.lax.stop_gradient(RouterSums(*(jnp.sum(x, axis=1) for x in sums)))
 

@@ -1,4 +1,4 @@
-"""The vocabulary pass: log-prob, entropy and Gini of given tokens in one sweep over the LM head, chunk by chunk in time.
+"""The vocabulary pass: log-prob, entropy and Gini of given tokens in one sweep over the LM head, chunk by chunk.
 
 Full [P, T, V] logits never exist: one chunk's logits are made, reduced and dropped. `vocabulary_pass` makes them again in
 the backward pass; `vocabulary_loss`, the update's, knows the loss of a token and so forms the gradient of the logits while
@@ -12,21 +12,21 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax.linen import spmd
 from jax import named_scope
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int
 
 from rest_jax.distributed import BATCH_AXES, num_data_shards
-from rest_jax.models.attention import pack_group, predicting_hidden
 from rest_jax.models.decoder import Decoder, apply_routed, head_matrix
 from rest_jax.models.moe import RouterRecord
 from rest_jax.rl.loss import TokenLoss, TokenStats
-from rest_jax.types import Params, ResponseBatch, Routes, Sampling
+from rest_jax.rl.packing import Rows
+from rest_jax.types import Params, ResponseBatch, Sampling
 
 # (loss, sums, maxima): scalars
 LossAndMetrics = tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]
@@ -73,31 +73,51 @@ def chosen_logp(
     return chosen - jax.nn.logsumexp(kept, axis=-1)
 
 
+class PassSpec(NamedTuple):
+    """How the pass is made. `chunk`: positions of a row at once."""
+
+    sampling: Sampling
+    chunk: int
+
+
 def vocabulary_pass(
     hidden: Float[Array, "P T D"],
     head: Float[Array, "V D"],
     tokens: Int[Array, "P T"],
-    sampling: Sampling,
-    chunk: int,
+    used: Bool[Array, "P T"],
+    spec: PassSpec,
 ) -> tuple[Float[Array, "P T"], Float[Array, "P T"], Float[Array, "P T"]]:
-    """(logp, entropy, gini) of `tokens`, float32; hidden[:, t] predicts tokens[:, t].
+    """(logp, entropy, gini) of `tokens`, float32; hidden[:, t] predicts tokens[:, t]. Zero or any value where not `used`: those
+    positions are brought behind the others of their row, and only chunks with others are computed.
 
-    Chunks run along T, so that rows stay on their devices. Peak memory is P * chunk * V float32 a device's share of rows.
+    Chunks run along T, so that rows stay on their devices. Peak memory is chunk * V float32 for each row on a device.
     """
-
+    order = jnp.argsort(~used, axis=1, stable=True)
+    hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
+    tokens, used = (jnp.take_along_axis(x, order, axis=1) for x in (tokens, used))
     # Whole on every data shard before the loop; the partitioner would bring it for every chunk.
     cast = spmd.with_logical_constraint(head.astype(hidden.dtype), ("vocab", None))
 
-    @jax.checkpoint
-    def one_chunk(head, cast, hidden, tokens):
+    def compute(head, cast, hidden, tokens):
         scores = _logits(hidden, _read_as(head, cast))
-        return chosen_logp(scores, tokens, sampling), *entropy_and_gini(scores)
+        return chosen_logp(scores, tokens, spec.sampling), *entropy_and_gini(scores)
+
+    def skip(head, cast, hidden, tokens):
+        return (jnp.zeros(tokens.shape),) * 3
+
+    @jax.checkpoint  # around the condition, which would keep the head for every chunk
+    def one_chunk(head, cast, hidden, tokens, used):
+        return jax.lax.cond(jnp.any(used), compute, skip, head, cast, hidden, tokens)
 
     def body(_, xs):
         return None, one_chunk(head, cast, *xs)
 
-    _, out = jax.lax.scan(body, None, _split_time((hidden, tokens), chunk))
-    return _join_time(out, tokens.shape)
+    _, out = jax.lax.scan(body, None, _split_time((hidden, tokens, used), spec.chunk))
+    back = jnp.argsort(order, axis=1)
+    logp, entropy, gini = (
+        jnp.take_along_axis(x, back, axis=1) for x in _join_time(out, tokens.shape)
+    )
+    return logp, entropy, gini
 
 
 @jax.custom_vjp
@@ -122,7 +142,7 @@ class LossSpec:
     """The loss of a token, `token_loss(stats, inputs)`, and how the pass is made.
 
     `token_loss` works element by element, is zero where its inputs are, and depends on the entropy only if
-    `needs_entropy_gradient` (which costs a pass over the logits). `chunk`: response positions at once.
+    `needs_entropy_gradient` (which costs a pass over the logits). `chunk`: positions of a device at once.
     """
 
     token_loss: Callable[[TokenStats, Any], TokenLoss]
@@ -131,33 +151,25 @@ class LossSpec:
     needs_entropy_gradient: bool = False
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def vocabulary_loss(
-    hidden: Float[Array, "P T D"],
+    hidden: Float[Array, "B T D"],
     head: Float[Array, "V D"],
-    tokens: Int[Array, "P T"],
+    tokens: Int[Array, "B T"],
     inputs: Any,
+    used: Bool[Array, "B T"],
     spec: LossSpec,
 ) -> LossAndMetrics:
     """(sum of the loss of all tokens, sums, maxima), float32; hidden[:, t] predicts tokens[:, t].
 
-    `inputs` is a tree of arrays [P T]. The loss alone carries gradient, to `hidden` and `head` (in float32). Memory as in
-    `vocabulary_pass`, and one float32 [V D].
+    `inputs` is a tree of arrays [B T], zero where not `used`: those positions are brought behind the others, and only chunks
+    with others are computed. The loss alone carries gradient, to `hidden` and `head` (in float32). Peak memory is
+    chunk * V float32 on a device, and one float32 [V D].
     """
-
-    def body(total, xs):
-        hidden, tokens, inputs = xs
-        chunk = _read_chunk(_logits(hidden, head.astype(hidden.dtype)), tokens, spec.sampling)
-        loss, metrics = _sum_losses(chunk, chunk.logp, chunk.entropy, inputs, spec.token_loss)
-        return total + loss, metrics
-
-    total, metrics = jax.lax.scan(
-        body, jnp.float32(0), _split_time((hidden, tokens, inputs), spec.chunk)
-    )
-    return total, *_over_chunks(metrics)
+    return _loss_forward(hidden, head, tokens, inputs, used, spec)[0]
 
 
-def _loss_forward(hidden, head, tokens, inputs, spec):
+def _loss_forward(hidden, head, tokens, inputs, used, spec):
     axes = _split_axes(hidden.shape[0])
     compute = head.astype(hidden.dtype)
     on_device = functools.partial(_loss_on_device, spec=spec, axes=axes)
@@ -169,48 +181,52 @@ def _loss_forward(hidden, head, tokens, inputs, spec):
         )
         on_device = jax.shard_map(
             on_device,
-            in_specs=(rows, PartitionSpec(), rows, rows),
+            in_specs=(rows, PartitionSpec(), rows, rows, rows),
             out_specs=(PartitionSpec(), PartitionSpec(), rows, scattered),
             axis_names=set(axes),
         )
-    total, metrics, d_hidden, d_head = on_device(hidden, compute, tokens, inputs)
+    total, metrics, d_hidden, d_head = on_device(hidden, compute, tokens, inputs, used)
     d_head = jax.lax.optimization_barrier(d_head.T)  # a transposition fused into others is slow
     return (total, *metrics), (d_hidden, d_head.astype(head.dtype))
 
 
-def _loss_on_device(hidden, head, tokens, inputs, spec: "LossSpec", axes: tuple[str, ...]):
+def _loss_on_device(hidden, head, tokens, inputs, used, spec: "LossSpec", axes: tuple[str, ...]):
     """(loss, (sums, maxima), d_hidden, d_head [D V] float32) of the rows of a data shard, summed over `axes`."""
-
-    def body(carry, xs):
-        total, d_head = carry
-        hidden, tokens, inputs = xs
-        chunk = _read_chunk(_logits(hidden, head), tokens, spec.sampling)
-        (loss, metrics), slopes = jax.value_and_grad(
-            lambda logp, entropy: _sum_losses(chunk, logp, entropy, inputs, spec.token_loss),
-            (0, 1),
-            has_aux=True,
-        )(chunk.logp, chunk.entropy)
-        d_logits = _logp_gradient(chunk, tokens, slopes[0], spec.sampling)
-        if spec.needs_entropy_gradient:
-            d_logits = d_logits + _entropy_gradient(chunk, slopes[1])
-        d_logits = d_logits.astype(hidden.dtype)
-        d_logits = d_logits.reshape(-1, d_logits.shape[-1])
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        matmul = functools.partial(
-            jnp.einsum, precision=_precision(hidden), preferred_element_type=jnp.float32
-        )
-        d_hidden = matmul("tv,vd->td", d_logits, head).astype(hidden.dtype)
-        d_head = d_head + matmul("td,tv->dv", flat, d_logits)
-        return (total + loss, d_head), (metrics, d_hidden.reshape(hidden.shape))
-
-    # [D V]: XLA's CPU backend is twice as fast at this product than at the one for [V D]; turned once at the end
-    start = (jnp.float32(0), jnp.zeros(head.shape[::-1], jnp.float32))
+    hidden = jnp.where(used[..., None], hidden, 0)  # what stands elsewhere may be anything
+    order = jnp.argsort(~used.reshape(-1), stable=True)
+    size = min(spec.chunk, order.size)
+    xs = jax.tree.map(
+        lambda x: _pad_rows(x.reshape(order.size, *x.shape[2:])[order], size),
+        (hidden, tokens, inputs),
+    )
+    shape, count = hidden.shape, jnp.sum(used)
     if axes:
-        start = jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), start)
-    xs = _split_time((hidden, tokens, inputs), spec.chunk)
-    (total, d_head), (metrics, d_hidden) = jax.lax.scan(body, start, xs)
-    sums, maxima = _over_chunks(metrics)
-    d_hidden = _join_time(d_hidden, tokens.shape)
+        count = jax.lax.pmax(count, axes)  # all devices make equally many rounds
+
+    def body(i, carry):
+        total, d_head, metrics, d_hidden = carry
+        part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size), xs)
+        loss, new, d_part, d_logits = _differentiate(part, head, spec)
+        d_head = d_head + _float32_einsum("td,tv->dv", part[0], d_logits)
+        d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, d_part, i * size, axis=0)
+        return total + loss, d_head, _join_metrics(metrics, new), d_hidden
+
+    first = jax.tree.map(lambda x: x[:size], xs)
+    _, metrics, *_ = jax.eval_shape(lambda part: _differentiate(part, head, spec), first)
+    sums, maxima = metrics
+    none = (
+        jax.tree.map(lambda _: jnp.float32(0), sums),
+        jax.tree.map(lambda _: jnp.float32(-jnp.inf), maxima),
+    )
+    # [D V]: XLA's CPU backend is twice as fast at this product than at the one for [V D]; turned once at the end
+    start = jnp.float32(0), jnp.zeros(head.shape[::-1], jnp.float32), none
+    start = *start, jnp.zeros(xs[0].shape, xs[0].dtype)
+    if axes:
+        start = jax.tree.map(lambda x: _vary(x, axes), start)
+    rounds = (count + size - 1) // size
+    total, d_head, (sums, maxima), d_hidden = jax.lax.fori_loop(0, rounds, body, start)
+    # back by the inverse of the permutation: a scatter is slow everywhere
+    d_hidden = d_hidden[jnp.argsort(order)].reshape(shape)
     if axes:
         total, sums = jax.lax.psum((total, sums), axes)
         maxima = jax.lax.pmax(maxima, axes)
@@ -220,6 +236,42 @@ def _loss_on_device(hidden, head, tokens, inputs, spec: "LossSpec", axes: tuple[
         if rest := tuple(axis for axis in axes if axis not in scattered):
             d_head = jax.lax.psum(d_head, rest)
     return total, (sums, maxima), d_hidden, d_head
+
+
+def _differentiate(part, head, spec: "LossSpec"):
+    """(loss, (sums, maxima), d_hidden, d_logits) of a chunk: hidden states `[c D]`, tokens and inputs `[c]`."""
+    hidden, tokens, inputs = part
+    chunk = _read_chunk(_logits(hidden, head), tokens, spec.sampling)
+    (loss, metrics), slopes = jax.value_and_grad(
+        lambda logp, entropy: _sum_losses(chunk, logp, entropy, inputs, spec.token_loss),
+        (0, 1),
+        has_aux=True,
+    )(chunk.logp, chunk.entropy)
+    d_logits = _logp_gradient(chunk, tokens, slopes[0], spec.sampling)
+    if spec.needs_entropy_gradient:
+        d_logits = d_logits + _entropy_gradient(chunk, slopes[1])
+    d_logits = d_logits.astype(hidden.dtype)
+    d_hidden = _float32_einsum("tv,vd->td", d_logits, head).astype(hidden.dtype)
+    return loss, metrics, d_hidden, d_logits
+
+
+def _float32_einsum(axes, x, y):
+    return jnp.einsum(axes, x, y, precision=_precision(x), preferred_element_type=jnp.float32)
+
+
+def _join_metrics(metrics, new):
+    (sums, maxima), (more, other) = metrics, new
+    return jax.tree.map(jnp.add, sums, more), jax.tree.map(jnp.maximum, maxima, other)
+
+
+def _pad_rows(x, size: int):
+    """With zeros behind the rows, to a multiple of `size`."""
+    return jnp.pad(x, [(0, -len(x) % size)] + [(0, 0)] * (x.ndim - 1))
+
+
+def _vary(x, axes: tuple[str, ...]):
+    """x as a value that differs over `axes`."""
+    return jax.lax.pcast(x, axes, to="varying")
 
 
 def _split_axes(rows: int) -> tuple[str, ...]:
@@ -242,7 +294,7 @@ def _head_axes(axes: tuple[str, ...], width: int) -> tuple[str, ...]:
 def _loss_backward(spec, kept, cotangents):
     scale = cotangents[0]
     d_hidden, d_head = kept
-    return (d_hidden * scale).astype(d_hidden.dtype), d_head * scale, None, None
+    return (d_hidden * scale).astype(d_hidden.dtype), d_head * scale, None, None, None
 
 
 vocabulary_loss.defvjp(_loss_forward, _loss_backward)
@@ -254,11 +306,6 @@ def _sum_losses(chunk: "_Chunk", logp, entropy, inputs, token_loss: Callable[...
     sums = {name: jnp.sum(value) for name, value in out.sums.items()}
     maxima = {name: jnp.max(value) for name, value in out.maxima.items()}
     return jnp.sum(out.loss), jax.lax.stop_gradient((sums, maxima))
-
-
-def _over_chunks(metrics):
-    sums, maxima = metrics
-    return jax.tree.map(lambda x: jnp.sum(x), sums), jax.tree.map(lambda x: jnp.max(x), maxima)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,49 +385,40 @@ def _join_time(tree, shape: tuple[int, ...]):
 
 
 def response_hidden(
-    decoder: Decoder, params: Params, batch: ResponseBatch
-) -> tuple[Float[Array, "P T D"], RouterRecord | None]:
-    """What predicts each response token, T = G * Tr, from one packed row a group, and what the routers did (None without
-    experts).
+    decoder: Decoder, params: Params, batch: ResponseBatch, rows: Rows
+) -> tuple[Float[Array, "W T D"], RouterRecord | None]:
+    """The trunk's hidden states of packed rows, and what the routers did (None without experts).
 
-    The trunk sees Tp + G Tr tokens a group instead of G (Tp + Tr); the head sees response positions only. The hidden state
-    of the last prompt token predicts token 0 of all G responses, so its gradient is the sum over them, as in G separate rows.
+    A position of a completion predicts its target; those that read the last prompt token are one for each completion, so that
+    their gradient is the sum over all of them, as in separate rows.
     """
-    group = batch.prompt, batch.prompt_length, batch.responses, batch.response_length
     with named_scope("trunk"):
-        packed = pack_group(*group)
-        replayed = None if batch.routes is None else _pack_routes(batch.routes)
-        hidden, _, router = apply_routed(decoder, params, *packed, replayed=replayed)
-        hidden = predicting_hidden(hidden, packed[-1])
-        return hidden.reshape(hidden.shape[0], -1, hidden.shape[-1]), router
-
-
-def _pack_routes(routes: Routes) -> UInt[Array, "L P packed k"]:
-    own = routes.responses
-    own = own.reshape(own.shape[0], -1, *own.shape[3:])
-    return jnp.moveaxis(jnp.concatenate([routes.prompt, own], axis=1), 2, 0)
+        replayed = None if batch.routes is None else rows.routes(batch.routes)
+        inputs = rows.tokens(batch), rows.position, rows.layout
+        hidden, _, router = apply_routed(decoder, params, *inputs, replayed=replayed)
+        return hidden, router
 
 
 def response_logprobs(
-    decoder: Decoder, params: Params, batch: ResponseBatch, sampling: Sampling, chunk: int
+    decoder: Decoder, params: Params, batch: ResponseBatch, rows: Rows, spec: PassSpec
 ) -> tuple[Float[Array, "P G Tr"], Float[Array, "P G Tr"], Float[Array, "P G Tr"]]:
-    """(logp, entropy, gini) of the responses, float32. Mask them: past response_length they mean nothing."""
-    (hidden, _), shape = response_hidden(decoder, params, batch), batch.responses.shape
-    tokens = batch.responses.reshape(shape[0], -1)
+    """(logp, entropy, gini) of the responses that lie in these rows, float32; zero elsewhere."""
+    hidden, _ = response_hidden(decoder, params, batch, rows)
+    tokens, head = rows.targets(batch.responses), head_matrix(params, decoder.cfg)
     with named_scope("vocabulary"):
-        out = vocabulary_pass(hidden, head_matrix(params, decoder.cfg), tokens, sampling, chunk)
-    logp, entropy, gini = (x.reshape(shape) for x in out)
+        out = vocabulary_pass(hidden, head, tokens, rows.predicts, spec)
+    zeros = jnp.zeros(batch.responses.shape, jnp.float32)
+    logp, entropy, gini = (rows.put_targets(zeros, x) for x in out)
     return logp, entropy, gini
 
 
 def response_loss(
-    decoder: Decoder, params: Params, batch: ResponseBatch, inputs: Any, spec: LossSpec
+    decoder: Decoder, params: Params, batch: ResponseBatch, rows: Rows, inputs: Any, spec: LossSpec
 ) -> tuple[LossAndMetrics, RouterRecord | None]:
-    """(loss, sums, maxima) of the responses; the loss alone carries gradient. `inputs`: tree of arrays [P G Tr]. See
+    """(loss, sums, maxima) of the responses; the loss alone carries gradient. `inputs`: tree of arrays [W T]. See
     `vocabulary_loss`. Also what the routers did.
     """
-    hidden, router = response_hidden(decoder, params, batch)
-    head = head_matrix(params, decoder.cfg)
-    flat = jax.tree.map(lambda x: x.reshape(x.shape[0], -1), (batch.responses, inputs))
+    hidden, router = response_hidden(decoder, params, batch, rows)
+    head, tokens = head_matrix(params, decoder.cfg), rows.targets(batch.responses)
     with named_scope("vocabulary"):
-        return vocabulary_loss(hidden, head, *flat, spec), router
+        return vocabulary_loss(hidden, head, tokens, inputs, rows.predicts, spec), router

@@ -1,34 +1,49 @@
-"""Cutting a step's groups into micro-batches: few shapes, filled by tokens, rows where they are.
+"""Packing a step's groups into rows: one row a data shard and micro-batch, all rows of an update equally long.
 
-`plan_microbatches` is host code (NumPy): from the lengths alone it says which groups a micro-batch takes and to which
-widths they are cut. `Picker` is its device side. A group never leaves its data shard, and the mini-batch it belongs to
-(`assign_minibatches`) depends on its row alone, so the result does not depend on the mesh.
+A row holds several groups, one behind the other: a prompt without its last token, then its completions, each of which begins
+with that last token and leaves out its own last one. So position i of a completion reads the token before its token i, which
+it predicts; the prompt is stored and computed once, and nothing between tokens is padding:
 
-Lengths are rounded up to 32, 48, 64, 96, 128, 192, .. so that few shapes are ever compiled. Every group costs its trunk
-positions, prompt + G x response; a micro-batch takes the longest groups left until the budget is full, and closes early
-rather than pad a group to more than twice its size.
+    prompt a b c, completions d e and f   ->   reads     a b  c d  c        predicts  - -  d e  f
+
+`plan_microbatches` is host code (NumPy): from the lengths alone it says which row each group goes to, anywhere on the mesh. A
+group that finds no row is split by completions, its prompt repeated. `Rows` is a micro-batch on the device: it reads the
+batch's arrays in the order of the rows. How a batch is packed changes nothing but the order of sums.
 """
 
 import bisect
 import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
+from flax.linen import spmd
 from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rest_jax.distributed import batch_sharding
-from rest_jax.types import ResponseBatch
+from rest_jax.models.cache import RowLayout
+from rest_jax.types import AnyArray, ResponseBatch, Routes
 
 BUCKETS = sorted({b for k in range(5, 27) for b in (1 << k, 3 << (k - 1))})  # 32, 48, 64, 96, ..
+ROW_LENGTHS = sorted(
+    {(8 + i) << k for k in range(2, 24) for i in range(8)}
+)  # 32, 36, .. 64, 72, ..
+# What a micro-batch costs by itself, above all for the weights that it gathers, as a share of the longest row.
+_MICRO_BATCH_COST = 0.02
+# The program of the longest row is compiled in most steps anyway: up to 6 % more padding is worth not compiling another.
+_LONGEST_DISCOUNT = 0.94
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchLengths:
-    """What the host must know of a global batch to cut it; NumPy."""
+    """What the host must know of a global batch to pack it; NumPy."""
 
     prompt_length: np.ndarray  # [P]
     response_length: np.ndarray  # [P, G]
@@ -40,24 +55,52 @@ class BatchLengths:
         lengths = np.asarray(batch.prompt_length), np.asarray(batch.response_length)
         return cls(*lengths, widths=batch.widths)
 
+    def positions(self, piece: "Piece") -> int:
+        """Those that the trunk computes for a piece."""
+        own = self.response_length[piece.group, list(piece.completions)]
+        return int(self.prompt_length[piece.group] - 1 + own.sum())
+
+    def whole(self, group: int) -> "Piece":
+        """All completions of a group."""
+        return Piece(group, tuple(range(self.response_length.shape[1])))
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Completions of a group that lie in one row behind their prompt."""
+
+    group: int
+    completions: tuple[int, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
-    """Groups that go through the trunk together; `pick[w, r]` is a row among those of data shard w (-1: none)."""
+    """Rows that go through the trunk together, one a data shard."""
 
-    pick: np.ndarray  # int32 [W, R]
-    widths: tuple[int, int]  # prompt and response positions kept
-    tokens: int  # trunk positions that hold tokens
-    positions: int  # trunk positions computed
+    rows: tuple[tuple[Piece, ...], ...]
+    row_length: int
+    lengths: BatchLengths
+
+    @property
+    def positions(self) -> int:
+        """Trunk positions computed, padding included."""
+        return len(self.rows) * self.row_length
+
+    @property
+    def max_pairs(self) -> int:
+        """Pairs of tokens that see each other in the row that has the most of them."""
+        return max(sum(_count_pairs(piece, self.lengths) for piece in row) for row in self.rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """The limits of a micro-batch on each of `shards` data shards."""
+    """The limits of a row. `max_tokens`: its positions, None: all groups of a data shard fit; a prompt with one completion
+    always goes. `single_groups`: a row is one undivided group.
+    """
 
     shards: int
-    max_tokens: int | None = None  # trunk positions; None: no limit. At least one group always goes
-    max_groups: int | None = None
+    max_tokens: int | None = None
+    single_groups: bool = False
 
 
 def bucket(length: int, width: int) -> int:
@@ -65,8 +108,18 @@ def bucket(length: int, width: int) -> int:
     return min(BUCKETS[bisect.bisect_left(BUCKETS, length)], width)
 
 
+def row_length(positions: int) -> int:
+    """The least of 32, 36, .. 64, 72, .. 128, 144, .. that holds so many positions; above 32 less than a ninth is padding."""
+    return ROW_LENGTHS[bisect.bisect_left(ROW_LENGTHS, positions)]
+
+
+def longest_row(least: int, limit: int) -> int:
+    """The longest row within `limit` positions, or the shortest that holds `least` where that is longer."""
+    return max(row_length(least), ROW_LENGTHS[max(0, bisect.bisect_right(ROW_LENGTHS, limit) - 1)])
+
+
 def assign_minibatches(groups: int, count: int) -> np.ndarray:
-    """int32 [P]: the mini-batch, in [0, count), of each group; equally many in each, on every data shard."""
+    """int32 [P]: the mini-batch, in [0, count), of each group; equally many in each."""
     return np.arange(groups, dtype=np.int32) % count
 
 
@@ -76,130 +129,261 @@ def plan_microbatches(
     """The micro-batches of each mini-batch.
 
     `minibatch` int [P]: of each group (`assign_minibatches`); `active` bool [P]: groups to compute, the others appear
-    nowhere. A mini-batch without active groups has no micro-batch.
+    nowhere, nor do groups without response tokens. A mini-batch without any other has no micro-batch.
     """
-    prompts, responses = lengths.prompt_length, lengths.response_length
-    local = len(prompts) // packing.shards
-    sizes = [
-        (bucket(int(p), lengths.widths[0]), bucket(int(r), lengths.widths[1]))
-        for p, r in zip(prompts, responses.max(axis=1), strict=True)
-    ]
-    groups = _Groups(sizes, prompts + responses.sum(axis=1), responses.shape[1], local)
-
-    def queue(shard: int, index: int) -> list[int]:
-        rows = range(shard * local, (shard + 1) * local)
-        mine = [p for p in rows if active[p] and minibatch[p] == index]
-        return sorted(mine, key=lambda p: (-groups.cost(sizes[p]), p))
-
+    if (lengths.prompt_length < 1).any():
+        raise ValueError("plan_microbatches: a prompt has no token")
+    active = active & (lengths.response_length.sum(axis=1) > 0)
     return [
-        _fill([queue(shard, index) for shard in range(packing.shards)], groups, packing)
+        _pack(np.flatnonzero(active & (minibatch == index)), lengths, packing)
         for index in range(int(minibatch.max()) + 1)
     ]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Groups:
-    sizes: list[tuple[int, int]]  # bucketed prompt and response widths of each group
-    tokens: np.ndarray  # [P]
-    group_size: int
-    local: int  # groups of a data shard
-
-    def cost(self, widths: tuple[int, int]) -> int:
-        return widths[0] + self.group_size * widths[1]
-
-    def widths(self, groups: Sequence[int]) -> tuple[int, int]:
-        """What holds all of them."""
-        return max(self.sizes[p][0] for p in groups), max(self.sizes[p][1] for p in groups)
-
-
-def _fill(queues: list[list[int]], groups: _Groups, packing: Packing) -> list[MicroBatch]:
-    microbatches = []
-    while any(queues):
-        rows = _count_rows(queues, groups, packing)
-        taken = [queue[:rows] for queue in queues]
-        queues = [queue[rows:] for queue in queues]
-        pick = np.full((len(queues), rows), -1, np.int32)
-        for shard, part in enumerate(taken):
-            pick[shard, : len(part)] = [p - shard * groups.local for p in part]
-        members = [p for part in taken for p in part]
-        widths, tokens = groups.widths(members), int(groups.tokens[members].sum())
-        microbatches.append(MicroBatch(pick, widths, tokens, pick.size * groups.cost(widths)))
-    return microbatches
+def _pack(groups: np.ndarray, lengths: BatchLengths, packing: Packing) -> list[MicroBatch]:
+    """Micro-batches of equally long rows, chosen to compute the fewest positions (`_fill_rows`)."""
+    if not len(groups):
+        return []
+    pieces = [lengths.whole(int(p)) for p in groups]
+    sizes = np.array([lengths.positions(piece) for piece in pieces])
+    order = np.lexsort((groups, -sizes))
+    pieces = [pieces[i] for i in order]
+    if packing.single_groups:
+        length, rows = row_length(int(sizes.max())), [(piece,) for piece in pieces]
+    else:
+        length, rows = _fill_rows(pieces, sizes, lengths, packing)
+    count = -(-len(rows) // packing.shards)
+    rows += [()] * (count * packing.shards - len(rows))
+    shards = packing.shards
+    return [
+        MicroBatch(tuple(rows[i * shards : (i + 1) * shards]), length, lengths)
+        for i in range(count)
+    ]
 
 
-def _count_rows(queues: list[list[int]], groups: _Groups, packing: Packing) -> int:
-    """How many groups of each queue go into the next micro-batch."""
-    widths = groups.widths([queue[0] for queue in queues if queue])
-    rows, left = 1, max(map(len, queues))
-    left = min(left, packing.max_groups or left)
-    while rows < left:
-        joined = groups.widths([queue[rows] for queue in queues if len(queue) > rows])
-        wider = (max(widths[0], joined[0]), max(widths[1], joined[1]))
-        full = (
-            packing.max_tokens is not None and (rows + 1) * groups.cost(wider) > packing.max_tokens
-        )
-        if full or 2 * groups.cost(joined) < groups.cost(wider):
-            break
-        widths, rows = wider, rows + 1
-    if rows < left and rows & (rows - 1):
-        rows = 1 << (rows.bit_length() - 1)  # numbers of rows are few, too
-    return rows
+def _fill_rows(
+    pieces: list[Piece], sizes: np.ndarray, lengths: BatchLengths, packing: Packing
+) -> tuple[int, list[tuple[Piece, ...]]]:
+    """(length of the rows, rows) of the least cost; the largest pieces come first.
+
+    cost = rows x (length, or 0.94 of it where it is the longest allowed, + 0.02 x the longest allowed)
+    """
+    groups = [piece.group for piece in pieces]
+    longest = lengths.prompt_length[groups] - 1 + lengths.response_length[groups].max(axis=1)
+    least, total = int(longest.max()), int(sizes.sum())
+    most = longest_row(least, packing.max_tokens or ROW_LENGTHS[-1])
+    best, chosen = math.inf, None
+    for count in itertools.count(packing.shards, packing.shards):
+        if chosen and count * (least * _LONGEST_DISCOUNT + most * _MICRO_BATCH_COST) >= best:
+            return chosen
+        for length in _row_lengths(max(least, -(-total // count)), most):
+            cost = length * (_LONGEST_DISCOUNT if length == most else 1) + most * _MICRO_BATCH_COST
+            if count * cost < best and (rows := _fill(pieces, lengths, count, length)) is not None:
+                best, chosen = count * cost, (length, rows)
+    raise AssertionError("there is a row for every completion in the end")
+
+
+def _row_lengths(least: int, most: int) -> Iterator[int]:
+    first = bisect.bisect_left(ROW_LENGTHS, least)
+    return itertools.takewhile(lambda n: n <= most, ROW_LENGTHS[first:])
+
+
+def _fill(
+    pieces: list[Piece], lengths: BatchLengths, count: int, length: int
+) -> list[tuple[Piece, ...]] | None:
+    """So many rows of that length, or None: each piece goes into the row with the fewest free positions that holds it, or is
+    split.
+    """
+    free, rows = np.full(count, length), [[] for _ in range(count)]
+
+    def put(piece: Piece, row: int) -> None:
+        rows[row].append(piece)
+        free[row] -= lengths.positions(piece)
+
+    for piece in pieces:
+        left = piece
+        while left.completions:
+            size = lengths.positions(left)
+            if size <= free.max():
+                put(left, int(np.argmin(np.where(free >= size, free, length + 1))))
+                break
+            row = int(np.argmax(free))
+            part = _what_fits(left, lengths, int(free[row]))
+            if not lengths.response_length[part.group, list(part.completions)].any():
+                return None
+            put(part, row)
+            rest = [g for g in left.completions if g not in part.completions]
+            left = Piece(left.group, tuple(rest))
+    return [tuple(row) for row in rows]
+
+
+def _what_fits(piece: Piece, lengths: BatchLengths, free: int) -> Piece:
+    """The prompt with the longest completions that fit."""
+    free -= int(lengths.prompt_length[piece.group]) - 1
+    own, taken = lengths.response_length[piece.group], []
+    for g in sorted(piece.completions, key=lambda g: (-own[g], g)):
+        if own[g] <= free:
+            taken.append(g)
+            free -= int(own[g])
+    return Piece(piece.group, tuple(sorted(taken)))
 
 
 def packing_metrics(plan: Sequence[Sequence[MicroBatch]], groups: int) -> dict[str, float]:
-    """Of the micro-batches of a step over `groups` groups."""
+    """Of the micro-batches of a step over `groups` groups. A repeated prompt is padding."""
     micro = [m for mini in plan for m in mini]
+    taken = {piece.group for m in micro for row in m.rows for piece in row}
+    needed = sum(m.lengths.positions(m.lengths.whole(p)) for m in micro[:1] for p in taken)
     positions = sum(m.positions for m in micro)
-    taken = sum(int((m.pick >= 0).sum()) for m in micro)
     return {
         "update/micro_batches": float(len(micro)),
-        "update/padding": 1 - sum(m.tokens for m in micro) / positions if positions else 0.0,
-        "update/skipped_groups": 1 - taken / groups,
+        "update/padding": 1 - needed / positions if positions else 0.0,
+        "update/skipped_groups": 1 - len(taken) / groups,
     }
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["pick"], meta_fields=["widths", "mesh"]
-)
-@dataclasses.dataclass(frozen=True)
-class Picker:
-    """Takes the groups of a micro-batch out of arrays [P, ...], inside jit: [P, ...] -> [W * R, ...]. A pytree.
+@struct.dataclass
+class Rows:
+    """A micro-batch on the devices: where each position of its rows reads, and what it predicts. int32.
 
-    A row of -1 is an empty group, with zeros in all arrays but those that ask for another value.
+    Its methods run inside jit. A batch's arrays come whole to every device, as they are a few bytes a token; not its routes.
     """
 
-    pick: Any  # int32 [W, R]
-    widths: tuple[int, int]  # prompt and response positions kept
-    mesh: Mesh
+    token: Int[AnyArray, "W T"]  # index among the tokens [P, Tp + G Tr] of the batch, which is read
+    target: Int[
+        AnyArray, "W T"
+    ]  # index among the response tokens [P, G, Tr], which is predicted; -1: none
+    position: Int[AnyArray, "W T"]  # in its sequence
+    until: Int[AnyArray, "W T"]  # see RowLayout
+    groups: Int[AnyArray, " W"]  # that lie in a row, undivided or not
+    balance: Float[AnyArray, "W T"] | None = struct.field(
+        default=None, kw_only=True
+    )  # see RowLayout
+    pairs: int = struct.field(pytree_node=False)  # see RowLayout
 
-    def groups(self, x: Any, empty: int = 0) -> jax.Array:
-        """Rows of any array [P, ...]."""
-        shards, rows = self.pick.shape
-        x = x.reshape(shards, -1, *x.shape[1:])
-        x = jax.vmap(lambda part, row: jnp.take(part, row, axis=0, mode="clip"))(x, self.pick)
-        none = (self.pick < 0).reshape(shards, rows, *(1,) * (x.ndim - 2))
-        x = jnp.where(none, jnp.asarray(empty, x.dtype), x)
-        x = x.reshape(shards * rows, *x.shape[2:])
-        return jax.lax.with_sharding_constraint(x, batch_sharding(self.mesh))
+    @property
+    def layout(self) -> RowLayout:
+        """Which positions see each other."""
+        return RowLayout(self.until, self.pairs, self.balance)
 
-    def prompt(self, x: Any) -> jax.Array:
-        """Rows of prompts [P, Tp], cut to the prompt width."""
-        return self.groups(x[:, : self.widths[0]])
+    @property
+    def predicts(self) -> Bool[Array, "W T"]:
+        """Where a response token is predicted."""
+        return jnp.asarray(self.target) >= 0
 
-    def tokens(self, x: Any) -> jax.Array:
-        """Rows of a per-token array [P, G, Tr], cut to the response width."""
-        return self.groups(x[:, :, : self.widths[1]])
+    def tokens(self, batch: ResponseBatch) -> Int[Array, "W T"]:
+        """Ids that are read."""
+        return self._take(_join(batch.prompt, batch.responses), self.token)
 
-    def put_tokens(self, x: jax.Array, part: jax.Array) -> jax.Array:
-        """Writes rows [W * R, G, t] back into x [P, G, Tr]; the inverse of `tokens`."""
-        shards = self.pick.shape[0]
-        part = jnp.pad(part, [(0, 0), (0, 0), (0, x.shape[2] - part.shape[2])])
-        old, new = (a.reshape(shards, -1, *a.shape[1:]) for a in (x, part))
-        row = jnp.where(self.pick < 0, old.shape[1], self.pick)
-        put = jax.vmap(lambda a, i, b: a.at[i].set(b, mode="drop"))
-        return put(old, row, new).reshape(x.shape)
+    def routes(self, routes: Routes) -> Shaped[Array, "L W T k"]:
+        """The experts that the read tokens went to."""
+        both = _join(routes.prompt, routes.responses)
+        taken = jnp.take(
+            both, self.token, axis=0, mode="clip"
+        )  # too many bytes a token to come whole
+        return jnp.moveaxis(_pin(taken), 2, 0)
+
+    def targets(self, x: Shaped[AnyArray, "P G Tr"]) -> Shaped[Array, "W T"]:
+        """A per-token array at the predicted tokens; zero where none is."""
+        return jnp.where(self.predicts, self._take(x.reshape(-1), self.target), 0)
+
+    def completions(self, x: Shaped[AnyArray, "P G"], width: int) -> Shaped[Array, "W T"]:
+        """An array over completions of `width` positions at their predicted tokens; zero where none is."""
+        return jnp.where(self.predicts, self._take(x.reshape(-1), self.target // width), 0)
+
+    def put_targets(
+        self, x: Shaped[Array, "P G Tr"], values: Shaped[Array, "W T"]
+    ) -> Shaped[Array, "P G Tr"]:
+        """x with the values of the predicted tokens; the inverse of `targets`."""
+        where = jnp.where(self.predicts, self.target, x.size)
+        where, values = (spmd.with_logical_constraint(a, (None, None)) for a in (where, values))
+        put = x.reshape(-1).at[where.reshape(-1)].set(values.reshape(-1), mode="drop")
+        return put.reshape(x.shape)
+
+    def _take(self, flat, index):
+        flat = spmd.with_logical_constraint(flat, (None,) * flat.ndim)
+        return _pin(jnp.take(flat, index, axis=0, mode="clip"))
 
 
-def make_picker(micro: MicroBatch, mesh: Mesh) -> Picker:
-    """The picker of a micro-batch, its rows on their data shards."""
-    return Picker(jax.device_put(micro.pick, batch_sharding(mesh)), micro.widths, mesh)
+def make_rows(micro: MicroBatch, mesh: Mesh | None = None) -> Rows:
+    """A micro-batch on its data shards, of which each process makes its own; without a mesh, NumPy."""
+    count, length, lengths = len(micro.rows), micro.row_length, micro.lengths
+    tokens = len(lengths.prompt_length) * (
+        lengths.widths[0] + lengths.response_length.shape[1] * lengths.widths[1]
+    )
+    if tokens >= 1 << 31:
+        raise ValueError(f"make_rows: int32 cannot index the {tokens} tokens of a batch")
+
+    @functools.cache
+    def tables(shard: int) -> np.ndarray:
+        return _row_tables(micro.rows[shard], lengths, length)
+
+    def part(field: int, index: Any) -> np.ndarray:
+        return np.stack([tables(shard)[field] for shard in range(count)[index[0]]])
+
+    def put_on_mesh(field: int) -> AnyArray:
+        if mesh is None:
+            return part(field, (slice(None),))
+        shape, rows = (count, length), batch_sharding(mesh)
+        return jax.make_array_from_callback(shape, rows, functools.partial(part, field))
+
+    counts = np.array([len(row) for row in micro.rows], np.int32)
+    groups: AnyArray = counts
+    if mesh is not None:
+        # not device_put, for which all processes would wait to compare what they have
+        groups = jax.make_array_from_callback(
+            counts.shape, batch_sharding(mesh), counts.__getitem__
+        )
+    # pairs of a causal row, so that one program serves all micro-batches
+    return Rows(*map(put_on_mesh, range(4)), groups=groups, pairs=length * (length + 1) // 2)
+
+
+def empty_rows(shards: int) -> Rows:
+    """Rows of nothing, to ask for the shapes of what a micro-batch gives."""
+    none = jnp.zeros((shards, ROW_LENGTHS[0]), jnp.int32)
+    return Rows(none, none - 1, none, none, none[:, 0], pairs=1)
+
+
+def _row_tables(row: Sequence[Piece], lengths: BatchLengths, length: int) -> np.ndarray:
+    """int32 [4, T]: token, target, position and until of a row."""
+    prompt_width, response_width = lengths.widths
+    group_size = lengths.response_length.shape[1]
+    tables = np.zeros((4, length), np.int32)
+    token, target, position, until = tables
+    target[:] = -1
+    at = 0
+    for piece in row:
+        p, start = piece.group, at
+        first = p * (prompt_width + group_size * response_width)
+        before = int(lengths.prompt_length[p]) - 1
+        at += before
+        token[start:at] = first + np.arange(before)
+        position[start:at] = np.arange(before)
+        for g in piece.completions:
+            size = int(lengths.response_length[p, g])
+            own = slice(at, at + size)
+            read = first + prompt_width + g * response_width + np.arange(-1, size - 1)
+            token[own] = np.where(np.arange(size) == 0, first + before, read)
+            target[own] = (p * group_size + g) * response_width + np.arange(size)
+            position[own] = before + np.arange(size)
+            at += size
+            until[own] = at
+        until[start : start + before] = at
+    return tables
+
+
+def _count_pairs(piece: Piece, lengths: BatchLengths) -> int:
+    before = int(lengths.prompt_length[piece.group]) - 1
+    own = lengths.response_length[piece.group, list(piece.completions)].astype(np.int64)
+    return before * (before + 1) // 2 + int((own * before + own * (own + 1) // 2).sum())
+
+
+def _pin(x):
+    """Rows on their data shards; does nothing outside `distributed.activate`."""
+    return spmd.with_logical_constraint(x, ("batch", *(None,) * (x.ndim - 1)))
+
+
+def _join(prompt, responses):
+    """`[P Tp ...]` and `[P G Tr ...]` as `[P*(Tp + G*Tr) ...]`."""
+    own = responses.reshape(responses.shape[0], -1, *responses.shape[3:])
+    both = jnp.concatenate([prompt, own], axis=1)
+    return both.reshape(-1, *both.shape[2:])

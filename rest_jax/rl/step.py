@@ -5,8 +5,8 @@
         update(state, batch, micro_batches)          -> TrainState, Totals
 
 Everything is jitted here, with shardings in and out; the functions themselves are in `rl/prepare.py` and `rl/update.py`.
-The calls only dispatch: nothing waits for the device. A step is several programs, not one, since micro-batches have
-different shapes and groups without advantage are in none.
+The calls only dispatch: nothing waits for the device. A step is several programs, not one: how many micro-batches an update has
+depends on the lengths, rows have few lengths, and groups without advantage are in none.
 """
 
 import dataclasses
@@ -32,23 +32,22 @@ from rest_jax.distributed import (
 from rest_jax.models.decoder import Decoder, param_shardings
 from rest_jax.models.policy import Policy
 from rest_jax.rl import curriculum
-from rest_jax.rl.logprobs import response_logprobs
+from rest_jax.rl.logprobs import PassSpec, response_logprobs
 from rest_jax.rl.packing import (
     BatchLengths,
     MicroBatch,
     Packing,
     assign_minibatches,
-    make_picker,
+    make_rows,
     plan_microbatches,
 )
 from rest_jax.rl.prepare import Metrics, Recomputed, StepConfig, active_groups, prepare
 from rest_jax.rl.update import (
     Totals,
     UpdateSpec,
-    add_micro_gradient,
+    add_gradient,
     apply_gradient,
     apply_with_host_moments,
-    micro_gradient,
     policy_loss,
     zero_gradient,
 )
@@ -62,20 +61,20 @@ class Update:
     The state is donated. Gradients are float32 in the sharding of the parameters, metrics are replicated.
     """
 
-    first: Callable[..., tuple[Params, Totals]]  # compiled `micro_gradient`
-    add: Callable[..., tuple[Params, Totals]]  # compiled `add_micro_gradient`
     zero: Callable[..., tuple[Params, Totals]]  # compiled `zero_gradient`
+    add: Callable[
+        ..., tuple[Params, Totals]
+    ]  # compiled `add_gradient`, one program for each length of rows
     apply: Callable[..., tuple[TrainState, Totals]]  # compiled `apply_gradient`
     mesh: Mesh
 
     def __call__(
         self, state: TrainState, batch: Any, micro_batches: Sequence[MicroBatch]
     ) -> tuple[TrainState, Totals]:
-        total = None
+        total = self.zero(state.params, batch)
         for micro in micro_batches:
-            groups = state.params, batch, make_picker(micro, self.mesh)
-            total = self.first(*groups) if total is None else self.add(total, *groups)
-        return self.apply(state, *(total or self.zero(state.params, batch)))
+            total = self.add(total, state.params, batch, make_rows(micro, self.mesh))
+        return self.apply(state, *total)
 
 
 def make_update(spec: UpdateSpec, state_shardings: TrainState) -> Update:
@@ -85,16 +84,12 @@ def make_update(spec: UpdateSpec, state_shardings: TrainState) -> Update:
     kinds = {sharding.memory_kind for sharding in jax.tree.leaves(state_shardings.opt_state)}
     apply = apply_with_host_moments if HOST_MEMORY in kinds else apply_gradient
     return Update(
-        first=jax.jit(
-            functools.partial(micro_gradient, spec=spec),
-            out_shardings=accumulated,
-        ),
+        zero=jax.jit(functools.partial(zero_gradient, spec=spec), out_shardings=accumulated),
         add=jax.jit(
-            functools.partial(add_micro_gradient, spec=spec),
+            functools.partial(add_gradient, spec=spec),
             out_shardings=accumulated,
             donate_argnums=0,
         ),
-        zero=jax.jit(functools.partial(zero_gradient, spec=spec), out_shardings=accumulated),
         apply=jax.jit(
             functools.partial(apply, spec=spec),
             in_shardings=(state_shardings, *accumulated),
@@ -120,7 +115,7 @@ class Logprobs:
         zeros = (jnp.zeros(shape, jnp.float32, device=rows) for _ in range(3))
         values = Recomputed(*zeros)
         for micro in plan_all_groups(lengths, self.max_tokens, self.mesh):
-            values = self.add(params, values, rollout, make_picker(micro, self.mesh))
+            values = self.add(params, values, rollout, make_rows(micro, self.mesh))
         return values
 
 
@@ -180,8 +175,8 @@ def plan_minibatches(
 ) -> list[list[MicroBatch]]:
     """The micro-batches of each mini-batch, with the groups that must be computed; of the global batch."""
     minibatch = assign_minibatches(len(reward), cfg.updates)
-    limit = None if cfg.noise_groups is None else 1
-    packing = Packing(num_data_shards(mesh), cfg.max_tokens_per_microbatch, limit)
+    single = cfg.noise_groups is not None
+    packing = Packing(num_data_shards(mesh), cfg.max_tokens_per_microbatch, single)
     return plan_microbatches(lengths, minibatch, active_groups(reward, cfg), packing)
 
 
@@ -222,11 +217,10 @@ def plan_all_groups(lengths: BatchLengths, max_tokens: int | None, mesh: Mesh) -
     return micro_batches
 
 
-def _put_logprobs(params, values, rollout, picker, decoder, cfg) -> Recomputed:
-    part = rollout.take(picker)
-    new = response_logprobs(decoder, params, part, cfg.sampling, cfg.loss.vocab_chunk)
-    new = Recomputed(*(jnp.where(part.mask, x, 0.0) for x in new))
-    return jax.tree.map(picker.put_tokens, values, new)
+def _put_logprobs(params, values, rollout, rows, decoder, cfg) -> Recomputed:
+    spec = PassSpec(cfg.sampling, cfg.loss.vocab_chunk)
+    new = response_logprobs(decoder, params, rollout, rows, spec)
+    return jax.tree.map(jnp.add, values, Recomputed(*new))
 
 
 def init_state(

@@ -22,10 +22,11 @@ from rest_jax.distributed import batch_sharding
 from rest_jax.models.decoder import Decoder
 from rest_jax.rl.logprobs import LossSpec, response_loss
 from rest_jax.rl.loss import TokenLoss, TokenStats
+from rest_jax.rl.packing import Rows
 from rest_jax.rl.step import Update, make_update
 from rest_jax.rl.update import Totals, UpdateSpec, add_router
 from rest_jax.tool_calls import NUM_REGIONS, Region
-from rest_jax.types import AnyArray, GroupPicker, Params, ResponseBatch, Sampling, TrainState
+from rest_jax.types import AnyArray, Params, ResponseBatch, Sampling, TrainState
 
 TOOL_CALL_REGIONS = (Region.SCAFFOLD, Region.NAME, Region.PARAM)
 
@@ -43,14 +44,6 @@ class SupervisedBatch(ResponseBatch):
 
     loss_weight: Float[Array, "P 1 Tr"]
     plain_weight: Float[Array, "P 1 Tr"]
-
-    def take(self, pick: GroupPicker) -> "SupervisedBatch":
-        """The groups of a micro-batch."""
-        return dataclasses.replace(
-            super().take(pick),
-            loss_weight=pick.tokens(self.loss_weight),
-            plain_weight=pick.tokens(self.plain_weight),
-        )
 
 
 class SupervisedInputs(NamedTuple):
@@ -90,14 +83,16 @@ def supervised_token_loss(seen: TokenStats, x: SupervisedInputs) -> TokenLoss:
 
 
 def supervised_loss(
-    params: Params, batch: SupervisedBatch, decoder: Decoder, cfg: LossConfig
+    params: Params, batch: SupervisedBatch, rows: Rows, decoder: Decoder, cfg: LossConfig
 ) -> tuple[Float[Array, ""], Totals]:
     """This micro-batch's share of the loss and of its metrics."""
-    inputs = SupervisedInputs(batch.loss_weight, batch.plain_weight)
+    inputs = SupervisedInputs(rows.targets(batch.loss_weight), rows.targets(batch.plain_weight))
     spec = LossSpec(supervised_token_loss, Sampling(), cfg.vocab_chunk)
-    out, router = response_loss(decoder, params, batch, inputs, spec)
-    group_weight = jnp.sum(batch.plain_weight, axis=(1, 2))
-    return add_router(out, router, group_weight, cfg.load_balance_coefficient)
+    balance = inputs.plain_weight if cfg.load_balance_coefficient > 0 else None
+    out, router = response_loss(
+        decoder, params, batch, dataclasses.replace(rows, balance=balance), inputs, spec
+    )
+    return add_router(out, router, cfg.load_balance_coefficient)
 
 
 def make_prepare_gold(cfg: SftConfig, mesh: Mesh):

@@ -1,9 +1,8 @@
 """The device side of an optimiser update: forward pass, loss with its metrics, gradient, AdamW. Pure functions.
 
-    policy_loss(params, batch)   -> loss, Totals                   one micro-batch
-    micro_gradient(params, batch, picker)                          its gradient, for the groups it picks
-    add_micro_gradient(...)                                        the same, added to what earlier micro-batches gave
-    apply_gradient(state, ...)   -> TrainState, Totals             one optimiser update
+    policy_loss(params, batch, rows) -> loss, Totals               one micro-batch
+    add_gradient(total, params, batch, rows)                       its gradient, added to what earlier micro-batches gave
+    apply_gradient(state, ...)       -> TrainState, Totals         one optimiser update
 
 `rl/step.py` compiles them and loops over micro-batches. Denominators are in the batch already (`rl/loss.py`), so how it is
 cut changes nothing but the order of sums.
@@ -28,7 +27,7 @@ from rest_jax.models.moe import RouterRecord
 from rest_jax.rl.balance import RouterSums, balance_loss, router_metrics, sum_router
 from rest_jax.rl.logprobs import LossAndMetrics, LossSpec, response_loss
 from rest_jax.rl.loss import TokenInputs, policy_token_loss
-from rest_jax.rl.packing import Picker
+from rest_jax.rl.packing import Rows, empty_rows
 from rest_jax.types import Params, ResponseBatch, Sampling, TrainBatch, TrainState
 
 
@@ -51,7 +50,7 @@ class Totals:
         )
 
 
-LossFn = Callable[[Params, Any], tuple[jax.Array, Totals]]  # (params, groups of the batch)
+LossFn = Callable[[Params, Any, Rows], tuple[jax.Array, Totals]]  # (params, batch, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +64,21 @@ class UpdateSpec:
 
 
 def policy_loss(
-    params: Params, batch: TrainBatch, decoder: Decoder, cfg: LossConfig, sampling: Sampling
+    params: Params,
+    batch: TrainBatch,
+    rows: Rows,
+    decoder: Decoder,
+    cfg: LossConfig,
+    sampling: Sampling,
 ) -> tuple[Float[Array, ""], Totals]:
     """This micro-batch's share of the mini-batch's loss and of its metrics."""
     inputs = TokenInputs(
-        logp_old=batch.logp_old,
-        advantage=jnp.broadcast_to(batch.advantage[..., None], batch.responses.shape),
-        loss_weight=batch.loss_weight,
-        regulariser=batch.regulariser,
-        mask=batch.mask,
-        logp_ref=batch.logp_ref,
+        logp_old=rows.targets(batch.logp_old),
+        advantage=rows.completions(batch.advantage, batch.widths[1]),
+        loss_weight=rows.targets(batch.loss_weight),
+        regulariser=rows.targets(batch.regulariser),
+        mask=rows.predicts,
+        logp_ref=None if batch.logp_ref is None else rows.targets(batch.logp_ref),
     )
     spec = LossSpec(
         functools.partial(policy_token_loss, cfg=cfg),
@@ -82,23 +86,22 @@ def policy_loss(
         cfg.vocab_chunk,
         needs_entropy_gradient=cfg.entropy_coefficient > 0,
     )
-    out, router = response_loss(decoder, params, batch, inputs, spec)
-    group_weight = jnp.sum(batch.regulariser, axis=(1, 2))
-    return add_router(out, router, group_weight, cfg.load_balance_coefficient)
+    balance = inputs.regulariser if cfg.load_balance_coefficient > 0 else None
+    out, router = response_loss(
+        decoder, params, batch, dataclasses.replace(rows, balance=balance), inputs, spec
+    )
+    return add_router(out, router, cfg.load_balance_coefficient)
 
 
 def add_router(
-    out: LossAndMetrics,
-    router: RouterRecord | None,
-    group_weight: Float[Array, " P"],
-    coefficient: float,
+    out: LossAndMetrics, router: RouterRecord | None, coefficient: float
 ) -> tuple[Float[Array, ""], Totals]:
-    """The loss and its metrics with what the routers add; `group_weight` is each group's share of the mini-batch."""
+    """The loss and its metrics with what the routers add."""
     total, sums, maxima = out
     if router is None:
         return total, Totals(sums, maxima)
     if coefficient > 0:
-        balance = balance_loss(router, group_weight)
+        balance = balance_loss(router)
         total = total + coefficient * balance
         own = jax.lax.stop_gradient(balance)
         loss = sums["update/loss"] + coefficient * own
@@ -107,34 +110,30 @@ def add_router(
 
 
 def micro_gradient(
-    params: Params, batch: ResponseBatch, picker: Picker, spec: UpdateSpec
+    params: Params, batch: ResponseBatch, rows: Rows, spec: UpdateSpec
 ) -> tuple[Params, Totals]:
-    """Gradient (float32) and metrics of the groups of a micro-batch."""
-    gradient, totals = jax.grad(spec.loss_fn, has_aux=True)(params, batch.take(picker))
+    """Gradient (float32) and metrics of a micro-batch."""
+    gradient, totals = jax.grad(spec.loss_fn, has_aux=True)(params, batch, rows)
     if spec.noise_groups is not None:
-        groups = jnp.sum(picker.pick >= 0).astype(jnp.float32)
+        groups = jnp.sum(rows.groups).astype(jnp.float32)
         # What a skipped group adds is put in at the end: `noise_groups` less the groups computed.
         parts = {SQUARES: optax.tree.norm(gradient, squared=True), COUNTS: groups**2 - groups}
         totals = dataclasses.replace(totals, sums=totals.sums | parts)
     return gradient, totals
 
 
-def add_micro_gradient(
-    total: tuple[Params, Totals],
-    params: Params,
-    batch: ResponseBatch,
-    picker: Picker,
-    spec: UpdateSpec,
+def add_gradient(
+    total: tuple[Params, Totals], params: Params, batch: ResponseBatch, rows: Rows, spec: UpdateSpec
 ) -> tuple[Params, Totals]:
     """`micro_gradient`, added to the gradient and the metrics so far (which a compiled call donates)."""
-    gradient, totals = micro_gradient(params, batch, picker, spec)
+    gradient, totals = micro_gradient(params, batch, rows, spec)
     return jax.tree.map(jnp.add, total[0], gradient), total[1].join(totals)
 
 
 def zero_gradient(params: Params, batch: ResponseBatch, spec: UpdateSpec) -> tuple[Params, Totals]:
-    """Of a mini-batch in which no group is active: the gradient and the sums are zero."""
-    none = Picker(jnp.full((num_data_shards(spec.mesh), 1), -1, jnp.int32), (32, 32), spec.mesh)
-    shapes = jax.eval_shape(lambda p, b: micro_gradient(p, b, none, spec), params, batch)
+    """What the first micro-batch is added to; the maxima are of quantities that are not negative."""
+    make = functools.partial(micro_gradient, spec=spec)
+    shapes = jax.eval_shape(make, params, batch, empty_rows(num_data_shards(spec.mesh)))
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 

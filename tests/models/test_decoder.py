@@ -9,18 +9,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from rest_jax.models.attention import (
-    attend,
-    pack_group,
-    predicting_hidden,
-    prompt_rows,
-    split_group,
-)
-from rest_jax.models.cache import PromptLayout
+from rest_jax.models.attention import prompt_rows
 from rest_jax.models.config import DecoderConfig, RopeScaling
 from rest_jax.models.decoder import Decoder, abstract_params, head_matrix, init_params, logits
 from rest_jax.models.rope import apply_rope, frequencies, rope_tables
-from rest_jax.types import response_mask
+from rest_jax.types import ResponseBatch, response_mask
 from tests import tiny
 
 VOCAB, PAD = 61, 60
@@ -61,30 +54,32 @@ def make_params(cfg):
     )
 
 
-def make_batch():
+@functools.cache
+def make_batch() -> ResponseBatch:
     """Ragged groups; padding holds an id that occurs nowhere else."""
     rng = np.random.default_rng(2)
     prompt, responses = (rng.integers(0, PAD, shape) for shape in ((P, TP), (P, G, TR)))
     prompt[np.arange(TP) >= np.asarray(PROMPT_LENGTH)[:, None]] = PAD
     responses[np.arange(TR) >= np.asarray(RESPONSE_LENGTH)[..., None]] = PAD
-    return jnp.asarray(prompt, jnp.int32), jnp.asarray(responses, jnp.int32)
+    prompt, responses = (jnp.asarray(x, jnp.int32) for x in (prompt, responses))
+    return ResponseBatch(prompt, PROMPT_LENGTH, responses, RESPONSE_LENGTH)
 
 
 def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def grouped_hidden(cfg, params, prompt, responses):
-    """[P, G, Tr, D]: what predicts each response token, in the packed layout."""
-    group = prompt, PROMPT_LENGTH, responses, RESPONSE_LENGTH
-    tokens, positions, layout = pack_group(*group)
-    hidden, _ = Decoder(cfg).apply({"params": params}, tokens, positions, layout)
-    return predicting_hidden(hidden, layout)
+def grouped_hidden(cfg, params, batch, padding=PAD):
+    """[P, G, Tr, D]: what predicts each response token, from two rows of two groups, which read `padding` behind them."""
+    rows = tiny.packed(make_batch(), 2)
+    tokens = jnp.where(rows.layout.valid, rows.tokens(batch), padding)
+    hidden, _ = Decoder(cfg).apply({"params": params}, tokens, rows.position, rows.layout)
+    return tiny.predicting(rows, hidden, batch)
 
 
-def separate_hidden(cfg, params, prompt, responses):
+def separate_hidden(cfg, params, batch):
     """The same from one contiguous row a response, its prompt repeated, nothing shared and no padding inside."""
-    prompt, responses = np.asarray(prompt), np.asarray(responses)
+    prompt, responses = np.asarray(batch.prompt), np.asarray(batch.responses)
     lengths, spoken = np.asarray(PROMPT_LENGTH), np.asarray(RESPONSE_LENGTH)
     rows = np.full((P * G, TP + TR), PAD)
     starts, ends = np.zeros(P * G, int), np.zeros(P * G, int)
@@ -119,19 +114,15 @@ def assert_relative(a, b, tolerance=1e-5):
 
 @functools.cache
 def grouped_gradient(cfg):
-    prompt, responses = make_batch()
-    run = jax.jit(
-        jax.value_and_grad(lambda p: probe_loss(grouped_hidden(cfg, p, prompt, responses)))
-    )
+    batch = make_batch()
+    run = jax.jit(jax.value_and_grad(lambda p: probe_loss(grouped_hidden(cfg, p, batch))))
     return run(make_params(cfg))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_group_equals_separate_rows(kind):
-    cfg, (prompt, responses) = CONFIGS[kind], make_batch()
-    separate = jax.jit(
-        jax.value_and_grad(lambda p: probe_loss(separate_hidden(cfg, p, prompt, responses)))
-    )
+    cfg, batch = CONFIGS[kind], make_batch()
+    separate = jax.jit(jax.value_and_grad(lambda p: probe_loss(separate_hidden(cfg, p, batch))))
     loss, grads = grouped_gradient(cfg)
     expected_loss, expected_grads = separate(make_params(cfg))
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
@@ -144,11 +135,11 @@ def test_group_equals_separate_rows(kind):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_cached_decode_equals_full_forward(kind):
-    cfg, (prompt, responses) = CONFIGS[kind], make_batch()
+    cfg, batch = CONFIGS[kind], make_batch()
     params = make_params(cfg)
     apply = jax.jit(Decoder(cfg).apply, static_argnames="return_kv")
-    layout, positions = prompt_rows(prompt, PROMPT_LENGTH)
-    hidden, kv = apply({"params": params}, prompt, positions, layout, return_kv=True)
+    layout, positions = prompt_rows(batch.prompt, PROMPT_LENGTH)
+    hidden, kv = apply({"params": params}, batch.prompt, positions, layout, return_kv=True)
     assert kv[0].shape == (cfg.n_layers, P, TP, cfg.n_kv_heads, cfg.head_dim)
     last = jnp.take_along_axis(hidden, (PROMPT_LENGTH - 1)[:, None, None], axis=1)
     states, cache = (
@@ -157,12 +148,12 @@ def test_cached_decode_equals_full_forward(kind):
     )
     for t in range(TR - 1):
         hidden, cache = apply(
-            {"params": params}, responses[:, :, t], cache.positions, cache.layout, cache
+            {"params": params}, batch.responses[:, :, t], cache.positions, cache.layout, cache
         )
         states.append(hidden)
     assert np.all(cache.index == TR - 1)
-    mask = np.asarray(response_mask(RESPONSE_LENGTH, TR))
-    expected = jax.jit(lambda p: grouped_hidden(cfg, p, prompt, responses))(params)
+    mask = np.asarray(batch.mask)
+    expected = jax.jit(lambda p: grouped_hidden(cfg, p, batch))(params)
     np.testing.assert_allclose(
         np.stack(states, axis=2)[mask], np.asarray(expected)[mask], rtol=1e-5, atol=2e-5
     )
@@ -170,7 +161,7 @@ def test_cached_decode_equals_full_forward(kind):
 
 def test_rows_may_be_at_different_positions_in_the_cache():
     """A row's result depends on its own index only; writes beyond the last position are dropped."""
-    cfg, (prompt, responses) = NORMED, make_batch()
+    cfg, prompt, responses = NORMED, make_batch().prompt, make_batch().responses
     params = make_params(cfg)
     apply = jax.jit(Decoder(cfg).apply, static_argnames="return_kv")
     layout, positions = prompt_rows(prompt, PROMPT_LENGTH)
@@ -197,100 +188,24 @@ def test_rows_may_be_at_different_positions_in_the_cache():
 
 
 def test_padding_changes_nothing_and_gets_no_gradient():
-    cfg, (prompt, responses) = NORMED, make_batch()
-    params = make_params(cfg)
+    cfg, batch = NORMED, make_batch()
+    assert not tiny.packed(batch, 2).layout.valid[:, -1].any()
 
     @jax.jit
-    def run(prompt, responses):
-        return jax.value_and_grad(lambda p: probe_loss(grouped_hidden(cfg, p, prompt, responses)))(
-            params
-        )
+    def run(batch, padding):
+        def loss(params):
+            return probe_loss(grouped_hidden(cfg, params, batch, padding))
 
-    loss, grads = run(prompt, responses)
+        return jax.value_and_grad(loss)(make_params(cfg))
+
+    loss, grads = run(batch, PAD)
     assert np.all(np.asarray(grads["embed"][PAD]) == 0) and np.any(np.asarray(grads["embed"][:PAD]))
-    other = run(jnp.where(prompt == PAD, 0, prompt), jnp.where(responses == PAD, 1, responses))
+    prompt, responses = (jnp.where(x == PAD, 1, x) for x in (batch.prompt, batch.responses))
+    other = run(batch.replace(prompt=prompt, responses=responses), 2)
     assert loss == other[0]
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(other[1]), strict=True):
         assert np.all(np.isfinite(a))
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["rows", "groups"])
-def test_attention_of_padding_is_zero_in_value_and_gradient(kind):
-    prompt, responses = make_batch()
-    if kind == "rows":
-        layout, _ = prompt_rows(prompt, PROMPT_LENGTH)
-        valid = response_mask(PROMPT_LENGTH, TP)
-    else:
-        *_, layout = pack_group(prompt, PROMPT_LENGTH, responses, RESPONSE_LENGTH)
-        spoken = response_mask(RESPONSE_LENGTH, TR).reshape(P, -1)
-        valid = jnp.concatenate([response_mask(PROMPT_LENGTH, TP), spoken], axis=1)
-    q = normal(0, *valid.shape, 4, 6)
-    k, v = normal(1, *valid.shape, 2, 6), normal(2, *valid.shape, 2, 6)
-
-    def total(q, k, v):
-        out = attend(q, (k, v), layout, None, jax.lax.Precision.HIGHEST)
-        return jnp.sum(jnp.sin(out)), out  # padded outputs get a gradient of one each
-
-    run = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))
-    (_, out), grads = run(q, k, v)
-    assert np.all(np.asarray(out)[~np.asarray(valid)] == 0)
-    for grad in grads:
-        assert np.any(grad)
-        assert np.all(np.asarray(grad)[~np.asarray(valid)] == 0)
-        assert np.all(np.isfinite(grad))
-
-
-def test_rows_attend_causally_up_to_their_length():
-    """NumPy oracle, grouped queries included."""
-    length = np.array([5, 4])
-    q, k, v = (np.asarray(normal(i, 2, 6, heads, 8)) for i, heads in enumerate((4, 2, 2)))
-    expected = np.zeros_like(q)
-    for b, t, n in np.ndindex(2, 6, 4):
-        if t < length[b]:
-            weight = np.exp(k[b, : t + 1, n // 2] @ q[b, t, n] / np.sqrt(8))
-            expected[b, t, n] = weight / weight.sum() @ v[b, : t + 1, n // 2]
-    layout = PromptLayout(jnp.asarray(length))
-    run = jax.jit(lambda q, k, v: attend(q, (k, v), layout, None, jax.lax.Precision.HIGHEST))
-    out = run(q, k, v)
-    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_attention_survives_huge_scores():
-    prompt, responses = make_batch()
-    *_, layout = pack_group(prompt, PROMPT_LENGTH, responses, RESPONSE_LENGTH)
-    q = 1e4 * normal(0, P, TP + G * TR, 2, 4)
-    run = jax.value_and_grad(
-        lambda x: jnp.sum(attend(x, (x, x), layout, None, jax.lax.Precision.HIGHEST))
-    )
-    out, grad = jax.jit(run)(q)
-    assert np.isfinite(out) and np.all(np.isfinite(grad))
-
-
-def test_group_never_builds_a_mask_over_the_packed_row():
-    """The largest intermediate grows with G, not G^2."""
-    cfg = dataclasses.replace(NORMED, n_layers=1)
-    params = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
-
-    def biggest(group_size):
-        prompt, responses = jnp.zeros((1, 16), int), jnp.zeros((1, group_size, 16), int)
-        length, spoken = jnp.full(1, 16), jnp.full((1, group_size), 16)
-
-        def run(p):
-            packed = pack_group(prompt, length, responses, spoken)
-            return Decoder(cfg).apply({"params": p}, *packed)[0]
-
-        return max(size_of(jax.make_jaxpr(run)(params).jaxpr))
-
-    def size_of(jaxpr):
-        for eqn in jaxpr.eqns:
-            yield from (int(np.prod(v.aval.shape)) for v in eqn.outvars)
-            for value in eqn.params.values():
-                inner = getattr(value, "jaxpr", value)
-                if hasattr(inner, "eqns"):
-                    yield from size_of(inner)
-
-    assert biggest(32) < 2.2 * biggest(16)
 
 
 @pytest.mark.parametrize("remat", ["block", "dots"])
@@ -301,19 +216,16 @@ def test_remat_does_not_change_the_gradient(remat):
 
 
 def test_bfloat16_computes_in_bfloat16_and_stays_near_float32():
-    cfg, (prompt, responses) = NORMED, make_batch()
+    cfg, batch = NORMED, make_batch()
     half = dataclasses.replace(cfg, dtype="bfloat16")
     params = jax.tree.map(lambda x: 0.1 * x, make_params(cfg))
-    a, b = (
-        jax.jit(lambda p, c=c: grouped_hidden(c, p, prompt, responses))(params) for c in (half, cfg)
-    )
+    a, b = (jax.jit(lambda p, c=c: grouped_hidden(c, p, batch))(params) for c in (half, cfg))
     assert a.dtype == jnp.bfloat16 and b.dtype == jnp.float32
     np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.1)
     assert logits(params, half, a).dtype == jnp.float32
-    layout, positions = prompt_rows(prompt, PROMPT_LENGTH)
+    inputs = batch.prompt, *reversed(prompt_rows(batch.prompt, PROMPT_LENGTH))
     _, (k, v) = jax.eval_shape(
-        lambda p: Decoder(half).apply({"params": p}, prompt, positions, layout, return_kv=True),
-        params,
+        lambda p: Decoder(half).apply({"params": p}, *inputs, return_kv=True), params
     )
     assert k.dtype == v.dtype == jnp.bfloat16
 
@@ -330,18 +242,6 @@ def test_head_and_logits():
             rtol=1e-5,
             atol=1e-5,
         )
-
-
-def test_packing_and_splitting():
-    prompt, responses = make_batch()
-    group = prompt, PROMPT_LENGTH, responses, RESPONSE_LENGTH
-    tokens, positions, layout = pack_group(*group)
-    back = split_group(tokens, layout)
-    np.testing.assert_array_equal(back[0], prompt)
-    np.testing.assert_array_equal(back[1], responses)
-    own = split_group(positions, layout)[1]
-    np.testing.assert_array_equal(own[0, 2], 4 + np.arange(TR))
-    assert tokens.dtype == positions.dtype == jnp.int32
 
 
 def test_every_parameter_names_its_axes():

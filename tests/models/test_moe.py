@@ -17,8 +17,7 @@ from rest_jax import distributed
 from rest_jax.config import MeshConfig
 from rest_jax.errors import UserError
 from rest_jax.models import moe
-from rest_jax.models.attention import pack_group, predicting_hidden, valid_positions
-from rest_jax.models.cache import GroupLayout, PromptLayout
+from rest_jax.models.cache import RowLayout
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import (
     Decoder,
@@ -29,6 +28,9 @@ from rest_jax.models.decoder import (
 )
 from rest_jax.models.moe import ExpertWeights, compact, mix_experts, record, route
 from rest_jax.planning import topology
+from rest_jax.rl.packing import Rows
+from rest_jax.types import ResponseBatch
+from tests import tiny
 from tests.conftest import REPOSITORY
 
 CFG = DecoderConfig(
@@ -49,7 +51,7 @@ def make_params(cfg=CFG):
     return jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), jnp.float32), shapes)
 
 
-def batch():
+def batch() -> ResponseBatch:
     """Ragged groups; the last one is empty, as rows of a micro-batch can be."""
     rng = np.random.default_rng(1)
     prompt, responses = (
@@ -57,25 +59,30 @@ def batch():
     )
     lengths = rng.integers(1, TP + 1, P), rng.integers(1, TR + 1, (P, G))
     lengths[0][-1], lengths[1][-1] = 1, 0
-    return prompt, jnp.asarray(lengths[0]), responses, jnp.asarray(lengths[1])
+    return ResponseBatch(prompt, jnp.asarray(lengths[0]), responses, jnp.asarray(lengths[1]))
 
 
-def loss(params, prompt, prompt_length, responses, response_length, cfg=CFG):
+def packed() -> Rows:
+    """A group a row, with a weight of every completion in the load-balance loss."""
+    rows, weight = tiny.packed(batch(), P), normal(5, P, G) ** 2
+    return rows.replace(balance=rows.completions(weight, TR))
+
+
+def loss(params, batch, rows, cfg=CFG):
     """(a loss with a load-balance term, what the routers did)."""
-    packed = pack_group(prompt, prompt_length, responses, response_length)
-    hidden, _, router = apply_routed(Decoder(cfg), params, *packed)
-    logp = jax.nn.log_softmax(logits(params, cfg, predicting_hidden(hidden, packed[-1])))
-    chosen = jnp.take_along_axis(logp, responses[..., None], axis=-1)[..., 0]
-    policy = -jnp.sum(jnp.where(jnp.arange(TR) < response_length[..., None], chosen, 0.0))
+    inputs = rows.tokens(batch), rows.position, rows.layout
+    hidden, _, router = apply_routed(Decoder(cfg), params, *inputs)
+    logp = jax.nn.log_softmax(logits(params, cfg, hidden))
+    chosen = jnp.take_along_axis(logp, rows.targets(batch.responses)[..., None], axis=-1)[..., 0]
+    policy = -jnp.sum(jnp.where(rows.predicts, chosen, 0.0))
     assert router is not None
-    balance = jnp.sum(jax.lax.stop_gradient(router.load) * router.probability)
-    return policy + 0.01 * balance, router
+    return policy + jnp.sum(router.balance), router
 
 
 @functools.cache
 def single_device(cfg=CFG):
     run = jax.jit(jax.value_and_grad(functools.partial(loss, cfg=cfg), has_aux=True))
-    return run(make_params(), *batch())
+    return run(make_params(), batch(), packed())
 
 
 def assert_close(found, expected, tolerance=1e-5):
@@ -100,10 +107,10 @@ def test_value_and_gradient_do_not_depend_on_the_mesh(sizes, remat):
     with distributed.activate(mesh):
         run = jax.jit(
             jax.value_and_grad(functools.partial(loss, cfg=cfg), has_aux=True),
-            in_shardings=(placed, *[rows] * 4),
+            in_shardings=(placed, rows, rows),
             out_shardings=(None, placed),
         )
-        found = run(jax.device_put(params, placed), *(jax.device_put(x, rows) for x in batch()))
+        found = run(jax.device_put(params, placed), *jax.device_put((batch(), packed()), rows))
     (value, router), gradient = found
     (expected, expected_router), expected_gradient = single_device()
     np.testing.assert_allclose(value, expected, rtol=1e-5)
@@ -124,7 +131,7 @@ def test_how_many_parts():
 @pytest.mark.parametrize("remat", ["none", "block"])
 @pytest.mark.parametrize("parts", [2, 4])
 def test_gathered_rows_in_parts(parts, remat, monkeypatch):
-    rows = P * (TP + G * TR) * 2
+    rows = packed().token.size * CFG.experts_per_token
     monkeypatch.setattr(moe, "_ROWS", rows // parts)
     assert moe._count_parts(4, rows) == parts
     test_value_and_gradient_do_not_depend_on_the_mesh((1, 1, 4, 1), remat)
@@ -167,25 +174,20 @@ def test_each_token_goes_through_its_experts():
 
 
 def test_padding_influences_nothing():
-    """Other ids in the padding, and another empty group: same loss, same gradient, same record, bit for bit."""
-    prompt, prompt_length, responses, response_length = batch()
-    past = jnp.arange(TR) >= response_length[..., None]
-    other = (
-        jnp.where(jnp.arange(TP) >= prompt_length[:, None], 7, prompt).at[-1].set(9),
-        prompt_length,
-        jnp.where(past, 11, responses),
-        response_length,
-    )
+    """Other tokens behind a row, all of the empty one included: same loss, same gradient, same record, bit for bit."""
+    rows, inputs = packed(), batch()
+    valid = rows.layout.valid
+    token = jnp.where(valid, rows.token, 7 + jnp.arange(rows.token.size).reshape(valid.shape))
+    other = rows.replace(token=token, position=jnp.where(valid, rows.position, 3))
+    assert not np.array_equal(other.tokens(inputs), rows.tokens(inputs))
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    ((value, router), gradient) = run(make_params(), *other)
-    ((expected, expected_router), expected_gradient) = run(make_params(), *batch())
-    assert not np.array_equal(other[2], responses)
+    ((value, router), gradient) = run(make_params(), inputs, other)
+    ((expected, expected_router), expected_gradient) = run(make_params(), inputs, rows)
     np.testing.assert_array_equal(value, expected)
     jax.tree.map(np.testing.assert_array_equal, gradient, expected_gradient)
-    for name in ("tokens", "load", "probability", "entropy", "agreement"):
+    for name in ("tokens", "load", "entropy", "agreement", "balance"):
         np.testing.assert_array_equal(getattr(router, name), getattr(expected_router, name), name)
-    tokens = np.asarray(prompt_length) + np.asarray(response_length).sum(1)
-    tokens[-1] = 0  # a group without responses is padding
+    tokens = np.asarray(inputs.prompt_length) - 1 + np.asarray(inputs.response_length).sum(1)
     np.testing.assert_array_equal(router.tokens, np.broadcast_to(tokens, (2, P)))
     np.testing.assert_array_equal(router.load.sum(-1), 2 * router.tokens)
 
@@ -193,35 +195,56 @@ def test_padding_influences_nothing():
 def test_the_record_of_a_router():
     p = np.array([[[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.15, 0.05], [0.25, 0.25, 0.4, 0.1]]])
     x, router = jnp.eye(3)[None], jnp.asarray(np.log(p[0]), jnp.float32)
-    valid = jnp.array([[True, True, False]])
+    layout = RowLayout(jnp.array([[2, 2, 0]]), 1)
     routing = route(x, router, None, CFG)
     np.testing.assert_allclose(routing.probability, p, rtol=1e-6)
     np.testing.assert_array_equal(routing.chosen[0, :2], [[3, 2], [0, 2]])
     np.testing.assert_allclose(routing.weight[0, 0], [4 / 7, 3 / 7], rtol=1e-6)
-    found = record(routing, valid)
+    found = record(routing, layout.valid, layout)
     np.testing.assert_array_equal(found.load, [[1, 0, 2, 1]])
-    np.testing.assert_allclose(found.probability[0], p[0, :2].sum(0), rtol=1e-6)
     entropy = -(p[0, :2] * np.log(p[0, :2])).sum()
     np.testing.assert_allclose(found.entropy, [entropy], rtol=1e-6)
-    assert found.agreement == 4
+    assert found.agreement == 4 and found.balance == 0  # which nobody asked for
 
-    replayed = record(
-        route(x, router, jnp.array([[[3, 1], [0, 2], [0, 1]]], jnp.uint8), CFG), valid
-    )
+    chosen = jnp.array([[[3, 1], [0, 2], [0, 1]]], jnp.uint8)
+    replayed = record(route(x, router, chosen, CFG), layout.valid, layout)
     np.testing.assert_array_equal(replayed.load, [[1, 1, 1, 1]])
     assert replayed.agreement == 3
     plain = route(x, router, None, dataclasses.replace(CFG, norm_topk=False))
     np.testing.assert_allclose(plain.weight[0, 0], [0.4, 0.3], rtol=1e-6)
 
 
+def test_the_load_balance_loss_of_completions():
+    """sum over completions of c E sum_e f_e P_e, of which P alone carries gradient; prompts and padding are not in it."""
+    inputs, c = batch(), np.random.default_rng(5).uniform(1, 2, (P, G))
+    rows = tiny.packed(inputs, rows=2)
+    weight = jnp.asarray(c / np.maximum(inputs.response_length, 1), jnp.float32)
+    layout = rows.replace(balance=rows.completions(weight, TR)).layout
+    p = jax.nn.softmax(normal(6, *rows.token.shape, 4))
+    _, chosen = jax.lax.top_k(p, 2)
+
+    expected, slope = np.zeros(2), np.zeros(p.shape)
+    owner = np.where(rows.predicts, rows.target // TR, -1)
+    for n, row in {(n, row) for row, ids in enumerate(owner) for n in ids if n >= 0}:
+        own = owner[row] == n
+        f = np.array([np.any(chosen[row, own] == e, axis=-1).mean() for e in range(4)])
+        expected[row] += c.flat[n] * 4 * np.sum(f * np.asarray(p)[row, own].mean(0))
+        slope[row, own] = c.flat[n] * 4 * f / own.sum()
+
+    def balance(p):
+        return record(moe.Routing(chosen, p, p, chosen), layout.valid, layout).balance
+
+    np.testing.assert_allclose(balance(p), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(lambda p: jnp.sum(balance(p)))(p), slope, atol=1e-5)
+
+
 def test_replayed_experts_take_the_place_of_the_routers_choice():
-    params, inputs = make_params(), batch()
-    packed = pack_group(*inputs)
-    valid = np.asarray(valid_positions(packed[-1], packed[0].shape))
+    params, rows = make_params(), packed()
+    inputs, valid = (rows.tokens(batch()), rows.position, rows.layout), rows.layout.valid
 
     @jax.jit
     def run(params, replayed):
-        return apply_routed(Decoder(CFG), params, *packed, replayed=replayed)
+        return apply_routed(Decoder(CFG), params, *inputs, replayed=replayed)
 
     hidden, _, router = run(params, None)
     kept = jnp.moveaxis(compact(router.chosen, CFG), -2, 0)
@@ -234,15 +257,6 @@ def test_replayed_experts_take_the_place_of_the_routers_choice():
     np.testing.assert_array_equal(other.load, np.roll(router.load, 1, axis=-1))
     gradient = jax.jit(jax.grad(lambda p: jnp.sum(run(p, kept)[0] ** 2 * valid[..., None])))(params)
     assert np.abs(gradient["blocks"]["mlp"]["router"]).max() > 1e-3
-
-
-def test_valid_positions():
-    rows = valid_positions(PromptLayout(jnp.array([2, 3])), (2, 4))
-    np.testing.assert_array_equal(rows, [[1, 1, 0, 0], [1, 1, 1, 0]])
-    layout = GroupLayout(jnp.array([1, 2]), jnp.array([[2, 1], [0, 0]]), 2, 2, 2)
-    np.testing.assert_array_equal(
-        valid_positions(layout, (2, 6)), [[1, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0]]
-    )
 
 
 def test_experts_that_do_not_fit_a_mesh():

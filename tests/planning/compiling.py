@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from rest_jax.planning import hlo
-from rest_jax.planning.measure import measure
+from rest_jax.planning.measure import Sizes, measure
 
 
 def compiled(f, *shapes, **options) -> hlo.Module:
@@ -15,4 +15,4 @@ def compiled(f, *shapes, **options) -> hlo.Module:
 
 def flops(module: hlo.Module) -> float:
     """Of the whole program."""
-    return sum(work.flops for work in measure(module, layers=0).once.values())
+    return sum(work.flops for work in measure(module, Sizes(0)).once.values())

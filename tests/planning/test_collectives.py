@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rest_jax.planning import hlo
 from rest_jax.planning.collectives import replica_groups
-from rest_jax.planning.measure import measure
+from rest_jax.planning.measure import Sizes, measure
 from tests import tiny
 from tests.planning.compiling import compiled
 
@@ -21,7 +21,7 @@ def test_collectives_of_a_sharded_product():
     ]
     everywhere = NamedSharding(mesh, PartitionSpec())
     module = compiled(jnp.matmul, (16, 32), (32, 8), in_shardings=at, out_shardings=everywhere)
-    (one,) = measure(module, 0, hosts=np.array([0, 0, 1, 1])).collectives
+    (one,) = measure(module, Sizes(0), hosts=np.array([0, 0, 1, 1])).collectives
     assert (one.kind, one.group, one.nbytes) == ("all-reduce", 4, 2 * 3 * 16 * 8 * 4 // 4)
     assert one.crosses and one.place == "once"
 
@@ -52,7 +52,7 @@ def test_what_slices_exchange_is_a_collective_that_crosses(transfer, kind, sent,
         "  %d = (f32[96]{0}, token[]) recv-done(%r), channel_id=1, is_host_transfer=true\n"
         "  ROOT %o = f32[96]{0} get-tuple-element(%d), index=0\n}\n"
     )
-    inside, outside = measure(hlo.parse(text), layers=0).collectives
+    inside, outside = measure(hlo.parse(text), Sizes(0)).collectives
     assert (inside.kind, inside.group, inside.crosses) == ("all-gather", 4, False)
     assert (outside.kind, outside.group, outside.count) == (kind, 3, 1)
     assert outside.crosses and outside.overlaps == bool(between)
@@ -88,6 +88,6 @@ def test_libtpu_writes_a_scattered_sum_as_a_fusion_with_slices():
         "ENTRY %main (p: f32[8,4]) -> f32[2,4] {\n  %p = f32[8,4]{1,0} parameter(0)\n"
         "  ROOT %f = f32[2,4]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1\n}\n"
     )
-    (found,) = measure(hlo.parse(text), layers=1).collectives
+    (found,) = measure(hlo.parse(text), Sizes(1)).collectives
     assert (found.kind, found.count, found.nbytes) == ("reduce-scatter", 1, 96)
     assert not found.overlaps

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from rest_jax.planning import hlo
-from rest_jax.planning.measure import KERNEL_RATE, Rates, Work, measure, part_of
+from rest_jax.planning.measure import KERNEL_RATE, Rates, Sizes, Work, measure, part_of
 from tests.planning.compiling import compiled, flops
 
 TEXTS = pathlib.Path(__file__).parent / "texts"
@@ -44,7 +44,7 @@ def test_tpu_text_flops_cycles_and_loops_of_unknown_length():
         if use.instruction.opcode == "while"
     }
     assert sorted(trips.values(), key=str) == [7, None]
-    measured = measure(module, layers=7)
+    measured = measure(module, Sizes(7))
     once, each = (sum(parts.values(), Work()) for parts in (measured.once, measured.each))
     assert once.flops == 7 * PRODUCT and each.flops == PRODUCT
     assert once.cycles == 7 * (5206 + 5703) + 4044 + 55368 + 6400
@@ -74,14 +74,14 @@ def test_a_pallas_kernel_counts_what_it_says_of_itself():
         ]
     )
     nbytes = 2 * 2 * 8 * 64  # x and the output
-    found = measure(hlo.parse(text), layers=0, rates=Rates(flops=1e6, memory=nbytes / 3)).once
+    found = measure(hlo.parse(text), Sizes(0), Rates(flops=1e6, memory=nbytes / 3)).once
     assert found["attention"].flops == 4_000_001 and found["attention"].cycles == 0
     assert found["attention"].kernels == pytest.approx(4 / KERNEL_RATE + 3)
-    assert measure(hlo.parse(text), layers=0).once["attention"].kernels == 0
+    assert measure(hlo.parse(text), Sizes(0)).once["attention"].kernels == 0
 
 
 def test_tpu_text_collectives():
-    found = {c.place: c for c in measure(hlo.parse(TPU), layers=7).collectives if c.nbytes > 100}
+    found = {c.place: c for c in measure(hlo.parse(TPU), Sizes(7)).collectives if c.nbytes > 100}
     gathered = 2 * 1024 * 1024 * 3 // 4
     layers, tokens = found["layer loop"], found["token loop"]
     assert (layers.kind, layers.group, layers.count, layers.nbytes) == (
@@ -128,12 +128,12 @@ def test_a_kernel_that_multiplies_groups_of_rows_counts_the_rows_that_are_there(
         _kernel(outer, "s32[5]{0}", rows, inner),
         _kernel(inner, "s32[5]{0}", rows, outer),
     ):
-        (work,) = measure(module, layers=1, rates=rates, experts=16).once.values()
+        (work,) = measure(module, Sizes(1, experts=16), rates).once.values()
         assert work.flops == expected
         assert work.limit == pytest.approx(expected / 1e6)
         assert work.kernels == pytest.approx(work.limit / KERNEL_RATE)
     other = _kernel("s32[5]{0}", "s32[4]{0}")
-    (work,) = measure(other, layers=1, rates=rates, experts=16).once.values()
+    (work,) = measure(other, Sizes(1, experts=16), rates).once.values()
     assert work.flops == 0
 
 
@@ -143,7 +143,7 @@ def test_sums_of_a_shard_map_share_a_channel_and_are_all_counted():
         "  %a = f32[8]{0} all-reduce(%p), channel_id=1, replica_groups={{0,1}}, to_apply=%add\n"
         "  ROOT %b = f32[8]{0} all-reduce(%a), channel_id=1, replica_groups={{0,1}}, to_apply=%add\n}\n"
     )
-    (found,) = measure(hlo.parse(text), layers=1).collectives
+    (found,) = measure(hlo.parse(text), Sizes(1)).collectives
     assert (found.count, found.nbytes) == (2, 2 * 32)
 
 
@@ -155,5 +155,5 @@ def test_a_permute_sends_what_it_was_given():
         "source_target_pairs={{0,1},{1,0}}\n"
         "  ROOT %d = bf16[4,8]{1,0} collective-permute-done(%s)\n}\n"
     )
-    (found,) = measure(hlo.parse(text), layers=1).collectives
+    (found,) = measure(hlo.parse(text), Sizes(1)).collectives
     assert (found.kind, found.count, found.nbytes) == ("collective-permute", 1, 64)

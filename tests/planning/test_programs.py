@@ -9,18 +9,16 @@ import pytest
 import yaml
 
 from rest_jax import cli, sft, train
-from rest_jax.distributed import activate, batch_sharding, place
-from rest_jax.planning import memory, programs
-from rest_jax.planning.setup import Lengths, micro_batches
-from rest_jax.rl.packing import make_picker
-from rest_jax.rl.step import make_step
+from rest_jax.distributed import activate
+from rest_jax.planning import programs
+from rest_jax.planning.setup import Lengths, rows_at
 from tests.conftest import REPOSITORY
 from tests.planning.setups import setup
 from tests.runs import recipe
 
 
 def test_memory_is_that_of_one_device():
-    found = programs.update_programs(setup(), Lengths(96, 64))["update"]
+    found = programs.update_programs(setup(), rows_at(setup(), Lengths(96, 64)))["update"]
     sizes = {name: programs.device_bytes(tree) for name, tree in found.arguments.items()}
     params = jax.tree.leaves(found.arguments["parameters"])
     whole = sum(4 * x.size for x in params)
@@ -32,9 +30,10 @@ def test_memory_is_that_of_one_device():
 
 
 def test_a_kl_term_keeps_a_reference_on_the_devices():
-    made = programs.update_programs(setup(loss={"kl_coefficient": 0.1}), Lengths(96, 64))
+    rows = rows_at(setup(), Lengths(96, 64))
+    made = programs.update_programs(setup(loss={"kl_coefficient": 0.1}), rows)
     assert "reference" in made["update"].resident and "reference" in made["apply"].resident
-    assert "reference" not in programs.update_programs(setup(), Lengths(96, 64))["update"].resident
+    assert "reference" not in programs.update_programs(setup(), rows)["update"].resident
 
 
 @pytest.mark.slow
@@ -57,7 +56,7 @@ def test_what_a_config_switches_on_is_planned():
 
 
 # Programs of a run that are not planned: what they hold is no more than what they return, or is gone before the first step.
-UNPLANNED = {"_arrange_all", "_fresh_state", "empty_state"}
+UNPLANNED = {"_arrange_all", "_fresh_state", "empty_state", "zero_gradient"}
 RUNS = {
     "asynchronous": ("train", {"rollout": {"staleness": 1, "recompute_logprobs": True, "tis_cap": 2.0},
                                "loss": {"entropy_coefficient": 0.1}}),
@@ -92,8 +91,7 @@ def test_the_programs_of_a_plan_are_those_that_a_run_compiles(name, request, tmp
     planned = [re.search(r"module @jit_(\w+)", text)[1] for text in dict.fromkeys(texts)]
     package = "".join(file.read_text() for file in (REPOSITORY / "rest_jax").rglob("*.py"))
     ours = {function for function in ran if f"def {function}(" in package}
-    # what a first micro-batch compiles needs no more than the others: the test below
-    assert ours - UNPLANNED - {"micro_gradient"} == set(planned)
+    assert ours - UNPLANNED == set(planned)
     assert all(ran.count(function) >= planned.count(function) for function in planned)
 
 
@@ -117,18 +115,3 @@ def compiled_functions():
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagates
-
-
-@pytest.mark.slow
-def test_the_first_micro_batch_needs_no_more_than_the_others():
-    made = setup()
-    state, shardings = programs.train_state(made)
-    rl = make_step(made.policy.decoder, made.tx, made.step, made.policy.mesh, shardings)
-    found = programs.update_programs(made, Lengths(96, 64))["update"]
-    batch = place(found.arguments["batch"], batch_sharding(made.policy.mesh))
-    (micro,) = micro_batches(made, Lengths(96, 64))
-    with activate(made.policy.mesh):
-        first = rl.update.first.lower(state.params, batch, make_picker(micro, made.policy.mesh))
-        sizes = [memory.Allocation.of(x.compile()) for x in (first, found.lower())]
-    first, later = (s.arguments + s.outputs - s.donated + s.temporaries for s in sizes)
-    assert first <= later

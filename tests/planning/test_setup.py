@@ -10,10 +10,11 @@ from rest_jax.planning.programs import device_bytes, train_state
 from rest_jax.planning.setup import (
     Lengths,
     all_groups,
-    fullest,
     longest,
+    longest_rows,
     micro_batches,
     model_config,
+    rows_at,
 )
 from tests.conftest import REPOSITORY
 from tests.planning.setups import setup
@@ -49,33 +50,37 @@ def test_a_mesh_that_the_devices_do_not_fit_is_one_line():
         setup(mesh={"data": 3, "fsdp": -1, "tensor": 2})
 
 
-def test_micro_batches_are_those_of_the_packing():
-    """Groups of 96 + 4 x 64 positions: 4 of them are 1,408, within 1,500; a shard has 4 in an update."""
-    (micro,) = micro_batches(setup(), Lengths(96, 64))
-    assert (micro.pick.shape, micro.widths) == ((4, 4), (96, 64))
+def test_rows_are_those_of_the_packing():
+    """Groups of 95 + 4 x 64 = 351 positions, four a shard in an update, eight in a pass over all; 1,500 hold four."""
+    lengths = Lengths(96, 64)
+    (update,), forward = micro_batches(setup(), lengths), all_groups(setup(), lengths)
+    assert len(update.rows) == 4 and update.row_length == 1408 and len(forward) == 2
+    pairs = 4 * (95 * 96 // 2 + 4 * (64 * 95 + 64 * 65 // 2))
+    found = rows_at(setup(), lengths)
+    assert [(row.length, row.pairs) for row in found] == [(1408, pairs)] * 2
+    # 1,024 of the positions predict, 256 at once; of the 22 blocks of 64 queries one sees one to three blocks of its group
+    assert found.update.trips["vocabulary"] == 4 and 3 < found.update.trips["attention"] < 4
 
 
-def test_the_fullest_micro_batch_may_hold_shorter_groups():
-    """3 groups of 96 + 4 x 64 would fit 1,100 positions, but rows are powers of two: 704. Four of 64 + 4 x 48 are 1,024."""
+def test_the_longest_rows_are_within_the_limit_and_no_longer_than_all_groups():
+    """Whatever the lengths of the groups are."""
     made = setup(train={"prompts_per_update": 16, "max_tokens_per_microbatch": 1100})
-    assert fullest(made, groups=4) == Lengths(64, 48)
-    assert fullest(setup(), groups=4) == Lengths(96, 64)
-    assert fullest(setup(), groups=1) == Lengths(96, 64)
-
-
-def test_log_probs_are_taken_of_all_groups_of_a_step():
-    """8 groups a shard of 352 positions; 1,500 hold 4 of them."""
-    assert [m.pick.shape for m in all_groups(setup(), Lengths(96, 64))] == [(4, 4), (4, 4)]
+    assert [row.length for row in longest_rows(made)] == [1024, 1024]
+    assert [row.length for row in longest_rows(setup())] == [1408, 1408]
+    free = setup(train={"prompts_per_update": 16, "max_tokens_per_microbatch": None})
+    assert [row.length for row in longest_rows(free)] == [1408, 2816]
+    noise = setup(train={"prompts_per_update": 16, "measure_noise": True})
+    assert longest_rows(noise).update.length == 352
 
 
 def test_a_supervised_record_is_a_group_of_one_and_bounded_in_all():
     made = setup("sft")
     assert longest(made.config, supervised=True) == Lengths(80, 80)
     assert longest(made.config, supervised=False) == Lengths(96, 64)
-    # 8 records a shard of 96 + 96 positions; 1,500 hold 7: 4, since rows are powers of two
-    assert [m.pick.shape for m in micro_batches(made, Lengths(80, 80))] == [(4, 4), (4, 4)]
-    # prompts of 96 and responses of 160 may meet in a micro-batch: 4 x 256 positions are less than 8 x 160 or 8 x 176
-    assert fullest(made, groups=8) == Lengths(48, 128)
+    # 8 records a shard of 79 + 80 positions
+    assert [m.row_length for m in micro_batches(made, Lengths(80, 80))] == [1280]
+    # prompts of 80 and responses of 160 may meet in a row: 8 x 239 positions are more than 1,500
+    assert longest_rows(made).update.length == 1408
 
 
 def test_a_supervised_batch_must_divide_over_the_data_shards():

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from rest_jax.planning import hlo
-from rest_jax.planning.measure import measure
+from rest_jax.planning.measure import Sizes, measure
 from tests.planning.compiling import compiled, flops
 
 
@@ -15,7 +15,7 @@ def test_a_batch_of_products_is_counted_once_for_each():
 def test_a_slice_is_read_as_a_slice():
     """Layer i of stacked weights: the bytes of one layer, not of all."""
     module = compiled(lambda w, i: w[i.astype(int)] * 2, (50, 64, 64), ())
-    (work,) = measure(module, layers=0).once.values()
+    (work,) = measure(module, Sizes(0)).once.values()
     assert work.nbytes < 5 * 4 * 64 * 64
 
 
@@ -37,7 +37,7 @@ def test_a_slice_inside_two_fusions_is_read_and_changed_as_a_slice():
         "  %a = f32[36,64,64]{2,1,0} parameter(0)\n  %l = s32[] parameter(1)\n  %y = f32[8,64]{1,0} parameter(2)\n"
         "  ROOT %f = (f32[8,64]{1,0}, f32[36,64,64]{2,1,0}) fusion(%a, %l, %y), kind=kOutput, calls=%outer\n}\n"
     )
-    (work,) = measure(hlo.parse(text), layers=36).once.values()
+    (work,) = measure(hlo.parse(text), Sizes(36)).once.values()
     layer, rows = 4 * 64 * 64, 4 * 8 * 64
     assert work.flops == 2 * 8 * 64 * 64
     assert work.nbytes == layer + 4 + rows + 2 * rows  # read: slice, index, x; written: d twice

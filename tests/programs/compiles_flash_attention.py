@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rest_jax.config import MeshConfig
 from rest_jax.distributed import BATCH_AXES, activate, make_mesh
-from rest_jax.models.flash_attention import flash_attention
+from rest_jax.models.attention import KERNELS, attend_rows
+from rest_jax.models.cache import RowLayout
 
 devices = topologies.get_topology_desc(sys.argv[1], "tpu").devices
 mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), devices[:4])
@@ -24,7 +25,8 @@ mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), devices[:4])
 
 def total(q, k, v, until):
     """Something to differentiate."""
-    return jnp.sum(flash_attention(q, k, v, until, 1).astype(jnp.float32) ** 2)
+    out = attend_rows(q, k, v, RowLayout(until, 1), KERNELS["flash"])
+    return jnp.sum(out.astype(jnp.float32) ** 2)
 
 
 def array(dtype, *shape):

@@ -18,7 +18,7 @@ from rest_jax.models import moe
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.moe import ExpertWeights, Routing, mix_experts
 from rest_jax.planning import hlo
-from rest_jax.planning.measure import measure
+from rest_jax.planning.measure import Sizes, measure
 
 TOKENS, EXPERTS, CHOSEN, D, F = 512, 16, 2, 256, 128
 moe._ROWS = TOKENS * CHOSEN
@@ -64,7 +64,7 @@ with activate(mesh):
     text = gradient.lower(x, weight, experts, chosen).compile().as_text()
 
 module = hlo.parse(text)
-work = measure(module, layers=0, experts=EXPERTS).once
+work = measure(module, Sizes(0, EXPERTS)).once
 sums, gathers = [], 0
 for use in hlo.uses(module):
     kind = use.instruction.opcode.removesuffix("-start")

@@ -1,5 +1,7 @@
 """One RL step of the tiny policy, put together as the loop of train.py does, for the tests of the update."""
 
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,11 @@ from rest_jax.rl.packing import (
     BatchLengths,
     MicroBatch,
     Packing,
+    Rows,
     assign_minibatches,
+    make_rows,
     plan_microbatches,
+    row_length,
 )
 from rest_jax.rl.prepare import Recomputed, StepConfig
 from rest_jax.rl.step import (
@@ -23,7 +28,7 @@ from rest_jax.rl.step import (
     plan_minibatches,
     policy_metrics,
 )
-from rest_jax.types import ScoredBatch, TrainState
+from rest_jax.types import ResponseBatch, ScoredBatch, TrainState
 from tests import tiny
 
 # Keeps the gradient as its state and moves nothing: a difference of parameters would be rounded to the parameters' size.
@@ -49,6 +54,14 @@ def plan_everything(
     return plan_microbatches(
         BatchLengths.of(scored.rollout), minibatch, np.ones(groups, bool), packing
     )
+
+
+def rows_of(batch: ResponseBatch, groups: Iterable[int] | None = None) -> Rows:
+    """Groups of a batch, all by default, in one row."""
+    lengths = BatchLengths.of(batch)
+    pieces = [lengths.whole(p) for p in groups or range(len(lengths.prompt_length))]
+    length = row_length(sum(map(lengths.positions, pieces)))
+    return jax.tree.map(jnp.asarray, make_rows(MicroBatch((tuple(pieces),), length, lengths)))
 
 
 def step(

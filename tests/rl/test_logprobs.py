@@ -12,6 +12,7 @@ from rest_jax.config import MeshConfig
 from rest_jax.distributed import activate, batch_sharding, make_mesh
 from rest_jax.rl.logprobs import (
     LossSpec,
+    PassSpec,
     chosen_logp,
     entropy_and_gini,
     truncate,
@@ -69,25 +70,26 @@ def test_entropy_and_gini():
     assert (np.asarray(gini) <= 1 - np.exp(-np.asarray(entropy)) + 1e-6).all()  # Lemma 2
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 7, 64])
-def test_chunks_change_neither_values_nor_gradients(chunk):
+@pytest.mark.parametrize(("chunk", "share"), [(1, 1), (4, 1), (7, 0.5), (64, 1), (2, 0.3)])
+def test_chunks_change_neither_values_nor_gradients(chunk, share):
+    """Of the positions that are used; the others cost nothing but in the last chunk, and have no gradient."""
     hidden = jnp.asarray(RNG.normal(size=(3, 13, 8)), jnp.float32)
     head = jnp.asarray(RNG.normal(size=(29, 8)), jnp.float32)
     tokens = jnp.asarray(RNG.integers(0, 29, (3, 13)), jnp.int32)
-    s = Sampling(0.9)
+    s, used = Sampling(0.9), jnp.asarray(RNG.random((3, 13)) <= share)
 
     def at_once(hidden, head):
         logits = hidden @ head.T
         return chosen_logp(logits, tokens, s), *entropy_and_gini(logits)
 
     def chunked(hidden, head):
-        return vocabulary_pass(hidden, head, tokens, s, chunk)
+        return vocabulary_pass(hidden, head, tokens, used, PassSpec(s, chunk))
 
     def scalar(f):
-        return lambda *a: sum((i + 1) * jnp.sum(jnp.sin(x)) for i, x in enumerate(f(*a)))
+        return lambda *a: sum((i + 1) * jnp.sum(used * jnp.sin(x)) for i, x in enumerate(f(*a)))
 
     for a, b in zip(at_once(hidden, head), chunked(hidden, head), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(a[used], b[used], rtol=1e-5, atol=1e-5)
     for a, b in zip(
         *(jax.grad(scalar(f), (0, 1))(hidden, head) for f in (at_once, chunked)), strict=True
     ):
@@ -100,8 +102,10 @@ def test_full_logits_never_exist():
     args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((p, t, d), (v, d))]
     tokens = jax.ShapeDtypeStruct((p, t), jnp.int32)
 
+    spec = PassSpec(Sampling(), 16)
+
     def f(hidden, head, tokens):
-        return sum(jnp.sum(x) for x in vocabulary_pass(hidden, head, tokens, Sampling(), 16))
+        return sum(jnp.sum(x) for x in vocabulary_pass(hidden, head, tokens, tokens >= 0, spec))
 
     memory = jax.jit(jax.grad(f, (0, 1))).lower(*args, tokens).compile().memory_analysis()
     assert memory.temp_size_in_bytes < p * t * v * 4 / 4
@@ -110,7 +114,8 @@ def test_full_logits_never_exist():
 def _policy_like(stats, weight):
     """A loss with all that a chunk gives, and metrics of both kinds."""
     loss = -weight * (stats.logp + 0.1 * stats.entropy)
-    return TokenLoss(loss, {"entropy": weight * stats.entropy}, {"logp": stats.logp})
+    maxima = {"logp": jnp.where(weight != 0, stats.logp, -jnp.inf)}
+    return TokenLoss(loss, {"entropy": weight * stats.entropy}, maxima)
 
 
 def _compiled_loss(mesh, dtype):
@@ -119,11 +124,13 @@ def _compiled_loss(mesh, dtype):
     hidden = jnp.asarray(rng.normal(size=(8, 24, 16)), dtype)
     head = jnp.asarray(rng.normal(size=(40, 16)), jnp.float32)
     tokens = jnp.asarray(rng.integers(0, 40, (8, 24)), jnp.int32)
-    weight = jnp.asarray(rng.normal(size=(8, 24)), jnp.float32)
+    # uneven over the rows: one shard has more chunks to compute than another
+    used = jnp.arange(24) < jnp.arange(3, 27, 3)[:, None]
+    weight = jnp.where(used, jnp.asarray(rng.normal(size=(8, 24)), jnp.float32), 0)
     spec = LossSpec(_policy_like, Sampling(), 8, needs_entropy_gradient=True)
 
     def loss(hidden, head):
-        total, *metrics = vocabulary_loss(hidden, head, tokens, weight, spec)
+        total, *metrics = vocabulary_loss(hidden, head, tokens, weight, used, spec)
         return total, metrics
 
     at = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec("tensor", ("fsdp", "expert")))

@@ -1,4 +1,4 @@
-"""Cutting into micro-batches: every active group once and in its place, within the budget; rows taken and put back."""
+"""Packing into rows: every active completion once behind its prompt, within the limits; a batch read in the order of rows."""
 
 import dataclasses
 
@@ -9,16 +9,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rest_jax.distributed import activate
 from rest_jax.rl.packing import (
+    ROW_LENGTHS,
     BatchLengths,
     MicroBatch,
     Packing,
-    Picker,
+    Piece,
     assign_minibatches,
     bucket,
+    longest_row,
+    make_rows,
+    packing_metrics,
     plan_microbatches,
+    row_length,
 )
-from rest_jax.types import RolloutBatch, TrainBatch
+from rest_jax.types import ResponseBatch, Routes
 from tests import tiny
 
 LADDER = [32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
@@ -38,12 +44,20 @@ def test_never_wider_than_the_padded_batch(width):
         assert size == width or size in LADDER
 
 
-@pytest.mark.parametrize("shards, count", [(1, 1), (1, 3), (2, 2), (4, 3)])
-def test_mini_batches_have_equally_many_groups_of_every_data_shard(shards, count):
-    found = assign_minibatches(shards * count * 5, count)
-    assert found.dtype == np.int32 and set(found) == set(range(count))
-    for part in np.split(found, shards):
-        assert (np.bincount(part, minlength=count) == 5).all()
+def test_lengths_of_rows_are_few_and_pad_little():
+    for positions in (1, 31, 32, 33, 100, 511, 513, 3000, 16_384, 16_385, 100_000):
+        length = row_length(positions)
+        assert length in ROW_LENGTHS and positions <= length <= max(32, 9 * positions / 8)
+    assert len([n for n in ROW_LENGTHS if 1024 < n <= 2048]) == 8
+    assert longest_row(100, 16_384) == 16_384
+    assert longest_row(100, 1500) == 1408 and longest_row(1500, 100) == 1536
+
+
+@pytest.mark.parametrize("groups, count", [(5, 1), (15, 3), (40, 4)])
+def test_mini_batches_have_equally_many_groups(groups, count):
+    found = assign_minibatches(groups, count)
+    assert found.dtype == np.int32
+    assert (np.bincount(found, minlength=count) == groups // count).all()
 
 
 @dataclasses.dataclass
@@ -56,279 +70,229 @@ class Case:
     packing: Packing
     count: int
 
-    @property
-    def local(self) -> int:
-        """Groups of a data shard."""
-        return len(self.active) // self.packing.shards
-
     def plan(self) -> list[list[MicroBatch]]:
         return plan_microbatches(self.lengths, self.minibatch, self.active, self.packing)
 
 
 @st.composite
 def cases(draw) -> Case:
-    """Ragged log-normal lengths; a few groups a data shard and mini-batch in any order, some of them active."""
+    """Ragged log-normal lengths, some responses empty; groups in any order, some of them active."""
     shards, count = draw(st.integers(1, 4)), draw(st.integers(1, 3))
-    groups = shards * count * draw(st.integers(1, 6))
-    group_size = draw(st.integers(1, 6))
+    groups, group_size = draw(st.integers(count, 12)), draw(st.integers(1, 6))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     spread = draw(st.sampled_from([0.0, 0.5, 1.5]))
     longest = draw(st.sampled_from([40, 300, 1000]))
     prompt = np.clip(rng.lognormal(4, spread, groups), 1, longest).astype(np.int32)
     response = np.clip(rng.lognormal(4, spread, (groups, group_size)), 1, longest).astype(np.int32)
-    widths = (longest + draw(st.integers(0, 50)), longest + draw(st.integers(0, 50)))
-    minibatch = assign_minibatches(groups, count)
-    if draw(st.booleans()):
-        minibatch = rng.permutation(minibatch)
+    response = np.where(rng.random(response.shape) < draw(st.sampled_from([0, 0.3])), 0, response)
+    minibatch = rng.permutation(assign_minibatches(groups, count))
     active = rng.random(groups) < draw(st.sampled_from([0.0, 0.3, 1.0]))
-    packing = Packing(
-        shards,
-        draw(st.sampled_from([None, 1, 500, 2000, 10_000])),
-        draw(st.sampled_from([None, None, 1, 3])),
-    )
-    return Case(BatchLengths(prompt, response, widths), minibatch, active, packing, count)
+    limit = draw(st.sampled_from([None, 1, 500, 2000, 10_000]))
+    packing = Packing(shards, limit, draw(st.sampled_from([False, False, True])))
+    lengths = BatchLengths(prompt, response, (longest + 3, longest + 7))
+    return Case(lengths, minibatch, active, packing, count)
 
 
-def groups_of(micro: MicroBatch, local: int) -> list[int]:
-    """The groups that are taken, as rows of the global batch."""
-    return [shard * local + p for shard, row in enumerate(micro.pick) for p in row if p >= 0]
+def pieces_of(micro_batches) -> list[Piece]:
+    return [piece for micro in micro_batches for row in micro.rows for piece in row]
 
 
 @given(cases())
 @settings(max_examples=150)
-def test_every_active_group_goes_once_in_its_place(case):
+def test_every_active_completion_goes_once_behind_its_prompt(case):
     found = case.plan()
+    spoken = case.lengths.response_length.sum(axis=1) > 0
     assert len(found) == case.count
     for index, micro_batches in enumerate(found):
-        taken = [p for micro in micro_batches for p in groups_of(micro, case.local)]
-        assert sorted(taken) == list(np.flatnonzero(case.active & (case.minibatch == index)))
-        for micro in micro_batches:
-            assert micro.pick.shape[0] == case.packing.shards and micro.pick.dtype == np.int32
-            assert (micro.pick < case.local).all() and (micro.pick >= -1).all()
+        taken = [(piece.group, g) for piece in pieces_of(micro_batches) for g in piece.completions]
+        groups = np.flatnonzero(case.active & spoken & (case.minibatch == index))
+        size = case.lengths.response_length.shape[1]
+        assert sorted(taken) == [(p, g) for p in groups for g in range(size)]
+        assert all(len(micro.rows) == case.packing.shards for micro in micro_batches)
 
 
 @given(cases())
 @settings(max_examples=150)
-def test_widths_counts_and_budget(case):
-    prompts, responses = case.lengths.prompt_length, case.lengths.response_length
-    tokens, packing = prompts + responses.sum(axis=1), case.packing
-    for micro in (micro for micro_batches in case.plan() for micro in micro_batches):
-        taken = groups_of(micro, case.local)
-        assert taken, "nothing in it"
-        prompt, response = micro.widths
-        assert prompt == bucket(int(prompts[taken].max()), case.lengths.widths[0])
-        assert response == bucket(int(responses[taken].max()), case.lengths.widths[1])
-        assert micro.tokens == tokens[taken].sum()
-        rows, cost = micro.pick.shape[1], prompt + responses.shape[1] * response
-        assert micro.positions == packing.shards * rows * cost >= micro.tokens
-        if rows > 1 and packing.max_tokens is not None:
-            assert rows * cost <= packing.max_tokens
-        assert packing.max_groups is None or rows <= packing.max_groups
-
-
-@given(cases())
-@settings(max_examples=100)
-def test_numbers_of_rows_are_few(case):
-    """Powers of two, the most that are allowed, or all that are left."""
-    for micro_batches in case.plan():
-        left = np.sum([(micro.pick >= 0).sum(axis=1) for micro in micro_batches], axis=0)
-        for micro in micro_batches:
-            rows = micro.pick.shape[1]
-            assert rows & (rows - 1) == 0 or rows in (left.max(), case.packing.max_groups)
-            left = left - (micro.pick >= 0).sum(axis=1)
-
-
-def plan_one(prompt, response, widths, packing: Packing) -> list[MicroBatch]:
-    """The micro-batches of one mini-batch whose groups are all active."""
-    groups = len(prompt)
-    (found,) = plan_microbatches(
-        BatchLengths(prompt, response, widths),
-        assign_minibatches(groups, 1),
-        np.ones(groups, bool),
-        packing,
-    )
-    return found
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_no_group_is_padded_to_more_than_twice_its_size(seed):
-    rng = np.random.default_rng(seed)
-    prompt = np.ceil(rng.lognormal(4, 1.5, 12)).astype(int)
-    response = np.ceil(rng.lognormal(4, 1.5, (12, 2))).astype(int)
-    widths = int(prompt.max()), int(response.max())
-    found = plan_one(prompt, response, widths, Packing(1))
-    assert len(found) > 1
-    for micro in found:
-        for p in groups_of(micro, 12):
-            own = bucket(int(prompt[p]), widths[0]) + 2 * bucket(int(response[p].max()), widths[1])
-            assert micro.positions <= micro.pick.size * 2 * own
-
-
-def test_a_row_that_is_left_out_after_all_widens_nothing():
-    """Three rows fit, two are taken: the third's long response is none of theirs."""
-    prompt, response = np.array([128, 96, 32, 32]), np.array([[32], [48], [96], [96]])
-    first, *_ = plan_one(prompt, response, (500, 500), Packing(1, 700))
-    np.testing.assert_array_equal(first.pick, [[0, 1]])
-    assert first.widths == (128, 48)
+def test_rows_are_equally_long_and_within_the_limit(case):
+    lengths, packing = case.lengths, case.packing
+    for micro_batches in filter(None, case.plan()):
+        (length,) = {micro.row_length for micro in micro_batches}
+        assert length in ROW_LENGTHS
+        rows = [row for micro in micro_batches for row in micro.rows]
+        assert all(sum(map(lengths.positions, row)) <= length for row in rows)
+        assert all(any(micro.rows) for micro in micro_batches), "an empty micro-batch"
+        groups = sorted({piece.group for row in rows for piece in row})
+        if packing.single_groups:
+            assert all(len(row) <= 1 for row in rows)
+            sizes = [lengths.positions(lengths.whole(p)) for p in groups]
+            assert length == row_length(max(sizes)) and len(pieces_of(micro_batches)) == len(groups)
+        elif packing.max_tokens is not None:
+            alone = lengths.prompt_length - 1 + lengths.response_length.max(axis=1)
+            assert length <= longest_row(int(alone[groups].max()), packing.max_tokens)
+        else:
+            assert len(micro_batches) == 1
 
 
 @given(cases())
 @settings(max_examples=30)
 def test_plans_repeat(case):
-    for one, two in zip(case.plan(), case.plan(), strict=True):
-        assert [(m.widths, m.tokens, m.positions) for m in one] == [
-            (m.widths, m.tokens, m.positions) for m in two
-        ]
-        for a, b in zip(one, two, strict=True):
-            np.testing.assert_array_equal(a.pick, b.pick)
+    def read(plan):
+        return [[(micro.rows, micro.row_length) for micro in mini] for mini in plan]
+
+    assert read(case.plan()) == read(case.plan())
 
 
-@given(cases())
-@settings(max_examples=50)
-def test_without_a_limit_and_lengths_alike_one_micro_batch_is_enough(case):
-    prompt = np.full_like(case.lengths.prompt_length, 40)
-    response = np.full_like(case.lengths.response_length, 33)
-    alike = dataclasses.replace(
-        case,
-        lengths=BatchLengths(prompt, response, case.lengths.widths),
-        minibatch=assign_minibatches(len(prompt), case.count),
-        active=np.ones(len(prompt), bool),
-        packing=Packing(case.packing.shards),
-    )
-    for micro_batches in alike.plan():
-        (micro,) = micro_batches
-        assert (micro.pick >= 0).all()
+def one_mini_batch(lengths: BatchLengths, packing: Packing) -> list[MicroBatch]:
+    groups = len(lengths.prompt_length)
+    every = np.zeros(groups, np.int32), np.ones(groups, bool)
+    (found,) = plan_microbatches(lengths, *every, packing)
+    return found
 
 
-@pytest.mark.parametrize("permuted", [False, True])
-def test_meshes_do_not_change_which_groups_a_mini_batch_has(permuted):
-    rng = np.random.default_rng(1)
-    lengths = BatchLengths(rng.integers(1, 300, 24), rng.integers(1, 300, (24, 4)), (300, 300))
-    active, minibatch = rng.random(24) < 0.7, assign_minibatches(24, 3)
-    if permuted:
-        minibatch = rng.permutation(minibatch)
-
-    def groups(shards):
-        found = plan_microbatches(lengths, minibatch, active, Packing(shards, 4000))
-        return [sorted(p for m in mini for p in groups_of(m, 24 // shards)) for mini in found]
-
-    assert groups(1) == groups(2) == groups(4) == groups(8)
+def test_a_group_that_finds_no_row_is_split():
+    """Three groups of 299 positions in two rows: one and a half each, the prompt of the third once more."""
+    lengths = BatchLengths(np.full(3, 100), np.full((3, 4), 50), (128, 64))
+    (micro,) = one_mini_batch(lengths, Packing(2, 512))
+    assert micro.row_length == 512
+    wide = [lengths.positions(piece) for piece in pieces_of([micro])]
+    assert sorted(wide) == [199, 199, 299, 299]
 
 
-def test_few_shapes_and_little_padding_for_typical_lengths():
-    """512 prompts x 4 log-normal responses, over several steps: what is compiled stays few."""
-    shapes, tokens, positions = set(), 0, 0
-    for step in range(5):
-        rng = np.random.default_rng(step)
-        prompt = np.clip(rng.normal(700, 150, 512), 100, 1500).astype(int)
-        response = np.clip(rng.lognormal(5.3, 0.5, (512, 4)), 20, 2048).astype(int)
-        found = plan_one(prompt, response, (1536, 2048), Packing(1, 16_384))
-        shapes |= {(micro.pick.shape[1], micro.widths) for micro in found}
-        tokens += sum(micro.tokens for micro in found)
-        positions += sum(micro.positions for micro in found)
-    assert len(shapes) <= 40
-    assert tokens / positions > 0.5
+def test_a_group_longer_than_a_row_is_split_by_completions():
+    lengths = BatchLengths(np.array([100]), np.array([[20, 30, 70, 80]]), (128, 96))
+    found = one_mini_batch(lengths, Packing(1, 200))
+    assert len(found) == 3 and {micro.row_length for micro in found} == {192}
+    assert sorted(map(lengths.positions, pieces_of(found))) == [129, 179, 189]
 
 
-def rollout(groups: int) -> RolloutBatch:
-    """Groups that can be told apart; 40 prompt and 56 response positions, group size 3."""
+def test_fewer_groups_than_data_shards_are_shared_by_all():
+    """Two groups of eight completions on eight shards: each computes two of them."""
+    lengths = BatchLengths(np.full(2, 20), np.full((2, 8), 60), (32, 64))
+    (micro,) = one_mini_batch(lengths, Packing(8, 4096))
+    assert [len(piece.completions) for piece in pieces_of([micro])] == [2] * 8
+
+
+@pytest.mark.parametrize(("shards", "least"), [(1, 0.95), (16, 0.9), (64, 0.85)])
+def test_rows_are_full_at_the_lengths_of_tool_prompts(shards, least):
+    """512 prompts of which half have 690 tokens or more, 8 log-normal responses around 350: positions needed over used."""
+    rng, needed, used, lengths = np.random.default_rng(0), 0, 0, set()
+    for _ in range(2):
+        prompt = np.clip(rng.lognormal(np.log(690), 0.45, 512), 200, 2176).astype(int)
+        response = rng.lognormal(np.log(350), 0.35, (512, 1)) * rng.lognormal(0, 0.35, (512, 8))
+        batch = BatchLengths(prompt, np.clip(response, 20, 1024).astype(int), (2176, 1024))
+        found = one_mini_batch(batch, Packing(shards, 16_384))
+        needed += sum(batch.positions(batch.whole(p)) for p in range(512))
+        used += sum(micro.positions for micro in found)
+        lengths |= {micro.row_length for micro in found}
+    assert needed / used >= least
+    assert lengths == {16_384}
+
+
+def test_metrics_of_the_packing():
+    """A repeated prompt, the end of a row and an empty row are padding."""
+    lengths = BatchLengths(np.full(4, 11), np.full((4, 2), 20), (16, 32))
+    rows = ((Piece(0, (0, 1)), Piece(2, (0,))), (Piece(2, (1,)),))
+    found = packing_metrics([[MicroBatch(rows, 128, lengths)], []], 4)
+    assert found == {
+        "update/micro_batches": 1,
+        "update/padding": 1 - 100 / 256,
+        "update/skipped_groups": 0.5,
+    }
+    assert packing_metrics([[], []], 4)["update/padding"] == 0
+
+
+def batch_of(groups: int) -> ResponseBatch:
+    """Groups that can be told apart; 40 prompt and 56 response positions, group size 3, an empty response."""
     rng = np.random.default_rng(0)
-    group_size, tp, tr = 3, 40, 56
-    floats = rng.normal(size=(3, groups, group_size, tr)).astype(np.float32)
-    return RolloutBatch(
-        rng.integers(1, 90, (groups, tp)).astype(np.int32),
-        rng.integers(1, tp + 1, groups).astype(np.int32),
-        rng.integers(1, 90, (groups, group_size, tr)).astype(np.int32),
-        rng.integers(1, tr + 1, (groups, group_size)).astype(np.int32),
-        *floats,
+    prompt, responses = (rng.permutation(10_000)[: groups * n] for n in (40, 3 * 56))
+    length = rng.integers(1, 57, (groups, 3)).astype(np.int32)
+    length[0, 1] = 0
+    routes = (rng.integers(0, 200, (groups, *s, 2, 2)).astype(np.uint8) for s in ((40,), (3, 56)))
+    return ResponseBatch(
+        prompt.reshape(groups, 40).astype(np.int32),
+        rng.integers(1, 41, groups).astype(np.int32),
+        responses.reshape(groups, 3, 56).astype(np.int32),
+        length,
+        routes=Routes(*routes),
     )
-
-
-def train_batch(groups: int, reference: bool) -> TrainBatch:
-    r, rng = rollout(groups), np.random.default_rng(1)
-    old, ref, weight, u = rng.normal(size=(4, *r.responses.shape)).astype(np.float32)
-    advantage = rng.normal(size=r.response_length.shape).astype(np.float32)
-    layout = (r.prompt, r.prompt_length, r.responses, r.response_length)
-    return TrainBatch(*layout, old, ref if reference else None, advantage, weight, u)
-
-
-BATCHES = {
-    "rollout": rollout,
-    "train": lambda groups: train_batch(groups, reference=False),
-    "train with a reference": lambda groups: train_batch(groups, reference=True),
-}
 
 
 def test_what_the_host_knows_of_a_batch():
-    batch = rollout(4)
+    batch = batch_of(4)
     found = BatchLengths.of(batch)
     assert found.widths == batch.widths == (40, 56)
     np.testing.assert_array_equal(found.prompt_length, batch.prompt_length)
     np.testing.assert_array_equal(found.response_length, batch.response_length)
 
 
-def pick_some(shards: int) -> tuple[np.ndarray, list[int | None]]:
-    """(pick of 3 of 4 groups a data shard with two empty rows, those groups in the global batch)."""
-    rng = np.random.default_rng(2)
-    pick = np.stack([rng.permutation(4)[:3] for _ in range(shards)]).astype(np.int32)
-    pick[0, 1] = pick[-1, 2] = -1
-    rows = [None if p < 0 else s * 4 + int(p) for s, row in enumerate(pick) for p in row]
-    return pick, rows
-
-
-@pytest.mark.parametrize("kind", BATCHES)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 1)], ids=str)
-def test_the_groups_of_a_micro_batch(shape, kind):
-    """Every field has the rows picked, cut to the widths, in its dtype; a row of no group is a prompt of one token."""
-    mesh, shards = tiny.mesh(*shape), shape[0] * shape[1]
-    batch = BATCHES[kind](shards * 4)
-    pick, rows = pick_some(shards)
-    take = jax.jit(lambda batch, pick: batch.take(Picker(pick, (32, 48), mesh)))
-    part = jax.tree.map(np.asarray, take(batch, pick))
-    assert type(part) is type(batch) and part.widths == (32, 48)
-    for field in dataclasses.fields(batch):
-        full, taken = getattr(batch, field.name), getattr(part, field.name)
-        if full is None:
-            assert taken is None
-            continue
-        cut = {"prompt": np.s_[:32], "prompt_length": (), "response_length": (), "advantage": ()}
-        index = cut.get(field.name, np.s_[:, :48])
-        assert taken.dtype == full.dtype, field.name
-        for at, row in enumerate(rows):
-            empty = 1 if field.name == "prompt_length" else 0
-            expected = np.full_like(full[0][index], empty) if row is None else full[row][index]
-            np.testing.assert_array_equal(taken[at], expected, err_msg=field.name)
-    assert not np.asarray(part.mask)[[row is None for row in rows]].any()
+def read_row(batch: ResponseBatch, row) -> list[tuple]:
+    """Of each position (token read, token predicted or None, position, index of the end), written out."""
+    out: list[tuple] = []
+    for p, completions in ((piece.group, piece.completions) for piece in row):
+        prompt = batch.prompt[p, : batch.prompt_length[p]]
+        first = len(out)
+        out += [(int(t), None, i, None) for i, t in enumerate(prompt[:-1])]
+        for g in completions:
+            own = batch.responses[p, g, : batch.response_length[p, g]]
+            read = [prompt[-1], *own][: len(own)]
+            end = len(out) + len(own)
+            out += [
+                (int(a), int(b), len(prompt) - 1 + i, end)
+                for i, (a, b) in enumerate(zip(read, own, strict=True))
+            ]
+        last = len(out)
+        out[first:] = [(*x[:3], last if x[3] is None else x[3]) for x in out[first:]]
+    return out
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 1)], ids=str)
-def test_tokens_are_put_back(shape):
-    """Where they came from; nothing stays behind the width, and what was not picked is left alone."""
+def test_a_micro_batch_reads_the_batch_in_the_order_of_its_rows(shape):
+    """Tokens, what they predict, positions, ends, experts; every per-token array and every array over completions."""
     mesh, shards = tiny.mesh(*shape), shape[0] * shape[1]
-    pick, rows = pick_some(shards)
-    old = rollout(shards * 4).logp
+    batch, rng = batch_of(8), np.random.default_rng(1)
+    each = rng.normal(size=batch.responses.shape).astype(np.float32)
+    of_completion = rng.normal(size=(8, 3)).astype(np.float32)
+    plan = one_mini_batch(BatchLengths.of(batch), Packing(shards, 110))
+    assert any(len(piece.completions) < 3 for piece in pieces_of(plan)), "nothing is split"
 
     @jax.jit
-    def put(x, pick):
-        picker = Picker(pick, (32, 48), mesh)
-        return picker.put_tokens(x, picker.tokens(x) + 100)
+    def read(batch, rows):
+        return (
+            rows.tokens(batch), rows.targets(batch.responses), rows.position, rows.until,
+            rows.targets(each), rows.completions(of_completion, 56), rows.routes(batch.routes),
+            rows.put_targets(jnp.zeros(each.shape), rows.targets(each)),
+        )  # fmt: skip
 
-    expected = old.copy()
-    for row in rows:
-        if row is not None:
-            expected[row, :, :48] = old[row, :, :48] + 100
-            expected[row, :, 48:] = 0
-    np.testing.assert_array_equal(np.asarray(put(old, pick)), expected)
+    put = np.zeros(each.shape, np.float32)
+    for micro in plan:
+        with activate(mesh):
+            found = [np.asarray(x) for x in read(batch, make_rows(micro, mesh))]
+        tokens, targets, position, until, values, advantage, routes, part = found
+        put += part
+        for w, row in enumerate(micro.rows):
+            expected = read_row(batch, row)
+            for i, (token, target, at, end) in enumerate(expected):
+                assert (tokens[w, i], targets[w, i]) == (token, target or 0)
+                assert (position[w, i], until[w, i]) == (at, end)
+                where = np.argwhere(batch.responses == target) if target else []
+                if len(where):
+                    p, g, t = where[0]
+                    assert values[w, i] == each[p, g, t] and advantage[w, i] == of_completion[p, g]
+                    read_at = (
+                        batch.routes.prompt[p, at]
+                        if t == 0
+                        else batch.routes.responses[p, g, t - 1]
+                    )
+                    np.testing.assert_array_equal(routes[:, w, i], read_at)
+            assert not until[w, len(expected) :].any() and not values[w, len(expected) :].any()
+    mask = np.arange(56) < batch.response_length[..., None]
+    np.testing.assert_array_equal(put, np.where(mask, each, 0))
 
 
-@pytest.mark.parametrize("dtype", [np.int8, np.int32, bool, np.float32])
-@pytest.mark.parametrize("shape", [(2,), (2, 3), (2, 3, 8), (2, 1, 2, 2)], ids=str)
-def test_groups_of_any_array(shape, dtype):
-    x = np.arange(1, np.prod(shape) + 1).reshape(shape).astype(dtype)
-    picker = Picker(jnp.array([[1, -1]]), (4, 4), tiny.mesh())
-    for empty in (0, 1):
-        found = np.asarray(picker.groups(x, empty))
-        assert found.dtype == dtype
-        np.testing.assert_array_equal(found, [x[1], np.full_like(x[1], empty)])
-    if len(shape) == 3:
-        np.testing.assert_array_equal(np.asarray(picker.tokens(x))[0], x[1, :, :4])
+def test_pairs_that_see_each_other():
+    """Counted in the table of the row, by the definition."""
+    batch = batch_of(3)
+    (micro,) = one_mini_batch(BatchLengths.of(batch), Packing(1))
+    until = make_rows(micro).until[0]
+    at = np.arange(len(until))
+    assert micro.max_pairs == ((at <= at[:, None]) & (at[:, None] < until)).sum()

@@ -137,7 +137,7 @@ def test_accuracy_and_entropy_against_an_oracle(gold, plain):
 @pytest.mark.parametrize("max_tokens", [2 * (16 + tiny.TIME), 1])
 def test_micro_batches_change_nothing(gold, plain, max_tokens):
     gradient, metrics, count = update(gold, max_tokens)
-    assert plain[2] == 1 and count >= 4
+    assert plain[2] == 1 and count >= 3
     close(gradient, plain[0])
     assert metrics == pytest.approx(plain[1], rel=1e-5)
 

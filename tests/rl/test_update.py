@@ -12,13 +12,13 @@ import pytest
 from rest_jax.config import CurriculumConfig, LossConfig, WeightsConfig
 from rest_jax.rl import curriculum, loss, weights
 from rest_jax.rl.curriculum import Schedule
-from rest_jax.rl.logprobs import response_logprobs
-from rest_jax.rl.packing import BatchLengths, MicroBatch, Picker
+from rest_jax.rl.logprobs import PassSpec, response_logprobs
+from rest_jax.rl.packing import BatchLengths, MicroBatch
 from rest_jax.rl.prepare import prepare
 from rest_jax.rl.update import (
     Totals,
     UpdateSpec,
-    add_micro_gradient,
+    add_gradient,
     apply_gradient,
     gradient_noise,
     micro_gradient,
@@ -27,7 +27,7 @@ from rest_jax.rl.update import (
 )
 from rest_jax.types import TrainState
 from tests import tiny
-from tests.rl.stepping import RECORD, close, logprobs, plan_of, step
+from tests.rl.stepping import RECORD, close, logprobs, plan_of, rows_of, step
 
 PROMPTS = 8
 GROUP_TOKENS = 16 + tiny.GROUP * tiny.TIME  # trunk positions of a padded group of `tiny.prompts`
@@ -76,7 +76,9 @@ def test_loss_and_gradient_against_an_oracle(scored, plain):
 
     def objective(params):
         batch = jax.tree.map(jnp.asarray, r)
-        logp, _, _ = response_logprobs(tiny.decoder(), params, batch, cfg.sampling, 100)
+        logp, _, _ = response_logprobs(
+            tiny.decoder(), params, batch, rows_of(r), PassSpec(cfg.sampling, 100)
+        )
         ratio = jnp.exp(logp - jnp.where(mask, r.logp, logp))
         a, clipped = advantage[..., None], jnp.clip(ratio, 0.8, 1.2)
         terms = jnp.where(mask, weight * -jnp.minimum(ratio * a, clipped * a), 0)
@@ -243,10 +245,9 @@ def update_parts(scored, noise_groups=None, tx=RECORD):
 def test_micro_gradients_add_up(scored, plain):
     """Two halves give the gradient, and the metrics, of both."""
     spec, batch, state = update_parts(scored)
-    first = Picker(jnp.arange(4, dtype=jnp.int32)[None], batch.widths, spec.mesh)
-    second = Picker(first.pick + 4, batch.widths, spec.mesh)
+    first, second = rows_of(scored.rollout, range(4)), rows_of(scored.rollout, range(4, 8))
     half = micro_gradient(state.params, batch, first, spec)
-    gradient, totals = add_micro_gradient(half, state.params, batch, second, spec)
+    gradient, totals = add_gradient(half, state.params, batch, second, spec)
     close(gradient, plain[0])
     for name, value in (totals.sums | totals.maxima).items():
         assert float(value) == pytest.approx(plain[1][name], rel=1e-4, abs=1e-6), name
@@ -267,8 +268,7 @@ def test_totals_add_sums_and_keep_the_largest():
 def test_norms_of_an_update(scored):
     """Of the gradient, of the change, and of the parameters after it."""
     spec, batch, state = update_parts(scored, tx=optax.sgd(0.5))
-    picker = Picker(jnp.arange(PROMPTS, dtype=jnp.int32)[None], batch.widths, spec.mesh)
-    gradient, totals = micro_gradient(state.params, batch, picker, spec)
+    gradient, totals = micro_gradient(state.params, batch, rows_of(scored.rollout), spec)
     new, found = apply_gradient(state, gradient, totals, spec)
     close(new.params, jax.tree.map(lambda p, g: p - 0.5 * g, state.params, gradient), 1e-6)
     norm = np.linalg.norm(flat(gradient))
@@ -289,11 +289,11 @@ def flat(tree) -> np.ndarray:
 @pytest.fixture(scope="module")
 def terms(partly_equal) -> np.ndarray:
     """[P, parameters]: the term of each group in the gradient, skipped ones zero."""
-    widths, rows = partly_equal.rollout.widths, []
-    for p in range(PROMPTS):
-        alone = [[MicroBatch(np.array([[p]], np.int32), widths, 1, 1)]]
-        rows.append(flat(step(tiny.step_config(), partly_equal, alone)[0].opt_state))
-    return np.stack(rows)
+    lengths = BatchLengths.of(partly_equal.rollout)
+    alone = [[[MicroBatch(((lengths.whole(p),),), 64, lengths)]] for p in range(PROMPTS)]
+    return np.stack(
+        [flat(step(tiny.step_config(), partly_equal, plan)[0].opt_state) for plan in alone]
+    )
 
 
 def test_noise_equals_the_sample_variance_of_the_groups(partly_equal, terms):
@@ -308,7 +308,7 @@ def test_noise_equals_the_sample_variance_of_the_groups(partly_equal, terms):
 def test_measured_groups_go_one_by_one_and_the_update_is_the_same(partly_equal):
     cfg = tiny.step_config(noise_groups=PROMPTS)
     (micro_batches,) = plan_of(partly_equal, cfg, tiny.mesh())
-    assert all(micro.pick.size == 1 for micro in micro_batches)
+    assert all(len(row) == 1 for micro in micro_batches for row in micro.rows)
     assert len(micro_batches) == PROMPTS - len(EQUAL)
     measured, plain = (step(c, partly_equal)[0] for c in (cfg, tiny.step_config()))
     np.testing.assert_allclose(

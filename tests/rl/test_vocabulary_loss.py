@@ -23,9 +23,10 @@ SAMPLINGS = [
 ]
 
 
-def vocabulary_loss(hidden, head, tokens, inputs, *spec):
-    """The pass, with the fields of its `LossSpec` one by one."""
-    return logprobs.vocabulary_loss(hidden, head, tokens, inputs, LossSpec(*spec))
+def vocabulary_loss(hidden, head, tokens, inputs, *spec, used=None):
+    """The pass, with the fields of its `LossSpec` one by one; of all positions unless told otherwise."""
+    used = jnp.ones(tokens.shape, bool) if used is None else jnp.asarray(used)
+    return logprobs.vocabulary_loss(hidden, head, tokens, inputs, used, LossSpec(*spec))
 
 
 def policy_loss(seen: TokenStats, x) -> TokenLoss:
@@ -148,7 +149,7 @@ def test_finite_differences():
         return float((loss - 0.7 * extra["bonus"] * entropy**2).sum())
 
     _, gradient = value_and_gradient(
-        lambda h, w: vocabulary_loss(h, w, tokens, extra, with_entropy, Sampling(), 5, True),
+        lambda h, w: vocabulary_loss(h, w, *inputs()[2:], with_entropy, Sampling(), 5, True),
         *map(jnp.asarray, (hidden, head)),
     )
     rng = np.random.default_rng(3)
@@ -305,14 +306,38 @@ def test_padding_enters_neither_loss_nor_metrics(chunk, garbage):
         wrong = jnp.nan if garbage == "nan" else -100 * hidden
         hidden = jnp.where(mask[..., None], hidden, wrong)
     arguments = (x, token_loss, Sampling(), chunk, True)
-    close_metrics(vocabulary_loss(hidden, head, tokens, *arguments), expected)
-    found, gradient = value_and_gradient(
-        lambda h, w: vocabulary_loss(h, w, tokens, *arguments), hidden, head
-    )
-    close_metrics((found[0], *found[1]), expected)
-    if garbage != "nan":
+    for used in (None, mask) if garbage != "nan" else (mask,):
+        run = functools.partial(vocabulary_loss, used=used)
+        close_metrics(run(hidden, head, tokens, *arguments), expected)
+        found, gradient = value_and_gradient(
+            lambda h, w, run=run: run(h, w, tokens, *arguments), hidden, head
+        )
+        close_metrics((found[0], *found[1]), expected)
         assert (np.asarray(gradient[0])[~mask] == 0).all()
         assert all(np.isfinite(np.asarray(part)).all() for part in gradient)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 13, 100])
+def test_positions_that_are_not_used_cost_nothing(chunk):
+    """Wherever they are: values and gradients are those of the others alone, and only chunks with others are computed."""
+    hidden, head, tokens, extra = inputs()
+    used = np.random.default_rng(4).random((ROWS, TIME)) < 0.4
+    alone = hidden[used][None], tokens[used][None], {k: x[used][None] for k, x in extra.items()}
+    expected = value_and_gradient(
+        lambda h, w: vocabulary_loss(h, w, *alone[1:], policy_loss, Sampling(), 100),
+        alone[0], head,
+    )  # fmt: skip
+    zeroed = {name: jnp.where(used, x, jnp.zeros_like(x)) for name, x in extra.items()}
+    found = value_and_gradient(
+        lambda h, w: vocabulary_loss(
+            h, w, tokens, zeroed, policy_loss, Sampling(), chunk, used=used
+        ),
+        hidden, head,
+    )  # fmt: skip
+    close_metrics(found[0], expected[0])
+    close(np.asarray(found[1][0])[used], expected[1][0][0])
+    close(found[1][1], expected[1][1])
+    assert (np.asarray(found[1][0])[~used] == 0).all()
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, 5)], ids=str)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rest_jax.models.attention import pack_group, prompt_rows, split_group
+from rest_jax.models.attention import prompt_rows
 from rest_jax.models.decoder import apply_routed, logits
-from rest_jax.rl.logprobs import response_logprobs
+from rest_jax.rl.logprobs import PassSpec, response_logprobs
 from rest_jax.rollout.engine import Widths, cache_sharding
 from rest_jax.types import Sampling
 from tests import tiny
@@ -18,8 +18,8 @@ SAMPLINGS = [Sampling(), Sampling(0.7), Sampling(1.2, 8), Sampling(1.0, 0, 0.9)]
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_numbers_equal_teacher_forcing(sampling):
     out = tiny.rollout(tiny.prompts(), sampling=sampling)
-    batch = jax.tree.map(jnp.asarray, out)
-    forced = response_logprobs(tiny.decoder(), tiny.params(), batch, sampling, 4)
+    rows = tiny.packed(out)
+    forced = response_logprobs(tiny.decoder(), tiny.params(), out, rows, PassSpec(sampling, 4))
     mask = np.arange(tiny.TIME) < out.response_length[..., None]
     for name, value in zip(("logp", "entropy", "gini"), forced, strict=True):
         np.testing.assert_allclose(getattr(out, name)[mask], np.asarray(value)[mask], atol=1e-4)
@@ -121,19 +121,17 @@ def test_devices_do_not_change_the_ids_of_experts(shape):
 @pytest.mark.parametrize("layers", [pytest.param("scan", marks=pytest.mark.slow), "unroll"])
 def test_experts_teacher_forced_are_those_recorded(layers):
     out = tiny.rollout(tiny.prompts(), experts=4, layers=layers, record_routes=True)
-    batch = jax.tree.map(jnp.asarray, out.replace(routes=None))
+    batch, rows = out.replace(routes=None), tiny.packed(out)
     decoder, params = tiny.decoder(experts=4), tiny.params(4)
-    logp, _, _ = response_logprobs(decoder, params, batch, Sampling(), 4)
+    logp, _, _ = response_logprobs(decoder, params, batch, rows, PassSpec(Sampling(), 4))
     mask = np.arange(tiny.TIME) < out.response_length[..., None]
     np.testing.assert_allclose(out.logp[mask], np.asarray(logp)[mask], atol=1e-4)
 
-    packed = pack_group(batch.prompt, batch.prompt_length, batch.responses, batch.response_length)
-    _, _, router = apply_routed(decoder, params, *packed)
-    prompt, responses = split_group(jnp.moveaxis(router.chosen, 0, 2), packed[-1])
-    seen = np.arange(prompt.shape[1]) < out.prompt_length[:, None]
-    assert out.routes.prompt.dtype == np.uint8
-    np.testing.assert_array_equal(out.routes.prompt[seen], np.asarray(prompt)[seen])
-    np.testing.assert_array_equal(out.routes.responses[mask], np.asarray(responses)[mask])
+    inputs = rows.tokens(batch), rows.position, rows.layout
+    _, _, router = apply_routed(decoder, params, *inputs)
+    recorded, read = np.asarray(rows.routes(out.routes)), np.asarray(rows.layout.valid)
+    assert out.routes.prompt.dtype == recorded.dtype == np.uint8
+    np.testing.assert_array_equal(recorded[:, read], np.asarray(router.chosen)[:, read])
     assert len(np.unique(out.routes.responses[mask])) == 4
     assert (tiny.rollout(tiny.prompts(), experts=4).responses == out.responses).all()
 

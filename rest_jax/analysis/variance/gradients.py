@@ -24,8 +24,10 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Sharding
 
 from rest_jax.distributed import replicated_beside
+from rest_jax.models.attention import prompt_rows
 from rest_jax.models.decoder import Decoder, logits
-from rest_jax.rl.logprobs import response_hidden, response_logprobs
+from rest_jax.rl.logprobs import PassSpec, response_logprobs
+from rest_jax.rl.packing import BatchLengths, MicroBatch, make_rows, row_length
 from rest_jax.tool_calls import NUM_REGIONS
 from rest_jax.types import Params, ResponseBatch, RolloutBatch, Sampling, ScoredBatch
 
@@ -118,11 +120,13 @@ def token_logits(
     decoder: Decoder, params: Params, prompt, prompt_length, response, response_length, t
 ) -> jax.Array:
     """float32 [V]: the logits that token t of one response was drawn from."""
-    group = ResponseBatch(
-        prompt[None], prompt_length[None], response[None, None], response_length[None, None]
-    )
-    hidden, _ = response_hidden(decoder, params, group)
-    return logits(params, decoder.cfg, hidden[0, t])
+    time = jnp.arange(prompt.size + response.size)
+    own = jnp.take(response, time - prompt_length, mode="clip")
+    row = jnp.where(time < prompt_length, jnp.take(prompt, time, mode="clip"), own)[None]
+    layout, positions = prompt_rows(row, (prompt_length + response_length)[None])
+    apply: Any = decoder.apply
+    hidden, _ = apply({"params": params}, row, positions, layout)
+    return logits(params, decoder.cfg, hidden[0, prompt_length - 1 + t])
 
 
 def probes(scores: jax.Array, key: jax.Array) -> jax.Array:
@@ -173,12 +177,15 @@ def group_gradients(
     project = (lambda tree: ravel_pytree(tree)[0]) if exact else make_sketch(seed)
     features = make_group_features(decoder, chunk, project, replicated_beside(params))
     kept = np.empty((kinds, len(active), size if exact else SKETCH), np.float32)
-    for i, p in enumerate(active):
-        row = slice(p, p + 1)
-        kept[:, i] = features(
-            params, coefficient[:, row], rollout.prompt[row], rollout.prompt_length[row],
-            rollout.responses[row], rollout.response_length[row],
-        )  # fmt: skip
+    lengths = BatchLengths.of(rollout)
+    pieces = [lengths.whole(int(p)) for p in active]
+    longest = row_length(max(map(lengths.positions, pieces)))
+    batch = ResponseBatch(
+        rollout.prompt, rollout.prompt_length, rollout.responses, rollout.response_length
+    )
+    for i, piece in enumerate(pieces):
+        micro = MicroBatch(((piece,),), longest, lengths)
+        kept[:, i] = features(params, coefficient, batch, make_rows(micro))
     gram = np.zeros((kinds, groups, groups))
     gram[:, active[:, None], active] = [rows @ rows.T for rows in kept]
     means = kept.sum(axis=1, dtype=np.float64)
@@ -193,11 +200,11 @@ def make_group_features(
     project: Callable[[Params], jax.Array],
     out: Sharding | None = None,
 ) -> Callable[..., jax.Array]:
-    """Jitted (params, coefficient [K 1 G T], one group: prompt [1 Tp], .., responses [1 G T], ..) -> [K, D]."""
+    """Jitted (params, coefficient [K P G T], batch, rows with one group of it) -> [K, D]."""
 
-    def features(params, coefficient, *group):
+    def features(params, coefficient, batch, rows):
         def logp(params):
-            return response_logprobs(decoder, params, ResponseBatch(*group), Sampling(), chunk)[0]
+            return response_logprobs(decoder, params, batch, rows, PassSpec(Sampling(), chunk))[0]
 
         _, pull = jax.vjp(logp, params)
         return jax.lax.map(lambda c: project(pull(c)[0]), coefficient)
