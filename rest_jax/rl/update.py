@@ -49,6 +49,10 @@ class Totals:
             jax.tree.map(jnp.add, self.router, other.router),
         )
 
+    def with_noise(self, squares: Float[Array, ""], counts: Float[Array, ""]) -> "Totals":
+        """With the parts of `gradient_noise` among the sums."""
+        return dataclasses.replace(self, sums=self.sums | {SQUARES: squares, COUNTS: counts})
+
 
 LossFn = Callable[[Params, Any, Rows], tuple[jax.Array, Totals]]  # (params, batch, rows)
 
@@ -117,8 +121,7 @@ def micro_gradient(
     if spec.noise_groups is not None:
         groups = jnp.sum(rows.groups).astype(jnp.float32)
         # What a skipped group adds is put in at the end: `noise_groups` less the groups computed.
-        parts = {SQUARES: optax.tree.norm(gradient, squared=True), COUNTS: groups**2 - groups}
-        totals = dataclasses.replace(totals, sums=totals.sums | parts)
+        totals = totals.with_noise(optax.tree.norm(gradient, squared=True), groups**2 - groups)
     return gradient, totals
 
 
@@ -132,9 +135,10 @@ def add_gradient(
 
 def zero_gradient(params: Params, batch: ResponseBatch, spec: UpdateSpec) -> tuple[Params, Totals]:
     """What the first micro-batch is added to; the maxima are of quantities that are not negative."""
-    make = functools.partial(micro_gradient, spec=spec)
-    shapes = jax.eval_shape(make, params, batch, empty_rows(num_data_shards(spec.mesh)))
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    rows = empty_rows(num_data_shards(spec.mesh))
+    _, totals = jax.eval_shape(spec.loss_fn, params, batch, rows)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (params, totals))
+    return zero if spec.noise_groups is None else (zero[0], zero[1].with_noise(*jnp.zeros(2)))
 
 
 @jax.named_scope("optimizer")
