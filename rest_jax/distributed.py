@@ -4,7 +4,7 @@ Modules name logical axes only ("embed", "heads", ..); `RULES` says which mesh a
 tensor) hold them. The batch is split over data, fsdp and expert. Train layout: weights are split over fsdp,
 expert and tensor. Rollout layout: over tensor, and experts over expert, so that decoding gathers no weights.
 `activate(mesh)` around a run makes the decoder pin its activations to the batch axes. All axes are Auto: XLA
-places the collectives from the shardings of inputs and outputs; `models/moe.py`, `models/flash_attention.py` and `rl/logprobs.py`
+places the collectives from the shardings of inputs and outputs; `models/moe.py`, `models/attention.py` and `rl/logprobs.py`
 place their own.
 """
 
@@ -19,6 +19,7 @@ import jax
 import jax._src.distributed
 import numpy as np
 from flax import linen as nn
+from flax.linen import spmd
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rest_jax.config import MeshConfig
@@ -153,6 +154,11 @@ def replicated_beside(params: Any) -> NamedSharding | None:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis split over data, fsdp and expert."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def pin_rows(x: jax.Array) -> jax.Array:
+    """Splits the leading axis over the batch axes only, inside jit; does nothing outside `activate`."""
+    return spmd.with_logical_constraint(x, ("batch", *(None,) * (x.ndim - 1)))
 
 
 def place(shapes: Tree, shardings: Any) -> Tree:

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from rest_jax.distributed import BATCH_AXES, num_data_shards
-from rest_jax.models.block_attention import block_attention
+from rest_jax.models.block_attention import WIDE, block_attention
 from rest_jax.models.cache import DecodeLayout, LayerCache, RowLayout
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.flash_attention import flash_attention
@@ -31,8 +31,8 @@ _FLOOR = -1e30  # score of what may not be seen: finite, so that nothing becomes
 
 # by DecoderConfig.attention: (scaled q [B K R T H], k and v [B K T H], layout) -> [B K R T H]
 KERNELS = {
-    "blocks": functools.partial(block_attention),
-    "wide_blocks": functools.partial(block_attention, blocks=(512, 512)),
+    "blocks": block_attention,
+    "wide_blocks": functools.partial(block_attention, blocks=WIDE),
     "flash": flash_attention,
 }
 

@@ -18,6 +18,7 @@ from rest_jax.models.cache import RowLayout
 
 # Of blocks that hold less the products are too small for the threads of a CPU to share, of larger ones more is masked.
 _SMALL, _LARGE = (64, 64), (256, 128)
+WIDE = (512, 512)  # for an accelerator without a kernel
 _NARROW = 256  # width of all heads together, up to which blocks are small
 _FLOOR = -1e30  # score of what may not be seen: finite, so that nothing becomes NaN
 

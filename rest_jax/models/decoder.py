@@ -18,12 +18,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen import spmd
 from jax.nn.initializers import Initializer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Integer, Key
 
-from rest_jax.distributed import logical_shardings
+from rest_jax.distributed import logical_shardings, pin_rows
 from rest_jax.errors import UserError
 from rest_jax.models.attention import Layout, attend, valid_positions
 from rest_jax.models.cache import Cache, LayerCache, Layers, RowLayout
@@ -142,7 +141,7 @@ class Block(nn.Module):
             x = x + Experts(self.cfg, name="mlp")(normed, layout, replayed)
         else:
             x = x + Mlp(self.cfg, name="mlp")(normed)
-        return _pin(x), kv if self.return_kv else None
+        return pin_rows(x), kv if self.return_kv else None
 
 
 class Decoder(nn.Module):
@@ -173,7 +172,7 @@ class Decoder(nn.Module):
         rope = rope_tables(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
         layers = None if cache is None else cache.layers
         return_kv = return_kv or cache is not None
-        x = _pin(jnp.take(embed, tokens, axis=0).astype(cfg.dtype))
+        x = pin_rows(jnp.take(embed, tokens, axis=0).astype(cfg.dtype))
         if cfg.layers == "scan":
             x, kv = _stacked(cfg)(cfg, return_kv, name="blocks")(x, layers, rope, layout, replayed)
         else:
@@ -258,11 +257,6 @@ def logits(
 def _init_boxed(cfg: DecoderConfig, key: jax.Array) -> Params:
     token = jnp.zeros((1, 1), jnp.int32)
     return Decoder(cfg).init(key, token, token, RowLayout(token + 1, 1))["params"]
-
-
-def _pin(x: jax.Array) -> jax.Array:
-    """Splits activations over the batch axes only; does nothing outside `distributed.activate`."""
-    return spmd.with_logical_constraint(x, ("batch", None, None))
 
 
 def _param(

@@ -86,10 +86,12 @@ def memory_programs(setup: Setup, lengths: Lengths) -> dict[str, Program]:
     that with the micro-batch of the most positions.
     """
     own, longest = rows_at(setup, lengths), longest_rows(setup)
-    found, fullest = (update_programs(setup, rows) for rows in (own, longest))
-    for name, rows in {"update": 0, "logprobs": 1, "reference logprobs": 1}.items():
-        if name in found and longest[rows].length > own[rows].length:
-            found[f"fullest {name}"] = dataclasses.replace(fullest[name], name=f"fullest {name}")
+    found = update_programs(setup, own)
+    kinds = {"update": 0, "logprobs": 1, "reference logprobs": 1}
+    longer = [n for n, i in kinds.items() if n in found and longest[i].length > own[i].length]
+    fullest = update_programs(setup, longest) if longer else {}
+    for name in longer:
+        found[f"fullest {name}"] = dataclasses.replace(fullest[name], name=f"fullest {name}")
     if setup.step is not None:
         found |= rollout_programs(setup, training_rollout(setup, lengths))
     if setup.held_out is not None:

@@ -23,8 +23,7 @@ from flax import linen as nn
 from rest_jax.config import Config, locate
 from rest_jax.distributed import check_batch, make_mesh, num_data_shards, place, with_tensor
 from rest_jax.errors import UserError
-from rest_jax.models.attention import KERNELS
-from rest_jax.models.block_attention import cpu_blocks, mean_visits
+from rest_jax.models.block_attention import WIDE, cpu_blocks, mean_visits
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import Decoder, abstract_params, param_shardings
 from rest_jax.models.hf.config import decoder_config
@@ -209,7 +208,8 @@ def attention_trips(cfg: DecoderConfig, until: np.ndarray) -> dict[str, float]:
     """Blocks of keys that a block of queries of such a row visits, on average; a kernel's loop is not in a program's text."""
     if cfg.attention == "flash":
         return {}
-    blocks = KERNELS[cfg.attention].keywords.get("blocks", cpu_blocks(cfg.n_heads * cfg.head_dim))
+    wide = cfg.attention == "wide_blocks"
+    blocks = WIDE if wide else cpu_blocks(cfg.n_heads * cfg.head_dim)
     return {"attention": mean_visits(jnp.asarray(until[:1]), blocks)}
 
 

@@ -27,14 +27,13 @@ from flax.linen import spmd
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from rest_jax.distributed import batch_sharding
+from rest_jax.distributed import batch_sharding, pin_rows
 from rest_jax.models.cache import RowLayout
 from rest_jax.types import AnyArray, ResponseBatch, Routes
 
 BUCKETS = sorted({b for k in range(5, 27) for b in (1 << k, 3 << (k - 1))})  # 32, 48, 64, 96, ..
-ROW_LENGTHS = sorted(
-    {(8 + i) << k for k in range(2, 24) for i in range(8)}
-)  # 32, 36, .. 64, 72, ..
+# 32, 36, .. 64, 72, ..
+ROW_LENGTHS = sorted({(8 + i) << k for k in range(2, 24) for i in range(8)})
 # What a micro-batch costs by itself, above all for the weights that it gathers, as a share of the longest row.
 _MICRO_BATCH_COST = 0.02
 # The program of the longest row is compiled in most steps anyway: up to 6 % more padding is worth not compiling another.
@@ -249,15 +248,13 @@ class Rows:
     """
 
     token: Int[AnyArray, "W T"]  # index among the tokens [P, Tp + G Tr] of the batch, which is read
-    target: Int[
-        AnyArray, "W T"
-    ]  # index among the response tokens [P, G, Tr], which is predicted; -1: none
+    # index among the response tokens [P, G, Tr], which is predicted; -1: none
+    target: Int[AnyArray, "W T"]
     position: Int[AnyArray, "W T"]  # in its sequence
     until: Int[AnyArray, "W T"]  # see RowLayout
     groups: Int[AnyArray, " W"]  # that lie in a row, undivided or not
-    balance: Float[AnyArray, "W T"] | None = struct.field(
-        default=None, kw_only=True
-    )  # see RowLayout
+    # see RowLayout
+    balance: Float[AnyArray, "W T"] | None = struct.field(default=None, kw_only=True)
     pairs: int = struct.field(pytree_node=False)  # see RowLayout
 
     @property
@@ -277,10 +274,9 @@ class Rows:
     def routes(self, routes: Routes) -> Shaped[Array, "L W T k"]:
         """The experts that the read tokens went to."""
         both = _join(routes.prompt, routes.responses)
-        taken = jnp.take(
-            both, self.token, axis=0, mode="clip"
-        )  # too many bytes a token to come whole
-        return jnp.moveaxis(_pin(taken), 2, 0)
+        # too many bytes a token to come whole
+        taken = jnp.take(both, self.token, axis=0, mode="clip")
+        return jnp.moveaxis(pin_rows(taken), 2, 0)
 
     def targets(self, x: Shaped[AnyArray, "P G Tr"]) -> Shaped[Array, "W T"]:
         """A per-token array at the predicted tokens; zero where none is."""
@@ -301,7 +297,7 @@ class Rows:
 
     def _take(self, flat, index):
         flat = spmd.with_logical_constraint(flat, (None,) * flat.ndim)
-        return _pin(jnp.take(flat, index, axis=0, mode="clip"))
+        return pin_rows(jnp.take(flat, index, axis=0, mode="clip"))
 
 
 def make_rows(micro: MicroBatch, mesh: Mesh | None = None) -> Rows:
@@ -375,11 +371,6 @@ def _count_pairs(piece: Piece, lengths: BatchLengths) -> int:
     before = int(lengths.prompt_length[piece.group]) - 1
     own = lengths.response_length[piece.group, list(piece.completions)].astype(np.int64)
     return before * (before + 1) // 2 + int((own * before + own * (own + 1) // 2).sum())
-
-
-def _pin(x):
-    """Rows on their data shards; does nothing outside `distributed.activate`."""
-    return spmd.with_logical_constraint(x, ("batch", *(None,) * (x.ndim - 1)))
 
 
 def _join(prompt, responses):

@@ -62,9 +62,8 @@ class Update:
     """
 
     zero: Callable[..., tuple[Params, Totals]]  # compiled `zero_gradient`
-    add: Callable[
-        ..., tuple[Params, Totals]
-    ]  # compiled `add_gradient`, one program for each length of rows
+    # compiled `add_gradient`, one program for each length of rows
+    add: Callable[..., tuple[Params, Totals]]
     apply: Callable[..., tuple[TrainState, Totals]]  # compiled `apply_gradient`
     mesh: Mesh
 
