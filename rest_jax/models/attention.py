@@ -1,8 +1,8 @@
 """Attention under every layout, as pure functions of queries, keys and values.
 
 Rows (`RowLayout`) go through one of two kernels that never hold a row's scores: `block_attention` in plain operations of XLA,
-`flash_attention` on TPUs. Decoding (`DecodeLayout`) reads a `Cache`: a query's keys come in parts (the shared prompt, the
-response's own tokens, the token just made) that are joined in one softmax.
+`flash_attention` on TPUs. Decoding (`DecodeLayout`) reads a `Cache`: a query's keys come in parts (the pages of the shared prompt,
+those of the response, what this call has drawn, the token just made) that are joined in one softmax.
 
 Keys are never repeated for grouped queries (N = K * R): every product is one batch of plain matrices, in the order in which
 memory holds them. Scores and softmax are float32. A query that may see nothing (padding) yields zero, in value and gradient.
@@ -12,7 +12,6 @@ Positions are given by the caller (`prompt_rows`, `rl.packing.Rows`, `Cache.posi
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +23,9 @@ from rest_jax.models.block_attention import WIDE, block_attention
 from rest_jax.models.cache import DecodeLayout, LayerCache, RowLayout
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.flash_attention import flash_attention
+from rest_jax.models.paged_attention import Partial, attend_pages, attend_part, join, normalise
 
 Layout = RowLayout | DecodeLayout
-
-_FLOOR = -1e30  # score of what may not be seen: finite, so that nothing becomes NaN
 
 # by DecoderConfig.attention: (scaled q [B K R T H], k and v [B K T H], layout) -> [B K R T H]
 KERNELS = {
@@ -35,14 +33,6 @@ KERNELS = {
     "wide_blocks": functools.partial(block_attention, blocks=WIDE),
     "flash": flash_attention,
 }
-
-
-class Partial(NamedTuple):
-    """Unnormalised attention over one part of the keys: values weighted by exp(score - peak), total weight, peak."""
-
-    out: Float[Array, "*B H"]  # float32, as all three
-    total: Float[Array, "*B"]
-    peak: Float[Array, "*B"]
 
 
 def prompt_rows(
@@ -70,7 +60,7 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Attention of queries over keys and values under `layout`, in q's dtype.
 
-    DecodeLayout alone needs `cache`; `kv` None means that the cache holds the new tokens' keys and values already.
+    DecodeLayout alone needs `cache`; `kv` None means that `recent` holds the new tokens' keys and values already.
     """
     if isinstance(layout, RowLayout):
         if kv is None:
@@ -78,7 +68,7 @@ def attend(
         return attend_rows(q, *kv, layout, KERNELS[cfg.attention])
     if cache is None:
         raise ValueError("attend: DecodeLayout needs a cache")
-    out = attend_cache(_by_kv_head(q, cache.response_k), kv, layout, cache, cfg.precision)
+    out = attend_cache(_by_kv_head(q, cache.recent_k), kv, layout, cache, cfg)
     return out.reshape(q.shape).astype(q.dtype)
 
 
@@ -134,35 +124,40 @@ def attend_cache(
     own: tuple[Float[Array, "W N K H"], Float[Array, "W N K H"]] | None,
     layout: DecodeLayout,
     cache: LayerCache,
-    precision: jax.lax.Precision,
+    cfg: DecoderConfig,
 ) -> Float[Array, "W N K R H"]:
-    """New tokens against their prompt (< prompt_length), their row's earlier tokens (< index) and themselves.
+    """New tokens against their prompt, their response's earlier tokens and themselves.
 
-    `own` holds their keys and values; None: the cache has them already, at `index`. Rows are brought together by prompt,
-    so that the keys of a prompt are read once for all its rows.
+    `own` holds their keys and values; None: `recent` has them already. Queries are brought together by prompt, so that the keys
+    of a prompt are read once for all its responses.
     """
-    shards, _, heads, repeats, width = q.shape
-    prompts, members = layout.members.shape[1:]
-    together = _take_rows(q, layout.members.reshape(shards, -1))
-    together = together.reshape(shards, prompts, members, heads, repeats, width)
-    together = together.transpose(0, 1, 3, 2, 4, 5).reshape(
-        shards, prompts, heads, members * repeats, width
+    kernel = "pages" if cfg.attention == "flash" else "gather"
+    read = functools.partial(
+        attend_pages, pool=cache.pool, layer=cache.layer, kernel=kernel, precision=cfg.precision
     )
-    seen = jnp.arange(cache.prompt_k.shape[-2]) < layout.prompt_length[..., None]  # [W Q Tp]
-    shared = _attend_part(
-        together, cache.prompt_k, cache.prompt_v, seen[:, :, None, None], precision
-    )
-    parts = [Partial(*(_back_to_rows(x, layout, repeats) for x in shared))]
+    shared = read(_by_prompt(q, layout), table=layout.prompts)
+    parts = [Partial(*(_back_to_rows(x, layout, q.shape[3]) for x in shared))]
+    parts.append(read(q, table=layout.responses))
 
-    written = jnp.arange(cache.response_k.shape[-2]) < (layout.index + (own is None))[..., None]
-    parts.append(
-        _attend_part(q, cache.response_k, cache.response_v, written[:, :, None, None], precision)
-    )
+    row = jnp.arange(cache.recent_k.shape[-2])
+    written = (row >= layout.begin[..., None]) & (row < layout.time + (own is None))
+    written = written[:, :, None, None]
+    parts.append(attend_part(q, cache.recent_k, cache.recent_v, written, cfg.precision))
     if own is not None:
         score = jnp.sum(q.astype(jnp.float32) * own[0].astype(jnp.float32)[:, :, :, None], axis=-1)
         value = jnp.broadcast_to(own[1].astype(jnp.float32)[:, :, :, None], q.shape)
         parts.append(Partial(value, jnp.ones_like(score), score))
-    return _merge(*parts)
+    return normalise(join(*parts))
+
+
+def _by_prompt(q: Float[Array, "W N K R H"], layout: DecodeLayout) -> Float[Array, "W Q K GR H"]:
+    """The queries of every prompt's responses together."""
+    shards, _, heads, repeats, width = q.shape
+    prompts, members = layout.members.shape[1:]
+    together = _take_rows(q, layout.members.reshape(shards, -1))
+    together = together.reshape(shards, prompts, members, heads, repeats, width)
+    together = together.transpose(0, 1, 3, 2, 4, 5)
+    return together.reshape(shards, prompts, heads, members * repeats, width)
 
 
 def _by_kv_head(q, keys):
@@ -170,35 +165,6 @@ def _by_kv_head(q, keys):
     batch, time, heads, width = q.shape
     kv_heads = keys.shape[2]
     return (q * width**-0.5).reshape(batch, time, kv_heads, heads // kv_heads, width)
-
-
-def _product(axes, x, y, precision):
-    """einsum that sums in float32."""
-    return jnp.einsum(axes, x, y, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _attend_part(
-    q: Float[Array, "*B M H"],
-    k: Float[Array, "*B S H"],
-    v: Float[Array, "*B S H"],
-    mask: Bool[Array, "..."],
-    precision: jax.lax.Precision,
-) -> Partial:
-    """Attention of scaled queries over one part of the keys."""
-    score = jnp.where(mask, _product("...mh,...sh->...ms", q, k, precision), _FLOOR)
-    peak = jnp.maximum(jnp.max(score, axis=-1), 0.5 * _FLOOR)
-    weight = jnp.exp(score - peak[..., None])
-    out = _product("...ms,...sh->...mh", weight.astype(v.dtype), v, precision)
-    return Partial(out, jnp.sum(weight, axis=-1), peak)
-
-
-def _merge(*parts: Partial) -> Float[Array, "*B H"]:
-    """One softmax over the keys of all parts, float32; zero where no part saw a key."""
-    peak = functools.reduce(jnp.maximum, (p.peak for p in parts))
-    scale = [jnp.exp(p.peak - peak) for p in parts]
-    total = sum(s * p.total for s, p in zip(scale, parts, strict=True))
-    out = sum(s[..., None] * p.out for s, p in zip(scale, parts, strict=True))
-    return out / jnp.where(total > 0, total, 1.0)[..., None]
 
 
 def _take_rows(x, index):

@@ -3,13 +3,13 @@
 RowLayout     `[B, T]`: rows of tokens that see earlier ones; prompts before decoding, packed groups in the update.
 DecodeLayout  `[W, N]`: the next token of every decode slot against a `Cache`; the rollout.
 
-A cache is divided into W data shards (the parts of the batch axes of the mesh). A shard has Q prompt cache entries, each
-with the keys and values of one prompt, and N decode slots, each with those of one response; `entry` names the prompt cache
-entry that the response in a slot continues. `attention.prompt_rows`, `rl/packing.py` and
-`Cache.layout` make the layouts; `attention.py` attends under each of them.
+A cache is divided into W data shards (the parts of the batch axes of the mesh). A shard has one pool of pages, each with the keys and
+values of S tokens; a page table names the pages of each prompt and of each response (PagedAttention, arXiv:2309.06180). What is
+drawn in a call of `decode` is kept apart until the call ends, as `recent`: one page for each decode slot, in which all slots write
+the same row at the same time. `attention.prompt_rows`, `rl/packing.py` and `rollout/engine.py` make the layouts;
+`attention.py` attends under each of them.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -40,112 +40,91 @@ class RowLayout:
         return self.until > jnp.arange(self.until.shape[1])
 
 
+class PageTable(NamedTuple):
+    """The pages of B sequences of each data shard: the rows begin <= row < end of a page are keys of the sequence."""
+
+    page: Int[Array, "W B M"]  # int32, as all three; begin = end: none of it is read
+    begin: Int[Array, "W B M"]
+    end: Int[Array, "W B M"]
+
+
 @struct.dataclass
 class DecodeLayout:
-    """One new token a decode slot, to be the `index`-th of its response.
+    """One new token a decode slot.
 
     `members` lists the slots of every prompt cache entry, `member` is the index of a slot in the list of its entry: with the
     two, attention brings the queries of a prompt together and back.
     """
 
-    prompt_length: Int[Array, "W Q"]  # int32
-    index: Int[Array, "W N"]  # int32
+    prompts: PageTable  # of the prompt cache entries [W Q M]
+    responses: PageTable  # of the decode slots [W N M], as they were when the call began
+    begin: Int[Array, "W N"]  # int32: first row of `recent` that the response in a slot wrote
+    time: Int[Array, ""]  # int32: the row of `recent` that is the new token's
     entry: Int[Array, "W N"]  # int32
     member: Int[Array, "W N"]  # int32
     members: Int[Array, "W Q G"]  # int32 decode slots; unused elements hold any slot
 
 
+class Pool(NamedTuple):
+    """Pages of keys and values, in the compute dtype."""
+
+    k: Layers  # a layer: [W P K S H]
+    v: Layers
+
+    def write(self, page: Int[Array, "W B"], k: Layers, v: Layers) -> "Pool":
+        """With B whole pages (a layer: `[W B K S H]`) at these places; a page out of bounds is dropped."""
+
+        def put(x: jax.Array, value: jax.Array) -> jax.Array:
+            axis = int(is_stacked(x))
+            where = (slice(None),) * axis
+            one = jax.vmap(
+                lambda pages, at, new: pages.at[*where, at].set(new.astype(x.dtype), mode="drop"),
+                (axis, 0, axis),
+                axis,
+            )
+            return one(x, page, value)
+
+        def both(layers: Layers, values: Layers) -> Layers:
+            return jax.tree.map(put, layers, values)
+
+        return Pool(both(self.k, k), both(self.v, v))
+
+
 class LayerCache(NamedTuple):
     """One layer of a Cache."""
 
-    prompt_k: Float[Array, "W Q K Tp H"]
-    prompt_v: Float[Array, "W Q K Tp H"]
-    response_k: Float[Array, "W N K S H"]
-    response_v: Float[Array, "W N K S H"]
-
-    def write(
-        self, index: Int[Array, "W N"], k: Float[Array, "W N K H"], v: Float[Array, "W N K H"]
-    ) -> "LayerCache":
-        """With one token's keys and values at `index` of every decode slot; a full slot drops the write."""
-        shard, slot = jnp.indices(index.shape)
-        where = (shard, slot, slice(None), index)
-        return self._replace(
-            response_k=_write(self.response_k, where, k),
-            response_v=_write(self.response_v, where, v),
-        )
+    pool: Pool  # of stacked layers: all of them
+    layer: Int[Array, ""] | None  # which of them; None: the pool is the layer's own
+    recent_k: Float[Array, "W N K S H"]
+    recent_v: Float[Array, "W N K S H"]
 
 
 @struct.dataclass
 class Cache:
     """Keys and values of prompts (stored once) and of the responses that continue them; dtype = compute dtype."""
 
-    prompt_k: Layers  # a layer: [W Q K Tp H]
-    prompt_v: Layers
-    response_k: Layers  # a layer: [W N K S H]
-    response_v: Layers
-    prompt_length: Int[Array, "W Q"]  # int32
-    index: Int[Array, "W N"]  # int32: response tokens written in each decode slot
-    entry: Int[Array, "W N"]  # int32; this and the next two: see DecodeLayout
-    member: Int[Array, "W N"]
-    members: Int[Array, "W Q G"]
-
-    @property
-    def layout(self) -> DecodeLayout:
-        """Layout of the next token of every decode slot."""
-        return DecodeLayout(self.prompt_length, self.index, self.entry, self.member, self.members)
-
-    @property
-    def positions(self) -> Int[Array, "W N"]:
-        """Positions of the next token of every decode slot."""
-        own = jnp.take_along_axis(self.prompt_length, self.entry, axis=1)
-        return own + self.index
-
-    @property
-    def layers(self) -> LayerCache:
-        """The four fields, each over all layers."""
-        return LayerCache(self.prompt_k, self.prompt_v, self.response_k, self.response_v)  # type: ignore[arg-type]
+    pool: Pool  # only read
+    recent_k: Layers  # a layer: [W N K S H]
+    recent_v: Layers
+    layout: DecodeLayout  # of the next token of every decode slot
+    positions: Int[Array, "W N"]  # int32: of that token
 
     def append(self, k: Layers, v: Layers) -> "Cache":
-        """Writes one token's keys and values (a layer: `[W N K H]`) at `index` of every decode slot and advances it; a full
-        slot drops the write.
-        """
-        written = self.layers.write(self.index, k, v)  # type: ignore[arg-type]
-        return self.advance(written.response_k, written.response_v)
-
-    def advance(self, response_k: Layers, response_v: Layers) -> "Cache":
-        """With these layers, into which a token was written, one token further."""
-        return dataclasses.replace(
-            self, response_k=response_k, response_v=response_v, index=self.index + 1
+        """Writes the new token's keys and values (a layer: `[W N K H]`) of every decode slot."""
+        recent_k, recent_v = jax.tree.map(
+            lambda x, new: write_recent(x, self.layout.time, new),
+            (self.recent_k, self.recent_v),
+            (k, v),
         )
+        return self.replace(recent_k=recent_k, recent_v=recent_v)  # type: ignore[attr-defined]
 
-    def put_prompt(
-        self, entry: Int[Array, " W"], k: Layers, v: Layers, length: Int[Array, " W"]
-    ) -> "Cache":
-        """Puts a prompt (a layer: `[W T K H]`, T at most Tp) into one entry of every data shard; entry Q drops it."""
-        shard = jnp.arange(entry.shape[0])
-        time = jax.tree.leaves(k)[0].shape[-3]
-        where = (shard[:, None], entry[:, None], slice(None), jnp.arange(time)[None])
-        return dataclasses.replace(
-            self,
-            prompt_k=_write(self.prompt_k, where, k),
-            prompt_v=_write(self.prompt_v, where, v),
-            prompt_length=self.prompt_length.at[shard, entry].set(length, mode="drop"),
-        )
+
+def write_recent(recent: jax.Array, time: Int[Array, ""], new: jax.Array) -> jax.Array:
+    """`recent` `[... S H]` with `new` `[... H]` in row `time`."""
+    new = new[..., None, :].astype(recent.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(recent, new, time, axis=recent.ndim - 2)
 
 
 def is_stacked(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Whether an array of a cache holds the keys or values of all layers, `[L W ...]`; every other one leads with W."""
     return x.ndim == 6
-
-
-def _write(layers: Layers, where: tuple, new: Layers) -> Layers:
-    """Writes at `where`, the indices of one layer; what is out of bounds is dropped."""
-
-    def write(x: jax.Array, value: jax.Array) -> jax.Array:
-        value = value.astype(x.dtype)
-        if is_stacked(x):
-            # indexed axes come first, so the layer axis is the third of the update
-            return x.at[:, *where].set(jnp.moveaxis(value, 0, 2), mode="drop")
-        return x.at[where].set(value, mode="drop")
-
-    return jax.tree.map(write, layers, new)

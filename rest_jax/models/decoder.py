@@ -12,6 +12,7 @@ q_bias [L N H], k_bias, v_bias [L K H], q_norm/scale, k_norm/scale [L H]; mlp/ga
 experts mlp/router [L D E], gate, up [L E D F], down [L E F D].
 """
 
+import dataclasses
 import functools
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from jaxtyping import Array, Float, Int, Integer, Key
 from rest_jax.distributed import logical_shardings, pin_rows
 from rest_jax.errors import UserError
 from rest_jax.models.attention import Layout, attend, valid_positions
-from rest_jax.models.cache import Cache, LayerCache, Layers, RowLayout
+from rest_jax.models.cache import Cache, LayerCache, Layers, Pool, RowLayout, write_recent
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.moe import ExpertWeights, RouterRecord, mix_experts, record, route
 from rest_jax.models.rope import Rope, apply_rope, rope_tables
@@ -66,9 +67,9 @@ class Attention(nn.Module):
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None and cfg.layers == "unroll":
             # Written before it is read, so that XLA does so in place; under `scan` the caller writes all layers at once.
-            cache = cache.write(layout.index, k, v)  # type: ignore[union-attr]
-            out = attend(q, None, layout, cache, cfg)
-            kv = cache.response_k, cache.response_v
+            time = layout.time  # type: ignore[union-attr]
+            kv = write_recent(cache.recent_k, time, k), write_recent(cache.recent_v, time, v)
+            out = attend(q, None, layout, cache._replace(recent_k=kv[0], recent_v=kv[1]), cfg)
         else:
             out = attend(q, (k, v), layout, cache, cfg)
             kv = k, v
@@ -159,7 +160,7 @@ class Decoder(nn.Module):
         return_kv: bool = False,
         replayed: Integer[Array, "L B T k"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeysValues | Cache | None]:
-        """Hidden states in the compute dtype, and the advanced cache, (k, v) on `return_kv`, or None.
+        """Hidden states in the compute dtype, and the cache with the token written, (k, v) on `return_kv`, or None.
 
         A token id outside the vocabulary gives NaN. With a cache, tokens are `[W, N]`, positions
         `cache.positions` and the layout `cache.layout`. `replayed` experts take the place of the routers' own choice.
@@ -170,25 +171,34 @@ class Decoder(nn.Module):
         if not cfg.tied:
             _param(self, "head", _INIT, shape, axes)  # read by `head_matrix`, not by the trunk
         rope = rope_tables(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
-        layers = None if cache is None else cache.layers
         return_kv = return_kv or cache is not None
         x = pin_rows(jnp.take(embed, tokens, axis=0).astype(cfg.dtype))
         if cfg.layers == "scan":
-            x, kv = _stacked(cfg)(cfg, return_kv, name="blocks")(x, layers, rope, layout, replayed)
+            layers: Any = None
+            if cache is not None:
+                number = jnp.arange(cfg.n_layers)
+                layers = LayerCache(cache.pool, number, cache.recent_k, cache.recent_v)
+            blocks = _stacked(cfg, cache is not None)(cfg, return_kv, name="blocks")
+            x, kv = blocks(x, layers, rope, layout, replayed)
         else:
-            x, kv = self._unrolled(x, layers, (rope, layout, replayed), return_kv)
+            x, kv = self._unrolled(x, cache, (rope, layout, replayed), return_kv)
         hidden = RMSNorm(cfg, name="final_norm")(x)
         if cache is None:
             return hidden, kv
-        return hidden, cache.append(*kv) if cfg.layers == "scan" else cache.advance(*kv)
+        if cfg.layers == "scan":
+            return hidden, cache.append(*kv)
+        return hidden, dataclasses.replace(cache, recent_k=kv[0], recent_v=kv[1])
 
-    def _unrolled(self, x, layers: LayerCache | None, inputs: tuple, return_kv: bool):
+    def _unrolled(self, x, cache: Cache | None, inputs: tuple, return_kv: bool):
         """Layer by layer: parameters, cache and keys and values come and go as one tree a layer (`unstack_layers`)."""
         (rope, layout, replayed), outputs = inputs, []
         for i in range(self.cfg.n_layers):
-            cache = None if layers is None else LayerCache(*(field[i] for field in layers))
+            own: Any = None
+            if cache is not None:
+                pool = Pool(cache.pool.k[i], cache.pool.v[i])
+                own = LayerCache(pool, None, cache.recent_k[i], cache.recent_v[i])
             block = _rematerialised(self.cfg)(self.cfg, return_kv, name=f"block_{i}")
-            x, kv = block(x, cache, rope, layout, None if replayed is None else replayed[i])
+            x, kv = block(x, own, rope, layout, None if replayed is None else replayed[i])
             outputs.append(kv)
         k_and_v: Any = tuple(zip(*outputs, strict=True)) if return_kv else None
         return x, k_and_v
@@ -313,9 +323,11 @@ def _rematerialised(cfg: DecoderConfig) -> Any:
     return nn.remat(Block, policy=policy, prevent_cse=False)
 
 
-def _stacked(cfg: DecoderConfig) -> Any:
+def _stacked(cfg: DecoderConfig, cached: bool) -> Any:
     """The block scanned over the layers."""
-    in_axes: Any = (0, nn.broadcast, nn.broadcast, 0)  # cache, rope, layout, replayed experts
+    # Each layer takes its own pages from the pool: to hand it a part would copy them.
+    cache: Any = LayerCache(nn.broadcast, 0, 0, 0) if cached else 0  # type: ignore[arg-type]
+    in_axes: Any = (cache, nn.broadcast, nn.broadcast, 0)  # cache, rope, layout, replayed experts
     return nn.scan(
         _rematerialised(cfg),
         variable_axes={"params": 0, "router": 0},
