@@ -131,18 +131,23 @@ def attend_cache(
     `own` holds their keys and values; None: `recent` has them already. Queries are brought together by prompt, so that the keys
     of a prompt are read once for all its responses.
     """
-    kernel = "pages" if cfg.attention == "flash" else "gather"
-    read = functools.partial(
-        attend_pages, pool=cache.pool, layer=cache.layer, kernel=kernel, precision=cfg.precision
-    )
-    shared = read(_by_prompt(q, layout), table=layout.prompts)
-    parts = [Partial(*(_back_to_rows(x, layout, q.shape[3]) for x in shared))]
-    parts.append(read(q, table=layout.responses))
+    together = _by_prompt(q, layout)
+    if cfg.attention == "flash":
+        pages = cache.pool, cache.layer
+        shared = attend_pages(together, *pages, layout.prompts, cfg.precision)
+        parts = [attend_pages(q, *pages, layout.responses, cfg.precision)]
+    else:
+        k, v = cache.pool
+        mask = layout.prompts.rows(k.shape[-2] // layout.prompts.page.shape[-1])  # type: ignore[union-attr]
+        shared = attend_part(together, k, v, mask[:, :, None, None], cfg.precision)
+        parts = []
+    parts.append(Partial(*(_back_to_rows(x, layout, q.shape[3]) for x in shared)))
 
-    row = jnp.arange(cache.recent_k.shape[-2])
-    written = (row >= layout.begin[..., None]) & (row < layout.time + (own is None))
-    written = written[:, :, None, None]
-    parts.append(attend_part(q, cache.recent_k, cache.recent_v, written, cfg.precision))
+    seen = layout.recent
+    if own is None:
+        seen = seen | (jnp.arange(seen.shape[-1]) == layout.time)
+    recent = cache.recent_k, cache.recent_v
+    parts.append(attend_part(q, *recent, seen[:, :, None, None], cfg.precision))
     if own is not None:
         score = jnp.sum(q.astype(jnp.float32) * own[0].astype(jnp.float32)[:, :, :, None], axis=-1)
         value = jnp.broadcast_to(own[1].astype(jnp.float32)[:, :, :, None], q.shape)

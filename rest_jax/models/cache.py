@@ -5,8 +5,9 @@ DecodeLayout  `[W, N]`: the next token of every decode slot against a `Cache`; t
 
 A cache is divided into W data shards (the parts of the batch axes of the mesh). A shard has one pool of pages, each with the keys and
 values of S tokens; a page table names the pages of each prompt and of each response (PagedAttention, arXiv:2309.06180). What is
-drawn in a call of `decode` is kept apart until the call ends, as `recent`: one page for each decode slot, in which all slots write
-the same row at the same time. `attention.prompt_rows`, `rl/packing.py` and `rollout/engine.py` make the layouts;
+drawn in a call of `decode` is kept apart until the call ends, as the last page of `recent`, in which all slots write the same row at
+the same time. A kernel reads the pages where they are; without one they are laid side by side at the beginning of a call,
+those of prompts in `pool`, those of responses at the front of `recent`. `attention.prompt_rows`, `rl/packing.py` and `rollout/engine.py` make the layouts;
 `attention.py` attends under each of them.
 """
 
@@ -47,6 +48,16 @@ class PageTable(NamedTuple):
     begin: Int[Array, "W B M"]
     end: Int[Array, "W B M"]
 
+    def rows(self, size: int) -> Bool[Array, "W B rows"]:
+        """Which rows are keys of the sequence, if its pages, of `size` rows each, lie side by side."""
+        row = jnp.arange(size)
+        inside = (row >= self.begin[..., None]) & (row < self.end[..., None])
+        return inside.reshape(*inside.shape[:2], -1)
+
+    def only(self, wanted: Bool[Array, "W B"]) -> "PageTable":
+        """Of which the other sequences are not read."""
+        return self._replace(end=jnp.where(wanted[..., None], self.end, self.begin))
+
 
 @struct.dataclass
 class DecodeLayout:
@@ -57,8 +68,12 @@ class DecodeLayout:
     """
 
     prompts: PageTable  # of the prompt cache entries [W Q M]
-    responses: PageTable  # of the decode slots [W N M], as they were when the call began
-    begin: Int[Array, "W N"]  # int32: first row of `recent` that the response in a slot wrote
+    responses: (
+        PageTable  # of the decode slots [W N M], as they were when the call began; for the kernel
+    )
+    recent: Bool[
+        Array, "W N R"
+    ]  # rows of `recent` that are earlier tokens of the response in a slot
     time: Int[Array, ""]  # int32: the row of `recent` that is the new token's
     entry: Int[Array, "W N"]  # int32
     member: Int[Array, "W N"]  # int32
@@ -93,36 +108,44 @@ class Pool(NamedTuple):
 class LayerCache(NamedTuple):
     """One layer of a Cache."""
 
-    pool: Pool  # of stacked layers: all of them
+    pool: Pool  # as a kernel reads it, of stacked layers: all of them
     layer: Int[Array, ""] | None  # which of them; None: the pool is the layer's own
-    recent_k: Float[Array, "W N K S H"]
-    recent_v: Float[Array, "W N K S H"]
+    recent_k: Float[Array, "W N K R H"]
+    recent_v: Float[Array, "W N K R H"]
+
+    def write(
+        self, time: Int[Array, ""], k: Float[Array, "W N K H"], v: Float[Array, "W N K H"]
+    ) -> "LayerCache":
+        """With the keys and values of the new tokens. A scatter: a dynamic-update-slice XLA would do again in what reads it, and
+        copy the array for that.
+        """
+
+        def put(x: jax.Array, new: jax.Array) -> jax.Array:
+            shard, slot = jnp.indices(x.shape[:2])
+            where = jnp.broadcast_to(time, shard.shape)
+            return x.at[shard, slot, :, where].set(new.astype(x.dtype))
+
+        return self._replace(recent_k=put(self.recent_k, k), recent_v=put(self.recent_v, v))
 
 
 @struct.dataclass
 class Cache:
     """Keys and values of prompts (stored once) and of the responses that continue them; dtype = compute dtype."""
 
-    pool: Pool  # only read
-    recent_k: Layers  # a layer: [W N K S H]
+    pool: Pool  # only read; gathered, a layer: [W Q K M*S H]
+    recent_k: Layers  # a layer: [W N K R H]
     recent_v: Layers
     layout: DecodeLayout  # of the next token of every decode slot
     positions: Int[Array, "W N"]  # int32: of that token
 
     def append(self, k: Layers, v: Layers) -> "Cache":
-        """Writes the new token's keys and values (a layer: `[W N K H]`) of every decode slot."""
-        recent_k, recent_v = jax.tree.map(
-            lambda x, new: write_recent(x, self.layout.time, new),
-            (self.recent_k, self.recent_v),
-            (k, v),
-        )
-        return self.replace(recent_k=recent_k, recent_v=recent_v)  # type: ignore[attr-defined]
+        """With the keys and values of the new tokens, of stacked layers: `[L W N K H]`."""
 
+        def put(x: jax.Array, new: jax.Array) -> jax.Array:
+            new = new[..., None, :].astype(x.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(x, new, self.layout.time, axis=x.ndim - 2)
 
-def write_recent(recent: jax.Array, time: Int[Array, ""], new: jax.Array) -> jax.Array:
-    """`recent` `[... S H]` with `new` `[... H]` in row `time`."""
-    new = new[..., None, :].astype(recent.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(recent, new, time, axis=recent.ndim - 2)
+        return self.replace(recent_k=put(self.recent_k, k), recent_v=put(self.recent_v, v))  # type: ignore[attr-defined]
 
 
 def is_stacked(x: jax.Array | jax.ShapeDtypeStruct) -> bool:

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int, Integer, Key
 from rest_jax.distributed import logical_shardings, pin_rows
 from rest_jax.errors import UserError
 from rest_jax.models.attention import Layout, attend, valid_positions
-from rest_jax.models.cache import Cache, LayerCache, Layers, Pool, RowLayout, write_recent
+from rest_jax.models.cache import Cache, LayerCache, Layers, Pool, RowLayout
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.moe import ExpertWeights, RouterRecord, mix_experts, record, route
 from rest_jax.models.rope import Rope, apply_rope, rope_tables
@@ -67,9 +67,9 @@ class Attention(nn.Module):
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None and cfg.layers == "unroll":
             # Written before it is read, so that XLA does so in place; under `scan` the caller writes all layers at once.
-            time = layout.time  # type: ignore[union-attr]
-            kv = write_recent(cache.recent_k, time, k), write_recent(cache.recent_v, time, v)
-            out = attend(q, None, layout, cache._replace(recent_k=kv[0], recent_v=kv[1]), cfg)
+            cache = cache.write(layout.time, k, v)  # type: ignore[union-attr]
+            out = attend(q, None, layout, cache, cfg)
+            kv = cache.recent_k, cache.recent_v
         else:
             out = attend(q, (k, v), layout, cache, cfg)
             kv = k, v
@@ -325,8 +325,9 @@ def _rematerialised(cfg: DecoderConfig) -> Any:
 
 def _stacked(cfg: DecoderConfig, cached: bool) -> Any:
     """The block scanned over the layers."""
-    # Each layer takes its own pages from the pool: to hand it a part would copy them.
-    cache: Any = LayerCache(nn.broadcast, 0, 0, 0) if cached else 0  # type: ignore[arg-type]
+    # A kernel takes a layer's pages from the pool: to hand it a part would copy them.
+    pool: Any = nn.broadcast if cfg.attention == "flash" else 0
+    cache: Any = LayerCache(pool, 0, 0, 0) if cached else 0  # type: ignore[arg-type]
     in_axes: Any = (cache, nn.broadcast, nn.broadcast, 0)  # cache, rope, layout, replayed experts
     return nn.scan(
         _rematerialised(cfg),

@@ -46,6 +46,7 @@ from rest_jax.models.decoder import (
     unstack_layers,
 )
 from rest_jax.models.moe import compact
+from rest_jax.models.paged_attention import gather_pages
 from rest_jax.models.policy import Policy
 from rest_jax.rollout.sampling import draw, row_keys, uniforms
 from rest_jax.types import AnyArray, Params, Sampling
@@ -116,6 +117,13 @@ class DecodeState:
     prompt_length: Int[Array, "W Q"]  # int32
     prompt_hidden: Float[Array, "W Q D"]  # predicts the first token after each prompt
     members: Int[Array, "W Q G"]  # int32: the decode slot of each response to a prompt
+    slots: "Slots"
+
+
+@struct.dataclass
+class Slots:
+    """The decode slots."""
+
     owner: Int[Array, "W N"]  # int32: the response in a decode slot; NOBODY: it draws nothing
     hidden: Float[Array, "W N D"]  # predicts the next token of each decode slot
     key: Key[Array, "W N"]
@@ -192,13 +200,15 @@ def empty_state(
         prompt_length=jnp.zeros(entries, jnp.int32),
         prompt_hidden=jnp.zeros((*entries, cfg.d_model), cfg.dtype),
         members=jnp.zeros((*entries, group_size), jnp.int32),
-        owner=slot + NOBODY,
-        hidden=jnp.zeros((*slot.shape, cfg.d_model), cfg.dtype),
-        key=jax.random.split(jax.random.key(0), slot.shape),
-        entry=slot,
-        member=slot,
-        index=slot,
-        limit=slot,
+        slots=Slots(
+            owner=slot + NOBODY,
+            hidden=jnp.zeros((*slot.shape, cfg.d_model), cfg.dtype),
+            key=jax.random.split(jax.random.key(0), slot.shape),
+            entry=slot,
+            member=slot,
+            index=slot,
+            limit=slot,
+        ),
     )
 
 
@@ -250,29 +260,39 @@ def prefill(
 
 def start(
     state: DecodeState, call: DecodeCall, keys: Key[Array, "W M"], taken: Int[Array, " W"]
-) -> tuple[DecodeState, Bool[Array, "W N"]]:
-    """Gives the next requests of the queue, of which `taken` are gone, to the decode slots that are free. Also which slots."""
-    free = (state.owner == NOBODY) & (call.next_page < num_pages(state.pool))
+) -> tuple[Slots, Int[Array, "W Q G"], Bool[Array, "W N"]]:
+    """Gives the next requests of the queue, of which `taken` are gone, to the decode slots that are free. Returns slots, members
+    and which slots are new.
+    """
+    slots, members = state.slots, state.members
+    free = (slots.owner == NOBODY) & (call.next_page < num_pages(state.pool))
     at = taken[:, None] + jnp.cumsum(free, axis=1) - 1
     new = free & (at < call.queued[:, None])
     at = jnp.minimum(at, call.queue.owner.shape[1] - 1)
-    owner, entry, _, sample, limit = (
-        jnp.where(new, jnp.take_along_axis(x, at, axis=1), 0) for x in call.queue
-    )
-    shard, slot = jnp.indices(new.shape)
-    nowhere = jnp.where(new, entry, state.members.shape[1])  # not new: out of bounds, dropped
-    hidden = jnp.take_along_axis(state.prompt_hidden, entry[..., None], axis=1)
-    return dataclasses.replace(
-        state,
-        members=state.members.at[shard, nowhere, sample].set(slot, mode="drop"),
-        owner=jnp.where(new, owner, state.owner),
-        hidden=jnp.where(new[..., None], hidden, state.hidden),
-        key=jnp.where(new, jnp.take_along_axis(keys, at, axis=1), state.key),
-        entry=jnp.where(new, entry, state.entry),
-        member=jnp.where(new, sample, state.member),
-        index=jnp.where(new, 0, state.index),
-        limit=jnp.where(new, limit, state.limit),
-    ), new
+
+    def begin() -> tuple[Slots, jax.Array]:
+        owner, entry, _, sample, limit = (
+            jnp.where(new, jnp.take_along_axis(x, at, axis=1), 0) for x in call.queue
+        )
+        shard, slot = jnp.indices(new.shape)
+        nowhere = jnp.where(new, entry, members.shape[1])  # not new: out of bounds, dropped
+        first = Slots(
+            owner=owner,
+            hidden=jnp.take_along_axis(state.prompt_hidden, entry[..., None], axis=1),
+            key=jnp.take_along_axis(keys, at, axis=1),
+            entry=entry,
+            member=sample,
+            index=jnp.zeros_like(entry),
+            limit=limit,
+        )
+        begun = jax.tree.map(
+            lambda x, old: jnp.where(new.reshape(*new.shape, *(1,) * (x.ndim - 2)), x, old),
+            first,
+            slots,
+        )
+        return begun, members.at[shard, nowhere, sample].set(slot, mode="drop")
+
+    return *jax.lax.cond(jnp.any(new), begin, lambda: (slots, members)), new
 
 
 def num_pages(pool: Pool) -> int:
@@ -294,51 +314,56 @@ def decode(
 
     Each step gives free slots the next responses, draws from the hidden states at hand, then runs the trunk on the tokens drawn.
     """
-    cfg, shape = decoder.cfg, state.owner.shape
-    state = dataclasses.replace(state, owner=jnp.where(call.running, state.owner, NOBODY))
+    cfg, shape = decoder.cfg, call.running.shape
+    owner = jnp.where(call.running, state.slots.owner, NOBODY)
+    state = dataclasses.replace(state, slots=dataclasses.replace(state.slots, owner=owner))
     zero, no_slot = jnp.zeros((settings.page, *shape), jnp.float32), jnp.zeros(shape, jnp.int32)
     out = {"owner": zero.astype(jnp.int32) + NOBODY, "index": zero.astype(jnp.int32)}
     out |= {"token": zero.astype(jnp.int32), "logp": zero, "entropy": zero, "gini": zero}
     if settings.record_routes:
         routes = token_routes(cfg)
         out["routes"] = jnp.zeros((*zero.shape, *routes.shape), routes.dtype)
-    recent = tuple(empty_pages(cfg, *shape, settings.page) for _ in "kv")
+    gathered = cfg.attention != "flash"
+    read, recent = _beginning(state.pool, call, cfg, settings.page, gathered)
+    known = call.responses.rows(settings.page) if gathered else jnp.zeros((*shape, 0), bool)
+    row = jnp.arange(settings.page)
     keys = row_keys(rng, step, call.queue.row, call.queue.sample)
 
     def unfinished(carry):
         t, state, _, progress, _ = carry
-        left = jnp.sum(state.owner != NOBODY, axis=1) + call.queued - progress["started"]
+        left = jnp.sum(state.slots.owner != NOBODY, axis=1) + call.queued - progress["started"]
         return (t < settings.page) & jnp.any(left > call.enough)
 
     def decode_step(carry):
         t, state, recent, progress, out = carry
         with jax.named_scope("start"):
-            state, new = start(state, call, keys, progress["started"])
+            slots, members, new = start(state, call, keys, progress["started"])
             begin = jnp.where(new, t, progress["begin"])
             # what the slot's former response wrote is not read
             earlier = progress["earlier"] & ~new
-            alive = state.owner != NOBODY
+            alive = slots.owner != NOBODY
         with jax.named_scope("head"):
-            scores = logits(params, cfg, state.hidden)
+            scores = logits(params, cfg, slots.hidden)
         with jax.named_scope("draw"):
-            uniform = uniforms(state.key, state.index, 1)[0]
+            uniform = uniforms(slots.key, slots.index, 1)[0]
             drawn = draw(scores, uniform, settings.sampling)
         stopped = jnp.isin(drawn[0], jnp.array(settings.stop_ids, jnp.int32))
-        stopped = stopped | (state.index + 1 >= state.limit)
+        stopped = stopped | (slots.index + 1 >= slots.limit)
         made = dict(zip(("token", "logp", "entropy", "gini"), drawn, strict=True))
-        made |= {"owner": state.owner, "index": state.index}
+        made |= {"owner": slots.owner, "index": slots.index}
         with jax.named_scope("trunk"):
-            length = jnp.take_along_axis(state.prompt_length, state.entry, axis=1)
+            length = jnp.take_along_axis(state.prompt_length, slots.entry, axis=1)
+            drawn_here = jnp.broadcast_to((row >= begin[..., None]) & (row < t), (*shape, len(row)))
             layout = DecodeLayout(
-                prompts=_only(call.prompts, _has_member(state)),
-                responses=_only(call.responses, earlier & alive),
-                begin=begin,
-                time=t,
-                entry=state.entry,
-                member=state.member,
-                members=state.members,
+                prompts=call.prompts.only(_has_running(slots, members.shape[1])),
+                responses=call.responses.only(earlier & alive),
+                recent=jnp.concatenate([known & earlier[..., None], drawn_here], axis=-1),
+                time=known.shape[-1] + t,
+                entry=slots.entry,
+                member=slots.member,
+                members=members,
             )
-            cache = Cache(state.pool, *recent, layout, length + state.index)
+            cache = Cache(read, *recent, layout, length + slots.index)
             hidden, cache, router = apply_routed(
                 decoder, params, drawn[0], cache.positions, layout, cache
             )
@@ -352,21 +377,23 @@ def decode(
             "tokens": progress["tokens"] + jnp.sum(alive, axis=1, dtype=jnp.int32),
         }
         out = {name: x.at[t].set(made[name]) for name, x in out.items()}
-        owner = jnp.where(stopped, NOBODY, state.owner)
-        state = dataclasses.replace(state, owner=owner, hidden=hidden, index=state.index + 1)
+        owner = jnp.where(stopped, NOBODY, slots.owner)
+        slots = dataclasses.replace(slots, owner=owner, hidden=hidden, index=slots.index + 1)
+        state = dataclasses.replace(state, slots=slots, members=members)
         return t + 1, state, (cache.recent_k, cache.recent_v), progress, out
 
     none = jnp.zeros(shape[0], jnp.int32)
-    progress = {"begin": no_slot, "earlier": state.owner != NOBODY, "started": none, "tokens": none}
+    progress = {"begin": no_slot, "earlier": owner != NOBODY, "started": none, "tokens": none}
     with jax.named_scope("decode"):
         first = (jnp.int32(0), state, recent, progress, out)
         steps, state, recent, progress, out = jax.lax.while_loop(unfinished, decode_step, first)
     with jax.named_scope("insert"):
-        pages = jnp.where(state.owner != NOBODY, call.next_page, num_pages(state.pool))
-        state = dataclasses.replace(state, pool=state.pool.write(pages, *recent))
+        pages = jnp.where(state.slots.owner != NOBODY, call.next_page, num_pages(state.pool))
+        last = jax.tree.map(lambda x: x[..., -settings.page :, :], recent)
+        state = dataclasses.replace(state, pool=state.pool.write(pages, *last))
     return state, Drawn(
         **{"routes": None} | {name: jnp.moveaxis(x, 0, 1) for name, x in out.items()},
-        running=state.owner,
+        running=state.slots.owner,
         begin=progress["begin"],
         started=progress["started"],
         tokens=progress["tokens"],
@@ -374,16 +401,24 @@ def decode(
     )
 
 
-def _only(table: PageTable, wanted: Bool[Array, "W B"]) -> PageTable:
-    """A table of which the other sequences are not read."""
-    return table._replace(end=jnp.where(wanted[..., None], table.end, table.begin))
+def _beginning(
+    pool: Pool, call: DecodeCall, cfg: DecoderConfig, page: int, gathered: bool
+) -> tuple[Pool, tuple[Layers, Layers]]:
+    """What a call of `decode` reads as the pool of its `Cache`, and its `recent` keys and values."""
+    empty = empty_pages(cfg, *call.next_page.shape, page)
+    if not gathered:
+        return pool, (empty, empty)
+    earlier = (gather_pages(layers, call.responses) for layers in pool)
+    k, v = (
+        jax.tree.map(lambda *x: jnp.concatenate(x, axis=-2), layers, empty) for layers in earlier
+    )
+    return Pool(*(gather_pages(layers, call.prompts) for layers in pool)), (k, v)
 
 
-def _has_member(state: DecodeState) -> Bool[Array, "W Q"]:
+def _has_running(slots: Slots, entries: int) -> Bool[Array, "W Q"]:
     """Which prompts have a response in a decode slot."""
-    entries = jnp.arange(state.prompt_length.shape[1])
-    inside = (state.entry[..., None] == entries) & (state.owner != NOBODY)[..., None]
-    return jnp.any(inside, axis=1)
+    inside = slots.entry[..., None] == jnp.arange(entries)
+    return jnp.any(inside & (slots.owner != NOBODY)[..., None], axis=1)
 
 
 @jax.named_scope("keep")
@@ -393,14 +428,10 @@ def keep(state: DecodeState, kept: Int[Array, "W M"]) -> DecodeState:
     def take(x):
         return jax.vmap(lambda part, index: part[index])(x, kept)
 
-    old, new = state.owner.shape[1], jnp.arange(kept.shape[1])
+    old, new = state.slots.owner.shape[1], jnp.arange(kept.shape[1])
     renumbered = jax.vmap(lambda slots: jnp.zeros(old, jnp.int32).at[slots].set(new))(kept)
-    own = {name: take(getattr(state, name)) for name in _OF_SLOTS}
     members = jax.vmap(lambda members, to: to[members])(state.members, renumbered)
-    return dataclasses.replace(state, members=members, **own)
-
-
-_OF_SLOTS = ("owner", "hidden", "key", "entry", "member", "index", "limit")
+    return dataclasses.replace(state, members=members, slots=jax.tree.map(take, state.slots))
 
 
 class Engine(NamedTuple):
@@ -412,6 +443,7 @@ class Engine(NamedTuple):
     keep: Callable[..., DecodeState]
     state_shardings: DecodeState
     num_shards: int
+    gathers: bool  # pages: the fewer columns the tables have, the less `decode` does
     routes: jax.ShapeDtypeStruct | None = None  # [L k], of a token's recorded experts
 
 
@@ -444,6 +476,7 @@ def make_engine(decoder: Decoder, settings: RolloutSettings, mesh: Mesh) -> Engi
         keep=jax.jit(keep, in_shardings=(state, rows), out_shardings=state, donate_argnums=0),
         state_shardings=state,
         num_shards=shards,
+        gathers=cfg.attention != "flash",
         routes=token_routes(cfg) if settings.record_routes else None,
     )
 

@@ -447,8 +447,9 @@ class _Rollout:
         """What this process's data shards do in the next call, as arrays."""
         own, sizes, slots = self.of_own_shards(self.shards), self.sizes, self.shards[0].num_slots
         queue = np.zeros((5, len(own), sizes.entries * self.settings.group_size), np.int32)
-        prompts = np.zeros((3, len(own), sizes.entries, sizes.prompt_pages), np.int32)
-        responses = np.zeros((3, len(own), slots, sizes.response_pages), np.int32)
+        columns = self.columns()
+        prompts = np.zeros((3, len(own), sizes.entries, columns[0]), np.int32)
+        responses = np.zeros((3, len(own), slots, columns[1]), np.int32)
         going = np.zeros((len(own), slots), bool)
         free = np.full(going.shape, sizes.pages, np.int32)
         for w, shard in enumerate(own):
@@ -477,7 +478,28 @@ class _Rollout:
         queued = np.array([len(shard.unstarted) for shard in own], np.int32)
         enough = np.full(len(own), self.enough(), np.int32)
         return DecodeCall(
-            Requests(*queue), queued, PageTable(*prompts), PageTable(*responses), going, free, enough
+            Requests(*queue),
+            queued,
+            PageTable(*prompts),
+            PageTable(*responses),
+            going,
+            free,
+            enough,
+        )
+
+    def columns(self) -> tuple[int, int]:
+        """Of the page tables of prompts and of responses: as many as there may be, or fewer where that is less work. Every
+        number is compiled: powers of two.
+        """
+        most = self.sizes.prompt_pages, self.sizes.response_pages
+        if not self.engine.gathers:
+            return most
+        shards = self.shards
+        prompts = (len(prompt.pages) for shard in shards for prompt in shard.entries if prompt)
+        responses = (len(one.pages) for shard in shards for one in shard.running.values())
+        used = (max(pages, default=0) for pages in (prompts, responses))
+        return tuple(
+            min(n and 1 << (n - 1).bit_length(), m) for n, m in zip(used, most, strict=True)
         )
 
     def enough(self) -> int:
