@@ -134,8 +134,10 @@ def attend_cache(
     together = _by_prompt(q, layout)
     if cfg.attention == "flash":
         pages = cache.pool, cache.layer
-        shared = attend_pages(together, *pages, layout.prompts, cfg.precision)
-        parts = [attend_pages(q, *pages, layout.responses, cfg.precision)]
+        with jax.named_scope("prompt_pages"):
+            shared = attend_pages(together, *pages, layout.prompts, cfg.precision)
+        with jax.named_scope("response_pages"):
+            parts = [attend_pages(q, *pages, layout.responses, cfg.precision)]
     else:
         k, v = cache.pool
         mask = layout.prompts.rows(k.shape[-2] // layout.prompts.page.shape[-1])  # type: ignore[union-attr]

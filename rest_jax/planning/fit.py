@@ -11,7 +11,7 @@ from typing import Any
 from rest_jax.config import Config
 from rest_jax.errors import UserError
 
-ROLLOUT = ("cast", "prefill", "insert", "start", "decode", "resize", "evaluation")
+ROLLOUT = ("cast", "prefill", "decode", "evaluation")
 _FEWEST_SLOTS = 8
 _FEWEST_TOKENS = 1024
 _TRIES = 12

@@ -355,16 +355,10 @@ class _Rollout:
         groups = deal_groups(self.length, self.mesh)
         self.sizes = self.settings.sizes(max(map(len, groups)), self.prompts.tokens.shape[1])
         self.shards = [Shard(own, self.length, self.settings, self.sizes) for own in groups]
-        self.width = self.prefill_width()
+        pages = -(-self.length // self.settings.page)
+        most = max(int(pages[own].sum()) for own in groups)
+        self.width = prefill_width(int(pages.max()), most, self.settings.page)
         self.state: DecodeState = self.engine.empty_state(self.sizes)
-
-    def prefill_width(self) -> int:
-        """Positions of a row of prompts: the longest, or as many short ones as are worth a call. Every width is compiled."""
-        page = self.settings.page
-        pages = -(-self.length // page)
-        total = max(int(sum(pages[g] for g in shard.waiting)) for shard in self.shards)
-        wanted = max(int(pages.max()), min(total, -(-_PREFILL_TOKENS // page)))
-        return -(-row_length(wanted * page) // page) * page
 
     def refill(self) -> bool:
         """Prefills prompts while decode slots might idle, and removes slots that have nothing left. False when nothing is left."""
@@ -488,19 +482,12 @@ class _Rollout:
         )
 
     def columns(self) -> tuple[int, int]:
-        """Of the page tables of prompts and of responses: as many as there may be, or fewer where that is less work. Every
-        number is compiled: powers of two.
-        """
-        most = self.sizes.prompt_pages, self.sizes.response_pages
-        if not self.engine.gathers:
-            return most
+        """Of the page tables of prompts and of responses."""
         shards = self.shards
         prompts = (len(prompt.pages) for shard in shards for prompt in shard.entries if prompt)
         responses = (len(one.pages) for shard in shards for one in shard.running.values())
-        used = (max(pages, default=0) for pages in (prompts, responses))
-        return tuple(
-            min(n and 1 << (n - 1).bit_length(), m) for n, m in zip(used, most, strict=True)
-        )
+        used = max(prompts, default=0), max(responses, default=0)
+        return table_columns(used, self.sizes, self.engine.gathers)
 
     def enough(self) -> int:
         """Responses of every data shard at which slots can be removed, when nothing more is to come."""
@@ -550,6 +537,25 @@ class _Rollout:
     def rows(self, group: int) -> RolloutBatch:
         """What has been sampled of one prompt."""
         return jax.tree.map(lambda x: x[group : group + 1], self.out)
+
+
+def prefill_width(longest: int, total: int, page: int) -> int:
+    """Positions of a row of prompts: those of the longest, or as many short ones as are worth a call. Every width is compiled.
+    `longest` and `total`: pages of a prompt, and of all those of the data shard that has the most.
+    """
+    wanted = max(longest, min(total, -(-_PREFILL_TOKENS // page)))
+    return -(-row_length(wanted * page) // page) * page
+
+
+def table_columns(used: tuple[int, int], sizes: Sizes, gathers: bool) -> tuple[int, int]:
+    """Columns of the page tables of prompts and of responses, of which so many are used: as many as there may be, or the next power
+    of two where pages are gathered. Every number is compiled.
+    """
+    prompt, response = sizes.prompt_pages, sizes.response_pages
+    if not gathers:
+        return prompt, response
+    wanted = (n and 1 << (n - 1).bit_length() for n in used)
+    return min(next(wanted), prompt), min(next(wanted), response)
 
 
 def deal_groups(lengths: np.ndarray, mesh: Mesh) -> list[list[int]]:
