@@ -23,6 +23,7 @@ from rest_jax.errors import RunStopped, UserError
 from rest_jax.run import environment
 from rest_jax.run.metrics import read_lines
 from rest_jax.tool_calls import Target
+from tests import runs
 
 COMMANDS = (
     "train", "sft", "plan", "quickstart", "generate", "evaluate", "convert", "export", "sweep", "compare",
@@ -294,8 +295,9 @@ def printed(folder) -> dict[str, str]:
     file = folder / "commands.json"
     file.write_text(json.dumps(commands))
     program = [sys.executable, str(PROGRAMS / "commands.py"), str(file)]
-    variables = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(PROGRAMS.parent.parent)}
-    done = subprocess.run(program, env=variables, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        program, env=runs.environment(), capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(file.read_text())
     failed = [name for name, (code, _) in found.items() if code != 0]

@@ -246,7 +246,9 @@ def test_micro_gradients_add_up(scored, plain):
     spec, batch, state = update_parts(scored)
     lengths = BatchLengths.of(scored.rollout)
     add = jax.jit(functools.partial(add_gradient, spec=spec))
-    nothing, zero = total = jax.jit(functools.partial(zero_gradient, spec=spec))(state.params, batch)
+    nothing, zero = total = jax.jit(functools.partial(zero_gradient, spec=spec))(
+        state.params, batch
+    )
     for half in (range(4), range(4, 8)):
         micro = MicroBatch((tuple(map(lengths.whole, half)),), HALF_TOKENS, lengths)
         total = add(total, state.params, batch, make_rows(micro))
