@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 from rest_jax import config, sft, train
 from rest_jax.rl import optimizer, step, supervised
-from rest_jax.rollout import scheduler
+from rest_jax.rollout import engine, scheduler
 from rest_jax.run import load
 from rest_jax.run.metrics import read_lines
 
@@ -56,6 +56,15 @@ def share_programs() -> None:
         return made[key]
 
     step.make_update = supervised.make_update = make_update
+    cast, casts = engine.rollout_cast, {}
+
+    def rollout_cast(policy):
+        key = policy.config, policy.rollout_mesh
+        if key not in casts:
+            casts[key] = cast(policy)
+        return casts[key]
+
+    train.rollout_cast = rollout_cast
 
 
 def train_method(method: str, output: pathlib.Path) -> None:
