@@ -234,8 +234,9 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
 # Every command succeeds
 
 SMALL = [
-    "data.synthetic_size=16", "data.eval_limit=8", "data.max_prompt_tokens=128", "rollout.prompts_per_step=4", "rollout.group_size=2",
-    "rollout.max_response_tokens=16", "sft.batch_size=4", "train.steps=1", "train.eval_every=0",
+    "data.synthetic_size=16", "data.eval_limit=8", "data.max_prompt_tokens=128",
+    "rollout.prompts_per_step=4", "rollout.group_size=2", "rollout.max_response_tokens=16",
+    "sft.batch_size=4", "train.steps=1", "train.eval_every=0",
 ]  # fmt: skip
 
 
