@@ -23,7 +23,14 @@ from rest_jax.models.block_attention import WIDE, block_attention
 from rest_jax.models.cache import DecodeLayout, LayerCache, RowLayout
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.flash_attention import flash_attention
-from rest_jax.models.paged_attention import Partial, attend_pages, attend_part, join, normalise
+from rest_jax.models.paged_attention import (
+    Partial,
+    Recent,
+    attend_pages,
+    attend_part,
+    join,
+    normalise,
+)
 
 Layout = RowLayout | DecodeLayout
 
@@ -68,7 +75,7 @@ def attend(
         return attend_rows(q, *kv, layout, KERNELS[cfg.attention])
     if cache is None:
         raise ValueError("attend: DecodeLayout needs a cache")
-    out = attend_cache(_by_kv_head(q, cache.recent_k), kv, layout, cache, cfg)
+    out = attend_cache(_by_kv_head(q, cfg.n_kv_heads), kv, layout, cache, cfg)
     return out.reshape(q.shape).astype(q.dtype)
 
 
@@ -114,7 +121,7 @@ def _divides(mesh, q, k) -> bool:
 
 
 def _attend_heads_first(q, k, v, layout: RowLayout, kernel):
-    by_head = _by_kv_head(q, k).transpose(0, 2, 3, 1, 4)  # [B T K R H] -> [B K R T H]
+    by_head = _by_kv_head(q, k.shape[2]).transpose(0, 2, 3, 1, 4)  # [B T K R H] -> [B K R T H]
     out = kernel(by_head, *(x.transpose(0, 2, 1, 3) for x in (k, v)), layout)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
@@ -133,28 +140,35 @@ def attend_cache(
     """
     together = _by_prompt(q, layout)
     if cfg.attention == "flash":
+        if own is None or cache.layer is None:
+            raise ValueError("attend: the kernel takes stacked layers, and new tokens apart")
         pages = cache.pool, cache.layer
+        recent = Recent(cache.recent_k, cache.recent_v, *own)
         with jax.named_scope("prompt_pages"):
-            shared = attend_pages(together, *pages, layout.prompts, cfg.precision)
+            shared = attend_pages(together, *pages, layout.prompts, None, cfg.precision)
         with jax.named_scope("response_pages"):
-            parts = [attend_pages(q, *pages, layout.responses, cfg.precision)]
+            parts = [attend_pages(q, *pages, layout.responses, recent, cfg.precision)]
     else:
         k, v = cache.pool
         mask = layout.prompts.rows(k.shape[-2] // layout.prompts.page.shape[-1])  # type: ignore[union-attr]
         shared = attend_part(together, k, v, mask[:, :, None, None], cfg.precision)
-        parts = []
+        parts = [_attend_recent(q, own, layout, cache, cfg.precision)]
     parts.append(Partial(*(_back_to_rows(x, layout, q.shape[3]) for x in shared)))
+    return normalise(join(*parts))
 
+
+def _attend_recent(q, own, layout: DecodeLayout, cache: LayerCache, precision) -> Partial:
+    """Attention to what responses have drawn, the new tokens among them."""
     seen = layout.recent
     if own is None:
         seen = seen | (jnp.arange(seen.shape[-1]) == layout.time)
     recent = cache.recent_k, cache.recent_v
-    parts.append(attend_part(q, *recent, seen[:, :, None, None], cfg.precision))
-    if own is not None:
-        score = jnp.sum(q.astype(jnp.float32) * own[0].astype(jnp.float32)[:, :, :, None], axis=-1)
-        value = jnp.broadcast_to(own[1].astype(jnp.float32)[:, :, :, None], q.shape)
-        parts.append(Partial(value, jnp.ones_like(score), score))
-    return normalise(join(*parts))
+    drawn = attend_part(q, *recent, seen[:, :, None, None], precision)
+    if own is None:
+        return drawn
+    score = jnp.sum(q.astype(jnp.float32) * own[0].astype(jnp.float32)[:, :, :, None], axis=-1)
+    value = jnp.broadcast_to(own[1].astype(jnp.float32)[:, :, :, None], q.shape)
+    return join(drawn, Partial(value, jnp.ones_like(score), score))
 
 
 def _by_prompt(q: Float[Array, "W N K R H"], layout: DecodeLayout) -> Float[Array, "W Q K GR H"]:
@@ -167,10 +181,9 @@ def _by_prompt(q: Float[Array, "W N K R H"], layout: DecodeLayout) -> Float[Arra
     return together.reshape(shards, prompts, heads, members * repeats, width)
 
 
-def _by_kv_head(q, keys):
-    """Scaled queries by the head of the keys they go to: `[B T N H]` -> `[B T K R H]`; `keys` has K as axis 2."""
+def _by_kv_head(q, kv_heads: int):
+    """Scaled queries by the head of the keys they go to: `[B T N H]` -> `[B T K R H]`."""
     batch, time, heads, width = q.shape
-    kv_heads = keys.shape[2]
     return (q * width**-0.5).reshape(batch, time, kv_heads, heads // kv_heads, width)
 
 

@@ -59,6 +59,18 @@ class PageTable(NamedTuple):
         return self._replace(end=jnp.where(wanted[..., None], self.end, self.begin))
 
 
+class Visits(NamedTuple):
+    """Pages for the kernel to visit, sequence by sequence; behind `count` nothing is meant."""
+
+    sequence: Int[Array, "W n"]  # int32, as all but the last
+    page: Int[Array, "W n"]
+    begin: Int[Array, "W n"]  # begin <= row < end are keys of the sequence
+    end: Int[Array, "W n"]
+    recent: Int[Array, "W n"]  # 1: not the page, but the sequence's rows of `recent`
+    count: Int[Array, "W 1"]
+    visited: Bool[Array, "W B"]  # which sequences have a visit
+
+
 @struct.dataclass
 class DecodeLayout:
     """One new token a decode slot.
@@ -67,13 +79,10 @@ class DecodeLayout:
     two, attention brings the queries of a prompt together and back.
     """
 
-    prompts: PageTable  # of the prompt cache entries [W Q M]
-    responses: (
-        PageTable  # of the decode slots [W N M], as they were when the call began; for the kernel
-    )
-    recent: Bool[
-        Array, "W N R"
-    ]  # rows of `recent` that are earlier tokens of the response in a slot
+    prompts: PageTable | Visits  # of the prompt cache entries [W Q M]; the kernel's visits
+    responses: Visits | None  # the kernel's, of the decode slots
+    # without the kernel, rows of the cache's `recent` that are earlier tokens of the response in a slot
+    recent: Bool[Array, "W N R"] | None
     time: Int[Array, ""]  # int32: the row of `recent` that is the new token's
     entry: Int[Array, "W N"]  # int32
     member: Int[Array, "W N"]  # int32
@@ -106,10 +115,10 @@ class Pool(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """One layer of a Cache."""
+    """One layer of a Cache; for the kernel, all of them and its number."""
 
-    pool: Pool  # as a kernel reads it, of stacked layers: all of them
-    layer: Int[Array, ""] | None  # which of them; None: the pool is the layer's own
+    pool: Pool
+    layer: Int[Array, ""] | None
     recent_k: Float[Array, "W N K R H"]
     recent_v: Float[Array, "W N K R H"]
 

@@ -325,9 +325,9 @@ def _rematerialised(cfg: DecoderConfig) -> Any:
 
 def _stacked(cfg: DecoderConfig, cached: bool) -> Any:
     """The block scanned over the layers."""
-    # A kernel takes a layer's pages from the pool: to hand it a part would copy them.
-    pool: Any = nn.broadcast if cfg.attention == "flash" else 0
-    cache: Any = LayerCache(pool, 0, 0, 0) if cached else 0  # type: ignore[arg-type]
+    # The kernel takes a layer's pages itself: to hand it a part would copy them.
+    whole: Any = nn.broadcast if cfg.attention == "flash" else 0
+    cache: Any = LayerCache(whole, 0, whole, whole) if cached else 0  # type: ignore[arg-type]
     in_axes: Any = (cache, nn.broadcast, nn.broadcast, 0)  # cache, rope, layout, replayed experts
     return nn.scan(
         _rematerialised(cfg),

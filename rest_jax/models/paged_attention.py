@@ -1,7 +1,8 @@
 """Attention of few queries over keys that lie in pages (`cache.Pool`).
 
-    attend_pages(q, pool, layer, table, precision)   -> Partial    a Pallas kernel for TPUs
-    gather_pages(layers, table)                      -> Layers     pages side by side, for `attend_part`
+    attend_pages(q, pool, layer, visits, recent, precision) -> Partial   a Pallas kernel for TPUs
+    list_visits(table, recent)                              -> Visits    what it reads
+    gather_pages(layers, table)                             -> Layers    pages side by side, for `attend_part`
 
 The kernel reads the pages in use alone, one after another, from a list made on the device, with a running maximum and sum
 (FlashAttention-2, arXiv:2307.08691). Scores and sums are float32. On other hardware than TPUs it is interpreted, for tests; CPUs and
@@ -21,7 +22,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from rest_jax.distributed import BATCH_AXES
-from rest_jax.models.cache import Layers, PageTable, Pool, is_stacked
+from rest_jax.models.cache import Layers, PageTable, Pool, Visits, is_stacked
 
 _FLOOR = -1e30  # score of what may not be seen: finite, so that nothing becomes NaN
 _LANES = 128
@@ -85,88 +86,113 @@ def gather_pages(layers: Layers, table: PageTable) -> Layers:
     return jax.tree.map(one, layers)
 
 
-class _Visits(NamedTuple):
-    """Pages to visit, sequence by sequence; behind `count` nothing is meant."""
+class Recent(NamedTuple):
+    """Keys and values of responses that are in no page yet: `recent` of the cache, and those of the new tokens."""
 
-    sequence: Int[Array, " n"]  # int32, as all
-    page: Int[Array, " n"]
-    begin: Int[Array, " n"]
-    end: Int[Array, " n"]
-    count: Int[Array, "1"]
+    k: Layers  # of stacked layers [L W N K S H]
+    v: Layers
+    own_k: Float[Array, "W N K H"]
+    own_v: Float[Array, "W N K H"]
 
 
 def attend_pages(
     q: Float[Array, "W B K M H"],
     pool: Pool,
-    layer: Int[Array, ""] | None,
-    table: PageTable,
+    layer: Int[Array, ""],
+    visits: Visits,
+    recent: Recent | None,
     precision: jax.lax.Precision,
 ) -> Partial:
-    """Attention of M scaled queries a kv head of every sequence over the keys of its pages; `layer` of a pool of stacked layers.
-
-    Every device computes its data shard, and its heads if the mesh divides them. The pages in use of a sequence come first.
+    """Attention of M scaled queries a kv head of every sequence over the pages that it visits, in that layer of stacked ones, and its
+    `recent` keys. Every device computes its data shard, and its heads if the mesh divides them.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    stacked = layer is not None
-    where = jnp.reshape(layer if stacked else 0, (1,))
+    where, attend = jnp.reshape(layer, (1,)), functools.partial(_one_shard, precision)
     if mesh.empty or mesh.size == 1:
-        return _one_shard(q, pool, where, table, precision)
+        return attend(q, pool, where, visits, recent)
     heads = "tensor" if q.shape[2] % mesh.shape["tensor"] == 0 else None
-    queries = PartitionSpec(BATCH_AXES, None, heads)
-    pages = PartitionSpec(*(None,) * stacked, BATCH_AXES, None, heads)
+    rows, by_head = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, None, heads)
+    pages = PartitionSpec(None, BATCH_AXES, None, heads)
+    extra = None if recent is None else Recent(pages, pages, by_head, by_head)  # type: ignore[arg-type]
     split = jax.shard_map(
-        functools.partial(_one_shard, precision=precision),
-        in_specs=(queries, pages, PartitionSpec(), PartitionSpec(BATCH_AXES)),
-        out_specs=queries,
+        attend,
+        in_specs=(by_head, pages, PartitionSpec(), rows, extra),
+        out_specs=by_head,
         check_vma=False,  # kernels do not say over which axes their results vary
     )
-    return split(q, pool, where, table)
+    return split(q, pool, where, visits, recent)
 
 
-def _one_shard(q, pool: Pool, layer, table: PageTable, precision) -> Partial:
-    """The kernel for one data shard; q [1 B K M H], table [1 B M], `layer` [1]."""
-    k, v = (x if is_stacked(x) else x[None] for x in pool)
-    one = PageTable(*(x[0] for x in table))
-    out, lse = _visit_pages(q[0], k[:, 0], v[:, 0], layer, _list_visits(one), precision)
-    seen = jnp.any(one.end > one.begin, axis=1)[:, None, None]
-    lse = jnp.where(seen, lse[..., : q.shape[3]], 0.5 * _FLOOR)
-    out = jnp.where(seen[..., None], out, 0.0)
-    return Partial(out[None], jnp.where(seen, 1.0, 0.0 * lse)[None], lse[None])
+def _one_shard(precision, q, pool: Pool, layer, visits: Visits, recent: Recent | None) -> Partial:
+    """The kernel for one data shard; q [1 B K M H], visits [1 n], `layer` [1]."""
+    k, v = (x[:, 0] for x in pool)  # type: ignore[call-overload]
+    extra = ()
+    if recent is not None:
+        own = recent.own_k[0], recent.own_v[0]
+        extra = (recent.k[:, 0], recent.v[:, 0], *own)  # type: ignore[call-overload]
+    *listed, visited = (x[0] for x in visits)
+    out, lse = _visit_pages(listed, layer, (q[0], k, v, *extra), precision)
+    visited = visited[:, None, None]
+    lse = jnp.where(visited, lse[..., : q.shape[3]], 0.5 * _FLOOR)
+    out = jnp.where(visited[..., None], out, 0.0)
+    return Partial(out[None], jnp.where(visited, 1.0, 0.0 * lse)[None], lse[None])
 
 
-def _list_visits(table: PageTable) -> _Visits:
-    """The pages in use of `[B M]`, in order. Those of a sequence come first in its row."""
-    sequences, most = table.page.shape
-    pages = jnp.sum(table.end > table.begin, axis=1, dtype=jnp.int32)
-    behind = jnp.cumsum(pages)
-    n = jnp.arange(sequences * most, dtype=jnp.int32)
-    sequence = jnp.sum(n[:, None] >= behind, axis=1, dtype=jnp.int32)
-    sequence = jnp.minimum(sequence, sequences - 1)
-    column = jnp.clip(n - (behind - pages)[sequence], 0, most - 1)
-    fields = (x[sequence, column] for x in table)
-    return _Visits(sequence, *fields, count=behind[-1:])
-
-
-def _visit_pages(q, k, v, layer, visits: _Visits, precision):
-    """q `[B K M H]`, k and v `[L P K S H]` -> normalised out `[B K M H]`, log of the total weight `[B K lanes]`, float32; those
-    of a sequence without pages are not written.
+def list_visits(
+    table: PageTable, recent: tuple[Int[Array, "W B"], Int[Array, "W B"]] | None = None
+) -> Visits:
+    """The pages in use, and behind those of each sequence its rows of `recent`, (begin, end), if there are. The pages in use of a
+    sequence come first in its row of the table.
     """
+    extra = int(recent is not None)
+    sequences, most = table.page.shape[1:]
+
+    def one(page, begin, end, *rows):
+        pages = jnp.sum(end > begin, axis=1, dtype=jnp.int32)
+        visits = pages + extra
+        behind = jnp.cumsum(visits)
+        n = jnp.arange(sequences * (most + extra), dtype=jnp.int32)
+        sequence = jnp.sum(n[:, None] >= behind, axis=1, dtype=jnp.int32)
+        sequence = jnp.minimum(sequence, sequences - 1)
+        number = n - (behind - visits)[sequence]
+        at = sequence, jnp.clip(number, 0, most - 1)
+        begin, end = begin[at], end[at]
+        is_recent = jnp.zeros_like(n)
+        if rows:
+            is_recent = jnp.where(number >= pages[sequence], 1, 0)
+            begin, end = (
+                jnp.where(is_recent, x[sequence], other)
+                for x, other in zip(rows, (begin, end), strict=True)
+            )
+        return Visits(sequence, page[at], begin, end, is_recent, behind[-1:], visits > 0)
+
+    return jax.vmap(one)(*table, *(recent or ()))
+
+
+def _visit_pages(visits: list[jax.Array], layer, arrays, precision):
+    """q `[B K M H]`, k and v `[L P K S H]`, and with `recent` its `[L B K S H]` twice and the own `[B K H]` twice -> normalised out
+    `[B K M H]`, log of the total weight `[B K lanes]`, float32; those of a sequence without visits are not written.
+    """
+    q, k = arrays[:2]
     sequences, heads, queries, width = q.shape
     size, lanes = k.shape[-2], -(-queries // _LANES) * _LANES
-
-    def own(i, _, sequence, *__):
-        return sequence[i], 0, 0, 0
-
-    def page(i, layer, _, page, *__):
-        return layer[0], page[i], 0, 0, 0
-
-    per_sequence = pl.BlockSpec((1, heads, queries, width), own)
-    per_page = pl.BlockSpec((1, 1, heads, size, width), page)
-    statistic = pl.BlockSpec((1, heads, lanes), lambda i, _, sequence, *__: (sequence[i], 0, 0))
+    per_sequence = pl.BlockSpec(
+        (1, heads, queries, width), lambda i, layer, sequence, *_: (sequence[i], 0, 0, 0)
+    )
+    per_page = pl.BlockSpec(
+        (1, 1, heads, size, width), lambda i, layer, _, page, *__: (layer[0], page[i], 0, 0, 0)
+    )
+    per_recent = pl.BlockSpec(
+        (1, 1, heads, size, width),
+        lambda i, layer, sequence, *_: (layer[0], sequence[i], 0, 0, 0),
+    )
+    own = pl.BlockSpec((1, heads, width), lambda i, layer, sequence, *_: (sequence[i], 0, 0))
+    statistic = pl.BlockSpec((1, heads, lanes), lambda i, layer, sequence, *_: (sequence[i], 0, 0))
+    specs = [per_sequence, per_page, per_page, per_recent, per_recent, own, own]
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1 + len(visits),
-        grid=(jnp.maximum(visits.count[0], 1),),
-        in_specs=[per_sequence, per_page, per_page],
+        grid=(jnp.maximum(visits[-1][0], 1),),
+        in_specs=specs[: len(arrays)],
         out_specs=[per_sequence, statistic],
         scratch_shapes=[
             pltpu.VMEM((heads, queries, width), jnp.float32),
@@ -174,7 +200,7 @@ def _visit_pages(q, k, v, layer, visits: _Visits, precision):
             pltpu.VMEM((heads, queries, 1), jnp.float32),
         ],
     )
-    # of one page: how many there are, only the values say
+    # of one visit: how many there are, only the values say
     cost = pl.CostEstimate(
         flops=4 * heads * queries * size * width,
         transcendentals=heads * queries * size,
@@ -199,30 +225,35 @@ def _visit_pages(q, k, v, layer, visits: _Visits, precision):
     return jax.lax.platform_dependent(
         layer,
         *visits,
-        q,
-        k,
-        v,
+        *arrays,
         tpu=functools.partial(compute, interpret=False),
         default=functools.partial(compute, interpret=True),
     )
 
 
-def _page_kernel(precision, _, sequence, __, begin, end, count, q_ref, k_ref, v_ref, *refs):
-    out_ref, lse_ref, sum_ref, peak_ref, total_ref = refs
+def _page_kernel(precision, _, sequence, __, begin, end, recent, count, q_ref, *refs):
+    *keys, out_ref, lse_ref, sum_ref, peak_ref, total_ref = refs
     i, last_one = pl.program_id(0), sequence.shape[0] - 1
     live = i < count[0]
     first = live & ((i == 0) | (sequence[jnp.maximum(i - 1, 0)] != sequence[i]))
     last = live & ((i == count[0] - 1) | (sequence[jnp.minimum(i + 1, last_one)] != sequence[i]))
-    heads, queries, _ = sum_ref.shape
+    heads, queries, width = sum_ref.shape
 
     @pl.when(first)
     def _():
-        sum_ref[...] = jnp.zeros_like(sum_ref)
-        total_ref[...] = jnp.zeros_like(total_ref)
-        peak_ref[...] = jnp.full_like(peak_ref, 0.5 * _FLOOR)
+        if len(keys) == 2:
+            sum_ref[...] = jnp.zeros_like(sum_ref)
+            total_ref[...] = jnp.zeros_like(total_ref)
+            peak_ref[...] = jnp.full_like(peak_ref, 0.5 * _FLOOR)
+            return
+        total_ref[...] = jnp.ones_like(total_ref)
+        for head in range(heads):
+            q = q_ref[0, head].astype(jnp.float32)
+            k, v = (ref[0, pl.ds(head, 1)].astype(jnp.float32) for ref in keys[4:])
+            peak_ref[head] = jnp.sum(q * k, axis=1, keepdims=True)
+            sum_ref[head] = jnp.broadcast_to(v, (queries, width))
 
-    @pl.when(live)
-    def _():
+    def visit(k_ref, v_ref):
         row = jax.lax.broadcasted_iota(jnp.int32, (1, k_ref.shape[-2]), 1)
         seen = (row >= begin[i]) & (row < end[i])
         for head in range(heads):
@@ -236,6 +267,10 @@ def _page_kernel(precision, _, sequence, __, begin, end, count, q_ref, k_ref, v_
             sum_ref[head] = scale * sum_ref[head] + added
             total_ref[head] = scale * total_ref[head] + jnp.sum(weight, axis=1, keepdims=True)
             peak_ref[head] = peak
+
+    pl.when(live & (recent[i] == 0))(functools.partial(visit, *keys[:2]))
+    if len(keys) > 2:
+        pl.when(live & (recent[i] == 1))(functools.partial(visit, *keys[2:4]))
 
     @pl.when(last)
     def _():

@@ -272,13 +272,13 @@ class Rollout(NamedTuple):
 
     def visited_pages(self) -> dict[str, float]:
         """Pages that the kernels of `decode` visit for a token, by the name of their scope: those of the prompts of complete groups,
-        and of responses that have half of their length.
+        and of responses that have half of their length, what they have just drawn included.
         """
         page, slots = self.settings.page, self.sizes.slots
         prompts = -(-slots // self.settings.group_size)
         return {
             "prompt_pages": prompts * -(-self.lengths.prompt // page),
-            "response_pages": slots * self.lengths.response / 2 / page,
+            "response_pages": slots * (self.lengths.response / 2 / page + 1),
         }
 
 

@@ -46,7 +46,7 @@ from rest_jax.models.decoder import (
     unstack_layers,
 )
 from rest_jax.models.moe import compact
-from rest_jax.models.paged_attention import gather_pages
+from rest_jax.models.paged_attention import gather_pages, list_visits
 from rest_jax.models.policy import Policy
 from rest_jax.rollout.sampling import draw, row_keys, uniforms
 from rest_jax.types import AnyArray, Params, Sampling
@@ -325,7 +325,7 @@ def decode(
         out["routes"] = jnp.zeros((*zero.shape, *routes.shape), routes.dtype)
     gathered = cfg.attention != "flash"
     read, recent = _beginning(state.pool, call, cfg, settings.page, gathered)
-    known = call.responses.rows(settings.page) if gathered else jnp.zeros((*shape, 0), bool)
+    first_row = call.responses.page.shape[-1] * settings.page if gathered else 0
     row = jnp.arange(settings.page)
     keys = row_keys(rng, step, call.queue.row, call.queue.sample)
 
@@ -353,12 +353,18 @@ def decode(
         made |= {"owner": slots.owner, "index": slots.index}
         with jax.named_scope("trunk"):
             length = jnp.take_along_axis(state.prompt_length, slots.entry, axis=1)
-            drawn_here = jnp.broadcast_to((row >= begin[..., None]) & (row < t), (*shape, len(row)))
+            prompts = call.prompts.only(_has_running(slots, members.shape[1]))
+            responses = call.responses.only(earlier & alive)
+            if gathered:
+                drawn_here = (row >= begin[..., None]) & (row < t)
+                seen = jnp.concatenate([responses.rows(settings.page), drawn_here], axis=-1)
+                reads = prompts, None, seen
+            else:
+                end = jnp.where(alive, t, begin)
+                reads = list_visits(prompts), list_visits(responses, (begin, end)), None
             layout = DecodeLayout(
-                prompts=call.prompts.only(_has_running(slots, members.shape[1])),
-                responses=call.responses.only(earlier & alive),
-                recent=jnp.concatenate([known & earlier[..., None], drawn_here], axis=-1),
-                time=known.shape[-1] + t,
+                *reads,
+                time=first_row + t,
                 entry=slots.entry,
                 member=slots.member,
                 members=members,
