@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn.initializers import Initializer
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Integer, Key
 
 from rest_jax.distributed import logical_shardings, pin_rows
@@ -73,14 +73,23 @@ class Attention(nn.Module):
         else:
             out = attend(q, (k, v), layout, cache, cfg)
             kv = k, v
-        shape, axes = (cfg.n_heads, cfg.head_dim, cfg.d_model), ("heads", "head_dim", "embed")
-        o = _weight(self, "o", shape, axes).reshape(-1, cfg.d_model)
+        if cfg.flat_heads:
+            o = _weight(self, "o", (cfg.n_heads * cfg.head_dim, cfg.d_model), ("heads", "embed"))
+        else:
+            shape, axes = (cfg.n_heads, cfg.head_dim, cfg.d_model), ("heads", "head_dim", "embed")
+            o = _weight(self, "o", shape, axes).reshape(-1, cfg.d_model)
         return _times(out.reshape(*x.shape[:2], -1), o, cfg), kv
 
     def _project(self, x, name: str, axis: str, heads: int):
         cfg = self.cfg
-        w = _weight(self, name, (cfg.d_model, heads, cfg.head_dim), ("embed", axis, "head_dim"))
-        y = _times(x, w.reshape(cfg.d_model, -1), cfg).reshape(*x.shape[:2], heads, cfg.head_dim)
+        if cfg.flat_heads:
+            w = _weight(self, name, (cfg.d_model, heads * cfg.head_dim), ("embed", axis))
+            # A product that is fused with what is done by head wants its matrix transposed, and libtpu copies that for it.
+            y = jax.lax.optimization_barrier(_times(x, w, cfg))
+        else:
+            shape, axes = (cfg.d_model, heads, cfg.head_dim), ("embed", axis, "head_dim")
+            y = _times(x, _weight(self, name, shape, axes).reshape(cfg.d_model, -1), cfg)
+        y = y.reshape(*x.shape[:2], heads, cfg.head_dim)
         if cfg.qkv_bias:
             shape, axes = (heads, cfg.head_dim), (axis, "head_dim")
             bias = _param(self, f"{name}_bias", nn.initializers.zeros, shape, axes)
@@ -350,4 +359,31 @@ def param_shardings(
         raise UserError(
             f"mesh.expert {mesh.shape['expert']}: a {cfg.family} model has no experts; set mesh.expert 1 and raise mesh.fsdp"
         )
-    return logical_shardings(abstract_params(cfg), mesh, layout=layout)
+    # Flat heads are split as they are apart: never within one.
+    apart = dataclasses.replace(cfg, flat_heads=False)
+    shardings = logical_shardings(abstract_params(apart), mesh, layout=layout)
+    if not cfg.flat_heads:
+        return shardings
+
+    def flat(path: tuple[Any, ...], sharding: NamedSharding) -> NamedSharding:
+        if axis := head_dim_axis(path):
+            spec = [*sharding.spec]
+            del spec[axis]
+            return NamedSharding(mesh, PartitionSpec(*spec))
+        return sharding
+
+    return jax.tree_util.tree_map_with_path(flat, shardings)
+
+
+def head_dim_axis(path: tuple[Any, ...]) -> int | None:
+    """The axis that flat heads join to the one before it, of a parameter in the tree; None: it has none."""
+    return {"q": -1, "k": -1, "v": -1, "o": -2}.get(path[-1].key)
+
+
+def flatten_heads(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+    """A parameter as it is with `flat_heads`."""
+    axis = head_dim_axis(path)
+    if axis is None:
+        return x
+    end = x.ndim + axis
+    return x.reshape(*x.shape[: end - 1], -1, *x.shape[end + 1 :])

@@ -41,6 +41,7 @@ from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import (
     Decoder,
     apply_routed,
+    flatten_heads,
     logits,
     param_shardings,
     unstack_layers,
@@ -505,7 +506,9 @@ def rollout_decoder(policy: Policy) -> Decoder:
     weights and caches for every token. On TPU it is the other way round (docs/performance.md).
     """
     layers = "scan" if platform(policy.mesh) == "tpu" else "unroll"
-    return Decoder(dataclasses.replace(policy.config, layers=layers, remat="none"))
+    return Decoder(
+        dataclasses.replace(policy.config, layers=layers, remat="none", flat_heads=True)
+    )
 
 
 def rollout_cast(policy: Policy) -> Callable[[Params], Params]:
@@ -542,4 +545,4 @@ def cast_programs(policy: Policy) -> Any:
 
 def _cast_leaf(dtype: Any, path: tuple[Any, ...], x: jax.Array) -> jax.Array:
     """Norm scales stay float32: the trainer multiplies by them in float32 too."""
-    return x if path[-1].key == "scale" else x.astype(dtype)
+    return x if path[-1].key == "scale" else flatten_heads(path, x.astype(dtype))
