@@ -25,9 +25,10 @@ from rest_jax.models.config import DecoderConfig
 from rest_jax.models.flash_attention import flash_attention
 from rest_jax.models.paged_attention import (
     Partial,
-    Recent,
-    attend_pages,
+    Response,
     attend_part,
+    attend_prompts,
+    attend_responses,
     join,
     normalise,
 )
@@ -143,18 +144,17 @@ def attend_cache(
         if own is None or cache.layer is None:
             raise ValueError("attend: the kernel takes stacked layers, and new tokens apart")
         pages = cache.pool, cache.layer
-        recent = Recent(cache.recent_k, cache.recent_v, *own)
         with jax.named_scope("prompt_pages"):
-            shared = attend_pages(together, *pages, layout.prompts, None, cfg.precision)
+            shared = attend_prompts(together, *pages, layout.prompts, cfg.precision)
+        prompt = (_back_to_rows(x, layout, q.shape[3]) for x in shared)
+        response = Response(cache.recent_k, cache.recent_v, *own, *prompt)
         with jax.named_scope("response_pages"):
-            parts = [attend_pages(q, *pages, layout.responses, recent, cfg.precision)]
-    else:
-        k, v = cache.pool
-        mask = layout.prompts.rows(k.shape[-2] // layout.prompts.page.shape[-1])  # type: ignore[union-attr]
-        shared = attend_part(together, k, v, mask[:, :, None, None], cfg.precision)
-        parts = [_attend_recent(q, own, layout, cache, cfg.precision)]
-    parts.append(Partial(*(_back_to_rows(x, layout, q.shape[3]) for x in shared)))
-    return normalise(join(*parts))
+            return attend_responses(q, *pages, layout.responses, response, cfg.precision)
+    k, v = cache.pool
+    mask = layout.prompts.rows(k.shape[-2] // layout.prompts.page.shape[-1])  # type: ignore[union-attr]
+    shared = attend_part(together, k, v, mask[:, :, None, None], cfg.precision)
+    shared = Partial(*(_back_to_rows(x, layout, q.shape[3]) for x in shared))
+    return normalise(join(shared, _attend_recent(q, own, layout, cache, cfg.precision)))
 
 
 def _attend_recent(q, own, layout: DecodeLayout, cache: LayerCache, precision) -> Partial:

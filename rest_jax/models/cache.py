@@ -60,15 +60,15 @@ class PageTable(NamedTuple):
 
 
 class Visits(NamedTuple):
-    """Pages for the kernel to visit, sequence by sequence; behind `count` nothing is meant."""
+    """Pages for a kernel to visit, sequence by sequence; behind `count` nothing is meant. Data shards one after another."""
 
-    sequence: Int[Array, "W n"]  # int32, as all but the last
-    page: Int[Array, "W n"]
-    begin: Int[Array, "W n"]  # begin <= row < end are keys of the sequence
-    end: Int[Array, "W n"]
-    recent: Int[Array, "W n"]  # 1: not the page, but the sequence's rows of `recent`
-    count: Int[Array, "W 1"]
-    visited: Bool[Array, "W B"]  # which sequences have a visit
+    sequence: Int[Array, " Wn"]  # int32, as all but the last
+    page: Int[Array, " Wn"]
+    begin: Int[Array, " Wn"]  # begin <= row < end are keys of the sequence
+    end: Int[Array, " Wn"]
+    recent: Int[Array, " Wn"]  # 1: not the page, but the sequence's rows of `recent`
+    count: Int[Array, " W"]
+    visited: Bool[Array, " WB"]  # which sequences have a visit
 
 
 @struct.dataclass

@@ -1,17 +1,19 @@
 """Attention of few queries over keys that lie in pages (`cache.Pool`).
 
-    attend_pages(q, pool, layer, visits, recent, precision) -> Partial   a Pallas kernel for TPUs
-    list_visits(table, recent)                              -> Visits    what it reads
-    gather_pages(layers, table)                             -> Layers    pages side by side, for `attend_part`
+    attend_prompts(q, pool, layer, visits, precision)              by Pallas kernels, for TPUs
+    attend_responses(q, pool, layer, visits, response, precision)
+    list_visits(table, recent)            -> Visits                what they read
+    gather_pages(layers, table)           -> Layers                pages side by side, for `attend_part`
 
-The kernel reads the pages in use alone, one after another, from a list made on the device, with a running maximum and sum
-(FlashAttention-2, arXiv:2307.08691). Scores and sums are float32. On other hardware than TPUs it is interpreted, for tests; CPUs and
+The kernels read the pages in use alone, one after another, from a list made on the device, with a running maximum and sum
+(FlashAttention-2, arXiv:2307.08691). Scores and sums are float32. On other hardware than TPUs they are interpreted, for tests; CPUs and
 GPUs gather the pages once in a call of `decode` and attend over plain arrays.
 
 A `Partial` is joined with those of other keys in one softmax (`join`, `normalise`).
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -86,56 +88,74 @@ def gather_pages(layers: Layers, table: PageTable) -> Layers:
     return jax.tree.map(one, layers)
 
 
-class Recent(NamedTuple):
-    """Keys and values of responses that are in no page yet: `recent` of the cache, and those of the new tokens."""
+class Response(NamedTuple):
+    """What responses attend to besides their pages."""
 
-    k: Layers  # of stacked layers [L W N K S H]
-    v: Layers
-    own_k: Float[Array, "W N K H"]
+    recent_k: Layers  # of stacked layers [L W N K S H]
+    recent_v: Layers
+    own_k: Float[Array, "W N K H"]  # of the new tokens
     own_v: Float[Array, "W N K H"]
+    prompt: Float[Array, "W N K R H"]  # attention to the prompt, normalised, float32
+    prompt_lse: Float[Array, "W N K R"]  # log of its total weight
 
 
-def attend_pages(
-    q: Float[Array, "W B K M H"],
+def attend_prompts(
+    q: Float[Array, "W Q K M H"],
     pool: Pool,
     layer: Int[Array, ""],
     visits: Visits,
-    recent: Recent | None,
     precision: jax.lax.Precision,
-) -> Partial:
-    """Attention of M scaled queries a kv head of every sequence over the pages that it visits, in that layer of stacked ones, and its
-    `recent` keys. Every device computes its data shard, and its heads if the mesh divides them.
+) -> tuple[Float[Array, "W Q K M H"], Float[Array, "W Q K M"]]:
+    """Attention of M scaled queries a kv head to every prompt, in that layer of stacked ones: normalised, and the log of the total
+    weight, float32; zero and very small for a prompt without visits.
     """
+    return _on_devices(q, pool, layer, visits, None, precision)
+
+
+def attend_responses(
+    q: Float[Array, "W N K R H"],
+    pool: Pool,
+    layer: Int[Array, ""],
+    visits: Visits,
+    response: Response,
+    precision: jax.lax.Precision,
+) -> Float[Array, "W N K R H"]:
+    """Attention of new tokens to all that they see, in q's dtype. Anything for a decode slot without visits."""
+    return _on_devices(q, pool, layer, visits, response, precision)
+
+
+def _on_devices(q, pool: Pool, layer, visits: Visits, response: Response | None, precision) -> Any:
+    """Every device computes its data shard, and its heads if the mesh divides them."""
     mesh = jax.sharding.get_abstract_mesh()
-    where, attend = jnp.reshape(layer, (1,)), functools.partial(_one_shard, precision)
+    inputs = q, pool, jnp.reshape(layer, (1,)), visits, response
+    attend = functools.partial(_one_shard, precision)
     if mesh.empty or mesh.size == 1:
-        return attend(q, pool, where, visits, recent)
+        return attend(*inputs)
     heads = "tensor" if q.shape[2] % mesh.shape["tensor"] == 0 else None
     rows, by_head = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, None, heads)
     pages = PartitionSpec(None, BATCH_AXES, None, heads)
-    extra = None if recent is None else Recent(pages, pages, by_head, by_head)  # type: ignore[arg-type]
+    extra: Any = None if response is None else Response(pages, pages, *(by_head,) * 4)  # type: ignore[arg-type]
     split = jax.shard_map(
         attend,
         in_specs=(by_head, pages, PartitionSpec(), rows, extra),
         out_specs=by_head,
         check_vma=False,  # kernels do not say over which axes their results vary
     )
-    return split(q, pool, where, visits, recent)
+    return split(*inputs)
 
 
-def _one_shard(precision, q, pool: Pool, layer, visits: Visits, recent: Recent | None) -> Partial:
-    """The kernel for one data shard; q [1 B K M H], visits [1 n], `layer` [1]."""
-    k, v = (x[:, 0] for x in pool)  # type: ignore[call-overload]
-    extra = ()
-    if recent is not None:
-        own = recent.own_k[0], recent.own_v[0]
-        extra = (recent.k[:, 0], recent.v[:, 0], *own)  # type: ignore[call-overload]
-    *listed, visited = (x[0] for x in visits)
-    out, lse = _visit_pages(listed, layer, (q[0], k, v, *extra), precision)
-    visited = visited[:, None, None]
-    lse = jnp.where(visited, lse[..., : q.shape[3]], 0.5 * _FLOOR)
-    out = jnp.where(visited[..., None], out, 0.0)
-    return Partial(out[None], jnp.where(visited, 1.0, 0.0 * lse)[None], lse[None])
+def _one_shard(precision, q, pool: Pool, layer, visits: Visits, response: Response | None) -> Any:
+    """The kernel for one data shard; q [1 B K M H], `layer` [1]."""
+    *listed, visited = visits
+    arrays = [q[0], *(x[:, 0] for x in pool)]  # type: ignore[call-overload]
+    if response is not None:
+        arrays += [x[:, 0] for x in response[:2]]  # type: ignore[call-overload]
+        arrays += [x[0] for x in response[2:]]
+        return _visit_pages(listed, layer, arrays, precision)[0][None]
+    out, lse = _visit_pages(listed, layer, arrays, precision)
+    seen = visited[:, None, None]
+    lse = jnp.where(seen, lse[..., : q.shape[3]], _FLOOR)
+    return jnp.where(seen[..., None], out, 0.0)[None], lse[None]
 
 
 def list_visits(
@@ -166,34 +186,41 @@ def list_visits(
             )
         return Visits(sequence, page[at], begin, end, is_recent, behind[-1:], visits > 0)
 
-    return jax.vmap(one)(*table, *(recent or ()))
+    return jax.tree.map(lambda x: x.reshape(-1), jax.vmap(one)(*table, *(recent or ())))
 
 
-def _visit_pages(visits: list[jax.Array], layer, arrays, precision):
-    """q `[B K M H]`, k and v `[L P K S H]`, and with `recent` its `[L B K S H]` twice and the own `[B K H]` twice -> normalised out
-    `[B K M H]`, log of the total weight `[B K lanes]`, float32; those of a sequence without visits are not written.
+def _visit_pages(visits: list[jax.Array], layer, arrays: list[jax.Array], precision):
+    """q `[B K M H]`, k and v `[L P K S H]` -> normalised out `[B K M H]`, log of the total weight `[B K lanes]`, float32. With what
+    responses attend to besides, of one data shard: out alone, in q's dtype. Those of a sequence without visits are not written.
     """
     q, k = arrays[:2]
     sequences, heads, queries, width = q.shape
     size, lanes = k.shape[-2], -(-queries // _LANES) * _LANES
-    per_sequence = pl.BlockSpec(
-        (1, heads, queries, width), lambda i, layer, sequence, *_: (sequence[i], 0, 0, 0)
-    )
-    per_page = pl.BlockSpec(
+    of_responses = len(arrays) > 3
+
+    def of_sequence(*shape: int) -> pl.BlockSpec:
+        zeros = (0,) * len(shape)
+        return pl.BlockSpec((1, *shape), lambda i, layer, sequence, *_: (sequence[i], *zeros))
+
+    page = pl.BlockSpec(
         (1, 1, heads, size, width), lambda i, layer, _, page, *__: (layer[0], page[i], 0, 0, 0)
     )
-    per_recent = pl.BlockSpec(
+    recent = pl.BlockSpec(
         (1, 1, heads, size, width),
         lambda i, layer, sequence, *_: (layer[0], sequence[i], 0, 0, 0),
     )
-    own = pl.BlockSpec((1, heads, width), lambda i, layer, sequence, *_: (sequence[i], 0, 0))
-    statistic = pl.BlockSpec((1, heads, lanes), lambda i, layer, sequence, *_: (sequence[i], 0, 0))
-    specs = [per_sequence, per_page, per_page, per_recent, per_recent, own, own]
+    each, own = of_sequence(heads, queries, width), of_sequence(heads, width)
+    specs = [each, page, page, recent, recent, own, own, each, of_sequence(heads, queries)]
+    out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype if of_responses else jnp.float32)]
+    out_specs = [each]
+    if not of_responses:
+        out_shape.append(jax.ShapeDtypeStruct((sequences, heads, lanes), jnp.float32))
+        out_specs.append(of_sequence(heads, lanes))
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1 + len(visits),
         grid=(jnp.maximum(visits[-1][0], 1),),
         in_specs=specs[: len(arrays)],
-        out_specs=[per_sequence, statistic],
+        out_specs=out_specs,
         scratch_shapes=[
             pltpu.VMEM((heads, queries, width), jnp.float32),
             pltpu.VMEM((heads, queries, 1), jnp.float32),
@@ -209,16 +236,13 @@ def _visit_pages(visits: list[jax.Array], layer, arrays, precision):
 
     def compute(*arrays, interpret: bool):
         run = pl.pallas_call(
-            functools.partial(_page_kernel, precision),
+            functools.partial(_response_kernel if of_responses else _prompt_kernel, precision),
             grid_spec=grid,
-            out_shape=(
-                jax.ShapeDtypeStruct(q.shape, jnp.float32),
-                jax.ShapeDtypeStruct((sequences, heads, lanes), jnp.float32),
-            ),
+            out_shape=out_shape,
             compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
             cost_estimate=cost,
             interpret=interpret,
-            name="attend_pages",
+            name="attend_responses" if of_responses else "attend_prompts",
         )
         return run(*arrays)
 
@@ -231,58 +255,117 @@ def _visit_pages(visits: list[jax.Array], layer, arrays, precision):
     )
 
 
-def _page_kernel(precision, _, sequence, __, begin, end, recent, count, q_ref, *refs):
-    *keys, out_ref, lse_ref, sum_ref, peak_ref, total_ref = refs
-    i, last_one = pl.program_id(0), sequence.shape[0] - 1
+class _Visit(NamedTuple):
+    """Where a kernel is."""
+
+    live: jax.Array  # false where nothing is meant
+    first: jax.Array  # of a sequence
+    last: jax.Array
+    begin: jax.Array
+    end: jax.Array
+    recent: jax.Array
+
+
+def _visit(visits) -> _Visit:
+    sequence, _, begin, end, recent, count = visits
+    i, final = pl.program_id(0), sequence.shape[0] - 1
     live = i < count[0]
-    first = live & ((i == 0) | (sequence[jnp.maximum(i - 1, 0)] != sequence[i]))
-    last = live & ((i == count[0] - 1) | (sequence[jnp.minimum(i + 1, last_one)] != sequence[i]))
-    heads, queries, width = sum_ref.shape
+    before, after = sequence[jnp.maximum(i - 1, 0)], sequence[jnp.minimum(i + 1, final)]
+    return _Visit(
+        live,
+        live & ((i == 0) | (before != sequence[i])),
+        live & ((i == count[0] - 1) | (after != sequence[i])),
+        begin[i],
+        end[i],
+        recent[i] == 1,
+    )
 
-    @pl.when(first)
+
+def _prompt_kernel(precision, _, *refs):
+    *visits, q_ref, k_ref, v_ref, out_ref, lse_ref, sum_ref, peak_ref, total_ref = refs
+    at, sums = _visit(visits), (sum_ref, peak_ref, total_ref)
+    heads, queries, _ = sum_ref.shape
+
+    @pl.when(at.first)
     def _():
-        if len(keys) == 2:
-            sum_ref[...] = jnp.zeros_like(sum_ref)
-            total_ref[...] = jnp.zeros_like(total_ref)
-            peak_ref[...] = jnp.full_like(peak_ref, 0.5 * _FLOOR)
-            return
-        total_ref[...] = jnp.ones_like(total_ref)
-        for head in range(heads):
-            q = q_ref[0, head].astype(jnp.float32)
-            k, v = (ref[0, pl.ds(head, 1)].astype(jnp.float32) for ref in keys[4:])
-            peak_ref[head] = jnp.sum(q * k, axis=1, keepdims=True)
-            sum_ref[head] = jnp.broadcast_to(v, (queries, width))
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+        total_ref[...] = jnp.zeros_like(total_ref)
+        peak_ref[...] = jnp.full_like(peak_ref, 0.5 * _FLOOR)
 
-    def visit(k_ref, v_ref):
-        row = jax.lax.broadcasted_iota(jnp.int32, (1, k_ref.shape[-2]), 1)
-        seen = (row >= begin[i]) & (row < end[i])
-        for head in range(heads):
-            v = v_ref[0, 0, head]
-            score = _matrix_product(q_ref[0, head], k_ref[0, 0, head], 1, precision)
-            score = jnp.where(seen, score, _FLOOR)
-            before = peak_ref[head]
-            peak = jnp.maximum(before, jnp.max(score, axis=1, keepdims=True))
-            weight, scale = jnp.exp(score - peak), jnp.exp(before - peak)
-            added = _matrix_product(weight.astype(v.dtype), v, 0, precision)
-            sum_ref[head] = scale * sum_ref[head] + added
-            total_ref[head] = scale * total_ref[head] + jnp.sum(weight, axis=1, keepdims=True)
-            peak_ref[head] = peak
-
-    pl.when(live & (recent[i] == 0))(functools.partial(visit, *keys[:2]))
-    if len(keys) > 2:
-        pl.when(live & (recent[i] == 1))(functools.partial(visit, *keys[2:4]))
-
-    @pl.when(last)
+    @pl.when(at.live)
     def _():
-        lanes = lse_ref.shape[-1]
-        line = jax.lax.broadcasted_iota(jnp.int32, (queries, lanes), 0)
-        lane = jax.lax.broadcasted_iota(jnp.int32, (queries, lanes), 1)
+        _add_page(at, q_ref, k_ref, v_ref, sums, precision)
+
+    @pl.when(at.last)
+    def _():
+        diagonal = _diagonal(queries, lse_ref.shape[-1])
         for head in range(heads):
             total = total_ref[head]
             out_ref[0, head] = sum_ref[head] / total
-            # a column as a row
-            lse = jnp.where(line == lane, peak_ref[head] + jnp.log(total), 0.0)
-            lse_ref[0, pl.ds(head, 1)] = jnp.sum(lse, axis=0, keepdims=True)
+            lse = jnp.where(diagonal, peak_ref[head] + jnp.log(total), 0.0)
+            lse_ref[0, pl.ds(head, 1)] = jnp.sum(lse, axis=0, keepdims=True)  # a column as a row
+
+
+def _response_kernel(precision, _, *refs):
+    *visits, q_ref, k_ref, v_ref, recent_k_ref, recent_v_ref, own_k_ref, own_v_ref = refs[:13]
+    prompt_ref, prompt_lse_ref, out_ref, sum_ref, peak_ref, total_ref = refs[13:]
+    at, sums = _visit(visits), (sum_ref, peak_ref, total_ref)
+    heads, queries, _ = sum_ref.shape
+
+    @pl.when(at.first)
+    def _():
+        diagonal = _diagonal(queries, queries)
+        for head in range(heads):
+            lse = jnp.where(diagonal, prompt_lse_ref[0, pl.ds(head, 1)], 0.0)
+            peak_ref[head] = jnp.sum(lse, axis=1, keepdims=True)  # a row as a column
+            total_ref[head] = jnp.ones_like(total_ref[head])
+            sum_ref[head] = prompt_ref[0, head]
+            k, v = (ref[0, pl.ds(head, 1)].astype(jnp.float32) for ref in (own_k_ref, own_v_ref))
+            score = jnp.sum(q_ref[0, head].astype(jnp.float32) * k, axis=1, keepdims=True)
+            _add(head, score, lambda weight, v=v: weight * v, sums)
+
+    @pl.when(at.live & ~at.recent)
+    def _():
+        _add_page(at, q_ref, k_ref, v_ref, sums, precision)
+
+    @pl.when(at.live & at.recent)
+    def _():
+        _add_page(at, q_ref, recent_k_ref, recent_v_ref, sums, precision)
+
+    @pl.when(at.last)
+    def _():
+        for head in range(heads):
+            out_ref[0, head] = (sum_ref[head] / total_ref[head]).astype(out_ref.dtype)
+
+
+def _add_page(at: _Visit, q_ref, k_ref, v_ref, sums, precision) -> None:
+    """Adds the keys of a page [1 1 K S H] to the sums of every head."""
+    row = jax.lax.broadcasted_iota(jnp.int32, (1, k_ref.shape[-2]), 1)
+    seen = (row >= at.begin) & (row < at.end)
+    for head in range(q_ref.shape[1]):
+        score = _matrix_product(q_ref[0, head], k_ref[0, 0, head], 1, precision)
+        v = v_ref[0, 0, head]
+
+        def values(weight, v=v):
+            return _matrix_product(weight.astype(v.dtype), v, 0, precision)
+
+        _add(head, jnp.where(seen, score, _FLOOR), values, sums)
+
+
+def _add(head: int, score, values: Callable[[jax.Array], jax.Array], sums) -> None:
+    """Adds keys with scores [M, keys] to the sums of a head; `values` of their weights: the sum of their values [M, H]."""
+    sum_ref, peak_ref, total_ref = sums
+    before = peak_ref[head]
+    peak = jnp.maximum(before, jnp.max(score, axis=1, keepdims=True))
+    weight, scale = jnp.exp(score - peak), jnp.exp(before - peak)
+    sum_ref[head] = scale * sum_ref[head] + values(weight)
+    total_ref[head] = scale * total_ref[head] + jnp.sum(weight, axis=1, keepdims=True)
+    peak_ref[head] = peak
+
+
+def _diagonal(rows: int, columns: int):
+    line, lane = (jax.lax.broadcasted_iota(jnp.int32, (rows, columns), axis) for axis in (0, 1))
+    return line == lane
 
 
 def _matrix_product(x, y, contracted: int, precision) -> Any:

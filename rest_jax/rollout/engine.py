@@ -506,9 +506,7 @@ def rollout_decoder(policy: Policy) -> Decoder:
     weights and caches for every token. On TPU it is the other way round (docs/performance.md).
     """
     layers = "scan" if platform(policy.mesh) == "tpu" else "unroll"
-    return Decoder(
-        dataclasses.replace(policy.config, layers=layers, remat="none", flat_heads=True)
-    )
+    return Decoder(dataclasses.replace(policy.config, layers=layers, remat="none", flat_heads=True))
 
 
 def rollout_cast(policy: Policy) -> Callable[[Params], Params]:
