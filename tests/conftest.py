@@ -32,6 +32,7 @@ CHECKED_MODULES = [
     "rest_jax.models.block_attention",
     "rest_jax.models.flash_attention",
     "rest_jax.models.moe",
+    "rest_jax.models.paged_attention",
     "rest_jax.models.rope",
     "rest_jax.rl.advantages",
     "rest_jax.rl.balance",
