@@ -10,7 +10,7 @@ import numpy as np
 
 from rest_jax.config import CurriculumConfig, LossConfig, MeshConfig, OptimizerConfig, WeightsConfig
 from rest_jax.distributed import activate, make_mesh
-from rest_jax.models.cache import Cache, DecodeLayout, PageTable, Pool
+from rest_jax.models.cache import Cache, DecodeLayout, GatheredKeys, Pool
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import Decoder, init_params, unstack_layers
 from rest_jax.rl.curriculum import Schedule
@@ -139,16 +139,14 @@ def empty_cache(kv, prompt_length, group_size: int, width: int) -> Cache:
 
     `kv` is what a pass over `prompt_rows` with `return_kv=True` returned, `[L P Tp K H]` each; every response starts.
     """
-    pool = Pool(*(x.transpose(0, 1, 3, 2, 4)[:, :, None] for x in kv))  # a page a prompt
+    pool = Pool(*(x.transpose(0, 1, 3, 2, 4)[:, :, None] for x in kv))
     layers, prompts, _, heads, _, head_dim = pool.k.shape
     empty = jnp.zeros((layers, prompts, group_size, heads, width, head_dim), pool.k.dtype)
     slots = jnp.broadcast_to(jnp.arange(group_size, dtype=jnp.int32), (prompts, group_size))
     length = prompt_length.astype(jnp.int32)[:, None]
-    zero = jnp.zeros_like(length)[..., None]
+    seen = jnp.arange(pool.k.shape[-2]) < length[..., None]
     layout = DecodeLayout(
-        prompts=PageTable(zero, begin=zero, end=length[..., None]),
-        responses=None,
-        recent=jnp.zeros((*slots.shape, width), bool),
+        GatheredKeys(seen, recent=jnp.zeros((*slots.shape, width), bool)),
         time=jnp.int32(0),
         entry=jnp.zeros_like(slots),
         member=slots,
@@ -159,10 +157,9 @@ def empty_cache(kv, prompt_length, group_size: int, width: int) -> Cache:
 
 def next_token(cache: Cache) -> Cache:
     """The cache of `empty_cache` after a pass of the decoder, as the next one takes it."""
-    layout, time = cache.layout, cache.layout.time
-    layout = dataclasses.replace(
-        layout, recent=layout.recent.at[:, :, time].set(True), time=time + 1
-    )
+    time, keys = cache.layout.time, cache.layout.keys
+    keys = keys._replace(recent=keys.recent.at[:, :, time].set(True))
+    layout = dataclasses.replace(cache.layout, keys=keys, time=time + 1)
     return dataclasses.replace(cache, layout=layout, positions=cache.positions + 1)
 
 

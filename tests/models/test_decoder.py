@@ -173,9 +173,9 @@ def test_a_response_may_begin_where_another_has_ended():
         states = []
         for t in range(tokens.shape[2]):
             if t == begun:
-                layout = cache.layout
-                recent = layout.recent & ~first[:, None]
-                layout = dataclasses.replace(layout, recent=recent)
+                keys = cache.layout.keys
+                keys = keys._replace(recent=keys.recent & ~first[:, None])
+                layout = dataclasses.replace(cache.layout, keys=keys)
                 at = jnp.where(first, PROMPT_LENGTH[:, None], cache.positions)
                 cache = dataclasses.replace(cache, layout=layout, positions=at)
             token = tokens[:, :, t]

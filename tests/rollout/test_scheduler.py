@@ -252,17 +252,19 @@ def test_statistics_of_random_lengths(slots):
 def simulated_steps(lengths, slots: int, entries: int, page: int) -> int:
     """Decode steps that responses of these lengths [P, G] take where there are pages enough.
 
-    Between calls of `page` steps prompts are prefilled in order, into the first free entries, while fewer responses wait than
-    there are slots; a slot that is free takes the next that waits, first entry first.
+    Between calls of `page` steps prompts are prefilled in order, into the first free entries, while the next call might start
+    more responses than wait; a slot that is free takes the next that waits, first entry first.
     """
     waiting, cached, running, steps = [list(group) for group in lengths], {}, [], 0
+    expected = slots
     while True:
         queue = [(entry, n) for entry, (left, _) in sorted(cached.items()) for n in left]
-        if waiting and len(cached) < entries and len(queue) < slots:
+        if waiting and len(cached) < entries and len(queue) < expected:
             while waiting and len(cached) < entries:
                 group = waiting.pop(0)
                 cached[min(set(range(entries)) - set(cached))] = [group, len(group)]
             continue
+        before = len(queue)
         for _ in range(page):
             while queue and len(running) < slots:
                 entry, length = queue.pop(0)
@@ -275,6 +277,7 @@ def simulated_steps(lengths, slots: int, entries: int, page: int) -> int:
                 response[1] -= 1
                 cached[response[0]][1] -= response[1] == 0
             running = [response for response in running if response[1]]
+        expected = min(slots, 2 * (before - len(queue)) + 1)
         cached = {entry: state for entry, state in cached.items() if state[1]}
         if not running and not cached and not waiting:
             return steps
@@ -303,19 +306,19 @@ OPTIONS: dict[str, Any] = {"group_size": 4, "stop_ids": (5,), "pad_id": 0, "samp
     ("options", "groups", "expected"),
     [
         # 100 prompt tokens are 2 pages, 12 tokens of a response up to 2 and one for each removal of slots
-        ({}, 512, Sizes(128, 128, 128 * 2 + 128 * 4, 2, 4)),
+        ({}, 512, Sizes(256, 128, 256 * 2 + 128 * 4, 2, 4)),
         ({}, 8, Sizes(8, 32, 8 * 2 + 32 * 3, 2, 3)),  # never more than there are
-        ({"decode_slots": 3}, 8, Sizes(4, 3, 4 * 2 + 3 * 2, 2, 2)),
+        ({"decode_slots": 3}, 16, Sizes(8, 3, 8 * 2 + 3 * 2, 2, 2)),
         ({"decode_slots": 3, "prompt_cache_entries": 1}, 8, Sizes(1, 3, 2 + 3 * 2, 2, 2)),
         ({"decode_slots": 9, "prompt_cache_entries": 20}, 8, Sizes(8, 9, 8 * 2 + 9 * 2, 2, 2)),
-        ({"decode_slots": 9}, 100, Sizes(12, 9, 12 * 2 + 9 * 2, 2, 2)),
-        ({"decode_slots": 9, "page": 4}, 100, Sizes(12, 9, 12 * 25 + 9 * 4, 25, 4)),
+        ({"decode_slots": 9}, 100, Sizes(24, 9, 24 * 2 + 9 * 2, 2, 2)),
+        ({"decode_slots": 9, "page": 4}, 100, Sizes(24, 9, 24 * 25 + 9 * 4, 25, 4)),
         # 1,024 tokens for each by default, and what the longest may need
-        ({"decode_slots": 9, "max_tokens": 4000}, 100, Sizes(12, 9, 12 * 2 + 9 * 17, 2, 64)),
+        ({"decode_slots": 9, "max_tokens": 4000}, 100, Sizes(24, 9, 24 * 2 + 9 * 17, 2, 64)),
         ({"decode_slots": 1, "max_tokens": 4000}, 1, Sizes(1, 1, 2 + 64, 2, 64)),
-        ({"decode_slots": 9, "cache_tokens": 640}, 100, Sizes(12, 9, 10, 2, 2)),
-        ({"decode_slots": 9, "cache_tokens": 641}, 100, Sizes(12, 9, 11, 2, 2)),
-        ({"decode_slots": 9, "cache_tokens": 1}, 100, Sizes(12, 9, 4, 2, 2)),  # one response
+        ({"decode_slots": 9, "cache_tokens": 640}, 100, Sizes(24, 9, 10, 2, 2)),
+        ({"decode_slots": 9, "cache_tokens": 641}, 100, Sizes(24, 9, 11, 2, 2)),
+        ({"decode_slots": 9, "cache_tokens": 1}, 100, Sizes(24, 9, 4, 2, 2)),  # one response
     ],
     ids=str,
 )
@@ -326,7 +329,7 @@ def test_sizes(options, groups, expected):
 
 def test_long_prompts_have_pages_of_their_own():
     sizes = RolloutSettings(4, 12, (5,), 0, tiny.FULL, decode_slots=4).sizes(8, 3000)
-    assert sizes == Sizes(4, 4, 4 * 16 + 4 * 2, 47, 2)
+    assert sizes == Sizes(8, 4, 8 * 16 + 4 * 2, 47, 2)
 
 
 def test_evaluation_has_one_slot_an_entry():
@@ -417,6 +420,20 @@ def test_prompts_wait_for_an_entry():
     shard.entries[0], shard.unstarted = None, shard.unstarted[2:]
     assert shard.wants_prompts and shard.place_prompts(64) == [Placed(2, 0, 0)]
     assert [one.entry for one in shard.unstarted] == [0, 0, 1, 1]  # the first entry first
+
+
+def test_prompts_wait_while_the_next_call_has_enough_to_start():
+    """As many again as the last call started, and one."""
+    shard = make_shard([4] * 4, Sizes(4, 8, 100, 1, 1), group_size=4)
+    shard.place_prompts(4)
+    assert len(shard.unstarted) == 4 and shard.wants_prompts  # for 8 slots
+    owners = np.full(8, NOBODY)
+    owners[0] = shard.number(shard.unstarted[0])
+    call = CallResult(owners, np.zeros(8, int), 1, 4, shard.next_pages())
+    shard.advance(call)
+    assert len(shard.unstarted) == 3 and not shard.wants_prompts
+    shard.unstarted.pop()
+    assert shard.wants_prompts
 
 
 def test_prompts_leave_pages_to_the_longest_response():

@@ -233,13 +233,15 @@ def test_a_step_to_trace_is_a_whole_number(capsys, step):
     assert "--profile" in error and error.count("\n") == 1
 
 
-def test_decode_slots_and_cache_entries_reach_the_sampler(source):
+def test_what_the_cache_holds_reaches_the_sampler(source):
     loaded = load_policy(config.ModelConfig(source=str(source)), config.MeshConfig(fsdp=-1))
-    rollout = config.RolloutConfig(decode_slots=3, prompt_cache_entries=2)
+    rollout = config.RolloutConfig(decode_slots=3, prompt_cache_entries=2, cache_tokens=64_000)
     made = make_sampler(loaded, rollout, 4, Sampling()).settings
-    assert (made.decode_slots, made.prompt_cache_entries, made.sizes(8)) == (3, 2, (2, 3))
+    assert (made.decode_slots, made.prompt_cache_entries) == (3, 2)
+    assert made.sizes(8, 100)[:3] == (2, 3, 1000)
     evaluation = make_sampler(loaded, rollout, 1, Sampling(greedy=True)).settings
-    assert evaluation.sizes(8) == (3, 3)  # a prompt with one response needs an entry a decode slot
+    # a prompt with one response needs an entry a decode slot
+    assert evaluation.sizes(8, 100)[:3] == (3, 3, 1000)
 
 
 def test_the_laps_of_a_clock_leave_no_gap(monkeypatch):
