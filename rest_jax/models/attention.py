@@ -1,8 +1,8 @@
 """Attention under every layout, as pure functions of queries, keys and values.
 
 Rows (`RowLayout`) go through one of two kernels that never hold a row's scores: `block_attention` in plain operations of XLA,
-`flash_attention` on TPUs. Decoding (`DecodeLayout`) reads a `Cache`: a query's keys come in parts (the pages of the shared prompt,
-those of the response, what this call has drawn, the token just made) that are joined in one softmax.
+`flash_attention` on TPUs. Decoding (`DecodeLayout`) reads a `Cache`: a query's keys come in parts (the shared prompt, what the
+response has drawn, the token just made) that are joined in one softmax.
 
 Keys are never repeated for grouped queries (N = K * R): every product is one batch of plain matrices, in the order in which
 memory holds them. Scores and softmax are float32. A query that may see nothing (padding) yields zero, in value and gradient.
@@ -12,6 +12,7 @@ Positions are given by the caller (`prompt_rows`, `rl.packing.Rows`, `Cache.posi
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rest_jax.distributed import BATCH_AXES, num_data_shards
 from rest_jax.models.block_attention import WIDE, block_attention
-from rest_jax.models.cache import DecodeLayout, LayerCache, RowLayout
+from rest_jax.models.cache import (
+    DecodeLayout,
+    GatheredKeys,
+    LayerCache,
+    PagedKeys,
+    RowLayout,
+)
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.flash_attention import flash_attention
 from rest_jax.models.paged_attention import (
@@ -140,26 +147,26 @@ def attend_cache(
     of a prompt are read once for all its responses.
     """
     together = _by_prompt(q, layout)
-    if cfg.attention == "flash":
+    if isinstance(layout.keys, PagedKeys):
         if own is None or cache.layer is None:
-            raise ValueError("attend: the kernel takes stacked layers, and new tokens apart")
+            raise ValueError("attend: the kernels take stacked layers, and new tokens apart")
         pages = cache.pool, cache.layer
         with jax.named_scope("prompt_pages"):
-            shared = attend_prompts(together, *pages, layout.prompts, cfg.precision)
+            shared = attend_prompts(together, *pages, layout.keys.prompts, cfg.precision)
         prompt = (_back_to_rows(x, layout, q.shape[3]) for x in shared)
         response = Response(cache.recent_k, cache.recent_v, *own, *prompt)
         with jax.named_scope("response_pages"):
-            return attend_responses(q, *pages, layout.responses, response, cfg.precision)
+            return attend_responses(q, *pages, layout.keys.responses, response, cfg.precision)
     k, v = cache.pool
-    mask = layout.prompts.rows(k.shape[-2] // layout.prompts.page.shape[-1])  # type: ignore[union-attr]
-    shared = attend_part(together, k, v, mask[:, :, None, None], cfg.precision)
+    shared: Any = attend_part(together, k, v, layout.keys.prompts[:, :, None, None], cfg.precision)  # type: ignore[arg-type]
     shared = Partial(*(_back_to_rows(x, layout, q.shape[3]) for x in shared))
     return normalise(join(shared, _attend_recent(q, own, layout, cache, cfg.precision)))
 
 
 def _attend_recent(q, own, layout: DecodeLayout, cache: LayerCache, precision) -> Partial:
     """Attention to what responses have drawn, the new tokens among them."""
-    seen = layout.recent
+    assert isinstance(layout.keys, GatheredKeys)
+    seen = layout.keys.recent
     if own is None:
         seen = seen | (jnp.arange(seen.shape[-1]) == layout.time)
     recent = cache.recent_k, cache.recent_v

@@ -3,20 +3,23 @@
 RowLayout     `[B, T]`: rows of tokens that see earlier ones; prompts before decoding, packed groups in the update.
 DecodeLayout  `[W, N]`: the next token of every decode slot against a `Cache`; the rollout.
 
-A cache is divided into W data shards (the parts of the batch axes of the mesh). A shard has one pool of pages, each with the keys and
-values of S tokens; a page table names the pages of each prompt and of each response (PagedAttention, arXiv:2309.06180). What is
-drawn in a call of `decode` is kept apart until the call ends, as the last page of `recent`, in which all slots write the same row at
-the same time. A kernel reads the pages where they are; without one they are laid side by side at the beginning of a call,
-those of prompts in `pool`, those of responses at the front of `recent`. `attention.prompt_rows`, `rl/packing.py` and `rollout/engine.py` make the layouts;
-`attention.py` attends under each of them.
+A cache is divided into W data shards (the parts of the batch axes of the mesh). A shard has one pool of pages, each with the keys
+and values of S tokens; a page table names the pages of each prompt and of each response (PagedAttention, arXiv:2309.06180).
+What is drawn in a call of `decode` is kept apart until the call ends, as the last page of `recent`, in which all slots write
+the same row at the same time. A kernel reads the pages where they are; without one they are laid side by side at the
+beginning of a call, those of prompts in `pool`, those of responses at the front of `recent`.
+
+`attention.prompt_rows`, `rl/packing.py` and `rollout/engine.py` make the layouts; `attention.py` attends under each of them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
+
+from rest_jax.types import AnyArray
 
 Layers = jax.Array | tuple[jax.Array, ...]  # stacked on a leading axis L, or one array a layer
 
@@ -44,9 +47,9 @@ class RowLayout:
 class PageTable(NamedTuple):
     """The pages of B sequences of each data shard: the rows begin <= row < end of a page are keys of the sequence."""
 
-    page: Int[Array, "W B M"]  # int32, as all three; begin = end: none of it is read
-    begin: Int[Array, "W B M"]
-    end: Int[Array, "W B M"]
+    page: Int[AnyArray, "W B M"]  # int32, as all three; begin = end: none of it is read
+    begin: Int[AnyArray, "W B M"]
+    end: Int[AnyArray, "W B M"]
 
     def rows(self, size: int) -> Bool[Array, "W B rows"]:
         """Which rows are keys of the sequence, if its pages, of `size` rows each, lie side by side."""
@@ -71,6 +74,20 @@ class Visits(NamedTuple):
     visited: Bool[Array, " WB"]  # which sequences have a visit
 
 
+class GatheredKeys(NamedTuple):
+    """Which keys are read where pages lie side by side."""
+
+    prompts: Bool[Array, "W Q rows"]  # of the pool
+    recent: Bool[Array, "W N R"]  # earlier tokens of the response in a slot
+
+
+class PagedKeys(NamedTuple):
+    """What the kernels visit."""
+
+    prompts: Visits
+    responses: Visits
+
+
 @struct.dataclass
 class DecodeLayout:
     """One new token a decode slot.
@@ -79,10 +96,7 @@ class DecodeLayout:
     two, attention brings the queries of a prompt together and back.
     """
 
-    prompts: PageTable | Visits  # of the prompt cache entries [W Q M]; the kernel's visits
-    responses: Visits | None  # the kernel's, of the decode slots
-    # without the kernel, rows of the cache's `recent` that are earlier tokens of the response in a slot
-    recent: Bool[Array, "W N R"] | None
+    keys: GatheredKeys | PagedKeys
     time: Int[Array, ""]  # int32: the row of `recent` that is the new token's
     entry: Int[Array, "W N"]  # int32
     member: Int[Array, "W N"]  # int32
@@ -115,12 +129,12 @@ class Pool(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """One layer of a Cache; for the kernel, all of them and its number."""
+    """One layer of a Cache; for the kernels, all of them and its number."""
 
     pool: Pool
     layer: Int[Array, ""] | None
-    recent_k: Float[Array, "W N K R H"]
-    recent_v: Float[Array, "W N K R H"]
+    recent_k: Any  # [W N K R H]
+    recent_v: Any
 
     def write(
         self, time: Int[Array, ""], k: Float[Array, "W N K H"], v: Float[Array, "W N K H"]

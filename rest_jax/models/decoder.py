@@ -183,7 +183,7 @@ class Decoder(nn.Module):
         return_kv = return_kv or cache is not None
         x = pin_rows(jnp.take(embed, tokens, axis=0).astype(cfg.dtype))
         if cfg.layers == "scan":
-            layers: Any = None
+            layers = None
             if cache is not None:
                 number = jnp.arange(cfg.n_layers)
                 layers = LayerCache(cache.pool, number, cache.recent_k, cache.recent_v)

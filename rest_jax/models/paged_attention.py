@@ -6,8 +6,8 @@
     gather_pages(layers, table)           -> Layers                pages side by side, for `attend_part`
 
 The kernels read the pages in use alone, one after another, from a list made on the device, with a running maximum and sum
-(FlashAttention-2, arXiv:2307.08691). Scores and sums are float32. On other hardware than TPUs they are interpreted, for tests; CPUs and
-GPUs gather the pages once in a call of `decode` and attend over plain arrays.
+(FlashAttention-2, arXiv:2307.08691). Scores and sums are float32. On other hardware than TPUs they are interpreted, for
+tests; CPUs and GPUs gather the pages once in a call of `decode` and attend over plain arrays.
 
 A `Partial` is joined with those of other keys in one softmax (`join`, `normalise`).
 """
@@ -106,8 +106,8 @@ def attend_prompts(
     visits: Visits,
     precision: jax.lax.Precision,
 ) -> tuple[Float[Array, "W Q K M H"], Float[Array, "W Q K M"]]:
-    """Attention of M scaled queries a kv head to every prompt, in that layer of stacked ones: normalised, and the log of the total
-    weight, float32; zero and very small for a prompt without visits.
+    """Attention of M scaled queries a kv head to every prompt, in that layer of stacked ones: normalised, and the log of the
+    total weight, float32; zero and very small for a prompt without visits.
     """
     return _on_devices(q, pool, layer, visits, None, precision)
 
@@ -190,8 +190,9 @@ def list_visits(
 
 
 def _visit_pages(visits: list[jax.Array], layer, arrays: list[jax.Array], precision):
-    """q `[B K M H]`, k and v `[L P K S H]` -> normalised out `[B K M H]`, log of the total weight `[B K lanes]`, float32. With what
-    responses attend to besides, of one data shard: out alone, in q's dtype. Those of a sequence without visits are not written.
+    """q `[B K M H]`, k and v `[L P K S H]` -> normalised out `[B K M H]`, log of the total weight `[B K lanes]`, float32. With
+    what responses attend to besides, of one data shard: out alone, in q's dtype. Those of a sequence without visits are not
+    written.
     """
     q, k = arrays[:2]
     sequences, heads, queries, width = q.shape

@@ -271,8 +271,8 @@ class Rollout(NamedTuple):
         return prefill_width(pages, self.groups * pages, self.settings.page)
 
     def visited_pages(self) -> dict[str, float]:
-        """Pages that the kernels of `decode` visit for a token, by the name of their scope: those of the prompts of complete groups,
-        and of responses that have half of their length, what they have just drawn included.
+        """Pages that the kernels of `decode` visit for a token, by the name of their scope: those of the prompts of complete
+        groups, and of responses that have half of their length, what they have just drawn included.
         """
         page, slots = self.settings.page, self.sizes.slots
         prompts = -(-slots // self.settings.group_size)
@@ -343,20 +343,26 @@ def rollout_programs(setup: Setup, rollout: Rollout) -> dict[str, Program]:
         ),
         Program(
             "prefill",
-            lambda: engine.prefill.lower(weights, state, given[0]),
+            lambda: _lower_on(mesh, engine.prefill, weights, state, given[0]),
             own | cache,
             trained,
             attention_trips(policy.config, until),
         ),
         Program(
             "decode",
-            lambda: engine.decode.lower(weights, state, given[1], key, _numbers(())),
+            lambda: _lower_on(mesh, engine.decode, weights, state, given[1], key, _numbers(())),
             own | cache,
             trained,
             rollout.visited_pages(),
         ),
     )
     return {program.name: program for program in programs}
+
+
+def _lower_on(mesh: Mesh, program: Any, *given: Any) -> jax.stages.Lowered:
+    """On the mesh of rollouts, which may be another than that of the training."""
+    with activate(mesh):
+        return program.lower(*given)
 
 
 def _prompt_rows(engine: Engine, rollout: Rollout) -> PromptRows:

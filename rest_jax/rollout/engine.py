@@ -2,12 +2,12 @@
 
     prefill(params, state, rows)              -> DecodeState, routes  runs a row of prompts a data shard, writes their pages
     decode(params, state, call, rng, step)    -> DecodeState, Drawn   draws up to `page` tokens in every decode slot
-    keep(state, kept)                         -> DecodeState          with fewer decode slots
+    keep(slots, members, kept)                -> Slots, members       fewer decode slots
 
-A data shard is one part of the batch axes of the mesh. It has a pool of pages, Q prompt cache entries and N decode slots of its own,
-so that nothing but the loop condition crosses shards. Which pages hold what, the scheduler says with every call; a decode slot whose
-response ends takes the next of the call's queue at once. A response ends with the first stop id, which is its last token, or when
-it is `limit` tokens long.
+A data shard is one part of the batch axes of the mesh. It has a pool of pages, Q prompt cache entries and N decode slots of its
+own, so that nothing but the loop condition crosses shards. Which pages hold what, the scheduler says with every call; a decode
+slot whose response ends takes the next of the call's queue at once. A response ends with the first stop id, which is its
+last token, or when it is `limit` tokens long.
 """
 
 import dataclasses
@@ -31,7 +31,9 @@ from rest_jax.distributed import (
 from rest_jax.models.cache import (
     Cache,
     DecodeLayout,
+    GatheredKeys,
     Layers,
+    PagedKeys,
     PageTable,
     Pool,
     RowLayout,
@@ -86,7 +88,7 @@ class RolloutSettings:
     pad_id: int
     sampling: Sampling
     decode_slots: int = 128
-    # None: four times what complete groups need, so that a group's last responses keep no slot waiting
+    # None: eight times what complete groups need, so that a group's last responses keep no slot waiting
     prompt_cache_entries: int | None = None
     # None: what all of them need, but no more than 1,024 tokens for each prompt and each response
     cache_tokens: int | None = None
@@ -97,7 +99,7 @@ class RolloutSettings:
         """Of a data shard that has `groups` groups to sample, with prompts of `prompt_tokens` at most."""
         slots = min(self.decode_slots, groups * self.group_size)
         needed = -(-slots // self.group_size)
-        entries = self.prompt_cache_entries or needed * (1 if self.group_size == 1 else 4)
+        entries = self.prompt_cache_entries or needed * (1 if self.group_size == 1 else 8)
         entries = min(entries, groups)
         prompt = -(-prompt_tokens // self.page)
         # A response begins anywhere in its first page, and a call may end before its page is full, to remove slots.
@@ -359,18 +361,18 @@ def decode(
             if gathered:
                 drawn_here = (row >= begin[..., None]) & (row < t)
                 seen = jnp.concatenate([responses.rows(settings.page), drawn_here], axis=-1)
-                reads = prompts, None, seen
+                read_keys: Any = GatheredKeys(prompts.rows(settings.page), seen)
             else:
-                end = jnp.where(alive, t, begin)
-                reads = list_visits(prompts), list_visits(responses, (begin, end)), None
+                recent_rows = begin, jnp.where(alive, t, begin)
+                read_keys = PagedKeys(list_visits(prompts), list_visits(responses, recent_rows))
             layout = DecodeLayout(
-                *reads,
+                read_keys,
                 time=first_row + t,
                 entry=slots.entry,
                 member=slots.member,
                 members=members,
             )
-            cache = Cache(read, *recent, layout, length + slots.index)
+            cache = Cache(read, recent[0], recent[1], layout, length + slots.index)
             hidden, cache, router = apply_routed(
                 decoder, params, drawn[0], cache.positions, layout, cache
             )
@@ -429,25 +431,27 @@ def _has_running(slots: Slots, entries: int) -> Bool[Array, "W Q"]:
 
 
 @jax.named_scope("keep")
-def keep(state: DecodeState, kept: Int[Array, "W M"]) -> DecodeState:
+def keep(
+    slots: Slots, members: Int[Array, "W Q G"], kept: Int[Array, "W M"]
+) -> tuple[Slots, Int[Array, "W Q G"]]:
     """Keeps the given decode slots, in the given order."""
 
     def take(x):
         return jax.vmap(lambda part, index: part[index])(x, kept)
 
-    old, new = state.slots.owner.shape[1], jnp.arange(kept.shape[1])
+    old, new = slots.owner.shape[1], jnp.arange(kept.shape[1])
     renumbered = jax.vmap(lambda slots: jnp.zeros(old, jnp.int32).at[slots].set(new))(kept)
-    members = jax.vmap(lambda members, to: to[members])(state.members, renumbered)
-    return dataclasses.replace(state, members=members, slots=jax.tree.map(take, state.slots))
+    members = jax.vmap(lambda members, to: to[members])(members, renumbered)
+    return jax.tree.map(take, slots), members
 
 
 class Engine(NamedTuple):
-    """The jitted functions. Arrays that lead with W are split over data shards; `prefill`, `decode`, `keep` donate the state."""
+    """The jitted functions. Arrays that lead with W are split over data shards; `prefill` and `decode` donate the state."""
 
     empty_state: Callable[[Sizes], DecodeState]
     prefill: Callable[..., tuple[DecodeState, Any]]
     decode: Callable[..., tuple[DecodeState, Drawn]]
-    keep: Callable[..., DecodeState]
+    keep: Callable[..., tuple[Slots, jax.Array]]
     state_shardings: DecodeState
     num_shards: int
     gathers: bool  # pages: the fewer columns the tables have, the less `decode` does
@@ -480,7 +484,7 @@ def make_engine(decoder: Decoder, settings: RolloutSettings, mesh: Mesh) -> Engi
             out_shardings=(state, drawn),
             donate_argnums=1,
         ),
-        keep=jax.jit(keep, in_shardings=(state, rows), out_shardings=state, donate_argnums=0),
+        keep=jax.jit(keep, in_shardings=rows, out_shardings=rows),
         state_shardings=state,
         num_shards=shards,
         gathers=cfg.attention != "flash",
@@ -495,7 +499,9 @@ def token_routes(cfg: DecoderConfig) -> jax.ShapeDtypeStruct:
 
 
 def cache_sharding(x: jax.ShapeDtypeStruct, mesh: Mesh) -> NamedSharding:
-    """Sharding of pages of keys or values [W P K S H], of stacked layers [L W P K S H]: by data shard and by head. Heads that the tensor axis does not divide are on all of its devices, as their weights are."""
+    """Sharding of pages of keys or values [W P K S H], of stacked layers [L W P K S H]: by data shard and by head. Heads that
+    the tensor axis does not divide are on all of its devices, as their weights are.
+    """
     before: Any = (None,) if is_stacked(x) else ()
     heads = "tensor" if x.shape[-3] % mesh.shape["tensor"] == 0 else None
     return NamedSharding(mesh, PartitionSpec(*before, BATCH_AXES, None, heads))

@@ -3,17 +3,17 @@
     make_sampler(policy, rollout, group_size, sampling)                 -> Sampler
     sampler(params, prompts, rng, step, on_group=None, limits=None)     -> RolloutBatch (NumPy)
 
-Prompts wait, longest first. When a data shard has fewer responses to start than decode slots, every shard prefills a row of prompts,
-as many as there is room for. A call of `decode` draws a page of tokens in each slot; a slot whose response has ended takes the next
+Prompts wait, longest first. When a data shard might soon have no response to start, every shard prefills a row of prompts, as
+many as there is room for. A call of `decode` draws a page of tokens in each slot; a slot whose response has ended takes the next
 of the shard's queue within the call. `on_group(p, rows)` is called when the G responses of prompt p are complete, with its rows,
 before the next call. At the end, decode slots that have nothing left are removed.
 
-A shard that runs out of pages drops the response that has drawn the least, and draws it again later: its keys decide its tokens, so
-it draws the same.
+A shard that runs out of pages drops the response that has drawn the least, and draws it again later: its keys decide its
+tokens, so it draws the same.
 
 With many processes each one follows all data shards (lengths and ends are global) and feeds its own: all make the same
-calls. A group, one prompt with its responses, has the number of its row in the global batch; response g of it is its number times G
-plus g.
+calls. A group, one prompt with its responses, has the number of its row in the global batch; the number of a response is that
+of its group times G, plus its own in the group.
 """
 
 import collections
@@ -118,8 +118,8 @@ class Running:
 
 
 class Shard:
-    """Book-keeping of one data shard: which group is in which prompt cache entry, which response in which decode slot, which of
-    them has which page.
+    """Book-keeping of one data shard: which group is in which prompt cache entry, which response in which decode slot, and who
+    has which page.
     """
 
     def __init__(
@@ -133,6 +133,7 @@ class Shard:
         self.running: dict[int, Running] = {}  # by decode slot
         self.free_pages = list(range(sizes.pages))[::-1]
         self.left = collections.Counter[int]()  # responses of a cached group that have not ended
+        self.expected = sizes.slots  # responses that the next call may start
 
     @property
     def nothing_waits(self) -> bool:
@@ -142,7 +143,7 @@ class Shard:
     @property
     def wants_prompts(self) -> bool:
         """Whether slots might idle for want of prompts, and there is room for the next."""
-        few = len(self.unstarted) < self.num_slots
+        few = len(self.unstarted) < self.expected
         return few and bool(self.waiting) and self._has_room(self._pages_of(self.waiting[0]))
 
     def place_prompts(self, width: int) -> list[Placed]:
@@ -201,6 +202,7 @@ class Shard:
     def advance(self, call: "CallResult") -> list[int]:
         """After a call: moves on what it started, drew and ended. Returns the groups that are complete now."""
         started, self.unstarted = self.unstarted[: call.started], self.unstarted[call.started :]
+        self.expected = min(self.num_slots, 2 * call.started + 1)
         by_number = {self.number(one): one for one in started}
         by_number |= {self.number(one.response): one.response for one in self.running.values()}
         before, self.running = self.running, {}
@@ -361,7 +363,9 @@ class _Rollout:
         self.state: DecodeState = self.engine.empty_state(self.sizes)
 
     def refill(self) -> bool:
-        """Prefills prompts while decode slots might idle, and removes slots that have nothing left. False when nothing is left."""
+        """Prefills prompts while decode slots might idle, makes room for what runs, and removes slots that have nothing left.
+        False when nothing is left.
+        """
         while any(shard.wants_prompts for shard in self.shards):
             self.prefill([shard.place_prompts(self.width) for shard in self.shards])
         for shard in self.shards:
@@ -417,7 +421,8 @@ class _Rollout:
         if slots < self.shards[0].num_slots:
             kept = [shard.keep(slots) for shard in self.shards]
             kept = to_mesh(np.array(self.of_own_shards(kept), np.int32), self.mesh)
-            self.state = self.engine.keep(self.state, kept)
+            slots, members = self.engine.keep(self.state.slots, self.state.members, kept)
+            self.state = dataclasses.replace(self.state, slots=slots, members=members)
 
     def decode(self, rng: jax.Array, step: jax.Array) -> list[int]:
         """Draws a page of tokens in every decode slot. Returns the groups of this process that are complete now, as indices of
@@ -548,8 +553,8 @@ def prefill_width(longest: int, total: int, page: int) -> int:
 
 
 def table_columns(used: tuple[int, int], sizes: Sizes, gathers: bool) -> tuple[int, int]:
-    """Columns of the page tables of prompts and of responses, of which so many are used: as many as there may be, or the next power
-    of two where pages are gathered. Every number is compiled.
+    """Columns of the page tables of prompts and of responses, of which so many are used: as many as there may be, or the next
+    power of two where pages are gathered. Every number is compiled.
     """
     prompt, response = sizes.prompt_pages, sizes.response_pages
     if not gathers:
