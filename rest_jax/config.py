@@ -97,7 +97,7 @@ class RolloutConfig(Section):
     tensor: PositiveInt | None = (
         None  # devices that share the weights of a rollout; None: mesh.tensor
     )
-    prompt_cache_entries: PositiveInt | None = None  # None: 8 x decode_slots / group_size
+    prompt_cache_entries: PositiveInt | None = None  # None: 4 x decode_slots / group_size
     # keys and values kept at once on each data shard; None: up to 1,024 for each prompt and response
     cache_tokens: PositiveInt | None = None
     replay_routing: bool = False  # the update takes the experts that the sampler's routers chose

@@ -88,7 +88,7 @@ class RolloutSettings:
     pad_id: int
     sampling: Sampling
     decode_slots: int = 128
-    # None: eight times what complete groups need, so that a group's last responses keep no slot waiting
+    # None: four times what complete groups need, so that a group's last responses keep no slot waiting
     prompt_cache_entries: int | None = None
     # None: what all of them need, but no more than 1,024 tokens for each prompt and each response
     cache_tokens: int | None = None
@@ -99,7 +99,7 @@ class RolloutSettings:
         """Of a data shard that has `groups` groups to sample, with prompts of `prompt_tokens` at most."""
         slots = min(self.decode_slots, groups * self.group_size)
         needed = -(-slots // self.group_size)
-        entries = self.prompt_cache_entries or needed * (1 if self.group_size == 1 else 8)
+        entries = self.prompt_cache_entries or needed * (1 if self.group_size == 1 else 4)
         entries = min(entries, groups)
         prompt = -(-prompt_tokens // self.page)
         # A response begins anywhere in its first page, and a call may end before its page is full, to remove slots.
@@ -414,7 +414,8 @@ def _beginning(
     pool: Pool, call: DecodeCall, cfg: DecoderConfig, page: int, gathered: bool
 ) -> tuple[Pool, tuple[Layers, Layers]]:
     """What a call of `decode` reads as the pool of its `Cache`, and its `recent` keys and values."""
-    empty = empty_pages(cfg, *call.next_page.shape, page)
+    shards, slots = call.next_page.shape
+    empty = empty_pages(cfg, shards, slots, page)
     if not gathered:
         return pool, (empty, empty)
     earlier = (gather_pages(layers, call.responses) for layers in pool)
