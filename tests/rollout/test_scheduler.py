@@ -21,6 +21,7 @@ from rest_jax.distributed import activate, replicated
 from rest_jax.rollout.engine import (
     NOBODY,
     DecodeCall,
+    DecodeState,
     Drawn,
     Engine,
     PromptRows,
@@ -568,6 +569,7 @@ class FakeEngine:
         self.slots: list[list[FakeResponse | None]] = [
             [None] * sizes.slots for _ in range(self.shards)
         ]
+        return DecodeState(*[None] * 5)
 
     def live_pages(self, w: int) -> list[int]:
         """Pages that may not be written."""
@@ -704,14 +706,14 @@ class FakeEngine:
             (entry,) = (q for q, (row, _, _) in self.prompts[w].items() if row == one.row)
             del self.prompts[w][entry]
 
-    def keep(self, state, kept):
+    def keep(self, slots, members, kept):
         kept = np.asarray(kept)
         assert kept.shape[1] in self.sizes.slot_counts and len(self.ended) > 0
         for w, own in enumerate(kept.tolist()):
             busy = {n for n, one in enumerate(self.slots[w]) if one}
             assert len({*own}) == len(own) and busy <= {*own}, "a busy slot is removed"
             self.slots[w] = [self.slots[w][n] for n in own]
-        return state
+        return slots, members
 
 
 def sample_fake(fake: FakeEngine, length: np.ndarray, limits=None, on_group=None):
