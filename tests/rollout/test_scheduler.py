@@ -307,19 +307,19 @@ OPTIONS: dict[str, Any] = {"group_size": 4, "stop_ids": (5,), "pad_id": 0, "samp
     ("options", "groups", "expected"),
     [
         # 100 prompt tokens are 2 pages, 12 tokens of a response up to 2 and one for each removal of slots
-        ({}, 512, Sizes(256, 128, 256 * 2 + 128 * 4, 2, 4)),
+        ({}, 512, Sizes(128, 128, 128 * 2 + 128 * 4, 2, 4)),
         ({}, 8, Sizes(8, 32, 8 * 2 + 32 * 3, 2, 3)),  # never more than there are
-        ({"decode_slots": 3}, 16, Sizes(8, 3, 8 * 2 + 3 * 2, 2, 2)),
+        ({"decode_slots": 3}, 16, Sizes(4, 3, 4 * 2 + 3 * 2, 2, 2)),
         ({"decode_slots": 3, "prompt_cache_entries": 1}, 8, Sizes(1, 3, 2 + 3 * 2, 2, 2)),
         ({"decode_slots": 9, "prompt_cache_entries": 20}, 8, Sizes(8, 9, 8 * 2 + 9 * 2, 2, 2)),
-        ({"decode_slots": 9}, 100, Sizes(24, 9, 24 * 2 + 9 * 2, 2, 2)),
-        ({"decode_slots": 9, "page": 4}, 100, Sizes(24, 9, 24 * 25 + 9 * 4, 25, 4)),
+        ({"decode_slots": 9}, 100, Sizes(12, 9, 12 * 2 + 9 * 2, 2, 2)),
+        ({"decode_slots": 9, "page": 4}, 100, Sizes(12, 9, 12 * 25 + 9 * 4, 25, 4)),
         # 1,024 tokens for each by default, and what the longest may need
-        ({"decode_slots": 9, "max_tokens": 4000}, 100, Sizes(24, 9, 24 * 2 + 9 * 17, 2, 64)),
+        ({"decode_slots": 9, "max_tokens": 4000}, 100, Sizes(12, 9, 12 * 2 + 9 * 17, 2, 64)),
         ({"decode_slots": 1, "max_tokens": 4000}, 1, Sizes(1, 1, 2 + 64, 2, 64)),
-        ({"decode_slots": 9, "cache_tokens": 640}, 100, Sizes(24, 9, 10, 2, 2)),
-        ({"decode_slots": 9, "cache_tokens": 641}, 100, Sizes(24, 9, 11, 2, 2)),
-        ({"decode_slots": 9, "cache_tokens": 1}, 100, Sizes(24, 9, 4, 2, 2)),  # one response
+        ({"decode_slots": 9, "cache_tokens": 640}, 100, Sizes(12, 9, 10, 2, 2)),
+        ({"decode_slots": 9, "cache_tokens": 641}, 100, Sizes(12, 9, 11, 2, 2)),
+        ({"decode_slots": 9, "cache_tokens": 1}, 100, Sizes(12, 9, 4, 2, 2)),  # one response
     ],
     ids=str,
 )
@@ -330,7 +330,7 @@ def test_sizes(options, groups, expected):
 
 def test_long_prompts_have_pages_of_their_own():
     sizes = RolloutSettings(4, 12, (5,), 0, tiny.FULL, decode_slots=4).sizes(8, 3000)
-    assert sizes == Sizes(8, 4, 8 * 16 + 4 * 2, 47, 2)
+    assert sizes == Sizes(4, 4, 4 * 16 + 4 * 2, 47, 2)
 
 
 def test_evaluation_has_one_slot_an_entry():
