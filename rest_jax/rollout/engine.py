@@ -167,7 +167,7 @@ class DecodeCall(NamedTuple):
     responses: PageTable  # [W N M]
     running: Bool[AnyArray, "W N"]  # slots whose response goes on; the others' are dropped
     next_page: Int[AnyArray, "W N"]  # where the tokens drawn go; P: the slot starts no response
-    # A call ends when no data shard has more responses than this, waiting ones included.
+    # A call ends when no data shard has more responses than this, and none waits in a queue.
     enough: Int[AnyArray, " W"]
 
 
@@ -334,8 +334,9 @@ def decode(
 
     def unfinished(carry):
         t, state, _, progress, _ = carry
-        left = jnp.sum(state.slots.owner != NOBODY, axis=1) + call.queued - progress["started"]
-        return (t < settings.page) & jnp.any(left > call.enough)
+        queued = call.queued - progress["started"]
+        left = jnp.sum(state.slots.owner != NOBODY, axis=1) + queued
+        return (t < settings.page) & jnp.any((left > call.enough) | (queued > 0))
 
     def decode_step(carry):
         t, state, recent, progress, out = carry

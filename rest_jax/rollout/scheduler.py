@@ -181,7 +181,7 @@ class Shard:
         return len(self.free_pages) - count >= (self.num_slots if self.running else 1)
 
     def drop_youngest(self) -> int:
-        """Drops responses until the others can go on for a call; returns how many. They wait, first of all."""
+        """Drops responses until the others can go on for a call; returns how many. They wait again."""
         dropped = 0
         while len(self.running) > len(self.free_pages):
             slot = min(self.running, key=lambda n: (len(self.running[n].pages), -n))
@@ -192,11 +192,12 @@ class Shard:
         return dropped
 
     def next_pages(self) -> dict[int, int]:
-        """By decode slot, the page that takes what it draws in the next call; running ones first, others while there are any."""
-        slots = [
-            *sorted(self.running),
-            *(n for n in range(self.num_slots) if n not in self.running),
-        ]
+        """By decode slot, the page that takes what it draws in the next call: of those that run, and of so many others that they
+        may go on for another call.
+        """
+        idle = [n for n in range(self.num_slots) if n not in self.running]
+        spare = (len(self.free_pages) - len(self.running)) // 2
+        slots = [*sorted(self.running), *idle[: max(spare, not self.running)]]
         return dict(zip(slots, reversed(self.free_pages), strict=False))
 
     def advance(self, call: "CallResult") -> list[int]:

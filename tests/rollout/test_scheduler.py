@@ -110,7 +110,7 @@ FEW_PAGES = [
 @pytest.mark.parametrize(
     "options",
     [
-        {"decode_slots": 3, "page": 8, "cache_tokens": 1},  # one prompt and one response
+        {"decode_slots": 3, "page": 4, "cache_tokens": 1},  # one prompt and one response
         *(pytest.param(options, marks=pytest.mark.slow) for options in FEW_PAGES),
     ],
     ids=str,
@@ -661,7 +661,10 @@ class FakeEngine:
         begin, started = np.zeros(shape, np.int32), np.zeros(shape[0], np.int32)
         alive = np.array([[one is not None for one in own] for own in self.slots])
         tokens, t = np.zeros(shape[0], np.int32), 0
-        while t < self.page and (alive.sum(1) + call.queued - started > call.enough).any():
+        while t < self.page:
+            queued = call.queued - started
+            if not ((alive.sum(1) + queued > call.enough) | (queued > 0)).any():
+                break
             for w, n in zip(*np.nonzero(~alive & (call.next_page < self.sizes.pages)), strict=True):
                 if started[w] < call.queued[w]:
                     _, _, row, sample, limit = (int(x[w, started[w]]) for x in call.queue)
