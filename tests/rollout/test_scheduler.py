@@ -459,8 +459,13 @@ def test_pages_go_to_running_responses_first():
     running(shard, (3, 0, [0]), (1, 0, []))
     assert shard.next_pages() == {1: 1, 3: 2}
     shard.free_pages = [4, 5, 6]
+    assert shard.next_pages() == {1: 6, 3: 5}  # a third response could not go on for another call
+    shard.free_pages = [3, 4, 5, 6]
     assert shard.next_pages() == {1: 6, 3: 5, 0: 4}
-    assert shard.free_pages == [4, 5, 6]  # they are taken when the call has ended
+    assert shard.free_pages == [3, 4, 5, 6]  # they are taken when the call has ended
+    shard.running = {}
+    shard.free_pages = [3]
+    assert shard.next_pages() == {0: 3}
 
 
 def test_the_youngest_responses_are_dropped_until_the_others_have_pages():
