@@ -49,9 +49,9 @@ def render_answer(target: Target) -> str:
     return _turn(target.think, target.calls, target.response) if text is None else text
 
 
-def parse(data: bytes) -> Answer:
+def parse(data: bytes, thought_open: bool = False) -> Answer:
     """Parses one generation (see `parser`)."""
-    return parser.parse_bare(data)
+    return parser.parse_bare(data, thought_open)
 
 
 def _turn(think: str | None, calls: Sequence[Any], response: str | None) -> str:
