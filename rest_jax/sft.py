@@ -146,7 +146,8 @@ def gather_lengths(rows: TargetBatch, mesh: Mesh) -> BatchLengths:
 
 def label_regions(rows: TargetBatch, policy: Policy, template: str) -> GoldBatch:
     """Groups of one gold response, with the region of every token."""
-    tokenizer, parse = policy.tokenizer, TEMPLATES[template].parse
+    tokenizer = policy.tokenizer
+    parse = TEMPLATES[template].behind(tokenizer.thought_open).parse
     ids = rows.target
     text = rows.target_length - 1  # the last token is the end of the turn
     parsed = [parse(tokenizer.bytes_of(row[:n])) for row, n in zip(ids, text, strict=True)]

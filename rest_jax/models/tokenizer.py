@@ -2,15 +2,18 @@
 
 In: a Hugging Face tokenizer folder or hub id. Out: int32 id arrays for prompts, and for generated ids their exact bytes
 (`bytes_of`) and byte counts (`piece_lengths`), from a table made once. Regions and rewards are computed from these bytes, so
-text is derived from ids and never tokenised again. transformers is imported on first use.
+text is derived from ids and never tokenised again. How a turn ends, and whether a prompt opens the thought, is read off what
+the chat template writes. transformers is imported on first use.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,12 @@ DATE_MACRO = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes a space as this
+
+# Stands for a control token in a text that quotes it; small letters pass through JSON and chat templates.
+_MASK = "qquotedcontroltokenq{}q"
+_masked = re.compile(_MASK.format(r"(\d+)"))
+_looks_like_control = re.compile(r"[<\[].*[>\]]", re.DOTALL).fullmatch
+_PROBE = "qAnswerq"  # a turn by which a chat template shows how it ends one
 
 
 class TokenizerError(UserError):
@@ -40,7 +49,7 @@ class Tokenizer:
     piece_lengths: np.ndarray  # int32 [V], bytes of each id
     pad_id: int
     stop_ids: tuple[int, ...]  # ids that end a turn, ascending
-    end_id: int  # the one that ends supervised answers: the tokenizer's eos
+    end_id: int  # the one that ends supervised answers: as the chat template ends a turn, else the tokenizer's eos
 
     @classmethod
     def load(cls, source: str | pathlib.Path, vocab_size: int | None = None) -> "Tokenizer":
@@ -57,7 +66,14 @@ class Tokenizer:
                     f"tokenizer {source}: {len(pieces)} words, but the model's vocab_size is {vocab_size}"
                 )
             pieces += [b""] * (vocab_size - len(pieces))
-        stop_ids = _stop_ids(str(source), hf)
+        end_id = _end_of_turn(hf)
+        stop_ids = _stop_ids(str(source), hf, end_id)
+        if end_id is None:
+            end_id = stop_ids[0] if hf.eos_token_id is None else int(hf.eos_token_id)
+        elif hf.eos_token_id is not None and end_id != hf.eos_token_id:
+            said = f"tokenizer {source}: its eos is {hf.eos_token!r}, its chat template ends turns with"
+            ended = hf.convert_ids_to_tokens(end_id)
+            print(f"rest-jax: warning: {said} {ended!r}: turns end with that", file=sys.stderr)
         return cls(
             source=str(source),
             hf=hf,
@@ -65,7 +81,7 @@ class Tokenizer:
             piece_lengths=np.fromiter(map(len, pieces), np.int32, len(pieces)),
             pad_id=stop_ids[0] if hf.pad_token_id is None else int(hf.pad_token_id),
             stop_ids=stop_ids,
-            end_id=stop_ids[0] if hf.eos_token_id is None else int(hf.eos_token_id),
+            end_id=end_id,
         )
 
     @property
@@ -87,12 +103,85 @@ class Tokenizer:
         return np.asarray(self.hf.encode(text, add_special_tokens=False), np.int32)
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of every text, on all cores."""
+        """`encode` of every text, on all cores; what `mask` has replaced is encoded as plain text."""
         if not texts:
             return []
         options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
         ids = self.hf(list(texts), add_special_tokens=False, **options)["input_ids"]
+        for i, text in enumerate(texts):
+            if _masked.search(text):
+                ids[i] = self._encode_masked(text)
         return [np.asarray(row, np.int32) for row in ids]
+
+    def mask(self, value: Any, keep: Collection[str] = ()) -> Any:
+        """A JSON value of data, with marks in place of the control tokens that its texts quote, but for those to `keep`.
+
+        Rendered and given to `encode_all` it becomes the ids of plain text: only what templates write is a control token.
+        """
+        if isinstance(value, str):
+            return self._control_text.sub(
+                lambda found: found[0] if found[0] in keep else self._marks[found[0]], value
+            )
+        if isinstance(value, Mapping):
+            return {self.mask(key, keep): self.mask(inner, keep) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self.mask(inner, keep) for inner in value)
+        return value
+
+    @functools.cached_property
+    def thought_open(self) -> bool:
+        """Whether prompts end in an opening think tag (Qwen3-Thinking-2507, R1 distillates), behind which completions begin."""
+        return _probe(self.hf, "", answered=False).rstrip().endswith("<think>")
+
+    def _encode_masked(self, text: str) -> list[int]:
+        """Ids of a text with marks; what is between two control tokens of the template is one plain text."""
+        encoding = self.hf.backend_tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        start = count = 0  # where the plain text begins, and its ids so far
+        for i, (first, last) in zip(
+            [*encoding.ids, -1], [*encoding.offsets, (len(text), len(text))], strict=True
+        ):
+            if i >= 0 and i not in self._control:
+                ids.append(i)
+                count += 1
+                continue
+            piece = text[start:first]
+            if _masked.search(piece):
+                quoted = _masked.sub(lambda found: self._control[int(found[1])], piece)
+                ids[len(ids) - count :] = self._plain.encode(quoted, add_special_tokens=False).ids
+            if i >= 0:
+                ids.append(i)
+            start, count = last, 0
+        return ids
+
+    @functools.cached_property
+    def _control(self) -> dict[int, str]:
+        """Added tokens that steer: the special ones, and tags. Runs of spaces and the like are text."""
+        added = self.hf.backend_tokenizer.get_added_tokens_decoder()
+        return {
+            i: token.content
+            for i, token in added.items()
+            if token.special or _looks_like_control(token.content)
+        }
+
+    @functools.cached_property
+    def _marks(self) -> dict[str, str]:
+        return {content: _MASK.format(i) for i, content in self._control.items()}
+
+    @functools.cached_property
+    def _control_text(self) -> re.Pattern[str]:
+        longest_first = sorted(self._marks, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    @functools.cached_property
+    def _plain(self) -> Any:
+        """The tokenizer without its control tokens."""
+        from tokenizers import Tokenizer as Backend
+
+        state = json.loads(self.hf.backend_tokenizer.to_str())
+        added = [token for token in state["added_tokens"] if token["id"] not in self._control]
+        state |= {"added_tokens": added, "post_processor": None}
+        return Backend.from_str(json.dumps(state))
 
     def encode_prompt(self, messages: Sequence[Message]) -> np.ndarray:
         """int32 [T]: the ids of `render_prompt`."""
@@ -108,12 +197,7 @@ class Tokenizer:
                 f"tokenizer {self.source}: no chat template; add chat_template.jinja to its folder "
                 "(or use the instruction-tuned model's tokenizer)"
             )
-        return self.hf.apply_chat_template(
-            [dict(m) for m in messages],
-            add_generation_prompt=True,
-            tokenize=False,
-            chat_template=DATE_MACRO + self.hf.get_chat_template(),
-        )
+        return _render(self.hf, messages, add_generation_prompt=True)
 
     def digest(self) -> str:
         """SHA-256, in hex, of all that decides which ids a chat has."""
@@ -198,11 +282,40 @@ def _load_hf(source: str) -> Any:
         raise TokenizerError(f"tokenizer {source}: cannot be loaded: {reason}") from error
 
 
-def _stop_ids(source: str, hf: Any) -> tuple[int, ...]:
-    """The eos ids of generation_config.json and of the tokenizer together."""
+def _render(hf: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    """A chat through the tokenizer's template, at a fixed date."""
+    return hf.apply_chat_template(
+        [dict(m) for m in messages],
+        add_generation_prompt=add_generation_prompt,
+        tokenize=False,
+        chat_template=DATE_MACRO + hf.get_chat_template(),
+    )
+
+
+def _probe(hf: Any, answer: str, answered: bool) -> str:
+    """What the chat template makes of a question, and of its answer or the start of one; "" where it cannot."""
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
+    if not hf.chat_template:
+        return ""
+    try:
+        return _render(hf, chat if answered else chat[:1], add_generation_prompt=not answered)
+    except Exception:  # a chat template is a program: it fails with errors of any class
+        return ""
+
+
+def _end_of_turn(hf: Any) -> int | None:
+    """The id of the added token by which the chat template ends an assistant's turn; None where it writes none."""
+    behind = _probe(hf, _PROBE, answered=True).rpartition(_PROBE)[2].lstrip()
+    added = hf.backend_tokenizer.get_added_tokens_decoder()
+    ends = {token.content: i for i, token in added.items() if behind.startswith(token.content)}
+    return ends[max(ends, key=len)] if ends else None
+
+
+def _stop_ids(source: str, hf: Any, end_id: int | None) -> tuple[int, ...]:
+    """The eos ids of generation_config.json and of the tokenizer, and the chat template's end of turn, together."""
     import transformers
 
-    stop_ids = set() if hf.eos_token_id is None else {int(hf.eos_token_id)}
+    stop_ids = {int(i) for i in (hf.eos_token_id, end_id) if i is not None}
     try:
         eos = transformers.GenerationConfig.from_pretrained(source).eos_token_id
     except OSError:  # there is no generation_config.json

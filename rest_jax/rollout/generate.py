@@ -13,8 +13,9 @@ import numpy as np
 
 from rest_jax.config import Config
 from rest_jax.data.loader import bucketed, pad
+from rest_jax.data.ragged import Ragged
 from rest_jax.data.records import StepRecord
-from rest_jax.data.tokenize import prepare
+from rest_jax.data.tokenize import Encoder, fitting
 from rest_jax.distributed import num_data_shards
 from rest_jax.errors import UserError
 from rest_jax.rollout.engine import rollout_cast
@@ -33,7 +34,10 @@ def generate(
     """
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     r, tokenizer = config.rollout, policy.tokenizer
-    prepared = prepare(records, tokenizer, TEMPLATES[config.data.template], config.data)
+    # the records may have no gold answer, or one that cannot be reached
+    encoder = Encoder(tokenizer, TEMPLATES[config.data.template], config.data.brief_prompt)
+    columns = [Ragged.of(column) for column in encoder(records)]
+    prepared = fitting(records, columns, config.data.max_prompt_tokens, {})
     sampling = Sampling(r.temperature, r.top_k, r.top_p, greedy)
     sampler = make_sampler(policy, r, samples, sampling)
     params = rollout_cast(policy)(policy.params)

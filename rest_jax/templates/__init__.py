@@ -11,6 +11,13 @@ from collections.abc import Callable
 from rest_jax.templates import hermes, llama3, toolrl
 from rest_jax.tool_calls import Answer, Target
 
+# What the templates write and tokenizers may have as one token. In text that is already rendered these are no quotations.
+TAGS = frozenset(
+    f"<{slash}{name}>"
+    for name in ("think", "tool_call", "response", "tools", "tool_response", "user", "obs")
+    for slash in ("", "/")
+) | {"<|python_tag|>"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Template:

@@ -295,10 +295,11 @@ def _call_block(out: _Writer, grammar: Tagged) -> None:
     out.executable &= not listed and (
         _one_a_line(data, spans) if grammar.lines else len(spans) == 1
     )
-    closed = closing is not None and closing.group() == CALL_CLOSE
-    if closed:
+    readable = out.broken_calls == broken
+    if closing is not None and closing.group() == CALL_CLOSE:
         out.put(closing.end(), TAG)
-    readable = closed and out.broken_calls == broken
+    else:
+        readable = False
     out.blocks.append(Block.CALLS if readable else Block.BROKEN)
 
 

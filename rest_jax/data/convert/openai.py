@@ -2,8 +2,8 @@
 
 Calls stand in `tool_calls` (arguments are a string of JSON), results in messages of role "tool" with the id of their call; the
 older `functions`, `function_call` and role "function" are read too. Results are put in the order of their calls, since a record
-has no ids. A thought is taken from `reasoning_content`. Assistant messages of weight 0 are history, not targets. The lists may
-also be strings of JSON, as in many Parquet files, and an empty string is none.
+has no ids. A thought is taken from `reasoning_content`, `reasoning`, `thinking` or the content. Assistant messages of weight 0
+are history, not targets. The lists may also be strings of JSON, as in many Parquet files, and an empty string is none.
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from typing import Any
 from rest_jax.data.convert import fields
 from rest_jax.data.records import RecordError, StepRecord, decompose, sequence
 
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
@@ -96,14 +97,15 @@ def _assistant(message: Mapping[str, Any], where: str) -> tuple[dict[str, Any], 
     content = _content(message, where) or None
     if content is None and message.get("refusal") is not None:
         content = fields.text(message["refusal"], f"{where}: refusal")
-    think = message.get("reasoning_content")
+    key = next((key for key in _THOUGHTS if message.get(key)), _THOUGHTS[0])
+    think = message.get(key)
     if content is None and not calls:
         raise RecordError(f"{where}: neither content nor calls")
     turn: dict[str, Any] = {"role": "assistant", "content": content}
     if calls:
         turn["calls"] = calls
     if think is not None:
-        turn["think"] = fields.text(think, f"{where}: reasoning_content")
+        turn["think"] = fields.text(think, f"{where}: {key}")
     return turn, ids
 
 

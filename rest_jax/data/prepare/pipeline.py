@@ -1,14 +1,16 @@
 """From other people's data to files of step records: `rest-jax data prepare`.
 
 In: files of one source. Out: OUT, with a part held out also OUT's `.eval` twin, `OUT.rejected.jsonl` ({"where", "reason",
-"raw"} of every item that could not be used) and `OUT.summary.json`. Item by item: read, convert, drop duplicates, split by
-tool, take away or mask, count tokens, write. Memory grows by some 200 bytes a record: a hash of its id and one of its content.
+"raw"} of every item that could not be used and of every record whose gold answer the template cannot say) and
+`OUT.summary.json`. Item by item: read, convert, check the gold answer, drop duplicates, split by tool, take away or mask, count
+tokens, write. Memory grows by some 200 bytes a record: a hash of its id and one of its content.
 Everything random depends on the seed and the record's id, never on the order. All files appear at the end, or none.
 """
 
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import pathlib
@@ -29,7 +31,9 @@ from rest_jax.data.prepare.settings import Settings, check
 from rest_jax.data.records import RecordError, StepRecord, to_json
 from rest_jax.errors import UserError
 from rest_jax.files import atomic_write
+from rest_jax.rewards.gold import GoldError, reachable
 from rest_jax.run.environment import handled
+from rest_jax.templates import TEMPLATES, Template
 
 MAX_REASONS = 100  # different reasons counted by their own name
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -45,6 +49,7 @@ class _Work:
     result: summary.Summary
     partial: contextlib.ExitStack  # partial files, which appear when it ends well
     opened: contextlib.ExitStack  # open ones
+    template: Template
     rejected: TextIO | None = None  # made with the first item that is rejected
     ids: set[int] = dataclasses.field(default_factory=set)  # hashes
     contents: set[bytes] = dataclasses.field(default_factory=set)  # hashes
@@ -56,7 +61,10 @@ def prepare(settings: Settings) -> summary.Summary:
     full: then nothing is written. SIGTERM ends the process with code 143 and leaves no half-written file. Main thread only.
     """
     convert = check(settings)
-    count_tokens = summary.token_counter(settings.tokenizer, settings.template, settings.brief)
+    template, count_tokens = TEMPLATES[settings.template], None
+    if settings.tokenizer is not None:
+        encoder = summary.encoder(settings.tokenizer, settings.template, settings.brief)
+        template, count_tokens = encoder.template, functools.partial(summary.count_tokens, encoder)
     paths = settings.paths
     parts = ("train", "eval") if settings.held_out else ("train",)
     result = summary.Summary(settings, parts={name: summary.Tally() for name in parts})
@@ -65,7 +73,7 @@ def prepare(settings: Settings) -> summary.Summary:
         # OUT is the first partial file, and so the last to appear: where it is, everything is
         with handled(_terminate, signal.SIGTERM), contextlib.ExitStack() as partial:
             with contextlib.ExitStack() as opened:
-                work = _Work(settings, convert, count_tokens, result, partial, opened)
+                work = _Work(settings, convert, count_tokens, result, partial, opened, template)
                 writers = {name: _open_writer(paths[name], work) for name in parts}
                 for record, part in _records(work):
                     writers[part].write(record)
@@ -109,6 +117,8 @@ def _records(work: _Work) -> Iterator[tuple[StepRecord, str]]:
         for record in records:
             work.result.converted += 1
             record = _with_new_id(record, work)
+            if (record := _reachable(record, where, work)) is None:
+                continue
             if transforms.not_offered(record):
                 dropped["calls a tool that is not offered"] += 1
             elif not work.settings.keep_duplicates and _is_known(record, work.contents):
@@ -119,6 +129,17 @@ def _records(work: _Work) -> Iterator[tuple[StepRecord, str]]:
                 if (tokens := _tokens(record, work)) is not None:
                     work.result.parts[part].add(record, tokens or None)
                     yield record, part
+
+
+def _reachable(record: StepRecord, where: str, work: _Work) -> StepRecord | None:
+    """The record with a gold answer that the template can say; None, set aside, where there is none."""
+    try:
+        tools = {tool["name"] for tool in record.tools}
+        return dataclasses.replace(record, target=reachable(record.target, work.template, tools))
+    except GoldError as error:
+        _write_rejected(work, f"{where}: record {record.id!r}", str(error), to_json(record))
+        work.result.dropped[_kind(str(error), work.result.dropped)] += 1
+        return None
 
 
 def _items(work: _Work) -> Iterator[tuple[str, str, Any]]:
@@ -229,12 +250,17 @@ def _tokens(record: StepRecord, work: _Work) -> tuple[int, int] | tuple[()] | No
 
 def _reject(work: _Work, where: str, reason: str, raw: Any) -> None:
     """Counts an item and keeps it in the side file."""
+    _write_rejected(work, where, reason, raw)
+    work.result.rejected[_kind(reason, work.result.rejected)] += 1
+
+
+def _write_rejected(work: _Work, where: str, reason: str, raw: Any) -> None:
+    """A line of the side file."""
     if work.rejected is None:
         partial = work.partial.enter_context(atomic_write(work.settings.paths["rejected"]))
         work.rejected = work.opened.enter_context(partial.open("w", encoding="ascii"))
     line = {"where": where, "reason": reason, "raw": raw}
     work.rejected.write(json.dumps(line, default=str) + "\n")
-    work.result.rejected[_kind(reason, work.result.rejected)] += 1
 
 
 def _kind(reason: str, counts: Counter[str]) -> str:
