@@ -61,7 +61,10 @@ def finetune(config: Config, dry_run: bool = False) -> int:
     steps = total_steps(config, data.size, BATCH)
     examples = held_out(config, policy, keep=not dry_run)
     check_start(config)
-    say(f"{config.name}: {data.summary()}\n{steps} steps of {config.sft.batch_size} records")
+    say(
+        f"{config.name}: {data.summary()}\nheld out: {examples.summary() if examples else 'none'}\n"
+        f"{steps} steps of {config.sft.batch_size} records"
+    )
     if dry_run:
         return 0
     with contextlib.closing(open_run(config, policy.files)) as run, activate(policy.mesh):

@@ -63,7 +63,7 @@ def render_prompt(
 
 def render_answer(target: Target) -> str:
     """The gold answer: `target.text` when it is written in this template, else from its parts."""
-    text = verbatim(target, parse, "arguments")
+    text = verbatim(target, parse)
     return _turn(target.think, target.calls, target.response) if text is None else text
 
 

@@ -409,7 +409,7 @@ def _thought(
     if not thought_open:
         if THINK_CLOSE not in data:
             return
-        limit = first_block(0)
+        limit = len(data) if data.startswith(THINK_OPEN) else first_block(0)
         opened = data.find(THINK_OPEN, 0, limit)
         if opened >= 0:
             out.loose_text(opened, False)
@@ -429,9 +429,10 @@ def _thought(
     if close < 0:
         _unclosed_thought(out, thought_end)
         return
-    limit = first_block(first + len(THINK_CLOSE))
-    if limit < len(data) or not prose:
-        close = data.rfind(THINK_CLOSE, first, limit)
+    if data.rfind(THINK_CLOSE) > first:
+        limit = first_block(first + len(THINK_CLOSE))
+        if limit < len(data) or not prose:
+            close = data.rfind(THINK_CLOSE, first, limit)
     out.put(close, THINK)
     out.put(close + len(THINK_CLOSE), TAG)
     out.think = out.text(start, close)
