@@ -98,7 +98,7 @@ def _answer_in(content: str, tools: Collection[str]) -> Answer | None:
     opened = content.lstrip().startswith("<think>")
     closed = _closing_line(content) is not None and "<think>" not in content
     if opened or closed or _call_as_text(content):
-        for name in ("hermes", "toolrl"):
+        for name in ("toolrl", "hermes"):
             answer = TEMPLATES[name].parse(data)
             if not {Block.BROKEN, Block.TEXT} & set(answer.blocks):
                 return answer

@@ -84,6 +84,9 @@ HERMES = _tagged(b"arguments", rb"tool_call", _BLOCK_OF_JSON, prose=True)
 # the opening brace or bracket.
 _bare_first = re.compile(rb"\s*+[{\[]").match
 _bare_next = re.compile(rb"\s*+;?\s*+[{\[]").match
+_bare_end = re.compile(
+    rb"[ \t]*+(?:\Z|[\r\n]|;?\s*+[{\[]|;[ \t]*+(?:\Z|[\r\n])|" + re.escape(PYTHON_TAG) + rb")"
+).match
 _bare_later = re.compile(rb"\n[ \t]*+[{\[]|" + re.escape(PYTHON_TAG) + rb"|" + THINK_OPEN).search
 _bare_resume = re.compile(rb"\n|" + re.escape(PYTHON_TAG) + rb"|" + _NAMED_OBJECT).search
 _BARE_THOUGHT_END = re.compile(rb"(?<=\n)[ \t]*+" + _NAMED_OBJECT + rb"|" + re.escape(PYTHON_TAG))
@@ -217,18 +220,26 @@ def parse_bare(data: bytes, thought_open: bool = False) -> Answer:
 
     _thought(out, _BARE_THOUGHT_END, first_call, thought_open, prose=True, implied=False)
     body, spans, other_json = out.end, [], False
-    pos, begin = out.end, _bare_first
-    while (match := begin(data, pos) or _bare_later(data, pos)) is not None:
-        start = match.end() - 1
+    pos, begin, behind_other = out.end, _bare_first, False
+    while True:
+        match = begin(data, pos)
+        stray = match is not None and behind_other and b"\n" not in match.group()
+        match = match or _bare_later(data, pos)
+        if match is None:
+            break
+        start, behind_other = match.end() - 1, False
         if data[start] in (_BRACE, _BRACKET):
             found, end = _bare_objects(data, start)
             follows = begin is _bare_next and not data[out.end : start].strip(b"; \t\r\n")
             if not follows and not any(_is_attempt(data, *each) for each in found):
-                pos, other_json = end, True
+                pos, other_json, behind_other = end, True, True
                 continue
             _gap(out, start, begin is _bare_next)
             spans.append((start, end))
-            _bare_block(out, found, end)
+            if stray or _bare_end(data, end) is None:
+                _broken_bare(out, end)  # no reader of a line, or of all of the text, reads it
+            else:
+                _bare_block(out, found, end)
             pos, begin = out.end, _bare_next
             continue
         out.loose_text(match.start(), True)

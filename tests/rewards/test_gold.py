@@ -39,6 +39,7 @@ def is_exact(target: Target, template) -> bool:
         (Target((), AS_TEXT + "\n" + AS_TEXT), Target((F, F))),
         (Target((), LINES), Target((F, F))),
         (Target((), f"<think> so </think>\n{LINES}\n<response> ok </response>"), Target((F, F), "ok", "so")),
+        (Target((), "<think> so </think>\n<response> ok </response>"), Target((), "ok", "so")),
         (Target((), BARE), Target((F,))),
         (Target((), f"<|python_tag|>{BARE}"), Target((F,))),
         (Target((), '{"answer": 1}'), Target((), '{"answer": 1}')),

@@ -364,7 +364,15 @@ def test_hermes_blocks(text, blocks, calls):
         (f'{GOOD}\n{{"x": 1}}', (C, BAD), 1),
         (f"{GOOD}\n[1]", (C, BAD), 1),
         ('{"name": "f", "parameters": "x"}', (BAD,), 0),
-        (f"[[{GOOD}]]", (R, C, R), 1),
+        (f"[[{GOOD}]]", (R, BAD), 0),
+        (f"{GOOD}}}", (BAD,), 0),
+        (f"{{{GOOD}", (R, BAD), 0),
+        (f"{GOOD} done", (BAD,), 0),
+        (f"{GOOD}</function>", (BAD,), 0),
+        (f"{GOOD};", (C, R), 1),
+        (f'{{"x": 1}} {GOOD}', (R, BAD), 0),
+        (f'{{"x": 1}}\n{GOOD}', (R, C), 1),
+        (f"```json\n{GOOD}\n```", (R, C, R), 1),
     ],
 )
 def test_llama3_blocks(text, blocks, calls):
