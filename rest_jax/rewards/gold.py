@@ -16,6 +16,7 @@ from rest_jax.tool_calls import Answer, Block, Call, Target
 
 # A closing tag alone, as models write it whose prompt has opened the thought; not one that a sentence mentions.
 _closing_line = re.compile(r"(?:\A|\n)[ \t]*</think>|</think>[ \t]*(?:\n|\Z)").search
+_own_tags = re.compile(r"\A\s*<think>|</think>\s*\Z").sub
 _call_as_text = re.compile(r"<tool_call>\s*[{\[]").search
 # How other formats begin a call.
 _foreign_call = re.compile(
@@ -75,6 +76,8 @@ def read_turn(turn: Mapping[str, Any], tools: Collection[str]) -> dict[str, Any]
 def _read(turn: dict[str, Any], tools: Collection[str]) -> dict[str, Any]:
     """Content, thought and calls (`Call`s), with what stands in the content as text. GoldError when it cannot be read."""
     content = turn["content"]
+    if turn["think"]:
+        turn = {**turn, "think": _own_tags("", turn["think"])}
     if content is None or not content.strip():
         return {**turn, "content": None}
     answer = _answer_in(content, tools)

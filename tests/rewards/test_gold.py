@@ -50,6 +50,7 @@ def is_exact(target: Target, template) -> bool:
         (Target((), "<think>hmm</think>Hello", "hmm"), Target((), "Hello", "hmm")),
         (Target((), f"<think>hmm</think>{AS_TEXT}"), Target((F,), None, "hmm")),
         (Target((F,), "<think>hmm</think>"), Target((F,), None, "hmm")),
+        (Target((F,), None, "<think>hmm</think>"), Target((F,), None, "hmm")),
         (Target((), None, "only a thought"), Target((), None, "only a thought")),
         (Target((F,), text="says something else"), Target((F,))),
         (Target((F,), text=f"<think> t </think>\n{AS_TEXT}"), Target((F,))),
