@@ -5,6 +5,7 @@ An object store has no folders and cannot append to or rename a file: what is wr
 of a store are one line (`store_errors`); those of local files are Python's own.
 """
 
+import concurrent.futures
 import contextlib
 import hashlib
 import io
@@ -12,7 +13,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 # etils would take TensorFlow for URLs where that is installed, and behave otherwise than on a machine without it.
@@ -269,6 +270,36 @@ def _download(
     for name in leave:
         if any(other.startswith(f"{name}/") for other in names):
             (folder / f"{name}{_URL_FILE}").write_text(os.fspath(url / name))
+
+
+def check_links(folder: pathlib.Path) -> None:
+    """UserError for a link in a model folder that leads out of it: what is copied or read may be anything of this machine.
+
+    The snapshots of the Hugging Face cache are made of links to `blobs/` beside them, which are followed.
+    """
+    home = folder.resolve()
+    homes = [home]
+    if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
+        homes.append(home.parents[1] / "blobs")
+    for pattern in ("*", "additional_chat_templates/*", "params/**/*"):
+        for path in folder.glob(pattern):
+            if path.is_symlink() and not any(map(path.resolve().is_relative_to, homes)):
+                raise UserError(
+                    f"model folder {folder}: {path.relative_to(folder)} is a link that leads out of the folder "
+                    f"({os.readlink(path)}); put a copy in its place"
+                )
+
+
+def fingerprints(folder: Location, names: Iterable[str]) -> dict[str, list[Any]]:
+    """[size in bytes, SHA-256 digest in hex] of each of these files of a folder, by name; several are read at once."""
+
+    def fingerprint(name: str) -> tuple[str, list[Any]]:
+        with open_bytes(as_path(folder) / name) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return name, [file.tell(), digest]
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return dict(pool.map(fingerprint, names))
 
 
 def follow(folder: pathlib.Path) -> epath.Path:

@@ -6,6 +6,7 @@ text is derived from ids and never tokenised again. How a turn ends, and whether
 the chat template writes. transformers is imported on first use.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -16,9 +17,12 @@ import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from rest_jax.errors import UserError
+from rest_jax.files import check_links
+from rest_jax.models import chat_sandbox
 
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
 
@@ -32,6 +36,8 @@ _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes a space as this
 _MASK = "qquotedcontroltokenq{}q"
 _masked = re.compile(_MASK.format(r"(\d+)"))
 _looks_like_control = re.compile(r"[<\[].*[>\]]", re.DOTALL).fullmatch
+_MAX_IDS = 2**24
+_MAX_TEMPLATE = 2**17  # characters; the largest published ones have 30,000
 _PROBE = "qAnswerq"  # a turn by which a chat template shows how it ends one
 
 
@@ -63,7 +69,9 @@ class Tokenizer:
         if vocab_size is not None:
             if len(pieces) > vocab_size:
                 raise TokenizerError(
-                    f"tokenizer {source}: {len(pieces)} words, but the model's vocab_size is {vocab_size}"
+                    f"tokenizer {source}: {len(pieces)} words, but the model's vocab_size is {vocab_size}: ids above it "
+                    "have no embedding; name the model's own tokenizer (model.tokenizer), or enlarge the model's matrix "
+                    "(transformers: resize_token_embeddings)"
                 )
             pieces += [b""] * (vocab_size - len(pieces))
         end_id = _end_of_turn(hf)
@@ -234,7 +242,12 @@ def byte_table(hf: Any) -> list[bytes]:
         )
     added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
     vocab = backend.get_vocab(with_added_tokens=True)
-    table = [b""] * (max(vocab.values(), default=-1) + 1)
+    size = max(vocab.values(), default=-1) + 1
+    if size > _MAX_IDS:
+        raise TokenizerError(
+            f"tokenizer {hf.name_or_path}: an id of {size - 1:,}; more than {_MAX_IDS:,} ids are not read"
+        )
+    table = [b""] * size
     for word, i in vocab.items():
         if i not in added:
             try:
@@ -275,21 +288,51 @@ def _load_hf(source: str) -> Any:
         raise TokenizerError(f"tokenizer {source}: a folder or hub id is needed, this is a file")
     if not path.exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise TokenizerError(f"tokenizer {source}: no such folder")
+    check_links(path)
+    chat_sandbox.install()
     try:
-        return transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return transformers.AutoTokenizer.from_pretrained(
+            source, config=_without_nulls(path / "config.json"), trust_remote_code=False
+        )
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exceptions, and panics that are none
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise TokenizerError(f"tokenizer {source}: cannot be loaded: {reason}") from error
 
 
+def _without_nulls(file: pathlib.Path) -> Any:
+    """transformers' record of a config.json with null where a default is meant, which it does not read itself; else None."""
+    from transformers import AutoConfig
+
+    with contextlib.suppress(Exception):  # the tokenizer's own error says what is wrong
+        raw = json.loads(file.read_bytes())
+        try:
+            AutoConfig.for_model(**raw)
+        except Exception:
+            return AutoConfig.for_model(**{k: v for k, v in raw.items() if v is not None})
+    return None
+
+
 def _render(hf: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-    """A chat through the tokenizer's template, at a fixed date."""
-    return hf.apply_chat_template(
-        [dict(m) for m in messages],
-        add_generation_prompt=add_generation_prompt,
-        tokenize=False,
-        chat_template=DATE_MACRO + hf.get_chat_template(),
-    )
+    """A chat through the tokenizer's template, at a fixed date. TokenizerError when it is too much of a program,
+    jinja2.TemplateError for every other failure.
+    """
+    try:
+        with chat_sandbox.rendering():
+            template = hf.get_chat_template()
+            if len(template) > _MAX_TEMPLATE:
+                raise chat_sandbox.TemplateLimitError(
+                    f"the chat template has {len(template):,} characters, more than {_MAX_TEMPLATE:,}"
+                )
+            return hf.apply_chat_template(
+                [dict(m) for m in messages],
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                chat_template=DATE_MACRO + template,
+            )
+    except chat_sandbox.TemplateLimitError as error:
+        raise TokenizerError(f"tokenizer {hf.name_or_path}: {error}") from error
 
 
 def _probe(hf: Any, answer: str, answered: bool) -> str:
@@ -299,7 +342,7 @@ def _probe(hf: Any, answer: str, answered: bool) -> str:
         return ""
     try:
         return _render(hf, chat if answered else chat[:1], add_generation_prompt=not answered)
-    except Exception:  # a chat template is a program: it fails with errors of any class
+    except jinja2.TemplateError:
         return ""
 
 
@@ -313,18 +356,35 @@ def _end_of_turn(hf: Any) -> int | None:
 
 def _stop_ids(source: str, hf: Any, end_id: int | None) -> tuple[int, ...]:
     """The eos ids of generation_config.json and of the tokenizer, and the chat template's end of turn, together."""
-    import transformers
-
     stop_ids = {int(i) for i in (hf.eos_token_id, end_id) if i is not None}
-    try:
-        eos = transformers.GenerationConfig.from_pretrained(source).eos_token_id
-    except OSError:  # there is no generation_config.json
-        eos = None
-    if eos is not None:
-        stop_ids.update(int(i) for i in (eos if isinstance(eos, (list, tuple)) else [eos]))
+    stop_ids.update(_generation_eos(source))
     if not stop_ids:
         raise TokenizerError(
             f"tokenizer {source}: no end-of-turn id; set eos_token in tokenizer_config.json "
             "or eos_token_id in generation_config.json"
         )
     return tuple(sorted(stop_ids))
+
+
+def _generation_eos(source: str) -> list[int]:
+    """The eos ids of generation_config.json, the only thing that is needed of it; a warning when it cannot tell them."""
+    from transformers.utils.hub import cached_file
+
+    name = "generation_config.json"
+    try:
+        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    except OSError:  # the hub is out of reach, and it is not in the cache
+        return []
+    if path is None:
+        return []
+    try:
+        eos = json.loads(pathlib.Path(path).read_bytes()).get("eos_token_id")
+    except (ValueError, AttributeError, RecursionError, OSError) as error:
+        fault = f"not a JSON object ({' '.join(str(error).split())[:100]})"
+    else:
+        fault = f"eos_token_id {str(eos)[:100]!r} is no id and no list of ids"
+        eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        if all(type(i) is int and 0 <= i < _MAX_IDS for i in eos):
+            return eos
+    print(f"rest-jax: warning: {source}/{name}: {fault}; its eos ids are unknown", file=sys.stderr)
+    return []
