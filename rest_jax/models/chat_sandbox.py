@@ -173,7 +173,7 @@ def _check_growth(name: str, values: tuple[Any, ...]) -> None:
     elif name == "format" and texts:
         if re.search(r"\d{7}", texts[0]):
             raise TemplateLimitError("the chat template writes with a width of seven digits")
-        if not re.search(r"\*|:[^}]*\{", texts[0]):
+        if not re.search(r"%[^a-zA-Z%]*\*|\{[^{}]*:[^{}]*\{", texts[0]):
             numbers = []  # are values, none a width
     if name not in ("default", "d"):
         for number in numbers:

@@ -108,7 +108,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """int32 [T]: the ids of a text; no beginning or end token is added, added tokens in the text are recognised."""
-        return np.asarray(self.hf.encode(text, add_special_tokens=False), np.int32)
+        return np.asarray(_encode(self.hf, text), np.int32)
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of every text, on all cores; what `mask` has replaced is encoded as plain text."""
@@ -291,14 +291,21 @@ def _load_hf(source: str) -> Any:
     check_links(path)
     chat_sandbox.install()
     try:
-        return transformers.AutoTokenizer.from_pretrained(
+        hf = transformers.AutoTokenizer.from_pretrained(
             source, config=_without_nulls(path / "config.json"), trust_remote_code=False
         )
+        _encode(hf, "x")  # some wrong values are noticed only now
+        return hf
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers raises bare Exceptions, and panics that are none
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise TokenizerError(f"tokenizer {source}: cannot be loaded: {reason}") from error
+
+
+def _encode(hf: Any, text: str) -> list[int]:
+    # Without its warnings: lengths are checked against the model, not the tokenizer.
+    return hf.encode(text, add_special_tokens=False, verbose=False)
 
 
 def _without_nulls(file: pathlib.Path) -> Any:
