@@ -246,14 +246,19 @@ def fetch_folder(location: Location, leave: Sequence[str] = ()) -> pathlib.Path:
             raise UserError(f"{url}: no such folder, or it has no files")
         listing = repr((os.fspath(url), sorted(leave), sorted(found.items())))
         digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
-        base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        copy = base / "rest_jax" / "fetched" / f"{url.name}-{digest}"
+        copy = _fetched() / f"{url.name}-{digest}"
         copy.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{copy}.lock"):
             if not copy.is_dir():
                 with atomic_folder(copy) as partial:
                     _download(url, sorted(found), partial, leave)
     return copy
+
+
+def _fetched() -> pathlib.Path:
+    """Where folders of stores are kept."""
+    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return base / "rest_jax" / "fetched"
 
 
 def _download(
@@ -303,9 +308,10 @@ def fingerprints(folder: Location, names: Iterable[str]) -> dict[str, list[Any]]
 
 
 def follow(folder: pathlib.Path) -> epath.Path:
-    """A folder that `fetch_folder` may have left in the store: where it is."""
+    """A folder that `fetch_folder` may have left in the store: where it is. Other folders lead nowhere else."""
     url = folder.with_name(f"{folder.name}{_URL_FILE}")
-    return as_path(url.read_text()) if url.is_file() else absolute(folder)
+    left = url.is_file() and folder.parent.parent.resolve() == _fetched().resolve()
+    return as_path(url.read_text()) if left else absolute(folder)
 
 
 def _beside(path: pathlib.Path) -> pathlib.Path:

@@ -313,7 +313,7 @@ def _without_nulls(file: pathlib.Path) -> Any:
     from transformers import AutoConfig
 
     with contextlib.suppress(Exception):  # the tokenizer's own error says what is wrong
-        raw = json.loads(file.read_bytes())
+        raw = json.loads(file.read_bytes() if file.is_file() else "{}")
         try:
             AutoConfig.for_model(**raw)
         except Exception:

@@ -69,7 +69,10 @@ def verify(folder: pathlib.Path, together: bool = False) -> None:
     if not is_converted(folder):
         return
     index, count = (jax.process_index(), jax.process_count()) if together else (0, 1)
-    fault = _damage(folder, index, count)
+    try:
+        fault = _damage(folder, index, count)
+    except OSError as error:
+        fault = " ".join(str(error).split())
     if any_process(bool(fault)) if together else fault:
         fault = fault or "another process found damage"
         raise ConversionError(

@@ -1,6 +1,7 @@
 """Model folders as they are found: which files and values count, with transformers as the oracle, and what is refused."""
 
 import json
+import os
 import pathlib
 import shutil
 
@@ -19,6 +20,7 @@ from rest_jax.models.hf.config import ConversionError, decoder_config
 from rest_jax.models.hf.folder import scan
 from rest_jax.models.hf.read import load_model
 from rest_jax.models.hf.write import convert, export
+from rest_jax.models.tokenizer import Tokenizer
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LLAMA3 = {
@@ -335,6 +337,25 @@ def test_no_flipped_byte_of_a_converted_folder_loads(tmp_path, seed):
                 command()
         file.write_bytes(sound)
     load(tmp_path / "converted")
+
+
+def test_a_folder_does_not_lead_to_a_store(tmp_path):
+    """Only what was fetched from a store has its parameters there."""
+    convert(str(make(tmp_path / "model", weights())), tmp_path / "converted")
+    (tmp_path / "converted" / "params.url").write_text("s3://bucket/params")
+    load(tmp_path / "converted")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    folder = make(tmp_path / "model", weights())
+    os.mkfifo(folder / "pipe.json")
+    convert(str(folder), tmp_path / "out")
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(ConversionError, match=r"config\.json: no such file"):
+        convert(str(folder), tmp_path / "again")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        Tokenizer.load(folder)
 
 
 def test_manifests_that_cannot_be_used(tmp_path):
