@@ -27,9 +27,10 @@ import numpy as np
 from etils import epath
 
 from rest_jax.config import Config
+from rest_jax.data.fields import RecordError
 from rest_jax.data.files import iter_records, read_items
 from rest_jax.data.ragged import FileArray, Ragged, StoredRecords, lengths_of, to_bytes
-from rest_jax.data.records import RecordError, StepRecord
+from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import (
     Encoder,
     Prepared,

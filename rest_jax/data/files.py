@@ -25,8 +25,8 @@ from etils import epath
 from ijson.common import ObjectBuilder
 
 from rest_jax.data.convert import rlla
-from rest_jax.data.convert.fields import MAX_DEPTH
-from rest_jax.data.records import RecordError, StepRecord, from_json, to_json
+from rest_jax.data.fields import MAX_DEPTH, RecordError
+from rest_jax.data.records import StepRecord, from_json, to_json
 from rest_jax.files import Location, as_path, open_bytes, store_errors
 
 CHUNK = 2**16  # bytes read at once of a JSON list, and of an overlong line

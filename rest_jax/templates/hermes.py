@@ -10,7 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rest_jax.templates import parser
-from rest_jax.templates.rendering import call_lines, prose_turn, signature, verbatim
+from rest_jax.templates.rendering import (
+    call_lines,
+    leading_system,
+    prose_turn,
+    signature,
+    verbatim,
+)
 from rest_jax.tool_calls import Answer, Target
 
 _BEFORE_TOOLS = """# Tools
@@ -38,16 +44,16 @@ def render_prompt(
     `brief` changes nothing: the format is the model's own and has no shorter form.
     """
     del brief
-    system = [message["content"] for message in history if message["role"] == "system"]
+    system, turns = leading_system(history)
     if tools:
         lines = "\n".join(json.dumps(signature(tool), ensure_ascii=False) for tool in tools)
         system.append(_BEFORE_TOOLS + lines + _AFTER_TOOLS)
     messages = [{"role": "system", "content": "\n\n".join(system)}] if system else []
     previous = None
-    for message in history:
+    for message in turns:
         role = message["role"]
-        if role == "user":
-            messages.append({"role": "user", "content": message["content"]})
+        if role in ("user", "system"):
+            messages.append({"role": role, "content": message["content"]})
         elif role == "assistant":
             turn = _turn(message.get("think"), message.get("calls") or (), message.get("content"))
             messages.append({"role": "assistant", "content": turn})

@@ -12,8 +12,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rest_jax.data import files
+from rest_jax.data.fields import RecordError
 from rest_jax.data.files import read_records
-from rest_jax.data.records import RecordError, StepRecord, to_json
+from rest_jax.data.records import StepRecord, to_json
 from rest_jax.data.synthetic import world as synthetic
 from rest_jax.files import as_path
 from rest_jax.templates import TEMPLATES
@@ -312,8 +313,8 @@ def _line(**fields):
         ("r.json", '[{"system": "x", "user": "y", "answer": []}]', "item 0: answer: empty"),
         (
             "r.json",
-            '[{"system": "x", "user": "y", "answer": {"name": "f"}}]',
-            r"item 0: answer\[0\]: arguments",
+            '[{"system": "x", "user": "y", "answer": {"name": "f", "parameters": 3}}]',
+            r"item 0: answer\[0\]: parameters: an object is needed, found int 3",
         ),
         ("r.parquet", "text", "not a Parquet file"),
         ("r.parquet", "PAR1 text", "not a readable Parquet file"),

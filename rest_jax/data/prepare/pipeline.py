@@ -24,9 +24,10 @@ import tqdm
 from rest_jax.data import files
 from rest_jax.data.convert import Convert
 from rest_jax.data.convert.xlam import NO_CALL
+from rest_jax.data.fields import RecordError
 from rest_jax.data.prepare import split, summary, transforms
 from rest_jax.data.prepare.settings import Settings, check
-from rest_jax.data.records import RecordError, StepRecord, to_json
+from rest_jax.data.records import StepRecord, to_json
 from rest_jax.errors import UserError
 from rest_jax.files import atomic_write
 from rest_jax.run.environment import handled
