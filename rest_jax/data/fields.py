@@ -173,7 +173,9 @@ def tool(value: Any, where: str) -> dict[str, Any]:
     check_depth(raw, where)
     kind_of = raw.get("type")
     # Anthropic's tools may be of type custom; OpenAI's of that type take free text, and so have no parameters.
-    known = ("function", "custom") if first_given(raw, _PARAMETERS)[1] is not None else ("function",)
+    known = (
+        ("function", "custom") if first_given(raw, _PARAMETERS)[1] is not None else ("function",)
+    )
     if is_given(kind_of) and kind_of not in known:
         raise RecordError(f"{where}: type: {shown(kind_of)} is not 'function'")
     if is_given(raw.get("function")) and not isinstance(raw.get("name"), str):

@@ -1,46 +1,87 @@
 """Files of step records: reading them piece by piece, whatever their layout, and writing them.
 
-| file | what it is |
+| content | what it is |
 | --- | --- |
-| `*.jsonl` | our own records, one JSON object a line (`records.to_json`) |
-| `*.parquet` | our own records with nested fields as JSON strings, or an rlla Parquet file (prompt, reward_model, extra_info) |
-| `*.json` | rlla for supervised runs (instruction, input, output), API-Bank (system, user, answer, other), or our own as a list |
+| lines of JSON | our own records, one object a line (`records.to_json`) |
+| Parquet | our own records with nested fields as JSON strings, or an rlla Parquet file (prompt, reward_model, extra_info) |
+| a JSON list | rlla for supervised runs (instruction, input, output), API-Bank (system, user, answer, other), or our own |
+| a JSON document | objects over several lines, or an object that holds such a list: {"train": [...]} |
 
-The first bytes tell JSONL, a JSON list and Parquet apart, the fields of an item tell its layout; the name does not count.
-Memory does not grow with the file. Every fault is a `RecordError` naming file, line (item, row) and field.
+The first bytes tell these apart, and whether they are compressed (gzip, bzip2, xz) or UTF-16; the fields of an item tell its
+layout; the name does not count. Memory does not grow with the file, nor with a line or list item that is too long. Every fault is
+a `RecordError` naming file, line (item, row) and field.
 """
 
+import bz2
 import codecs
+import contextlib
 import dataclasses
+import functools
+import gzip
 import io
 import itertools
 import json
+import lzma
 import math
 import pathlib
-from collections.abc import Iterator
-from typing import Any
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from typing import IO, Any
 
-import ijson
 from etils import epath
-from ijson.common import ObjectBuilder
 
+from rest_jax.data import fields
 from rest_jax.data.convert import rlla
 from rest_jax.data.fields import MAX_DEPTH, RecordError
 from rest_jax.data.records import StepRecord, from_json, to_json
 from rest_jax.files import Location, as_path, open_bytes, store_errors
 
-CHUNK = 2**16  # bytes read at once of a JSON list, and of an overlong line
+HEAD = 2**16  # bytes by which a file is known
+CHUNK = 2**16  # bytes read at once of a JSON document, and of an overlong line
 MAX_ITEM = 2**26  # bytes of one line or list item
 BATCH = 512  # Parquet rows decoded at once
 ROW_GROUP = 4096  # Parquet rows written, and held in memory, at once
-_DEPTH = {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}
+MAX_SAID = 5  # records set aside of which each has a line of its own
 NESTED = ("tools", "history", "target", "messages", "extra")  # JSON strings in our Parquet files
 
 # Fields by which data is known that holds several records an item, and so is not read as it is.
-_TO_PREPARE = {
-    "openai": {"messages"},
-    "toolace": {"system", "conversations"},
-    "xlam": {"query", "tools", "answers"},
+_TO_PREPARE = (
+    ("openai", {"messages"}),
+    ("openai", {"conversations", "tools"}),
+    ("toolace", {"system", "conversations"}),
+    ("openai", {"conversations"}),
+    ("xlam", {"query", "tools", "answers"}),
+)
+# Under which name an object holds the list of items.
+_LISTS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval"}
+_LISTS |= {"data", "dataset", "records", "rows", "items", "examples", "samples", "instances"}
+_LISTS |= {"dialogues", "dialogs"}
+_COMPRESSED: dict[bytes, Callable[..., IO[bytes]]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+}
+_ENCODINGS = {  # by byte order mark; the longer ones first
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_OTHERS = {
+    b"PK\x03\x04": "a ZIP archive; unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed by Zstandard; unpack it (zstd -d)",
+    b"ARROW1": "an Arrow file; write it as Parquet or JSON lines",
+    b"SQLite format 3": "an SQLite database; write its rows as JSON lines",
+    b"Obj\x01": "an Avro file; write it as Parquet or JSON lines",
+    b"\x89HDF": "an HDF5 file; write it as Parquet or JSON lines",
+    b"\x80\x04": "a pickle, which is not read since it may run code; write it as JSON lines",
+    b"%PDF": "a PDF",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file; fetch it (git lfs pull)",
+    b"<!DOCTYPE": "a web page; fetch the file itself",
+    b"<html": "a web page; fetch the file itself",
+    b"---": "YAML; write it as JSON lines",
 }
 
 
@@ -58,30 +99,62 @@ class Item:
 
 
 def read_records(path: Location, limit: int | None = None) -> list[StepRecord]:
-    """The records of a file in their order, at most `limit`.
+    """The records of a file in their order, of the first `limit` items.
 
-    RecordError for a missing or empty file, an unknown layout or an unreadable record (file, line or row, and field).
+    RecordError for a missing file, an unknown layout, and when no item is a record. Items that cannot be read are set aside.
     """
     with store_errors(path):
-        records = list(iter_records(path, limit))
-    if not records:
-        raise RecordError(f"data {path}: no records")
-    return records
+        return list(iter_records(path, limit))
 
 
-def iter_records(path: Location, limit: int | None = None) -> Iterator[StepRecord]:
-    """`read_records` one by one; of the records gone by it holds only the ids. An empty file gives none."""
+def iter_records(
+    path: Location, limit: int | None = None, say: Callable[[str], None] | None = None
+) -> Iterator[StepRecord]:
+    """`read_records` one by one; of the records gone by it holds only the ids.
+
+    An item that cannot be read is set aside: `say` (by default: stderr) is told where it is and why, of the first ones, and in
+    the end how many.
+    """
+    say = say or functools.partial(print, file=sys.stderr)
     path = as_path(path)
     seen: dict[str, int] = {}
+    aside, first = 0, ""
     for i, item in enumerate(itertools.islice(read_items(path), limit)):
-        if item.fault is not None:
-            raise RecordError(f"{item.where}: {item.fault}")
-        record = _record(item.raw, item.where, i, path)
-        if (first := seen.setdefault(record.id, i)) != i:
+        try:
+            if item.fault is not None:
+                raise RecordError(f"{item.where}: {item.fault}")
+            record = _record(item.raw, item.where, i, path)
+            to_line(record)  # refuses what cannot be written again
+        except LayoutError:
+            raise
+        except (RecordError, RecursionError) as error:
+            reason = fault(error, item.where)
+            aside, first = aside + 1, first or reason
+            if aside <= MAX_SAID:
+                say(f"set aside: {reason}")
+            continue
+        if (before := seen.setdefault(record.id, i)) != i:
             raise RecordError(
-                f"data {path}: records {first} and {i} share the id {record.id!r}; ids must differ"
+                f"data {path}: records {before} and {i} share the id {record.id!r}; ids must differ"
             )
         yield record
+    if not seen:
+        raise RecordError(first if aside == 1 else f"data {path}: no records" + _of(aside, first))
+    if aside:
+        say(f"data {path}: {aside} of {aside + len(seen)} items set aside")
+
+
+def _of(aside: int, first: str) -> str:
+    return f": all {aside} items were set aside, the first: {first}" if aside else ""
+
+
+def fault(error: Exception, where: str) -> str:
+    """What a message says of an item that cannot be read."""
+    return f"{where}: nests too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+class LayoutError(RecordError):
+    """Data of a layout that is not read as it is: true of a file, not of one item."""
 
 
 def _record(raw: Any, where: str, index: int, path: epath.Path) -> StepRecord:
@@ -92,15 +165,15 @@ def _record(raw: Any, where: str, index: int, path: epath.Path) -> StepRecord:
     if keys >= {"system", "user", "answer"}:
         return rlla.convert_api_bank(raw, name, where)[0]
     if not keys & {"target", "history"}:
-        for source, needed in _TO_PREPARE.items():
+        for source, needed in _TO_PREPARE:
             if keys >= needed:
-                raise RecordError(
+                raise LayoutError(
                     f"{where}: looks like {source} data; make records of it first: "
                     f"rest-jax data prepare {source} {path} OUT"
                 )
     if keys & {"target", "history", "tools", "messages"} or not isinstance(raw, dict):
         return from_json(raw, where)
-    raise RecordError(
+    raise LayoutError(
         f"{where}: unknown layout with fields {', '.join(map(str, list(keys)[:6])) or 'none'}; known: our own (id, target, ...), "
         "rlla (instruction, input, output or prompt, reward_model), API-Bank (system, user, answer)"
     )
@@ -111,8 +184,8 @@ def _record(raw: Any, where: str, index: int, path: epath.Path) -> StepRecord:
 
 def read_items(path: Location) -> Iterator[Item]:
     """The items of a file: lines, list items or rows, in order. An item that cannot be read carries a fault and reading
-    continues; RecordError where the rest cannot be told apart (a broken list, a damaged Parquet file), and at once for a path
-    that is no file.
+    continues; RecordError where the rest cannot be told apart (a list that breaks off, a damaged Parquet file), and at once for a
+    path that is no file, or a file that is something else.
     """
     path = as_path(path)
     with store_errors(path):
@@ -120,83 +193,253 @@ def read_items(path: Location) -> Iterator[Item]:
             what = "is a folder, a file is needed" if path.is_dir() else "no such file"
             raise RecordError(f"data {path}: {what}")
         with open_bytes(path) as file:
-            start = file.read(4096)
+            start = file.read(64)
     if start.startswith(b"PAR1"):
         return _parquet_rows(path)
     if path.suffix == ".parquet":
         raise RecordError(f"data {path}: not a Parquet file (its first bytes are not)")
-    if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-        return _list_items(path)
-    return _lines(path)
+    with _decoded(path) as (file, _):
+        start = file.read(HEAD)
+    _check_text(start, path)
+    return _items(path, *_layout(start))
 
 
-def _lines(path: epath.Path) -> Iterator[Item]:
-    with open_bytes(path) as file:
-        number, position = 0, 0
-        while line := file.readline(MAX_ITEM + 1):
-            number, position = number + 1, position + len(line)
-            where = f"data {path}: line {number}"
-            if len(line) > MAX_ITEM:
-                start = line[:1000].decode("utf-8", "backslashreplace")
-                while line and not line.endswith(b"\n"):
-                    position += len(line := file.readline(CHUNK))
-                yield Item(where, start, f"longer than {MAX_ITEM:,} bytes", position)
-            elif line := (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip():
-                yield _line_item(where, line, position)
+def _check_text(start: bytes, path: epath.Path) -> None:
+    """RecordError, which says what it is, for a file that is not text."""
+    if start.startswith(b"PAR1"):
+        raise RecordError(f"data {path}: a compressed Parquet file; unpack it")
+    for magic, what in _OTHERS.items():
+        if start.startswith(magic):
+            raise RecordError(f"data {path}: {what}")
+    if b"\0" in start[:512]:
+        raise RecordError(
+            f"data {path}: not UTF-8 text; JSON lines, a JSON list or Parquet are needed"
+        )
 
 
-def _line_item(where: str, text: bytes, position: int) -> Item:
+@contextlib.contextmanager
+def _decoded(path: epath.Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
+    """(the file's text as UTF-8 without byte order mark, how many bytes of the file are read). RecordError for a damaged file."""
+    with contextlib.ExitStack() as stack:
+        raw: IO[bytes] = stack.enter_context(open_bytes(path))
+        file, start = raw, raw.read(8)
+        raw.seek(0)
+        try:
+            for magic, unpack in _COMPRESSED.items():
+                if start.startswith(magic):
+                    file = stack.enter_context(unpack(raw, "rb"))
+                    start = file.read(8)
+                    file.seek(0)
+            encoding = next((e for bom, e in _ENCODINGS.items() if start.startswith(bom)), None)
+            if encoding is not None:
+                file = io.BufferedReader(_Recoded(file, encoding), CHUNK)
+            elif start.startswith(codecs.BOM_UTF8):
+                file.read(len(codecs.BOM_UTF8))
+            yield file, raw.tell
+        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+            if getattr(error, "errno", None) is not None:  # not the content's fault
+                raise
+            raise RecordError(f"data {path}: damaged: {error}") from error
+        except UnicodeDecodeError as error:
+            raise RecordError(f"data {path}: not {error.encoding}: {error.reason}") from error
+
+
+class _Recoded(io.RawIOBase):
+    """A file of another encoding as UTF-8. Half a character stays what UTF-8 cannot hold, so that its item is at fault."""
+
+    def __init__(self, file: IO[bytes], encoding: str):
+        self._file, self._left = file, b""
+        self._decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            read = self._file.read(CHUNK)
+            self._left = self._decoder.decode(read, not read).encode("utf-8", "surrogatepass")
+            if not read:
+                break
+        count = min(len(buffer), len(self._left))
+        buffer[:count], self._left = self._left[:count], self._left[count:]
+        return count
+
+
+_list_start = re.compile(rb"\s*\[").match
+_scalar = rb'(?:"[^"\\]*+"|[-+.\w]++)'
+_held_list = re.compile(
+    rb'\s*+\{\s*+(?:"[^"\\]*+"\s*+:\s*+' + _scalar + rb'\s*+,\s*+)*+"(\w++)"\s*+:\s*+\['
+).match
+_held_end = re.compile(rb'\s*+(?:,\s*+"[^"\\]*+"\s*+:\s*+' + _scalar + rb"\s*+)*+\}\s*+").fullmatch
+
+
+def _layout(start: bytes) -> tuple[int, int]:
+    """(bytes before the first item, depth at which items stand) of a document; (0, -1) of lines.
+
+    Items are the values of a list (1), those of a list that an object holds (2), or objects over several lines (0).
+    """
+    if (found := _list_start(start)) is not None:
+        return found.end(), 1
+    found = _held_list(start)
+    if found is not None and found[1].decode().lower() in _LISTS:
+        return found.end(), 2
+    first, ended, _ = start.lstrip().partition(b"\n")
+    if ended and first.startswith(b"{") and _is_open(first):
+        return 0, 0
+    return 0, -1
+
+
+def _is_open(line: bytes) -> bool:
+    """Whether a line of JSON ends within its object, so that the object goes on in the next line."""
+    scanner = Scanner(0)
+    ended = list(scanner.feed(line))
+    goes_on = line.rstrip()[-1:] in (b"{", b"[", b",", b":")
+    return not ended and scanner.depth > 0 and not scanner.quoted and goes_on
+
+
+def _items(path: epath.Path, skipped: int, depth: int) -> Iterator[Item]:
+    with _decoded(path) as (file, position):
+        if depth < 0:
+            yield from _lines(path, file, position)
+        else:
+            file.read(skipped)
+            yield from _document(path, file, position, depth)
+
+
+def _lines(path: epath.Path, file: IO[bytes], position: Callable[[], int]) -> Iterator[Item]:
+    number = 0
+    while line := file.readline(MAX_ITEM + 1):
+        number += 1
+        where = f"data {path}: line {number}"
+        if len(line) > MAX_ITEM:
+            start = line[:1000].decode("utf-8", "backslashreplace")
+            while line and not line.endswith(b"\n"):
+                line = file.readline(CHUNK)
+            yield Item(where, start, f"longer than {MAX_ITEM:,} bytes", position())
+        elif line := line.strip():
+            yield _item(where, line, position())
+
+
+def _item(where: str, text: bytes, position: int) -> Item:
     try:
-        return Item(where, json.loads(text.decode("utf-8")), None, position)
+        return Item(where, fields.ITEM_DECODER.decode(text.decode("utf-8")), None, position)
     except UnicodeDecodeError as error:
         fault = f"byte {error.start} is not UTF-8"
     except (ValueError, RecursionError) as error:
-        fault = f"not JSON: {error}"
+        fault = f"not JSON: {error}: {fields.shown(_said(text))}"
     return Item(where, text.decode("utf-8", "backslashreplace"), fault, position)
 
 
-def _list_items(path: epath.Path) -> Iterator[Item]:
-    """The items of a JSON list. Nothing is built of an item that nests deeper than 64."""
-    number, depth, fault, item_start = 0, 0, None, 0
-    builder = ObjectBuilder()
-    for events, error, position in _list_events(path):
-        for event, value in events:
-            depth += _DEPTH.get(event, 0)
-            if depth == 0 or (depth == 1 and event == "start_array"):
-                continue  # the brackets of the list itself
-            if depth > MAX_DEPTH:
-                fault = f"nests deeper than {MAX_DEPTH}"
+def _document(
+    path: epath.Path, file: IO[bytes], position: Callable[[], int], depth: int
+) -> Iterator[Item]:
+    """The items of a list, or the objects that follow each other (depth 0)."""
+    scanner, number = Scanner(min(depth, 1)), 0
+    while not scanner.ended and (chunk := file.read(CHUNK)):
+        for text, fault in scanner.feed(chunk):
+            where = f"data {path}: item {number}"
+            number += 1
             if fault is None:
-                builder.event(event, value)
-            if depth == 1:
-                raw = None if fault else builder.value
-                yield Item(f"data {path}: item {number}", raw, fault, position)
-                number, fault, item_start, builder = number + 1, None, position, ObjectBuilder()
-        if position - item_start > MAX_ITEM:
-            error = f"longer than {MAX_ITEM:,} bytes"
-        if error is not None:
-            raise RecordError(f"data {path}: item {number}: {error}")
+                yield _item(where, text, position())
+            else:
+                said = text[:1000].decode("utf-8", "backslashreplace")
+                yield Item(where, said, fault, position())
+    rest = scanner.rest + file.read(HEAD)
+    held = depth == 2 and not rest.strip()  # without the bracket that closes the object
+    if (not scanner.ended and (depth or scanner.begun)) or held:
+        raise RecordError(f"data {path}: item {number}: not JSON: the file breaks off")
+    if depth == 2 and _held_end(rest) is None:
+        raise RecordError(
+            f"data {path}: the object has more than one list: {fields.shown(_said(rest))}; "
+            "make a file of each"
+        )
+    if depth < 2 and (rest.strip() or scanner.depth < 0):
+        raise RecordError(f"data {path}: text behind the end: {fields.shown(_said(rest))}")
 
 
-def _list_events(path: epath.Path) -> Iterator[tuple[list[Any], str | None, int]]:
-    """(the parser's events, what is wrong behind them, bytes read by then) for each piece of a JSON file."""
-    events = ijson.sendable_list()
-    parser = ijson.basic_parse_coro(events, use_float=True)
-    with open_bytes(path) as file:
-        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
-            file.seek(0)
-        ended = False
-        while not ended:
-            chunk, error = file.read(CHUNK), None
-            ended = not chunk
-            try:
-                parser.close() if ended else parser.send(chunk)
-            except ijson.JSONError as caught:
-                # yajl shows the text on further lines, and says what is not UTF-8 as the text of bytes
-                reason = str(caught).removeprefix("b'").replace("\\n", "\n").partition("\n")[0]
-                error = f"not JSON: {reason:.100}"
-            yield events, error, file.tell()
-            events.clear()
+def _said(text: bytes) -> str:
+    return text.strip()[:60].decode("utf-8", "backslashreplace")
+
+
+_inside = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL).match
+_string = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+# What stands between brackets, with the strings that end in it; at the level of the items a comma is a border too.
+_outside = re.compile(rb'[^"{}\[\]]*+(?:' + _string + rb'[^"{}\[\]]*+)*+', re.DOTALL).match
+_between = re.compile(rb'[^"{}\[\],]*+(?:' + _string + rb'[^"{}\[\],]*+)*+', re.DOTALL).match
+_QUOTE, _COMMA, _OPENING, _CLOSING = b'"'[0], b","[0], b"{[", b"}]"
+
+
+class Scanner:
+    """Finds the items of a JSON document, fed to it in pieces: those between the commas of a list (`level` 1; fed from behind its
+    opening bracket), or objects that follow each other (0). It looks at brackets, strings and commas only, and keeps no more
+    than the item begun, of one that is too long or too deep its beginning.
+    """
+
+    def __init__(self, level: int):
+        self.level = self.depth = level
+        self.ended = False  # the list is
+        self.rest = b""  # behind the list
+        self.quoted = False
+        self._carry = b""  # a backslash whose letter is in the next piece
+        self._parts: list[bytes] = []  # of the item begun
+        self._size, self._fault, self._commas = 0, None, 0
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is something of an item that has not ended."""
+        return bool(self._carry or b"".join(self._parts).strip())
+
+    def feed(self, piece: bytes) -> Iterator[tuple[bytes, str | None]]:
+        """(text, fault) of every item that ends in the piece."""
+        data, at, begun = self._carry + piece, 0, 0
+        self._carry = b""
+        while at < len(data):
+            outside = _outside if self.depth > self.level else _between
+            at = (_inside if self.quoted else outside)(data, at).end()  # pyright: ignore
+            if at == len(data):
+                break
+            mark = data[at]
+            if self.quoted and mark != _QUOTE:
+                self._carry, data = data[at:], data[:at]
+                break
+            at += 1
+            if mark == _QUOTE:
+                self.quoted = not self.quoted
+            elif mark in _OPENING:
+                self.depth += 1
+                if self.depth - self.level > MAX_DEPTH:
+                    self._fault = f"nests deeper than {MAX_DEPTH}"
+            elif mark in _CLOSING:
+                self.depth -= 1
+                if self.depth < self.level:
+                    self.ended, self.rest = True, data[at:]
+                    text, fault = self._take(data[begun : at - 1])
+                    if self._commas or text.strip():
+                        yield text, fault
+                    return
+                if self.depth == self.level == 0:
+                    yield self._take(data[begun:at])
+                    begun = at
+            elif self.depth == self.level == 1:
+                self._commas += 1
+                yield self._take(data[begun : at - 1])
+                begun = at
+        self._keep(data[begun:])
+
+    def _take(self, part: bytes) -> tuple[bytes, str | None]:
+        """(text, fault) of the item that this part ends."""
+        self._keep(part)
+        taken = b"".join(self._parts), self._fault
+        self._parts, self._size, self._fault = [], 0, None
+        return taken
+
+    def _keep(self, part: bytes) -> None:
+        self._size += len(part)
+        if self._size > MAX_ITEM:
+            self._fault = f"longer than {MAX_ITEM:,} bytes"
+        self._parts.append(part)
+        if self._fault is not None:
+            self._parts = [b"".join(self._parts)[:1000]]
 
 
 def _parquet_rows(path: epath.Path) -> Iterator[Item]:
@@ -244,7 +487,7 @@ def _own_row(where: str, raw: dict[str, Any], position: int) -> Item:
         for field in NESTED:
             if isinstance(text := raw.get(field), str):
                 try:
-                    raw[field] = json.loads(text)
+                    raw[field] = fields.ITEM_DECODER.decode(text)
                 except (ValueError, RecursionError) as error:
                     return Item(where, text, f"{field}: not JSON: {error}", position)
     return Item(where, raw, None, position)
@@ -325,9 +568,6 @@ WRITERS = {".jsonl": JsonlWriter, ".parquet": ParquetWriter}
 def _json(value: Any, record: StepRecord) -> bytes:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except UnicodeEncodeError as error:
-        raise RecordError(
-            f"record {record.id!r}: half a character ({error.object[error.start]!a}), which no UTF-8 text can hold"
-        ) from error
     except (ValueError, TypeError, RecursionError) as error:
+        fields.check_storable(to_json(record), f"record {fields.shown(record.id)}")
         raise RecordError(f"record {record.id!r}: not a JSON value: {error}") from error

@@ -1,9 +1,15 @@
 """Files of records: pieces read as json and pyarrow read all at once, layouts told apart, writing, and the faults a file has."""
 
+import bz2
+import codecs
 import dataclasses
 import datetime
 import decimal
+import gzip
 import json
+import lzma
+import re
+import tracemalloc
 
 import pyarrow
 import pyarrow.parquet
@@ -66,27 +72,50 @@ def test_lines_are_what_json_reads(tmp_path_factory, items):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[{"a": 1}', "item 1: not JSON: parse error: premature EOF"),
-        ('[{"a": 1} {"b": 2}]', "item 1: not JSON: parse error: after array element"),
-        ('[{"a": 1},]', "item 1: not JSON: parse error: unallowed token"),
-        ('[{"a": 1}, {"b": }]', "item 1: not JSON: parse error: unallowed token"),
-        ('[{"a": 1}]]', "item 1: not JSON: parse error: trailing garbage"),
-        ("[1, NaN]", "item 1: not JSON: lexical error: invalid char in json text"),
-        ("[1e999]", "item 0: not JSON: parse error: numeric .*overflow"),
-        (f"[0, {2**64}]", "item 1: not JSON: parse error: integer overflow"),
+        ('[{"a": 1}', "item 0: not JSON: the file breaks off"),
+        ('[{"a": 1}, {"b": "x, ]', "item 1: not JSON: the file breaks off"),
+        ('[{"a": 1}]]', r"text behind the end: '\]'"),
+        ('[{"a": 1}]\n[{"b": 1}]', "text behind the end"),
         ("[[[[", "item 0: not JSON"),
         ("[" * 100_000, "item 0: not JSON"),
-        ("[,", "item 0: not JSON"),
+        ('{"train": [1], "test": [2]}', "the object has more than one list: ', .test.: "),
+        ('{"train": [1]', "item 1: not JSON: the file breaks off"),
+        ('{\n"a": 1}\n{"b":\n', "item 1: not JSON: the file breaks off"),
+        ('{\n"a": 1}}', "text behind"),
     ],
 )
 @pytest.mark.parametrize("chunk", [1, 2**20])
-def test_a_broken_list_is_refused(tmp_path, monkeypatch, text, message, chunk):
+def test_a_broken_document_is_refused(tmp_path, monkeypatch, text, message, chunk):
     monkeypatch.setattr(files, "CHUNK", chunk)
     path = tmp_path / "x.json"
     path.write_text(text)
     with pytest.raises(RecordError, match=message) as caught:
         list(files.read_items(path))
-    assert str(caught.value).startswith(f"data {path}: ")
+    assert str(caught.value).startswith(f"data {path}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ('{"a": 1} {"b": 2}', "not JSON: Extra data"),
+        ("", "not JSON: Expecting value"),
+        ('{"b": }', "not JSON: Expecting value"),
+        ('{"b": [1}}', "not JSON"),
+        ('{"b": 1, "c": 2, "b": 3}', "an object has the same key twice: 'b'"),
+        ("9" * 5000, "not JSON: Exceeds the limit"),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 3, 2**20])
+def test_a_broken_list_item_carries_a_fault_and_reading_goes_on(
+    tmp_path, monkeypatch, broken, message, chunk
+):
+    monkeypatch.setattr(files, "CHUNK", chunk)
+    path = tmp_path / "x.json"
+    path.write_text(f'[{{"n": 0}}, {broken}, {{"n": "]\\\\\\"["}}]')
+    items = read(path)
+    assert [item.fault is None for item in items] == [True, False, True]
+    assert message in items[1].fault and items[1].where == f"data {path}: item 1"
+    assert items[2].raw == {"n": ']\\"['}
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 2**20])
@@ -94,10 +123,74 @@ def test_a_list_that_is_not_utf8_names_the_item(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(files, "CHUNK", chunk)
     path = tmp_path / "x.json"
     path.write_bytes('["ä", "'.encode() + b'\xff"]')
-    message = "item 1: not JSON: lexical error: invalid bytes in UTF8 string"
+    first, second = read(path)
+    assert first.raw == "ä" and second.fault == "byte 2 is not UTF-8"
+
+
+ITEMS = [{"a": 'x"]},\\'}, {"ü": ["😀", {"b": [1]}]}, {"n": None}]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 2**16])
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps({"train": ITEMS}),
+        json.dumps({"version": "1.0", "count": 3, "Data": ITEMS, "ok": True}, indent=2),
+        "\n".join(json.dumps(item, indent=2, ensure_ascii=False) for item in ITEMS),
+        json.dumps(ITEMS, indent=1),
+    ],
+)
+def test_documents_are_read_as_lines_are(tmp_path, monkeypatch, text, chunk):
+    monkeypatch.setattr(files, "CHUNK", chunk)
+    path = tmp_path / "x.jsonl"
+    path.write_text(text, encoding="utf-8")
+    assert values(path) == ITEMS
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("lines", [True, False])
+def test_compressed_files_and_other_encodings(tmp_path, compress, encoding, lines):
+    texts = [json.dumps(item, ensure_ascii=False) for item in ITEMS]
+    text = "\n".join(texts) if lines else f"[{','.join(texts)}]"
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(compress(text.encode(encoding)))
+    assert values(path) == ITEMS
+
+
+def test_utf16_with_half_a_character_has_one_bad_line(tmp_path):
+    path = tmp_path / "x.jsonl"
+    text = '{"a": 1}\n{"b": "\ud83d"}\n{"c": 3}'
+    path.write_bytes(codecs.BOM_UTF16_LE + text.encode("utf-16-le", "surrogatepass"))
+    assert [item.fault for item in read(path)] == [None, "byte 7 is not UTF-8", None]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\x03\x04....", "a ZIP archive; unpack it"),
+        (b"\x28\xb5\x2f\xfd....", "compressed by Zstandard"),
+        (b"ARROW1\0\0", "an Arrow file"),
+        (b"SQLite format 3\0", "an SQLite database"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
+        (b"<!DOCTYPE html>\n<html>", "a web page"),
+        (b"---\n- a: 1\n", "YAML"),
+        (b"\x80\x04\x95", "a pickle"),
+        ('{"a": 1}'.encode("utf-16-le"), "not UTF-8 text"),
+        (gzip.compress(b"PAR1...."), "a compressed Parquet file"),
+        (gzip.compress(b'{"a": 1}\n' * 9000)[:-40], "damaged: "),
+        (gzip.compress(b'{"a": 1}\n')[:-8] + bytes(8), "damaged: "),
+        (lzma.compress(b'{"a": 1}\n' * 9000)[:-40], "damaged: "),
+        (bz2.compress(b'{"a": 1}\n' * 9000)[:20], "damaged: "),
+        (codecs.BOM_UTF16_LE + b"{", "not utf-16"),
+    ],
+)
+def test_a_file_of_another_kind_is_told_in_one_line(tmp_path, content, message):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(content)
     with pytest.raises(RecordError, match=message) as caught:
         list(files.read_items(path))
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"data {path}: ") and "\n" not in str(caught.value)
 
 
 def test_a_byte_order_mark_is_passed_over(tmp_path):
@@ -127,9 +220,25 @@ def test_lines_and_items_have_a_longest_size(tmp_path, monkeypatch):
     lines.write_text(json.dumps({"a": "x" * 300}) + '\n{"b": 1}\n')
     long, after = read(lines)
     assert long.fault == "longer than 100 bytes" and after.raw == {"b": 1}
-    listed.write_text(json.dumps([{"a": "x" * 300}]))
-    with pytest.raises(RecordError, match="item 0"):
-        list(files.read_items(listed))
+    listed.write_text(json.dumps([{"a": "\\" * 300}, {"b": 1}]))
+    long, after = read(listed)
+    assert long.fault == "longer than 100 bytes" and after.raw == {"b": 1}
+
+
+def test_a_long_line_is_never_held(tmp_path, monkeypatch):
+    """Neither a line, nor a list item, nor one in a compressed file takes more memory than the longest that is read."""
+    monkeypatch.setattr(files, "MAX_ITEM", 2**16)
+    text = '{"a": "' + "x" * 2**23 + '"}'
+    for name, content in (("lines", f'{text}\n{{"b": 1}}\n'), ("list", f'[{text}, {{"b": 1}}]')):
+        for compress in (bytes, gzip.compress):
+            path = tmp_path / name
+            path.write_bytes(compress(content.encode()))
+            tracemalloc.start()
+            long, after = read(path)
+            most = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert long.fault == "longer than 65,536 bytes" and after.raw == {"b": 1}
+            assert len(long.raw) <= 1000 and most < 2**21
 
 
 def test_parquet_rows(tmp_path):
@@ -164,12 +273,12 @@ def test_parquet_rows_become_plain_json(tmp_path):
 def test_an_item_that_nests_too_deeply_is_passed_over(tmp_path, monkeypatch):
     deep = '{"a]": "}\\"", "b": ' + "[" * 100_000 + "]" * 100_000 + "}"
     path = tmp_path / "x.json"
-    path.write_text(f'[{{"n": 0}}, {deep}, {{"n": 2}}, {deep}]')
+    path.write_text(f'[{{"n": 0}},{deep}, {{"n": 2}},{deep}]')
     for chunk in (7919, files.CHUNK):
         monkeypatch.setattr(files, "CHUNK", chunk)
         items = read(path)
         assert [item.fault is None for item in items] == [True, False, True, False]
-        assert items[2].raw == {"n": 2} and items[1].raw is None
+        assert items[2].raw == {"n": 2} and items[1].raw == deep[:1000]
         assert items[1].fault == "nests deeper than 64" and items[1].where == f"data {path}: item 1"
 
 
@@ -283,7 +392,11 @@ def _line(**fields):
     ("name", "content", "message"),
     [
         ("r.jsonl", "", "no records"),
-        ("r.jsonl", f"{_line()}\n{{broken\n", "line 2: not JSON"),
+        (
+            "r.jsonl",
+            "a,b\n{broken\n",
+            "no records: all 2 items were set aside, the first: .*line 1: not JSON.*'a,b'",
+        ),
         ("r.jsonl", f"\n{_line(id=3)}\n", "line 2: record 3: id: text is needed, found int"),
         ("r.jsonl", "[" * 100_000, "not JSON"),
         ("r.jsonl", f"{_line()}\n{_line()}\n", "records 0 and 1 share the id 'a'"),
@@ -371,14 +484,47 @@ def test_more_than_one_row_group(tmp_path, monkeypatch, ending):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (float("inf"), "record 'a': not a JSON value"),
-        ("\ud83d", r"record 'a': half a character \('\\ud83d'\)"),
-        (b"x", "record 'a': not a JSON value"),
+        (float("inf"), "x: inf is not a JSON number"),
+        ([{"y": float("nan")}], r"x\[0\]: y: nan is not a JSON number"),
+        ("\ud83d", r"x: half a character \('\\ud83d'\)"),
+        ({"\udc00": 1}, r"x: half a character \('\\udc00'\)"),
+        (b"x", "x: not a JSON value: bytes b'x'"),
     ],
 )
 def test_what_json_cannot_say_is_refused(tmp_path, ending, value, message):
+    message = rf"record 'a': target: calls\[0\]: arguments: {message}"
     with pytest.raises(RecordError, match=message):
         write_records(tmp_path / f"r{ending}", [record(), record(x=value)])
+
+
+GOLD = '{{"id": "{}", "target": {{"calls": [{{"name": "f", "arguments": {{"x": {}}}}}]}}}}'
+UNSTORABLE = {
+    "NaN": r"x: nan is not a JSON number",
+    "[1e999]": r"x\[0\]: inf is not a JSON number",
+    '{"y": -Infinity}': "x: y: -inf is not a JSON number",
+    '"\\ud83d"': "x: half a character",
+    '"\\udc00 b"': "x: half a character",
+    '1, "x": 2': "an object has the same key twice: 'x'",
+}
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_what_cannot_be_stored_is_set_aside_by_name_when_it_is_read(tmp_path, capsys, listed):
+    texts = [
+        GOLD.format(i, value) for i, value in enumerate(["1", *UNSTORABLE, '"\\ud83d\\ude00"'])
+    ]
+    path = tmp_path / "x.json"
+    path.write_text(f"[{','.join(texts)}]" if listed else "\n".join(texts))
+    first, last = read_records(path)
+    assert (first.id, last.id) == ("0", str(len(texts) - 1))
+    assert last.target.calls[0].arguments == {"x": "😀"}
+    *told, summary = capsys.readouterr().err.splitlines()
+    assert summary == f"data {path}: {len(UNSTORABLE)} of {len(texts)} items set aside"
+    for i, (line, message) in enumerate(zip(told, UNSTORABLE.values(), strict=False)):
+        place = f"item {i + 1}" if listed else f"line {i + 2}"
+        assert line.startswith(f"set aside: data {path}: {place}: ") or "record" in line
+        assert re.search(message, line)
+    assert len(told) == files.MAX_SAID
 
 
 def test_paths_that_cannot_be_written(tmp_path):

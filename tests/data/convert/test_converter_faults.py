@@ -97,7 +97,13 @@ FAULTS = [
     ("xlam", 0, ("answers",), "[]", "answers: empty"),
     ("xlam", 0, ("answers",), "f(1)", "answers: not JSON"),
     ("xlam", 0, ("answers",), '[{"name": "f", "argument": {}}]', "unknown field 'argument'"),
-    ("xlam", 0, ("answers",), '[{"name": " "}]', r"answers\[0\]: name: a name is needed, found ' '"),
+    (
+        "xlam",
+        0,
+        ("answers",),
+        '[{"name": " "}]',
+        r"answers\[0\]: name: a name is needed, found ' '",
+    ),
     (
         "xlam",
         0,

@@ -83,7 +83,9 @@ def test_every_real_item_becomes_a_record(data_dir, source, name, count):
         assert record.tools and record.history and (record.target.calls or record.target.response)
         raw = item.raw
         # rendering escapes no letter: prompts that do are kept as text
-        escaped = "\\u" in json.dumps(raw.get("prompt") or raw.get("instruction"), ensure_ascii=False)
+        escaped = "\\u" in json.dumps(
+            raw.get("prompt") or raw.get("instruction"), ensure_ascii=False
+        )
         assert (record.messages is not None) == (source == "api_bank" or escaped)
         said = raw.get("prompt") or [
             {"role": "system", "content": raw.get("instruction", raw.get("system"))},
