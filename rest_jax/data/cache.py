@@ -27,14 +27,14 @@ import numpy as np
 from etils import epath
 
 from rest_jax.config import Config
-from rest_jax.data.fields import RecordError
-from rest_jax.data.files import iter_records, read_items
+from rest_jax.data.files import SetAside, iter_records, read_items
 from rest_jax.data.ragged import FileArray, Ragged, StoredRecords, lengths_of, to_bytes
 from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import (
     Encoder,
     Prepared,
     check_demonstrations,
+    encode,
     fitting,
     is_world,
     load_split,
@@ -200,6 +200,7 @@ def _write_part(
     """(records of all processes, file -> bytes of this one). RecordError as for `read_records`."""
     kinds = _part(process, processes)
     numbers, text_bytes, lengths, total = [], [], [], 0
+    refused = SetAside(print)
     with contextlib.ExitStack() as stack:
         partial = {kind: stack.enter_context(atomic_write(folder / kinds[kind])) for kind in kinds}
         tokens, text, index = (stack.enter_context(path.open("wb")) for path in partial.values())
@@ -209,15 +210,16 @@ def _write_part(
                 continue
             if source.encoder.supervised:
                 check_demonstrations(records)
-            columns = source.encoder(records)
+            records, columns = encode(records, source.encoder, refused)
             lines = [to_bytes(record) + b"\n" for record in records]
             tokens.writelines(ids for rows in zip(*columns, strict=True) for ids in rows)
             text.writelines(lines)
-            numbers.append(np.arange(first, total))
+            numbers.append(first + np.arange(len(records)))
             text_bytes.append(np.fromiter(map(len, lines), np.int64, len(lines)))
             lengths.append(np.stack([lengths_of(column) for column in columns], axis=1))
-        if not total:
-            raise RecordError(f"data {source.spec}: no records")
+        kept = sum(map(len, numbers))
+        if refused.count and (kept or processes == 1):  # else the others would wait for this one
+            refused.check_left(f"data {source.spec}", kept)
         np.savez(index, number=_joined(numbers), bytes=_joined(text_bytes), tokens=_joined(lengths))
         files = {"tokens": tokens, "records": text, "index": index}
         return total, {kinds[kind]: file.tell() for kind, file in files.items()}
@@ -248,7 +250,7 @@ def _shown(source: Source) -> Iterator[StepRecord]:
     """The records; says on stdout how many have been read, when it takes long."""
     shown = time.monotonic()
     with store_errors(source.spec):
-        for number, record in enumerate(iter_records(source.spec, source.limit)):
+        for number, record in enumerate(iter_records(source.spec, source.limit, SetAside(say))):
             if (now := time.monotonic()) - shown >= _SECONDS:
                 shown = now
                 say(f"data {source.spec}: {number:,} records tokenised")

@@ -58,7 +58,7 @@ _TO_PREPARE = (
 _LISTS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval"}
 _LISTS |= {"data", "dataset", "records", "rows", "items", "examples", "samples", "instances"}
 _LISTS |= {"dialogues", "dialogs"}
-_COMPRESSED: dict[bytes, Callable[..., IO[bytes]]] = {
+_COMPRESSED: dict[bytes, Callable[..., Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\x00": lzma.open,
@@ -95,6 +95,35 @@ class Item:
     position: int  # bytes of the file read by then, for progress
 
 
+class SetAside:
+    """Counts what cannot be used; `say` (by default: stderr) is told why, of the first ones, and in the end how many."""
+
+    def __init__(self, say: Callable[[str], None] | None = None):
+        self._say = say or functools.partial(print, file=sys.stderr)
+        self.reasons: list[str] = []  # of the first ones
+        self.count = 0
+
+    def add(self, reason: str) -> None:
+        """One more."""
+        self.count += 1
+        if len(self.reasons) < MAX_SAID:
+            self.reasons.append(reason)
+            self._say(f"set aside: {reason}")
+
+    def check_left(self, name: str, left: int) -> None:
+        """Says how many were set aside of all; RecordError, with the reason of the first, where none is left."""
+        if not left:
+            if not self.count:
+                raise RecordError(f"{name}: no records")
+            if self.count == 1:
+                raise RecordError(self.reasons[0])
+            raise RecordError(
+                f"{name}: no records: all {self.count} were set aside, the first: {self.reasons[0]}"
+            )
+        if self.count:
+            self._say(f"{name}: {self.count} of {self.count + left} set aside")
+
+
 # --- reading records --------------------------------------------------------------------------------------------------
 
 
@@ -108,17 +137,12 @@ def read_records(path: Location, limit: int | None = None) -> list[StepRecord]:
 
 
 def iter_records(
-    path: Location, limit: int | None = None, say: Callable[[str], None] | None = None
+    path: Location, limit: int | None = None, aside: SetAside | None = None
 ) -> Iterator[StepRecord]:
-    """`read_records` one by one; of the records gone by it holds only the ids.
-
-    An item that cannot be read is set aside: `say` (by default: stderr) is told where it is and why, of the first ones, and in
-    the end how many.
-    """
-    say = say or functools.partial(print, file=sys.stderr)
+    """`read_records` one by one; of the records gone by it holds only the ids. What cannot be read is said to `aside`."""
     path = as_path(path)
     seen: dict[str, int] = {}
-    aside, first = 0, ""
+    aside = aside or SetAside()
     for i, item in enumerate(itertools.islice(read_items(path), limit)):
         try:
             if item.fault is not None:
@@ -128,29 +152,15 @@ def iter_records(
         except LayoutError:
             raise
         except (RecordError, RecursionError) as error:
-            reason = fault(error, item.where)
-            aside, first = aside + 1, first or reason
-            if aside <= MAX_SAID:
-                say(f"set aside: {reason}")
+            deep = isinstance(error, RecursionError)
+            aside.add(f"{item.where}: nests too deeply" if deep else str(error))
             continue
         if (before := seen.setdefault(record.id, i)) != i:
             raise RecordError(
                 f"data {path}: records {before} and {i} share the id {record.id!r}; ids must differ"
             )
         yield record
-    if not seen:
-        raise RecordError(first if aside == 1 else f"data {path}: no records" + _of(aside, first))
-    if aside:
-        say(f"data {path}: {aside} of {aside + len(seen)} items set aside")
-
-
-def _of(aside: int, first: str) -> str:
-    return f": all {aside} items were set aside, the first: {first}" if aside else ""
-
-
-def fault(error: Exception, where: str) -> str:
-    """What a message says of an item that cannot be read."""
-    return f"{where}: nests too deeply" if isinstance(error, RecursionError) else str(error)
+    aside.check_left(f"data {path}", len(seen))
 
 
 class LayoutError(RecordError):

@@ -12,6 +12,7 @@ from typing import Any
 from rest_jax.data import fields
 from rest_jax.data.fields import RecordError, mapping, text
 from rest_jax.templates import TEMPLATES, Template
+from rest_jax.templates.rendering import leading_system, signature
 from rest_jax.tool_calls import Call, Target
 
 VERSION = 1  # of the JSON form; a record without one is of version 1
@@ -40,11 +41,27 @@ class StepRecord:
 
         Rendered prompts are of the toolrl template; the other templates, and the brief form, go by the history if there is one.
         """
-        if self.messages is not None and (
-            not self.history or (template.name == "toolrl" and not brief)
-        ):
-            return [dict(m) for m in self.messages]
+        if self._is_verbatim(template, brief):
+            return [dict(m) for m in self.messages or ()]
         return template.render_prompt(list(self.tools), list(self.history), brief=brief)
+
+    def native_prompt(
+        self, template: Template
+    ) -> tuple[list[dict[str, str]], list[dict[str, Any]]] | None:
+        """(chat messages, tools) for a chat template that lists the tools itself. None where there are none to list, and where
+        the user does not begin: Llama's writes the tools into the first message, whoever says it.
+        """
+        _, turns = leading_system(self.history)
+        begins = bool(turns) and turns[0]["role"] == "user"
+        if self._is_verbatim(template) or not self.tools or not begins:
+            return None
+        messages = template.render_prompt([], list(self.history))
+        return messages, [signature(tool) for tool in self.tools]
+
+    def _is_verbatim(self, template: Template, brief: bool = False) -> bool:
+        return self.messages is not None and (
+            not self.history or (template.name == "toolrl" and not brief)
+        )
 
 
 def decompose(

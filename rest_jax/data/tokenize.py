@@ -6,6 +6,7 @@ and counted, never cut: a cut prompt loses its tool list.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jinja2
@@ -13,7 +14,7 @@ import numpy as np
 
 from rest_jax.config import DataConfig
 from rest_jax.data.convert import rlla
-from rest_jax.data.files import read_records
+from rest_jax.data.files import SetAside, read_records
 from rest_jax.data.ragged import Ragged, take_records
 from rest_jax.data.records import RecordError, StepRecord
 from rest_jax.data.synthetic import world as synthetic
@@ -69,8 +70,15 @@ class Encoder:
         end = np.int32(self.tokenizer.end_id)
         return prompts, [np.append(ids, end) for ids in self.tokenizer.encode_all(answers)]
 
+    @functools.cached_property
+    def _lists_tools(self) -> bool:
+        """Whether the tokenizer's chat template lists tools as the template does."""
+        return self.tokenizer.lists_tools(self.template.request)
+
     def _prompt(self, record: StepRecord) -> str:
         try:
+            if self._lists_tools and (native := record.native_prompt(self.template)) is not None:
+                return self.tokenizer.render_prompt(*native)
             messages = record.prompt_messages(self.template, self.brief)
             return self.tokenizer.render_prompt(messages)
         except jinja2.TemplateError as error:  # say, of roles that do not alternate
@@ -132,7 +140,28 @@ def tokenise(records: Sequence[StepRecord], encoder: Encoder, max_tokens: int) -
     """What the encoder makes of the records, of at most `max_tokens` in all; errors of `prepare` and `prepare_supervised`."""
     if encoder.supervised:
         check_demonstrations(records)
-    return fitting(records, [Ragged.of(column) for column in encoder(records)], max_tokens)
+    aside = SetAside()
+    kept, columns = encode(records, encoder, aside)
+    if records:
+        aside.check_left("data", len(kept))
+    return fitting(kept, [Ragged.of(column) for column in columns], max_tokens)
+
+
+def encode(
+    records: Sequence[StepRecord], encoder: Encoder, aside: SetAside
+) -> tuple[Sequence[StepRecord], tuple[list[np.ndarray], ...]]:
+    """(the records that can be encoded, what the encoder makes of them); the others are said to `aside`."""
+    try:
+        return records, encoder(records)
+    except RecordError:
+        kept = []
+    for record in records:
+        try:
+            encoder([record])
+            kept.append(record)
+        except RecordError as error:
+            aside.add(str(error))
+    return kept, encoder(kept)
 
 
 def check_demonstrations(records: Sequence[StepRecord]) -> None:

@@ -6,6 +6,7 @@ text is derived from ids and never tokenised again. transformers is imported on 
 """
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import pathlib
@@ -13,14 +14,22 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from rest_jax.errors import UserError
 
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
 
-# Hides the function by which transformers tells a template the date; this one is what Llama 3 falls back on.
-DATE_MACRO = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+# What a template that asks for the date is told; Llama 3's falls back on it.
+DATE = datetime.date(2024, 7, 26)
+# Hides the function by which transformers tells a template the date.
+DATE_MACRO = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('%{c}', '{DATE:%{c}}')" for c in "aAbBdeFHIjmMpSTyY")
+    + " }}{% endmacro %}"
+)
+_PROBE_TOOL = "probe_of_tools"
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes a space as this
@@ -98,29 +107,48 @@ class Tokenizer:
         """int32 [T]: the ids of `render_prompt`."""
         return self.encode(self.render_prompt(messages))
 
-    def render_prompt(self, messages: Sequence[Message]) -> str:
-        """The chat through the tokenizer's own template, up to where the assistant starts to write.
+    def render_prompt(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
+        """The chat through the tokenizer's own template, up to where the assistant starts to write; `tools` are for it to list.
 
-        A template that asks for the date (Llama 3.2) is told a fixed one: prompts of tomorrow are those of today.
+        A template that asks for the date (Llama 3.x) is told a fixed one: prompts of tomorrow are those of today. TemplateError
+        for whatever the template raises.
         """
         if not self.hf.chat_template:
             raise TokenizerError(
                 f"tokenizer {self.source}: no chat template; add chat_template.jinja to its folder "
                 "(or use the instruction-tuned model's tokenizer)"
             )
-        return self.hf.apply_chat_template(
-            [dict(m) for m in messages],
-            add_generation_prompt=True,
-            tokenize=False,
-            chat_template=DATE_MACRO + self.hf.get_chat_template(),
-        )
+        try:
+            return self.hf.apply_chat_template(
+                [dict(m) for m in messages],
+                tools=list(tools) or None,
+                add_generation_prompt=True,
+                tokenize=False,
+                chat_template=DATE_MACRO + self.hf.get_chat_template(),
+            )
+        except jinja2.TemplateError:
+            raise
+        except Exception as error:  # whatever an expression of the template can raise
+            raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error
+
+    def lists_tools(self, request: str | None) -> bool:
+        """Whether the chat template lists the tools that it is given, and asks for calls in these words."""
+        if request is None:
+            return False
+        tool = {"type": "function", "function": {"name": _PROBE_TOOL, "parameters": {}}}
+        try:
+            text = self.render_prompt([{"role": "user", "content": "x"}], [tool])
+        except jinja2.TemplateError:
+            return False
+        return request in text and _PROBE_TOOL in text
 
     def digest(self) -> str:
-        """SHA-256, in hex, of all that decides which ids a chat has."""
+        """SHA-256, in hex, of all that decides which ids a chat has, the date it is told among it."""
         hf = self.hf
         content = (
             hf.backend_tokenizer.to_str(),
             hf.chat_template,
+            DATE.isoformat(),
             hf.special_tokens_map,
             self.end_id,
         )

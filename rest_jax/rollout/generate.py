@@ -4,7 +4,6 @@
 that fill the decode slots; it yields their texts, without the token that ends the turn.
 """
 
-import json
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 
 from rest_jax.config import Config
+from rest_jax.data import fields
 from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import prepare
@@ -52,15 +52,13 @@ def generate(
 
 def prompt_record(prompt: str, tools: str | None) -> StepRecord:
     """A record of what a user says, with the tools of a JSON file. UserError for a file that is no list of tools."""
-    offered = []
+    offered = ()
     if tools is not None:
         try:
-            offered = json.loads(pathlib.Path(tools).read_bytes())
-        except ValueError as error:
-            raise UserError(f"tools {tools}: not JSON: {error}") from error
-        if not isinstance(offered, list) or not all(
-            isinstance(tool, dict) and "name" in tool for tool in offered
-        ):
-            raise UserError(f"tools {tools}: a list of objects with a name is needed")
+            text = pathlib.Path(tools).read_text("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8"
+            raise UserError(f"tools {tools}: {reason}") from error
+        offered = fields.tools(text, f"tools {tools}")
     history = ({"role": "user", "content": prompt},)
-    return StepRecord("prompt", "", tuple(offered), history, Target())
+    return StepRecord("prompt", "", offered, history, Target())

@@ -20,10 +20,16 @@ class Template:
     render_prompt: Callable[..., list[dict[str, str]]]
     render_answer: Callable[[Target], str]
     parse: Callable[[bytes], Answer]
+    # words by which a model's own chat template asks for calls in this form: it then lists the tools itself
+    request: str | None = None
 
 
 TEMPLATES: dict[str, Template] = {
     "toolrl": Template("toolrl", toolrl.render_prompt, toolrl.render_answer, toolrl.parse),
-    "hermes": Template("hermes", hermes.render_prompt, hermes.render_answer, hermes.parse),
-    "llama3": Template("llama3", llama3.render_prompt, llama3.render_answer, llama3.parse),
+    "hermes": Template(
+        "hermes", hermes.render_prompt, hermes.render_answer, hermes.parse, hermes.REQUEST
+    ),
+    "llama3": Template(
+        "llama3", llama3.render_prompt, llama3.render_answer, llama3.parse, llama3.REQUEST
+    ),
 }

@@ -1,8 +1,8 @@
 """The Hermes template, Qwen3's own: think, free text, then one <tool_call> block a call, with
 "arguments".
 
-The prompt is what Qwen's chat template makes of tools, written out, so that any chat template
-carries it.
+The prompt is what Qwen's chat template makes of tools, written out for chat templates that do not
+list tools in this form themselves.
 """
 
 import json
@@ -26,13 +26,12 @@ You may call one or more functions to assist with the user query.
 You are provided with function signatures within <tools></tools> XML tags:
 <tools>
 """
-_AFTER_TOOLS = """
-</tools>
-
+REQUEST = """\
 For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
 <tool_call>
 {"name": <function-name>, "arguments": <args-json-object>}
 </tool_call>"""
+_AFTER_TOOLS = "\n</tools>\n\n" + REQUEST
 
 
 def render_prompt(

@@ -241,7 +241,7 @@ def _resolved(root: Mapping[str, Any]) -> dict[str, Any]:
             return value
         pointer = value.get("$ref")
         target = pointed(pointer, root)
-        if isinstance(target, Mapping):
+        if isinstance(pointer, str) and isinstance(target, Mapping):
             if pointer in path or left < 0:
                 raise RecursionError
             beside = {key: inner for key, inner in value.items() if key != "$ref"}

@@ -395,7 +395,7 @@ def _line(**fields):
         (
             "r.jsonl",
             "a,b\n{broken\n",
-            "no records: all 2 items were set aside, the first: .*line 1: not JSON.*'a,b'",
+            "no records: all 2 were set aside, the first: .*line 1: not JSON.*'a,b'",
         ),
         ("r.jsonl", f"\n{_line(id=3)}\n", "line 2: record 3: id: text is needed, found int"),
         ("r.jsonl", "[" * 100_000, "not JSON"),
@@ -519,7 +519,7 @@ def test_what_cannot_be_stored_is_set_aside_by_name_when_it_is_read(tmp_path, ca
     assert (first.id, last.id) == ("0", str(len(texts) - 1))
     assert last.target.calls[0].arguments == {"x": "😀"}
     *told, summary = capsys.readouterr().err.splitlines()
-    assert summary == f"data {path}: {len(UNSTORABLE)} of {len(texts)} items set aside"
+    assert summary == f"data {path}: {len(UNSTORABLE)} of {len(texts)} set aside"
     for i, (line, message) in enumerate(zip(told, UNSTORABLE.values(), strict=False)):
         place = f"item {i + 1}" if listed else f"line {i + 2}"
         assert line.startswith(f"set aside: data {path}: {place}: ") or "record" in line
