@@ -84,7 +84,7 @@ def schema_parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
         needed = default == "" and "optional" not in str(kind).lower()
         if isinstance(said.get("required"), bool):
             needed = said.pop("required")
-        properties[name] = {**type_schema("str" if kind in (None, "") else kind), **said}
+        properties[name] = {**type_schema(kind), **said}
         if default != "":
             properties[name]["default"] = default
         if needed:
@@ -108,10 +108,11 @@ def type_schema(kind: Any) -> dict[str, Any]:
     "Union[int, str], optional", "Literal['a', 'b']"), or a list of names. What is not known stays as it is written.
     """
     if not isinstance(kind, str):
-        names = kind if isinstance(kind, list) else []
-        if not all(isinstance(name, str) and name for name in names):
+        if not isinstance(kind, list):
+            return {} if kind is None else {"type": kind}
+        if not all(isinstance(name, str) for name in kind):
             return {"type": kind}
-        return _union([type_schema(name) for name in names]) if names else {}
+        return _union([type_schema(name) for name in kind]) if kind else {}
     if len(kind) > _MAX_TYPE:
         return {"type": kind}
     text = _OPTIONAL.sub("", kind).strip()
@@ -133,7 +134,7 @@ def type_schema(kind: Any) -> dict[str, Any]:
         return {"enum": [_literal(part) for part in inner]}
     base = word if word in JSON_TYPES else SCHEMA_TYPES.get(word)
     if base is None:
-        return {"type": kind if opened or not text else text}
+        return {"type": text} if text else {}
     if base == "array" and inner:
         kinds = [type_schema(part) for part in inner if part.strip() != "..."]
         items = kinds[0] if all(k == kinds[0] for k in kinds) else _union(kinds)
@@ -216,7 +217,7 @@ def _kinds(schema: Mapping[str, Any]) -> tuple[list[str], bool]:
     if not found:
         values = schema.get("enum", [schema["const"]] if "const" in schema else [])
         found = list(dict.fromkeys(_kind_of(v) for v in values)) if isinstance(values, list) else []
-    return found or ["any" if any(schema.get(key) for key in UNIONS) else "string"], complete
+    return found or ["any"], complete
 
 
 def _kind_of(value: Any) -> str:
