@@ -19,6 +19,7 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking", "think")  # what serve
 _PARAMETERS = ("parameters", "input_schema", "inputSchema")
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
 _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_THOUGHT_PARTS = ("thinking", "reasoning")
 _VALUES = ("default", "const")  # of a schema: values, of which null is one
 _DEFINITIONS = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
 _INNER = ("items", "additionalProperties", "not", "if", "then", "else", "contains")
@@ -321,12 +322,10 @@ def content(value: Any, where: str) -> str | None:
         if isinstance(part, str):
             texts.append(part)
             continue
-        kind_of = mapping(part, place).get("type") or ("text" if "text" in part else None)
-        if kind_of in ("thinking", "reasoning"):
+        if mapping(part, place).get("type") in _THOUGHT_PARTS:
             continue
-        if kind_of not in _TEXTS:
-            raise RecordError(f"{place}: type: {shown(kind_of)} is not 'text'")
-        key = _TEXTS[kind_of]
+        if (key := _text_key(part)) is None:
+            raise RecordError(f"{place}: type: {shown(part.get('type'))} is not 'text'")
         texts.append(text(part.get(key), f"{place}: {key}"))
     return "".join(texts)
 
@@ -341,9 +340,18 @@ def result(value: Any, where: str) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def _text_key(part: Mapping[str, Any]) -> str | None:
+    """The field of a part that has its text; one without a type is a text where it has one."""
+    kind_of = part.get("type")
+    if is_given(kind_of):
+        return _TEXTS.get(kind_of) if isinstance(kind_of, str) else None
+    return "text" if "text" in part else None
+
+
 def _is_parts(value: Any) -> bool:
     parts = value if isinstance(value, list) else [value]
-    return bool(parts) and all(isinstance(p, Mapping) and p.get("type") in _TEXTS for p in parts)
+    typed = (isinstance(p, Mapping) and "type" in p and _text_key(p) for p in parts)
+    return bool(parts) and all(typed)
 
 
 def thought(raw: Mapping[str, Any], where: str) -> str | None:
@@ -354,7 +362,7 @@ def thought(raw: Mapping[str, Any], where: str) -> str | None:
             found[key] = text(raw[key], f"{where}: {key}")
     parts = raw.get("content")
     for i, part in enumerate(parts if isinstance(parts, list) else []):
-        if isinstance(part, Mapping) and part.get("type") in ("thinking", "reasoning"):
+        if isinstance(part, Mapping) and part.get("type") in _THOUGHT_PARTS:
             key, value = first_given(part, ("thinking", "reasoning", "text"))
             if value is not None:
                 place = f"content[{i}]: {key}"

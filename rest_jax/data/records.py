@@ -189,6 +189,7 @@ def target_from_text(text: str, where: str) -> Target:
 
     RecordError when a call in it cannot be read, or when it holds neither calls, nor a response, nor a thought.
     """
+    fields.check_storable(text, where)
     gold = TEMPLATES["toolrl"].parse(text.encode())
     if gold.broken_calls:
         raise RecordError(f"{where}: the gold answer has {gold.broken_calls} unreadable call(s)")
