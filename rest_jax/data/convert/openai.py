@@ -207,7 +207,7 @@ def _calls(message: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]]
         raw, places = [message["function_call"]], [f"{where}: function_call"]
     calls, waiting = [], []
     for value, place in zip(raw, places, strict=True):
-        value = fields.parsed(value, place)
+        value = fields.mapping(fields.parsed(value, place), place)
         calls.append(fields.call(value, place))
         name = fields.call_id(value, place, ("call_id", "id"))
         if name is not None and any(name == other.id for other in waiting):
