@@ -40,7 +40,7 @@ from rest_jax.files import Location, as_path, open_bytes, store_errors
 
 HEAD = 2**16  # bytes by which a file is known
 CHUNK = 2**16  # bytes read at once of a JSON document, and of an overlong line
-MAX_ITEM = 2**26  # bytes of one line or list item
+MAX_ITEM = 2**24  # bytes of one line or list item
 BATCH = 512  # Parquet rows decoded at once
 ROW_GROUP = 4096  # Parquet rows written, and held in memory, at once
 MAX_SAID = 5  # records set aside of which each has a line of its own
