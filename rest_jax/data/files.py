@@ -22,7 +22,6 @@ import io
 import itertools
 import json
 import lzma
-import math
 import pathlib
 import re
 import sys
@@ -477,7 +476,7 @@ def _parquet_rows(path: epath.Path) -> Iterator[Item]:
 
 def _plain(value: Any) -> Any:
     """What JSON can hold of a row. Fields that are null are left out, since Arrow gives every object of a column the fields of
-    all, but for the `content` of a message; what is no JSON value (a time, a decimal, bytes) becomes text, NaN and infinity null.
+    all, but for the `content` of a message; what is no JSON value (a time, a decimal, bytes) becomes text.
     """
     if isinstance(value, dict):
         members = ((key, _plain(inner)) for key, inner in value.items())
@@ -485,9 +484,7 @@ def _plain(value: Any) -> Any:
         return {key: inner for key, inner in members if inner is not None or key in kept}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
+    if value is None or isinstance(value, str | int | float):
         return value
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
 

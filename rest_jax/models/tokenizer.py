@@ -124,7 +124,7 @@ class Tokenizer:
                 tools=list(tools) or None,
                 add_generation_prompt=True,
                 tokenize=False,
-                chat_template=DATE_MACRO + self.hf.get_chat_template(),
+                chat_template=DATE_MACRO + self.hf.get_chat_template(tools=list(tools) or None),
             )
         except jinja2.TemplateError:
             raise

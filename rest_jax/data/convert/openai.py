@@ -47,7 +47,10 @@ def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
     item = fields.item(raw, where)
     key, value = fields.first_given(item, _MESSAGES)
     place = f"{where}: {key}"
-    messages = fields.sequence(fields.parsed(value, place), place)
+    messages = [
+        fields.parsed(message, f"{place}[{i}]")
+        for i, message in enumerate(fields.sequence(fields.parsed(value, place), place))
+    ]
     turns, weights = _turns(messages, place)
     system = item.get("system")
     if fields.is_given(system) and not (turns and turns[0]["role"] == "system"):

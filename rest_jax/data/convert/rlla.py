@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rest_jax.data import fields
-from rest_jax.data.fields import RecordError, sequence
+from rest_jax.data.fields import RecordError
 from rest_jax.data.records import StepRecord, target_from_text
 from rest_jax.templates import toolrl
 from rest_jax.tool_calls import Call, Target
@@ -43,7 +43,7 @@ def convert_api_bank(raw: Any, name: str, where: str) -> list[StepRecord]:
     """The record of one item; `answer` may be one call or a list of calls."""
     item = fields.item(raw, where)
     system, user = (fields.text(item.get(f), f"{where}: {f}") for f in ("system", "user"))
-    expected = item.get("answer")
+    expected = fields.parsed(item.get("answer"), f"{where}: answer")
     calls = expected if isinstance(expected, list) else [expected]
     if not calls:
         raise RecordError(f"{where}: answer: empty, at least one call is needed")
@@ -99,7 +99,9 @@ def _from_supervised(item: Mapping[str, Any], name: str, where: str) -> StepReco
 
 
 def _from_parquet(item: Mapping[str, Any], name: str, where: str) -> StepRecord:
-    prompt, reward = sequence(item["prompt"], f"{where}: prompt"), item["reward_model"]
+    place = f"{where}: prompt"
+    prompt = fields.sequence(fields.parsed(item["prompt"], place), place)
+    reward = fields.parsed(item["reward_model"], f"{where}: reward_model")
     if not prompt:
         raise RecordError(f"{where}: prompt: empty, at least one message is needed")
     for i, message in enumerate(prompt):

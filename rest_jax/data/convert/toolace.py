@@ -10,7 +10,7 @@ from typing import Any
 
 from rest_jax.data import fields
 from rest_jax.data.convert import call_syntax
-from rest_jax.data.fields import RecordError, sequence
+from rest_jax.data.fields import RecordError
 from rest_jax.data.records import StepRecord, decompose
 
 _ROLES = {
@@ -60,7 +60,8 @@ def _tool_list(system: str, where: str) -> tuple[int, int, list[Any]]:
 
 def _turns(value: Any, names: set[str], where: str) -> list[dict[str, Any]]:
     turns: list[dict[str, Any]] = []
-    for i, message in enumerate(sequence(value, f"{where}: conversations")):
+    place = f"{where}: conversations"
+    for i, message in enumerate(fields.sequence(fields.parsed(value, place), place)):
         place = f"{where}: conversations[{i}]"
         speaker = fields.one_of(
             fields.mapping(message, place).get("from"), _ROLES, f"{place}: from"

@@ -24,6 +24,8 @@ from rest_jax.templates.rendering import UNIONS, is_schema, pointed
 from rest_jax.tool_calls import Call, Target
 
 TEXT_ONLY = "the prompt is there only as text"
+# What is kept of a masked tool: other fields may hold real names.
+_MASKED = ("name", "description", "parameters", "required", "strict")
 _DEFINITIONS = ("$defs", "definitions")
 # Words that a sentence may hold without meaning a tool: "search", "Weather", "send money"
 _PLAIN = re.compile(r"[A-Za-z]?[a-z]*( [a-z]+)*").fullmatch
@@ -212,11 +214,12 @@ def _mask_tool(tool: dict[str, Any], mask: _Mask) -> dict[str, Any]:
     flat = not (is_schema(parameters) or isinstance(parameters.get("type"), str))
     root = {"properties": parameters} if flat else parameters
     mask.schemas.setdefault(tool["name"], []).append((root, root))
+    kept = {key: value for key, value in tool.items() if key in _MASKED}
     if tool.get("parameters") is None:
-        return {**tool, "name": name}
+        return {**kept, "name": name}
     _name_properties(root, mask)  # all of them first: `required` may stand before what it names
     schema = _mask_schema(root, mask)
-    masked = {**tool, "parameters": schema["properties"] if flat else schema, "name": name}
+    masked = {**kept, "parameters": schema["properties"] if flat else schema, "name": name}
     if isinstance(required := tool.get("required"), list):
         masked["required"] = _mask_required(required, mask)
     return masked

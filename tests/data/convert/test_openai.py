@@ -80,7 +80,7 @@ def test_every_spelling_is_the_same_dialogue(messages):
     expected = convert(DIALOGUE)
     assert convert(messages) == expected
     for field in ("conversations", "input"):
-        for value in (messages, json.dumps(messages)):
+        for value in (messages, json.dumps(messages), list(map(json.dumps, messages))):
             assert convert(None, **{field: value}) == expected
 
 
