@@ -298,7 +298,8 @@ def call(value: Any, where: str) -> dict[str, Any]:
             raise RecordError(f"{where}: unknown field {unknown[0]!r} (known: name, arguments)")
     key, arguments = first_given(raw, _ARGUMENTS)
     place = f"{where}: {key}"
-    arguments = parsed(arguments, place)
+    for _ in range(2):  # some servers write the text of a text
+        arguments = parsed(arguments, place)
     return {
         "name": name,
         "arguments": {} if arguments is None else dict(mapping(arguments, place)),
@@ -306,8 +307,10 @@ def call(value: Any, where: str) -> dict[str, Any]:
 
 
 def call_id(raw: Mapping[str, Any], where: str, keys: Sequence[str]) -> str | None:
-    """The id under the first of the keys that is given; an empty one is none."""
+    """The id under the first of the keys that is given, a text or a number; an empty one is none."""
     key, value = first_given(raw, keys)
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
     return None if value is None else text(value, f"{where}: {key}")
 
 
@@ -356,23 +359,27 @@ def _is_parts(value: Any) -> bool:
 
 def thought(raw: Mapping[str, Any], where: str) -> str | None:
     """The thought of a message: a field of THOUGHTS, or the parts of its content that are one."""
-    found: dict[str, str] = {}
-    for key in THOUGHTS:
-        if is_given(raw.get(key)):
-            found[key] = text(raw[key], f"{where}: {key}")
-    parts = raw.get("content")
-    for i, part in enumerate(parts if isinstance(parts, list) else []):
-        if isinstance(part, Mapping) and part.get("type") in _THOUGHT_PARTS:
-            key, value = first_given(part, ("thinking", "reasoning", "text"))
-            if value is not None:
-                place = f"content[{i}]: {key}"
-                found[place] = text(value, f"{where}: {place}")
-    named = [key for key in found if key in THOUGHTS]
-    if len({found[key] for key in named}) > 1:
-        raise RecordError(f"{where}: {' and '.join(named)} differ: which is the thought?")
-    if named:
-        return found[named[0]]
-    return "\n".join(found.values()) or None
+    given = [key for key in THOUGHTS if is_given(raw.get(key))]
+    found = {_thought_text(raw[key], f"{where}: {key}") for key in given}
+    if len(found) > 1:
+        raise RecordError(f"{where}: {' and '.join(given)} differ: which is the thought?")
+    if not found and isinstance(parts := raw.get("content"), list):
+        kinds = [part.get("type") if isinstance(part, Mapping) else None for part in parts]
+        parts = [part for part, kind in zip(parts, kinds, strict=True) if kind in _THOUGHT_PARTS]
+        found = {_thought_text(parts, f"{where}: content")}
+    return next(iter(found), None) or None
+
+
+def _thought_text(value: Any, where: str) -> str:
+    """A thought that is a text, or parts of one."""
+    if isinstance(value, str):
+        return value
+    texts = []
+    for part in [value] if isinstance(value, Mapping) else sequence(value, where):
+        key, said = first_given(mapping(part, where), ("thinking", "reasoning", "text"))
+        if said is not None:
+            texts.append(text(said, f"{where}: {key}"))
+    return "\n".join(texts)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -123,6 +123,7 @@ def test_a_tool_that_cannot_be_read_names_the_value(tools, message):
     {"type": "function", "id": "", "function": {"name": "f", "arguments": '{"a": 1}', "parsed_arguments": None}},
     {"type": "function_call", "call_id": "x", "name": "f", "arguments": '{"a": 1}'},
     '{"name": "f", "arguments": {"a": 1}}',
+    {"name": "f", "arguments": json.dumps('{"a": 1}')},
 ])  # fmt: skip
 def test_a_call_however_it_is_written(call):
     assert fields.call(call, "call") == {"name": "f", "arguments": {"a": 1}}
@@ -176,7 +177,8 @@ def test_thoughts(field):
     assert fields.thought({field: None}, "m") is fields.thought({field: " "}, "m") is None
     both = {name: "hm" for name in fields.THOUGHTS}
     assert fields.thought(both, "m") == "hm"
-    with pytest.raises(RecordError, match=f"m: {field}: text is needed, found int 3"):
+    assert fields.thought({field: [{"type": "thinking", "thinking": "hm"}]}, "m") == "hm"
+    with pytest.raises(RecordError, match=f"m: {field}: a list is needed, found int 3"):
         fields.thought({field: 3}, "m")
     other = next(name for name in fields.THOUGHTS if name != field)
     with pytest.raises(RecordError, match=r"m: .* and .* differ"):

@@ -90,6 +90,8 @@ def _turns(messages: Sequence[Any], where: str) -> tuple[list[dict[str, Any]], l
             continue
         if role != "assistant":
             close_action()
+            if role == "system" and message.get("content") is None:
+                continue
             content = fields.text(
                 fields.content(message.get("content"), f"{place}: content"), f"{place}: content"
             )

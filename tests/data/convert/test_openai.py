@@ -67,6 +67,8 @@ DIALOGUE = [user("go"), calls(call(1, "x")), result("one", "x"), SAID]
     [user("go"), calls() | {"tool_calls": json.dumps([call(1, "x")])}, result("one", "x"), SAID],
     [user("go"), calls(call(1, "x"), function_call=call(1)["function"]), result("one", "x"), SAID],
     [user("go"), calls(call(1, "")), result("one", ""), SAID],
+    [user("go"), calls(call(1, 0)), result("one", 0), SAID],
+    [{"role": "system", "content": None}, *DIALOGUE],
     [user("go"), calls(call(1, " ")), result("one"), SAID],
     [user("go"), calls(call(1)) | {"content": " \n"}, result("one", "x"), SAID],
     [user("go"), OLD_CALL, {"role": "function", "name": "f", "content": "one"}, SAID],
