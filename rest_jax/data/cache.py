@@ -27,7 +27,8 @@ import numpy as np
 from etils import epath
 
 from rest_jax.config import Config
-from rest_jax.data.files import SetAside, iter_records, read_items
+from rest_jax.data.files import SetAside, iter_records
+from rest_jax.data.items import read_items
 from rest_jax.data.ragged import FileArray, Ragged, StoredRecords, lengths_of, to_bytes
 from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import (

@@ -13,7 +13,7 @@ import pytest
 from rest_jax.data.convert import SOURCES
 from rest_jax.data.convert.xlam import NO_CALL
 from rest_jax.data.fields import RecordError
-from rest_jax.data.files import read_items
+from rest_jax.data.items import read_items
 from rest_jax.data.records import StepRecord, from_json, to_json
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Call, Target
