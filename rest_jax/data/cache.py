@@ -27,7 +27,7 @@ import numpy as np
 from etils import epath
 
 from rest_jax.config import Config
-from rest_jax.data.files import SetAside, iter_records
+from rest_jax.data.files import Aside, iter_records
 from rest_jax.data.items import read_items
 from rest_jax.data.ragged import FileArray, Ragged, StoredRecords, lengths_of, to_bytes
 from rest_jax.data.records import StepRecord
@@ -201,7 +201,7 @@ def _write_part(
     """(records of all processes, file -> bytes of this one). RecordError as for `read_records`."""
     kinds = _part(process, processes)
     numbers, text_bytes, lengths, total = [], [], [], 0
-    refused = SetAside(print)
+    refused = Aside(print)
     with contextlib.ExitStack() as stack:
         partial = {kind: stack.enter_context(atomic_write(folder / kinds[kind])) for kind in kinds}
         tokens, text, index = (stack.enter_context(path.open("wb")) for path in partial.values())
@@ -251,7 +251,7 @@ def _shown(source: Source) -> Iterator[StepRecord]:
     """The records; says on stdout how many have been read, when it takes long."""
     shown = time.monotonic()
     with store_errors(source.spec):
-        for number, record in enumerate(iter_records(source.spec, source.limit, SetAside(say))):
+        for number, record in enumerate(iter_records(source.spec, source.limit, Aside(say))):
             if (now := time.monotonic()) - shown >= _SECONDS:
                 shown = now
                 say(f"data {source.spec}: {number:,} records tokenised")

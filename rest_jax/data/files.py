@@ -39,7 +39,7 @@ _TO_PREPARE = (
 )
 
 
-class SetAside:
+class Aside:
     """Counts what cannot be used; `say` (by default: stderr) is told why, of the first ones, and in the end how many."""
 
     def __init__(self, say: Callable[[str], None] | None = None):
@@ -81,12 +81,12 @@ def read_records(path: Location, limit: int | None = None) -> list[StepRecord]:
 
 
 def iter_records(
-    path: Location, limit: int | None = None, aside: SetAside | None = None
+    path: Location, limit: int | None = None, aside: Aside | None = None
 ) -> Iterator[StepRecord]:
     """`read_records` one by one; of the records gone by it holds only the ids. What cannot be read is said to `aside`."""
     path = as_path(path)
     seen: dict[str, int] = {}
-    aside = aside or SetAside()
+    aside = aside or Aside()
     for i, item in enumerate(itertools.islice(read_items(path), limit)):
         try:
             if item.fault is not None:

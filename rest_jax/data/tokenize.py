@@ -14,7 +14,7 @@ import numpy as np
 
 from rest_jax.config import DataConfig
 from rest_jax.data.convert import rlla
-from rest_jax.data.files import SetAside, read_records
+from rest_jax.data.files import Aside, read_records
 from rest_jax.data.ragged import Ragged, take_records
 from rest_jax.data.records import RecordError, StepRecord
 from rest_jax.data.synthetic import world as synthetic
@@ -140,7 +140,7 @@ def tokenise(records: Sequence[StepRecord], encoder: Encoder, max_tokens: int) -
     """What the encoder makes of the records, of at most `max_tokens` in all; errors of `prepare` and `prepare_supervised`."""
     if encoder.supervised:
         check_demonstrations(records)
-    aside = SetAside()
+    aside = Aside()
     kept, columns = encode(records, encoder, aside)
     if records:
         aside.check_left("data", len(kept))
@@ -148,7 +148,7 @@ def tokenise(records: Sequence[StepRecord], encoder: Encoder, max_tokens: int) -
 
 
 def encode(
-    records: Sequence[StepRecord], encoder: Encoder, aside: SetAside
+    records: Sequence[StepRecord], encoder: Encoder, aside: Aside
 ) -> tuple[Sequence[StepRecord], tuple[list[np.ndarray], ...]]:
     """(the records that can be encoded, what the encoder makes of them); the others are said to `aside`."""
     try:
