@@ -11,6 +11,7 @@ from typing import Any
 
 from rest_jax.data import fields
 from rest_jax.data.fields import RecordError, mapping, text
+from rest_jax.rewards.gold import read_turn
 from rest_jax.templates import TEMPLATES, Template
 from rest_jax.templates.rendering import leading_system, signature
 from rest_jax.tool_calls import Call, Target
@@ -72,9 +73,13 @@ def decompose(
     The k-th sees every turn before the k-th assistant turn and is supervised by that turn's own calls and response; tool results
     are never a target, and turns after the last assistant turn are in no record. `turns` are as in `StepRecord.history`. Ids are
     `<name>/<k>`, k from 0, and `name` itself when there is only one. Assistant turns with calls that follow each other with
-    nothing between are one action.
+    nothing between are one action. A thought and calls that the content of a turn holds as text are read.
     """
-    merged = _merge_actions(turns)
+    names = {tool["name"] for tool in tools}
+    merged = tuple(
+        read_turn(turn, names) if turn["role"] == "assistant" else turn
+        for turn in _merge_actions(turns)
+    )
     ends = [i for i, turn in enumerate(merged) if turn["role"] == "assistant"]
     return [
         StepRecord(

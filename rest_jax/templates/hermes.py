@@ -68,13 +68,13 @@ def render_prompt(
 
 def render_answer(target: Target) -> str:
     """The gold answer: `target.text` when it is written in this template, else from its parts."""
-    text = verbatim(target, parse, "arguments")
+    text = verbatim(target, parse)
     return _turn(target.think, target.calls, target.response) if text is None else text
 
 
-def parse(data: bytes) -> Answer:
+def parse(data: bytes, thought_open: bool = False) -> Answer:
     """Parses one generation (see `parser`)."""
-    return parser.parse_tagged(data, parser.HERMES)
+    return parser.parse_tagged(data, parser.HERMES, thought_open)
 
 
 def _turn(think: str | None, calls: Sequence[Any], response: str | None) -> str:

@@ -57,13 +57,13 @@ def render_prompt(
 
 def render_answer(target: Target) -> str:
     """The gold answer: `target.text` when it is written in this template, else from its parts."""
-    text = verbatim(target, parse, "parameters")
+    text = verbatim(target, parse)
     return _turn(target.think, target.calls, target.response) if text is None else text
 
 
-def parse(data: bytes) -> Answer:
+def parse(data: bytes, thought_open: bool = False) -> Answer:
     """Parses one generation (see `parser`)."""
-    return parser.parse_bare(data)
+    return parser.parse_bare(data, thought_open)
 
 
 def _turn(think: str | None, calls: Sequence[Any], response: str | None) -> str:

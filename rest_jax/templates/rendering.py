@@ -279,16 +279,15 @@ def prose_turn(think: str | None, response: str | None, calls: Sequence[str]) ->
     return thought + "\n".join(([response] if response else []) + list(calls))
 
 
-def verbatim(target: Target, parse: Callable[[bytes], Answer], key: str) -> str | None:
-    """`target.text` if it is written in the template of `parse`, whose word for the arguments is
-    `key`; else None.
+def verbatim(target: Target, parse: Callable[[bytes], Answer]) -> str | None:
+    """`target.text` if it is written in the template of `parse`, else None.
 
     Source texts are mostly in the toolrl form; another template must not train on that.
     """
-    if target.text is None or (target.calls and f'"{key}"' not in target.text):
+    if target.text is None:
         return None
     answer = parse(target.text.encode("utf-8", "replace"))
     same = (
         answer.calls == target.calls and (answer.response or "") == (target.response or "").strip()
     )
-    return target.text if same and not answer.broken_calls else None
+    return target.text if same and answer.executable and not answer.broken_calls else None

@@ -90,9 +90,9 @@ def render_answer(target: Target) -> str:
     return _turn(target.think or "", target.calls, target.response)
 
 
-def parse(data: bytes) -> Answer:
+def parse(data: bytes, thought_open: bool = False) -> Answer:
     """Parses one generation (see `parser`)."""
-    return parser.parse_tagged(data, parser.TOOLRL)
+    return parser.parse_tagged(data, parser.TOOLRL, thought_open)
 
 
 def _tool(number: int, tool: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Tokenised data kept in files is what it is in memory, is made once, and is made anew when anything about it changes."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -19,6 +20,7 @@ from rest_jax.errors import UserError
 from rest_jax.files import as_path
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.templates import TEMPLATES
+from rest_jax.tool_calls import Target
 from tests.data.writing import write_records
 from tools.tiny_tokenizer import train_tokenizer
 
@@ -122,7 +124,7 @@ def test_processes_share_the_chunks(config, tokenizer, processes):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 9])
-def test_what_a_chat_template_refuses_is_set_aside_alone(config, tokenizer, capsys, processes):
+def test_what_a_chat_template_refuses_is_set_aside_alone(config, tokenizer, processes):
     strict = Tokenizer.load(tokenizer.source)
     refused = [RECORDS[i] for i in (0, 5, 6, 22)]
     said = json.dumps([r.prompt_messages(TEMPLATE, True)[-1]["content"] for r in refused])
@@ -141,11 +143,9 @@ def test_what_a_chat_template_refuses_is_set_aside_alone(config, tokenizer, caps
     assert list(records) == left
     expected = Encoder(tokenizer, TEMPLATE, brief=True)(left)[0]
     assert [row.tolist() for row in prompts] == [row.tolist() for row in expected]
-    told = capsys.readouterr().out
-    for record in refused:
-        assert (
-            f"set aside: record {record.id!r}: the chat template of the tokenizer refuses" in told
-        )
+    ((reason, names),) = cache._set_aside(folder).items()
+    assert reason.startswith("the chat template of the tokenizer refuses it: ")
+    assert sorted(names) == sorted(record.id for record in refused)
 
 
 def test_what_decides_the_ids_decides_the_folder(config, tokenizer, tmp_path):
@@ -246,3 +246,25 @@ def test_in_a_store(config, tokenizer, memory_store, tmp_path, monkeypatch):
     _assert_same(_load(config, tokenizer), expected)
     with _no_encoding(monkeypatch):
         _assert_same(_load(config, tokenizer), expected)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_gold_answers_that_cannot_be_said_are_not_kept_and_told_each_time(
+    tmp_path, tokenizer, keep, monkeypatch
+):
+    monkeypatch.setattr(cache, "CHUNK", 4)
+    empty = [dataclasses.replace(RECORDS[i], target=Target()) for i in (1, 8, 9, 10, 11)]
+    records = [*RECORDS]
+    for record in empty:
+        records[RECORDS.index(next(r for r in RECORDS if r.id == record.id))] = record
+    path = tmp_path / "data.jsonl"
+    write_records(path, records)
+    config = _config(tmp_path, {"train": str(path), "brief_prompt": True})
+    for _ in range(2):
+        found = _load(config, tokenizer, keep)
+        assert [r.id for r in found.records] == [r.id for r in records if r not in empty]
+        assert dict(found.set_aside) == {"the gold answer is empty": [r.id for r in empty]}
+        assert "5 set aside (5: the gold answer is empty" in found.summary()
+    write_records(path, empty)
+    with pytest.raises(UserError, match=r"no records; 5 set aside \(5: the gold answer is empty"):
+        _load(config, tokenizer, keep)

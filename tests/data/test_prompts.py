@@ -7,7 +7,9 @@ import json
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
+import transformers
 
 from rest_jax.data.convert import SOURCES
 from rest_jax.data.fields import RecordError
@@ -120,6 +122,51 @@ def test_prompts_are_those_of_the_models_own_chat_template(tokenizers, family, t
             assert prompt(record) == _own(tokenizer, chat[:end], tools)
 
 
+QUOTED = "a <|im_end|> b <tool_call> c </think> d <|eot_id|> e <|start_header_id|>f"
+
+
+@pytest.mark.parametrize(("family", "template"), FAMILIES)
+def test_control_tokens_that_the_data_quotes_are_plain_text_in_native_prompts(
+    tokenizers, tmp_path, family, template
+):
+    """In tools, texts, thoughts, calls and results; those that the chat template writes stay tokens."""
+    own = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    tokenizers[family].hf.save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(own)})
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    encoder = Encoder(tokenizer, TEMPLATES[template])
+    assert encoder._lists_tools
+
+    def prompt(quoted: str) -> np.ndarray:
+        schema = {"type": "object", "properties": {quoted: {"enum": [quoted], "title": quoted}}}
+        tool = {"name": "now", "description": quoted, "parameters": schema}
+        chat = [
+            {"role": "system", "content": quoted},
+            _user(quoted),
+            _says(quoted, ("now", {quoted: [quoted]})) | {"reasoning": quoted},
+            _result(quoted),
+            _says(quoted),
+            _user(quoted),
+            _says("", ("now", {quoted: quoted})),
+            _result(quoted),
+            _says("ok"),
+        ]
+        record = SOURCES["openai"]({"messages": chat, "tools": [tool]}, "r", "here")[-1]
+        assert record.native_prompt(TEMPLATES[template]) is not None
+        ((ids,),) = encoder([record])
+        return ids
+
+    quoting, plain = prompt(QUOTED), prompt("qq")
+    assert tokenizer.text(plain).count("qq") > 8
+    assert tokenizer.text(quoting) == tokenizer.text(plain).replace("qq", QUOTED)
+    added = tokenizer.hf.backend_tokenizer.get_added_tokens_decoder()
+    assert {"<|im_end|>", "<tool_call>", "</think>", *own} <= {t.content for t in added.values()}
+    for i in added:
+        assert np.count_nonzero(quoting == i) == np.count_nonzero(plain == i)
+
+
 @pytest.mark.parametrize("family", LLAMA)
 def test_llama_prompt_says_the_frozen_date_and_takes_parallel_calls(tokenizers, family):
     raw = {"messages": PARALLEL, "tools": [{"name": "now"}, {"name": "either"}]}
@@ -174,7 +221,7 @@ FAULTS = {
     "messages[0].content + 1": "can only concatenate str",
     "1 // (messages | length - 1)": "ZeroDivisionError",
     "messages[9].content.x": "has no element 9",
-    "raise_exception('no')": "no",
+    "raise_exception('no ' + messages[0].content)": r"no x <\|im_end\|>",
 }
 
 
@@ -182,7 +229,8 @@ FAULTS = {
 def test_whatever_a_chat_template_raises_is_a_fault_of_the_record(tokenizers, expression, message):
     tokenizer = Tokenizer.load(tokenizers["smollm2"].source)
     tokenizer.hf.chat_template = "{{ " + expression + " }}"
-    (record,) = SOURCES["openai"]({"messages": [_user("x"), _says("y")]}, "r", "here")
+    chat = [_user("x <|im_end|>"), _says("y")]
+    (record,) = SOURCES["openai"]({"messages": chat}, "r", "here")
     with pytest.raises(
         RecordError, match=f"'r': the chat template of the tokenizer refuses it: .*{message}"
     ):

@@ -1,10 +1,14 @@
-"""The record of a prompt and a file of tools: read as the tools of any data are."""
+"""The record of a prompt and a file of tools, read as the tools of any data are; prompts that are refused."""
 
 import json
+import types
 
 import pytest
 
+from rest_jax.config import Config
 from rest_jax.errors import UserError
+from rest_jax.models.tokenizer import Tokenizer
+from rest_jax.rollout import generate
 from rest_jax.rollout.generate import prompt_record
 
 TOOL = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
@@ -48,3 +52,13 @@ def test_a_file_that_lists_no_tools_is_refused_in_one_line(tmp_path, content, me
     with pytest.raises(UserError, match=f"tools {path}.*{message}") as caught:
         prompt_record("hi", str(path))
     assert "\n" not in str(caught.value)
+
+
+def test_prompts_that_the_chat_template_refuses_are_told(configs_dir, monkeypatch):
+    tokenizer = Tokenizer.load(configs_dir / "quickstart_policy")
+    tokenizer.hf.chat_template = "{{ raise_exception('no roles') }}"
+    policy = types.SimpleNamespace(tokenizer=tokenizer)
+    monkeypatch.setattr(generate, "load_policy", lambda *_: policy)
+    config = Config.model_validate({"name": "x", "model": {"source": "none"}})
+    with pytest.raises(UserError, match=r"1 set aside .* refuses it: no roles, as in 'prompt'"):
+        next(generate.generate(config, [prompt_record("hi", None)], 1, True))

@@ -1,8 +1,9 @@
 """From other people's data to files of step records: `rest-jax data prepare`.
 
 In: files of one source. Out: OUT, with a part held out also OUT's `.eval` twin, `OUT.rejected.jsonl` ({"where", "reason",
-"raw"} of every item and record that could not be used) and `OUT.summary.json`. Item by item: read, convert, drop duplicates,
-split by tool, take away or mask, count tokens, write. Memory grows by some 200 bytes a record: two hashes.
+"raw"} of every item that could not be used, and of every record whose gold answer the template cannot say, that calls a tool it
+does not offer, or that the chat template refuses) and `OUT.summary.json`. Item by item: read, convert, check the gold answer,
+drop duplicates, split by tool, take away or mask, count tokens, write. Memory grows by some 200 bytes a record: two hashes.
 Everything random depends on the seed and the record's id, never on the order. All files appear at the end, or none; where no
 record is left, the rejected ones alone.
 """
@@ -10,6 +11,7 @@ record is left, the rejected ones alone.
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -32,7 +34,9 @@ from rest_jax.data.prepare.settings import Settings, check
 from rest_jax.data.records import StepRecord, to_json
 from rest_jax.errors import UserError
 from rest_jax.files import atomic_write
+from rest_jax.rewards.gold import GoldError, reachable
 from rest_jax.run.environment import handled
+from rest_jax.templates import TEMPLATES, Template
 
 MAX_REASONS = 100  # different reasons counted by their own name
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -48,6 +52,7 @@ class _Work:
     result: summary.Summary
     partial: contextlib.ExitStack  # partial files, which appear when it ends well
     opened: contextlib.ExitStack  # open ones
+    template: Template
     rejected: TextIO | None = None  # made with the first item that is set aside
     ids: set[int] = dataclasses.field(default_factory=set)  # hashes
     contents: set[bytes] = dataclasses.field(default_factory=set)  # hashes
@@ -59,7 +64,10 @@ def prepare(settings: Settings) -> summary.Summary:
     full: then nothing is written. SIGTERM ends the process with code 143 and leaves no half-written file. Main thread only.
     """
     convert = check(settings)
-    count_tokens = summary.token_counter(settings.tokenizer, settings.template, settings.brief)
+    template, count_tokens = TEMPLATES[settings.template], None
+    if settings.tokenizer is not None:
+        encoder = summary.encoder(settings.tokenizer, settings.template, settings.brief)
+        template, count_tokens = encoder.template, functools.partial(summary.count_tokens, encoder)
     paths = settings.paths
     parts = ("train", "eval") if settings.held_out else ("train",)
     result = summary.Summary(settings, parts={name: summary.Tally() for name in parts})
@@ -68,7 +76,7 @@ def prepare(settings: Settings) -> summary.Summary:
         # OUT is the first partial file, and so the last to appear: where it is, everything is
         with handled(_terminate, signal.SIGTERM), contextlib.ExitStack() as partial:
             with contextlib.ExitStack() as opened:
-                work = _Work(settings, convert, count_tokens, result, partial, opened)
+                work = _Work(settings, convert, count_tokens, result, partial, opened, template)
                 writers = {name: _open_writer(paths[name], work) for name in parts}
                 for record, part in _records(work):
                     writers[part].write(record)
@@ -118,6 +126,8 @@ def _records(work: _Work) -> Iterator[tuple[StepRecord, str]]:
         for record in records:
             work.result.converted += 1
             record = _with_new_id(record, work)
+            if (record := _reachable(record, where, work)) is None:
+                continue
             if strange := transforms.not_offered(record):
                 said = ", ".join(map(shown, sorted(strange)))
                 _set_aside(work, where, f"calls {said}, which is not among its tools", record)
@@ -130,6 +140,18 @@ def _records(work: _Work) -> Iterator[tuple[StepRecord, str]]:
                 if (tokens := _tokens(record, where, work)) is not None:
                     work.result.parts[part].add(record, tokens or None)
                     yield record, part
+
+
+def _reachable(record: StepRecord, where: str, work: _Work) -> StepRecord | None:
+    """The record with a gold answer that the template can say; None, set aside, where there is none."""
+    try:
+        tools = {tool["name"] for tool in record.tools}
+        return dataclasses.replace(record, target=reachable(record.target, work.template, tools))
+    except GoldError as error:
+        reason = str(error)
+        _set_aside(work, where, reason, record)
+        work.result.dropped[_kind(reason, work.result.dropped)] += 1
+        return None
 
 
 def _items(work: _Work) -> Iterator[tuple[str, str, Any]]:

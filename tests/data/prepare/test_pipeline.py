@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import subprocess
 import sys
 
@@ -261,7 +262,7 @@ def tokenizer(tmp_path_factory) -> str:
     return str(folder)
 
 
-def test_a_prompt_that_the_chat_template_refuses_is_dropped(tmp_path, out, tokenizer, capsys):
+def test_a_prompt_that_the_chat_template_refuses_is_dropped(tmp_path, out, tokenizer):
     loaded = Tokenizer.load(tokenizer)
     folder = tmp_path / "strict"
     refusal = "{{ raise_exception('Roles must\n alternate, found \\'system\\'') }}"
@@ -280,11 +281,12 @@ def test_a_prompt_that_the_chat_template_refuses_is_dropped(tmp_path, out, token
     assert all("found 'system'" in line["reason"] for line in kept)
     run(path, out, overwrite=True)
     strict, template = Tokenizer.load(str(folder)), TEMPLATES["toolrl"]
-    refused = "record 'in-1/0': the chat template of the tokenizer refuses"
+    refused = "the chat template of the tokenizer refuses it: Roles must alternate, found 'system'"
     prepared = tokenize.prepare(read_records(out), strict, template, tokenize.DataConfig(train=""))
     assert [record.id for record in prepared.records] == ["in-0/0", "in-0/1"]
-    assert f"set aside: {refused}" in capsys.readouterr().err
-    with pytest.raises(UserError, match=f"data: no records: all 2 were set aside, .*{refused}"):
+    said = f"2 set aside (2: {refused}, as in 'in-1/0')"
+    assert said in prepared.summary()
+    with pytest.raises(UserError, match=re.escape(f"data: no records; {said}")):
         tokenize.prepare(read_records(out)[2:], strict, template, tokenize.DataConfig(train=""))
 
 
@@ -477,3 +479,52 @@ def test_memory_does_not_grow_with_the_file(form, ending):
     told = json.loads(done.stdout)
     assert told["records"] == 200_000 and told["kept"] > 180_000
     assert told["peak_bytes"] < 300e6
+
+
+AS_TEXT = '<tool_call>\n{"name": "alpha", "arguments": {"n": 1}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("message", "target"),
+    [
+        ({"content": AS_TEXT}, {"calls": 1, "response": None, "think": None}),
+        ({"content": "\n\n", "tool_calls": 1}, {"calls": 1, "response": None, "think": None}),
+        (
+            {"content": "<think>\nhmm\n</think>\n\nHello"},
+            {"calls": 0, "response": "Hello", "think": "hmm"},
+        ),
+        (
+            {"content": f"<think>\nhmm\n</think>\n\n{AS_TEXT}"},
+            {"calls": 1, "response": None, "think": "hmm"},
+        ),
+        *(
+            ({"content": "Hi", key: "because"}, {"calls": 0, "response": "Hi", "think": "because"})
+            for key in ("reasoning", "reasoning_content", "thinking")
+        ),
+    ],
+)
+def test_what_servers_write_as_text_is_read(tmp_path, out, message, target):
+    item = dialogue(1)
+    if "tool_calls" in message:
+        message = message | {"tool_calls": item["messages"][1]["tool_calls"]}
+    item["messages"] = [item["messages"][0], {"role": "assistant", **message}]
+    assert run(write(tmp_path / "in.jsonl", [item]), out).kept == 1
+    (record,) = read_records(out)
+    gold = record.target
+    assert [(c.name, c.arguments) for c in gold.calls] == [("alpha", {"n": 1})] * target["calls"]
+    assert (gold.response, gold.think) == (target["response"], target["think"])
+
+
+def test_gold_answers_that_cannot_be_said_are_set_aside_with_their_reasons(tmp_path, out):
+    items = [dialogue(0), dialogue(1), dialogue(2)]
+    items[1]["messages"][-1]["content"] = "Close it with </response>."
+    items[2]["messages"][-1]["content"] = AS_TEXT.replace("}}", "}")
+    source = write(tmp_path / "in.jsonl", items)
+    result = run(source, out)
+    assert (result.kept, result.dropped.total(), result.rejected.total()) == (4, 2, 0)
+    lines = [json.loads(line) for line in (out.parent / "out.jsonl.rejected.jsonl").open()]
+    assert [line["raw"]["id"] for line in lines] == ["in-1/1", "in-2/1"]
+    assert "template toolrl cannot say" in lines[0]["reason"]
+    assert "cannot be read" in lines[1]["reason"]
+    assert lines[0]["raw"]["target"]["response"] == "Close it with </response>."
+    assert run(source, out, template="hermes", overwrite=True).kept == 5
