@@ -61,7 +61,10 @@ def finetune(config: Config, dry_run: bool = False) -> int:
     steps = total_steps(config, data.size, BATCH)
     examples = held_out(config, policy, keep=not dry_run)
     check_start(config)
-    say(f"{config.name}: {data.summary()}\n{steps} steps of {config.sft.batch_size} records")
+    say(
+        f"{config.name}: {data.summary()}\nheld out: {examples.summary() if examples else 'none'}\n"
+        f"{steps} steps of {config.sft.batch_size} records"
+    )
     if dry_run:
         return 0
     with contextlib.closing(open_run(config, policy.files)) as run, activate(policy.mesh):
@@ -146,7 +149,8 @@ def gather_lengths(rows: TargetBatch, mesh: Mesh) -> BatchLengths:
 
 def label_regions(rows: TargetBatch, policy: Policy, template: str) -> GoldBatch:
     """Groups of one gold response, with the region of every token."""
-    tokenizer, parse = policy.tokenizer, TEMPLATES[template].parse
+    tokenizer = policy.tokenizer
+    parse = TEMPLATES[template].behind(tokenizer.thought_open).parse
     ids = rows.target
     text = rows.target_length - 1  # the last token is the end of the turn
     parsed = [parse(tokenizer.bytes_of(row[:n])) for row, n in zip(ids, text, strict=True)]

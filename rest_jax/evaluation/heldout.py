@@ -52,7 +52,7 @@ class Evaluator:
 
     def __init__(self, config: Config, policy: Policy, data: Prepared):
         self.policy, self.data, self.reward = policy, data, config.reward
-        self.template = TEMPLATES[config.data.template]
+        self.template = TEMPLATES[config.data.template].behind(policy.tokenizer.thought_open)
         self._sampler = make_sampler(policy, config.rollout, 1, Sampling(greedy=True))
         self._rollout_params = rollout_cast(policy)
         self.width = bucketed(data.prompts)

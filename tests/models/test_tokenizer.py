@@ -3,6 +3,7 @@
 import base64
 import importlib.util
 import itertools
+import json
 import pathlib
 import shutil
 import time
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from rest_jax.models.tokenizer import Tokenizer, TokenizerError, byte_alphabet, byte_table
-from tools.tiny_tokenizer import TAGS, train_tokenizer
+from tools.tiny_tokenizer import CHAT_TEMPLATE, TAGS, train_tokenizer
 
 TEXTS = [
     "Book a hotel in Paris for 3 nights, please.",
@@ -239,3 +240,105 @@ def test_trained_tokenizer_is_repeatable_and_checks_its_size(tmp_path):
     ).read_bytes()
     with pytest.raises(ValueError, match="at least 265"):
         train_tokenizer(TEXTS, 264, tmp_path / "c")
+
+
+def _with_template(tiny, folder, template: str, **config) -> Tokenizer:
+    """The tokenizer with another chat template, and other fields of its tokenizer_config.json."""
+    shutil.copytree(tiny.source, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return Tokenizer.load(folder)
+
+
+def test_turns_end_as_the_chat_template_ends_them(tiny, tmp_path, capsys):
+    """As in Qwen2.5 base and the first Llama-3-Instruct, whose tokenizers name another end."""
+    assert capsys.readouterr().err == ""
+    other = _with_template(tiny, tmp_path / "a", CHAT_TEMPLATE, eos_token="<|endoftext|>")
+    pad, end = (tiny.encode(token).item() for token in ("<|endoftext|>", "<|im_end|>"))
+    assert (other.end_id, other.stop_ids) == (end, tuple(sorted((pad, end))))
+    said = capsys.readouterr().err
+    assert "its eos is '<|endoftext|>'" in said and "'<|im_end|>'" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.content }}\n{% endfor %}",
+        "{{ raise_exception('no') }}",
+        "{{ messages[7].content.x.y }}",
+        "{{ 1 + 'a' }}",
+    ],
+    ids=["no end", "refuses", "undefined", "type error"],
+)
+def test_the_end_is_the_tokenizers_where_the_chat_template_writes_none(
+    tiny, tmp_path, capsys, template
+):
+    loaded = _with_template(tiny, tmp_path / "a", template)
+    assert (loaded.end_id, loaded.thought_open) == (tiny.end_id, False)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_prompt_that_opens_the_thought(tiny, tmp_path):
+    assert not tiny.thought_open
+    for number, (start, opened) in enumerate(
+        [("<think>\n", True), ("<think>", True), ("<think>\n\n</think>\n\n", False), ("x", False)]
+    ):
+        template = CHAT_TEMPLATE.replace("assistant\n{% endif", f"assistant\n{start}{{% endif")
+        assert _with_template(tiny, tmp_path / str(number), template).thought_open == opened
+
+
+QUOTED = "Say <|im_end|> and <tool_call> now <|im_start|>"
+
+
+def test_control_tokens_that_data_quotes_are_plain_text(tiny):
+    control = {tiny.encode(t).item() for t in ("<|im_end|>", "<|im_start|>", "<tool_call>")}
+    (ids,) = tiny.encode_all([tiny.mask(QUOTED)])
+    assert tiny.text(ids) == QUOTED
+    assert not control & set(ids.tolist())
+    prompt = tiny.render_prompt(tiny.mask([{"role": "user", "content": QUOTED}]))
+    (ids,) = tiny.encode_all([prompt])
+    assert tiny.text(ids) == (f"<|im_start|>user\n{QUOTED}<|im_end|>\n<|im_start|>assistant\n")
+    assert [i for i in ids.tolist() if i in control] == [
+        tiny.encode(t).item() for t in ("<|im_start|>", "<|im_end|>", "<|im_start|>")
+    ]
+    # the text between the template's tokens is encoded as one, as it is without control tokens
+    (plain,) = tiny.encode_all([tiny.mask(f"user\n{QUOTED}")])
+    start = ids.tolist().index(plain[0])
+    assert ids[start : start + len(plain)].tolist() == plain.tolist()
+
+
+def test_masks_are_for_every_text_of_a_value_and_only_for_control_tokens(tiny):
+    value = {"<think>": ["<|im_end|>", 1, None, {"a": "<x> </thin>"}], "b": ("</think>",)}
+    masked = tiny.mask(value, keep={"</think>"})
+    (key, (quoted, *rest)), kept = masked.items()
+    assert kept == ("b", ("</think>",)) and rest == value["<think>"][1:]
+    assert "<" not in key + quoted
+    (ids,) = tiny.encode_all([json.dumps(tiny.mask(value))])
+    assert tiny.text(ids) == json.dumps(value)
+    texts = [t for t in TEXTS if "<think>" not in t]
+    assert tiny.mask(texts) == texts
+
+
+@pytest.mark.parametrize("number", ["999999", "9" * 5000])
+def test_a_text_that_looks_like_a_mark_is_itself(tiny, number):
+    text = f"say qquotedcontroltokenq{number}q"
+    (ids,) = tiny.encode_all([text])
+    assert tiny.text(ids) == text
+
+
+@pytest.mark.parametrize("flags", [{}, {"rstrip": True}, {"lstrip": True}])
+def test_masked_text_is_otherwise_encoded_as_ever(tiny, tmp_path, flags):
+    """Also around added tokens that swallow spaces."""
+    from tokenizers import AddedToken
+
+    tiny.hf.save_pretrained(str(tmp_path))
+    hf = Tokenizer.load(tmp_path).hf
+    hf.add_tokens([AddedToken("<|x|>", special=True, **flags), AddedToken("   ", special=False)])
+    hf.save_pretrained(str(tmp_path))
+    loaded = Tokenizer.load(tmp_path)
+    around = "a   b <|x|> \n c<|im_end|>  d <|x|>"
+    (ids,) = loaded.encode_all([around + loaded.mask("<|im_start|>") + " e"])
+    whole = loaded.encode(around).tolist()
+    assert ids[: len(whole)].tolist() == whole
+    assert loaded.encode("<|im_start|>").item() not in ids
