@@ -52,10 +52,10 @@ def recipe(model: Location, output: Location, **changes) -> dict:
 
 
 def environment() -> dict[str, str]:
-    """One device: the runs are started as a user would."""
+    """One device and no PyTorch: the runs are started as a user would."""
     return os.environ | {
         "XLA_FLAGS": "",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{PROGRAMS / 'site'}",
         "PYTHONFAULTHANDLER": "1",
     }
 

@@ -23,6 +23,7 @@ from rest_jax.errors import RunStopped, UserError
 from rest_jax.run import environment
 from rest_jax.run.metrics import read_lines
 from rest_jax.tool_calls import Target
+from tests import runs
 
 COMMANDS = (
     "train", "sft", "plan", "quickstart", "generate", "evaluate", "convert", "export", "sweep", "compare",
@@ -188,7 +189,7 @@ def test_missing_files_of_the_other_commands(capsys, tmp_path):
 
 def test_tools_file_must_be_a_list_of_tools(capsys, tmp_path):
     path = tmp_path / "tools.json"
-    for text, complaint in (("{", "not JSON"), ('{"name": "a"}', "a list of objects")):
+    for text, complaint in (("{", "not JSON"), ('{"name": "a"}', "a list is needed")):
         path.write_text(text)
         line = refused(capsys, "generate", "m", "--prompt", "hello", "--tools", str(path))
         assert complaint in line and str(path) in line
@@ -233,8 +234,9 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
 # Every command succeeds
 
 SMALL = [
-    "data.synthetic_size=16", "data.eval_limit=8", "rollout.prompts_per_step=4", "rollout.group_size=2",
-    "rollout.max_response_tokens=16", "sft.batch_size=4", "train.steps=1", "train.eval_every=0",
+    "data.synthetic_size=16", "data.eval_limit=8", "data.max_prompt_tokens=128",
+    "rollout.prompts_per_step=4", "rollout.group_size=2", "rollout.max_response_tokens=16",
+    "sft.batch_size=4", "train.steps=1", "train.eval_every=0",
 ]  # fmt: skip
 
 
@@ -294,8 +296,9 @@ def printed(folder) -> dict[str, str]:
     file = folder / "commands.json"
     file.write_text(json.dumps(commands))
     program = [sys.executable, str(PROGRAMS / "commands.py"), str(file)]
-    variables = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(PROGRAMS.parent.parent)}
-    done = subprocess.run(program, env=variables, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        program, env=runs.environment(), capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(file.read_text())
     failed = [name for name, (code, _) in found.items() if code != 0]

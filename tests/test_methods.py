@@ -4,7 +4,6 @@ its file says. tests/programs/golden_steps.py makes the runs, and the golden fil
 
 import json
 import math
-import os
 import pathlib
 import re
 import subprocess
@@ -16,6 +15,7 @@ import yaml
 from rest_jax import config, sft, train
 from tests.conftest import REPOSITORY
 from tests.programs.golden_steps import GOLDEN, METHODS, SMALL, SUPERVISED, golden_lines
+from tests.runs import environment
 
 REGIONS = ("tag", "scaffold", "name", "param", "think", "response", "other")
 # Models and data that are not here, by the scale: the rest of the file is tried all the same.
@@ -44,9 +44,8 @@ def runs(tmp_path_factory) -> pathlib.Path:
     """Two steps of every method, in a process of one device."""
     output = tmp_path_factory.mktemp("methods") / "runs"
     program = REPOSITORY / "tests" / "programs" / "golden_steps.py"
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     words = [sys.executable, str(program), str(output)]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return output
 

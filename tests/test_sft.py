@@ -20,7 +20,7 @@ def supervised(model, tmp_path_factory):
     """The folder of a run on demonstrations, tool calls weighted up."""
     folder = tmp_path_factory.mktemp("supervised")
     raw = recipe(model, folder, name="gold", sft={"batch_size": 8, "tool_call_weight": 2.0})
-    raw["data"] |= {"train": "synthetic:demonstrations"}
+    raw["data"] |= {"train": "synthetic:demonstrations", "max_prompt_tokens": 128}
     finish(start("sft", raw, folder))
     return folder / "gold"
 

@@ -4,7 +4,7 @@
   tokens-I-of-N.bin     int32: the ids of the records that process I has tokenised, prompt before target
   records-I-of-N.jsonl  those records, a line each
   index-I-of-N.npz      of each: `number` in the data, `bytes` of its line, `tokens` of each column; and `set_aside`, the
-                        reason and the id of each record whose gold answer the template cannot say
+                        reason and the id of each record whose gold answer or prompt a template cannot say
   complete.json         put last: how many parts and records there are, the bytes of every file
 
 Every process reads the data and tokenises its share of the chunks. The digest is of all that decides the result: the data's
@@ -28,14 +28,16 @@ import numpy as np
 from etils import epath
 
 from rest_jax.config import Config
-from rest_jax.data.files import iter_records, read_items
+from rest_jax.data.files import Aside, iter_records
+from rest_jax.data.items import read_items
 from rest_jax.data.ragged import FileArray, Ragged, StoredRecords, lengths_of, to_bytes
-from rest_jax.data.records import RecordError, StepRecord
+from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import (
     Encoder,
     Prepared,
     SetAside,
     check_demonstrations,
+    encode,
     fitting,
     is_world,
     load_split,
@@ -214,18 +216,15 @@ def _write_part(
                 check_demonstrations(records)
             places = {record.id: first + i for i, record in enumerate(records)}
             records, unusable = source.encoder.usable(records)
-            aside += [(reason, name) for reason, names in unusable.items() for name in names]
-            if not records:
-                continue
-            columns = source.encoder(records)
+            records, columns, refused = encode(records, source.encoder)
+            for reason, names in (unusable | refused).items():
+                aside += [(reason, name) for name in names]
             lines = [to_bytes(record) + b"\n" for record in records]
             tokens.writelines(ids for rows in zip(*columns, strict=True) for ids in rows)
             text.writelines(lines)
-            numbers.append(np.array([places[record.id] for record in records]))
+            numbers.append(np.array([places[record.id] for record in records], np.int64))
             text_bytes.append(np.fromiter(map(len, lines), np.int64, len(lines)))
             lengths.append(np.stack([lengths_of(column) for column in columns], axis=1))
-        if not total:
-            raise RecordError(f"data {source.spec}: no records")
         np.savez(
             index,
             number=_joined(numbers),
@@ -262,7 +261,7 @@ def _shown(source: Source) -> Iterator[StepRecord]:
     """The records; says on stdout how many have been read, when it takes long."""
     shown = time.monotonic()
     with store_errors(source.spec):
-        for number, record in enumerate(iter_records(source.spec, source.limit)):
+        for number, record in enumerate(iter_records(source.spec, source.limit, Aside(say))):
             if (now := time.monotonic()) - shown >= _SECONDS:
                 shown = now
                 say(f"data {source.spec}: {number:,} records tokenised")

@@ -7,6 +7,7 @@ and counted, never cut: a cut prompt loses its tool list. Records whose gold ans
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import jinja2
@@ -14,7 +15,7 @@ import numpy as np
 
 from rest_jax.config import DataConfig
 from rest_jax.data.convert import rlla
-from rest_jax.data.files import read_records
+from rest_jax.data.files import MAX_SAID, read_records
 from rest_jax.data.ragged import Ragged, take_records
 from rest_jax.data.records import RecordError, StepRecord
 from rest_jax.data.synthetic import world as synthetic
@@ -51,7 +52,7 @@ class Prepared:
         dropped = (
             f", {self.dropped} dropped (longer than {self.limit} tokens)" if self.dropped else ""
         )
-        aside = f", {said}" if (said := _said(self.set_aside)) else ""
+        aside = f", {said}" if (said := said_aside(self.set_aside)) else ""
         return f"{self.size} records{dropped}{aside}; prompt tokens: median {p50}, 95 % {p95}, most {most}"
 
 
@@ -99,6 +100,11 @@ class Encoder:
         end = np.int32(self.tokenizer.end_id)
         return prompts, [np.append(ids, end) for ids in self.tokenizer.encode_all(answers)]
 
+    @functools.cached_property
+    def _lists_tools(self) -> bool:
+        """Whether the tokenizer's chat template lists tools as the template does."""
+        return self.tokenizer.lists_tools(self.template.request)
+
     def _masked(self, record: StepRecord) -> StepRecord:
         """The record with marks for the control tokens that its texts quote; rendered text keeps the templates' tags."""
         mask, gold = self.tokenizer.mask, record.target
@@ -118,10 +124,12 @@ class Encoder:
 
     def _prompt(self, record: StepRecord) -> str:
         try:
+            if self._lists_tools and (native := record.native_prompt(self.template)) is not None:
+                return self.tokenizer.render_prompt(*native)
             messages = record.prompt_messages(self.template, self.brief)
             return self.tokenizer.render_prompt(messages)
         except jinja2.TemplateError as error:  # say, of roles that do not alternate
-            said = " ".join(str(error).split())
+            said = " ".join(self.tokenizer.unmask(str(error)).split())
             raise RecordError(
                 f"record {record.id!r}: the chat template of the tokenizer refuses it: {said}"
             ) from error
@@ -181,9 +189,27 @@ def tokenise(records: Sequence[StepRecord], encoder: Encoder, max_tokens: int) -
     """
     if encoder.supervised:
         check_demonstrations(records)
-    records, aside = encoder.usable(records)
-    columns = [Ragged.of(column) for column in encoder(records)]
-    return fitting(records, columns, max_tokens, aside)
+    kept, aside = encoder.usable(records)
+    kept, columns, refused = encode(kept, encoder)
+    return fitting(kept, [Ragged.of(column) for column in columns], max_tokens, aside | refused)
+
+
+def encode(
+    records: Sequence[StepRecord], encoder: Encoder
+) -> tuple[Sequence[StepRecord], tuple[list[np.ndarray], ...], dict[str, list[str]]]:
+    """(the records that can be encoded, what the encoder makes of them, those whose prompt the chat template refuses)."""
+    try:
+        return records, encoder(records), {}
+    except RecordError:
+        kept, refused = [], {}
+    for record in records:
+        try:
+            encoder([record])
+            kept.append(record)
+        except RecordError as error:
+            reason = str(error).removeprefix(f"record {record.id!r}: ")
+            refused.setdefault(reason, []).append(record.id)
+    return kept, encoder(kept), refused
 
 
 def check_demonstrations(records: Sequence[StepRecord]) -> None:
@@ -200,7 +226,7 @@ def fitting(
 ) -> Prepared:
     """The records of at most `max_tokens` tokens in all columns, which are those of `Encoder`. UserError when there are none."""
     if not len(records):
-        raise UserError(f"data: no records; {_said(aside)}" if aside else "data: no records")
+        raise UserError(f"data: no records; {said_aside(aside)}" if aside else "data: no records")
     totals = np.sum([column.lengths for column in columns], axis=0)
     fits = np.flatnonzero(totals <= max_tokens)
     if not len(fits):
@@ -219,8 +245,10 @@ def fitting(
     )
 
 
-def _said(aside: SetAside) -> str:
-    """How many records were set aside, and why, with one of each kind."""
+def said_aside(aside: SetAside) -> str:
+    """How many records were set aside, and the most frequent reasons, each with one of its records."""
     reasons = sorted(aside.items(), key=lambda pair: -len(pair[1]))
-    said = "; ".join(f"{len(ids)}: {reason}, as in {ids[0]!r}" for reason, ids in reasons)
-    return f"{sum(map(len, aside.values()))} set aside ({said})" if said else ""
+    said = [f"{len(ids)}: {reason}, as in {ids[0]!r}" for reason, ids in reasons[:MAX_SAID]]
+    if others := reasons[MAX_SAID:]:
+        said.append(f"{sum(len(ids) for _, ids in others)}: other reasons")
+    return f"{sum(map(len, aside.values()))} set aside ({'; '.join(said)})" if said else ""

@@ -8,6 +8,7 @@ the chat template writes. transformers is imported on first use.
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import hashlib
 import json
@@ -26,19 +27,29 @@ from rest_jax.models import chat_sandbox
 
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
 
-# Hides the function by which transformers tells a template the date; this one is what Llama 3 falls back on.
-DATE_MACRO = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+# What a template that asks for the date is told; Llama 3's falls back on it.
+DATE = datetime.date(2024, 7, 26)
+# Hides the function by which transformers tells a template the date.
+DATE_MACRO = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('%{c}', '{DATE:%{c}}')" for c in "aAbBdeFHIjmMpSTyY")
+    + " }}{% endmacro %}"
+)
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes a space as this
 
 # Stands for a control token in a text that quotes it; small letters pass through JSON and chat templates.
 _MASK = "qquotedcontroltokenq{}q"
-_masked = re.compile(_MASK.format(r"(\d+)"))
+_masked = re.compile(_MASK.format(r"(\d{1,9})"))
 _looks_like_control = re.compile(r"[<\[].*[>\]]", re.DOTALL).fullmatch
 _MAX_IDS = 2**24
 _MAX_TEMPLATE = 2**17  # characters; the largest published ones have 30,000
-_PROBE = "qAnswerq"  # a turn by which a chat template shows how it ends one
+
+# What a chat template is given to show what it makes of it.
+_QUESTION = ({"role": "user", "content": "x"},)
+_PROBE = "qAnswerq"
+_PROBE_TOOL = "probe_of_tools"
 
 
 class TokenizerError(UserError):
@@ -136,10 +147,14 @@ class Tokenizer:
             return type(value)(self.mask(inner, keep) for inner in value)
         return value
 
+    def unmask(self, text: str) -> str:
+        """A text of masked values as it reads."""
+        return _masked.sub(lambda found: self._control.get(int(found[1]), found[0]), text)
+
     @functools.cached_property
     def thought_open(self) -> bool:
         """Whether prompts end in an opening think tag (Qwen3-Thinking-2507, R1 distillates), behind which completions begin."""
-        return _probe(self.hf, "", answered=False).rstrip().endswith("<think>")
+        return _probe(self.hf, _QUESTION).rstrip().endswith("<think>")
 
     def _encode_masked(self, text: str) -> list[int]:
         """Ids of a text with marks; what is between two control tokens of the template is one plain text."""
@@ -155,8 +170,8 @@ class Tokenizer:
                 continue
             piece = text[start:first]
             if _masked.search(piece):
-                quoted = _masked.sub(lambda found: self._control[int(found[1])], piece)
-                ids[len(ids) - count :] = self._plain.encode(quoted, add_special_tokens=False).ids
+                quoted = self._plain.encode(self.unmask(piece), add_special_tokens=False)
+                ids[len(ids) - count :] = quoted.ids
             if i >= 0:
                 ids.append(i)
             start, count = last, 0
@@ -195,24 +210,34 @@ class Tokenizer:
         """int32 [T]: the ids of `render_prompt`."""
         return self.encode(self.render_prompt(messages))
 
-    def render_prompt(self, messages: Sequence[Message]) -> str:
-        """The chat through the tokenizer's own template, up to where the assistant starts to write.
+    def render_prompt(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
+        """The chat through the tokenizer's own template, up to where the assistant starts to write; `tools` are for it to list.
 
-        A template that asks for the date (Llama 3.2) is told a fixed one: prompts of tomorrow are those of today.
+        A template that asks for the date (Llama 3.x) is told a fixed one: prompts of tomorrow are those of today. TemplateError
+        for whatever the template raises.
         """
         if not self.hf.chat_template:
             raise TokenizerError(
                 f"tokenizer {self.source}: no chat template; add chat_template.jinja to its folder "
                 "(or use the instruction-tuned model's tokenizer)"
             )
-        return _render(self.hf, messages, add_generation_prompt=True)
+        return _render(self.hf, messages, tools)
+
+    def lists_tools(self, request: str | None) -> bool:
+        """Whether the chat template lists the tools that it is given, and asks for calls in these words."""
+        if request is None:
+            return False
+        tool = {"type": "function", "function": {"name": _PROBE_TOOL, "parameters": {}}}
+        text = _probe(self.hf, _QUESTION, [tool])
+        return request in text and _PROBE_TOOL in text
 
     def digest(self) -> str:
-        """SHA-256, in hex, of all that decides which ids a chat has."""
+        """SHA-256, in hex, of all that decides which ids a chat has, the date it is told among it."""
         hf = self.hf
         content = (
             hf.backend_tokenizer.to_str(),
             hf.chat_template,
+            DATE.isoformat(),
             hf.special_tokens_map,
             self.end_id,
         )
@@ -321,41 +346,51 @@ def _without_nulls(file: pathlib.Path) -> Any:
     return None
 
 
-def _render(hf: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-    """A chat through the tokenizer's template, at a fixed date. TokenizerError when it is too much of a program,
-    jinja2.TemplateError for every other failure.
+def _render(
+    hf: Any, messages: Sequence[Message], tools: Sequence[Any] = (), prompt: bool = True
+) -> str:
+    """A chat through the tokenizer's template at a fixed date, with `prompt` up to where the assistant starts to write.
+
+    TokenizerError when the template takes too much time or space; TemplateError for whatever else it raises: it is a program, and
+    fails with errors of any class.
     """
+    given = list(tools) or None
     try:
         with chat_sandbox.rendering():
-            template = hf.get_chat_template()
+            template = hf.get_chat_template(tools=given)
             if len(template) > _MAX_TEMPLATE:
                 raise chat_sandbox.TemplateLimitError(
                     f"the chat template has {len(template):,} characters, more than {_MAX_TEMPLATE:,}"
                 )
             return hf.apply_chat_template(
                 [dict(m) for m in messages],
-                add_generation_prompt=add_generation_prompt,
+                tools=given,
+                add_generation_prompt=prompt,
                 tokenize=False,
                 chat_template=DATE_MACRO + template,
             )
     except chat_sandbox.TemplateLimitError as error:
         raise TokenizerError(f"tokenizer {hf.name_or_path}: {error}") from error
+    except jinja2.TemplateError:
+        raise
+    except Exception as error:
+        raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error
 
 
-def _probe(hf: Any, answer: str, answered: bool) -> str:
-    """What the chat template makes of a question, and of its answer or the start of one; "" where it cannot."""
-    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
-    if not hf.chat_template:
-        return ""
+def _probe(
+    hf: Any, messages: Sequence[Message], tools: Sequence[Any] = (), prompt: bool = True
+) -> str:
+    """What the chat template makes of a chat, "" where it cannot."""
     try:
-        return _render(hf, chat if answered else chat[:1], add_generation_prompt=not answered)
+        return _render(hf, messages, tools, prompt) if hf.chat_template else ""
     except jinja2.TemplateError:
         return ""
 
 
 def _end_of_turn(hf: Any) -> int | None:
     """The id of the added token by which the chat template ends an assistant's turn; None where it writes none."""
-    behind = _probe(hf, _PROBE, answered=True).rpartition(_PROBE)[2].lstrip()
+    chat = (*_QUESTION, {"role": "assistant", "content": _PROBE})
+    behind = _probe(hf, chat, prompt=False).rpartition(_PROBE)[2].lstrip()
     added = hf.backend_tokenizer.get_added_tokens_decoder()
     ends = {token.content: i for i, token in added.items() if behind.startswith(token.content)}
     return ends[max(ends, key=len)] if ends else None

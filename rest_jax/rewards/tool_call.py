@@ -14,7 +14,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from rest_jax.config import RewardConfig
 from rest_jax.tool_calls import Call
@@ -128,5 +127,8 @@ def _assign(scores: list[list[float]]) -> list[tuple[int, int]]:
         return []
     if len(scores) == 1:
         return [(0, scores[0].index(max(scores[0])))]
+    # 40 MB of code, which most data and all who only read records do not need
+    from scipy.optimize import linear_sum_assignment
+
     rows, columns = linear_sum_assignment(np.array(scores), maximize=True)
     return list(zip(rows.tolist(), columns.tolist(), strict=True))

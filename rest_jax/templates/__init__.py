@@ -28,6 +28,8 @@ class Template:
     render_prompt: Callable[..., list[dict[str, str]]]
     _render_answer: Callable[[Target], str]
     _parse: Callable[[bytes, bool], Answer]
+    # words by which a model's own chat template asks for calls in this form: it then lists the tools itself
+    request: str | None = None
     thought_open: bool = False  # prompts end in an opening think tag: answers go on behind it
 
     def behind(self, thought_open: bool) -> "Template":
@@ -52,6 +54,10 @@ class Template:
 
 TEMPLATES: dict[str, Template] = {
     "toolrl": Template("toolrl", toolrl.render_prompt, toolrl.render_answer, toolrl.parse),
-    "hermes": Template("hermes", hermes.render_prompt, hermes.render_answer, hermes.parse),
-    "llama3": Template("llama3", llama3.render_prompt, llama3.render_answer, llama3.parse),
+    "hermes": Template(
+        "hermes", hermes.render_prompt, hermes.render_answer, hermes.parse, hermes.REQUEST
+    ),
+    "llama3": Template(
+        "llama3", llama3.render_prompt, llama3.render_answer, llama3.parse, llama3.REQUEST
+    ),
 }

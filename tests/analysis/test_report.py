@@ -35,7 +35,7 @@ def test_every_region_has_a_colour_of_its_own():
     assert len(set(REGION_COLOURS.values())) == len(REGION_NAMES)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 40])
+@pytest.mark.parametrize("steps", [1, pytest.param(2, marks=pytest.mark.slow), 40])
 def test_curves_are_drawn_for_runs_of_any_length(tmp_run, steps):
     fill(tmp_run, steps)
     path = write_curves(tmp_run)

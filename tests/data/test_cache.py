@@ -123,6 +123,31 @@ def test_processes_share_the_chunks(config, tokenizer, processes):
         assert [row.tolist() for row in rows] == [row.tolist() for row in expected]
 
 
+@pytest.mark.parametrize("processes", [1, 2, 9])
+def test_what_a_chat_template_refuses_is_set_aside_alone(config, tokenizer, processes):
+    strict = Tokenizer.load(tokenizer.source)
+    refused = [RECORDS[i] for i in (0, 5, 6, 22)]
+    said = json.dumps([r.prompt_messages(TEMPLATE, True)[-1]["content"] for r in refused])
+    refusal = "{{ 'x' + 1 if messages[-1].content in " + said + " }}"
+    strict.hf.chat_template = refusal + strict.hf.chat_template
+    source = cache.Source(config.data.train, None, Encoder(strict, TEMPLATE, brief=True))
+    folder = as_path(config.output) / "parts"
+    folder.mkdir(parents=True)
+    sizes = {}
+    for process in range(processes):
+        sizes |= cache._write_part(source, folder, process, processes)[1]
+    content = {"parts": processes, "records": 23, "bytes": sizes}
+    (folder / COMPLETE).write_text(json.dumps(content))
+    left = [record for record in RECORDS if record not in refused]
+    records, (prompts,) = cache._open(folder)
+    assert list(records) == left
+    expected = Encoder(tokenizer, TEMPLATE, brief=True)(left)[0]
+    assert [row.tolist() for row in prompts] == [row.tolist() for row in expected]
+    ((reason, names),) = cache._set_aside(folder).items()
+    assert reason.startswith("the chat template of the tokenizer refuses it: ")
+    assert sorted(names) == sorted(record.id for record in refused)
+
+
 def test_what_decides_the_ids_decides_the_folder(config, tokenizer, tmp_path):
     """Another content, name, limit, template, form of prompt, tokenizer or chat template is another folder."""
     _load(config, tokenizer)

@@ -322,6 +322,13 @@ def test_masks_are_for_every_text_of_a_value_and_only_for_control_tokens(tiny):
     assert tiny.mask(texts) == texts
 
 
+@pytest.mark.parametrize("number", ["999999", "9" * 5000])
+def test_a_text_that_looks_like_a_mark_is_itself(tiny, number):
+    text = f"say qquotedcontroltokenq{number}q"
+    (ids,) = tiny.encode_all([text])
+    assert tiny.text(ids) == text
+
+
 @pytest.mark.parametrize("flags", [{}, {"rstrip": True}, {"lstrip": True}])
 def test_masked_text_is_otherwise_encoded_as_ever(tiny, tmp_path, flags):
     """Also around added tokens that swallow spaces."""

@@ -3,8 +3,8 @@
     python tests/programs/golden_steps.py OUT            the runs, in OUT/<method>/
     python tests/programs/golden_steps.py OUT --update   the same, then writes tests/golden/methods.json from them
 
-Most of the time is tracing and compiling. All methods sample alike, so the engine of the first serves the others; prompts
-and completions are of one padded size; XLA does not optimise; no picture is drawn.
+Most of the time is tracing and compiling. All methods sample alike, so the engine of the first serves the others, and so does
+an update those with the same loss; prompts and completions are of one padded size; XLA does not optimise; no picture is drawn.
 """
 
 import functools
@@ -18,7 +18,8 @@ if __name__ == "__main__":
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device
 
 from rest_jax import config, sft, train
-from rest_jax.rollout import scheduler
+from rest_jax.rl import optimizer, step, supervised
+from rest_jax.rollout import engine, scheduler
 from rest_jax.run import load
 from rest_jax.run.metrics import read_lines
 
@@ -39,16 +40,31 @@ SMALL = [
 ]
 
 
-def share_engines() -> None:
-    """Makes equal samplers share one engine, as jax's cache on disk would, without tracing it again."""
-    make, made = scheduler.make_engine, {}
+def share_programs() -> None:
+    """Makes equal samplers share one engine, and equal losses one update, as jax's cache on disk would, without tracing them
+    again.
+    """
+    scheduler.make_engine = functools.cache(scheduler.make_engine)
+    train.make_optimizer = sft.make_optimizer = functools.cache(optimizer.make_optimizer)
+    make, made = step.make_update, {}
 
-    def shared(*key):
+    def make_update(spec, state_shardings):
+        loss = spec.loss_fn
+        key = loss.func, *loss.keywords.items(), spec.tx, spec.mesh, spec.noise_groups
         if key not in made:
-            made[key] = make(*key)
+            made[key] = make(spec, state_shardings)
         return made[key]
 
-    scheduler.make_engine = shared
+    step.make_update = supervised.make_update = make_update
+    cast, casts = engine.rollout_cast, {}
+
+    def rollout_cast(policy):
+        key = policy.config, policy.rollout_mesh
+        if key not in casts:
+            casts[key] = cast(policy)
+        return casts[key]
+
+    train.rollout_cast = rollout_cast
 
 
 def train_method(method: str, output: pathlib.Path) -> None:
@@ -73,7 +89,7 @@ def rounded(lines: list[dict[str, float]]) -> list[dict[str, float]]:
 
 def main(output: pathlib.Path, update: bool) -> None:
     """Every method, then the golden file if it is to be updated."""
-    share_engines()
+    share_programs()
     train.report_evaluations = sft.report_evaluations = lambda folder: None  # draws
     load.Tokenizer.load = functools.cache(load.Tokenizer.load)
     for method in METHODS:

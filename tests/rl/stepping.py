@@ -1,5 +1,6 @@
 """One RL step of the tiny policy, put together as the loop of train.py does, for the tests of the update."""
 
+import functools
 from collections.abc import Iterable
 
 import jax
@@ -22,6 +23,7 @@ from rest_jax.rl.packing import (
 )
 from rest_jax.rl.prepare import Recomputed, StepConfig
 from rest_jax.rl.step import (
+    Update,
     make_logprobs,
     make_policy_update,
     make_prepare,
@@ -64,6 +66,30 @@ def rows_of(batch: ResponseBatch, groups: Iterable[int] | None = None) -> Rows:
     return jax.tree.map(jnp.asarray, make_rows(MicroBatch((tuple(pieces),), length, lengths)))
 
 
+# Compiled once for all steps that differ in their batch alone.
+prepare_of = functools.cache(make_prepare)
+logprobs_of = functools.cache(make_logprobs)
+
+
+@functools.cache
+def update_of(decoder, tx, cfg: StepConfig, mesh) -> tuple[Update, TrainState]:
+    """(the update, the shardings of its state)."""
+    state = jax.eval_shape(lambda: fresh_state(tiny.params(decoder.cfg.n_experts), tx, cfg))
+    shardings = jax.tree.map(lambda _: replicated(mesh), state)
+    shardings = shardings.replace(params=param_shardings(decoder.cfg, mesh))
+    return make_policy_update(decoder, tx, cfg, mesh, shardings), shardings
+
+
+def fresh_state(params, tx, cfg: StepConfig) -> TrainState:
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        opt_state=tx.init(params),
+        rng=jax.random.key(0),
+        curriculum=curriculum.init(cfg.schedule),
+    )
+
+
 def step(
     cfg: StepConfig,
     scored: ScoredBatch,
@@ -79,19 +105,12 @@ def step(
 ) -> tuple[TrainState, dict[str, float]]:
     """(state after a step, its metrics) on a mesh; without a plan and a mini-batch of each group, those of the step."""
     mesh, decoder = tiny.mesh(*shape), tiny.decoder(remat, experts=experts)
+    # what an update reads of its configuration
+    read = tiny.step_config(loss=cfg.loss, sampling=cfg.sampling, noise_groups=cfg.noise_groups)
+    update, shardings = update_of(decoder, tx, read, mesh)
     start = jax.tree.map(lambda x: x.copy(), params or tiny.params(experts))
-    state = TrainState(
-        step=jnp.int32(0),
-        params=start,
-        opt_state=tx.init(start),
-        rng=jax.random.key(0),
-        curriculum=curriculum.init(cfg.schedule),
-    )
-    shardings = jax.tree.map(lambda _: replicated(mesh), state)
-    shardings = shardings.replace(params=param_shardings(decoder.cfg, mesh))
-    state = jax.device_put(state, shardings)
-    prepare = make_prepare(cfg, mesh)
-    update = make_policy_update(decoder, tx, cfg, mesh, shardings)
+    state = jax.device_put(fresh_state(start, tx, cfg), shardings)
+    prepare = prepare_of(cfg, mesh)
     if minibatch is None:
         minibatch = assign_minibatches(len(scored.reward), cfg.updates)
     batch, moved, prepared = prepare(scored, recomputed, logp_ref, minibatch, state.curriculum)
@@ -107,7 +126,7 @@ def step(
 
 def logprobs(cfg: StepConfig, scored: ScoredBatch, experts: int = 0) -> Recomputed:
     """The tiny policy's own values of a rollout."""
-    forward = make_logprobs(tiny.decoder(experts=experts), cfg, tiny.mesh())
+    forward = logprobs_of(tiny.decoder(experts=experts), cfg, tiny.mesh())
     return forward(tiny.params(experts), scored.rollout, BatchLengths.of(scored.rollout))
 
 

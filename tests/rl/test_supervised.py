@@ -1,5 +1,7 @@
 """The supervised update against an oracle that runs every row alone: loss, accuracy, gradient, and how it is cut."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,13 +53,26 @@ def full_logits(batch, params=None):
         rows, batch.prompt, batch.prompt_length, batch.responses[:, 0], strict=True
     ):
         row[:n], row[n : n + tiny.TIME] = prompt[:n], response
-    weights = tiny.params() if params is None else params
-    end = jnp.asarray(batch.prompt_length + tiny.TIME)
-    layout, positions = prompt_rows(jnp.asarray(rows), end)
-    hidden, _ = tiny.decoder().apply({"params": weights}, jnp.asarray(rows), positions, layout)
-    predicting = batch.prompt_length[:, None] - 1 + np.arange(tiny.TIME)
+    return logits_of_rows(tiny.params() if params is None else params, rows, batch.prompt_length)
+
+
+@jax.jit
+def logits_of_rows(params, rows, prompt_length):
+    layout, positions = prompt_rows(rows, prompt_length + tiny.TIME)
+    hidden, _ = tiny.decoder().apply({"params": params}, rows, positions, layout)
+    predicting = prompt_length[:, None] - 1 + jnp.arange(tiny.TIME)
     hidden = jnp.take_along_axis(hidden, predicting[..., None], axis=1)
-    return logits(weights, tiny.decoder().cfg, hidden)
+    return logits(params, tiny.decoder().cfg, hidden)
+
+
+@functools.cache
+def update_of(loss_cfg: LossConfig, mesh):
+    """(the compiled update, the shardings of its state)."""
+    params = tiny.params()
+    state = TrainState(jnp.int32(0), params, params, jax.random.key(0), jnp.int32(0))
+    shardings = jax.tree.map(lambda _: replicated(mesh), state)
+    shardings = shardings.replace(params=param_shardings(tiny.decoder().cfg, mesh))
+    return make_supervised_update(tiny.decoder(), RECORD, loss_cfg, mesh, shardings), shardings
 
 
 def update(gold: GoldBatch, max_tokens=None, shape=(1, 1, 1), cfg=CFG, loss_cfg=None):
@@ -65,10 +80,7 @@ def update(gold: GoldBatch, max_tokens=None, shape=(1, 1, 1), cfg=CFG, loss_cfg=
     mesh = tiny.mesh(*shape)
     start = jax.tree.map(lambda x: x.copy(), tiny.params())
     state = TrainState(jnp.int32(0), start, RECORD.init(start), jax.random.key(0), jnp.int32(0))
-    shardings = jax.tree.map(lambda _: replicated(mesh), state)
-    shardings = shardings.replace(params=param_shardings(tiny.decoder().cfg, mesh))
-    loss_cfg = loss_cfg or LossConfig(vocab_chunk=5)
-    step = make_supervised_update(tiny.decoder(), RECORD, loss_cfg, mesh, shardings)
+    step, shardings = update_of(loss_cfg or LossConfig(vocab_chunk=5), mesh)
     plan = plan_all_groups(BatchLengths.of(gold), max_tokens, mesh)
     batch = make_prepare_gold(cfg, mesh)(gold)
     state, totals = step(jax.device_put(state, shardings), batch, plan)
@@ -116,7 +128,7 @@ def test_loss_and_gradient_against_an_oracle(gold, plain):
             chosen = jnp.take_along_axis(logp, tokens, axis=-1)[..., 0]
             return -jnp.sum(scale * jnp.where(mask, chosen, 0)) / mask.sum()
 
-        value, gradient = jax.value_and_grad(objective)(tiny.params())
+        value, gradient = jax.jit(jax.value_and_grad(objective))(tiny.params())
         assert metrics["update/loss"] == pytest.approx(float(value), rel=1e-5)
         close(found, gradient, 2e-5)
         nll = objective(tiny.params(), mask)

@@ -13,24 +13,23 @@ from rest_jax.config import CurriculumConfig, LossConfig, WeightsConfig
 from rest_jax.rl import curriculum, loss, weights
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.logprobs import PassSpec, response_logprobs
-from rest_jax.rl.packing import BatchLengths, MicroBatch
-from rest_jax.rl.prepare import prepare
+from rest_jax.rl.packing import BatchLengths, MicroBatch, make_rows
 from rest_jax.rl.update import (
     Totals,
     UpdateSpec,
     add_gradient,
     apply_gradient,
     gradient_noise,
-    micro_gradient,
     policy_loss,
     zero_gradient,
 )
 from rest_jax.types import TrainState
 from tests import tiny
-from tests.rl.stepping import RECORD, close, logprobs, plan_of, rows_of, step
+from tests.rl.stepping import RECORD, close, logprobs, plan_of, prepare_of, rows_of, step
 
 PROMPTS = 8
 GROUP_TOKENS = 16 + tiny.GROUP * tiny.TIME  # trunk positions of a padded group of `tiny.prompts`
+HALF_TOKENS = 4 * GROUP_TOKENS
 EQUAL = (1, 2, 4, 7)  # groups whose rewards are equal in `partly_equal`
 
 
@@ -84,7 +83,7 @@ def test_loss_and_gradient_against_an_oracle(scored, plain):
         terms = jnp.where(mask, weight * -jnp.minimum(ratio * a, clipped * a), 0)
         return jnp.sum(terms) / weight.sum()
 
-    value, gradient = jax.value_and_grad(objective)(tiny.params())
+    value, gradient = jax.jit(jax.value_and_grad(objective))(tiny.params())
     assert plain[1]["update/loss"] == pytest.approx(float(value), rel=1e-4, abs=1e-6)
     close(plain[0], gradient, 2e-5)
 
@@ -97,7 +96,7 @@ def off_policy(scored):
 
 
 @pytest.mark.parametrize("aggregation", sorted(loss.AGGREGATIONS))
-@pytest.mark.parametrize("micro", [2, 8])
+@pytest.mark.parametrize("micro", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_micro_batches_change_nothing(scored, micro, aggregation):
     """Neither the gradient nor any metric."""
     cfg = tiny.step_config(
@@ -231,8 +230,8 @@ def update_parts(scored, noise_groups=None, tx=RECORD):
     """(spec, batch, state) to call the parts of an update with."""
     cfg, mesh = tiny.step_config(), tiny.mesh()
     state = curriculum.init(cfg.schedule)
-    minibatch = jnp.zeros(PROMPTS, jnp.int32)
-    batch, _, _ = prepare(jax.tree.map(jnp.asarray, scored), None, None, minibatch, state, cfg)
+    minibatch = np.zeros(PROMPTS, np.int32)
+    batch, _, _ = prepare_of(cfg, mesh)(scored, None, None, minibatch, state)
     loss_fn = functools.partial(
         policy_loss, decoder=tiny.decoder(), cfg=cfg.loss, sampling=cfg.sampling
     )
@@ -245,13 +244,18 @@ def update_parts(scored, noise_groups=None, tx=RECORD):
 def test_micro_gradients_add_up(scored, plain):
     """Two halves give the gradient, and the metrics, of both."""
     spec, batch, state = update_parts(scored)
-    first, second = rows_of(scored.rollout, range(4)), rows_of(scored.rollout, range(4, 8))
-    half = micro_gradient(state.params, batch, first, spec)
-    gradient, totals = add_gradient(half, state.params, batch, second, spec)
+    lengths = BatchLengths.of(scored.rollout)
+    add = jax.jit(functools.partial(add_gradient, spec=spec))
+    nothing, zero = total = jax.jit(functools.partial(zero_gradient, spec=spec))(
+        state.params, batch
+    )
+    for half in (range(4), range(4, 8)):
+        micro = MicroBatch((tuple(map(lengths.whole, half)),), HALF_TOKENS, lengths)
+        total = add(total, state.params, batch, make_rows(micro))
+    gradient, totals = total
     close(gradient, plain[0])
     for name, value in (totals.sums | totals.maxima).items():
         assert float(value) == pytest.approx(plain[1][name], rel=1e-4, abs=1e-6), name
-    nothing, zero = zero_gradient(state.params, batch, spec)
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves((nothing, zero.sums)))
     assert jax.tree.structure((nothing, zero)) == jax.tree.structure((gradient, totals))
 
@@ -267,9 +271,9 @@ def test_totals_add_sums_and_keep_the_largest():
 
 def test_norms_of_an_update(scored):
     """Of the gradient, of the change, and of the parameters after it."""
-    spec, batch, state = update_parts(scored, tx=optax.sgd(0.5))
-    gradient, totals = micro_gradient(state.params, batch, rows_of(scored.rollout), spec)
-    new, found = apply_gradient(state, gradient, totals, spec)
+    spec, _, state = update_parts(scored, tx=optax.sgd(0.5))
+    gradient = jax.tree.map(jnp.cos, state.params)
+    new, found = apply_gradient(state, gradient, Totals({}, {}), spec)
     close(new.params, jax.tree.map(lambda p, g: p - 0.5 * g, state.params, gradient), 1e-6)
     norm = np.linalg.norm(flat(gradient))
     assert float(found.sums["update/grad_norm"]) == pytest.approx(norm, rel=1e-5)
