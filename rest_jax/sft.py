@@ -26,7 +26,7 @@ from rest_jax.distributed import (
     to_mesh,
 )
 from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
-from rest_jax.models.policy import Policy
+from rest_jax.models.policy import Policy, check_positions
 from rest_jax.planning.memory import check_memory
 from rest_jax.planning.programs import memory_programs
 from rest_jax.planning.setup import HeldOut, Lengths, Setup
@@ -59,6 +59,9 @@ def finetune(config: Config, dry_run: bool = False) -> int:
     check_experts(config, policy.config)
     data = load_demonstrations(config, policy.tokenizer, keep=not dry_run)
     steps = total_steps(config, data.size, BATCH)
+    last = int(np.argmax(data.prompts.lengths + data.targets.lengths))
+    prompt, target = int(data.prompts.lengths[last]), int(data.targets.lengths[last])
+    check_positions(policy.config, prompt, target, "sft.max_tokens")
     examples = held_out(config, policy, keep=not dry_run)
     check_start(config)
     say(

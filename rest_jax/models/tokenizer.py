@@ -6,6 +6,7 @@ text is derived from ids and never tokenised again. How a turn ends, and whether
 the chat template writes. transformers is imported on first use.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -21,6 +22,8 @@ import jinja2
 import numpy as np
 
 from rest_jax.errors import UserError
+from rest_jax.files import check_links
+from rest_jax.models import chat_sandbox
 
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
 
@@ -40,6 +43,8 @@ _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes a space as this
 _MASK = "qquotedcontroltokenq{}q"
 _masked = re.compile(_MASK.format(r"(\d{1,9})"))
 _looks_like_control = re.compile(r"[<\[].*[>\]]", re.DOTALL).fullmatch
+_MAX_IDS = 2**24
+_MAX_TEMPLATE = 2**17  # characters; the largest published ones have 30,000
 
 # What a chat template is given to show what it makes of it.
 _QUESTION = ({"role": "user", "content": "x"},)
@@ -75,7 +80,9 @@ class Tokenizer:
         if vocab_size is not None:
             if len(pieces) > vocab_size:
                 raise TokenizerError(
-                    f"tokenizer {source}: {len(pieces)} words, but the model's vocab_size is {vocab_size}"
+                    f"tokenizer {source}: {len(pieces)} words, but the model's vocab_size is {vocab_size}: ids above it "
+                    "have no embedding; name the model's own tokenizer (model.tokenizer), or enlarge the model's matrix "
+                    "(transformers: resize_token_embeddings)"
                 )
             pieces += [b""] * (vocab_size - len(pieces))
         end_id = _end_of_turn(hf)
@@ -112,7 +119,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """int32 [T]: the ids of a text; no beginning or end token is added, added tokens in the text are recognised."""
-        return np.asarray(self.hf.encode(text, add_special_tokens=False), np.int32)
+        return np.asarray(_encode(self.hf, text), np.int32)
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of every text, on all cores; what `mask` has replaced is encoded as plain text."""
@@ -260,7 +267,12 @@ def byte_table(hf: Any) -> list[bytes]:
         )
     added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
     vocab = backend.get_vocab(with_added_tokens=True)
-    table = [b""] * (max(vocab.values(), default=-1) + 1)
+    size = max(vocab.values(), default=-1) + 1
+    if size > _MAX_IDS:
+        raise TokenizerError(
+            f"tokenizer {hf.name_or_path}: an id of {size - 1:,}; more than {_MAX_IDS:,} ids are not read"
+        )
+    table = [b""] * size
     for word, i in vocab.items():
         if i not in added:
             try:
@@ -301,11 +313,37 @@ def _load_hf(source: str) -> Any:
         raise TokenizerError(f"tokenizer {source}: a folder or hub id is needed, this is a file")
     if not path.exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise TokenizerError(f"tokenizer {source}: no such folder")
+    check_links(path)
+    chat_sandbox.install()
     try:
-        return transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        hf = transformers.AutoTokenizer.from_pretrained(
+            source, config=_without_nulls(path / "config.json"), trust_remote_code=False
+        )
+        _encode(hf, "x")  # some wrong values are noticed only now
+        return hf
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exceptions, and panics that are none
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise TokenizerError(f"tokenizer {source}: cannot be loaded: {reason}") from error
+
+
+def _encode(hf: Any, text: str) -> list[int]:
+    # Without its warnings: lengths are checked against the model, not the tokenizer.
+    return hf.encode(text, add_special_tokens=False, verbose=False)
+
+
+def _without_nulls(file: pathlib.Path) -> Any:
+    """transformers' record of a config.json with null where a default is meant, which it does not read itself; else None."""
+    from transformers import AutoConfig
+
+    with contextlib.suppress(Exception):  # the tokenizer's own error says what is wrong
+        raw = json.loads(file.read_bytes() if file.is_file() else "{}")
+        try:
+            AutoConfig.for_model(**raw)
+        except Exception:
+            return AutoConfig.for_model(**{k: v for k, v in raw.items() if v is not None})
+    return None
 
 
 def _render(
@@ -313,16 +351,26 @@ def _render(
 ) -> str:
     """A chat through the tokenizer's template at a fixed date, with `prompt` up to where the assistant starts to write.
 
-    TemplateError for whatever the template raises: it is a program, and fails with errors of any class.
+    TokenizerError when the template takes too much time or space; TemplateError for whatever else it raises: it is a program, and
+    fails with errors of any class.
     """
+    given = list(tools) or None
     try:
-        return hf.apply_chat_template(
-            [dict(m) for m in messages],
-            tools=list(tools) or None,
-            add_generation_prompt=prompt,
-            tokenize=False,
-            chat_template=DATE_MACRO + hf.get_chat_template(tools=list(tools) or None),
-        )
+        with chat_sandbox.rendering():
+            template = hf.get_chat_template(tools=given)
+            if len(template) > _MAX_TEMPLATE:
+                raise chat_sandbox.TemplateLimitError(
+                    f"the chat template has {len(template):,} characters, more than {_MAX_TEMPLATE:,}"
+                )
+            return hf.apply_chat_template(
+                [dict(m) for m in messages],
+                tools=given,
+                add_generation_prompt=prompt,
+                tokenize=False,
+                chat_template=DATE_MACRO + template,
+            )
+    except chat_sandbox.TemplateLimitError as error:
+        raise TokenizerError(f"tokenizer {hf.name_or_path}: {error}") from error
     except jinja2.TemplateError:
         raise
     except Exception as error:
@@ -350,18 +398,35 @@ def _end_of_turn(hf: Any) -> int | None:
 
 def _stop_ids(source: str, hf: Any, end_id: int | None) -> tuple[int, ...]:
     """The eos ids of generation_config.json and of the tokenizer, and the chat template's end of turn, together."""
-    import transformers
-
     stop_ids = {int(i) for i in (hf.eos_token_id, end_id) if i is not None}
-    try:
-        eos = transformers.GenerationConfig.from_pretrained(source).eos_token_id
-    except OSError:  # there is no generation_config.json
-        eos = None
-    if eos is not None:
-        stop_ids.update(int(i) for i in (eos if isinstance(eos, (list, tuple)) else [eos]))
+    stop_ids.update(_generation_eos(source))
     if not stop_ids:
         raise TokenizerError(
             f"tokenizer {source}: no end-of-turn id; set eos_token in tokenizer_config.json "
             "or eos_token_id in generation_config.json"
         )
     return tuple(sorted(stop_ids))
+
+
+def _generation_eos(source: str) -> list[int]:
+    """The eos ids of generation_config.json, the only thing that is needed of it; a warning when it cannot tell them."""
+    from transformers.utils.hub import cached_file
+
+    name = "generation_config.json"
+    try:
+        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    except OSError:  # the hub is out of reach, and it is not in the cache
+        return []
+    if path is None:
+        return []
+    try:
+        eos = json.loads(pathlib.Path(path).read_bytes()).get("eos_token_id")
+    except (ValueError, AttributeError, RecursionError, OSError) as error:
+        fault = f"not a JSON object ({' '.join(str(error).split())[:100]})"
+    else:
+        fault = f"eos_token_id {str(eos)[:100]!r} is no id and no list of ids"
+        eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        if all(type(i) is int and 0 <= i < _MAX_IDS for i in eos):
+            return eos
+    print(f"rest-jax: warning: {source}/{name}: {fault}; its eos ids are unknown", file=sys.stderr)
+    return []

@@ -19,6 +19,7 @@ from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import Encoder, encode, fitting, said_aside
 from rest_jax.distributed import num_data_shards
 from rest_jax.errors import UserError
+from rest_jax.models.policy import check_positions
 from rest_jax.rollout.engine import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.run.load import load_policy
@@ -42,6 +43,8 @@ def generate(
     prepared = fitting(records, prompts, config.data.max_prompt_tokens, refused)
     if refused:
         print(said_aside(refused), file=sys.stderr)
+    longest = int(prepared.prompts.lengths.max())
+    check_positions(policy.config, longest, r.max_response_tokens)
     sampling = Sampling(r.temperature, r.top_k, r.top_p, greedy)
     sampler = make_sampler(policy, r, samples, sampling)
     params = rollout_cast(policy)(policy.params)

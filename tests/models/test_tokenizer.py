@@ -11,6 +11,8 @@ import time
 import numpy as np
 import pytest
 
+from rest_jax.errors import UserError
+from rest_jax.models import chat_sandbox
 from rest_jax.models.tokenizer import Tokenizer, TokenizerError, byte_alphabet, byte_table
 from tools.tiny_tokenizer import CHAT_TEMPLATE, TAGS, train_tokenizer
 
@@ -342,3 +344,84 @@ def test_masked_text_is_otherwise_encoded_as_ever(tiny, tmp_path, flags):
     whole = loaded.encode(around).tolist()
     assert ids[: len(whole)].tolist() == whole
     assert loaded.encode("<|im_start|>").item() not in ids
+
+
+@pytest.mark.parametrize(
+    ("text", "stop_ids", "warned"),
+    [
+        ('{"eos_token_id": 7, "num_return_sequences": 4}', (2, 7), False),
+        ('{"eos_token_id": [7, 3], "max_new_tokens": -1, "do_sample": "x"}', (2, 3, 7), False),
+        ('{"eos_token_id": null}', (2,), False),
+        ("{}", (2,), False),
+        ("[7]", (2,), True),
+        ('{"eos_token_id": [7', (2,), True),
+        ('{"eos_token_id": "7"}', (2,), True),
+        ('{"eos_token_id": [7, null]}', (2,), True),
+        ('{"eos_token_id": true}', (2,), True),
+        ('{"eos_token_id": -1}', (2,), True),
+        ("\xff", (2,), True),
+        ("[" * 100_000, (2,), True),
+    ],
+)
+def test_only_the_eos_ids_of_a_generation_config_are_needed(
+    tiny, tmp_path, capsys, text, stop_ids, warned
+):
+    folder = shutil.copytree(tiny.source, tmp_path / "a")
+    (folder / "generation_config.json").write_text(text, encoding="latin-1")
+    assert Tokenizer.load(folder).stop_ids == stop_ids
+    said = capsys.readouterr().err
+    assert said.count("\n") == warned and ("generation_config.json" in said) == warned
+
+
+def test_code_that_comes_with_a_folder_is_not_run(tiny, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny.source, tmp_path / "a")
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+    (folder / "code.py").write_text(code)
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}})
+    )
+    path = folder / "tokenizer_config.json"
+    auto = {"auto_map": {"AutoTokenizer": ["code.Slow", "code.Fast"]}, "tokenizer_class": "Fast"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | auto))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(TokenizerError, match="cannot be loaded"):
+        Tokenizer.load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_chat_template_that_does_not_end_is_one_line(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(chat_sandbox, "SECONDS", 0.1)
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(TokenizerError, match="the chat template takes longer than"):
+        _with_template(tiny, tmp_path / "a", loop)
+    only_long = "{% if messages[0].content == 'q' %}" + loop + "{% endif %}{{ 'x' }}"
+    loaded = _with_template(tiny, tmp_path / "b", only_long)
+    with pytest.raises(TokenizerError, match="the chat template takes longer than"):
+        loaded.render_prompt([{"role": "user", "content": "q"}])
+    with pytest.raises(TokenizerError, match="has 200,000 characters"):
+        _with_template(tiny, tmp_path / "c", "x" * 200_000)
+
+
+def test_ids_are_counted_before_memory_is_taken(tiny, tmp_path):
+    folder = shutil.copytree(tiny.source, tmp_path / "a")
+    path = folder / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    raw["model"]["vocab"]["far"] = 4_000_000_000
+    path.write_text(json.dumps(raw))
+    with pytest.raises(TokenizerError, match="an id of 4,000,000,000"):
+        Tokenizer.load(folder)
+
+
+def test_nulls_of_a_config_do_not_stop_a_tokenizer(tiny, tmp_path):
+    """transformers takes null for a value where its own default is meant."""
+    folder = shutil.copytree(tiny.source, tmp_path / "a")
+    (folder / "config.json").write_text('{"model_type": "qwen3", "rms_norm_eps": null}')
+    assert Tokenizer.load(folder).pieces == tiny.pieces
+
+
+def test_links_out_of_a_tokenizer_folder_are_refused(tiny, tmp_path):
+    folder = shutil.copytree(tiny.source, tmp_path / "a")
+    (folder / "chat_template.jinja").rename(tmp_path / "elsewhere.jinja")
+    (folder / "chat_template.jinja").symlink_to("../elsewhere.jinja")
+    with pytest.raises(UserError, match=r"chat_template\.jinja is a link that leads out"):
+        Tokenizer.load(folder)
