@@ -5,6 +5,7 @@ An object store has no folders and cannot append to or rename a file: what is wr
 of a store are one line (`store_errors`); those of local files are Python's own.
 """
 
+import concurrent.futures
 import contextlib
 import hashlib
 import io
@@ -12,7 +13,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 # etils would take TensorFlow for URLs where that is installed, and behave otherwise than on a machine without it.
@@ -245,14 +246,19 @@ def fetch_folder(location: Location, leave: Sequence[str] = ()) -> pathlib.Path:
             raise UserError(f"{url}: no such folder, or it has no files")
         listing = repr((os.fspath(url), sorted(leave), sorted(found.items())))
         digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
-        base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        copy = base / "rest_jax" / "fetched" / f"{url.name}-{digest}"
+        copy = _fetched() / f"{url.name}-{digest}"
         copy.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{copy}.lock"):
             if not copy.is_dir():
                 with atomic_folder(copy) as partial:
                     _download(url, sorted(found), partial, leave)
     return copy
+
+
+def _fetched() -> pathlib.Path:
+    """Where folders of stores are kept."""
+    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return base / "rest_jax" / "fetched"
 
 
 def _download(
@@ -271,10 +277,41 @@ def _download(
             (folder / f"{name}{_URL_FILE}").write_text(os.fspath(url / name))
 
 
+def check_links(folder: pathlib.Path) -> None:
+    """UserError for a link in a model folder that leads out of it: what is copied or read may be anything of this machine.
+
+    The snapshots of the Hugging Face cache are made of links to `blobs/` beside them, which are followed.
+    """
+    home = folder.resolve()
+    homes = [home]
+    if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
+        homes.append(home.parents[1] / "blobs")
+    for pattern in ("*", "additional_chat_templates/*", "params/**/*"):
+        for path in folder.glob(pattern):
+            if path.is_symlink() and not any(map(path.resolve().is_relative_to, homes)):
+                raise UserError(
+                    f"model folder {folder}: {path.relative_to(folder)} is a link that leads out of the folder "
+                    f"({os.readlink(path)}); put a copy in its place"
+                )
+
+
+def fingerprints(folder: Location, names: Iterable[str]) -> dict[str, list[Any]]:
+    """[size in bytes, SHA-256 digest in hex] of each of these files of a folder, by name; several are read at once."""
+
+    def fingerprint(name: str) -> tuple[str, list[Any]]:
+        with open_bytes(as_path(folder) / name) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return name, [file.tell(), digest]
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return dict(pool.map(fingerprint, names))
+
+
 def follow(folder: pathlib.Path) -> epath.Path:
-    """A folder that `fetch_folder` may have left in the store: where it is."""
+    """A folder that `fetch_folder` may have left in the store: where it is. Other folders lead nowhere else."""
     url = folder.with_name(f"{folder.name}{_URL_FILE}")
-    return as_path(url.read_text()) if url.is_file() else absolute(folder)
+    left = url.is_file() and folder.parent.parent.resolve() == _fetched().resolve()
+    return as_path(url.read_text()) if left else absolute(folder)
 
 
 def _beside(path: pathlib.Path) -> pathlib.Path:

@@ -26,7 +26,7 @@ from rest_jax.distributed import (
     to_mesh,
 )
 from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
-from rest_jax.models.policy import Policy
+from rest_jax.models.policy import Policy, check_positions
 from rest_jax.planning.memory import check_memory
 from rest_jax.planning.programs import memory_programs
 from rest_jax.planning.setup import HeldOut, Lengths, Setup
@@ -59,9 +59,15 @@ def finetune(config: Config, dry_run: bool = False) -> int:
     check_experts(config, policy.config)
     data = load_demonstrations(config, policy.tokenizer, keep=not dry_run)
     steps = total_steps(config, data.size, BATCH)
+    last = int(np.argmax(data.prompts.lengths + data.targets.lengths))
+    prompt, target = int(data.prompts.lengths[last]), int(data.targets.lengths[last])
+    check_positions(policy.config, prompt, target, "sft.max_tokens")
     examples = held_out(config, policy, keep=not dry_run)
     check_start(config)
-    say(f"{config.name}: {data.summary()}\n{steps} steps of {config.sft.batch_size} records")
+    say(
+        f"{config.name}: {data.summary()}\nheld out: {examples.summary() if examples else 'none'}\n"
+        f"{steps} steps of {config.sft.batch_size} records"
+    )
     if dry_run:
         return 0
     with contextlib.closing(open_run(config, policy.files)) as run, activate(policy.mesh):
@@ -146,7 +152,8 @@ def gather_lengths(rows: TargetBatch, mesh: Mesh) -> BatchLengths:
 
 def label_regions(rows: TargetBatch, policy: Policy, template: str) -> GoldBatch:
     """Groups of one gold response, with the region of every token."""
-    tokenizer, parse = policy.tokenizer, TEMPLATES[template].parse
+    tokenizer = policy.tokenizer
+    parse = TEMPLATES[template].behind(tokenizer.thought_open).parse
     ids = rows.target
     text = rows.target_length - 1  # the last token is the end of the turn
     parsed = [parse(tokenizer.bytes_of(row[:n])) for row, n in zip(ids, text, strict=True)]

@@ -50,11 +50,13 @@ class Block(enum.StrEnum):
     """A piece of an answer, in the order it was written (`Answer.blocks`)."""
 
     THINK = "think"  # a closed think block
-    CALLS = "calls"  # one closed block of calls (toolrl, hermes), one bare call (llama3)
+    # one closed block of calls and nothing else (toolrl, hermes), one bare call or list of them (llama3)
+    CALLS = "calls"
     RESPONSE = "response"  # a closed response block (toolrl) or the free text of the answer (hermes, llama3)
     # text outside any block where the template allows none (white space does not count)
     TEXT = "text"
-    BROKEN = "broken"  # an unclosed tag, a stray closing tag, a block where none is allowed
+    # an unclosed tag, a stray closing tag, a block where none is allowed or that holds no readable calls
+    BROKEN = "broken"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,3 +74,5 @@ class Answer:
     blocks: tuple[Block, ...]
     span_ends: np.ndarray
     span_regions: np.ndarray
+    # whether the format's reference reader reads `calls`, given their layout (docs/method.md section 6)
+    executable: bool = True

@@ -31,7 +31,7 @@ from rest_jax.distributed import (
 )
 from rest_jax.errors import UserError
 from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
-from rest_jax.models.policy import Policy
+from rest_jax.models.policy import Policy, check_positions
 from rest_jax.planning.memory import check_memory
 from rest_jax.planning.programs import memory_programs
 from rest_jax.planning.setup import HeldOut, Lengths, Setup
@@ -63,6 +63,8 @@ def train(config: Config, dry_run: bool = False, profile: int | None = None) -> 
     check_experts(config, policy.config)
     data, keep = config.data, not dry_run
     prompts = load_prompts(config, data.train, data.train_limit, policy.tokenizer, keep)
+    longest = int(prompts.prompts.lengths.max())
+    check_positions(policy.config, longest, config.rollout.max_response_tokens)
     examples = held_out(config, policy, keep)
     steps = total_steps(config, prompts.size, BATCH)
     check_start(config)
@@ -228,7 +230,10 @@ def sample_lines(experience: Experience, policy: Policy, count: int) -> list[dic
 
 
 def check_sizes(config: Config, policy: Policy) -> None:
-    """The prompts of a step must divide over the mesh; UserError with both numbers."""
+    """The prompts of a step must divide over the mesh, and leave room for responses; UserError with both numbers."""
+    longest = config.rollout.max_response_tokens
+    if longest >= policy.config.max_positions:  # behind any prompt: no data need be read to know
+        check_positions(policy.config, config.data.max_prompt_tokens, longest)
     check_batch(BATCH, config.rollout.prompts_per_step, policy.mesh)
     if jax.process_count() > 1:  # each of them samples equally many
         check_batch(BATCH, config.rollout.prompts_per_step, policy.rollout_mesh)

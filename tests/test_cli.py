@@ -189,7 +189,7 @@ def test_missing_files_of_the_other_commands(capsys, tmp_path):
 
 def test_tools_file_must_be_a_list_of_tools(capsys, tmp_path):
     path = tmp_path / "tools.json"
-    for text, complaint in (("{", "not JSON"), ('{"name": "a"}', "a list of objects")):
+    for text, complaint in (("{", "not JSON"), ('{"name": "a"}', "a list is needed")):
         path.write_text(text)
         line = refused(capsys, "generate", "m", "--prompt", "hello", "--tools", str(path))
         assert complaint in line and str(path) in line

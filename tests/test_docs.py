@@ -17,7 +17,8 @@ from tests.runs import environment
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 # What a reader has and this machine has not: a hub, its data. The words of a command stay, these win over them.
 HERE = ["model.source=configs/quickstart_policy", "data.train=synthetic:train", "data.eval=synthetic:eval",
-        "data.brief_prompt=true", "mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=1"]  # fmt: skip
+        "data.brief_prompt=true", "mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=1",
+        "rollout.max_response_tokens=128"]  # fmt: skip
 PLACEHOLDER = re.compile(r"\b[A-Z]{2,}\b|\.\.\.|[\[\]]")
 
 

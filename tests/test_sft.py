@@ -1,9 +1,17 @@
 """The supervised loop on a tiny random policy: it learns, its clock is right, and its folder is a start for the RL loop."""
 
+import shutil
+import types
+
+import numpy as np
 import pytest
 
 from rest_jax import cli
+from rest_jax.data.loader import TargetBatch
+from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run.metrics import read_lines
+from rest_jax.sft import label_regions
+from rest_jax.tool_calls import Region
 from tests.runs import STEPS, finish, lines, recipe, start
 
 
@@ -50,3 +58,21 @@ def test_noise_is_not_measured(model, tmp_path, capsys):
     assert cli.main(["sft", *words, "train.measure_noise=true"]) == 2
     error = capsys.readouterr().err
     assert "train.measure_noise" in error and error.count("\n") == 1
+
+
+def test_regions_of_targets_behind_an_opened_thought(model, tmp_path):
+    """What is before the closing tag is thought, though the opening one is in the prompt."""
+    folder = shutil.copytree(model, tmp_path / "opened")
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant\n", "assistant\n<think>\n"))
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.thought_open
+    text = tokenizer.encode("why\n</think>\n\nHello")
+    ids = np.append(text, tokenizer.end_id)[None].astype(np.int32)
+    length = np.array([ids.size], np.int32)
+    rows = TargetBatch(ids, length, ids, length, np.zeros(1, np.int32))
+    gold = label_regions(rows, types.SimpleNamespace(tokenizer=tokenizer), "hermes")  # type: ignore[arg-type]
+    close = text.tolist().index(tokenizer.encode("</think>").item())
+    found = gold.region[0, 0].tolist()
+    assert set(found[:close]) == {Region.THINK}
+    assert found[close] == found[-1] == Region.TAG and found[-2] == Region.RESPONSE

@@ -3,7 +3,8 @@
 <output>/.tokenised/<digest>/
   tokens-I-of-N.bin     int32: the ids of the records that process I has tokenised, prompt before target
   records-I-of-N.jsonl  those records, a line each
-  index-I-of-N.npz      of each: `number` in the data, `bytes` of its line, `tokens` of each column
+  index-I-of-N.npz      of each: `number` in the data, `bytes` of its line, `tokens` of each column; and `set_aside`, the
+                        reason and the id of each record whose gold answer or prompt a template cannot say
   complete.json         put last: how many parts and records there are, the bytes of every file
 
 Every process reads the data and tokenises its share of the chunks. The digest is of all that decides the result: the data's
@@ -27,13 +28,16 @@ import numpy as np
 from etils import epath
 
 from rest_jax.config import Config
-from rest_jax.data.files import iter_records, read_items
+from rest_jax.data.files import Aside, iter_records
+from rest_jax.data.items import read_items
 from rest_jax.data.ragged import FileArray, Ragged, StoredRecords, lengths_of, to_bytes
-from rest_jax.data.records import RecordError, StepRecord
+from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import (
     Encoder,
     Prepared,
+    SetAside,
     check_demonstrations,
+    encode,
     fitting,
     is_world,
     load_split,
@@ -100,13 +104,14 @@ def _load(config: Config, source: Source, keep: bool, max_tokens: int) -> Prepar
     if kept is None:
         records = load_split(source.spec, config.data, source.limit)
         return tokenise(records, source.encoder, max_tokens)
-    return fitting(*kept, max_tokens)
+    records, columns, aside = kept
+    return fitting(records, columns, max_tokens, aside)
 
 
 def _kept(
     source: Source, home: epath.Path, keep: bool
-) -> tuple[StoredRecords, list[Ragged]] | None:
-    """(records, a column of ids for each that the encoder makes); None when nothing is kept and nothing shall be."""
+) -> tuple[StoredRecords, list[Ragged], SetAside] | None:
+    """(records, a column of ids for each that the encoder makes, records set aside); None when nothing is kept nor shall be."""
     digest = _digest(source)
     for process, other in enumerate(exchange(digest)):
         if other != digest:
@@ -122,7 +127,7 @@ def _kept(
                 return None
             with folder_while_used(folder):
                 _write(source, folder)
-        return _open(folder)
+        return *_open(folder), _set_aside(folder)
 
 
 def _is_sound(folder: epath.Path) -> bool:
@@ -165,7 +170,7 @@ def _content(spec: str) -> str:
 def _code() -> str:
     """A digest of the code that makes prompts of a file."""
     root = pathlib.Path(__file__).parents[1]
-    files = [root / "tool_calls.py", root / "models" / "tokenizer.py"]
+    files = [root / "tool_calls.py", root / "models" / "tokenizer.py", *root.glob("rewards/*.py")]
     files += [
         *root.glob("data/*.py"),
         *root.glob("data/convert/*.py"),
@@ -199,6 +204,7 @@ def _write_part(
     """(records of all processes, file -> bytes of this one). RecordError as for `read_records`."""
     kinds = _part(process, processes)
     numbers, text_bytes, lengths, total = [], [], [], 0
+    aside: list[tuple[str, str]] = []
     with contextlib.ExitStack() as stack:
         partial = {kind: stack.enter_context(atomic_write(folder / kinds[kind])) for kind in kinds}
         tokens, text, index = (stack.enter_context(path.open("wb")) for path in partial.values())
@@ -208,16 +214,24 @@ def _write_part(
                 continue
             if source.encoder.supervised:
                 check_demonstrations(records)
-            columns = source.encoder(records)
+            places = {record.id: first + i for i, record in enumerate(records)}
+            records, unusable = source.encoder.usable(records)
+            records, columns, refused = encode(records, source.encoder)
+            for reason, names in (unusable | refused).items():
+                aside += [(reason, name) for name in names]
             lines = [to_bytes(record) + b"\n" for record in records]
             tokens.writelines(ids for rows in zip(*columns, strict=True) for ids in rows)
             text.writelines(lines)
-            numbers.append(np.arange(first, total))
+            numbers.append(np.array([places[record.id] for record in records], np.int64))
             text_bytes.append(np.fromiter(map(len, lines), np.int64, len(lines)))
             lengths.append(np.stack([lengths_of(column) for column in columns], axis=1))
-        if not total:
-            raise RecordError(f"data {source.spec}: no records")
-        np.savez(index, number=_joined(numbers), bytes=_joined(text_bytes), tokens=_joined(lengths))
+        np.savez(
+            index,
+            number=_joined(numbers),
+            bytes=_joined(text_bytes),
+            tokens=_joined(lengths),
+            set_aside=np.array(aside, np.str_).reshape(-1, 2),
+        )
         files = {"tokens": tokens, "records": text, "index": index}
         return total, {kinds[kind]: file.tell() for kind, file in files.items()}
 
@@ -247,7 +261,7 @@ def _shown(source: Source) -> Iterator[StepRecord]:
     """The records; says on stdout how many have been read, when it takes long."""
     shown = time.monotonic()
     with store_errors(source.spec):
-        for number, record in enumerate(iter_records(source.spec, source.limit)):
+        for number, record in enumerate(iter_records(source.spec, source.limit, Aside(say))):
             if (now := time.monotonic()) - shown >= _SECONDS:
                 shown = now
                 say(f"data {source.spec}: {number:,} records tokenised")
@@ -282,9 +296,21 @@ def _open(folder: epath.Path) -> tuple[StoredRecords, list[Ragged]]:
     texts = [FileArray(local / part["records"], np.uint8) for part in parts]
     tokens = [FileArray(local / part["tokens"], np.int32) for part in parts]
     records = Ragged(texts, np.cumsum(text_bytes) - text_bytes, text_bytes)
-    lengths = lengths.reshape(len(number), -1)
+    lengths = lengths.reshape(len(number), -1 if len(number) else 1)
     ends = np.cumsum(lengths).reshape(lengths.shape)
     columns = [
         Ragged(tokens, end - size, size) for end, size in zip(ends.T, lengths.T, strict=True)
     ]
-    return StoredRecords(records.take(order)), [column.take(order) for column in columns]
+    columns = [column.take(order) for column in columns]
+    return StoredRecords(records.take(order)), columns
+
+
+def _set_aside(folder: epath.Path) -> SetAside:
+    """The records of a complete folder's data that are not in it."""
+    local = fetch_folder(folder)
+    parts = json.loads((local / COMPLETE).read_text())["parts"]
+    aside: dict[str, list[str]] = {}
+    for process in range(parts):
+        for reason, name in np.load(local / _part(process, parts)["index"])["set_aside"].tolist():
+            aside.setdefault(reason, []).append(name)
+    return aside

@@ -1,87 +1,114 @@
-"""Files of step records: reading them piece by piece, whatever their layout, and writing them.
+"""Files of step records: reading them, whatever their layout, and writing them.
 
-| file | what it is |
+| content | what it is |
 | --- | --- |
-| `*.jsonl` | our own records, one JSON object a line (`records.to_json`) |
-| `*.parquet` | our own records with nested fields as JSON strings, or an rlla Parquet file (prompt, reward_model, extra_info) |
-| `*.json` | rlla for supervised runs (instruction, input, output), API-Bank (system, user, answer, other), or our own as a list |
+| objects of JSON | our own records (`records.to_json`), API-Bank (system, user, answer, other), or rlla for supervised runs |
+| Parquet | our own records with nested fields as JSON strings, or an rlla Parquet file (prompt, reward_model, extra_info) |
 
-The first bytes tell JSONL, a JSON list and Parquet apart, the fields of an item tell its layout; the name does not count.
-Memory does not grow with the file. Every fault is a `RecordError` naming file, line (item, row) and field.
+The fields of an item (`data.items`) tell its layout; the name does not count. Memory does not grow with the file. Every fault
+is a `RecordError` naming file, line (item, row) and field; an item that cannot be read is set aside.
 """
 
-import codecs
-import dataclasses
-import io
+import functools
 import itertools
 import json
-import math
 import pathlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import ijson
 from etils import epath
-from ijson.common import ObjectBuilder
 
+from rest_jax.data import fields
 from rest_jax.data.convert import rlla
-from rest_jax.data.convert.fields import MAX_DEPTH
-from rest_jax.data.records import RecordError, StepRecord, from_json, to_json
-from rest_jax.files import Location, as_path, open_bytes, store_errors
+from rest_jax.data.fields import RecordError
+from rest_jax.data.items import NESTED, read_items
+from rest_jax.data.records import StepRecord, from_json, to_json
+from rest_jax.files import Location, as_path, store_errors
 
-CHUNK = 2**16  # bytes read at once of a JSON list, and of an overlong line
-MAX_ITEM = 2**26  # bytes of one line or list item
-BATCH = 512  # Parquet rows decoded at once
 ROW_GROUP = 4096  # Parquet rows written, and held in memory, at once
-_DEPTH = {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}
-NESTED = ("tools", "history", "target", "messages", "extra")  # JSON strings in our Parquet files
+MAX_SAID = 5  # records set aside of which each has a line of its own
 
 # Fields by which data is known that holds several records an item, and so is not read as it is.
-_TO_PREPARE = {
-    "openai": {"messages"},
-    "toolace": {"system", "conversations"},
-    "xlam": {"query", "tools", "answers"},
-}
+_TO_PREPARE = (
+    ("openai", {"messages"}),
+    ("openai", {"conversations", "tools"}),
+    ("toolace", {"system", "conversations"}),
+    ("openai", {"conversations"}),
+    ("xlam", {"query", "tools", "answers"}),
+)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Item:
-    """One object of a file, or what is wrong with it."""
+class Aside:
+    """Counts what cannot be used; `say` (by default: stderr) is told why, of the first ones, and in the end how many."""
 
-    where: str  # "data FILE: line 3"
-    raw: Any  # with a fault: the text that was read, None where it was not kept
-    fault: str | None
-    position: int  # bytes of the file read by then, for progress
+    def __init__(self, say: Callable[[str], None] | None = None):
+        self._say = say or functools.partial(print, file=sys.stderr)
+        self.reasons: list[str] = []  # of the first ones
+        self.count = 0
+
+    def add(self, reason: str) -> None:
+        """One more."""
+        self.count += 1
+        if len(self.reasons) < MAX_SAID:
+            self.reasons.append(reason)
+            self._say(f"set aside: {reason}")
+
+    def check_left(self, name: str, left: int) -> None:
+        """Says how many were set aside of all; RecordError, with the reason of the first, where none is left."""
+        if not left:
+            if not self.count:
+                raise RecordError(f"{name}: no records")
+            if self.count == 1:
+                raise RecordError(self.reasons[0])
+            raise RecordError(
+                f"{name}: no records: all {self.count} were set aside, the first: {self.reasons[0]}"
+            )
+        if self.count:
+            self._say(f"{name}: {self.count} of {self.count + left} set aside")
 
 
 # --- reading records --------------------------------------------------------------------------------------------------
 
 
 def read_records(path: Location, limit: int | None = None) -> list[StepRecord]:
-    """The records of a file in their order, at most `limit`.
+    """The records of a file in their order, of the first `limit` items.
 
-    RecordError for a missing or empty file, an unknown layout or an unreadable record (file, line or row, and field).
+    RecordError for a missing file, an unknown layout, and when no item is a record. Items that cannot be read are set aside.
     """
     with store_errors(path):
-        records = list(iter_records(path, limit))
-    if not records:
-        raise RecordError(f"data {path}: no records")
-    return records
+        return list(iter_records(path, limit))
 
 
-def iter_records(path: Location, limit: int | None = None) -> Iterator[StepRecord]:
-    """`read_records` one by one; of the records gone by it holds only the ids. An empty file gives none."""
+def iter_records(
+    path: Location, limit: int | None = None, aside: Aside | None = None
+) -> Iterator[StepRecord]:
+    """`read_records` one by one; of the records gone by it holds only the ids. What cannot be read is said to `aside`."""
     path = as_path(path)
     seen: dict[str, int] = {}
+    aside = aside or Aside()
     for i, item in enumerate(itertools.islice(read_items(path), limit)):
-        if item.fault is not None:
-            raise RecordError(f"{item.where}: {item.fault}")
-        record = _record(item.raw, item.where, i, path)
-        if (first := seen.setdefault(record.id, i)) != i:
+        try:
+            if item.fault is not None:
+                raise RecordError(f"{item.where}: {item.fault}")
+            record = _record(item.raw, item.where, i, path)
+            to_line(record)  # refuses what cannot be written again
+        except (RecordError, RecursionError) as error:
+            if isinstance(error, LayoutError) and not seen:
+                raise
+            reason = "nests too deeply" if isinstance(error, RecursionError) else str(error)
+            aside.add(f"{item.where}: {reason.removeprefix(f'{item.where}: ')}")
+            continue
+        if (before := seen.setdefault(record.id, i)) != i:
             raise RecordError(
-                f"data {path}: records {first} and {i} share the id {record.id!r}; ids must differ"
+                f"data {path}: records {before} and {i} share the id {record.id!r}; ids must differ"
             )
         yield record
+    aside.check_left(f"data {path}", len(seen))
+
+
+class LayoutError(RecordError):
+    """Data of a layout that is not read as it is: where a file begins so, all of it is of that kind."""
 
 
 def _record(raw: Any, where: str, index: int, path: epath.Path) -> StepRecord:
@@ -92,162 +119,18 @@ def _record(raw: Any, where: str, index: int, path: epath.Path) -> StepRecord:
     if keys >= {"system", "user", "answer"}:
         return rlla.convert_api_bank(raw, name, where)[0]
     if not keys & {"target", "history"}:
-        for source, needed in _TO_PREPARE.items():
+        for source, needed in _TO_PREPARE:
             if keys >= needed:
-                raise RecordError(
+                raise LayoutError(
                     f"{where}: looks like {source} data; make records of it first: "
                     f"rest-jax data prepare {source} {path} OUT"
                 )
     if keys & {"target", "history", "tools", "messages"} or not isinstance(raw, dict):
         return from_json(raw, where)
-    raise RecordError(
+    raise LayoutError(
         f"{where}: unknown layout with fields {', '.join(map(str, list(keys)[:6])) or 'none'}; known: our own (id, target, ...), "
         "rlla (instruction, input, output or prompt, reward_model), API-Bank (system, user, answer)"
     )
-
-
-# --- reading items ----------------------------------------------------------------------------------------------------
-
-
-def read_items(path: Location) -> Iterator[Item]:
-    """The items of a file: lines, list items or rows, in order. An item that cannot be read carries a fault and reading
-    continues; RecordError where the rest cannot be told apart (a broken list, a damaged Parquet file), and at once for a path
-    that is no file.
-    """
-    path = as_path(path)
-    with store_errors(path):
-        if not path.is_file():
-            what = "is a folder, a file is needed" if path.is_dir() else "no such file"
-            raise RecordError(f"data {path}: {what}")
-        with open_bytes(path) as file:
-            start = file.read(4096)
-    if start.startswith(b"PAR1"):
-        return _parquet_rows(path)
-    if path.suffix == ".parquet":
-        raise RecordError(f"data {path}: not a Parquet file (its first bytes are not)")
-    if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-        return _list_items(path)
-    return _lines(path)
-
-
-def _lines(path: epath.Path) -> Iterator[Item]:
-    with open_bytes(path) as file:
-        number, position = 0, 0
-        while line := file.readline(MAX_ITEM + 1):
-            number, position = number + 1, position + len(line)
-            where = f"data {path}: line {number}"
-            if len(line) > MAX_ITEM:
-                start = line[:1000].decode("utf-8", "backslashreplace")
-                while line and not line.endswith(b"\n"):
-                    position += len(line := file.readline(CHUNK))
-                yield Item(where, start, f"longer than {MAX_ITEM:,} bytes", position)
-            elif line := (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip():
-                yield _line_item(where, line, position)
-
-
-def _line_item(where: str, text: bytes, position: int) -> Item:
-    try:
-        return Item(where, json.loads(text.decode("utf-8")), None, position)
-    except UnicodeDecodeError as error:
-        fault = f"byte {error.start} is not UTF-8"
-    except (ValueError, RecursionError) as error:
-        fault = f"not JSON: {error}"
-    return Item(where, text.decode("utf-8", "backslashreplace"), fault, position)
-
-
-def _list_items(path: epath.Path) -> Iterator[Item]:
-    """The items of a JSON list. Nothing is built of an item that nests deeper than 64."""
-    number, depth, fault, item_start = 0, 0, None, 0
-    builder = ObjectBuilder()
-    for events, error, position in _list_events(path):
-        for event, value in events:
-            depth += _DEPTH.get(event, 0)
-            if depth == 0 or (depth == 1 and event == "start_array"):
-                continue  # the brackets of the list itself
-            if depth > MAX_DEPTH:
-                fault = f"nests deeper than {MAX_DEPTH}"
-            if fault is None:
-                builder.event(event, value)
-            if depth == 1:
-                raw = None if fault else builder.value
-                yield Item(f"data {path}: item {number}", raw, fault, position)
-                number, fault, item_start, builder = number + 1, None, position, ObjectBuilder()
-        if position - item_start > MAX_ITEM:
-            error = f"longer than {MAX_ITEM:,} bytes"
-        if error is not None:
-            raise RecordError(f"data {path}: item {number}: {error}")
-
-
-def _list_events(path: epath.Path) -> Iterator[tuple[list[Any], str | None, int]]:
-    """(the parser's events, what is wrong behind them, bytes read by then) for each piece of a JSON file."""
-    events = ijson.sendable_list()
-    parser = ijson.basic_parse_coro(events, use_float=True)
-    with open_bytes(path) as file:
-        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
-            file.seek(0)
-        ended = False
-        while not ended:
-            chunk, error = file.read(CHUNK), None
-            ended = not chunk
-            try:
-                parser.close() if ended else parser.send(chunk)
-            except ijson.JSONError as caught:
-                # yajl shows the text on further lines, and says what is not UTF-8 as the text of bytes
-                reason = str(caught).removeprefix("b'").replace("\\n", "\n").partition("\n")[0]
-                error = f"not JSON: {reason:.100}"
-            yield events, error, file.tell()
-            events.clear()
-
-
-def _parquet_rows(path: epath.Path) -> Iterator[Item]:
-    """Rows, a few hundred decoded at once, as plain JSON; the JSON strings of our own nested fields are decoded too."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        # pages are read one by one, not a whole row group: a small buffer, no pre-buffering
-        with (
-            open_bytes(path) as opened,
-            pyarrow.parquet.ParquetFile(opened, buffer_size=2**20, pre_buffer=False) as file,
-        ):
-            size = opened.seek(0, io.SEEK_END)
-            total, number = file.metadata.num_rows, 0
-            for batch in file.iter_batches(BATCH, use_threads=False):
-                for raw in batch.to_pylist():
-                    number += 1
-                    where = f"data {path}: row {number - 1}"
-                    yield _own_row(where, _plain(raw), size * number // total)
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise RecordError(f"data {path}: not a readable Parquet file: {reason}") from error
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold of a row. Fields that are null are left out, since Arrow gives every object of a column the fields of
-    all, but for the `content` of a message; what is no JSON value (a time, a decimal, bytes) becomes text, NaN and infinity null.
-    """
-    if isinstance(value, dict):
-        members = ((key, _plain(inner)) for key, inner in value.items())
-        kept = ("content",) if "role" in value else ()
-        return {key: inner for key, inner in members if inner is not None or key in kept}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
-
-
-def _own_row(where: str, raw: dict[str, Any], position: int) -> Item:
-    if isinstance(raw.get("target"), str):
-        for field in NESTED:
-            if isinstance(text := raw.get(field), str):
-                try:
-                    raw[field] = json.loads(text)
-                except (ValueError, RecursionError) as error:
-                    return Item(where, text, f"{field}: not JSON: {error}", position)
-    return Item(where, raw, None, position)
 
 
 # --- writing records --------------------------------------------------------------------------------------------------
@@ -325,9 +208,6 @@ WRITERS = {".jsonl": JsonlWriter, ".parquet": ParquetWriter}
 def _json(value: Any, record: StepRecord) -> bytes:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except UnicodeEncodeError as error:
-        raise RecordError(
-            f"record {record.id!r}: half a character ({error.object[error.start]!a}), which no UTF-8 text can hold"
-        ) from error
     except (ValueError, TypeError, RecursionError) as error:
+        fields.check_storable(to_json(record), f"record {fields.shown(record.id)}")
         raise RecordError(f"record {record.id!r}: not a JSON value: {error}") from error

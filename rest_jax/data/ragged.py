@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rest_jax.data.records import StepRecord, from_json, to_json
+from rest_jax.data.records import StepRecord, restored, to_json
 
 
 class FileArray:
@@ -74,7 +74,7 @@ class StoredRecords(Sequence[StepRecord]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> StepRecord:
-        return from_json(json.loads(self.rows[index].tobytes()))
+        return restored(json.loads(self.rows[index].tobytes()))
 
     def take(self, index: np.ndarray) -> "StoredRecords":
         """The records `index`, int [M]."""

@@ -9,18 +9,16 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rest_jax.errors import UserError
+from rest_jax.data import fields
+from rest_jax.data.fields import RecordError, mapping, text
+from rest_jax.rewards.gold import read_turn
 from rest_jax.templates import TEMPLATES, Template
-from rest_jax.templates.rendering import is_schema
+from rest_jax.templates.rendering import leading_system, signature
 from rest_jax.tool_calls import Call, Target
 
 VERSION = 1  # of the JSON form; a record without one is of version 1
 ROLES = ("system", "user", "assistant", "tool")
 FIELDS = ("version", "id", "source", "tools", "history", "target", "messages", "extra")
-
-
-class RecordError(UserError):
-    """A record that cannot be read; the text names the record, the field and what is wrong with it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +42,27 @@ class StepRecord:
 
         Rendered prompts are of the toolrl template; the other templates, and the brief form, go by the history if there is one.
         """
-        if self.messages is not None and (
-            not self.history or (template.name == "toolrl" and not brief)
-        ):
-            return [dict(m) for m in self.messages]
+        if self._is_verbatim(template, brief):
+            return [dict(m) for m in self.messages or ()]
         return template.render_prompt(list(self.tools), list(self.history), brief=brief)
+
+    def native_prompt(
+        self, template: Template
+    ) -> tuple[list[dict[str, str]], list[dict[str, Any]]] | None:
+        """(chat messages, tools) for a chat template that lists the tools itself. None where there are none to list, and where
+        the user does not begin: Llama's writes the tools into the first message, whoever says it.
+        """
+        _, turns = leading_system(self.history)
+        begins = bool(turns) and turns[0]["role"] == "user"
+        if self._is_verbatim(template) or not self.tools or not begins:
+            return None
+        messages = template.render_prompt([], list(self.history))
+        return messages, [signature(tool) for tool in self.tools]
+
+    def _is_verbatim(self, template: Template, brief: bool = False) -> bool:
+        return self.messages is not None and (
+            not self.history or (template.name == "toolrl" and not brief)
+        )
 
 
 def decompose(
@@ -59,9 +73,13 @@ def decompose(
     The k-th sees every turn before the k-th assistant turn and is supervised by that turn's own calls and response; tool results
     are never a target, and turns after the last assistant turn are in no record. `turns` are as in `StepRecord.history`. Ids are
     `<name>/<k>`, k from 0, and `name` itself when there is only one. Assistant turns with calls that follow each other with
-    nothing between are one action.
+    nothing between are one action. A thought and calls that the content of a turn holds as text are read.
     """
-    merged = _merge_actions(turns)
+    names = {tool["name"] for tool in tools}
+    merged = tuple(
+        read_turn(turn, names) if turn["role"] == "assistant" else turn
+        for turn in _merge_actions(turns)
+    )
     ends = [i for i, turn in enumerate(merged) if turn["role"] == "assistant"]
     return [
         StepRecord(
@@ -109,13 +127,11 @@ def from_json(raw: Any, where: str = "record") -> StepRecord:
     return StepRecord(
         id=_text(raw, "id", where),
         source=_text(raw, "source", where, default=""),
-        tools=tuple(
-            check_tool(t, f"{where}: tools[{i}]") for i, t in enumerate(_list(raw, "tools", where))
-        ),
+        tools=fields.tools(raw.get("tools"), f"{where}: tools"),
         history=_history(raw, where),
         target=target_from_json(raw.get("target"), f"{where}: target"),
-        messages=None if messages is None else _messages(messages, where),
-        extra={} if extra is None else dict(mapping(extra, f"{where}: extra")),
+        messages=_messages(messages, where) if fields.is_given(messages) else None,
+        extra=dict(mapping(extra, f"{where}: extra")) if fields.is_given(extra) else {},
     )
 
 
@@ -143,22 +159,34 @@ def to_json(record: StepRecord) -> dict[str, Any]:
     return raw
 
 
+def restored(raw: Mapping[str, Any]) -> StepRecord:
+    """The record that `to_json` made this object of; nothing is checked."""
+    target = raw["target"]
+    return StepRecord(
+        id=raw["id"],
+        source=raw["source"],
+        tools=tuple(raw["tools"]),
+        history=tuple(raw["history"]),
+        target=Target(
+            calls=tuple(Call(**call) for call in target["calls"]),
+            response=target["response"],
+            think=target.get("think"),
+            text=target.get("text"),
+        ),
+        messages=tuple(raw["messages"]) if "messages" in raw else None,
+        extra=raw.get("extra", {}),
+    )
+
+
 def target_from_json(raw: Any, where: str) -> Target:
     """A gold answer from {"calls": [...], "response", "think", "text"}."""
     _check_keys(mapping(raw, where), ("calls", "response", "think", "text"), where)
-    calls = _list(raw, "calls", where)
     return Target(
-        calls=tuple(call_from_json(c, f"{where}: calls[{i}]") for i, c in enumerate(calls)),
+        calls=tuple(Call(**call) for call in _calls(raw, where)),
         response=_optional_text(raw, "response", where),
         think=_optional_text(raw, "think", where),
         text=_optional_text(raw, "text", where),
     )
-
-
-def call_from_json(raw: Any, where: str) -> Call:
-    """A call from {"name", "arguments"} (or "parameters")."""
-    arguments = mapping(raw, where).get("arguments", raw.get("parameters"))
-    return Call(_text(raw, "name", where), dict(mapping(arguments, f"{where}: arguments")))
 
 
 def target_from_text(text: str, where: str) -> Target:
@@ -166,6 +194,7 @@ def target_from_text(text: str, where: str) -> Target:
 
     RecordError when a call in it cannot be read, or when it holds neither calls, nor a response, nor a thought.
     """
+    fields.check_storable(text, where)
     gold = TEMPLATES["toolrl"].parse(text.encode())
     if gold.broken_calls:
         raise RecordError(f"{where}: the gold answer has {gold.broken_calls} unreadable call(s)")
@@ -174,32 +203,6 @@ def target_from_text(text: str, where: str) -> Target:
             f"{where}: the gold answer has no call, no response and no thought: {text[:60]!r}"
         )
     return Target(calls=gold.calls, response=gold.response, think=gold.think, text=text)
-
-
-def text(value: Any, where: str) -> str:
-    """The value if it is text."""
-    if not isinstance(value, str):
-        raise RecordError(f"{where}: text is needed, found {kind(value)}")
-    return value
-
-
-def mapping(value: Any, where: str) -> Mapping[str, Any]:
-    """The value if it is an object."""
-    if not isinstance(value, Mapping):
-        raise RecordError(f"{where}: an object is needed, found {kind(value)}")
-    return value
-
-
-def sequence(value: Any, where: str) -> list[Any]:
-    """The value if it is a list."""
-    if not isinstance(value, (list, tuple)):
-        raise RecordError(f"{where}: a list is needed, found {kind(value)}")
-    return list(value)
-
-
-def kind(value: Any) -> str:
-    """What a value is, for a message."""
-    return "nothing" if value is None else type(value).__name__
 
 
 def _check_keys(raw: Mapping[str, Any], known: Sequence[str], where: str) -> None:
@@ -211,34 +214,31 @@ def _check_version(raw: Mapping[str, Any], where: str) -> None:
     version = raw.get("version")
     if version is not None and (isinstance(version, bool) or version not in range(1, VERSION + 1)):
         raise RecordError(
-            f"{where}: version: {version!r} is not known here, {VERSION} is the newest; update rest_jax"
+            f"{where}: version: {fields.shown(version)} is not known here, {VERSION} is the newest; update rest_jax"
         )
 
 
 def _history(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
     turns = []
-    for i, item in enumerate(_list(raw, "history", where)):
+    for i, item in enumerate(fields.listed(raw.get("history"), f"{where}: history")):
         place = f"{where}: history[{i}]"
         turn = dict(mapping(item, place))
-        if turn.get("role") not in ROLES:
-            raise RecordError(
-                f"{place}: role: {turn.get('role')!r} is not one of {', '.join(ROLES)}"
-            )
-        calls = [
-            dataclasses.asdict(call_from_json(c, f"{place}: calls[{j}]"))
-            for j, c in enumerate(_list(turn, "calls", place))
-        ]
-        if _optional_text(turn, "content", place) is None and not calls:
+        fields.one_of(turn.get("role"), ROLES, f"{place}: role")
+        if calls := _calls(turn, place):
+            turn["calls"] = calls
+        if (content := _optional_text(turn, "content", place)) is None and not calls:
             raise RecordError(f"{place}: neither content nor calls")
+        if content is None and turn["role"] != "assistant":
+            raise RecordError(f"{place}: content: text is needed, found nothing")
         _optional_text(turn, "think", place)
-        turns.append({**turn, "calls": calls} if calls else turn)
+        turns.append(turn)
     return tuple(turns)
 
 
 def _messages(raw: Any, where: str) -> tuple[dict[str, str], ...]:
     if not isinstance(raw, Sequence) or isinstance(raw, str) or not raw:
         raise RecordError(
-            f"{where}: messages: a list of role and content is needed, found {kind(raw)}"
+            f"{where}: messages: a list of role and content is needed, found {fields.kind(raw)}"
         )
     for i, message in enumerate(raw):
         place = f"{where}: messages[{i}]"
@@ -248,29 +248,15 @@ def _messages(raw: Any, where: str) -> tuple[dict[str, str], ...]:
     return tuple({"role": m["role"], "content": m["content"]} for m in raw)
 
 
-def check_tool(raw: Any, where: str) -> dict[str, Any]:
-    """The tool if it can be rendered: a name, and parameters in one of the two forms. RecordError names what is wrong."""
-    _text(mapping(raw, where), "name", where)
-    place = f"{where}: parameters"
-    parameters = mapping(raw.get("parameters", {}), place)
-    if is_schema(parameters):
-        required = parameters.get("required")
-        if required is not None:
-            sequence(required, f"{place}: required")
-        place = f"{place}: properties"
-        parameters = mapping(parameters.get("properties", {}), place)
-    for name, described in parameters.items():
-        mapping(described, f"{place}: {name}")
-    return dict(raw)
+def _calls(raw: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    listed = fields.listed(raw.get("calls"), f"{where}: calls")
+    return [fields.call(call, f"{where}: calls[{i}]") for i, call in enumerate(listed)]
 
 
 def _text(raw: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
-    return text(raw.get(key, default), f"{where}: {key}")
+    value = raw.get(key)
+    return text(default if value is None else value, f"{where}: {key}")
 
 
 def _optional_text(raw: Mapping[str, Any], key: str, where: str) -> str | None:
     return None if raw.get(key) is None else _text(raw, key, where)
-
-
-def _list(raw: Mapping[str, Any], key: str, where: str) -> list[Any]:
-    return [] if raw.get(key) is None else sequence(raw[key], f"{where}: {key}")

@@ -20,7 +20,7 @@ from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.tokenize import Prepared, load_split, prepare
 from rest_jax.distributed import is_first_process, say
 from rest_jax.files import Location, as_path, atomic_write
-from rest_jax.models.policy import Policy
+from rest_jax.models.policy import Policy, check_positions
 from rest_jax.rollout.engine import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import score_rollout, summarise_scores, truncated
@@ -40,11 +40,16 @@ RATES = {
 
 
 def held_out(config: Config, policy: Policy, keep: bool) -> Prepared | None:
-    """The held-out records, tokenised and, if `keep`, kept beside the run; None without `data.eval`."""
+    """The held-out records, tokenised and, if `keep`, kept beside the run; None without `data.eval`. UserError when one may
+    outgrow the model.
+    """
     data = config.data
     if data.eval is None:
         return None
-    return load_prompts(config, data.eval, data.eval_limit, policy.tokenizer, keep)
+    prepared = load_prompts(config, data.eval, data.eval_limit, policy.tokenizer, keep)
+    longest = int(prepared.prompts.lengths.max())
+    check_positions(policy.config, longest, config.rollout.max_response_tokens)
+    return prepared
 
 
 class Evaluator:
@@ -52,7 +57,7 @@ class Evaluator:
 
     def __init__(self, config: Config, policy: Policy, data: Prepared):
         self.policy, self.data, self.reward = policy, data, config.reward
-        self.template = TEMPLATES[config.data.template]
+        self.template = TEMPLATES[config.data.template].behind(policy.tokenizer.thought_open)
         self._sampler = make_sampler(policy, config.rollout, 1, Sampling(greedy=True))
         self._rollout_params = rollout_cast(policy)
         self.width = bucketed(data.prompts)
@@ -99,6 +104,13 @@ def evaluate(
     sets = {spec: load_split(spec, config.data, limit) for spec in data}
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     template = TEMPLATES[config.data.template]
+    tokenised = {
+        spec: prepare(records, policy.tokenizer, template, config.data)
+        for spec, records in sets.items()
+    }
+    for prepared in tokenised.values():
+        longest = int(prepared.prompts.lengths.max())
+        check_positions(policy.config, longest, config.rollout.max_response_tokens)
     rows: list[list[Any]] = []
     with contextlib.ExitStack() as stack:
         file = None
@@ -106,8 +118,7 @@ def evaluate(
         if output is not None and is_first_process():
             partial = stack.enter_context(atomic_write(output))
             file = stack.enter_context(partial.open("w", encoding="utf-8"))
-        for spec, records in sets.items():
-            prepared = prepare(records, policy.tokenizer, template, config.data)
+        for spec, prepared in tokenised.items():
             say(f"{spec}: {prepared.summary()}")
             rates, scored = Evaluator(config, policy, prepared)(policy.params)
             rows = rows or [["data", *(name.removeprefix("eval/") for name in rates)]]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rest_jax.distributed import platform
+from rest_jax.errors import UserError
 from rest_jax.models.config import Attention, DecoderConfig
 from rest_jax.models.decoder import Decoder
 from rest_jax.models.tokenizer import Tokenizer
@@ -30,6 +31,22 @@ class Policy:
     def config(self) -> DecoderConfig:
         """Sizes of the decoder."""
         return self.decoder.cfg
+
+
+ROLLOUT_KEYS = "data.max_prompt_tokens or rollout.max_response_tokens"
+
+
+def check_positions(
+    config: DecoderConfig, prompt: int, response: int, keys: str = ROLLOUT_KEYS
+) -> None:
+    """UserError when the longest prompt and response, in tokens, are more than the positions the model was made for.
+    `keys` are the config values that make them shorter.
+    """
+    if prompt + response > config.max_positions:
+        raise UserError(
+            f"prompt + response {prompt + response:,} ({prompt:,} + {response:,} tokens) exceeds the model's "
+            f"{config.max_positions:,} positions (max_position_embeddings); lower {keys}"
+        )
 
 
 def compute_dtype(name: str, mesh: Mesh) -> jnp.dtype:

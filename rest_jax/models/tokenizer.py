@@ -2,28 +2,54 @@
 
 In: a Hugging Face tokenizer folder or hub id. Out: int32 id arrays for prompts, and for generated ids their exact bytes
 (`bytes_of`) and byte counts (`piece_lengths`), from a table made once. Regions and rewards are computed from these bytes, so
-text is derived from ids and never tokenised again. transformers is imported on first use.
+text is derived from ids and never tokenised again. How a turn ends, and whether a prompt opens the thought, is read off what
+the chat template writes. transformers is imported on first use.
 """
 
+import contextlib
 import dataclasses
+import datetime
+import functools
 import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from rest_jax.errors import UserError
+from rest_jax.files import check_links
+from rest_jax.models import chat_sandbox
 
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
 
-# Hides the function by which transformers tells a template the date; this one is what Llama 3 falls back on.
-DATE_MACRO = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+# What a template that asks for the date is told; Llama 3's falls back on it.
+DATE = datetime.date(2024, 7, 26)
+# Hides the function by which transformers tells a template the date.
+DATE_MACRO = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('%{c}', '{DATE:%{c}}')" for c in "aAbBdeFHIjmMpSTyY")
+    + " }}{% endmacro %}"
+)
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes a space as this
+
+# Stands for a control token in a text that quotes it; small letters pass through JSON and chat templates.
+_MASK = "qquotedcontroltokenq{}q"
+_masked = re.compile(_MASK.format(r"(\d{1,9})"))
+_looks_like_control = re.compile(r"[<\[].*[>\]]", re.DOTALL).fullmatch
+_MAX_IDS = 2**24
+_MAX_TEMPLATE = 2**17  # characters; the largest published ones have 30,000
+
+# What a chat template is given to show what it makes of it.
+_QUESTION = ({"role": "user", "content": "x"},)
+_PROBE = "qAnswerq"
+_PROBE_TOOL = "probe_of_tools"
 
 
 class TokenizerError(UserError):
@@ -40,7 +66,7 @@ class Tokenizer:
     piece_lengths: np.ndarray  # int32 [V], bytes of each id
     pad_id: int
     stop_ids: tuple[int, ...]  # ids that end a turn, ascending
-    end_id: int  # the one that ends supervised answers: the tokenizer's eos
+    end_id: int  # the one that ends supervised answers: as the chat template ends a turn, else the tokenizer's eos
 
     @classmethod
     def load(cls, source: str | pathlib.Path, vocab_size: int | None = None) -> "Tokenizer":
@@ -54,10 +80,19 @@ class Tokenizer:
         if vocab_size is not None:
             if len(pieces) > vocab_size:
                 raise TokenizerError(
-                    f"tokenizer {source}: {len(pieces)} words, but the model's vocab_size is {vocab_size}"
+                    f"tokenizer {source}: {len(pieces)} words, but the model's vocab_size is {vocab_size}: ids above it "
+                    "have no embedding; name the model's own tokenizer (model.tokenizer), or enlarge the model's matrix "
+                    "(transformers: resize_token_embeddings)"
                 )
             pieces += [b""] * (vocab_size - len(pieces))
-        stop_ids = _stop_ids(str(source), hf)
+        end_id = _end_of_turn(hf)
+        stop_ids = _stop_ids(str(source), hf, end_id)
+        if end_id is None:
+            end_id = stop_ids[0] if hf.eos_token_id is None else int(hf.eos_token_id)
+        elif hf.eos_token_id is not None and end_id != hf.eos_token_id:
+            said = f"tokenizer {source}: its eos is {hf.eos_token!r}, its chat template ends turns with"
+            ended = hf.convert_ids_to_tokens(end_id)
+            print(f"rest-jax: warning: {said} {ended!r}: turns end with that", file=sys.stderr)
         return cls(
             source=str(source),
             hf=hf,
@@ -65,7 +100,7 @@ class Tokenizer:
             piece_lengths=np.fromiter(map(len, pieces), np.int32, len(pieces)),
             pad_id=stop_ids[0] if hf.pad_token_id is None else int(hf.pad_token_id),
             stop_ids=stop_ids,
-            end_id=stop_ids[0] if hf.eos_token_id is None else int(hf.eos_token_id),
+            end_id=end_id,
         )
 
     @property
@@ -84,43 +119,125 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """int32 [T]: the ids of a text; no beginning or end token is added, added tokens in the text are recognised."""
-        return np.asarray(self.hf.encode(text, add_special_tokens=False), np.int32)
+        return np.asarray(_encode(self.hf, text), np.int32)
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of every text, on all cores."""
+        """`encode` of every text, on all cores; what `mask` has replaced is encoded as plain text."""
         if not texts:
             return []
         options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
         ids = self.hf(list(texts), add_special_tokens=False, **options)["input_ids"]
+        for i, text in enumerate(texts):
+            if _masked.search(text):
+                ids[i] = self._encode_masked(text)
         return [np.asarray(row, np.int32) for row in ids]
+
+    def mask(self, value: Any, keep: Collection[str] = ()) -> Any:
+        """A JSON value of data, with marks in place of the control tokens that its texts quote, but for those to `keep`.
+
+        Rendered and given to `encode_all` it becomes the ids of plain text: only what templates write is a control token.
+        """
+        if isinstance(value, str):
+            return self._control_text.sub(
+                lambda found: found[0] if found[0] in keep else self._marks[found[0]], value
+            )
+        if isinstance(value, Mapping):
+            return {self.mask(key, keep): self.mask(inner, keep) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self.mask(inner, keep) for inner in value)
+        return value
+
+    def unmask(self, text: str) -> str:
+        """A text of masked values as it reads."""
+        return _masked.sub(lambda found: self._control.get(int(found[1]), found[0]), text)
+
+    @functools.cached_property
+    def thought_open(self) -> bool:
+        """Whether prompts end in an opening think tag (Qwen3-Thinking-2507, R1 distillates), behind which completions begin."""
+        return _probe(self.hf, _QUESTION).rstrip().endswith("<think>")
+
+    def _encode_masked(self, text: str) -> list[int]:
+        """Ids of a text with marks; what is between two control tokens of the template is one plain text."""
+        encoding = self.hf.backend_tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        start = count = 0  # where the plain text begins, and its ids so far
+        for i, (first, last) in zip(
+            [*encoding.ids, -1], [*encoding.offsets, (len(text), len(text))], strict=True
+        ):
+            if i >= 0 and i not in self._control:
+                ids.append(i)
+                count += 1
+                continue
+            piece = text[start:first]
+            if _masked.search(piece):
+                quoted = self._plain.encode(self.unmask(piece), add_special_tokens=False)
+                ids[len(ids) - count :] = quoted.ids
+            if i >= 0:
+                ids.append(i)
+            start, count = last, 0
+        return ids
+
+    @functools.cached_property
+    def _control(self) -> dict[int, str]:
+        """Added tokens that steer: the special ones, and tags. Runs of spaces and the like are text."""
+        added = self.hf.backend_tokenizer.get_added_tokens_decoder()
+        return {
+            i: token.content
+            for i, token in added.items()
+            if token.special or _looks_like_control(token.content)
+        }
+
+    @functools.cached_property
+    def _marks(self) -> dict[str, str]:
+        return {content: _MASK.format(i) for i, content in self._control.items()}
+
+    @functools.cached_property
+    def _control_text(self) -> re.Pattern[str]:
+        longest_first = sorted(self._marks, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    @functools.cached_property
+    def _plain(self) -> Any:
+        """The tokenizer without its control tokens."""
+        from tokenizers import Tokenizer as Backend
+
+        state = json.loads(self.hf.backend_tokenizer.to_str())
+        added = [token for token in state["added_tokens"] if token["id"] not in self._control]
+        state |= {"added_tokens": added, "post_processor": None}
+        return Backend.from_str(json.dumps(state))
 
     def encode_prompt(self, messages: Sequence[Message]) -> np.ndarray:
         """int32 [T]: the ids of `render_prompt`."""
         return self.encode(self.render_prompt(messages))
 
-    def render_prompt(self, messages: Sequence[Message]) -> str:
-        """The chat through the tokenizer's own template, up to where the assistant starts to write.
+    def render_prompt(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
+        """The chat through the tokenizer's own template, up to where the assistant starts to write; `tools` are for it to list.
 
-        A template that asks for the date (Llama 3.2) is told a fixed one: prompts of tomorrow are those of today.
+        A template that asks for the date (Llama 3.x) is told a fixed one: prompts of tomorrow are those of today. TemplateError
+        for whatever the template raises.
         """
         if not self.hf.chat_template:
             raise TokenizerError(
                 f"tokenizer {self.source}: no chat template; add chat_template.jinja to its folder "
                 "(or use the instruction-tuned model's tokenizer)"
             )
-        return self.hf.apply_chat_template(
-            [dict(m) for m in messages],
-            add_generation_prompt=True,
-            tokenize=False,
-            chat_template=DATE_MACRO + self.hf.get_chat_template(),
-        )
+        return _render(self.hf, messages, tools)
+
+    def lists_tools(self, request: str | None) -> bool:
+        """Whether the chat template lists the tools that it is given, and asks for calls in these words."""
+        if request is None:
+            return False
+        tool = {"type": "function", "function": {"name": _PROBE_TOOL, "parameters": {}}}
+        text = _probe(self.hf, _QUESTION, [tool])
+        return request in text and _PROBE_TOOL in text
 
     def digest(self) -> str:
-        """SHA-256, in hex, of all that decides which ids a chat has."""
+        """SHA-256, in hex, of all that decides which ids a chat has, the date it is told among it."""
         hf = self.hf
         content = (
             hf.backend_tokenizer.to_str(),
             hf.chat_template,
+            DATE.isoformat(),
             hf.special_tokens_map,
             self.end_id,
         )
@@ -150,7 +267,12 @@ def byte_table(hf: Any) -> list[bytes]:
         )
     added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
     vocab = backend.get_vocab(with_added_tokens=True)
-    table = [b""] * (max(vocab.values(), default=-1) + 1)
+    size = max(vocab.values(), default=-1) + 1
+    if size > _MAX_IDS:
+        raise TokenizerError(
+            f"tokenizer {hf.name_or_path}: an id of {size - 1:,}; more than {_MAX_IDS:,} ids are not read"
+        )
+    table = [b""] * size
     for word, i in vocab.items():
         if i not in added:
             try:
@@ -191,27 +313,120 @@ def _load_hf(source: str) -> Any:
         raise TokenizerError(f"tokenizer {source}: a folder or hub id is needed, this is a file")
     if not path.exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise TokenizerError(f"tokenizer {source}: no such folder")
+    check_links(path)
+    chat_sandbox.install()
     try:
-        return transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        hf = transformers.AutoTokenizer.from_pretrained(
+            source, config=_without_nulls(path / "config.json"), trust_remote_code=False
+        )
+        _encode(hf, "x")  # some wrong values are noticed only now
+        return hf
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exceptions, and panics that are none
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise TokenizerError(f"tokenizer {source}: cannot be loaded: {reason}") from error
 
 
-def _stop_ids(source: str, hf: Any) -> tuple[int, ...]:
-    """The eos ids of generation_config.json and of the tokenizer together."""
-    import transformers
+def _encode(hf: Any, text: str) -> list[int]:
+    # Without its warnings: lengths are checked against the model, not the tokenizer.
+    return hf.encode(text, add_special_tokens=False, verbose=False)
 
-    stop_ids = set() if hf.eos_token_id is None else {int(hf.eos_token_id)}
+
+def _without_nulls(file: pathlib.Path) -> Any:
+    """transformers' record of a config.json with null where a default is meant, which it does not read itself; else None."""
+    from transformers import AutoConfig
+
+    with contextlib.suppress(Exception):  # the tokenizer's own error says what is wrong
+        raw = json.loads(file.read_bytes() if file.is_file() else "{}")
+        try:
+            AutoConfig.for_model(**raw)
+        except Exception:
+            return AutoConfig.for_model(**{k: v for k, v in raw.items() if v is not None})
+    return None
+
+
+def _render(
+    hf: Any, messages: Sequence[Message], tools: Sequence[Any] = (), prompt: bool = True
+) -> str:
+    """A chat through the tokenizer's template at a fixed date, with `prompt` up to where the assistant starts to write.
+
+    TokenizerError when the template takes too much time or space; TemplateError for whatever else it raises: it is a program, and
+    fails with errors of any class.
+    """
+    given = list(tools) or None
     try:
-        eos = transformers.GenerationConfig.from_pretrained(source).eos_token_id
-    except OSError:  # there is no generation_config.json
-        eos = None
-    if eos is not None:
-        stop_ids.update(int(i) for i in (eos if isinstance(eos, (list, tuple)) else [eos]))
+        with chat_sandbox.rendering():
+            template = hf.get_chat_template(tools=given)
+            if len(template) > _MAX_TEMPLATE:
+                raise chat_sandbox.TemplateLimitError(
+                    f"the chat template has {len(template):,} characters, more than {_MAX_TEMPLATE:,}"
+                )
+            return hf.apply_chat_template(
+                [dict(m) for m in messages],
+                tools=given,
+                add_generation_prompt=prompt,
+                tokenize=False,
+                chat_template=DATE_MACRO + template,
+            )
+    except chat_sandbox.TemplateLimitError as error:
+        raise TokenizerError(f"tokenizer {hf.name_or_path}: {error}") from error
+    except jinja2.TemplateError:
+        raise
+    except Exception as error:
+        raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error
+
+
+def _probe(
+    hf: Any, messages: Sequence[Message], tools: Sequence[Any] = (), prompt: bool = True
+) -> str:
+    """What the chat template makes of a chat, "" where it cannot."""
+    try:
+        return _render(hf, messages, tools, prompt) if hf.chat_template else ""
+    except jinja2.TemplateError:
+        return ""
+
+
+def _end_of_turn(hf: Any) -> int | None:
+    """The id of the added token by which the chat template ends an assistant's turn; None where it writes none."""
+    chat = (*_QUESTION, {"role": "assistant", "content": _PROBE})
+    behind = _probe(hf, chat, prompt=False).rpartition(_PROBE)[2].lstrip()
+    added = hf.backend_tokenizer.get_added_tokens_decoder()
+    ends = {token.content: i for i, token in added.items() if behind.startswith(token.content)}
+    return ends[max(ends, key=len)] if ends else None
+
+
+def _stop_ids(source: str, hf: Any, end_id: int | None) -> tuple[int, ...]:
+    """The eos ids of generation_config.json and of the tokenizer, and the chat template's end of turn, together."""
+    stop_ids = {int(i) for i in (hf.eos_token_id, end_id) if i is not None}
+    stop_ids.update(_generation_eos(source))
     if not stop_ids:
         raise TokenizerError(
             f"tokenizer {source}: no end-of-turn id; set eos_token in tokenizer_config.json "
             "or eos_token_id in generation_config.json"
         )
     return tuple(sorted(stop_ids))
+
+
+def _generation_eos(source: str) -> list[int]:
+    """The eos ids of generation_config.json, the only thing that is needed of it; a warning when it cannot tell them."""
+    from transformers.utils.hub import cached_file
+
+    name = "generation_config.json"
+    try:
+        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    except OSError:  # the hub is out of reach, and it is not in the cache
+        return []
+    if path is None:
+        return []
+    try:
+        eos = json.loads(pathlib.Path(path).read_bytes()).get("eos_token_id")
+    except (ValueError, AttributeError, RecursionError, OSError) as error:
+        fault = f"not a JSON object ({' '.join(str(error).split())[:100]})"
+    else:
+        fault = f"eos_token_id {str(eos)[:100]!r} is no id and no list of ids"
+        eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        if all(type(i) is int and 0 <= i < _MAX_IDS for i in eos):
+            return eos
+    print(f"rest-jax: warning: {source}/{name}: {fault}; its eos ids are unknown", file=sys.stderr)
+    return []

@@ -34,7 +34,8 @@ class Score:
     correctness_part: float
     format_score: float  # S_format, 0 or 1
     accuracy: float  # S_acc in [0, 1]; without gold calls: 1, or 0 if a tool was called
-    exact: bool  # calls equal gold as multisets, none unreadable, and the format is right
+    # the format is right, and its reference reader reads the gold calls, in any order, and no others
+    exact: bool
     spurious: bool  # gold has no calls, the answer calls a tool or tries to
 
 
@@ -51,7 +52,7 @@ def score(
     bounds = correctness_bounds(cfg, progress)
     spurious = not target.calls and bool(answer.calls or answer.broken_calls)
     if target.calls:
-        s_acc = accuracy(target.calls, answer.calls, cfg)
+        s_acc = accuracy(target.calls, answer.calls, cfg, answer.broken_calls)
         correctness_part = scale(s_acc, bounds)
     else:
         s_acc = 0.0 if spurious else 1.0
@@ -66,6 +67,7 @@ def score(
         accuracy=s_acc,
         exact=s_format == 1.0
         and not answer.broken_calls
+        and answer.executable
         and same_calls(target.calls, answer.calls),
         spurious=spurious,
     )

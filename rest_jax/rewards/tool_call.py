@@ -5,8 +5,8 @@ section 6, after ToolRL).
 
 r_name is the multiset Jaccard of the names; gold and predicted calls of the same name are paired so
 that the sum of r_para + r_value is largest; r_para is the Jaccard of the parameter names, r_value
-the number of gold parameters whose value is equal as JSON. Options close the holes that many
-superfluous calls would use.
+the number of gold parameters whose value is equal as JSON. A call that cannot be read is a call of
+no gold name. Options close the holes that many superfluous calls would use.
 """
 
 from collections import Counter, defaultdict
@@ -14,7 +14,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from rest_jax.config import RewardConfig
 from rest_jax.tool_calls import Call
@@ -44,21 +43,26 @@ def same_calls(gold: Sequence[Call], predicted: Sequence[Call]) -> bool:
     return given == found
 
 
-def superfluous(gold: Sequence[Call], predicted: Sequence[Call]) -> int:
-    """How many calls there are beyond the number of gold calls."""
-    return max(0, len(predicted) - len(gold))
+def superfluous(gold: Sequence[Call], predicted: Sequence[Call], unreadable: int = 0) -> int:
+    """How many calls, readable or not, there are beyond the number of gold calls."""
+    return max(0, len(predicted) + unreadable - len(gold))
 
 
 def r_name(
-    gold: Sequence[Call], predicted: Sequence[Call], count_extra: bool = True, strict: bool = False
+    gold: Sequence[Call],
+    predicted: Sequence[Call],
+    unreadable: int = 0,
+    count_extra: bool = True,
+    strict: bool = False,
 ) -> float:
-    """Multiset Jaccard of the names, 1 for two empty ones. `count_extra` False: superfluous calls
-    leave the union. `strict`: all or nothing.
+    """Multiset Jaccard of the names, 1 for two empty ones. `unreadable`: further calls, of no gold
+    name. `count_extra` False: superfluous calls leave the union. `strict`: all or nothing.
     """
     names, found = Counter(call.name for call in gold), Counter(call.name for call in predicted)
     if strict:
-        return float(names == found)
-    union = (names | found).total() - (0 if count_extra else superfluous(gold, predicted))
+        return float(names == found and not unreadable)
+    union = (names | found).total() + unreadable
+    union -= 0 if count_extra else superfluous(gold, predicted, unreadable)
     return (names & found).total() / union if union else 1.0
 
 
@@ -84,18 +88,22 @@ def match_calls(
     return matched
 
 
-def accuracy(gold: Sequence[Call], predicted: Sequence[Call], cfg: RewardConfig) -> float:
-    """S_acc with the options of `cfg`. ValueError when gold has no calls, where it is not defined."""
+def accuracy(
+    gold: Sequence[Call], predicted: Sequence[Call], cfg: RewardConfig, unreadable: int = 0
+) -> float:
+    """S_acc with the options of `cfg`. `unreadable`: calls that were tried and cannot be read.
+    ValueError when gold has no calls, where it is not defined.
+    """
     if not gold:
         raise ValueError("accuracy: gold has 0 calls; score the format alone")
     if cfg.coarse:
-        return float(same_calls(gold, predicted))
+        return float(same_calls(gold, predicted) and not unreadable)
     if not predicted:
         return 0.0
-    gained = r_name(gold, predicted, cfg.count_extra_calls, cfg.strict_match)
+    gained = r_name(gold, predicted, unreadable, cfg.count_extra_calls, cfg.strict_match)
     gained += sum(match_calls(gold, predicted, cfg.strict_match))
     score = gained / (1 + len(gold) + sum(len(call.arguments) for call in gold))
-    cost = cfg.extra_call_penalty * superfluous(gold, predicted) / len(gold)
+    cost = cfg.extra_call_penalty * superfluous(gold, predicted, unreadable) / len(gold)
     return score * max(0.0, 1.0 - cost)
 
 
@@ -119,5 +127,8 @@ def _assign(scores: list[list[float]]) -> list[tuple[int, int]]:
         return []
     if len(scores) == 1:
         return [(0, scores[0].index(max(scores[0])))]
+    # 40 MB of code, which most data and all who only read records do not need
+    from scipy.optimize import linear_sum_assignment
+
     rows, columns = linear_sum_assignment(np.array(scores), maximize=True)
     return list(zip(rows.tolist(), columns.tolist(), strict=True))

@@ -76,7 +76,7 @@ class Collector:
         self.config, self.policy, self.steps = config, policy, steps
         sampling = Sampling(r.temperature, r.top_k, r.top_p)
         self.sampler = make_sampler(policy, r, r.group_size, sampling, r.replay_routing)
-        self.template = TEMPLATES[config.data.template]
+        self.template = TEMPLATES[config.data.template].behind(policy.tokenizer.thought_open)
         self.batches = Loader(
             prompts,
             PromptBatch,

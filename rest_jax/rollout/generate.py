@@ -4,19 +4,22 @@
 that fill the decode slots; it yields their texts, without the token that ends the turn.
 """
 
-import json
 import pathlib
+import sys
 from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 
 from rest_jax.config import Config
+from rest_jax.data import fields
 from rest_jax.data.loader import bucketed, pad
+from rest_jax.data.ragged import Ragged
 from rest_jax.data.records import StepRecord
-from rest_jax.data.tokenize import prepare
+from rest_jax.data.tokenize import Encoder, encode, fitting, said_aside
 from rest_jax.distributed import num_data_shards
 from rest_jax.errors import UserError
+from rest_jax.models.policy import check_positions
 from rest_jax.rollout.engine import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.run.load import load_policy
@@ -29,11 +32,19 @@ def generate(
     config: Config, records: Sequence[StepRecord], samples: int, greedy: bool
 ) -> Iterator[tuple[StepRecord, list[str]]]:
     """Yields each record with the texts of its `samples` completions, in order. Records longer than
-    `data.max_prompt_tokens` are left out. UserError for a model that cannot be loaded.
+    `data.max_prompt_tokens`, and those that the chat template refuses, are left out. UserError for a model that cannot be loaded.
     """
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     r, tokenizer = config.rollout, policy.tokenizer
-    prepared = prepare(records, tokenizer, TEMPLATES[config.data.template], config.data)
+    # the records may have no gold answer, or one that cannot be reached
+    encoder = Encoder(tokenizer, TEMPLATES[config.data.template], config.data.brief_prompt)
+    records, columns, refused = encode(records, encoder)
+    prompts = [Ragged.of(column) for column in columns]
+    prepared = fitting(records, prompts, config.data.max_prompt_tokens, refused)
+    if refused:
+        print(said_aside(refused), file=sys.stderr)
+    longest = int(prepared.prompts.lengths.max())
+    check_positions(policy.config, longest, r.max_response_tokens)
     sampling = Sampling(r.temperature, r.top_k, r.top_p, greedy)
     sampler = make_sampler(policy, r, samples, sampling)
     params = rollout_cast(policy)(policy.params)
@@ -52,15 +63,13 @@ def generate(
 
 def prompt_record(prompt: str, tools: str | None) -> StepRecord:
     """A record of what a user says, with the tools of a JSON file. UserError for a file that is no list of tools."""
-    offered = []
+    offered = ()
     if tools is not None:
         try:
-            offered = json.loads(pathlib.Path(tools).read_bytes())
-        except ValueError as error:
-            raise UserError(f"tools {tools}: not JSON: {error}") from error
-        if not isinstance(offered, list) or not all(
-            isinstance(tool, dict) and "name" in tool for tool in offered
-        ):
-            raise UserError(f"tools {tools}: a list of objects with a name is needed")
+            text = pathlib.Path(tools).read_text("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8"
+            raise UserError(f"tools {tools}: {reason}") from error
+        offered = fields.tools(text, f"tools {tools}")
     history = ({"role": "user", "content": prompt},)
-    return StepRecord("prompt", "", tuple(offered), history, Target())
+    return StepRecord("prompt", "", offered, history, Target())

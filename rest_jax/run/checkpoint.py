@@ -6,10 +6,8 @@ Orbax completes the checkpoint (renames its folder, or in an object store puts `
 does not exist. A checkpoint that does not match its manifest is named on stderr, and the one before it is used.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import sys
@@ -26,11 +24,11 @@ from rest_jax.errors import RunStopped, UserError
 from rest_jax.files import (
     Location,
     absolute,
+    fingerprints,
     is_url,
     list_files,
     make_folder,
     move_folder,
-    open_bytes,
     store_errors,
 )
 from rest_jax.models.hf.remote import ATOMICITY, checkpoint_path, is_complete
@@ -189,8 +187,7 @@ def newest_params(run_dir: Location) -> tuple[epath.Path, int]:
 
 def write_manifest(folder: epath.Path) -> None:
     """Writes the size and the SHA-256 digest of every file of the items in `folder`."""
-    sizes = {name: info["size"] for name, info in list_files(folder).items() if "/" in name}
-    content = {name: [sizes[name], digest] for name, digest in _digests(folder, sorted(sizes))}
+    content = fingerprints(folder, sorted(name for name in list_files(folder) if "/" in name))
     (folder / MANIFEST).write_text(json.dumps(content, indent=1))
 
 
@@ -231,21 +228,9 @@ def _compare_files(folder: epath.Path, items: Sequence[str]) -> None:
         raise DamagedError(f"{MANIFEST} does not describe the items {', '.join(_ITEMS)}")
     names = [name for name in content if name.split("/")[0] in items]
     own = names[jax.process_index() :: jax.process_count()]
-    sizes = {name: info["size"] for name, info in list_files(folder).items()}
-    for name, digest in _digests(folder, own):
-        if [sizes[name], digest] != content[name]:
+    for name, found in fingerprints(folder, own).items():
+        if found != content[name]:
             raise DamagedError(f"{name} is not what was saved")
-
-
-def _digests(folder: epath.Path, names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The SHA-256 digest of each of these files, several at once."""
-
-    def digest(name: str) -> tuple[str, str]:
-        with open_bytes(folder / name) as file:
-            return name, hashlib.file_digest(file, "sha256").hexdigest()
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        yield from pool.map(digest, names)
 
 
 def _newest_sound(folder: epath.Path, items: Sequence[str]) -> tuple[int, list[int]]:

@@ -1,8 +1,8 @@
 """The Hermes template, Qwen3's own: think, free text, then one <tool_call> block a call, with
 "arguments".
 
-The prompt is what Qwen's chat template makes of tools, written out, so that any chat template
-carries it.
+The prompt is what Qwen's chat template makes of tools, written out for chat templates that do not
+list tools in this form themselves.
 """
 
 import json
@@ -10,7 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rest_jax.templates import parser
-from rest_jax.templates.rendering import call_lines, prose_turn, signature, verbatim
+from rest_jax.templates.rendering import (
+    call_lines,
+    leading_system,
+    prose_turn,
+    signature,
+    verbatim,
+)
 from rest_jax.tool_calls import Answer, Target
 
 _BEFORE_TOOLS = """# Tools
@@ -20,13 +26,12 @@ You may call one or more functions to assist with the user query.
 You are provided with function signatures within <tools></tools> XML tags:
 <tools>
 """
-_AFTER_TOOLS = """
-</tools>
-
+REQUEST = """\
 For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
 <tool_call>
 {"name": <function-name>, "arguments": <args-json-object>}
 </tool_call>"""
+_AFTER_TOOLS = "\n</tools>\n\n" + REQUEST
 
 
 def render_prompt(
@@ -38,16 +43,16 @@ def render_prompt(
     `brief` changes nothing: the format is the model's own and has no shorter form.
     """
     del brief
-    system = [message["content"] for message in history if message["role"] == "system"]
+    system, turns = leading_system(history)
     if tools:
         lines = "\n".join(json.dumps(signature(tool), ensure_ascii=False) for tool in tools)
         system.append(_BEFORE_TOOLS + lines + _AFTER_TOOLS)
     messages = [{"role": "system", "content": "\n\n".join(system)}] if system else []
     previous = None
-    for message in history:
+    for message in turns:
         role = message["role"]
-        if role == "user":
-            messages.append({"role": "user", "content": message["content"]})
+        if role in ("user", "system"):
+            messages.append({"role": role, "content": message["content"]})
         elif role == "assistant":
             turn = _turn(message.get("think"), message.get("calls") or (), message.get("content"))
             messages.append({"role": "assistant", "content": turn})
@@ -63,13 +68,13 @@ def render_prompt(
 
 def render_answer(target: Target) -> str:
     """The gold answer: `target.text` when it is written in this template, else from its parts."""
-    text = verbatim(target, parse, "arguments")
+    text = verbatim(target, parse)
     return _turn(target.think, target.calls, target.response) if text is None else text
 
 
-def parse(data: bytes) -> Answer:
+def parse(data: bytes, thought_open: bool = False) -> Answer:
     """Parses one generation (see `parser`)."""
-    return parser.parse_tagged(data, parser.HERMES)
+    return parser.parse_tagged(data, parser.HERMES, thought_open)
 
 
 def _turn(think: str | None, calls: Sequence[Any], response: str | None) -> str:

@@ -38,6 +38,7 @@ class Scan(NamedTuple):
     end: int  # after the closing brace; when not sound, where the first misfit member begins
     name: tuple[int, int] | None  # between the quotes of the top-level "name"
     arguments: tuple[int, int] | None  # the top-level argument object, braces included
+    key: bytes | None  # "parameters" or "arguments", whatever its value is
     depth: int
 
     @property
@@ -49,7 +50,7 @@ class Scan(NamedTuple):
 def scan_object(data: bytes, start: int) -> Scan:
     """Scans the object whose opening brace is `data[start]`. Linear in the bytes up to `Scan.end`."""
     stack = [_BRACE]
-    name = arguments = arguments_start = None
+    name = arguments = arguments_start = word = None
     depth, pos = 1, start + 1
     while True:
         match = (_member if stack[-1] == _BRACE else _item)(data, pos)
@@ -60,8 +61,10 @@ def scan_object(data: bytes, start: int) -> Scan:
                 key = match["key"]
                 if key == b"name" and name is None and match["text"] is not None:
                     name = match.span("text")
-                elif opened == b"{" and arguments is None and key in (b"parameters", b"arguments"):
-                    arguments_start = pos - 1
+                elif key in (b"parameters", b"arguments"):
+                    word = word or key
+                    if opened == b"{" and arguments is None:
+                        arguments_start = pos - 1
             if opened is not None:
                 stack.append(_BRACE if opened == b"{" else _BRACKET)
                 depth = max(depth, len(stack))
@@ -69,17 +72,17 @@ def scan_object(data: bytes, start: int) -> Scan:
         while True:  # what ends here: a member, and perhaps containers around it
             after = _after(data, pos)
             if after is None:
-                return Scan(False, pos, name, None, depth)
+                return Scan(False, pos, name, None, None, depth)
             mark = data[after.end() - 1]
             if mark == _COMMA and match is not None:
                 pos = after.end()
                 break
             if mark != stack[-1]:
-                return Scan(False, pos, name, None, depth)
+                return Scan(False, pos, name, None, None, depth)
             pos = after.end()
             stack.pop()
             if not stack:
-                return Scan(True, pos, name, arguments, depth)
+                return Scan(True, pos, name, arguments, word, depth)
             if len(stack) == 1 and arguments_start is not None:
                 arguments, arguments_start = (arguments_start, pos), None
             match = after  # a closed container is a value: a comma may follow

@@ -1,27 +1,37 @@
 """What the templates share in writing: calls as JSON, tool descriptions in the two forms that data
 comes in.
 
-A tool is {"name", "description", "parameters"}. Its parameters are a JSON schema object ({"type":
-"object", "properties", ...}) or flat, as in the rlla data: {parameter: {"description", "type",
-"default"}}.
+A tool is {"name", "description", "parameters"}. Its parameters are a JSON schema ({"type": "object",
+"properties", ...}, or a union of such) or flat, as in the rlla data: {parameter: {"description",
+"type", "default"}}. Types of the flat form are Python's ("List[int], optional"). What a schema says
+is shown in both forms; letters are never escaped.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rest_jax.tool_calls import Answer, Call, Target
 
 SCHEMA_TYPES = {
-    "str": "string",
-    "int": "integer",
-    "float": "number",
+    **dict.fromkeys(("str", "text", "char", "datetime", "date", "bytes"), "string"),
+    **dict.fromkeys(("int", "long"), "integer"),
+    **dict.fromkeys(("float", "double", "complex", "decimal"), "number"),
     "bool": "boolean",
-    "list": "array",
-    "tuple": "array",
-    "set": "array",
-    "dict": "object",
+    **dict.fromkeys(("list", "tuple", "set", "frozenset", "sequence", "iterable"), "array"),
+    **dict.fromkeys(("dict", "mapping", "map"), "object"),
+    "none": "null",
+    "nonetype": "null",
 }
+JSON_TYPES = ("string", "integer", "number", "boolean", "array", "object", "null")
+UNIONS = ("anyOf", "oneOf", "allOf")
+# A schema object that says no more than this has a flat form, which leaves out all but properties and required.
+_FLAT = {"type", "properties", "required", "additionalProperties", "description", "title"}
+_FLAT |= {"$schema", "$id", "$comment", "strict", "examples"}
+_DEFINITIONS = ("$defs", "definitions")
+_MAX_NODES = 4096  # of one tool with its references put in
+_MAX_TYPE = 200  # characters of a type
 
 
 def call_lines(calls: Iterable[Any], key: str) -> list[str]:
@@ -35,56 +45,232 @@ def call_lines(calls: Iterable[Any], key: str) -> list[str]:
 
 
 def is_schema(parameters: Mapping[str, Any]) -> bool:
-    """Whether parameters are a JSON schema object, not the flat form."""
-    return parameters.get("type") == "object"
+    """Whether parameters are a JSON schema, not the flat form, whose values are all objects."""
+    return (
+        parameters.get("type") == "object"
+        or any(isinstance(parameters.get(key), list) for key in UNIONS)
+        or isinstance(parameters.get("$ref"), str)
+    )
 
 
 def flat_parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters in the flat form; what is not required has ", optional" behind its type."""
+    """The parameters in the flat form; what is not required has ", optional" behind its type.
+
+    References are replaced by what they point to. A schema that says more than its properties (a
+    union, a pattern for names) has no flat form: it is given as it is.
+    """
     parameters = tool.get("parameters") or {}
     if not is_schema(parameters):
         return dict(parameters)
-    required = parameters.get("required")
-    flat = {}
-    for name, schema in parameters.get("properties", {}).items():
-        rest = {k: v for k, v in schema.items() if k not in ("description", "type", "default")}
-        kind = schema.get("type", "string")
+    schema = _resolved(parameters)
+    if not schema.keys() <= _FLAT or isinstance(schema.get("additionalProperties"), Mapping):
+        return schema
+    required, flat = schema.get("required"), {}
+    for name, inner in (schema.get("properties") or {}).items():
         optional = required is not None and name not in required
-        flat[name] = {
-            "description": schema.get("description", ""),
-            "type": f"{kind}, optional" if optional else kind,
-            "default": schema.get("default", ""),
-            **rest,
-        }
+        flat[name] = _flat_parameter(inner, optional)
     return flat
 
 
 def schema_parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters as a JSON schema object; a flat parameter is required when it has no default."""
     parameters = tool.get("parameters") or {}
-    if is_schema(parameters):
+    if not parameters or is_schema(parameters):
         return dict(parameters)
     properties, required = {}, []
     for name, flat in parameters.items():
-        kind = str(flat.get("type", "string"))
-        schema = {k: v for k, v in flat.items() if k not in ("type", "default")}
-        word = kind.split(",")[0].split("[")[0].strip().lower()
-        properties[name] = {"type": SCHEMA_TYPES.get(word, word or "string"), **schema}
-        if flat.get("default", "") != "":
-            properties[name]["default"] = flat["default"]
-        elif "optional" not in kind.lower():
+        kind, default = flat.get("type"), flat.get("default", "")
+        said = {k: v for k, v in flat.items() if k not in ("type", "default")}
+        needed = default == "" and "optional" not in str(kind).lower()
+        if isinstance(said.get("required"), bool):
+            needed = said.pop("required")
+        properties[name] = {**type_schema(kind), **said}
+        if default != "":
+            properties[name]["default"] = default
+        if needed:
             required.append(name)
     return {"type": "object", "properties": properties, "required": required}
 
 
 def signature(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """The tool as the {"type": "function", ...} record that Qwen and Llama read."""
-    function = {
-        "name": tool["name"],
-        "description": tool.get("description", ""),
-        "parameters": schema_parameters(tool),
-    }
+    """The tool as the {"type": "function", ...} record that Qwen and Llama read: what is given, in its order."""
+    function = dict(tool)
+    if "parameters" in function:
+        function["parameters"] = schema_parameters(tool)
     return {"type": "function", "function": function}
+
+
+# --- types ------------------------------------------------------------------------------------------------------------
+
+
+def type_schema(kind: Any) -> dict[str, Any]:
+    """The JSON schema of a type: a name of JSON schema or of Python ("int", "List[Dict[str, float]]", "str | None",
+    "Union[int, str], optional", "Literal['a', 'b']"), or a list of names. What is not known stays as it is written.
+    """
+    if not isinstance(kind, str):
+        if not isinstance(kind, list):
+            return {} if kind is None else {"type": kind}
+        if not all(isinstance(name, str) for name in kind):
+            return {"type": kind}
+        return _union([type_schema(name) for name in kind]) if kind else {}
+    if len(kind) > _MAX_TYPE:
+        return {"type": kind}
+    text = _OPTIONAL.sub("", kind).strip()
+    choices = [part.strip() for part in _split(text, "|")]
+    if len(choices) == 1 and " or " in text and "[" not in text:
+        choices = text.split(" or ")
+    if len(choices) > 1:
+        return _union([type_schema(part) for part in choices])
+    name, opened, rest = text.partition("[")
+    word = name.strip().rpartition(".")[2].lower()
+    inner = _split(rest[:-1], ",") if opened and rest.endswith("]") else []
+    if word in ("any", "object") and not inner and name.strip() != "object":
+        return {}
+    if word == "optional" and inner:
+        return _union([type_schema(inner[0]), {"type": "null"}])
+    if word == "union" and inner:
+        return _union([type_schema(part) for part in inner])
+    if word == "literal" and inner:
+        return {"enum": [_literal(part) for part in inner]}
+    base = word if word in JSON_TYPES else SCHEMA_TYPES.get(word)
+    if base is None:
+        return {"type": text} if text else {}
+    if base == "array" and inner:
+        kinds = [type_schema(part) for part in inner if part.strip() != "..."]
+        items = kinds[0] if all(k == kinds[0] for k in kinds) else _union(kinds)
+        return {"type": base, "items": items} if items else {"type": base}
+    if base == "object" and len(inner) == 2 and (values := type_schema(inner[1])):
+        return {"type": base, "additionalProperties": values}
+    return {"type": base}
+
+
+_OPTIONAL = re.compile(r",\s*(?:optional|required)\b.*|\s*\((?:optional|required)\)", re.I | re.S)
+
+
+def _split(text: str, mark: str) -> list[str]:
+    """The parts of a text between marks that stand in no bracket and no quotation."""
+    parts, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        else:
+            depth += (letter in "[(") - (letter in "])")
+        if letter == mark and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def _literal(text: str) -> Any:
+    text = text.strip()
+    if text[:1] in ("'", '"') and text[-1:] == text[:1] and len(text) > 1:
+        return text[1:-1]
+    try:
+        return json.loads(text.lower() if text in ("True", "False") else text)
+    except ValueError:
+        return None if text == "None" else text
+
+
+def _union(schemas: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One of the schemas; a list of types where they say no more than their types."""
+    if not all(schemas):
+        return {}
+    names = [s["type"] for s in schemas if s.keys() == {"type"} and isinstance(s["type"], str)]
+    if len(names) < len(schemas):
+        return {"anyOf": list(schemas)}
+    names = list(dict.fromkeys(names))
+    return {"type": names if len(names) > 1 else names[0]}
+
+
+# --- what a schema says, in the flat form -----------------------------------------------------------------------------
+
+
+def _flat_parameter(schema: Any, optional: bool) -> dict[str, Any]:
+    schema = schema if isinstance(schema, Mapping) else {}
+    kinds, complete = _kinds(schema)
+    if optional and len(kinds) > 1 and "default" in schema and schema["default"] is None:
+        kinds = [kind for kind in kinds if kind != "null"]  # that it may be left out says the same
+    kind = " or ".join(kinds)
+    hidden = ("description", "type", "default", *(UNIONS if complete else ()))
+    return {
+        "description": schema.get("description", ""),
+        "type": f"{kind}, optional" if optional else kind,
+        "default": schema.get("default", ""),
+        **{key: value for key, value in schema.items() if key not in hidden},
+    }
+
+
+def _kinds(schema: Mapping[str, Any]) -> tuple[list[str], bool]:
+    """(the types that a value may have, whether they say all that the schema's unions say)."""
+    kind = schema.get("type")
+    found = [kind] if isinstance(kind, str) else [k for k in kind or () if isinstance(k, str)]
+    complete = True
+    for key in UNIONS:
+        for branch in schema.get(key) or ():
+            branch = branch if isinstance(branch, Mapping) else {}
+            kinds, whole = _kinds(branch)
+            complete = complete and whole and key != "allOf" and branch.keys() <= {"type", *UNIONS}
+            found += [k for k in kinds if k not in found]
+    if not found:
+        values = schema.get("enum", [schema["const"]] if "const" in schema else [])
+        found = list(dict.fromkeys(_kind_of(v) for v in values)) if isinstance(values, list) else []
+    return found or ["any"], complete
+
+
+def _kind_of(value: Any) -> str:
+    if isinstance(value, bool):
+        return "boolean"
+    names = {str: "string", int: "integer", float: "number", list: "array", dict: "object"}
+    return names.get(type(value), "null")
+
+
+def _resolved(root: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema with its references replaced by what they point to, without definitions. As it is where a reference is
+    within itself or the result would be very long; a reference that points nowhere stays.
+    """
+    left = _MAX_NODES
+
+    def resolve(value: Any, path: tuple[str, ...]) -> Any:
+        nonlocal left
+        left -= 1
+        if isinstance(value, list):
+            return [resolve(inner, path) for inner in value]
+        if not isinstance(value, Mapping):
+            return value
+        pointer = value.get("$ref")
+        target = pointed(pointer, root)
+        if isinstance(pointer, str) and isinstance(target, Mapping):
+            if pointer in path or left < 0:
+                raise RecursionError
+            beside = {key: inner for key, inner in value.items() if key != "$ref"}
+            return resolve({**target, **beside}, (*path, pointer))
+        return {k: resolve(inner, path) for k, inner in value.items() if k not in _DEFINITIONS}
+
+    try:
+        return resolve(root, ("#",))
+    except RecursionError:
+        return dict(root)
+
+
+def pointed(pointer: Any, root: Any) -> Any:
+    """What a `$ref` of the form `#/a/b` points to within the root, None if nothing."""
+    if not isinstance(pointer, str) or not pointer.startswith("#"):
+        return None
+    for step in pointer.split("/")[1:]:
+        step = step.replace("~1", "/").replace("~0", "~")
+        root = root.get(step) if isinstance(root, Mapping) else None
+    return root
+
+
+def leading_system(
+    history: Sequence[Mapping[str, Any]],
+) -> tuple[list[str], Sequence[Mapping[str, Any]]]:
+    """(the system texts that open the dialogue, the turns from the first other one on)."""
+    count = next((i for i, turn in enumerate(history) if turn["role"] != "system"), len(history))
+    return [turn["content"] for turn in history[:count]], history[count:]
 
 
 def prose_turn(think: str | None, response: str | None, calls: Sequence[str]) -> str:
@@ -93,16 +279,15 @@ def prose_turn(think: str | None, response: str | None, calls: Sequence[str]) ->
     return thought + "\n".join(([response] if response else []) + list(calls))
 
 
-def verbatim(target: Target, parse: Callable[[bytes], Answer], key: str) -> str | None:
-    """`target.text` if it is written in the template of `parse`, whose word for the arguments is
-    `key`; else None.
+def verbatim(target: Target, parse: Callable[[bytes], Answer]) -> str | None:
+    """`target.text` if it is written in the template of `parse`, else None.
 
     Source texts are mostly in the toolrl form; another template must not train on that.
     """
-    if target.text is None or (target.calls and f'"{key}"' not in target.text):
+    if target.text is None:
         return None
     answer = parse(target.text.encode("utf-8", "replace"))
     same = (
         answer.calls == target.calls and (answer.response or "") == (target.response or "").strip()
     )
-    return target.text if same and not answer.broken_calls else None
+    return target.text if same and answer.executable and not answer.broken_calls else None

@@ -11,7 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rest_jax.templates import parser
-from rest_jax.templates.rendering import call_lines, flat_parameters
+from rest_jax.templates.rendering import (
+    call_lines,
+    flat_parameters,
+    is_schema,
+    leading_system,
+)
 from rest_jax.tool_calls import Answer, Target
 
 INTRODUCTION = (
@@ -60,15 +65,15 @@ _BRIEF_FORMAT = (
 def render_prompt(
     tools: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, Any]], brief: bool = False
 ) -> list[dict[str, str]]:
-    """Chat messages: a system message (tools, format, any system text of the history), a user
-    message (the dialogue).
+    """Chat messages: a system message (tools, format, any system text at the start of the history), a
+    user message (the dialogue, later system texts where they stand).
     """
     if brief:
         system = "\n".join([*map(_brief_tool, tools), _BRIEF_FORMAT])
     else:
         system = INTRODUCTION + "\n".join(map(_tool, range(1, len(tools) + 1), tools)) + RULES
-    extra = [message["content"] for message in history if message["role"] == "system"]
-    dialogue = _dialogue([message for message in history if message["role"] != "system"])
+    extra, turns = leading_system(history)
+    dialogue = _dialogue(turns)
     header = "" if brief else "**Dialogue Records History**\n"
     return [
         {"role": "system", "content": "\n\n".join([system, *extra])},
@@ -85,21 +90,25 @@ def render_answer(target: Target) -> str:
     return _turn(target.think or "", target.calls, target.response)
 
 
-def parse(data: bytes) -> Answer:
+def parse(data: bytes, thought_open: bool = False) -> Answer:
     """Parses one generation (see `parser`)."""
-    return parser.parse_tagged(data, parser.TOOLRL)
+    return parser.parse_tagged(data, parser.TOOLRL, thought_open)
 
 
 def _tool(number: int, tool: Mapping[str, Any]) -> str:
-    parameters = json.dumps(flat_parameters(tool))
+    parameters = json.dumps(flat_parameters(tool), ensure_ascii=False)
     return f"{number}. Name: {tool['name']}\nDescription: {tool.get('description', '')}\nParameters: {parameters}"
 
 
 def _brief_tool(tool: Mapping[str, Any]) -> str:
-    parameters = ", ".join(
-        f"{name}: {spec.get('type', 'string')}" for name, spec in flat_parameters(tool).items()
-    )
-    return f"{tool.get('description', '')}: {json.dumps(tool['name'])} ({parameters})"
+    flat = flat_parameters(tool)
+    if is_schema(flat):
+        parameters = json.dumps(flat, ensure_ascii=False)
+    else:
+        kinds = ((name, spec.get("type", "string")) for name, spec in flat.items())
+        parameters = ", ".join(f"{name}: {kind}" for name, kind in kinds)
+    name = json.dumps(tool["name"], ensure_ascii=False)
+    return f"{tool.get('description', '')}: {name} ({parameters})"
 
 
 def _dialogue(history: Sequence[Mapping[str, Any]]) -> str:
@@ -108,8 +117,9 @@ def _dialogue(history: Sequence[Mapping[str, Any]]) -> str:
     """
     pieces = []
     for message in history:
-        if message["role"] == "user":
-            pieces.append(f"\n\n<user> {message['content']} </user>")
+        if message["role"] in ("user", "system"):
+            role = message["role"]
+            pieces.append(f"\n\n<{role}> {message['content']} </{role}>")
         elif message["role"] == "tool":
             pieces.append(f"\n<obs> {message['content']} </obs>")
         else:

@@ -1,6 +1,7 @@
 """Tokenised data kept in files is what it is in memory, is made once, and is made anew when anything about it changes."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -19,6 +20,7 @@ from rest_jax.errors import UserError
 from rest_jax.files import as_path
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.templates import TEMPLATES
+from rest_jax.tool_calls import Target
 from tests.data.writing import write_records
 from tools.tiny_tokenizer import train_tokenizer
 
@@ -121,6 +123,31 @@ def test_processes_share_the_chunks(config, tokenizer, processes):
         assert [row.tolist() for row in rows] == [row.tolist() for row in expected]
 
 
+@pytest.mark.parametrize("processes", [1, 2, 9])
+def test_what_a_chat_template_refuses_is_set_aside_alone(config, tokenizer, processes):
+    strict = Tokenizer.load(tokenizer.source)
+    refused = [RECORDS[i] for i in (0, 5, 6, 22)]
+    said = json.dumps([r.prompt_messages(TEMPLATE, True)[-1]["content"] for r in refused])
+    refusal = "{{ 'x' + 1 if messages[-1].content in " + said + " }}"
+    strict.hf.chat_template = refusal + strict.hf.chat_template
+    source = cache.Source(config.data.train, None, Encoder(strict, TEMPLATE, brief=True))
+    folder = as_path(config.output) / "parts"
+    folder.mkdir(parents=True)
+    sizes = {}
+    for process in range(processes):
+        sizes |= cache._write_part(source, folder, process, processes)[1]
+    content = {"parts": processes, "records": 23, "bytes": sizes}
+    (folder / COMPLETE).write_text(json.dumps(content))
+    left = [record for record in RECORDS if record not in refused]
+    records, (prompts,) = cache._open(folder)
+    assert list(records) == left
+    expected = Encoder(tokenizer, TEMPLATE, brief=True)(left)[0]
+    assert [row.tolist() for row in prompts] == [row.tolist() for row in expected]
+    ((reason, names),) = cache._set_aside(folder).items()
+    assert reason.startswith("the chat template of the tokenizer refuses it: ")
+    assert sorted(names) == sorted(record.id for record in refused)
+
+
 def test_what_decides_the_ids_decides_the_folder(config, tokenizer, tmp_path):
     """Another content, name, limit, template, form of prompt, tokenizer or chat template is another folder."""
     _load(config, tokenizer)
@@ -219,3 +246,25 @@ def test_in_a_store(config, tokenizer, memory_store, tmp_path, monkeypatch):
     _assert_same(_load(config, tokenizer), expected)
     with _no_encoding(monkeypatch):
         _assert_same(_load(config, tokenizer), expected)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_gold_answers_that_cannot_be_said_are_not_kept_and_told_each_time(
+    tmp_path, tokenizer, keep, monkeypatch
+):
+    monkeypatch.setattr(cache, "CHUNK", 4)
+    empty = [dataclasses.replace(RECORDS[i], target=Target()) for i in (1, 8, 9, 10, 11)]
+    records = [*RECORDS]
+    for record in empty:
+        records[RECORDS.index(next(r for r in RECORDS if r.id == record.id))] = record
+    path = tmp_path / "data.jsonl"
+    write_records(path, records)
+    config = _config(tmp_path, {"train": str(path), "brief_prompt": True})
+    for _ in range(2):
+        found = _load(config, tokenizer, keep)
+        assert [r.id for r in found.records] == [r.id for r in records if r not in empty]
+        assert dict(found.set_aside) == {"the gold answer is empty": [r.id for r in empty]}
+        assert "5 set aside (5: the gold answer is empty" in found.summary()
+    write_records(path, empty)
+    with pytest.raises(UserError, match=r"no records; 5 set aside \(5: the gold answer is empty"):
+        _load(config, tokenizer, keep)

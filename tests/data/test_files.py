@@ -1,189 +1,23 @@
-"""Files of records: pieces read as json and pyarrow read all at once, layouts told apart, writing, and the faults a file has."""
+"""Files of records: layouts told apart, writing, and the faults a file has."""
 
 import dataclasses
-import datetime
-import decimal
 import json
+import re
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 
 from rest_jax.data import files
+from rest_jax.data.fields import RecordError
 from rest_jax.data.files import read_records
-from rest_jax.data.records import RecordError, StepRecord, to_json
+from rest_jax.data.items import read_items
+from rest_jax.data.records import StepRecord, to_json
 from rest_jax.data.synthetic import world as synthetic
 from rest_jax.files import as_path
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Call, Target
 from tests.data.writing import write_records
-
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(1 - 2**63, 2**63 - 1)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
-    max_leaves=12,
-)
-
-
-def read(path):
-    items = list(files.read_items(path))
-    positions = [item.position for item in items]
-    assert positions == sorted(positions) and all(p <= path.stat().st_size for p in positions)
-    return items
-
-
-def values(path):
-    items = read(path)
-    assert all(item.fault is None for item in items)
-    return [item.raw for item in items]
-
-
-@example(items=[0.0, 1e300, -1e-7, 12], indent=None, chunk=1)
-@example(items=[1e300], indent=None, chunk=2)
-@given(items=st.lists(JSON, max_size=6), indent=st.sampled_from([None, 1]), chunk=st.integers(1, 9))
-def test_a_list_is_what_json_reads(tmp_path_factory, items, indent, chunk):
-    path = tmp_path_factory.mktemp("list") / "x.json"
-    path.write_text(json.dumps(items, indent=indent, ensure_ascii=False), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "CHUNK", chunk)
-        assert values(path) == items
-
-
-@given(items=st.lists(JSON.filter(lambda x: not isinstance(x, list)), max_size=6))
-def test_lines_are_what_json_reads(tmp_path_factory, items):
-    path = tmp_path_factory.mktemp("lines") / "x.json"
-    path.write_text("".join(f"{json.dumps(x)}\r\n\n" for x in items), encoding="utf-8")
-    assert values(path) == items
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('[{"a": 1}', "item 1: not JSON: parse error: premature EOF"),
-        ('[{"a": 1} {"b": 2}]', "item 1: not JSON: parse error: after array element"),
-        ('[{"a": 1},]', "item 1: not JSON: parse error: unallowed token"),
-        ('[{"a": 1}, {"b": }]', "item 1: not JSON: parse error: unallowed token"),
-        ('[{"a": 1}]]', "item 1: not JSON: parse error: trailing garbage"),
-        ("[1, NaN]", "item 1: not JSON: lexical error: invalid char in json text"),
-        ("[1e999]", "item 0: not JSON: parse error: numeric .*overflow"),
-        (f"[0, {2**64}]", "item 1: not JSON: parse error: integer overflow"),
-        ("[[[[", "item 0: not JSON"),
-        ("[" * 100_000, "item 0: not JSON"),
-        ("[,", "item 0: not JSON"),
-    ],
-)
-@pytest.mark.parametrize("chunk", [1, 2**20])
-def test_a_broken_list_is_refused(tmp_path, monkeypatch, text, message, chunk):
-    monkeypatch.setattr(files, "CHUNK", chunk)
-    path = tmp_path / "x.json"
-    path.write_text(text)
-    with pytest.raises(RecordError, match=message) as caught:
-        list(files.read_items(path))
-    assert str(caught.value).startswith(f"data {path}: ")
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 2**20])
-def test_a_list_that_is_not_utf8_names_the_item(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(files, "CHUNK", chunk)
-    path = tmp_path / "x.json"
-    path.write_bytes('["ä", "'.encode() + b'\xff"]')
-    message = "item 1: not JSON: lexical error: invalid bytes in UTF8 string"
-    with pytest.raises(RecordError, match=message) as caught:
-        list(files.read_items(path))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_byte_order_mark_is_passed_over(tmp_path):
-    for name, text in (("list", '[{"a": 1}]'), ("lines", '{"a": 1}\n')):
-        path = tmp_path / name
-        path.write_text(text, encoding="utf-8-sig")
-        assert values(path) == [{"a": 1}]
-
-
-def test_broken_lines_carry_a_fault_and_reading_goes_on(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(b'{"a": 1}\n{"a"\n\n{"b": "\xff"}\n{"c": ' + b"9" * 5000 + b'}\n{"d": 2}')
-    items = read(path)
-    assert [(i.where.rpartition("line ")[2], i.fault is None) for i in items] == [
-        ("1", True), ("2", False), ("4", False), ("5", False), ("6", True),
-    ]  # fmt: skip
-    assert items[1].raw == '{"a"' and items[1].fault.startswith("not JSON")
-    assert items[2].raw == '{"b": "\\xff"}' and items[2].fault == "byte 7 is not UTF-8"
-    assert items[3].fault.startswith("not JSON: Exceeds the limit")
-    assert items[4].position == path.stat().st_size
-
-
-def test_lines_and_items_have_a_longest_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_ITEM", 100)
-    monkeypatch.setattr(files, "CHUNK", 16)
-    lines, listed = tmp_path / "lines", tmp_path / "list"
-    lines.write_text(json.dumps({"a": "x" * 300}) + '\n{"b": 1}\n')
-    long, after = read(lines)
-    assert long.fault == "longer than 100 bytes" and after.raw == {"b": 1}
-    listed.write_text(json.dumps([{"a": "x" * 300}]))
-    with pytest.raises(RecordError, match="item 0"):
-        list(files.read_items(listed))
-
-
-def test_parquet_rows(tmp_path):
-    rows = [{"id": str(i), "target": None if i % 2 else json.dumps({"n": i})} for i in range(1300)]
-    path = tmp_path / "x"  # its first bytes say what it is
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=400)
-    expected = [
-        {**r, "target": json.loads(r["target"])} if r["target"] else {"id": r["id"]} for r in rows
-    ]
-    assert values(path) == expected
-
-
-def test_parquet_rows_become_plain_json(tmp_path):
-    """Fields that Arrow fills with null are gone again; what JSON cannot hold is text or null."""
-    rows = [
-        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "calls": ["f", None]}],
-         "arguments": {"a": 1}, "score": float("nan")},
-        {"messages": [{"role": "user", "content": "y", "name": "z"}], "arguments": {"b": [{"c": 2}, {"d": 3.5}]},
-         "score": 1.5, "at": datetime.datetime(2024, 5, 1, 10), "price": decimal.Decimal("1.50"), "blob": b"\xffx"},
-    ]  # fmt: skip
-    path = tmp_path / "x.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    plain = {"at": "2024-05-01 10:00:00", "price": "1.50", "blob": "\\xffx"}
-    # columns come from the first row
-    table = pyarrow.Table.from_pylist([{**rows[1], **rows[0], **dict.fromkeys(plain)}, rows[1]])
-    pyarrow.parquet.write_table(table, path)
-    first = {key: value for key, value in rows[0].items() if key != "score"}
-    second = {**rows[1], **plain}
-    assert values(path) == [first, second]
-
-
-def test_an_item_that_nests_too_deeply_is_passed_over(tmp_path, monkeypatch):
-    deep = '{"a]": "}\\"", "b": ' + "[" * 100_000 + "]" * 100_000 + "}"
-    path = tmp_path / "x.json"
-    path.write_text(f'[{{"n": 0}}, {deep}, {{"n": 2}}, {deep}]')
-    for chunk in (7919, files.CHUNK):
-        monkeypatch.setattr(files, "CHUNK", chunk)
-        items = read(path)
-        assert [item.fault is None for item in items] == [True, False, True, False]
-        assert items[2].raw == {"n": 2} and items[1].raw is None
-        assert items[1].fault == "nests deeper than 64" and items[1].where == f"data {path}: item 1"
-
-
-def test_an_ending_that_the_content_denies(tmp_path):
-    path = tmp_path / "x.parquet"
-    path.write_text("{}")
-    with pytest.raises(RecordError, match="not a Parquet file"):
-        files.read_items(path)
-
-
-def test_no_file(tmp_path):
-    with pytest.raises(RecordError, match="is a folder"):
-        files.read_items(tmp_path)
-    with pytest.raises(RecordError, match="no such file"):
-        files.read_items(tmp_path / "none")
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
@@ -282,7 +116,11 @@ def _line(**fields):
     ("name", "content", "message"),
     [
         ("r.jsonl", "", "no records"),
-        ("r.jsonl", f"{_line()}\n{{broken\n", "line 2: not JSON"),
+        (
+            "r.jsonl",
+            "a,b\n{broken\n",
+            "no records: all 2 were set aside, the first: .*line 1: not JSON.*'a,b'",
+        ),
         ("r.jsonl", f"\n{_line(id=3)}\n", "line 2: record 3: id: text is needed, found int"),
         ("r.jsonl", "[" * 100_000, "not JSON"),
         ("r.jsonl", f"{_line()}\n{_line()}\n", "records 0 and 1 share the id 'a'"),
@@ -312,8 +150,8 @@ def _line(**fields):
         ("r.json", '[{"system": "x", "user": "y", "answer": []}]', "item 0: answer: empty"),
         (
             "r.json",
-            '[{"system": "x", "user": "y", "answer": {"name": "f"}}]',
-            r"item 0: answer\[0\]: arguments",
+            '[{"system": "x", "user": "y", "answer": {"name": "f", "parameters": 3}}]',
+            r"item 0: answer\[0\]: parameters: an object is needed, found int 3",
         ),
         ("r.parquet", "text", "not a Parquet file"),
         ("r.parquet", "PAR1 text", "not a readable Parquet file"),
@@ -370,14 +208,47 @@ def test_more_than_one_row_group(tmp_path, monkeypatch, ending):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (float("inf"), "record 'a': not a JSON value"),
-        ("\ud83d", r"record 'a': half a character \('\\ud83d'\)"),
-        (b"x", "record 'a': not a JSON value"),
+        (float("inf"), "x: inf is not a JSON number"),
+        ([{"y": float("nan")}], r"x\[0\]: y: nan is not a JSON number"),
+        ("\ud83d", r"x: half a character \('\\ud83d'\)"),
+        ({"\udc00": 1}, r"x: half a character \('\\udc00'\)"),
+        (b"x", "x: not a JSON value: bytes b'x'"),
     ],
 )
 def test_what_json_cannot_say_is_refused(tmp_path, ending, value, message):
+    message = rf"record 'a': target: calls\[0\]: arguments: {message}"
     with pytest.raises(RecordError, match=message):
         write_records(tmp_path / f"r{ending}", [record(), record(x=value)])
+
+
+GOLD = '{{"id": "{}", "target": {{"calls": [{{"name": "f", "arguments": {{"x": {}}}}}]}}}}'
+UNSTORABLE = {
+    "NaN": r"x: nan is not a JSON number",
+    "[1e999]": r"x\[0\]: inf is not a JSON number",
+    '{"y": -Infinity}': "x: y: -inf is not a JSON number",
+    '"\\ud83d"': "x: half a character",
+    '"\\udc00 b"': "x: half a character",
+    '1, "x": 2': "an object has the same key twice: 'x'",
+}
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_what_cannot_be_stored_is_set_aside_by_name_when_it_is_read(tmp_path, capsys, listed):
+    texts = [
+        GOLD.format(i, value) for i, value in enumerate(["1", *UNSTORABLE, '"\\ud83d\\ude00"'])
+    ]
+    path = tmp_path / "x.json"
+    path.write_text(f"[{','.join(texts)}]" if listed else "\n".join(texts))
+    first, last = read_records(path)
+    assert (first.id, last.id) == ("0", str(len(texts) - 1))
+    assert last.target.calls[0].arguments == {"x": "😀"}
+    *told, summary = capsys.readouterr().err.splitlines()
+    assert summary == f"data {path}: {len(UNSTORABLE)} of {len(texts)} set aside"
+    for i, (line, message) in enumerate(zip(told, UNSTORABLE.values(), strict=False)):
+        place = f"item {i + 1}" if listed else f"line {i + 2}"
+        assert line.startswith(f"set aside: data {path}: {place}: ")
+        assert re.search(message, line)
+    assert len(told) == files.MAX_SAID
 
 
 def test_paths_that_cannot_be_written(tmp_path):
@@ -386,6 +257,14 @@ def test_paths_that_cannot_be_written(tmp_path):
     (tmp_path / "x.jsonl").mkdir()
     with pytest.raises(RecordError, match="is a folder"):
         files.check_path(tmp_path / "x.jsonl")
+
+
+def test_a_line_of_another_layout_among_records_is_set_aside(tmp_path, capsys):
+    path = tmp_path / "r.jsonl"
+    path.write_text(f'{_line()}\n{{"note": 1}}\n{_line(id="b")}\n')
+    assert [record.id for record in read_records(path)] == ["a", "b"]
+    told = capsys.readouterr().err
+    assert f"set aside: data {path}: line 2: unknown layout with fields note" in told
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".parquet", ".json"])
@@ -398,6 +277,7 @@ def test_records_of_a_store_are_those_of_the_local_file(ending, tmp_path, memory
         write_records(local, records)
     url.write_bytes(local.read_bytes())
     assert read_records(str(url)) == records == read_records(local)
-    assert [item.position for item in files.read_items(url)] == [i.position for i in read(local)]
+    positions = [[item.position for item in read_items(path)] for path in (url, local)]
+    assert positions[0] == positions[1]
     with pytest.raises(RecordError, match=f"data {memory_store}/none: no such file"):
         read_records(f"{memory_store}/none")

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from rest_jax.data.records import RecordError, StepRecord, from_json, target_from_text, to_json
+from rest_jax.data.fields import RecordError
+from rest_jax.data.records import StepRecord, from_json, target_from_text, to_json
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Call, Target
 
@@ -70,11 +71,12 @@ def test_parameters_is_another_word_for_arguments():
     ("path", "value", "message"),
     [
         (("target",), None, "target: an object"),
-        (("target", "calls"), "f()", "target: calls: a list"),
+        (("target", "calls"), "f()", "target: calls: not JSON: .*: 'f\\(\\)'"),
+        (("target", "calls"), {"name": "f"}, "target: calls: a list is needed, found dict"),
         (
             ("target", "calls"),
-            [{"name": "f"}],
-            r"target: calls\[0\]: arguments: an object is needed, found nothing",
+            [{"name": "f", "arguments": [1]}],
+            r"target: calls\[0\]: arguments: an object is needed, found list \[1\]",
         ),
         (
             ("target", "calls"),

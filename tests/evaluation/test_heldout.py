@@ -1,5 +1,9 @@
 """Held-out evaluation: its metrics from known completions, what a run writes and prints of it."""
 
+import contextlib
+import dataclasses
+import shutil
+
 import numpy as np
 import pytest
 
@@ -11,6 +15,8 @@ from rest_jax.evaluation.heldout import (
     held_out,
     report_evaluations,
 )
+from rest_jax.models.tokenizer import Tokenizer
+from rest_jax.rollout.experience import Collector
 from rest_jax.run.load import load_policy
 from rest_jax.run.metrics import MetricsWriter
 
@@ -72,3 +78,18 @@ def test_the_closing_table_has_each_evaluation_once(tmp_run, capsys, steps):
     assert header.split() == ["held", "out", *(w for s in ends for w in ("step", str(s)))]
     assert exact.split() == ["eval/exact", *(f"{s / 4:.4g}" for s in ends)]
     assert (tmp_run / "curves.png").is_file()
+
+
+def test_completions_go_on_behind_a_thought_that_the_prompt_opened(evaluated, tmp_path):
+    _, evaluator = evaluated
+    policy = evaluator.policy
+    folder = shutil.copytree(policy.files, tmp_path / "opened")
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant\n", "assistant\n<think>\n"))
+    opened = dataclasses.replace(policy, tokenizer=Tokenizer.load(folder))
+    raw = {"name": "test", "model": {"source": "none"}, "rollout": {"prompts_per_step": 6}}
+    config = Config.model_validate(raw)
+    for used, expected in ((policy, False), (opened, True)):
+        assert Evaluator(config, used, evaluator.data).template.thought_open == expected
+        with contextlib.closing(Collector(config, used, evaluator.data, 1)) as collector:
+            assert collector.template.thought_open == expected

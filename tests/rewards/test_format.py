@@ -47,7 +47,8 @@ def scores(template: str, text: str, strict: bool) -> str:
         (T + C.removesuffix("</tool_call>\n"), "", "think"),
         ("<think> a </think> b </think>" + C, "", "calls think"),
         ("<think> a <think> b <tool_call> c </think>" + C, "calls", "calls think"),
-        (T + "<tool_call>nothing</tool_call>", "calls", "calls think"),
+        (T + "<tool_call>nothing</tool_call>", "", "think"),
+        (T + "<tool_call>\n</tool_call>", "", "think"),
     ],
 )
 def test_toolrl(text, strict, lenient):

@@ -96,10 +96,44 @@ def test_pretty_printed_calls_score_full_marks():
     assert reward(text, TARGET, STATIC).reward == 4.0
 
 
-def test_broken_json_next_to_good_json_keeps_its_score_but_is_not_exact():
+def test_a_broken_call_costs_what_a_superfluous_one_costs():
     text = RIGHT.replace("</tool_call>", '{"name": "f", "parameters": {\n</tool_call>')
     found = reward(text, TARGET, STATIC)
-    assert (found.accuracy, found.exact) == (1.0, False)
+    assert found.accuracy == pytest.approx((0.5 + 1 + 2) / 4 * 0.5)
+    assert (found.format_part, found.exact) == (0.0, False)
+
+
+UNREADABLE = {
+    "duplicate key": LINE.replace('"a": 1', '"a": 1, "a": 1'),
+    "NaN": LINE.replace("1", "NaN"),
+    "Infinity": LINE.replace("1", "-Infinity"),
+    "no closing brace": LINE.replace("}}", "}"),
+    "no call": '{"x": 1}\n',
+    "nesting": LINE.replace("1", "[" * 40 + "]" * 40),
+}
+
+
+@pytest.mark.parametrize("line", UNREADABLE.values(), ids=UNREADABLE.keys())
+@pytest.mark.parametrize("copies", [1, 2, 49])
+@pytest.mark.parametrize("template", list(TEMPLATES))
+@pytest.mark.parametrize(
+    "cfg", [RewardConfig(), RELEASED, RewardConfig(coarse=True), RewardConfig(strict_match=True)]
+)
+def test_unreadable_superfluous_calls_cost_what_readable_ones_cost(template, line, copies, cfg):
+    def text(extra: str) -> str:
+        lines = [LINE, *[extra] * copies]
+        if template == "toolrl":
+            return f"<think> t </think>\n<tool_call>\n{''.join(lines)}</tool_call>"
+        if template == "llama3":
+            return "".join(lines)
+        return "\n".join(f"<tool_call>\n{line}</tool_call>" for line in lines)
+
+    unreadable, readable = (
+        score(TEMPLATES[template].parse(text(extra).encode()), TARGET, template, cfg, 1.0)
+        for extra in (line, LINE)
+    )
+    assert unreadable.reward <= readable.reward
+    assert not unreadable.exact
 
 
 def test_length_part_is_off_by_default():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rest_jax.templates import TEMPLATES
-from rest_jax.tool_calls import Block, Call, Region
+from rest_jax.tool_calls import Block, Call, Region, Target
 
 LETTERS = {
     Region.TAG: "t",
@@ -108,30 +108,99 @@ CALLS = [Call("f", {"x": [1, {"name": "no"}]}), Call("g", {})]
 OBJECTS = [{"name": c.name, "parameters": c.arguments} for c in CALLS]
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        "\n".join(map(json.dumps, OBJECTS)),
-        "".join(map(json.dumps, OBJECTS)),
-        "\n".join(json.dumps(o, indent=2) for o in OBJECTS),
-        json.dumps(OBJECTS),
-        json.dumps(OBJECTS, indent=4),
-        json.dumps(OBJECTS).replace("parameters", "arguments"),
-        ",\n".join(map(json.dumps, OBJECTS)) + ",",
-    ],
-    ids=["lines", "concatenated", "pretty", "list", "pretty list", "arguments", "commas"],
-)
+LAYOUTS = {
+    "lines": "\n".join(map(json.dumps, OBJECTS)),
+    "pretty": "\n".join(json.dumps(o, indent=2) for o in OBJECTS),
+    "concatenated": "".join(map(json.dumps, OBJECTS)),
+    "semicolon": "; ".join(map(json.dumps, OBJECTS)),
+    "commas": ",\n".join(map(json.dumps, OBJECTS)) + ",",
+    "list": json.dumps(OBJECTS),
+    "pretty list": json.dumps(OBJECTS, indent=4),
+    "arguments": json.dumps(OBJECTS).replace("parameters", "arguments"),
+    "list without its end": json.dumps(OBJECTS)[:-1],
+}
+LISTS = {"list", "pretty list", "arguments"}
+READ = {
+    "toolrl": {"lines", "pretty", *LISTS},
+    "hermes": LISTS,
+    "llama3": {"lines", "pretty", "concatenated", "semicolon", *LISTS},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("template", list(TEMPLATES))
-def test_accepted_ways_to_write_calls(template, body):
+def test_layouts_of_several_calls(template, layout):
+    body = LAYOUTS[layout]
     text = (
         body if template == "llama3" else f"<think> t </think>\n<tool_call>\n{body}\n</tool_call>"
     )
     answer = parse(template, text)
-    assert list(answer.calls) == CALLS
-    assert answer.broken_calls == 0
-    places = picture(answer)
-    assert places.count("N") == 2
-    assert "x" not in places
+    if layout in READ[template]:
+        assert list(answer.calls) == CALLS
+        assert answer.broken_calls == 0
+        assert BAD not in answer.blocks
+        places = picture(answer)
+        assert places.count("N") == 2
+        assert "x" not in places
+        assert answer.executable == (layout == "lines")
+    elif template == "llama3":
+        # the comma, or the text before it, is text of the answer
+        assert BAD in answer.blocks or R in answer.blocks
+    else:
+        assert (answer.calls, answer.broken_calls, answer.blocks) == ((), 2, (T, BAD))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{call}}}",
+        "{{{call}",
+        "Sure: {call}",
+        "{call} done, thanks!",
+        "```json\n{call}\n```",
+        "[[[{call}",
+        "{call}]",
+        "{call},",
+        "{call}\n</function>",
+        "<function=f>\n{call}\n</function>",
+        "I will now think about it.\n" * 40 + "{call}",
+        "{call}\x0b",
+        "[{call},]",
+        '[{call}, {"name": "f", "arguments": {"a": 1, "a": 1}}]',
+        "",
+        "\n",
+        "[]",
+        "f(a=1)",
+    ],
+)
+@pytest.mark.parametrize("template", ["toolrl", "hermes"])
+def test_a_block_with_anything_but_calls_has_none(template, body):
+    text = f"<think>\nt\n</think>\n<tool_call>\n{body.replace('{call}', GOOD)}\n</tool_call>"
+    answer = parse(template, text)
+    assert (answer.calls, answer.blocks) == ((), (T, BAD))
+    assert answer.broken_calls >= 1
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "executable"),
+    [
+        ("hermes", '<tool_call>{"name": "f",\n"arguments": {}}</tool_call>', True),
+        ("hermes", '<tool_call>{"name": "f", "parameters": {}}</tool_call>', False),
+        ("hermes", '<tool_call>[{"name": "f", "arguments": {}}]</tool_call>', False),
+        ("toolrl", '<tool_call>{"name": "f", "parameters": {}}</tool_call>', True),
+        ("toolrl", '<tool_call>{"name": "f",\n"parameters": {}}</tool_call>', False),
+        ("toolrl", '<tool_call>{"name": "f", "arguments": {}}</tool_call>', False),
+        ("llama3", '{"name": "f",\n"parameters": {}}', True),
+        ("llama3", '<|python_tag|>{"name": "f", "parameters": {}}', True),
+        ("llama3", 'Well\n<|python_tag|>{"name": "f", "parameters": {}}', False),
+        ("llama3", '[{"name": "f", "parameters": {}}]', False),
+        ("llama3", '{"name": "f", "arguments": {}}', False),
+    ],
+)
+def test_only_the_layout_of_the_format_is_executable(template, text, executable):
+    answer = parse(template, text)
+    assert answer.calls == (Call("f", {}),)
+    assert answer.executable == executable
 
 
 GOOD = '{"name": "good", "parameters": {"a": 1}}'
@@ -169,12 +238,12 @@ BROKEN = {
 @pytest.mark.parametrize("bad", BROKEN.values(), ids=BROKEN.keys())
 @pytest.mark.parametrize("template", ["toolrl", "hermes"])
 def test_a_broken_call_leaves_its_neighbours(template, bad):
-    head = "<think> t </think>\n<tool_call>\n"
-    text = f"{head}{GOOD}\n{bad}\n{GOOD}\n</tool_call>"
+    between = {"toolrl": "\n", "hermes": "\n</tool_call>\n<tool_call>\n"}[template]
+    text = f"<think> t </think>\n<tool_call>\n{between.join([GOOD, bad, GOOD])}\n</tool_call>"
     answer = parse(template, text)
     assert answer.calls == (Call("good", {"a": 1}),) * 2
-    assert answer.broken_calls >= 1
-    assert answer.blocks == (T, C)
+    assert answer.broken_calls == 1
+    assert answer.blocks == {"toolrl": (T, BAD), "hermes": (T, C, BAD, C)}[template]
     places = picture(answer)
     assert len(places) == len(text)
     first, last = text.index(GOOD), text.rindex(GOOD)
@@ -212,7 +281,7 @@ def test_an_unreadable_but_whole_call_is_placed():
 def test_an_unclosed_quote_does_not_swallow_the_closing_tag():
     text = '<think> t </think>\n<tool_call>{"name": "f</tool_call>\n<response> r </response>'
     answer = parse("toolrl", text)
-    assert answer.blocks == (T, C, R)
+    assert answer.blocks == (T, BAD, R)
     assert answer.broken_calls == 1
 
 
@@ -247,9 +316,9 @@ def test_tags_inside_a_thought_are_thought(template):
             2,
         ),
         (f"Sure. <think> t </think><tool_call>{GOOD}</tool_call> Bye.", (X, T, C, X), 1),
-        ("<think> t </think><tool_call>f(x=1)</tool_call>", (T, C), 0),
+        ("<think> t </think><tool_call>f(x=1)</tool_call>", (T, BAD), 0),
         ("<think> t </think><response> a </response> b <response> c </response>", (T, R, X, R), 0),
-        (f"<tool_call>{GOOD}</tool_call><think> t </think>", (X, T), 0),
+        (f"<tool_call>{GOOD}</tool_call><think> t </think>", (C, BAD), 1),
     ],
 )
 def test_toolrl_blocks(text, blocks, calls):
@@ -266,6 +335,8 @@ def test_toolrl_blocks(text, blocks, calls):
         ("the template opened it </think>\n\nhello", (T, R), 0),
         (f"a <tool_call>{GOOD}</tool_call> b", (R, C, R), 1),
         ("<response> not a tag here </response>", (R,), 0),
+        ("<think>a</think>\nUse </think> to close", (T, R), 0),
+        ("<think>a</think>\nUse <think> to open", (T, R, BAD), 0),
         (f"<tool_call>{GOOD}", (BAD,), 1),
     ],
 )
@@ -290,12 +361,61 @@ def test_hermes_blocks(text, blocks, calls):
         ("<|python_tag|>print(1)", (BAD,), 0),
         (f"<think> t </think>\n{GOOD}", (T, C), 1),
         (f"<think> t\n{GOOD}", (BAD, C), 1),
+        (f'{GOOD}\n{{"x": 1}}', (C, BAD), 1),
+        (f"{GOOD}\n[1]", (C, BAD), 1),
+        ('{"name": "f", "parameters": "x"}', (BAD,), 0),
+        (f"[[{GOOD}]]", (R, BAD), 0),
+        (f"{GOOD}}}", (BAD,), 0),
+        (f"{{{GOOD}", (R, BAD), 0),
+        (f"{GOOD} done", (BAD,), 0),
+        (f"{GOOD}</function>", (BAD,), 0),
+        (f"{GOOD};", (C, R), 1),
+        (f'{{"x": 1}} {GOOD}', (R, BAD), 0),
+        (f'{{"x": 1}}\n{GOOD}', (R, C), 1),
+        (f"```json\n{GOOD}\n```", (R, C, R), 1),
     ],
 )
 def test_llama3_blocks(text, blocks, calls):
     answer = parse("llama3", text)
     assert answer.blocks == blocks
     assert len(answer.calls) == calls
+
+
+@pytest.mark.parametrize("thought", ["", "<think> so </think>\n"])
+@pytest.mark.parametrize("template", list(TEMPLATES))
+def test_tags_in_the_strings_of_a_call_are_text(template, thought):
+    arguments = {"a": "x</think>y", "b": "<think> </tool_call> <response> </response> <tool_call>"}
+    gold = Target(calls=(Call("</think>", arguments),))
+    answer = parse(template, thought + TEMPLATES[template].render_answer(gold))
+    assert answer.calls == gold.calls
+    assert answer.blocks[-1] == C
+    assert BAD not in answer.blocks or (thought and template == "toolrl")
+
+
+def test_a_closing_think_tag_in_a_response_block_is_text():
+    text = "<think> a </think>\n<response> Use </think> to close </response>"
+    answer = parse("toolrl", text)
+    assert (answer.think, answer.response, answer.blocks) == ("a", "Use </think> to close", (T, R))
+
+
+@pytest.mark.parametrize("template", list(TEMPLATES))
+def test_a_thought_that_the_prompt_opened(template):
+    """The parse behind an opened thought is that of the text with its tag, but for the tag."""
+    call = GOOD if template == "llama3" else f"<tool_call>\n{GOOD}\n</tool_call>"
+    for text in (
+        f"why\n</think>\n{call}",
+        f"\n</think>\n\n{call}",
+        f"a {call} comes\n</think>\n{call}",
+        "never closed",
+        f"never closed\n{call}",
+        "closed </think>",
+        "",
+    ):
+        opened = TEMPLATES[template].behind(True).parse(text.encode())
+        closed = parse(template, f"<think>{text}")
+        assert picture(opened) == picture(closed)[len("<think>") :]
+        for field in ("calls", "broken_calls", "response", "think", "blocks", "executable"):
+            assert getattr(opened, field) == getattr(closed, field)
 
 
 def test_an_unclosed_thought_is_thought():

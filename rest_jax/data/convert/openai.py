@@ -1,164 +1,235 @@
-"""The OpenAI chat format: {"messages", "tools"}, as fine-tuning files and request logs have it.
+"""Chats as servers log them and people train on them: {"messages", "tools"}.
 
-Calls stand in `tool_calls` (arguments are a string of JSON), results in messages of role "tool" with the id of their call; the
-older `functions`, `function_call` and role "function" are read too. Results are put in the order of their calls, since a record
-has no ids. A thought is taken from `reasoning_content`. Assistant messages of weight 0 are history, not targets. The lists may
-also be strings of JSON, as in many Parquet files, and an empty string is none.
+Calls stand in `tool_calls`, results in messages of role "tool" with the id of their call. The older `functions`, `function_call`
+and role "function", the items of the Responses API under `input`, and ShareGPT's {"conversations": [{"from", "value"}]} are read
+too. A record has no ids: results are put in the order of their calls, and a call without a result is refused where the dialogue
+goes on. Assistant messages of weight 0 are history, not targets. How fields are read, and what the default is, is said in
+`data.fields`.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from rest_jax.data.convert import fields
-from rest_jax.data.records import RecordError, StepRecord, decompose, sequence
+from rest_jax.data import fields
+from rest_jax.data.fields import RecordError
+from rest_jax.data.records import StepRecord, decompose
 
-_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_MESSAGES = ("messages", "conversations", "conversation", "input")
+_TOOLS = ("tools", "functions")
+_ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "function_response"), "tool"),
+    "tool_response": "tool",
+}
+
+
+class _Waiting(NamedTuple):
+    """A call of the last action."""
+
+    name: str
+    id: str | None
+    where: str
+
+
+class _Result(NamedTuple):
+    """What a tool has answered."""
+
+    turn: dict[str, Any]
+    id: str | None
+    name: str | None
+    where: str
 
 
 def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
     """A record for each assistant message, or sequence of messages with calls, that is to be learned."""
     item = fields.item(raw, where)
-    messages = sequence(_parsed(item, "messages", where), f"{where}: messages")
-    turns = _turns(messages, f"{where}: messages")
-    records = decompose(name, "openai", _tools(item, where), turns)
-    records = [r for r, learn in zip(records, _to_learn(messages), strict=True) if learn]
+    key, value = fields.first_given(item, _MESSAGES)
+    place = f"{where}: {key}"
+    messages = [
+        fields.parsed(message, f"{place}[{i}]")
+        for i, message in enumerate(fields.sequence(fields.parsed(value, place), place))
+    ]
+    turns, weights = _turns(messages, place)
+    system = item.get("system")
+    if fields.is_given(system) and not (turns and turns[0]["role"] == "system"):
+        turns.insert(0, {"role": "system", "content": fields.text(system, f"{where}: system")})
+        weights.insert(0, False)
+    key = next((key for key in _TOOLS if item.get(key)), _TOOLS[0])
+    records = decompose(name, "openai", fields.tools(item.get(key), f"{where}: {key}"), turns)
+    learned = _to_learn(turns, weights)
+    records = [record for record, learn in zip(records, learned, strict=True) if learn]
     if not records:
-        raise RecordError(f"{where}: messages: no assistant message to learn from")
+        raise RecordError(f"{place}: no assistant message to learn from")
     return records
 
 
-def _parsed(item: Mapping[str, Any], key: str, where: str) -> Any:
-    """A field of the item; a string of JSON is read, an empty one is an empty list."""
-    value = item.get(key)
-    if isinstance(value, str):
-        value = fields.json_text(value.strip() or "[]", f"{where}: {key}")
-    return value
-
-
-def _tools(item: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
-    key = "functions" if item.get("functions") is not None else "tools"
-    tools = []
-    for i, tool in enumerate(sequence(_parsed(item, key, where) or [], f"{where}: {key}")):
-        place = f"{where}: {key}[{i}]"
-        if key == "tools":
-            kind = fields.mapping(tool, place).get("type")
-            if kind != "function":
-                raise RecordError(f"{place}: type: {kind!r} is not 'function'")
-            tool, place = tool.get("function"), f"{place}: function"
-        tools.append(fields.tool(tool, place))
-    return tuple(tools)
-
-
-def _turns(messages: list[Any], where: str) -> tuple[dict[str, Any], ...]:
+def _turns(messages: Sequence[Any], where: str) -> tuple[list[dict[str, Any]], list[bool]]:
+    """(the turns, of each whether it may be learned)."""
     turns: list[dict[str, Any]] = []
-    waiting: list[str | None] = []  # ids of the calls of the last action, in order
-    results: list[tuple[int, dict[str, Any]]] = []  # (position of its call, result)
-    for i, message in enumerate(messages):
+    weights: list[bool] = []
+    calls: list[_Waiting] = []  # of the last action
+    results: list[_Result] = []
+    last = max((i for i, m in enumerate(messages) if _role(m) == "assistant"), default=-1)
+
+    def close_action() -> None:
+        turns.extend(_in_order(calls, results))
+        weights.extend([False] * len(results))
+        calls.clear()
+        results.clear()
+
+    for i, raw in enumerate(messages):
         place = f"{where}[{i}]"
-        role = fields.one_of(fields.mapping(message, place).get("role"), _ROLES, f"{place}: role")
-        if role in ("tool", "function"):
-            turn = {"role": "tool", "content": _content(message, place) or ""}
-            results.append((_answered(message, waiting, place), turn))
+        message = _message(raw, place)
+        role = _ROLES[message["role"]]
+        if role == "tool":
+            if not calls:
+                raise RecordError(f"{place}: a tool result without a call before it")
+            results.append(_result(message, place))
             continue
-        turns.extend(_in_order(results))
-        if results or role != "assistant":
-            waiting = []
-        results = []
         if role != "assistant":
-            content = fields.text(_content(message, place), f"{place}: content")
-            turns.append({"role": "user" if role == "user" else "system", "content": content})
+            close_action()
+            if role == "system" and message.get("content") is None:
+                continue
+            content = fields.text(
+                fields.content(message.get("content"), f"{place}: content"), f"{place}: content"
+            )
+            turns.append({"role": role, "content": content})
+            weights.append(False)
             continue
-        turn, ids = _assistant(message, place)
-        waiting = waiting + ids
+        turn, more = _assistant(message, place)
+        if turn["content"] is None and not more:
+            if i == last:
+                raise RecordError(f"{place}: neither content nor calls")
+            continue  # a turn that says nothing, before others
+        if results or not more:
+            close_action()
+        calls += more
         turns.append(turn)
-    return (*turns, *_in_order(results))
+        weights.append(message.get("weight") != 0)
+    if results and len(results) >= len(calls):
+        close_action()
+    return turns, weights
 
 
-def _in_order(results: list[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:
-    return [turn for _, turn in sorted(results, key=lambda pair: pair[0])]
+def _role(raw: Any) -> str | None:
+    """The role of a message that may be anything, as `_ROLES` has it."""
+    if not isinstance(raw, Mapping):
+        return None
+    _, said = fields.first_given(raw, ("role", "from"))
+    if said is None and raw.get("type") == "function_call":
+        return "assistant"
+    return _ROLES.get(said) if isinstance(said, str) else None
 
 
-def _answered(message: Mapping[str, Any], waiting: list[str | None], where: str) -> int:
-    """The position of the call that a result answers; results without an id stay where they are."""
-    if not waiting:
-        raise RecordError(f"{where}: a tool result without a call before it")
-    name = message.get("tool_call_id")
-    if name is None:
-        return len(waiting)
-    if name not in waiting:
-        raise RecordError(f"{where}: tool_call_id: {name!r} is no call of the message before")
-    return waiting.index(name)
+def _message(raw: Any, where: str) -> dict[str, Any]:
+    """The message in the words of chat completions: ShareGPT's and the Responses API's become those."""
+    message = dict(fields.mapping(raw, where))
+    if not fields.is_given(message.get("role")):
+        message.pop("role", None)
+    if "role" not in message and "from" in message:
+        message["role"] = fields.one_of(message["from"], _ROLES, f"{where}: from")
+        message.setdefault("content", message.get("value"))
+        if message["role"] in ("function_call", "tool_call"):
+            said = fields.parsed(message["content"], f"{where}: value")
+            message |= {"tool_calls": said if isinstance(said, list) else [said], "content": None}
+    elif "role" not in message and message.get("type") == "function_call":
+        message = {"role": "assistant", "tool_calls": [message]}
+    elif "role" not in message and message.get("type") == "function_call_output":
+        message |= {"role": "tool", "content": message.get("output")}
+    elif "role" not in message and fields.is_given(message.get("type")):
+        raise RecordError(f"{where}: type: {fields.shown(message['type'])} is not known")
+    fields.one_of(message.get("role"), _ROLES, f"{where}: role")
+    return message
 
 
-def _assistant(message: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str | None]]:
-    """(turn, ids of its calls)."""
-    calls, ids = _calls(message, where)
-    content = _content(message, where) or None
-    if content is None and message.get("refusal") is not None:
-        content = fields.text(message["refusal"], f"{where}: refusal")
-    think = message.get("reasoning_content")
-    if content is None and not calls:
-        raise RecordError(f"{where}: neither content nor calls")
+def _result(message: Mapping[str, Any], where: str) -> _Result:
+    turn = {"role": "tool", "content": fields.result(message.get("content"), f"{where}: content")}
+    name = message.get("name")
+    return _Result(
+        turn,
+        fields.call_id(message, where, ("tool_call_id", "call_id", "id")),
+        fields.text(name, f"{where}: name") if fields.is_given(name) else None,
+        where,
+    )
+
+
+def _in_order(calls: Sequence[_Waiting], results: Sequence[_Result]) -> list[dict[str, Any]]:
+    """The results in the order of the calls that they answer: bound by id, else by the name of the tool, else by their order.
+
+    RecordError for a call without a result, and for a result without a call.
+    """
+    answers: dict[int, dict[str, Any]] = {}
+    by_id = [result for result in results if result.id is not None]
+    by_name = [result for result in results if result.id is None and result.name is not None]
+    rest = [result for result in results if result.id is None and result.name is None]
+    known = any(call.id is not None for call in calls)
+    for result in (*by_id, *by_name, *rest):
+        free = [i for i in range(len(calls)) if i not in answers]
+        if result.id is not None and known:
+            fitting = [i for i in free if calls[i].id == result.id]
+            if not fitting:
+                again = any(call.id == result.id for call in calls)
+                why = "has a result already" if again else "is no call of the message before"
+                raise RecordError(f"{result.where}: tool_call_id: {fields.shown(result.id)} {why}")
+        else:
+            named = [i for i in free if calls[i].name == result.name]
+            fitting = named or free
+        if not fitting:
+            raise RecordError(f"{result.where}: a tool result without a call before it")
+        answers[fitting[0]] = result.turn
+    for i, call in enumerate(calls):
+        if i not in answers:
+            said = f" (id {fields.shown(call.id)})" if call.id is not None else ""
+            raise RecordError(
+                f"{call.where}: the call of {fields.shown(call.name)}{said} has no result"
+            )
+    return [answers[i] for i in range(len(calls))]
+
+
+def _assistant(message: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[_Waiting]]:
+    """(turn, its calls)."""
+    calls, waiting = _calls(message, where)
+    content = fields.content(message.get("content"), f"{where}: content")
+    if not fields.is_given(content):
+        refusal = message.get("refusal")
+        content = fields.text(refusal, f"{where}: refusal") if fields.is_given(refusal) else None
     turn: dict[str, Any] = {"role": "assistant", "content": content}
     if calls:
         turn["calls"] = calls
-    if think is not None:
-        turn["think"] = fields.text(think, f"{where}: reasoning_content")
-    return turn, ids
+    if (think := fields.thought(message, where)) is not None:
+        turn["think"] = think
+    return turn, waiting
 
 
-def _calls(message: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], list[str | None]]:
-    calls, ids = [], []
-    for i, item in enumerate(sequence(message.get("tool_calls") or [], f"{where}: tool_calls")):
-        place = f"{where}: tool_calls[{i}]"
-        kind = fields.mapping(item, place).get("type", "function")
-        if kind != "function":
-            raise RecordError(f"{place}: type: {kind!r} is not 'function'")
-        calls.append(_call(item.get("function"), f"{place}: function"))
-        name = item.get("id")
-        ids.append(None if name is None else fields.text(name, f"{place}: id"))
-    if message.get("function_call") is not None:
-        calls.append(_call(message["function_call"], f"{where}: function_call"))
-        ids.append(None)
-    named = [name for name in ids if name is not None]
-    if len(set(named)) != len(named):
-        raise RecordError(f"{where}: tool_calls: two calls share an id")
-    return calls, ids
+def _calls(message: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], list[_Waiting]]:
+    """The calls of a message; `function_call` says nothing more where `tool_calls` are."""
+    place = f"{where}: tool_calls"
+    raw = fields.listed(message.get("tool_calls"), place)
+    places = [f"{place}[{i}]" for i in range(len(raw))]
+    if not raw and fields.is_given(message.get("function_call")):
+        raw, places = [message["function_call"]], [f"{where}: function_call"]
+    calls, waiting = [], []
+    for value, place in zip(raw, places, strict=True):
+        value = fields.mapping(fields.parsed(value, place), place)
+        calls.append(fields.call(value, place))
+        name = fields.call_id(value, place, ("call_id", "id"))
+        if name is not None and any(name == other.id for other in waiting):
+            raise RecordError(f"{where}: tool_calls: two calls share an id ({fields.shown(name)})")
+        waiting.append(_Waiting(calls[-1]["name"], name, place))
+    return calls, waiting
 
 
-def _call(value: Any, where: str) -> dict[str, Any]:
-    """A call whose arguments are a string of JSON, or already an object; an empty string is no arguments."""
-    raw = dict(fields.mapping(value, where))
-    if isinstance(raw.get("arguments"), str):
-        place = f"{where}: arguments"
-        raw["arguments"] = fields.json_text(raw["arguments"].strip() or "{}", place)
-    return fields.call(raw, where)
-
-
-def _content(message: Mapping[str, Any], where: str) -> str | None:
-    """Text of a message, the parts of a list joined."""
-    content = message.get("content")
-    if content is None or isinstance(content, str):
-        return content
-    texts = []
-    for i, part in enumerate(sequence(content, f"{where}: content")):
-        place = f"{where}: content[{i}]"
-        if (kind := fields.mapping(part, place).get("type")) != "text":
-            raise RecordError(f"{place}: type: {kind!r} is not 'text'")
-        texts.append(fields.text(part.get("text"), f"{place}: text"))
-    return "".join(texts)
-
-
-def _to_learn(messages: list[Any]) -> list[bool]:
-    """For each action, whether it is to be learned: a message of it has a weight other than 0."""
+def _to_learn(turns: Sequence[dict[str, Any]], weights: Sequence[bool]) -> list[bool]:
+    """For each action, whether it is to be learned: a message of it may be."""
     learn: list[bool] = []
     in_action = False
-    for message in messages:
-        if message["role"] != "assistant":
+    for turn, weight in zip(turns, weights, strict=True):
+        if turn["role"] != "assistant":
             in_action = False
             continue
-        calls = bool(message.get("tool_calls") or message.get("function_call"))
-        weight = message.get("weight") != 0
+        calls = bool(turn.get("calls"))
         if calls and in_action:
             learn[-1] = learn[-1] or weight
         else:

@@ -15,24 +15,18 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rest_jax.data.convert import fields
-from rest_jax.data.records import (
-    RecordError,
-    StepRecord,
-    call_from_json,
-    check_tool,
-    sequence,
-    target_from_text,
-)
+from rest_jax.data import fields
+from rest_jax.data.fields import RecordError
+from rest_jax.data.records import StepRecord, target_from_text
 from rest_jax.templates import toolrl
-from rest_jax.tool_calls import Target
+from rest_jax.tool_calls import Call, Target
 
 SUPERVISED = ("instruction", "input", "output")
 PARQUET = ("prompt", "reward_model")
 MAX_LITERAL = 64 * 1024  # characters of one tool's parameters or of one line of calls
 
 _HEADER = re.compile(r"\*{2,3}Dialogue Records History\*\*\n").match
-_OPEN = re.compile(r"(\s*+)<(user|think|tool_call|response|obs)>").match
+_OPEN = re.compile(r"(\s*+)<(user|system|think|tool_call|response|obs)>").match
 _NUMBER = re.compile(r"(\d+)\. ").match
 
 Parsed = tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]
@@ -49,12 +43,14 @@ def convert_api_bank(raw: Any, name: str, where: str) -> list[StepRecord]:
     """The record of one item; `answer` may be one call or a list of calls."""
     item = fields.item(raw, where)
     system, user = (fields.text(item.get(f), f"{where}: {f}") for f in ("system", "user"))
-    expected = item.get("answer")
+    expected = fields.parsed(item.get("answer"), f"{where}: answer")
     calls = expected if isinstance(expected, list) else [expected]
     if not calls:
         raise RecordError(f"{where}: answer: empty, at least one call is needed")
     messages = ({"role": "system", "content": system}, {"role": "user", "content": user})
-    target = Target(tuple(call_from_json(c, f"{where}: answer[{i}]") for i, c in enumerate(calls)))
+    target = Target(
+        tuple(Call(**fields.call(c, f"{where}: answer[{i}]")) for i, c in enumerate(calls))
+    )
     prompt = structure(messages)
     return [StepRecord(id=name, source="api_bank", target=target, **prompt)]
 
@@ -103,7 +99,9 @@ def _from_supervised(item: Mapping[str, Any], name: str, where: str) -> StepReco
 
 
 def _from_parquet(item: Mapping[str, Any], name: str, where: str) -> StepRecord:
-    prompt, reward = sequence(item["prompt"], f"{where}: prompt"), item["reward_model"]
+    place = f"{where}: prompt"
+    prompt = fields.sequence(fields.parsed(item["prompt"], place), place)
+    reward = fields.parsed(item["reward_model"], f"{where}: reward_model")
     if not prompt:
         raise RecordError(f"{where}: prompt: empty, at least one message is needed")
     for i, message in enumerate(prompt):
@@ -147,7 +145,7 @@ def _tool(text: str) -> dict[str, Any]:
     if not (name and described and found):
         raise ValueError("a tool lacks name, description or parameters")
     tool = {"name": name, "description": description, "parameters": _object(parameters)}
-    return check_tool(tool, "tool")
+    return fields.tool(tool, "tool")
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -176,8 +174,8 @@ def _dialogue(text: str, at: int) -> list[dict[str, Any]]:
         if end < 0:
             raise ValueError("an unclosed block")
         body, at = text[opened.end() : end], end + len(close)
-        if tag == "user":
-            history.append({"role": "user", "content": _unspaced(body)})
+        if tag in ("user", "system"):
+            history.append({"role": tag, "content": _unspaced(body)})
         elif tag == "obs":
             history.append({"role": "tool", "content": _unspaced(body)})
         else:

@@ -6,12 +6,12 @@ calls are to be written, which the template does here; its other sentences (say,
 
 import json
 import re
-from collections.abc import Mapping
 from typing import Any
 
-from rest_jax.data.convert import call_syntax, fields
-from rest_jax.data.records import RecordError, StepRecord, decompose, sequence
-from rest_jax.templates.rendering import SCHEMA_TYPES
+from rest_jax.data import fields
+from rest_jax.data.convert import call_syntax
+from rest_jax.data.fields import RecordError
+from rest_jax.data.records import StepRecord, decompose
 
 _ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
@@ -34,7 +34,7 @@ def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
     item = fields.item(raw, where)
     system = fields.text(item.get("system"), f"{where}: system")
     start, end, listed = _tool_list(system, f"{where}: system")
-    tools = tuple(_tool(t, f"{where}: system: tools[{i}]") for i, t in enumerate(listed))
+    tools = fields.tools(listed, f"{where}: system: tools")
     turns = _turns(item.get("conversations"), {t["name"] for t in tools}, where)
     if other := _other_text(system[:start], system[end:]):
         turns.insert(0, {"role": "system", "content": other})
@@ -58,34 +58,10 @@ def _tool_list(system: str, where: str) -> tuple[int, int, list[Any]]:
     raise RecordError(f"{where}: no JSON list of tools")
 
 
-def _tool(value: Any, where: str) -> dict[str, Any]:
-    """A tool whose parameters are a JSON schema with Python's names of types, as JSON schema names them."""
-    tool = {k: v for k, v in fields.mapping(value, where).items() if v is not None}
-    if tool.get("parameters"):
-        parameters = fields.mapping(tool["parameters"], f"{where}: parameters")
-        if "properties" in parameters:
-            parameters = {"type": "dict", **parameters}
-        tool["parameters"] = _schema(parameters)
-    return fields.tool(tool, where)
-
-
-def _schema(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    renamed = dict(value)
-    for key, inner in value.items():
-        if key == "type" and isinstance(inner, str):
-            renamed[key] = SCHEMA_TYPES.get(inner, inner)
-        elif key == "properties" and isinstance(inner, Mapping):
-            renamed[key] = {name: _schema(schema) for name, schema in inner.items()}
-        elif key in ("items", "additionalProperties"):
-            renamed[key] = _schema(inner)
-    return renamed
-
-
 def _turns(value: Any, names: set[str], where: str) -> list[dict[str, Any]]:
     turns: list[dict[str, Any]] = []
-    for i, message in enumerate(sequence(value, f"{where}: conversations")):
+    place = f"{where}: conversations"
+    for i, message in enumerate(fields.sequence(fields.parsed(value, place), place)):
         place = f"{where}: conversations[{i}]"
         speaker = fields.one_of(
             fields.mapping(message, place).get("from"), _ROLES, f"{place}: from"

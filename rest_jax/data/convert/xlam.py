@@ -5,11 +5,11 @@ The lists are strings of JSON, or lists. Tools come in the flat form that the rl
 is a response that says so.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
-from rest_jax.data.convert import fields
-from rest_jax.data.records import RecordError, StepRecord, decompose, sequence
+from rest_jax.data import fields
+from rest_jax.data.fields import RecordError
+from rest_jax.data.records import StepRecord, decompose
 
 NO_CALL = "None of the given tools can do this."
 
@@ -35,20 +35,14 @@ def _read(
     """(user turn, tools, expected calls)."""
     item = fields.item(raw, where)
     query = {"role": "user", "content": fields.text(item.get("query"), f"{where}: query")}
-    tools, calls = (_json_list(item, field, where) for field in ("tools", "answers"))
+    place = f"{where}: answers"
+    answers = fields.sequence(fields.parsed(item.get("answers"), place), place)
     return (
         query,
-        tuple(fields.tool(t, f"{where}: tools[{i}]") for i, t in enumerate(tools)),
-        [fields.call(c, f"{where}: answers[{i}]") for i, c in enumerate(calls)],
+        fields.tools(item.get("tools"), f"{where}: tools"),
+        [fields.call(c, f"{place}[{i}]") for i, c in enumerate(answers)],
     )
 
 
 def _calls_turn(calls: list[dict[str, Any]]) -> dict[str, Any]:
     return {"role": "assistant", "content": None, "calls": calls}
-
-
-def _json_list(item: Mapping[str, Any], field: str, where: str) -> list[Any]:
-    value, place = item.get(field), f"{where}: {field}"
-    if isinstance(value, str):
-        value = fields.json_text(value, place)
-    return sequence(value, place)

@@ -1,16 +1,20 @@
 """From other people's data to files of step records: `rest-jax data prepare`.
 
 In: files of one source. Out: OUT, with a part held out also OUT's `.eval` twin, `OUT.rejected.jsonl` ({"where", "reason",
-"raw"} of every item that could not be used) and `OUT.summary.json`. Item by item: read, convert, drop duplicates, split by
-tool, take away or mask, count tokens, write. Memory grows by some 200 bytes a record: a hash of its id and one of its content.
-Everything random depends on the seed and the record's id, never on the order. All files appear at the end, or none.
+"raw"} of every item that could not be used, and of every record whose gold answer the template cannot say, that calls a tool it
+does not offer, or that the chat template refuses) and `OUT.summary.json`. Item by item: read, convert, check the gold answer,
+drop duplicates, split by tool, take away or mask, count tokens, write. Memory grows by some 200 bytes a record: two hashes.
+Everything random depends on the seed and the record's id, never on the order. All files appear at the end, or none; where no
+record is left, the rejected ones alone.
 """
 
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
+import os
 import pathlib
 import re
 import signal
@@ -21,15 +25,18 @@ from typing import Any, TextIO
 
 import tqdm
 
-from rest_jax.data import files
+from rest_jax.data import files, items
 from rest_jax.data.convert import Convert
 from rest_jax.data.convert.xlam import NO_CALL
+from rest_jax.data.fields import RecordError, shown
 from rest_jax.data.prepare import split, summary, transforms
 from rest_jax.data.prepare.settings import Settings, check
-from rest_jax.data.records import RecordError, StepRecord, to_json
+from rest_jax.data.records import StepRecord, to_json
 from rest_jax.errors import UserError
 from rest_jax.files import atomic_write
+from rest_jax.rewards.gold import GoldError, reachable
 from rest_jax.run.environment import handled
+from rest_jax.templates import TEMPLATES, Template
 
 MAX_REASONS = 100  # different reasons counted by their own name
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -45,7 +52,8 @@ class _Work:
     result: summary.Summary
     partial: contextlib.ExitStack  # partial files, which appear when it ends well
     opened: contextlib.ExitStack  # open ones
-    rejected: TextIO | None = None  # made with the first item that is rejected
+    template: Template
+    rejected: TextIO | None = None  # made with the first item that is set aside
     ids: set[int] = dataclasses.field(default_factory=set)  # hashes
     contents: set[bytes] = dataclasses.field(default_factory=set)  # hashes
     described: split.Described = dataclasses.field(default_factory=dict)
@@ -56,7 +64,10 @@ def prepare(settings: Settings) -> summary.Summary:
     full: then nothing is written. SIGTERM ends the process with code 143 and leaves no half-written file. Main thread only.
     """
     convert = check(settings)
-    count_tokens = summary.token_counter(settings.tokenizer, settings.template, settings.brief)
+    template, count_tokens = TEMPLATES[settings.template], None
+    if settings.tokenizer is not None:
+        encoder = summary.encoder(settings.tokenizer, settings.template, settings.brief)
+        template, count_tokens = encoder.template, functools.partial(summary.count_tokens, encoder)
     paths = settings.paths
     parts = ("train", "eval") if settings.held_out else ("train",)
     result = summary.Summary(settings, parts={name: summary.Tally() for name in parts})
@@ -65,11 +76,17 @@ def prepare(settings: Settings) -> summary.Summary:
         # OUT is the first partial file, and so the last to appear: where it is, everything is
         with handled(_terminate, signal.SIGTERM), contextlib.ExitStack() as partial:
             with contextlib.ExitStack() as opened:
-                work = _Work(settings, convert, count_tokens, result, partial, opened)
+                work = _Work(settings, convert, count_tokens, result, partial, opened, template)
                 writers = {name: _open_writer(paths[name], work) for name in parts}
                 for record, part in _records(work):
                     writers[part].write(record)
-            _check_left(result)
+            try:
+                _check_left(result)
+            except UserError as error:
+                if work.rejected is None:
+                    raise
+                os.replace(work.rejected.name, paths["rejected"])
+                raise UserError(f"{error}; see {paths['rejected']}") from error
             told = partial.enter_context(atomic_write(paths["summary"]))
             told.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="ascii")
             if not settings.held_out:
@@ -109,16 +126,32 @@ def _records(work: _Work) -> Iterator[tuple[StepRecord, str]]:
         for record in records:
             work.result.converted += 1
             record = _with_new_id(record, work)
-            if transforms.not_offered(record):
+            if (record := _reachable(record, where, work)) is None:
+                continue
+            if strange := transforms.not_offered(record):
+                said = ", ".join(map(shown, sorted(strange)))
+                _set_aside(work, where, f"calls {said}, which is not among its tools", record)
                 dropped["calls a tool that is not offered"] += 1
             elif not work.settings.keep_duplicates and _is_known(record, work.contents):
                 dropped["duplicate"] += 1
             elif (placed := _place(record, work)) is not None:
                 record, part = placed
                 record = _transform(record, part, work)
-                if (tokens := _tokens(record, work)) is not None:
+                if (tokens := _tokens(record, where, work)) is not None:
                     work.result.parts[part].add(record, tokens or None)
                     yield record, part
+
+
+def _reachable(record: StepRecord, where: str, work: _Work) -> StepRecord | None:
+    """The record with a gold answer that the template can say; None, set aside, where there is none."""
+    try:
+        tools = {tool["name"] for tool in record.tools}
+        return dataclasses.replace(record, target=reachable(record.target, work.template, tools))
+    except GoldError as error:
+        reason = str(error)
+        _set_aside(work, where, reason, record)
+        work.result.dropped[_kind(reason, work.result.dropped)] += 1
+        return None
 
 
 def _items(work: _Work) -> Iterator[tuple[str, str, Any]]:
@@ -129,7 +162,7 @@ def _items(work: _Work) -> Iterator[tuple[str, str, Any]]:
     seconds = 0.1 if sys.stderr.isatty() else 10  # between two lines of it
     with tqdm.tqdm(total=sum(sizes), unit="B", unit_scale=True, mininterval=seconds) as bar:
         for number, path in enumerate(paths):
-            for index, item in enumerate(files.read_items(path)):
+            for index, item in enumerate(items.read_items(path)):
                 if settings.limit is not None and result.items >= settings.limit:
                     return
                 result.items += 1
@@ -211,7 +244,7 @@ def _transform(record: StepRecord, part: str, work: _Work) -> StepRecord:
     return record
 
 
-def _tokens(record: StepRecord, work: _Work) -> tuple[int, int] | tuple[()] | None:
+def _tokens(record: StepRecord, where: str, work: _Work) -> tuple[int, int] | tuple[()] | None:
     """(prompt tokens, target tokens), () where they are not counted; None for a record that is too long or is refused."""
     if work.count_tokens is None:
         return ()
@@ -219,7 +252,9 @@ def _tokens(record: StepRecord, work: _Work) -> tuple[int, int] | tuple[()] | No
     try:
         tokens = work.count_tokens(record)
     except RecordError as error:
-        dropped[_kind(_reason(error, f"record {record.id!r}"), dropped)] += 1
+        reason = _reason(error, f"record {record.id!r}")
+        _set_aside(work, where, reason, record)
+        dropped[_kind(reason, dropped)] += 1
         return None
     if most and sum(tokens) > most:
         dropped[f"longer than {most} tokens"] += 1
@@ -229,12 +264,23 @@ def _tokens(record: StepRecord, work: _Work) -> tuple[int, int] | tuple[()] | No
 
 def _reject(work: _Work, where: str, reason: str, raw: Any) -> None:
     """Counts an item and keeps it in the side file."""
+    _set_aside(work, where, reason, raw)
+    work.result.rejected[_kind(reason, work.result.rejected)] += 1
+
+
+def _set_aside(work: _Work, where: str, reason: str, raw: Any) -> None:
+    """Writes an item or a record to the side file; of an item that JSON cannot write, its beginning."""
     if work.rejected is None:
         partial = work.partial.enter_context(atomic_write(work.settings.paths["rejected"]))
         work.rejected = work.opened.enter_context(partial.open("w", encoding="ascii"))
-    line = {"where": where, "reason": reason, "raw": raw}
-    work.rejected.write(json.dumps(line, default=str) + "\n")
-    work.result.rejected[_kind(reason, work.result.rejected)] += 1
+    line = {"where": where, "reason": reason}
+    try:
+        if isinstance(raw, StepRecord):
+            raw = to_json(raw)
+        text = json.dumps({**line, "raw": raw}, default=str)
+    except (ValueError, RecursionError):
+        text = json.dumps({**line, "raw": shown(raw)})
+    work.rejected.write(text + "\n")
 
 
 def _kind(reason: str, counts: Counter[str]) -> str:

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from rest_jax.data import files
+from rest_jax.data import files, items
 from rest_jax.data.convert import SOURCES, Convert
 from rest_jax.data.records import StepRecord, from_json
 from rest_jax.errors import UserError
@@ -86,7 +86,7 @@ def _check_files(settings: Settings) -> None:
     files.check_path(out)
     inputs = list(map(pathlib.Path, settings.inputs))
     for path in inputs:
-        files.read_items(path)  # refuses what is no file; reads nothing yet
+        items.read_items(path)  # refuses what is no file; reads nothing yet
     for path in filter(pathlib.Path.exists, paths):
         if path.is_dir():
             raise UserError(

@@ -113,25 +113,30 @@ def inspect(file: str, tokenizer: str | None, limit: int | None, overrides: Sequ
     command `rest-jax data inspect`. UserError when there are none.
     """
     data = config.from_overrides({"name": "data", "model": {"source": "none"}}, overrides).data
-    count_tokens = token_counter(tokenizer, data.template, data.brief_prompt)
+    count = token_counter(tokenizer, data.template, data.brief_prompt)
     tally = Tally()
     for record in load_split(file, data, limit) if is_world(file) else iter_records(file, limit):
-        tally.add(record, count_tokens and count_tokens(record))
+        tally.add(record, count and count(record))
     if not tally.records:
         raise UserError(f"data {file}: no records")
     return to_text(tally)
+
+
+def encoder(tokenizer: str, template: str, brief: bool) -> Encoder:
+    """Encodes prompts and targets as supervised training does."""
+    loaded = Tokenizer.load(config.locate(tokenizer))
+    return Encoder(loaded, TEMPLATES[template], brief, supervised=True)
 
 
 def token_counter(tokenizer: str | None, template: str, brief: bool) -> TokenCounter | None:
     """Counts the tokens of a record's prompt and target as training sees them; None without a tokenizer."""
     if tokenizer is None:
         return None
-    loaded = Tokenizer.load(config.locate(tokenizer))
-    encoder = Encoder(loaded, TEMPLATES[template], brief, supervised=True)
-    return functools.partial(_count_tokens, encoder=encoder)
+    return functools.partial(count_tokens, encoder(tokenizer, template, brief))
 
 
-def _count_tokens(record: StepRecord, encoder: Encoder) -> tuple[int, int]:
+def count_tokens(encoder: Encoder, record: StepRecord) -> tuple[int, int]:
+    """(prompt tokens, target tokens) of a record."""
     (prompt,), (target,) = encoder([record])
     return len(prompt), len(target)
 

@@ -20,10 +20,12 @@ from typing import Any
 
 from rest_jax.data.convert.xlam import NO_CALL
 from rest_jax.data.records import StepRecord, to_json
+from rest_jax.templates.rendering import UNIONS, is_schema, pointed
 from rest_jax.tool_calls import Call, Target
 
 TEXT_ONLY = "the prompt is there only as text"
-_BRANCHES = ("anyOf", "oneOf", "allOf")
+# What is kept of a masked tool: other fields may hold real names.
+_MASKED = ("name", "description", "parameters", "required", "strict")
 _DEFINITIONS = ("$defs", "definitions")
 # Words that a sentence may hold without meaning a tool: "search", "Weather", "send money"
 _PLAIN = re.compile(r"[A-Za-z]?[a-z]*( [a-z]+)*").fullmatch
@@ -209,15 +211,15 @@ def _mask_tool(tool: dict[str, Any], mask: _Mask) -> dict[str, Any]:
     """The tool with masked name and parameters, in the form they came in."""
     name = mask.tools.setdefault(tool["name"], mask.word())
     parameters = tool.get("parameters") or {}
-    # in the flat form each value is an object, also that of a parameter called type
-    flat = not isinstance(parameters.get("type"), str)
+    flat = not (is_schema(parameters) or isinstance(parameters.get("type"), str))
     root = {"properties": parameters} if flat else parameters
     mask.schemas.setdefault(tool["name"], []).append((root, root))
+    kept = {key: value for key, value in tool.items() if key in _MASKED}
     if tool.get("parameters") is None:
-        return {**tool, "name": name}
+        return {**kept, "name": name}
     _name_properties(root, mask)  # all of them first: `required` may stand before what it names
     schema = _mask_schema(root, mask)
-    masked = {**tool, "parameters": schema["properties"] if flat else schema, "name": name}
+    masked = {**kept, "parameters": schema["properties"] if flat else schema, "name": name}
     if isinstance(required := tool.get("required"), list):
         masked["required"] = _mask_required(required, mask)
     return masked
@@ -239,7 +241,7 @@ def _inner(schema: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield from filter(_is_object, _object(value).values())
         elif key in ("items", "additionalProperties") and _is_object(value):
             yield value
-        elif key in _BRANCHES and isinstance(value, list):
+        elif key in UNIONS and isinstance(value, list):
             yield from filter(_is_object, value)
 
 
@@ -255,7 +257,7 @@ def _mask_schema(schema: Mapping[str, Any], mask: _Mask) -> dict[str, Any]:
             masked[key] = {name: inner(v) for name, v in value.items()}
         elif key in ("items", "additionalProperties"):
             masked[key] = inner(value)
-        elif key in _BRANCHES and isinstance(value, list):
+        elif key in UNIONS and isinstance(value, list):
             masked[key] = list(map(inner, value))
         elif key == "required" and isinstance(value, list):
             masked[key] = _mask_required(value, mask)
@@ -325,19 +327,10 @@ def _applying(schemas: list[_Schema]) -> list[_Schema]:
         schema, root = waiting.pop()
         if id(schema) not in found:
             found[id(schema)] = schema, root
-            branches = [b for k in _BRANCHES if isinstance(schema.get(k), list) for b in schema[k]]
-            pointed = _pointed(schema.get("$ref"), root)
-            waiting += filter(_is_schema, ((b, root) for b in [*branches, pointed]))
+            branches = [b for k in UNIONS if isinstance(schema.get(k), list) for b in schema[k]]
+            target = pointed(schema.get("$ref"), root)
+            waiting += filter(_is_schema, ((b, root) for b in [*branches, target]))
     return list(found.values())
-
-
-def _pointed(pointer: Any, root: Any) -> Any:
-    """What a `$ref` of the form `#/a/b` points to, None if nothing."""
-    if not isinstance(pointer, str) or not pointer.startswith("#"):
-        return None
-    for step in pointer.split("/")[1:]:
-        root = _object(root).get(step.replace("~1", "/").replace("~0", "~"))
-    return root
 
 
 def _object(value: Any) -> Mapping[str, Any]:

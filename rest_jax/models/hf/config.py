@@ -1,6 +1,7 @@
 """A Hugging Face config.json -> DecoderConfig. Whatever this decoder does not compute is refused by name.
 
-Both spellings are read: rope_theta / rope_scaling and the rope_parameters of newer files. Pure functions of a dict.
+Both spellings are read: rope_theta / rope_scaling and the rope_parameters of newer files; where a file has both, rope_scaling
+counts, as in transformers. null means the default. Pure functions of a dict.
 """
 
 from typing import Any, cast, get_args
@@ -10,6 +11,9 @@ from rest_jax.models.config import DecoderConfig, Family, RopeScaling
 
 FAMILIES = get_args(Family)
 _QWEN3 = ("qwen3", "qwen3_moe")
+_MAX_INTEGER = 2**31  # of a size; products of a few of them are taken before anything is read
+_MAX_NUMBER = float(2**63)
+_SHOWN = 80  # characters of a value
 
 
 class ConversionError(UserError):
@@ -21,23 +25,20 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
 
     ConversionError names an unknown family, a missing key or an unsupported feature.
     """
+    hf = {key: value for key, value in hf.items() if value is not None}
     family = hf.get("model_type")
     if family not in FAMILIES:
         raise ConversionError(
-            f"model_type {family!r} is not supported; known: {', '.join(FAMILIES)}"
+            f"model_type {_shown(family)} is not supported; known: {', '.join(FAMILIES)}"
         )
     _refuse_unsupported(hf)
     theta, scaling = _rope(hf)
     heads = _integer(hf, "num_attention_heads")
     d_model = _integer(hf, "hidden_size")
-    head_dim = hf.get("head_dim")
-    if head_dim is None:
-        if family in _QWEN3 or d_model % heads:
-            raise ConversionError(
-                f"config.json: head_dim is missing (hidden_size {d_model}, {heads} heads)"
-            )
-        head_dim = d_model // heads
-    kv_heads = hf.get("num_key_value_heads")
+    if "head_dim" not in hf and (family in _QWEN3 or d_model % heads):
+        raise ConversionError(
+            f"config.json: head_dim is missing (hidden_size {d_model}, {heads} heads)"
+        )
     moe = family == "qwen3_moe"
     try:
         return DecoderConfig(
@@ -46,49 +47,51 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
             d_model=d_model,
             n_layers=_integer(hf, "num_hidden_layers"),
             n_heads=heads,
-            n_kv_heads=heads if kv_heads is None else kv_heads,
-            head_dim=head_dim,
+            n_kv_heads=_integer(hf, "num_key_value_heads", heads),
+            head_dim=_integer(hf, "head_dim", d_model // heads),
             d_ff=_integer(hf, "moe_intermediate_size" if moe else "intermediate_size"),
             rope_theta=theta,
             rope_scaling=scaling,
-            norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+            norm_eps=_positive(hf, "rms_norm_eps", 1e-6),
             qk_norm=family in _QWEN3,
             qkv_bias=family == "qwen2",
-            tied=bool(hf.get("tie_word_embeddings", False)),
+            tied=_flag(hf, "tie_word_embeddings"),
             max_positions=_integer(hf, "max_position_embeddings"),
             n_experts=_integer(hf, _experts_key(hf)) if moe else 0,
             experts_per_token=_integer(hf, "num_experts_per_tok") if moe else 0,
-            norm_topk=moe and bool(hf.get("norm_topk_prob", False)),
+            norm_topk=moe and _flag(hf, "norm_topk_prob"),
         )
-    except (TypeError, ValueError) as error:
-        raise ConversionError(f"config.json: {error}") from error
+    except UserError as error:
+        raise ConversionError(f"config.json: {str(error).removeprefix('config.json: ')}") from error
 
 
 def _refuse_unsupported(hf: dict[str, Any]) -> None:
     refused = []
-    if hf.get("use_sliding_window") or "sliding_attention" in (hf.get("layer_types") or ()):
+    if hf.get("use_sliding_window") or "sliding_attention" in str(hf.get("layer_types")):
         refused.append("sliding-window attention (use_sliding_window, layer_types)")
     if hf.get("attention_bias"):
         refused.append("attention_bias true (a bias on the output projection)")
     if hf.get("mlp_bias"):
         refused.append("mlp_bias true")
     if hf.get("hidden_act", "silu") != "silu":
-        refused.append(f"hidden_act {hf['hidden_act']!r} (known: silu)")
+        refused.append(f"hidden_act {_shown(hf['hidden_act'])} (known: silu)")
     if hf.get("attention_dropout"):
-        refused.append(f"attention_dropout {hf['attention_dropout']}")
+        refused.append(f"attention_dropout {_shown(hf['attention_dropout'])}")
     if hf.get("quantization_config"):
         refused.append("quantization_config (convert the weights to bfloat16 or float32 first)")
+    if hf.get("transformers_weights"):
+        refused.append("transformers_weights (call the file model.safetensors)")
     if hf.get("mlp_only_layers"):
-        refused.append(f"mlp_only_layers {hf['mlp_only_layers']} (known: experts in every layer)")
+        refused.append(
+            f"mlp_only_layers {_shown(hf['mlp_only_layers'])} (known: experts in every layer)"
+        )
     if hf.get("decoder_sparse_step", 1) != 1:
         refused.append(
-            f"decoder_sparse_step {hf['decoder_sparse_step']} (known: 1, experts in every layer)"
+            f"decoder_sparse_step {_shown(hf['decoder_sparse_step'])} (known: 1, experts in every layer)"
         )
-    partial = hf.get(
-        "partial_rotary_factor", (hf.get("rope_parameters") or {}).get("partial_rotary_factor")
-    )
-    if partial not in (None, 1, 1.0):
-        refused.append(f"partial_rotary_factor {partial}")
+    partial = _rope_parameters(hf).get("partial_rotary_factor", hf.get("partial_rotary_factor", 1))
+    if partial != 1:
+        refused.append(f"partial_rotary_factor {_shown(partial)}")
     if refused:
         raise ConversionError(
             f"config.json ({hf['model_type']}) asks for {'; '.join(refused)}: not supported"
@@ -101,8 +104,8 @@ def _experts_key(hf: dict[str, Any]) -> str:
 
 
 def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    theta = float(parameters.get("rope_theta", hf.get("rope_theta", 10_000.0)))
+    parameters = _rope_parameters(hf)
+    theta = _positive({**hf, **parameters}, "rope_theta", 10_000.0)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if any(isinstance(value, dict) for value in parameters.values()):
         raise ConversionError("config.json: rope_parameters by layer type are not supported")
@@ -110,18 +113,55 @@ def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         return theta, None
     if kind != "llama3":
         raise ConversionError(
-            f"config.json: rope type {kind!r} is not supported; known: default, llama3"
+            f"config.json: rope type {_shown(kind)} is not supported; known: default, llama3"
         )
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    missing = [key for key in keys if parameters.get(key) is None]
-    if missing:
+    keys = ("factor", "low_freq_factor", "high_freq_factor")
+    if missing := [key for key in keys if key not in parameters]:
         raise ConversionError(f"config.json: rope type llama3 lacks {', '.join(missing)}")
-    factor, low, high, original = (parameters[key] for key in keys)
-    return theta, RopeScaling(float(factor), float(low), float(high), int(original))
+    factor, low, high = (_positive(parameters, key) for key in keys)
+    # It was trained at the positions that the file names, when it names no others.
+    original = {"original_max_position_embeddings": hf.get("max_position_embeddings"), **parameters}
+    if low >= high:
+        raise ConversionError(
+            f"config.json: low_freq_factor {low} is not below high_freq_factor {high}"
+        )
+    trained = _integer(original, "original_max_position_embeddings")
+    return theta, RopeScaling(factor, low, high, trained)
 
 
-def _integer(hf: dict[str, Any], key: str) -> int:
-    value = hf.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConversionError(f"config.json: {key} is {value!r}; a positive integer is needed")
+def _rope_parameters(hf: dict[str, Any]) -> dict[str, Any]:
+    """The one that counts of rope_scaling and rope_parameters, without nulls."""
+    key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    found = hf.get(key) or {}
+    if not isinstance(found, dict):
+        raise ConversionError(f"config.json: {key} is {_shown(found)}; an object is needed")
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _integer(hf: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = hf.get(key, default)
+    if type(value) is not int or not 1 <= value < _MAX_INTEGER:
+        raise ConversionError(
+            f"config.json: {key} is {_shown(value)}; a positive integer is needed"
+        )
     return value
+
+
+def _positive(hf: dict[str, Any], key: str, default: float | None = None) -> float:
+    value = hf.get(key, default)
+    if type(value) not in (int, float) or not 0 < value < _MAX_NUMBER:
+        raise ConversionError(f"config.json: {key} is {_shown(value)}; a positive number is needed")
+    return float(value)
+
+
+def _flag(hf: dict[str, Any], key: str) -> bool:
+    value = hf.get(key, False)
+    if type(value) is not bool:
+        raise ConversionError(f"config.json: {key} is {_shown(value)}; true or false is needed")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A value of a file, which may be of any length."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}.."

@@ -15,15 +15,20 @@ from typing import Any
 import jax
 
 from rest_jax.distributed import exchange
-from rest_jax.files import fetch_folder, is_url
+from rest_jax.files import check_links, fetch_folder, is_url
 from rest_jax.models.hf.config import ConversionError
 from rest_jax.models.hf.safetensors import Stored, scan_file
 
-MANIFEST = "rest_jax.json"  # of a converted folder: the dtype of every tensor of the source
-MANIFEST_FORMAT = 1
+# Of a converted folder: the dtype of every tensor of the source, size and digest of every file beside it.
+MANIFEST = "rest_jax.json"
+MANIFEST_FORMAT = 2
 PARAMS = "params"  # of a converted folder: the Orbax checkpoint
+WEIGHTS = "model.safetensors"
 WEIGHT_INDEX = "model.safetensors.index.json"
 _DOWNLOAD_SECONDS = 24 * 3600  # the longest wait for another process's download
+_MAX_JSON_BYTES = 2**26
+# Tensors that models compute and older versions of transformers stored all the same; it reads none of them either.
+_COMPUTED = re.compile(r"rotary_emb\.(original_)?inv_freq$|(^|\.)position_ids$")
 _SIDE_PATTERNS = (
     "*.json",  # config, generation config, tokenizer
     "*.jinja",  # chat template
@@ -38,10 +43,13 @@ _SIDE_PATTERNS = (
 
 
 def copy_side_files(source: pathlib.Path, out: pathlib.Path) -> None:
-    """Copies config, generation config, tokenizer, chat template and licence; never weights."""
+    """Copies config, generation config, tokenizer, chat template and licence; never weights. UserError for links that lead
+    out of the folder.
+    """
+    check_links(source)
     for pattern in _SIDE_PATTERNS:
         for file in sorted(source.glob(pattern)):
-            if file.name == MANIFEST or file.name.endswith(".index.json"):
+            if file.name == MANIFEST or file.name.endswith(".index.json") or not file.is_file():
                 continue
             target = out / file.relative_to(source)
             target.parent.mkdir(exist_ok=True)
@@ -49,12 +57,14 @@ def copy_side_files(source: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object; ConversionError when the file is missing or holds something else."""
+    """A JSON object; ConversionError when the file is missing, larger than any such file, or holds something else."""
+    if not path.is_file():  # nor anything else: a pipe would be waited for
+        raise ConversionError(f"{path}: no such file; a model folder needs it")
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise ConversionError(f"{path}: {path.stat().st_size:,} bytes; it is no file of a model")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConversionError(f"{path}: no such file; a model folder needs it") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ConversionError(f"{path}: a JSON object is needed, not {type(value).__name__}")
@@ -134,10 +144,13 @@ def _snapshot(hub_id: str, local_files_only: bool = False) -> pathlib.Path:
 
 
 def scan(folder: pathlib.Path) -> dict[str, Stored]:
-    """Every tensor of the folder's safetensors, headers only. ConversionError names what is missing or broken."""
+    """Every weight in the folder's safetensors, from the headers. ConversionError names what is missing or broken."""
+    check_links(folder)
     tensors: dict[str, Stored] = {}
     for file in _weight_files(folder):
         for tensor in scan_file(file):
+            if _COMPUTED.search(tensor.name):
+                continue
             if tensor.name in tensors:
                 raise ConversionError(
                     f"tensor {tensor.name} is in both {tensors[tensor.name].file.name} and {file.name}"
@@ -147,17 +160,24 @@ def scan(folder: pathlib.Path) -> dict[str, Stored]:
 
 
 def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    index = folder / WEIGHT_INDEX
-    if index.is_file():
+    """The files that transformers reads: model.safetensors, and those of an index only where there is none."""
+    files, index = [folder / WEIGHTS], folder / WEIGHT_INDEX
+    if not files[0].is_file() and index.is_file():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
+        if not isinstance(weight_map, dict) or not weight_map:
             raise ConversionError(f"{index}: no weight_map")
+        for name in weight_map.values():
+            if not isinstance(name, str) or not re.fullmatch(r"[^/\\]+\.safetensors", name):
+                raise ConversionError(
+                    f"{index}: weight_map names {str(name)[:80]!r}; a .safetensors file of the folder is needed"
+                )
         files = [folder / name for name in sorted(set(weight_map.values()))]
-    else:
-        files = [folder / "model.safetensors"]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise ConversionError(f"model folder {folder}: weight files missing: {', '.join(missing)}")
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        raise ConversionError(
+            f"model folder {folder}: weight files missing: {', '.join(missing[:8])}{more}"
+        )
     return files
 
 

@@ -5,16 +5,19 @@ named in one ConversionError.
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from rest_jax.files import follow
+from rest_jax.distributed import any_process
+from rest_jax.files import fingerprints, follow, list_files
 from rest_jax.models.config import DecoderConfig, Remat
 from rest_jax.models.decoder import param_shardings
 from rest_jax.models.hf import store
@@ -51,9 +54,60 @@ def load_model(
     impossible mesh. All processes of the mesh call it.
     """
     folder = find_source(source)
+    verify(folder, together=True)
     cfg = dataclasses.replace(read_config(folder), dtype=dtype, remat=remat)
+    weights = open_weights(folder, cfg)
     shardings = param_shardings(cfg, mesh)
-    return cfg, read_params(open_weights(folder, cfg), shardings, jnp.float32, report), folder
+    return cfg, read_params(weights, shardings, jnp.float32, report), folder
+
+
+def verify(folder: pathlib.Path, together: bool = False) -> None:
+    """ConversionError when a file of a converted folder is not what was written; other folders have no digests.
+
+    `together`: all processes call it, and each reads its share.
+    """
+    if not is_converted(folder):
+        return
+    index, count = (jax.process_index(), jax.process_count()) if together else (0, 1)
+    try:
+        fault = _damage(folder, index, count)
+    except OSError as error:
+        fault = " ".join(str(error).split())
+    if any_process(bool(fault)) if together else fault:
+        fault = fault or "another process found damage"
+        raise ConversionError(
+            f"model folder {folder}: not a readable checkpoint ({fault}); convert the model again"
+        )
+
+
+def _damage(folder: pathlib.Path, index: int, count: int) -> str:
+    """What is wrong with share number `index` of `count` of the files, "" when nothing is."""
+    written = _manifest(folder)["files"]
+    in_params = f"{PARAMS}/"
+    for base, prefix in ((folder, ""), (follow(folder / PARAMS), in_params)):
+        names = [name for name in written if name.startswith(in_params) == bool(prefix)]
+        own = [name.removeprefix(prefix) for name in names][index::count]
+        there = list_files(base)
+        if missing := [name for name in own if name not in there]:
+            return f"{': '.join(missing[0].rsplit('/', 1))} is missing"
+        for name, found in fingerprints(base, own).items():
+            if found != written[prefix + name]:
+                return f"{': '.join(name.rsplit('/', 1))} is not what was converted"
+    return ""
+
+
+def _manifest(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The manifest of a converted folder. ConversionError when it is none."""
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("format") != MANIFEST_FORMAT:
+        raise ConversionError(
+            f"{folder / MANIFEST}: format {manifest.get('format')!r}, this version reads {MANIFEST_FORMAT}; "
+            "convert the model again"
+        )
+    for key in ("tensors", "files"):
+        if not isinstance(manifest.get(key), dict):
+            raise ConversionError(f"{folder / MANIFEST}: no {key}; convert the model again")
+    return manifest
 
 
 def read_config(folder: pathlib.Path) -> DecoderConfig:
@@ -85,14 +139,23 @@ def open_weights(folder: Folder, cfg: DecoderConfig) -> list[Weights]:
     if is_converted(folder):
         manifest_dtypes(folder, cfg)
         params = follow(folder / PARAMS)
-        return [_in_store(spec, params) for spec in table(cfg)]
+        opened = [_in_store(spec, params) for spec in table(cfg)]
+        there = sum(info["size"] for info in list_files(params).values())
+        if sum(weights.nbytes for weights in opened) > there:  # before memory is taken for them
+            raise ConversionError(f"{params}: {there:,} bytes, fewer than the model of config.json")
+        return opened
     stored = checked_scan(folder, cfg)
     return [_in_hf_files(spec, stored) for spec in table(cfg)]
 
 
 def checked_scan(folder: pathlib.Path, cfg: DecoderConfig) -> dict[str, Stored]:
-    """Every tensor of an HF folder that has to be read; a stored copy of a tied embedding is the embedding's twin."""
+    """Every tensor of an HF folder that has to be read; a stored copy of a tied embedding is the embedding's twin.
+
+    Where only the head of the two is stored, it is the embedding.
+    """
     stored = scan(folder)
+    if cfg.tied and HEAD in stored and EMBED not in stored:
+        stored[EMBED] = dataclasses.replace(stored.pop(HEAD), name=EMBED)
     _check_tensors(folder, cfg, stored)
     if cfg.tied and HEAD in stored:
         stored[EMBED] = dataclasses.replace(stored[EMBED], twin=stored.pop(HEAD))
@@ -126,13 +189,16 @@ def _in_store(spec: Spec, folder: Folder) -> Weights:
             f"{folder}: parameter {'.'.join(spec.path)} is of shape {tuple(array.shape)}; config.json needs {spec.shape}"
         )
 
+    chunk, dtype = tuple(array.chunk_layout.read_chunk.shape), np.dtype(array.dtype.numpy_dtype)
+    if any(part > size for part, size in zip(chunk, spec.shape, strict=True)):
+        raise ConversionError(f"{folder}: parameter {'.'.join(spec.path)} has chunks of {chunk}")
+
     def read(index: Slices) -> np.ndarray:
         return store.read(folder, spec.path, array, index)
 
     def read_single(index: Slices) -> np.ndarray:
         return read(index[1:])[None]
 
-    chunk, dtype = tuple(array.chunk_layout.read_chunk.shape), np.dtype(array.dtype.numpy_dtype)
     if spec.stack:
         return Weights(spec, spec.shape, chunk, dtype, False, read)
     return Weights(spec, (1, *spec.shape), (1, *chunk), dtype, False, read_single)
@@ -140,15 +206,12 @@ def _in_store(spec: Spec, folder: Folder) -> Weights:
 
 def manifest_dtypes(folder: pathlib.Path, cfg: DecoderConfig) -> dict[str, str]:
     """Tensor name -> safetensors dtype, from the manifest of a converted folder. ConversionError if it does not fit `cfg`."""
-    manifest = read_json(folder / MANIFEST)
-    if manifest.get("format") != MANIFEST_FORMAT:
-        raise ConversionError(
-            f"{folder / MANIFEST}: format {manifest.get('format')!r}, this version reads {MANIFEST_FORMAT}"
-        )
-    tensors = manifest.get("tensors", {})
+    tensors = _manifest(folder)["tensors"]
+    _check_count(folder, cfg, len(tensors))
     known = {name for name, _ in expected_shapes(cfg)}
     optional = {HEAD} if cfg.tied else set()  # a tied head may be stored all the same
-    if set(tensors) - optional != known or not set(tensors.values()) <= DTYPES.keys():
+    dtypes = [name for name in tensors.values() if isinstance(name, str) and name in DTYPES]
+    if set(tensors) - optional != known or len(dtypes) < len(tensors):
         raise ConversionError(
             f"{folder / MANIFEST}: its tensors are not those of config.json; convert the model again"
         )
@@ -157,6 +220,7 @@ def manifest_dtypes(folder: pathlib.Path, cfg: DecoderConfig) -> dict[str, str]:
 
 def _check_tensors(folder: pathlib.Path, cfg: DecoderConfig, stored: Mapping[str, Stored]) -> None:
     """ConversionError naming every tensor that is missing, unknown, misshapen or of an unknown dtype."""
+    _check_count(folder, cfg, len(stored))
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     expected = dict(expected_shapes(cfg))
     if cfg.tied and HEAD in shapes:
@@ -176,10 +240,23 @@ def _check_tensors(folder: pathlib.Path, cfg: DecoderConfig, stored: Mapping[str
         f"dtypes other than {', '.join(DTYPES)}": dtypes,
     }
     named = [f"{kind}: {_shorten(names)}" for kind, names in faults.items() if names]
+    if HEAD in faults["missing tensors"]:
+        named.append("set tie_word_embeddings true if the embedding is the head, too")
     if named:
         raise ConversionError(f"model folder {folder} ({cfg.family}): {'; '.join(named)}")
 
 
+def _check_count(folder: pathlib.Path, cfg: DecoderConfig, stored: int) -> None:
+    """Refuses sizes that are beyond what is there, before the names of so many tensors are made."""
+    needed = sum(math.prod(spec.stack or (1,)) for spec in table(cfg))
+    if needed > 2 * stored + 1000:
+        raise ConversionError(
+            f"model folder {folder}: config.json (num_hidden_layers {cfg.n_layers}, experts {cfg.n_experts}) needs "
+            f"{needed:,} tensors, the files have {stored:,}"
+        )
+
+
 def _shorten(names: list[str]) -> str:
+    names = [name if len(name) <= 200 else f"{name[:200]}.." for name in names]
     more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
     return ", ".join(names[:_NAMES_SHOWN]) + more

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict
 
-from rest_jax.files import atomic_folder
+from rest_jax.files import atomic_folder, fingerprints, list_files
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.hf import store
 from rest_jax.models.hf.config import ConversionError
@@ -30,7 +30,6 @@ from rest_jax.models.hf.folder import (
     find_source,
     is_converted,
     read_json,
-    scan,
     write_index,
     write_json,
 )
@@ -42,6 +41,7 @@ from rest_jax.models.hf.read import (
     open_weights,
     read_config,
     silent,
+    verify,
     widest,
 )
 from rest_jax.models.hf.safetensors import DTYPES, Stored, TensorType, lay_out
@@ -74,8 +74,9 @@ def convert(source: str, out: str | pathlib.Path, report: Report = silent) -> No
     with atomic_folder(out, last=MANIFEST) as work:
         copy_side_files(folder, work)
         _fill_store(work / PARAMS, stored, cfg, report)
-        dtypes = {name: tensor.dtype for name, tensor in scan(folder).items()}
-        write_json(work / MANIFEST, {"format": MANIFEST_FORMAT, "tensors": dtypes})
+        files = fingerprints(work, sorted(list_files(work)))
+        manifest = {"format": MANIFEST_FORMAT, "tensors": _stored_dtypes(stored), "files": files}
+        write_json(work / MANIFEST, manifest)
 
 
 def export(
@@ -91,6 +92,7 @@ def export(
     presence of a tied head are those of `files`; `dtype` (float32, bfloat16, float16) overrides the dtypes. All or nothing.
     """
     files = pathlib.Path(files)
+    verify(files)
     cfg = read_config(files)
     if isinstance(weights, str):
         weights = pathlib.Path(weights)
@@ -190,10 +192,16 @@ def _recorded_dtypes(files: pathlib.Path, cfg: DecoderConfig) -> dict[str, str]:
     if is_converted(files):
         return manifest_dtypes(files, cfg)
     if any(files.glob("*.safetensors*")):
-        return {name: tensor.dtype for name, tensor in scan(files).items()}
+        return _stored_dtypes(checked_scan(files, cfg))
     hf = read_json(files / "config.json")
     dtype = str(hf.get("dtype") or hf.get("torch_dtype") or "float32")
     return {name: _dtype_name(dtype) for name, _ in expected_shapes(cfg)}
+
+
+def _stored_dtypes(stored: Mapping[str, Stored]) -> dict[str, str]:
+    """Of every tensor of `checked_scan`, and of the tied head that is stored as well."""
+    twins = [tensor.twin for tensor in stored.values() if tensor.twin is not None]
+    return {name: tensor.dtype for name, tensor in [*stored.items(), *((t.name, t) for t in twins)]}
 
 
 def _dtype_name(dtype: str) -> str:

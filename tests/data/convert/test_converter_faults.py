@@ -6,8 +6,7 @@ import pathlib
 import pytest
 
 from rest_jax.data.convert import SOURCES
-from rest_jax.data.convert.fields import check_depth
-from rest_jax.data.records import RecordError
+from rest_jax.data.fields import RecordError, check_depth
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
@@ -97,8 +96,14 @@ FAULTS = [
     ("xlam", 0, ("tools",), "{}", "tools: a list is needed, found dict"),
     ("xlam", 0, ("answers",), "[]", "answers: empty"),
     ("xlam", 0, ("answers",), "f(1)", "answers: not JSON"),
-    ("xlam", 0, ("answers",), '[{"name": "f"}]', r"answers\[0\]: arguments: an object is needed"),
-    ("xlam", 0, ("answers",), '[{"name": "f", "arguments": {}, "id": 1}]', "unknown field 'id'"),
+    ("xlam", 0, ("answers",), '[{"name": "f", "argument": {}}]', "unknown field 'argument'"),
+    (
+        "xlam",
+        0,
+        ("answers",),
+        '[{"name": " "}]',
+        r"answers\[0\]: name: a name is needed, found ' '",
+    ),
     (
         "xlam",
         0,

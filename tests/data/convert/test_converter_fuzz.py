@@ -10,7 +10,8 @@ import hypothesis.strategies as st
 import pytest
 
 from rest_jax.data.convert import SOURCES
-from rest_jax.data.records import RecordError, from_json, to_json
+from rest_jax.data.fields import RecordError
+from rest_jax.data.records import from_json, to_json
 from rest_jax.templates import TEMPLATES
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"

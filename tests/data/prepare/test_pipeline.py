@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import subprocess
 import sys
 
@@ -140,6 +141,17 @@ def test_reasons_are_counted_by_kind_and_never_without_bound(tmp_path, out, monk
     assert result.rejected.most_common(1)[0][1] == 5 and result.rejected["other reasons"] > 0
 
 
+def test_what_was_set_aside_is_written_where_nothing_is_left(tmp_path, out):
+    bad = [{"messages": 3}, {"messages": [{"role": "user", "content": "x"}]}]
+    message = r"of 2 items of source openai none left; .*; see .*out\.jsonl\.rejected\.jsonl"
+    with pytest.raises(UserError, match=message):
+        run(write(tmp_path / "in.jsonl", bad), out)
+    assert names(out.parent) == ["out.jsonl.rejected.jsonl"]
+    kept = [json.loads(line) for line in (out.parent / "out.jsonl.rejected.jsonl").open()]
+    assert [line["raw"] for line in kept] == bad
+    assert kept[0]["reason"] == "messages: a list is needed, found int 3"
+
+
 def test_masking_is_drawn_by_id_and_seed(source_file, out, tmp_path):
     result = run(source_file, out, mask_names=0.5)
     records = read_records(out)
@@ -212,6 +224,9 @@ def test_calls_of_tools_that_are_not_offered_are_dropped(tmp_path, out):
     del nothing["tools"]
     result = run(write(tmp_path / "in", [dialogue(0), stranger, nothing]), out)
     assert result.dropped == {"calls a tool that is not offered": 4} and result.kept == 2
+    kept = [json.loads(line) for line in (out.parent / "out.jsonl.rejected.jsonl").open()]
+    reasons = [line["reason"] for line in kept]
+    assert reasons[0] == "calls 'gamma', which is not among its tools" and len(reasons) == 4
     record = to_json(read_records(out)[0])
     messages = [{"role": "user", "content": "x"}]
     as_text = {**record, "id": "t", "tools": [], "history": [], "messages": messages}
@@ -261,12 +276,18 @@ def test_a_prompt_that_the_chat_template_refuses_is_dropped(tmp_path, out, token
     result = run(path, out, tokenizer=str(folder))
     told = "the chat template of the tokenizer refuses it: Roles must alternate, found '...'"
     assert result.kept == 2 and result.dropped == {told: 2}
+    kept = [json.loads(line) for line in (out.parent / "out.jsonl.rejected.jsonl").open()]
+    assert [line["raw"]["id"] for line in kept] == ["in-1/0", "in-1/1"]
+    assert all("found 'system'" in line["reason"] for line in kept)
     run(path, out, overwrite=True)
     strict, template = Tokenizer.load(str(folder)), TEMPLATES["toolrl"]
-    with pytest.raises(
-        UserError, match="record 'in-1/0': the chat template of the tokenizer refuses"
-    ):
-        tokenize.prepare(read_records(out), strict, template, tokenize.DataConfig(train=""))
+    refused = "the chat template of the tokenizer refuses it: Roles must alternate, found 'system'"
+    prepared = tokenize.prepare(read_records(out), strict, template, tokenize.DataConfig(train=""))
+    assert [record.id for record in prepared.records] == ["in-0/0", "in-0/1"]
+    said = f"2 set aside (2: {refused}, as in 'in-1/0')"
+    assert said in prepared.summary()
+    with pytest.raises(UserError, match=re.escape(f"data: no records; {said}")):
+        tokenize.prepare(read_records(out)[2:], strict, template, tokenize.DataConfig(train=""))
 
 
 @pytest.mark.parametrize("template", ["toolrl", "hermes"])
@@ -458,3 +479,52 @@ def test_memory_does_not_grow_with_the_file(form, ending):
     told = json.loads(done.stdout)
     assert told["records"] == 200_000 and told["kept"] > 180_000
     assert told["peak_bytes"] < 300e6
+
+
+AS_TEXT = '<tool_call>\n{"name": "alpha", "arguments": {"n": 1}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("message", "target"),
+    [
+        ({"content": AS_TEXT}, {"calls": 1, "response": None, "think": None}),
+        ({"content": "\n\n", "tool_calls": 1}, {"calls": 1, "response": None, "think": None}),
+        (
+            {"content": "<think>\nhmm\n</think>\n\nHello"},
+            {"calls": 0, "response": "Hello", "think": "hmm"},
+        ),
+        (
+            {"content": f"<think>\nhmm\n</think>\n\n{AS_TEXT}"},
+            {"calls": 1, "response": None, "think": "hmm"},
+        ),
+        *(
+            ({"content": "Hi", key: "because"}, {"calls": 0, "response": "Hi", "think": "because"})
+            for key in ("reasoning", "reasoning_content", "thinking")
+        ),
+    ],
+)
+def test_what_servers_write_as_text_is_read(tmp_path, out, message, target):
+    item = dialogue(1)
+    if "tool_calls" in message:
+        message = message | {"tool_calls": item["messages"][1]["tool_calls"]}
+    item["messages"] = [item["messages"][0], {"role": "assistant", **message}]
+    assert run(write(tmp_path / "in.jsonl", [item]), out).kept == 1
+    (record,) = read_records(out)
+    gold = record.target
+    assert [(c.name, c.arguments) for c in gold.calls] == [("alpha", {"n": 1})] * target["calls"]
+    assert (gold.response, gold.think) == (target["response"], target["think"])
+
+
+def test_gold_answers_that_cannot_be_said_are_set_aside_with_their_reasons(tmp_path, out):
+    items = [dialogue(0), dialogue(1), dialogue(2)]
+    items[1]["messages"][-1]["content"] = "Close it with </response>."
+    items[2]["messages"][-1]["content"] = AS_TEXT.replace("}}", "}")
+    source = write(tmp_path / "in.jsonl", items)
+    result = run(source, out)
+    assert (result.kept, result.dropped.total(), result.rejected.total()) == (4, 2, 0)
+    lines = [json.loads(line) for line in (out.parent / "out.jsonl.rejected.jsonl").open()]
+    assert [line["raw"]["id"] for line in lines] == ["in-1/1", "in-2/1"]
+    assert "template toolrl cannot say" in lines[0]["reason"]
+    assert "cannot be read" in lines[1]["reason"]
+    assert lines[0]["raw"]["target"]["response"] == "Close it with </response>."
+    assert run(source, out, template="hermes", overwrite=True).kept == 5

@@ -145,6 +145,18 @@ def test_a_default_that_the_dialogue_says_is_kept():
     assert unit["default"] == "celsius" and "celsius" in made.target.calls[0].arguments.values()
 
 
+def test_a_masked_tool_has_no_field_that_may_name_the_real_one():
+    tool = {
+        "name": "book_x1",
+        "strict": True,
+        "examples": ["book_x1(day_x2=3)"],
+        "parameters": {"day_x2": {"type": "int"}},
+    }
+    made = masked(StepRecord("r", "", (tool,), (), Target((Call("book_x1", {"day_x2": 3}),))))
+    assert made.tools[0].keys() == {"name", "strict", "parameters"}
+    assert "book_x1" not in str(made) and "day_x2" not in str(made)
+
+
 def test_schemas_of_other_types_and_odd_shapes():
     tool = {
         "name": "f(v2).x",

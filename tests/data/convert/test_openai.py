@@ -1,0 +1,167 @@
+"""Chats as servers log them: every spelling of the same dialogue is the same records, and results are bound to their calls."""
+
+import json
+
+import pytest
+
+from rest_jax.data.convert import SOURCES
+from rest_jax.data.fields import RecordError
+from rest_jax.tool_calls import Call, Target
+
+TOOL = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+
+
+def convert(messages, **item):
+    return SOURCES["openai"]({"messages": messages, "tools": [TOOL], **item}, "r", "here")
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def call(number, id=None, name="f"):
+    function = {"name": name, "arguments": json.dumps({"a": number})}
+    return {"id": id, "type": "function", "function": function}
+
+
+def calls(*listed, **more):
+    return {"role": "assistant", "content": None, "tool_calls": list(listed), **more}
+
+
+def result(text, id=None, **more):
+    return {"role": "tool", "tool_call_id": id, "content": text, **more}
+
+
+SAID = {"role": "assistant", "content": "done"}
+
+
+def seen(messages):
+    """The results in the history of the last record, in order."""
+    return [turn["content"] for turn in convert(messages)[-1].history if turn["role"] == "tool"]
+
+
+PLAIN_CALL = call(1)["function"]
+OLD_CALL = {"role": "assistant", "function_call": PLAIN_CALL, "tool_calls": None}
+OUTPUT = {"type": "function_call_output", "call_id": "x", "output": "one"}
+SHAREGPT = [
+    ("human", "go"),
+    ("function_call", json.dumps(PLAIN_CALL)),
+    ("observation", "one"),
+    ("gpt", "done"),
+]
+
+
+def part(text):
+    return {"type": "output_text", "text": text, "annotations": []}
+
+
+def sharegpt(speaker, text):
+    return {"from": speaker, "value": text}
+
+
+DIALOGUE = [user("go"), calls(call(1, "x")), result("one", "x"), SAID]
+
+
+@pytest.mark.parametrize("messages", [
+    [user("go"), calls(json.dumps(call(1, "x"))), result("one", "x"), SAID],
+    [user("go"), calls() | {"tool_calls": json.dumps([call(1, "x")])}, result("one", "x"), SAID],
+    [user("go"), calls(call(1, "x"), function_call=call(1)["function"]), result("one", "x"), SAID],
+    [user("go"), calls(call(1, "")), result("one", ""), SAID],
+    [user("go"), calls(call(1, 0)), result("one", 0), SAID],
+    [{"role": "system", "content": None}, *DIALOGUE],
+    [user("go"), calls(call(1, " ")), result("one"), SAID],
+    [user("go"), calls(call(1)) | {"content": " \n"}, result("one", "x"), SAID],
+    [user("go"), OLD_CALL, {"role": "function", "name": "f", "content": "one"}, SAID],
+    [user("go"), {"role": "assistant", "content": ""}, calls(call(1, "x"), refusal=""), result("one", "x"), SAID],
+    [user("go"), {"role": "assistant", "content": None, "tool_calls": []}, *DIALOGUE[1:]],
+    [user([{"type": "input_text", "text": "go"}]), *DIALOGUE[1:3], SAID | {"content": [part("done")]}],
+    [user("go"), {"type": "function_call", "call_id": "x", **PLAIN_CALL}, OUTPUT, SAID],
+    [sharegpt(*turn) for turn in SHAREGPT],
+])  # fmt: skip
+def test_every_spelling_is_the_same_dialogue(messages):
+    expected = convert(DIALOGUE)
+    assert convert(messages) == expected
+    for field in ("conversations", "input"):
+        for value in (messages, json.dumps(messages), list(map(json.dumps, messages))):
+            assert convert(None, **{field: value}) == expected
+
+
+def test_sharegpt_has_its_system_text_beside():
+    turns = [{"from": "human", "value": "go"}, {"from": "gpt", "value": "done"}]
+    raw = {"system": "Be kind.", "conversations": turns, "tools": json.dumps([TOOL])}
+    (record,) = SOURCES["openai"](raw, "r", "here")
+    assert record.history == ({"role": "system", "content": "Be kind."}, user("go"))
+    assert record.target == Target(response="done")
+
+
+def test_results_are_bound_to_their_calls():
+    two = calls(call(1, "x"), call(2, "y"))
+    assert seen([two, result("b", "y"), result("a", "x"), SAID]) == ["a", "b"]
+    unnamed = calls(call(1, ""), call(2, ""))
+    assert seen([unnamed, result("a", ""), result("b", ""), SAID]) == ["a", "b"]
+    assert seen([unnamed, result("a", "i"), result("b", "j"), SAID]) == ["a", "b"]
+    names = calls(call(1, name="f"), call(2, name="g"))
+    assert seen([names, result("b", name="g"), result("a", name="f"), SAID]) == ["a", "b"]
+    mixed = calls(call(1, "x"), call(2))
+    assert seen([mixed, result("b"), result("a", "x"), SAID]) == ["a", "b"]
+    run = [calls(call(1, "x")), calls(call(2, "x"))]  # some servers count from zero in each message
+    assert seen([*run, result("a", "x"), result("b", "x"), SAID]) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([calls(call(1, "x"), call(2, "y")), result("b", "y"), SAID], r"tool_calls\[0\]: the call of 'f' \(id 'x'\) has no"),
+        ([calls(call(1), call(2)), result("a"), SAID], r"\[0\]: tool_calls\[1\]: the call of 'f' has no result"),
+        ([calls(call(1, "x")), user("and?"), SAID], r"\[0\]: tool_calls\[0\]: the call of 'f' \(id 'x'\) has no result"),
+        ([calls(call(1, "x")), SAID], "the call of 'f' .* has no result"),
+        ([calls(call(1, "x")), result("a", "x"), result("b", "x"), SAID], r"\[2\]: tool_call_id: 'x' has a result already"),
+        ([calls(call(1, "x")), result("a", "z"), SAID], r"\[1\]: tool_call_id: 'z' is no call of the message before"),
+        ([calls(call(1)), result("a"), result("b"), SAID], r"\[2\]: a tool result without a call before it"),
+        ([result("a"), SAID], r"\[0\]: a tool result without a call before it"),
+        ([calls(call(1, "x"), call(2, "x")), SAID], r"\[0\]: tool_calls: two calls share an id \('x'\)"),
+        ([user("a"), {"role": "assistant", "content": " "}], r"\[1\]: neither content nor calls"),
+        ([user("a"), {"type": "web_search_call"}, SAID], r"\[1\]: type: 'web_search_call' is not known"),
+        ([user(3), SAID], r"\[0\]: content: a list is needed, found int 3"),
+        ([user([{"type": "image_url"}]), SAID], r"content\[0\]: type: 'image_url' is not 'text'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_named(messages, message):
+    with pytest.raises(RecordError, match=message):
+        convert([user("go"), *messages][1:])
+
+
+def test_calls_at_the_end_need_no_result():
+    for tail in ([], [result("a", "x")]):
+        (record,) = convert([user("go"), calls(call(1, "x"), call(2, "y")), *tail])
+        assert record.target == Target((Call("f", {"a": 1}), Call("f", {"a": 2})))
+
+
+@pytest.mark.parametrize("field", ["reasoning", "reasoning_content", "thinking"])
+def test_a_thought_is_kept_under_each_of_its_names(field):
+    thought = {field: "because"}
+    first, second = convert(
+        [user("go"), calls(call(1, "x"), **thought), result("a", "x"), SAID | thought]
+    )
+    assert first.target.think == second.target.think == "because"
+    assert second.history[1]["think"] == "because"
+
+
+def test_refusals_and_objects_are_texts():
+    refusing = {"role": "assistant", "content": None, "refusal": "I will not."}
+    (record,) = convert([user("go"), refusing])
+    assert record.target == Target(response="I will not.")
+    *_, record = convert([user("go"), calls(call(1, "x")), result({"ort": "Köln"}, "x"), SAID])
+    assert record.history[2]["content"] == '{"ort": "Köln"}'
+
+
+def test_system_turns_stay_where_they_are():
+    late = {"role": "developer", "content": "Now in French."}
+    records = convert([user("go"), SAID, late, user("again"), SAID])
+    assert [turn["role"] for turn in records[1].history] == ["user", "assistant", "system", "user"]
+
+
+def test_weights_count_for_the_turns_that_are_kept():
+    empty, unlearned = {"role": "assistant", "content": ""}, SAID | {"weight": 0}
+    records = convert([user("go"), empty, unlearned, user("again"), empty, SAID])
+    assert [record.id for record in records] == ["r/1"]

@@ -1,0 +1,93 @@
+"""Limits on chat templates: what runs for ever or fills memory ends early, what templates really do is left alone."""
+
+import time
+
+import jinja2
+import pytest
+from transformers.utils import chat_template_utils
+
+from rest_jax.models import chat_sandbox
+from rest_jax.models.chat_sandbox import TemplateLimitError, rendering
+
+CHAT = [{"role": "user", "content": "hi", "sent": 1_700_000_000}] * 2
+MANY = "{% set r = range(99999) | list %}"
+
+
+def render(template: str) -> str:
+    chat_sandbox.install()
+    chat_template_utils._compile_jinja_template.cache_clear()
+    with rendering():
+        texts, _ = chat_template_utils.render_jinja_template([CHAT], chat_template=template)
+    return texts[0]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        MANY
+        + "{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        MANY + "{% for a in r %}{{ 'x' * 1000 }}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+        "{{ 'x' * 10000000000 }}",
+        "{{ [1] * 10000000000 }}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{{ 'x' | center(10000000000) }}",
+        "{{ 'x'.ljust(10000000000) }}",
+        "{{ '%9999999999d' % 1 }}",
+        "{{ '%*d' % (9999999999, 1) }}",
+        "{{ '{:9999999999}'.format(1) }}",
+        "{{ '{:{}}'.format(1, 9999999999) }}",
+        "{{ [1] | slice(9999999999) | list }}",
+        "{{ messages | tojson(indent=1000000000) }}",
+        "{{ ('x' * 1000000).replace('x', 'y' * 1000000) }}",
+        "{{ ('x' * 1000000) | replace('x', 'y' * 1000000) }}",
+        "{{ (['x' * 1000000] * 1000) | join }}",
+    ],
+)
+def test_what_does_not_end_or_is_too_large_is_refused(template, monkeypatch):
+    monkeypatch.setattr(chat_sandbox, "SECONDS", 0.1)
+    began = time.process_time()
+    with pytest.raises(TemplateLimitError):
+        render(template)
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if %}",
+        "{{ 1 / 0 }}",
+        "{{ messages[7].content.x }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ raise_exception('no') }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ range(10 ** 9) }}",
+    ],
+)
+def test_every_failure_is_a_template_error(template):
+    with pytest.raises(jinja2.TemplateError):
+        render(template)
+
+
+def test_what_templates_do_is_left_alone():
+    """Also with large numbers that are values, and with jinja2's own output as the oracle."""
+    template = (
+        "{% set n = namespace(i=0, text='') %}"
+        "{% for m in messages %}{% set n.i = n.i + 1 %}{% set n.text = n.text ~ m.role ~ n.i %}"
+        "{{ '<|' + m['role'] + '|>' }}{{ m.content | trim }}{{ m.sent }}{{ m | tojson(indent=4) }}"
+        "{{ '%d, %s' % (m.sent, m.role) }}{{ '{}: {}'.format(m.sent, 1) }}{{ m.sent | string }}"
+        "{{ 7 % 4 }}{{ m.x | default(m.sent) }}"
+        "{% if loop.last %}{% break %}{% endif %}{% endfor %}"
+        "{% generation %}{{ n.text.split('r') | join(', ') }}{{ n.text.replace('user', 'me') | length * 3 }}{% endgeneration %}"
+        "{{ messages | map(attribute='role') | join('-') }}{{ 'a' | center(5) }}{{ [1] * 3 }}{{ messages[:1] + messages[1:] }}"
+    )
+    limited = render(template)
+    plain = chat_sandbox.ImmutableSandboxedEnvironment
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_template_utils, "ImmutableSandboxedEnvironment", plain)
+        chat_template_utils._compile_jinja_template.cache_clear()
+        expected, _ = chat_template_utils.render_jinja_template([CHAT], chat_template=template)
+    chat_template_utils._compile_jinja_template.cache_clear()
+    assert limited == expected[0] and "<|user|>hi1700000000" in limited

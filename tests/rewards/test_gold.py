@@ -1,0 +1,265 @@
+"""Every gold answer that is kept scores full marks as its own completion; what sources write as text is read."""
+
+import dataclasses
+import json
+import time
+from collections import Counter
+
+import pytest
+
+from rest_jax.config import RewardConfig
+from rest_jax.data.convert import SOURCES
+from rest_jax.data.fields import RecordError
+from rest_jax.data.files import read_records
+from rest_jax.rewards.gold import GoldError, reachable, read_turn
+from rest_jax.rewards.score import score
+from rest_jax.templates import TEMPLATES
+from rest_jax.tool_calls import Call, Target
+
+F = Call("f", {"a": 1})
+AS_TEXT = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+LINES = '<tool_call>\n{"name": "f", "parameters": {"a": 1}}\n{"name": "f", "parameters": {"a": 1}}\n</tool_call>'
+BARE = '{"name": "f", "parameters": {"a": 1}}'
+
+
+def is_exact(target: Target, template) -> bool:
+    answer = template.parse(template.render_answer(target).encode())
+    found = score(answer, target, template.name, RewardConfig(), 1.0)
+    return found.exact and found.reward == (4.0 if target.calls else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (Target((F,), "\n\n"), Target((F,))),
+        (Target((F,), ""), Target((F,))),
+        (Target((), " hi "), Target((), " hi ")),
+        (Target((), AS_TEXT), Target((F,))),
+        (Target((F,), AS_TEXT), Target((F,))),
+        (Target((), "Sure.\n" + AS_TEXT), Target((F,), "Sure.")),
+        (Target((), AS_TEXT + "\n" + AS_TEXT), Target((F, F))),
+        (Target((), LINES), Target((F, F))),
+        (Target((), f"<think> so </think>\n{LINES}\n<response> ok </response>"), Target((F, F), "ok", "so")),
+        (Target((), "<think> so </think>\n<response> ok </response>"), Target((), "ok", "so")),
+        (Target((), BARE), Target((F,))),
+        (Target((), f"<|python_tag|>{BARE}"), Target((F,))),
+        (Target((), '{"answer": 1}'), Target((), '{"answer": 1}')),
+        (Target((), "<think>\nhmm\n</think>\n\nHello"), Target((), "Hello", "hmm")),
+        (Target((), "<think>\n\n</think>\n\nHello"), Target((), "Hello")),
+        (Target((), "hmm\n</think>\n\nHello"), Target((), "Hello", "hmm")),
+        (Target((), "<think>hmm</think>Hello", "first"), Target((), "Hello", "first\nhmm")),
+        (Target((), "<think>hmm</think>Hello", "hmm"), Target((), "Hello", "hmm")),
+        (Target((), f"<think>hmm</think>{AS_TEXT}"), Target((F,), None, "hmm")),
+        (Target((F,), "<think>hmm</think>"), Target((F,), None, "hmm")),
+        (Target((F,), None, "<think>hmm</think>"), Target((F,), None, "hmm")),
+        (Target((), None, "only a thought"), Target((), None, "only a thought")),
+        (Target((F,), text="says something else"), Target((F,))),
+        (Target((F,), text=f"<think> t </think>\n{AS_TEXT}"), Target((F,))),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize("name", list(TEMPLATES))
+def test_what_is_written_as_text_is_read(name, opened, given, read):
+    template = TEMPLATES[name].behind(opened)
+    found = reachable(given, template, {"f"})
+    if found.text is None:
+        assert found == read
+    assert is_exact(found, template)
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        (Target(), "is empty"),
+        (Target((), " \n"), "is empty"),
+        (Target((), None, " "), "is empty"),
+        (Target((), AS_TEXT.replace("}}", "}")), "cannot be read"),
+        (Target((), AS_TEXT.replace("1", "NaN")), "cannot be read"),
+        (Target((), "<think> never closed"), "cannot be read"),
+        (Target((), "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"), "cannot be read"),
+        (Target((), '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}]'), "cannot be read"),
+        (Target((Call("g", {}),), AS_TEXT), "other calls"),
+        (Target((), "half \ud800"), "half a character"),
+        (Target((Call("f", {"a": "\udc00"}),)), "half a character"),
+        (Target((Call("f", {"a": float("nan")}),)), "calls are not read back"),
+        (Target((Call("f", {"a": float("inf")}),)), "calls are not read back"),
+        (Target((Call("f", {"a": {1, 2}}),)), "not a JSON value"),
+        (Target((Call("f", {str(i): i for i in range(300)}),)), "calls are not read back"),
+        (Target((Call("f", {"a": "x" * 70_000}),)), "calls are not read back"),
+        (Target((F,), None, "a </think> b"), "not read back|format"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("template", list(TEMPLATES))
+def test_what_cannot_be_said_is_refused_with_its_reason(template, target, reason):
+    with pytest.raises(GoldError, match=reason):
+        reachable(target, TEMPLATES[template], {"f"})
+
+
+@pytest.mark.parametrize(
+    ("text", "templates"),
+    [
+        ("Use </think> to close.", {"toolrl", "hermes", "llama3"}),
+        ("Write <tool_call> first.", {"toolrl", "llama3"}),
+        ("Write <response> first.", {"toolrl", "hermes", "llama3"}),
+        ("Write </response> last.", {"hermes", "llama3"}),
+        ("A <think> tag.", {"toolrl"}),
+        ('{"name": "not offered", "parameters": {}}', {"toolrl", "hermes"}),
+        ('Like\n{"name": "f", "parameters": {}}', {"toolrl", "hermes"}),
+        ("if (a) {\n  b\n}", {"toolrl", "hermes", "llama3"}),
+    ],
+)
+def test_a_response_with_the_tags_of_a_format_is_set_aside_where_it_cannot_be_said(text, templates):
+    said = set()
+    for name, template in TEMPLATES.items():
+        try:
+            target = reachable(Target((), text, "so"), template, {"f"})
+        except GoldError:
+            continue
+        assert target.response == text and is_exact(target, template)
+        said.add(name)
+    assert said == templates
+
+
+def test_tags_in_arguments_can_be_said_in_every_template():
+    arguments = {
+        "a": "x</think>y",
+        "b": "</tool_call>",
+        "c": "<think>",
+        "</response>": "<response>",
+    }
+    for template in TEMPLATES.values():
+        for target in (
+            Target((Call("f", arguments),)),
+            Target((Call("f", arguments),), "hi", "so"),
+        ):
+            assert reachable(target, template) == target
+
+
+def test_turns_of_a_history_are_read_alike():
+    turn = {"role": "assistant", "content": f"<think>hmm</think>Wait\n{AS_TEXT}", "weight": 1}
+    assert read_turn(turn, {"f"}) == {
+        "role": "assistant",
+        "weight": 1,
+        "content": "Wait",
+        "think": "hmm",
+        "calls": [{"name": "f", "arguments": {"a": 1}}],
+    }
+    for content in ("Hello", "", " ", None, "<think> never closed"):
+        turn = {"role": "assistant", "content": content}
+        assert read_turn(turn, {"f"}) == turn
+    called = {"role": "assistant", "content": "\n\n", "calls": [dataclasses.asdict(F)]}
+    assert read_turn(called, set()) == called | {"content": None}
+
+
+def sgd_items(path, tools: dict) -> list[dict]:
+    """The dialogues of a Schema-Guided file as OpenAI chats."""
+    items = []
+    for dialogue in json.loads(path.read_text()):
+        messages = []
+        for turn in dialogue["turns"]:
+            if turn["speaker"] == "USER":
+                messages.append({"role": "user", "content": turn["utterance"]})
+                continue
+            for frame in turn["frames"]:
+                if call := frame.get("service_call"):
+                    function = {"name": call["method"], "arguments": json.dumps(call["parameters"])}
+                    called = [{"id": "c", "type": "function", "function": function}]
+                    result = json.dumps(frame["service_results"])
+                    messages.append({"role": "assistant", "content": None, "tool_calls": called})
+                    messages.append({"role": "tool", "tool_call_id": "c", "content": result})
+            messages.append({"role": "assistant", "content": turn["utterance"]})
+        offered = [tool for service in dialogue["services"] for tool in tools[service]]
+        items.append({"messages": messages, "tools": offered})
+    return items
+
+
+def sgd_tools(path) -> dict:
+    """Service to its intents as tools."""
+    return {
+        service["service_name"]: [
+            {
+                "type": "function",
+                "function": {
+                    "name": intent["name"],
+                    "description": intent["description"],
+                    "parameters": {
+                        "type": "object",
+                        "properties": {
+                            slot["name"]: {"type": "string", "description": slot["description"]}
+                            for slot in service["slots"]
+                            if slot["name"]
+                            in {*intent["required_slots"], *intent["optional_slots"]}
+                        },
+                        "required": intent["required_slots"],
+                    },
+                },
+            }
+            for intent in service["intents"]
+        ]
+        for service in json.loads(path.read_text())
+    }
+
+
+def check(records) -> tuple[Counter, float]:
+    """(records kept and reasons, by template; seconds a record)."""
+    counts, spent = Counter(), 0.0
+    for name, form in TEMPLATES.items():
+        for opened in (False, True):
+            template = form.behind(opened)
+            for record in records:
+                began = time.perf_counter()
+                try:
+                    target = reachable(record.target, template, {t["name"] for t in record.tools})
+                except GoldError as error:
+                    counts[name, opened, str(error)] += 1
+                    continue
+                finally:
+                    spent += time.perf_counter() - began
+                assert is_exact(target, template), record.id
+                counts[name, opened, "kept"] += 1
+    return counts, spent / len(records) / 6
+
+
+def _all_kept(count: int) -> dict:
+    return {(name, opened, "kept"): count for name in TEMPLATES for opened in (False, True)}
+
+
+def test_every_real_rlla_and_api_bank_record_is_kept(data_dir):
+    records = [
+        record
+        for path in (
+            data_dir / "rlla" / "rlla_sft.json",
+            data_dir / "rlla" / "test.parquet",
+            *sorted((data_dir / "api_bank").glob("*.json")),
+        )
+        for record in read_records(path)
+    ]
+    assert len(records) == 480 + 597
+    counts, seconds = check(records)
+    assert counts == _all_kept(1077)
+    assert seconds < 2e-3
+
+
+@pytest.mark.parametrize(
+    "most", [3, pytest.param(None, marks=pytest.mark.slow)], ids=["three files", "all"]
+)
+def test_every_schema_guided_answer_is_kept(data_dir, most):
+    if not (data_dir / "sgd").is_dir():
+        pytest.skip("no Schema-Guided dialogues")
+    total, refused = 0, []
+    for path in sorted((data_dir / "sgd").glob("*/dialogues_*.json"))[:most]:
+        tools = sgd_tools(path.parent / "schema.json")
+        records = []
+        for number, item in enumerate(sgd_items(path, tools)):
+            name = f"{path.parent.name}-{path.stem}-{number}"
+            try:
+                records += SOURCES["openai"](item, name, name)
+            except RecordError as error:
+                refused.append(str(error))
+        counts, _ = check(records)
+        assert counts == _all_kept(len(records))
+        total += len(records)
+    assert total > 1_000
+    # one dialogue ends with a turn that says nothing
+    last = "test-dialogues_003-55: messages[17]: neither content nor calls"
+    assert refused == ([] if most else [last])
