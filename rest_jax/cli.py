@@ -142,6 +142,7 @@ Overrides = Annotated[
 Model = Annotated[str, Argument(help="HF folder, hub id, converted folder, or folder of a run")]
 Out = Annotated[str, Argument(help="folder to make")]
 DryRun = Annotated[bool, Option("--dry-run", help="check config, model and data, train nothing")]
+Restart = Annotated[bool, Option("--restart", help="forget the run in the folder, start anew")]
 Distributed = Annotated[
     str | None,
     Option(
@@ -177,22 +178,28 @@ def train(
     profile: Annotated[
         int | None, Option(min=1, metavar="STEP", help="write a trace of it, for Perfetto or xprof")
     ] = None,
+    restart: Restart = False,
     distributed: Distributed = None,
 ) -> None:
     """Train with ResT, GRPO or one of their variants; the same command resumes."""
     config = _load(words, distributed)
     from rest_jax import train
 
-    train.train(config, dry_run=dry_run, profile=profile)
+    train.train(config, dry_run=dry_run, profile=profile, restart=restart)
 
 
 @app.command(rich_help_panel=_TRAIN)
-def sft(words: Configs, dry_run: DryRun = False, distributed: Distributed = None) -> None:
+def sft(
+    words: Configs,
+    dry_run: DryRun = False,
+    restart: Restart = False,
+    distributed: Distributed = None,
+) -> None:
     """Train on the gold answers (supervised); the same command resumes."""
     config = _load(words, distributed)
     from rest_jax import sft
 
-    sft.finetune(config, dry_run=dry_run)
+    sft.finetune(config, dry_run=dry_run, restart=restart)
 
 
 @app.command(rich_help_panel=_TRAIN)

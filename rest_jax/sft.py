@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import time
+from collections.abc import Mapping
 
 import numpy as np
 from jax.sharding import Mesh
@@ -50,9 +51,10 @@ from rest_jax.templates import TEMPLATES
 BATCH = "sft.batch_size"  # the records of a step
 
 
-def finetune(config: Config, dry_run: bool = False) -> int:
-    """Trains; 0 at the end or after SIGTERM. UserError for input that cannot be used; RunStopped on NaN."""
+def finetune(config: Config, dry_run: bool = False, restart: bool = False) -> int:
+    """Trains, with `restart` anew; 0 at the end or after SIGTERM. UserError for input that cannot be used; RunStopped on NaN."""
     check_supervised(config)
+    check_start(config, restart)
     check_store(config)
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     check_batch(BATCH, config.sft.batch_size, policy.mesh)
@@ -60,14 +62,13 @@ def finetune(config: Config, dry_run: bool = False) -> int:
     data = load_demonstrations(config, policy.tokenizer, keep=not dry_run)
     steps = total_steps(config, data.size, BATCH)
     examples = held_out(config, policy, keep=not dry_run)
-    check_start(config)
     say(
         f"{config.name}: {data.summary()}\nheld out: {examples.summary() if examples else 'none'}\n"
         f"{steps} steps of {config.sft.batch_size} records"
     )
     if dry_run:
         return 0
-    with contextlib.closing(open_run(config, policy.files)) as run, activate(policy.mesh):
+    with contextlib.closing(open_run(config, policy.files, restart)) as run, activate(policy.mesh):
         evaluator = Evaluator(config, policy, examples) if examples else None
         finetune_steps(policy, data, evaluator, run)
         report_evaluations(run.folder)
@@ -133,11 +134,11 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
         loop.end_step(step, pending, state, batches.get_state())
 
 
-def token_rates(tokens: int, processed: int, update: float, step: float) -> dict[str, float]:
+def token_rates(tokens: int, processed: int, times: Mapping[str, float]) -> dict[str, float]:
     """Target tokens, and all tokens (prompts too), for each second of a step."""
     return {
-        "time/tokens_per_second": tokens / step,
-        "time/processed_tokens_per_second": processed / step,
+        "time/tokens_per_second": tokens / times["time/step"],
+        "time/processed_tokens_per_second": processed / times["time/step"],
     }
 
 

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -53,10 +53,13 @@ from rest_jax.types import Params, Sampling, ScoredBatch
 BATCH = "rollout.prompts_per_step"  # the prompts of a step
 
 
-def train(config: Config, dry_run: bool = False, profile: int | None = None) -> int:
-    """Trains, and writes a trace of step `profile`; 0 at the end or after SIGTERM. UserError for input that cannot be used;
-    RunStopped on NaN.
+def train(
+    config: Config, dry_run: bool = False, profile: int | None = None, restart: bool = False
+) -> int:
+    """Trains, and writes a trace of step `profile`; `restart` forgets the run in the folder first. 0 at the end or after
+    SIGTERM. UserError for input that cannot be used; RunStopped on NaN.
     """
+    check_start(config, restart)
     check_store(config)
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     check_sizes(config, policy)
@@ -65,11 +68,10 @@ def train(config: Config, dry_run: bool = False, profile: int | None = None) -> 
     prompts = load_prompts(config, data.train, data.train_limit, policy.tokenizer, keep)
     examples = held_out(config, policy, keep)
     steps = total_steps(config, prompts.size, BATCH)
-    check_start(config)
     describe(config, policy, prompts, examples, steps)
     if dry_run:
         return 0
-    with contextlib.closing(open_run(config, policy.files)) as run, activate(policy.mesh):
+    with contextlib.closing(open_run(config, policy.files, restart)) as run, activate(policy.mesh):
         evaluator = Evaluator(config, policy, examples) if examples else None
         train_steps(policy, prompts, evaluator, run, profile)
         report_evaluations(run.folder)
@@ -156,13 +158,9 @@ class HostMetrics:
         plan: Sequence[Sequence[MicroBatch]],
     ) -> dict[str, float]:
         """Of a step whose updates are dispatched; `lengths` and `plan` are those of the global batch."""
-        prompts, responses = lengths.prompt_length, lengths.response_length
-        seconds, own = experience.seconds, experience.scored.rollout.response_length
         return (
             experience.metrics()
-            | packing_metrics(plan, len(prompts))
-            | self.speed.of_rollout(prompts, responses, seconds["time/rollout"])
-            | reward_rates(own, seconds["time/score"])
+            | packing_metrics(plan, len(lengths.prompt_length))
             | {
                 "data/epoch": int(experience.row.max()) // self.prompts.size + 1,
                 "data/dropped": self.prompts.dropped,
@@ -171,12 +169,16 @@ class HostMetrics:
         )
 
     def rates(
-        self, lengths: BatchLengths, active: np.ndarray, update: float, step: float
+        self, lengths: BatchLengths, active: np.ndarray, times: Mapping[str, float]
     ) -> dict[str, float]:
-        """Tokens a second and utilisation, from the seconds of the update and of the step."""
-        sampled = float(lengths.response_length.sum())
-        speed = self.speed.of_update(lengths.prompt_length, lengths.response_length, active, update)
-        return speed | {"time/tokens_per_second": sampled / step}
+        """Tokens a second and utilisation of all processes, from the times of the step's stages."""
+        prompts, responses = lengths.prompt_length, lengths.response_length
+        return (
+            self.speed.of_rollout(prompts, responses, times["time/rollout"])
+            | self.speed.of_update(prompts, responses, active, times["time/update"])
+            | reward_rates(responses, times["time/score"])
+            | {"time/tokens_per_second": float(responses.sum()) / times["time/step"]}
+        )
 
 
 def step_config(config: Config, steps: int) -> StepConfig:
