@@ -1,7 +1,7 @@
 """The supervised loop (SFT, TSFT, RSFT), top to bottom: gold responses, loss, update. No sampling, no maths in here.
 
-`finetune(config)` trains to the end, or to SIGTERM, and resumes when the same command is run again. Records, checkpoints,
-metrics and the loop around the step are those of train.py; a run's folder is a start for `rest-jax train`.
+`finetune(config)` trains to the end, or until it is told to stop, and resumes when the same command is run again. Records,
+checkpoints, metrics and the loop around the step are those of train.py; a run's folder is a start for `rest-jax train`.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ from rest_jax.distributed import (
     say,
     to_mesh,
 )
+from rest_jax.errors import UNFINISHED
 from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
 from rest_jax.models.policy import Policy
 from rest_jax.planning.memory import check_memory
@@ -52,7 +53,9 @@ BATCH = "sft.batch_size"  # the records of a step
 
 
 def finetune(config: Config, dry_run: bool = False, restart: bool = False) -> int:
-    """Trains, with `restart` anew; 0 at the end or after SIGTERM. UserError for input that cannot be used; RunStopped on NaN."""
+    """Trains, with `restart` anew; 0 at the end, UNFINISHED when told to stop before it. UserError for input that cannot be used;
+    RunStopped on NaN.
+    """
     check_supervised(config)
     check_start(config, restart)
     check_store(config)
@@ -70,13 +73,13 @@ def finetune(config: Config, dry_run: bool = False, restart: bool = False) -> in
         return 0
     with contextlib.closing(open_run(config, policy.files, restart)) as run, activate(policy.mesh):
         evaluator = Evaluator(config, policy, examples) if examples else None
-        finetune_steps(policy, data, evaluator, run)
+        finished = finetune_steps(policy, data, evaluator, run)
         report_evaluations(run.folder)
-    return 0
+    return 0 if finished else UNFINISHED
 
 
-def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, run: Run) -> None:
-    """All steps of a run, from its newest checkpoint on."""
+def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, run: Run) -> bool:
+    """All steps of a run, from its newest checkpoint on; whether it came to the last one."""
     config, mesh = run.config, policy.mesh
     steps = total_steps(config, data.size, BATCH)
     tx, rates = make_optimizer(config.optimizer, steps), learning_rates(config.optimizer, steps)
@@ -132,6 +135,7 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
             dispatched=dispatched,
         )
         loop.end_step(step, pending, state, batches.get_state())
+    return loop.finished
 
 
 def token_rates(tokens: int, processed: int, times: Mapping[str, float]) -> dict[str, float]:

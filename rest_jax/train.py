@@ -1,7 +1,7 @@
 """The RL loop, top to bottom: sample, score, prepare, update, log, evaluate, save. No maths in here.
 
-`train(config)` trains to the end, or to SIGTERM, and resumes when the same command is run again. From the step to the
-loss: `train_steps` -> `rl.step.Update` -> `rl.update.micro_gradient` -> `rl.update.policy_loss` ->
+`train(config)` trains to the end, or until it is told to stop, and resumes when the same command is run again. From the step
+to the loss: `train_steps` -> `rl.step.Update` -> `rl.update.micro_gradient` -> `rl.update.policy_loss` ->
 `rl.loss.policy_token_loss`.
 """
 
@@ -29,7 +29,7 @@ from rest_jax.distributed import (
     num_data_shards,
     say,
 )
-from rest_jax.errors import UserError
+from rest_jax.errors import UNFINISHED, UserError
 from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
 from rest_jax.models.policy import Policy
 from rest_jax.planning.memory import check_memory
@@ -56,8 +56,8 @@ BATCH = "rollout.prompts_per_step"  # the prompts of a step
 def train(
     config: Config, dry_run: bool = False, profile: int | None = None, restart: bool = False
 ) -> int:
-    """Trains, and writes a trace of step `profile`; `restart` forgets the run in the folder first. 0 at the end or after
-    SIGTERM. UserError for input that cannot be used; RunStopped on NaN.
+    """Trains, and writes a trace of step `profile`; `restart` forgets the run in the folder first. 0 at the end,
+    UNFINISHED when told to stop before it. UserError for input that cannot be used; RunStopped on NaN.
     """
     check_start(config, restart)
     check_store(config)
@@ -73,15 +73,15 @@ def train(
         return 0
     with contextlib.closing(open_run(config, policy.files, restart)) as run, activate(policy.mesh):
         evaluator = Evaluator(config, policy, examples) if examples else None
-        train_steps(policy, prompts, evaluator, run, profile)
+        finished = train_steps(policy, prompts, evaluator, run, profile)
         report_evaluations(run.folder)
-    return 0
+    return 0 if finished else UNFINISHED
 
 
 def train_steps(
     policy: Policy, prompts: Prepared, evaluator: Evaluator | None, run: Run, profile: int | None
-) -> None:
-    """All steps of a run, from its newest checkpoint on."""
+) -> bool:
+    """All steps of a run, from its newest checkpoint on; whether it came to the last one."""
     config, mesh, rollout_mesh = run.config, policy.mesh, policy.rollout_mesh
     steps = total_steps(config, prompts.size, BATCH)
     cfg = step_config(config, steps)
@@ -139,6 +139,7 @@ def train_steps(
                 samples=sample_lines(experience, policy, config.train.samples_per_step),
             )
             loop.end_step(step, pending, state, experience.loader_state)
+    return loop.finished
 
 
 class HostMetrics:

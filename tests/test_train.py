@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from rest_jax import cli
+from rest_jax.errors import UNFINISHED
 from rest_jax.rollout.experience import Collector
 from rest_jax.run.metrics import read_lines
 from tests.runs import STEPS, assert_same, finish, lines, recipe, start, state
@@ -82,7 +83,7 @@ def test_sigterm_saves_and_ends_well(model, unbroken, tmp_path):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    assert "SIGTERM: saved at step" in finish(process)
+    assert "SIGTERM: saved at step" in finish(process, UNFINISHED)
     finish(start("train", raw, tmp_path))
     assert lines(tmp_path / "tiny") == lines(unbroken)
 

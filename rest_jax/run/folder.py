@@ -34,7 +34,7 @@ from rest_jax.files import (
 from rest_jax.models.hf.folder import copy_side_files
 from rest_jax.run.checkpoint import FOLDER as CHECKPOINTS
 from rest_jax.run.checkpoint import Checkpoints, list_steps
-from rest_jax.run.lock import locked
+from rest_jax.run.lock import check_free, locked
 from rest_jax.run.metrics import METRICS_FILE, SAMPLES_FILE, MetricsWriter, check_wandb
 from rest_jax.run.stop import SIGTERM_CODE, StopRequest, end
 from rest_jax.types import TrainState
@@ -225,9 +225,10 @@ def _forget(folder: epath.Path) -> None:
 
 
 def check_start(config: Config, restart: bool = False) -> None:
-    """All that can be refused before a model is loaded and a folder is made: another config there, checkpoints that are gone,
-    absent packages, a tracker that cannot be reached.
+    """All that can be refused before a model is loaded and a folder is made: another process or another config there,
+    checkpoints that are gone, absent packages, a tracker that cannot be reached.
     """
+    check_free(config.folder)
     if not restart:
         if changed := check_config(config.folder, config):
             say(f"{config.folder} resumes under another config: {_named(changed)}")

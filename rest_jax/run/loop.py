@@ -1,4 +1,4 @@
-"""What the two training loops share: resumption, one clock, metrics read a step late, evaluation, checkpoints, SIGTERM.
+"""What the two training loops share: resumption, one clock, metrics read a step late, evaluation, checkpoints, the end.
 
     state, loader_state = loop.resume(state, abstract)
     for step in loop.steps():
@@ -29,6 +29,7 @@ from rest_jax.files import list_files, written_locally
 from rest_jax.rl.update import NOT_FINITE
 from rest_jax.run.folder import Run, not_finite
 from rest_jax.run.progress import Progress
+from rest_jax.run.symptoms import Watch
 from rest_jax.types import Params, TrainState
 
 NOT_FINITE_LIMIT = 3  # updates in a row that are not finite and stop the run
@@ -157,7 +158,9 @@ class Loop:
         self.tracer = Tracer(run.folder, profile)
         self.pending: PendingStep | None = None
         self.start = 0
+        self.finished = True  # False once the run was told to stop before its last step
         self._extra: dict[str, float] = {}
+        self._symptoms = Watch()
         self._broken_in_a_row = 0
         self._fault = ""  # why the run has to stop
 
@@ -174,7 +177,7 @@ class Loop:
         return self.state, loader_state
 
     def steps(self) -> Iterator[int]:
-        """The numbers (from 1) of the steps to do; ends early after SIGTERM. `end_step` must be called in each."""
+        """The numbers (from 1) of the steps to do; ends early when told to stop. `end_step` must be called in each."""
         self.clock, train = Clock(), self.run.config.train
         if self.start == 0 and train.eval_before:
             self._evaluate(0)
@@ -190,10 +193,11 @@ class Loop:
                 self._save(step)
             if self._fault:
                 self._stop(step)
-            if stopping:
+            if stopping and not ends:
                 self.run.wait()
+                self.finished = False
                 self.progress.message(
-                    f"SIGTERM: saved at step {step}; run the same command to resume"
+                    f"{self.run.stop.name}: saved at step {step}; run the same command to resume"
                 )
                 break
         self._flush()
@@ -235,6 +239,8 @@ class Loop:
             self.run.write(p.step, values, p.samples)
             label, name = self.shown
             rate = values["time/tokens_per_second"]
+            for line in self._symptoms.look(values):
+                self.progress.message(f"step {p.step}: {line}")
             self.progress.update(p.step, f"{label} {values[name]:.3f}, {rate:,.0f} tokens/s")
 
     def _check_finite(

@@ -3,8 +3,8 @@
 One JSON line a step goes to `<run>/metrics.jsonl`, and on request to TensorBoard and Weights & Biases; sampled completions go to
 `<run>/samples.jsonl`. A name that METRICS does not have is an error. Prefixes: data, reward, rollout, update, router (of models
 with experts), region/<name>, curriculum, eval (held-out prompts, greedy), time. Wall-clock values are under `time/` alone, so
-that all other values of a run that was broken off and resumed equal those of an unbroken one bit for bit. All are of the global batch,
-and times are those of the slowest process.
+that all other values of a run that was broken off and resumed equal those of an unbroken one bit for bit. All are of the global
+batch, and times are those of the slowest process.
 """
 
 import json

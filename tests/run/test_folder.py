@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import types
@@ -118,7 +119,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(saved, files, loss)
         checkpoints.mkdir()
     before = (saved.folder / METRICS_FILE).read_bytes()
     for refuse in (lambda: check_start(saved), lambda: open_run(saved, files)):
-        with pytest.raises(UserError, match="no checkpoint is left.*--restart") as caught:
+        with pytest.raises(UserError, match=r"no checkpoint is left.*--restart") as caught:
             refuse()
         assert str(checkpoints) in str(caught.value) and "\n" not in str(caught.value)
     assert (saved.folder / METRICS_FILE).read_bytes() == before
@@ -152,12 +153,20 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(config, fil
     )
     try:
         assert process.stdout is not None and process.stdout.readline() == "open\n"
-        with pytest.raises(UserError, match="another process trains this run") as caught:
-            open_run(config, files)
-        assert str(config.folder) in str(caught.value) and "\n" not in str(caught.value)
+        for refuse in (lambda: check_start(config), lambda: open_run(config, files)):
+            with pytest.raises(
+                UserError, match=r"another process \(.*\) trains this run"
+            ) as caught:
+                refuse()
+            assert (
+                f"{config.folder}: another process ({socket.gethostname()}, process {process.pid}, for "
+                in str(caught.value)
+            )
+            assert "\n" not in str(caught.value)
     finally:
         process.kill()
         process.wait()
+    check_start(config)
     open_run(config, files).close()
 
 
