@@ -43,6 +43,7 @@ from rest_jax.rl.supervised import (
     make_prepare_gold,
     make_supervised_update,
 )
+from rest_jax.run.contents import digests
 from rest_jax.run.folder import SUPERVISED_FINITE, Run, check_start, open_run
 from rest_jax.run.load import load_policy
 from rest_jax.run.loop import Loop, PendingStep, total_steps
@@ -57,8 +58,8 @@ def finetune(config: Config, dry_run: bool = False, restart: bool = False) -> in
     RunStopped on NaN.
     """
     check_supervised(config)
-    check_start(config, restart)
     check_store(config)
+    check_start(config, restart)
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     check_batch(BATCH, config.sft.batch_size, policy.mesh)
     check_experts(config, policy.config)
@@ -84,6 +85,7 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
     steps = total_steps(config, data.size, BATCH)
     tx, rates = make_optimizer(config.optimizer, steps), learning_rates(config.optimizer, steps)
     schedule = Schedule(config.weights, config.curriculum, steps)
+    run.made_of = digests(policy, data)
     state, abstract, shardings = init_state(
         policy, tx, schedule, config.seed, config.optimizer.moments
     )

@@ -43,6 +43,7 @@ from rest_jax.rl.prepare import StepConfig, active_groups
 from rest_jax.rl.step import init_state, make_step, plan_minibatches, policy_metrics
 from rest_jax.rollout.engine import rollout_cast
 from rest_jax.rollout.experience import Collector, Experience
+from rest_jax.run.contents import digests
 from rest_jax.run.folder import RL_FINITE, Run, check_start, open_run
 from rest_jax.run.load import load_policy
 from rest_jax.run.loop import Loop, PendingStep, total_steps
@@ -59,8 +60,8 @@ def train(
     """Trains, and writes a trace of step `profile`; `restart` forgets the run in the folder first. 0 at the end,
     UNFINISHED when told to stop before it. UserError for input that cannot be used; RunStopped on NaN.
     """
-    check_start(config, restart)
     check_store(config)
+    check_start(config, restart)
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     check_sizes(config, policy)
     check_experts(config, policy.config)
@@ -86,6 +87,7 @@ def train_steps(
     steps = total_steps(config, prompts.size, BATCH)
     cfg = step_config(config, steps)
     tx = make_optimizer(config.optimizer, steps * cfg.updates)
+    run.made_of = digests(policy, prompts)
     reference = copy_reference(config, policy.params)
     state, abstract, shardings = init_state(
         policy, tx, cfg.schedule, config.seed, config.optimizer.moments

@@ -2,12 +2,14 @@
 
 import dataclasses
 import pathlib
+import shutil
 import signal
 import time
 
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file, save_file
 
 from rest_jax import cli
 from rest_jax.errors import UNFINISHED
@@ -150,6 +152,30 @@ def test_a_folder_of_another_config_is_refused(model, unbroken, capsys):
     error = capsys.readouterr().err
     assert "optimizer.learning_rate: 0.001 there, 0.002 now" in error and error.count("\n") == 1
     assert sorted(p.name for p in unbroken.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_a_longer_run_resumes_with_smaller_sizes_from_a_moved_model_but_not_from_another(
+    model, unbroken, tmp_path
+):
+    shutil.copytree(unbroken, tmp_path / "moved")
+    shutil.copytree(model, tmp_path / "model")
+    raw = tiny_run(tmp_path / "model", tmp_path, name="moved")
+    raw["train"] |= {"steps": STEPS + 1, "max_tokens_per_microbatch": 256, "eval_every": 0}
+    raw["rollout"]["decode_slots"] = 3
+    out = finish(start("train", raw, tmp_path))
+    assert "resumes under another config" in out and f"train.steps: {STEPS} there" in out
+    found = lines(tmp_path / "moved")
+    assert found[: len(lines(unbroken))] == lines(unbroken)
+    assert [line["step"] for line in found if "update/loss" in line] == list(range(1, STEPS + 2))
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"] = np.nextafter(weights["model.norm.weight"], np.float32(9))
+    save_file(weights, file, {"format": "pt"})
+    raw["train"]["steps"] += 1
+    out = finish(start("train", raw, tmp_path), 2)
+    assert "made of other weights than are here now" in out and "Traceback" not in out
+    assert lines(tmp_path / "moved") == found
 
 
 @pytest.mark.parametrize(

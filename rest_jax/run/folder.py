@@ -34,6 +34,7 @@ from rest_jax.files import (
 from rest_jax.models.hf.folder import copy_side_files
 from rest_jax.run.checkpoint import FOLDER as CHECKPOINTS
 from rest_jax.run.checkpoint import Checkpoints, list_steps
+from rest_jax.run.contents import check_same
 from rest_jax.run.lock import check_free, locked
 from rest_jax.run.metrics import METRICS_FILE, SAMPLES_FILE, MetricsWriter, check_wandb
 from rest_jax.run.stop import SIGTERM_CODE, StopRequest, end
@@ -42,13 +43,17 @@ from rest_jax.types import TrainState
 CONFIG_FILE = "config.yaml"
 MODEL_FOLDER = "model"
 
-# What a run may resume under: where it computes and lies, how much at once, how long, how closely it is watched.
+# What a run may resume under: where it computes and lies, how much at once, how long, how closely it is watched. Paths of what
+# it is made of may change: `contents` sees to it that what they lead to does not.
 MAY_CHANGE = (
     "name",
     "output",
     "mesh.",
     "distributed.",
+    "model.source",
+    "model.tokenizer",
     "model.remat",
+    "data.train",
     "data.eval",
     "rollout.tensor",
     "rollout.decode_slots",
@@ -65,6 +70,7 @@ MAY_CHANGE = (
     "train.tensorboard",
     "train.wandb_project",
 )
+MADE_OF = "made_of"  # beside the loader's state in a checkpoint
 SAVED_FILE = ".saved"  # there once a checkpoint was completed
 
 SUPERVISED_FINITE = ("update/loss", "update/grad_norm", "update/param_norm")
@@ -91,15 +97,20 @@ class Run:
     check_lock: Callable[[], None]  # RunStopped when another process has taken the folder
     resources: contextlib.ExitStack
     marked: bool = False  # SAVED_FILE is there
+    made_of: Mapping[str, str] = dataclasses.field(default_factory=dict)  # `contents.digests`
 
     def resume(
         self, fresh: TrainState, abstract: TrainState
     ) -> tuple[TrainState, dict[str, Any] | None, int]:
-        """(state, loader state, step): the newest sound checkpoint, or the fresh state, None and 0."""
+        """(state, loader state, step): the newest sound checkpoint, or the fresh state, None and 0. UserError when the run was
+        made of something else.
+        """
         state, loader_state, step = fresh, None, 0
         if self.checkpoints.latest() is not None:
             with self._in_time("restoring the checkpoint"):
                 state, loader_state, step = self.checkpoints.restore(abstract)
+            where = f"{self.folder}: checkpoint {step}"
+            check_same(loader_state.pop(MADE_OF, {}), self.made_of, where)
         if self.metrics is not None:
             # The evaluation before the first step is a line of step 0.
             self.metrics.truncate_after(-1 if loader_state is None else step)
@@ -115,7 +126,8 @@ class Run:
                 except UserError as error:
                     # It could be written when the run began.
                     raise RunStopped(f"step {step}: {error}") from error
-            self.checkpoints.save(step, state, loader_state)
+            kept = {MADE_OF: dict(self.made_of)} if self.made_of else {}
+            self.checkpoints.save(step, state, {**loader_state, **kept})
 
     def wait(self) -> None:
         """Until the checkpoint under way is stored."""
@@ -253,7 +265,8 @@ def check_config(folder: epath.Path, config: Config) -> list[config_lib.Differen
     refused = [d for d in found if d.path in fixed or not d.path.startswith(MAY_CHANGE)]
     if refused:
         raise UserError(
-            f"{folder} holds a run of another config ({_named(refused)}); choose another name, or forget that run with --restart"
+            f"{folder} holds a run of another config ({_named(refused)}); choose another name (model.source={folder} starts it "
+            "from these weights), or forget that run with --restart"
         )
     return found
 

@@ -276,12 +276,12 @@ def check_wandb() -> None:
 
 def _ask_wandb(function: str, **options: Any) -> Any:
     """What a function of its package returns; UserError for whatever it raises."""
-    import wandb  # pyright: ignore[reportMissingImports]
-
     try:
+        import wandb  # pyright: ignore[reportMissingImports]
+
         return getattr(wandb, function)(**options)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300].rstrip(".")
         raise UserError(
             f"train.wandb_project: Weights & Biases cannot be used: {reason}; run `wandb login`, or set WANDB_MODE=offline"
         ) from error
