@@ -21,7 +21,7 @@ REGIONS = ("tag", "scaffold", "name", "param", "think", "response", "other")
 # Models and data that are not here, by the scale: the rest of the file is tried all the same.
 HERE = ["model.source=configs/quickstart_policy", "data.train=synthetic:train",
         "data.eval=synthetic:eval", "data.brief_prompt=true",
-        "data.max_prompt_tokens=512", "rollout.max_response_tokens=128"]  # fmt: skip
+        "rollout.max_response_tokens=128"]  # fmt: skip
 ELSEWHERE = {
     "qwen3_1p7b": [*HERE, "rollout.prompts_per_step=64", "data.synthetic_size=64"],
     "qwen3_1p7b_sft": [*HERE, "data.synthetic_size=64"],
