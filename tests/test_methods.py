@@ -33,6 +33,8 @@ SCALES = sorted(path.stem for path in (REPOSITORY / "configs" / "scale").glob("*
 # The recipes for real machines (`make aot`) are of the same kind.
 ELSEWHERE |= {s: ELSEWHERE["qwen3_1p7b"] for s in SCALES if re.search(r"_(v\d\w|h100x)\d+$", s)}
 ELSEWHERE |= {s: [*ELSEWHERE[s], "mesh.expert=1"] for s in SCALES if re.search(r"_a\d+b_", s)}
+# The small model has no room for its prompts.
+ELSEWHERE["llama3_2_3b_h100x8"] = [*ELSEWHERE["llama3_2_3b_h100x8"], "data.template=toolrl"]
 
 
 def begin(resolved: config.Config, supervised: bool, dry_run: bool = False) -> None:
