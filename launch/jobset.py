@@ -26,7 +26,7 @@ ACCELERATORS = {
 }
 CONTAINER = "rest-jax"
 PORT = 8476
-# rest-jax ends with 0 after a save on SIGTERM, too. A pod that ends with 0 is never replaced, so that the shell makes it 143.
+# rest-jax ends with 75 after a save on SIGTERM; the shell makes that 143, the code of a pod that is to be replaced.
 STOPPABLE = 'trap \'kill -TERM $!; wait $!; exit 143\' TERM; "$0" "$@" & wait $!'
 
 

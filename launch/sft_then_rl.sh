@@ -3,7 +3,7 @@
 # For example: launch/sft_then_rl.sh tiny rest_tuned -- seed=1 name=tuned-1
 # Words before `--` go to both runs, words after it to the second alone. Run again, it resumes where it was stopped; a
 # finished supervised run is kept, and shared by all methods with the same SCALE and output.
-# On one host: a host whose run ends because another one was told to stop cannot see that it has not finished.
+# A run that ends because another host was told to stop ends with 75, too.
 set -euo pipefail
 if [ $# -lt 2 ]; then
   echo "usage: $0 SCALE METHOD [key=value ...] [-- key=value ...]" >&2
@@ -19,7 +19,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
 done
 [ $# -eq 0 ] || shift
 
-# The first run saves and ends with 0 when it is stopped; the second must not begin then.
+# A run that is stopped saves and ends with 75, or with 0 after its last step; the next must not begin then.
 stopped='' child=''
 trap 'stopped=1; kill -TERM "$child" 2>/dev/null || true' TERM INT
 run_stage() {

@@ -18,7 +18,7 @@ case $1 in
   sweep | compare) ;;
   *) set -- "$@" --distributed auto ;;
 esac
-# SLURM signals the tasks. rest-jax ends with 0 after a save on SIGTERM, too; the shell around it makes that 143.
+# SLURM signals the tasks. rest-jax ends with 75 after a save on SIGTERM; the shell around it makes that 143.
 # shellcheck disable=SC2016 # the tasks' shells expand it
 task='trap "kill -TERM \$!; wait \$!; exit 143" TERM; "$0" "$@" & wait $!'
 command=(srun bash -c "$task" rest-jax "$@")

@@ -1,9 +1,10 @@
 """The command line: `rest-jax <command> ...`, or `python -m rest_jax`.
 
 One typed function for each command: it reads its words and calls the module that does the work, which is imported only then,
-so that `--help` is quick. A word `key=value` is a config value, any other is a file. Exit codes: 0 done (also when SIGTERM
-ended a run after saving), 1 a run stopped itself (NaN), 2 input that cannot be used, as one line on stderr, 130 Ctrl-C, 143
-SIGTERM to `data prepare`, or to a run that waits in vain. Any other error is a defect and shows its traceback.
+so that `--help` is quick. A word `key=value` is a config value, any other is a file. Exit codes: 0 done, 1 a run stopped
+itself (NaN), 2 input that cannot be used, as one line on stderr, 75 a run that was told to stop (SIGTERM, Ctrl-C, SIGHUP) and has
+saved, 130 Ctrl-C elsewhere, 143 SIGTERM to `data prepare`, or to a run that waits in vain. Any other error is a defect and
+shows its traceback.
 """
 
 import json
@@ -142,6 +143,7 @@ Overrides = Annotated[
 Model = Annotated[str, Argument(help="HF folder, hub id, converted folder, or folder of a run")]
 Out = Annotated[str, Argument(help="folder to make")]
 DryRun = Annotated[bool, Option("--dry-run", help="check config, model and data, train nothing")]
+Restart = Annotated[bool, Option("--restart", help="forget the run in the folder, start anew")]
 Distributed = Annotated[
     str | None,
     Option(
@@ -177,22 +179,28 @@ def train(
     profile: Annotated[
         int | None, Option(min=1, metavar="STEP", help="write a trace of it, for Perfetto or xprof")
     ] = None,
+    restart: Restart = False,
     distributed: Distributed = None,
-) -> None:
+) -> int:
     """Train with ResT, GRPO or one of their variants; the same command resumes."""
     config = _load(words, distributed)
     from rest_jax import train
 
-    train.train(config, dry_run=dry_run, profile=profile)
+    return train.train(config, dry_run=dry_run, profile=profile, restart=restart)
 
 
 @app.command(rich_help_panel=_TRAIN)
-def sft(words: Configs, dry_run: DryRun = False, distributed: Distributed = None) -> None:
+def sft(
+    words: Configs,
+    dry_run: DryRun = False,
+    restart: Restart = False,
+    distributed: Distributed = None,
+) -> int:
     """Train on the gold answers (supervised); the same command resumes."""
     config = _load(words, distributed)
     from rest_jax import sft
 
-    sft.finetune(config, dry_run=dry_run)
+    return sft.finetune(config, dry_run=dry_run, restart=restart)
 
 
 @app.command(rich_help_panel=_TRAIN)
@@ -230,12 +238,12 @@ def quickstart(
     overrides: Overrides,
     seed: Annotated[int | None, Option(min=0, help="short for seed=N")] = None,
     fresh: Annotated[bool, Option("--fresh", help="forget an earlier quickstart run")] = False,
-) -> None:
+) -> int:
     """Train, evaluate and export a tiny policy on CPU, in minutes."""
     from rest_jax import quickstart
 
     chosen = [] if seed is None else [f"seed={seed}"]
-    quickstart.quickstart([*chosen, *overrides], fresh)
+    return quickstart.quickstart([*chosen, *overrides], fresh)
 
 
 @app.command(rich_help_panel=_MODEL)

@@ -6,6 +6,7 @@ path and the nearest known name. Files are paths, or names of builtin ones (`sca
 """
 
 import difflib
+import itertools
 import os
 import pathlib
 import types
@@ -46,14 +47,24 @@ PositiveFloat = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
 Decay = Annotated[float, pydantic.Field(ge=0, lt=1)]
-Path = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]
-Source = Annotated[str, pydantic.AfterValidator(locate)]
+Seed = Annotated[int, pydantic.Field(ge=0, lt=2**32)]
+Path = Annotated[str, pydantic.Field(min_length=1), pydantic.AfterValidator(os.path.expanduser)]
+Source = Annotated[str, pydantic.Field(min_length=1), pydantic.AfterValidator(locate)]
 
 
 class Section(pydantic.BaseModel):
     """Base of every section: frozen (so hashable and static under jit), unknown keys refused."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _no_flag_for_a_number(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        """Python, and so pydantic, takes true for 1."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and kind not in (bool, Any):
+            raise ValueError(f"{value}: true and false are no values of it")
+        return value
 
 
 class ModelConfig(Section):
@@ -76,7 +87,7 @@ class DataConfig(Section):
     train_limit: PositiveInt | None = None
     eval_limit: PositiveInt | None = None
     shuffle: bool = True
-    synthetic_seed: NonNegativeInt = 0
+    synthetic_seed: Seed = 0
     synthetic_level: Literal["single", "mixed", "reasoned"] = "mixed"
     synthetic_size: PositiveInt = 4096  # training records of a `synthetic:` world
 
@@ -98,6 +109,8 @@ class RolloutConfig(Section):
         None  # devices that share the weights of a rollout; None: mesh.tensor
     )
     prompt_cache_entries: PositiveInt | None = None  # None: 4 x decode_slots / group_size
+    # keys and values kept at once on each data shard; None: up to 1,024 for each prompt and response
+    cache_tokens: PositiveInt | None = None
     replay_routing: bool = False  # the update takes the experts that the sampler's routers chose
     staleness: Literal[0, 1] = 0  # 1: step s + 1 is sampled before update s; needs tis_cap
 
@@ -152,6 +165,8 @@ class WeightsConfig(Section):
     def _ordered(self):
         if self.w_min > self.w_max:
             raise ValueError(f"w_min {self.w_min} is above w_max {self.w_max}")
+        if set(self.zero) == set(typing.get_args(RegionName)):
+            raise ValueError("zero: all regions, so that no token has a gradient; leave one out")
         zeros = [name for name in typing.get_args(RegionName) if getattr(self, name) == 0]
         if zeros and not self.allow_zero_constants:
             raise ValueError(
@@ -273,7 +288,7 @@ class TrainConfig(Section):
     keep_checkpoints: PositiveInt = 3
     samples_per_step: NonNegativeInt = 4  # generations written to samples.jsonl
     tensorboard: bool = False
-    wandb_project: str | None = None
+    wandb_project: Annotated[str, pydantic.Field(min_length=1)] | None = None
 
 
 class DistributedConfig(Section):
@@ -297,9 +312,10 @@ class SftConfig(Section):
 class Config(Section):
     """Everything that a run is made of. Its folder is <output>/<name>/."""
 
-    name: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    # The name of a folder: neither "..", nor hidden as `.tokenised` is.
+    name: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=200)]
     output: Path = "runs"
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     model: ModelConfig
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -474,6 +490,9 @@ def _parse(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _merge(*trees: Tree) -> dict[str, Any]:
     """The trees in one, later ones on top, with every `${...}` replaced."""
+    for path, value in itertools.chain(*map(_leaves, trees)):
+        if value == "???":  # OmegaConf would keep what an earlier tree says
+            raise ConfigError(f"{path}: ??? stands for a value that is missing; write one")
     try:
         merged = OmegaConf.merge(*trees)
         plain = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)

@@ -10,3 +10,6 @@ class UserError(ValueError):
 
 class RunStopped(RuntimeError):
     """A run that ended itself because going on would be useless; the text says why and what was saved."""
+
+
+UNFINISHED = 75  # exit code of a run that was told to stop and has saved (EX_TEMPFAIL of sysexits.h: try again)

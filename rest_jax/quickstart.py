@@ -17,8 +17,11 @@ from rest_jax.files import local_path
 from rest_jax.run.load import convert, export, load_policy
 
 
-def quickstart(overrides: Sequence[str] = (), fresh: bool = False) -> None:
-    """Carries out the stages. `overrides` ("key=value") change the config; `fresh` forgets an earlier run."""
+def quickstart(overrides: Sequence[str] = (), fresh: bool = False) -> int:
+    """Carries out the stages; 0, or the exit code of a training that was told to stop.
+
+    `overrides` ("key=value") change the config; `fresh` forgets an earlier run.
+    """
     started = time.monotonic()
     config = load_config(overrides)
     folder = local_path("output", config.folder)
@@ -30,10 +33,9 @@ def quickstart(overrides: Sequence[str] = (), fresh: bool = False) -> None:
         convert(source, converted)
     print(f"[1/4] converted {source} to {converted}", flush=True)
     print("[2/4] training with ResT", flush=True)
-    train.train(_with_source(config, converted))
+    if code := train.train(_with_source(config, converted)):
+        return code  # the same command resumes
     lines = evaluations(folder)
-    if not lines or lines[-1]["step"] != config.train.steps:
-        return  # SIGTERM: the same command resumes
     shutil.rmtree(exported, ignore_errors=True)
     export(str(folder), exported)
     print(f"[3/4] exported to {exported}", flush=True)
@@ -50,6 +52,7 @@ def quickstart(overrides: Sequence[str] = (), fresh: bool = False) -> None:
         f"Curves: {folder / 'curves.png'}   Completions: {folder / 'samples.jsonl'}\n"
         f"Policy, ready for transformers: {exported}"
     )
+    return 0
 
 
 def load_config(overrides: Sequence[str]) -> Config:

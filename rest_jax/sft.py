@@ -1,13 +1,14 @@
 """The supervised loop (SFT, TSFT, RSFT), top to bottom: gold responses, loss, update. No sampling, no maths in here.
 
-`finetune(config)` trains to the end, or to SIGTERM, and resumes when the same command is run again. Records, checkpoints,
-metrics and the loop around the step are those of train.py; a run's folder is a start for `rest-jax train`.
+`finetune(config)` trains to the end, or until it is told to stop, and resumes when the same command is run again. Records,
+checkpoints, metrics and the loop around the step are those of train.py; a run's folder is a start for `rest-jax train`.
 """
 
 import contextlib
 import dataclasses
 import functools
 import time
+from collections.abc import Mapping
 
 import numpy as np
 from jax.sharding import Mesh
@@ -25,6 +26,7 @@ from rest_jax.distributed import (
     say,
     to_mesh,
 )
+from rest_jax.errors import UNFINISHED
 from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
 from rest_jax.models.policy import Policy, check_positions
 from rest_jax.planning.memory import check_memory
@@ -41,6 +43,7 @@ from rest_jax.rl.supervised import (
     make_prepare_gold,
     make_supervised_update,
 )
+from rest_jax.run.contents import digests
 from rest_jax.run.folder import SUPERVISED_FINITE, Run, check_start, open_run
 from rest_jax.run.load import load_policy
 from rest_jax.run.loop import Loop, PendingStep, total_steps
@@ -50,10 +53,13 @@ from rest_jax.templates import TEMPLATES
 BATCH = "sft.batch_size"  # the records of a step
 
 
-def finetune(config: Config, dry_run: bool = False) -> int:
-    """Trains; 0 at the end or after SIGTERM. UserError for input that cannot be used; RunStopped on NaN."""
+def finetune(config: Config, dry_run: bool = False, restart: bool = False) -> int:
+    """Trains, with `restart` anew; 0 at the end, UNFINISHED when told to stop before it. UserError for input that cannot be used;
+    RunStopped on NaN.
+    """
     check_supervised(config)
     check_store(config)
+    check_start(config, restart)
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     check_batch(BATCH, config.sft.batch_size, policy.mesh)
     check_experts(config, policy.config)
@@ -63,26 +69,26 @@ def finetune(config: Config, dry_run: bool = False) -> int:
     prompt, target = int(data.prompts.lengths[last]), int(data.targets.lengths[last])
     check_positions(policy.config, prompt, target, "sft.max_tokens")
     examples = held_out(config, policy, keep=not dry_run)
-    check_start(config)
     say(
         f"{config.name}: {data.summary()}\nheld out: {examples.summary() if examples else 'none'}\n"
         f"{steps} steps of {config.sft.batch_size} records"
     )
     if dry_run:
         return 0
-    with contextlib.closing(open_run(config, policy.files)) as run, activate(policy.mesh):
+    with contextlib.closing(open_run(config, policy.files, restart)) as run, activate(policy.mesh):
         evaluator = Evaluator(config, policy, examples) if examples else None
-        finetune_steps(policy, data, evaluator, run)
+        finished = finetune_steps(policy, data, evaluator, run)
         report_evaluations(run.folder)
-    return 0
+    return 0 if finished else UNFINISHED
 
 
-def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, run: Run) -> None:
-    """All steps of a run, from its newest checkpoint on."""
+def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, run: Run) -> bool:
+    """All steps of a run, from its newest checkpoint on; whether it came to the last one."""
     config, mesh = run.config, policy.mesh
     steps = total_steps(config, data.size, BATCH)
     tx, rates = make_optimizer(config.optimizer, steps), learning_rates(config.optimizer, steps)
     schedule = Schedule(config.weights, config.curriculum, steps)
+    run.made_of = digests(policy, data)
     state, abstract, shardings = init_state(
         policy, tx, schedule, config.seed, config.optimizer.moments
     )
@@ -134,13 +140,14 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
             dispatched=dispatched,
         )
         loop.end_step(step, pending, state, batches.get_state())
+    return loop.finished
 
 
-def token_rates(tokens: int, processed: int, update: float, step: float) -> dict[str, float]:
+def token_rates(tokens: int, processed: int, times: Mapping[str, float]) -> dict[str, float]:
     """Target tokens, and all tokens (prompts too), for each second of a step."""
     return {
-        "time/tokens_per_second": tokens / step,
-        "time/processed_tokens_per_second": processed / step,
+        "time/tokens_per_second": tokens / times["time/step"],
+        "time/processed_tokens_per_second": processed / times["time/step"],
     }
 
 

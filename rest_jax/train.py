@@ -1,7 +1,7 @@
 """The RL loop, top to bottom: sample, score, prepare, update, log, evaluate, save. No maths in here.
 
-`train(config)` trains to the end, or to SIGTERM, and resumes when the same command is run again. From the step to the
-loss: `train_steps` -> `rl.step.Update` -> `rl.update.micro_gradient` -> `rl.update.policy_loss` ->
+`train(config)` trains to the end, or until it is told to stop, and resumes when the same command is run again. From the step
+to the loss: `train_steps` -> `rl.step.Update` -> `rl.update.micro_gradient` -> `rl.update.policy_loss` ->
 `rl.loss.policy_token_loss`.
 """
 
@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ from rest_jax.distributed import (
     num_data_shards,
     say,
 )
-from rest_jax.errors import UserError
+from rest_jax.errors import UNFINISHED, UserError
 from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
 from rest_jax.models.policy import Policy, check_positions
 from rest_jax.planning.memory import check_memory
@@ -43,6 +43,7 @@ from rest_jax.rl.prepare import StepConfig, active_groups
 from rest_jax.rl.step import init_state, make_step, plan_minibatches, policy_metrics
 from rest_jax.rollout.engine import rollout_cast
 from rest_jax.rollout.experience import Collector, Experience
+from rest_jax.run.contents import digests
 from rest_jax.run.folder import RL_FINITE, Run, check_start, open_run
 from rest_jax.run.load import load_policy
 from rest_jax.run.loop import Loop, PendingStep, total_steps
@@ -53,11 +54,14 @@ from rest_jax.types import Params, Sampling, ScoredBatch
 BATCH = "rollout.prompts_per_step"  # the prompts of a step
 
 
-def train(config: Config, dry_run: bool = False, profile: int | None = None) -> int:
-    """Trains, and writes a trace of step `profile`; 0 at the end or after SIGTERM. UserError for input that cannot be used;
-    RunStopped on NaN.
+def train(
+    config: Config, dry_run: bool = False, profile: int | None = None, restart: bool = False
+) -> int:
+    """Trains, and writes a trace of step `profile`; `restart` forgets the run in the folder first. 0 at the end,
+    UNFINISHED when told to stop before it. UserError for input that cannot be used; RunStopped on NaN.
     """
     check_store(config)
+    check_start(config, restart)
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     check_sizes(config, policy)
     check_experts(config, policy.config)
@@ -67,25 +71,25 @@ def train(config: Config, dry_run: bool = False, profile: int | None = None) -> 
     check_positions(policy.config, longest, config.rollout.max_response_tokens)
     examples = held_out(config, policy, keep)
     steps = total_steps(config, prompts.size, BATCH)
-    check_start(config)
     describe(config, policy, prompts, examples, steps)
     if dry_run:
         return 0
-    with contextlib.closing(open_run(config, policy.files)) as run, activate(policy.mesh):
+    with contextlib.closing(open_run(config, policy.files, restart)) as run, activate(policy.mesh):
         evaluator = Evaluator(config, policy, examples) if examples else None
-        train_steps(policy, prompts, evaluator, run, profile)
+        finished = train_steps(policy, prompts, evaluator, run, profile)
         report_evaluations(run.folder)
-    return 0
+    return 0 if finished else UNFINISHED
 
 
 def train_steps(
     policy: Policy, prompts: Prepared, evaluator: Evaluator | None, run: Run, profile: int | None
-) -> None:
-    """All steps of a run, from its newest checkpoint on."""
+) -> bool:
+    """All steps of a run, from its newest checkpoint on; whether it came to the last one."""
     config, mesh, rollout_mesh = run.config, policy.mesh, policy.rollout_mesh
     steps = total_steps(config, prompts.size, BATCH)
     cfg = step_config(config, steps)
     tx = make_optimizer(config.optimizer, steps * cfg.updates)
+    run.made_of = digests(policy, prompts)
     reference = copy_reference(config, policy.params)
     state, abstract, shardings = init_state(
         policy, tx, cfg.schedule, config.seed, config.optimizer.moments
@@ -139,6 +143,7 @@ def train_steps(
                 samples=sample_lines(experience, policy, config.train.samples_per_step),
             )
             loop.end_step(step, pending, state, experience.loader_state)
+    return loop.finished
 
 
 class HostMetrics:
@@ -158,13 +163,9 @@ class HostMetrics:
         plan: Sequence[Sequence[MicroBatch]],
     ) -> dict[str, float]:
         """Of a step whose updates are dispatched; `lengths` and `plan` are those of the global batch."""
-        prompts, responses = lengths.prompt_length, lengths.response_length
-        seconds, own = experience.seconds, experience.scored.rollout.response_length
         return (
             experience.metrics()
-            | packing_metrics(plan, len(prompts))
-            | self.speed.of_rollout(prompts, responses, seconds["time/rollout"])
-            | reward_rates(own, seconds["time/score"])
+            | packing_metrics(plan, len(lengths.prompt_length))
             | {
                 "data/epoch": int(experience.row.max()) // self.prompts.size + 1,
                 "data/dropped": self.prompts.dropped,
@@ -173,12 +174,16 @@ class HostMetrics:
         )
 
     def rates(
-        self, lengths: BatchLengths, active: np.ndarray, update: float, step: float
+        self, lengths: BatchLengths, active: np.ndarray, times: Mapping[str, float]
     ) -> dict[str, float]:
-        """Tokens a second and utilisation, from the seconds of the update and of the step."""
-        sampled = float(lengths.response_length.sum())
-        speed = self.speed.of_update(lengths.prompt_length, lengths.response_length, active, update)
-        return speed | {"time/tokens_per_second": sampled / step}
+        """Tokens a second and utilisation of all processes, from the times of the step's stages."""
+        prompts, responses = lengths.prompt_length, lengths.response_length
+        return (
+            self.speed.of_rollout(prompts, responses, times["time/rollout"])
+            | self.speed.of_update(prompts, responses, active, times["time/update"])
+            | reward_rates(responses, times["time/score"])
+            | {"time/tokens_per_second": float(responses.sum()) / times["time/step"]}
+        )
 
 
 def step_config(config: Config, steps: int) -> StepConfig:

@@ -32,6 +32,7 @@ CHECKED_MODULES = [
     "rest_jax.models.block_attention",
     "rest_jax.models.flash_attention",
     "rest_jax.models.moe",
+    "rest_jax.models.paged_attention",
     "rest_jax.models.rope",
     "rest_jax.rl.advantages",
     "rest_jax.rl.balance",
@@ -48,6 +49,17 @@ jaxtyping.install_import_hook(CHECKED_MODULES, "beartype.beartype")
 # The same examples on every run: a failure is a change of the code, not luck.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs():
+    """Lets go of compiled programs before a process has as many memory maps as Linux allows it: then it is killed."""
+    yield
+    maps, most = pathlib.Path("/proc/self/maps"), pathlib.Path("/proc/sys/vm/max_map_count")
+    if most.is_file() and len(maps.read_text().splitlines()) > int(most.read_text()) // 2:
+        import jax
+
+        jax.clear_caches()
 
 
 def pytest_addoption(parser):

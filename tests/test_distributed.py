@@ -111,6 +111,7 @@ def test_decoding_does_not_depend_on_the_mesh(sizes):
         for t in range(TR):
             token = responses[:, :, t]
             hidden, cache = apply({"params": params}, token, cache.positions, cache.layout, cache)
+            cache = tiny.next_token(cache)
         return hidden
 
     expected = jax.jit(decode)(params, prompt, prompt_length, responses)

@@ -20,7 +20,8 @@ from tests.runs import environment
 REGIONS = ("tag", "scaffold", "name", "param", "think", "response", "other")
 # Models and data that are not here, by the scale: the rest of the file is tried all the same.
 HERE = ["model.source=configs/quickstart_policy", "data.train=synthetic:train",
-        "data.eval=synthetic:eval", "data.brief_prompt=true"]  # fmt: skip
+        "data.eval=synthetic:eval", "data.brief_prompt=true",
+        "rollout.max_response_tokens=128"]  # fmt: skip
 ELSEWHERE = {
     "qwen3_1p7b": [*HERE, "rollout.prompts_per_step=64", "data.synthetic_size=64"],
     "qwen3_1p7b_sft": [*HERE, "data.synthetic_size=64"],
@@ -32,6 +33,8 @@ SCALES = sorted(path.stem for path in (REPOSITORY / "configs" / "scale").glob("*
 # The recipes for real machines (`make aot`) are of the same kind.
 ELSEWHERE |= {s: ELSEWHERE["qwen3_1p7b"] for s in SCALES if re.search(r"_(v\d\w|h100x)\d+$", s)}
 ELSEWHERE |= {s: [*ELSEWHERE[s], "mesh.expert=1"] for s in SCALES if re.search(r"_a\d+b_", s)}
+# The small model has no room for its prompts.
+ELSEWHERE["llama3_2_3b_h100x8"] = [*ELSEWHERE["llama3_2_3b_h100x8"], "data.template=toolrl"]
 
 
 def begin(resolved: config.Config, supervised: bool, dry_run: bool = False) -> None:

@@ -16,6 +16,7 @@ import yaml
 from rest_jax import config as config_lib
 from rest_jax.data.synthetic import world as synthetic
 from rest_jax.run.load import load_policy
+from rest_jax.run.metrics import read_lines
 from tests.data.writing import write_records
 from tests.runs import finish, lines, recipe, start, start_processes, state
 
@@ -69,6 +70,8 @@ def assert_close(found: pathlib.Path, expected: pathlib.Path) -> None:
         for name, value in other.items():
             if name not in ("update/padding", "update/micro_batches"):
                 assert line[name] == pytest.approx(value, rel=2e-3, abs=1e-4), name
+    for run in (found, expected):
+        assert_rates_are_global(run)
     config = config_lib.load([expected / "config.yaml"])
     start = load_policy(config.model, config_lib.MeshConfig()).params
     params, others = (state(run)[0].params for run in (found, expected))
@@ -77,6 +80,28 @@ def assert_close(found: pathlib.Path, expected: pathlib.Path) -> None:
         for one, two in ((params, others), (others, start))
     )
     assert float(apart) < 0.02 * float(moved)
+
+
+def assert_rates_are_global(run: pathlib.Path) -> None:
+    """A rate times its seconds is what all processes did in a step, not what the first one did."""
+    groups = TWO_STEPS["rollout"]["prompts_per_step"]
+    for line in read_lines(run / "metrics.jsonl"):
+        if "update/loss" not in line:
+            continue
+        sampled, completions = line["rollout/tokens"], groups * 4
+        done = {
+            "tokens_per_second": (sampled, "step"),
+            "rollout_tokens_per_second": (sampled, "rollout"),
+            "reward_tokens_per_second": (sampled, "score"),
+            "reward_responses_per_second": (completions, "score"),
+            "update_tokens_per_second": (
+                sampled + completions * line["rollout/prompt_tokens"],
+                "update",
+            ),
+        }
+        for rate, (amount, seconds) in done.items():
+            found = line[f"time/{rate}"] * line[f"time/{seconds}"]
+            assert found == pytest.approx(amount, rel=1e-4), rate
 
 
 @pytest.mark.parametrize("name", RUNS)

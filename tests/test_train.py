@@ -1,14 +1,19 @@
 """The RL loop on a tiny random policy: resumption bit for bit after SIGKILL, SIGTERM, NaN, refusals, supervised start."""
 
+import dataclasses
 import pathlib
+import shutil
 import signal
 import time
 
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file, save_file
 
 from rest_jax import cli
+from rest_jax.errors import UNFINISHED
+from rest_jax.rollout.experience import Collector
 from rest_jax.run.metrics import read_lines
 from tests.runs import STEPS, assert_same, finish, lines, recipe, start, state
 
@@ -80,20 +85,55 @@ def test_sigterm_saves_and_ends_well(model, unbroken, tmp_path):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    assert "SIGTERM: saved at step" in finish(process)
+    assert "SIGTERM: saved at step" in finish(process, UNFINISHED)
     finish(start("train", raw, tmp_path))
     assert lines(tmp_path / "tiny") == lines(unbroken)
 
 
-def test_nan_stops_the_run_and_saves_its_batch(model, tmp_path, capsys):
+def test_broken_weights_stop_the_run_and_save_its_batch(model, tmp_path, capsys):
     path = tmp_path / "nan.yaml"
     changes = {"optimizer": {"learning_rate": 1e38, "max_grad_norm": None}, "data": {"eval": None}}
     path.write_text(yaml.safe_dump(recipe(model, tmp_path, **changes)))
     assert cli.main(["train", str(path), "mesh.fsdp=1", "mesh.data=-1", "rollout.prompts_per_step=8",
                      "train.prompts_per_update=8"]) == 1  # fmt: skip
-    assert "not finite" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "step 1: not finite: update/param_norm" in said and "no checkpoint yet" in said
     (batch,) = (tmp_path / "tiny").glob("nan_step_*.npz")
     assert {"prompt", "responses", "logp", "region", "reward"} <= set(np.load(batch))
+
+
+def test_updates_that_are_not_finite_are_skipped_and_three_in_a_row_stop_the_run(
+    model, tmp_path, capsys, monkeypatch
+):
+    collect, broken = Collector.collect, (2, 4, 5, 6)
+
+    def broken_rewards(self, params, rng, step):
+        experience = collect(self, params, rng, step)
+        if step in broken:
+            reward = np.full_like(experience.scored.reward, np.nan)
+            experience.scored = dataclasses.replace(experience.scored, reward=reward)
+        return experience
+
+    monkeypatch.setattr(Collector, "collect", broken_rewards)
+    path = tmp_path / "nan.yaml"
+    raw = tiny_run(model, tmp_path, train={"steps": 8, "checkpoint_every": 100, "eval_every": 0})
+    raw["data"]["eval"] = None
+    path.write_text(yaml.safe_dump(raw))
+    words = ["train", str(path), "mesh.fsdp=1", "mesh.data=-1", "rollout.prompts_per_step=8",
+             "train.prompts_per_update=8"]  # fmt: skip
+    assert cli.main(words) == 1
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()[-1:]
+    assert "step 6: not finite: update/loss nan" in line and "checkpoint 7 is good" in line
+    assert "warning: step 2: not finite" in said.out + said.err
+    assert [file.name for file in (tmp_path / "tiny").glob("nan_step_*")] == ["nan_step_6.0.npz"]
+    found = lines(tmp_path / "tiny")
+    assert [step["update/not_finite"] for step in found] == [step in broken for step in range(1, 8)]
+    norms = [step["update/param_norm"] for step in found]
+    assert norms[0] == norms[1] != norms[2] == norms[5] != norms[6]
+    # The same command resumes behind the three, though they would be as before.
+    assert cli.main(words) == 0
+    assert [line["step"] for line in lines(tmp_path / "tiny")] == list(range(1, 9))
 
 
 def test_a_folder_of_another_config_is_refused(model, unbroken, capsys):
@@ -114,6 +154,30 @@ def test_a_folder_of_another_config_is_refused(model, unbroken, capsys):
     assert sorted(p.name for p in unbroken.iterdir()) == before
 
 
+@pytest.mark.slow
+def test_a_longer_run_resumes_with_smaller_sizes_from_a_moved_model_but_not_from_another(
+    model, unbroken, tmp_path
+):
+    shutil.copytree(unbroken, tmp_path / "moved")
+    shutil.copytree(model, tmp_path / "model")
+    raw = tiny_run(tmp_path / "model", tmp_path, name="moved")
+    raw["train"] |= {"steps": STEPS + 1, "max_tokens_per_microbatch": 256, "eval_every": 0}
+    raw["rollout"]["decode_slots"] = 3
+    out = finish(start("train", raw, tmp_path))
+    assert "resumes under another config" in out and f"train.steps: {STEPS} there" in out
+    found = lines(tmp_path / "moved")
+    assert found[: len(lines(unbroken))] == lines(unbroken)
+    assert [line["step"] for line in found if "update/loss" in line] == list(range(1, STEPS + 2))
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"] = np.nextafter(weights["model.norm.weight"], np.float32(9))
+    save_file(weights, file, {"format": "pt"})
+    raw["train"]["steps"] += 1
+    out = finish(start("train", raw, tmp_path), 2)
+    assert "made of other weights than are here now" in out and "Traceback" not in out
+    assert lines(tmp_path / "moved") == found
+
+
 @pytest.mark.parametrize(
     "override, said",
     [
@@ -123,6 +187,7 @@ def test_a_folder_of_another_config_is_refused(model, unbroken, capsys):
         ("rollout.temprature=1", "nearest: temperature"),
         ("mesh.tensor=3", "3"),
         ("data.synthetic_size=4", "4 records, fewer than"),
+        ("train.steps=9999999999", "train.steps 9999999999: more than 2147483647 records"),
         ("data.eval=nowhere.parquet", "nowhere.parquet"),
     ],
 )

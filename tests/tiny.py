@@ -10,7 +10,7 @@ import numpy as np
 
 from rest_jax.config import CurriculumConfig, LossConfig, MeshConfig, OptimizerConfig, WeightsConfig
 from rest_jax.distributed import activate, make_mesh
-from rest_jax.models.cache import Cache
+from rest_jax.models.cache import Cache, DecodeLayout, GatheredKeys, Pool
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import Decoder, init_params, unstack_layers
 from rest_jax.rl.curriculum import Schedule
@@ -27,11 +27,13 @@ GROUP, TIME = 4, 12
 
 
 @functools.cache
-def decoder(remat: str = "none", layers: str = "scan", experts: int = 0) -> Decoder:
+def decoder(
+    remat: str = "none", layers: str = "scan", experts: int = 0, attention: str = "blocks"
+) -> Decoder:
     """Two layers of the Qwen3 kind, float32; every dimension divides by 4. `experts`: two of them for every token."""
     sizes = ("qwen3_moe" if experts else "qwen3", VOCAB, 32, 2, 4, 4, 8, 16 if experts else 64)
     mixture = {"n_experts": experts, "experts_per_token": 2, "norm_topk": True} if experts else {}
-    options: dict[str, Any] = {"remat": remat, "layers": layers, **mixture}
+    options: dict[str, Any] = {"remat": remat, "layers": layers, "attention": attention, **mixture}
     return Decoder(DecoderConfig(*sizes, qk_norm=True, tied=True, **options))
 
 
@@ -71,12 +73,14 @@ def sampler(
     group: int = GROUP,
     layers: str = "scan",
     experts: int = 0,
+    attention: str = "blocks",
     **settings,
 ):
     """(params, prompts, rng, step) -> RolloutBatch on a mesh of that shape."""
     where = mesh(*shape)
     rollout_settings = RolloutSettings(group, TIME, (STOP,), PAD, sampling, **settings)
-    engine = make_engine(decoder(layers=layers, experts=experts), rollout_settings, where)
+    made = decoder(layers=layers, experts=experts, attention=attention)
+    engine = make_engine(made, rollout_settings, where)
     return Sampler(engine, rollout_settings, where)
 
 
@@ -133,23 +137,30 @@ def predicting(rows: Rows, hidden: jax.Array, batch: ResponseBatch) -> jax.Array
 def empty_cache(kv, prompt_length, group_size: int, width: int) -> Cache:
     """Cache of P data shards, each with one prompt and decode slots for its `group_size` responses of `width` tokens.
 
-    `kv` is what a pass over `prompt_rows` with `return_kv=True` returned, `[L P Tp K H]` each; every response starts at index 0.
+    `kv` is what a pass over `prompt_rows` with `return_kv=True` returned, `[L P Tp K H]` each; every response starts.
     """
-    prompt_k, prompt_v = (x.transpose(0, 1, 3, 2, 4)[:, :, None] for x in kv)
-    layers, prompts, _, heads, _, head_dim = prompt_k.shape
-    empty = jnp.zeros((layers, prompts, group_size, heads, width, head_dim), prompt_k.dtype)
+    pool = Pool(*(x.transpose(0, 1, 3, 2, 4)[:, :, None] for x in kv))
+    layers, prompts, _, heads, _, head_dim = pool.k.shape
+    empty = jnp.zeros((layers, prompts, group_size, heads, width, head_dim), pool.k.dtype)
     slots = jnp.broadcast_to(jnp.arange(group_size, dtype=jnp.int32), (prompts, group_size))
-    return Cache(
-        prompt_k,
-        prompt_v,
-        response_k=empty,
-        response_v=empty,
-        prompt_length=prompt_length.astype(jnp.int32)[:, None],
-        index=jnp.zeros_like(slots),
+    length = prompt_length.astype(jnp.int32)[:, None]
+    seen = jnp.arange(pool.k.shape[-2]) < length[..., None]
+    layout = DecodeLayout(
+        GatheredKeys(seen, recent=jnp.zeros((*slots.shape, width), bool)),
+        time=jnp.int32(0),
         entry=jnp.zeros_like(slots),
         member=slots,
         members=slots[:, None],
     )
+    return Cache(pool, empty, empty, layout, length + jnp.zeros_like(slots))
+
+
+def next_token(cache: Cache) -> Cache:
+    """The cache of `empty_cache` after a pass of the decoder, as the next one takes it."""
+    time, keys = cache.layout.time, cache.layout.keys
+    keys = keys._replace(recent=keys.recent.at[:, :, time].set(True))
+    layout = dataclasses.replace(cache.layout, keys=keys, time=time + 1)
+    return dataclasses.replace(cache, layout=layout, positions=cache.positions + 1)
 
 
 def optimizer():

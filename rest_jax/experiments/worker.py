@@ -29,7 +29,7 @@ from optuna.trial import Trial, TrialState
 
 from rest_jax import config as config_lib
 from rest_jax.config import Config, ConfigError
-from rest_jax.errors import RunStopped, UserError
+from rest_jax.errors import UNFINISHED, RunStopped, UserError
 from rest_jax.experiments import storage
 from rest_jax.run.environment import handled
 from rest_jax.run.metrics import METRICS_FILE, read_lines
@@ -218,7 +218,7 @@ class Worker:
         """Raises _Failed when the run did, and _Lost when it was stopped before its last step."""
         found, steps = evaluations(config, self.experiment.metric), config.train.steps
         early = code == 0 and steps is not None and max(found, default=steps) < steps
-        if code == -signal.SIGTERM or early:
+        if code in (-signal.SIGTERM, UNFINISHED) or early:
             raise _Lost("its run was stopped; free for any worker")
         if code:
             raise _Failed(how_it_failed(code, log))

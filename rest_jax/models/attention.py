@@ -1,8 +1,8 @@
 """Attention under every layout, as pure functions of queries, keys and values.
 
 Rows (`RowLayout`) go through one of two kernels that never hold a row's scores: `block_attention` in plain operations of XLA,
-`flash_attention` on TPUs. Decoding (`DecodeLayout`) reads a `Cache`: a query's keys come in parts (the shared prompt, the
-response's own tokens, the token just made) that are joined in one softmax.
+`flash_attention` on TPUs. Decoding (`DecodeLayout`) reads a `Cache`: a query's keys come in parts (the shared prompt, what the
+response has drawn, the token just made) that are joined in one softmax.
 
 Keys are never repeated for grouped queries (N = K * R): every product is one batch of plain matrices, in the order in which
 memory holds them. Scores and softmax are float32. A query that may see nothing (padding) yields zero, in value and gradient.
@@ -12,7 +12,7 @@ Positions are given by the caller (`prompt_rows`, `rl.packing.Rows`, `Cache.posi
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,26 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rest_jax.distributed import BATCH_AXES, num_data_shards
 from rest_jax.models.block_attention import WIDE, block_attention
-from rest_jax.models.cache import DecodeLayout, LayerCache, RowLayout
+from rest_jax.models.cache import (
+    DecodeLayout,
+    GatheredKeys,
+    LayerCache,
+    PagedKeys,
+    RowLayout,
+)
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.flash_attention import flash_attention
+from rest_jax.models.paged_attention import (
+    Partial,
+    Response,
+    attend_part,
+    attend_prompts,
+    attend_responses,
+    join,
+    normalise,
+)
 
 Layout = RowLayout | DecodeLayout
-
-_FLOOR = -1e30  # score of what may not be seen: finite, so that nothing becomes NaN
 
 # by DecoderConfig.attention: (scaled q [B K R T H], k and v [B K T H], layout) -> [B K R T H]
 KERNELS = {
@@ -35,14 +48,6 @@ KERNELS = {
     "wide_blocks": functools.partial(block_attention, blocks=WIDE),
     "flash": flash_attention,
 }
-
-
-class Partial(NamedTuple):
-    """Unnormalised attention over one part of the keys: values weighted by exp(score - peak), total weight, peak."""
-
-    out: Float[Array, "*B H"]  # float32, as all three
-    total: Float[Array, "*B"]
-    peak: Float[Array, "*B"]
 
 
 def prompt_rows(
@@ -70,7 +75,7 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Attention of queries over keys and values under `layout`, in q's dtype.
 
-    DecodeLayout alone needs `cache`; `kv` None means that the cache holds the new tokens' keys and values already.
+    DecodeLayout alone needs `cache`; `kv` None means that `recent` holds the new tokens' keys and values already.
     """
     if isinstance(layout, RowLayout):
         if kv is None:
@@ -78,7 +83,7 @@ def attend(
         return attend_rows(q, *kv, layout, KERNELS[cfg.attention])
     if cache is None:
         raise ValueError("attend: DecodeLayout needs a cache")
-    out = attend_cache(_by_kv_head(q, cache.response_k), kv, layout, cache, cfg.precision)
+    out = attend_cache(_by_kv_head(q, cfg.n_kv_heads), kv, layout, cache, cfg)
     return out.reshape(q.shape).astype(q.dtype)
 
 
@@ -124,7 +129,7 @@ def _divides(mesh, q, k) -> bool:
 
 
 def _attend_heads_first(q, k, v, layout: RowLayout, kernel):
-    by_head = _by_kv_head(q, k).transpose(0, 2, 3, 1, 4)  # [B T K R H] -> [B K R T H]
+    by_head = _by_kv_head(q, k.shape[2]).transpose(0, 2, 3, 1, 4)  # [B T K R H] -> [B K R T H]
     out = kernel(by_head, *(x.transpose(0, 2, 1, 3) for x in (k, v)), layout)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
@@ -134,71 +139,59 @@ def attend_cache(
     own: tuple[Float[Array, "W N K H"], Float[Array, "W N K H"]] | None,
     layout: DecodeLayout,
     cache: LayerCache,
-    precision: jax.lax.Precision,
+    cfg: DecoderConfig,
 ) -> Float[Array, "W N K R H"]:
-    """New tokens against their prompt (< prompt_length), their row's earlier tokens (< index) and themselves.
+    """New tokens against their prompt, their response's earlier tokens and themselves.
 
-    `own` holds their keys and values; None: the cache has them already, at `index`. Rows are brought together by prompt,
-    so that the keys of a prompt are read once for all its rows.
+    `own` holds their keys and values; None: `recent` has them already. Queries are brought together by prompt, so that the keys
+    of a prompt are read once for all its responses.
     """
+    together = _by_prompt(q, layout)
+    if isinstance(layout.keys, PagedKeys):
+        if own is None or cache.layer is None:
+            raise ValueError("attend: the kernels take stacked layers, and new tokens apart")
+        pages = cache.pool, cache.layer
+        with jax.named_scope("prompt_pages"):
+            shared = attend_prompts(together, *pages, layout.keys.prompts, cfg.precision)
+        prompt = (_back_to_rows(x, layout, q.shape[3]) for x in shared)
+        response = Response(cache.recent_k, cache.recent_v, *own, *prompt)
+        with jax.named_scope("response_pages"):
+            return attend_responses(q, *pages, layout.keys.responses, response, cfg.precision)
+    k, v = cache.pool
+    shared: Any = attend_part(together, k, v, layout.keys.prompts[:, :, None, None], cfg.precision)  # type: ignore[arg-type]
+    shared = Partial(*(_back_to_rows(x, layout, q.shape[3]) for x in shared))
+    return normalise(join(shared, _attend_recent(q, own, layout, cache, cfg.precision)))
+
+
+def _attend_recent(q, own, layout: DecodeLayout, cache: LayerCache, precision) -> Partial:
+    """Attention to what responses have drawn, the new tokens among them."""
+    assert isinstance(layout.keys, GatheredKeys)
+    seen = layout.keys.recent
+    if own is None:
+        seen = seen | (jnp.arange(seen.shape[-1]) == layout.time)
+    recent = cache.recent_k, cache.recent_v
+    drawn = attend_part(q, *recent, seen[:, :, None, None], precision)
+    if own is None:
+        return drawn
+    score = jnp.sum(q.astype(jnp.float32) * own[0].astype(jnp.float32)[:, :, :, None], axis=-1)
+    value = jnp.broadcast_to(own[1].astype(jnp.float32)[:, :, :, None], q.shape)
+    return join(drawn, Partial(value, jnp.ones_like(score), score))
+
+
+def _by_prompt(q: Float[Array, "W N K R H"], layout: DecodeLayout) -> Float[Array, "W Q K GR H"]:
+    """The queries of every prompt's responses together."""
     shards, _, heads, repeats, width = q.shape
     prompts, members = layout.members.shape[1:]
     together = _take_rows(q, layout.members.reshape(shards, -1))
     together = together.reshape(shards, prompts, members, heads, repeats, width)
-    together = together.transpose(0, 1, 3, 2, 4, 5).reshape(
-        shards, prompts, heads, members * repeats, width
-    )
-    seen = jnp.arange(cache.prompt_k.shape[-2]) < layout.prompt_length[..., None]  # [W Q Tp]
-    shared = _attend_part(
-        together, cache.prompt_k, cache.prompt_v, seen[:, :, None, None], precision
-    )
-    parts = [Partial(*(_back_to_rows(x, layout, repeats) for x in shared))]
-
-    written = jnp.arange(cache.response_k.shape[-2]) < (layout.index + (own is None))[..., None]
-    parts.append(
-        _attend_part(q, cache.response_k, cache.response_v, written[:, :, None, None], precision)
-    )
-    if own is not None:
-        score = jnp.sum(q.astype(jnp.float32) * own[0].astype(jnp.float32)[:, :, :, None], axis=-1)
-        value = jnp.broadcast_to(own[1].astype(jnp.float32)[:, :, :, None], q.shape)
-        parts.append(Partial(value, jnp.ones_like(score), score))
-    return _merge(*parts)
+    together = together.transpose(0, 1, 3, 2, 4, 5)
+    return together.reshape(shards, prompts, heads, members * repeats, width)
 
 
-def _by_kv_head(q, keys):
-    """Scaled queries by the head of the keys they go to: `[B T N H]` -> `[B T K R H]`; `keys` has K as axis 2."""
+def _by_kv_head(q, kv_heads: int):
+    """Scaled queries by the head of the keys they go to: `[B T N H]` -> `[B T K R H]`."""
     batch, time, heads, width = q.shape
-    kv_heads = keys.shape[2]
     return (q * width**-0.5).reshape(batch, time, kv_heads, heads // kv_heads, width)
-
-
-def _product(axes, x, y, precision):
-    """einsum that sums in float32."""
-    return jnp.einsum(axes, x, y, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _attend_part(
-    q: Float[Array, "*B M H"],
-    k: Float[Array, "*B S H"],
-    v: Float[Array, "*B S H"],
-    mask: Bool[Array, "..."],
-    precision: jax.lax.Precision,
-) -> Partial:
-    """Attention of scaled queries over one part of the keys."""
-    score = jnp.where(mask, _product("...mh,...sh->...ms", q, k, precision), _FLOOR)
-    peak = jnp.maximum(jnp.max(score, axis=-1), 0.5 * _FLOOR)
-    weight = jnp.exp(score - peak[..., None])
-    out = _product("...ms,...sh->...mh", weight.astype(v.dtype), v, precision)
-    return Partial(out, jnp.sum(weight, axis=-1), peak)
-
-
-def _merge(*parts: Partial) -> Float[Array, "*B H"]:
-    """One softmax over the keys of all parts, float32; zero where no part saw a key."""
-    peak = functools.reduce(jnp.maximum, (p.peak for p in parts))
-    scale = [jnp.exp(p.peak - peak) for p in parts]
-    total = sum(s * p.total for s, p in zip(scale, parts, strict=True))
-    out = sum(s[..., None] * p.out for s, p in zip(scale, parts, strict=True))
-    return out / jnp.where(total > 0, total, 1.0)[..., None]
 
 
 def _take_rows(x, index):

@@ -3,19 +3,23 @@
 RowLayout     `[B, T]`: rows of tokens that see earlier ones; prompts before decoding, packed groups in the update.
 DecodeLayout  `[W, N]`: the next token of every decode slot against a `Cache`; the rollout.
 
-A cache is divided into W data shards (the parts of the batch axes of the mesh). A shard has Q prompt cache entries, each
-with the keys and values of one prompt, and N decode slots, each with those of one response; `entry` names the prompt cache
-entry that the response in a slot continues. `attention.prompt_rows`, `rl/packing.py` and
-`Cache.layout` make the layouts; `attention.py` attends under each of them.
+A cache is divided into W data shards (the parts of the batch axes of the mesh). A shard has one pool of pages, each with the keys
+and values of S tokens; a page table names the pages of each prompt and of each response (PagedAttention, arXiv:2309.06180).
+What is drawn in a call of `decode` is kept apart until the call ends, as the last page of `recent`, in which all slots write
+the same row at the same time. A kernel reads the pages where they are; without one they are laid side by side at the
+beginning of a call, those of prompts in `pool`, those of responses at the front of `recent`.
+
+`attention.prompt_rows`, `rl/packing.py` and `rollout/engine.py` make the layouts; `attention.py` attends under each of them.
 """
 
-import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
+
+from rest_jax.types import AnyArray
 
 Layers = jax.Array | tuple[jax.Array, ...]  # stacked on a leading axis L, or one array a layer
 
@@ -40,112 +44,133 @@ class RowLayout:
         return self.until > jnp.arange(self.until.shape[1])
 
 
+class PageTable(NamedTuple):
+    """The pages of B sequences of each data shard: the rows begin <= row < end of a page are keys of the sequence."""
+
+    page: Int[AnyArray, "W B M"]  # int32, as all three; begin = end: none of it is read
+    begin: Int[AnyArray, "W B M"]
+    end: Int[AnyArray, "W B M"]
+
+    def rows(self, size: int) -> Bool[Array, "W B rows"]:
+        """Which rows are keys of the sequence, if its pages, of `size` rows each, lie side by side."""
+        row = jnp.arange(size)
+        inside = (row >= self.begin[..., None]) & (row < self.end[..., None])
+        return inside.reshape(*inside.shape[:2], -1)
+
+    def only(self, wanted: Bool[Array, "W B"]) -> "PageTable":
+        """Of which the other sequences are not read."""
+        return self._replace(end=jnp.where(wanted[..., None], self.end, self.begin))
+
+
+class Visits(NamedTuple):
+    """Pages for a kernel to visit, sequence by sequence; behind `count` nothing is meant. Data shards one after another."""
+
+    sequence: Int[Array, " Wn"]  # int32, as all but the last
+    page: Int[Array, " Wn"]
+    begin: Int[Array, " Wn"]  # begin <= row < end are keys of the sequence
+    end: Int[Array, " Wn"]
+    recent: Int[Array, " Wn"]  # 1: not the page, but the sequence's rows of `recent`
+    count: Int[Array, " W"]
+    visited: Bool[Array, " WB"]  # which sequences have a visit
+
+
+class GatheredKeys(NamedTuple):
+    """Which keys are read where pages lie side by side."""
+
+    prompts: Bool[Array, "W Q rows"]  # of the pool
+    recent: Bool[Array, "W N R"]  # earlier tokens of the response in a slot
+
+
+class PagedKeys(NamedTuple):
+    """What the kernels visit."""
+
+    prompts: Visits
+    responses: Visits
+
+
 @struct.dataclass
 class DecodeLayout:
-    """One new token a decode slot, to be the `index`-th of its response.
+    """One new token a decode slot.
 
     `members` lists the slots of every prompt cache entry, `member` is the index of a slot in the list of its entry: with the
     two, attention brings the queries of a prompt together and back.
     """
 
-    prompt_length: Int[Array, "W Q"]  # int32
-    index: Int[Array, "W N"]  # int32
+    keys: GatheredKeys | PagedKeys
+    time: Int[Array, ""]  # int32: the row of `recent` that is the new token's
     entry: Int[Array, "W N"]  # int32
     member: Int[Array, "W N"]  # int32
     members: Int[Array, "W Q G"]  # int32 decode slots; unused elements hold any slot
 
 
-class LayerCache(NamedTuple):
-    """One layer of a Cache."""
+class Pool(NamedTuple):
+    """Pages of keys and values, in the compute dtype."""
 
-    prompt_k: Float[Array, "W Q K Tp H"]
-    prompt_v: Float[Array, "W Q K Tp H"]
-    response_k: Float[Array, "W N K S H"]
-    response_v: Float[Array, "W N K S H"]
+    k: Layers  # a layer: [W P K S H]
+    v: Layers
+
+    def write(self, page: Int[Array, "W B"], k: Layers, v: Layers) -> "Pool":
+        """With B whole pages (a layer: `[W B K S H]`) at these places; a page out of bounds is dropped."""
+
+        def put(x: jax.Array, value: jax.Array) -> jax.Array:
+            axis = int(is_stacked(x))
+            where = (slice(None),) * axis
+            one = jax.vmap(
+                lambda pages, at, new: pages.at[*where, at].set(new.astype(x.dtype), mode="drop"),
+                (axis, 0, axis),
+                axis,
+            )
+            return one(x, page, value)
+
+        def both(layers: Layers, values: Layers) -> Layers:
+            return jax.tree.map(put, layers, values)
+
+        return Pool(both(self.k, k), both(self.v, v))
+
+
+class LayerCache(NamedTuple):
+    """One layer of a Cache; for the kernels, all of them and its number."""
+
+    pool: Pool
+    layer: Int[Array, ""] | None
+    recent_k: Any  # [W N K R H]
+    recent_v: Any
 
     def write(
-        self, index: Int[Array, "W N"], k: Float[Array, "W N K H"], v: Float[Array, "W N K H"]
+        self, time: Int[Array, ""], k: Float[Array, "W N K H"], v: Float[Array, "W N K H"]
     ) -> "LayerCache":
-        """With one token's keys and values at `index` of every decode slot; a full slot drops the write."""
-        shard, slot = jnp.indices(index.shape)
-        where = (shard, slot, slice(None), index)
-        return self._replace(
-            response_k=_write(self.response_k, where, k),
-            response_v=_write(self.response_v, where, v),
-        )
+        """With the keys and values of the new tokens. A scatter: a dynamic-update-slice XLA would do again in what reads it, and
+        copy the array for that.
+        """
+
+        def put(x: jax.Array, new: jax.Array) -> jax.Array:
+            shard, slot = jnp.indices(x.shape[:2])
+            where = jnp.broadcast_to(time, shard.shape)
+            return x.at[shard, slot, :, where].set(new.astype(x.dtype))
+
+        return self._replace(recent_k=put(self.recent_k, k), recent_v=put(self.recent_v, v))
 
 
 @struct.dataclass
 class Cache:
     """Keys and values of prompts (stored once) and of the responses that continue them; dtype = compute dtype."""
 
-    prompt_k: Layers  # a layer: [W Q K Tp H]
-    prompt_v: Layers
-    response_k: Layers  # a layer: [W N K S H]
-    response_v: Layers
-    prompt_length: Int[Array, "W Q"]  # int32
-    index: Int[Array, "W N"]  # int32: response tokens written in each decode slot
-    entry: Int[Array, "W N"]  # int32; this and the next two: see DecodeLayout
-    member: Int[Array, "W N"]
-    members: Int[Array, "W Q G"]
-
-    @property
-    def layout(self) -> DecodeLayout:
-        """Layout of the next token of every decode slot."""
-        return DecodeLayout(self.prompt_length, self.index, self.entry, self.member, self.members)
-
-    @property
-    def positions(self) -> Int[Array, "W N"]:
-        """Positions of the next token of every decode slot."""
-        own = jnp.take_along_axis(self.prompt_length, self.entry, axis=1)
-        return own + self.index
-
-    @property
-    def layers(self) -> LayerCache:
-        """The four fields, each over all layers."""
-        return LayerCache(self.prompt_k, self.prompt_v, self.response_k, self.response_v)  # type: ignore[arg-type]
+    pool: Pool  # only read; gathered, a layer: [W Q K M*S H]
+    recent_k: Layers  # a layer: [W N K R H]
+    recent_v: Layers
+    layout: DecodeLayout  # of the next token of every decode slot
+    positions: Int[Array, "W N"]  # int32: of that token
 
     def append(self, k: Layers, v: Layers) -> "Cache":
-        """Writes one token's keys and values (a layer: `[W N K H]`) at `index` of every decode slot and advances it; a full
-        slot drops the write.
-        """
-        written = self.layers.write(self.index, k, v)  # type: ignore[arg-type]
-        return self.advance(written.response_k, written.response_v)
+        """With the keys and values of the new tokens, of stacked layers: `[L W N K H]`."""
 
-    def advance(self, response_k: Layers, response_v: Layers) -> "Cache":
-        """With these layers, into which a token was written, one token further."""
-        return dataclasses.replace(
-            self, response_k=response_k, response_v=response_v, index=self.index + 1
-        )
+        def put(x: jax.Array, new: jax.Array) -> jax.Array:
+            new = new[..., None, :].astype(x.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(x, new, self.layout.time, axis=x.ndim - 2)
 
-    def put_prompt(
-        self, entry: Int[Array, " W"], k: Layers, v: Layers, length: Int[Array, " W"]
-    ) -> "Cache":
-        """Puts a prompt (a layer: `[W T K H]`, T at most Tp) into one entry of every data shard; entry Q drops it."""
-        shard = jnp.arange(entry.shape[0])
-        time = jax.tree.leaves(k)[0].shape[-3]
-        where = (shard[:, None], entry[:, None], slice(None), jnp.arange(time)[None])
-        return dataclasses.replace(
-            self,
-            prompt_k=_write(self.prompt_k, where, k),
-            prompt_v=_write(self.prompt_v, where, v),
-            prompt_length=self.prompt_length.at[shard, entry].set(length, mode="drop"),
-        )
+        return self.replace(recent_k=put(self.recent_k, k), recent_v=put(self.recent_v, v))  # type: ignore[attr-defined]
 
 
 def is_stacked(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Whether an array of a cache holds the keys or values of all layers, `[L W ...]`; every other one leads with W."""
     return x.ndim == 6
-
-
-def _write(layers: Layers, where: tuple, new: Layers) -> Layers:
-    """Writes at `where`, the indices of one layer; what is out of bounds is dropped."""
-
-    def write(x: jax.Array, value: jax.Array) -> jax.Array:
-        value = value.astype(x.dtype)
-        if is_stacked(x):
-            # indexed axes come first, so the layer axis is the third of the update
-            return x.at[:, *where].set(jnp.moveaxis(value, 0, 2), mode="drop")
-        return x.at[where].set(value, mode="drop")
-
-    return jax.tree.map(write, layers, new)

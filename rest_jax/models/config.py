@@ -53,6 +53,8 @@ class DecoderConfig:
     param_dtype: Any = "float32"  # of freshly initialised parameters
     # one block looped over stacked parameters, or one block after the other
     layers: Literal["scan", "unroll"] = "scan"
+    # q, k, v and o are stored as plain matrices, [D, N*H] and [N*H, D], so that decoding changes no layout
+    flat_heads: bool = False
     # what the backward pass recomputes: nothing, the blocks, all but the outputs of matmuls
     remat: Remat = "block"
     # of rows (`attention.KERNELS`): blocks in XLA's operations, small or large, or the kernels of `flash_attention`

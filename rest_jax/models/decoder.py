@@ -12,6 +12,7 @@ q_bias [L N H], k_bias, v_bias [L K H], q_norm/scale, k_norm/scale [L H]; mlp/ga
 experts mlp/router [L D E], gate, up [L E D F], down [L E F D].
 """
 
+import dataclasses
 import functools
 from typing import Any, Literal
 
@@ -19,13 +20,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn.initializers import Initializer
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Integer, Key
 
 from rest_jax.distributed import logical_shardings, pin_rows
 from rest_jax.errors import UserError
 from rest_jax.models.attention import Layout, attend, valid_positions
-from rest_jax.models.cache import Cache, LayerCache, Layers, RowLayout
+from rest_jax.models.cache import Cache, LayerCache, Layers, Pool, RowLayout
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.moe import ExpertWeights, RouterRecord, mix_experts, record, route
 from rest_jax.models.rope import Rope, apply_rope, rope_tables
@@ -66,20 +67,29 @@ class Attention(nn.Module):
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None and cfg.layers == "unroll":
             # Written before it is read, so that XLA does so in place; under `scan` the caller writes all layers at once.
-            cache = cache.write(layout.index, k, v)  # type: ignore[union-attr]
+            cache = cache.write(layout.time, k, v)  # type: ignore[union-attr]
             out = attend(q, None, layout, cache, cfg)
-            kv = cache.response_k, cache.response_v
+            kv = cache.recent_k, cache.recent_v
         else:
             out = attend(q, (k, v), layout, cache, cfg)
             kv = k, v
-        shape, axes = (cfg.n_heads, cfg.head_dim, cfg.d_model), ("heads", "head_dim", "embed")
-        o = _weight(self, "o", shape, axes).reshape(-1, cfg.d_model)
+        if cfg.flat_heads:
+            o = _weight(self, "o", (cfg.n_heads * cfg.head_dim, cfg.d_model), ("heads", "embed"))
+        else:
+            shape, axes = (cfg.n_heads, cfg.head_dim, cfg.d_model), ("heads", "head_dim", "embed")
+            o = _weight(self, "o", shape, axes).reshape(-1, cfg.d_model)
         return _times(out.reshape(*x.shape[:2], -1), o, cfg), kv
 
     def _project(self, x, name: str, axis: str, heads: int):
         cfg = self.cfg
-        w = _weight(self, name, (cfg.d_model, heads, cfg.head_dim), ("embed", axis, "head_dim"))
-        y = _times(x, w.reshape(cfg.d_model, -1), cfg).reshape(*x.shape[:2], heads, cfg.head_dim)
+        if cfg.flat_heads:
+            w = _weight(self, name, (cfg.d_model, heads * cfg.head_dim), ("embed", axis))
+            # A product that is fused with what is done by head wants its matrix transposed, and libtpu copies that for it.
+            y = jax.lax.optimization_barrier(_times(x, w, cfg))
+        else:
+            shape, axes = (cfg.d_model, heads, cfg.head_dim), ("embed", axis, "head_dim")
+            y = _times(x, _weight(self, name, shape, axes).reshape(cfg.d_model, -1), cfg)
+        y = y.reshape(*x.shape[:2], heads, cfg.head_dim)
         if cfg.qkv_bias:
             shape, axes = (heads, cfg.head_dim), (axis, "head_dim")
             bias = _param(self, f"{name}_bias", nn.initializers.zeros, shape, axes)
@@ -159,7 +169,7 @@ class Decoder(nn.Module):
         return_kv: bool = False,
         replayed: Integer[Array, "L B T k"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeysValues | Cache | None]:
-        """Hidden states in the compute dtype, and the advanced cache, (k, v) on `return_kv`, or None.
+        """Hidden states in the compute dtype, and the cache with the token written, (k, v) on `return_kv`, or None.
 
         A token id outside the vocabulary gives NaN. With a cache, tokens are `[W, N]`, positions
         `cache.positions` and the layout `cache.layout`. `replayed` experts take the place of the routers' own choice.
@@ -170,25 +180,34 @@ class Decoder(nn.Module):
         if not cfg.tied:
             _param(self, "head", _INIT, shape, axes)  # read by `head_matrix`, not by the trunk
         rope = rope_tables(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
-        layers = None if cache is None else cache.layers
         return_kv = return_kv or cache is not None
         x = pin_rows(jnp.take(embed, tokens, axis=0).astype(cfg.dtype))
         if cfg.layers == "scan":
-            x, kv = _stacked(cfg)(cfg, return_kv, name="blocks")(x, layers, rope, layout, replayed)
+            layers = None
+            if cache is not None:
+                number = jnp.arange(cfg.n_layers)
+                layers = LayerCache(cache.pool, number, cache.recent_k, cache.recent_v)
+            blocks = _stacked(cfg, cache is not None)(cfg, return_kv, name="blocks")
+            x, kv = blocks(x, layers, rope, layout, replayed)
         else:
-            x, kv = self._unrolled(x, layers, (rope, layout, replayed), return_kv)
+            x, kv = self._unrolled(x, cache, (rope, layout, replayed), return_kv)
         hidden = RMSNorm(cfg, name="final_norm")(x)
         if cache is None:
             return hidden, kv
-        return hidden, cache.append(*kv) if cfg.layers == "scan" else cache.advance(*kv)
+        if cfg.layers == "scan":
+            return hidden, cache.append(*kv)
+        return hidden, dataclasses.replace(cache, recent_k=kv[0], recent_v=kv[1])
 
-    def _unrolled(self, x, layers: LayerCache | None, inputs: tuple, return_kv: bool):
+    def _unrolled(self, x, cache: Cache | None, inputs: tuple, return_kv: bool):
         """Layer by layer: parameters, cache and keys and values come and go as one tree a layer (`unstack_layers`)."""
         (rope, layout, replayed), outputs = inputs, []
         for i in range(self.cfg.n_layers):
-            cache = None if layers is None else LayerCache(*(field[i] for field in layers))
+            own: Any = None
+            if cache is not None:
+                pool = Pool(cache.pool.k[i], cache.pool.v[i])
+                own = LayerCache(pool, None, cache.recent_k[i], cache.recent_v[i])
             block = _rematerialised(self.cfg)(self.cfg, return_kv, name=f"block_{i}")
-            x, kv = block(x, cache, rope, layout, None if replayed is None else replayed[i])
+            x, kv = block(x, own, rope, layout, None if replayed is None else replayed[i])
             outputs.append(kv)
         k_and_v: Any = tuple(zip(*outputs, strict=True)) if return_kv else None
         return x, k_and_v
@@ -313,9 +332,12 @@ def _rematerialised(cfg: DecoderConfig) -> Any:
     return nn.remat(Block, policy=policy, prevent_cse=False)
 
 
-def _stacked(cfg: DecoderConfig) -> Any:
+def _stacked(cfg: DecoderConfig, cached: bool) -> Any:
     """The block scanned over the layers."""
-    in_axes: Any = (0, nn.broadcast, nn.broadcast, 0)  # cache, rope, layout, replayed experts
+    # The kernel takes a layer's pages itself: to hand it a part would copy them.
+    whole: Any = nn.broadcast if cfg.attention == "flash" else 0
+    cache: Any = LayerCache(whole, 0, whole, whole) if cached else 0  # type: ignore[arg-type]
+    in_axes: Any = (cache, nn.broadcast, nn.broadcast, 0)  # cache, rope, layout, replayed experts
     return nn.scan(
         _rematerialised(cfg),
         variable_axes={"params": 0, "router": 0},
@@ -337,4 +359,31 @@ def param_shardings(
         raise UserError(
             f"mesh.expert {mesh.shape['expert']}: a {cfg.family} model has no experts; set mesh.expert 1 and raise mesh.fsdp"
         )
-    return logical_shardings(abstract_params(cfg), mesh, layout=layout)
+    # Flat heads are split as they are apart: never within one.
+    apart = dataclasses.replace(cfg, flat_heads=False)
+    shardings = logical_shardings(abstract_params(apart), mesh, layout=layout)
+    if not cfg.flat_heads:
+        return shardings
+
+    def flat(path: tuple[Any, ...], sharding: NamedSharding) -> NamedSharding:
+        if axis := head_dim_axis(path):
+            spec = [*sharding.spec]
+            del spec[axis]
+            return NamedSharding(mesh, PartitionSpec(*spec))
+        return sharding
+
+    return jax.tree_util.tree_map_with_path(flat, shardings)
+
+
+def head_dim_axis(path: tuple[Any, ...]) -> int | None:
+    """The axis that flat heads join to the one before it, of a parameter in the tree; None: it has none."""
+    return {"q": -1, "k": -1, "v": -1, "o": -2}.get(path[-1].key)
+
+
+def flatten_heads(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+    """A parameter as it is with `flat_heads`."""
+    axis = head_dim_axis(path)
+    if axis is None:
+        return x
+    end = x.ndim + axis
+    return x.reshape(*x.shape[: end - 1], -1, *x.shape[end + 1 :])

@@ -188,7 +188,7 @@ def describe_speed(
 
 
 # Programs of a step that sample; the others are the update's.
-_SAMPLING = ("cast", "prefill", "insert", "start", "decode")
+_SAMPLING = ("cast", "prefill", "decode")
 
 
 def _describe_step(
@@ -232,7 +232,6 @@ def count_calls(setup: Any, lengths: Any, names: Iterable[str]) -> dict[str, Cal
     """How often a step calls the programs of these names when all groups are active and as long as `lengths`."""
     from rest_jax.planning import programs
     from rest_jax.planning.setup import all_groups, micro_batches
-    from rest_jax.rollout.engine import CHUNK
 
     update, forward = (
         len(micro) for micro in (micro_batches(setup, lengths), all_groups(setup, lengths))
@@ -245,16 +244,15 @@ def count_calls(setup: Any, lengths: Any, names: Iterable[str]) -> dict[str, Cal
         "apply": Calls(setup.updates),
     }
     if setup.step is not None:
-        groups, _, _, settings = programs.training_rollout(setup, lengths)
-        _, slots = settings.sizes(groups)
-        rounds = -(-groups * settings.group_size // slots)
-        chunks = rounds * -(-lengths.response // CHUNK)
+        rollout = programs.training_rollout(setup, lengths)
+        rounds = -(-rollout.groups * setup.group_size // rollout.sizes.slots)
+        page = rollout.settings.page
+        prompts = rollout.prefill_width // (page * -(-lengths.prompt // page))  # of a row
+        tokens = rounds * lengths.response
         calls |= {
             "cast": Calls(1),
-            "prefill": Calls(groups),
-            "insert": Calls(groups),
-            "start": Calls(rounds),
-            "decode": Calls(chunks, rounds * lengths.response),
+            "prefill": Calls(-(-rollout.groups // prompts)),
+            "decode": Calls(-(-tokens // page), tokens),
         }
     return {name: calls[name] for name in names}
 

@@ -11,8 +11,9 @@ from typing import Any
 from rest_jax.config import Config
 from rest_jax.errors import UserError
 
-ROLLOUT = ("cast", "prefill", "insert", "start", "decode", "resize", "evaluation")
+ROLLOUT = ("cast", "prefill", "decode", "evaluation")
 _FEWEST_SLOTS = 8
+_FEWEST_CACHED = 8192  # tokens of `rollout.cache_tokens`
 _FEWEST_TOKENS = 1024
 _TRIES = 12
 
@@ -63,7 +64,13 @@ def candidates(
     program = program.removeprefix("evaluation ")
     if program in ROLLOUT:
         moving = sum(parts.get(name, 0) for name in ("cache", "temporaries", "outputs"))
-        slots, fixed = config.rollout.decode_slots, parts["total"] - moving
+        fixed, tokens = parts["total"] - moving, config.rollout.cache_tokens
+        if tokens is not None and parts.get("cache") and program != "cast":
+            cached = parts["cache"]
+            fewer = _share(tokens, cached, limit - parts["total"] + cached)
+            if fewer >= _FEWEST_CACHED:
+                yield {"rollout.cache_tokens": fewer}
+        slots = config.rollout.decode_slots
         fewer = _share(slots, moving, limit - fixed)
         if program not in ("cast", "prefill") and fewer >= _FEWEST_SLOTS:
             entries = config.rollout.prompt_cache_entries

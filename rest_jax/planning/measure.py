@@ -21,11 +21,12 @@ from rest_jax.planning.work import (
     instruction_bytes,
     instruction_flops,
     is_kernel,
+    kernel_bytes,
 )
 
 # Parts of the model, found in the name of an operation; the first that occurs counts.
 PARTS = (
-    "vocabulary", "head", "draw", "insert", "resize", "optimizer", "attention", "moe", "mlp", "norm", "trunk",
+    "vocabulary", "head", "draw", "insert", "start", "optimizer", "attention", "moe", "mlp", "norm", "trunk",
 )  # fmt: skip
 
 
@@ -84,7 +85,8 @@ class Sizes(NamedTuple):
 
     layers: int  # trips of the loop over layers
     experts: int = 0  # of a layer, on all devices: rows are taken to be spread evenly over them
-    # of loops that values decide, by the part that they are in; may be a mean. Others are kept apart, for each trip
+    # of loops that values decide, by the part that they are in, and visits of kernels, by the name of their scope; may be a mean.
+    # Other loops are kept apart, for each trip
     trips: Mapping[str, float] = MappingProxyType({})
 
 
@@ -110,14 +112,14 @@ def measure(
                     count=same.count + one.count, nbytes=same.nbytes + one.nbytes
                 )
             continue
-        work = _work(module, use, rates, sizes.experts)
+        work = _work(module, use, rates, sizes)
         if work is not None:
             into = sums[None in use.loops]
             into[part] = into.get(part, Work()) + work
     return Measured(sums[0], sums[1], tuple(moved.values()))
 
 
-def _work(module: Module, use: Use, rates: Rates, experts: int) -> Work | None:
+def _work(module: Module, use: Use, rates: Rates, sizes: Sizes) -> Work | None:
     """Of an instruction outside of fusions, with what it fuses."""
     instruction = use.instruction
     if use.fused or instruction.opcode in FREE or instruction.opcode.endswith("-done"):
@@ -126,7 +128,11 @@ def _work(module: Module, use: Use, rates: Rates, experts: int) -> Work | None:
     nbytes = instruction_bytes(module, instruction, use.computation)
     kernel = is_kernel(instruction)
     if kernel and (grouped := grouped_product(instruction, use.computation)):
-        flops = grouped.flops * (grouped.groups / experts if experts else 1)
+        flops = grouped.flops * (grouped.groups / sizes.experts if sizes.experts else 1)
+    for name, visits in sizes.trips.items():
+        if kernel and name in re.findall(r"\w+", instruction.op_name):
+            # what it says is that of one visit, and it does not read its operands whole
+            flops, nbytes = visits * flops, visits * kernel_bytes(instruction)
     limit = seconds = 0.0
     if rates.flops and rates.memory:
         limit = max(flops / rates.flops, nbytes / rates.memory)

@@ -112,7 +112,7 @@ def remedy(program: str) -> str:
         return "raise mesh.fsdp or mesh.tensor"
     if program.endswith(("update", "logprobs")):
         return "lower train.max_tokens_per_microbatch or raise mesh.fsdp or mesh.tensor"
-    return "lower rollout.decode_slots or raise mesh.tensor"
+    return "lower rollout.decode_slots or rollout.cache_tokens, or raise mesh.tensor"
 
 
 def refuse_if_over(needed: Usage, limit: int) -> None:

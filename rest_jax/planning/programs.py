@@ -26,6 +26,7 @@ from rest_jax.distributed import (
     place,
     replicated,
 )
+from rest_jax.models.cache import PageTable
 from rest_jax.models.decoder import param_shardings
 from rest_jax.models.policy import Policy
 from rest_jax.planning.setup import (
@@ -39,22 +40,24 @@ from rest_jax.planning.setup import (
     rows_at,
 )
 from rest_jax.rl.curriculum import Schedule
-from rest_jax.rl.packing import Rows, bucket
+from rest_jax.rl.packing import Rows
 from rest_jax.rl.prepare import Recomputed
 from rest_jax.rl.step import Logprobs, Update, abstract_state, make_step
 from rest_jax.rl.supervised import GoldBatch, make_prepare_gold, make_supervised_update
 from rest_jax.rollout.engine import (
+    DecodeCall,
     Engine,
-    NewRequests,
+    PromptRows,
+    Requests,
     RolloutSettings,
-    Widths,
+    Sizes,
     cast_programs,
     make_engine,
     rollout_cast,
     rollout_decoder,
     token_routes,
 )
-from rest_jax.rollout.scheduler import response_widths, rollout_settings
+from rest_jax.rollout.scheduler import prefill_width, rollout_settings, table_columns
 from rest_jax.types import RolloutBatch, Routes, Sampling, ScoredBatch, TrainState
 
 Tree = Any
@@ -73,11 +76,10 @@ class Program:
 
 
 def step_programs(setup: Setup, lengths: Lengths) -> dict[str, Program]:
-    """The programs that a step at these lengths calls, in their order, but for `resize`, which it seldom does."""
+    """The programs that a step at these lengths calls, in their order."""
     found = {}
     if setup.step is not None:
         found |= rollout_programs(setup, training_rollout(setup, lengths))
-        del found["resize"]
     return found | update_programs(setup, rows_at(setup, lengths))
 
 
@@ -257,6 +259,28 @@ class Rollout(NamedTuple):
     widest: int
     settings: RolloutSettings
 
+    @property
+    def sizes(self) -> Sizes:
+        """What a data shard holds."""
+        return self.settings.sizes(self.groups, self.widest)
+
+    @property
+    def prefill_width(self) -> int:
+        """Positions of a row of prompts."""
+        pages = -(-self.lengths.prompt // self.settings.page)
+        return prefill_width(pages, self.groups * pages, self.settings.page)
+
+    def visited_pages(self) -> dict[str, float]:
+        """Pages that the kernels of `decode` visit for a token, by the name of their scope: those of the prompts of complete
+        groups, and of responses that have half of their length, what they have just drawn included.
+        """
+        page, slots = self.settings.page, self.sizes.slots
+        prompts = -(-slots // self.settings.group_size)
+        return {
+            "prompt_pages": prompts * -(-self.lengths.prompt // page),
+            "response_pages": slots * (self.lengths.response / 2 / page + 1),
+        }
+
 
 def training_rollout(setup: Setup, lengths: Lengths) -> Rollout:
     """The rollout of a step."""
@@ -281,7 +305,7 @@ def evaluation_programs(setup: Setup, held_out: HeldOut) -> dict[str, Program]:
     if setup.step is not None:
         del found["cast"]
     names = {
-        name: "evaluation" if name == "decode" else name if name == "cast" else f"evaluation {name}"
+        name: {"decode": "evaluation", "cast": "cast"}.get(name, f"evaluation {name}")
         for name in found
     }
     return {
@@ -291,76 +315,79 @@ def evaluation_programs(setup: Setup, held_out: HeldOut) -> dict[str, Program]:
 
 
 def rollout_programs(setup: Setup, rollout: Rollout) -> dict[str, Program]:
-    """`cast`, `prefill`, `insert`, `start`, `decode`, `resize` with caches for what is sampled."""
-    parts = _rollout_parts(setup.policy, rollout)
-    engine, weights, state, widths = parts.engine, parts.weights, parts.state, parts.widths
-    shards = engine.num_shards
-    of_shard, scalar = _numbers((shards,)), _numbers(())
-    of_slot = _numbers((shards, parts.slots))
-    tokens = _numbers((shards, widths.prompt))
-    requests = NewRequests(jax.ShapeDtypeStruct(of_slot.shape, bool), *(of_slot,) * 4)
+    """`cast`, `prefill`, `decode` with pages for what is sampled."""
+    policy, settings, sizes = setup.policy, rollout.settings, rollout.sizes
+    mesh, decoder = policy.rollout_mesh, rollout_decoder(policy)
+    engine = make_engine(decoder, settings, mesh)
+    weights = place(
+        jax.eval_shape(rollout_cast(policy), policy.params),
+        param_shardings(decoder.cfg, mesh, layout="rollout"),
+    )
+    state = place(
+        jax.eval_shape(functools.partial(engine.empty_state, sizes)), engine.state_shardings
+    )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    kept = place(of_slot, batch_sharding(setup.policy.rollout_mesh))
-    prefilled = jax.eval_shape(engine.prefill, weights, tokens, of_shard)._replace(routes=None)
+    given = place(
+        (_prompt_rows(engine, rollout), _decode_call(engine, rollout)), batch_sharding(mesh)
+    )
     trained = _trained(setup)
     moments = {name: tree for name, tree in trained.items() if name != "parameters"}
     own, cache = {"rollout weights": weights}, {"cache": state}
-    lowered = {
-        "cast": lambda: _lower_cast(setup.policy),
-        "prefill": lambda: engine.prefill.lower(weights, tokens, of_shard),
-        "insert": lambda: engine.insert.lower(state, prefilled, of_shard),
-        "start": lambda: engine.start.lower(state, requests, key, scalar),
-        "decode": lambda: engine.decode.lower(weights, state, scalar, of_shard),
-        "resize": lambda: engine.resize.lower(parts.narrower, kept, widths),
-    }
-    # what each takes, and what lies beside it
-    memory = {
-        "cast": ({"parameters": setup.policy.params}, moments | own),
-        "prefill": (own, trained | cache),
-        "insert": (cache, trained | own),
-        "start": (cache, trained | own),
-        "decode": (own | cache, trained),
-        "resize": ({"cache": parts.narrower}, trained | own),
-    }
-    until = np.full((1, widths.prompt), widths.prompt, np.int32)
-    trips = {"prefill": attention_trips(setup.policy.config, until)}
-    return {
-        name: Program(name, lower, *memory[name], trips.get(name, {}))
-        for name, lower in lowered.items()
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class _RolloutParts:
-    """The engine of a rollout and what it works on, abstract."""
-
-    engine: Engine
-    weights: Tree
-    state: Tree  # as wide as it becomes
-    narrower: Tree  # as it was before
-    widths: Widths
-    slots: int  # decode slots of a data shard
-
-
-def _rollout_parts(policy: Policy, rollout: Rollout) -> _RolloutParts:
-    mesh, settings, lengths = policy.rollout_mesh, rollout.settings, rollout.lengths
-    decoder, cast = rollout_decoder(policy), rollout_cast(policy)
-    engine = make_engine(decoder, settings, mesh)
-    sizes = settings.sizes(rollout.groups)
-    at = param_shardings(decoder.cfg, mesh, layout="rollout")
-    # when responses have reached their length
-    reached = next(n for n in response_widths(settings) if n >= lengths.response)
-    widths = Widths(bucket(lengths.prompt, rollout.widest), reached)
-    shorter = [n for n in response_widths(settings) if n < reached]
-    before = widths._replace(response=shorter[-1] if shorter else reached)
-    states = (
-        place(
-            jax.eval_shape(functools.partial(engine.empty_state, *sizes, w)), engine.state_shardings
-        )
-        for w in (widths, before)
+    until = np.full((1, rollout.prefill_width), rollout.lengths.prompt, np.int32)
+    programs = (
+        Program(
+            "cast",
+            lambda: _lower_cast(policy),
+            {"parameters": policy.params},
+            moments | own,
+        ),
+        Program(
+            "prefill",
+            lambda: _lower_on(mesh, engine.prefill, weights, state, given[0]),
+            own | cache,
+            trained,
+            attention_trips(policy.config, until),
+        ),
+        Program(
+            "decode",
+            lambda: _lower_on(mesh, engine.decode, weights, state, given[1], key, _numbers(())),
+            own | cache,
+            trained,
+            rollout.visited_pages(),
+        ),
     )
-    weights = place(jax.eval_shape(cast, policy.params), at)
-    return _RolloutParts(engine, weights, *states, widths=widths, slots=sizes[1])
+    return {program.name: program for program in programs}
+
+
+def _lower_on(mesh: Mesh, program: Any, *given: Any) -> jax.stages.Lowered:
+    """On the mesh of rollouts, which may be another than that of the training."""
+    with activate(mesh):
+        return program.lower(*given)
+
+
+def _prompt_rows(engine: Engine, rollout: Rollout) -> PromptRows:
+    width = rollout.prefill_width
+    row = _numbers((engine.num_shards, width))
+    page = _numbers((engine.num_shards, width // rollout.settings.page))
+    return PromptRows(row, row, row, page, page, page, page)
+
+
+def _decode_call(engine: Engine, rollout: Rollout) -> DecodeCall:
+    """As it is when prompts and responses have reached their lengths."""
+    sizes, shards, page = rollout.sizes, engine.num_shards, rollout.settings.page
+    used = (-(-rollout.lengths.prompt // page), -(-rollout.lengths.response // page))
+    columns = table_columns(used, sizes, engine.gathers)
+    slot = _numbers((shards, sizes.slots))
+    waiting = _numbers((shards, sizes.entries * rollout.settings.group_size))
+    return DecodeCall(
+        queue=Requests(*(waiting,) * 5),
+        queued=_numbers((shards,)),
+        prompts=PageTable(*(_numbers((shards, sizes.entries, columns[0])),) * 3),
+        responses=PageTable(*(_numbers((*slot.shape, columns[1])),) * 3),
+        running=_numbers(slot.shape, bool),
+        next_page=slot,
+        enough=_numbers((shards,)),
+    )
 
 
 def _lower_cast(policy: Policy) -> Any:

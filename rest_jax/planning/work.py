@@ -49,6 +49,12 @@ def kernel_flops(instruction: Instruction) -> float:
     return float(found[1]) if found else 0.0
 
 
+def kernel_bytes(instruction: Instruction) -> float:
+    """Bytes that the cost estimate of a Pallas kernel says it reads and writes."""
+    found = re.search(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"', instruction.text)
+    return float(found[1]) if found else 0.0
+
+
 def _library_flops(instruction: Instruction, where: Computation) -> float:
     """Of a matrix product that a library computes (cuBLAS, oneDNN): the contracted dimensions stand in its config."""
     found = re.search(r'"lhs_contracting_dimensions":\["?([\d",]*)\]', instruction.text)

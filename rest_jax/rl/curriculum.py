@@ -62,8 +62,10 @@ def update(
     format_score: Float[Array, ""],
     cfg: Schedule,
 ) -> CurriculumState:
-    """Takes in one global batch. The first step runs at nu = 0; a region absent from the batch keeps its averages."""
-    present = stats.count > 0
+    """Takes in one global batch. The first step runs at nu = 0; a region that is absent from the batch, or whose entropy there
+    is not finite, keeps its averages.
+    """
+    present = (stats.count > 0) & jnp.isfinite(stats.entropy) & jnp.isfinite(stats.gini)
     decay = cfg.weights.ema_decay
 
     def smooth(old, new):

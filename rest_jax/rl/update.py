@@ -145,14 +145,21 @@ def zero_gradient(params: Params, batch: ResponseBatch, spec: UpdateSpec) -> tup
 def apply_gradient(
     state: TrainState, gradient: Params, totals: Totals, spec: UpdateSpec
 ) -> tuple[TrainState, Totals]:
-    """One optimiser update, with the norms of gradient, change and parameters among the metrics."""
+    """One optimiser update, with the norms of gradient, change and parameters among the metrics. Where loss or gradient is not
+    finite, parameters and optimiser state stay as they are.
+    """
+    norm = optax.tree.norm(gradient)
+    finite = jnp.isfinite(norm) & jnp.isfinite(totals.sums["update/loss"])
     updates, opt_state = spec.tx.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    norm = optax.tree.norm(gradient)
+    params, opt_state = jax.tree.map(
+        functools.partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state)
+    )
     sums = totals.sums | {
         "update/grad_norm": norm,
-        "update/update_norm": optax.tree.norm(updates),
+        "update/update_norm": jnp.where(finite, optax.tree.norm(updates), 0.0),
         "update/param_norm": optax.tree.norm(params),
+        NOT_FINITE: 1.0 - finite,
     }
     if spec.noise_groups is not None:
         counts = sums.pop(COUNTS) + spec.noise_groups
@@ -173,6 +180,7 @@ def apply_with_host_moments(
     return apply_gradient(dataclasses.replace(state, opt_state=moments), gradient, totals, spec)
 
 
+NOT_FINITE = "update/not_finite"  # 1 for an update that was skipped
 SQUARES, COUNTS = "noise/squares", "noise/counts"
 
 

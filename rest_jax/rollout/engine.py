@@ -1,14 +1,13 @@
 """The rollout on the device: pure, jitted functions over a fixed set of decode slots, which `scheduler.py` calls.
 
-    prefill(params, tokens, length)           -> Prefilled           runs one prompt a data shard through the trunk
-    insert(state, prefilled, entry)           -> DecodeState         puts its keys and values into a prompt cache entry
-    start(state, requests, rng, step)         -> DecodeState         begins new responses in decode slots
-    decode(params, state, steps, free)        -> DecodeState, Drawn  draws up to `CHUNK` tokens in every decode slot
-    resize(state, kept, widths)               -> DecodeState         changes the number of decode slots and the widths
+    prefill(params, state, rows)              -> DecodeState, routes  runs a row of prompts a data shard, writes their pages
+    decode(params, state, call, rng, step)    -> DecodeState, Drawn   draws up to `page` tokens in every decode slot
+    keep(slots, members, kept)                -> Slots, members       fewer decode slots
 
-A data shard is one part of the batch axes of the mesh. It has Q prompt cache entries and N decode slots of its own, so that
-nothing but the loop condition crosses shards. A response ends with the first stop id, which is its last token, or when it is
-`limit` tokens long. A decode slot whose response has ended draws nothing until it is started again.
+A data shard is one part of the batch axes of the mesh. It has a pool of pages, Q prompt cache entries and N decode slots of its
+own, so that nothing but the loop condition crosses shards. Which pages hold what, the scheduler says with every call; a decode
+slot whose response ends takes the next of the call's queue at once. A response ends with the first stop id, which is its
+last token, or when it is `limit` tokens long.
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Key, UInt
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from rest_jax.distributed import (
     BATCH_AXES,
@@ -29,27 +28,59 @@ from rest_jax.distributed import (
     platform,
     replicated,
 )
-from rest_jax.models.attention import prompt_rows
-from rest_jax.models.cache import Cache, Layers, is_stacked
+from rest_jax.models.cache import (
+    Cache,
+    DecodeLayout,
+    GatheredKeys,
+    Layers,
+    PagedKeys,
+    PageTable,
+    Pool,
+    RowLayout,
+    is_stacked,
+)
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import (
     Decoder,
     apply_routed,
+    flatten_heads,
     logits,
     param_shardings,
     unstack_layers,
 )
 from rest_jax.models.moe import compact
+from rest_jax.models.paged_attention import gather_pages, list_visits
 from rest_jax.models.policy import Policy
 from rest_jax.rollout.sampling import draw, row_keys, uniforms
 from rest_jax.types import AnyArray, Params, Sampling
 
-CHUNK = 64  # tokens that one call of `decode` draws at most in a decode slot
+PAGE = 64  # tokens of a page, and those that one call of `decode` draws at most in a decode slot
+NOBODY = -1  # owner of a decode slot that draws nothing
+_FEWEST_SLOTS = 8  # decode slots are not removed below this number
+_USUAL_TOKENS = 1024  # of a prompt or response, for which the pool has room by default
+
+
+class Sizes(NamedTuple):
+    """What a data shard holds in a rollout."""
+
+    entries: int  # Q: prompts in the cache
+    slots: int  # N: responses decoded at once
+    pages: int  # P: of the pool
+    prompt_pages: int  # of an entry at most
+    response_pages: int  # of a response at most
+
+    @property
+    def slot_counts(self) -> tuple[int, ...]:
+        """Decode slots that are left when there is less and less to do, descending. Each is compiled."""
+        counts = [self.slots]
+        while counts[-1] >= 4 * _FEWEST_SLOTS:
+            counts.append(-(-counts[-1] // 4))
+        return tuple(counts)
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutSettings:
-    """What is fixed for all rollouts of a sampler. Decode slots and prompt cache entries are those of one data shard."""
+    """What is fixed for all rollouts of a sampler. Decode slots, entries and tokens are those of one data shard."""
 
     group_size: int
     max_tokens: int  # Tr: response tokens, the stop id included
@@ -59,304 +90,407 @@ class RolloutSettings:
     decode_slots: int = 128
     # None: four times what complete groups need, so that a group's last responses keep no slot waiting
     prompt_cache_entries: int | None = None
-    width_ratio: int = 2  # between the widths of the response cache that are compiled
+    # None: what all of them need, but no more than 1,024 tokens for each prompt and each response
+    cache_tokens: int | None = None
+    page: int = PAGE
     record_routes: bool = False  # the experts of every token, for replay
 
-    def sizes(self, groups: int) -> tuple[int, int]:
-        """(prompt cache entries, decode slots) of a data shard that has `groups` groups to sample."""
+    def sizes(self, groups: int, prompt_tokens: int) -> Sizes:
+        """Of a data shard that has `groups` groups to sample, with prompts of `prompt_tokens` at most."""
         slots = min(self.decode_slots, groups * self.group_size)
         needed = -(-slots // self.group_size)
         entries = self.prompt_cache_entries or needed * (1 if self.group_size == 1 else 4)
-        return min(entries, groups), slots
-
-
-class Widths(NamedTuple):
-    """Tokens that an entry of the prompt cache and a slot of the response cache hold."""
-
-    prompt: int
-    response: int
+        entries = min(entries, groups)
+        prompt = -(-prompt_tokens // self.page)
+        # A response begins anywhere in its first page, and a call may end before its page is full, to remove slots.
+        cuts = len(Sizes(entries, slots, 0, 0, 0).slot_counts) - 1
+        response = -(-self.max_tokens // self.page) + 1 + cuts
+        usual = -(-_USUAL_TOKENS // self.page)
+        pages = entries * min(prompt, usual) + slots * min(response, usual + 1)
+        if self.cache_tokens is not None:
+            pages = -(-self.cache_tokens // self.page)
+        return Sizes(entries, slots, max(pages, prompt + response), prompt, response)
 
 
 @struct.dataclass
 class DecodeState:
     """What the device holds between calls."""
 
-    cache: Cache
+    pool: Pool
+    prompt_length: Int[Array, "W Q"]  # int32
     prompt_hidden: Float[Array, "W Q D"]  # predicts the first token after each prompt
+    members: Int[Array, "W Q G"]  # int32: the decode slot of each response to a prompt
+    slots: "Slots"
+
+
+@struct.dataclass
+class Slots:
+    """The decode slots."""
+
+    owner: Int[Array, "W N"]  # int32: the response in a decode slot; NOBODY: it draws nothing
     hidden: Float[Array, "W N D"]  # predicts the next token of each decode slot
     key: Key[Array, "W N"]
-    limit: Int[Array, "W N"]  # tokens of a slot's response at most
-    alive: Bool[Array, "W N"]  # whether the slot has a response that has not ended
+    entry: Int[Array, "W N"]  # int32
+    member: Int[Array, "W N"]  # int32: number of the response in its group
+    index: Int[Array, "W N"]  # int32: tokens drawn
+    limit: Int[Array, "W N"]  # int32: tokens of a slot's response at most
 
 
-class Prefilled(NamedTuple):
-    """One prompt a data shard after the trunk."""
+class PromptRows(NamedTuple):
+    """A row of prompts a data shard, each from the beginning of a page on; T = pages x page, up to E prompts."""
 
-    k: Layers  # a layer: [W T K H]
-    v: Layers
-    hidden: Float[AnyArray, "W D"]
-    length: Int[AnyArray, " W"]
-    routes: UInt[Array, "W T L k"] | None = None  # if they are recorded
+    tokens: Int[AnyArray, "W T"]
+    until: Int[AnyArray, "W T"]  # see RowLayout
+    position: Int[AnyArray, "W T"]
+    page: Int[AnyArray, "W B"]  # where each page of the row goes; P: nowhere
+    entry: Int[AnyArray, "W E"]  # Q: there is no such prompt
+    last: Int[AnyArray, "W E"]  # of the row: the prompt's last token
+    length: Int[AnyArray, "W E"]
 
 
-class NewRequests(NamedTuple):
-    """New responses: where `new`, decode slot n of shard w continues the prompt in `entry` as `sample` of prompt `row`."""
+class Requests(NamedTuple):
+    """Responses that wait: `owner` continues the prompt in `entry`, as `sample` of prompt `row`."""
 
-    new: Bool[AnyArray, "W N"]
-    entry: Int[AnyArray, "W N"]
-    row: Int[AnyArray, "W N"]
-    sample: Int[AnyArray, "W N"]
-    limit: Int[AnyArray, "W N"]
+    owner: Int[AnyArray, "W M"]
+    entry: Int[AnyArray, "W M"]
+    row: Int[AnyArray, "W M"]
+    sample: Int[AnyArray, "W M"]
+    limit: Int[AnyArray, "W M"]
+
+
+class DecodeCall(NamedTuple):
+    """What the scheduler says with a call of `decode`."""
+
+    queue: Requests
+    queued: Int[AnyArray, " W"]
+    prompts: PageTable  # [W Q M]
+    responses: PageTable  # [W N M]
+    running: Bool[AnyArray, "W N"]  # slots whose response goes on; the others' are dropped
+    next_page: Int[AnyArray, "W N"]  # where the tokens drawn go; P: the slot starts no response
+    # A call ends when no data shard has more responses than this, and none waits in a queue.
+    enough: Int[AnyArray, " W"]
 
 
 class Drawn(NamedTuple):
-    """What a call of `decode` drew: `count[w, n]` tokens in each slot, the first elements of its row; `alive` after it."""
+    """What a call of `decode` drew: at each of its steps the token of every slot that has an owner, its `index`-th."""
 
-    token: Int[AnyArray, "W N CHUNK"]
-    logp: Float[AnyArray, "W N CHUNK"]
-    entropy: Float[AnyArray, "W N CHUNK"]
-    gini: Float[AnyArray, "W N CHUNK"]
-    count: Int[AnyArray, "W N"]
-    alive: Bool[AnyArray, "W N"]
+    owner: Int[AnyArray, "W page N"]
+    index: Int[AnyArray, "W page N"]
+    token: Int[AnyArray, "W page N"]
+    logp: Float[AnyArray, "W page N"]
+    entropy: Float[AnyArray, "W page N"]
+    gini: Float[AnyArray, "W page N"]
+    routes: Any  # UInt [W page N L k], if they are recorded
+    # on every process
+    running: Int[AnyArray, "W N"]  # owners after the call
+    begin: Int[
+        AnyArray, "W N"
+    ]  # the step at which the slot's response began, if in this call; else 0
+    started: Int[AnyArray, " W"]  # requests taken from the queue
+    tokens: Int[AnyArray, " W"]  # drawn by a data shard
     steps: Int[AnyArray, ""]
-    routes: UInt[AnyArray, "W N CHUNK L k"] | None = None  # if they are recorded
 
 
 def empty_state(
-    cfg: DecoderConfig, group_size: int, shards: int, entries: int, slots: int, widths: Widths
+    cfg: DecoderConfig, group_size: int, page: int, shards: int, sizes: Sizes
 ) -> DecodeState:
-    """A state without prompts or responses; numbers of entries and slots are those of one data shard."""
-
-    def layers(count: int, width: int) -> Layers:
-        shape = (shards, count, cfg.n_kv_heads, width, cfg.head_dim)
-        if cfg.layers == "scan":
-            return jnp.zeros((cfg.n_layers, *shape), cfg.dtype)
-        return tuple(jnp.zeros(shape, cfg.dtype) for _ in range(cfg.n_layers))
-
-    zero = jnp.zeros((shards, slots), jnp.int32)
-    cache = Cache(
-        prompt_k=layers(entries, widths.prompt),
-        prompt_v=layers(entries, widths.prompt),
-        response_k=layers(slots, widths.response),
-        response_v=layers(slots, widths.response),
-        prompt_length=jnp.zeros((shards, entries), jnp.int32),
-        index=zero,
-        entry=zero,
-        member=zero,
-        members=jnp.zeros((shards, entries, group_size), jnp.int32),
-    )
+    """A state without prompts or responses."""
+    slot = jnp.zeros((shards, sizes.slots), jnp.int32)
+    entries = (shards, sizes.entries)
+    pool = Pool(*(empty_pages(cfg, shards, sizes.pages, page) for _ in "kv"))
     return DecodeState(
-        cache=cache,
-        prompt_hidden=jnp.zeros((shards, entries, cfg.d_model), cfg.dtype),
-        hidden=jnp.zeros((shards, slots, cfg.d_model), cfg.dtype),
-        key=jax.random.split(jax.random.key(0), (shards, slots)),
-        limit=zero,
-        alive=zero > 0,
+        pool=pool,
+        prompt_length=jnp.zeros(entries, jnp.int32),
+        prompt_hidden=jnp.zeros((*entries, cfg.d_model), cfg.dtype),
+        members=jnp.zeros((*entries, group_size), jnp.int32),
+        slots=Slots(
+            owner=slot + NOBODY,
+            hidden=jnp.zeros((*slot.shape, cfg.d_model), cfg.dtype),
+            key=jax.random.split(jax.random.key(0), slot.shape),
+            entry=slot,
+            member=slot,
+            index=slot,
+            limit=slot,
+        ),
     )
+
+
+def empty_pages(cfg: DecoderConfig, shards: int, pages: int, page: int) -> Layers:
+    """Keys or values of all layers, zero."""
+    shape = (shards, pages, cfg.n_kv_heads, page, cfg.head_dim)
+    if cfg.layers == "scan":
+        return jnp.zeros((cfg.n_layers, *shape), cfg.dtype)
+    return tuple(jnp.zeros(shape, cfg.dtype) for _ in range(cfg.n_layers))
 
 
 def prefill(
     params: Params,
-    tokens: Int[Array, "W T"],
-    length: Int[Array, " W"],
+    state: DecodeState,
+    rows: PromptRows,
     *,
     decoder: Decoder,
     settings: RolloutSettings,
-) -> Prefilled:
-    """Runs one right-padded prompt a data shard through the trunk."""
+) -> tuple[DecodeState, Any]:
+    """Runs the prompts through the trunk and puts them into their pages and entries. With them the experts of their tokens,
+    UInt [W T L k], if they are recorded.
+    """
     with jax.named_scope("prefill"):
-        layout, positions = prompt_rows(tokens, length)
+        width = rows.tokens.shape[1]
+        layout = RowLayout(rows.until, width * (width + 1) // 2)
         hidden, (k, v), router = apply_routed(
-            decoder, params, tokens, positions, layout, return_kv=True
+            decoder, params, rows.tokens, rows.position, layout, return_kv=True
         )
-        last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
+        last = jnp.take_along_axis(hidden, rows.last[..., None], axis=1)
         routes = None
         if router is not None and settings.record_routes:
             routes = compact(router.chosen, decoder.cfg)
-        return Prefilled(k, v, last, length, routes)
+
+    def pages(x):  # [W T K H] -> [W T/S K S H], of all layers or of one
+        heads = x.shape[-2:]
+        x = x.reshape(*x.shape[:-3], -1, settings.page, *heads)
+        return jnp.swapaxes(x, -3, -2)
+
+    with jax.named_scope("insert"):
+        shard = jnp.arange(rows.entry.shape[0])[:, None]
+        k, v = jax.tree.map(pages, (k, v))
+        return dataclasses.replace(
+            state,
+            pool=state.pool.write(rows.page, k, v),
+            prompt_length=state.prompt_length.at[shard, rows.entry].set(rows.length, mode="drop"),
+            prompt_hidden=state.prompt_hidden.at[shard, rows.entry].set(last, mode="drop"),
+        ), routes
 
 
-@jax.named_scope("insert")
-def insert(state: DecodeState, prefilled: Prefilled, entry: Int[Array, " W"]) -> DecodeState:
-    """Puts a prompt into prompt cache entry `entry` of each data shard; entry Q drops it."""
-    cache = state.cache.put_prompt(entry, prefilled.k, prefilled.v, prefilled.length)
-    shard = jnp.arange(entry.shape[0])
-    hidden = state.prompt_hidden.at[shard, entry].set(prefilled.hidden, mode="drop")
-    return dataclasses.replace(state, cache=cache, prompt_hidden=hidden)
-
-
-@jax.named_scope("start")
 def start(
-    state: DecodeState, requests: NewRequests, rng: Key[Array, ""], step: Int[Array, ""]
-) -> DecodeState:
-    """Begins the new responses; the other decode slots are left as they are."""
-    new, cache = requests.new, state.cache
-    shard, slot = jnp.indices(new.shape)
-    own = jnp.take_along_axis(state.prompt_hidden, requests.entry[..., None], axis=1)
-    entry = jnp.where(
-        new, requests.entry, cache.members.shape[1]
-    )  # not new: out of bounds, dropped
-    keys = row_keys(rng, step, requests.row, requests.sample)
-    cache = dataclasses.replace(
-        cache,
-        index=jnp.where(new, 0, cache.index),
-        entry=jnp.where(new, requests.entry, cache.entry),
-        member=jnp.where(new, requests.sample, cache.member),
-        members=cache.members.at[shard, entry, requests.sample].set(slot, mode="drop"),
-    )
-    return dataclasses.replace(
-        state,
-        cache=cache,
-        hidden=jnp.where(new[..., None], own, state.hidden),
-        key=jnp.where(new, keys, state.key),
-        limit=jnp.where(new, requests.limit, state.limit),
-        alive=state.alive | new,
-    )
+    state: DecodeState, call: DecodeCall, keys: Key[Array, "W M"], taken: Int[Array, " W"]
+) -> tuple[Slots, Int[Array, "W Q G"], Bool[Array, "W N"]]:
+    """Gives the next requests of the queue, of which `taken` are gone, to the decode slots that are free. Returns slots, members
+    and which slots are new.
+    """
+    slots, members = state.slots, state.members
+    free = (slots.owner == NOBODY) & (call.next_page < num_pages(state.pool))
+    at = taken[:, None] + jnp.cumsum(free, axis=1) - 1
+    new = free & (at < call.queued[:, None])
+    at = jnp.minimum(at, call.queue.owner.shape[1] - 1)
+
+    def begin() -> tuple[Slots, jax.Array]:
+        owner, entry, _, sample, limit = (
+            jnp.where(new, jnp.take_along_axis(x, at, axis=1), 0) for x in call.queue
+        )
+        shard, slot = jnp.indices(new.shape)
+        nowhere = jnp.where(new, entry, members.shape[1])  # not new: out of bounds, dropped
+        first = Slots(
+            owner=owner,
+            hidden=jnp.take_along_axis(state.prompt_hidden, entry[..., None], axis=1),
+            key=jnp.take_along_axis(keys, at, axis=1),
+            entry=entry,
+            member=sample,
+            index=jnp.zeros_like(entry),
+            limit=limit,
+        )
+        begun = jax.tree.map(
+            lambda x, old: jnp.where(new.reshape(*new.shape, *(1,) * (x.ndim - 2)), x, old),
+            first,
+            slots,
+        )
+        return begun, members.at[shard, nowhere, sample].set(slot, mode="drop")
+
+    return *jax.lax.cond(jnp.any(new), begin, lambda: (slots, members)), new
+
+
+def num_pages(pool: Pool) -> int:
+    """Pages of a data shard."""
+    return jax.tree.leaves(pool)[0].shape[-4]
 
 
 def decode(
     params: Params,
     state: DecodeState,
-    steps: Int[Array, ""],
-    free: Int[Array, " W"],
+    call: DecodeCall,
+    rng: Key[Array, ""],
+    step: Int[Array, ""],
     *,
     decoder: Decoder,
     settings: RolloutSettings,
 ) -> tuple[DecodeState, Drawn]:
-    """Draws at most `steps` (<= CHUNK) tokens in every decode slot; ends when `free[w]` slots of some shard w draw nothing.
+    """Draws a page of tokens in every decode slot, and puts it where `next_page` says.
 
-    Each step draws from the hidden state at hand, then runs the trunk on the token drawn.
+    Each step gives free slots the next responses, draws from the hidden states at hand, then runs the trunk on the tokens drawn.
     """
-    shape = state.alive.shape
-    uniform = uniforms(state.key, state.cache.index, CHUNK)
-    zero = jnp.zeros((CHUNK, *shape), jnp.float32)
-    out: Any = (jnp.full((CHUNK, *shape), settings.pad_id, jnp.int32), zero, zero, zero)
+    cfg, shape = decoder.cfg, call.running.shape
+    owner = jnp.where(call.running, state.slots.owner, NOBODY)
+    state = dataclasses.replace(state, slots=dataclasses.replace(state.slots, owner=owner))
+    zero, no_slot = jnp.zeros((settings.page, *shape), jnp.float32), jnp.zeros(shape, jnp.int32)
+    out = {"owner": zero.astype(jnp.int32) + NOBODY, "index": zero.astype(jnp.int32)}
+    out |= {"token": zero.astype(jnp.int32), "logp": zero, "entropy": zero, "gini": zero}
     if settings.record_routes:
-        routes = token_routes(decoder.cfg)
-        out = (*out, jnp.zeros((CHUNK, *shape, *routes.shape), routes.dtype))
+        routes = token_routes(cfg)
+        out["routes"] = jnp.zeros((*zero.shape, *routes.shape), routes.dtype)
+    gathered = cfg.attention != "flash"
+    read, recent = _beginning(state.pool, call, cfg, settings.page, gathered)
+    first_row = call.responses.page.shape[-1] * settings.page if gathered else 0
+    row = jnp.arange(settings.page)
+    keys = row_keys(rng, step, call.queue.row, call.queue.sample)
 
     def unfinished(carry):
-        t, _, state, _ = carry
-        return (t < steps) & jnp.all(jnp.sum(~state.alive, axis=1) < free)
+        t, state, _, progress, _ = carry
+        queued = call.queued - progress["started"]
+        left = jnp.sum(state.slots.owner != NOBODY, axis=1) + queued
+        return (t < settings.page) & jnp.any((left > call.enough) | (queued > 0))
 
     def decode_step(carry):
-        t, count, state, out = carry
+        t, state, recent, progress, out = carry
+        with jax.named_scope("start"):
+            slots, members, new = start(state, call, keys, progress["started"])
+            begin = jnp.where(new, t, progress["begin"])
+            # what the slot's former response wrote is not read
+            earlier = progress["earlier"] & ~new
+            alive = slots.owner != NOBODY
         with jax.named_scope("head"):
-            scores = logits(params, decoder.cfg, state.hidden)
+            scores = logits(params, cfg, slots.hidden)
         with jax.named_scope("draw"):
-            drawn = draw(scores, uniform[t], settings.sampling)
-        count = count + state.alive
-        token, cache = drawn[0], state.cache
-        stopped = jnp.isin(token, jnp.array(settings.stop_ids, jnp.int32))
-        stopped = stopped | (cache.index + 1 >= state.limit)
+            uniform = uniforms(slots.key, slots.index, 1)[0]
+            drawn = draw(scores, uniform, settings.sampling)
+        stopped = jnp.isin(drawn[0], jnp.array(settings.stop_ids, jnp.int32))
+        stopped = stopped | (slots.index + 1 >= slots.limit)
+        made = dict(zip(("token", "logp", "entropy", "gini"), drawn, strict=True))
+        made |= {"owner": slots.owner, "index": slots.index}
         with jax.named_scope("trunk"):
+            length = jnp.take_along_axis(state.prompt_length, slots.entry, axis=1)
+            prompts = call.prompts.only(_has_running(slots, members.shape[1]))
+            responses = call.responses.only(earlier & alive)
+            if gathered:
+                drawn_here = (row >= begin[..., None]) & (row < t)
+                seen = jnp.concatenate([responses.rows(settings.page), drawn_here], axis=-1)
+                read_keys: Any = GatheredKeys(prompts.rows(settings.page), seen)
+            else:
+                recent_rows = begin, jnp.where(alive, t, begin)
+                read_keys = PagedKeys(list_visits(prompts), list_visits(responses, recent_rows))
+            layout = DecodeLayout(
+                read_keys,
+                time=first_row + t,
+                entry=slots.entry,
+                member=slots.member,
+                members=members,
+            )
+            cache = Cache(read, recent[0], recent[1], layout, length + slots.index)
             hidden, cache, router = apply_routed(
-                decoder, params, token, cache.positions, cache.layout, cache
+                decoder, params, drawn[0], cache.positions, layout, cache
             )
         if settings.record_routes:
             assert router is not None  # only models with experts are asked to
-            drawn = (*drawn, compact(router.chosen, decoder.cfg))
-        out = tuple(x.at[t].set(y) for x, y in zip(out, drawn, strict=True))
-        state = dataclasses.replace(state, cache=cache, hidden=hidden, alive=state.alive & ~stopped)
-        return t + 1, count, state, out
+            made["routes"] = compact(router.chosen, cfg)
+        progress = {
+            "begin": begin,
+            "earlier": earlier,
+            "started": progress["started"] + jnp.sum(new, axis=1, dtype=jnp.int32),
+            "tokens": progress["tokens"] + jnp.sum(alive, axis=1, dtype=jnp.int32),
+        }
+        out = {name: x.at[t].set(made[name]) for name, x in out.items()}
+        owner = jnp.where(stopped, NOBODY, slots.owner)
+        slots = dataclasses.replace(slots, owner=owner, hidden=hidden, index=slots.index + 1)
+        state = dataclasses.replace(state, slots=slots, members=members)
+        return t + 1, state, (cache.recent_k, cache.recent_v), progress, out
 
+    none = jnp.zeros(shape[0], jnp.int32)
+    progress = {"begin": no_slot, "earlier": owner != NOBODY, "started": none, "tokens": none}
     with jax.named_scope("decode"):
-        first = (jnp.int32(0), jnp.zeros(shape, jnp.int32), state, out)
-        steps, count, state, out = jax.lax.while_loop(unfinished, decode_step, first)
-    token, logp, entropy, gini, *routes = (jnp.moveaxis(x, 0, 2) for x in out)
-    return state, Drawn(token, logp, entropy, gini, count, state.alive, steps, *routes)
+        first = (jnp.int32(0), state, recent, progress, out)
+        steps, state, recent, progress, out = jax.lax.while_loop(unfinished, decode_step, first)
+    with jax.named_scope("insert"):
+        pages = jnp.where(state.slots.owner != NOBODY, call.next_page, num_pages(state.pool))
+        last = jax.tree.map(lambda x: x[..., -settings.page :, :], recent)
+        state = dataclasses.replace(state, pool=state.pool.write(pages, *last))
+    return state, Drawn(
+        **{"routes": None} | {name: jnp.moveaxis(x, 0, 1) for name, x in out.items()},
+        running=state.slots.owner,
+        begin=progress["begin"],
+        started=progress["started"],
+        tokens=progress["tokens"],
+        steps=steps,
+    )
 
 
-@jax.named_scope("resize")
-def resize(state: DecodeState, kept: Int[Array, "W M"], widths: Widths) -> DecodeState:
-    """Keeps the given decode slots, in the given order, in caches of other widths; what lies beyond a width is lost."""
+def _beginning(
+    pool: Pool, call: DecodeCall, cfg: DecoderConfig, page: int, gathered: bool
+) -> tuple[Pool, tuple[Layers, Layers]]:
+    """What a call of `decode` reads as the pool of its `Cache`, and its `recent` keys and values."""
+    shards, slots = call.next_page.shape
+    empty = empty_pages(cfg, shards, slots, page)
+    if not gathered:
+        return pool, (empty, empty)
+    earlier = (gather_pages(layers, call.responses) for layers in pool)
+    k, v = (
+        jax.tree.map(lambda *x: jnp.concatenate(x, axis=-2), layers, empty) for layers in earlier
+    )
+    return Pool(*(gather_pages(layers, call.prompts) for layers in pool)), (k, v)
 
-    def to_width(x, width: int):
-        if x.shape[-2] >= width:
-            return x[..., :width, :]
-        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, width - x.shape[-2]), (0, 0)])
+
+def _has_running(slots: Slots, entries: int) -> Bool[Array, "W Q"]:
+    """Which prompts have a response in a decode slot."""
+    inside = slots.entry[..., None] == jnp.arange(entries)
+    return jnp.any(inside & (slots.owner != NOBODY)[..., None], axis=1)
+
+
+@jax.named_scope("keep")
+def keep(
+    slots: Slots, members: Int[Array, "W Q G"], kept: Int[Array, "W M"]
+) -> tuple[Slots, Int[Array, "W Q G"]]:
+    """Keeps the given decode slots, in the given order."""
 
     def take(x):
         return jax.vmap(lambda part, index: part[index])(x, kept)
 
-    def take_responses(x):
-        x = to_width(x, widths.response)
-        return jax.vmap(take)(x) if is_stacked(x) else take(x)
-
-    cache = state.cache
-    old, new = cache.index.shape[1], jnp.arange(kept.shape[1])
+    old, new = slots.owner.shape[1], jnp.arange(kept.shape[1])
     renumbered = jax.vmap(lambda slots: jnp.zeros(old, jnp.int32).at[slots].set(new))(kept)
-    cache = dataclasses.replace(
-        cache,
-        prompt_k=jax.tree.map(lambda x: to_width(x, widths.prompt), cache.prompt_k),
-        prompt_v=jax.tree.map(lambda x: to_width(x, widths.prompt), cache.prompt_v),
-        response_k=jax.tree.map(take_responses, cache.response_k),
-        response_v=jax.tree.map(take_responses, cache.response_v),
-        index=take(cache.index),
-        entry=take(cache.entry),
-        member=take(cache.member),
-        members=jax.vmap(lambda members, to: to[members])(cache.members, renumbered),
-    )
-    return dataclasses.replace(
-        state,
-        cache=cache,
-        hidden=take(state.hidden),
-        key=take(state.key),
-        limit=take(state.limit),
-        alive=take(state.alive),
-    )
+    members = jax.vmap(lambda members, to: to[members])(members, renumbered)
+    return jax.tree.map(take, slots), members
 
 
 class Engine(NamedTuple):
-    """The jitted functions. Arrays that lead with W are split over data shards; `insert`, `start`, `decode` donate the state."""
+    """The jitted functions. Arrays that lead with W are split over data shards; `prefill` and `decode` donate the state."""
 
-    empty_state: Callable[..., DecodeState]
-    prefill: Callable[..., Prefilled]
-    insert: Callable[..., DecodeState]
-    start: Callable[..., DecodeState]
+    empty_state: Callable[[Sizes], DecodeState]
+    prefill: Callable[..., tuple[DecodeState, Any]]
     decode: Callable[..., tuple[DecodeState, Drawn]]
-    resize: Callable[..., DecodeState]
+    keep: Callable[..., tuple[Slots, jax.Array]]
     state_shardings: DecodeState
     num_shards: int
+    gathers: bool  # pages: the fewer columns the tables have, the less `decode` does
     routes: jax.ShapeDtypeStruct | None = None  # [L k], of a token's recorded experts
 
 
 def make_engine(decoder: Decoder, settings: RolloutSettings, mesh: Mesh) -> Engine:
     """jit of the functions above on a mesh; weights are in the rollout layout."""
-    shards = num_data_shards(mesh)
-    empty = functools.partial(empty_state, decoder.cfg, settings.group_size, shards)
-    abstract = jax.eval_shape(lambda: empty(1, 1, Widths(1, 1)))
+    cfg, shards = decoder.cfg, num_data_shards(mesh)
+    empty = functools.partial(empty_state, cfg, settings.group_size, settings.page, shards)
+    abstract = jax.eval_shape(lambda: empty(Sizes(1, 1, 1, 1, 1)))
     rows, copied = batch_sharding(mesh), replicated(mesh)
     state: Any = jax.tree.map(lambda _: rows, abstract)
-    kv = jax.tree.map(lambda x: cache_sharding(x, mesh), abstract.cache.layers)
-    state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, **kv._asdict()))
-    params = param_shardings(decoder.cfg, mesh, layout="rollout")
-    routes: Any = rows if settings.record_routes else None
-    prefilled: Any = Prefilled(k=kv.prompt_k, v=kv.prompt_v, hidden=rows, length=rows)
-    drawn: Any = Drawn(rows, rows, rows, rows, count=copied, alive=copied, steps=copied)
+    pool = jax.tree.map(lambda x: cache_sharding(x, mesh), abstract.pool)
+    state = dataclasses.replace(state, pool=pool)
+    params = param_shardings(cfg, mesh, layout="rollout")
+    drawn: Any = Drawn(*(rows,) * 7, *(copied,) * 5)
+    fixed = {"decoder": decoder, "settings": settings}
     return Engine(
-        empty_state=jax.jit(empty, static_argnums=(0, 1, 2), out_shardings=state),
+        empty_state=jax.jit(empty, static_argnums=0, out_shardings=state),
         prefill=jax.jit(
-            functools.partial(prefill, decoder=decoder, settings=settings),
-            in_shardings=(params, rows, rows),
-            out_shardings=prefilled._replace(routes=routes),
-        ),
-        insert=jax.jit(
-            insert, in_shardings=(state, prefilled, rows), out_shardings=state, donate_argnums=0
-        ),
-        start=jax.jit(
-            start, in_shardings=(state, rows, copied, copied), out_shardings=state, donate_argnums=0
-        ),
-        decode=jax.jit(
-            functools.partial(decode, decoder=decoder, settings=settings),
-            in_shardings=(params, state, copied, rows),
-            out_shardings=(state, drawn._replace(routes=routes)),
+            functools.partial(prefill, **fixed),
+            in_shardings=(params, state, rows),
+            out_shardings=(state, rows),
             donate_argnums=1,
         ),
-        resize=jax.jit(resize, static_argnums=2, out_shardings=state),
+        decode=jax.jit(
+            functools.partial(decode, **fixed),
+            in_shardings=(params, state, rows, copied, copied),
+            out_shardings=(state, drawn),
+            donate_argnums=1,
+        ),
+        keep=jax.jit(keep, in_shardings=rows, out_shardings=rows),
         state_shardings=state,
         num_shards=shards,
-        routes=token_routes(decoder.cfg) if settings.record_routes else None,
+        gathers=cfg.attention != "flash",
+        routes=token_routes(cfg) if settings.record_routes else None,
     )
 
 
@@ -367,8 +501,8 @@ def token_routes(cfg: DecoderConfig) -> jax.ShapeDtypeStruct:
 
 
 def cache_sharding(x: jax.ShapeDtypeStruct, mesh: Mesh) -> NamedSharding:
-    """Sharding of keys or values [W N K S H], of stacked layers [L W N K S H], and of those of new prompts, [L] W T K H: by
-    data shard and by head. Heads that the tensor axis does not divide are on all of its devices, as their weights are.
+    """Sharding of pages of keys or values [W P K S H], of stacked layers [L W P K S H]: by data shard and by head. Heads that
+    the tensor axis does not divide are on all of its devices, as their weights are.
     """
     before: Any = (None,) if is_stacked(x) else ()
     heads = "tensor" if x.shape[-3] % mesh.shape["tensor"] == 0 else None
@@ -380,7 +514,7 @@ def rollout_decoder(policy: Policy) -> Decoder:
     weights and caches for every token. On TPU it is the other way round (docs/performance.md).
     """
     layers = "scan" if platform(policy.mesh) == "tpu" else "unroll"
-    return Decoder(dataclasses.replace(policy.config, layers=layers, remat="none"))
+    return Decoder(dataclasses.replace(policy.config, layers=layers, remat="none", flat_heads=True))
 
 
 def rollout_cast(policy: Policy) -> Callable[[Params], Params]:
@@ -417,4 +551,4 @@ def cast_programs(policy: Policy) -> Any:
 
 def _cast_leaf(dtype: Any, path: tuple[Any, ...], x: jax.Array) -> jax.Array:
     """Norm scales stay float32: the trainer multiplies by them in float32 too."""
-    return x if path[-1].key == "scale" else x.astype(dtype)
+    return x if path[-1].key == "scale" else flatten_heads(path, x.astype(dtype))

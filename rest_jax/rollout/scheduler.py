@@ -1,15 +1,19 @@
-"""The rollout on the host decides which decode slot draws what, so that none idles while work is left: continuous batching.
+"""The rollout on the host decides which page holds what and which responses a call of `decode` may start: continuous batching.
 
     make_sampler(policy, rollout, group_size, sampling)                 -> Sampler
     sampler(params, prompts, rng, step, on_group=None, limits=None)     -> RolloutBatch (NumPy)
 
-Prompts wait, longest first. A data shard takes the next prompt when it has decode slots to spare; the G responses of the
-prompt start as slots become free, and a slot takes the next response as soon as its own has ended. `on_group(p, rows)` is
-called when the G responses of prompt p are complete, with its rows, before the next tokens are drawn. At the end, decode
-slots that have nothing left are removed. Caches are as wide as the longest prompt and response in them, in few sizes.
+Prompts wait, longest first. When a data shard might soon have no response to start, every shard prefills a row of prompts, as
+many as there is room for. A call of `decode` draws a page of tokens in each slot; a slot whose response has ended takes the next
+of the shard's queue within the call. `on_group(p, rows)` is called when the G responses of prompt p are complete, with its rows,
+before the next call. At the end, decode slots that have nothing left are removed.
 
-With many processes each one follows all data shards (lengths and flags are global) and feeds its own: all make the same
-calls. A group, one prompt with its responses, has the number of its row in the global batch.
+A shard that runs out of pages drops the response that has drawn the least, and draws it again later: its keys decide its
+tokens, so it draws the same.
+
+With many processes each one follows all data shards (lengths and ends are global) and feeds its own: all make the same
+calls. A group, one prompt with its responses, has the number of its row in the global batch; the number of a response is that
+of its group times G, plus its own in the group.
 """
 
 import collections
@@ -29,28 +33,30 @@ from rest_jax.distributed import (
     host_groups,
     local_shards,
     num_data_shards,
-    platform,
     replicated,
     rows_of_shards,
     to_host,
     to_mesh,
 )
+from rest_jax.models.cache import PageTable
 from rest_jax.models.policy import Policy
-from rest_jax.rl.packing import bucket
+from rest_jax.rl.packing import row_length
 from rest_jax.rollout.engine import (
-    CHUNK,
+    NOBODY,
+    DecodeCall,
     DecodeState,
     Drawn,
     Engine,
-    NewRequests,
+    PromptRows,
+    Requests,
     RolloutSettings,
-    Widths,
+    Sizes,
     make_engine,
     rollout_decoder,
 )
 from rest_jax.types import Params, PromptBatch, RolloutBatch, Routes, Sampling
 
-_FEWEST_SLOTS = 8  # decode slots are not removed below this number
+_PREFILL_TOKENS = 2048  # of a row of prompts, if none is longer
 
 OnGroup = Callable[[int, RolloutBatch], None]
 
@@ -62,11 +68,37 @@ class SamplerStats:
     tokens: int = 0
     slot_steps: int = 0
     calls: int = 0
+    prefill_calls: int = 0
+    prefill_positions: int = 0  # of the rows of prompts, padding included
+    dropped: int = 0  # responses that were begun again, for want of pages
 
     @property
     def utilisation(self) -> float:
         """Share of the slot-steps that drew a token."""
         return self.tokens / max(self.slot_steps, 1)
+
+
+class Rows(NamedTuple):
+    """Rows begin <= row < end of a page."""
+
+    page: int
+    begin: int
+    end: int
+
+
+class Prompt(NamedTuple):
+    """A prompt in the cache, with its pages."""
+
+    group: int
+    pages: list[int]
+
+
+class Placed(NamedTuple):
+    """A prompt in a row to prefill."""
+
+    group: int
+    entry: int
+    start: int  # position in the row
 
 
 class Response(NamedTuple):
@@ -77,61 +109,150 @@ class Response(NamedTuple):
     entry: int
 
 
+@dataclasses.dataclass
+class Running:
+    """A response in a decode slot, with what it has drawn in former calls."""
+
+    response: Response
+    pages: list[Rows]
+
+
 class Shard:
-    """Book-keeping of one data shard: which group is in which prompt cache entry, which response in which decode slot."""
+    """Book-keeping of one data shard: which group is in which prompt cache entry, which response in which decode slot, and who
+    has which page.
+    """
 
-    def __init__(self, groups: list[int], group_size: int, entries: int, slots: int):
+    def __init__(
+        self, groups: list[int], length: np.ndarray, settings: RolloutSettings, sizes: Sizes
+    ):
         self.waiting = collections.deque(groups)
-        self.group_size, self.num_slots = group_size, slots
-        self.entries: list[int | None] = [None] * entries  # the group in each
+        self.length, self.group_size, self.page = length, settings.group_size, settings.page
+        self.sizes, self.num_slots = sizes, sizes.slots
+        self.entries: list[Prompt | None] = [None] * sizes.entries
         self.unstarted: list[Response] = []  # of cached prompts, first entry first
-        self.busy: dict[int, Response] = {}  # by decode slot
-        self.index = np.zeros(slots, np.int64)  # tokens drawn of each slot's response
-
-    @property
-    def free_slots(self) -> list[int]:
-        """Decode slots without a response."""
-        return [n for n in range(self.num_slots) if n not in self.busy]
+        self.running: dict[int, Running] = {}  # by decode slot
+        self.free_pages = list(range(sizes.pages))[::-1]
+        self.left = collections.Counter[int]()  # responses of a cached group that have not ended
+        self.expected = sizes.slots  # responses that the next call may start
 
     @property
     def nothing_waits(self) -> bool:
         """Whether every response of every prompt has been started."""
         return not self.waiting and not self.unstarted
 
-    def next_prompt(self) -> tuple[int, int] | None:
-        """(group, entry) of a prompt to prefill, when decode slots would idle otherwise."""
-        if not self.waiting or None not in self.entries:
-            return None
-        if len(self.free_slots) <= len(self.unstarted):
-            return None
-        entry, group = self.entries.index(None), self.waiting.popleft()
-        self.entries[entry] = group
-        self.unstarted += [Response(group, sample, entry) for sample in range(self.group_size)]
-        self.unstarted.sort(key=lambda response: response.entry)
-        return group, entry
+    @property
+    def wants_prompts(self) -> bool:
+        """Whether slots might idle for want of prompts, and there is room for the next."""
+        few = len(self.unstarted) < self.expected
+        return few and bool(self.waiting) and self._has_room(self._pages_of(self.waiting[0]))
 
-    def start(self) -> dict[int, Response]:
-        """Starts waiting responses, first entry first, in free decode slots; returns them by slot."""
-        started = dict(zip(self.free_slots, self.unstarted, strict=False))
-        del self.unstarted[: len(started)]
-        self.busy |= started
-        self.index[list(started)] = 0
-        return started
+    def place_prompts(self, width: int) -> list[Placed]:
+        """Takes prompts that wait into a row of `width` positions, in their order, while there is room."""
+        placed: list[Placed] = []
+        used = 0
+        for group in list(self.waiting):
+            count = self._pages_of(group)
+            if used + count * self.page > width:
+                continue
+            if not self._has_room(count):
+                break
+            entry = self.entries.index(None)
+            self.entries[entry] = Prompt(group, [self.free_pages.pop() for _ in range(count)])
+            self.waiting.remove(group)
+            self.left[group] = self.group_size
+            new = [Response(group, sample, entry) for sample in range(self.group_size)]
+            self.unstarted = sorted([*self.unstarted, *new], key=lambda one: one.entry)
+            placed.append(Placed(group, entry, used))
+            used += count * self.page
+        return placed
 
-    def finish(self, slot: int) -> int | None:
-        """Frees a decode slot whose response has ended; returns its group when that is complete."""
-        group, _, entry = self.busy.pop(slot)
-        if any(other.entry == entry for other in [*self.busy.values(), *self.unstarted]):
-            return None
-        self.entries[entry] = None
-        return group
+    def _pages_of(self, group: int) -> int:
+        return -(-int(self.length[group]) // self.page)
+
+    def _has_room(self, count: int) -> bool:
+        """For a prompt of so many pages: an entry, and pages. One response at its longest always finds room beside the prompts;
+        while others run, every slot can go on for a call.
+        """
+        if None not in self.entries:
+            return False
+        prompts = sum(len(prompt.pages) for prompt in self.entries if prompt is not None)
+        if prompts + count > self.sizes.pages - self.sizes.response_pages:
+            return False
+        return len(self.free_pages) - count >= (self.num_slots if self.running else 1)
+
+    def drop_youngest(self) -> int:
+        """Drops responses until the others can go on for a call; returns how many. They wait again."""
+        dropped = 0
+        while len(self.running) > len(self.free_pages):
+            slot = min(self.running, key=lambda n: (len(self.running[n].pages), -n))
+            running = self.running.pop(slot)
+            self.free_pages += [rows.page for rows in running.pages]
+            self.unstarted.insert(0, running.response)
+            dropped += 1
+        return dropped
+
+    def next_pages(self) -> dict[int, int]:
+        """By decode slot, the page that takes what it draws in the next call: of those that run, and of so many others that they
+        may go on for another call.
+        """
+        idle = [n for n in range(self.num_slots) if n not in self.running]
+        spare = (len(self.free_pages) - len(self.running)) // 2
+        slots = [*sorted(self.running), *idle[: max(spare, not self.running)]]
+        return dict(zip(slots, reversed(self.free_pages), strict=False))
+
+    def advance(self, call: "CallResult") -> list[int]:
+        """After a call: moves on what it started, drew and ended. Returns the groups that are complete now."""
+        started, self.unstarted = self.unstarted[: call.started], self.unstarted[call.started :]
+        self.expected = min(self.num_slots, 2 * call.started + 1)
+        by_number = {self.number(one): one for one in started}
+        by_number |= {self.number(one.response): one.response for one in self.running.values()}
+        before, self.running = self.running, {}
+        used = set()
+        for slot, owner in enumerate(call.running.tolist()):
+            if owner == NOBODY:
+                continue
+            same = slot in before and self.number(before[slot].response) == owner
+            earlier = before.pop(slot).pages if same else []
+            page = call.next_pages[slot]
+            rows = Rows(page, int(call.begin[slot]), call.steps)
+            self.running[slot] = Running(by_number.pop(owner), [*earlier, rows])
+            used.add(page)
+        ended = [rows.page for running in before.values() for rows in running.pages]
+        self.free_pages = [page for page in self.free_pages if page not in used] + ended
+        complete = []
+        for response in by_number.values():
+            self.left[response.group] -= 1
+            if not self.left[response.group]:
+                complete.append(response.group)
+                prompt = self.entries[response.entry]
+                assert prompt is not None
+                self.free_pages += prompt.pages
+                self.entries[response.entry] = None
+        return complete
+
+    def number(self, response: Response) -> int:
+        """Of a response, among those of all groups."""
+        return response.group * self.group_size + response.sample
 
     def keep(self, count: int) -> list[int]:
         """Reduces to `count` decode slots, busy ones first; returns their old numbers."""
-        kept = [*sorted(self.busy), *self.free_slots][:count]
-        self.busy = {new: self.busy[old] for new, old in enumerate(kept) if old in self.busy}
-        self.num_slots, self.index = count, self.index[kept]
+        free = (n for n in range(self.num_slots) if n not in self.running)
+        kept = [*sorted(self.running), *free][:count]
+        self.running = {
+            new: self.running[old] for new, old in enumerate(kept) if old in self.running
+        }
+        self.num_slots = count
         return kept
+
+
+class CallResult(NamedTuple):
+    """Of a call of `decode`, what one shard has to know."""
+
+    running: np.ndarray  # [N] owners after it
+    begin: np.ndarray  # [N]
+    started: int
+    steps: int
+    next_pages: dict[int, int]
 
 
 class Sampler:
@@ -159,8 +280,8 @@ class Sampler:
         rng = self._place(rng)
         with activate(self.mesh):
             rollout = _Rollout(self, params, prompts, limits)
-            while rollout.refill(rng, jnp.int32(step)):
-                for group in rollout.decode():
+            while rollout.refill():
+                for group in rollout.decode(rng, jnp.int32(step)):
                     if on_group is not None:
                         on_group(group, rollout.rows(group))
         self.stats = rollout.stats
@@ -210,8 +331,7 @@ def rollout_settings(
         sampling=sampling,
         decode_slots=rollout.decode_slots,
         prompt_cache_entries=rollout.prompt_cache_entries if group_size > 1 else None,
-        # fewer widths where compilation is dear
-        width_ratio=2 if platform(policy.mesh) == "cpu" else 4,
+        cache_tokens=rollout.cache_tokens,
         record_routes=record_routes,
     )
 
@@ -233,128 +353,180 @@ class _Rollout:
         # This process's data shards, and where each is among them.
         self.own_shards = {shard: i for i, shard in enumerate(local_shards(self.mesh))}
         own = rows_of_shards(len(self.length), list(self.own_shards), self.mesh)
-        self.own_rows = {int(group): row for row, group in enumerate(own)}  # its row here
+        self.own_rows = np.full(len(self.length), -1)  # of a group, its row here
+        self.own_rows[own] = np.arange(len(own))
         groups = deal_groups(self.length, self.mesh)
-        entries, slots = self.settings.sizes(max(map(len, groups)))
-        group_size = self.settings.group_size
-        self.shards = [Shard(own, group_size, entries, slots) for own in groups]
-        self.widths = Widths(self.prompt_width(), self.response_widths()[0])
-        self.state: DecodeState = self.engine.empty_state(entries, slots, self.widths)
+        self.sizes = self.settings.sizes(max(map(len, groups)), self.prompts.tokens.shape[1])
+        self.shards = [Shard(own, self.length, self.settings, self.sizes) for own in groups]
+        pages = -(-self.length // self.settings.page)
+        most = max(int(pages[own].sum()) for own in groups)
+        self.width = prefill_width(int(pages.max()), most, self.settings.page)
+        self.state: DecodeState = self.engine.empty_state(self.sizes)
 
-    def refill(self, rng: jax.Array, step: jax.Array) -> bool:
-        """Prefills prompts while decode slots would idle, starts responses in free slots, fits the state to what is left.
+    def refill(self) -> bool:
+        """Prefills prompts while decode slots might idle, makes room for what runs, and removes slots that have nothing left.
         False when nothing is left.
         """
-        while any(chosen := [shard.next_prompt() for shard in self.shards]):
-            self.prefill(chosen)
-        started = [shard.start() for shard in self.shards]
-        if any(started):
-            requests = to_mesh(self.make_requests(self.of_own_shards(started)), self.mesh)
-            self.state = self.engine.start(self.state, requests, rng, step)
-        busy = any(shard.busy for shard in self.shards)
-        if busy:
-            self.fit()
-        return busy
+        while any(shard.wants_prompts for shard in self.shards):
+            self.prefill([shard.place_prompts(self.width) for shard in self.shards])
+        for shard in self.shards:
+            self.drop(shard)
+        self.shrink()
+        return any(shard.running or shard.unstarted for shard in self.shards)
 
-    def prefill(self, chosen: list[tuple[int, int] | None]) -> None:
-        """Prefills the (group, entry) that each data shard has chosen, if any."""
-        longest = max(int(self.length[choice[0]]) for choice in chosen if choice)
-        width = bucket(longest, self.prompts.tokens.shape[1])
-        if width > self.widths.prompt:
-            self.resize(self.widths._replace(prompt=width))
-        own = self.of_own_shards(chosen)
+    def drop(self, shard: Shard) -> None:
+        """Makes room for what runs."""
+        before = {shard.number(one.response) for one in shard.running.values()}
+        self.stats.dropped += shard.drop_youngest()
+        for number in before - {shard.number(one.response) for one in shard.running.values()}:
+            group, sample = divmod(number, self.settings.group_size)
+            row = self.own_rows[group]
+            if row >= 0:
+                self.forget(row, sample)
+
+    def prefill(self, placed: list[list[Placed]]) -> None:
+        """Prefills the prompts that each data shard has placed in its row."""
+        page = self.settings.page
+        width = self.width
+        if self.engine.gathers:  # a compiler that is quick: fewer positions where fewer are needed
+            used = max(one.start + int(self.length[one.group]) for row in placed for one in row)
+            width = min(width, page << (-(-used // page) - 1).bit_length())
+        own = self.of_own_shards(placed)
+        most = max(1, width // page)
         tokens = np.full((len(own), width), self.settings.pad_id, np.int32)
-        length = np.ones(len(own), np.int32)
-        # an entry out of bounds, where a shard has chosen none: the prompt is dropped
-        entries = np.full(len(own), len(self.shards[0].entries), np.int32)
-        for w, choice in enumerate(own):
-            if choice is not None:
-                group, entries[w] = choice
-                length[w] = self.length[group]
-                tokens[w] = self.prompts.tokens[self.own_rows[group], :width]
-        tokens, length, entries = to_mesh((tokens, length, entries), self.mesh)
-        prefilled = self.engine.prefill(self.params, tokens, length)
+        until, position = np.zeros_like(tokens), np.zeros_like(tokens)
+        pages = np.full((len(own), most), self.sizes.pages, np.int32)
+        # an entry out of bounds: there is no such prompt
+        entries = np.full((len(own), most), self.sizes.entries, np.int32)
+        last, lengths = np.zeros_like(entries), np.ones_like(entries)
+        for w, (shard, prompts) in enumerate(
+            zip(self.of_own_shards(self.shards), own, strict=True)
+        ):
+            for i, (group, entry, start) in enumerate(prompts):
+                length, at = int(self.length[group]), slice(start, start + int(self.length[group]))
+                tokens[w, at] = self.prompts.tokens[self.own_rows[group], :length]
+                until[w, at], position[w, at] = start + length, np.arange(length)
+                held = shard.entries[entry].pages
+                pages[w, start // page : start // page + len(held)] = held
+                entries[w, i], last[w, i], lengths[w, i] = entry, start + length - 1, length
+        rows = PromptRows(tokens, until, position, pages, entries, last, lengths)
+        rows = to_mesh(rows, self.mesh)
+        self.state, routes = self.engine.prefill(self.params, self.state, rows)
+        self.stats.prefill_calls += 1
+        self.stats.prefill_positions += len(self.shards) * width
         if self.engine.routes is not None:
-            self.prefilled.append((own, prefilled.routes))
-            prefilled = prefilled._replace(routes=None)
-        self.state = self.engine.insert(self.state, prefilled, entries)
+            self.prefilled.append((own, routes))
 
-    def make_requests(self, started: list[dict[int, Response]]) -> NewRequests:
-        """The responses that start in this process's data shards, as arrays."""
-        shape = (len(started), self.shards[0].num_slots)
-        new = np.zeros(shape, bool)
-        entries, rows, samples, limits = (np.zeros(shape, np.int32) for _ in range(4))
-        for w, responses in enumerate(started):
-            for slot, (group, sample, entry) in responses.items():
-                new[w, slot], entries[w, slot], samples[w, slot] = True, entry, sample
-                row = self.own_rows[group]
-                rows[w, slot], limits[w, slot] = self.prompts.row[row], self.limits[row, sample]
-        return NewRequests(new, entries, rows, samples, limits)
+    def shrink(self) -> None:
+        """Removes decode slots when nothing waits and few are busy."""
+        if not all(shard.nothing_waits for shard in self.shards):
+            return
+        busy = max(len(shard.running) for shard in self.shards)
+        slots = min(n for n in self.sizes.slot_counts if n >= busy or n == self.sizes.slots)
+        if slots < self.shards[0].num_slots:
+            kept = [shard.keep(slots) for shard in self.shards]
+            kept = to_mesh(np.array(self.of_own_shards(kept), np.int32), self.mesh)
+            slots, members = self.engine.keep(self.state.slots, self.state.members, kept)
+            self.state = dataclasses.replace(self.state, slots=slots, members=members)
 
-    def fit(self) -> None:
-        """Removes decode slots when nothing waits, and makes caches as wide as what is in them. Every size is compiled, so
-        it changes in coarse steps.
+    def decode(self, rng: jax.Array, step: jax.Array) -> list[int]:
+        """Draws a page of tokens in every decode slot. Returns the groups of this process that are complete now, as indices of
+        its prompts.
         """
-        busy = max(len(shard.busy) for shard in self.shards)
-        slots = self.shards[0].num_slots
-        if all(shard.nothing_waits for shard in self.shards):
-            while max(busy, _FEWEST_SLOTS) * 4 <= slots:
-                slots = -(-slots // 4)
-        prompt, response = self.widths
-        needed = self.prompt_width()
-        if needed > prompt or needed * 2 <= prompt:
-            prompt = needed
-        widths, longest = self.response_widths(), self.longest_response()
-        if longest >= response:
-            response = next(width for width in widths if width > longest)
-        else:  # narrower only if responses may double in it, so that it does not swing
-            response = min(response, next((n for n in widths if n >= 2 * longest), response))
-        if (prompt, response) != self.widths or slots != self.shards[0].num_slots:
-            self.resize(Widths(prompt, response), slots)
-
-    def resize(self, widths: Widths, slots: int | None = None) -> None:
-        """Changes the widths and, if given, the number of decode slots."""
-        kept = [shard.keep(slots or shard.num_slots) for shard in self.shards]
-        own = to_mesh(np.array(self.of_own_shards(kept), np.int32), self.mesh)
-        self.state, self.widths = self.engine.resize(self.state, own, widths), widths
-
-    def decode(self) -> list[int]:
-        """Draws until slots that other work waits for are free, or the cache or the chunk is full. Returns the groups of
-        this process that are complete now, as indices of its prompts.
-        """
-        steps = jnp.int32(min(CHUNK, self.widths.response - self.longest_response()))
-        free = [free_to_stop_at(shard) for shard in self.of_own_shards(self.shards)]
-        free = to_mesh(np.array(free, np.int32), self.mesh)
-        self.state, drawn = self.engine.decode(self.params, self.state, steps, free)
-        return self.harvest(drawn)
-
-    def harvest(self, drawn: Drawn) -> list[int]:
-        """Copies the tokens drawn into `out` and frees the slots of responses that have ended. Returns as `decode` does."""
-        count, alive = np.asarray(drawn.count), np.asarray(drawn.alive)
-        token, logp, entropy, gini = to_host(drawn[:4])
-        routes = self.read_prompt_routes(drawn)
-        self.stats.calls += 1
-        self.stats.tokens += int(count.sum())
-        self.stats.slot_steps += int(drawn.steps) * count.size
+        pages = [shard.next_pages() for shard in self.shards]
+        call = to_mesh(self.make_call(self.of_own_shards(pages)), self.mesh)
+        self.state, drawn = self.engine.decode(self.params, self.state, call, rng, step)
+        self.harvest(drawn)
+        running, begin, started, steps = (
+            np.asarray(x) for x in (drawn.running, drawn.begin, drawn.started, drawn.steps)
+        )
         complete = []
         for w, shard in enumerate(self.shards):
-            own = w in self.own_shards
-            for slot, (group, sample, _) in sorted(shard.busy.items()):
-                begin, n = int(shard.index[slot]), int(count[w, slot])
-                shard.index[slot] += n
-                if own:
-                    source = self.own_shards[w], slot, slice(n)
-                    target = self.own_rows[group], sample, slice(begin, begin + n)
-                    self.out.responses[target] = token[source]
-                    self.out.logp[target] = logp[source]
-                    self.out.entropy[target] = entropy[source]
-                    self.out.gini[target] = gini[source]
-                    if routes is not None:
-                        self.out.routes.responses[target] = routes[source]
-                    self.out.response_length[target[:2]] = begin + n
-                if not alive[w, slot] and shard.finish(slot) is not None and own:
-                    complete.append(self.own_rows[group])
-        return complete
+            result = CallResult(running[w], begin[w], int(started[w]), int(steps), pages[w])
+            complete += shard.advance(result)
+        rows = self.own_rows[complete] if complete else []
+        return [int(row) for row in rows if row >= 0]
+
+    def make_call(self, next_pages: list[dict[int, int]]) -> DecodeCall:
+        """What this process's data shards do in the next call, as arrays."""
+        own, sizes, slots = self.of_own_shards(self.shards), self.sizes, self.shards[0].num_slots
+        queue = np.zeros((5, len(own), sizes.entries * self.settings.group_size), np.int32)
+        columns = self.columns()
+        prompts = np.zeros((3, len(own), sizes.entries, columns[0]), np.int32)
+        responses = np.zeros((3, len(own), slots, columns[1]), np.int32)
+        going = np.zeros((len(own), slots), bool)
+        free = np.full(going.shape, sizes.pages, np.int32)
+        for w, shard in enumerate(own):
+            for i, (group, sample, entry) in enumerate(shard.unstarted):
+                row = self.own_rows[group]
+                owner = group * self.settings.group_size + sample
+                queue[:, w, i] = (
+                    owner,
+                    entry,
+                    self.prompts.row[row],
+                    sample,
+                    self.limits[row, sample],
+                )
+            for q, prompt in enumerate(shard.entries):
+                if prompt is not None:
+                    n = np.arange(len(prompt.pages))
+                    prompts[0, w, q, n] = prompt.pages
+                    rest = self.length[prompt.group] - n * self.settings.page
+                    prompts[2, w, q, n] = np.minimum(rest, self.settings.page)
+            going[w, list(shard.running)] = True
+            for slot, running in shard.running.items():
+                if running.pages:
+                    responses[:, w, slot, : len(running.pages)] = np.array(running.pages).T
+            for slot, page in next_pages[w].items():
+                free[w, slot] = page
+        queued = np.array([len(shard.unstarted) for shard in own], np.int32)
+        enough = np.full(len(own), self.enough(), np.int32)
+        return DecodeCall(
+            Requests(*queue),
+            queued,
+            PageTable(*prompts),
+            PageTable(*responses),
+            going,
+            free,
+            enough,
+        )
+
+    def columns(self) -> tuple[int, int]:
+        """Of the page tables of prompts and of responses."""
+        shards = self.shards
+        prompts = (len(prompt.pages) for shard in shards for prompt in shard.entries if prompt)
+        responses = (len(one.pages) for shard in shards for one in shard.running.values())
+        used = max(prompts, default=0), max(responses, default=0)
+        return table_columns(used, self.sizes, self.engine.gathers)
+
+    def enough(self) -> int:
+        """Responses of every data shard at which slots can be removed, when nothing more is to come."""
+        if any(shard.waiting for shard in self.shards):
+            return 0
+        return max((n for n in self.sizes.slot_counts if n < self.shards[0].num_slots), default=0)
+
+    def harvest(self, drawn: Drawn) -> None:
+        """Copies the tokens drawn into `out`."""
+        owner, index, *values = to_host(drawn[:6])
+        routes = self.read_prompt_routes(drawn)
+        self.stats.calls += 1
+        self.stats.tokens += int(np.sum(drawn.tokens))
+        self.stats.slot_steps += int(drawn.steps) * np.asarray(drawn.running).size
+        at = np.nonzero(owner != NOBODY)
+        group, sample = np.divmod(owner[at], self.settings.group_size)
+        target = self.own_rows[group], sample, index[at]
+        for name, value in zip(("responses", "logp", "entropy", "gini"), values, strict=True):
+            getattr(self.out, name)[target] = value[at]
+        if routes is not None:
+            self.out.routes.responses[target] = routes[at]
+        np.maximum.at(self.out.response_length, target[:2], index[at] + 1)
+
+    def forget(self, row: int, sample: int) -> None:
+        """What a response has drawn."""
+        at = row, sample
+        self.out.responses[at], self.out.response_length[at] = self.settings.pad_id, 0
+        for values in (self.out.logp, self.out.entropy, self.out.gini):
+            values[at] = 0
 
     def of_own_shards(self, items: list[Any]) -> list[Any]:
         """Those of a list over all data shards that belong to this process's."""
@@ -364,10 +536,11 @@ class _Rollout:
         """Copies the routes of the prompts prefilled since the last call into `out`; returns those of the tokens drawn."""
         for own, prompts in self.prefilled:
             routes = to_host(prompts)
-            for w, choice in enumerate(own):
-                if choice is not None:
-                    row = self.own_rows[choice[0]]
-                    self.out.routes.prompt[row, : routes.shape[1]] = routes[w]
+            for w, placed in enumerate(own):
+                for group, _, start in placed:
+                    length = int(self.length[group])
+                    target = self.out.routes.prompt[self.own_rows[group]]
+                    target[:length] = routes[w, start : start + length]
         self.prefilled.clear()
         return to_host(drawn.routes)
 
@@ -375,38 +548,24 @@ class _Rollout:
         """What has been sampled of one prompt."""
         return jax.tree.map(lambda x: x[group : group + 1], self.out)
 
-    def longest_response(self) -> int:
-        """Tokens of the longest response that has not ended."""
-        return max(int(shard.index[slot]) for shard in self.shards for slot in shard.busy)
 
-    def prompt_width(self) -> int:
-        """Width for the longest prompt in the cache or next in line."""
-        groups = [g for shard in self.shards for g in [*shard.entries, *list(shard.waiting)[:1]]]
-        longest = max((int(self.length[g]) for g in groups if g is not None), default=1)
-        return bucket(longest, self.prompts.tokens.shape[1])
-
-    def response_widths(self) -> list[int]:
-        """Widths of the response cache."""
-        return response_widths(self.settings)
+def prefill_width(longest: int, total: int, page: int) -> int:
+    """Positions of a row of prompts: those of the longest, or as many short ones as are worth a call. Every width is compiled.
+    `longest` and `total`: pages of a prompt, and of all those of the data shard that has the most.
+    """
+    wanted = max(longest, min(total, -(-_PREFILL_TOKENS // page)))
+    return -(-row_length(wanted * page) // page) * page
 
 
-def response_widths(settings: RolloutSettings) -> list[int]:
-    """Widths of the response cache that are compiled, ascending up to `max_tokens`."""
-    widths = [settings.max_tokens]
-    while widths[0] > CHUNK:
-        widths.insert(0, -(-widths[0] // settings.width_ratio))
-    return widths
-
-
-def free_to_stop_at(shard: Shard) -> int:
-    """Free decode slots at which decoding stops: some more than now when work waits, else those that let slots be removed."""
-    slots, now = shard.num_slots, len(shard.free_slots)
-    if now == slots:
-        return slots + 1
-    if shard.nothing_waits:
-        cut = slots - slots // 4 if slots >= 4 * _FEWEST_SLOTS else slots
-        return max(cut, now + 1)
-    return min(slots, now + max(1, slots // 32))
+def table_columns(used: tuple[int, int], sizes: Sizes, gathers: bool) -> tuple[int, int]:
+    """Columns of the page tables of prompts and of responses, of which so many are used: as many as there may be, or the next
+    power of two where pages are gathered. Every number is compiled.
+    """
+    prompt, response = sizes.prompt_pages, sizes.response_pages
+    if not gathers:
+        return prompt, response
+    wanted = (n and 1 << (n - 1).bit_length() for n in used)
+    return min(next(wanted), prompt), min(next(wanted), response)
 
 
 def deal_groups(lengths: np.ndarray, mesh: Mesh) -> list[list[int]]:

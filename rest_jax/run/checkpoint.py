@@ -93,6 +93,10 @@ class Checkpoints:
         """The newest step that was saved to its end (not yet verified); None when there is none."""
         return self._manager.latest_step()
 
+    def has_complete(self) -> bool:
+        """Whether a checkpoint is complete; said only while none is under way."""
+        return self.latest() is not None and not self._manager.is_saving_in_progress()
+
     def save(self, step: int, state: TrainState, loader_state: Mapping[str, Any]) -> None:
         """Copies the state off the devices and writes it in the background; it counts once all of it is on disk.
 
@@ -171,6 +175,18 @@ class Checkpoints:
         # No process continues before they are renamed.
         any_process(False)
         self._manager.reload()
+
+
+def list_steps(folder: epath.Path) -> list[int]:
+    """The steps of which there is a checkpoint, damaged or not, in the folder of a run's checkpoints."""
+    if not folder.is_dir():
+        return []
+    found = {path: path.name.partition(DAMAGED) for path in folder.iterdir()}
+    return [
+        int(step)
+        for path, (step, damaged, _) in found.items()
+        if step.isdigit() and (damaged or is_complete(path))
+    ]
 
 
 def newest_params(run_dir: Location) -> tuple[epath.Path, int]:

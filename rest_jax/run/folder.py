@@ -21,7 +21,7 @@ from etils import epath
 
 from rest_jax import config as config_lib
 from rest_jax.config import Config
-from rest_jax.distributed import is_first_process
+from rest_jax.distributed import is_first_process, say
 from rest_jax.errors import RunStopped, UserError
 from rest_jax.files import (
     atomic_folder,
@@ -32,22 +32,56 @@ from rest_jax.files import (
     written_locally,
 )
 from rest_jax.models.hf.folder import copy_side_files
-from rest_jax.run.checkpoint import Checkpoints
-from rest_jax.run.lock import locked
-from rest_jax.run.metrics import MetricsWriter
+from rest_jax.run.checkpoint import FOLDER as CHECKPOINTS
+from rest_jax.run.checkpoint import Checkpoints, list_steps
+from rest_jax.run.contents import check_same
+from rest_jax.run.lock import check_free, locked
+from rest_jax.run.metrics import METRICS_FILE, SAMPLES_FILE, MetricsWriter, check_wandb
 from rest_jax.run.stop import SIGTERM_CODE, StopRequest, end
 from rest_jax.types import TrainState
 
 CONFIG_FILE = "config.yaml"
 MODEL_FOLDER = "model"
 
-# Keys that say where a run computes and lies, not what it computes: it may resume on other devices, or in another place.
-ELSEWHERE = ("mesh.", "distributed.", "rollout.tensor", "optimizer.moments", "output")
+# What a run may resume under: where it computes and lies, how much at once, how long, how closely it is watched. Paths of what
+# it is made of may change: `contents` sees to it that what they lead to does not.
+MAY_CHANGE = (
+    "name",
+    "output",
+    "mesh.",
+    "distributed.",
+    "model.source",
+    "model.tokenizer",
+    "model.remat",
+    "data.train",
+    "data.eval",
+    "rollout.tensor",
+    "rollout.decode_slots",
+    "rollout.prompt_cache_entries",
+    "loss.vocab_chunk",
+    "optimizer.moments",
+    "train.steps",
+    "train.epochs",
+    "train.max_tokens_per_microbatch",
+    "train.eval_",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.samples_per_step",
+    "train.tensorboard",
+    "train.wandb_project",
+)
+MADE_OF = "made_of"  # beside the loader's state in a checkpoint
+SAVED_FILE = ".saved"  # there once a checkpoint was completed
 
-SUPERVISED_FINITE = ("update/loss", "update/grad_norm")
+SUPERVISED_FINITE = ("update/loss", "update/grad_norm", "update/param_norm")
 # Those of the rollout, too: broken weights sample completions whose rewards are all equal, and groups without advantage
 # have neither loss nor gradient.
 RL_FINITE = (*SUPERVISED_FINITE, "rollout/logp", "rollout/entropy")
+
+
+def not_finite(values: Mapping[str, float], names: Sequence[str]) -> str:
+    """Those of `names` that are NaN or infinite, with their values; "" when none is."""
+    return ", ".join(f"{name} {values[name]}" for name in names if not math.isfinite(values[name]))
 
 
 @dataclasses.dataclass
@@ -62,15 +96,21 @@ class Run:
     stop: StopRequest
     check_lock: Callable[[], None]  # RunStopped when another process has taken the folder
     resources: contextlib.ExitStack
+    marked: bool = False  # SAVED_FILE is there
+    made_of: Mapping[str, str] = dataclasses.field(default_factory=dict)  # `contents.digests`
 
     def resume(
         self, fresh: TrainState, abstract: TrainState
     ) -> tuple[TrainState, dict[str, Any] | None, int]:
-        """(state, loader state, step): the newest sound checkpoint, or the fresh state, None and 0."""
+        """(state, loader state, step): the newest sound checkpoint, or the fresh state, None and 0. UserError when the run was
+        made of something else.
+        """
         state, loader_state, step = fresh, None, 0
         if self.checkpoints.latest() is not None:
             with self._in_time("restoring the checkpoint"):
                 state, loader_state, step = self.checkpoints.restore(abstract)
+            where = f"{self.folder}: checkpoint {step}"
+            check_same(loader_state.pop(MADE_OF, {}), self.made_of, where)
         if self.metrics is not None:
             # The evaluation before the first step is a line of step 0.
             self.metrics.truncate_after(-1 if loader_state is None else step)
@@ -86,12 +126,21 @@ class Run:
                 except UserError as error:
                     # It could be written when the run began.
                     raise RunStopped(f"step {step}: {error}") from error
-            self.checkpoints.save(step, state, loader_state)
+            kept = {MADE_OF: dict(self.made_of)} if self.made_of else {}
+            self.checkpoints.save(step, state, {**loader_state, **kept})
 
     def wait(self) -> None:
         """Until the checkpoint under way is stored."""
         with self._in_time(f"{self.folder}: the last checkpoint"):
             self.checkpoints.wait()
+            self._mark_saved()
+
+    def _mark_saved(self) -> None:
+        """Leaves a file once a checkpoint is complete, so that the loss of them all is seen."""
+        if not self.marked and self.metrics is not None and self.checkpoints.has_complete():
+            with store_errors(self.folder):
+                (self.folder / SAVED_FILE).write_text("")
+            self.marked = True
 
     def write(
         self, step: int, values: Mapping[str, Any], samples: Sequence[Mapping[str, Any]] = ()
@@ -99,31 +148,24 @@ class Run:
         """One metrics line and the samples that go with it; nothing in processes other than the first."""
         if self.metrics is not None:
             self.metrics.write(step, values, samples)
+            self._mark_saved()
 
-    def check_finite(
-        self,
-        step: int,
-        values: Mapping[str, float],
-        names: Sequence[str],
-        batch: Mapping[str, Any],
-    ) -> None:
-        """RunStopped that names those of `names` that are NaN or infinite, once the arrays of the batch are saved as .npz."""
-        found = [name for name in names if not math.isfinite(values[name])]
-        if not found:
-            return
+    def save_batch(self, step: int, batch: Mapping[str, Any]) -> epath.Path:
+        """Saves the arrays of a batch that went wrong; returns the file."""
         path = self.folder / f"nan_step_{step}.{jax.process_index()}.npz"
         arrays: dict[str, Any] = {name: np.asarray(value) for name, value in batch.items()}
         with atomic_write(path) as partial, partial.open("wb") as file:
             np.savez(file, **arrays)
-        raise RunStopped(
-            f"step {step}: not finite: {', '.join(f'{name} {values[name]}' for name in found)}. "
-            f"The batch is saved in {path}; the last checkpoint is from before it"
-        )
+        return path
 
     def close(self) -> None:
         """Waits for the last checkpoint; until then SIGTERM only sets the flag."""
         with self._in_time(f"{self.folder}: the last checkpoint"):
-            self.resources.close()
+            try:
+                self.checkpoints.wait()
+                self._mark_saved()
+            finally:
+                self.resources.close()
 
     @contextlib.contextmanager
     def _in_time(self, what: str) -> Iterator[None]:
@@ -141,18 +183,23 @@ class Run:
             end(f"{what} failed: {reason}", SIGTERM_CODE if self.stop.received else 1)
 
 
-def open_run(config: Config, files: pathlib.Path) -> Run:
-    """Makes or reopens the folder. UserError when another process trains in it, or it holds a run of another config.
+def open_run(config: Config, files: pathlib.Path, restart: bool = False) -> Run:
+    """Makes or reopens the folder. UserError when another process trains in it, it holds a run of another config, or its
+    checkpoints are gone; with `restart` the run that it holds is forgotten.
 
     `files` is the folder with the model's HF side files; they are copied so that the run can be exported on its own.
     """
     folder = config.folder
-    check_config(folder, config)
+    if not restart:
+        check_config(folder, config)
+        check_history(folder)
     make_folder(folder)
     with contextlib.ExitStack() as stack:
         check_lock = stack.enter_context(locked(folder))
         metrics = None
         if is_first_process():
+            if restart:
+                _forget(folder)
             with atomic_write(folder / CONFIG_FILE) as partial:
                 partial.write_text(config_lib.dump(config))
             _copy_model_files(files, folder / MODEL_FOLDER)
@@ -179,25 +226,65 @@ def _copy_model_files(files: pathlib.Path, folder: epath.Path) -> None:
             copy_side_files(files, partial)
 
 
-def check_start(config: Config) -> None:
-    """All that can be refused before a folder is made: another config there, absent packages."""
-    check_config(config.folder, config)
+def _forget(folder: epath.Path) -> None:
+    """Removes what a run has made of its folder, the lock apart."""
+    with store_errors(folder):
+        for name in (CHECKPOINTS, MODEL_FOLDER):
+            if (folder / name).is_dir():
+                (folder / name).rmtree()
+        for name in (SAVED_FILE, METRICS_FILE, SAMPLES_FILE):
+            (folder / name).unlink(missing_ok=True)
+
+
+def check_start(config: Config, restart: bool = False) -> None:
+    """All that can be refused before a model is loaded and a folder is made: another process or another config there,
+    checkpoints that are gone, absent packages, a tracker that cannot be reached.
+    """
+    check_free(config.folder)
+    if not restart:
+        if changed := check_config(config.folder, config):
+            say(f"{config.folder} resumes under another config: {_named(changed)}")
+        check_history(config.folder)
     optional = {"tensorboard": config.train.tensorboard, "wandb": config.train.wandb_project}
     for package, wanted in optional.items():
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(f"train.{package}...: the package is missing: pip install {package}")
+    if config.train.wandb_project and is_first_process():
+        check_wandb()
 
 
-def check_config(folder: epath.Path, config: Config) -> None:
-    """UserError when `folder` was made by another config; every difference is named. Devices and place may be others."""
+def check_config(folder: epath.Path, config: Config) -> list[config_lib.Difference]:
+    """The differences to the config that made `folder`, all of which may change. UserError that names those which may not."""
     path = folder / CONFIG_FILE
     with store_errors(path):
         if not path.is_file():
-            return
+            return []
     found = config_lib.differences(config_lib.load([path]), config)
-    found = [one for one in found if not one.path.startswith(ELSEWHERE)]
-    if found:
-        named = "; ".join(f"{d.path}: {d.old!r} there, {d.new!r} now" for d in found)
+    # Under staleness the steps behind a checkpoint are sampled with newer weights than the others.
+    fixed = ("train.checkpoint_every",) if config.rollout.staleness else ()
+    refused = [d for d in found if d.path in fixed or not d.path.startswith(MAY_CHANGE)]
+    if refused:
         raise UserError(
-            f"{folder} holds a run of another config ({named}); choose another name, or delete the folder"
+            f"{folder} holds a run of another config ({_named(refused)}); choose another name (model.source={folder} starts it "
+            "from these weights), or forget that run with --restart"
+        )
+    return found
+
+
+def _named(found: Sequence[config_lib.Difference]) -> str:
+    return "; ".join(f"{d.path}: {d.old!r} there, {d.new!r} now" for d in found)
+
+
+def check_history(folder: epath.Path) -> None:
+    """UserError when the checkpoints of a run are gone that has metrics: it would begin again and overwrite them."""
+    checkpoints, metrics = folder / CHECKPOINTS, folder / METRICS_FILE
+    with store_errors(folder):
+        if not metrics.exists() or not metrics.stat().length or list_steps(checkpoints):
+            return
+        # A run that ended before its first checkpoint may begin again. Its folder of checkpoints is there all the same.
+        gone = (folder / SAVED_FILE).exists() or not (is_url(folder) or checkpoints.is_dir())
+    if gone:
+        raise UserError(
+            f"{checkpoints}: no checkpoint is left of the run whose metrics are in {metrics}; put them back (is a disk not "
+            "mounted?), or forget that run with --restart"
         )

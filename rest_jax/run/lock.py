@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import filelock
 import fsspec
@@ -26,6 +27,7 @@ from rest_jax.errors import RunStopped, UserError
 from rest_jax.files import is_url, store_errors
 
 FILE = ".lock"
+OWNER = ".owner"  # beside a file lock: whose it is
 HEARTBEAT = 10.0  # seconds
 STALE = 45.0
 SETTLE = 2.0
@@ -60,18 +62,41 @@ def locked(folder: epath.Path) -> Iterator[Callable[[], None]]:
             lock.release()
 
 
+def check_free(folder: epath.Path) -> None:
+    """UserError when a process trains in a local folder: `locked` would say so only when a model is loaded."""
+    if not is_url(folder) and (folder / FILE).exists() and is_first_process():
+        _acquire(folder / FILE).release()
+
+
 def _file_lock(path: epath.Path) -> filelock.BaseFileLock:
+    lock = _acquire(path)
+    (path.parent / OWNER).write_text(json.dumps(_this_process()))
+    return lock
+
+
+def _acquire(path: epath.Path) -> filelock.BaseFileLock:
+    """UserError that names the owner of a lock that is another's."""
     lock = filelock.FileLock(path)
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:
-        raise _taken(path.parent, "") from None
+        owner = {}
+        with contextlib.suppress(OSError, ValueError):  # it is about to be written
+            owner = json.loads((path.parent / OWNER).read_text())
+        raise _taken(path.parent, owner) from None
     return lock
 
 
-def _taken(folder: epath.Path, owner: str) -> UserError:
+def _this_process() -> dict[str, object]:
+    """This process, as the owner of a lock."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+
+
+def _taken(folder: epath.Path, owner: dict[str, Any]) -> UserError:
+    age = max(0, round(time.time() - owner.get("since", time.time())))
+    said = f" ({owner.get('host')}, process {owner.get('pid')}, for {age} s)" if owner else ""
     return UserError(
-        f"{folder}: another process{owner} trains this run; wait for it, or choose another name"
+        f"{folder}: another process{said} trains this run; wait for it, or choose another name"
     )
 
 
@@ -82,7 +107,7 @@ class _StoreLock:
         """Takes it. UserError when its owner is alive."""
         self.path = path
         self._fs, self._name = fsspec.url_to_fs(os.fspath(path))
-        self._id, self._beats = uuid.uuid4().hex, 0
+        self._id, self._beats, self._self = uuid.uuid4().hex, 0, _this_process()
         self.lost = ""  # why it is no longer ours
         self._closing = threading.Event()
         with store_errors(path):
@@ -124,8 +149,7 @@ class _StoreLock:
             self._put()  # a server that does not know "only if absent"; other faults return
 
     def _refusal(self) -> UserError:
-        owner = self._owner()
-        return _taken(self.path.parent, f" ({owner.get('host')}, process {owner.get('pid')})")
+        return _taken(self.path.parent, self._owner())
 
     def _beat(self) -> None:
         """Puts the object again and again, unless it is another's."""
@@ -145,8 +169,7 @@ class _StoreLock:
 
     def _token(self) -> bytes:
         self._beats += 1
-        token = {"id": self._id, "host": socket.gethostname(), "pid": os.getpid()}
-        return json.dumps(token | {"heartbeat": self._beats}).encode()
+        return json.dumps(self._self | {"id": self._id, "heartbeat": self._beats}).encode()
 
     def _read(self) -> bytes:
         """What the object holds; nothing when there is none."""
@@ -155,6 +178,6 @@ class _StoreLock:
         except FileNotFoundError:
             return b""
 
-    def _owner(self) -> dict[str, object]:
+    def _owner(self) -> dict[str, Any]:
         content = self._read()
         return json.loads(content) if content else {}

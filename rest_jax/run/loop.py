@@ -1,4 +1,4 @@
-"""What the two training loops share: resumption, one clock, metrics read a step late, evaluation, checkpoints, SIGTERM.
+"""What the two training loops share: resumption, one clock, metrics read a step late, evaluation, checkpoints, the end.
 
     state, loader_state = loop.resume(state, abstract)
     for step in loop.steps():
@@ -12,6 +12,8 @@ are on disk.
 
 import contextlib
 import dataclasses
+import json
+import math
 import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,13 +23,17 @@ import jax
 from etils import epath
 
 from rest_jax.config import Config
-from rest_jax.distributed import is_first_process, say
-from rest_jax.errors import UserError
+from rest_jax.distributed import exchange, is_first_process, say
+from rest_jax.errors import RunStopped, UserError
 from rest_jax.files import list_files, written_locally
-from rest_jax.run.folder import Run
+from rest_jax.rl.update import NOT_FINITE
+from rest_jax.run.folder import Run, not_finite
 from rest_jax.run.progress import Progress
+from rest_jax.run.symptoms import Watch
 from rest_jax.types import Params, TrainState
 
+NOT_FINITE_LIMIT = 3  # updates in a row that are not finite and stop the run
+_MOST = 2**31 - 1  # records of a run: each has a row id
 EVAL_SAMPLES = 8  # held-out completions written to samples.jsonl after each evaluation
 
 Evaluation = tuple[dict[str, float], list[dict[str, Any]]]  # eval/ metrics, one sample a prompt
@@ -101,7 +107,10 @@ def total_steps(config: Config, records: int, key: str) -> int:
         raise UserError(
             f"data.train {config.data.train}: {records} records, fewer than {key} {size}; lower it or add data"
         )
-    steps = config.train.steps or int(records // size * epochs)
+    steps = config.train.steps or int(min(records // size * epochs, _MOST))
+    if steps * size > _MOST:
+        named = f"train.steps {steps}" if config.train.steps else f"train.epochs {epochs}"
+        raise UserError(f"{named}: more than {_MOST} records in all; lower it")
     if steps == 0:
         raise UserError(f"train.epochs {epochs}: less than one step of {records} records; raise it")
     return steps
@@ -111,11 +120,11 @@ def total_steps(config: Config, records: int, key: str) -> int:
 class PendingStep:
     """A step whose metrics are still on the device, and its batch in case they are not finite."""
 
-    device: Any  # tree of metrics
+    device: tuple[Any, ...]  # metrics; the last are the Totals of the step's updates
     read: Callable[..., dict[str, Any]]  # from the tree, on the host, to named values
     host: dict[str, float]
-    rates: Callable[[float, float], dict[str, float]]  # from the seconds of the update, of the step
-    must_be_finite: Sequence[str]  # names of values that stop the run when they are not
+    rates: Callable[[Mapping[str, float]], dict[str, float]]  # from the times of the step
+    must_be_finite: Sequence[str]  # names of values
     batch: Mapping[str, Any]  # arrays to save then
     dispatched: float  # time at which the update was handed to the device
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -149,7 +158,11 @@ class Loop:
         self.tracer = Tracer(run.folder, profile)
         self.pending: PendingStep | None = None
         self.start = 0
+        self.finished = True  # False once the run was told to stop before its last step
         self._extra: dict[str, float] = {}
+        self._symptoms = Watch()
+        self._broken_in_a_row = 0
+        self._fault = ""  # why the run has to stop
 
     def resume(
         self, state: TrainState, abstract: TrainState
@@ -164,7 +177,7 @@ class Loop:
         return self.state, loader_state
 
     def steps(self) -> Iterator[int]:
-        """The numbers (from 1) of the steps to do; ends early after SIGTERM. `end_step` must be called in each."""
+        """The numbers (from 1) of the steps to do; ends early when told to stop. `end_step` must be called in each."""
         self.clock, train = Clock(), self.run.config.train
         if self.start == 0 and train.eval_before:
             self._evaluate(0)
@@ -178,10 +191,13 @@ class Loop:
                 self._evaluate(step)
             if ends or stopping or step % train.checkpoint_every == 0:
                 self._save(step)
-            if stopping:
+            if self._fault:
+                self._stop(step)
+            if stopping and not ends:
                 self.run.wait()
+                self.finished = False
                 self.progress.message(
-                    f"SIGTERM: saved at step {step}; run the same command to resume"
+                    f"{self.run.stop.name}: saved at step {step}; run the same command to resume"
                 )
                 break
         self._flush()
@@ -204,23 +220,70 @@ class Loop:
             self.pending.elapsed = self.clock.elapsed
 
     def _flush(self) -> None:
-        """Reads the pending step's metrics, stops on NaN, writes its lines."""
+        """Reads the pending step's metrics, looks for NaN, writes its lines."""
         if self.pending is None:
             return
         self._close_lap()
         p, self.pending = self.pending, None
-        values = {name: float(v) for name, v in p.read(*jax.device_get(p.device)).items()}
-        self.run.check_finite(p.step, values, p.must_be_finite, p.batch)
+        read = jax.device_get(p.device)
+        values = {name: float(v) for name, v in p.read(*read).items()}
+        self._check_finite(p, values, [bool(totals.sums[NOT_FINITE]) for totals in read[-1]])
         assert p.lap is not None and p.update_seconds is not None
         seconds, cpu = p.lap
-        values |= p.host | p.rates(p.update_seconds, seconds) | self._extra
-        values |= {"time/step": seconds, "time/cpu": cpu, "time/update": p.update_seconds}
-        values["time/elapsed"], self._extra = p.elapsed, {}
+        times = {name: value for name, value in p.host.items() if name.startswith("time/")}
+        times |= {"time/step": seconds, "time/cpu": cpu, "time/update": p.update_seconds}
+        times = self._of_all(times | self._extra | {"time/elapsed": p.elapsed})
+        values |= p.host | times | p.rates(times)
+        self._extra = {}
         if is_first_process():
             self.run.write(p.step, values, p.samples)
             label, name = self.shown
             rate = values["time/tokens_per_second"]
+            for line in self._symptoms.look(values):
+                self.progress.message(f"step {p.step}: {line}")
             self.progress.update(p.step, f"{label} {values[name]:.3f}, {rate:,.0f} tokens/s")
+
+    def _check_finite(
+        self, p: PendingStep, values: Mapping[str, float], skipped: Sequence[bool]
+    ) -> None:
+        """Says which updates were skipped, and notes a fault when there were too many in a row. RunStopped when the weights
+        are broken: no later step could mend them, and none of the checkpoints has them.
+        """
+        found = not_finite(values, p.must_be_finite)
+        for broken in skipped if any(skipped) else [bool(found)]:
+            self._broken_in_a_row = self._broken_in_a_row + 1 if broken else 0
+            if self._broken_in_a_row == NOT_FINITE_LIMIT:
+                saved = self.run.save_batch(p.step, p.batch)
+                self._fault = (
+                    f"step {p.step}: not finite: {found}, as in the {NOT_FINITE_LIMIT} updates up to it. They changed no "
+                    f"weights. The batch is saved in {saved}"
+                )
+        if not math.isfinite(values["update/param_norm"]):
+            saved, good = self.run.save_batch(p.step, p.batch), self.run.checkpoints.latest()
+            said = "there is no checkpoint yet" if good is None else f"checkpoint {good} is good"
+            raise RunStopped(
+                f"step {p.step}: not finite: {found}. The batch is saved in {saved}; {said}"
+            )
+        if found and not self._fault:
+            self.progress.message(
+                f"warning: step {p.step}: not finite: {found}; the update is skipped"
+            )
+
+    def _stop(self, step: int) -> None:
+        """Saves this step, so that a restarted run does not repeat those before it, and raises RunStopped."""
+        self._save(step)
+        self.run.wait()
+        raise RunStopped(
+            f"{self._fault}; checkpoint {step} is good, and the same command goes on behind it"
+        )
+
+    def _of_all(self, times: Mapping[str, float]) -> dict[str, float]:
+        """Of all processes, which must all call it: the longest of their times, and their CPU times together."""
+        with self.run.stop.waiting("the other processes"):
+            said = exchange(json.dumps(dict(times)), self.run.stop.limits.save_timeout)
+        found = [json.loads(text) for text in said]
+        joined = {name: sum if name == "time/cpu" else max for name in times}
+        return {name: join(own[name] for own in found) for name, join in joined.items()}
 
     def _evaluate(self, step: int) -> None:
         """Held-out metrics, as a line of their own."""
@@ -228,9 +291,9 @@ class Loop:
         if self.evaluate is None:
             return
         values, samples = self.evaluate(self.state.params)
-        seconds, _ = self.clock.lap()
+        times = self._of_all({"time/eval": self.clock.lap()[0]})
         shown = [{"split": "eval", **sample} for sample in samples[:EVAL_SAMPLES]]
-        self.run.write(step, values | {"time/eval": seconds}, shown)
+        self.run.write(step, values | times, shown)
         self.progress.message(
             f"held out at step {step}: exact {values['eval/exact']:.1%}, format {values['eval/format']:.1%}, "
             f"spurious {values['eval/spurious']:.1%}, reward {values['eval/reward']:.3f}"

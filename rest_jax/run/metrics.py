@@ -3,7 +3,8 @@
 One JSON line a step goes to `<run>/metrics.jsonl`, and on request to TensorBoard and Weights & Biases; sampled completions go to
 `<run>/samples.jsonl`. A name that METRICS does not have is an error. Prefixes: data, reward, rollout, update, router (of models
 with experts), region/<name>, curriculum, eval (held-out prompts, greedy), time. Wall-clock values are under `time/` alone, so
-that all other values of a run that was broken off and resumed equal those of an unbroken one bit for bit.
+that all other values of a run that was broken off and resumed equal those of an unbroken one bit for bit. All are of the global
+batch, and times are those of the slowest process.
 """
 
 import json
@@ -97,6 +98,7 @@ _TABLE = {
     "update/grad_noise": ("", "the same over its squared norm; 1: nothing but noise"),
     "update/update_norm": ("", "global norm of the change of the parameters"),
     "update/param_norm": ("", "global norm of the parameters"),
+    "update/not_finite": ("fraction", "updates skipped because loss or gradient was not finite"),
     "update/learning_rate": ("", "learning rate in force"),
     "update/skipped_groups": ("fraction", "groups without advantage: no forward pass"),
     "update/micro_batches": ("micro-batches", "micro-batches of the step"),
@@ -124,7 +126,7 @@ _TABLE = {
     "eval/truncated": ("fraction", "held-out completions that did not end within the limit"),
     "eval/prompts": ("prompts", "held-out prompts"),
     "time/step": ("s", "wall-clock time of the step, evaluation and saving apart"),
-    "time/cpu": ("s", "CPU time of the process in the step, all threads"),
+    "time/cpu": ("s", "CPU time of all processes in the step, all threads"),
     "time/data": ("s", "waiting for the loader"),
     "time/rollout": ("s", "sampling"),
     "time/score": ("s", "parsing, rewards and regions; beside the sampling"),
@@ -186,11 +188,9 @@ class MetricsWriter:
 
             self._board = Writer(str(run_dir / "tensorboard"))
         if wandb_project:
-            import wandb  # pyright: ignore[reportMissingImports]
-
             # The same id on every start: a resumed run continues its curves.
-            self._wandb = wandb.init(
-                project=wandb_project, id=name, name=name, dir=str(run_dir), resume="allow"
+            self._wandb = _ask_wandb(
+                "init", project=wandb_project, id=name, name=name, dir=str(run_dir), resume="allow"
             )
         self._files = {name: (run_dir / name).open("a", encoding="utf-8") for name in names}
 
@@ -267,6 +267,24 @@ class MetricsWriter:
                 self._wandb.finish()
             if self._temporary is not None:
                 self._temporary.cleanup()
+
+
+def check_wandb() -> None:
+    """UserError unless Weights & Biases is logged in to and answers, or is told to stay offline."""
+    _ask_wandb("login", verify=True)
+
+
+def _ask_wandb(function: str, **options: Any) -> Any:
+    """What a function of its package returns; UserError for whatever it raises."""
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        return getattr(wandb, function)(**options)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise UserError(
+            f"train.wandb_project: Weights & Biases cannot be used: {reason}; run `wandb login`, or set WANDB_MODE=offline"
+        ) from error
 
 
 def read_lines(path: Location) -> list[dict[str, Any]]:

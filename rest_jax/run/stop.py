@@ -1,4 +1,4 @@
-"""The request to stop (SIGTERM), and the end of a run that waits in vain: for a save, or for other processes.
+"""The request to stop (SIGTERM, SIGINT, SIGHUP), and the end of a run that waits in vain: for a save, or for other processes.
 
 The loop reads the request once a step; where it waits it says so (`waiting`). A wait is often inside XLA, Orbax or a store's
 package, where no Python code of the main thread runs, neither a signal's handler nor an exception. So a thread of this module
@@ -22,24 +22,31 @@ from rest_jax.distributed import any_process
 from rest_jax.run.environment import handled
 
 SIGTERM_CODE = 128 + signal.SIGTERM
+# A signal that was ignored when the program began (nohup, a shell's background job) stays so.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_SAME = 2.0  # seconds in which a launcher and a shell may both pass on one request
 _POLL = 0.2  # seconds between looks at a wait
 _CLOSE = b"\0"  # no signal has this number
 
 
 class StopRequest:
-    """The request to stop: a flag that SIGTERM sets and the loop reads once a step. A resource of the main thread."""
+    """The request to stop: a flag that a signal sets and the loop reads once a step; the next signal ends the process. A
+    resource of the main thread.
+    """
 
     def __init__(self, limits: DistributedConfig):
         self.limits = limits
         self.received = False
+        self.name = "stop"  # the signal's; of a request that another process received there is none
         self._received_at = float("inf")
         # What the main thread waits for, outermost first, and since when.
         self._waits: list[tuple[str, float]] = []
 
-    def receive(self, *_: Any) -> None:
+    def receive(self, number: int = signal.SIGTERM, *_: Any) -> None:
         """Sets the flag."""
         if not self.received:
             self.received, self._received_at = True, time.monotonic()
+            self.name = signal.Signals(number).name
 
     def agreed(self) -> bool:
         """Whether any process received one: all must save together or go on together."""
@@ -57,11 +64,12 @@ class StopRequest:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Within the block SIGTERM sets the flag and waits are watched; afterwards all is as it was."""
+        """Within the block a signal sets the flag and waits are watched; afterwards all is as it was."""
+        numbers = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
         watcher = threading.Thread(target=self._watch, args=(ours,), daemon=True, name="stop")
-        with ours, theirs, handled(self.receive, signal.SIGTERM):
+        with ours, theirs, handled(self.receive, *numbers):
             before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
             watcher.start()
             try:
@@ -76,8 +84,14 @@ class StopRequest:
         while True:
             if select.select([signals], [], [], _POLL)[0]:
                 numbers = signals.recv(64)
-                if signal.SIGTERM in numbers:
-                    self.receive()
+                for number in set(numbers).intersection(SIGNALS):
+                    if time.monotonic() - self._received_at > _SAME:
+                        end(
+                            f"{signal.Signals(number).name} after {self.name}: the run ends unsaved; the same command "
+                            "resumes from the last complete checkpoint",
+                            128 + number,
+                        )
+                    self.receive(number)
                 if _CLOSE in numbers:
                     return
             if (fault := self.overdue()) is not None:
@@ -90,8 +104,8 @@ class StopRequest:
         now, limits = time.monotonic(), self.limits
         if now - max(since, self._received_at) > limits.stop_timeout:
             return (
-                f"SIGTERM: {what} did not end within distributed.stop_timeout {limits.stop_timeout} s, so the run ends unsaved; "
-                "the same command resumes from the last complete checkpoint"
+                f"{self.name}: {what} did not end within distributed.stop_timeout {limits.stop_timeout} s, so the run ends "
+                "unsaved; the same command resumes from the last complete checkpoint"
             )
         if now - since > limits.save_timeout:
             return (

@@ -149,7 +149,7 @@ class Speed:
 
 
 def reward_rates(response_lengths: Int[np.ndarray, "P G"], seconds: float) -> dict[str, float]:
-    """Rates of the scoring of this process's own completions."""
+    """Rates of the scoring of these completions, those of all processes."""
     seconds = max(seconds, 1e-9)
     return {
         "time/reward_tokens_per_second": float(response_lengths.sum()) / seconds,

@@ -151,7 +151,7 @@ def test_cached_decode_equals_full_forward(kind):
             {"params": params}, batch.responses[:, :, t], cache.positions, cache.layout, cache
         )
         states.append(hidden)
-    assert np.all(cache.index == TR - 1)
+        cache = tiny.next_token(cache)
     mask = np.asarray(batch.mask)
     expected = jax.jit(lambda p: grouped_hidden(cfg, p, batch))(params)
     np.testing.assert_allclose(
@@ -159,32 +159,38 @@ def test_cached_decode_equals_full_forward(kind):
     )
 
 
-def test_rows_may_be_at_different_positions_in_the_cache():
-    """A row's result depends on its own index only; writes beyond the last position are dropped."""
+def test_a_response_may_begin_where_another_has_ended():
+    """It sees nothing of what the other has drawn in its slot, nor do those that go on see anything of it."""
     cfg, prompt, responses = NORMED, make_batch().prompt, make_batch().responses
     params = make_params(cfg)
     apply = jax.jit(Decoder(cfg).apply, static_argnames="return_kv")
     layout, positions = prompt_rows(prompt, PROMPT_LENGTH)
     _, kv = apply({"params": params}, prompt, positions, layout, return_kv=True)
-    even = tiny.empty_cache(kv, PROMPT_LENGTH, G, 4)
-    for t in range(2):
-        _, even = apply({"params": params}, responses[:, :, t], even.positions, even.layout, even)
-    late = even
-    for t in range(2, 4):
-        before, late = apply(
-            {"params": params}, responses[:, :, t], late.positions, late.layout, late
-        )
-    # rewinding some rows by two positions leaves stale keys there, which must not be seen
-    behind = jnp.array([[True, False, False]])
-    mixed = dataclasses.replace(late, index=jnp.where(behind, 2, 3 + 0 * late.index))
-    token = jnp.where(behind, responses[:, :, 2], responses[:, :, 3])
-    hidden, after = apply({"params": params}, token, mixed.positions, mixed.layout, mixed)
-    alone, _ = apply({"params": params}, responses[:, :, 2], even.positions, even.layout, even)
-    np.testing.assert_allclose(hidden[:, 0], alone[:, 0], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(hidden[:, 1:], before[:, 1:], rtol=1e-5, atol=1e-5)
-    full = late.append(kv[0][:, :, :G] + 1, kv[1][:, :, :G] + 1)
-    np.testing.assert_array_equal(full.response_k, late.response_k)
-    assert np.all(after.index == mixed.index + 1)
+    first = jnp.array([True, False, False])
+
+    def decode(cache, tokens, begun=None):
+        """With the first response begun anew before that token."""
+        states = []
+        for t in range(tokens.shape[2]):
+            if t == begun:
+                keys = cache.layout.keys
+                keys = keys._replace(recent=keys.recent & ~first[:, None])
+                layout = dataclasses.replace(cache.layout, keys=keys)
+                at = jnp.where(first, PROMPT_LENGTH[:, None], cache.positions)
+                cache = dataclasses.replace(cache, layout=layout, positions=at)
+            token = tokens[:, :, t]
+            hidden, cache = apply({"params": params}, token, cache.positions, cache.layout, cache)
+            states.append(hidden)
+            cache = tiny.next_token(cache)
+        return np.stack(states, axis=2)
+
+    empty = tiny.empty_cache(kv, PROMPT_LENGTH, G, 5)
+    plain = decode(empty, responses[:, :, :5])
+    again = jnp.concatenate([responses[:, :, :2], responses[:, :, :3]], axis=2)
+    tokens = jnp.where(first[:, None], again, responses[:, :, :5])
+    mixed = decode(empty, tokens, begun=2)
+    np.testing.assert_allclose(mixed[:, 1:], plain[:, 1:], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(mixed[:, 0, 2:], plain[:, 0, :3], rtol=1e-5, atol=1e-5)
 
 
 def test_padding_changes_nothing_and_gets_no_gradient():

@@ -80,6 +80,34 @@ def test_a_pallas_kernel_counts_what_it_says_of_itself():
     assert measure(hlo.parse(text), Sizes(0)).once["attention"].kernels == 0
 
 
+def test_a_kernel_counts_as_often_as_it_visits_something():
+    """What it says of itself is that of one visit; it does not read its operands whole."""
+    line = (
+        "  %%%s = bf16[8,64]{1,0} custom-call(%%x), "
+        'custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/attention/%s/pallas_call"}, '
+        'backend_config={"custom_call_config":{"body":"T0","cost_estimate":'
+        '{"flops":"1000","transcendentals":"7","bytes_accessed":"300"}}}'
+    )
+    text = "\n".join(
+        [
+            "ENTRY %main (x: bf16[8,64]) -> bf16[8,64] {",
+            "  %x = bf16[8,64]{1,0} parameter(0)",
+            line % ("a", "prompt_pages"),
+            line % ("b", "response_pages"),
+            line % ("c", "other_pages"),
+            "}",
+        ]
+    )
+    module, rates = hlo.parse(text), Rates(flops=1e6, memory=1e3)
+    plain = measure(module, Sizes(1), rates).once["attention"]
+    assert (plain.flops, plain.nbytes) == (3000, 3 * 2 * 2 * 8 * 64)
+    trips = {"prompt_pages": 40, "response_pages": 2.5}
+    work = measure(module, Sizes(1, trips=trips), rates).once["attention"]
+    assert work.flops == (40 + 2.5 + 1) * 1000
+    assert work.nbytes == (40 + 2.5) * 300 + 2 * 2 * 8 * 64
+    assert work.kernels == pytest.approx(work.nbytes / 1e3)
+
+
 def test_tpu_text_collectives():
     found = {c.place: c for c in measure(hlo.parse(TPU), Sizes(7)).collectives if c.nbytes > 100}
     gathered = 2 * 1024 * 1024 * 3 // 4

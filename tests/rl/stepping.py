@@ -74,7 +74,8 @@ logprobs_of = functools.cache(make_logprobs)
 @functools.cache
 def update_of(decoder, tx, cfg: StepConfig, mesh) -> tuple[Update, TrainState]:
     """(the update, the shardings of its state)."""
-    state = jax.eval_shape(lambda: fresh_state(tiny.params(decoder.cfg.n_experts), tx, cfg))
+    params = tiny.params(decoder.cfg.n_experts)  # made here: what is cached must not be traced
+    state = jax.eval_shape(lambda: fresh_state(params, tx, cfg))
     shardings = jax.tree.map(lambda _: replicated(mesh), state)
     shardings = shardings.replace(params=param_shardings(decoder.cfg, mesh))
     return make_policy_update(decoder, tx, cfg, mesh, shardings), shardings

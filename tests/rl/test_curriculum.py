@@ -120,6 +120,16 @@ def test_absent_region_keeps_its_averages():
     assert float(new.entropy[Region.THINK]) == pytest.approx(0.9 * 1.5 + 0.1 * 3.0)
 
 
+def test_a_region_whose_entropy_is_not_finite_keeps_its_averages():
+    cfg = curriculum.Schedule(WeightsConfig(), CurriculumConfig(), 8)
+    state = curriculum.update(curriculum.init(cfg), stats(), jnp.float32(1.0), cfg)
+    for broken in (np.nan, np.inf):
+        new = curriculum.update(state, stats(ENTROPY * broken, GINI), jnp.float32(1.0), cfg)
+        np.testing.assert_array_equal(new.entropy, state.entropy)
+        np.testing.assert_array_equal(new.gini, state.gini)
+        assert np.isfinite(new.weight).all() and int(new.step) == int(state.step) + 1
+
+
 def test_every_policy_token_keeps_a_weight_unless_zeroed_by_name():
     cfg = curriculum.Schedule(WeightsConfig(), CurriculumConfig(alpha_format=50.0, steps=1), 1)
     state = curriculum.init(cfg)

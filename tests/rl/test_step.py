@@ -324,6 +324,6 @@ def test_one_micro_batch_has_no_variance_and_is_refused():
         "rollout": {"prompts_per_step": 2},
     }  # fmt: skip
     config = config_lib.from_overrides(raw, [])
-    check_sizes(config, types.SimpleNamespace(mesh=tiny.mesh(1)))
+    check_sizes(config, types.SimpleNamespace(mesh=tiny.mesh(1), config=tiny.decoder().cfg))
     with pytest.raises(UserError, match=r"measure_noise: rollout\.prompts_per_step 2 on 2 "):
-        check_sizes(config, types.SimpleNamespace(mesh=tiny.mesh(2)))
+        check_sizes(config, types.SimpleNamespace(mesh=tiny.mesh(2), config=tiny.decoder().cfg))

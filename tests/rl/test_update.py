@@ -273,7 +273,7 @@ def test_norms_of_an_update(scored):
     """Of the gradient, of the change, and of the parameters after it."""
     spec, _, state = update_parts(scored, tx=optax.sgd(0.5))
     gradient = jax.tree.map(jnp.cos, state.params)
-    new, found = apply_gradient(state, gradient, Totals({}, {}), spec)
+    new, found = apply_gradient(state, gradient, Totals({"update/loss": jnp.ones(())}, {}), spec)
     close(new.params, jax.tree.map(lambda p, g: p - 0.5 * g, state.params, gradient), 1e-6)
     norm = np.linalg.norm(flat(gradient))
     assert float(found.sums["update/grad_norm"]) == pytest.approx(norm, rel=1e-5)
@@ -281,6 +281,26 @@ def test_norms_of_an_update(scored):
     expected = np.linalg.norm(flat(new.params))
     assert float(found.sums["update/param_norm"]) == pytest.approx(expected, rel=1e-5)
     assert int(new.step) == int(state.step)  # a step of training is several updates
+
+
+@pytest.mark.parametrize("broken", ["a gradient", "the loss"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_update_that_is_not_finite_is_skipped_and_counted(scored, broken, value):
+    spec, _, state = update_parts(scored, tx=optax.adam(0.5))
+    gradient, loss = jax.tree.map(jnp.cos, state.params), jnp.ones(())
+    moved, found = apply_gradient(state, gradient, Totals({"update/loss": loss}, {}), spec)
+    assert found.sums["update/not_finite"] == 0
+    if broken == "the loss":
+        loss = loss * value
+    else:
+        gradient["final_norm"]["scale"] = gradient["final_norm"]["scale"].at[0].set(value)
+    kept, found = apply_gradient(moved, gradient, Totals({"update/loss": loss}, {}), spec)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (kept.params, kept.opt_state),
+        (moved.params, moved.opt_state),
+    )
+    assert found.sums["update/not_finite"] == 1 and found.sums["update/update_norm"] == 0
 
 
 # The noise of a gradient is the sample variance of its groups, computed here one group at a time.

@@ -8,16 +8,26 @@ import pytest
 from rest_jax.models.attention import prompt_rows
 from rest_jax.models.decoder import apply_routed, logits
 from rest_jax.rl.logprobs import PassSpec, response_logprobs
-from rest_jax.rollout.engine import Widths, cache_sharding
+from rest_jax.rollout.engine import NOBODY, Sizes, cache_sharding
 from rest_jax.types import Sampling
 from tests import tiny
 
 SAMPLINGS = [Sampling(), Sampling(0.7), Sampling(1.2, 8), Sampling(1.0, 0, 0.9)]
+# responses that begin anywhere in a page, where another has ended
+PAGED = {"page": 4, "decode_slots": 3}
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_numbers_equal_teacher_forcing(sampling):
-    out = tiny.rollout(tiny.prompts(), sampling=sampling)
+@pytest.mark.parametrize(
+    ("sampling", "options"),
+    [
+        *((sampling, {}) for sampling in SAMPLINGS),
+        (Sampling(), PAGED),
+        (Sampling(), PAGED | {"layers": "unroll"}),
+    ],
+    ids=str,
+)
+def test_numbers_equal_teacher_forcing(sampling, options):
+    out = tiny.rollout(tiny.prompts(width=4 if options else 16), sampling=sampling, **options)
     rows = tiny.packed(out)
     forced = response_logprobs(tiny.decoder(), tiny.params(), out, rows, PassSpec(sampling, 4))
     mask = np.arange(tiny.TIME) < out.response_length[..., None]
@@ -140,9 +150,19 @@ def test_experts_teacher_forced_are_those_recorded(layers):
 def test_caches_are_split_by_head(layers):
     """A tensor group holds each head once: with all of them on every device the caches would not shrink."""
     sampler = tiny.sampler(shape=(2, 1, 2), layers=layers)
-    state = sampler.engine.empty_state(3, 5, Widths(16, tiny.TIME))
-    for keys in jax.tree.leaves(state.cache.layers):
+    state = sampler.engine.empty_state(Sizes(3, 5, 7, 1, 2))
+    for keys in jax.tree.leaves(state.pool):
+        assert keys.shape[-5:] == (2, 7, 4, sampler.settings.page, 8)
         shard = keys.addressable_shards[0].data.shape
-        assert shard[-5:-2] == (1, keys.shape[-4], keys.shape[-3] // 2)
+        assert shard[-5:-2] == (1, 7, 2)
     odd = jax.ShapeDtypeStruct((2, 5, 3, 16, 8), jnp.float32)  # three heads: on both devices
     assert cache_sharding(odd, sampler.mesh).shard_shape(odd.shape) == (1, 5, 3, 16, 8)
+
+
+def test_an_empty_state_has_nobody_in_its_slots():
+    sampler = tiny.sampler(page=4)
+    state = sampler.engine.empty_state(Sizes(3, 5, 7, 1, 2))
+    assert np.all(np.asarray(state.slots.owner) == NOBODY)
+    assert state.slots.owner.shape == (1, 5) and state.members.shape == (1, 3, tiny.GROUP)
+    assert state.pool.k.shape == (2, 1, 7, 4, 4, 8)
+    assert all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(state.pool))

@@ -4,9 +4,12 @@ import contextlib
 import math
 import os
 import pathlib
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -14,13 +17,14 @@ import pytest
 
 from rest_jax import config as config_lib
 from rest_jax.config import Config
-from rest_jax.errors import RunStopped, UserError
+from rest_jax.errors import UserError
 from rest_jax.run.folder import (
     CONFIG_FILE,
     RL_FINITE,
     SUPERVISED_FINITE,
     check_config,
     check_start,
+    not_finite,
     open_run,
 )
 from rest_jax.run.metrics import METRICS, METRICS_FILE, SAMPLES_FILE, read_lines
@@ -66,11 +70,69 @@ def test_a_new_run_has_its_config_and_the_side_files_alone(config, files):
 
 def test_a_folder_of_another_config_is_refused_with_every_difference(config, files, tmp_path):
     open_run(config, files).close()
-    other = make_config(tmp_path, "seed=3", "train.steps=7")
+    other = make_config(tmp_path, "seed=3", "loss.clip_low=0.1", "train.steps=7")
     for refuse in (lambda: check_config(other.folder, other), lambda: open_run(other, files)):
-        with pytest.raises(UserError, match=r"seed: 0 there, 3 now.*steps: .* 7 now") as caught:
+        with pytest.raises(
+            UserError, match=r"seed: 0 there, 3 now.*clip_low: 0.2 there, 0.1 now"
+        ) as caught:
             refuse()
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(caught.value) and "--restart" in str(caught.value)
+        assert "train.steps" not in str(caught.value)
+
+
+def test_a_run_resumes_under_what_does_not_change_its_result(config, files, tmp_path, capsys):
+    open_run(config, files).close()
+    words = ["train.steps=7", "train.max_tokens_per_microbatch=64", "rollout.decode_slots=2", "model.remat=none",
+             "mesh.fsdp=1", "train.tensorboard=true", "train.eval_every=1", "data.eval=null",
+             "train.checkpoint_every=2"]  # fmt: skip
+    other = make_config(tmp_path, *words)
+    check_start(other)
+    said = capsys.readouterr().out
+    assert all(word.partition("=")[0] in said for word in words) and said.count("\n") == 1
+    open_run(other, files).close()
+    assert config_lib.load([other.folder / CONFIG_FILE]) == other
+
+
+def test_a_run_that_samples_ahead_keeps_its_checkpoints_where_they_are(files, tmp_path):
+    stale = ["rollout.staleness=1", "rollout.recompute_logprobs=true", "rollout.tis_cap=2"]
+    open_run(make_config(tmp_path, *stale), files).close()
+    other = make_config(tmp_path, *stale, "train.checkpoint_every=2")
+    with pytest.raises(UserError, match=r"train\.checkpoint_every: 15 there, 2 now"):
+        check_start(other)
+
+
+@pytest.fixture
+def saved(config, files) -> Config:
+    """A run with lines of two steps and a checkpoint of each."""
+    with contextlib.closing(open_run(config, files)) as run:
+        for step in (1, 2):
+            run.write(step, {"reward/mean": 1.0}, [{"text": "a"}])
+            run.save(step, make_state(step), {"seen": step})
+    return config
+
+
+@pytest.mark.parametrize("loss", ["all steps", "the folder"])
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(saved, files, loss):
+    checkpoints = saved.folder / "checkpoints"
+    shutil.rmtree(checkpoints)
+    if loss == "all steps":
+        checkpoints.mkdir()
+    before = (saved.folder / METRICS_FILE).read_bytes()
+    for refuse in (lambda: check_start(saved), lambda: open_run(saved, files)):
+        with pytest.raises(UserError, match=r"no checkpoint is left.*--restart") as caught:
+            refuse()
+        assert str(checkpoints) in str(caught.value) and "\n" not in str(caught.value)
+    assert (saved.folder / METRICS_FILE).read_bytes() == before
+
+
+def test_restart_forgets_the_run_in_the_folder(saved, files, tmp_path):
+    fresh, other = make_state(), make_config(tmp_path, "seed=3")
+    check_start(other, restart=True)
+    with contextlib.closing(open_run(other, files, restart=True)) as run:
+        assert run.resume(fresh, abstract(fresh)) == (fresh, None, 0)
+    assert read_lines(saved.folder / METRICS_FILE) == read_lines(saved.folder / SAMPLES_FILE) == []
+    # Nothing of the old run refuses the new one.
+    open_run(other, files).close()
 
 
 def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(config, files, tmp_path):
@@ -91,33 +153,37 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(config, fil
     )
     try:
         assert process.stdout is not None and process.stdout.readline() == "open\n"
-        with pytest.raises(UserError, match="another process trains this run") as caught:
-            open_run(config, files)
-        assert str(config.folder) in str(caught.value) and "\n" not in str(caught.value)
+        for refuse in (lambda: check_start(config), lambda: open_run(config, files)):
+            with pytest.raises(
+                UserError, match=r"another process \(.*\) trains this run"
+            ) as caught:
+                refuse()
+            assert (
+                f"{config.folder}: another process ({socket.gethostname()}, process {process.pid}, for "
+                in str(caught.value)
+            )
+            assert "\n" not in str(caught.value)
     finally:
         process.kill()
         process.wait()
+    check_start(config)
     open_run(config, files).close()
 
 
-def test_nan_is_named_and_the_batch_saved(config, files):
+def test_what_is_not_finite_is_named_and_the_batch_saved(config, files):
+    sound = dict.fromkeys(RL_FINITE, 1.0) | {"reward/mean": math.nan}
+    assert not_finite(sound, RL_FINITE) == ""
+    broken = sound | {"update/grad_norm": math.inf, "rollout/logp": math.nan}
+    assert not_finite(broken, RL_FINITE) == "update/grad_norm inf, rollout/logp nan"
+    with pytest.raises(KeyError, match="loss"):
+        not_finite({"update/grad_norm": 1.0}, SUPERVISED_FINITE)
+    batch = {"responses": np.arange(6).reshape(2, 3), "region": jax.numpy.ones(2)}
     with contextlib.closing(open_run(config, files)) as run:
-        sound = dict.fromkeys(RL_FINITE, 1.0) | {"reward/mean": math.nan}
-        run.check_finite(3, sound, RL_FINITE, {})
-        broken = sound | {"update/grad_norm": math.inf, "rollout/logp": math.nan}
-        batch = {"responses": np.arange(6).reshape(2, 3), "region": jax.numpy.ones(2)}
-        with pytest.raises(RunStopped, match=r"update/grad_norm inf, rollout/logp nan") as caught:
-            run.check_finite(4, broken, RL_FINITE, batch)
-        path = run.folder / "nan_step_4.0.npz"
-        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+        path = run.save_batch(4, batch)
+        assert path == run.folder / "nan_step_4.0.npz"
         with np.load(path) as saved:
             assert saved["responses"].tolist() == [[0, 1, 2], [3, 4, 5]]
             assert saved["region"].tolist() == [1, 1]
-
-
-def test_a_metric_that_nobody_wrote_is_not_finite(config, files):
-    with contextlib.closing(open_run(config, files)) as run, pytest.raises(KeyError, match="loss"):
-        run.check_finite(1, {"update/grad_norm": 1.0}, SUPERVISED_FINITE, {})
 
 
 def test_the_guard_names_metrics_of_the_table():
@@ -185,4 +251,17 @@ def test_a_missing_optional_package_is_named_before_a_folder_is_made(
     config = make_config(tmp_path, override)
     with pytest.raises(UserError, match=f"pip install {package}"):
         check_start(config)
+    assert not config.folder.exists()
+
+
+def test_a_tracker_that_cannot_be_used_is_one_line_before_a_folder_is_made(tmp_path, monkeypatch):
+    def login(verify: bool) -> None:
+        raise RuntimeError("No API key\nconfigured.")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(login=login))
+    config = make_config(tmp_path, "train.wandb_project=p")
+    with pytest.raises(UserError, match=r"train\.wandb_project.*No API key configured") as caught:
+        check_start(config)
+    assert "\n" not in str(caught.value) and "WANDB_MODE=offline" in str(caught.value)
     assert not config.folder.exists()

@@ -24,7 +24,7 @@ def test_a_live_owner_keeps_the_folder_and_leaves_nothing(folder):
         check()
         with (
             pytest.raises(
-                UserError, match=r"run: another process \(.*process \d+\) trains"
+                UserError, match=r"run: another process \(.*process \d+, for \d+ s\) trains"
             ) as caught,
             lock.locked(folder),
         ):

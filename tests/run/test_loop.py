@@ -1,5 +1,6 @@
 """The loop around the steps, with a tiny policy: sampling one step ahead, the trace of a step, rates, the clock."""
 
+import contextlib
 import gzip
 import json
 import pathlib
@@ -7,6 +8,7 @@ import re
 import shutil
 import signal
 import time
+import types
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +20,7 @@ from rest_jax import cli, config
 from rest_jax.data.loader import Loader
 from rest_jax.data.tokenize import load_split, prepare
 from rest_jax.rollout.scheduler import make_sampler
+from rest_jax.run import loop
 from rest_jax.run.load import load_policy
 from rest_jax.run.loop import Clock
 from rest_jax.run.metrics import METRICS, read_lines
@@ -233,13 +236,27 @@ def test_a_step_to_trace_is_a_whole_number(capsys, step):
     assert "--profile" in error and error.count("\n") == 1
 
 
-def test_decode_slots_and_cache_entries_reach_the_sampler(source):
+def test_what_the_cache_holds_reaches_the_sampler(source):
     loaded = load_policy(config.ModelConfig(source=str(source)), config.MeshConfig(fsdp=-1))
-    rollout = config.RolloutConfig(decode_slots=3, prompt_cache_entries=2)
+    rollout = config.RolloutConfig(decode_slots=3, prompt_cache_entries=2, cache_tokens=64_000)
     made = make_sampler(loaded, rollout, 4, Sampling()).settings
-    assert (made.decode_slots, made.prompt_cache_entries, made.sizes(8)) == (3, 2, (2, 3))
+    assert (made.decode_slots, made.prompt_cache_entries) == (3, 2)
+    assert made.sizes(8, 100)[:3] == (2, 3, 1000)
     evaluation = make_sampler(loaded, rollout, 1, Sampling(greedy=True)).settings
-    assert evaluation.sizes(8) == (3, 3)  # a prompt with one response needs an entry a decode slot
+    # a prompt with one response needs an entry a decode slot
+    assert evaluation.sizes(8, 100)[:3] == (3, 3, 1000)
+
+
+def test_times_are_those_of_the_slowest_process_and_cpu_time_is_of_all(monkeypatch):
+    stop = types.SimpleNamespace(
+        limits=config.DistributedConfig(), waiting=lambda _: contextlib.nullcontext()
+    )
+    own = {"time/score": 1.0, "time/step": 3.0, "time/cpu": 5.0}
+    other = {"time/score": 2.0, "time/step": 2.5, "time/cpu": 4.0}
+    monkeypatch.setattr(loop, "exchange", lambda text, timeout: [text, json.dumps(other)])
+    run = types.SimpleNamespace(stop=stop, folder=pathlib.Path("run"))
+    found = loop.Loop(run, 1, None, ("", ""))._of_all(own)  # type: ignore[arg-type]
+    assert found == {"time/score": 2.0, "time/step": 3.0, "time/cpu": 9.0}
 
 
 def test_the_laps_of_a_clock_leave_no_gap(monkeypatch):

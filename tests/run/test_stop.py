@@ -47,6 +47,25 @@ def test_sigterm_sets_the_flag_in_the_block_and_all_is_as_before_behind_it():
     assert signal.getsignal(signal.SIGTERM) is before and signal.set_wakeup_fd(-1) == -1
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_and_a_closed_terminal_are_requests_too_unless_they_are_ignored(number):
+    stop = StopRequest(LIMITS)
+    before = signal.signal(
+        number, signal.SIG_IGN
+    )  # as under nohup, or in the background of a script
+    try:
+        with stop.watched():
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+            assert not stop.received
+        signal.signal(number, signal.SIG_DFL)
+        with stop.watched():
+            os.kill(os.getpid(), number)
+            assert stop.agreed() and stop.name == number.name
+    finally:
+        signal.signal(number, before)
+
+
 def start(*words: object, program: str = "blocked_save.py") -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(PROGRAMS / program), *map(str, words)],
@@ -73,6 +92,21 @@ def test_sigterm_ends_a_wait_in_which_no_python_code_runs():
     process.send_signal(signal.SIGTERM)
     (line,) = end_of(process)
     assert process.returncode == SIGTERM_CODE and "the mutex did not end" in line
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    process = start(100, program="blocked_in_c.py")
+    assert process.stdout is not None and process.stdout.readline() == "saving\n"
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)  # a launcher and a shell pass on the same request
+    time.sleep(2.3)
+    assert process.poll() is None
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    (line,) = end_of(process)
+    assert time.monotonic() - begun < 2 and process.returncode == 130
+    assert "SIGINT after SIGTERM: the run ends unsaved" in line
 
 
 def test_sigterm_ends_a_run_whose_save_hangs(tmp_path):

@@ -282,12 +282,12 @@ def test_a_prompt_that_the_chat_template_refuses_is_dropped(tmp_path, out, token
     run(path, out, overwrite=True)
     strict, template = Tokenizer.load(str(folder)), TEMPLATES["toolrl"]
     refused = "the chat template of the tokenizer refuses it: Roles must alternate, found 'system'"
-    prepared = tokenize.prepare(read_records(out), strict, template, tokenize.DataConfig(train=""))
+    prepared = tokenize.prepare(read_records(out), strict, template, tokenize.DataConfig(train="x"))
     assert [record.id for record in prepared.records] == ["in-0/0", "in-0/1"]
     said = f"2 set aside (2: {refused}, as in 'in-1/0')"
     assert said in prepared.summary()
     with pytest.raises(UserError, match=re.escape(f"data: no records; {said}")):
-        tokenize.prepare(read_records(out)[2:], strict, template, tokenize.DataConfig(train=""))
+        tokenize.prepare(read_records(out)[2:], strict, template, tokenize.DataConfig(train="x"))
 
 
 @pytest.mark.parametrize("template", ["toolrl", "hermes"])

@@ -1,0 +1,78 @@
+"""What a run is made of, as digests: they are kept in every checkpoint, and a run resumes over the same contents alone.
+
+`records` are the records with their tools and gold answers, `prompts` and `targets` their token ids (so the template, the
+tokenizer and dates too), `vocabulary` how ids become text and end a turn, `weights` those that the run began with. Paths are
+not among them: a folder may move.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rest_jax.data.ragged import StoredRecords, to_bytes
+from rest_jax.data.tokenize import Prepared
+from rest_jax.distributed import exchange, is_first_process
+from rest_jax.errors import UserError
+from rest_jax.models.policy import Policy
+from rest_jax.models.tokenizer import Tokenizer
+from rest_jax.types import Params
+
+
+def digests(policy: Policy, data: Prepared) -> dict[str, str]:
+    """The digests of a run about to begin; every process must call it. The first reads all of the data (a million records: about
+    ten seconds).
+    """
+    own = {"weights": _of_weights(policy.params)}
+    if is_first_process():
+        records = data.records
+        rows = records.rows if isinstance(records, StoredRecords) else map(to_bytes, records)
+        own |= {"records": _of_rows(rows), "vocabulary": _of_vocabulary(policy.tokenizer)}
+        own |= {"prompts": _of_rows(data.prompts), "targets": _of_rows(data.targets)}
+    return json.loads(exchange(json.dumps(own))[0])
+
+
+def check_same(saved: Mapping[str, str], found: Mapping[str, str], where: Any) -> None:
+    """UserError that names the contents that are not those of a checkpoint."""
+    changed = [name for name, digest in saved.items() if found.get(name, digest) != digest]
+    if changed:
+        raise UserError(
+            f"{where}: its run was made of other {', '.join(changed)} than are here now; put the old ones back, choose another "
+            "name, or forget that run with --restart"
+        )
+
+
+def _of_rows(rows: Iterable[np.ndarray | bytes]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        content = row if isinstance(row, bytes) else row.tobytes()
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.hexdigest()[:16]
+
+
+def _of_vocabulary(tokenizer: Tokenizer) -> str:
+    ids = np.array([tokenizer.pad_id, tokenizer.end_id, *tokenizer.stop_ids])
+    return _of_rows([ids.astype(np.int64), np.asarray(tokenizer.piece_lengths, np.int64)])
+
+
+def _of_weights(params: Params) -> str:
+    """Of the bits of every element with its place. Sums of integers wrap round, so that they do not depend on the mesh."""
+    sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(_sum_of_bits, tree))(params))
+    return _of_rows(np.asarray(x) for x in jax.tree.leaves(sums))
+
+
+def _sum_of_bits(x: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis in range(x.ndim):
+        place = place * jnp.uint32(x.shape[axis]) + jax.lax.broadcasted_iota(
+            jnp.uint32, x.shape, axis
+        )
+    # Odd factors, spread over all bits: no element's bits are lost.
+    mixed = (bits ^ (bits >> 15)) * (place * jnp.uint32(0x9E3779B1) * 2 + 1)
+    return jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)

@@ -1,0 +1,288 @@
+"""Attention over keys in pages against dense attention: ragged tables with holes, many queries, meshes; garbage is not read."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rest_jax.distributed import activate
+from rest_jax.models.cache import PageTable, Pool
+from rest_jax.models.paged_attention import (
+    Partial,
+    Response,
+    attend_part,
+    attend_prompts,
+    attend_responses,
+    gather_pages,
+    join,
+    list_visits,
+    normalise,
+)
+from tests import tiny
+from tests.models.rows import HIGHEST, assert_close, normal
+
+LAYERS, LAYER, SHARDS, SEQUENCES, SIZE, WIDTH = 3, jnp.int32(1), 2, 5, 4, 8
+PAGES = 17
+
+
+def make_table(seed: int = 0) -> PageTable:
+    """Up to 3 pages a sequence, in any order and begun and ended anywhere; one sequence has none, one a single row."""
+    rng = np.random.default_rng(seed)
+    shape = (SHARDS, SEQUENCES, 3)
+    page = np.stack([rng.permutation(PAGES)[: SEQUENCES * 3] for _ in range(SHARDS)])
+    begin = rng.integers(0, SIZE, shape)
+    end = rng.integers(begin + 1, SIZE + 1)
+    count = rng.integers(1, 4, shape[:2])
+    count[:, 1] = 0
+    begin[:, 2], end[:, 2], count[:, 2] = 3, 4, 1
+    end = np.where(np.arange(3) < count[..., None], end, begin)
+    return PageTable(*(jnp.asarray(x, jnp.int32) for x in (page.reshape(shape), begin, end)))
+
+
+def make_pool(heads: int, seed: int = 10) -> Pool:
+    shape = (LAYERS, SHARDS, PAGES, heads, SIZE, WIDTH)
+    return Pool(normal(seed, *shape), normal(seed + 1, *shape))
+
+
+def keys_of(pool: Pool, table: PageTable, w: int, b: int) -> list[np.ndarray]:
+    """k and v [K n H] of a sequence, in order."""
+    rows = [x[w, b] for x in map(np.asarray, table)]
+    found = [[np.zeros((pool.k.shape[3], 0, WIDTH), np.float32)] for _ in pool]
+    for page, begin, end in zip(*rows, strict=True):
+        for layers, into in zip(pool, found, strict=True):
+            into.append(np.asarray(layers)[int(LAYER), w, page, :, begin:end])
+    return [np.concatenate(x, axis=1) for x in found]
+
+
+def dense(q, k, v) -> tuple[np.ndarray, np.ndarray]:
+    """[K M H] over [K n H] with all scores in float64: (out, log of the total weight)."""
+    score = np.einsum("kmh,knh->kmn", np.float64(q), k)
+    peak = score.max(axis=-1, initial=-1e30)
+    weight = np.exp(score - peak[..., None])
+    total = weight.sum(axis=-1)
+    out = np.einsum("kmn,knh->kmh", weight, v) / np.where(total > 0, total, 1)[..., None]
+    return out, peak + np.log(np.where(total > 0, total, 1))
+
+
+def each_sequence(attend):
+    """What `attend(w, b)` returns, for all sequences."""
+    parts = [[attend(w, b) for b in range(SEQUENCES)] for w in range(SHARDS)]
+    return jax.tree.map(
+        lambda *x: np.stack(x), *(jax.tree.map(lambda *x: np.stack(x), *p) for p in parts)
+    )
+
+
+@functools.cache
+def prompts_on(tensor: int = 1):
+    def run(q, pool, table):
+        return attend_prompts(q, pool, LAYER, list_visits(table), HIGHEST)
+
+    return on_mesh(run, tensor)
+
+
+@functools.cache
+def responses_on(tensor: int = 1):
+    def run(q, pool, table, recent, response):
+        visits = list_visits(table, recent)
+        return attend_responses(q, pool, LAYER, visits, response, HIGHEST)
+
+    return on_mesh(run, tensor)
+
+
+def on_mesh(function, tensor: int):
+    """Jitted, with a data shard on each of two groups of devices."""
+
+    def run(*args):
+        with activate(tiny.mesh(fsdp=SHARDS, tensor=tensor)):
+            return jax.jit(function)(*args)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("tensor", "heads", "queries"),
+    [
+        (1, 2, 1),
+        (1, 2, 2),
+        (1, 1, 16),
+        (1, 1, 130),
+        (2, 2, 3),
+        (2, 3, 3),  # all heads on both devices
+    ],
+)
+def test_prompts_equal_dense_attention(tensor, heads, queries):
+    table, pool = make_table(), make_pool(heads)
+    q = normal(3, SHARDS, SEQUENCES, heads, queries, WIDTH)
+    out, lse = prompts_on(tensor)(q, pool, table)
+    expected = each_sequence(lambda w, b: dense(q[w, b], *keys_of(pool, table, w, b)))
+    assert out.dtype == lse.dtype == jnp.float32
+    assert np.all(np.asarray(out)[:, 1] == 0) and np.all(np.asarray(lse)[:, 1] < -1e29)
+    some = [0, 2, 3, 4]  # sequence 1 has no keys
+    assert_close([x[:, some] for x in (out, lse)], [x[:, some] for x in expected])
+
+
+def make_response(heads: int, queries: int):
+    """(rows begin and end of `recent`, Response, keys and values [W N K n H] that its attention to the prompt is over). A slot
+    has no recent rows, one no prompt.
+    """
+    recent = [normal(i, LAYERS, SHARDS, SEQUENCES, heads, SIZE, WIDTH) for i in (20, 21)]
+    own = [normal(i, SHARDS, SEQUENCES, heads, WIDTH) for i in (22, 23)]
+    begin = jnp.array([[0, 1, 2, 2, 0], [3, 0, 1, 0, 2]])
+    end = jnp.array([[4, 3, 4, 2, 0], [4, 1, 2, 3, 2]])
+    prompt = [normal(i, SHARDS, SEQUENCES, heads, 5, WIDTH) for i in (24, 25)]
+    q = normal(3, SHARDS, SEQUENCES, heads, queries, WIDTH)
+    out, lse = each_sequence(lambda w, b: dense(q[w, b], *(x[w, b] for x in prompt)))
+    out[:, 4], lse[:, 4] = 0, -1e30
+    prompt = [x.at[:, 4].set(jnp.nan) for x in prompt]
+    attended = (jnp.asarray(x, jnp.float32) for x in (out, lse))
+    return q, (begin, end), Response(*recent, *own, *attended), prompt
+
+
+def dense_response(q, pool, table, recent, response: Response, prompt) -> np.ndarray:
+    """New tokens over prompt, pages, recent rows and themselves, in one softmax."""
+
+    def one(w, b):
+        pages = keys_of(pool, table, w, b)
+        rows = slice(int(recent[0][w, b]), int(recent[1][w, b]))
+        keys = []
+        for i, (layers, own) in enumerate(zip(response[:2], response[2:4], strict=True)):
+            drawn = np.asarray(layers)[int(LAYER), w, b, :, rows]
+            parts = [np.asarray(prompt[i][w, b])] if b != 4 else []
+            parts += [pages[i], drawn, np.asarray(own[w, b])[:, None]]
+            keys.append(np.concatenate(parts, axis=1))
+        return dense(q[w, b], *keys)[0]
+
+    return each_sequence(one)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "heads", "queries"), [(1, 1, 1), (1, 2, 7), (2, 2, 2), (2, 3, 2)]
+)
+def test_responses_equal_dense_attention(tensor, heads, queries):
+    table, pool = make_table(1), make_pool(heads)
+    q, recent, response, prompt = make_response(heads, queries)
+    out = responses_on(tensor)(q, pool, table, recent, response)
+    assert_close(out, dense_response(q, pool, table, recent, response, prompt))
+
+
+def test_pages_that_no_table_names_are_not_read():
+    """They may hold anything, as may the rows of the pages of other layers."""
+    table, pool = make_table(), make_pool(2)
+    named = np.zeros((SHARDS, PAGES), bool)
+    for w, b, m in np.ndindex(SHARDS, SEQUENCES, 3):
+        if table.end[w, b, m] > table.begin[w, b, m]:
+            named[w, table.page[w, b, m]] = True
+    assert 0 < named.sum() < named.size
+    other = jnp.arange(LAYERS) != LAYER
+    hidden = other[:, None, None] | ~jnp.asarray(named)
+    spoilt = Pool(*(jnp.where(hidden[..., None, None, None], jnp.nan, x) for x in pool))
+    q, recent, response, _ = make_response(2, 2)
+    for a, b in zip(prompts_on()(q, pool, table), prompts_on()(q, spoilt, table), strict=True):
+        np.testing.assert_array_equal(a, b)
+    run = responses_on()
+    np.testing.assert_array_equal(
+        run(q, pool, table, recent, response), run(q, spoilt, table, recent, response)
+    )
+
+
+def test_rows_outside_of_the_range_of_a_page_change_nothing():
+    """What another response has left there."""
+    table, pool = make_table(), make_pool(2)
+    seen = np.zeros((SHARDS, PAGES, SIZE), bool)
+    for w, b, m in np.ndindex(SHARDS, SEQUENCES, 3):
+        seen[w, table.page[w, b, m], table.begin[w, b, m] : table.end[w, b, m]] = True
+    spoilt = Pool(*(jnp.where(jnp.asarray(seen)[:, :, None, :, None], x, 1e30) for x in pool))
+    q, recent, response, _ = make_response(2, 2)
+    for a, b in zip(prompts_on()(q, pool, table), prompts_on()(q, spoilt, table), strict=True):
+        np.testing.assert_array_equal(a, b)
+    run = responses_on()
+    np.testing.assert_array_equal(
+        run(q, pool, table, recent, response), run(q, spoilt, table, recent, response)
+    )
+
+
+def test_visits_are_the_pages_in_use_in_order():
+    table = PageTable(
+        page=jnp.array([[[5, 6], [7, 8], [1, 2]], [[3, 3], [4, 9], [0, 0]]], jnp.int32),
+        begin=jnp.array([[[1, 0], [0, 0], [0, 0]], [[0, 0], [0, 0], [0, 0]]], jnp.int32),
+        end=jnp.array([[[4, 2], [0, 0], [3, 0]], [[0, 0], [4, 1], [0, 0]]], jnp.int32),
+    )
+    listed = list_visits(table)
+    first, second = (jax.tree.map(lambda x, w=w: x.reshape(2, -1)[w], listed) for w in (0, 1))
+    assert (first.count, second.count) == (3, 2)
+    fields = ("sequence", "page", "begin", "end")
+    found = [
+        [getattr(part, name)[: int(part.count[0])].tolist() for name in fields]
+        for part in (first, second)
+    ]
+    assert found == [[[0, 0, 2], [5, 6, 1], [1, 0, 0], [4, 2, 3]], [[1, 1], [4, 9], [0, 0], [4, 1]]]
+    assert first.visited.tolist() == [True, False, True]
+    assert second.visited.tolist() == [False, True, False]
+    assert not np.any(listed.recent)
+
+    rows = jnp.array([[0, 1, 2], [2, 0, 1]], jnp.int32)
+    listed = list_visits(table, (rows, rows + 1))
+    first, second = (jax.tree.map(lambda x, w=w: x.reshape(2, -1)[w], listed) for w in (0, 1))
+    assert (first.count, second.count) == (6, 5) and np.all(listed.visited)
+    assert first.sequence[:6].tolist() == [0, 0, 0, 1, 2, 2]
+    assert first.recent[:6].tolist() == [0, 0, 1, 1, 0, 1]
+    assert (first.begin[:6].tolist(), first.end[:6].tolist()) == (
+        [1, 0, 0, 1, 0, 2],
+        [4, 2, 1, 2, 3, 3],
+    )
+    assert second.recent[:5].tolist() == [1, 0, 0, 1, 1]
+
+
+def test_gathered_pages_lie_side_by_side():
+    table, pool = make_table(), make_pool(2)
+    gathered = gather_pages(pool.k, table)
+    assert gathered.shape == (LAYERS, SHARDS, SEQUENCES, 2, 3 * SIZE, WIDTH)
+    one = gather_pages(tuple(pool.k), table)
+    assert len(one) == LAYERS
+    for layer, found in enumerate(one):
+        np.testing.assert_array_equal(found, gathered[layer])
+    for w, b, m in np.ndindex(SHARDS, SEQUENCES, 3):
+        part = gathered[:, w, b, :, m * SIZE : (m + 1) * SIZE]
+        np.testing.assert_array_equal(part, pool.k[:, w, table.page[w, b, m]])
+    # with the rows of the table, as the mask of dense attention
+    q, rows = normal(3, SHARDS, SEQUENCES, 2, 3, WIDTH), table.rows(SIZE)[:, :, None, None]
+    part = attend_part(q, *(gather_pages(x, table)[LAYER] for x in pool), rows, HIGHEST)
+    expected = each_sequence(lambda w, b: dense(q[w, b], *keys_of(pool, table, w, b))[0])
+    assert_close(normalise(part), expected)
+    assert np.all(np.asarray(normalise(part))[:, 1] == 0)
+
+
+def test_parts_of_the_keys_are_joined_in_one_softmax():
+    """Huge scores in one of them, nothing seen in another."""
+    q, k, v = (10 * normal(i, 2, n, WIDTH) for i, n in ((0, 3), (1, 9), (2, 9)))
+    seen = np.ones((3, 9), bool)
+    seen[0, :6], seen[1] = False, False
+    seen = jnp.asarray(seen)
+    cuts = (slice(0, 4), slice(4, 6), slice(6, 9))
+    parts = [attend_part(q, k[:, at], v[:, at], seen[:, at], HIGHEST) for at in cuts]
+    found = normalise(join(*parts))
+    whole = normalise(attend_part(q, k, v, seen, HIGHEST))
+    assert_close(found, whole)
+    assert isinstance(parts[0], Partial) and np.all(np.asarray(found)[:, 1] == 0)
+    np.testing.assert_allclose(found[:, 2], dense(q, k, v)[0][:, 2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"decode_slots": 3},
+        pytest.param({"decode_slots": 5, "shape": (1, 2, 2)}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_rollouts_with_the_kernel_equal_those_of_gathered_pages(options):
+    """Responses that begin anywhere in a page, and end."""
+    batch = tiny.prompts(4, 8)
+    blocks = tiny.rollout(batch, group=2)
+    flash = tiny.rollout(batch, group=2, page=4, attention="flash", **options)
+    np.testing.assert_array_equal(flash.responses, blocks.responses)
+    for name in ("logp", "entropy", "gini"):
+        a, b = getattr(flash, name), getattr(blocks, name)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
