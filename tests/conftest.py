@@ -10,6 +10,7 @@ import logging
 import os
 import pathlib
 import shutil
+import signal
 
 _DEVICES = "--xla_force_host_platform_device_count"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
@@ -19,6 +20,9 @@ _CACHE = pathlib.Path("~/.cache/rest_jax/xla").expanduser()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A shell's background job ignores Ctrl-C, and what it starts would do so too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis
 import jaxtyping
