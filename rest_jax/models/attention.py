@@ -83,7 +83,7 @@ def attend(
         return attend_rows(q, *kv, layout, KERNELS[cfg.attention])
     if cache is None:
         raise ValueError("attend: DecodeLayout needs a cache")
-    out = attend_cache(_by_kv_head(q, cfg.n_kv_heads), kv, layout, cache, cfg)
+    out = attend_cache(_by_kv_head(q, cfg.n_kv_heads), kv, layout, cache)
     return out.reshape(q.shape).astype(q.dtype)
 
 
@@ -139,7 +139,6 @@ def attend_cache(
     own: tuple[Float[Array, "W N K H"], Float[Array, "W N K H"]] | None,
     layout: DecodeLayout,
     cache: LayerCache,
-    cfg: DecoderConfig,
 ) -> Float[Array, "W N K R H"]:
     """New tokens against their prompt, their response's earlier tokens and themselves.
 
@@ -152,25 +151,25 @@ def attend_cache(
             raise ValueError("attend: the kernels take stacked layers, and new tokens apart")
         pages = cache.pool, cache.layer
         with jax.named_scope("prompt_pages"):
-            shared = attend_prompts(together, *pages, layout.keys.prompts, cfg.precision)
+            shared = attend_prompts(together, *pages, layout.keys.prompts)
         prompt = (_back_to_rows(x, layout, q.shape[3]) for x in shared)
         response = Response(cache.recent_k, cache.recent_v, *own, *prompt)
         with jax.named_scope("response_pages"):
-            return attend_responses(q, *pages, layout.keys.responses, response, cfg.precision)
+            return attend_responses(q, *pages, layout.keys.responses, response)
     k, v = cache.pool
-    shared: Any = attend_part(together, k, v, layout.keys.prompts[:, :, None, None], cfg.precision)  # type: ignore[arg-type]
+    shared: Any = attend_part(together, k, v, layout.keys.prompts[:, :, None, None])  # type: ignore[arg-type]
     shared = Partial(*(_back_to_rows(x, layout, q.shape[3]) for x in shared))
-    return normalise(join(shared, _attend_recent(q, own, layout, cache, cfg.precision)))
+    return normalise(join(shared, _attend_recent(q, own, layout, cache)))
 
 
-def _attend_recent(q, own, layout: DecodeLayout, cache: LayerCache, precision) -> Partial:
+def _attend_recent(q, own, layout: DecodeLayout, cache: LayerCache) -> Partial:
     """Attention to what responses have drawn, the new tokens among them."""
     assert isinstance(layout.keys, GatheredKeys)
     seen = layout.keys.recent
     if own is None:
         seen = seen | (jnp.arange(seen.shape[-1]) == layout.time)
     recent = cache.recent_k, cache.recent_v
-    drawn = attend_part(q, *recent, seen[:, :, None, None], precision)
+    drawn = attend_part(q, *recent, seen[:, :, None, None])
     if own is None:
         return drawn
     score = jnp.sum(q.astype(jnp.float32) * own[0].astype(jnp.float32)[:, :, :, None], axis=-1)

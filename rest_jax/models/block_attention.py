@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rest_jax.models.cache import RowLayout
+from rest_jax.models.products import FLOOR, float32_einsum
 
 # Of blocks that hold less the products are too small for the threads of a CPU to share, of larger ones more is masked.
 _SMALL, _LARGE = (64, 64), (256, 128)
 WIDE = (512, 512)  # for an accelerator without a kernel
 _NARROW = 256  # width of all heads together, up to which blocks are small
-_FLOOR = -1e30  # score of what may not be seen: finite, so that nothing becomes NaN
 
 
 class _Visits(NamedTuple):
@@ -93,11 +93,11 @@ def _attend_forward(q, k, v, until, blocks: tuple[int, int]):
             peak = jnp.maximum(before, jnp.max(score, axis=-1))
             weight, scale = jnp.exp(score - peak[..., None]), jnp.exp(before - peak)
             out = scale[..., None] * out
-            out = out + _product("bkms,bksh->bkmh", weight.astype(v.dtype), values)
+            out = out + float32_einsum("bkms,bksh->bkmh", weight.astype(v.dtype), values)
             return out, scale * total + jnp.sum(weight, axis=-1), peak
 
         # half the floor: exp of the floor then is zero also for queries that see nothing, here and in the backward pass
-        start = jnp.zeros((*shape, q.shape[-1])), jnp.zeros(shape), jnp.full(shape, 0.5 * _FLOOR)
+        start = jnp.zeros((*shape, q.shape[-1])), jnp.zeros(shape), jnp.full(shape, 0.5 * FLOOR)
         out, total, peak = jax.lax.fori_loop(0, visits.count[i], visit, start)
         total = jnp.where(total > 0, total, 1.0)
         return (out / total[..., None]).astype(q.dtype), peak + jnp.log(total)
@@ -122,12 +122,12 @@ def _attend_backward(blocks: tuple[int, int], kept, d_out):
             keys, values = (_cut(x, j, blocks[1]) for x in (k, v))
             score = _scores(queries, keys, until, (i, j), blocks)
             weight = jnp.exp(score - lse[i][..., None])
-            d_weight = _product("bkmh,bksh->bkms", d_block, values)
+            d_weight = float32_einsum("bkmh,bksh->bkms", d_block, values)
             d_score = (weight * (d_weight - delta_block)).astype(q.dtype)
-            d_q = d_q + _product("bkms,bksh->bkmh", d_score, keys)
-            d_k = _add(d_k, j, _product("bkms,bkmh->bksh", d_score, queries))
+            d_q = d_q + float32_einsum("bkms,bksh->bkmh", d_score, keys)
+            d_k = _add(d_k, j, float32_einsum("bkms,bkmh->bksh", d_score, queries))
             weight = weight.astype(q.dtype)
-            return d_q, d_k, _add(d_v, j, _product("bkms,bkmh->bksh", weight, d_block))
+            return d_q, d_k, _add(d_v, j, float32_einsum("bkms,bkmh->bksh", weight, d_block))
 
         start = jnp.zeros(queries.shape), *carry
         d_q, *carry = jax.lax.fori_loop(0, visits.count[i], visit, start)
@@ -171,12 +171,5 @@ def _scores(queries, keys, until, at, blocks: tuple[int, int]):
     query = jnp.where(own > query, query, -1)[:, :, None]  # padding sees nothing
     seen = (key <= query) & (query < end[:, None])
     repeats = queries.shape[2] // blocks[0]
-    score = _product("bkmh,bksh->bkms", queries, keys)
-    return jnp.where(jnp.tile(seen, (1, repeats, 1))[:, None], score, _FLOOR)
-
-
-def _product(axes, x, y):
-    """einsum that sums in float32, of float32 in float32."""
-    exact = x.dtype == jnp.float32
-    precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
-    return jnp.einsum(axes, x, y, precision=precision, preferred_element_type=jnp.float32)
+    score = float32_einsum("bkmh,bksh->bkms", queries, keys)
+    return jnp.where(jnp.tile(seen, (1, repeats, 1))[:, None], score, FLOOR)

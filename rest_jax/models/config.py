@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rest_jax.errors import UserError
+from rest_jax.models.products import precision_of
 
 Family = Literal["qwen3", "qwen3_moe", "qwen2", "llama"]
 Remat = Literal["none", "block", "dots"]
@@ -80,6 +81,10 @@ class DecoderConfig:
 
     @property
     def precision(self) -> jax.lax.Precision:
-        """Matmul precision: float32 means float32 on every backend, not three bfloat16 passes or TF32."""
-        float32 = self.dtype == jnp.float32
-        return jax.lax.Precision.HIGHEST if float32 else jax.lax.Precision.DEFAULT
+        """Of matrix products."""
+        return precision_of(self.dtype)
+
+    @property
+    def reads_pages(self) -> bool:
+        """Whether decoding reads the pages of its cache where they are, by kernels; else they are gathered first."""
+        return self.attention == "flash"

@@ -29,6 +29,7 @@ from rest_jax.models.attention import Layout, attend, valid_positions
 from rest_jax.models.cache import Cache, LayerCache, Layers, Pool, RowLayout
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.moe import ExpertWeights, RouterRecord, mix_experts, record, route
+from rest_jax.models.products import float32_einsum
 from rest_jax.models.rope import Rope, apply_rope, rope_tables
 from rest_jax.types import Params
 
@@ -264,13 +265,7 @@ def logits(
 ) -> Float[Array, "... V"]:
     """float32 scores of every word, for few positions; batches take the chunked vocabulary pass (`rl.logprobs`)."""
     head = head_matrix(params, cfg).astype(cfg.dtype)
-    return jnp.einsum(
-        "...d,vd->...v",
-        hidden.astype(cfg.dtype),
-        head,
-        precision=cfg.precision,
-        preferred_element_type=jnp.float32,
-    )
+    return float32_einsum("...d,vd->...v", hidden.astype(cfg.dtype), head)
 
 
 def _init_boxed(cfg: DecoderConfig, key: jax.Array) -> Params:
@@ -335,7 +330,7 @@ def _rematerialised(cfg: DecoderConfig) -> Any:
 def _stacked(cfg: DecoderConfig, cached: bool) -> Any:
     """The block scanned over the layers."""
     # The kernel takes a layer's pages itself: to hand it a part would copy them.
-    whole: Any = nn.broadcast if cfg.attention == "flash" else 0
+    whole: Any = nn.broadcast if cfg.reads_pages else 0
     cache: Any = LayerCache(whole, 0, whole, whole) if cached else 0  # type: ignore[arg-type]
     in_axes: Any = (cache, nn.broadcast, nn.broadcast, 0)  # cache, rope, layout, replayed experts
     return nn.scan(

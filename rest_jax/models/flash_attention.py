@@ -28,8 +28,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from rest_jax.models.cache import RowLayout
+from rest_jax.models.products import FLOOR, matrix_product, run_kernel
 
-_FLOOR = -1e30  # score of what may not be seen: finite, so that nothing becomes NaN
 _COLUMNS = 1024  # queries of a block, all heads of a kv head together
 _BLOCK = 512  # positions of a block at most; a block of scores has _BLOCK x _COLUMNS at most
 _LANES = 128
@@ -42,7 +42,6 @@ class _Case(NamedTuple):
     queries: int  # positions of a block of queries
     keys: int  # positions of a block of keys
     pairs: int  # of query and key that see each other in a full row
-    precision: jax.lax.Precision
 
 
 class _Visits(NamedTuple):
@@ -61,7 +60,7 @@ def flash_attention(
 ) -> Float[Array, "B K R T H"]:
     """Attention of scaled queries in q's dtype, differentiable in q, k, v."""
     time = q.shape[3]
-    case = _make_case(time, q.shape[2], layout.pairs, q.dtype)
+    case = _make_case(time, q.shape[2], layout.pairs)
     padding = -time % max(case.queries, case.keys)
     q, k, v = (jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, padding), (0, 0)]) for x in (q, k, v))
     until = jnp.pad(layout.until, ((0, 0), (0, padding)))
@@ -69,7 +68,7 @@ def flash_attention(
     return out[:, :, :, :time]
 
 
-def _make_case(time: int, repeats: int, pairs: int, dtype: Any) -> _Case:
+def _make_case(time: int, repeats: int, pairs: int) -> _Case:
     """Blocks as large as the scores may be, of positions that are a power of two; with little padding of the time."""
 
     def block(limit: int) -> int:
@@ -78,9 +77,7 @@ def _make_case(time: int, repeats: int, pairs: int, dtype: Any) -> _Case:
 
     queries = block(min(_BLOCK, _COLUMNS // repeats))
     keys = block(min(_BLOCK, _BLOCK * _COLUMNS // (queries * repeats)))
-    exact = jnp.dtype(dtype) == jnp.float32
-    precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
-    return _Case(queries, keys, pairs, precision)
+    return _Case(queries, keys, pairs)
 
 
 def _visited_blocks(until: Int[Array, "B T"], case: _Case) -> Bool[Array, "B q k"]:
@@ -187,8 +184,8 @@ def _run(call: _Call, visits: _Visits, inputs: tuple[jax.Array, ...], case: _Cas
         bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in (*inputs, *outputs)),
     )
 
-    def compute(*arrays, interpret: bool):
-        run = pl.pallas_call(
+    def kernel(interpret: bool):
+        return pl.pallas_call(
             functools.partial(call.kernel, case, call.by_key),
             grid_spec=grid,
             out_shape=outputs,
@@ -199,14 +196,8 @@ def _run(call: _Call, visits: _Visits, inputs: tuple[jax.Array, ...], case: _Cas
             interpret=interpret,
             name=call.kernel.__name__.strip("_"),
         )
-        return run(*arrays)
 
-    return jax.lax.platform_dependent(
-        *visits,
-        *inputs,
-        tpu=functools.partial(compute, interpret=False),
-        default=functools.partial(compute, interpret=True),
-    )
+    return run_kernel(kernel, *visits, *inputs)
 
 
 def _block_specs(case: _Case, repeats: int, width: int) -> dict[str, pl.BlockSpec]:
@@ -262,7 +253,7 @@ def _forward_kernel(case: _Case, by_key: bool, query, key, count, *refs):
         sum_ref[...] = jnp.zeros_like(sum_ref)
         total_ref[...] = jnp.zeros_like(total_ref)
         # half the floor: exp of the floor then is zero also for queries that see nothing, here and in the backward pass
-        peak_ref[...] = jnp.full_like(peak_ref, 0.5 * _FLOOR)
+        peak_ref[...] = jnp.full_like(peak_ref, 0.5 * FLOOR)
 
     @pl.when(at.live)
     def _():
@@ -271,7 +262,7 @@ def _forward_kernel(case: _Case, by_key: bool, query, key, count, *refs):
         peak = jnp.maximum(before, jnp.max(score, axis=0, keepdims=True))
         weight, scale = jnp.exp(score - peak), jnp.exp(before - peak)
         v = v_ref[0, 0]
-        sum_ref[...] = scale * sum_ref[...] + _product(case, v, weight.astype(v.dtype), (0, 0))
+        sum_ref[...] = scale * sum_ref[...] + matrix_product(v, weight.astype(v.dtype), (0, 0))
         total_ref[...] = scale * total_ref[...] + jnp.sum(weight, axis=0, keepdims=True)
         peak_ref[...] = peak
 
@@ -293,14 +284,13 @@ def _query_gradient_kernel(case: _Case, by_key: bool, query, key, count, *refs):
         d_out, out = (_columns(ref).astype(jnp.float32) for ref in (inputs[5], out_ref))
         # a product with ones puts the sums over the head dimension in a row
         ones = jnp.ones((8, out.shape[1]), jnp.float32)
-        exact = case._replace(precision=jax.lax.Precision.HIGHEST)
-        delta_ref[0, 0, 0] = _product(exact, ones, d_out * out, (1, 1))[:1]
+        delta_ref[0, 0, 0] = matrix_product(ones, d_out * out, (1, 1))[:1]
 
     @pl.when(at.live)
     def _():
         k = inputs[3][0, 0]
         _, d_score = _weights_and_gradient(case, at, (*inputs, delta_ref))
-        sum_ref[...] += _product(case, k, d_score.astype(k.dtype), (0, 0))
+        sum_ref[...] += matrix_product(k, d_score.astype(k.dtype), (0, 0))
 
     @pl.when(at.last)
     def _():
@@ -320,8 +310,8 @@ def _key_gradient_kernel(case: _Case, by_key: bool, query, key, count, *refs):
     def _():
         q, d_out = _columns(inputs[2]), _columns(inputs[5])
         weight, d_score = _weights_and_gradient(case, at, inputs)
-        k_sum_ref[...] += _product(case, d_score.astype(q.dtype), q, (1, 0))
-        v_sum_ref[...] += _product(case, weight.astype(d_out.dtype), d_out, (1, 0))
+        k_sum_ref[...] += matrix_product(d_score.astype(q.dtype), q, (1, 0))
+        v_sum_ref[...] += matrix_product(weight.astype(d_out.dtype), d_out, (1, 0))
 
     @pl.when(at.last)
     def _():
@@ -333,26 +323,18 @@ def _weights_and_gradient(case: _Case, at: _Visit, inputs):
     """p and d_s of a block, float32 `[keys, columns]`."""
     *scored, v_ref, d_out_ref, lse_ref, delta_ref = inputs
     weight = jnp.exp(_scores(case, at, *scored) - lse_ref[0, 0, 0])
-    d_weight = _product(case, v_ref[0, 0], _columns(d_out_ref), (1, 1))
+    d_weight = matrix_product(v_ref[0, 0], _columns(d_out_ref), (1, 1))
     return weight, weight * (d_weight - delta_ref[0, 0, 0])
 
 
 def _scores(case: _Case, at: _Visit, until_ref, position_ref, q_ref, k_ref):
     """float32 `[keys, columns]`."""
-    score = _product(case, k_ref[0, 0], _columns(q_ref), (1, 1))
+    score = matrix_product(k_ref[0, 0], _columns(q_ref), (1, 1))
     key = at.key + jax.lax.broadcasted_iota(jnp.int32, (case.keys, 1), 0)
     query, until = position_ref[0, 0, 0], until_ref[0, 0][:, None]
-    return jnp.where((key <= query) & (query < until), score, _FLOOR)
+    return jnp.where((key <= query) & (query < until), score, FLOOR)
 
 
 def _columns(ref):
     """A block `[1 1 R queries H]` as `[R * queries, H]`."""
     return ref[0, 0].reshape(-1, ref.shape[-1])
-
-
-def _product(case: _Case, x, y, contracted: tuple[int, int]):
-    """Of matrices over one axis of each, summed in float32."""
-    axes = (((contracted[0],), (contracted[1],)), ((), ()))
-    return jax.lax.dot_general(
-        x, y, axes, precision=case.precision, preferred_element_type=jnp.float32
-    )

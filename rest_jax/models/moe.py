@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, UInt
 from rest_jax.distributed import BATCH_AXES, num_data_shards
 from rest_jax.models.cache import DecodeLayout, RowLayout
 from rest_jax.models.config import DecoderConfig
+from rest_jax.models.products import float32_einsum
 
 # Rows of one product over the gathered tokens. All tokens may go to the experts of one device, so its buffers have a row for
 # every choice of every device; in parts they are no larger than without an expert axis. A few rows (decoding) go at once: each
@@ -80,9 +81,7 @@ def route(
     """The experts of every token and their weights. `replayed` takes the place of the router's own choice; weights are the
     router's in any case, and alone carry gradient.
     """
-    logits = jnp.einsum(
-        "btd,de->bte", x, router, precision=cfg.precision, preferred_element_type=jnp.float32
-    )
+    logits = float32_einsum("btd,de->bte", x, router)
     probability = jax.nn.softmax(logits, axis=-1)
     _, own = jax.lax.top_k(jax.lax.stop_gradient(probability), cfg.experts_per_token)
     chosen = own if replayed is None else replayed.astype(jnp.int32)

@@ -1,9 +1,9 @@
 """Attention of few queries over keys that lie in pages (`cache.Pool`).
 
-    attend_prompts(q, pool, layer, visits, precision)              by Pallas kernels, for TPUs
-    attend_responses(q, pool, layer, visits, response, precision)
-    list_visits(table, recent)            -> Visits                what they read
-    gather_pages(layers, table)           -> Layers                pages side by side, for `attend_part`
+    attend_prompts(q, pool, layer, visits)             by Pallas kernels, for TPUs
+    attend_responses(q, pool, layer, visits, response)
+    list_visits(table, recent)     -> Visits           what they read
+    gather_pages(layers, table)    -> Layers           pages side by side, for `attend_part`
 
 The kernels read the pages in use alone, one after another, from a list made on the device, with a running maximum and sum
 (FlashAttention-2, arXiv:2307.08691). Scores and sums are float32. On other hardware than TPUs they are interpreted, for
@@ -25,8 +25,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rest_jax.distributed import BATCH_AXES
 from rest_jax.models.cache import Layers, PageTable, Pool, Visits, is_stacked
+from rest_jax.models.products import FLOOR, float32_einsum, matrix_product, run_kernel
 
-_FLOOR = -1e30  # score of what may not be seen: finite, so that nothing becomes NaN
 _LANES = 128
 
 
@@ -43,13 +43,12 @@ def attend_part(
     k: Float[Array, "*B S H"],
     v: Float[Array, "*B S H"],
     mask: Bool[Array, "..."],
-    precision: jax.lax.Precision,
 ) -> Partial:
     """Attention of scaled queries over one part of the keys."""
-    score = jnp.where(mask, _product("...mh,...sh->...ms", q, k, precision), _FLOOR)
-    peak = jnp.maximum(jnp.max(score, axis=-1), 0.5 * _FLOOR)
+    score = jnp.where(mask, float32_einsum("...mh,...sh->...ms", q, k), FLOOR)
+    peak = jnp.maximum(jnp.max(score, axis=-1), 0.5 * FLOOR)
     weight = jnp.exp(score - peak[..., None])
-    out = _product("...ms,...sh->...mh", weight.astype(v.dtype), v, precision)
+    out = float32_einsum("...ms,...sh->...mh", weight.astype(v.dtype), v)
     return Partial(out, jnp.sum(weight, axis=-1), peak)
 
 
@@ -65,11 +64,6 @@ def join(*parts: Partial) -> Partial:
 def normalise(part: Partial) -> Float[Array, "*B H"]:
     """The softmax, float32; zero where no key was seen."""
     return part.out / jnp.where(part.total > 0, part.total, 1.0)[..., None]
-
-
-def _product(axes, x, y, precision):
-    """einsum that sums in float32."""
-    return jnp.einsum(axes, x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
 def gather_pages(layers: Layers, table: PageTable) -> Layers:
@@ -104,12 +98,11 @@ def attend_prompts(
     pool: Pool,
     layer: Int[Array, ""],
     visits: Visits,
-    precision: jax.lax.Precision,
 ) -> tuple[Float[Array, "W Q K M H"], Float[Array, "W Q K M"]]:
     """Attention of M scaled queries a kv head to every prompt, in that layer of stacked ones: normalised, and the log of the
     total weight, float32; zero and very small for a prompt without visits.
     """
-    return _on_devices(q, pool, layer, visits, None, precision)
+    return _on_devices(q, pool, layer, visits, None)
 
 
 def attend_responses(
@@ -118,25 +111,23 @@ def attend_responses(
     layer: Int[Array, ""],
     visits: Visits,
     response: Response,
-    precision: jax.lax.Precision,
 ) -> Float[Array, "W N K R H"]:
     """Attention of new tokens to all that they see, in q's dtype. Anything for a decode slot without visits."""
-    return _on_devices(q, pool, layer, visits, response, precision)
+    return _on_devices(q, pool, layer, visits, response)
 
 
-def _on_devices(q, pool: Pool, layer, visits: Visits, response: Response | None, precision) -> Any:
+def _on_devices(q, pool: Pool, layer, visits: Visits, response: Response | None) -> Any:
     """Every device computes its data shard, and its heads if the mesh divides them."""
     mesh = jax.sharding.get_abstract_mesh()
     inputs = q, pool, jnp.reshape(layer, (1,)), visits, response
-    attend = functools.partial(_one_shard, precision)
     if mesh.empty or mesh.size == 1:
-        return attend(*inputs)
+        return _one_shard(*inputs)
     heads = "tensor" if q.shape[2] % mesh.shape["tensor"] == 0 else None
     rows, by_head = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, None, heads)
     pages = PartitionSpec(None, BATCH_AXES, None, heads)
     extra: Any = None if response is None else Response(pages, pages, *(by_head,) * 4)  # type: ignore[arg-type]
     split = jax.shard_map(
-        attend,
+        _one_shard,
         in_specs=(by_head, pages, PartitionSpec(), rows, extra),
         out_specs=by_head,
         check_vma=False,  # kernels do not say over which axes their results vary
@@ -144,17 +135,17 @@ def _on_devices(q, pool: Pool, layer, visits: Visits, response: Response | None,
     return split(*inputs)
 
 
-def _one_shard(precision, q, pool: Pool, layer, visits: Visits, response: Response | None) -> Any:
+def _one_shard(q, pool: Pool, layer, visits: Visits, response: Response | None) -> Any:
     """The kernel for one data shard; q [1 B K M H], `layer` [1]."""
     *listed, visited = visits
     arrays = [q[0], *(x[:, 0] for x in pool)]  # type: ignore[call-overload]
     if response is not None:
         arrays += [x[:, 0] for x in response[:2]]  # type: ignore[call-overload]
         arrays += [x[0] for x in response[2:]]
-        return _visit_pages(listed, layer, arrays, precision)[0][None]
-    out, lse = _visit_pages(listed, layer, arrays, precision)
+        return _visit_pages(listed, layer, arrays)[0][None]
+    out, lse = _visit_pages(listed, layer, arrays)
     seen = visited[:, None, None]
-    lse = jnp.where(seen, lse[..., : q.shape[3]], _FLOOR)
+    lse = jnp.where(seen, lse[..., : q.shape[3]], FLOOR)
     return jnp.where(seen[..., None], out, 0.0)[None], lse[None]
 
 
@@ -189,14 +180,14 @@ def list_visits(
     return jax.tree.map(lambda x: x.reshape(-1), jax.vmap(one)(*table, *(recent or ())))
 
 
-def _visit_pages(visits: list[jax.Array], layer, arrays: list[jax.Array], precision):
-    """q `[B K M H]`, k and v `[L P K S H]` -> normalised out `[B K M H]`, log of the total weight `[B K lanes]`, float32. With
+def _visit_pages(visits: list[jax.Array], layer, arrays: list[jax.Array]):
+    """q `[B K M H]`, k and v `[L P K S H]` -> normalised out `[B K M H]`, log of the total weight `[B K padded M]`, float32. With
     what responses attend to besides, of one data shard: out alone, in q's dtype. Those of a sequence without visits are not
     written.
     """
     q, k = arrays[:2]
     sequences, heads, queries, width = q.shape
-    size, lanes = k.shape[-2], -(-queries // _LANES) * _LANES
+    size, padded = k.shape[-2], -(-queries // _LANES) * _LANES
     of_responses = len(arrays) > 3
 
     def of_sequence(*shape: int) -> pl.BlockSpec:
@@ -215,8 +206,8 @@ def _visit_pages(visits: list[jax.Array], layer, arrays: list[jax.Array], precis
     out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype if of_responses else jnp.float32)]
     out_specs = [each]
     if not of_responses:
-        out_shape.append(jax.ShapeDtypeStruct((sequences, heads, lanes), jnp.float32))
-        out_specs.append(of_sequence(heads, lanes))
+        out_shape.append(jax.ShapeDtypeStruct((sequences, heads, padded), jnp.float32))
+        out_specs.append(of_sequence(heads, padded))
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1 + len(visits),
         grid=(jnp.maximum(visits[-1][0], 1),),
@@ -235,9 +226,9 @@ def _visit_pages(visits: list[jax.Array], layer, arrays: list[jax.Array], precis
         bytes_accessed=2 * heads * size * width * k.dtype.itemsize,
     )
 
-    def compute(*arrays, interpret: bool):
-        run = pl.pallas_call(
-            functools.partial(_response_kernel if of_responses else _prompt_kernel, precision),
+    def kernel(interpret: bool):
+        return pl.pallas_call(
+            _response_kernel if of_responses else _prompt_kernel,
             grid_spec=grid,
             out_shape=out_shape,
             compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
@@ -245,15 +236,8 @@ def _visit_pages(visits: list[jax.Array], layer, arrays: list[jax.Array], precis
             interpret=interpret,
             name="attend_responses" if of_responses else "attend_prompts",
         )
-        return run(*arrays)
 
-    return jax.lax.platform_dependent(
-        layer,
-        *visits,
-        *arrays,
-        tpu=functools.partial(compute, interpret=False),
-        default=functools.partial(compute, interpret=True),
-    )
+    return run_kernel(kernel, layer, *visits, *arrays)
 
 
 class _Visit(NamedTuple):
@@ -282,7 +266,7 @@ def _visit(visits) -> _Visit:
     )
 
 
-def _prompt_kernel(precision, _, *refs):
+def _prompt_kernel(_, *refs):
     *visits, q_ref, k_ref, v_ref, out_ref, lse_ref, sum_ref, peak_ref, total_ref = refs
     at, sums = _visit(visits), (sum_ref, peak_ref, total_ref)
     heads, queries, _ = sum_ref.shape
@@ -291,11 +275,11 @@ def _prompt_kernel(precision, _, *refs):
     def _():
         sum_ref[...] = jnp.zeros_like(sum_ref)
         total_ref[...] = jnp.zeros_like(total_ref)
-        peak_ref[...] = jnp.full_like(peak_ref, 0.5 * _FLOOR)
+        peak_ref[...] = jnp.full_like(peak_ref, 0.5 * FLOOR)
 
     @pl.when(at.live)
     def _():
-        _add_page(at, q_ref, k_ref, v_ref, sums, precision)
+        _add_page(at, q_ref, k_ref, v_ref, sums)
 
     @pl.when(at.last)
     def _():
@@ -307,7 +291,7 @@ def _prompt_kernel(precision, _, *refs):
             lse_ref[0, pl.ds(head, 1)] = jnp.sum(lse, axis=0, keepdims=True)  # a column as a row
 
 
-def _response_kernel(precision, _, *refs):
+def _response_kernel(_, *refs):
     *visits, q_ref, k_ref, v_ref, recent_k_ref, recent_v_ref, own_k_ref, own_v_ref = refs[:13]
     prompt_ref, prompt_lse_ref, out_ref, sum_ref, peak_ref, total_ref = refs[13:]
     at, sums = _visit(visits), (sum_ref, peak_ref, total_ref)
@@ -327,11 +311,11 @@ def _response_kernel(precision, _, *refs):
 
     @pl.when(at.live & ~at.recent)
     def _():
-        _add_page(at, q_ref, k_ref, v_ref, sums, precision)
+        _add_page(at, q_ref, k_ref, v_ref, sums)
 
     @pl.when(at.live & at.recent)
     def _():
-        _add_page(at, q_ref, recent_k_ref, recent_v_ref, sums, precision)
+        _add_page(at, q_ref, recent_k_ref, recent_v_ref, sums)
 
     @pl.when(at.last)
     def _():
@@ -339,18 +323,18 @@ def _response_kernel(precision, _, *refs):
             out_ref[0, head] = (sum_ref[head] / total_ref[head]).astype(out_ref.dtype)
 
 
-def _add_page(at: _Visit, q_ref, k_ref, v_ref, sums, precision) -> None:
+def _add_page(at: _Visit, q_ref, k_ref, v_ref, sums) -> None:
     """Adds the keys of a page [1 1 K S H] to the sums of every head."""
     row = jax.lax.broadcasted_iota(jnp.int32, (1, k_ref.shape[-2]), 1)
     seen = (row >= at.begin) & (row < at.end)
     for head in range(q_ref.shape[1]):
-        score = _matrix_product(q_ref[0, head], k_ref[0, 0, head], 1, precision)
+        score = matrix_product(q_ref[0, head], k_ref[0, 0, head], (1, 1))
         v = v_ref[0, 0, head]
 
         def values(weight, v=v):
-            return _matrix_product(weight.astype(v.dtype), v, 0, precision)
+            return matrix_product(weight.astype(v.dtype), v, (1, 0))
 
-        _add(head, jnp.where(seen, score, _FLOOR), values, sums)
+        _add(head, jnp.where(seen, score, FLOOR), values, sums)
 
 
 def _add(head: int, score, values: Callable[[jax.Array], jax.Array], sums) -> None:
@@ -365,11 +349,5 @@ def _add(head: int, score, values: Callable[[jax.Array], jax.Array], sums) -> No
 
 
 def _diagonal(rows: int, columns: int):
-    line, lane = (jax.lax.broadcasted_iota(jnp.int32, (rows, columns), axis) for axis in (0, 1))
-    return line == lane
-
-
-def _matrix_product(x, y, contracted: int, precision) -> Any:
-    """x `[M I]` times y `[I O]` (`contracted` 0) or `[O I]` (1), summed in float32."""
-    axes = (((1,), (contracted,)), ((), ()))
-    return jax.lax.dot_general(x, y, axes, precision=precision, preferred_element_type=jnp.float32)
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, (rows, columns), axis) for axis in (0, 1))
+    return row == column

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rest_jax.distributed import BATCH_AXES, num_data_shards
 from rest_jax.models.decoder import Decoder, apply_routed, head_matrix
 from rest_jax.models.moe import RouterRecord
+from rest_jax.models.products import float32_einsum
 from rest_jax.rl.loss import TokenLoss, TokenStats
 from rest_jax.rl.packing import Rows
 from rest_jax.types import Params, ResponseBatch, Sampling
@@ -207,7 +208,7 @@ def _loss_on_device(hidden, head, tokens, inputs, used, spec: "LossSpec", axes: 
         total, d_head, metrics, d_hidden = carry
         part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size), xs)
         loss, new, d_part, d_logits = _differentiate(part, head, spec)
-        d_head = d_head + _float32_einsum("td,tv->dv", part[0], d_logits)
+        d_head = d_head + float32_einsum("td,tv->dv", part[0], d_logits)
         d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, d_part, i * size, axis=0)
         return total + loss, d_head, _join_metrics(metrics, new), d_hidden
 
@@ -251,12 +252,8 @@ def _differentiate(part, head, spec: "LossSpec"):
     if spec.needs_entropy_gradient:
         d_logits = d_logits + _entropy_gradient(chunk, slopes[1])
     d_logits = d_logits.astype(hidden.dtype)
-    d_hidden = _float32_einsum("tv,vd->td", d_logits, head).astype(hidden.dtype)
+    d_hidden = float32_einsum("tv,vd->td", d_logits, head).astype(hidden.dtype)
     return loss, metrics, d_hidden, d_logits
-
-
-def _float32_einsum(axes, x, y):
-    return jnp.einsum(axes, x, y, precision=_precision(x), preferred_element_type=jnp.float32)
 
 
 def _join_metrics(metrics, new):
@@ -348,18 +345,8 @@ def _entropy_gradient(chunk: _Chunk, slope):
 
 def _logits(hidden, head):
     """float32 [P c V], as one plain matrix product."""
-    flat = jnp.einsum(
-        "td,vd->tv",
-        hidden.reshape(-1, hidden.shape[-1]),
-        head,
-        precision=_precision(hidden),
-        preferred_element_type=jnp.float32,
-    )
+    flat = float32_einsum("td,vd->tv", hidden.reshape(-1, hidden.shape[-1]), head)
     return flat.reshape(*hidden.shape[:-1], head.shape[0])
-
-
-def _precision(hidden):
-    return jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
 
 
 def _split_time(tree, chunk: int):

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from rest_jax.models import flash_attention
 from tests.models.rows import (
-    HIGHEST,
     PACKED,
     any_row,
     assert_dense,
@@ -82,7 +81,7 @@ def test_visits_hide_no_visible_pair(tables):
     until = np.stack(tables)
     seen = visible_pairs(until)
     for queries, keys in [(256, 128), (128, 256)]:
-        case = flash_attention._Case(queries, keys, 1, HIGHEST)
+        case = flash_attention._Case(queries, keys, 1)
         blocks = seen.reshape(2, 512 // queries, queries, 512 // keys, keys).any((2, 4))
         for by_key in (False, True):
             found, visits = visit_set(until, case, by_key)
@@ -103,7 +102,7 @@ def test_blocks_that_nobody_sees_are_not_visited():
     """
     group = (128, 128, [128] * 4, 128)
     until = np.stack([packed_row(1408, [group, group]), packed_row(1408, [])])
-    case = flash_attention._Case(128, 128, 1, HIGHEST)
+    case = flash_attention._Case(128, 128, 1)
     (first, second), _ = visit_set(until, case, by_key=False)
     own = [(n, n) for n in range(11)]
     shared = [(n, n // 5 * 5) for n in range(10) if n % 5]
@@ -114,7 +113,7 @@ def test_lists_hold_a_causal_row():
     """Where nothing is left out, they are as long as they may be."""
     until = np.full((1, 1024), 1024, np.int32)
     for queries, keys in [(128, 128), (512, 128), (128, 256)]:
-        case = flash_attention._Case(queries, keys, 1, HIGHEST)
+        case = flash_attention._Case(queries, keys, 1)
         blocks = visible_pairs(until).reshape(1024 // queries, queries, 1024 // keys, keys)
         for by_key in (False, True):
             (found,), visits = visit_set(until, case, by_key)

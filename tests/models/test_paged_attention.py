@@ -21,7 +21,7 @@ from rest_jax.models.paged_attention import (
     normalise,
 )
 from tests import tiny
-from tests.models.rows import HIGHEST, assert_close, normal
+from tests.models.rows import assert_close, normal
 
 LAYERS, LAYER, SHARDS, SEQUENCES, SIZE, WIDTH = 3, jnp.int32(1), 2, 5, 4, 8
 PAGES = 17
@@ -77,7 +77,7 @@ def each_sequence(attend):
 @functools.cache
 def prompts_on(tensor: int = 1):
     def run(q, pool, table):
-        return attend_prompts(q, pool, LAYER, list_visits(table), HIGHEST)
+        return attend_prompts(q, pool, LAYER, list_visits(table))
 
     return on_mesh(run, tensor)
 
@@ -86,7 +86,7 @@ def prompts_on(tensor: int = 1):
 def responses_on(tensor: int = 1):
     def run(q, pool, table, recent, response):
         visits = list_visits(table, recent)
-        return attend_responses(q, pool, LAYER, visits, response, HIGHEST)
+        return attend_responses(q, pool, LAYER, visits, response)
 
     return on_mesh(run, tensor)
 
@@ -248,7 +248,7 @@ def test_gathered_pages_lie_side_by_side():
         np.testing.assert_array_equal(part, pool.k[:, w, table.page[w, b, m]])
     # with the rows of the table, as the mask of dense attention
     q, rows = normal(3, SHARDS, SEQUENCES, 2, 3, WIDTH), table.rows(SIZE)[:, :, None, None]
-    part = attend_part(q, *(gather_pages(x, table)[LAYER] for x in pool), rows, HIGHEST)
+    part = attend_part(q, *(gather_pages(x, table)[LAYER] for x in pool), rows)
     expected = each_sequence(lambda w, b: dense(q[w, b], *keys_of(pool, table, w, b))[0])
     assert_close(normalise(part), expected)
     assert np.all(np.asarray(normalise(part))[:, 1] == 0)
@@ -261,9 +261,9 @@ def test_parts_of_the_keys_are_joined_in_one_softmax():
     seen[0, :6], seen[1] = False, False
     seen = jnp.asarray(seen)
     cuts = (slice(0, 4), slice(4, 6), slice(6, 9))
-    parts = [attend_part(q, k[:, at], v[:, at], seen[:, at], HIGHEST) for at in cuts]
+    parts = [attend_part(q, k[:, at], v[:, at], seen[:, at]) for at in cuts]
     found = normalise(join(*parts))
-    whole = normalise(attend_part(q, k, v, seen, HIGHEST))
+    whole = normalise(attend_part(q, k, v, seen))
     assert_close(found, whole)
     assert isinstance(parts[0], Partial) and np.all(np.asarray(found)[:, 1] == 0)
     np.testing.assert_allclose(found[:, 2], dense(q, k, v)[0][:, 2], rtol=1e-5, atol=1e-5)
