@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks import policies
 from benchmarks.process import Work, positive
 from rest_jax.distributed import activate
-from rest_jax.rollout.engine import rollout_cast
+from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.scheduler import Sampler
 from rest_jax.run.throughput import rollout_flops
 

@@ -3,7 +3,7 @@
     python -m benchmarks.scheduling [--shards 16] [--prompts 512] [--group 8] [--decode-slots 64] ...
 
 Prompts and responses have log-normal lengths, like those of rlla in Qwen tokens by default. The book-keeping is the product's own
-(`rollout.scheduler.Shard`); a response is drawn token by token until it has its length. `ideal_steps`: of shards whose slots are
+(`rollout.shard.Shard`); a response is drawn token by token until it has its length. `ideal_steps`: of shards whose slots are
 always busy; `prefill_use`: the share of prefilled positions that hold a token of a prompt.
 """
 
@@ -17,7 +17,8 @@ import numpy as np
 
 from benchmarks.process import Parser, positive
 from rest_jax.rollout.engine import NOBODY, RolloutSettings
-from rest_jax.rollout.scheduler import CallResult, Shard, prefill_width
+from rest_jax.rollout.scheduler import prefill_width
+from rest_jax.rollout.shard import CallResult, Shard
 from rest_jax.types import Sampling
 
 DESCRIPTION = (
@@ -82,10 +83,9 @@ def simulate(args: argparse.Namespace) -> dict[str, Any]:
                 shard.place_prompts(width)
             count["prefill_calls"] += 1
         for shard in shards:
-            kept = {slot: one.response for slot, one in shard.running.items()}
-            count["dropped"] += shard.drop_youngest()
-            for slot in kept.keys() - shard.running.keys():
-                drawn[shard.number(kept[slot])] = 0
+            for response in shard.drop_youngest():
+                count["dropped"] += 1
+                drawn[shard.number(response)] = 0
         steps = [_draw(shard, responses.reshape(-1), drawn, settings.page) for shard in shards]
         count["calls"] += 1
         count["steps"] += max(steps)

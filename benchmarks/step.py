@@ -17,7 +17,7 @@ from rest_jax.config import RewardConfig
 from rest_jax.distributed import activate
 from rest_jax.rl.packing import BatchLengths
 from rest_jax.rl.step import plan_minibatches
-from rest_jax.rollout.engine import rollout_cast
+from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.scoring import score_rollout
 from rest_jax.run.throughput import rollout_flops, update_flops
 from rest_jax.templates import TEMPLATES

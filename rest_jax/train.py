@@ -41,7 +41,7 @@ from rest_jax.rl.optimizer import learning_rates, make_optimizer
 from rest_jax.rl.packing import BatchLengths, MicroBatch, assign_minibatches, packing_metrics
 from rest_jax.rl.prepare import StepConfig, active_groups
 from rest_jax.rl.step import init_state, make_step, plan_minibatches, policy_metrics
-from rest_jax.rollout.engine import rollout_cast
+from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.experience import Collector, Experience
 from rest_jax.run.contents import digests
 from rest_jax.run.folder import RL_FINITE, Run, check_start, open_run

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -134,8 +134,16 @@ def predicting(rows: Rows, hidden: jax.Array, batch: ResponseBatch) -> jax.Array
     return jax.vmap(lambda x: rows.put_targets(zeros, x), in_axes=-1, out_axes=-1)(hidden)
 
 
-def empty_cache(kv, prompt_length, group_size: int, width: int) -> Cache:
-    """Cache of P data shards, each with one prompt and decode slots for its `group_size` responses of `width` tokens.
+class NextToken(NamedTuple):
+    """What the decoder takes with the next token of every decode slot."""
+
+    positions: jax.Array
+    layout: DecodeLayout
+    cache: Cache
+
+
+def empty_cache(kv, prompt_length, group_size: int, width: int) -> NextToken:
+    """A cache of P data shards, each with one prompt and decode slots for its `group_size` responses of `width` tokens.
 
     `kv` is what a pass over `prompt_rows` with `return_kv=True` returned, `[L P Tp K H]` each; every response starts.
     """
@@ -152,15 +160,15 @@ def empty_cache(kv, prompt_length, group_size: int, width: int) -> Cache:
         member=slots,
         members=slots[:, None],
     )
-    return Cache(pool, empty, empty, layout, length + jnp.zeros_like(slots))
+    return NextToken(length + jnp.zeros_like(slots), layout, Cache(pool, empty, empty))
 
 
-def next_token(cache: Cache) -> Cache:
-    """The cache of `empty_cache` after a pass of the decoder, as the next one takes it."""
-    time, keys = cache.layout.time, cache.layout.keys
+def next_token(given: NextToken, cache: Cache) -> NextToken:
+    """What the next pass of the decoder takes, after one that returned this cache."""
+    time, keys = given.layout.time, given.layout.keys
     keys = keys._replace(recent=keys.recent.at[:, :, time].set(True))
-    layout = dataclasses.replace(cache.layout, keys=keys, time=time + 1)
-    return dataclasses.replace(cache, layout=layout, positions=cache.positions + 1)
+    layout = dataclasses.replace(given.layout, keys=keys, time=time + 1)
+    return NextToken(given.positions + 1, layout, cache)
 
 
 def optimizer():

@@ -185,7 +185,7 @@ def _layout(start: bytes) -> tuple[int, int]:
 
 
 def _is_open(line: bytes) -> bool:
-    """Whether a line of JSON ends within its object, so that the object goes on in the next line."""
+    """Whether a line of JSON ends within its object, so that the object continues in the next line."""
     scanner = Scanner(0)
     ended = list(scanner.feed(line))
     goes_on = line.rstrip()[-1:] in (b"{", b"[", b",", b":")

@@ -7,7 +7,7 @@ response has drawn, the token just made) that are joined in one softmax.
 Keys are never repeated for grouped queries (N = K * R): every product is one batch of plain matrices, in the order in which
 memory holds them. Scores and softmax are float32. A query that may see nothing (padding) yields zero, in value and gradient.
 
-Positions are given by the caller (`prompt_rows`, `rl.packing.Rows`, `Cache.positions`).
+Positions are given by the caller (`prompt_rows`, `rl.packing.Rows`, `rollout.engine`).
 """
 
 import functools

@@ -158,15 +158,13 @@ class Cache:
     pool: Pool  # only read; gathered, a layer: [W Q K M*S H]
     recent_k: Layers  # a layer: [W N K R H]
     recent_v: Layers
-    layout: DecodeLayout  # of the next token of every decode slot
-    positions: Int[Array, "W N"]  # int32: of that token
 
-    def append(self, k: Layers, v: Layers) -> "Cache":
-        """With the keys and values of the new tokens, of stacked layers: `[L W N K H]`."""
+    def append(self, time: Int[Array, ""], k: Layers, v: Layers) -> "Cache":
+        """With the keys and values of the new tokens in row `time`, of stacked layers: `[L W N K H]`."""
 
         def put(x: jax.Array, new: jax.Array) -> jax.Array:
             new = new[..., None, :].astype(x.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(x, new, self.layout.time, axis=x.ndim - 2)
+            return jax.lax.dynamic_update_slice_in_dim(x, new, time, axis=x.ndim - 2)
 
         return self.replace(recent_k=put(self.recent_k, k), recent_v=put(self.recent_v, v))  # type: ignore[attr-defined]
 

@@ -172,8 +172,8 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "B T D"], KeysValues | Cache | None]:
         """Hidden states in the compute dtype, and the cache with the token written, (k, v) on `return_kv`, or None.
 
-        A token id outside the vocabulary gives NaN. With a cache, tokens are `[W, N]`, positions
-        `cache.positions` and the layout `cache.layout`. `replayed` experts take the place of the routers' own choice.
+        A token id outside the vocabulary gives NaN. With a cache, tokens are `[W, N]` and the layout is a DecodeLayout.
+        `replayed` experts take the place of the routers' own choice.
         """
         cfg = self.cfg
         shape, axes = (cfg.vocab_size, cfg.d_model), ("vocab", "embed")
@@ -196,7 +196,7 @@ class Decoder(nn.Module):
         if cache is None:
             return hidden, kv
         if cfg.layers == "scan":
-            return hidden, cache.append(*kv)
+            return hidden, cache.append(layout.time, *kv)  # type: ignore[union-attr]
         return hidden, dataclasses.replace(cache, recent_k=kv[0], recent_v=kv[1])
 
     def _unrolled(self, x, cache: Cache | None, inputs: tuple, return_kv: bool):

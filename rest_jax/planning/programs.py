@@ -44,6 +44,7 @@ from rest_jax.rl.packing import Rows
 from rest_jax.rl.prepare import Recomputed
 from rest_jax.rl.step import Logprobs, Update, abstract_state, make_step
 from rest_jax.rl.supervised import GoldBatch, make_prepare_gold, make_supervised_update
+from rest_jax.rollout.cast import cast_programs, rollout_cast, rollout_decoder
 from rest_jax.rollout.engine import (
     DecodeCall,
     Engine,
@@ -51,10 +52,7 @@ from rest_jax.rollout.engine import (
     Requests,
     RolloutSettings,
     Sizes,
-    cast_programs,
     make_engine,
-    rollout_cast,
-    rollout_decoder,
     token_routes,
 )
 from rest_jax.rollout.scheduler import prefill_width, rollout_settings, table_columns

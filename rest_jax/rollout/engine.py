@@ -25,7 +25,6 @@ from rest_jax.distributed import (
     BATCH_AXES,
     batch_sharding,
     num_data_shards,
-    platform,
     replicated,
 )
 from rest_jax.models.cache import (
@@ -43,14 +42,11 @@ from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import (
     Decoder,
     apply_routed,
-    flatten_heads,
     logits,
     param_shardings,
-    unstack_layers,
 )
 from rest_jax.models.moe import compact
 from rest_jax.models.paged_attention import gather_pages, list_visits
-from rest_jax.models.policy import Policy
 from rest_jax.rollout.sampling import draw, row_keys, uniforms
 from rest_jax.types import AnyArray, Params, Sampling
 
@@ -72,10 +68,12 @@ class Sizes(NamedTuple):
     @property
     def slot_counts(self) -> tuple[int, ...]:
         """Decode slots that are left when there is less and less to do, descending. Each is compiled."""
-        counts = [self.slots]
-        while counts[-1] >= 4 * _FEWEST_SLOTS:
-            counts.append(-(-counts[-1] // 4))
-        return tuple(counts)
+        return _slot_counts(self.slots)
+
+
+def _slot_counts(slots: int) -> tuple[int, ...]:
+    fewer = -(-slots // 4)
+    return (slots, *(_slot_counts(fewer) if slots >= 4 * _FEWEST_SLOTS else ()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +101,7 @@ class RolloutSettings:
         entries = min(entries, groups)
         prompt = -(-prompt_tokens // self.page)
         # A response begins anywhere in its first page, and a call may end before its page is full, to remove slots.
-        cuts = len(Sizes(entries, slots, 0, 0, 0).slot_counts) - 1
-        response = -(-self.max_tokens // self.page) + 1 + cuts
+        response = -(-self.max_tokens // self.page) + len(_slot_counts(slots))
         usual = -(-_USUAL_TOKENS // self.page)
         pages = entries * min(prompt, usual) + slots * min(response, usual + 1)
         if self.cache_tokens is not None:
@@ -165,7 +162,7 @@ class DecodeCall(NamedTuple):
     queued: Int[AnyArray, " W"]
     prompts: PageTable  # [W Q M]
     responses: PageTable  # [W N M]
-    running: Bool[AnyArray, "W N"]  # slots whose response goes on; the others' are dropped
+    running: Bool[AnyArray, "W N"]  # slots whose response continues; the others' are dropped
     next_page: Int[AnyArray, "W N"]  # where the tokens drawn go; P: the slot starts no response
     # A call ends when no data shard has more responses than this, and none waits in a queue.
     enough: Int[AnyArray, " W"]
@@ -183,9 +180,8 @@ class Drawn(NamedTuple):
     routes: Any  # UInt [W page N L k], if they are recorded
     # on every process
     running: Int[AnyArray, "W N"]  # owners after the call
-    begin: Int[
-        AnyArray, "W N"
-    ]  # the step at which the slot's response began, if in this call; else 0
+    # the step at which the slot's response began, if in this call; else 0
+    begin: Int[AnyArray, "W N"]
     started: Int[AnyArray, " W"]  # requests taken from the queue
     tokens: Int[AnyArray, " W"]  # drawn by a data shard
     steps: Int[AnyArray, ""]
@@ -320,15 +316,14 @@ def decode(
     cfg, shape = decoder.cfg, call.running.shape
     owner = jnp.where(call.running, state.slots.owner, NOBODY)
     state = dataclasses.replace(state, slots=dataclasses.replace(state.slots, owner=owner))
-    zero, no_slot = jnp.zeros((settings.page, *shape), jnp.float32), jnp.zeros(shape, jnp.int32)
-    out = {"owner": zero.astype(jnp.int32) + NOBODY, "index": zero.astype(jnp.int32)}
-    out |= {"token": zero.astype(jnp.int32), "logp": zero, "entropy": zero, "gini": zero}
+    number, statistic = (jnp.zeros((settings.page, *shape), t) for t in (jnp.int32, jnp.float32))
+    out = {"owner": number + NOBODY, "index": number, "token": number}
+    out |= {"logp": statistic, "entropy": statistic, "gini": statistic}
     if settings.record_routes:
         routes = token_routes(cfg)
-        out["routes"] = jnp.zeros((*zero.shape, *routes.shape), routes.dtype)
-    gathered = cfg.attention != "flash"
-    read, recent = _beginning(state.pool, call, cfg, settings.page, gathered)
-    first_row = call.responses.page.shape[-1] * settings.page if gathered else 0
+        out["routes"] = jnp.zeros((*number.shape, *routes.shape), routes.dtype)
+    read, recent = _beginning(state.pool, call, cfg, settings.page)
+    first_row = 0 if cfg.reads_pages else call.responses.page.shape[-1] * settings.page
     row = jnp.arange(settings.page)
     keys = row_keys(rng, step, call.queue.row, call.queue.sample)
 
@@ -359,13 +354,15 @@ def decode(
             length = jnp.take_along_axis(state.prompt_length, slots.entry, axis=1)
             prompts = call.prompts.only(_has_running(slots, members.shape[1]))
             responses = call.responses.only(earlier & alive)
-            if gathered:
+            if cfg.reads_pages:
+                recent_rows = begin, jnp.where(alive, t, begin)
+                read_keys: Any = PagedKeys(
+                    list_visits(prompts), list_visits(responses, recent_rows)
+                )
+            else:
                 drawn_here = (row >= begin[..., None]) & (row < t)
                 seen = jnp.concatenate([responses.rows(settings.page), drawn_here], axis=-1)
-                read_keys: Any = GatheredKeys(prompts.rows(settings.page), seen)
-            else:
-                recent_rows = begin, jnp.where(alive, t, begin)
-                read_keys = PagedKeys(list_visits(prompts), list_visits(responses, recent_rows))
+                read_keys = GatheredKeys(prompts.rows(settings.page), seen)
             layout = DecodeLayout(
                 read_keys,
                 time=first_row + t,
@@ -373,9 +370,8 @@ def decode(
                 member=slots.member,
                 members=members,
             )
-            cache = Cache(read, recent[0], recent[1], layout, length + slots.index)
             hidden, cache, router = apply_routed(
-                decoder, params, drawn[0], cache.positions, layout, cache
+                decoder, params, drawn[0], length + slots.index, layout, Cache(read, *recent)
             )
         if settings.record_routes:
             assert router is not None  # only models with experts are asked to
@@ -393,7 +389,7 @@ def decode(
         return t + 1, state, (cache.recent_k, cache.recent_v), progress, out
 
     none = jnp.zeros(shape[0], jnp.int32)
-    progress = {"begin": no_slot, "earlier": owner != NOBODY, "started": none, "tokens": none}
+    progress = {"begin": number[0], "earlier": owner != NOBODY, "started": none, "tokens": none}
     with jax.named_scope("decode"):
         first = (jnp.int32(0), state, recent, progress, out)
         steps, state, recent, progress, out = jax.lax.while_loop(unfinished, decode_step, first)
@@ -412,12 +408,12 @@ def decode(
 
 
 def _beginning(
-    pool: Pool, call: DecodeCall, cfg: DecoderConfig, page: int, gathered: bool
+    pool: Pool, call: DecodeCall, cfg: DecoderConfig, page: int
 ) -> tuple[Pool, tuple[Layers, Layers]]:
     """What a call of `decode` reads as the pool of its `Cache`, and its `recent` keys and values."""
     shards, slots = call.next_page.shape
     empty = empty_pages(cfg, shards, slots, page)
-    if not gathered:
+    if cfg.reads_pages:
         return pool, (empty, empty)
     earlier = (gather_pages(layers, call.responses) for layers in pool)
     k, v = (
@@ -489,7 +485,7 @@ def make_engine(decoder: Decoder, settings: RolloutSettings, mesh: Mesh) -> Engi
         keep=jax.jit(keep, in_shardings=rows, out_shardings=rows),
         state_shardings=state,
         num_shards=shards,
-        gathers=cfg.attention != "flash",
+        gathers=not cfg.reads_pages,
         routes=token_routes(cfg) if settings.record_routes else None,
     )
 
@@ -507,48 +503,3 @@ def cache_sharding(x: jax.ShapeDtypeStruct, mesh: Mesh) -> NamedSharding:
     before: Any = (None,) if is_stacked(x) else ()
     heads = "tensor" if x.shape[-3] % mesh.shape["tensor"] == 0 else None
     return NamedSharding(mesh, PartitionSpec(*before, BATCH_AXES, None, heads))
-
-
-def rollout_decoder(policy: Policy) -> Decoder:
-    """The decoder of rollouts. On CPU and GPU its layers are unrolled: a loop over stacked weights would copy each layer's
-    weights and caches for every token. On TPU it is the other way round (docs/performance.md).
-    """
-    layers = "scan" if platform(policy.mesh) == "tpu" else "unroll"
-    return Decoder(dataclasses.replace(policy.config, layers=layers, remat="none", flat_heads=True))
-
-
-def rollout_cast(policy: Policy) -> Callable[[Params], Params]:
-    """The cast from a policy's train weights (float32 masters, train layout) to its rollout weights: in the compute dtype, in
-    the rollout layout on the rollout mesh, with the layers of an unrolled decoder apart. `cast_programs` is what it runs.
-    """
-    programs = cast_programs(policy)
-    unrolled = rollout_decoder(policy).cfg.layers == "unroll"
-
-    def cast(params: Params) -> Params:
-        params = jax.tree.map(lambda program, x: program(x), programs, params)
-        return unstack_layers(params) if unrolled else params
-
-    return cast
-
-
-def cast_programs(policy: Policy) -> Any:
-    """The jitted cast of each parameter, in the tree of the train weights; of an unrolled decoder a stacked parameter becomes a
-    tuple of layers. One program for all would hold a second copy of the weights on every device.
-    """
-    cfg, mesh = rollout_decoder(policy).cfg, policy.rollout_mesh
-    stacked = dataclasses.replace(cfg, layers="scan")
-
-    def program(path: tuple[Any, ...], sharding: NamedSharding) -> Callable[[jax.Array], Any]:
-        cast = functools.partial(_cast_leaf, cfg.dtype, path)
-        if cfg.layers == "scan" or path[0].key != "blocks":
-            return jax.jit(cast, out_shardings=sharding)
-        layer = NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
-        return jax.jit(lambda x: tuple(cast(x)), out_shardings=(layer,) * cfg.n_layers)
-
-    where = param_shardings(stacked, mesh, layout="rollout")
-    return jax.tree_util.tree_map_with_path(program, where)
-
-
-def _cast_leaf(dtype: Any, path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-    """Norm scales stay float32: the trainer multiplies by them in float32 too."""
-    return x if path[-1].key == "scale" else flatten_heads(path, x.astype(dtype))

@@ -20,7 +20,7 @@ from rest_jax.data.tokenize import Encoder, encode, fitting, said_aside
 from rest_jax.distributed import num_data_shards
 from rest_jax.errors import UserError
 from rest_jax.models.policy import check_positions
-from rest_jax.rollout.engine import rollout_cast
+from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.run.load import load_policy
 from rest_jax.templates import TEMPLATES

@@ -16,10 +16,9 @@ calls. A group, one prompt with its responses, has the number of its row in the 
 of its group times G, plus its own in the group.
 """
 
-import collections
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +40,7 @@ from rest_jax.distributed import (
 from rest_jax.models.cache import PageTable
 from rest_jax.models.policy import Policy
 from rest_jax.rl.packing import row_length
+from rest_jax.rollout.cast import rollout_decoder
 from rest_jax.rollout.engine import (
     NOBODY,
     DecodeCall,
@@ -52,8 +52,8 @@ from rest_jax.rollout.engine import (
     RolloutSettings,
     Sizes,
     make_engine,
-    rollout_decoder,
 )
+from rest_jax.rollout.shard import CallResult, Placed, Shard
 from rest_jax.types import Params, PromptBatch, RolloutBatch, Routes, Sampling
 
 _PREFILL_TOKENS = 2048  # of a row of prompts, if none is longer
@@ -76,183 +76,6 @@ class SamplerStats:
     def utilisation(self) -> float:
         """Share of the slot-steps that drew a token."""
         return self.tokens / max(self.slot_steps, 1)
-
-
-class Rows(NamedTuple):
-    """Rows begin <= row < end of a page."""
-
-    page: int
-    begin: int
-    end: int
-
-
-class Prompt(NamedTuple):
-    """A prompt in the cache, with its pages."""
-
-    group: int
-    pages: list[int]
-
-
-class Placed(NamedTuple):
-    """A prompt in a row to prefill."""
-
-    group: int
-    entry: int
-    start: int  # position in the row
-
-
-class Response(NamedTuple):
-    """A response to sample: number `sample` of a group, whose prompt is in a prompt cache entry."""
-
-    group: int
-    sample: int
-    entry: int
-
-
-@dataclasses.dataclass
-class Running:
-    """A response in a decode slot, with what it has drawn in former calls."""
-
-    response: Response
-    pages: list[Rows]
-
-
-class Shard:
-    """Book-keeping of one data shard: which group is in which prompt cache entry, which response in which decode slot, and who
-    has which page.
-    """
-
-    def __init__(
-        self, groups: list[int], length: np.ndarray, settings: RolloutSettings, sizes: Sizes
-    ):
-        self.waiting = collections.deque(groups)
-        self.length, self.group_size, self.page = length, settings.group_size, settings.page
-        self.sizes, self.num_slots = sizes, sizes.slots
-        self.entries: list[Prompt | None] = [None] * sizes.entries
-        self.unstarted: list[Response] = []  # of cached prompts, first entry first
-        self.running: dict[int, Running] = {}  # by decode slot
-        self.free_pages = list(range(sizes.pages))[::-1]
-        self.left = collections.Counter[int]()  # responses of a cached group that have not ended
-        self.expected = sizes.slots  # responses that the next call may start
-
-    @property
-    def nothing_waits(self) -> bool:
-        """Whether every response of every prompt has been started."""
-        return not self.waiting and not self.unstarted
-
-    @property
-    def wants_prompts(self) -> bool:
-        """Whether slots might idle for want of prompts, and there is room for the next."""
-        few = len(self.unstarted) < self.expected
-        return few and bool(self.waiting) and self._has_room(self._pages_of(self.waiting[0]))
-
-    def place_prompts(self, width: int) -> list[Placed]:
-        """Takes prompts that wait into a row of `width` positions, in their order, while there is room."""
-        placed: list[Placed] = []
-        used = 0
-        for group in list(self.waiting):
-            count = self._pages_of(group)
-            if used + count * self.page > width:
-                continue
-            if not self._has_room(count):
-                break
-            entry = self.entries.index(None)
-            self.entries[entry] = Prompt(group, [self.free_pages.pop() for _ in range(count)])
-            self.waiting.remove(group)
-            self.left[group] = self.group_size
-            new = [Response(group, sample, entry) for sample in range(self.group_size)]
-            self.unstarted = sorted([*self.unstarted, *new], key=lambda one: one.entry)
-            placed.append(Placed(group, entry, used))
-            used += count * self.page
-        return placed
-
-    def _pages_of(self, group: int) -> int:
-        return -(-int(self.length[group]) // self.page)
-
-    def _has_room(self, count: int) -> bool:
-        """For a prompt of so many pages: an entry, and pages. One response at its longest always finds room beside the prompts;
-        while others run, every slot can go on for a call.
-        """
-        if None not in self.entries:
-            return False
-        prompts = sum(len(prompt.pages) for prompt in self.entries if prompt is not None)
-        if prompts + count > self.sizes.pages - self.sizes.response_pages:
-            return False
-        return len(self.free_pages) - count >= (self.num_slots if self.running else 1)
-
-    def drop_youngest(self) -> int:
-        """Drops responses until the others can go on for a call; returns how many. They wait again."""
-        dropped = 0
-        while len(self.running) > len(self.free_pages):
-            slot = min(self.running, key=lambda n: (len(self.running[n].pages), -n))
-            running = self.running.pop(slot)
-            self.free_pages += [rows.page for rows in running.pages]
-            self.unstarted.insert(0, running.response)
-            dropped += 1
-        return dropped
-
-    def next_pages(self) -> dict[int, int]:
-        """By decode slot, the page that takes what it draws in the next call: of those that run, and of so many others that they
-        may go on for another call.
-        """
-        idle = [n for n in range(self.num_slots) if n not in self.running]
-        spare = (len(self.free_pages) - len(self.running)) // 2
-        slots = [*sorted(self.running), *idle[: max(spare, not self.running)]]
-        return dict(zip(slots, reversed(self.free_pages), strict=False))
-
-    def advance(self, call: "CallResult") -> list[int]:
-        """After a call: moves on what it started, drew and ended. Returns the groups that are complete now."""
-        started, self.unstarted = self.unstarted[: call.started], self.unstarted[call.started :]
-        self.expected = min(self.num_slots, 2 * call.started + 1)
-        by_number = {self.number(one): one for one in started}
-        by_number |= {self.number(one.response): one.response for one in self.running.values()}
-        before, self.running = self.running, {}
-        used = set()
-        for slot, owner in enumerate(call.running.tolist()):
-            if owner == NOBODY:
-                continue
-            same = slot in before and self.number(before[slot].response) == owner
-            earlier = before.pop(slot).pages if same else []
-            page = call.next_pages[slot]
-            rows = Rows(page, int(call.begin[slot]), call.steps)
-            self.running[slot] = Running(by_number.pop(owner), [*earlier, rows])
-            used.add(page)
-        ended = [rows.page for running in before.values() for rows in running.pages]
-        self.free_pages = [page for page in self.free_pages if page not in used] + ended
-        complete = []
-        for response in by_number.values():
-            self.left[response.group] -= 1
-            if not self.left[response.group]:
-                complete.append(response.group)
-                prompt = self.entries[response.entry]
-                assert prompt is not None
-                self.free_pages += prompt.pages
-                self.entries[response.entry] = None
-        return complete
-
-    def number(self, response: Response) -> int:
-        """Of a response, among those of all groups."""
-        return response.group * self.group_size + response.sample
-
-    def keep(self, count: int) -> list[int]:
-        """Reduces to `count` decode slots, busy ones first; returns their old numbers."""
-        free = (n for n in range(self.num_slots) if n not in self.running)
-        kept = [*sorted(self.running), *free][:count]
-        self.running = {
-            new: self.running[old] for new, old in enumerate(kept) if old in self.running
-        }
-        self.num_slots = count
-        return kept
-
-
-class CallResult(NamedTuple):
-    """Of a call of `decode`, what one shard has to know."""
-
-    running: np.ndarray  # [N] owners after it
-    begin: np.ndarray  # [N]
-    started: int
-    steps: int
-    next_pages: dict[int, int]
 
 
 class Sampler:
@@ -359,8 +182,8 @@ class _Rollout:
         self.sizes = self.settings.sizes(max(map(len, groups)), self.prompts.tokens.shape[1])
         self.shards = [Shard(own, self.length, self.settings, self.sizes) for own in groups]
         pages = -(-self.length // self.settings.page)
-        most = max(int(pages[own].sum()) for own in groups)
-        self.width = prefill_width(int(pages.max()), most, self.settings.page)
+        total = max(int(pages[own].sum()) for own in groups)
+        self.width = prefill_width(int(pages.max()), total, self.settings.page)
         self.state: DecodeState = self.engine.empty_state(self.sizes)
 
     def refill(self) -> bool:
@@ -376,41 +199,38 @@ class _Rollout:
 
     def drop(self, shard: Shard) -> None:
         """Makes room for what runs."""
-        before = {shard.number(one.response) for one in shard.running.values()}
-        self.stats.dropped += shard.drop_youngest()
-        for number in before - {shard.number(one.response) for one in shard.running.values()}:
-            group, sample = divmod(number, self.settings.group_size)
-            row = self.own_rows[group]
+        for response in shard.drop_youngest():
+            self.stats.dropped += 1
+            row = self.own_rows[response.group]
             if row >= 0:
-                self.forget(row, sample)
+                self.forget(row, response.sample)
 
     def prefill(self, placed: list[list[Placed]]) -> None:
         """Prefills the prompts that each data shard has placed in its row."""
-        page = self.settings.page
-        width = self.width
+        page, width = self.settings.page, self.width
         if self.engine.gathers:  # a compiler that is quick: fewer positions where fewer are needed
             used = max(one.start + int(self.length[one.group]) for row in placed for one in row)
-            width = min(width, page << (-(-used // page) - 1).bit_length())
+            width = min(width, page * _power_of_two(-(-used // page)))
         own = self.of_own_shards(placed)
-        most = max(1, width // page)
         tokens = np.full((len(own), width), self.settings.pad_id, np.int32)
         until, position = np.zeros_like(tokens), np.zeros_like(tokens)
-        pages = np.full((len(own), most), self.sizes.pages, np.int32)
+        pages = np.full((len(own), width // page), self.sizes.pages, np.int32)
         # an entry out of bounds: there is no such prompt
-        entries = np.full((len(own), most), self.sizes.entries, np.int32)
+        entries = np.full_like(pages, self.sizes.entries)
         last, lengths = np.zeros_like(entries), np.ones_like(entries)
-        for w, (shard, prompts) in enumerate(
-            zip(self.of_own_shards(self.shards), own, strict=True)
-        ):
+        shards = self.of_own_shards(self.shards)
+        for w, (shard, prompts) in enumerate(zip(shards, own, strict=True)):
             for i, (group, entry, start) in enumerate(prompts):
-                length, at = int(self.length[group]), slice(start, start + int(self.length[group]))
+                length = int(self.length[group])
+                at = slice(start, start + length)
                 tokens[w, at] = self.prompts.tokens[self.own_rows[group], :length]
                 until[w, at], position[w, at] = start + length, np.arange(length)
                 held = shard.entries[entry].pages
                 pages[w, start // page : start // page + len(held)] = held
                 entries[w, i], last[w, i], lengths[w, i] = entry, start + length - 1, length
-        rows = PromptRows(tokens, until, position, pages, entries, last, lengths)
-        rows = to_mesh(rows, self.mesh)
+        rows = to_mesh(
+            PromptRows(tokens, until, position, pages, entries, last, lengths), self.mesh
+        )
         self.state, routes = self.engine.prefill(self.params, self.state, rows)
         self.stats.prefill_calls += 1
         self.stats.prefill_positions += len(self.shards) * width
@@ -457,16 +277,11 @@ class _Rollout:
         going = np.zeros((len(own), slots), bool)
         free = np.full(going.shape, sizes.pages, np.int32)
         for w, shard in enumerate(own):
-            for i, (group, sample, entry) in enumerate(shard.unstarted):
-                row = self.own_rows[group]
-                owner = group * self.settings.group_size + sample
-                queue[:, w, i] = (
-                    owner,
-                    entry,
-                    self.prompts.row[row],
-                    sample,
-                    self.limits[row, sample],
-                )
+            for i, response in enumerate(shard.unstarted):
+                _, sample, entry = response
+                row = self.own_rows[response.group]
+                limit = self.limits[row, sample]
+                queue[:, w, i] = shard.number(response), entry, self.prompts.row[row], sample, limit
             for q, prompt in enumerate(shard.entries):
                 if prompt is not None:
                     n = np.arange(len(prompt.pages))
@@ -564,8 +379,12 @@ def table_columns(used: tuple[int, int], sizes: Sizes, gathers: bool) -> tuple[i
     prompt, response = sizes.prompt_pages, sizes.response_pages
     if not gathers:
         return prompt, response
-    wanted = (n and 1 << (n - 1).bit_length() for n in used)
-    return min(next(wanted), prompt), min(next(wanted), response)
+    return min(_power_of_two(used[0]), prompt), min(_power_of_two(used[1]), response)
+
+
+def _power_of_two(n: int) -> int:
+    """The least that is not less; 0 of 0."""
+    return n and 1 << (n - 1).bit_length()
 
 
 def deal_groups(lengths: np.ndarray, mesh: Mesh) -> list[list[int]]:

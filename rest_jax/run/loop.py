@@ -274,7 +274,7 @@ class Loop:
         self._save(step)
         self.run.wait()
         raise RunStopped(
-            f"{self._fault}; checkpoint {step} is good, and the same command goes on behind it"
+            f"{self._fault}; checkpoint {step} is good, and the same command continues behind it"
         )
 
     def _of_all(self, times: Mapping[str, float]) -> dict[str, float]:

@@ -107,8 +107,8 @@ def test_valid_positions():
         valid_positions(layout, (2, 6)), [[1, 0, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0]]
     )
     keys = jnp.zeros((1, 2, 4, 2, 8))
-    cache = tiny.empty_cache((keys, keys), jnp.array([4, 1]), 3, 5)
-    assert np.all(valid_positions(cache.layout, (2, 3)))
+    given = tiny.empty_cache((keys, keys), jnp.array([4, 1]), 3, 5)
+    assert np.all(valid_positions(given.layout, (2, 3)))
 
 
 def test_what_a_layout_needs_is_named():

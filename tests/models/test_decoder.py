@@ -142,16 +142,14 @@ def test_cached_decode_equals_full_forward(kind):
     hidden, kv = apply({"params": params}, batch.prompt, positions, layout, return_kv=True)
     assert kv[0].shape == (cfg.n_layers, P, TP, cfg.n_kv_heads, cfg.head_dim)
     last = jnp.take_along_axis(hidden, (PROMPT_LENGTH - 1)[:, None, None], axis=1)
-    states, cache = (
+    states, given = (
         [jnp.broadcast_to(last, (P, G, cfg.d_model))],
         tiny.empty_cache(kv, PROMPT_LENGTH, G, TR),
     )
     for t in range(TR - 1):
-        hidden, cache = apply(
-            {"params": params}, batch.responses[:, :, t], cache.positions, cache.layout, cache
-        )
+        hidden, cache = apply({"params": params}, batch.responses[:, :, t], *given)
         states.append(hidden)
-        cache = tiny.next_token(cache)
+        given = tiny.next_token(given, cache)
     mask = np.asarray(batch.mask)
     expected = jax.jit(lambda p: grouped_hidden(cfg, p, batch))(params)
     np.testing.assert_allclose(
@@ -160,7 +158,7 @@ def test_cached_decode_equals_full_forward(kind):
 
 
 def test_a_response_may_begin_where_another_has_ended():
-    """It sees nothing of what the other has drawn in its slot, nor do those that go on see anything of it."""
+    """It sees nothing of what the other has drawn in its slot, nor do those that continue see anything of it."""
     cfg, prompt, responses = NORMED, make_batch().prompt, make_batch().responses
     params = make_params(cfg)
     apply = jax.jit(Decoder(cfg).apply, static_argnames="return_kv")
@@ -168,20 +166,20 @@ def test_a_response_may_begin_where_another_has_ended():
     _, kv = apply({"params": params}, prompt, positions, layout, return_kv=True)
     first = jnp.array([True, False, False])
 
-    def decode(cache, tokens, begun=None):
+    def decode(given, tokens, begun=None):
         """With the first response begun anew before that token."""
         states = []
         for t in range(tokens.shape[2]):
             if t == begun:
-                keys = cache.layout.keys
+                keys = given.layout.keys
                 keys = keys._replace(recent=keys.recent & ~first[:, None])
-                layout = dataclasses.replace(cache.layout, keys=keys)
-                at = jnp.where(first, PROMPT_LENGTH[:, None], cache.positions)
-                cache = dataclasses.replace(cache, layout=layout, positions=at)
+                layout = dataclasses.replace(given.layout, keys=keys)
+                at = jnp.where(first, PROMPT_LENGTH[:, None], given.positions)
+                given = given._replace(layout=layout, positions=at)
             token = tokens[:, :, t]
-            hidden, cache = apply({"params": params}, token, cache.positions, cache.layout, cache)
+            hidden, cache = apply({"params": params}, token, *given)
             states.append(hidden)
-            cache = tiny.next_token(cache)
+            given = tiny.next_token(given, cache)
         return np.stack(states, axis=2)
 
     empty = tiny.empty_cache(kv, PROMPT_LENGTH, G, 5)
@@ -297,11 +295,11 @@ def test_impossible_configs_are_named(change, named):
 
 def test_decoding_without_a_cache_is_named():
     empty = jnp.zeros((1, P, TP, 2, 10))
-    cache = tiny.empty_cache((empty, empty), PROMPT_LENGTH, G, 2)
+    given = tiny.empty_cache((empty, empty), PROMPT_LENGTH, G, 2)
     token = jnp.zeros((P, G), jnp.int32)
     with pytest.raises(ValueError, match="DecodeLayout needs a cache"):
         jax.eval_shape(
-            lambda p: Decoder(NORMED).apply({"params": p}, token, cache.positions, cache.layout),
+            lambda p: Decoder(NORMED).apply({"params": p}, token, given.positions, given.layout),
             make_params(NORMED),
         )
 

@@ -19,7 +19,8 @@ if __name__ == "__main__":
 
 from rest_jax import config, sft, train
 from rest_jax.rl import optimizer, step, supervised
-from rest_jax.rollout import engine, scheduler
+from rest_jax.rollout import cast as casting
+from rest_jax.rollout import scheduler
 from rest_jax.run import load
 from rest_jax.run.metrics import read_lines
 
@@ -56,7 +57,7 @@ def share_programs() -> None:
         return made[key]
 
     step.make_update = supervised.make_update = make_update
-    cast, casts = engine.rollout_cast, {}
+    cast, casts = casting.rollout_cast, {}
 
     def rollout_cast(policy):
         key = policy.config, policy.rollout_mesh

@@ -29,17 +29,8 @@ from rest_jax.rollout.engine import (
     Sizes,
     make_engine,
 )
-from rest_jax.rollout.scheduler import (
-    CallResult,
-    Placed,
-    Response,
-    Rows,
-    Running,
-    Sampler,
-    Shard,
-    prefill_width,
-    table_columns,
-)
+from rest_jax.rollout.scheduler import Sampler, prefill_width, table_columns
+from rest_jax.rollout.shard import CallResult, Placed, Response, Rows, Running, Shard
 from rest_jax.types import PromptBatch, RolloutBatch
 from tests import tiny
 
@@ -471,14 +462,14 @@ def test_pages_go_to_running_responses_first():
 def test_the_youngest_responses_are_dropped_until_the_others_have_pages():
     shard = make_shard([4], Sizes(1, 4, 7, 1, 4), group_size=4)
     running(shard, (0, 0, [0, 1]), (1, 0, [2]), (2, 0, [3]), (3, 0, [4, 5]))
-    assert shard.drop_youngest() == 2  # one page for four, two for three, three for two
+    assert len(shard.drop_youngest()) == 2  # one page for four, two for three, three for two
     assert sorted(shard.running) == [0, 3] and sorted(shard.free_pages) == [2, 3, 6]
     assert [one.sample for one in shard.unstarted] == [1, 2]
-    assert shard.drop_youngest() == 0
+    assert len(shard.drop_youngest()) == 0
 
 
 def test_a_call_moves_pages_and_ends_groups():
-    """Group 0 has three responses: one goes on, one ends and another takes its slot in the same call."""
+    """Group 0 has three responses: one continues, one ends and another takes its slot in the same call."""
     shard = make_shard([4, 8], Sizes(2, 2, 10, 2, 4), group_size=3)
     shard.place_prompts(64)
     prompts = [entry.pages for entry in shard.entries if entry]
@@ -491,7 +482,7 @@ def test_a_call_moves_pages_and_ends_groups():
     }
     later = shard.next_pages()
     assert not {*later.values()} & {*pages.values(), *prompts[0], *prompts[1]}
-    # slot 0 ended its response and took the next at step 3, slot 1 goes on; the call ended after step 3
+    # slot 0 ended its response and took the next at step 3, slot 1 continues; the call ended after step 3
     numbers = [shard.number(shard.unstarted[0]), numbers[1]]
     assert shard.advance(CallResult(np.array(numbers), np.array([2, 0]), 1, 3, later)) == []
     assert shard.running[0].pages == [Rows(later[0], 2, 3)]

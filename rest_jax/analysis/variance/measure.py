@@ -41,7 +41,7 @@ from rest_jax.models.policy import Policy, check_positions
 from rest_jax.rl import curriculum, weights
 from rest_jax.rl.advantages import ADVANTAGES, nonzero_advantage
 from rest_jax.rl.packing import bucket
-from rest_jax.rollout.engine import rollout_cast
+from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import score_rollout
 from rest_jax.run.load import is_run, load_policy

@@ -3,7 +3,7 @@
 Calls stand in `tool_calls`, results in messages of role "tool" with the id of their call. The older `functions`, `function_call`
 and role "function", the items of the Responses API under `input`, and ShareGPT's {"conversations": [{"from", "value"}]} are read
 too. A record has no ids: results are put in the order of their calls, and a call without a result is refused where the dialogue
-goes on. Assistant messages of weight 0 are history, not targets. How fields are read, and what the default is, is said in
+continues. Assistant messages of weight 0 are history, not targets. How fields are read, and what the default is, is said in
 `data.fields`.
 """
 
