@@ -107,11 +107,11 @@ def test_decoding_does_not_depend_on_the_mesh(sizes):
         layout, positions = prompt_rows(prompt, prompt_length)
         apply: Any = Decoder(CFG).apply
         _, kv = apply({"params": params}, prompt, positions, layout, return_kv=True)
-        cache = tiny.empty_cache(kv, prompt_length, G, TR)
+        given = tiny.empty_cache(kv, prompt_length, G, TR)
         for t in range(TR):
             token = responses[:, :, t]
-            hidden, cache = apply({"params": params}, token, cache.positions, cache.layout, cache)
-            cache = tiny.next_token(cache)
+            hidden, cache = apply({"params": params}, token, *given)
+            given = tiny.next_token(given, cache)
         return hidden
 
     expected = jax.jit(decode)(params, prompt, prompt_length, responses)
