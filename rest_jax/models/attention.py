@@ -145,21 +145,49 @@ def attend_cache(
     `own` holds their keys and values; None: `recent` has them already. Queries are brought together by prompt, so that the keys
     of a prompt are read once for all its responses.
     """
-    together = _by_prompt(q, layout)
     if isinstance(layout.keys, PagedKeys):
-        if own is None or cache.layer is None:
-            raise ValueError("attend: the kernels take stacked layers, and new tokens apart")
-        pages = cache.pool, cache.layer
-        with jax.named_scope("prompt_pages"):
-            shared = attend_prompts(together, *pages, layout.keys.prompts)
-        prompt = (_back_to_rows(x, layout, q.shape[3]) for x in shared)
-        response = Response(cache.recent_k, cache.recent_v, *own, *prompt)
-        with jax.named_scope("response_pages"):
-            return attend_responses(q, *pages, layout.keys.responses, response)
+        return _on_devices(_attend_pages, q, own, layout, cache)
     k, v = cache.pool
+    together = _by_prompt(q, layout)
     shared: Any = attend_part(together, k, v, layout.keys.prompts[:, :, None, None])  # type: ignore[arg-type]
     shared = Partial(*(_back_to_rows(x, layout, q.shape[3]) for x in shared))
     return normalise(join(shared, _attend_recent(q, own, layout, cache)))
+
+
+def _on_devices(function: Callable[..., jax.Array], q, own, layout: DecodeLayout, cache):
+    """Every device computes its data shard, and its heads if the mesh divides them. Left to GSPMD, the transpositions around a
+    kernel become exchanges between the devices of a tensor group.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(q, own, layout, cache)
+    heads = "tensor" if q.shape[2] % mesh.shape["tensor"] == 0 else None
+    everywhere, rows = PartitionSpec(), PartitionSpec(BATCH_AXES)
+    by_head = PartitionSpec(BATCH_AXES, None, heads)
+    pages = PartitionSpec(None, BATCH_AXES, None, heads)
+    where: Any = (
+        by_head,
+        by_head,
+        DecodeLayout(rows, everywhere, rows, rows, rows),  # type: ignore[arg-type]
+        LayerCache(pages, everywhere, pages, pages),  # type: ignore[arg-type]
+    )
+    # kernels do not say over which axes their results vary
+    split = jax.shard_map(function, in_specs=where, out_specs=by_head, check_vma=False)
+    return split(q, own, layout, cache)
+
+
+def _attend_pages(q, own, layout: DecodeLayout, cache: LayerCache):
+    """`attend_cache` by kernels, of one data shard."""
+    if own is None or cache.layer is None:
+        raise ValueError("attend: the kernels take stacked layers, and new tokens apart")
+    assert isinstance(layout.keys, PagedKeys)
+    pages = cache.pool, cache.layer
+    with jax.named_scope("prompt_pages"):
+        shared = attend_prompts(_by_prompt(q, layout), *pages, layout.keys.prompts)
+    prompt = (_back_to_rows(x, layout, q.shape[3]) for x in shared)
+    response = Response(cache.recent_k, cache.recent_v, *own, *prompt)
+    with jax.named_scope("response_pages"):
+        return attend_responses(q, *pages, layout.keys.responses, response)
 
 
 def _attend_recent(q, own, layout: DecodeLayout, cache: LayerCache) -> Partial:

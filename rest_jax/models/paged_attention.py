@@ -14,16 +14,14 @@ A `Partial` is joined with those of other keys in one softmax (`join`, `normalis
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from rest_jax.distributed import BATCH_AXES
 from rest_jax.models.cache import Layers, PageTable, Pool, Visits, is_stacked
 from rest_jax.models.products import FLOOR, float32_einsum, matrix_product, run_kernel
 
@@ -94,59 +92,33 @@ class Response(NamedTuple):
 
 
 def attend_prompts(
-    q: Float[Array, "W Q K M H"],
+    q: Float[Array, "1 Q K M H"],
     pool: Pool,
     layer: Int[Array, ""],
     visits: Visits,
-) -> tuple[Float[Array, "W Q K M H"], Float[Array, "W Q K M"]]:
-    """Attention of M scaled queries a kv head to every prompt, in that layer of stacked ones: normalised, and the log of the
-    total weight, float32; zero and very small for a prompt without visits.
+) -> tuple[Float[Array, "1 Q K M H"], Float[Array, "1 Q K M"]]:
+    """Attention of M scaled queries a kv head to every prompt of a data shard, in that layer of stacked ones: normalised, and the
+    log of the total weight, float32; zero and very small for a prompt without visits.
     """
-    return _on_devices(q, pool, layer, visits, None)
+    out, lse = _visit_pages(visits, layer, [q[0], *(x[:, 0] for x in pool)])  # type: ignore[call-overload]
+    seen = visits.visited[:, None, None]
+    lse = jnp.where(seen, lse[..., : q.shape[3]], FLOOR)
+    return jnp.where(seen[..., None], out, 0.0)[None], lse[None]
 
 
 def attend_responses(
-    q: Float[Array, "W N K R H"],
+    q: Float[Array, "1 N K R H"],
     pool: Pool,
     layer: Int[Array, ""],
     visits: Visits,
     response: Response,
-) -> Float[Array, "W N K R H"]:
-    """Attention of new tokens to all that they see, in q's dtype. Anything for a decode slot without visits."""
-    return _on_devices(q, pool, layer, visits, response)
-
-
-def _on_devices(q, pool: Pool, layer, visits: Visits, response: Response | None) -> Any:
-    """Every device computes its data shard, and its heads if the mesh divides them."""
-    mesh = jax.sharding.get_abstract_mesh()
-    inputs = q, pool, jnp.reshape(layer, (1,)), visits, response
-    if mesh.empty or mesh.size == 1:
-        return _one_shard(*inputs)
-    heads = "tensor" if q.shape[2] % mesh.shape["tensor"] == 0 else None
-    rows, by_head = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, None, heads)
-    pages = PartitionSpec(None, BATCH_AXES, None, heads)
-    extra: Any = None if response is None else Response(pages, pages, *(by_head,) * 4)  # type: ignore[arg-type]
-    split = jax.shard_map(
-        _one_shard,
-        in_specs=(by_head, pages, PartitionSpec(), rows, extra),
-        out_specs=by_head,
-        check_vma=False,  # kernels do not say over which axes their results vary
-    )
-    return split(*inputs)
-
-
-def _one_shard(q, pool: Pool, layer, visits: Visits, response: Response | None) -> Any:
-    """The kernel for one data shard; q [1 B K M H], `layer` [1]."""
-    *listed, visited = visits
-    arrays = [q[0], *(x[:, 0] for x in pool)]  # type: ignore[call-overload]
-    if response is not None:
-        arrays += [x[:, 0] for x in response[:2]]  # type: ignore[call-overload]
-        arrays += [x[0] for x in response[2:]]
-        return _visit_pages(listed, layer, arrays)[0][None]
-    out, lse = _visit_pages(listed, layer, arrays)
-    seen = visited[:, None, None]
-    lse = jnp.where(seen, lse[..., : q.shape[3]], FLOOR)
-    return jnp.where(seen[..., None], out, 0.0)[None], lse[None]
+) -> Float[Array, "1 N K R H"]:
+    """Attention of the new tokens of a data shard to all that they see, in q's dtype. Anything for a slot without
+    visits.
+    """
+    stacked = (*pool, response.recent_k, response.recent_v)
+    arrays = [q[0], *(x[:, 0] for x in stacked), *(x[0] for x in response[2:])]  # type: ignore[call-overload]
+    return _visit_pages(visits, layer, arrays)[0][None]
 
 
 def list_visits(
@@ -180,12 +152,13 @@ def list_visits(
     return jax.tree.map(lambda x: x.reshape(-1), jax.vmap(one)(*table, *(recent or ())))
 
 
-def _visit_pages(visits: list[jax.Array], layer, arrays: list[jax.Array]):
+def _visit_pages(visits: Visits, layer, arrays: list[jax.Array]):
     """q `[B K M H]`, k and v `[L P K S H]` -> normalised out `[B K M H]`, log of the total weight `[B K padded M]`, float32. With
     what responses attend to besides, of one data shard: out alone, in q's dtype. Those of a sequence without visits are not
     written.
     """
     q, k = arrays[:2]
+    *listed, _ = visits
     sequences, heads, queries, width = q.shape
     size, padded = k.shape[-2], -(-queries // _LANES) * _LANES
     of_responses = len(arrays) > 3
@@ -209,8 +182,8 @@ def _visit_pages(visits: list[jax.Array], layer, arrays: list[jax.Array]):
         out_shape.append(jax.ShapeDtypeStruct((sequences, heads, padded), jnp.float32))
         out_specs.append(of_sequence(heads, padded))
     grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=1 + len(visits),
-        grid=(jnp.maximum(visits[-1][0], 1),),
+        num_scalar_prefetch=1 + len(listed),
+        grid=(jnp.maximum(visits.count[0], 1),),
         in_specs=specs[: len(arrays)],
         out_specs=out_specs,
         scratch_shapes=[
@@ -237,7 +210,7 @@ def _visit_pages(visits: list[jax.Array], layer, arrays: list[jax.Array]):
             name="attend_responses" if of_responses else "attend_prompts",
         )
 
-    return run_kernel(kernel, layer, *visits, *arrays)
+    return run_kernel(kernel, jnp.reshape(layer, (1,)), *listed, *arrays)
 
 
 class _Visit(NamedTuple):
