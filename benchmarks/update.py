@@ -8,6 +8,7 @@ without groups would hold. `skipping`: how much is saved when the groups whose r
 import argparse
 import dataclasses
 import statistics
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from rest_jax.config import (
     WeightsConfig,
 )
 from rest_jax.distributed import activate
+from rest_jax.models.config import Remat
 from rest_jax.models.policy import Policy
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import make_optimizer
@@ -58,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-tokens-per-microbatch", type=positive, help="trunk positions of a micro-batch"
     )
     remat = ModelConfig.model_fields["remat"].default  # as the recipes have it
-    parser.add_argument("--remat", choices=("none", "block", "dots"), default=remat)
+    parser.add_argument("--remat", choices=typing.get_args(Remat), default=remat)
 
 
 class Updates:

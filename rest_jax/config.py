@@ -72,7 +72,8 @@ class ModelConfig(Section):
 
     source: Source
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on CPU, else bfloat16
-    remat: Literal["none", "block", "dots"] = "block"  # what the backward pass recomputes
+    # what is kept for the backward pass: everything, products, those of attention, nothing but inputs of blocks
+    remat: Literal["none", "dots", "attention", "block"] = "block"
     tokenizer: Source | None = None  # None: that of `source`
 
 

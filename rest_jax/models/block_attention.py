@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from rest_jax.models.cache import RowLayout
 from rest_jax.models.products import FLOOR, float32_einsum
+from rest_jax.models.remat import keep
 
 # Of blocks that hold less the products are too small for the threads of a CPU to share, of larger ones more is masked.
 _SMALL, _LARGE = (64, 64), (256, 128)
@@ -104,6 +105,7 @@ def _attend_forward(q, k, v, until, blocks: tuple[int, int]):
 
     out, lse = jax.lax.map(attend_block, jnp.arange(q.shape[3] // blocks[0]))
     out = _join(out, q)
+    out, lse = keep(out, "attention"), keep(lse, "attention")
     return out, (q, k, v, until, out, lse)
 
 

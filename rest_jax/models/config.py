@@ -5,6 +5,7 @@ files; `hf.config.decoder_config` makes one from a config.json.
 """
 
 import dataclasses
+import typing
 from typing import Any, Literal
 
 import jax
@@ -14,7 +15,7 @@ from rest_jax.errors import UserError
 from rest_jax.models.products import precision_of
 
 Family = Literal["qwen3", "qwen3_moe", "qwen2", "llama"]
-Remat = Literal["none", "block", "dots"]
+Remat = Literal["none", "dots", "attention", "block"]
 Attention = Literal["blocks", "wide_blocks", "flash"]
 
 
@@ -56,7 +57,7 @@ class DecoderConfig:
     layers: Literal["scan", "unroll"] = "scan"
     # q, k, v and o are stored as plain matrices, [D, N*H] and [N*H, D], so that decoding changes no layout
     flat_heads: bool = False
-    # what the backward pass recomputes: nothing, the blocks, all but the outputs of matmuls
+    # what is kept for the backward pass, from everything to nothing but the inputs of blocks (`models/remat.py`)
     remat: Remat = "block"
     # of rows (`attention.KERNELS`): blocks in XLA's operations, small or large, or the kernels of `flash_attention`
     attention: Attention = "blocks"
@@ -76,8 +77,10 @@ class DecoderConfig:
             raise UserError(
                 f"DecoderConfig: experts_per_token {self.experts_per_token} is not in 1 .. n_experts {self.n_experts}"
             )
-        if self.remat not in ("none", "block", "dots"):
-            raise UserError(f"DecoderConfig: remat {self.remat!r} is not none, block or dots")
+        if self.remat not in typing.get_args(Remat):
+            raise UserError(
+                f"DecoderConfig: remat {self.remat!r} is none of {', '.join(typing.get_args(Remat))}"
+            )
 
     @property
     def precision(self) -> jax.lax.Precision:

@@ -30,6 +30,7 @@ from rest_jax.models.cache import Cache, LayerCache, Layers, Pool, RowLayout
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.moe import ExpertWeights, RouterRecord, mix_experts, record, route
 from rest_jax.models.products import float32_einsum
+from rest_jax.models.remat import checkpoint, keep
 from rest_jax.models.rope import Rope, apply_rope, rope_tables
 from rest_jax.types import Params
 
@@ -90,7 +91,7 @@ class Attention(nn.Module):
         else:
             shape, axes = (cfg.d_model, heads, cfg.head_dim), ("embed", axis, "head_dim")
             y = _times(x, _weight(self, name, shape, axes).reshape(cfg.d_model, -1), cfg)
-        y = y.reshape(*x.shape[:2], heads, cfg.head_dim)
+        y = keep(y, "attention").reshape(*x.shape[:2], heads, cfg.head_dim)
         if cfg.qkv_bias:
             shape, axes = (heads, cfg.head_dim), (axis, "head_dim")
             bias = _param(self, f"{name}_bias", nn.initializers.zeros, shape, axes)
@@ -110,7 +111,8 @@ class Mlp(nn.Module):
         gate = _weight(self, "gate", (cfg.d_model, cfg.d_ff), ("embed", "mlp"))
         up = _weight(self, "up", (cfg.d_model, cfg.d_ff), ("embed", "mlp"))
         down = _weight(self, "down", (cfg.d_ff, cfg.d_model), ("mlp", "embed"))
-        return _times(jax.nn.silu(_times(x, gate, cfg)) * _times(x, up, cfg), down, cfg)
+        gated, wide = (keep(_times(x, w, cfg), "mlp") for w in (gate, up))
+        return _times(jax.nn.silu(gated) * wide, down, cfg)
 
 
 class Experts(nn.Module):
@@ -146,7 +148,7 @@ class Block(nn.Module):
     def __call__(self, x, cache, rope: Rope, layout: Layout, replayed):
         normed = RMSNorm(self.cfg, name="attention_norm")(x)
         y, kv = Attention(self.cfg, name="attention")(normed, cache, rope, layout)
-        x = x + y
+        x = keep(x + y, "attention")
         normed = RMSNorm(self.cfg, name="mlp_norm")(x)
         if self.cfg.n_experts:
             x = x + Experts(self.cfg, name="mlp")(normed, layout, replayed)
@@ -318,13 +320,8 @@ _mixed_product.defvjp(_mixed_forward, _mixed_backward)
 
 
 def _rematerialised(cfg: DecoderConfig) -> Any:
-    """Block, recomputed in the backward pass as `cfg.remat` says."""
-    if cfg.remat == "none":
-        return Block
-    # dots keeps the projections' outputs; scores (matmuls with batch dimensions) are computed again
-    keep_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    policy = keep_dots if cfg.remat == "dots" else None
-    return nn.remat(Block, policy=policy, prevent_cse=False)
+    """Block, computed again in the backward pass as `cfg.remat` says."""
+    return checkpoint(cfg.remat, nn.remat)(Block)
 
 
 def _stacked(cfg: DecoderConfig, cached: bool) -> Any:

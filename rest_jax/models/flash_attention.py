@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rest_jax.models.cache import RowLayout
 from rest_jax.models.products import FLOOR, matrix_product, run_kernel
+from rest_jax.models.remat import keep
 
 _COLUMNS = 1024  # queries of a block, all heads of a kv head together
 _BLOCK = 512  # positions of a block at most; a block of scores has _BLOCK x _COLUMNS at most
@@ -121,6 +122,7 @@ def _attend_forward(q, k, v, until, case: _Case):
     scratch = [(width, columns), (1, columns), (1, columns)]
     call = _Call(_forward_kernel, False, 2, _INPUTS, outputs, scratch)
     out, lse = _run(call, visits, (*masks, q, k, v), case)
+    out, lse = keep(out, "attention"), keep(lse, "attention")
     return out, (q, k, v, until, out, lse)
 
 

@@ -25,6 +25,7 @@ from rest_jax.distributed import BATCH_AXES, num_data_shards
 from rest_jax.models.cache import DecodeLayout, RowLayout
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.products import float32_einsum
+from rest_jax.models.remat import checkpoint, keep
 
 # Rows of one product over the gathered tokens. All tokens may go to the experts of one device, so its buffers have a row for
 # every choice of every device; in parts they are no larger than without an expert axis. A few rows (decoding) go at once: each
@@ -184,8 +185,7 @@ def _compute_on_device(x, chosen, weight, experts: Matrices, cfg: DecoderConfig)
         partial = compute((x, chosen, weight))
     else:
         # with the barriers of `prevent_cse`, which a loop does not need, the stored matrices would count as read, and be gathered
-        remat = functools.partial(jax.checkpoint, prevent_cse=False)
-        compute = compute if cfg.remat == "none" else remat(compute)
+        compute = checkpoint(cfg.remat)(compute)
         cut = [a.reshape(parts, -1, *a.shape[1:]) for a in (x, chosen, weight)]
         partial = jax.lax.map(compute, cut).reshape(x.shape)
     mine = jax.lax.psum_scatter(partial, "expert", tiled=True)
@@ -226,7 +226,8 @@ def _compute_groups(x, chosen, weight, experts: Matrices, cfg: DecoderConfig):
         return _group_product(rows, cast, stored, sizes, cfg.precision)
 
     rows = jnp.where(used, _to_experts(flat, order, inverse, k), 0)
-    out = times(jax.nn.silu(times(rows, "gate")) * times(rows, "up"), "down")
+    gated, wide = (keep(times(rows, name), "mlp") for name in ("gate", "up"))
+    out = times(jax.nn.silu(gated) * wide, "down")
     out = _to_tokens(jnp.where(used, out, 0), order, inverse).reshape(-1, k, x.shape[-1])
     mixed = jnp.sum(out.astype(jnp.float32) * weight.reshape(-1, k, 1), axis=1)
     return mixed.astype(x.dtype).reshape(x.shape)

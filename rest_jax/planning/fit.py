@@ -5,11 +5,13 @@ a config (`planning.plan` compiles them), so that each step of the search is a f
 """
 
 import dataclasses
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rest_jax.config import Config
 from rest_jax.errors import UserError
+from rest_jax.models.config import Remat
 
 ROLLOUT = ("cast", "prefill", "decode", "evaluation")
 _FEWEST_SLOTS = 8
@@ -81,8 +83,9 @@ def candidates(
             )
             yield {"rollout.decode_slots": fewer, **kept}
     elif program not in ("prepare", "apply"):
-        if config.model.remat != "block":
-            yield {"model.remat": "block"}
+        kept = typing.get_args(Remat)
+        for less in kept[kept.index(config.model.remat) + 1 :]:
+            yield {"model.remat": less}
         tokens = config.train.max_tokens_per_microbatch
         moving = parts.get("temporaries", 0)
         fewer = _share(tokens, moving, limit - parts["total"] + moving) if tokens else 16_384
