@@ -72,8 +72,8 @@ class ModelConfig(Section):
 
     source: Source
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on CPU, else bfloat16
-    # what is kept for the backward pass: everything, products, those of attention, nothing but inputs of blocks
-    remat: Literal["none", "dots", "attention", "block"] = "block"
+    # what is kept for the backward pass: everything, the largest products, nothing but the inputs of blocks
+    remat: Literal["none", "dots", "block"] = "block"
     tokenizer: Source | None = None  # None: that of `source`
 
 

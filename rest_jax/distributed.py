@@ -12,7 +12,7 @@ import collections
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -32,6 +32,7 @@ BATCH_AXES = AXES[:-1]
 HOST_MEMORY = "pinned_host"  # the kind of memory beside the devices that they can read
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,
+    "positions": "tensor",
     "vocab": "tensor",
     "embed": ("fsdp", "expert"),
     "expert_embed": "fsdp",
@@ -45,6 +46,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
 }
 _UNSPLIT_IN_ROLLOUT = ("embed", "expert_embed")
+_SCATTERED_AT_ONCE = 4
 _EXCHANGES = itertools.count(1)
 # Fewer kv heads than tensor devices: every device keeps them all.
 _REPLICATED_WHEN_FEW = ("kv_heads",)
@@ -161,6 +163,74 @@ def pin_rows(x: jax.Array) -> jax.Array:
     return spmd.with_logical_constraint(x, ("batch", *(None,) * (x.ndim - 1)))
 
 
+def pin_positions(x: jax.Array) -> jax.Array:
+    """Splits the positions of hidden states `[B T D]` over tensor besides, where they divide, so that what is done to each alone
+    is done once and kept once (sequence parallelism, arXiv:2205.05198).
+    """
+    tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    axis = "positions" if x.shape[1] % tensor == 0 else None
+    return spmd.with_logical_constraint(x, ("batch", axis, None))
+
+
+def scatter_sum(x: jax.Array, axis: str, dimension: int = 0) -> jax.Array:
+    """`psum_scatter` over a mesh axis inside shard_map: of the sum every device keeps its part along a dimension, which their
+    number divides.
+
+    It is done in steps of at most four devices: of a sum over 8 or 16 libtpu makes all of it on all devices, which sends twice
+    as much.
+    """
+    size = left = jax.lax.axis_size(axis)
+    while left > 1:
+        part = math.gcd(left, _SCATTERED_AT_ONCE)
+        part = part if part > 1 else left
+        stride = left // part
+        groups = [
+            list(range(block + first, block + left, stride))
+            for block in range(0, size, left)
+            for first in range(stride)
+        ]
+        x = jax.lax.psum_scatter(
+            x, axis, scatter_dimension=dimension, axis_index_groups=groups, tiled=True
+        )
+        left = stride
+    return x
+
+
+def sum_weight_gradient(
+    product: Callable[[jax.Array, jax.Array], jax.Array],
+    x: jax.Array,
+    d_y: jax.Array,
+    axes: Sequence[str],
+    sizes: Sequence[int],
+) -> jax.Array:
+    """The gradient `[I O]` of a matrix with these logical axes, `product(x [T I], d_y [T O])`, summed over the data shards; every
+    device keeps the part that it holds of the matrix in the layout of training. `sizes`: what the mesh divides.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or num_data_shards(mesh) == 1 or x.shape[0] % num_data_shards(mesh):
+        return product(x, d_y)
+    where = PartitionSpec(
+        *(
+            _mesh_axis("gradient", axis, size, mesh, "train")
+            for axis, size in zip(axes, sizes, strict=True)
+        )
+    )
+    parts = [part if isinstance(part, tuple) else (part,) for part in where]
+    rows, columns = ("tensor" if "tensor" in part else None for part in parts)
+
+    def on_device(x, d_y):
+        total, left = product(x, d_y), list(BATCH_AXES)
+        for dimension, part in enumerate(parts):
+            for axis in left.copy():
+                if axis in part:
+                    total = scatter_sum(total, axis, dimension)
+                    left.remove(axis)
+        return jax.lax.psum(total, tuple(left))
+
+    specs = PartitionSpec(BATCH_AXES, rows), PartitionSpec(BATCH_AXES, columns)
+    return jax.shard_map(on_device, in_specs=specs, out_specs=where)(x, d_y)
+
+
 def place(shapes: Tree, shardings: Any) -> Tree:
     """Abstract arrays with the shardings of a tree like theirs, or all with one."""
 
@@ -261,7 +331,7 @@ def tree_shardings_like(tree: Any, params: Any, shardings: Any) -> Any:
 
 
 def _mesh_axis(
-    name: str, axis: str, size: int, mesh: Mesh, layout: str
+    name: str, axis: str, size: int, mesh: Mesh | AbstractMesh, layout: str
 ) -> str | tuple[str, ...] | None:
     target = RULES[axis]
     if target is None or (layout == "rollout" and axis in _UNSPLIT_IN_ROLLOUT):

@@ -281,6 +281,65 @@ def test_rows_are_gathered_in_the_order_of_the_shards(monkeypatch):
     assert sharding.gather(parts[0], mesh).tolist() == list(range(16))
 
 
+def integers(*shape: int, dtype: str = "float32") -> jax.Array:
+    """Small whole numbers, whose sums are exact in any order."""
+    return jnp.asarray(np.random.default_rng(len(shape)).integers(-4, 5, shape), dtype)
+
+
+@pytest.mark.parametrize(("devices", "dimension"), [(2, 0), (6, 1), (8, 0), (8, 1)])
+def test_sums_are_scattered_in_steps(devices, dimension):
+    """Of four devices at most, where their number allows it."""
+    x = integers(devices, 24, 48)
+    where = [None, None]
+    where[dimension] = "fsdp"
+    mesh = sharding.make_mesh(MeshConfig(fsdp=devices), jax.devices()[:devices])
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=PartitionSpec("fsdp"), out_specs=PartitionSpec(*where)
+    )
+    def scatter(x):
+        return sharding.scatter_sum(x[0], "fsdp", dimension)
+
+    np.testing.assert_array_equal(scatter(x), x.sum(axis=0))
+    text = scatter.lower(x).as_text()
+    steps = {2: 1, 6: 2, 8: 2}[devices]
+    assert text.count("stablehlo.reduce_scatter") == steps
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}],
+)
+@pytest.mark.parametrize(
+    ("axes", "counts"),
+    [(("embed", "mlp"), (16, 8)), (("heads", "embed"), (8, 8)), (("embed", "kv_heads"), (16, 1))],
+    ids=str,
+)
+def test_gradients_of_weights_are_summed_and_split_as_the_weights_are(sizes, axes, counts):
+    """One kv head is on both devices of a tensor group."""
+    x, d_y = integers(16, 16, dtype="bfloat16"), integers(16, 8, dtype="bfloat16")
+    product = functools.partial(jnp.einsum, "ti,to->io", preferred_element_type=jnp.float32)
+    mesh = tiny.mesh(**sizes)
+    with sharding.activate(mesh):
+        given = (x, d_y)
+        found = jax.jit(lambda *a: sharding.sum_weight_gradient(product, *a, axes, counts))(*given)
+    np.testing.assert_array_equal(found, product(x, d_y))
+    assert found.dtype == jnp.float32
+    part = math.prod(size for axis, size in sizes.items() if axis in ("fsdp", "expert"))
+    assert math.prod(found.sharding.shard_shape(found.shape)) in (
+        found.size // part,
+        found.size // part // sizes.get("tensor", 1),
+    )
+
+
+def test_positions_of_hidden_states_are_split_over_tensor_where_they_divide():
+    with sharding.activate(tiny.mesh(fsdp=2, tensor=2)):
+        for time, parts in ((6, 2), (5, 1)):
+            found = jax.jit(sharding.pin_positions)(integers(2, time, 4))
+            assert found.sharding.shard_shape(found.shape) == (1, time // parts, 4)
+
+
 def test_batches_that_do_not_divide_name_both_numbers():
     sharding.check_batch("rollout.prompts_per_step", 8, mesh_of(2, 2, 1))
     with pytest.raises(

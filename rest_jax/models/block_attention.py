@@ -105,7 +105,7 @@ def _attend_forward(q, k, v, until, blocks: tuple[int, int]):
 
     out, lse = jax.lax.map(attend_block, jnp.arange(q.shape[3] // blocks[0]))
     out = _join(out, q)
-    out, lse = keep(out, "attention"), keep(lse, "attention")
+    out, lse = keep(out), keep(lse)
     return out, (q, k, v, until, out, lse)
 
 

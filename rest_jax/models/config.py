@@ -15,7 +15,7 @@ from rest_jax.errors import UserError
 from rest_jax.models.products import precision_of
 
 Family = Literal["qwen3", "qwen3_moe", "qwen2", "llama"]
-Remat = Literal["none", "dots", "attention", "block"]
+Remat = Literal["none", "dots", "block"]
 Attention = Literal["blocks", "wide_blocks", "flash"]
 
 

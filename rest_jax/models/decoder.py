@@ -14,7 +14,7 @@ experts mlp/router [L D E], gate, up [L E D F], down [L E F D].
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from jax.nn.initializers import Initializer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Integer, Key
 
-from rest_jax.distributed import logical_shardings, pin_rows
+from rest_jax.distributed import logical_shardings, pin_positions, pin_rows, sum_weight_gradient
 from rest_jax.errors import UserError
 from rest_jax.models.attention import Layout, attend, valid_positions
 from rest_jax.models.cache import Cache, LayerCache, Layers, Pool, RowLayout
@@ -75,23 +75,22 @@ class Attention(nn.Module):
         else:
             out = attend(q, (k, v), layout, cache, cfg)
             kv = k, v
-        if cfg.flat_heads:
-            o = _weight(self, "o", (cfg.n_heads * cfg.head_dim, cfg.d_model), ("heads", "embed"))
-        else:
-            shape, axes = (cfg.n_heads, cfg.head_dim, cfg.d_model), ("heads", "head_dim", "embed")
-            o = _weight(self, "o", shape, axes).reshape(-1, cfg.d_model)
+        o = _matrix(
+            self, "o", {"heads": cfg.n_heads, "head_dim": cfg.head_dim, "embed": cfg.d_model}
+        )
         return _times(out.reshape(*x.shape[:2], -1), o, cfg), kv
 
     def _project(self, x, name: str, axis: str, heads: int):
         cfg = self.cfg
+        y = _times(
+            x,
+            _matrix(self, name, {"embed": cfg.d_model, axis: heads, "head_dim": cfg.head_dim}),
+            cfg,
+        )
         if cfg.flat_heads:
-            w = _weight(self, name, (cfg.d_model, heads * cfg.head_dim), ("embed", axis))
             # A product that is fused with what is done by head wants its matrix transposed, and libtpu copies that for it.
-            y = jax.lax.optimization_barrier(_times(x, w, cfg))
-        else:
-            shape, axes = (cfg.d_model, heads, cfg.head_dim), ("embed", axis, "head_dim")
-            y = _times(x, _weight(self, name, shape, axes).reshape(cfg.d_model, -1), cfg)
-        y = keep(y, "attention").reshape(*x.shape[:2], heads, cfg.head_dim)
+            y = jax.lax.optimization_barrier(y)
+        y = y.reshape(*x.shape[:2], heads, cfg.head_dim)
         if cfg.qkv_bias:
             shape, axes = (heads, cfg.head_dim), (axis, "head_dim")
             bias = _param(self, f"{name}_bias", nn.initializers.zeros, shape, axes)
@@ -108,11 +107,11 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
         cfg = self.cfg
-        gate = _weight(self, "gate", (cfg.d_model, cfg.d_ff), ("embed", "mlp"))
-        up = _weight(self, "up", (cfg.d_model, cfg.d_ff), ("embed", "mlp"))
-        down = _weight(self, "down", (cfg.d_ff, cfg.d_model), ("mlp", "embed"))
-        gated, wide = (keep(_times(x, w, cfg), "mlp") for w in (gate, up))
-        return _times(jax.nn.silu(gated) * wide, down, cfg)
+        wide = {"embed": cfg.d_model, "mlp": cfg.d_ff}
+        gate, up = (_matrix(self, name, wide) for name in ("gate", "up"))
+        down = _matrix(self, "down", {"mlp": cfg.d_ff, "embed": cfg.d_model})
+        gate, up = (keep(_times(x, w, cfg)) for w in (gate, up))
+        return _times(jax.nn.silu(gate) * up, down, cfg)
 
 
 class Experts(nn.Module):
@@ -124,12 +123,12 @@ class Experts(nn.Module):
     def __call__(self, x, layout: Layout, replayed):
         cfg = self.cfg
         e, d, f = cfg.n_experts, cfg.d_model, cfg.d_ff
-        router = _weight(self, "router", (d, e), ("embed", "router")).astype(cfg.dtype)
+        router = _param(self, "router", _INIT, (d, e), ("embed", "router")).astype(cfg.dtype)
         wide, narrow = ("expert", "expert_embed", "mlp"), ("expert", "mlp", "expert_embed")
         experts = ExpertWeights(
-            gate=_weight(self, "gate", (e, d, f), wide),
-            up=_weight(self, "up", (e, d, f), wide),
-            down=_weight(self, "down", (e, f, d), narrow),
+            gate=_param(self, "gate", _INIT, (e, d, f), wide),
+            up=_param(self, "up", _INIT, (e, d, f), wide),
+            down=_param(self, "down", _INIT, (e, f, d), narrow),
         )
         valid = valid_positions(layout, x.shape[:2])
         routing = route(x, router, replayed, cfg)
@@ -148,13 +147,13 @@ class Block(nn.Module):
     def __call__(self, x, cache, rope: Rope, layout: Layout, replayed):
         normed = RMSNorm(self.cfg, name="attention_norm")(x)
         y, kv = Attention(self.cfg, name="attention")(normed, cache, rope, layout)
-        x = keep(x + y, "attention")
+        x = keep(_pin(x + y, layout))
         normed = RMSNorm(self.cfg, name="mlp_norm")(x)
         if self.cfg.n_experts:
             x = x + Experts(self.cfg, name="mlp")(normed, layout, replayed)
         else:
             x = x + Mlp(self.cfg, name="mlp")(normed)
-        return pin_rows(x), kv if self.return_kv else None
+        return _pin(x, layout), kv if self.return_kv else None
 
 
 class Decoder(nn.Module):
@@ -184,7 +183,7 @@ class Decoder(nn.Module):
             _param(self, "head", _INIT, shape, axes)  # read by `head_matrix`, not by the trunk
         rope = rope_tables(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
         return_kv = return_kv or cache is not None
-        x = pin_rows(jnp.take(embed, tokens, axis=0).astype(cfg.dtype))
+        x = _pin(jnp.take(embed, tokens, axis=0).astype(cfg.dtype), layout)
         if cfg.layers == "scan":
             layers = None
             if cache is not None:
@@ -283,40 +282,66 @@ def _param(
     return module.param(name, boxed, shape, module.cfg.param_dtype)
 
 
-def _weight(module: Any, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
-    """A matrix, in its stored dtype: `_times` casts it."""
-    return _param(module, name, _INIT, shape, axes)
+class _Matrix(NamedTuple):
+    """A parameter as a matrix, in its stored dtype: `_times` casts it."""
+
+    value: Float[Array, "I O"]
+    axes: tuple[str, str]  # logical ones, and what the mesh must divide
+    sizes: tuple[int, int]
 
 
-def _times(x: jax.Array, w: jax.Array, cfg: DecoderConfig) -> jax.Array:
-    """x `[B T I]` times w `[I O]` in the compute dtype, as one plain matrix product: with one contracted axis, also in the
-    backward pass, XLA's CPU backend transposes nothing.
+def _matrix(module: Any, name: str, sizes: dict[str, int]) -> _Matrix:
+    """A parameter with these logical axes; `head_dim` is joined to the one before it, in memory too with `flat_heads`."""
+    width = module.cfg.head_dim if "head_dim" in sizes else 1
+    own = {axis: size for axis, size in sizes.items() if axis != "head_dim"}
+    flat = tuple(n * width if axis.endswith("heads") else n for axis, n in own.items())
+    stored = dict(zip(own, flat, strict=True)) if module.cfg.flat_heads else sizes
+    w = _param(module, name, _INIT, tuple(stored.values()), tuple(stored))
+    (first, second), (rows, columns) = own, own.values()
+    return _Matrix(w.reshape(flat), (first, second), (rows, columns))
+
+
+def _times(x: jax.Array, matrix: _Matrix, cfg: DecoderConfig) -> jax.Array:
+    """x `[B T I]` times a matrix `[I O]` in the compute dtype, as one plain matrix product: with one contracted axis, also in
+    the backward pass, XLA's CPU backend transposes nothing.
     """
-    flat = x.reshape(-1, x.shape[-1])
-    same = w.dtype == x.dtype
-    y = jnp.matmul(flat, w, precision=cfg.precision) if same else _mixed_product(flat, w)
+    w, axes, sizes = matrix
+    flat, mixed = x.reshape(-1, x.shape[-1]), w.dtype != x.dtype
+    y: Any = (
+        _mixed_product(flat, w, axes, sizes)
+        if mixed
+        else jnp.matmul(flat, w, precision=cfg.precision)
+    )
     return y.reshape(*x.shape[:-1], w.shape[-1])
 
 
-@jax.custom_vjp
-def _mixed_product(x: Float[Array, "T I"], w: Float[Array, "I O"]) -> Float[Array, "T O"]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _mixed_product(
+    x: Float[Array, "T I"], w: Float[Array, "I O"], axes: tuple[str, str], sizes: tuple[int, int]
+) -> Float[Array, "T O"]:
     """x times w cast to x's dtype. The gradient of w stays in w's dtype (float32): autodiff would round each device's share to
     bfloat16 before the shares of all devices are added.
     """
     return jnp.matmul(x, w.astype(x.dtype))
 
 
-def _mixed_forward(x, w):
-    return _mixed_product(x, w), (x, w)
+def _mixed_forward(x, w, axes, sizes):
+    return _mixed_product(x, w, axes, sizes), (x, w)
 
 
-def _mixed_backward(kept, d_y):
+def _mixed_backward(axes, sizes, kept, d_y):
     x, w = kept
-    d_w = jnp.einsum("ti,to->io", x, d_y, preferred_element_type=w.dtype)
+    product = functools.partial(jnp.einsum, "ti,to->io", preferred_element_type=w.dtype)
+    d_w = sum_weight_gradient(product, x, d_y, axes, sizes)
     return jnp.matmul(d_y, w.astype(x.dtype).T), d_w
 
 
 _mixed_product.defvjp(_mixed_forward, _mixed_backward)
+
+
+def _pin(x: jax.Array, layout: Layout) -> jax.Array:
+    """Hidden states between the parts of a block."""
+    return pin_positions(x) if isinstance(layout, RowLayout) else pin_rows(x)
 
 
 def _rematerialised(cfg: DecoderConfig) -> Any:

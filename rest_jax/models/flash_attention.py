@@ -122,7 +122,7 @@ def _attend_forward(q, k, v, until, case: _Case):
     scratch = [(width, columns), (1, columns), (1, columns)]
     call = _Call(_forward_kernel, False, 2, _INPUTS, outputs, scratch)
     out, lse = _run(call, visits, (*masks, q, k, v), case)
-    out, lse = keep(out, "attention"), keep(lse, "attention")
+    out, lse = keep(out), keep(lse)
     return out, (q, k, v, until, out, lse)
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Integer, UInt
 
-from rest_jax.distributed import BATCH_AXES, num_data_shards
+from rest_jax.distributed import BATCH_AXES, num_data_shards, scatter_sum
 from rest_jax.models.cache import DecodeLayout, RowLayout
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.products import float32_einsum
@@ -198,9 +198,19 @@ def _split_over_fsdp(experts: Matrices) -> bool:
 
 
 def _gather_embed(experts: ExpertWeights) -> ExpertWeights:
-    gather = functools.partial(jax.lax.all_gather, axis_name="fsdp", tiled=True)
     gate, up, down = experts
-    return ExpertWeights(gather(gate, axis=1), gather(up, axis=1), gather(down, axis=2))
+    return ExpertWeights(_gather(gate, 1), _gather(up, 1), _gather(down, 2))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(x, axis: int):
+    return jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True)
+
+
+_gather.defvjp(
+    lambda x, axis: (_gather(x, axis), None),
+    lambda axis, _, d_out: (scatter_sum(d_out, "fsdp", axis),),
+)
 
 
 def _count_parts(devices: int, rows: int) -> int:
@@ -226,7 +236,7 @@ def _compute_groups(x, chosen, weight, experts: Matrices, cfg: DecoderConfig):
         return _group_product(rows, cast, stored, sizes, cfg.precision)
 
     rows = jnp.where(used, _to_experts(flat, order, inverse, k), 0)
-    gated, wide = (keep(times(rows, name), "mlp") for name in ("gate", "up"))
+    gated, wide = (keep(times(rows, name)) for name in ("gate", "up"))
     out = times(jax.nn.silu(gated) * wide, "down")
     out = _to_tokens(jnp.where(used, out, 0), order, inverse).reshape(-1, k, x.shape[-1])
     mixed = jnp.sum(out.astype(jnp.float32) * weight.reshape(-1, k, 1), axis=1)

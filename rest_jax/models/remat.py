@@ -1,39 +1,33 @@
 """What the forward pass of a block keeps for the backward pass, which computes the rest again (`DecoderConfig.remat`).
 
-    none       everything
-    dots       matrix products, and what attention needs
-    attention  the same without the products of the MLP or the experts, which are the largest
-    block      what goes into a block, and nothing else
+    none   everything
+    dots   the products before the MLP's nonlinearity, what attention gives, and its sum with the residual
+    block  what goes into a block, and nothing else
 
-A policy knows arrays by name (`keep`): matrix products lie inside rules for their gradients, where it could not tell them by
-their kind. In bytes a token and layer, with two bytes a number: `attention` 4 D + 2 (N + 2 K) H + 2 N H, `dots` 4 F more.
+The policy of `dots` knows arrays by name (`keep`): matrix products lie inside rules for their gradients, where it could not
+tell them by their kind. Projections of attention are not among them: kept, they could not be fused with the norms and
+rotations behind them, which costs what it saves.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-Name = Literal["attention", "mlp"]
-
-_KEPT: dict[str, tuple[Name, ...]] = {
-    "block": (),
-    "attention": ("attention",),
-    "dots": ("attention", "mlp"),
-}
+_NAME = "kept"
 
 
-def keep(x: jax.Array, name: Name) -> jax.Array:
-    """x, which policies that keep `name` do not compute again."""
-    return checkpoint_name(x, name)
+def keep(x: jax.Array) -> jax.Array:
+    """x, which `dots` does not compute again."""
+    return checkpoint_name(x, _NAME)
 
 
 def checkpoint(remat: str, wrap: Callable[..., Any] = jax.checkpoint) -> Callable[..., Any]:
     """What makes a function, or by `wrap` a module, one that is computed again as `remat` says."""
     if remat == "none":
         return lambda function: function
-    policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
+    policy = jax.checkpoint_policies.save_only_these_names(_NAME) if remat == "dots" else None
     # `prevent_cse` is for code that is not the body of a loop
     return functools.partial(wrap, policy=policy, prevent_cse=False)

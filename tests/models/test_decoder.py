@@ -212,7 +212,7 @@ def test_padding_changes_nothing_and_gets_no_gradient():
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("remat", ["block", "attention", "dots"])
+@pytest.mark.parametrize("remat", ["block", "dots"])
 def test_remat_does_not_change_the_gradient(remat):
     assert_relative(
         grouped_gradient(dataclasses.replace(NORMED, remat=remat)), grouped_gradient(NORMED)
@@ -285,7 +285,7 @@ def test_rope_depends_on_relative_positions_only():
     [
         ({"n_kv_heads": 4}, "n_heads 6 is not a multiple of n_kv_heads 4"),
         ({"head_dim": 9}, "head_dim 9 is odd"),
-        ({"remat": "some"}, "remat 'some' is none of none, dots, attention, block"),
+        ({"remat": "some"}, "remat 'some' is none of none, dots, block"),
     ],
 )
 def test_impossible_configs_are_named(change, named):

@@ -46,20 +46,20 @@ def operations(remat: str, **changes) -> collections.Counter:
 @pytest.mark.parametrize("attention", ["blocks", "flash"])
 def test_what_is_kept_is_not_computed_again(dtype, attention):
     """In bfloat16 products have a rule of their own for their gradient; so have both kernels of attention."""
-    found = {r: operations(r, dtype=dtype, attention=attention) for r in ("dots", "none")}
-    found |= {r: operations(r, dtype=dtype, attention=attention) for r in ("attention", "block")}
-    narrow, wide = (
-        {r: n["dot_general", of_mlp] for r, n in found.items()} for of_mlp in (False, True)
+    none, dots, block = (
+        operations(remat, dtype=dtype, attention=attention) for remat in ("none", "dots", "block")
     )
-    assert wide["dots"] == wide["none"] == wide["attention"] - 2 == wide["block"] - 2
-    # q, k, v, o, and of attention by XLA's operations two products in its loops
-    again = 4 if attention == "flash" else 6
-    assert narrow["dots"] == narrow["none"] == narrow["attention"] == narrow["block"] - again
-    if attention == "flash":
-        kernels = {r: n["pallas_call", False] for r, n in found.items()}
-        assert kernels["dots"] == kernels["attention"] < kernels["block"]
+    wide = "dot_general", True
+    assert none[wide] == dots[wide] == block[wide] - 2
+    # q, k and v are computed again, o is not; of attention by XLA's operations there are two products in its loops
+    narrow = "dot_general", False
+    assert none[narrow] == dots[narrow] - 3
+    assert dots[narrow] == block[narrow] - (1 if attention == "flash" else 3)
+    kernel = "pallas_call", False
+    assert none[kernel] == dots[kernel]
+    assert (dots[kernel] < block[kernel]) == (attention == "flash")
 
 
 def test_products_of_experts():
-    found = {r: operations(r, **EXPERTS)["ragged_dot_general", True] for r in ("dots", "attention")}
-    assert found["attention"] == found["dots"] + 2
+    dots, block = (operations(r, **EXPERTS)["ragged_dot_general", True] for r in ("dots", "block"))
+    assert block == dots + 2
