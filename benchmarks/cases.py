@@ -95,7 +95,10 @@ CASES = {
         Case("smollm2-update", "update", _faster(2), **_MODEL_B),
         Case("trl-step-128", "step", _faster(4), peer="trl", folder="model-a"),
         Case("trl-step-768", "step", _faster(4), prompt=768, peer="trl", folder="model-a"),
-        Case("smollm2-trl-step", "step", _faster(4), **_MODEL_B | {"peer": "trl"}),
+        Case(
+            "smollm2-trl-step", "step", _faster(4), prompts=1, prompt=700, response=150, peer="trl",
+            folder="smollm2-135m", cores=2, clock="wall_seconds",
+        ),
         Case("smollm2-sft", "sft", _faster(1.5), **_MODEL_B),
     )
 }  # fmt: skip

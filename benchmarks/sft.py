@@ -58,7 +58,7 @@ def make_work(args: argparse.Namespace) -> Work:
         nonlocal state
         with activate(mesh):
             batch = prepare(to_mesh(gold, mesh))
-            state, _ = step(state, batch, plan_all_groups(lengths, None, mesh))
+            state = step(state, batch, plan_all_groups(lengths, None, mesh))[0]
             jax.block_until_ready(state)
 
     flops = update_flops(policy.config, lengths.prompt_length, lengths.response_length)
