@@ -109,7 +109,9 @@ def our_arguments(case: Case, folder: str | None, lengths: str | None) -> list[s
     if case.kind == "host":
         return ["host"]
     if case.kind == "sft":
-        return ["sft", *_options({"model": folder, "records": _records()})]
+        # the peer keeps its activations
+        given = {"model": folder, "records": _records(), "remat": "none"}
+        return ["sft", *_options(given)]
     given = {
         "prompts": case.prompts,
         "group": case.group,
