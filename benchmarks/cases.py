@@ -10,6 +10,8 @@ import math
 import random
 from typing import Literal
 
+Peer = Literal["tunix", "torch", "trl"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Check:
@@ -34,7 +36,7 @@ class Case:
     """`prompts` groups of `group` responses, each of `response` tokens after a prompt of `prompt` tokens."""
 
     name: str
-    kind: Literal["rollout", "update", "step", "skipping", "host"]
+    kind: Literal["rollout", "update", "step", "sft", "skipping", "host"]
     checks: tuple[Check, ...]
     prompts: int = 2
     group: int = 8
@@ -44,7 +46,7 @@ class Case:
     max_tokens_per_microbatch: int | None = None
     # response lengths from `lognormal_lengths`; both sides decode `ROWS` of them at once
     lognormal: bool = False
-    peer: Literal["tunix", "torch"] | None = None
+    peer: Peer | None = None
     folder: str | None = None  # weights both sides load: model-a or smollm2-135m
     cores: int = 1
     clock: Literal["cpu_seconds", "wall_seconds"] = "cpu_seconds"
@@ -69,6 +71,9 @@ _SKIPPING = (
 _MODEL_B = {"prompts": 1, "prompt": 700, "response": 150, "peer": "torch"} | {
     "folder": "smollm2-135m", "cores": 2, "clock": "wall_seconds"
 }  # fmt: skip
+# (prompt, target) of the records of a supervised step: those of rlla_sft.json with at most 1,024 tokens of SmolLM2, ordered by
+# their length, at 1/8, 3/8, 5/8 and 7/8.
+SFT_RECORDS = ((536, 235), (500, 371), (523, 409), (516, 479))
 
 CASES = {
     case.name: case
@@ -88,6 +93,13 @@ CASES = {
         Case("hf-rollout", "rollout", _faster(1.5), peer="torch", folder="model-a"),
         Case("smollm2-rollout", "rollout", _faster(1.5), **_MODEL_B),
         Case("smollm2-update", "update", _faster(2), **_MODEL_B),
+        Case("trl-step-128", "step", _faster(4), peer="trl", folder="model-a"),
+        Case("trl-step-768", "step", _faster(4), prompt=768, peer="trl", folder="model-a"),
+        Case(
+            "smollm2-trl-step", "step", _faster(4), prompts=1, prompt=700, response=150, peer="trl",
+            folder="smollm2-135m", cores=2, clock="wall_seconds",
+        ),
+        Case("smollm2-sft", "sft", _faster(1.5), **_MODEL_B),
     )
 }  # fmt: skip
 
@@ -96,6 +108,10 @@ def our_arguments(case: Case, folder: str | None, lengths: str | None) -> list[s
     """Arguments of `python -m benchmarks`; `folder` and `lengths` are the files the case needs, if any."""
     if case.kind == "host":
         return ["host"]
+    if case.kind == "sft":
+        # the peer keeps its activations
+        given = {"model": folder, "records": _records(), "remat": "none"}
+        return ["sft", *_options(given)]
     given = {
         "prompts": case.prompts,
         "group": case.group,
@@ -112,6 +128,10 @@ def our_arguments(case: Case, folder: str | None, lengths: str | None) -> list[s
 
 def peer_arguments(case: Case, folder: str | None, lengths: str | None) -> list[str]:
     """Arguments of the peer's script."""
+    threads = None if case.peer == "tunix" else case.cores
+    if case.kind == "sft":
+        given = {"model": folder, "records": _records(), "threads": threads}
+        return ["sft", *_options(given)]
     given = {
         "rows": ROWS if case.lognormal else case.prompts * case.group,
         "group": case.group,
@@ -120,7 +140,7 @@ def peer_arguments(case: Case, folder: str | None, lengths: str | None) -> list[
         "vocab": case.vocab,
         "model": folder,
         "lengths": lengths,
-        "threads": case.cores if case.peer == "torch" else None,
+        "threads": threads,
     }
     return [case.kind, *_options(given)]
 
@@ -130,6 +150,10 @@ def lognormal_lengths(count: int, mean: float = 64, most: int = 512, sigma: floa
     rng = random.Random(0)
     mu = math.log(mean) - sigma**2 / 2
     return [min(max(round(rng.lognormvariate(mu, sigma)), 1), most) for _ in range(count)]
+
+
+def _records() -> str:
+    return ",".join(f"{prompt}+{target}" for prompt, target in SFT_RECORDS)
 
 
 def _options(given: dict[str, object]) -> list[str]:

@@ -33,8 +33,14 @@ from benchmarks.process import Parser, positive  # noqa: E402
 from benchmarks.summary import OURS, PEER, SUMMARY, Record, summarise, table  # noqa: E402
 
 PEERS = ROOT / "benchmarks" / "peers"
-TUNIX_PYTHON = PEERS / ".venv" / "bin" / "python"
-NEEDED = {"tunix": ("google-tunix",), "torch": ("torch", "transformers")}
+# What a peer needs, and its interpreter: torch is in our own environment, for the tests.
+NEEDED = {
+    "tunix": ("google-tunix",),
+    "trl": ("trl", "torch"),
+    "torch": ("torch", "transformers"),
+}
+PYTHON = {name: PEERS / ".venv" / name / "bin" / "python" for name in ("tunix", "trl")}
+PYTHON["torch"] = pathlib.Path(sys.executable)
 DESCRIPTION = "Runs the benchmarks: ours and the peer's alternately, in pinned processes."
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
@@ -71,11 +77,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", type=positive, default=5, help="processes a side")
     parser.add_argument("--repeats", type=positive, default=3, help="timed calls a process")
     parser.add_argument("--core", type=int, help="core of the one-core cases; default: the first")
-    parser.add_argument("--peer-python", type=pathlib.Path, default=TUNIX_PYTHON)
+    text = "interpreter of a peer, as trl=PATH"
+    parser.add_argument("--peer-python", type=interpreter, action="append", default=[], help=text)
     parser.add_argument("--peer-hugepages", action="store_true", help="the peers' allocations too")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--resume", action="store_true", help="continue the newest file of --out")
     args = parser.parse_args(argv)
+    args.peer_python = PYTHON | dict(args.peer_python)
     args.cores = usable_cores()
     if args.core is None:
         args.core = min(args.cores, default=0)
@@ -85,6 +93,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--out {args.out}: not a folder")
     args.out = args.out.absolute()
     return args
+
+
+def interpreter(text: str) -> tuple[str, pathlib.Path]:
+    """(peer, its interpreter) of an argument."""
+    name, given, path = text.partition("=")
+    if name not in PYTHON or not given:
+        raise argparse.ArgumentTypeError(f"{text}: one of {', '.join(PYTHON)}, =, and a path")
+    return name, pathlib.Path(path)
 
 
 def result_file(args: argparse.Namespace) -> pathlib.Path:
@@ -118,7 +134,7 @@ def measure(
         return
     done = {(record["case"], record["side"], record.get("run")) for record in known}
     commands = {OURS: our_command(case, args)}
-    if case.peer and is_installed(case.peer, args.peer_python):
+    if case.peer and is_installed(case.peer, args.peer_python[case.peer]):
         commands[PEER] = peer_command(case, args)
     for run in range(args.runs):
         for side, command in commands.items():
@@ -158,7 +174,8 @@ def our_command(case: Case, args: argparse.Namespace) -> list[str]:
 
 def peer_command(case: Case, args: argparse.Namespace) -> list[str]:
     """The peer's script under its own interpreter."""
-    python = str(args.peer_python) if case.peer == "tunix" else sys.executable
+    assert case.peer
+    python = str(args.peer_python[case.peer])
     script = str(PEERS / f"{case.peer}_bench.py")
     arguments = peer_arguments(case, *needed_files(case, args))
     return [python, script, *arguments, "--repeats", str(args.repeats)]
@@ -210,9 +227,8 @@ def conditions(side: str, variables: dict[str, str]) -> dict[str, bool]:
 
 
 @functools.cache
-def is_installed(peer: str, tunix_python: pathlib.Path) -> bool:
+def is_installed(peer: str, python: pathlib.Path) -> bool:
     """Whether a peer's interpreter has its packages; if not, says so in one line."""
-    python = tunix_python if peer == "tunix" else pathlib.Path(sys.executable)
     probe = "import importlib.metadata as m, sys; [m.version(name) for name in sys.argv[1:]]"
     if python.is_file() and not finished([str(python), "-c", probe, *NEEDED[peer]]).returncode:
         return True

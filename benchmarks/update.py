@@ -45,6 +45,7 @@ from rest_jax.run.throughput import update_flops
 from rest_jax.types import RolloutBatch, Sampling, ScoredBatch
 
 RUN_STEPS = 100  # length of the run the schedules believe to be in
+REMAT = ModelConfig.model_fields["remat"].default  # as the recipes have it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,8 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-tokens-per-microbatch", type=positive, help="trunk positions of a micro-batch"
     )
-    remat = ModelConfig.model_fields["remat"].default  # as the recipes have it
-    parser.add_argument("--remat", choices=typing.get_args(Remat), default=remat)
+    parser.add_argument("--remat", choices=typing.get_args(Remat), default=REMAT)
 
 
 class Updates:

@@ -1,4 +1,4 @@
-"""Time one rollout, update or GRPO step of PyTorch and transformers on the CPU.
+"""Time one rollout, update, GRPO step or supervised step of PyTorch and transformers on the CPU.
 
 In:  a case and its sizes on the command line; --model is a Hugging Face folder, or "model-a"
      for a small random Qwen3.
@@ -17,6 +17,13 @@ update   a plain GRPO update on rows of prompt + response: logits of the respons
 
 step     a rollout, a trivial reward, group advantages, and an update on what was sampled.
          tokens = rows * (prompt_tokens + response_tokens).
+
+sft      a supervised step as a plain training loop makes it: records padded at the right to the
+         longest, the model's own loss with the labels of prompts and padding left out, backward,
+         clipped gradient, fused AdamW. --records are lengths of prompts and targets, as
+         536+235,500+371. --logits targets: only the positions that have a label meet the head.
+         No attention mask, which would make attention slower: what is padded at the right is
+         seen by nothing that has a label. tokens = those of the records.
 """
 
 import argparse
@@ -176,9 +183,44 @@ def step_case(args):
     return tokens, lambda: update(model, optimizer, sample(model, prompts, args), args)
 
 
+def read_records(text):
+    """Return the (prompt, target) lengths of records written as 536+235,500+371."""
+    records = [tuple(map(int, record.split("+"))) for record in text.split(",")]
+    if any(len(record) != 2 or min(record) < 1 for record in records):
+        raise ValueError(text)
+    return records
+
+
+def supervised_loss(model, rows, target, logits):
+    """Return the mean loss of the tokens marked in `target`."""
+    if logits == "all":
+        return model(rows, labels=rows.masked_fill(~target, -100), use_cache=False).loss
+    hidden = model.model(rows, use_cache=False).last_hidden_state[:, :-1]
+    return F.cross_entropy(model.lm_head(hidden[target[:, 1:]]), rows[:, 1:][target[:, 1:]])
+
+
+def sft_case(args):
+    """Return (tokens, call) for a supervised step on a fixed batch."""
+    model = load_model(args)
+    lengths = torch.tensor(args.records)
+    longest = int(lengths.sum(dim=1).max())
+    rows = torch.randint(1, model.config.vocab_size, (len(lengths), longest))
+    at = torch.arange(longest)
+    target = (at >= lengths[:, :1]) & (at < lengths.sum(dim=1, keepdim=True))
+    optimizer = make_optimizer(model, args)
+
+    def call():
+        optimizer.zero_grad(set_to_none=True)
+        supervised_loss(model, rows, target, args.logits).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return int(lengths.sum()), call
+
+
 def measure(args):
     """Warm the case up, time its calls, and return the record to print."""
-    cases = {"rollout": rollout_case, "update": update_case, "step": step_case}
+    cases = {"rollout": rollout_case, "update": update_case, "step": step_case, "sft": sft_case}
     start = time.perf_counter()
     tokens, call = cases[args.case](args)
     call()
@@ -205,7 +247,7 @@ def measure(args):
 def parse_args():
     """Return the checked arguments."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("case", choices=("rollout", "update", "step"))
+    parser.add_argument("case", choices=("rollout", "update", "step", "sft"))
     parser.add_argument("--model", default="model-a", help="a model folder, or model-a")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--group", type=int, default=8, help="rows that share a prompt")
@@ -217,6 +259,8 @@ def parse_args():
     parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
     parser.add_argument("--micro-rows", type=int, help="rows of a micro-batch; default: all")
+    parser.add_argument("--records", type=read_records, help="sft only; lengths of its records")
+    parser.add_argument("--logits", choices=("all", "targets"), default="all", help="sft only")
     parser.add_argument("--learning-rate", type=float, default=1e-6)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -237,6 +281,8 @@ def find_problem(args):
         return "sizes, --threads and --repeats must be positive, --vocab at least 2"
     if args.group < 2 or args.rows % args.group:
         return "--group must be at least 2 and divide --rows"
+    if (args.case == "sft") != (args.records is not None):
+        return "--records are those of sft, which needs them"
     if args.case == "step" and args.new_tokens != args.response_tokens:
         return "a step trains on what it samples: --new-tokens and --response-tokens must agree"
     return None

@@ -100,27 +100,40 @@ def place_of(loops: tuple[float | None, ...], layers: int, part: str) -> str:
 
 def replica_groups(text: str) -> np.ndarray:
     """int [groups, devices]: who takes part with whom, from any of XLA's three forms; empty: not said. Of what slices
-    exchange one group, of slices or of one device of each.
+    exchange one group, of slices or of one device of each. ValueError for another form.
     """
     if found := re.search(r'_xla_megascale_target="?\{+([\d,]+)\}', text):
         return np.array([[int(n) for n in found[1].split(",")]])
     if found := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", text):
         rows = re.findall(r"\{([\d, ]+)\}", found[1])
         return np.array([[int(n) for n in row.split(",")] for row in rows])
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, dims = (tuple(int(n) for n in found[i].split(",")) for i in (1, 2))
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        if found[3]:
-            ids = ids.transpose([int(n) for n in found[3].split(",")])
-        return ids.reshape(shape)
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?(?:T\([\d,]+\) ?)?\{([^}]*)\}", text):
+    if found := re.search(rf"replica_groups=\[([\d,]+)\]<={_IDS}", text):
+        return _ids(found[2], found[3]).reshape(_numbers(found[1]))
+    mesh = rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_IDS}\))? ?\{{([^}}]*)\}}"
+    if found := re.search(mesh, text):
         axes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", found[1])}
-        return _mesh_groups(axes, re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[2]))
+        groups = _mesh_groups(axes, re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[4]))
+        return _ids(found[2], found[3]).ravel()[groups] if found[2] else groups
     pairs = re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", text)
     if pairs:
         rows = re.findall(r"\{(\d+),\s*(\d+)\}", pairs[1])
         return np.array([[int(a), int(b)] for a, b in rows])
+    if re.search(r"replica_groups=(?!\{\})", text):
+        raise ValueError(f"replica_groups of a form that is not known: {text[:300]}")
     return np.zeros((0, 0), int)
+
+
+_IDS = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # devices counted over an array, which may be transposed
+
+
+def _ids(dims: str, order: str | None) -> np.ndarray:
+    shape = _numbers(dims)
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return ids.transpose(_numbers(order)) if order else ids
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
 
 
 def _mesh_groups(axes: Mapping[str, int], chosen: list[tuple[str, str, str]]) -> np.ndarray:

@@ -193,15 +193,17 @@ class StepRows(NamedTuple):
 
 def rows_at(setup: Setup, lengths: Lengths) -> StepRows:
     """The rows where all groups are active and as long as `lengths`."""
+    update, forward = micro_batches(setup, lengths), all_groups(setup, lengths)
+    return StepRows(row_of(setup, update[0]), row_of(setup, forward[0]))
 
-    def row(micro: MicroBatch) -> Row:
-        rows = make_rows(micro)
-        predicted = int((rows.target >= 0).sum(axis=1).max())
-        chunks = -(-predicted // min(setup.config.loss.vocab_chunk, micro.row_length))
-        trips = {"vocabulary": chunks} | attention_trips(setup.policy.config, rows.until)
-        return Row(micro.row_length, micro.max_pairs, trips)
 
-    return StepRows(row(micro_batches(setup, lengths)[0]), row(all_groups(setup, lengths)[0]))
+def row_of(setup: Setup, micro: MicroBatch) -> Row:
+    """The rows of a micro-batch."""
+    rows = make_rows(micro)
+    predicted = int((rows.target >= 0).sum(axis=1).max())
+    chunks = -(-predicted // min(setup.config.loss.vocab_chunk, micro.row_length))
+    trips = {"vocabulary": chunks} | attention_trips(setup.policy.config, rows.until)
+    return Row(micro.row_length, micro.max_pairs, trips)
 
 
 def attention_trips(cfg: DecoderConfig, until: np.ndarray) -> dict[str, float]:

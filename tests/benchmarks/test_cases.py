@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks import __main__ as ours
-from benchmarks import policies, process
+from benchmarks import policies, process, sft
 from benchmarks.cases import CASES, Case, Check, lognormal_lengths, our_arguments, peer_arguments
 
 TINY = dataclasses.replace(
@@ -46,6 +46,10 @@ def test_step_trains_every_group(capsys):
     assert found["tokens"] == 2 * 4 * (12 + 8)
 
 
+def test_supervised_step(capsys):
+    assert record(capsys, "sft", "--records", "5+3,12+9")["tokens"] == 5 + 3 + 12 + 9
+
+
 @pytest.mark.slow
 def test_skipping_leaves_the_gradient_alone(capsys):
     sizes = ["--response-tokens", "8", "--max-tokens-per-microbatch", "40"]
@@ -72,7 +76,14 @@ def test_a_folder_holds_the_weights_of_its_name(tmp_path):
 
 @pytest.mark.parametrize(
     "argv",
-    [["rollout", "--prompts", "0"], ["flight"], [], ["rollout", "--lengths", "nowhere.json"]],
+    [
+        ["rollout", "--prompts", "0"],
+        ["flight"],
+        [],
+        ["rollout", "--lengths", "nowhere.json"],
+        ["sft", "--records", "5"],
+        ["sft", "--records", "5+0"],
+    ],
 )
 def test_bad_arguments_are_one_line(capsys, argv):
     with pytest.raises(SystemExit) as stopped:
@@ -98,8 +109,11 @@ def test_arguments_of_the_cases(case: Case, tmp_path):
     if case.peer:
         pairs = iter(peer_arguments(case, None, lengths)[1:])
         given = argparse.Namespace(**{name[2:]: value for name, value in zip(pairs, pairs)})  # noqa: B905
-        rows = 16 if case.lognormal else case.prompts * case.group
-        assert given.rows == str(rows)
+        if case.kind == "sft":
+            assert sft.read_records(given.records) == args.records
+        else:
+            rows = 16 if case.lognormal else case.prompts * case.group
+            assert given.rows == str(rows)
 
 
 def test_lognormal_lengths():

@@ -90,12 +90,22 @@ def test_a_missing_peer_is_named_once(processes, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run, "run_process", processes)
     monkeypatch.setattr(run, "pin", lambda case, args: True)
     names = ["update-768", "update-128"]
-    absent = ["--peer-python", str(tmp_path / "python")]
+    absent = ["--peer-python", f"tunix={tmp_path / 'python'}"]
     assert run.main(["--case", *names, "--runs", "1", "--out", str(tmp_path), *absent]) == 0
     out, err = capsys.readouterr()
     assert "google-tunix" in err and len(err.splitlines()) == 1
     summary = json.loads(out.splitlines()[-1])
     assert summary["ratio"] is None and summary["met"] is None and summary["peer"] is None
+
+
+def test_every_peer_has_its_own_interpreter(processes, tmp_path):
+    names = ["update-128", "trl-step-128", "hf-rollout"]
+    own = ["--peer-python", "trl=python-of-trl", "--peer-python", "tunix=python-of-tunix"]
+    args = run.parse(["--case", *names, "--out", str(tmp_path), *own])
+    for name in names:
+        (tmp_path / "models" / str(CASES[name].folder)).mkdir(parents=True, exist_ok=True)
+    found = [run.peer_command(CASES[name], args)[0] for name in names]
+    assert found == ["python-of-tunix", "python-of-trl", run.sys.executable]
 
 
 def test_a_failing_process_is_one_line(processes, tmp_path, capsys):
@@ -105,7 +115,15 @@ def test_a_failing_process_is_one_line(processes, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "argv", [["--case", "flight"], ["--runs", "0"], ["--core", "4096"], ["--out", __file__]]
+    "argv",
+    [
+        ["--case", "flight"],
+        ["--runs", "0"],
+        ["--core", "4096"],
+        ["--out", __file__],
+        ["--peer-python", "flight=python"],
+        ["--peer-python", "tunix"],
+    ],
 )
 def test_bad_arguments_are_one_line(argv, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -68,6 +68,14 @@ def test_what_slices_exchange_is_a_collective_that_crosses(transfer, kind, sent,
         ("replica_groups=mesh['a'=2,'b'=2] {'a'}, x", [[0, 2], [1, 3]]),
         ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
         ("replica_groups=mesh['a'=4] {'a':(2)2}", [[0, 1], [2, 3]]),
+        (
+            "replica_groups=mesh['a'=3,'b'=2], device_ids=([2,3]T(1,0)) {'a'}",
+            [[0, 1, 2], [3, 4, 5]],
+        ),
+        (
+            "replica_groups=mesh['a'=3,'b'=2], device_ids=([2,3]T(1,0)) {'b'}",
+            [[0, 3], [1, 4], [2, 5]],
+        ),
         ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
         ('x={_xla_megascale_target="{1,2,3}x{0:3}"}', [[1, 2, 3]]),
         ("x={_xla_megascale_target={{100000,200000},{100001,200001}}}", [[100000, 200000]]),
@@ -76,6 +84,12 @@ def test_what_slices_exchange_is_a_collective_that_crosses(transfer, kind, sent,
 )
 def test_groups_are_read_in_every_form(text, groups):
     assert replica_groups(text).tolist() == groups
+
+
+def test_an_unknown_form_of_groups_is_an_error():
+    with pytest.raises(ValueError, match=r"not known.*ring"):
+        replica_groups("all-reduce(%x), replica_groups=ring[4], to_apply=%add")
+    assert replica_groups("all-reduce(%x), replica_groups={}, to_apply=%add").size == 0
 
 
 def test_libtpu_writes_a_scattered_sum_as_a_fusion_with_slices():
