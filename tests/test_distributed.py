@@ -290,7 +290,7 @@ def integers(*shape: int, dtype: str = "float32") -> jax.Array:
 def test_sums_are_scattered_in_steps(devices, dimension):
     """Of four devices at most, where their number allows it."""
     x = integers(devices, 24, 48)
-    where = [None, None]
+    where: list[Any] = [None, None]
     where[dimension] = "fsdp"
     mesh = sharding.make_mesh(MeshConfig(fsdp=devices), jax.devices()[:devices])
 
@@ -322,8 +322,8 @@ def test_gradients_of_weights_are_summed_and_split_as_the_weights_are(sizes, axe
     product = functools.partial(jnp.einsum, "ti,to->io", preferred_element_type=jnp.float32)
     mesh = tiny.mesh(**sizes)
     with sharding.activate(mesh):
-        given = (x, d_y)
-        found = jax.jit(lambda *a: sharding.sum_weight_gradient(product, *a, axes, counts))(*given)
+        run = jax.jit(lambda x, y: sharding.sum_weight_gradient(product, x, y, axes, counts))
+        found = run(x, d_y)
     np.testing.assert_array_equal(found, product(x, d_y))
     assert found.dtype == jnp.float32
     part = math.prod(size for axis, size in sizes.items() if axis in ("fsdp", "expert"))
