@@ -1,7 +1,7 @@
 """What users' own files, logs and model folders have broken, each at the surface where it was seen, with the right outcome.
 
-One row a kind of fault: completions (parser and rewards), chats (`data prepare openai`), tools (prompts, `generate --tools`), model
-folders (`convert`, tokenizers) and runs (`train`). Siblings of each kind are in the tests of the module that reads them.
+One row a kind of fault: completions (parser and rewards), chats (`data prepare openai`), tools (prompts, `generate --tools`),
+model folders (`convert`, tokenizers) and runs (`train`). Siblings of each kind are in the tests of the module that reads them.
 """
 
 import contextlib
