@@ -18,7 +18,13 @@ def _load(source):
 _DROP = object()
 FAULTS = [
     ("openai", 0, ("messages",), _DROP, "messages: a list is needed, found nothing"),
-    ("openai", 0, ("messages", 1, "role"), "bot", r"messages\[1\]: role: 'bot' is not one of"),
+    (
+        "openai",
+        0,
+        ("messages", 1, "role"),
+        "narrator",
+        r"messages\[1\]: role: 'narrator' is not one of",
+    ),
     ("openai", 0, ("messages", 1, "content"), None, r"messages\[1\]: content: text is needed"),
     (
         "openai",
