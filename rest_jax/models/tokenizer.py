@@ -339,7 +339,7 @@ def _load_hf(source: str) -> Any:
         if (file := _file_of(source, "tokenizer.json")) is not None:
             _try_out(file)
         hf = transformers.AutoTokenizer.from_pretrained(
-            source, config=_without_nulls(path / "config.json"), trust_remote_code=False
+            source, config=_kind_of_model(path / "config.json"), trust_remote_code=False
         )
         _encode(hf, "x")  # some wrong values are noticed only now
         return hf
@@ -386,16 +386,17 @@ def _encode(hf: Any, text: str) -> list[int]:
     return hf.encode(text, add_special_tokens=False, verbose=False)
 
 
-def _without_nulls(file: pathlib.Path) -> Any:
-    """transformers' record of a config.json with null where a default is meant, which it does not read itself; else None."""
+def _kind_of_model(file: pathlib.Path) -> Any:
+    """transformers' record of a config.json with what tells the class of the tokenizer, else None. Its other values may be null
+    where a default is meant, which transformers does not read, or sizes of which it makes lists.
+    """
     from transformers import AutoConfig
 
     with contextlib.suppress(Exception):  # the tokenizer's own error says what is wrong
         raw = json.loads(file.read_bytes() if file.is_file() else "{}")
-        try:
-            AutoConfig.for_model(**raw)
-        except Exception:
-            return AutoConfig.for_model(**{k: v for k, v in raw.items() if v is not None})
+        return AutoConfig.for_model(
+            **{k: raw[k] for k in ("model_type", "tokenizer_class") if k in raw}
+        )
     return None
 
 

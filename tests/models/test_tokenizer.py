@@ -452,10 +452,14 @@ def test_ids_are_counted_before_memory_is_taken(tiny, tmp_path):
         Tokenizer.load(folder)
 
 
-def test_nulls_of_a_config_do_not_stop_a_tokenizer(tiny, tmp_path):
-    """transformers takes null for a value where its own default is meant."""
+@pytest.mark.parametrize(
+    "values",
+    [{"rms_norm_eps": None}, {"num_hidden_layers": 10**30}, {"layer_types": 3}],
+    ids=["null for the default", "a size of which lists are made", "a wrong type"],
+)
+def test_the_sizes_of_a_model_do_not_stop_a_tokenizer(tiny, tmp_path, values):
     folder = shutil.copytree(tiny.source, tmp_path / "a")
-    (folder / "config.json").write_text('{"model_type": "qwen3", "rms_norm_eps": null}')
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3", **values}))
     assert Tokenizer.load(folder).pieces == tiny.pieces
 
 
