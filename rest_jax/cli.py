@@ -225,10 +225,9 @@ def plan(
     from rest_jax import config
     from rest_jax.planning import plan
 
-    files, overrides = split(words)
-    loaded = config.load(files, overrides)
+    loaded = config.load(*split(words))
     if supervised is None:
-        supervised = plan.is_supervised(files, overrides)
+        supervised = config.is_supervised(loaded)
     options = plan.Options(topology, supervised, prompt_tokens, response_tokens, json, output)
     return plan.plan(loaded, options)
 

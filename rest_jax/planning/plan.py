@@ -13,10 +13,8 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from typing import Any
 
-from rest_jax import config as config_lib
 from rest_jax.config import Config
 from rest_jax.errors import UserError
 from rest_jax.files import atomic_write
@@ -73,12 +71,6 @@ def make_plan(config: Config, options: Options) -> dict[str, Any]:
         return found
     small = compile_plan(change.config, where, request | {"memory_only": False})
     return found | {"change": {"values": list(change.changes), **small}}
-
-
-def is_supervised(files: Sequence[str], overrides: Sequence[str]) -> bool:
-    """Whether a config is one of `rest-jax sft`: its files or words set a value of section `sft`."""
-    origins = config_lib.origins(files, overrides)
-    return any(path.startswith("sft.") for path, origin in origins.items() if origin != "default")
 
 
 def _lengths(config: Config, options: Options) -> tuple[int, int] | None:
