@@ -508,9 +508,11 @@ def _parse(overrides: Sequence[str]) -> dict[str, Any]:
     """The mapping that `a.b=value` words make; values are YAML."""
     parsed = OmegaConf.create({})
     for override in overrides:
-        key, sep, _ = override.partition("=")
+        key, sep, value = override.partition("=")
         if not sep or "" in key.split("."):
             raise ConfigError(f"override {override!r}: write it as section.key=value")
+        if not value.strip():
+            raise ConfigError(f"override {override!r}: a value is missing; null stands for none")
         try:
             parsed.merge_with_dotlist([override])
         except (yaml.YAMLError, OmegaConfBaseException) as fault:

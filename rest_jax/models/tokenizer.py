@@ -336,7 +336,7 @@ def _load_hf(source: str) -> Any:
     check_links(path)
     chat_sandbox.install()
     with _one_line(source, "cannot be loaded"):
-        if (file := _file_of(source, "tokenizer.json")) is not None:
+        if file := _file_of(source, "tokenizer.json"):
             _try_out(file)
         hf = transformers.AutoTokenizer.from_pretrained(
             source, config=_kind_of_model(path / "config.json"), trust_remote_code=False
@@ -463,20 +463,19 @@ def _stop_ids(source: str, hf: Any, end_id: int | None) -> tuple[int, ...]:
 
 
 def _file_of(source: str, name: str) -> pathlib.Path | None:
-    """A file of a folder or hub id; None where there is none, or where the hub is out of reach and it is not in the cache."""
+    """A file of a folder or hub id, None where there is none. OSError when the hub is out of reach and it is not in the cache."""
     from transformers.utils.hub import cached_file
 
-    try:
-        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-    except OSError:
-        return None
+    path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
     return None if path is None else pathlib.Path(path)
 
 
 def _generation_eos(source: str) -> list[int]:
     """The eos ids of generation_config.json, the only thing that is needed of it; a warning when it cannot tell them."""
     name = "generation_config.json"
-    path = _file_of(source, name)
+    path = None
+    with contextlib.suppress(OSError):
+        path = _file_of(source, name)
     if path is None:
         return []
     try:

@@ -17,7 +17,7 @@ from typing import Any
 
 from rest_jax.config import Config
 from rest_jax.errors import UserError
-from rest_jax.files import atomic_write
+from rest_jax.files import atomic_write, local_path
 from rest_jax.planning import fit, report, topology
 from rest_jax.planning.compiler import versions
 from rest_jax.run.environment import LIBTPU_VARIABLE, user_cache
@@ -39,6 +39,9 @@ class Options:
 
 def plan(config: Config, options: Options) -> int:
     """Prints the plan and writes its files; 0 when the config fits, 1 when it does not. UserError for bad input."""
+    for option, file in (("--json", options.json), ("--output", options.output)):
+        if file and local_path(option, file).is_dir():
+            raise UserError(f"{option} {file}: is a folder, the name of a file is needed")
     made = make_plan(config, options)
     print(report.table(made))
     if options.json:
