@@ -214,6 +214,7 @@ def test_overrides_stand_on_both_sides_of_options(config, capsys):
     ("error", "code", "line"),
     [
         (UserError("two\nlines"), 2, "two lines"),
+        (UserError("x" * 9999), 2, "x" * 4000 + " .."),
         (
             FileNotFoundError(2, "No such file or directory", "a/b"),
             2,

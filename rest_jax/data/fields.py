@@ -86,7 +86,8 @@ def first_given(raw: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, Any]:
 
 
 def item(raw: Any, where: str) -> Mapping[str, Any]:
-    """A raw item: an object that nests no deeper than 64."""
+    """A raw item: an object, or a text of JSON that is one, that nests no deeper than 64."""
+    raw = parsed(raw, where)
     check_depth(raw, where)
     return mapping(raw, where)
 

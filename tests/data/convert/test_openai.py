@@ -97,6 +97,8 @@ def test_every_spelling_is_the_same_dialogue(messages):
     for field in ("conversations", "input"):
         for value in (messages, json.dumps(messages), list(map(json.dumps, messages))):
             assert convert(None, **{field: value}) == expected
+            item = json.dumps({field: value, "tools": [TOOL]})
+            assert SOURCES["openai"](item, "r", "here") == expected
 
 
 def test_sharegpt_has_its_system_text_beside():
