@@ -31,6 +31,7 @@ config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
 data_app = typer.Typer(help="Prepare training records, look at them.", no_args_is_help=True)
 # How `rest-jax --help` groups the commands.
 _TRAIN, _MODEL, _STUDY, _LOOK = "Train", "Use a model", "Experiments", "Data and reports"
+_MOST_SAID = 4000  # characters of a line
 _CANNOT_OPEN = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError)
 
 
@@ -84,6 +85,8 @@ def _usage(error: typer.TyperException) -> str:
 
 def _fail(message: str, code: int) -> int:
     message = " ".join(message.split())
+    if len(message) > _MOST_SAID:  # names in files of strangers may be of any length
+        message = f"{message[:_MOST_SAID]} .."
     if message:
         print(f"rest-jax: error: {message}", file=sys.stderr)
     if "rest_jax.run.processes" in sys.modules:
@@ -225,10 +228,9 @@ def plan(
     from rest_jax import config
     from rest_jax.planning import plan
 
-    files, overrides = split(words)
-    loaded = config.load(files, overrides)
+    loaded = config.load(*split(words))
     if supervised is None:
-        supervised = plan.is_supervised(files, overrides)
+        supervised = config.is_supervised(loaded)
     options = plan.Options(topology, supervised, prompt_tokens, response_tokens, json, output)
     return plan.plan(loaded, options)
 

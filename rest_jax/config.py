@@ -406,9 +406,39 @@ def origins(files: Sequence[Location], overrides: Sequence[str] = ()) -> dict[st
     return found
 
 
-def check_supervised(config: Config) -> None:
-    """Refuses what a supervised run cannot do. Raises ConfigError."""
-    if config.train.measure_noise:
+# What `rest-jax train` alone reads.
+_OF_TRAIN = {
+    "rollout": {"prompts_per_step", "group_size"},
+    "weights": set(WeightsConfig.model_fields),
+    "curriculum": set(CurriculumConfig.model_fields),
+    "loss": LossConfig.model_fields.keys() - {"vocab_chunk", "load_balance_coefficient"},
+}
+
+
+def is_supervised(config: Config) -> bool:
+    """Whether it is a config of `rest-jax sft`: a value of section `sft` is given."""
+    return bool(config.sft.model_fields_set)
+
+
+def check_command(config: Config, supervised: bool) -> None:
+    """ConfigError for a config of the other command, `rest-jax train` or `rest-jax sft`: it would run with this one's default
+    sizes and without the method asked for. A config that gives the sizes of both is for both.
+    """
+    of_train = [
+        f"{section}.{key}"
+        for section, keys in _OF_TRAIN.items()
+        for key in sorted(getattr(config, section).model_fields_set & keys)
+    ]
+    of_sft = [f"sft.{key}" for key in sorted(config.sft.model_fields_set)]
+    foreign = of_train if supervised else of_sft
+    if foreign and not {"rollout.prompts_per_step", "sft.batch_size"} <= {*of_train, *of_sft}:
+        command, other = ("sft", "train") if supervised else ("train", "sft")
+        keys = f"{', '.join(foreign[:3])}{', ..' if len(foreign) > 3 else ''}"
+        raise ConfigError(
+            f"config {config.name}: {keys}: read by `rest-jax {other}`, not by `rest-jax {command}`; use that, or a scale and a "
+            "method of this one, or give both rollout.prompts_per_step and sft.batch_size"
+        )
+    if supervised and config.train.measure_noise:
         raise ConfigError("train.measure_noise true: only `rest-jax train` measures it")
 
 
@@ -479,9 +509,11 @@ def _parse(overrides: Sequence[str]) -> dict[str, Any]:
     """The mapping that `a.b=value` words make; values are YAML."""
     parsed = OmegaConf.create({})
     for override in overrides:
-        key, sep, _ = override.partition("=")
+        key, sep, value = override.partition("=")
         if not sep or "" in key.split("."):
             raise ConfigError(f"override {override!r}: write it as section.key=value")
+        if not value.strip():
+            raise ConfigError(f"override {override!r}: a value is missing; null stands for none")
         try:
             parsed.merge_with_dotlist([override])
         except (yaml.YAMLError, OmegaConfBaseException) as fault:

@@ -74,7 +74,7 @@ def as_path(location: Location) -> epath.Path:
 def absolute(location: Location) -> epath.Path:
     """The path from the root of the file system, links followed; a URL as it is."""
     path = as_path(location)
-    return path if is_url(path) else epath.Path(pathlib.Path(path).resolve())
+    return path if is_url(path) else epath.Path(os.path.realpath(path))
 
 
 def local_path(name: str, location: Location) -> pathlib.Path:
@@ -282,13 +282,14 @@ def check_links(folder: pathlib.Path) -> None:
 
     The snapshots of the Hugging Face cache are made of links to `blobs/` beside them, which are followed.
     """
-    home = folder.resolve()
+    home = pathlib.Path(os.path.realpath(folder))
     homes = [home]
     if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
         homes.append(home.parents[1] / "blobs")
     for pattern in ("*", "additional_chat_templates/*", "params/**/*"):
         for path in folder.glob(pattern):
-            if path.is_symlink() and not any(map(path.resolve().is_relative_to, homes)):
+            target = pathlib.Path(os.path.realpath(path))  # of a link to itself: the link
+            if path.is_symlink() and not any(map(target.is_relative_to, homes)):
                 raise UserError(
                     f"model folder {folder}: {path.relative_to(folder)} is a link that leads out of the folder "
                     f"({os.readlink(path)}); put a copy in its place"

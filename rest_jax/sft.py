@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 from jax.sharding import Mesh
 
-from rest_jax.config import Config, check_supervised
+from rest_jax.config import Config, check_command
 from rest_jax.data.cache import load_demonstrations
 from rest_jax.data.loader import Loader, TargetBatch, bucketed
 from rest_jax.data.tokenize import Prepared
@@ -57,7 +57,7 @@ def finetune(config: Config, dry_run: bool = False, restart: bool = False) -> in
     """Trains, with `restart` anew; 0 at the end, UNFINISHED when told to stop before it. UserError for input that cannot be used;
     RunStopped on NaN.
     """
-    check_supervised(config)
+    check_command(config, supervised=True)
     check_store(config)
     check_start(config, restart)
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)

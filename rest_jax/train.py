@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rest_jax.config import Config
+from rest_jax.config import Config, check_command
 from rest_jax.data.cache import load_prompts
 from rest_jax.data.loader import bucketed
 from rest_jax.data.tokenize import Prepared
@@ -60,6 +60,7 @@ def train(
     """Trains, and writes a trace of step `profile`; `restart` forgets the run in the folder first. 0 at the end,
     UNFINISHED when told to stop before it. UserError for input that cannot be used; RunStopped on NaN.
     """
+    check_command(config, supervised=False)
     check_store(config)
     check_start(config, restart)
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)

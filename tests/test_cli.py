@@ -96,6 +96,16 @@ def test_a_group_without_a_command_prints_its_help(capsys):
         ("generate m --prompt a --file b", "exactly one of --prompt and --file is needed"),
         ("evaluate m seed=1", "evaluate: no data"),
         ("data prepare openai in.jsonl", "an input and an output file are needed"),
+        ("data inspect synthetic:eval train.steps=1", "train.steps changes nothing here"),
+        ("train scale/tiny train.steps=", "override 'train.steps=': a value is missing"),
+        ("train scale/tiny_sft", "read by `rest-jax sft`, not by `rest-jax train`"),
+        ("sft scale/tiny method/sft", "read by `rest-jax train`, not by `rest-jax sft`"),
+        ("plan scale/tiny --topology cpu:2 --json /", "--json /: is a folder"),
+        (
+            "plan scale/tiny --topology cpu:2 --output s3://b/x.png",
+            "--output s3://b/x.png: a local path",
+        ),
+        ("compare quick --output s3://b/x", "--output s3://b/x: a local path is needed here"),
     ],
 )
 def test_wrong_usage_is_one_line(words, line, capsys):
@@ -204,6 +214,7 @@ def test_overrides_stand_on_both_sides_of_options(config, capsys):
     ("error", "code", "line"),
     [
         (UserError("two\nlines"), 2, "two lines"),
+        (UserError("x" * 9999), 2, "x" * 4000 + " .."),
         (
             FileNotFoundError(2, "No such file or directory", "a/b"),
             2,

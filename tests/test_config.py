@@ -1,5 +1,6 @@
 """Config files and overrides: what wins, where files are found, what a run is called, and every fault in one line."""
 
+import contextlib
 import pathlib
 
 import pytest
@@ -290,10 +291,47 @@ def test_other_records_are_validated_in_the_same_voice():
     assert "one.lwo: unknown key (nearest: low)" in str(error.value)
 
 
+BOTH = ["rollout.prompts_per_step=16", "sft.batch_size=8"]
+
+
+@pytest.mark.parametrize(
+    ("words", "train", "sft"),
+    [
+        (["scale/tiny", "method/rest"], True, False),
+        (["scale/tiny_sft", "method/tsft"], False, True),
+        (["scale/tiny"], True, False),
+        (["scale/tiny_sft"], False, True),
+        (["scale/tiny", "method/sft"], False, False),
+        (["scale/tiny_sft", "method/rest_mass"], False, False),
+        (["scale/tiny_sft", "loss.clip_low=0.1"], False, False),
+        (["scale/tiny_sft", "loss.vocab_chunk=8"], False, True),
+        (["scale/tiny_sft", "method/rest", *BOTH], True, True),
+        (["scale/tiny", "method/rsft", *BOTH], True, True),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_config_is_for_the_command_whose_values_it_gives(tmp_path, words, train, sft):
+    files = [word for word in words if "=" not in word]
+    loaded = config.load(files, words[len(files) :])
+    assert config.is_supervised(loaded) == any("sft" in word for word in words)
+    for supervised, fits in ((False, train), (True, sft)):
+        with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match="read by"):
+            config.check_command(loaded, supervised)
+    path = tmp_path / "config.yaml"  # as it is in the folder of a run
+    path.write_text(config.dump(loaded))
+    config.check_command(config.load([path]), supervised=True)
+
+
+def test_a_config_that_gives_neither_is_for_both_commands(write):
+    loaded = config.load([write("mine", "model: {source: x}\ntrain: {steps: 1}")])
+    config.check_command(loaded, supervised=False)
+    config.check_command(loaded, supervised=True)
+
+
 def test_a_supervised_run_does_not_measure_noise():
-    config.check_supervised(config.load(["scale/tiny_sft", "method/sft"]))
+    loaded = config.load(["scale/tiny_sft"], ["train.measure_noise=true"])
     with pytest.raises(ConfigError, match=r"train\.measure_noise true"):
-        config.check_supervised(config.load(["scale/tiny_single", "method/sft"]))
+        config.check_command(loaded, supervised=True)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -320,7 +358,8 @@ def test_a_scale_for_supervised_runs_has_the_same_model_and_held_out_data(scale)
     for key in ("eval", "template", "brief_prompt", "max_prompt_tokens", "synthetic_level"):
         assert getattr(one.data, key) == getattr(two.data, key)
     assert one.rollout.max_response_tokens == two.rollout.max_response_tokens
-    config.check_supervised(two)
+    config.check_command(two, supervised=True)
+    config.check_command(one, supervised=False)
 
 
 def test_the_paper_s_supervised_numbers():

@@ -15,13 +15,18 @@ from rest_jax.errors import UserError
 from rest_jax.templates.rendering import JSON_TYPES, UNIONS, is_schema, type_schema
 
 MAX_DEPTH = 64  # of a raw item, and of JSON in a string
-THOUGHTS = ("reasoning_content", "reasoning", "thinking", "think")  # what servers call a thought
-_PARAMETERS = ("parameters", "input_schema", "inputSchema")
+# what servers call a thought
+THOUGHTS = ("reasoning_content", "reasoning", "reasoning_text", "thinking", "think", "thought")
+THOUGHTS += ("thoughts", "reasoning_details", "thinking_blocks")
+_PARAMETERS = ("parameters", "input_schema", "inputSchema", "arguments", "args", "inputs", "params")
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
+_CALLS = ("function", "function_call", "tool_use")  # types of a call
 _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-_THOUGHT_PARTS = ("thinking", "reasoning")
+_THOUGHT_PARTS = ("thinking", "reasoning", "redacted_thinking")
+_OF_A_THOUGHT = ("thinking", "reasoning", "text", "content", "summary")
 _VALUES = ("default", "const")  # of a schema: values, of which null is one
 _DEFINITIONS = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
+_LISTS = ("items", "prefixItems")
 _INNER = ("items", "additionalProperties", "not", "if", "then", "else", "contains")
 
 
@@ -81,7 +86,8 @@ def first_given(raw: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, Any]:
 
 
 def item(raw: Any, where: str) -> Mapping[str, Any]:
-    """A raw item: an object that nests no deeper than 64."""
+    """A raw item: an object, or a text of JSON that is one, that nests no deeper than 64."""
+    raw = parsed(raw, where)
     check_depth(raw, where)
     return mapping(raw, where)
 
@@ -243,12 +249,12 @@ def _schema(value: Any, where: str) -> dict[str, Any]:
         place = f"{where}: {key}"
         if key in _VALUES:
             made[key] = inner
-        elif inner is None:
+        elif inner is None or (key in (*_DEFINITIONS, "required") and not is_given(inner)):
             continue
         elif key in _DEFINITIONS:
             named = mapping(inner, place).items()
             made[key] = {name: _schema(schema, f"{place}: {name}") for name, schema in named}
-        elif key in UNIONS:
+        elif key in UNIONS or (key in _LISTS and isinstance(inner, list)):
             branches = enumerate(sequence(inner, place))
             made[key] = [_schema(schema, f"{place}[{i}]") for i, schema in branches]
         elif key in _INNER and isinstance(inner, Mapping):
@@ -284,11 +290,15 @@ def call(value: Any, where: str) -> dict[str, Any]:
     """
     raw = mapping(parsed(value, where), where)
     check_depth(raw, where)
-    if is_given(kind_of := raw.get("type")) and kind_of not in ("function", "function_call"):
+    if is_given(kind_of := raw.get("type")) and kind_of not in _CALLS:
         raise RecordError(f"{where}: type: {shown(kind_of)} is not 'function'")
-    if is_given(raw.get("function")) and not isinstance(raw["function"], str):
+    inner = raw.get("function")
+    if isinstance(inner, str) and is_given(inner) and not inner.lstrip().startswith("{"):
+        raw = {**raw, "name": inner}
+        del raw["function"]
+    elif is_given(inner):
         where = f"{where}: function"
-        raw = mapping(raw["function"], where)
+        raw = mapping(parsed(inner, where), where)
     name = text(raw.get("name"), f"{where}: name")
     if not name.strip():
         raise RecordError(f"{where}: name: a name is needed, found {shown(name)}")
@@ -360,26 +370,26 @@ def _is_parts(value: Any) -> bool:
 def thought(raw: Mapping[str, Any], where: str) -> str | None:
     """The thought of a message: a field of THOUGHTS, or the parts of its content that are one."""
     given = [key for key in THOUGHTS if is_given(raw.get(key))]
-    found = {_thought_text(raw[key], f"{where}: {key}") for key in given}
+    texts = [_thought_text(raw[key], f"{where}: {key}") for key in given]
+    found = {" ".join(said.split()): said for said in reversed(texts) if said.strip()}
     if len(found) > 1:
         raise RecordError(f"{where}: {' and '.join(given)} differ: which is the thought?")
     if not found and isinstance(parts := raw.get("content"), list):
         kinds = [part.get("type") if isinstance(part, Mapping) else None for part in parts]
         parts = [part for part, kind in zip(parts, kinds, strict=True) if kind in _THOUGHT_PARTS]
-        found = {_thought_text(parts, f"{where}: content")}
-    return next(iter(found), None) or None
+        found = {"": _thought_text(parts, f"{where}: content")}
+    return next(iter(found.values()), None) or None
 
 
 def _thought_text(value: Any, where: str) -> str:
     """A thought that is a text, or parts of one."""
     if isinstance(value, str):
         return value
-    texts = []
-    for part in [value] if isinstance(value, Mapping) else sequence(value, where):
-        key, said = first_given(mapping(part, where), ("thinking", "reasoning", "text"))
-        if said is not None:
-            texts.append(text(said, f"{where}: {key}"))
-    return "\n".join(texts)
+    if isinstance(value, Mapping):
+        key, said = first_given(value, _OF_A_THOUGHT)
+        return "" if said is None else _thought_text(said, f"{where}: {key}")
+    texts = (_thought_text(part, where) for part in sequence(value, where))
+    return "\n".join(filter(None, texts))
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def compare(
     UserError before anything starts for input that cannot be used, and without any result; RunStopped when runs fail,
     after the page of the others is written.
     """
-    engine, folder = engine or Engine(), pathlib.Path(output)
+    engine, folder = engine or Engine(), local_path("--output", output)
     loaded = {}
     for word in plans:
         path = config_lib.builtin_file(word, "comparisons")

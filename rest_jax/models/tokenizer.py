@@ -12,10 +12,12 @@ import datetime
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import re
+import subprocess
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -45,6 +47,22 @@ _masked = re.compile(_MASK.format(r"(\d{1,9})"))
 _looks_like_control = re.compile(r"[<\[].*[>\]]", re.DOTALL).fullmatch
 _MAX_IDS = 2**24
 _MAX_TEMPLATE = 2**17  # characters; the largest published ones have 30,000
+
+# A tokenizer.json has regular expressions and replacements, which may take for ever or fill the memory, in a library that no
+# signal stops. So it is first tried in another process, on runs of letters that make bad ones slow.
+_TRIAL_SECONDS, _TRIAL_BYTES = 30, 2**32
+_TRIAL = r"""
+import resource, sys
+file, seconds, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+import tokenizers
+texts = [run * 500 for run in ("x", "1", " ", "\n", ".", "é", "Ab 1,", "<x>")]
+tokenizers.Tokenizer.from_file(file).encode_batch(texts)
+"""
+
+_tried: set[bytes] = set()  # digests
 
 # What a chat template is given to show what it makes of it.
 _QUESTION = ({"role": "user", "content": "x"},)
@@ -119,17 +137,19 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """int32 [T]: the ids of a text; no beginning or end token is added, added tokens in the text are recognised."""
-        return np.asarray(_encode(self.hf, text), np.int32)
+        with _one_line(self.source, "cannot encode a text"):
+            return np.asarray(_encode(self.hf, text), np.int32)
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of every text, on all cores; what `mask` has replaced is encoded as plain text."""
         if not texts:
             return []
         options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-        ids = self.hf(list(texts), add_special_tokens=False, **options)["input_ids"]
-        for i, text in enumerate(texts):
-            if _masked.search(text):
-                ids[i] = self._encode_masked(text)
+        with _one_line(self.source, "cannot encode a text"):
+            ids = self.hf(list(texts), add_special_tokens=False, **options)["input_ids"]
+            for i, text in enumerate(texts):
+                if _masked.search(text):
+                    ids[i] = self._encode_masked(text)
         return [np.asarray(row, np.int32) for row in ids]
 
     def mask(self, value: Any, keep: Collection[str] = ()) -> Any:
@@ -315,17 +335,50 @@ def _load_hf(source: str) -> Any:
         raise TokenizerError(f"tokenizer {source}: no such folder")
     check_links(path)
     chat_sandbox.install()
-    try:
+    with _one_line(source, "cannot be loaded"):
+        if file := _file_of(source, "tokenizer.json"):
+            _try_out(file)
         hf = transformers.AutoTokenizer.from_pretrained(
-            source, config=_without_nulls(path / "config.json"), trust_remote_code=False
+            source, config=_kind_of_model(path / "config.json"), trust_remote_code=False
         )
         _encode(hf, "x")  # some wrong values are noticed only now
         return hf
-    except (KeyboardInterrupt, SystemExit):
+
+
+@contextlib.contextmanager
+def _one_line(source: str, what: str) -> Iterator[None]:
+    """Whatever fails within the block is a TokenizerError: tokenizers raises bare Exceptions, and panics that are none."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, UserError):
         raise
-    except BaseException as error:  # tokenizers raises bare Exceptions, and panics that are none
+    except BaseException as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise TokenizerError(f"tokenizer {source}: cannot be loaded: {reason}") from error
+        raise TokenizerError(f"tokenizer {source}: {what}: {reason}") from error
+
+
+def _try_out(file: pathlib.Path) -> None:
+    """TokenizerError for a tokenizer.json that takes too long or too much memory; a content is tried once. What else is wrong
+    with it is seen when it is loaded.
+    """
+    digest = hashlib.sha256(file.read_bytes()).digest()
+    if digest in _tried:
+        return
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "2"}
+    limits = (str(_TRIAL_SECONDS), str(_TRIAL_BYTES))
+    command = [sys.executable, "-c", _TRIAL, str(file), *limits]
+    timeout = 10 * _TRIAL_SECONDS
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=timeout)
+        failed = done.returncode < 0 or b"PanicException" in done.stderr
+    except subprocess.TimeoutExpired:
+        failed = True
+    if failed:
+        raise TokenizerError(
+            f"tokenizer {file.parent}: cannot be loaded: tokenizer.json fails on a few thousand letters, or needs more than "
+            f"{_TRIAL_SECONDS} s or {_TRIAL_BYTES / 2**30:g} GiB for them"
+        )
+    _tried.add(digest)
 
 
 def _encode(hf: Any, text: str) -> list[int]:
@@ -333,16 +386,17 @@ def _encode(hf: Any, text: str) -> list[int]:
     return hf.encode(text, add_special_tokens=False, verbose=False)
 
 
-def _without_nulls(file: pathlib.Path) -> Any:
-    """transformers' record of a config.json with null where a default is meant, which it does not read itself; else None."""
+def _kind_of_model(file: pathlib.Path) -> Any:
+    """transformers' record of a config.json with what tells the class of the tokenizer, else None. Its other values may be null
+    where a default is meant, which transformers does not read, or sizes of which it makes lists.
+    """
     from transformers import AutoConfig
 
     with contextlib.suppress(Exception):  # the tokenizer's own error says what is wrong
         raw = json.loads(file.read_bytes() if file.is_file() else "{}")
-        try:
-            AutoConfig.for_model(**raw)
-        except Exception:
-            return AutoConfig.for_model(**{k: v for k, v in raw.items() if v is not None})
+        return AutoConfig.for_model(
+            **{k: raw[k] for k in ("model_type", "tokenizer_class") if k in raw}
+        )
     return None
 
 
@@ -408,19 +462,24 @@ def _stop_ids(source: str, hf: Any, end_id: int | None) -> tuple[int, ...]:
     return tuple(sorted(stop_ids))
 
 
-def _generation_eos(source: str) -> list[int]:
-    """The eos ids of generation_config.json, the only thing that is needed of it; a warning when it cannot tell them."""
+def _file_of(source: str, name: str) -> pathlib.Path | None:
+    """A file of a folder or hub id, None where there is none. OSError when the hub is out of reach and it is not in the cache."""
     from transformers.utils.hub import cached_file
 
+    path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    return None if path is None else pathlib.Path(path)
+
+
+def _generation_eos(source: str) -> list[int]:
+    """The eos ids of generation_config.json, the only thing that is needed of it; a warning when it cannot tell them."""
     name = "generation_config.json"
-    try:
-        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-    except OSError:  # the hub is out of reach, and it is not in the cache
-        return []
+    path = None
+    with contextlib.suppress(OSError):
+        path = _file_of(source, name)
     if path is None:
         return []
     try:
-        eos = json.loads(pathlib.Path(path).read_bytes()).get("eos_token_id")
+        eos = json.loads(path.read_bytes()).get("eos_token_id")
     except (ValueError, AttributeError, RecursionError, OSError) as error:
         fault = f"not a JSON object ({' '.join(str(error).split())[:100]})"
     else:

@@ -72,7 +72,7 @@ def make_setup(
 ) -> tuple[Any, Any]:
     """(setup, lengths of the longest groups) of a request. UserError for a config that its command refuses."""
     from rest_jax import train
-    from rest_jax.config import Config, check_supervised
+    from rest_jax.config import Config, check_command
     from rest_jax.planning import setup
     from rest_jax.rl.balance import check_experts
 
@@ -80,8 +80,7 @@ def make_setup(
     if config.mesh.data is None and where.nodes > 1:
         # Those of a topology do not say, as a run's do, on which node they are.
         config = fit.with_values(config, {"mesh.data": where.nodes})
-    if supervised:
-        check_supervised(config)
+    check_command(config, supervised)
     made = setup.abstract_setup(config, devices, None if supervised else train.step_config)
     if not supervised:
         train.check_sizes(config, made.policy)

@@ -13,13 +13,11 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from typing import Any
 
-from rest_jax import config as config_lib
 from rest_jax.config import Config
 from rest_jax.errors import UserError
-from rest_jax.files import atomic_write
+from rest_jax.files import atomic_write, local_path
 from rest_jax.planning import fit, report, topology
 from rest_jax.planning.compiler import versions
 from rest_jax.run.environment import LIBTPU_VARIABLE, user_cache
@@ -41,6 +39,9 @@ class Options:
 
 def plan(config: Config, options: Options) -> int:
     """Prints the plan and writes its files; 0 when the config fits, 1 when it does not. UserError for bad input."""
+    for option, file in (("--json", options.json), ("--output", options.output)):
+        if file and local_path(option, file).is_dir():
+            raise UserError(f"{option} {file}: is a folder, the name of a file is needed")
     made = make_plan(config, options)
     print(report.table(made))
     if options.json:
@@ -73,12 +74,6 @@ def make_plan(config: Config, options: Options) -> dict[str, Any]:
         return found
     small = compile_plan(change.config, where, request | {"memory_only": False})
     return found | {"change": {"values": list(change.changes), **small}}
-
-
-def is_supervised(files: Sequence[str], overrides: Sequence[str]) -> bool:
-    """Whether a config is one of `rest-jax sft`: its files or words set a value of section `sft`."""
-    origins = config_lib.origins(files, overrides)
-    return any(path.startswith("sft.") for path, origin in origins.items() if origin != "default")
 
 
 def _lengths(config: Config, options: Options) -> tuple[int, int] | None:

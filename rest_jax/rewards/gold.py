@@ -18,10 +18,22 @@ from rest_jax.tool_calls import Answer, Block, Call, Target
 _closing_line = re.compile(r"(?:\A|\n)[ \t]*</think>|</think>[ \t]*(?:\n|\Z)").search
 _own_tags = re.compile(r"\A\s*<think>|</think>\s*\Z").sub
 _call_as_text = re.compile(r"<tool_call>\s*[{\[]").search
-# How other formats begin a call.
+# How other formats begin a thought and end it.
+_THOUGHT_TAG = r"(?:<{0}(?:think|thinking|thought|reasoning)>|\[{0}THINK\]|◁{0}think▷)"
+_thought_start = re.compile(rf"\A\s*{_THOUGHT_TAG.format('')}", re.IGNORECASE)
+_thought_end = re.compile(_THOUGHT_TAG.format("/"), re.IGNORECASE)
+# How other formats begin a call,
 _foreign_call = re.compile(
-    r"<function=|<tool_call>\s*<|<functioncall>|<invoke name=|\[TOOL_CALLS\]|<\|tool_calls?|<｜tool▁calls?|<start_function_call>"
+    r"<(?:tool|function)_?calls?>\s*[{\[<]|<function=|<invoke name=|<start_function_call>|<\|(?:tool|function)_?calls?"
+    r"|\[TOOL_CALLS\]|<｜(?:tool▁calls?|DSML)|<\|channel\|>|✿FUNCTION✿|functools\s*\[|```tool_(?:code|call)",
+    re.IGNORECASE,
 ).search
+# and where one of a tool on offer is one: JSON, GLM's, ReAct's, and all of the text as code.
+_call_of = re.compile(
+    r'"name"\s*+:\s*+"([^"\\]++)"\s*+,\s*+"(?:arguments|parameters)"|<tool_call>\s*+([\w.-]++)|^Action:\s*+([\w.-]++)'
+    r"|\A\s*+(?:```\w*+\s++)?\[?\s*+([\w.-]++)\((?=.*\)[\]`\s]*\Z)",
+    re.MULTILINE | re.DOTALL,
+).finditer
 _may_be_bare = re.compile(r"\s*(?:<\|python_tag\|>|[{\[])").match
 
 
@@ -97,8 +109,10 @@ def _read(turn: dict[str, Any], tools: Collection[str]) -> dict[str, Any]:
 
 def _answer_in(content: str, tools: Collection[str]) -> Answer | None:
     """The parse of a text with a thought or calls in it; None for plain text. GoldError when they cannot be read."""
+    opened = _thought_start.match(content) is not None
+    if opened and not content.lstrip().startswith("<think>"):
+        content = _thought_end.sub("</think>", _thought_start.sub("<think>", content), count=1)
     data = content.encode("utf-8", "replace")
-    opened = content.lstrip().startswith("<think>")
     closed = _closing_line(content) is not None and "<think>" not in content
     if opened or closed or _call_as_text(content):
         for name in ("toolrl", "hermes"):
@@ -116,6 +130,8 @@ def _answer_in(content: str, tools: Collection[str]) -> Answer | None:
             and {c.name for c in answer.calls} <= set(tools)
         ):
             return answer
+    if any(name in tools for found in _call_of(content) for name in found.groups()):
+        raise GoldError("its text has a call that cannot be read")
     return None
 
 

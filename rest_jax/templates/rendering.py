@@ -9,6 +9,7 @@ is shown in both forms; letters are never escaped.
 
 import json
 import re
+import urllib.parse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -124,7 +125,7 @@ def type_schema(kind: Any) -> dict[str, Any]:
     name, opened, rest = text.partition("[")
     word = name.strip().rpartition(".")[2].lower()
     inner = _split(rest[:-1], ",") if opened and rest.endswith("]") else []
-    if word in ("any", "object") and not inner and name.strip() != "object":
+    if word == "any" and not inner:
         return {}
     if word == "optional" and inner:
         return _union([type_schema(inner[0]), {"type": "null"}])
@@ -259,9 +260,12 @@ def pointed(pointer: Any, root: Any) -> Any:
     """What a `$ref` of the form `#/a/b` points to within the root, None if nothing."""
     if not isinstance(pointer, str) or not pointer.startswith("#"):
         return None
-    for step in pointer.split("/")[1:]:
+    for step in urllib.parse.unquote(pointer).split("/")[1:]:
         step = step.replace("~1", "/").replace("~0", "~")
-        root = root.get(step) if isinstance(root, Mapping) else None
+        if isinstance(root, list):
+            root = root[int(step)] if step.isdecimal() and int(step) < len(root) else None
+        else:
+            root = root.get(step) if isinstance(root, Mapping) else None
     return root
 
 

@@ -34,6 +34,7 @@ TOOL = {"name": "weather", "description": "Weather.", "parameters": SCHEMA}
     [{"name": "weather", "description": "Weather.", "inputSchema": json.dumps(SCHEMA)}],
     [{**TOOL, "parameters": {**SCHEMA, "title": None, "$defs": None, "anyOf": None, "additionalProperties": None}}],
     [{**TOOL, "parameters": {**SCHEMA, "type": "OBJECT"}}],
+    [{"name": "weather", "description": "Weather.", "arguments": SCHEMA}],
     [{**TOOL, "parameters": {**SCHEMA, "type": ["object"]}}],
     [{**TOOL, "parameters": {**SCHEMA, "required": '["town"]'}}],
     [{**TOOL, "parameters": {**UNTYPED, "required": ["town"]}}],
@@ -58,7 +59,7 @@ def test_no_tools(value):
         ({"type": "object", "properties": None, "required": None}, {"type": "object"}),
         (
             {"type": "object", "properties": {}, "required": ""},
-            {"type": "object", "properties": {}, "required": []},
+            {"type": "object", "properties": {}},
         ),
         (
             {"properties": {"a": None, "b": True}},
@@ -124,6 +125,9 @@ def test_a_tool_that_cannot_be_read_names_the_value(tools, message):
     {"type": "function_call", "call_id": "x", "name": "f", "arguments": '{"a": 1}'},
     '{"name": "f", "arguments": {"a": 1}}',
     {"name": "f", "arguments": json.dumps('{"a": 1}')},
+    {"type": "tool_use", "id": "x", "name": "f", "input": {"a": 1}},
+    {"function": "f", "arguments": {"a": 1}},
+    {"type": "function", "function": '{"name": "f", "arguments": {"a": 1}}'},
 ])  # fmt: skip
 def test_a_call_however_it_is_written(call):
     assert fields.call(call, "call") == {"name": "f", "arguments": {"a": 1}}
@@ -188,6 +192,10 @@ def test_thoughts(field):
 def test_a_thought_in_parts():
     parts = [{"type": "thinking", "thinking": "a"}, {"type": "text", "text": "x"}]
     assert fields.thought({"content": [*parts, {"type": "reasoning", "text": "b"}]}, "m") == "a\nb"
+    for said in (["a"], {"content": "a"}, {"summary": [{"type": "summary_text", "text": "a"}]}):
+        assert fields.thought({"reasoning": said}, "m") == "a"
+    assert fields.thought({"content": [{"type": "redacted_thinking", "data": "x"}]}, "m") is None
+    assert fields.thought({"reasoning": "a b", "reasoning_content": "a  b\n"}, "m") == "a  b\n"
 
 
 def test_a_value_is_shown_in_one_short_line():

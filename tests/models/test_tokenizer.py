@@ -13,6 +13,7 @@ import pytest
 
 from rest_jax.errors import UserError
 from rest_jax.models import chat_sandbox
+from rest_jax.models import tokenizer as tokenizer_lib
 from rest_jax.models.tokenizer import Tokenizer, TokenizerError, byte_alphabet, byte_table
 from tools.tiny_tokenizer import CHAT_TEMPLATE, TAGS, train_tokenizer
 
@@ -402,6 +403,45 @@ def test_a_chat_template_that_does_not_end_is_one_line(tiny, tmp_path, monkeypat
         _with_template(tiny, tmp_path / "c", "x" * 200_000)
 
 
+def _with_tokenizer_json(tiny, folder, **changes) -> pathlib.Path:
+    shutil.copytree(tiny.source, folder)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+GROWS = {"type": "Replace", "pattern": {"Regex": "x"}, "content": "x" * 100}
+BACKTRACKS = {
+    "type": "Split",
+    "pattern": {"Regex": "(x+)(x+)(x+)(x+)y"},
+    "behavior": "Isolated",
+    "invert": False,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "Sequence", "normalizers": [GROWS] * 5}},
+        {"pre_tokenizer": BACKTRACKS},
+    ],
+    ids=["memory", "time"],
+)
+def test_a_tokenizer_without_end_is_one_line(tiny, tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(tokenizer_lib, "_TRIAL_SECONDS", 1)
+    folder = _with_tokenizer_json(tiny, tmp_path / "a", **changes)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json fails on a few thousand letters"):
+        Tokenizer.load(folder)
+
+
+def test_a_text_that_a_tokenizer_fails_on_is_one_line(tiny, tmp_path):
+    doubled = BACKTRACKS | {"pattern": {"Regex": "(z+z+)+y"}}
+    loaded = Tokenizer.load(_with_tokenizer_json(tiny, tmp_path / "a", pre_tokenizer=doubled))
+    for encode in (loaded.encode, lambda text: loaded.encode_all([text])):
+        with pytest.raises(TokenizerError, match="cannot encode a text: Onig"):
+            encode("z" * 100)
+
+
 def test_ids_are_counted_before_memory_is_taken(tiny, tmp_path):
     folder = shutil.copytree(tiny.source, tmp_path / "a")
     path = folder / "tokenizer.json"
@@ -412,10 +452,14 @@ def test_ids_are_counted_before_memory_is_taken(tiny, tmp_path):
         Tokenizer.load(folder)
 
 
-def test_nulls_of_a_config_do_not_stop_a_tokenizer(tiny, tmp_path):
-    """transformers takes null for a value where its own default is meant."""
+@pytest.mark.parametrize(
+    "values",
+    [{"rms_norm_eps": None}, {"num_hidden_layers": 10**30}, {"layer_types": 3}],
+    ids=["null for the default", "a size of which lists are made", "a wrong type"],
+)
+def test_the_sizes_of_a_model_do_not_stop_a_tokenizer(tiny, tmp_path, values):
     folder = shutil.copytree(tiny.source, tmp_path / "a")
-    (folder / "config.json").write_text('{"model_type": "qwen3", "rms_norm_eps": null}')
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3", **values}))
     assert Tokenizer.load(folder).pieces == tiny.pieces
 
 

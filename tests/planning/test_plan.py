@@ -113,14 +113,6 @@ def test_the_same_plan_is_found_and_compiles_nothing(cache, made, recipe, monkey
     assert plan.make_plan(config.load([recipe]), plan.Options("cpu:8")) == made
 
 
-def test_a_config_that_sets_a_key_of_sft_is_a_supervised_one(recipe):
-    assert plan.is_supervised(["scale/tiny_sft"], []) and plan.is_supervised(
-        ["scale/tiny", "method/rsft"], []
-    )
-    assert plan.is_supervised([str(recipe)], ["sft.batch_size=16"])
-    assert not plan.is_supervised(["scale/tiny", "method/rest"], ["seed=1"])
-
-
 @pytest.mark.slow
 def test_a_supervised_plan_has_the_update_and_the_evaluations(cache, recipe, capsys, tmp_path):
     """As many useful FLOPs as three passes over the gold responses take, and no rollout but that of the evaluations."""

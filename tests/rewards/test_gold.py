@@ -21,6 +21,22 @@ AS_TEXT = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
 LINES = '<tool_call>\n{"name": "f", "parameters": {"a": 1}}\n{"name": "f", "parameters": {"a": 1}}\n</tool_call>'
 BARE = '{"name": "f", "parameters": {"a": 1}}'
 
+FOREIGN_CALLS = [
+    f"```json\n{BARE}\n```",
+    f"Let me look.\n{BARE}",
+    AS_TEXT.replace("tool_call", "TOOL_CALL"),
+    f"<function_call>{BARE}</function_call>",
+    "✿FUNCTION✿: f\n✿ARGS✿: {}",
+    'I must look.\nAction: f\nAction Input: {"a": 1}',
+    "[f(a=1)]",
+    "```tool_code\nf(a=1)\n```",
+    "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>",
+    f"functools[{BARE}]",
+    '<｜DSML｜function_calls>\n<｜DSML｜invoke name="f">',
+    '<|channel|>commentary to=functions.f<|message|>{"a": 1}<|call|>',
+    "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Hello",
+]
+
 
 def is_exact(target: Target, template) -> bool:
     answer = template.parse(template.render_answer(target).encode())
@@ -47,6 +63,10 @@ def is_exact(target: Target, template) -> bool:
         (Target((), "<think>\nhmm\n</think>\n\nHello"), Target((), "Hello", "hmm")),
         (Target((), "<think>\n\n</think>\n\nHello"), Target((), "Hello")),
         (Target((), "hmm\n</think>\n\nHello"), Target((), "Hello", "hmm")),
+        (Target((), "<Thinking>hmm</Thinking>Hello"), Target((), "Hello", "hmm")),
+        (Target((), "<reasoning>hmm</reasoning>\nHello"), Target((), "Hello", "hmm")),
+        (Target((), f"[THINK]hmm[/THINK]{AS_TEXT}"), Target((F,), None, "hmm")),
+        (Target((), "◁think▷hmm◁/think▷Hello"), Target((), "Hello", "hmm")),
         (Target((), "<think>hmm</think>Hello", "first"), Target((), "Hello", "first\nhmm")),
         (Target((), "<think>hmm</think>Hello", "hmm"), Target((), "Hello", "hmm")),
         (Target((), f"<think>hmm</think>{AS_TEXT}"), Target((F,), None, "hmm")),
@@ -76,6 +96,8 @@ def test_what_is_written_as_text_is_read(name, opened, given, read):
         (Target((), AS_TEXT.replace("}}", "}")), "cannot be read"),
         (Target((), AS_TEXT.replace("1", "NaN")), "cannot be read"),
         (Target((), "<think> never closed"), "cannot be read"),
+        (Target((), "<thinking> never closed"), "cannot be read"),
+        *((Target((), text), "cannot be read") for text in FOREIGN_CALLS),
         (Target((), "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"), "cannot be read"),
         (Target((), '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}]'), "cannot be read"),
         (Target((Call("g", {}),), AS_TEXT), "other calls"),
@@ -104,7 +126,7 @@ def test_what_cannot_be_said_is_refused_with_its_reason(template, target, reason
         ("Write </response> last.", {"hermes", "llama3"}),
         ("A <think> tag.", {"toolrl"}),
         ('{"name": "not offered", "parameters": {}}', {"toolrl", "hermes"}),
-        ('Like\n{"name": "f", "parameters": {}}', {"toolrl", "hermes"}),
+        ('Like\n{"name": "g", "parameters": {}}', {"toolrl", "hermes"}),
         ("if (a) {\n  b\n}", {"toolrl", "hermes", "llama3"}),
     ],
 )

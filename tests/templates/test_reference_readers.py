@@ -4,6 +4,7 @@ each block (hermes), of each line (toolrl), of the bare object (llama3). Over mu
 
 import json
 import random
+import re
 
 import pytest
 
@@ -75,7 +76,18 @@ PIECES = [
     "<|python_tag|>", "NaN", "Infinity", "null", "1e999", "// why\n", '"a": 1, ', '"name": "f", ', ', "id": 7',
     '{"x": 1}', '{"name": "f"}', '\n{"name": "f", "parameters": {}}', '\n{"name": "f", "arguments": {}}', "parameters",
     "arguments", "'", "é", "\ufffd", "\\ud800", "\\u0061", "true", "1.0", "-0",
+    "\u200b", "\u200d", "\u00ad", "<TOOL_CALL>", "</Tool_Call>", "<tool_call >", "< tool_call>", "&lt;tool_call&gt;", "<THINK>",
+    '"Name": "f", ', '"n\\u0061me": "f", ', "/* why */", "# why\n", "+1", ".5", "01", "1_000", "0x1", "None", "True", "-Infinity",
+    "\\ud83d\\ude00", "\\x41", "\\/", '""', ",}", ",]", "<tool_call>\n[\n", "\n]\n</tool_call>", "\r\n", "\x85", "\u3000",
 ]  # fmt: skip
+
+TAGS = ["<tool_call>", "</tool_call>", "<think>", "</think>", "<response>", "</response>"]
+BLOCKS = [
+    r"<tool_call>.*?</tool_call>",
+    r"<think>.*?</think>",
+    r"\{.*\}",
+    r"<response>.*</response>",
+]
 
 
 def random_target(rng: random.Random) -> Target:
@@ -102,7 +114,8 @@ def mutated(text: str, rng: random.Random) -> str:
     at = rng.choice(edges) + rng.randrange(2)
     lines = text.split("\n")
     a, b = rng.randrange(len(lines)), rng.randrange(len(lines))
-    match rng.randrange(9):
+    block, tag = rng.choice(BLOCKS), rng.choice(TAGS)
+    match rng.randrange(14):
         case 0:
             return text[:i] + rng.choice(PIECES) + text[i:]
         case 1 | 2:
@@ -117,6 +130,17 @@ def mutated(text: str, rng: random.Random) -> str:
             lines.insert(b, lines.pop(a))
         case 7:
             del lines[a]
+        case 8:  # a second block, somewhere, or one in the other
+            found = re.search(block, text, re.DOTALL)
+            return text[:at] + (found[0] if found else "") + text[at:]
+        case 9:  # a block that is not closed, not opened, or of another tag
+            return text.replace(tag, rng.choice(["", *TAGS]), 1)
+        case 10:
+            return text[:i] + text[i:j].swapcase() + text[j:]
+        case 11:  # a letter as its escape
+            return text[:i] + "".join(f"\\u{ord(c):04x}" for c in text[i : i + 1]) + text[i + 1 :]
+        case 12:
+            return rng.choice(PIECES) + text if rng.randrange(2) else text + rng.choice(PIECES)
         case _:
             old = rng.choice(["parameters", "arguments", "\n", " ", "</think>", "}", '"name"'])
             return text.replace(old, rng.choice(PIECES), rng.choice([1, -1]))

@@ -158,7 +158,7 @@ RICH = {
             "one": {"oneOf": [{"type": "boolean"}, {"type": "integer"}]},
             "unit": {"$ref": "#/$defs/Unit", "description": "天气"},
             "some": {"anyOf": [{"$ref": "#/$defs/Unit"}, {"type": "array", "items": UNIT}]},
-            "all": {"allOf": [{"$ref": "#/$defs/Unit"}]},
+            "all": {"allOf": [{"$ref": "#/%24defs/Unit"}]},
             "fixed": {"const": 3},
             "free": {},
         },

@@ -1,27 +1,29 @@
 """Chats as servers log them and people train on them: {"messages", "tools"}.
 
-Calls stand in `tool_calls`, results in messages of role "tool" with the id of their call. The older `functions`, `function_call`
-and role "function", the items of the Responses API under `input`, and ShareGPT's {"conversations": [{"from", "value"}]} are read
-too. A record has no ids: results are put in the order of their calls, and a call without a result is refused where the dialogue
-continues. Assistant messages of weight 0 are history, not targets. How fields are read, and what the default is, is said in
-`data.fields`.
+Calls stand in `tool_calls`, or in the content as text; results in messages of role "tool" with the id of their call. The older
+`functions`, `function_call` and role "function", the items of the Responses API under `input`, Anthropic's blocks of calls and
+results, and ShareGPT's {"conversations": [{"from", "value"}]} are read too. A record has no ids: results are put in the order of
+their calls, and a call without a result is refused where the dialogue continues. Assistant messages of weight 0 are history, not
+targets. How fields are read, and what the default is, is said in `data.fields`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rest_jax.data import fields
 from rest_jax.data.fields import RecordError
 from rest_jax.data.records import StepRecord, decompose
+from rest_jax.rewards.gold import read_turn
 
 _MESSAGES = ("messages", "conversations", "conversation", "input")
 _TOOLS = ("tools", "functions")
 _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model", "function_call", "tool_call"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation", "function_response"), "tool"),
-    "tool_response": "tool",
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "ai", "chatgpt"), "assistant"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython", "environment"), "tool"),
+    **dict.fromkeys(("function_response", "tool_response", "tool_result"), "tool"),
 }
 
 
@@ -30,7 +32,7 @@ class _Waiting(NamedTuple):
 
     name: str
     id: str | None
-    where: str
+    where: str | None  # None for one written as text, whose result may be text, too
 
 
 class _Result(NamedTuple):
@@ -51,13 +53,14 @@ def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
         fields.parsed(message, f"{place}[{i}]")
         for i, message in enumerate(fields.sequence(fields.parsed(value, place), place))
     ]
-    turns, weights = _turns(messages, place)
+    listed = next((key for key in _TOOLS if item.get(key)), _TOOLS[0])
+    tools = fields.tools(item.get(listed), f"{where}: {listed}")
+    turns, weights = _turns(messages, {tool["name"] for tool in tools}, place)
     system = item.get("system")
     if fields.is_given(system) and not (turns and turns[0]["role"] == "system"):
-        turns.insert(0, {"role": "system", "content": fields.text(system, f"{where}: system")})
+        turns.insert(0, {"role": "system", "content": fields.content(system, f"{where}: system")})
         weights.insert(0, False)
-    key = next((key for key in _TOOLS if item.get(key)), _TOOLS[0])
-    records = decompose(name, "openai", fields.tools(item.get(key), f"{where}: {key}"), turns)
+    records = decompose(name, "openai", tools, turns)
     learned = _to_learn(turns, weights)
     records = [record for record, learn in zip(records, learned, strict=True) if learn]
     if not records:
@@ -65,21 +68,25 @@ def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
     return records
 
 
-def _turns(messages: Sequence[Any], where: str) -> tuple[list[dict[str, Any]], list[bool]]:
-    """(the turns, of each whether it may be learned)."""
+def _turns(
+    messages: Sequence[Any], tools: Collection[str], where: str
+) -> tuple[list[dict[str, Any]], list[bool]]:
+    """(the turns, of each whether it may be learned). `tools`: the names of those on offer."""
     turns: list[dict[str, Any]] = []
     weights: list[bool] = []
     calls: list[_Waiting] = []  # of the last action
     results: list[_Result] = []
+    thought = None  # of a message that says no more, before another
     last = max((i for i, m in enumerate(messages) if _role(m) == "assistant"), default=-1)
 
     def close_action() -> None:
-        turns.extend(_in_order(calls, results))
+        if results or any(call.where for call in calls):
+            turns.extend(_in_order(calls, results))
         weights.extend([False] * len(results))
         calls.clear()
         results.clear()
 
-    for i, raw in enumerate(messages):
+    for i, raw in _without_blocks(messages):
         place = f"{where}[{i}]"
         message = _message(raw, place)
         role = _ROLES[message["role"]]
@@ -89,6 +96,7 @@ def _turns(messages: Sequence[Any], where: str) -> tuple[list[dict[str, Any]], l
             results.append(_result(message, place))
             continue
         if role != "assistant":
+            thought = None
             close_action()
             if role == "system" and message.get("content") is None:
                 continue
@@ -98,19 +106,38 @@ def _turns(messages: Sequence[Any], where: str) -> tuple[list[dict[str, Any]], l
             turns.append({"role": role, "content": content})
             weights.append(False)
             continue
-        turn, more = _assistant(message, place)
+        turn, more = _assistant(message, tools, place)
         if turn["content"] is None and not more:
             if i == last:
                 raise RecordError(f"{place}: neither content nor calls")
+            thought = turn.get("think")
             continue  # a turn that says nothing, before others
+        if thought is not None:
+            turn.setdefault("think", thought)
         if results or not more:
             close_action()
         calls += more
         turns.append(turn)
-        weights.append(message.get("weight") != 0)
+        thought = None
+        weights.append(message.get("weight") not in (0, "0"))
     if results and len(results) >= len(calls):
         close_action()
     return turns, weights
+
+
+def _without_blocks(messages: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    """(number, message) of the messages, Anthropic's with blocks of calls and results among their parts as several."""
+    for i, raw in enumerate(messages):
+        parts = raw.get("content") if isinstance(raw, Mapping) else None
+        blocks: dict[Any, list[Any]] = {"tool_use": [], "tool_result": [], None: []}
+        for part in parts if isinstance(parts, list) else ():
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            blocks[kind if kind in ("tool_use", "tool_result") else None].append(part)
+        yield from ((i, {**part, "role": "tool"}) for part in blocks["tool_result"])
+        if blocks["tool_use"]:
+            yield i, {**raw, "content": blocks[None], "tool_calls": blocks["tool_use"]}
+        elif blocks[None] or not blocks["tool_result"]:
+            yield i, {**raw, "content": blocks[None]} if blocks["tool_result"] else raw
 
 
 def _role(raw: Any) -> str | None:
@@ -118,29 +145,34 @@ def _role(raw: Any) -> str | None:
     if not isinstance(raw, Mapping):
         return None
     _, said = fields.first_given(raw, ("role", "from"))
-    if said is None and raw.get("type") == "function_call":
+    if said is None and raw.get("type") in ("function_call", "reasoning"):
         return "assistant"
-    return _ROLES.get(said) if isinstance(said, str) else None
+    return _ROLES.get(said.lower()) if isinstance(said, str) else None
 
 
 def _message(raw: Any, where: str) -> dict[str, Any]:
     """The message in the words of chat completions: ShareGPT's and the Responses API's become those."""
     message = dict(fields.mapping(raw, where))
-    if not fields.is_given(message.get("role")):
-        message.pop("role", None)
-    if "role" not in message and "from" in message:
-        message["role"] = fields.one_of(message["from"], _ROLES, f"{where}: from")
+    key, speaker = fields.first_given(message, ("role", "from"))
+    message.pop("role", None)
+    if speaker is not None:
+        speaker = speaker.lower() if isinstance(speaker, str) else speaker
+        message["role"] = fields.one_of(speaker, _ROLES, f"{where}: {key}")
         message.setdefault("content", message.get("value"))
-        if message["role"] in ("function_call", "tool_call"):
+        if speaker in ("function_call", "tool_call"):
             said = fields.parsed(message["content"], f"{where}: value")
             message |= {"tool_calls": said if isinstance(said, list) else [said], "content": None}
-    elif "role" not in message and message.get("type") == "function_call":
+    elif message.get("type") == "reasoning":
+        said = next(filter(None, (message.get("content"), message.get("summary"))), None)
+        message = {"role": "assistant", "reasoning": said}
+    elif message.get("type") == "function_call":
         message = {"role": "assistant", "tool_calls": [message]}
-    elif "role" not in message and message.get("type") == "function_call_output":
+    elif message.get("type") == "function_call_output":
         message |= {"role": "tool", "content": message.get("output")}
-    elif "role" not in message and fields.is_given(message.get("type")):
+    elif fields.is_given(message.get("type")):
         raise RecordError(f"{where}: type: {fields.shown(message['type'])} is not known")
-    fields.one_of(message.get("role"), _ROLES, f"{where}: role")
+    else:
+        fields.one_of(None, _ROLES, f"{where}: role")
     return message
 
 
@@ -149,7 +181,7 @@ def _result(message: Mapping[str, Any], where: str) -> _Result:
     name = message.get("name")
     return _Result(
         turn,
-        fields.call_id(message, where, ("tool_call_id", "call_id", "id")),
+        fields.call_id(message, where, ("tool_call_id", "tool_use_id", "call_id", "id")),
         fields.text(name, f"{where}: name") if fields.is_given(name) else None,
         where,
     )
@@ -188,8 +220,10 @@ def _in_order(calls: Sequence[_Waiting], results: Sequence[_Result]) -> list[dic
     return [answers[i] for i in range(len(calls))]
 
 
-def _assistant(message: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[_Waiting]]:
-    """(turn, its calls)."""
+def _assistant(
+    message: Mapping[str, Any], tools: Collection[str], where: str
+) -> tuple[dict[str, Any], list[_Waiting]]:
+    """(turn, its calls), those that its content holds as text among them."""
     calls, waiting = _calls(message, where)
     content = fields.content(message.get("content"), f"{where}: content")
     if not fields.is_given(content):
@@ -200,16 +234,20 @@ def _assistant(message: Mapping[str, Any], where: str) -> tuple[dict[str, Any], 
         turn["calls"] = calls
     if (think := fields.thought(message, where)) is not None:
         turn["think"] = think
+    turn = read_turn(turn, tools)
+    if not waiting:
+        waiting = [_Waiting(call["name"], None, None) for call in turn.get("calls") or ()]
     return turn, waiting
 
 
 def _calls(message: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], list[_Waiting]]:
     """The calls of a message; `function_call` says nothing more where `tool_calls` are."""
     place = f"{where}: tool_calls"
-    raw = fields.listed(message.get("tool_calls"), place)
+    raw = fields.listed(message.get("tool_calls") or None, place)
     places = [f"{place}[{i}]" for i in range(len(raw))]
-    if not raw and fields.is_given(message.get("function_call")):
-        raw, places = [message["function_call"]], [f"{where}: function_call"]
+    place = f"{where}: function_call"
+    if not raw and (single := fields.parsed(message.get("function_call"), place)):
+        raw, places = [single], [place]
     calls, waiting = [], []
     for value, place in zip(raw, places, strict=True):
         value = fields.mapping(fields.parsed(value, place), place)

@@ -17,7 +17,7 @@ from typing import Any
 
 from rest_jax.data import fields
 from rest_jax.data.fields import RecordError
-from rest_jax.data.records import StepRecord, target_from_text
+from rest_jax.data.records import ROLES, StepRecord, target_from_text
 from rest_jax.templates import toolrl
 from rest_jax.tool_calls import Call, Target
 
@@ -105,9 +105,9 @@ def _from_parquet(item: Mapping[str, Any], name: str, where: str) -> StepRecord:
     if not prompt:
         raise RecordError(f"{where}: prompt: empty, at least one message is needed")
     for i, message in enumerate(prompt):
-        for field in ("role", "content"):
-            value = message.get(field) if isinstance(message, Mapping) else None
-            fields.text(value, f"{where}: prompt[{i}].{field}")
+        said = message if isinstance(message, Mapping) else {}
+        fields.one_of(said.get("role"), ROLES, f"{where}: prompt[{i}].role")
+        fields.text(said.get("content"), f"{where}: prompt[{i}].content")
     place = f"{where}: reward_model.ground_truth"
     gold = reward.get("ground_truth") if isinstance(reward, Mapping) else None
     target = target_from_text(fields.text(gold, place), place)

@@ -10,6 +10,7 @@ from rest_jax.data import files, items
 from rest_jax.data.convert import SOURCES, Convert
 from rest_jax.data.records import StepRecord, from_json
 from rest_jax.errors import UserError
+from rest_jax.files import local_path
 
 SETTABLE = ("data.template", "data.brief_prompt")  # config values that preparing looks at
 
@@ -69,20 +70,22 @@ def check(settings: Settings) -> Convert:
             raise UserError(f"--{name} {value:g}: a fraction from 0 to 1 is needed")
     if settings.max_tokens is not None and settings.tokenizer is None:
         raise UserError(f"--max-tokens {settings.max_tokens}: needs --tokenizer to count with")
+    if settings.irrelevance_response is not None and not settings.irrelevance:
+        raise UserError("--irrelevance-response: needs --irrelevance, the share of such records")
     _check_files(settings)
     return convert
 
 
-def check_settings(overrides: Sequence[str]) -> None:
-    """UserError for a `key=value` that preparing does not look at: it would be believed to have done something."""
+def check_settings(overrides: Sequence[str], known: Sequence[str] = SETTABLE) -> None:
+    """UserError for a `key=value` that the command does not look at: it would be believed to have done something."""
     for override in overrides:
         key = override.partition("=")[0].strip()
-        if key not in SETTABLE:
-            raise UserError(f"{override}: {key} changes nothing here; known: {', '.join(SETTABLE)}")
+        if key not in known:
+            raise UserError(f"{override}: {key} changes nothing here; known: {', '.join(known)}")
 
 
 def _check_files(settings: Settings) -> None:
-    out, paths = pathlib.Path(settings.out), settings.paths.values()
+    out, paths = local_path("data", settings.out), settings.paths.values()
     files.check_path(out)
     inputs = list(map(pathlib.Path, settings.inputs))
     for path in inputs:

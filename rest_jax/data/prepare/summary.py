@@ -14,7 +14,7 @@ import numpy as np
 
 from rest_jax import config
 from rest_jax.data.files import iter_records
-from rest_jax.data.prepare.settings import Settings
+from rest_jax.data.prepare.settings import SETTABLE, Settings, check_settings
 from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import Encoder, is_world, load_split
 from rest_jax.errors import UserError
@@ -112,6 +112,8 @@ def inspect(file: str, tokenizer: str | None, limit: int | None, overrides: Sequ
     """Tables of the first `limit` records of a file or a synthetic world, with token counts where a tokenizer is given: the
     command `rest-jax data inspect`. UserError when there are none.
     """
+    world = [f"data.{key}" for key in config.DataConfig.model_fields if key.startswith("synthetic")]
+    check_settings(overrides, [*SETTABLE, *world])
     data = config.from_overrides({"name": "data", "model": {"source": "none"}}, overrides).data
     count = token_counter(tokenizer, data.template, data.brief_prompt)
     tally = Tally()

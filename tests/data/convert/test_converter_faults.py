@@ -18,7 +18,13 @@ def _load(source):
 _DROP = object()
 FAULTS = [
     ("openai", 0, ("messages",), _DROP, "messages: a list is needed, found nothing"),
-    ("openai", 0, ("messages", 1, "role"), "bot", r"messages\[1\]: role: 'bot' is not one of"),
+    (
+        "openai",
+        0,
+        ("messages", 1, "role"),
+        "narrator",
+        r"messages\[1\]: role: 'narrator' is not one of",
+    ),
     ("openai", 0, ("messages", 1, "content"), None, r"messages\[1\]: content: text is needed"),
     (
         "openai",
@@ -121,7 +127,7 @@ FAULTS = [
     ("hammer", 0, ("answers",), None, "answers: a list is needed, found nothing"),
     ("rlla", 0, ("input",), _DROP, "input: text is needed, found nothing"),
     ("rlla", 0, ("output",), "words", "output: the gold answer has no call"),
-    ("rlla", 2, ("prompt", 0), "words", r"prompt\[0\].role: text is needed"),
+    ("rlla", 2, ("prompt", 0), "words", r"prompt\[0\].role: None is not one of"),
     ("rlla", 2, ("reward_model",), None, "reward_model.ground_truth: text is needed"),
     ("api_bank", 0, ("answer",), [], "answer: empty"),
     ("api_bank", 0, ("answer",), None, r"answer\[0\]: an object"),
@@ -147,7 +153,7 @@ def test_faults_name_the_place_the_field_and_the_value(source, index, path, valu
 @pytest.mark.parametrize("source", list(SOURCES))
 @pytest.mark.parametrize("raw", [None, 3, "text", [], {}])
 def test_another_shape_is_refused(source, raw):
-    with pytest.raises(RecordError, match=r"here: .*needed"):
+    with pytest.raises(RecordError, match=r"here: .*(needed|not JSON)"):
         SOURCES[source](raw, "s", "here")
 
 

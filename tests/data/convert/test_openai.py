@@ -51,6 +51,15 @@ SHAREGPT = [
 ]
 
 
+AS_TEXT = f"<tool_call>\n{json.dumps({'name': 'f', 'arguments': {'a': 1}})}\n</tool_call>"
+TOOL_USE = {"type": "tool_use", "id": "x", "name": "f", "input": {"a": 1}}
+TOOL_RESULT = {
+    "type": "tool_result",
+    "tool_use_id": "x",
+    "content": [{"type": "text", "text": "one"}],
+}
+
+
 def part(text):
     return {"type": "output_text", "text": text, "annotations": []}
 
@@ -77,6 +86,10 @@ DIALOGUE = [user("go"), calls(call(1, "x")), result("one", "x"), SAID]
     [user([{"type": "input_text", "text": "go"}]), *DIALOGUE[1:3], SAID | {"content": [part("done")]}],
     [user("go"), {"type": "function_call", "call_id": "x", **PLAIN_CALL}, OUTPUT, SAID],
     [sharegpt(*turn) for turn in SHAREGPT],
+    [{"role": speaker, "value": text} for speaker, text in SHAREGPT],
+    [user("go"), SAID | {"content": AS_TEXT}, {"role": "Tool", "content": "one"}, SAID],
+    [user("go"), SAID | {"content": [TOOL_USE]}, {"role": "user", "content": [TOOL_RESULT]}, SAID],
+    [user("go"), calls(call(1, "x"), function_call={}), {"role": "ipython", "content": "one"}, SAID | {"tool_calls": {}}],
 ])  # fmt: skip
 def test_every_spelling_is_the_same_dialogue(messages):
     expected = convert(DIALOGUE)
@@ -84,6 +97,8 @@ def test_every_spelling_is_the_same_dialogue(messages):
     for field in ("conversations", "input"):
         for value in (messages, json.dumps(messages), list(map(json.dumps, messages))):
             assert convert(None, **{field: value}) == expected
+            item = json.dumps({field: value, "tools": [TOOL]})
+            assert SOURCES["openai"](item, "r", "here") == expected
 
 
 def test_sharegpt_has_its_system_text_beside():
@@ -145,6 +160,31 @@ def test_a_thought_is_kept_under_each_of_its_names(field):
     )
     assert first.target.think == second.target.think == "because"
     assert second.history[1]["think"] == "because"
+
+
+def test_a_thought_in_a_message_of_its_own_is_that_of_the_next():
+    item = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "because"}]}
+    for thought in (item, {"role": "assistant", "content": "", "reasoning": "because"}):
+        (record,) = convert([user("go"), thought, calls(call(1, "x"))])
+        assert record.target == Target((Call("f", {"a": 1}),), None, "because")
+        (record,) = convert([user("go"), thought, user("well?"), SAID])
+        assert record.target == Target(response="done")
+
+
+def test_blocks_of_calls_and_results_may_stand_among_text():
+    second = {**TOOL_USE, "id": "y", "input": {"a": 2}}
+    texts = [{"type": "text", "text": text} for text in ("wait", "and?")]
+    results = [{**TOOL_RESULT, "tool_use_id": "y", "content": "two"}, TOOL_RESULT, texts[1]]
+    asked = {"role": "assistant", "content": [texts[0], TOOL_USE, second]}
+    first, last = convert([user("go"), asked, {"role": "user", "content": results}, SAID])
+    assert first.target == Target((Call("f", {"a": 1}), Call("f", {"a": 2})), "wait")
+    assert [turn["content"] for turn in last.history] == ["go", "wait", "one", "two", "and?"]
+
+
+def test_a_call_as_text_may_have_its_result_as_text():
+    *_, record = convert([user("go"), SAID | {"content": AS_TEXT}, user("<obs>one</obs>"), SAID])
+    assert record.history[1]["calls"] == [{"name": "f", "arguments": {"a": 1}}]
+    assert record.target == Target(response="done")
 
 
 def test_refusals_and_objects_are_texts():

@@ -78,6 +78,24 @@ def test_a_terminated_process_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["s3://bucket/out.jsonl"], "data s3://bucket/out.jsonl: a local path is needed here"),
+        (
+            ["out.jsonl", "--irrelevance-response", "no"],
+            "--irrelevance-response: needs --irrelevance",
+        ),
+    ],
+    ids=["a URL", "a response to no records"],
+)
+def test_words_that_would_do_nothing_are_refused(tmp_path, items, capsys, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["data", "prepare", "openai", items, *words]) == 2
+    assert said in capsys.readouterr().err
+    assert names(tmp_path) == ["in.jsonl"]
+
+
+@pytest.mark.parametrize(
     "setting", ["data.train=x", "model.source=x", "seed=3", "data.template.x=1"]
 )
 def test_only_what_shapes_the_text_can_be_set(tmp_path, items, capsys, setting):

@@ -294,6 +294,15 @@ def test_links_out_of_a_folder_are_refused(tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_link_to_itself_is_a_missing_file(tmp_path, configs_dir):
+    folder = tmp_path / "model"
+    ignore = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(configs_dir / "quickstart_policy", folder, ignore=ignore)
+    (folder / "model.safetensors").symlink_to("model.safetensors")
+    with pytest.raises(ConversionError, match=r"weight files missing: model\.safetensors"):
+        convert(str(folder), tmp_path / "out")
+
+
 def test_links_within_a_folder_and_the_hub_cache_are_followed(tmp_path):
     repo = tmp_path / "models--some--where"
     (repo / "snapshots").mkdir(parents=True)
