@@ -14,7 +14,7 @@ import numpy as np
 
 from rest_jax.planning.hlo import Computation, Instruction, Module
 
-_KERNELS = "tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call_ffi"
+_KERNELS = "tpu_custom_call", "__gpu$xla.gpu.triton"
 # Custom calls by which libtpu notes something.
 _MARKS = (
     "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveStart", "AsyncCollectiveDone", "ConcatBitcast",

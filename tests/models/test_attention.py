@@ -104,7 +104,7 @@ def test_kernels_compile_for_accelerators(name, tmp_path):
     for found in json.loads(done.stdout):
         assert found["kernels"] == 3
         assert found["flops"] == found["expected_flops"]
-        assert found["temporaries"] < 0.05 * found["scores"]
+        assert found["temporaries"] < 0.1 * found["scores"]
 
 
 SHARED_BY_TWO = {"fsdp": 2, "tensor": 4}, 8, 2
