@@ -1,10 +1,10 @@
 """Attention of packed rows as Pallas kernels through Triton, for GPUs: nothing is as large as a row's scores.
 
 The mask is that of `score_blocks`, the formulas and what is kept for the backward pass are those of `flash_attention`. A program
-has one block of queries of one head, or one block of keys of one kv head, and loops over the blocks that see it or that it
-sees, from lists made of `until`: of queries against keys forward and for their own gradient, of keys against the queries of
-all their heads for theirs, so that nothing is added up across programs. Statistics and sums are float32, products take the
-compute dtype, and float32 is not rounded to TF32.
+has one block, and loops over a list made of `until`. Forward and for the gradient of queries it has queries of one head and
+loops over the keys they see; for that of keys and values it has keys of one kv head and loops over the queries of all its
+heads that see them, so that nothing is added up across programs. Statistics and sums are float32, products take the compute
+dtype, and float32 is not rounded to TF32.
 
 On other hardware than GPUs the kernels are interpreted, for tests.
 """
