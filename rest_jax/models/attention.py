@@ -1,8 +1,8 @@
 """Attention under every layout, as pure functions of queries, keys and values.
 
-Rows (`RowLayout`) go through one of two kernels that never hold a row's scores: `block_attention` in plain operations of XLA,
-`flash_attention` on TPUs. Decoding (`DecodeLayout`) reads a `Cache`: a query's keys come in parts (the shared prompt, what the
-response has drawn, the token just made) that are joined in one softmax.
+Rows (`RowLayout`) go through one of three kernels that never hold a row's scores: `block_attention` in plain operations of XLA,
+`flash_attention` on TPUs, `triton_attention` on GPUs. Decoding (`DecodeLayout`) reads a `Cache`: a query's keys come in parts
+(the shared prompt, what the response has drawn, the token just made) that are joined in one softmax.
 
 Keys are never repeated for grouped queries (N = K * R): every product is one batch of plain matrices, in the order in which
 memory holds them. Scores and softmax are float32. A query that may see nothing (padding) yields zero, in value and gradient.
@@ -39,6 +39,7 @@ from rest_jax.models.paged_attention import (
     join,
     normalise,
 )
+from rest_jax.models.triton_attention import triton_attention
 
 Layout = RowLayout | DecodeLayout
 
@@ -47,6 +48,7 @@ KERNELS = {
     "blocks": block_attention,
     "wide_blocks": functools.partial(block_attention, blocks=WIDE),
     "flash": flash_attention,
+    "triton": triton_attention,
 }
 
 

@@ -1,4 +1,4 @@
-"""Attention of rows in blocks of scores, in XLA's own operations, with a mask given by `RowLayout.until`.
+"""Attention of rows in blocks of scores, in XLA's own operations, with the mask of `score_blocks`.
 
 Queries go block by block over the blocks of keys that one of them sees, with a running maximum and sum
 (FlashAttention-2, arXiv:2307.08691; the formulas are in `flash_attention.py`), forward and backward, so that nothing is as
@@ -17,10 +17,11 @@ from jaxtyping import Array, Float, Int
 from rest_jax.models.cache import RowLayout
 from rest_jax.models.products import FLOOR, float32_einsum
 from rest_jax.models.remat import keep
+from rest_jax.models.score_blocks import list_true, query_positions, seen_blocks, sees
 
 # Of blocks that hold less the products are too small for the threads of a CPU to share, of larger ones more is masked.
 _SMALL, _LARGE = (64, 64), (256, 128)
-WIDE = (512, 512)  # for an accelerator without a kernel
+WIDE = (512, 512)  # for an accelerator without kernels
 _NARROW = 256  # width of all heads together, up to which blocks are small
 
 
@@ -66,11 +67,7 @@ def mean_visits(until: Int[Array, "B T"], blocks: tuple[int, int]) -> float:
 
 def _list_visits(until: Int[Array, "B T"], blocks: tuple[int, int]) -> _Visits:
     """What a query of any row may see."""
-    query, key = (jnp.arange(0, until.shape[1], block) for block in blocks)
-    last = jnp.max(until.reshape(until.shape[0], -1, blocks[1]), axis=(0, 2))
-    visited = (key < query[:, None] + blocks[0]) & (last > query[:, None])
-    keys = jnp.argsort(~visited, axis=1, stable=True)
-    return _Visits(keys.astype(jnp.int32), jnp.sum(visited, axis=1, dtype=jnp.int32))
+    return _Visits(*list_true(jnp.any(seen_blocks(until, *blocks), axis=0)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -168,10 +165,9 @@ def _add(x, j, part):
 
 def _scores(queries, keys, until, at, blocks: tuple[int, int]):
     """float32 `[B K R*queries keys]` of the blocks `at` (of queries, of keys)."""
-    query, key = (n * block + jnp.arange(block) for n, block in zip(at, blocks, strict=True))
-    own, end = (_cut(until[..., None], n, b)[..., 0] for n, b in zip(at, blocks, strict=True))
-    query = jnp.where(own > query, query, -1)[:, :, None]  # padding sees nothing
-    seen = (key <= query) & (query < end[:, None])
+    query = _cut(query_positions(until)[..., None], at[0], blocks[0])
+    end = _cut(until[:, None, :, None], at[1], blocks[1])[..., 0]
+    seen = sees(query, at[1] * blocks[1] + jnp.arange(blocks[1]), end)
     repeats = queries.shape[2] // blocks[0]
     score = float32_einsum("bkmh,bksh->bkms", queries, keys)
     return jnp.where(jnp.tile(seen, (1, repeats, 1))[:, None], score, FLOOR)

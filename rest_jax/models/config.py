@@ -16,7 +16,7 @@ from rest_jax.models.products import precision_of
 
 Family = Literal["qwen3", "qwen3_moe", "qwen2", "llama"]
 Remat = Literal["none", "dots", "block"]
-Attention = Literal["blocks", "wide_blocks", "flash"]
+Attention = Literal["blocks", "wide_blocks", "flash", "triton"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class DecoderConfig:
     flat_heads: bool = False
     # what is kept for the backward pass, from everything to nothing but the inputs of blocks (`models/remat.py`)
     remat: Remat = "block"
-    # of rows (`attention.KERNELS`): blocks in XLA's operations, small or large, or the kernels of `flash_attention`
+    # of rows (`attention.KERNELS`): blocks in XLA's operations, small or large, or the kernels of TPUs or GPUs
     attention: Attention = "blocks"
 
     def __post_init__(self):

@@ -1,7 +1,4 @@
-"""Attention of packed rows as Pallas TPU kernels that never hold a row's scores, with a mask given by one table.
-
-Query i sees key j iff j <= i < until[b, j] (`RowLayout`). A token sees itself, so what has until[b, j] <= j is padding: it
-yields zero, in value and gradient, and is seen by nobody.
+"""Attention of packed rows as Pallas TPU kernels that never hold a row's scores, with the mask of `score_blocks`.
 
 With s = k q / sqrt(H) and p = exp(s - lse), where lse is the log of the sum of exp(s) over the keys that a query sees:
 
@@ -17,7 +14,6 @@ On other hardware than TPUs the kernels are interpreted, for tests.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,6 +26,14 @@ from jaxtyping import Array, Bool, Float, Int
 from rest_jax.models.cache import RowLayout
 from rest_jax.models.products import FLOOR, matrix_product, run_kernel
 from rest_jax.models.remat import keep
+from rest_jax.models.score_blocks import (
+    fitting_block,
+    kernel_cost,
+    list_true,
+    query_positions,
+    seen_blocks,
+    sees,
+)
 
 _COLUMNS = 1024  # queries of a block, all heads of a kv head together
 _BLOCK = 512  # positions of a block at most; a block of scores has _BLOCK x _COLUMNS at most
@@ -70,39 +74,29 @@ def flash_attention(
 
 
 def _make_case(time: int, repeats: int, pairs: int) -> _Case:
-    """Blocks as large as the scores may be, of positions that are a power of two; with little padding of the time."""
-
-    def block(limit: int) -> int:
-        sizes = (_LANES << n for n in (2, 1) if _LANES << n <= limit)
-        return next((b for b in sizes if -time % b <= time // 8), _LANES)
-
-    queries = block(min(_BLOCK, _COLUMNS // repeats))
-    keys = block(min(_BLOCK, _BLOCK * _COLUMNS // (queries * repeats)))
+    """Blocks as large as the scores may be."""
+    queries = fitting_block(time, _LANES, min(_BLOCK, _COLUMNS // repeats))
+    keys = fitting_block(time, _LANES, min(_BLOCK, _BLOCK * _COLUMNS // (queries * repeats)))
     return _Case(queries, keys, pairs)
 
 
 def _visited_blocks(until: Int[Array, "B T"], case: _Case) -> Bool[Array, "B q k"]:
     """Which blocks of scores may have a query that sees a key, and those on the diagonal, so that every output is written."""
-    time = until.shape[1]
-    first_query = jnp.arange(0, time, case.queries)[:, None]
-    first_key = jnp.arange(0, time, case.keys)
-    last = jnp.max(until.reshape(until.shape[0], 1, -1, case.keys), axis=-1)
-    causal = first_key < first_query + case.queries
-    diagonal = causal & (first_query < first_key + case.keys)
-    return diagonal | (causal & (last > first_query))
+    first_query = jnp.arange(0, until.shape[1], case.queries)[:, None]
+    first_key = jnp.arange(0, until.shape[1], case.keys)
+    diagonal = (first_key < first_query + case.queries) & (first_query < first_key + case.keys)
+    return diagonal | seen_blocks(until, case.queries, case.keys)
 
 
 def _list_visits(visited: Bool[Array, "B q k"], by_key: bool) -> _Visits:
     """The blocks in the order of the queries, or of the keys."""
     batch, queries, keys = visited.shape
     visited = visited.transpose(0, 2, 1) if by_key else visited
-    flat = visited.reshape(batch, -1)
-    count = jnp.sum(flat, axis=1, dtype=jnp.int32)
-    order = jnp.argsort(~flat, axis=1, stable=True)
+    order, count = list_true(visited.reshape(batch, -1))
     # the most there are: the blocks of a causal row
     length = sum(-(-(n + 1) * keys // queries) for n in range(queries))
     n = jnp.minimum(jnp.arange(length), count[:, None] - 1)
-    order = jnp.take_along_axis(order, n, axis=1).astype(jnp.int32)
+    order = jnp.take_along_axis(order, n, axis=1)
     outer, inner = jnp.divmod(order, queries if by_key else keys)
     return _Visits(inner, outer, count) if by_key else _Visits(outer, inner, count)
 
@@ -150,10 +144,9 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _query_positions(until: Int[Array, "B T"], case: _Case, repeats: int):
-    """int32 `[B 1 blocks 1 columns]`: the position of every query of a block, -1 for padding, which so sees nothing."""
-    time = jnp.arange(until.shape[1], dtype=jnp.int32)
-    position = jnp.where(until > time, time, -1)
-    return jnp.tile(position.reshape(until.shape[0], 1, -1, 1, case.queries), repeats)
+    """int32 `[B 1 blocks 1 columns]`: the position of every query of a block."""
+    position = query_positions(until).reshape(until.shape[0], 1, -1, 1, case.queries)
+    return jnp.tile(position, repeats)
 
 
 class _Call(NamedTuple):
@@ -180,11 +173,7 @@ def _run(call: _Call, visits: _Visits, inputs: tuple[jax.Array, ...], case: _Cas
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in call.scratch],
     )
     pairs = case.pairs * batch * kv_heads * repeats
-    cost = pl.CostEstimate(
-        flops=2 * call.products * width * pairs,
-        transcendentals=pairs,
-        bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in (*inputs, *outputs)),
-    )
+    cost = kernel_cost(call.products, width, pairs, (*inputs, *outputs))
 
     def kernel(interpret: bool):
         return pl.pallas_call(
@@ -333,8 +322,8 @@ def _scores(case: _Case, at: _Visit, until_ref, position_ref, q_ref, k_ref):
     """float32 `[keys, columns]`."""
     score = matrix_product(k_ref[0, 0], _columns(q_ref), (1, 1))
     key = at.key + jax.lax.broadcasted_iota(jnp.int32, (case.keys, 1), 0)
-    query, until = position_ref[0, 0, 0], until_ref[0, 0][:, None]
-    return jnp.where((key <= query) & (query < until), score, FLOOR)
+    seen = sees(position_ref[0, 0, 0], key, until_ref[0, 0][:, None])
+    return jnp.where(seen, score, FLOOR)
 
 
 def _columns(ref):

@@ -4,6 +4,7 @@ with a computation in `compute_dtype` and the `attention_of` its devices.
 
 import dataclasses
 import pathlib
+import re
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -60,5 +61,8 @@ ATTENTION: dict[str, Attention] = {"cpu": "blocks", "tpu": "flash"}
 
 
 def attention_of(mesh: Mesh) -> Attention:
-    """How rows attend on these devices."""
+    """How rows attend on these devices. Triton is for GPUs of NVIDIA since Ampere, of compute capability 8.0."""
+    capability = getattr(mesh.devices.flat[0], "compute_capability", "")
+    if re.fullmatch(r"\d+\.\d", capability) and float(capability) >= 8:
+        return "triton"
     return ATTENTION.get(platform(mesh), "wide_blocks")

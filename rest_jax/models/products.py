@@ -29,6 +29,11 @@ def matrix_product(x: jax.Array, y: jax.Array, contracted: tuple[int, int]) -> j
     return jax.lax.dot_general(x, y, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
-def run_kernel(kernel: Callable[[bool], Callable[..., Any]], *arrays: jax.Array) -> Any:
-    """What a Pallas TPU kernel makes of the arrays: `kernel(interpret)` is the call; interpreted where there is no TPU."""
-    return jax.lax.platform_dependent(*arrays, tpu=kernel(False), default=kernel(True))
+def run_kernel(
+    kernel: Callable[[bool], Callable[..., Any]], *arrays: jax.Array, platform: str = "tpu"
+) -> Any:
+    """What a Pallas kernel for `platform` ("tpu", "cuda") makes of the arrays: `kernel(interpret)` is the call; interpreted
+    elsewhere.
+    """
+    compiled: dict[str, Any] = {platform: kernel(False)}
+    return jax.lax.platform_dependent(*arrays, **compiled, default=kernel(True))

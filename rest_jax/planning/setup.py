@@ -208,11 +208,9 @@ def row_of(setup: Setup, micro: MicroBatch) -> Row:
 
 def attention_trips(cfg: DecoderConfig, until: np.ndarray) -> dict[str, float]:
     """Blocks of keys that a block of queries of such a row visits, on average; a kernel's loop is not in a program's text."""
-    if cfg.attention == "flash":
-        return {}
-    wide = cfg.attention == "wide_blocks"
-    blocks = WIDE if wide else cpu_blocks(cfg.n_heads * cfg.head_dim)
-    return {"attention": mean_visits(jnp.asarray(until[:1]), blocks)}
+    small = cpu_blocks(cfg.n_heads * cfg.head_dim)
+    blocks = {"blocks": small, "wide_blocks": WIDE}.get(cfg.attention)
+    return {} if blocks is None else {"attention": mean_visits(jnp.asarray(until[:1]), blocks)}
 
 
 def longest_rows(setup: Setup) -> StepRows:

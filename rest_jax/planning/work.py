@@ -14,7 +14,7 @@ import numpy as np
 
 from rest_jax.planning.hlo import Computation, Instruction, Module
 
-_KERNEL = "tpu_custom_call"
+_KERNELS = "tpu_custom_call", "__gpu$xla.gpu.triton"
 # Custom calls by which libtpu notes something.
 _MARKS = (
     "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveStart", "AsyncCollectiveDone", "ConcatBitcast",
@@ -44,8 +44,9 @@ def instruction_flops(module: Module, instruction: Instruction, where: Computati
 
 
 def kernel_flops(instruction: Instruction) -> float:
-    """What the cost estimate of a Pallas kernel says; 0 for other instructions."""
+    """What a Pallas kernel says of itself, in its cost estimate or, on GPUs, in its name; 0 for other instructions."""
     found = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.text)
+    found = found or re.search(r"_(\d+)_flops/pallas_call$", instruction.op_name)
     return float(found[1]) if found else 0.0
 
 
@@ -66,8 +67,8 @@ def _library_flops(instruction: Instruction, where: Computation) -> float:
 
 
 def is_kernel(instruction: Instruction) -> bool:
-    """Whether it is a Pallas kernel of TPUs, or one of libtpu's own."""
-    return f'custom_call_target="{_KERNEL}"' in instruction.text
+    """Whether it is a Pallas kernel, or one of libtpu's own."""
+    return any(f'custom_call_target="{name}"' in instruction.text for name in _KERNELS)
 
 
 class GroupedProduct(NamedTuple):

@@ -1,6 +1,9 @@
 """Attention of rows by every kernel: over a mesh, with huge scores, in the decoder; layouts."""
 
 import dataclasses
+import json
+import subprocess
+import sys
 import types
 
 import jax
@@ -10,13 +13,16 @@ import pytest
 
 from rest_jax import distributed
 from rest_jax.config import MeshConfig
+from rest_jax.errors import UserError
 from rest_jax.models import attention
 from rest_jax.models.attention import KERNELS, attend, prompt_rows, valid_positions
 from rest_jax.models.cache import RowLayout
 from rest_jax.models.decoder import Decoder, init_params, param_shardings
 from rest_jax.models.policy import attention_of
+from rest_jax.planning import topology
 from rest_jax.types import ResponseBatch
 from tests import tiny
+from tests.conftest import REPOSITORY
 from tests.models.rows import (
     PACKED,
     assert_close,
@@ -24,9 +30,12 @@ from tests.models.rows import (
     by_kernel,
     make_inputs,
     normal,
+    packed_row,
     value_and_gradients,
     visible_pairs,
 )
+
+IN_PALLAS = ["flash", "triton"]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -45,6 +54,59 @@ def test_prompts_attend_causally_up_to_their_length(kernel):
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", IN_PALLAS)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2), (4, 1), (6, 2), (16, 1)])
+def test_packed_rows_equal_dense_attention(kernel, heads, kv_heads):
+    """Padding, of which every output has a gradient here, is zero in value and gradients."""
+    inputs = make_inputs(*PACKED.shape, heads, kv_heads)
+    found = value_and_gradients(by_kernel(KERNELS[kernel], PACKED), *inputs)
+    assert_dense(found, inputs, PACKED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", IN_PALLAS)
+@pytest.mark.parametrize("time", [1, 128, 513, 1500])
+def test_rows_of_any_length(kernel, time):
+    """Queries and keys in blocks of different sizes."""
+    half = time // 2
+    until = np.stack([packed_row(time, [(time - half, time - half, [half], half)])] * 2)
+    inputs = make_inputs(2, time, 8, 2)
+    found = value_and_gradients(by_kernel(KERNELS[kernel], until), *inputs)
+    assert_dense(found, inputs, until)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", IN_PALLAS)
+@pytest.mark.parametrize("width", [24, 64])
+def test_bfloat16(kernel, width):
+    """Products of rounded numbers, sums in float32."""
+    *inputs, weight = make_inputs(*PACKED.shape, 4, 2, width)
+    inputs = [x.astype(jnp.bfloat16) for x in inputs]
+    found = value_and_gradients(by_kernel(KERNELS[kernel], PACKED), *inputs, weight)
+    assert all(x.dtype == jnp.bfloat16 for x in found)
+    assert_dense(found, (*inputs, weight), PACKED, tolerance=2e-2)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "h100:4"])
+def test_kernels_compile_for_accelerators(name, tmp_path):
+    """Forward and backward, under fsdp 2 x tensor 2: three kernels each, that say their FLOPs, and no array of all scores."""
+    where = topology.parse(name)
+    try:
+        topology.check_compiler(where)
+    except UserError as error:
+        pytest.skip(str(error))
+    command = [sys.executable, "-m", "tests.programs.compiled_attention", name]
+    environment = topology.child_environment(where, tmp_path)
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for found in json.loads(done.stdout):
+        assert found["kernels"] == 3
+        assert found["flops"] == found["expected_flops"]
+        assert found["temporaries"] < 0.1 * found["scores"]
+
+
 SHARED_BY_TWO = {"fsdp": 2, "tensor": 4}, 8, 2
 
 
@@ -57,6 +119,8 @@ SHARED_BY_TWO = {"fsdp": 2, "tensor": 4}, 8, 2
         ("flash", {"fsdp": 2, "tensor": 2}, 4, 1),
         pytest.param("flash", {"fsdp": 2, "tensor": 2}, 4, 2, marks=pytest.mark.slow),
         pytest.param("flash", *SHARED_BY_TWO, marks=pytest.mark.slow),
+        ("triton", {"fsdp": 2, "tensor": 2}, 4, 2),
+        pytest.param("triton", *SHARED_BY_TWO, marks=pytest.mark.slow),
     ],
 )
 def test_over_a_mesh(kernel, mesh, heads, kv_heads):
@@ -83,7 +147,8 @@ def test_what_a_mesh_does_not_divide_is_attended_as_without_it(kernel):
 
 
 @pytest.mark.parametrize(
-    "kernel", ["blocks", "wide_blocks", pytest.param("flash", marks=pytest.mark.slow)]
+    "kernel",
+    ["blocks", "wide_blocks", *(pytest.param(k, marks=pytest.mark.slow) for k in IN_PALLAS)],
 )
 def test_huge_scores_stay_finite(kernel):
     q, k, v, weight = make_inputs(*PACKED.shape, 2, 1)
@@ -124,9 +189,17 @@ def test_what_a_layout_needs_is_named():
 
 def test_platform_chooses():
     assert attention_of(tiny.mesh()) == "blocks"
-    for platform, name in [("tpu", "flash"), ("cuda", "wide_blocks")]:
-        devices = np.array([types.SimpleNamespace(platform=platform)])
+    for name, device in [
+        ("flash", {"platform": "tpu"}),
+        ("triton", {"platform": "gpu", "compute_capability": "8.0"}),
+        ("triton", {"platform": "gpu", "compute_capability": "12.0"}),
+        ("wide_blocks", {"platform": "gpu", "compute_capability": "7.5"}),
+        ("wide_blocks", {"platform": "gpu", "compute_capability": "gfx942"}),
+    ]:
+        devices = np.array([types.SimpleNamespace(**device)])
         assert attention_of(types.SimpleNamespace(devices=devices)) == name
+        cfg = dataclasses.replace(tiny.decoder().cfg, attention=name)
+        assert cfg.reads_pages == (name == "flash")
 
 
 @pytest.mark.parametrize(
@@ -137,6 +210,8 @@ def test_platform_chooses():
         pytest.param("flash", "none", 2, None, marks=pytest.mark.slow),
         pytest.param("flash", "block", 2, {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param("flash", "dots", 1, {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
+        pytest.param("triton", "block", 2, None, marks=pytest.mark.slow),
+        pytest.param("triton", "attention", 2, {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_every_kernel_gives_the_decoder_the_same_gradients(kernel, remat, kv_heads, mesh):

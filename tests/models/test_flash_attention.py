@@ -1,70 +1,12 @@
-"""The kernels, interpreted, against dense attention in float32, and which blocks they visit."""
-
-import importlib.util
-import json
-import os
-import pathlib
-import subprocess
-import sys
+"""Which blocks the kernels visit; what they compute is in `test_attention.py`."""
 
 import hypothesis
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import strategies as st
 
 from rest_jax.models import flash_attention
-from tests.models.rows import (
-    PACKED,
-    any_row,
-    assert_dense,
-    by_kernel,
-    make_inputs,
-    packed_row,
-    value_and_gradients,
-    visible_pairs,
-)
-
-
-@pytest.mark.parametrize(
-    ("heads", "kv_heads"),
-    [
-        (4, 2),
-        *(pytest.param(*n, marks=pytest.mark.slow) for n in [(2, 2), (4, 1), (6, 2), (16, 1)]),
-    ],
-)
-def test_packed_rows_equal_dense_attention(heads, kv_heads):
-    """Padding, of which every output has a gradient here, is zero in value and gradients."""
-    inputs = make_inputs(*PACKED.shape, heads, kv_heads)
-    assert_dense(
-        value_and_gradients(by_kernel(flash_attention.flash_attention, PACKED), *inputs),
-        inputs,
-        PACKED,
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("time", [1, 128, 513, 1500])
-def test_rows_of_any_length(time):
-    """Blocks of 128 to 512 positions, queries and keys of different ones."""
-    half = time // 2
-    until = np.stack([packed_row(time, [(time - half, time - half, [half], half)])] * 2)
-    inputs = make_inputs(2, time, 8, 2)
-    assert_dense(
-        value_and_gradients(by_kernel(flash_attention.flash_attention, until), *inputs),
-        inputs,
-        until,
-    )
-
-
-@pytest.mark.slow
-def test_bfloat16():
-    """Products of rounded numbers, sums in float32."""
-    *inputs, weight = make_inputs(*PACKED.shape, 4, 2)
-    inputs = [x.astype(jnp.bfloat16) for x in inputs]
-    found = value_and_gradients(by_kernel(flash_attention.flash_attention, PACKED), *inputs, weight)
-    assert all(x.dtype == jnp.bfloat16 for x in found)
-    assert_dense(found, (*inputs, weight), PACKED, tolerance=2e-2)
+from tests.models.rows import any_row, packed_row, visible_pairs
 
 
 def visit_set(until, case, by_key):
@@ -118,18 +60,3 @@ def test_lists_hold_a_causal_row():
         for by_key in (False, True):
             (found,), visits = visit_set(until, case, by_key)
             assert len(found) == visits.query.shape[1] == blocks.any((1, 3)).sum()
-
-
-@pytest.mark.aot
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is missing")
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
-def test_kernels_compile_for_tpus(topology):
-    """Forward and backward, under fsdp 2 x tensor 2: three kernels each, and no array of all scores."""
-    program = pathlib.Path(__file__).parent.parent / "programs" / "compiles_flash_attention.py"
-    environment = os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
-    done = subprocess.run(
-        [sys.executable, program, topology], env=environment, stdout=subprocess.PIPE, check=True
-    )
-    for found in json.loads(done.stdout):
-        assert found["kernels"] == 3
-        assert found["temporaries"] < 0.05 * found["scores"]

@@ -43,9 +43,9 @@ def operations(remat: str, **changes) -> collections.Counter:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("attention", ["blocks", "flash"])
+@pytest.mark.parametrize("attention", ["blocks", "flash", "triton"])
 def test_what_is_kept_is_not_computed_again(dtype, attention):
-    """In bfloat16 products have a rule of their own for their gradient; so have both kernels of attention."""
+    """In bfloat16 products have a rule of their own for their gradient; so have all kernels of attention."""
     none, dots, block = (
         operations(remat, dtype=dtype, attention=attention) for remat in ("none", "dots", "block")
     )
@@ -54,10 +54,10 @@ def test_what_is_kept_is_not_computed_again(dtype, attention):
     # q, k and v are computed again, o is not; of attention by XLA's operations there are two products in its loops
     narrow = "dot_general", False
     assert none[narrow] == dots[narrow] - 3
-    assert dots[narrow] == block[narrow] - (1 if attention == "flash" else 3)
+    assert dots[narrow] == block[narrow] - (3 if attention == "blocks" else 1)
     kernel = "pallas_call", False
     assert none[kernel] == dots[kernel]
-    assert (dots[kernel] < block[kernel]) == (attention == "flash")
+    assert (dots[kernel] < block[kernel]) == (attention != "blocks")
 
 
 def test_products_of_experts():

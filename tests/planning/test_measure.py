@@ -80,6 +80,19 @@ def test_a_pallas_kernel_counts_what_it_says_of_itself():
     assert measure(hlo.parse(text), Sizes(0)).once["attention"].kernels == 0
 
 
+def test_a_kernel_of_triton_counts_what_its_name_says():
+    """Its call has no cost estimate. On GPUs everything is taken to run at the peak."""
+    line = (
+        '  ROOT %k = bf16[8,64]{1,0} custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", '
+        'metadata={op_name="jit(f)/attention/forward_kernel_2000000_flops/pallas_call"}, '
+        'backend_config={name = "forward_kernel", num_warps = 8 : i32}'
+    )
+    x = "  %x = bf16[8,64]{1,0} parameter(0)"
+    text = "\n".join(["ENTRY %main (x: bf16[8,64]) -> bf16[8,64] {", x, line, "}"])
+    work = measure(hlo.parse(text), Sizes(0), Rates(flops=1e6, memory=1e9)).once["attention"]
+    assert (work.flops, work.nbytes, work.limit) == (2e6, 2 * 2 * 8 * 64, 2)
+
+
 def test_a_kernel_counts_as_often_as_it_visits_something():
     """What it says of itself is that of one visit; it does not read its operands whole."""
     line = (
