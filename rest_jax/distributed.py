@@ -172,6 +172,22 @@ def pin_positions(x: jax.Array) -> jax.Array:
     return spmd.with_logical_constraint(x, ("batch", axis, None))
 
 
+@jax.custom_vjp
+def gather_positions(x: jax.Array) -> jax.Array:
+    """All positions for every device of a tensor group, from `pin_positions`; its gradient is split as x is."""
+    return pin_rows(x)
+
+
+@jax.custom_vjp
+def scatter_positions(x: jax.Array) -> jax.Array:
+    """`pin_positions` of what the devices of a tensor group add up; its gradient goes to all of them."""
+    return pin_positions(x)
+
+
+gather_positions.defvjp(lambda x: (pin_rows(x), None), lambda _, d_x: (pin_positions(d_x),))
+scatter_positions.defvjp(lambda x: (pin_positions(x), None), lambda _, d_x: (pin_rows(d_x),))
+
+
 def scatter_sum(x: jax.Array, axis: str, dimension: int = 0) -> jax.Array:
     """`psum_scatter` over a mesh axis inside shard_map: of the sum every device keeps its part along a dimension, which their
     number divides.

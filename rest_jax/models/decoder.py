@@ -23,7 +23,13 @@ from jax.nn.initializers import Initializer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Integer, Key
 
-from rest_jax.distributed import logical_shardings, pin_positions, pin_rows, sum_weight_gradient
+from rest_jax.distributed import (
+    gather_positions,
+    logical_shardings,
+    pin_rows,
+    scatter_positions,
+    sum_weight_gradient,
+)
 from rest_jax.errors import UserError
 from rest_jax.models.attention import Layout, attend, valid_positions
 from rest_jax.models.cache import Cache, LayerCache, Layers, Pool, RowLayout
@@ -145,15 +151,16 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, cache, rope: Rope, layout: Layout, replayed):
-        normed = RMSNorm(self.cfg, name="attention_norm")(x)
+        gather, scatter = _exchange(layout, self.cfg)
+        normed = gather(RMSNorm(self.cfg, name="attention_norm")(x))
         y, kv = Attention(self.cfg, name="attention")(normed, cache, rope, layout)
-        x = keep(_pin(x + y, layout))
-        normed = RMSNorm(self.cfg, name="mlp_norm")(x)
+        x = keep(x + scatter(y))
+        normed = gather(RMSNorm(self.cfg, name="mlp_norm")(x))
         if self.cfg.n_experts:
-            x = x + Experts(self.cfg, name="mlp")(normed, layout, replayed)
+            x = x + scatter(Experts(self.cfg, name="mlp")(normed, layout, replayed))
         else:
-            x = x + Mlp(self.cfg, name="mlp")(normed)
-        return _pin(x, layout), kv if self.return_kv else None
+            x = x + scatter(Mlp(self.cfg, name="mlp")(normed))
+        return x, kv if self.return_kv else None
 
 
 class Decoder(nn.Module):
@@ -183,7 +190,8 @@ class Decoder(nn.Module):
             _param(self, "head", _INIT, shape, axes)  # read by `head_matrix`, not by the trunk
         rope = rope_tables(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
         return_kv = return_kv or cache is not None
-        x = _pin(jnp.take(embed, tokens, axis=0).astype(cfg.dtype), layout)
+        gather, scatter = _exchange(layout, cfg)
+        x = scatter(jnp.take(embed, tokens, axis=0).astype(cfg.dtype))
         if cfg.layers == "scan":
             layers = None
             if cache is not None:
@@ -193,7 +201,7 @@ class Decoder(nn.Module):
             x, kv = blocks(x, layers, rope, layout, replayed)
         else:
             x, kv = self._unrolled(x, cache, (rope, layout, replayed), return_kv)
-        hidden = RMSNorm(cfg, name="final_norm")(x)
+        hidden = gather(RMSNorm(cfg, name="final_norm")(x))
         if cache is None:
             return hidden, kv
         if cfg.layers == "scan":
@@ -339,9 +347,12 @@ def _mixed_backward(axes, sizes, kept, d_y):
 _mixed_product.defvjp(_mixed_forward, _mixed_backward)
 
 
-def _pin(x: jax.Array, layout: Layout) -> jax.Array:
-    """Hidden states between the parts of a block."""
-    return pin_positions(x) if isinstance(layout, RowLayout) else pin_rows(x)
+def _exchange(layout: Layout, cfg: DecoderConfig) -> tuple[Any, Any]:
+    """What brings hidden states into a part of a block, and what comes out of it back to them. With `remat: block`, which saves
+    memory for time, the positions of rows are split over tensor in between.
+    """
+    split = isinstance(layout, RowLayout) and cfg.remat == "block"
+    return (gather_positions, scatter_positions) if split else (pin_rows, pin_rows)
 
 
 def _rematerialised(cfg: DecoderConfig) -> Any:
