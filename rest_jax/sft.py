@@ -28,6 +28,7 @@ from rest_jax.distributed import (
 )
 from rest_jax.errors import UNFINISHED
 from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
+from rest_jax.files import Location
 from rest_jax.models.policy import Policy, check_positions
 from rest_jax.planning.memory import check_memory
 from rest_jax.planning.programs import memory_programs
@@ -45,6 +46,7 @@ from rest_jax.rl.supervised import (
 )
 from rest_jax.run.contents import digests
 from rest_jax.run.folder import SUPERVISED_FINITE, Run, check_start, open_run
+from rest_jax.run.fork import Start, check_origin
 from rest_jax.run.load import load_policy
 from rest_jax.run.loop import Loop, PendingStep, total_steps
 from rest_jax.run.preflight import check_store
@@ -53,13 +55,18 @@ from rest_jax.templates import TEMPLATES
 BATCH = "sft.batch_size"  # the records of a step
 
 
-def finetune(config: Config, dry_run: bool = False, restart: bool = False) -> int:
-    """Trains, with `restart` anew; 0 at the end, UNFINISHED when told to stop before it. UserError for input that cannot be used;
-    RunStopped on NaN.
+def finetune(
+    config: Config,
+    dry_run: bool = False,
+    restart: bool = False,
+    fork_of: Location | None = None,
+) -> int:
+    """Trains, with `restart` anew, with `fork_of` from a checkpoint of the run in that folder on; 0 at the end, UNFINISHED when
+    told to stop before it. UserError for input that cannot be used; RunStopped on NaN.
     """
     check_supervised(config)
     check_store(config)
-    check_start(config, restart)
+    origin = check_start(config, restart, fork_of)
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     check_batch(BATCH, config.sft.batch_size, policy.mesh)
     check_experts(config, policy.config)
@@ -73,9 +80,14 @@ def finetune(config: Config, dry_run: bool = False, restart: bool = False) -> in
         f"{config.name}: {data.summary()}\nheld out: {examples.summary() if examples else 'none'}\n"
         f"{steps} steps of {config.sft.batch_size} records"
     )
+    if origin is not None:
+        check_origin(origin, policy.params, steps)
     if dry_run:
         return 0
-    with contextlib.closing(open_run(config, policy.files, restart)) as run, activate(policy.mesh):
+    with (
+        contextlib.closing(open_run(config, policy.files, restart, origin)) as run,
+        activate(policy.mesh),
+    ):
         evaluator = Evaluator(config, policy, examples) if examples else None
         finished = finetune_steps(policy, data, evaluator, run)
         report_evaluations(run.folder)
@@ -111,9 +123,9 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
         rows=rows_of_shards(config.sft.batch_size, local_shards(mesh), mesh),
     )
     loop = Loop(run, steps, evaluator, ("loss", "update/loss"))
-    state, loader_state = loop.resume(state, abstract)
-    if loader_state is not None:
-        batches.set_state(loader_state)
+    start = Start(batches.get_state(), updates=1)
+    state, loader_state = loop.resume(state, abstract, start)
+    batches.set_state(loader_state)
     for step in loop.steps():
         rows, _ = next(batches)
         lengths = gather_lengths(rows, mesh)

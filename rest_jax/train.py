@@ -31,6 +31,7 @@ from rest_jax.distributed import (
 )
 from rest_jax.errors import UNFINISHED, UserError
 from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
+from rest_jax.files import Location
 from rest_jax.models.policy import Policy, check_positions
 from rest_jax.planning.memory import check_memory
 from rest_jax.planning.programs import memory_programs
@@ -45,6 +46,7 @@ from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.experience import Collector, Experience
 from rest_jax.run.contents import digests
 from rest_jax.run.folder import RL_FINITE, Run, check_start, open_run
+from rest_jax.run.fork import Start, check_origin
 from rest_jax.run.load import load_policy
 from rest_jax.run.loop import Loop, PendingStep, total_steps
 from rest_jax.run.preflight import check_store
@@ -55,13 +57,18 @@ BATCH = "rollout.prompts_per_step"  # the prompts of a step
 
 
 def train(
-    config: Config, dry_run: bool = False, profile: int | None = None, restart: bool = False
+    config: Config,
+    dry_run: bool = False,
+    profile: int | None = None,
+    restart: bool = False,
+    fork_of: Location | None = None,
 ) -> int:
-    """Trains, and writes a trace of step `profile`; `restart` forgets the run in the folder first. 0 at the end,
-    UNFINISHED when told to stop before it. UserError for input that cannot be used; RunStopped on NaN.
+    """Trains, and writes a trace of step `profile`; `restart` forgets the run in the folder first, `fork_of` is the folder of
+    another run to go on from. 0 at the end, UNFINISHED when told to stop before it. UserError for input that cannot be used;
+    RunStopped on NaN.
     """
     check_store(config)
-    check_start(config, restart)
+    origin = check_start(config, restart, fork_of)
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     check_sizes(config, policy)
     check_experts(config, policy.config)
@@ -72,9 +79,14 @@ def train(
     examples = held_out(config, policy, keep)
     steps = total_steps(config, prompts.size, BATCH)
     describe(config, policy, prompts, examples, steps)
+    if origin is not None:
+        check_origin(origin, policy.params, steps)
     if dry_run:
         return 0
-    with contextlib.closing(open_run(config, policy.files, restart)) as run, activate(policy.mesh):
+    with (
+        contextlib.closing(open_run(config, policy.files, restart, origin)) as run,
+        activate(policy.mesh),
+    ):
         evaluator = Evaluator(config, policy, examples) if examples else None
         finished = train_steps(policy, prompts, evaluator, run, profile)
         report_evaluations(run.folder)
@@ -105,7 +117,8 @@ def train_steps(
     host = HostMetrics(config, policy, prompts, cfg.updates, steps)
     loop = Loop(run, steps, evaluator, ("reward", "reward/mean"), profile)
     with contextlib.closing(Collector(config, policy, prompts, steps)) as collector:
-        state, loader_state = loop.resume(state, abstract)
+        start = Start(collector.batches.get_state(), cfg.updates)
+        state, loader_state = loop.resume(state, abstract, start)
         collector.resume(loader_state)
         for step in loop.steps():
             # sample and score

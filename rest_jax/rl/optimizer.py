@@ -1,5 +1,7 @@
 """AdamW by optax, with schedule, clipping by global norm and a weight-decay mask. Nothing hand-written."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,20 @@ def make_optimizer(cfg: OptimizerConfig, updates: int) -> optax.GradientTransfor
         weight_decay=cfg.weight_decay,
         mask=decay_mask,
     )
-    if cfg.max_grad_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), adamw)
+    limit = cfg.max_grad_norm
+    # The same state with and without clipping, so that a fork may change it.
+    clip = optax.identity() if limit is None else optax.clip_by_global_norm(limit)
+    return optax.chain(clip, adamw)
+
+
+def move_schedule(opt_state: Any, updates: int) -> Any:
+    """The optimiser's state with the learning rate of a run that has made so many updates."""
+
+    def move(x: Any) -> Any:
+        if not isinstance(x, optax.ScaleByScheduleState):
+            return x
+        return x._replace(count=jnp.full_like(x.count, updates))
+
+    return jax.tree.map(
+        move, opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState)
+    )

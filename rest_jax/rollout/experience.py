@@ -90,10 +90,9 @@ class Collector:
         self.pool = concurrent.futures.ThreadPoolExecutor(1, "score")
         self.prefetched: Experience | None = None  # of the next step, under staleness
 
-    def resume(self, loader_state: dict[str, Any] | None) -> None:
-        """Moves to a saved position of the data; None: the start."""
-        if loader_state is not None:
-            self.batches.set_state(loader_state)
+    def resume(self, loader_state: dict[str, Any]) -> None:
+        """Moves to a saved position of the data."""
+        self.batches.set_state(loader_state)
 
     def collect(self, params: Params, rng: jax.Array, step: int) -> Experience:
         """The experience of step `step` (from 1), with weights in the rollout layout and the run's key.

@@ -131,12 +131,8 @@ class Checkpoints:
         """
         self.wait()
         found, damaged = _newest_sound(self.folder, _ITEMS)
-        path = self.folder / str(found)
-        rest = _read(path / "rest", dataclasses.replace(abstract_state, params=None))
-        state = dataclasses.replace(rest, params=_read(path / "params", abstract_state.params))
+        state, loader_state = read(self.folder / str(found), abstract_state)
         self._put_aside(damaged)
-        with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
-            loader_state = dict(handler.restore(path / "loader"))
         return state, loader_state, found
 
     def wait(self) -> None:
@@ -194,11 +190,30 @@ def newest_params(run_dir: Location) -> tuple[epath.Path, int]:
 
     Changes nothing on disk; the optimiser's state is not verified. Every process calls it and verifies its share of the files.
     """
+    path = newest(run_dir, ("params",))
+    return path / "params", int(path.name)
+
+
+def newest(run_dir: Location, items: Sequence[str] = _ITEMS) -> epath.Path:
+    """The newest checkpoint of a run of which `items` are sound; the rest as for `newest_params`."""
     folder = checkpoint_path(absolute(run_dir) / FOLDER)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; is {run_dir} the folder of a run?")
-    found, _ = _newest_sound(folder, ("params",))
-    return folder / str(found) / "params", found
+    return folder / str(_newest_sound(folder, items)[0])
+
+
+def read(path: epath.Path, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """The state and the loader state of a sound checkpoint; the rest as for `Checkpoints.restore`."""
+    rest = _read(path / "rest", dataclasses.replace(abstract_state, params=None))
+    state = dataclasses.replace(rest, params=_read(path / "params", abstract_state.params))
+    with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
+        return state, dict(handler.restore(path / "loader"))
+
+
+def check_params(path: epath.Path, params: Params) -> None:
+    """UserError unless the parameters of a checkpoint have the names, shapes and types of these."""
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        _compare(path, _named(handler.metadata(path / "params").tree), _named(params))
 
 
 def write_manifest(folder: epath.Path) -> None:

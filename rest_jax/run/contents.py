@@ -38,12 +38,16 @@ def digests(policy: Policy, data: Prepared) -> dict[str, str]:
 
 def check_same(saved: Mapping[str, str], found: Mapping[str, str], where: Any) -> None:
     """UserError that names the contents that are not those of a checkpoint."""
-    changed = [name for name, digest in saved.items() if found.get(name, digest) != digest]
-    if changed:
+    if other := changed(saved, found):
         raise UserError(
-            f"{where}: its run was made of other {', '.join(changed)} than are here now; put the old ones back, choose another "
-            "name, or forget that run with --restart"
+            f"{where}: its run was made of other {', '.join(other)} than are here now; put the old ones back, go on "
+            "from it under another name with --fork NEW_NAME, or forget that run with --restart"
         )
+
+
+def changed(saved: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """The names of the contents that are not those of a checkpoint."""
+    return [name for name, digest in saved.items() if found.get(name, digest) != digest]
 
 
 def _of_rows(rows: Iterable[np.ndarray | bytes]) -> str:

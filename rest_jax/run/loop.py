@@ -1,6 +1,6 @@
 """What the two training loops share: resumption, one clock, metrics read a step late, evaluation, checkpoints, the end.
 
-    state, loader_state = loop.resume(state, abstract)
+    state, loader_state = loop.resume(state, abstract, start)
     for step in loop.steps():
         ...                                   dispatch the step
         loop.end_step(step, pending, state, loader_state)
@@ -27,7 +27,8 @@ from rest_jax.distributed import exchange, is_first_process, say
 from rest_jax.errors import RunStopped, UserError
 from rest_jax.files import list_files, written_locally
 from rest_jax.rl.update import NOT_FINITE
-from rest_jax.run.folder import Run, not_finite
+from rest_jax.run.folder import EVALUATION, Run, not_finite
+from rest_jax.run.fork import Start
 from rest_jax.run.progress import Progress
 from rest_jax.run.symptoms import Watch
 from rest_jax.types import Params, TrainState
@@ -159,19 +160,21 @@ class Loop:
         self.pending: PendingStep | None = None
         self.start = 0
         self.finished = True  # False once the run was told to stop before its last step
+        self.evaluation_due = False
         self._extra: dict[str, float] = {}
         self._symptoms = Watch()
         self._broken_in_a_row = 0
         self._fault = ""  # why the run has to stop
 
     def resume(
-        self, state: TrainState, abstract: TrainState
-    ) -> tuple[TrainState, dict[str, Any] | None]:
-        """The state and the loader's state of the newest sound checkpoint; without one, `state` and None."""
-        self.state, loader_state, self.start = self.run.resume(state, abstract)
+        self, state: TrainState, abstract: TrainState, start: Start
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """The state and the loader's state of the newest sound checkpoint; without one, what the run begins with."""
+        self.state, loader_state, self.start = self.run.resume(state, abstract, start)
+        self.evaluation_due = loader_state.pop(EVALUATION, False)
         if self.start >= self.total:
             say(f"{self.run.folder}: all {self.total} steps are done")
-        elif loader_state is not None:
+        elif self.start:
             say(f"{self.run.folder}: resumes after step {self.start}")
         self.progress = Progress(self.total, self.start)
         return self.state, loader_state
@@ -179,8 +182,8 @@ class Loop:
     def steps(self) -> Iterator[int]:
         """The numbers (from 1) of the steps to do; ends early when told to stop. `end_step` must be called in each."""
         self.clock, train = Clock(), self.run.config.train
-        if self.start == 0 and train.eval_before:
-            self._evaluate(0)
+        if self.evaluation_due:
+            self._evaluate(self.start)
         for step in range(self.start + 1, self.total + 1):
             with self.tracer.step(step, lambda: jax.block_until_ready(self.state.params)):
                 self._close_lap()

@@ -220,16 +220,19 @@ class MetricsWriter:
         self._files[name].write(json.dumps(record, allow_nan=False) + "\n")
         self._files[name].flush()
 
-    def truncate_after(self, step: int) -> None:
-        """Cuts both files before the first line of a later step, and before a half-written last line: a resumed run writes
-        them again.
+    def truncate_after(self, step: int, evaluated: bool = True) -> None:
+        """Cuts both files before the first line of a later step (or of the evaluation of this one, unless `evaluated`), and
+        before a half-written last line: a resumed run writes them again.
         """
         for file in self._files.values():
             kept = 0
             # What follows the last line end is a half-written line.
             for line in pathlib.Path(file.name).read_bytes().split(b"\n")[:-1]:
                 record = _parse(line)
-                if record is not None and record["step"] > step:
+                if record is not None and (
+                    record["step"] > step
+                    or (record["step"] == step and not evaluated and _is_evaluation(record))
+                ):
                     break
                 kept += len(line) + 1
             file.truncate(kept)
@@ -326,6 +329,11 @@ def _number(value: Any) -> int | float | None:
         return int(value)
     value = float(value)
     return value if math.isfinite(value) else None
+
+
+def _is_evaluation(record: Mapping[str, Any]) -> bool:
+    """Whether a line of the metrics or the samples is of a held-out evaluation."""
+    return record.get("split") == "eval" or any(name.startswith("eval/") for name in record)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from rest_jax.config import Config
 from rest_jax.errors import UserError
 from rest_jax.run.folder import (
     CONFIG_FILE,
+    EVALUATION,
     RL_FINITE,
     SUPERVISED_FINITE,
     check_config,
@@ -27,9 +28,11 @@ from rest_jax.run.folder import (
     not_finite,
     open_run,
 )
+from rest_jax.run.fork import Start
 from rest_jax.run.metrics import METRICS, METRICS_FILE, SAMPLES_FILE, read_lines
 from tests.programs.states import make_state
 
+START = Start({"seen": 0}, updates=1)
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
 
@@ -129,7 +132,11 @@ def test_restart_forgets_the_run_in_the_folder(saved, files, tmp_path):
     fresh, other = make_state(), make_config(tmp_path, "seed=3")
     check_start(other, restart=True)
     with contextlib.closing(open_run(other, files, restart=True)) as run:
-        assert run.resume(fresh, abstract(fresh)) == (fresh, None, 0)
+        assert run.resume(fresh, abstract(fresh), START) == (
+            fresh,
+            {"seen": 0, EVALUATION: True},
+            0,
+        )
     assert read_lines(saved.folder / METRICS_FILE) == read_lines(saved.folder / SAMPLES_FILE) == []
     # Nothing of the old run refuses the new one.
     open_run(other, files).close()
@@ -193,13 +200,17 @@ def test_the_guard_names_metrics_of_the_table():
 def test_resuming_drops_the_lines_after_the_checkpoint(config, files):
     fresh = make_state()
     with contextlib.closing(open_run(config, files)) as run:
-        assert run.resume(fresh, abstract(fresh)) == (fresh, None, 0)
+        assert run.resume(fresh, abstract(fresh), START) == (
+            fresh,
+            {"seen": 0, EVALUATION: True},
+            0,
+        )
         for step in range(4):
             run.write(step, {"reward/mean": step / 4}, [{"text": str(step)}])
             if step == 2:
                 run.save(step, make_state(step), {"seen": step})
     with contextlib.closing(open_run(config, files)) as run:
-        state, loader_state, step = run.resume(fresh, abstract(fresh))
+        state, loader_state, step = run.resume(fresh, abstract(fresh), START)
         assert (int(state.step), loader_state, step) == (9, {"seen": 2}, 2)
     lines = read_lines(config.folder / METRICS_FILE)
     assert [line["step"] for line in lines] == [0, 1, 2]
@@ -211,7 +222,7 @@ def test_a_run_without_a_checkpoint_begins_with_empty_files(config, files):
     with contextlib.closing(open_run(config, files)) as run:
         run.write(0, {"reward/mean": 1.0})
     with contextlib.closing(open_run(config, files)) as run:
-        run.resume(fresh, abstract(fresh))
+        run.resume(fresh, abstract(fresh), START)
     assert read_lines(config.folder / METRICS_FILE) == []
 
 
