@@ -88,9 +88,10 @@ def finetune(
         contextlib.closing(open_run(config, policy.files, restart, origin)) as run,
         activate(policy.mesh),
     ):
-        evaluator = Evaluator(config, policy, examples) if examples else None
+        evaluator = Evaluator(config, policy, examples, run.stop.check) if examples else None
         finished = finetune_steps(policy, data, evaluator, run)
-        report_evaluations(run.folder)
+        if finished:
+            report_evaluations(run.folder)
     return 0 if finished else UNFINISHED
 
 
@@ -126,32 +127,33 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
     start = Start(batches.get_state(), updates=1)
     state, loader_state = loop.resume(state, abstract, start)
     batches.set_state(loader_state)
-    for step in loop.steps():
-        rows, _ = next(batches)
-        lengths = gather_lengths(rows, mesh)
-        gold = to_mesh(label_regions(rows, policy, config.data.template), mesh)
-        dispatched = time.monotonic()
-        batch = prepare(gold)
-        plan = plan_all_groups(lengths, config.train.max_tokens_per_microbatch, mesh)
-        state, totals = update(state, batch, plan)
-        state = dataclasses.replace(state, step=advance(state.step))
-        tokens, prompts = int(lengths.response_length.sum()), int(lengths.prompt_length.sum())
-        host = packing_metrics([plan], len(lengths.prompt_length)) | {
-            "data/epoch": int(rows.row.max()) // data.size + 1,
-            "data/dropped": data.dropped,
-            "update/tokens": tokens,
-            "update/learning_rate": float(rates[step - 1]),
-        }
-        pending = PendingStep(
-            device=([totals],),
-            read=combine_updates,
-            host=host,
-            rates=functools.partial(token_rates, tokens, tokens + prompts),
-            must_be_finite=SUPERVISED_FINITE,
-            batch={f.name: getattr(gold, f.name) for f in dataclasses.fields(gold)},
-            dispatched=dispatched,
-        )
-        loop.end_step(step, pending, state, batches.get_state())
+    with loop.stoppable():
+        for step in loop.steps():
+            rows, _ = next(batches)
+            lengths = gather_lengths(rows, mesh)
+            gold = to_mesh(label_regions(rows, policy, config.data.template), mesh)
+            dispatched = time.monotonic()
+            batch = prepare(gold)
+            plan = plan_all_groups(lengths, config.train.max_tokens_per_microbatch, mesh)
+            state, totals = update(state, batch, plan)
+            state = dataclasses.replace(state, step=advance(state.step))
+            tokens, prompts = int(lengths.response_length.sum()), int(lengths.prompt_length.sum())
+            host = packing_metrics([plan], len(lengths.prompt_length)) | {
+                "data/epoch": int(rows.row.max()) // data.size + 1,
+                "data/dropped": data.dropped,
+                "update/tokens": tokens,
+                "update/learning_rate": float(rates[step - 1]),
+            }
+            pending = PendingStep(
+                device=([totals],),
+                read=combine_updates,
+                host=host,
+                rates=functools.partial(token_rates, tokens, tokens + prompts),
+                must_be_finite=SUPERVISED_FINITE,
+                batch={f.name: getattr(gold, f.name) for f in dataclasses.fields(gold)},
+                dispatched=dispatched,
+            )
+            loop.end_step(step, pending, state, batches.get_state())
     return loop.finished
 
 

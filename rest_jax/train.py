@@ -87,9 +87,10 @@ def train(
         contextlib.closing(open_run(config, policy.files, restart, origin)) as run,
         activate(policy.mesh),
     ):
-        evaluator = Evaluator(config, policy, examples) if examples else None
+        evaluator = Evaluator(config, policy, examples, run.stop.check) if examples else None
         finished = train_steps(policy, prompts, evaluator, run, profile)
-        report_evaluations(run.folder)
+        if finished:
+            report_evaluations(run.folder)
     return 0 if finished else UNFINISHED
 
 
@@ -116,7 +117,10 @@ def train_steps(
     minibatch = assign_minibatches(config.rollout.prompts_per_step, cfg.updates)
     host = HostMetrics(config, policy, prompts, cfg.updates, steps)
     loop = Loop(run, steps, evaluator, ("reward", "reward/mean"), profile)
-    with contextlib.closing(Collector(config, policy, prompts, steps)) as collector:
+    with (
+        loop.stoppable(),
+        contextlib.closing(Collector(config, policy, prompts, steps, run.stop.check)) as collector,
+    ):
         start = Start(collector.batches.get_state(), cfg.updates)
         state, loader_state = loop.resume(state, abstract, start)
         collector.resume(loader_state)
@@ -125,6 +129,8 @@ def train_steps(
             experience = collector.collect(rollout_params(state.params), state.rng, step)
             lengths, reward = gather_lengths(experience.scored, rollout_mesh)
             scored = move_rows(experience.scored, rollout_mesh, mesh)
+            # Behind the update the state that the step began with is gone.
+            run.stop.check()
             dispatched = time.monotonic()
             with jax.profiler.TraceAnnotation("update"):
                 # advantages, token weights, global denominators

@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 
 import rest_jax
+from rest_jax import cli
 from rest_jax import config as config_lib
 from rest_jax.files import Location, as_path
 from rest_jax.rl.curriculum import Schedule
@@ -58,6 +59,22 @@ def environment() -> dict[str, str]:
         "PYTHONPATH": f"{ROOT}{os.pathsep}{PROGRAMS / 'site'}",
         "PYTHONFAULTHANDLER": "1",
     }
+
+
+# One prompt each of the eight devices of the tests.
+WIDE = (
+    "mesh.fsdp=1", "mesh.data=-1", "rollout.prompts_per_step=8", "train.prompts_per_update=4",
+    "sft.batch_size=8",
+)  # fmt: skip
+
+
+def launch(raw: dict, *words: str, command: str = "train") -> int:
+    """`rest-jax COMMAND` in this process, over its eight devices; the exit code."""
+    output = pathlib.Path(raw["output"])
+    output.mkdir(exist_ok=True)
+    path = output / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return cli.main([command, str(path), *WIDE, *words])
 
 
 def start(

@@ -9,6 +9,7 @@ little is left to wait for when the last one ends. Scores do not depend on when 
 import concurrent.futures
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -71,11 +72,20 @@ class Experience:
 class Collector:
     """Samples and scores the batches of a run. A resource: it holds the compiled sampler and a thread."""
 
-    def __init__(self, config: Config, policy: Policy, prompts: Prepared, steps: int):
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        prompts: Prepared,
+        steps: int,
+        check: Callable[[], None] = lambda: None,
+    ):
+        """`check` is called between the calls of a rollout and behind it; what it raises ends it."""
         r, mesh = config.rollout, policy.rollout_mesh
         self.config, self.policy, self.steps = config, policy, steps
         sampling = Sampling(r.temperature, r.top_k, r.top_p)
         self.sampler = make_sampler(policy, r, r.group_size, sampling, r.replay_routing)
+        self.check = self.sampler.between_calls = check
         self.template = TEMPLATES[config.data.template].behind(policy.tokenizer.thought_open)
         self.batches = Loader(
             prompts,
@@ -125,6 +135,7 @@ class Collector:
         with jax.profiler.TraceAnnotation("rollout"):
             rollout = self.sampler(params, batch, rng, step - 1, on_group).validate()
         sampled = time.monotonic()
+        self.check()
         with jax.profiler.TraceAnnotation("score"):
             parts = [pending[prompt].result() for prompt in range(len(records))]
         return Experience(
@@ -171,7 +182,7 @@ class Collector:
 
     def close(self) -> None:
         """Ends the thread."""
-        self.pool.shutdown()
+        self.pool.shutdown(cancel_futures=True)
 
 
 def _join(rollout: RolloutBatch, parts: list[ScoredBatch]) -> ScoredBatch:

@@ -48,7 +48,7 @@ from rest_jax.run.fork import (
     write_origin,
 )
 from rest_jax.run.lock import check_free, locked
-from rest_jax.run.metrics import METRICS_FILE, SAMPLES_FILE, MetricsWriter, check_wandb
+from rest_jax.run.metrics import METRICS_FILE, SAMPLES_FILE, MetricsWriter, check_wandb, read_lines
 from rest_jax.run.stop import SIGTERM_CODE, StopRequest, end
 from rest_jax.types import TrainState
 
@@ -234,7 +234,7 @@ def open_run(
     folder = config.folder
     if not restart:
         check_config(folder, config)
-        check_history(folder)
+        check_history(config)
     make_folder(folder)
     with contextlib.ExitStack() as stack:
         check_lock = stack.enter_context(locked(folder))
@@ -300,7 +300,7 @@ def check_start(
     elif not restart:
         if found := check_config(config.folder, config):
             say(f"{config.folder} resumes under another config: {_named(found)}")
-        check_history(config.folder)
+        check_history(config)
     optional = {"tensorboard": config.train.tensorboard, "wandb": config.train.wandb_project}
     for package, wanted in optional.items():
         if wanted and importlib.util.find_spec(package) is None:
@@ -332,15 +332,19 @@ def _named(found: Sequence[config_lib.Difference]) -> str:
     return "; ".join(f"{d.path}: {d.old!r} there, {d.new!r} now" for d in found)
 
 
-def check_history(folder: epath.Path) -> None:
+def check_history(config: Config) -> None:
     """UserError when the checkpoints of a run are gone that has metrics: it would begin again and overwrite them."""
+    folder = config.folder
     checkpoints, metrics = folder / CHECKPOINTS, folder / METRICS_FILE
     with store_errors(folder):
         if not metrics.exists() or not metrics.stat().length or list_steps(checkpoints):
             return
         # A run that ended before its first checkpoint may begin again. Its folder of checkpoints is there all the same.
         gone = (folder / SAVED_FILE).exists() or not (is_url(folder) or checkpoints.is_dir())
-    if gone:
+        # Where that file is not, either: a run that was killed in its first save has left a part of it.
+        emptied = not (checkpoints.is_dir() and any(checkpoints.iterdir()))
+        lines = read_lines(metrics)
+    if gone or (emptied and lines and lines[-1]["step"] > config.train.checkpoint_every):
         raise UserError(
             f"{checkpoints}: no checkpoint is left of the run whose metrics are in {metrics}; put them back (is a disk not "
             "mounted?), or forget that run with --restart"

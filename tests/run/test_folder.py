@@ -22,6 +22,7 @@ from rest_jax.run.folder import (
     CONFIG_FILE,
     EVALUATION,
     RL_FINITE,
+    SAVED_FILE,
     SUPERVISED_FINITE,
     check_config,
     check_start,
@@ -107,6 +108,9 @@ def test_a_run_that_samples_ahead_keeps_its_checkpoints_where_they_are(files, tm
 @pytest.fixture
 def saved(config, files) -> Config:
     """A run with lines of two steps and a checkpoint of each."""
+    config = config.model_copy(
+        update={"train": config.train.model_copy(update={"checkpoint_every": 1})}
+    )
     with contextlib.closing(open_run(config, files)) as run:
         for step in (1, 2):
             run.write(step, {"reward/mean": 1.0}, [{"text": "a"}])
@@ -114,12 +118,14 @@ def saved(config, files) -> Config:
     return config
 
 
-@pytest.mark.parametrize("loss", ["all steps", "the folder"])
+@pytest.mark.parametrize("loss", ["all steps", "the folder", "all steps and what is hidden"])
 def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(saved, files, loss):
     checkpoints = saved.folder / "checkpoints"
     shutil.rmtree(checkpoints)
-    if loss == "all steps":
+    if loss != "the folder":
         checkpoints.mkdir()
+    if "hidden" in loss:
+        (saved.folder / SAVED_FILE).unlink()
     before = (saved.folder / METRICS_FILE).read_bytes()
     for refuse in (lambda: check_start(saved), lambda: open_run(saved, files)):
         with pytest.raises(UserError, match=r"no checkpoint is left.*--restart") as caught:

@@ -5,26 +5,12 @@ import pathlib
 import shutil
 
 import pytest
-import yaml
 
-from rest_jax import cli
 from rest_jax.run.fork import FILE
 from rest_jax.run.metrics import read_lines
-from tests.runs import STEPS, assert_same, lines, recipe, state
+from tests.runs import STEPS, assert_same, launch, lines, recipe, state
 
 FORKED = 2
-# Eight devices, one prompt each.
-WIDE = ["mesh.fsdp=1", "mesh.data=-1", "rollout.prompts_per_step=8", "train.prompts_per_update=4",
-        "sft.batch_size=8"]  # fmt: skip
-
-
-def launch(raw: dict, *words: str, command: str = "train") -> int:
-    """`rest-jax COMMAND` in this process; the exit code."""
-    output = pathlib.Path(raw["output"])
-    output.mkdir(exist_ok=True)
-    path = output / "config.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    return cli.main([command, str(path), *WIDE, *words])
 
 
 def config_of(model, output: pathlib.Path) -> dict:
