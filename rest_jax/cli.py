@@ -2,7 +2,7 @@
 
 One typed function for each command: it reads its words and calls the module that does the work, which is imported only then,
 so that `--help` is quick. A word `key=value` is a config value, any other is a file. Exit codes: 0 done, 1 a run stopped
-itself (NaN), 2 input that cannot be used, as one line on stderr, 75 a run that was told to stop (SIGTERM, Ctrl-C, SIGHUP) and has
+itself (NaN) or the disk is full, 2 input that cannot be used, as one line on stderr, 75 a run that was told to stop (SIGTERM, Ctrl-C, SIGHUP) and has
 saved, 130 Ctrl-C elsewhere, 143 SIGTERM to `data prepare`, or to a run that waits in vain. Any other error is a defect and
 shows its traceback.
 """
@@ -17,7 +17,7 @@ import typer
 from typer import Argument, Option
 
 from rest_jax import __version__
-from rest_jax.errors import RunStopped, UserError
+from rest_jax.errors import RunStopped, UserError, full_disk
 
 if TYPE_CHECKING:
     from rest_jax.config import Config
@@ -45,8 +45,10 @@ def entry() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
+    command = typer.main.get_command(app)
     try:
-        code = typer.main.get_command(app).main(argv, "rest-jax", standalone_mode=False) or 0
+        with full_disk("output"):
+            code = command.main(argv, "rest-jax", standalone_mode=False) or 0
     except typer.TyperException as error:
         return _fail(_usage(error), error.exit_code)
     except UserError as error:

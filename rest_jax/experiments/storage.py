@@ -6,6 +6,7 @@ intermediate values. Two workers may enqueue the same attempt of the same run at
 lowest number is done (`current`), so no lock is needed.
 """
 
+import contextlib
 import copy
 import logging
 import pathlib
@@ -13,17 +14,18 @@ import random
 import re
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import optuna
 import sqlalchemy.event
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from rest_jax import config as config_lib
-from rest_jax.errors import UserError
+from rest_jax.errors import RunStopped, UserError
 
 # User attributes of a trial. REASON: why it ended, "" while it has not. STOPS: how often its worker was told to stop.
 RUN, REASON, STOPS, SECONDS = "run", "reason", "stops", "seconds"
@@ -52,6 +54,8 @@ def open_storage(url: str, heartbeat: int) -> RDBStorage:
             found = RDBStorage(
                 url, options, heartbeat_interval=heartbeat, grace_period=4 * heartbeat
             )
+            if sqlite:
+                _check_pages(found.engine)
             break
         except _UNUSABLE as error:
             cause = error.__cause__ or error
@@ -65,6 +69,19 @@ def open_storage(url: str, heartbeat: int) -> RDBStorage:
     if sqlite:
         _lock_at_begin(found.engine)
     return found
+
+
+@contextlib.contextmanager
+def failures(name: str) -> Iterator[None]:
+    """Makes one RunStopped, of the experiment `name`, of a storage that fails once it is open."""
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError) as error:
+        cause = error.__cause__ or error
+        reason = " ".join(str(getattr(cause, "orig", None) or cause).split())[:300]
+        raise RunStopped(
+            f"{name}: storage: {reason}; the same command continues once it can be used"
+        ) from error
 
 
 def enqueue(study: optuna.Study, runs: Mapping[str, Mapping[str, Any]]) -> None:
@@ -125,6 +142,16 @@ def check_same(study: optuna.Study, definition: Mapping[str, Any]) -> None:
     elif found := config_lib.differences(before, definition):
         named = "; ".join(f"{d.path}: {d.old!r} there, {d.new!r} now" for d in found)
         raise UserError(f"{study.study_name} was begun differently ({named}); choose another name")
+
+
+def _check_pages(engine: Any) -> None:
+    """ValueError for a SQLite file that is damaged: queries that do not meet the damage would be answered."""
+    with engine.connect() as connection:
+        found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+    if found != "ok":
+        raise ValueError(
+            f"the file is damaged ({' '.join(found.split())}); put a sound copy in its place, or move it away to begin anew"
+        )
 
 
 def _lock_at_begin(engine: Any) -> None:

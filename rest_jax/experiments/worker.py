@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import optuna
-from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial, TrialState
 
 from rest_jax import config as config_lib
@@ -124,16 +124,17 @@ class Worker:
         """Opens the study and enqueues its runs. UserError as of `carry_out`."""
         self.experiment, self.engine = experiment, engine
         url = engine.storage or f"sqlite:///{experiment.folder / 'study.db'}"
-        self.study = optuna.create_study(
-            storage=storage.open_storage(url, engine.heartbeat),
-            study_name=experiment.name,
-            direction=experiment.direction,
-            pruner=experiment.pruner,
-            load_if_exists=True,
-        )
         self.stopping = False
-        storage.check_same(self.study, experiment.definition)
-        storage.enqueue(self.study, experiment.runs)
+        with storage.failures(experiment.name):
+            self.study = optuna.create_study(
+                storage=storage.open_storage(url, engine.heartbeat),
+                study_name=experiment.name,
+                direction=experiment.direction,
+                pruner=experiment.pruner,
+                load_if_exists=True,
+            )
+            storage.check_same(self.study, experiment.definition)
+            storage.enqueue(self.study, experiment.runs)
 
     def stop(self, number: int, _: Any) -> None:
         """Handles a signal. A second Ctrl-C interrupts."""
@@ -143,20 +144,20 @@ class Worker:
 
     def work(self) -> None:
         """Takes trials until all are done; while others work it waits, since they may die. RunStopped without storage."""
-        try:
-            with handled(self.stop, signal.SIGTERM, signal.SIGINT):
-                while not self.stopping:
-                    storage.retry_lost(self.study)
-                    states = {trial.state for trial in self.study.get_trials(deepcopy=False)}
-                    if TrialState.WAITING in states:
-                        with contextlib.suppress(_TakenAway):
-                            self.study.optimize(self.objective, n_trials=1, catch=(_Lost, _Failed))
-                    elif TrialState.RUNNING in states:
-                        time.sleep(self.engine.poll)
-                    else:
-                        return
-        except StorageInternalError as error:
-            raise RunStopped(f"{self.experiment.name}: storage: {error.__cause__}") from error
+        with (
+            storage.failures(self.experiment.name),
+            handled(self.stop, signal.SIGTERM, signal.SIGINT),
+        ):
+            while not self.stopping:
+                storage.retry_lost(self.study)
+                states = {trial.state for trial in self.study.get_trials(deepcopy=False)}
+                if TrialState.WAITING in states:
+                    with contextlib.suppress(_TakenAway):
+                        self.study.optimize(self.objective, n_trials=1, catch=(_Lost, _Failed))
+                elif TrialState.RUNNING in states:
+                    time.sleep(self.engine.poll)
+                else:
+                    return
 
     def objective(self, trial: Trial) -> float:
         """Trains one run to its end; its last value of the metric. _Lost, _Failed or TrialPruned when there is none."""

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from rest_jax.distributed import any_process, is_first_process
-from rest_jax.errors import RunStopped, UserError
+from rest_jax.errors import RunStopped, UserError, full_disk
 from rest_jax.files import (
     Location,
     absolute,
@@ -38,6 +39,8 @@ FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 # Suffix of a checkpoint that was put aside; Orbax does not see it.
 DAMAGED = ".damaged"
+# Orbax logs, with a traceback for each of its threads, what it then raises.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 _ITEMS = ("params", "rest", "loader")
 
 
@@ -136,15 +139,16 @@ class Checkpoints:
         return state, loader_state, found
 
     def wait(self) -> None:
-        """Blocks until the save under way is stored; raises what it raised, RunStopped when a store failed."""
+        """Blocks until the save under way is stored; raises what it raised, RunStopped when a store failed or a disk is full."""
         with self._failing_store():
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
     def _failing_store(self) -> Iterator[None]:
         try:
-            yield
-        except (TimeoutError, jax.errors.JaxRuntimeError):
+            with full_disk(f"{self.folder}/{self._saving}: not saved"):
+                yield
+        except (TimeoutError, jax.errors.JaxRuntimeError, RunStopped):
             raise
         except Exception as error:  # of TensorStore, gcsfs or s3fs
             if not is_url(self.folder):
