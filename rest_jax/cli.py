@@ -2,9 +2,9 @@
 
 One typed function for each command: it reads its words and calls the module that does the work, which is imported only then,
 so that `--help` is quick. A word `key=value` is a config value, any other is a file. Exit codes: 0 done, 1 a run stopped
-itself (NaN) or the disk is full, 2 input that cannot be used, as one line on stderr, 75 a run that was told to stop (SIGTERM, Ctrl-C, SIGHUP) and has
-saved, 130 Ctrl-C elsewhere, 143 SIGTERM to `data prepare`, or to a run that waits in vain. Any other error is a defect and
-shows its traceback.
+itself (NaN) or the disk is full, 2 input that cannot be used, as one line on stderr, 75 a run that was told to stop (SIGTERM,
+Ctrl-C, SIGHUP) and has saved, 130 Ctrl-C elsewhere, 143 SIGTERM to `data prepare`, or to a run that waits in vain. Any other
+error is a defect and shows its traceback.
 """
 
 import json
