@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import optuna
+import sqlalchemy
 import sqlalchemy.event
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
@@ -33,6 +34,11 @@ INVALID = "not a config"
 MAX_LOSSES = 4  # a trial whose workers died more often has failed
 _OPEN_TRIES = 20
 _UNUSABLE = (ImportError, ValueError, SQLAlchemyError, optuna.exceptions.OptunaError)
+_SILENT = sqlalchemy.text(
+    "SELECT trials.trial_id FROM trials JOIN studies ON studies.study_id = trials.study_id "
+    "LEFT JOIN trial_heartbeats ON trial_heartbeats.trial_id = trials.trial_id "
+    "WHERE studies.study_name = :name AND trials.state = 'RUNNING' AND trial_heartbeats.trial_id IS NULL"
+)
 _CREATED_MEANWHILE = re.compile("already exists|unique|duplicate", re.IGNORECASE)
 
 # What Optuna says at its own level is noise here: workers print a line for each trial, and its heartbeat is experimental.
@@ -126,6 +132,13 @@ def state(trial: FrozenTrial) -> tuple[str, str]:
 
 def retry_lost(study: optuna.Study) -> None:
     """Fails the stale trials and enqueues every lost one again, with its parameters and what it reported."""
+    # Optuna takes a trial without a heartbeat for alive: that of a worker which was killed before its first. It is given one, so
+    # that its silence counts from now on.
+    database: Any = study._storage
+    with database._backend.engine.connect() as connection:
+        silent = connection.execute(_SILENT, {"name": study.study_name}).scalars().all()
+    for trial_id in silent:
+        database.record_heartbeat(trial_id)
     optuna.storages.fail_stale_trials(study)
     again = RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)
     for trial in current(study).values():

@@ -18,7 +18,6 @@ import runpy
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -31,10 +30,8 @@ from rest_jax import config as config_lib
 from rest_jax.config import Config, ConfigError
 from rest_jax.errors import UNFINISHED, RunStopped, UserError
 from rest_jax.experiments import storage
-from rest_jax.run.environment import handled
+from rest_jax.run.environment import end_when_closed, handled
 from rest_jax.run.metrics import METRICS_FILE, read_lines
-
-_ORPHANED = 70  # exit code of a run whose worker is gone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,7 +292,11 @@ def shown(value: Any) -> str:
 
 
 def _work_on_share(experiment: Experiment, engine: Engine, index: int) -> None:
-    """A worker process of this machine, on every n-th CPU core and listed GPU where there are enough of them."""
+    """A worker process of this machine, on every n-th CPU core and listed GPU where there are enough of them. It ends with the
+    process that started it.
+    """
+    if (parent := multiprocessing.parent_process()) is not None:
+        end_when_closed(parent.sentinel)
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[index :: engine.workers] or cores)
@@ -308,15 +309,6 @@ def _work_on_share(experiment: Experiment, engine: Engine, index: int) -> None:
         sys.exit(f"rest-jax: error: {' '.join(str(error).split())}")
 
 
-def _end_with_worker() -> None:
-    """Waits until standard input is closed, then ends the process."""
-    # Not sys.stdin: this thread would hold its lock while the interpreter ends.
-    while os.read(0, 1):
-        pass
-    # Not sys.exit: the main thread may be inside XLA, where no exception reaches it.
-    os._exit(_ORPHANED)
-
-
 if __name__ == "__main__":
-    threading.Thread(target=_end_with_worker, daemon=True).start()
+    end_when_closed(0)
     runpy.run_module("rest_jax", run_name="__main__")

@@ -1,6 +1,7 @@
 """The queue of trials: each run once, whoever enqueues it; lost ones again; storages that cannot be used."""
 
 import pathlib
+import time
 
 import optuna
 import pytest
@@ -43,6 +44,18 @@ def test_lost_trials_are_retried_so_often(study):
     state = storage.state(storage.current(study)["a"])
     assert state == ("failed", "its workers were lost, 8 attempts")
     assert not any(trial.state.name == "WAITING" for trial in study.trials)
+
+
+@pytest.mark.slow
+def test_the_trial_of_a_worker_killed_before_its_first_heartbeat_is_lost_after_a_while(study):
+    storage.enqueue(study, {"a": {}})
+    study.ask()  # runs from now on, and nobody works on it
+    begun = time.monotonic()
+    while storage.attempts(storage.current(study)["a"]) == 1:
+        storage.retry_lost(study)
+        assert time.monotonic() - begun < 30
+        time.sleep(0.1)
+    assert time.monotonic() - begun > 3  # the grace is four times the heartbeat
 
 
 def test_failed_trials_are_not_retried(study):
