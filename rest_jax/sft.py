@@ -139,7 +139,7 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
             batch={f.name: getattr(gold, f.name) for f in dataclasses.fields(gold)},
             dispatched=dispatched,
         )
-        loop.end_step(step, pending, state, batches.get_state())
+        loop.end_step(step, pending, state, batches.get_state)
     return loop.finished
 
 

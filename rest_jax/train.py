@@ -142,7 +142,7 @@ def train_steps(
                 dispatched=dispatched,
                 samples=sample_lines(experience, policy, config.train.samples_per_step),
             )
-            loop.end_step(step, pending, state, experience.loader_state)
+            loop.end_step(step, pending, state, collector.get_state)
     return loop.finished
 
 

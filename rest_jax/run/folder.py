@@ -260,9 +260,7 @@ def check_config(folder: epath.Path, config: Config) -> list[config_lib.Differen
         if not path.is_file():
             return []
     found = config_lib.differences(config_lib.load([path]), config)
-    # Under staleness the steps behind a checkpoint are sampled with newer weights than the others.
-    fixed = ("train.checkpoint_every",) if config.rollout.staleness else ()
-    refused = [d for d in found if d.path in fixed or not d.path.startswith(MAY_CHANGE)]
+    refused = [d for d in found if not d.path.startswith(MAY_CHANGE)]
     if refused:
         raise UserError(
             f"{folder} holds a run of another config ({_named(refused)}); choose another name (model.source={folder} starts it "

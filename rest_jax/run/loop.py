@@ -205,9 +205,15 @@ class Loop:
         self.tracer.report(self.progress.message)
 
     def end_step(
-        self, step: int, pending: PendingStep, state: TrainState, loader_state: dict[str, Any]
+        self,
+        step: int,
+        pending: PendingStep,
+        state: TrainState,
+        loader_state: Callable[[], dict[str, Any]],
     ) -> None:
-        """Writes the metrics of the step before, and keeps those of this one, which the device still computes."""
+        """Writes the metrics of the step before, and keeps those of this one, which the device still computes. `loader_state` is
+        called when there is a checkpoint.
+        """
         self._flush()
         pending.step = step
         self.pending, self.state, self.loader_state = pending, state, loader_state
@@ -301,5 +307,5 @@ class Loop:
 
     def _save(self, step: int) -> None:
         self._flush()
-        self.run.save(step, self.state, self.loader_state)
+        self.run.save(step, self.state, self.loader_state())
         self._extra["time/checkpoint"] = self.clock.lap()[0]

@@ -93,14 +93,6 @@ def test_a_run_resumes_under_what_does_not_change_its_result(config, files, tmp_
     assert config_lib.load([other.folder / CONFIG_FILE]) == other
 
 
-def test_a_run_that_samples_ahead_keeps_its_checkpoints_where_they_are(files, tmp_path):
-    stale = ["rollout.staleness=1", "rollout.recompute_logprobs=true", "rollout.tis_cap=2"]
-    open_run(make_config(tmp_path, *stale), files).close()
-    other = make_config(tmp_path, *stale, "train.checkpoint_every=2")
-    with pytest.raises(UserError, match=r"train\.checkpoint_every: 15 there, 2 now"):
-        check_start(other)
-
-
 @pytest.fixture
 def saved(config, files) -> Config:
     """A run with lines of two steps and a checkpoint of each."""
