@@ -38,7 +38,7 @@ from rest_jax.run.contents import check_same
 from rest_jax.run.lock import check_free, locked
 from rest_jax.run.metrics import METRICS_FILE, SAMPLES_FILE, MetricsWriter, check_wandb
 from rest_jax.run.stop import SIGTERM_CODE, StopRequest, end
-from rest_jax.types import TrainState
+from rest_jax.types import Params, TrainState
 
 CONFIG_FILE = "config.yaml"
 MODEL_FOLDER = "model"
@@ -100,13 +100,16 @@ class Run:
     made_of: Mapping[str, str] = dataclasses.field(default_factory=dict)  # `contents.digests`
 
     def resume(
-        self, fresh: TrainState, abstract: TrainState
+        self, fresh: Callable[[], TrainState], abstract: TrainState, params: Params
     ) -> tuple[TrainState, dict[str, Any] | None, int]:
-        """(state, loader state, step): the newest sound checkpoint, or the fresh state, None and 0. UserError when the run was
-        made of something else.
+        """(state, loader state, step): the newest sound checkpoint, or a fresh state, None and 0. UserError when the run was made
+        of something else. `params`, the weights that a fresh state begins with, are deleted before a checkpoint is read: there
+        need not be room for both.
         """
-        state, loader_state, step = fresh, None, 0
-        if self.checkpoints.latest() is not None:
+        if self.checkpoints.latest() is None:
+            state, loader_state, step = fresh(), None, 0
+        else:
+            jax.tree.map(lambda x: x.delete(), params)
             with self._in_time("restoring the checkpoint"):
                 state, loader_state, step = self.checkpoints.restore(abstract)
             where = f"{self.folder}: checkpoint {step}"

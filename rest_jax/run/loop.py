@@ -1,6 +1,6 @@
 """What the two training loops share: resumption, one clock, metrics read a step late, evaluation, checkpoints, the end.
 
-    state, loader_state = loop.resume(state, abstract)
+    state, loader_state = loop.resume(fresh, abstract, params)
     for step in loop.steps():
         ...                                   dispatch the step
         loop.end_step(step, pending, state, loader_state)
@@ -165,10 +165,12 @@ class Loop:
         self._fault = ""  # why the run has to stop
 
     def resume(
-        self, state: TrainState, abstract: TrainState
+        self, fresh: Callable[[], TrainState], abstract: TrainState, params: Params
     ) -> tuple[TrainState, dict[str, Any] | None]:
-        """The state and the loader's state of the newest sound checkpoint; without one, `state` and None."""
-        self.state, loader_state, self.start = self.run.resume(state, abstract)
+        """The state and the loader's state of the newest sound checkpoint; without one, what `fresh` makes and None. See
+        `Run.resume`.
+        """
+        self.state, loader_state, self.start = self.run.resume(fresh, abstract, params)
         if self.start >= self.total:
             say(f"{self.run.folder}: all {self.total} steps are done")
         elif loader_state is not None:
