@@ -38,7 +38,13 @@ from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import learning_rates, make_optimizer
 from rest_jax.rl.packing import BatchLengths, packing_metrics
 from rest_jax.rl.regions import label_tokens
-from rest_jax.rl.step import combine_updates, init_state, make_advance, plan_all_groups
+from rest_jax.rl.step import (
+    abstract_state,
+    combine_updates,
+    init_state,
+    make_advance,
+    plan_all_groups,
+)
 from rest_jax.rl.supervised import (
     GoldBatch,
     make_prepare_gold,
@@ -102,9 +108,8 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
     tx, rates = make_optimizer(config.optimizer, steps), learning_rates(config.optimizer, steps)
     schedule = Schedule(config.weights, config.curriculum, steps)
     run.made_of = digests(policy, data)
-    state, abstract, shardings = init_state(
-        policy, tx, schedule, config.seed, config.optimizer.moments
-    )
+    abstract, shardings = abstract_state(policy, tx, schedule, config.optimizer.moments)
+    fresh = functools.partial(init_state, policy, tx, schedule, config.seed, shardings)
     prepare = make_prepare_gold(config.sft, mesh)
     update = make_supervised_update(policy.decoder, tx, config.loss, mesh, shardings)
     longest = Lengths(bucketed(data.prompts), bucketed(data.targets))
@@ -125,7 +130,7 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
     )
     loop = Loop(run, steps, evaluator, ("loss", "update/loss"))
     start = Start(batches.get_state(), updates=1)
-    state, loader_state = loop.resume(state, abstract, start)
+    state, loader_state = loop.resume(fresh, abstract, policy.params, start)
     batches.set_state(loader_state)
     with loop.stoppable():
         for step in loop.steps():
@@ -153,7 +158,7 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
                 batch={f.name: getattr(gold, f.name) for f in dataclasses.fields(gold)},
                 dispatched=dispatched,
             )
-            loop.end_step(step, pending, state, batches.get_state())
+            loop.end_step(step, pending, state, functools.partial(dict, batches.get_state()))
     return loop.finished
 
 

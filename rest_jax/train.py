@@ -41,7 +41,7 @@ from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import learning_rates, make_optimizer
 from rest_jax.rl.packing import BatchLengths, MicroBatch, assign_minibatches, packing_metrics
 from rest_jax.rl.prepare import StepConfig, active_groups
-from rest_jax.rl.step import init_state, make_step, plan_minibatches, policy_metrics
+from rest_jax.rl.step import abstract_state, init_state, make_step, plan_minibatches, policy_metrics
 from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.experience import Collector, Experience
 from rest_jax.run.contents import digests
@@ -104,9 +104,8 @@ def train_steps(
     tx = make_optimizer(config.optimizer, steps * cfg.updates)
     run.made_of = digests(policy, prompts)
     reference = copy_reference(config, policy.params)
-    state, abstract, shardings = init_state(
-        policy, tx, cfg.schedule, config.seed, config.optimizer.moments
-    )
+    abstract, shardings = abstract_state(policy, tx, cfg.schedule, config.optimizer.moments)
+    fresh = functools.partial(init_state, policy, tx, cfg.schedule, config.seed, shardings)
     rl = make_step(policy.decoder, tx, cfg, mesh, shardings)
     longest = Lengths(bucketed(prompts.prompts), config.rollout.max_response_tokens)
     abstract_policy = dataclasses.replace(policy, params=abstract.params)
@@ -122,7 +121,7 @@ def train_steps(
         contextlib.closing(Collector(config, policy, prompts, steps, run.stop.check)) as collector,
     ):
         start = Start(collector.batches.get_state(), cfg.updates)
-        state, loader_state = loop.resume(state, abstract, start)
+        state, loader_state = loop.resume(fresh, abstract, policy.params, start)
         collector.resume(loader_state)
         for step in loop.steps():
             # sample and score
@@ -161,7 +160,7 @@ def train_steps(
                 dispatched=dispatched,
                 samples=sample_lines(experience, policy, config.train.samples_per_step),
             )
-            loop.end_step(step, pending, state, experience.loader_state)
+            loop.end_step(step, pending, state, collector.snapshot())
     return loop.finished
 
 

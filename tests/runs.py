@@ -18,7 +18,7 @@ from rest_jax import config as config_lib
 from rest_jax.files import Location, as_path
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import make_optimizer
-from rest_jax.rl.step import init_state
+from rest_jax.rl.step import abstract_state
 from rest_jax.run.checkpoint import Checkpoints
 from rest_jax.run.load import load_policy
 from rest_jax.run.metrics import read_lines
@@ -162,7 +162,8 @@ def state(run: Location):
     config = config_lib.load([run / "config.yaml"])
     policy = load_policy(config.model, config_lib.MeshConfig(fsdp=-1))
     tx = make_optimizer(config.optimizer, STEPS * 2)
-    _, abstract, _ = init_state(policy, tx, Schedule(config.weights, config.curriculum, STEPS), 0)
+    schedule = Schedule(config.weights, config.curriculum, STEPS)
+    abstract, _ = abstract_state(policy, tx, schedule)
     with Checkpoints(run, 9) as checkpoints:
         return checkpoints.restore(abstract)
 

@@ -12,7 +12,9 @@ from rest_jax.types import Params
 
 
 def learning_rate(cfg: OptimizerConfig, updates: int) -> optax.Schedule:
-    """Warm-up from 0 over `warmup_fraction` of the run's optimiser updates, then constant, cosine or linear decay."""
+    """The rate of an update by the number of those before it: over the first `warmup_fraction` of the run's optimiser updates
+    1/w, 2/w, .. 1 of the peak, so that no update is without effect, then constant, cosine or linear decay.
+    """
     warmup = round(cfg.warmup_fraction * updates)
     rest = max(updates - warmup, 1)
     peak, final = cfg.learning_rate, cfg.learning_rate * cfg.final_fraction
@@ -23,7 +25,7 @@ def learning_rate(cfg: OptimizerConfig, updates: int) -> optax.Schedule:
     }[cfg.schedule]()
     if warmup == 0:
         return main
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
+    return optax.join_schedules([lambda count: peak * (count + 1) / warmup, main], [warmup])
 
 
 def learning_rates(cfg: OptimizerConfig, updates: int) -> np.ndarray:

@@ -363,7 +363,12 @@ class _Rollout:
 
     def rows(self, group: int) -> RolloutBatch:
         """What has been sampled of one prompt."""
-        return jax.tree.map(lambda x: x[group : group + 1], self.out)
+        return rows_of_group(self.out, group)
+
+
+def rows_of_group(rollout: RolloutBatch, group: int) -> RolloutBatch:
+    """The rows of one prompt, without copies."""
+    return jax.tree.map(lambda x: x[group : group + 1], rollout)
 
 
 def prefill_width(longest: int, total: int, page: int) -> int:

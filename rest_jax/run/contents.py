@@ -66,8 +66,13 @@ def _of_vocabulary(tokenizer: Tokenizer) -> str:
 
 def _of_weights(params: Params) -> str:
     """Of the bits of every element with its place. Sums of integers wrap round, so that they do not depend on the mesh."""
-    sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(_sum_of_bits, tree))(params))
+    sums = jax.device_get(_sums_of_bits(params))
     return _of_rows(np.asarray(x) for x in jax.tree.leaves(sums))
+
+
+@jax.jit
+def _sums_of_bits(params: Params) -> Params:
+    return jax.tree.map(_sum_of_bits, params)
 
 
 def _sum_of_bits(x: jax.Array) -> jax.Array:

@@ -50,7 +50,7 @@ from rest_jax.run.fork import (
 from rest_jax.run.lock import check_free, locked
 from rest_jax.run.metrics import METRICS_FILE, SAMPLES_FILE, MetricsWriter, check_wandb, read_lines
 from rest_jax.run.stop import SIGTERM_CODE, StopRequest, end
-from rest_jax.types import TrainState
+from rest_jax.types import Params, TrainState
 
 CONFIG_FILE = "config.yaml"
 MODEL_FOLDER = "model"
@@ -114,19 +114,28 @@ class Run:
     made_of: Mapping[str, str] = dataclasses.field(default_factory=dict)  # `contents.digests`
 
     def resume(
-        self, fresh: TrainState, abstract: TrainState, start: Start
+        self,
+        fresh: Callable[[], TrainState],
+        abstract: TrainState,
+        params: Params,
+        start: Start,
     ) -> tuple[TrainState, dict[str, Any], int]:
         """(state, loader state, step) of the newest sound checkpoint; without one what the run begins with. UserError when the
-        run was made of something else.
+        run was made of something else. `params`, the weights that a fresh state begins with, are deleted before a checkpoint is
+        read: there need not be room for both.
 
         The loader state has EVALUATION if the evaluation that is due after the step is still to be made; what lines there are of
         it are dropped.
         """
-        state, step = fresh, 0
-        loader_state = self._first_loader_state(start.loader_state)
         if self.checkpoints.latest() is None and self.origin is not None:
-            self._begin_fork(self.origin, fresh, abstract, start)
-        if self.checkpoints.latest() is not None:
+            rng = fresh().rng
+            jax.tree.map(lambda x: x.delete(), params)
+            self._begin_fork(self.origin, rng, abstract, start)
+        if self.checkpoints.latest() is None:
+            state, step = fresh(), 0
+            loader_state = self._first_loader_state(start.loader_state)
+        else:
+            jax.tree.map(lambda x: x.delete(), params)
             with self._in_time("restoring the checkpoint"):
                 state, loader_state, step = self.checkpoints.restore(abstract)
             where = f"{self.folder}: checkpoint {step}"
@@ -137,11 +146,11 @@ class Run:
         return state, loader_state, step
 
     def _begin_fork(
-        self, origin: Origin, fresh: TrainState, abstract: TrainState, start: Start
+        self, origin: Origin, rng: jax.Array, abstract: TrainState, start: Start
     ) -> None:
         """Makes the first checkpoint of a fork; UserError when the one it came from is gone."""
         with self._in_time(f"restoring {origin}"):
-            state, saved = first_state(origin, fresh, abstract, start)
+            state, saved = first_state(origin, rng, abstract, start)
         other = changed(saved.pop(MADE_OF, {}), self.made_of)
         goes_on = "records" not in other and same_order(saved, start.loader_state)
         made = f" with other {', '.join(other)}" if other else ""
@@ -317,9 +326,7 @@ def check_config(folder: epath.Path, config: Config) -> list[config_lib.Differen
         if not path.is_file():
             return []
     found = config_lib.differences(config_lib.load([path]), config)
-    # Under staleness the steps behind a checkpoint are sampled with newer weights than the others.
-    fixed = ("train.checkpoint_every",) if config.rollout.staleness else ()
-    refused = [d for d in found if d.path in fixed or not d.path.startswith(MAY_CHANGE)]
+    refused = [d for d in found if not d.path.startswith(MAY_CHANGE)]
     if refused:
         raise UserError(
             f"{folder} holds a run of another config ({_named(refused)}); --fork NEW_NAME goes on from its newest "

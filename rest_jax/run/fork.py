@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 from etils import epath
 
 from rest_jax.config import Config
@@ -97,11 +98,11 @@ def check_origin(origin: Origin, params: Params, steps: int) -> None:
 
 
 def first_state(
-    origin: Origin, fresh: TrainState, abstract: TrainState, start: Start
+    origin: Origin, rng: jax.Array, abstract: TrainState, start: Start
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state and the loader state of the checkpoint with the fork's own random key and schedule. UserError when it is gone.
 
-    `fresh`: the state that a run of this config would begin with.
+    `rng`: the key of a run of this config. What the other run had sampled ahead is sampled anew.
     """
     with store_errors(origin.checkpoint):
         path = origin.checkpoint / checkpoint.MANIFEST
@@ -110,9 +111,10 @@ def first_state(
                 f"{origin.checkpoint}: gone, or not what it was when this run was forked from it; fork anew with --restart"
             )
     state, loader_state = checkpoint.read(origin.checkpoint, abstract)
+    loader_state.pop(checkpoint.AHEAD, None)
     updates = origin.step * start.updates
     moved = move_schedule(state.opt_state, updates)
-    return dataclasses.replace(state, rng=fresh.rng, opt_state=moved), loader_state
+    return dataclasses.replace(state, rng=rng, opt_state=moved), loader_state
 
 
 def same_order(saved: Mapping[str, Any], start: Mapping[str, Any]) -> bool:

@@ -1,6 +1,6 @@
 """What the two training loops share: resumption, one clock, metrics read a step late, evaluation, checkpoints, the end.
 
-    state, loader_state = loop.resume(state, abstract, start)
+    state, loader_state = loop.resume(fresh, abstract, params, start)
     with loop.stoppable():
         for step in loop.steps():
             ...                                   dispatch the step
@@ -171,10 +171,16 @@ class Loop:
         self._fault = ""  # why the run has to stop
 
     def resume(
-        self, state: TrainState, abstract: TrainState, start: Start
+        self,
+        fresh: Callable[[], TrainState],
+        abstract: TrainState,
+        params: Params,
+        start: Start,
     ) -> tuple[TrainState, dict[str, Any]]:
-        """The state and the loader's state of the newest sound checkpoint; without one, what the run begins with."""
-        self.state, loader_state, self.start = self.run.resume(state, abstract, start)
+        """The state and the loader's state of the newest sound checkpoint; without one, what the run begins with. See
+        `Run.resume`.
+        """
+        self.state, loader_state, self.start = self.run.resume(fresh, abstract, params, start)
         self.done, self.evaluation_due = self.start, loader_state.pop(EVALUATION, False)
         if self.start >= self.total:
             say(f"{self.run.folder}: all {self.total} steps are done")
@@ -232,9 +238,15 @@ class Loop:
         self.tracer.report(self.progress.message)
 
     def end_step(
-        self, step: int, pending: PendingStep, state: TrainState, loader_state: dict[str, Any]
+        self,
+        step: int,
+        pending: PendingStep,
+        state: TrainState,
+        loader_state: Callable[[], dict[str, Any]],
     ) -> None:
-        """Writes the metrics of the step before, and keeps those of this one, which the device still computes."""
+        """Writes the metrics of the step before, and keeps those of this one, which the device still computes. `loader_state` is
+        called when there is a checkpoint.
+        """
         self._flush()
         pending.step = step
         self.pending, self.state, self.loader_state = pending, state, loader_state
@@ -331,5 +343,5 @@ class Loop:
     def _save(self, step: int) -> None:
         self._flush()
         due = {EVALUATION: True} if self.evaluation_due else {}
-        self.run.save(step, self.state, {**self.loader_state, **due})
+        self.run.save(step, self.state, {**self.loader_state(), **due})
         self._extra["time/checkpoint"] = self.clock.lap()[0]
