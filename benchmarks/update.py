@@ -40,7 +40,7 @@ from rest_jax.rl.packing import (
     plan_microbatches,
 )
 from rest_jax.rl.prepare import StepConfig
-from rest_jax.rl.step import init_state, make_step, plan_minibatches, policy_metrics
+from rest_jax.rl.step import abstract_state, init_state, make_step, plan_minibatches, policy_metrics
 from rest_jax.run.throughput import update_flops
 from rest_jax.types import RolloutBatch, Sampling, ScoredBatch
 
@@ -69,7 +69,8 @@ class Updates:
     def __init__(self, policy: Policy, tx: optax.GradientTransformation, cfg: StepConfig):
         self.mesh, self.cfg = policy.mesh, cfg
         with activate(self.mesh):
-            self.state, _, shardings = init_state(policy, tx, cfg.schedule, seed=0)
+            _, shardings = abstract_state(policy, tx, cfg.schedule)
+            self.state = init_state(policy, tx, cfg.schedule, 0, shardings)
         self.step = make_step(policy.decoder, tx, cfg, policy.mesh, shardings)
 
     def __call__(self, scored: ScoredBatch, plan: Sequence[Sequence[MicroBatch]] | None = None):

@@ -2,9 +2,9 @@
 
 One typed function for each command: it reads its words and calls the module that does the work, which is imported only then,
 so that `--help` is quick. A word `key=value` is a config value, any other is a file. Exit codes: 0 done, 1 a run stopped
-itself (NaN), 2 input that cannot be used, as one line on stderr, 75 a run that was told to stop (SIGTERM, Ctrl-C, SIGHUP) and has
-saved, 130 Ctrl-C elsewhere, 143 SIGTERM to `data prepare`, or to a run that waits in vain. Any other error is a defect and
-shows its traceback.
+itself (NaN) or the disk is full, 2 input that cannot be used, as one line on stderr, 75 a run that was told to stop (SIGTERM,
+Ctrl-C, SIGHUP) and has saved, 130 Ctrl-C elsewhere, 143 SIGTERM to `data prepare`, or to a run that waits in vain. Any other
+error is a defect and shows its traceback.
 """
 
 import json
@@ -17,10 +17,11 @@ import typer
 from typer import Argument, Option
 
 from rest_jax import __version__
-from rest_jax.errors import RunStopped, UserError
+from rest_jax.errors import RunStopped, UserError, full_disk
 
 if TYPE_CHECKING:
     from rest_jax.config import Config
+    from rest_jax.files import Location
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,8 +46,10 @@ def entry() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
+    command = typer.main.get_command(app)
     try:
-        code = typer.main.get_command(app).main(argv, "rest-jax", standalone_mode=False) or 0
+        with full_disk("output"):
+            code = command.main(argv, "rest-jax", standalone_mode=False) or 0
     except typer.TyperException as error:
         return _fail(_usage(error), error.exit_code)
     except UserError as error:
@@ -102,13 +105,24 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return [word for word in words if word not in overrides], overrides
 
 
-def _load(words: Sequence[str], world: str | None) -> "Config":
-    """The config of a training run, which joins the other processes before anything touches a device."""
+def _load(
+    words: Sequence[str], world: str | None, fork: str | None
+) -> "tuple[Config, Location | None]":
+    """The config of a training run, and the folder of the run that it forks, if it does. It joins the other processes before
+    anything touches a device; alone it looks at once, before jax is imported, whether the folder is free.
+    """
     from rest_jax import config
 
     loaded = config.load(*split(words))
+    fork_of = None if fork is None else loaded.folder
+    if fork is not None:
+        loaded = loaded.renamed(fork)
+    if world is None:
+        from rest_jax.run import lock
+
+        lock.check_free(loaded.folder)
     _join(world, loaded)
-    return loaded
+    return loaded, fork_of
 
 
 def _load_model(model: str, overrides: Sequence[str], world: str | None) -> "Config":
@@ -147,6 +161,13 @@ Model = Annotated[str, Argument(help="HF folder, hub id, converted folder, or fo
 Out = Annotated[str, Argument(help="folder to make")]
 DryRun = Annotated[bool, Option("--dry-run", help="check config, model and data, train nothing")]
 Restart = Annotated[bool, Option("--restart", help="forget the run in the folder, start anew")]
+Fork = Annotated[
+    str | None,
+    Option(
+        metavar="NEW_NAME",
+        help="go on from the newest checkpoint of the run in the folder, under this name and config",
+    ),
+]
 Distributed = Annotated[
     str | None,
     Option(
@@ -183,13 +204,14 @@ def train(
         int | None, Option(min=1, metavar="STEP", help="write a trace of it, for Perfetto or xprof")
     ] = None,
     restart: Restart = False,
+    fork: Fork = None,
     distributed: Distributed = None,
 ) -> int:
     """Train with ResT, GRPO or one of their variants; the same command resumes."""
-    config = _load(words, distributed)
+    config, fork_of = _load(words, distributed, fork)
     from rest_jax import train
 
-    return train.train(config, dry_run=dry_run, profile=profile, restart=restart)
+    return train.train(config, dry_run, profile, restart, fork_of)
 
 
 @app.command(rich_help_panel=_TRAIN)
@@ -197,13 +219,14 @@ def sft(
     words: Configs,
     dry_run: DryRun = False,
     restart: Restart = False,
+    fork: Fork = None,
     distributed: Distributed = None,
 ) -> int:
     """Train on the gold answers (supervised); the same command resumes."""
-    config = _load(words, distributed)
+    config, fork_of = _load(words, distributed, fork)
     from rest_jax import sft
 
-    return sft.finetune(config, dry_run=dry_run, restart=restart)
+    return sft.finetune(config, dry_run, restart, fork_of)
 
 
 @app.command(rich_help_panel=_TRAIN)

@@ -335,6 +335,10 @@ class Config(Section):
         """The folder of the run: a local one, or a URL (gs://, s3://)."""
         return as_path(self.output) / self.name
 
+    def renamed(self, name: str) -> "Config":
+        """The same under another name. Raises ConfigError."""
+        return validate_as(Config, {**self.model_dump(), "name": name}, f"--fork {name}")
+
     @pydantic.model_validator(mode="after")
     def _consistent(self):
         r = self.rollout

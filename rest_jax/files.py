@@ -24,7 +24,7 @@ import fsspec
 from etils import epath
 from fsspec.config import conf as fsspec_config
 
-from rest_jax.errors import UserError
+from rest_jax.errors import UserError, full_disk
 
 Location = str | os.PathLike[str]
 
@@ -182,6 +182,7 @@ def atomic_write(location: Location) -> Iterator[pathlib.Path]:
 
     When it does not, the path is removed, and what was there before is untouched. A local file is written beside its
     place, under a name with the process in it, so that two writers do not meet; the file of a URL is put in one request.
+    RunStopped when the disk is full.
     """
     if is_url(location):
         with tempfile.TemporaryDirectory() as folder:
@@ -193,7 +194,8 @@ def atomic_write(location: Location) -> Iterator[pathlib.Path]:
     path = pathlib.Path(location)
     partial = _beside(path)
     try:
-        yield partial
+        with full_disk(path):
+            yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -223,7 +225,8 @@ def atomic_folder(location: Location, last: str = "config.json") -> Iterator[pat
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        yield partial
+        with full_disk(path):
+            yield partial
         # An empty folder at `path` is replaced, too.
         os.replace(partial, path)
     finally:

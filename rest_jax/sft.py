@@ -28,6 +28,7 @@ from rest_jax.distributed import (
 )
 from rest_jax.errors import UNFINISHED
 from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
+from rest_jax.files import Location
 from rest_jax.models.policy import Policy, check_positions
 from rest_jax.planning.memory import check_memory
 from rest_jax.planning.programs import memory_programs
@@ -37,7 +38,13 @@ from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import learning_rates, make_optimizer
 from rest_jax.rl.packing import BatchLengths, packing_metrics
 from rest_jax.rl.regions import label_tokens
-from rest_jax.rl.step import combine_updates, init_state, make_advance, plan_all_groups
+from rest_jax.rl.step import (
+    abstract_state,
+    combine_updates,
+    init_state,
+    make_advance,
+    plan_all_groups,
+)
 from rest_jax.rl.supervised import (
     GoldBatch,
     make_prepare_gold,
@@ -45,6 +52,7 @@ from rest_jax.rl.supervised import (
 )
 from rest_jax.run.contents import digests
 from rest_jax.run.folder import SUPERVISED_FINITE, Run, check_start, open_run
+from rest_jax.run.fork import Start, check_origin
 from rest_jax.run.load import load_policy
 from rest_jax.run.loop import Loop, PendingStep, total_steps
 from rest_jax.run.preflight import check_store
@@ -53,13 +61,18 @@ from rest_jax.templates import TEMPLATES
 BATCH = "sft.batch_size"  # the records of a step
 
 
-def finetune(config: Config, dry_run: bool = False, restart: bool = False) -> int:
-    """Trains, with `restart` anew; 0 at the end, UNFINISHED when told to stop before it. UserError for input that cannot be used;
-    RunStopped on NaN.
+def finetune(
+    config: Config,
+    dry_run: bool = False,
+    restart: bool = False,
+    fork_of: Location | None = None,
+) -> int:
+    """Trains, with `restart` anew, with `fork_of` from a checkpoint of the run in that folder on; 0 at the end, UNFINISHED when
+    told to stop before it. UserError for input that cannot be used; RunStopped on NaN.
     """
     check_command(config, supervised=True)
     check_store(config)
-    check_start(config, restart)
+    origin = check_start(config, restart, fork_of)
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     check_batch(BATCH, config.sft.batch_size, policy.mesh)
     check_experts(config, policy.config)
@@ -73,12 +86,18 @@ def finetune(config: Config, dry_run: bool = False, restart: bool = False) -> in
         f"{config.name}: {data.summary()}\nheld out: {examples.summary() if examples else 'none'}\n"
         f"{steps} steps of {config.sft.batch_size} records"
     )
+    if origin is not None:
+        check_origin(origin, policy.params, steps)
     if dry_run:
         return 0
-    with contextlib.closing(open_run(config, policy.files, restart)) as run, activate(policy.mesh):
-        evaluator = Evaluator(config, policy, examples) if examples else None
+    with (
+        contextlib.closing(open_run(config, policy.files, restart, origin)) as run,
+        activate(policy.mesh),
+    ):
+        evaluator = Evaluator(config, policy, examples, run.stop.check) if examples else None
         finished = finetune_steps(policy, data, evaluator, run)
-        report_evaluations(run.folder)
+        if finished:
+            report_evaluations(run.folder)
     return 0 if finished else UNFINISHED
 
 
@@ -89,9 +108,8 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
     tx, rates = make_optimizer(config.optimizer, steps), learning_rates(config.optimizer, steps)
     schedule = Schedule(config.weights, config.curriculum, steps)
     run.made_of = digests(policy, data)
-    state, abstract, shardings = init_state(
-        policy, tx, schedule, config.seed, config.optimizer.moments
-    )
+    abstract, shardings = abstract_state(policy, tx, schedule, config.optimizer.moments)
+    fresh = functools.partial(init_state, policy, tx, schedule, config.seed, shardings)
     prepare = make_prepare_gold(config.sft, mesh)
     update = make_supervised_update(policy.decoder, tx, config.loss, mesh, shardings)
     longest = Lengths(bucketed(data.prompts), bucketed(data.targets))
@@ -111,35 +129,36 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
         rows=rows_of_shards(config.sft.batch_size, local_shards(mesh), mesh),
     )
     loop = Loop(run, steps, evaluator, ("loss", "update/loss"))
-    state, loader_state = loop.resume(state, abstract)
-    if loader_state is not None:
-        batches.set_state(loader_state)
-    for step in loop.steps():
-        rows, _ = next(batches)
-        lengths = gather_lengths(rows, mesh)
-        gold = to_mesh(label_regions(rows, policy, config.data.template), mesh)
-        dispatched = time.monotonic()
-        batch = prepare(gold)
-        plan = plan_all_groups(lengths, config.train.max_tokens_per_microbatch, mesh)
-        state, totals = update(state, batch, plan)
-        state = dataclasses.replace(state, step=advance(state.step))
-        tokens, prompts = int(lengths.response_length.sum()), int(lengths.prompt_length.sum())
-        host = packing_metrics([plan], len(lengths.prompt_length)) | {
-            "data/epoch": int(rows.row.max()) // data.size + 1,
-            "data/dropped": data.dropped,
-            "update/tokens": tokens,
-            "update/learning_rate": float(rates[step - 1]),
-        }
-        pending = PendingStep(
-            device=([totals],),
-            read=combine_updates,
-            host=host,
-            rates=functools.partial(token_rates, tokens, tokens + prompts),
-            must_be_finite=SUPERVISED_FINITE,
-            batch={f.name: getattr(gold, f.name) for f in dataclasses.fields(gold)},
-            dispatched=dispatched,
-        )
-        loop.end_step(step, pending, state, batches.get_state())
+    start = Start(batches.get_state(), updates=1)
+    state, loader_state = loop.resume(fresh, abstract, policy.params, start)
+    batches.set_state(loader_state)
+    with loop.stoppable():
+        for step in loop.steps():
+            rows, _ = next(batches)
+            lengths = gather_lengths(rows, mesh)
+            gold = to_mesh(label_regions(rows, policy, config.data.template), mesh)
+            dispatched = time.monotonic()
+            batch = prepare(gold)
+            plan = plan_all_groups(lengths, config.train.max_tokens_per_microbatch, mesh)
+            state, totals = update(state, batch, plan)
+            state = dataclasses.replace(state, step=advance(state.step))
+            tokens, prompts = int(lengths.response_length.sum()), int(lengths.prompt_length.sum())
+            host = packing_metrics([plan], len(lengths.prompt_length)) | {
+                "data/epoch": int(rows.row.max()) // data.size + 1,
+                "data/dropped": data.dropped,
+                "update/tokens": tokens,
+                "update/learning_rate": float(rates[step - 1]),
+            }
+            pending = PendingStep(
+                device=([totals],),
+                read=combine_updates,
+                host=host,
+                rates=functools.partial(token_rates, tokens, tokens + prompts),
+                must_be_finite=SUPERVISED_FINITE,
+                batch={f.name: getattr(gold, f.name) for f in dataclasses.fields(gold)},
+                dispatched=dispatched,
+            )
+            loop.end_step(step, pending, state, functools.partial(dict, batches.get_state()))
     return loop.finished
 
 

@@ -31,6 +31,7 @@ from rest_jax.distributed import (
 )
 from rest_jax.errors import UNFINISHED, UserError
 from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
+from rest_jax.files import Location
 from rest_jax.models.policy import Policy, check_positions
 from rest_jax.planning.memory import check_memory
 from rest_jax.planning.programs import memory_programs
@@ -40,11 +41,12 @@ from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import learning_rates, make_optimizer
 from rest_jax.rl.packing import BatchLengths, MicroBatch, assign_minibatches, packing_metrics
 from rest_jax.rl.prepare import StepConfig, active_groups
-from rest_jax.rl.step import init_state, make_step, plan_minibatches, policy_metrics
+from rest_jax.rl.step import abstract_state, init_state, make_step, plan_minibatches, policy_metrics
 from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.experience import Collector, Experience
 from rest_jax.run.contents import digests
 from rest_jax.run.folder import RL_FINITE, Run, check_start, open_run
+from rest_jax.run.fork import Start, check_origin
 from rest_jax.run.load import load_policy
 from rest_jax.run.loop import Loop, PendingStep, total_steps
 from rest_jax.run.preflight import check_store
@@ -55,14 +57,19 @@ BATCH = "rollout.prompts_per_step"  # the prompts of a step
 
 
 def train(
-    config: Config, dry_run: bool = False, profile: int | None = None, restart: bool = False
+    config: Config,
+    dry_run: bool = False,
+    profile: int | None = None,
+    restart: bool = False,
+    fork_of: Location | None = None,
 ) -> int:
-    """Trains, and writes a trace of step `profile`; `restart` forgets the run in the folder first. 0 at the end,
-    UNFINISHED when told to stop before it. UserError for input that cannot be used; RunStopped on NaN.
+    """Trains, and writes a trace of step `profile`; `restart` forgets the run in the folder first, `fork_of` is the folder of
+    another run to go on from. 0 at the end, UNFINISHED when told to stop before it. UserError for input that cannot be used;
+    RunStopped on NaN.
     """
     check_command(config, supervised=False)
     check_store(config)
-    check_start(config, restart)
+    origin = check_start(config, restart, fork_of)
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     check_sizes(config, policy)
     check_experts(config, policy.config)
@@ -73,12 +80,18 @@ def train(
     examples = held_out(config, policy, keep)
     steps = total_steps(config, prompts.size, BATCH)
     describe(config, policy, prompts, examples, steps)
+    if origin is not None:
+        check_origin(origin, policy.params, steps)
     if dry_run:
         return 0
-    with contextlib.closing(open_run(config, policy.files, restart)) as run, activate(policy.mesh):
-        evaluator = Evaluator(config, policy, examples) if examples else None
+    with (
+        contextlib.closing(open_run(config, policy.files, restart, origin)) as run,
+        activate(policy.mesh),
+    ):
+        evaluator = Evaluator(config, policy, examples, run.stop.check) if examples else None
         finished = train_steps(policy, prompts, evaluator, run, profile)
-        report_evaluations(run.folder)
+        if finished:
+            report_evaluations(run.folder)
     return 0 if finished else UNFINISHED
 
 
@@ -92,9 +105,8 @@ def train_steps(
     tx = make_optimizer(config.optimizer, steps * cfg.updates)
     run.made_of = digests(policy, prompts)
     reference = copy_reference(config, policy.params)
-    state, abstract, shardings = init_state(
-        policy, tx, cfg.schedule, config.seed, config.optimizer.moments
-    )
+    abstract, shardings = abstract_state(policy, tx, cfg.schedule, config.optimizer.moments)
+    fresh = functools.partial(init_state, policy, tx, cfg.schedule, config.seed, shardings)
     rl = make_step(policy.decoder, tx, cfg, mesh, shardings)
     longest = Lengths(bucketed(prompts.prompts), config.rollout.max_response_tokens)
     abstract_policy = dataclasses.replace(policy, params=abstract.params)
@@ -105,14 +117,20 @@ def train_steps(
     minibatch = assign_minibatches(config.rollout.prompts_per_step, cfg.updates)
     host = HostMetrics(config, policy, prompts, cfg.updates, steps)
     loop = Loop(run, steps, evaluator, ("reward", "reward/mean"), profile)
-    with contextlib.closing(Collector(config, policy, prompts, steps)) as collector:
-        state, loader_state = loop.resume(state, abstract)
+    with (
+        loop.stoppable(),
+        contextlib.closing(Collector(config, policy, prompts, steps, run.stop.check)) as collector,
+    ):
+        start = Start(collector.batches.get_state(), cfg.updates)
+        state, loader_state = loop.resume(fresh, abstract, policy.params, start)
         collector.resume(loader_state)
         for step in loop.steps():
             # sample and score
             experience = collector.collect(rollout_params(state.params), state.rng, step)
             lengths, reward = gather_lengths(experience.scored, rollout_mesh)
             scored = move_rows(experience.scored, rollout_mesh, mesh)
+            # Behind the update the state that the step began with is gone.
+            run.stop.check()
             dispatched = time.monotonic()
             with jax.profiler.TraceAnnotation("update"):
                 # advantages, token weights, global denominators
@@ -143,7 +161,7 @@ def train_steps(
                 dispatched=dispatched,
                 samples=sample_lines(experience, policy, config.train.samples_per_step),
             )
-            loop.end_step(step, pending, state, experience.loader_state)
+            loop.end_step(step, pending, state, collector.snapshot())
     return loop.finished
 
 

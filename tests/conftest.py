@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pathlib
+import resource
 import shutil
 import signal
 
@@ -167,6 +168,14 @@ def gs_server():
 def configs_dir() -> pathlib.Path:
     """The builtin configs."""
     return REPOSITORY / "configs"
+
+
+@pytest.fixture
+def limit_files():
+    """Sets the size, in bytes, at which a file of this process is refused to grow: as a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,12 @@ import numpy as np
 import yaml
 
 import rest_jax
+from rest_jax import cli
 from rest_jax import config as config_lib
 from rest_jax.files import Location, as_path
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import make_optimizer
-from rest_jax.rl.step import init_state
+from rest_jax.rl.step import abstract_state
 from rest_jax.run.checkpoint import Checkpoints
 from rest_jax.run.load import load_policy
 from rest_jax.run.metrics import read_lines
@@ -58,6 +59,22 @@ def environment() -> dict[str, str]:
         "PYTHONPATH": f"{ROOT}{os.pathsep}{PROGRAMS / 'site'}",
         "PYTHONFAULTHANDLER": "1",
     }
+
+
+# One prompt each of the eight devices of the tests.
+WIDE = (
+    "mesh.fsdp=1", "mesh.data=-1", "rollout.prompts_per_step=8", "train.prompts_per_update=4",
+    "sft.batch_size=8",
+)  # fmt: skip
+
+
+def launch(raw: dict, *words: str, command: str = "train") -> int:
+    """`rest-jax COMMAND` in this process, over its eight devices; the exit code."""
+    output = pathlib.Path(raw["output"])
+    output.mkdir(exist_ok=True)
+    path = output / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return cli.main([command, str(path), *WIDE, *words])
 
 
 def start(
@@ -145,7 +162,8 @@ def state(run: Location):
     config = config_lib.load([run / "config.yaml"])
     policy = load_policy(config.model, config_lib.MeshConfig(fsdp=-1))
     tx = make_optimizer(config.optimizer, STEPS * 2)
-    _, abstract, _ = init_state(policy, tx, Schedule(config.weights, config.curriculum, STEPS), 0)
+    schedule = Schedule(config.weights, config.curriculum, STEPS)
+    abstract, _ = abstract_state(policy, tx, schedule)
     with Checkpoints(run, 9) as checkpoints:
         return checkpoints.restore(abstract)
 

@@ -15,6 +15,7 @@ import yaml
 
 from rest_jax import config as config_lib
 from rest_jax.data.synthetic import world as synthetic
+from rest_jax.errors import UNFINISHED
 from rest_jax.run.load import load_policy
 from rest_jax.run.metrics import read_lines
 from tests.data.writing import write_records
@@ -158,6 +159,23 @@ def test_a_run_resumes_on_another_number_of_processes(model, one, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.communicate()
     finish(start("train", raw | {"mesh": {"data": 1, "fsdp": 1}}, tmp_path))
+    assert_close(tmp_path / "tiny", one)
+
+
+def test_a_signal_to_one_process_stops_all_and_the_run_resumes(model, one, tmp_path):
+    path = two_steps(model, tmp_path, {"data": 2})
+    processes = start_processes(["train", path], 2)
+    metrics, deadline = tmp_path / "tiny" / "metrics.jsonl", time.monotonic() + 300
+    while not (
+        metrics.is_file() and metrics.stat().st_size
+    ):  # the evaluation before the first step
+        assert processes[0].poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGTERM)
+    said = [finish(process, UNFINISHED) for process in processes]
+    assert "run the same command to resume" in said[0] and "Traceback" not in "".join(said)
+    for process in start_processes(["train", path], 2):
+        finish(process)
     assert_close(tmp_path / "tiny", one)
 
 

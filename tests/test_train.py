@@ -1,11 +1,13 @@
 """The RL loop on a tiny random policy: resumption bit for bit after SIGKILL, SIGTERM, NaN, refusals, supervised start."""
 
 import dataclasses
+import gc
 import pathlib
 import shutil
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -14,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from rest_jax import cli
 from rest_jax.errors import UNFINISHED
 from rest_jax.rollout.experience import Collector
+from rest_jax.run.checkpoint import Checkpoints
 from rest_jax.run.metrics import read_lines
 from tests.runs import STEPS, assert_same, finish, lines, recipe, start, state
 
@@ -74,6 +77,33 @@ def test_killed_and_restarted_is_the_unbroken_run(model, unbroken, tmp_path, mom
     finish(start("train", raw, tmp_path))
     assert lines(tmp_path / "tiny") == lines(unbroken)
     assert_same(state(tmp_path / "tiny"), state(unbroken))
+
+
+@pytest.mark.slow
+def test_nothing_is_on_the_devices_when_a_checkpoint_is_read(
+    model, unbroken, tmp_path, monkeypatch
+):
+    """Neither the starting weights nor a fresh state: resumption needs room for one state."""
+    shutil.copytree(unbroken, tmp_path / "tiny")
+    path = tmp_path / "longer.yaml"
+    path.write_text(yaml.safe_dump(tiny_run(model, tmp_path, train={"steps": STEPS + 1})))
+
+    class Read(Exception):
+        """Ends the run where it would read the checkpoint."""
+
+    def live_bytes() -> int:
+        gc.collect()
+        return sum(x.nbytes for x in jax.live_arrays())
+
+    def restore(self, abstract):
+        raise Read(live_bytes(), sum(x.size * 4 for x in jax.tree.leaves(abstract.params)))
+
+    monkeypatch.setattr(Checkpoints, "restore", restore)
+    before = live_bytes()
+    with pytest.raises(Read) as caught:
+        cli.main(["train", str(path), "mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2"])
+    live, params = caught.value.args
+    assert live - before < params / 20
 
 
 @pytest.mark.slow

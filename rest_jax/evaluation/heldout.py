@@ -8,7 +8,7 @@ Rates: format (S_format), exact (format and all calls equal gold as multisets; f
 import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -55,10 +55,18 @@ def held_out(config: Config, policy: Policy, keep: bool) -> Prepared | None:
 class Evaluator:
     """Greedy evaluation of any weights on fixed prompts. A resource: it holds the compiled rollout."""
 
-    def __init__(self, config: Config, policy: Policy, data: Prepared):
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        data: Prepared,
+        check: Callable[[], None] = lambda: None,
+    ):
+        """`check` is called between the calls of a rollout; what it raises ends the evaluation."""
         self.policy, self.data, self.reward = policy, data, config.reward
         self.template = TEMPLATES[config.data.template].behind(policy.tokenizer.thought_open)
         self._sampler = make_sampler(policy, config.rollout, 1, Sampling(greedy=True))
+        self._sampler.between_calls = check
         self._rollout_params = rollout_cast(policy)
         self.width = bucketed(data.prompts)
 

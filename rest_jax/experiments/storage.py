@@ -6,6 +6,7 @@ intermediate values. Two workers may enqueue the same attempt of the same run at
 lowest number is done (`current`), so no lock is needed.
 """
 
+import contextlib
 import copy
 import logging
 import pathlib
@@ -13,17 +14,19 @@ import random
 import re
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import optuna
+import sqlalchemy
 import sqlalchemy.event
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from rest_jax import config as config_lib
-from rest_jax.errors import UserError
+from rest_jax.errors import RunStopped, UserError
 
 # User attributes of a trial. REASON: why it ended, "" while it has not. STOPS: how often its worker was told to stop.
 RUN, REASON, STOPS, SECONDS = "run", "reason", "stops", "seconds"
@@ -31,6 +34,11 @@ INVALID = "not a config"
 MAX_LOSSES = 4  # a trial whose workers died more often has failed
 _OPEN_TRIES = 20
 _UNUSABLE = (ImportError, ValueError, SQLAlchemyError, optuna.exceptions.OptunaError)
+_SILENT = sqlalchemy.text(
+    "SELECT trials.trial_id FROM trials JOIN studies ON studies.study_id = trials.study_id "
+    "LEFT JOIN trial_heartbeats ON trial_heartbeats.trial_id = trials.trial_id "
+    "WHERE studies.study_name = :name AND trials.state = 'RUNNING' AND trial_heartbeats.trial_id IS NULL"
+)
 _CREATED_MEANWHILE = re.compile("already exists|unique|duplicate", re.IGNORECASE)
 
 # What Optuna says at its own level is noise here: workers print a line for each trial, and its heartbeat is experimental.
@@ -52,6 +60,8 @@ def open_storage(url: str, heartbeat: int) -> RDBStorage:
             found = RDBStorage(
                 url, options, heartbeat_interval=heartbeat, grace_period=4 * heartbeat
             )
+            if sqlite:
+                _check_pages(found.engine)
             break
         except _UNUSABLE as error:
             cause = error.__cause__ or error
@@ -65,6 +75,19 @@ def open_storage(url: str, heartbeat: int) -> RDBStorage:
     if sqlite:
         _lock_at_begin(found.engine)
     return found
+
+
+@contextlib.contextmanager
+def failures(name: str) -> Iterator[None]:
+    """Makes one RunStopped, of the experiment `name`, of a storage that fails once it is open."""
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError) as error:
+        cause = error.__cause__ or error
+        reason = " ".join(str(getattr(cause, "orig", None) or cause).split())[:300]
+        raise RunStopped(
+            f"{name}: storage: {reason}; the same command continues once it can be used"
+        ) from error
 
 
 def enqueue(study: optuna.Study, runs: Mapping[str, Mapping[str, Any]]) -> None:
@@ -109,6 +132,13 @@ def state(trial: FrozenTrial) -> tuple[str, str]:
 
 def retry_lost(study: optuna.Study) -> None:
     """Fails the stale trials and enqueues every lost one again, with its parameters and what it reported."""
+    # Optuna takes a trial without a heartbeat for alive: that of a worker which was killed before its first. It is given one, so
+    # that its silence counts from now on.
+    database: Any = study._storage
+    with database._backend.engine.connect() as connection:
+        silent = connection.execute(_SILENT, {"name": study.study_name}).scalars().all()
+    for trial_id in silent:
+        database.record_heartbeat(trial_id)
     optuna.storages.fail_stale_trials(study)
     again = RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)
     for trial in current(study).values():
@@ -125,6 +155,16 @@ def check_same(study: optuna.Study, definition: Mapping[str, Any]) -> None:
     elif found := config_lib.differences(before, definition):
         named = "; ".join(f"{d.path}: {d.old!r} there, {d.new!r} now" for d in found)
         raise UserError(f"{study.study_name} was begun differently ({named}); choose another name")
+
+
+def _check_pages(engine: Any) -> None:
+    """ValueError for a SQLite file that is damaged: queries that do not meet the damage would be answered."""
+    with engine.connect() as connection:
+        found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+    if found != "ok":
+        raise ValueError(
+            f"the file is damaged ({' '.join(found.split())}); put a sound copy in its place, or move it away to begin anew"
+        )
 
 
 def _lock_at_begin(engine: Any) -> None:

@@ -18,23 +18,20 @@ import runpy
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import optuna
-from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial, TrialState
 
 from rest_jax import config as config_lib
 from rest_jax.config import Config, ConfigError
 from rest_jax.errors import UNFINISHED, RunStopped, UserError
 from rest_jax.experiments import storage
-from rest_jax.run.environment import handled
+from rest_jax.run.environment import end_when_closed, handled
 from rest_jax.run.metrics import METRICS_FILE, read_lines
-
-_ORPHANED = 70  # exit code of a run whose worker is gone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,16 +121,17 @@ class Worker:
         """Opens the study and enqueues its runs. UserError as of `carry_out`."""
         self.experiment, self.engine = experiment, engine
         url = engine.storage or f"sqlite:///{experiment.folder / 'study.db'}"
-        self.study = optuna.create_study(
-            storage=storage.open_storage(url, engine.heartbeat),
-            study_name=experiment.name,
-            direction=experiment.direction,
-            pruner=experiment.pruner,
-            load_if_exists=True,
-        )
         self.stopping = False
-        storage.check_same(self.study, experiment.definition)
-        storage.enqueue(self.study, experiment.runs)
+        with storage.failures(experiment.name):
+            self.study = optuna.create_study(
+                storage=storage.open_storage(url, engine.heartbeat),
+                study_name=experiment.name,
+                direction=experiment.direction,
+                pruner=experiment.pruner,
+                load_if_exists=True,
+            )
+            storage.check_same(self.study, experiment.definition)
+            storage.enqueue(self.study, experiment.runs)
 
     def stop(self, number: int, _: Any) -> None:
         """Handles a signal. A second Ctrl-C interrupts."""
@@ -143,20 +141,20 @@ class Worker:
 
     def work(self) -> None:
         """Takes trials until all are done; while others work it waits, since they may die. RunStopped without storage."""
-        try:
-            with handled(self.stop, signal.SIGTERM, signal.SIGINT):
-                while not self.stopping:
-                    storage.retry_lost(self.study)
-                    states = {trial.state for trial in self.study.get_trials(deepcopy=False)}
-                    if TrialState.WAITING in states:
-                        with contextlib.suppress(_TakenAway):
-                            self.study.optimize(self.objective, n_trials=1, catch=(_Lost, _Failed))
-                    elif TrialState.RUNNING in states:
-                        time.sleep(self.engine.poll)
-                    else:
-                        return
-        except StorageInternalError as error:
-            raise RunStopped(f"{self.experiment.name}: storage: {error.__cause__}") from error
+        with (
+            storage.failures(self.experiment.name),
+            handled(self.stop, signal.SIGTERM, signal.SIGINT),
+        ):
+            while not self.stopping:
+                storage.retry_lost(self.study)
+                states = {trial.state for trial in self.study.get_trials(deepcopy=False)}
+                if TrialState.WAITING in states:
+                    with contextlib.suppress(_TakenAway):
+                        self.study.optimize(self.objective, n_trials=1, catch=(_Lost, _Failed))
+                elif TrialState.RUNNING in states:
+                    time.sleep(self.engine.poll)
+                else:
+                    return
 
     def objective(self, trial: Trial) -> float:
         """Trains one run to its end; its last value of the metric. _Lost, _Failed or TrialPruned when there is none."""
@@ -294,7 +292,11 @@ def shown(value: Any) -> str:
 
 
 def _work_on_share(experiment: Experiment, engine: Engine, index: int) -> None:
-    """A worker process of this machine, on every n-th CPU core and listed GPU where there are enough of them."""
+    """A worker process of this machine, on every n-th CPU core and listed GPU where there are enough of them. It ends with the
+    process that started it.
+    """
+    if (parent := multiprocessing.parent_process()) is not None:
+        end_when_closed(parent.sentinel)
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[index :: engine.workers] or cores)
@@ -307,15 +309,6 @@ def _work_on_share(experiment: Experiment, engine: Engine, index: int) -> None:
         sys.exit(f"rest-jax: error: {' '.join(str(error).split())}")
 
 
-def _end_with_worker() -> None:
-    """Waits until standard input is closed, then ends the process."""
-    # Not sys.stdin: this thread would hold its lock while the interpreter ends.
-    while os.read(0, 1):
-        pass
-    # Not sys.exit: the main thread may be inside XLA, where no exception reaches it.
-    os._exit(_ORPHANED)
-
-
 if __name__ == "__main__":
-    threading.Thread(target=_end_with_worker, daemon=True).start()
+    end_when_closed(0)
     runpy.run_module("rest_jax", run_name="__main__")

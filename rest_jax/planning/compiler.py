@@ -23,7 +23,7 @@ from rest_jax.files import atomic_write
 from rest_jax.planning import estimate, fit, hlo, topology
 from rest_jax.planning.estimate import Calls, Cost
 from rest_jax.planning.measure import Measured, Rates, Sizes, Work, measure
-from rest_jax.run.environment import LIBTPU_VARIABLE, user_cache
+from rest_jax.run.environment import LIBTPU_VARIABLE, end_when_closed, user_cache
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
 
@@ -299,4 +299,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    end_when_closed(0)
     sys.exit(main())

@@ -133,7 +133,11 @@ def _run_compiler(request: dict[str, Any], where: topology.Topology) -> dict[str
         dump = here / "dump"
         environment = topology.child_environment(where, dump) | {"REST_JAX_PLAN_DUMP": str(dump)}
         with open(here / "log", "w+") as log:
-            done = subprocess.run(command, env=environment, stdout=2, stderr=log)
+            # It ends when its standard input is closed, with this process.
+            with subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=2, stderr=log
+            ) as done:
+                done.wait()
             log.seek(0)
             lines = [line for line in log.read().splitlines() if line.strip()]
         if done.returncode or not result.is_file():

@@ -1,5 +1,7 @@
 """AdamW by optax, with schedule, clipping by global norm and a weight-decay mask. Nothing hand-written."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,9 @@ from rest_jax.types import Params
 
 
 def learning_rate(cfg: OptimizerConfig, updates: int) -> optax.Schedule:
-    """Warm-up from 0 over `warmup_fraction` of the run's optimiser updates, then constant, cosine or linear decay."""
+    """The rate of an update by the number of those before it: over the first `warmup_fraction` of the run's optimiser updates
+    1/w, 2/w, .. 1 of the peak, so that no update is without effect, then constant, cosine or linear decay.
+    """
     warmup = round(cfg.warmup_fraction * updates)
     rest = max(updates - warmup, 1)
     peak, final = cfg.learning_rate, cfg.learning_rate * cfg.final_fraction
@@ -21,7 +25,7 @@ def learning_rate(cfg: OptimizerConfig, updates: int) -> optax.Schedule:
     }[cfg.schedule]()
     if warmup == 0:
         return main
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
+    return optax.join_schedules([lambda count: peak * (count + 1) / warmup, main], [warmup])
 
 
 def learning_rates(cfg: OptimizerConfig, updates: int) -> np.ndarray:
@@ -53,6 +57,20 @@ def make_optimizer(cfg: OptimizerConfig, updates: int) -> optax.GradientTransfor
         weight_decay=cfg.weight_decay,
         mask=decay_mask,
     )
-    if cfg.max_grad_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), adamw)
+    limit = cfg.max_grad_norm
+    # The same state with and without clipping, so that a fork may change it.
+    clip = optax.identity() if limit is None else optax.clip_by_global_norm(limit)
+    return optax.chain(clip, adamw)
+
+
+def move_schedule(opt_state: Any, updates: int) -> Any:
+    """The optimiser's state with the learning rate of a run that has made so many updates."""
+
+    def move(x: Any) -> Any:
+        if not isinstance(x, optax.ScaleByScheduleState):
+            return x
+        return x._replace(count=jnp.full_like(x.count, updates))
+
+    return jax.tree.map(
+        move, opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState)
+    )

@@ -227,15 +227,13 @@ def init_state(
     tx: optax.GradientTransformation,
     schedule: curriculum.Schedule,
     seed: int,
-    moments: Moments = "device",
-) -> tuple[TrainState, TrainState, TrainState]:
-    """(state, abstract state with shardings, shardings). The optimiser's state is born sharded, on the devices or in the
-    memory of their hosts; the policy's weights move into the state (they are donated).
+    shardings: TrainState,
+) -> TrainState:
+    """The state before the first step, in the shardings of `abstract_state`. The optimiser's state is born sharded, on the
+    devices or in the memory of their hosts; the policy's weights move into the state (they are donated).
     """
-    abstract, shardings = abstract_state(policy, tx, schedule, moments)
     make = functools.partial(_fresh_state, tx=tx, schedule=schedule, seed=seed)
-    state = jax.jit(make, out_shardings=shardings, donate_argnums=0)(policy.params)
-    return state, abstract, shardings
+    return jax.jit(make, out_shardings=shardings, donate_argnums=0)(policy.params)
 
 
 def abstract_state(

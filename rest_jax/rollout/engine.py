@@ -344,7 +344,7 @@ def decode(
         with jax.named_scope("head"):
             scores = logits(params, cfg, slots.hidden)
         with jax.named_scope("draw"):
-            uniform = uniforms(slots.key, slots.index, 1)[0]
+            uniform = uniforms(slots.key, slots.index)
             drawn = draw(scores, uniform, settings.sampling)
         stopped = jnp.isin(drawn[0], jnp.array(settings.stop_ids, jnp.int32))
         stopped = stopped | (slots.index + 1 >= slots.limit)

@@ -8,7 +8,9 @@ little is left to wait for when the last one ends. Scores do not depend on when 
 
 import concurrent.futures
 import dataclasses
+import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,11 +23,12 @@ from rest_jax.data.tokenize import Prepared
 from rest_jax.distributed import gather, local_shards, rows_of_shards
 from rest_jax.models.policy import Policy
 from rest_jax.rewards.score import Score
-from rest_jax.rollout.scheduler import SamplerStats, make_sampler
+from rest_jax.rollout.scheduler import SamplerStats, make_sampler, rows_of_group
 from rest_jax.rollout.scoring import score_rollout, summarise_scores, truncated
+from rest_jax.run.checkpoint import AHEAD
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Target
-from rest_jax.types import Params, PromptBatch, RolloutBatch, Sampling, ScoredBatch
+from rest_jax.types import Params, PromptBatch, RolloutBatch, Routes, Sampling, ScoredBatch
 
 # Fields of `Score` whose means are metrics of the step.
 REWARD_MEANS = ("format_part", "correctness_part", "accuracy", "exact", "spurious")
@@ -39,7 +42,6 @@ class Experience:
     scores: list[list[Score]]  # [P][G]
     records: list[StepRecord]
     row: np.ndarray  # int32 [P], as in PromptBatch
-    loader_state: dict[str, Any]  # after this batch
     progress: float  # of the reward scale
     staleness: int  # updates between the policy that sampled and the one that trains on it
     stats: SamplerStats
@@ -48,7 +50,7 @@ class Experience:
     means: dict[str, float]  # of rewards and lengths, over the global batch
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All that is known of the batch, to be saved when its step fails."""
+        """All that is known of the batch, to be saved when its step fails or a checkpoint comes before it."""
         rollout = dict(vars(self.scored.rollout))
         routes = rollout.pop("routes")
         if routes is not None:
@@ -71,12 +73,22 @@ class Experience:
 class Collector:
     """Samples and scores the batches of a run. A resource: it holds the compiled sampler and a thread."""
 
-    def __init__(self, config: Config, policy: Policy, prompts: Prepared, steps: int):
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        prompts: Prepared,
+        steps: int,
+        check: Callable[[], None] = lambda: None,
+    ):
+        """`check` is called between the calls of a rollout and behind it; what it raises ends it."""
         r, mesh = config.rollout, policy.rollout_mesh
         self.config, self.policy, self.steps = config, policy, steps
         sampling = Sampling(r.temperature, r.top_k, r.top_p)
         self.sampler = make_sampler(policy, r, r.group_size, sampling, r.replay_routing)
+        self.check = self.sampler.between_calls = check
         self.template = TEMPLATES[config.data.template].behind(policy.tokenizer.thought_open)
+        self.rows = rows_of_shards(r.prompts_per_step, local_shards(mesh), mesh)
         self.batches = Loader(
             prompts,
             PromptBatch,
@@ -85,33 +97,45 @@ class Collector:
             pad_id=policy.tokenizer.pad_id,
             cfg=config.data,
             num_steps=steps,
-            rows=rows_of_shards(r.prompts_per_step, local_shards(mesh), mesh),
+            rows=self.rows,
         )
         self.pool = concurrent.futures.ThreadPoolExecutor(1, "score")
-        self.prefetched: Experience | None = None  # of the next step, under staleness
+        self.position = self.batches.get_state()  # behind the batch collected last
+        self.ahead: Experience | None = None  # of the next step, under staleness
+        self.saved: dict[str, Any] | None = None  # the same, as a checkpoint has it
 
-    def resume(self, loader_state: dict[str, Any] | None) -> None:
-        """Moves to a saved position of the data; None: the start."""
-        if loader_state is not None:
-            self.batches.set_state(loader_state)
+    def resume(self, loader_state: dict[str, Any]) -> None:
+        """Moves to where a snapshot was taken, or to the start of the data."""
+        self.saved = loader_state.pop(AHEAD, None)
+        self.batches.set_state(loader_state)
+
+    def snapshot(self) -> Callable[[], dict[str, Any]]:
+        """What makes the state that `resume` takes: the position of the data behind the batch collected last, and under AHEAD
+        arrays of what was sampled behind it, of all processes, which must all call it.
+        """
+        return functools.partial(self._state, self.position, self.ahead)
+
+    def _state(self, position: dict[str, Any], ahead: Experience | None) -> dict[str, Any]:
+        if ahead is None:
+            return position
+        rows = gather(ahead.arrays(), self.policy.rollout_mesh)
+        measured = {"stats": vars(ahead.stats), "seconds": ahead.seconds}
+        return position | {AHEAD: {"rows": rows, **jax.tree.map(np.asarray, measured)}}
 
     def collect(self, params: Params, rng: jax.Array, step: int) -> Experience:
         """The experience of step `step` (from 1), with weights in the rollout layout and the run's key.
 
         With `rollout.staleness` 1 it was sampled a step ahead, and the next step's is sampled now.
         """
-        experience = self.prefetched or self._sample(params, rng, step, staleness=0)
-        self.prefetched = None
-        if self._samples_ahead(step):
-            self.prefetched = self._sample(params, rng, step + 1, staleness=1)
+        experience = self.ahead or self._sample(params, rng, step, int(self.saved is not None))
+        self.position, self.ahead = self.batches.get_state(), None
+        if self.config.rollout.staleness == 1 and step < self.steps:
+            self.ahead = self._sample(params, rng, step + 1, staleness=1)
         return experience
 
-    def _samples_ahead(self, step: int) -> bool:
-        """Not over a checkpoint, since a run that resumes from it has no older weights: so both do the same."""
-        stale = self.config.rollout.staleness == 1
-        return stale and step < self.steps and step % self.config.train.checkpoint_every != 0
-
     def _sample(self, params: Params, rng: jax.Array, step: int, staleness: int) -> Experience:
+        """Samples and scores the next batch; one that a checkpoint has is not sampled again, but scored."""
+        saved, self.saved = self.saved, None
         started = time.monotonic()
         with jax.profiler.TraceAnnotation("data"):
             batch, records = next(self.batches)
@@ -124,25 +148,35 @@ class Collector:
             pending[prompt] = self.pool.submit(self._score, rows, target, progress)
 
         with jax.profiler.TraceAnnotation("rollout"):
-            rollout = self.sampler(params, batch, rng, step - 1, on_group).validate()
+            if saved is None:
+                rollout = self.sampler(params, batch, rng, step - 1, on_group).validate()
+                stats = self.sampler.stats
+            else:
+                rollout = read_rollout(saved["rows"], self.rows)
+                stats = SamplerStats(**{name: int(x) for name, x in saved["stats"].items()})
+                for prompt in range(len(records)):
+                    on_group(prompt, rows_of_group(rollout, prompt))
         sampled = time.monotonic()
+        self.check()
         with jax.profiler.TraceAnnotation("score"):
             parts = [pending[prompt].result() for prompt in range(len(records))]
+        seconds = {
+            "time/data": loaded - started,
+            "time/rollout": sampled - loaded,
+            "time/score": sum(seconds for _, _, seconds in parts),
+            "time/score_wait": time.monotonic() - sampled,
+        }
         return Experience(
             scored=_join(rollout, [part for part, _, _ in parts]),
             scores=[scores for _, scores, _ in parts],
             records=records,
             row=batch.row,
-            loader_state=self.batches.get_state(),
             progress=progress,
             staleness=staleness,
-            stats=self.sampler.stats,
-            seconds={
-                "time/data": loaded - started,
-                "time/rollout": sampled - loaded,
-                "time/score": sum(seconds for _, _, seconds in parts),
-                "time/score_wait": time.monotonic() - sampled,
-            },
+            stats=stats,
+            seconds=seconds
+            if saved is None
+            else {k: float(x) for k, x in saved["seconds"].items()},
             means=self._means(rollout, [scores for _, scores, _ in parts], records),
         )
 
@@ -172,7 +206,15 @@ class Collector:
 
     def close(self) -> None:
         """Ends the thread."""
-        self.pool.shutdown()
+        self.pool.shutdown(cancel_futures=True)
+
+
+def read_rollout(arrays: dict[str, np.ndarray], rows: np.ndarray) -> RolloutBatch:
+    """The rollout of `Experience.arrays`: these rows of those of the global batch."""
+    own = {name: np.asarray(x)[rows] for name, x in arrays.items()}
+    routes = {name.removeprefix("routes_"): x for name, x in own.items() if "routes_" in name}
+    fields = {f.name: own[f.name] for f in dataclasses.fields(RolloutBatch) if f.name in own}
+    return RolloutBatch(**fields, routes=Routes(**routes) if routes else None).validate()
 
 
 def _join(rollout: RolloutBatch, parts: list[ScoredBatch]) -> ScoredBatch:

@@ -3,8 +3,9 @@
     key of a token = fold(run key, step, row of the prompt, sample in the group, position in the response)
 
 so that samples of a group differ, steps differ, a resumed run repeats, and a row draws the same in any decode slot, batch and
-order and on any number of devices. A draw is one uniform number and the inverse of the cumulative distribution: it needs
-neither a sort of the vocabulary (unless top-p does) nor a random number for every word.
+order and on any number of devices. A draw is two uniform numbers and two inverse cumulative distributions: the first chooses a
+block of the vocabulary, the second a word in it. It needs neither a sort of the vocabulary (unless top-p does) nor a random
+number for every word, and reaches words that are rarer than the resolution of one float32 number.
 """
 
 import jax
@@ -14,7 +15,8 @@ from jaxtyping import Array, Float, Int, Key
 from rest_jax.rl.logprobs import entropy_and_gini, truncate
 from rest_jax.types import Sampling
 
-_BLOCK = 128  # words whose probabilities are summed before the search
+_BLOCK = 128  # words that the second number chooses among
+_LIGHT = 2.0**-16  # share of the total below which a weight is summed before the others
 
 
 def row_keys(
@@ -30,21 +32,19 @@ def row_keys(
     return flat.reshape(row.shape)
 
 
-def uniforms(
-    keys: Key[Array, "*B"], start: Int[Array, "*B"], count: int
-) -> Float[Array, "count *B"]:
-    """Numbers in [0, 1) for the positions start, start + 1, .. of every row."""
+def uniforms(keys: Key[Array, "*B"], position: Int[Array, "*B"]) -> Float[Array, "*B 2"]:
+    """Two numbers in [0, 1) for a token of every row: multiples of 2^-32, rounded to float32."""
 
     def one(key, position):
-        return jax.random.uniform(jax.random.fold_in(key, position))
+        return jax.random.bits(jax.random.fold_in(key, position), (2,), jnp.uint32)
 
-    positions = start.reshape(1, -1) + jnp.arange(count)[:, None]
-    flat = jax.vmap(jax.vmap(one), (None, 0))(keys.reshape(-1), positions)
-    return flat.reshape(count, *keys.shape)
+    bits = jax.vmap(one)(keys.reshape(-1), position.reshape(-1)).reshape(*keys.shape, 2)
+    # Not jax.random.uniform: near 0 its numbers are 2^-23 apart, which is more than most words of a large vocabulary have.
+    return jnp.minimum(bits.astype(jnp.float32) * 2.0**-32, 1 - 2.0**-24)
 
 
 def draw(
-    logits: Float[Array, "*B V"], uniform: Float[Array, "*B"], sampling: Sampling
+    logits: Float[Array, "*B V"], uniform: Float[Array, "*B 2"], sampling: Sampling
 ) -> tuple[Int[Array, "*B"], Float[Array, "*B"], Float[Array, "*B"], Float[Array, "*B"]]:
     """(token int32, logp, entropy, gini), float32 nats. Greedy draws the argmax and reports its log-prob at temperature 1."""
     logits = logits.astype(jnp.float32)
@@ -54,34 +54,38 @@ def draw(
     shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
     weight = jnp.exp(shifted)
     total = jnp.sum(weight, axis=-1)
-    token = _first_maximum(shifted) if sampling.greedy else _inverse_cumulative(weight, uniform)
+    token = _first_maximum(shifted) if sampling.greedy else _draw_word(weight, uniform)
     chosen = jnp.take_along_axis(shifted, token[..., None], axis=-1)[..., 0]
     return token, chosen - jnp.log(total), entropy, gini
 
 
-def _inverse_cumulative(
-    weight: Float[Array, "*B V"], uniform: Float[Array, "*B"]
-) -> Int[Array, "*B"]:
-    """The word at which the cumulative weight exceeds uniform * total: first its block, then its index in the block."""
+def _draw_word(weight: Float[Array, "*B V"], uniform: Float[Array, "*B 2"]) -> Int[Array, "*B"]:
+    """A word with the probability weight / sum(weight): first its block, then its index in the block."""
     words = weight.shape[-1]
     size = min(_BLOCK, words)
     pad = [(0, 0)] * (weight.ndim - 1) + [(0, -words % size)]
     blocks = jnp.pad(weight, pad).reshape(*weight.shape[:-1], -1, size)
-    in_block = jnp.sum(blocks, axis=-1)
-    cumulative = jnp.cumsum(in_block, axis=-1)
-    target = uniform * cumulative[..., -1]
-    block = _first_above(cumulative, in_block, target)
-    before = jnp.take_along_axis(cumulative - in_block, block[..., None], axis=-1)[..., 0]
+    block = _inverse_cumulative(jnp.sum(blocks, axis=-1), uniform[..., 0])
     inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
-    index = _first_above(jnp.cumsum(inside, axis=-1), inside, target - before)
+    index = _inverse_cumulative(inside, uniform[..., 1])
     return (block * size + index).astype(jnp.int32)
 
 
-def _first_above(cumulative, weight, target):
-    """Index at which `cumulative` first exceeds the target; where rounding leads to a zero weight, that of the largest."""
-    index = jnp.sum(cumulative <= target[..., None], axis=-1)
-    at_index = jnp.take_along_axis(weight, index[..., None], axis=-1, mode="fill", fill_value=0)
-    return jnp.where(at_index[..., 0] > 0, index, jnp.argmax(weight, axis=-1))
+def _inverse_cumulative(
+    weight: Float[Array, "*B N"], uniform: Float[Array, "*B"]
+) -> Int[Array, "*B"]:
+    """The index at which the cumulative weight, small weights first, exceeds uniform * total.
+
+    Behind a large weight float32 sums and uniform numbers are too coarse for the small ones; near 0 they are not. Where
+    rounding leads to a zero weight, the index is that of the largest.
+    """
+    light = weight < _LIGHT * jnp.sum(weight, axis=-1, keepdims=True)
+    ordered = [jnp.where(light, weight, 0), jnp.where(light, 0, weight)]
+    ordered = jnp.concatenate(ordered, axis=-1)
+    cumulative = jnp.cumsum(ordered, axis=-1)
+    index = jnp.sum(cumulative <= uniform[..., None] * cumulative[..., -1:], axis=-1)
+    found = jnp.take_along_axis(ordered, index[..., None], axis=-1, mode="fill", fill_value=0)
+    return jnp.where(found[..., 0] > 0, index % weight.shape[-1], jnp.argmax(weight, axis=-1))
 
 
 def _first_maximum(shifted):

@@ -84,6 +84,7 @@ class Sampler:
     def __init__(self, engine: Engine, settings: RolloutSettings, mesh: Mesh):
         self.engine, self.settings, self.mesh = engine, settings, mesh
         self.stats = SamplerStats()
+        self.between_calls: Callable[[], None] = lambda: None  # what it raises ends the rollout
         # The run's key lies on the mesh of the training, with which nothing here can be computed.
         self._place = jax.jit(lambda rng: rng, out_shardings=replicated(mesh))
 
@@ -104,6 +105,7 @@ class Sampler:
         with activate(self.mesh):
             rollout = _Rollout(self, params, prompts, limits)
             while rollout.refill():
+                self.between_calls()
                 for group in rollout.decode(rng, jnp.int32(step)):
                     if on_group is not None:
                         on_group(group, rollout.rows(group))
@@ -361,7 +363,12 @@ class _Rollout:
 
     def rows(self, group: int) -> RolloutBatch:
         """What has been sampled of one prompt."""
-        return jax.tree.map(lambda x: x[group : group + 1], self.out)
+        return rows_of_group(self.out, group)
+
+
+def rows_of_group(rollout: RolloutBatch, group: int) -> RolloutBatch:
+    """The rows of one prompt, without copies."""
+    return jax.tree.map(lambda x: x[group : group + 1], rollout)
 
 
 def prefill_width(longest: int, total: int, page: int) -> int:

@@ -1,26 +1,29 @@
 """Checkpoints of a run: written and read by Orbax, asynchronous, atomic, each verified before it is read.
 
 `<run>/checkpoints/<step>/` holds three items, `params`, `rest` (the other fields of the TrainState) and `loader` (JSON: where the
-loader is), and `manifest.json`: the size and the SHA-256 digest of every file of the items. The manifest is written before
-Orbax completes the checkpoint (renames its folder, or in an object store puts `commit_success.txt`), so a checkpoint has one or
-does not exist. A checkpoint that does not match its manifest is named on stderr, and the one before it is used.
+loader is), under `rollout.staleness` a fourth, `ahead` (the batch sampled for the next step), and `manifest.json`: the size and
+the SHA-256 digest of every file of the items. The manifest is written before Orbax completes the checkpoint (renames its folder,
+or in an object store puts `commit_success.txt`), so a checkpoint has one or does not exist. One that does not match its
+manifest is named on stderr, and the one before it is used.
 """
 
 import contextlib
 import dataclasses
 import itertools
 import json
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from rest_jax.distributed import any_process, is_first_process
-from rest_jax.errors import RunStopped, UserError
+from rest_jax.errors import RunStopped, UserError, full_disk
 from rest_jax.files import (
     Location,
     absolute,
@@ -38,6 +41,9 @@ FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 # Suffix of a checkpoint that was put aside; Orbax does not see it.
 DAMAGED = ".damaged"
+# Orbax logs, with a traceback for each of its threads, what it then raises.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+AHEAD = "ahead"  # of a loader state: a tree of arrays, kept as an item of its own
 _ITEMS = ("params", "rest", "loader")
 
 
@@ -60,7 +66,7 @@ class Checkpoints:
         any_process(False, timeout)
         self._manager = ocp.CheckpointManager(
             self.folder,
-            item_names=_ITEMS,
+            item_names=(*_ITEMS, AHEAD),
             options=ocp.CheckpointManagerOptions(
                 create=False,
                 # What a killed run left half-written.
@@ -100,14 +106,17 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, loader_state: Mapping[str, Any]) -> None:
         """Copies the state off the devices and writes it in the background; it counts once all of it is on disk.
 
-        `state` may be donated as soon as this returns. `loader_state` is anything JSON holds. A step that exists
-        already is left as it is: the same run has the same state there.
+        `state` may be donated as soon as this returns. `loader_state` is anything JSON holds, with arrays under AHEAD alone. A
+        step that exists already is left as it is: the same run has the same state there.
         """
         self.wait()
         if step in self._manager.all_steps():
             return
         self._saving = step
         rest = dataclasses.replace(state, params=None)
+        position = dict(loader_state)
+        ahead = position.pop(AHEAD, None)
+        optional = {} if ahead is None else {AHEAD: ocp.args.StandardSave(ahead)}  # pyright: ignore[reportCallIssue]
         # Orbax's own barriers give up after 300 s: all are here before the first of them.
         any_process(False, self._timeout)
         with self._failing_store():
@@ -116,13 +125,15 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(state.params, _one_chunk_a_layer(state.params)),  # pyright: ignore[reportCallIssue]
                     rest=ocp.args.StandardSave(rest),  # pyright: ignore[reportCallIssue]
-                    loader=ocp.args.JsonSave(dict(loader_state)),  # pyright: ignore[reportCallIssue]
+                    loader=ocp.args.JsonSave(position),  # pyright: ignore[reportCallIssue]
+                    **optional,
                 ),
                 force=True,
             )
 
     def restore(self, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any], int]:
-        """The state, the loader state and the step of the newest sound checkpoint.
+        """The state, the loader state (arrays under AHEAD as NumPy, those of all processes) and the step of the newest sound
+        checkpoint.
 
         `abstract_state` has a ShapeDtypeStruct for every leaf; each array comes back bit for bit in the sharding given
         there (none: the first device), whatever mesh it was saved from. Damaged checkpoints passed over are named on
@@ -130,25 +141,22 @@ class Checkpoints:
         or optimiser.
         """
         self.wait()
-        found, damaged = _newest_sound(self.folder, _ITEMS)
-        path = self.folder / str(found)
-        rest = _read(path / "rest", dataclasses.replace(abstract_state, params=None))
-        state = dataclasses.replace(rest, params=_read(path / "params", abstract_state.params))
+        found, damaged = _newest_sound(self.folder, (*_ITEMS, AHEAD))
+        state, loader_state = read(self.folder / str(found), abstract_state)
         self._put_aside(damaged)
-        with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
-            loader_state = dict(handler.restore(path / "loader"))
         return state, loader_state, found
 
     def wait(self) -> None:
-        """Blocks until the save under way is stored; raises what it raised, RunStopped when a store failed."""
+        """Blocks until the save under way is stored; raises what it raised, RunStopped when a store failed or a disk is full."""
         with self._failing_store():
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
     def _failing_store(self) -> Iterator[None]:
         try:
-            yield
-        except (TimeoutError, jax.errors.JaxRuntimeError):
+            with full_disk(f"{self.folder}/{self._saving}: not saved"):
+                yield
+        except (TimeoutError, jax.errors.JaxRuntimeError, RunStopped):
             raise
         except Exception as error:  # of TensorStore, gcsfs or s3fs
             if not is_url(self.folder):
@@ -194,11 +202,33 @@ def newest_params(run_dir: Location) -> tuple[epath.Path, int]:
 
     Changes nothing on disk; the optimiser's state is not verified. Every process calls it and verifies its share of the files.
     """
+    path = newest(run_dir, ("params",))
+    return path / "params", int(path.name)
+
+
+def newest(run_dir: Location, items: Sequence[str] = _ITEMS) -> epath.Path:
+    """The newest checkpoint of a run of which `items` are sound; the rest as for `newest_params`."""
     folder = checkpoint_path(absolute(run_dir) / FOLDER)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; is {run_dir} the folder of a run?")
-    found, _ = _newest_sound(folder, ("params",))
-    return folder / str(found) / "params", found
+    return folder / str(_newest_sound(folder, items)[0])
+
+
+def read(path: epath.Path, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """The state and the loader state of a sound checkpoint; the rest as for `Checkpoints.restore`."""
+    rest = _read(path / "rest", dataclasses.replace(abstract_state, params=None))
+    state = dataclasses.replace(rest, params=_read(path / "params", abstract_state.params))
+    with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
+        loader_state = dict(handler.restore(path / "loader"))
+    if (path / AHEAD).exists():
+        loader_state[AHEAD] = _read_arrays(path / AHEAD)
+    return state, loader_state
+
+
+def check_params(path: epath.Path, params: Params) -> None:
+    """UserError unless the parameters of a checkpoint have the names, shapes and types of these."""
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        _compare(path, _named(handler.metadata(path / "params").tree), _named(params))
 
 
 def write_manifest(folder: epath.Path) -> None:
@@ -207,7 +237,7 @@ def write_manifest(folder: epath.Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(content, indent=1))
 
 
-def verify(folder: epath.Path, items: Sequence[str] = _ITEMS) -> None:
+def verify(folder: epath.Path, items: Sequence[str] = (*_ITEMS, AHEAD)) -> None:
     """DamagedError unless the files of `items` are those of the manifest. Each process reads its share of them.
 
     UserError when a store cannot be read: that says nothing about the checkpoint.
@@ -240,7 +270,7 @@ def _one_chunk_a_layer(params: Params) -> Any:
 def _compare_files(folder: epath.Path, items: Sequence[str]) -> None:
     """DamagedError when this process's share of the files is not what the manifest says."""
     content = json.loads((folder / MANIFEST).read_text())
-    if {name.split("/")[0] for name in content} != set(_ITEMS):
+    if {name.split("/")[0] for name in content} - {AHEAD} != set(_ITEMS):
         raise DamagedError(f"{MANIFEST} does not describe the items {', '.join(_ITEMS)}")
     names = [name for name in content if name.split("/")[0] in items]
     own = names[jax.process_index() :: jax.process_count()]
@@ -282,6 +312,13 @@ def _read(path: epath.Path, abstract: Any) -> Any:
         like = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first), abstract
         )
+        return handler.restore(path, args=ocp.args.StandardRestore(like))
+
+
+def _read_arrays(path: epath.Path) -> Any:
+    """One array item as NumPy, whatever its shapes."""
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), handler.metadata(path).tree)
         return handler.restore(path, args=ocp.args.StandardRestore(like))
 
 

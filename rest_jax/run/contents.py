@@ -38,12 +38,16 @@ def digests(policy: Policy, data: Prepared) -> dict[str, str]:
 
 def check_same(saved: Mapping[str, str], found: Mapping[str, str], where: Any) -> None:
     """UserError that names the contents that are not those of a checkpoint."""
-    changed = [name for name, digest in saved.items() if found.get(name, digest) != digest]
-    if changed:
+    if other := changed(saved, found):
         raise UserError(
-            f"{where}: its run was made of other {', '.join(changed)} than are here now; put the old ones back, choose another "
-            "name, or forget that run with --restart"
+            f"{where}: its run was made of other {', '.join(other)} than are here now; put the old ones back, go on "
+            "from it under another name with --fork NEW_NAME, or forget that run with --restart"
         )
+
+
+def changed(saved: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """The names of the contents that are not those of a checkpoint."""
+    return [name for name, digest in saved.items() if found.get(name, digest) != digest]
 
 
 def _of_rows(rows: Iterable[np.ndarray | bytes]) -> str:
@@ -62,8 +66,13 @@ def _of_vocabulary(tokenizer: Tokenizer) -> str:
 
 def _of_weights(params: Params) -> str:
     """Of the bits of every element with its place. Sums of integers wrap round, so that they do not depend on the mesh."""
-    sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(_sum_of_bits, tree))(params))
+    sums = jax.device_get(_sums_of_bits(params))
     return _of_rows(np.asarray(x) for x in jax.tree.leaves(sums))
+
+
+@jax.jit
+def _sums_of_bits(params: Params) -> Params:
+    return jax.tree.map(_sum_of_bits, params)
 
 
 def _sum_of_bits(x: jax.Array) -> jax.Array:

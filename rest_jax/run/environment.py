@@ -12,9 +12,11 @@ import importlib.util
 import os
 import pathlib
 import platform
+import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,6 +57,7 @@ for d in jax.local_devices():
     print(d, d.device_kind, f"{memory / 2**30:.1f} GiB" if memory else "memory of the host", sep=", ")
 """
 PROBE_SECONDS = 120
+ORPHANED = 70  # exit code of a process whose parent is gone
 
 
 def configure() -> None:
@@ -122,6 +125,19 @@ def handled(handler: Callable[[int, Any], Any], *numbers: int) -> Iterator[None]
     finally:
         for number, handler_before in before.items():
             signal.signal(number, handler_before)
+
+
+def end_when_closed(pipe: int) -> None:
+    """Has a thread end this process at once, with exit code ORPHANED, when the other end of a pipe is closed. The process that
+    started this one holds it, and loses it however it ends.
+    """
+
+    def wait() -> None:
+        select.select([pipe], [], [])
+        # Not sys.exit: the main thread may be inside XLA, where no exception reaches it.
+        os._exit(ORPHANED)
+
+    threading.Thread(target=wait, daemon=True, name="parent").start()
 
 
 def diagnose() -> str:

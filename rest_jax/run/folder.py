@@ -1,6 +1,6 @@
 """A run's folder and its life: resolved config, metrics, checkpoints, resumption, the request to stop, the NaN guard.
 
-runs/<name>/  config.yaml  metrics.jsonl  samples.jsonl  checkpoints/  model/ (HF side files)  curves.png
+runs/<name>/  config.yaml  metrics.jsonl  samples.jsonl  checkpoints/  model/ (HF side files)  curves.png  fork.json (of a fork)
 
 Both loops use it. Order within a step: metrics lines are stored before the checkpoint of the same step is begun, so that
 whatever checkpoint a restarted run finds, the lines up to it are there; those after it are dropped and written again.
@@ -24,6 +24,8 @@ from rest_jax.config import Config
 from rest_jax.distributed import is_first_process, say
 from rest_jax.errors import RunStopped, UserError
 from rest_jax.files import (
+    Location,
+    as_path,
     atomic_folder,
     atomic_write,
     is_url,
@@ -34,11 +36,21 @@ from rest_jax.files import (
 from rest_jax.models.hf.folder import copy_side_files
 from rest_jax.run.checkpoint import FOLDER as CHECKPOINTS
 from rest_jax.run.checkpoint import Checkpoints, list_steps
-from rest_jax.run.contents import check_same
+from rest_jax.run.contents import changed, check_same
+from rest_jax.run.fork import FILE as FORK_FILE
+from rest_jax.run.fork import (
+    Origin,
+    Start,
+    find_origin,
+    first_state,
+    read_origin,
+    same_order,
+    write_origin,
+)
 from rest_jax.run.lock import check_free, locked
-from rest_jax.run.metrics import METRICS_FILE, SAMPLES_FILE, MetricsWriter, check_wandb
+from rest_jax.run.metrics import METRICS_FILE, SAMPLES_FILE, MetricsWriter, check_wandb, read_lines
 from rest_jax.run.stop import SIGTERM_CODE, StopRequest, end
-from rest_jax.types import TrainState
+from rest_jax.types import Params, TrainState
 
 CONFIG_FILE = "config.yaml"
 MODEL_FOLDER = "model"
@@ -70,7 +82,8 @@ MAY_CHANGE = (
     "train.tensorboard",
     "train.wandb_project",
 )
-MADE_OF = "made_of"  # beside the loader's state in a checkpoint
+# Beside the loader's state in a checkpoint: `contents.digests`, and that the evaluation of its step is still to be made.
+MADE_OF, EVALUATION = "made_of", "evaluation"
 SAVED_FILE = ".saved"  # there once a checkpoint was completed
 
 SUPERVISED_FINITE = ("update/loss", "update/grad_norm", "update/param_norm")
@@ -96,28 +109,64 @@ class Run:
     stop: StopRequest
     check_lock: Callable[[], None]  # RunStopped when another process has taken the folder
     resources: contextlib.ExitStack
+    origin: Origin | None = None  # of a fork
     marked: bool = False  # SAVED_FILE is there
     made_of: Mapping[str, str] = dataclasses.field(default_factory=dict)  # `contents.digests`
 
     def resume(
-        self, fresh: TrainState, abstract: TrainState
-    ) -> tuple[TrainState, dict[str, Any] | None, int]:
-        """(state, loader state, step): the newest sound checkpoint, or the fresh state, None and 0. UserError when the run was
-        made of something else.
+        self,
+        fresh: Callable[[], TrainState],
+        abstract: TrainState,
+        params: Params,
+        start: Start,
+    ) -> tuple[TrainState, dict[str, Any], int]:
+        """(state, loader state, step) of the newest sound checkpoint; without one what the run begins with. UserError when the
+        run was made of something else. `params`, the weights that a fresh state begins with, are deleted before a checkpoint is
+        read: there need not be room for both.
+
+        The loader state has EVALUATION if the evaluation that is due after the step is still to be made; what lines there are of
+        it are dropped.
         """
-        state, loader_state, step = fresh, None, 0
-        if self.checkpoints.latest() is not None:
+        if self.checkpoints.latest() is None and self.origin is not None:
+            rng = fresh().rng
+            jax.tree.map(lambda x: x.delete(), params)
+            self._begin_fork(self.origin, rng, abstract, start)
+        if self.checkpoints.latest() is None:
+            state, step = fresh(), 0
+            loader_state = self._first_loader_state(start.loader_state)
+        else:
+            jax.tree.map(lambda x: x.delete(), params)
             with self._in_time("restoring the checkpoint"):
                 state, loader_state, step = self.checkpoints.restore(abstract)
             where = f"{self.folder}: checkpoint {step}"
             check_same(loader_state.pop(MADE_OF, {}), self.made_of, where)
         if self.metrics is not None:
-            # The evaluation before the first step is a line of step 0.
-            self.metrics.truncate_after(-1 if loader_state is None else step)
+            evaluated = EVALUATION not in loader_state
+            self.metrics.truncate_after(step if self.checkpoints.latest() else -1, evaluated)
         return state, loader_state, step
 
+    def _begin_fork(
+        self, origin: Origin, rng: jax.Array, abstract: TrainState, start: Start
+    ) -> None:
+        """Makes the first checkpoint of a fork; UserError when the one it came from is gone."""
+        with self._in_time(f"restoring {origin}"):
+            state, saved = first_state(origin, rng, abstract, start)
+        other = changed(saved.pop(MADE_OF, {}), self.made_of)
+        goes_on = "records" not in other and same_order(saved, start.loader_state)
+        made = f" with other {', '.join(other)}" if other else ""
+        data = "goes on where it was" if goes_on else "begins anew"
+        say(f"{self.folder}: fork of {origin}{made}; the data {data}")
+        saved = self._first_loader_state(saved if goes_on else start.loader_state)
+        self.save(origin.step, state, saved)
+        self.wait()
+
+    def _first_loader_state(self, loader_state: Mapping[str, Any]) -> dict[str, Any]:
+        """That of a run, or a fork, before its first step."""
+        due = {EVALUATION: True} if self.config.train.eval_before else {}
+        return {**loader_state, **due}
+
     def save(self, step: int, state: TrainState, loader_state: Mapping[str, Any]) -> None:
-        """Stores the metrics, then saves a checkpoint in the background."""
+        """Stores the metrics, then saves a checkpoint in the background. `loader_state` as of `resume`."""
         self.check_lock()
         with self._in_time(f"{self.folder}: the checkpoint of step {step}, or the one before,"):
             if self.metrics is not None:
@@ -183,16 +232,18 @@ class Run:
             end(f"{what} failed: {reason}", SIGTERM_CODE if self.stop.received else 1)
 
 
-def open_run(config: Config, files: pathlib.Path, restart: bool = False) -> Run:
+def open_run(
+    config: Config, files: pathlib.Path, restart: bool = False, origin: Origin | None = None
+) -> Run:
     """Makes or reopens the folder. UserError when another process trains in it, it holds a run of another config, or its
-    checkpoints are gone; with `restart` the run that it holds is forgotten.
+    checkpoints are gone; with `restart` the run that it holds is forgotten. `origin`: where a new fork comes from.
 
     `files` is the folder with the model's HF side files; they are copied so that the run can be exported on its own.
     """
     folder = config.folder
     if not restart:
         check_config(folder, config)
-        check_history(folder)
+        check_history(config)
     make_folder(folder)
     with contextlib.ExitStack() as stack:
         check_lock = stack.enter_context(locked(folder))
@@ -200,6 +251,8 @@ def open_run(config: Config, files: pathlib.Path, restart: bool = False) -> Run:
         if is_first_process():
             if restart:
                 _forget(folder)
+            if origin is not None:
+                write_origin(folder, origin)
             with atomic_write(folder / CONFIG_FILE) as partial:
                 partial.write_text(config_lib.dump(config))
             _copy_model_files(files, folder / MODEL_FOLDER)
@@ -211,7 +264,9 @@ def open_run(config: Config, files: pathlib.Path, restart: bool = False) -> Run:
         stack.enter_context(stop.watched())
         keep, timeout = config.train.keep_checkpoints, config.distributed.save_timeout
         checkpoints = stack.enter_context(Checkpoints(folder, keep, timeout))
-        return Run(config, folder, metrics, checkpoints, stop, check_lock, stack.pop_all())
+        # Every process has come past the making of the checkpoints: what the first wrote before is there.
+        origin = origin or read_origin(folder)
+        return Run(config, folder, metrics, checkpoints, stop, check_lock, stack.pop_all(), origin)
 
 
 def _copy_model_files(files: pathlib.Path, folder: epath.Path) -> None:
@@ -232,25 +287,36 @@ def _forget(folder: epath.Path) -> None:
         for name in (CHECKPOINTS, MODEL_FOLDER):
             if (folder / name).is_dir():
                 (folder / name).rmtree()
-        for name in (SAVED_FILE, METRICS_FILE, SAMPLES_FILE):
+        for name in (SAVED_FILE, METRICS_FILE, SAMPLES_FILE, FORK_FILE):
             (folder / name).unlink(missing_ok=True)
 
 
-def check_start(config: Config, restart: bool = False) -> None:
+def check_start(
+    config: Config, restart: bool = False, fork_of: Location | None = None
+) -> Origin | None:
     """All that can be refused before a model is loaded and a folder is made: another process or another config there,
-    checkpoints that are gone, absent packages, a tracker that cannot be reached.
+    checkpoints that are gone, absent packages, a tracker that cannot be reached. Where a new fork of the run in the folder
+    `fork_of` comes from.
     """
-    check_free(config.folder)
-    if not restart:
-        if changed := check_config(config.folder, config):
-            say(f"{config.folder} resumes under another config: {_named(changed)}")
-        check_history(config.folder)
+    if is_first_process():
+        check_free(config.folder)
+    origin = None if fork_of is None else find_origin(fork_of, config, restart)
+    if origin is not None:
+        theirs = config_lib.load([as_path(origin.run) / CONFIG_FILE])
+        say(
+            f"{config.folder} forks {origin} under another config: {_named(config_lib.differences(theirs, config))}"
+        )
+    elif not restart:
+        if found := check_config(config.folder, config):
+            say(f"{config.folder} resumes under another config: {_named(found)}")
+        check_history(config)
     optional = {"tensorboard": config.train.tensorboard, "wandb": config.train.wandb_project}
     for package, wanted in optional.items():
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(f"train.{package}...: the package is missing: pip install {package}")
     if config.train.wandb_project and is_first_process():
         check_wandb()
+    return origin
 
 
 def check_config(folder: epath.Path, config: Config) -> list[config_lib.Difference]:
@@ -260,13 +326,11 @@ def check_config(folder: epath.Path, config: Config) -> list[config_lib.Differen
         if not path.is_file():
             return []
     found = config_lib.differences(config_lib.load([path]), config)
-    # Under staleness the steps behind a checkpoint are sampled with newer weights than the others.
-    fixed = ("train.checkpoint_every",) if config.rollout.staleness else ()
-    refused = [d for d in found if d.path in fixed or not d.path.startswith(MAY_CHANGE)]
+    refused = [d for d in found if not d.path.startswith(MAY_CHANGE)]
     if refused:
         raise UserError(
-            f"{folder} holds a run of another config ({_named(refused)}); choose another name (model.source={folder} starts it "
-            "from these weights), or forget that run with --restart"
+            f"{folder} holds a run of another config ({_named(refused)}); --fork NEW_NAME goes on from its newest "
+            f"checkpoint, model.source={folder} with another name starts from its weights, --restart forgets that run"
         )
     return found
 
@@ -275,15 +339,19 @@ def _named(found: Sequence[config_lib.Difference]) -> str:
     return "; ".join(f"{d.path}: {d.old!r} there, {d.new!r} now" for d in found)
 
 
-def check_history(folder: epath.Path) -> None:
+def check_history(config: Config) -> None:
     """UserError when the checkpoints of a run are gone that has metrics: it would begin again and overwrite them."""
+    folder = config.folder
     checkpoints, metrics = folder / CHECKPOINTS, folder / METRICS_FILE
     with store_errors(folder):
         if not metrics.exists() or not metrics.stat().length or list_steps(checkpoints):
             return
         # A run that ended before its first checkpoint may begin again. Its folder of checkpoints is there all the same.
         gone = (folder / SAVED_FILE).exists() or not (is_url(folder) or checkpoints.is_dir())
-    if gone:
+        # Where that file is not, either: a run that was killed in its first save has left a part of it.
+        emptied = not (checkpoints.is_dir() and any(checkpoints.iterdir()))
+        lines = read_lines(metrics)
+    if gone or (emptied and lines and lines[-1]["step"] > config.train.checkpoint_every):
         raise UserError(
             f"{checkpoints}: no checkpoint is left of the run whose metrics are in {metrics}; put them back (is a disk not "
             "mounted?), or forget that run with --restart"

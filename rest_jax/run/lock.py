@@ -6,6 +6,9 @@ changes. One that has not changed for STALE seconds is that of a dead process an
 started again at once and waits for at most that long. No clocks are compared. Two processes that take over a stale one at the
 same moment are told apart SETTLE seconds later; a process that is held up (a suspended machine) and finds another's name in its
 place stops.
+
+`check_free` comes before anything else of a run, so that a second launch is refused at once; jax, which takes seconds to import
+on a busy machine, is imported by `locked` alone.
 """
 
 import contextlib
@@ -22,7 +25,6 @@ import filelock
 import fsspec
 from etils import epath
 
-from rest_jax.distributed import exchange, is_first_process
 from rest_jax.errors import RunStopped, UserError
 from rest_jax.files import is_url, store_errors
 
@@ -39,6 +41,8 @@ def locked(folder: epath.Path) -> Iterator[Callable[[], None]]:
 
     Yields what raises RunStopped, in all processes, once the lock is lost; all must call it.
     """
+    from rest_jax.distributed import exchange, is_first_process
+
     lock = None
     fault = ""
     if is_first_process():
@@ -63,8 +67,10 @@ def locked(folder: epath.Path) -> Iterator[Callable[[], None]]:
 
 
 def check_free(folder: epath.Path) -> None:
-    """UserError when a process trains in a local folder: `locked` would say so only when a model is loaded."""
-    if not is_url(folder) and (folder / FILE).exists() and is_first_process():
+    """UserError when a process trains in a local folder: `locked` would say so only when a model is loaded. For the first
+    process: two that look at once would take each other for the owner.
+    """
+    if not is_url(folder) and (folder / FILE).exists():
         _acquire(folder / FILE).release()
 
 
@@ -95,8 +101,11 @@ def _this_process() -> dict[str, object]:
 def _taken(folder: epath.Path, owner: dict[str, Any]) -> UserError:
     age = max(0, round(time.time() - owner.get("since", time.time())))
     said = f" ({owner.get('host')}, process {owner.get('pid')}, for {age} s)" if owner else ""
+    elsewhere = owner.get("host", socket.gethostname()) != socket.gethostname()
+    # A file server keeps the lock of a host that died until the lease ends, if it knows of leases at all.
+    dead = f" (is that host dead and the lock left? remove {folder / FILE})" if elsewhere else ""
     return UserError(
-        f"{folder}: another process{said} trains this run; wait for it, or choose another name"
+        f"{folder}: another process{said} trains this run; wait for it{dead}, or choose another name"
     )
 
 

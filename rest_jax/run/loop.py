@@ -1,9 +1,10 @@
 """What the two training loops share: resumption, one clock, metrics read a step late, evaluation, checkpoints, the end.
 
-    state, loader_state = loop.resume(state, abstract)
-    for step in loop.steps():
-        ...                                   dispatch the step
-        loop.end_step(step, pending, state, loader_state)
+    state, loader_state = loop.resume(fresh, abstract, params, start)
+    with loop.stoppable():
+        for step in loop.steps():
+            ...                                   dispatch the step
+            loop.end_step(step, pending, state, loader_state)
 
 The metrics of a step are read while the next one runs, so that the host never waits for a value it has just asked for. A
 step with an evaluation or a checkpoint reads its own first: whatever checkpoint a restarted run finds, the lines up to it
@@ -27,8 +28,10 @@ from rest_jax.distributed import exchange, is_first_process, say
 from rest_jax.errors import RunStopped, UserError
 from rest_jax.files import list_files, written_locally
 from rest_jax.rl.update import NOT_FINITE
-from rest_jax.run.folder import Run, not_finite
+from rest_jax.run.folder import EVALUATION, Run, not_finite
+from rest_jax.run.fork import Start
 from rest_jax.run.progress import Progress
+from rest_jax.run.stop import StopNow
 from rest_jax.run.symptoms import Watch
 from rest_jax.types import Params, TrainState
 
@@ -157,60 +160,97 @@ class Loop:
         self.run, self.total, self.evaluate, self.shown = run, total, evaluate, shown
         self.tracer = Tracer(run.folder, profile)
         self.pending: PendingStep | None = None
-        self.start = 0
+        self.start = self.done = (
+            0  # steps of which there is a checkpoint, and steps that have ended
+        )
         self.finished = True  # False once the run was told to stop before its last step
+        self.evaluation_due = False  # that of the step `done`
         self._extra: dict[str, float] = {}
         self._symptoms = Watch()
         self._broken_in_a_row = 0
         self._fault = ""  # why the run has to stop
 
     def resume(
-        self, state: TrainState, abstract: TrainState
-    ) -> tuple[TrainState, dict[str, Any] | None]:
-        """The state and the loader's state of the newest sound checkpoint; without one, `state` and None."""
-        self.state, loader_state, self.start = self.run.resume(state, abstract)
+        self,
+        fresh: Callable[[], TrainState],
+        abstract: TrainState,
+        params: Params,
+        start: Start,
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """The state and the loader's state of the newest sound checkpoint; without one, what the run begins with. See
+        `Run.resume`.
+        """
+        self.state, loader_state, self.start = self.run.resume(fresh, abstract, params, start)
+        self.done, self.evaluation_due = self.start, loader_state.pop(EVALUATION, False)
         if self.start >= self.total:
             say(f"{self.run.folder}: all {self.total} steps are done")
-        elif loader_state is not None:
+        elif self.start:
             say(f"{self.run.folder}: resumes after step {self.start}")
         self.progress = Progress(self.total, self.start)
         return self.state, loader_state
 
     def steps(self) -> Iterator[int]:
-        """The numbers (from 1) of the steps to do; ends early when told to stop. `end_step` must be called in each."""
+        """The numbers (from 1) of the steps to do. `end_step` must be called in each."""
         self.clock, train = Clock(), self.run.config.train
-        if self.start == 0 and train.eval_before:
-            self._evaluate(0)
+        self.run.stop.check()
+        if self.evaluation_due:
+            self._evaluate(self.start)
         for step in range(self.start + 1, self.total + 1):
             with self.tracer.step(step, lambda: jax.block_until_ready(self.state.params)):
                 self._close_lap()
                 yield step
-            stopping = self.run.stop.agreed()
             ends = step == self.total
-            if ends or (train.eval_every and step % train.eval_every == 0):
+            due = ends or (train.eval_every and step % train.eval_every == 0)
+            self.evaluation_due = bool(due) and self.evaluate is not None
+            self.run.stop.check()
+            if self.evaluation_due:
                 self._evaluate(step)
-            if ends or stopping or step % train.checkpoint_every == 0:
+            if ends or step % train.checkpoint_every == 0:
                 self._save(step)
             if self._fault:
                 self._stop(step)
-            if stopping and not ends:
-                self.run.wait()
-                self.finished = False
+
+    @contextlib.contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """Around the steps. When told to stop it throws the step under way away and saves the one before, and that its
+        evaluation is due if it has not been made: the run that resumes does both again.
+        """
+        try:
+            yield
+        except StopNow:
+            if self.done > self.start:
+                self._save(self.done)
+            self.run.wait()
+            if self._fault:
+                self._stop(self.done)
+            self.finished = self.done == self.total and not self.evaluation_due
+            saved = (
+                f"saved at step {self.done}"
+                if self.done
+                else "stopped before the end of its first step"
+            )
+            if not self.finished:
                 self.progress.message(
-                    f"{self.run.stop.name}: saved at step {step}; run the same command to resume"
+                    f"{self.run.stop.name}: {saved}; run the same command to resume"
                 )
-                break
         self._flush()
         self.progress.close()
         self.tracer.report(self.progress.message)
 
     def end_step(
-        self, step: int, pending: PendingStep, state: TrainState, loader_state: dict[str, Any]
+        self,
+        step: int,
+        pending: PendingStep,
+        state: TrainState,
+        loader_state: Callable[[], dict[str, Any]],
     ) -> None:
-        """Writes the metrics of the step before, and keeps those of this one, which the device still computes."""
+        """Writes the metrics of the step before, and keeps those of this one, which the device still computes. `loader_state` is
+        called when there is a checkpoint.
+        """
         self._flush()
         pending.step = step
         self.pending, self.state, self.loader_state = pending, state, loader_state
+        self.done = step
 
     def _close_lap(self) -> None:
         """The step before ends where this one begins, unless it ended before an evaluation or a checkpoint."""
@@ -294,6 +334,7 @@ class Loop:
         times = self._of_all({"time/eval": self.clock.lap()[0]})
         shown = [{"split": "eval", **sample} for sample in samples[:EVAL_SAMPLES]]
         self.run.write(step, values | times, shown)
+        self.evaluation_due = False
         self.progress.message(
             f"held out at step {step}: exact {values['eval/exact']:.1%}, format {values['eval/format']:.1%}, "
             f"spurious {values['eval/spurious']:.1%}, reward {values['eval/reward']:.3f}"
@@ -301,5 +342,6 @@ class Loop:
 
     def _save(self, step: int) -> None:
         self._flush()
-        self.run.save(step, self.state, self.loader_state)
+        due = {EVALUATION: True} if self.evaluation_due else {}
+        self.run.save(step, self.state, {**self.loader_state(), **due})
         self._extra["time/checkpoint"] = self.clock.lap()[0]

@@ -7,6 +7,7 @@ that all other values of a run that was broken off and resumed equal those of an
 batch, and times are those of the slowest process.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from rest_jax.config import nearest
-from rest_jax.errors import UserError
+from rest_jax.errors import UserError, full_disk
 from rest_jax.files import Location, absolute, as_path, download, is_url, store_errors, upload
 from rest_jax.tool_calls import Region
 
@@ -217,28 +218,33 @@ class MetricsWriter:
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         # A model's output may hold lone surrogates: as \u escapes they are ASCII and always writable.
-        self._files[name].write(json.dumps(record, allow_nan=False) + "\n")
-        self._files[name].flush()
+        with full_disk(self._folder / name):
+            self._files[name].write(json.dumps(record, allow_nan=False) + "\n")
+            self._files[name].flush()
 
-    def truncate_after(self, step: int) -> None:
-        """Cuts both files before the first line of a later step, and before a half-written last line: a resumed run writes
-        them again.
+    def truncate_after(self, step: int, evaluated: bool = True) -> None:
+        """Cuts both files before the first line of a later step (or of the evaluation of this one, unless `evaluated`), and
+        before a half-written last line: a resumed run writes them again.
         """
         for file in self._files.values():
             kept = 0
             # What follows the last line end is a half-written line.
             for line in pathlib.Path(file.name).read_bytes().split(b"\n")[:-1]:
                 record = _parse(line)
-                if record is not None and record["step"] > step:
+                if record is not None and (
+                    record["step"] > step
+                    or (record["step"] == step and not evaluated and _is_evaluation(record))
+                ):
                     break
                 kept += len(line) + 1
             file.truncate(kept)
 
     def sync(self) -> None:
         """Forces the lines written so far to the disk or the store; call it before a checkpoint of the same step."""
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
+        with full_disk(self._folder / METRICS_FILE):
+            for file in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
         if self._url is not None:
             if self._board is not None:
                 self._board.flush()
@@ -256,17 +262,16 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Syncs and closes the files, and closes what was opened on request."""
-        try:
-            self.sync()
-        finally:
-            for file in self._files.values():
-                file.close()
-            if self._board is not None:
-                self._board.close()
-            if self._wandb is not None:
-                self._wandb.finish()
+        with full_disk(self._folder), contextlib.ExitStack() as stack:
             if self._temporary is not None:
-                self._temporary.cleanup()
+                stack.callback(self._temporary.cleanup)
+            if self._wandb is not None:
+                stack.callback(self._wandb.finish)
+            if self._board is not None:
+                stack.callback(self._board.close)
+            for file in self._files.values():
+                stack.callback(file.close)
+            self.sync()
 
 
 def check_wandb() -> None:
@@ -326,6 +331,11 @@ def _number(value: Any) -> int | float | None:
         return int(value)
     value = float(value)
     return value if math.isfinite(value) else None
+
+
+def _is_evaluation(record: Mapping[str, Any]) -> bool:
+    """Whether a line of the metrics or the samples is of a held-out evaluation."""
+    return record.get("split") == "eval" or any(name.startswith("eval/") for name in record)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

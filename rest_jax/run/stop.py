@@ -1,6 +1,9 @@
 """The request to stop (SIGTERM, SIGINT, SIGHUP), and the end of a run that waits in vain: for a save, or for other processes.
 
-The loop reads the request once a step; where it waits it says so (`waiting`). A wait is often inside XLA, Orbax or a store's
+The request is looked for (`check`) between the calls of a rollout or an evaluation and before an update: what a step has sampled
+by then is thrown away, since the step is repeated exactly. Where the loop waits it says so (`waiting`).
+
+A wait is often inside XLA, Orbax or a store's
 package, where no Python code of the main thread runs, neither a signal's handler nor an exception. So a thread of this module
 watches: it hears of signals through Python's wake-up file descriptor, which is written whatever the main thread does, and ends
 the process once a wait has lasted too long.
@@ -29,10 +32,12 @@ _POLL = 0.2  # seconds between looks at a wait
 _CLOSE = b"\0"  # no signal has this number
 
 
+class StopNow(Exception):
+    """The request to stop, where the step under way can be thrown away."""
+
+
 class StopRequest:
-    """The request to stop: a flag that a signal sets and the loop reads once a step; the next signal ends the process. A
-    resource of the main thread.
-    """
+    """The request to stop: a flag that a signal sets; the next signal ends the process. A resource of the main thread."""
 
     def __init__(self, limits: DistributedConfig):
         self.limits = limits
@@ -52,6 +57,11 @@ class StopRequest:
         """Whether any process received one: all must save together or go on together."""
         with self.waiting("the other processes"):
             return any_process(self.received, self.limits.save_timeout)
+
+    def check(self) -> None:
+        """StopNow when any process received one; all of them must call it."""
+        if self.agreed():
+            raise StopNow(self.name)
 
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[None]:

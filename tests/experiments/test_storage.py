@@ -1,9 +1,12 @@
 """The queue of trials: each run once, whoever enqueues it; lost ones again; storages that cannot be used."""
 
+import pathlib
+import time
+
 import optuna
 import pytest
 
-from rest_jax.errors import UserError
+from rest_jax.errors import RunStopped, UserError
 from rest_jax.experiments import storage
 
 FAIL = optuna.trial.TrialState.FAIL
@@ -43,6 +46,18 @@ def test_lost_trials_are_retried_so_often(study):
     assert not any(trial.state.name == "WAITING" for trial in study.trials)
 
 
+@pytest.mark.slow
+def test_the_trial_of_a_worker_killed_before_its_first_heartbeat_is_lost_after_a_while(study):
+    storage.enqueue(study, {"a": {}})
+    study.ask()  # runs from now on, and nobody works on it
+    begun = time.monotonic()
+    while storage.attempts(storage.current(study)["a"]) == 1:
+        storage.retry_lost(study)
+        assert time.monotonic() - begun < 30
+        time.sleep(0.1)
+    assert time.monotonic() - begun > 3  # the grace is four times the heartbeat
+
+
 def test_failed_trials_are_not_retried(study):
     storage.enqueue(study, {"a": {}})
     trial = study.ask()
@@ -57,6 +72,32 @@ def test_all_workers_mean_the_same(study):
     storage.check_same(study, {"config": {"seed": 0}, "space": {"a": 1}})
     with pytest.raises(UserError, match=r"begun differently \(config.seed: 0 there, 5 now\)"):
         storage.check_same(study, {"config": {"seed": 5}, "space": {"a": 1}})
+
+
+@pytest.mark.parametrize("damage", ["torn", "garbled"])
+def test_a_damaged_file_is_one_line_before_anything_is_read(tmp_path, damage):
+    path = tmp_path / "x.db"
+    url = f"sqlite:///{path}"
+    optuna.create_study(storage=storage.open_storage(url, 1), study_name="x")
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + (b"" if damage == "torn" else b"\xa5" * middle))
+    with pytest.raises(UserError, match=r"x\.db: .*(malformed|damaged)") as stop:
+        storage.open_storage(url, 1)
+    assert "\n" not in str(stop.value)
+
+
+def test_a_storage_that_fails_later_is_one_line(study):
+    study.optimize(lambda trial: 1.0, n_trials=1)
+    engine = study._storage._backend.engine
+    engine.dispose()
+    pathlib.Path(engine.url.database).write_bytes(b"no database" * 1000)
+    with (
+        pytest.raises(RunStopped, match=r"x: storage: file is not a database") as stop,
+        storage.failures("x"),
+    ):
+        study.tell(0, state=FAIL)
+    assert "\n" not in str(stop.value)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ end_step = Loop.end_step
 def end_step_and_die(self, step, pending, state, loader_state):
     """As the loop's, then SIGKILL once the checkpoint under way is on disk."""
     end_step(self, step, pending, state, loader_state)
-    print("loader", json.dumps(loader_state), flush=True)
+    print(
+        "loader", json.dumps({k: v for k, v in loader_state().items() if k != "ahead"}), flush=True
+    )
     if step == LAST:
         self.run.checkpoints.wait()
         os.kill(os.getpid(), signal.SIGKILL)

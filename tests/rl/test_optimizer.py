@@ -1,13 +1,14 @@
 """Schedules and the weight-decay mask."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rest_jax.config import OptimizerConfig
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import init_params
-from rest_jax.rl.optimizer import decay_mask, learning_rate, learning_rates
+from rest_jax.rl.optimizer import decay_mask, learning_rate, learning_rates, make_optimizer
 
 
 def test_only_matrices_decay():
@@ -25,10 +26,28 @@ def test_warm_up_peak_and_end(schedule, end):
         learning_rate=2.0, schedule=schedule, warmup_fraction=0.1, final_fraction=0.1
     )
     rate = learning_rate(cfg, 100)
-    assert float(rate(0)) == 0.0
-    assert float(rate(5)) == pytest.approx(1.0)
+    assert [float(rate(i)) for i in range(10)] == pytest.approx([0.2 * i for i in range(1, 11)])
     assert float(rate(10)) == pytest.approx(2.0)
     assert float(rate(100)) == pytest.approx(2.0 * end)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+@pytest.mark.parametrize("updates", [1, 2, 7, 30])
+@pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5, 1.0])
+def test_every_update_has_an_effect(schedule, updates, warmup):
+    """Also the first one, and the last one of a decay to 0."""
+    cfg = OptimizerConfig(learning_rate=2.0, schedule=schedule, warmup_fraction=warmup)
+    rates = learning_rates(cfg, updates)
+    assert (rates > 0).all() and rates.max() == pytest.approx(2.0)
+
+
+def test_the_first_update_of_a_warm_up_changes_the_weights():
+    cfg = OptimizerConfig(learning_rate=2.0, warmup_fraction=0.25, weight_decay=0.0)
+    tx, params = make_optimizer(cfg, 8), {"up": jnp.ones((2, 2))}
+    updates, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(
+        updates["up"], -1.0, rtol=1e-4
+    )  # half of the peak: AdamW's first step is the rate
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])

@@ -18,6 +18,7 @@ from rest_jax.rl.optimizer import make_optimizer
 from rest_jax.rl.packing import BatchLengths, MicroBatch
 from rest_jax.rl.prepare import Recomputed, active_groups
 from rest_jax.rl.step import (
+    abstract_state,
     combine_updates,
     init_state,
     make_advance,
@@ -273,7 +274,9 @@ def test_a_fresh_state(shape):
     cfg, mesh = tiny.step_config(), tiny.mesh(*shape)
     params = jax.tree.map(lambda x: x.copy(), tiny.params())
     policy = types.SimpleNamespace(config=tiny.decoder().cfg, mesh=mesh, params=params)
-    state, abstract, shardings = init_state(policy, tiny.optimizer(), cfg.schedule, 5)
+    tx = tiny.optimizer()
+    abstract, shardings = abstract_state(policy, tx, cfg.schedule)
+    state = init_state(policy, tx, cfg.schedule, 5, shardings)
     identical(state.params, tiny.params())
     identical(state.curriculum, curriculum.init(cfg.schedule))
     assert int(state.step) == 0 and state.rng == jax.random.key(5)
@@ -297,7 +300,8 @@ def test_moments_in_host_memory_change_nothing(shape, scored):
     for moments in ("device", "host"):
         params = jax.tree.map(lambda x: x.copy(), tiny.params())
         policy = types.SimpleNamespace(config=tiny.decoder().cfg, mesh=mesh, params=params)
-        state, abstract, shardings = init_state(policy, tx, cfg.schedule, 5, moments)
+        abstract, shardings = abstract_state(policy, tx, cfg.schedule, moments)
+        state = init_state(policy, tx, cfg.schedule, 5, shardings)
         made = make_step(tiny.decoder(), tx, cfg, mesh, shardings)
         (plan,) = plan_of(scored, cfg, mesh)
         minibatch = jnp.zeros(len(scored.reward), jnp.int32)

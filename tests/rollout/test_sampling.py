@@ -1,11 +1,13 @@
-"""Drawing: the inverse of the cumulative distribution against a NumPy oracle, at the edges and in frequency; the keys."""
+"""Drawing: the two inverse cumulative distributions against a NumPy oracle, at the edges, in frequency and in what they can
+reach; the keys.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rest_jax.rollout.sampling import _inverse_cumulative, draw, row_keys, uniforms
+from rest_jax.rollout.sampling import _BLOCK, _LIGHT, _inverse_cumulative, draw, row_keys, uniforms
 from rest_jax.types import Sampling
 
 WORDS = [5, 96, 128, 300, 1000]  # less than a block, not a multiple, one block, several
@@ -41,26 +43,35 @@ def sample(words: int, seed: int = 0, scale: float = 2.0) -> tuple[np.ndarray, n
     """Logits and uniform numbers, the two ends of [0, 1) among them."""
     rng = np.random.default_rng([words, seed])
     logits = rng.normal(0, scale, (ROWS, words)).astype(np.float32)
-    uniform = rng.uniform(size=ROWS).astype(np.float32)
+    uniform = rng.uniform(size=(ROWS, 2)).astype(np.float32)
     uniform[:4], uniform[4:8] = 0.0, LARGEST
     return logits, np.minimum(uniform, np.float32(LARGEST))
 
 
+def ends(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[N] each, float64: the interval of the uniform number that each index of a distribution has, small ones first."""
+    p = p / p.sum()
+    order = np.argsort(p >= _LIGHT, kind="stable")
+    high = np.empty_like(p)
+    high[order] = np.cumsum(p[order])
+    return high - p, high
+
+
 def check_intervals(token, uniform, p) -> None:
-    """The word has a probability above zero, and its interval of the cumulative distribution holds the uniform number. At
-    the very end of a block of 128 words, where rounding may lead behind it, the block's largest will do.
+    """The word has a probability above zero; the interval of its block holds the first uniform number, its own in the block the
+    second. At the very end, where rounding may lead behind it, the largest will do.
     """
-    rows, words = np.arange(len(token)), p.shape[1]
-    assert ((token >= 0) & (token < words)).all()
-    assert (p[rows, token] > 0).all(), "a word of zero probability"
-    cumulative = np.cumsum(p, axis=1)
-    high = cumulative[rows, token]
-    inside = (uniform >= high - p[rows, token] - ROUNDING) & (uniform <= high + ROUNDING)
-    start = token // 128 * 128
-    end = cumulative[rows, np.minimum(start + 128, words) - 1]
-    largest = [at + row[at : at + 128].argmax() for at, row in zip(start, p, strict=True)]
-    rounded = (np.abs(uniform - end) <= ROUNDING) & (token == largest)
-    assert (inside | rounded).all()
+    assert ((token >= 0) & (token < p.shape[1])).all()
+    assert (p[np.arange(len(token)), token] > 0).all(), "a word of zero probability"
+    for word, numbers, row in zip(token, uniform, p, strict=True):
+        size = min(_BLOCK, len(row))
+        blocks = np.pad(row, (0, -len(row) % size)).reshape(-1, size)
+        block, index = divmod(word, size)
+        of_levels = (blocks.sum(axis=1), block), (blocks[block], index)
+        for number, (weights, chosen) in zip(numbers, of_levels, strict=True):
+            low, high = ends(weights)
+            inside = low[chosen] - ROUNDING <= number <= high[chosen] + ROUNDING
+            assert inside or (number >= 1 - ROUNDING and weights[chosen] == weights.max())
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
@@ -74,32 +85,71 @@ def test_the_word_drawn_holds_the_uniform_number(words, sampling):
     np.testing.assert_allclose(logp, np.log(p[np.arange(ROWS), token]), atol=2e-5)
 
 
-@pytest.mark.parametrize("words", WORDS)
-def test_the_word_is_exact_where_nothing_is_rounded(words):
+@pytest.mark.parametrize("count", [5, 128, 1000])
+def test_an_index_is_exact_where_nothing_is_rounded(count):
     """Weights and their sums are multiples of 1/16, the total a power of two: at the borders, too."""
-    rng = np.random.default_rng(words)
-    weight = np.exp2(rng.integers(-4, 1, (ROWS, words + 1)))
+    rng = np.random.default_rng(count)
+    weight = np.exp2(rng.integers(-4, 1, (ROWS, count + 1)))
     total = np.exp2(np.ceil(np.log2(weight.sum(axis=1))) + 1)
     weight[:, -1] += total - weight.sum(axis=1)
     cumulative = np.cumsum(weight, axis=1)
-    border = cumulative[np.arange(ROWS), rng.integers(0, words, ROWS)]
+    border = cumulative[np.arange(ROWS), rng.integers(0, count, ROWS)]
     for shift in (-1 / 32, 0.0, 1 / 32):
         uniform = (border + shift) / total
-        token = inverse(weight.astype(np.float32), uniform.astype(np.float32))
+        index = inverse(weight.astype(np.float32), uniform.astype(np.float32))
         expected = (cumulative <= (border + shift)[:, None]).sum(axis=1)
-        np.testing.assert_array_equal(token, expected)
+        np.testing.assert_array_equal(index, expected)
 
 
 @pytest.mark.parametrize("words", WORDS)
-def test_the_ends_of_the_interval(words):
-    """0 draws the first word of non-zero probability, the largest uniform number the last one, as far as rounding goes."""
+def test_the_ends_of_the_intervals(words):
+    """0 draws a word of non-zero probability, the largest uniform number the last one, as far as rounding goes."""
     logits, _ = sample(words, seed=1)
     logits[:, 0] = logits[:, -1] = -1e30
     p = probabilities(logits, Sampling())
-    for uniform, border in ((0.0, 0.0), (LARGEST, 1.0)):
-        token, *_ = map(np.asarray, drawn(logits, np.full(ROWS, uniform, np.float32), Sampling()))
-        check_intervals(token, np.full(ROWS, border), p)
-    assert (np.asarray(drawn(logits, np.zeros(ROWS, np.float32), Sampling())[0]) == 1).all()
+    for number in (0.0, LARGEST):
+        uniform = np.full((ROWS, 2), number, np.float32)
+        token, *_ = map(np.asarray, drawn(logits, uniform, Sampling()))
+        check_intervals(token, uniform, p)
+
+
+@jax.jit
+def inverse_of_all(weights: jax.Array, numbers: jax.Array) -> jax.Array:
+    """[K N]: what each of N uniform numbers draws from each of K distributions."""
+    one = jax.vmap(_inverse_cumulative, (None, 0))
+    return jax.lax.map(lambda each: one(*each), (weights, numbers))
+
+
+def unreached(weights: np.ndarray) -> np.ndarray:
+    """bool [K N]: the indices that no middle of an interval draws, as the nearest number that `uniforms` makes."""
+    low, high = np.stack([ends(row) for row in weights.astype(np.float64)], axis=1)
+    grid = np.round((low + high) / 2 * 2.0**32).astype(np.float32) * np.float32(2.0**-32)
+    found = np.asarray(inverse_of_all(weights, grid))
+    return np.stack([~np.isin(np.arange(len(row)), row) for row in found])
+
+
+def large_vocabulary(kind: str) -> np.ndarray:
+    """Probabilities of 151,936 words, nearly all of which are rarer than 1e-7."""
+    rng = np.random.default_rng(11)
+    p = rng.uniform(1e-8, 1e-7, 151_936) if kind == "rare" else rng.lognormal(0, 3, 151_936)
+    at = rng.integers(0, len(p), 40)
+    p[at] = 0
+    rest = {"rare": p.sum(), "one": 1e-5, "two": 3e-6, "usual": 0.02}[kind]
+    p *= rest / p.sum()
+    heads = {"rare": 40, "one": 1, "two": 2, "usual": 40}[kind]
+    p[at[:heads]] = (1 - rest) * rng.dirichlet(np.full(heads, 5.0))
+    return p.astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["rare", "usual", "one", "two"])
+def test_a_large_vocabulary_can_be_reached(kind):
+    """`one` and `two` words have all but a few millionths of the probability."""
+    p = large_vocabulary(kind)
+    assert np.mean(p < 1e-7) > 0.5
+    blocks = p.reshape(-1, _BLOCK)
+    totals = blocks.sum(axis=1)
+    lost = totals[unreached(totals[None])[0]].sum() + blocks[unreached(blocks)].sum()
+    assert lost < 1e-6
 
 
 @pytest.mark.parametrize("nothing", [-1e30, -np.inf, -200.0], ids=str)
@@ -129,7 +179,7 @@ def test_all_probability_on_one_word(words):
     only = rng.integers(0, words, ROWS)
     logits = np.full((ROWS, words), -1e30, np.float32)
     logits[np.arange(ROWS), only] = rng.normal(0, 30, ROWS)
-    uniform = np.linspace(0, LARGEST, ROWS).astype(np.float32)
+    uniform = np.linspace([0, LARGEST], [LARGEST, 0], ROWS).astype(np.float32)
     for sampling in SAMPLINGS:
         token, logp, entropy, gini = map(np.asarray, drawn(logits, uniform, sampling))
         np.testing.assert_array_equal(token, only)
@@ -169,7 +219,7 @@ def test_entropy_and_gini_are_of_the_full_distribution(words, sampling):
 def test_any_leading_axes():
     logits, uniform = sample(96)
     flat = drawn(logits, uniform, Sampling())
-    boxed = drawn(logits.reshape(4, 16, 96), uniform.reshape(4, 16), Sampling())
+    boxed = drawn(logits.reshape(4, 16, 96), uniform.reshape(4, 16, 2), Sampling())
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.reshape(-1)), flat, boxed)
 
 
@@ -181,7 +231,7 @@ def test_frequencies_follow_the_distribution(sampling):
     count, words = 20_000, 200
     logits = np.random.default_rng(5).normal(0, 1.5, (1, words)).astype(np.float32)
     keys = row_keys(jax.random.key(3), jnp.int32(0), jnp.zeros(count, jnp.int32), jnp.arange(count))
-    uniform = uniforms(keys, jnp.zeros(count, jnp.int32), 1)[0]
+    uniform = uniforms(keys, jnp.zeros(count, jnp.int32))
     token, *_ = drawn(np.broadcast_to(logits, (count, words)), uniform, sampling)
     seen = np.bincount(np.asarray(token), minlength=words)
     p = probabilities(logits, sampling)[0]
@@ -198,16 +248,28 @@ def test_frequencies_follow_the_distribution(sampling):
 def test_uniforms_depend_on_key_and_position_only():
     rows = jnp.arange(6, dtype=jnp.int32)
     keys = row_keys(jax.random.key(7), jnp.int32(2), rows // 2, rows % 2)
-    start = jnp.array([0, 3, 5, 0, 63, 64], jnp.int32)
-    numbers = np.asarray(uniforms(keys, start, 8))
-    assert numbers.shape == (8, 6) and ((numbers >= 0) & (numbers < 1)).all()
+    position = jnp.array([0, 3, 5, 0, 63, 64], jnp.int32)
+    numbers = np.asarray(uniforms(keys, position))
+    assert numbers.shape == (6, 2) and ((numbers >= 0) & (numbers < 1)).all()
     for row in range(6):
-        for t in range(8):
-            alone = uniforms(keys[row : row + 1], start[row : row + 1] + t, 1)
-            assert numbers[t, row] == alone[0, 0]
-    grid = uniforms(keys.reshape(2, 3), start.reshape(2, 3), 8)
-    np.testing.assert_array_equal(np.asarray(grid).reshape(8, 6), numbers)
-    assert len(np.unique(numbers)) > 44  # keys and positions differ, so do nearly all numbers
+        alone = uniforms(keys[row : row + 1], position[row : row + 1])
+        np.testing.assert_array_equal(alone[0], numbers[row])
+    grid = uniforms(keys.reshape(2, 3), position.reshape(2, 3))
+    np.testing.assert_array_equal(np.asarray(grid).reshape(6, 2), numbers)
+    later = np.asarray(uniforms(keys, position + 1))
+    assert len(np.unique([numbers, later])) == 24  # keys, positions and the two numbers differ
+
+
+def test_the_two_uniforms_are_uniform_and_independent():
+    """Of 65,536 tokens: on an 8 x 8 grid, and near 0, where they are finer than 2^-24."""
+    rows = jnp.zeros(65_536, jnp.int32)
+    keys = row_keys(jax.random.key(1), jnp.int32(0), rows, rows)
+    numbers = np.asarray(uniforms(keys, jnp.arange(65_536)))
+    seen, *_ = np.histogram2d(*numbers.T, bins=8, range=[[0, 1], [0, 1]])
+    statistic = ((seen - 1024) ** 2 / 1024).sum()
+    assert statistic < 63 + 4 * np.sqrt(2 * 63)
+    small = numbers[numbers < 1 / 256].astype(np.float64)
+    assert (small * 2**24 % 1 != 0).mean() > 0.9 and (small * 2**32 % 1 == 0).all()
 
 
 def test_keys_differ_by_run_step_row_and_sample():

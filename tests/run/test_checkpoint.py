@@ -18,8 +18,16 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rest_jax.errors import UserError
-from rest_jax.run.checkpoint import DAMAGED, FOLDER, MANIFEST, Checkpoints, newest_params
+from rest_jax.errors import RunStopped, UserError
+from rest_jax.run.checkpoint import (
+    DAMAGED,
+    FOLDER,
+    MANIFEST,
+    Checkpoints,
+    newest,
+    newest_params,
+    read,
+)
 from tests.programs.states import make_state
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -205,6 +213,23 @@ def test_another_model_or_optimiser_is_named_not_called_damaged(saved, tmp_path)
         with pytest.raises(UserError, match="only the checkpoint has opt_state"):
             checkpoints.restore(abstract(plain))
     assert not list((run / FOLDER).glob(f"*{DAMAGED}*"))
+
+
+def test_a_full_disk_is_one_line_and_costs_the_new_checkpoint_alone(
+    saved, tmp_path, limit_files, capfd
+):
+    run = shutil.copytree(saved, tmp_path / "run")
+    noise = jax.random.normal(jax.random.key(0), (256, 256))  # which cannot be compressed
+    large = dataclasses.replace(make_state(3), params={**make_state().params, "large": noise})
+    said = r"checkpoints/3: not saved: File too large; make room"
+    with pytest.raises(RunStopped, match=said), Checkpoints(run) as checkpoints:
+        limit_files(60_000)
+        checkpoints.save(3, large, {"seen": 30})
+        checkpoints.wait()
+    assert "Traceback" not in capfd.readouterr().err
+    path = newest(run)
+    assert path == run / FOLDER / "2"
+    assert_same_bits(read(path, abstract(make_state()))[0], make_state(2))
 
 
 def kind_of(name: str) -> str:

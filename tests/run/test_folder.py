@@ -12,24 +12,31 @@ import sys
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rest_jax import config as config_lib
 from rest_jax.config import Config
 from rest_jax.errors import UserError
+from rest_jax.run.checkpoint import Checkpoints
 from rest_jax.run.folder import (
     CONFIG_FILE,
+    EVALUATION,
     RL_FINITE,
+    SAVED_FILE,
     SUPERVISED_FINITE,
     check_config,
     check_start,
     not_finite,
     open_run,
 )
+from rest_jax.run.fork import Start
 from rest_jax.run.metrics import METRICS, METRICS_FILE, SAMPLES_FILE, read_lines
+from rest_jax.types import TrainState
 from tests.programs.states import make_state
 
+START = Start({"seen": 0}, updates=1)
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
 
@@ -93,17 +100,12 @@ def test_a_run_resumes_under_what_does_not_change_its_result(config, files, tmp_
     assert config_lib.load([other.folder / CONFIG_FILE]) == other
 
 
-def test_a_run_that_samples_ahead_keeps_its_checkpoints_where_they_are(files, tmp_path):
-    stale = ["rollout.staleness=1", "rollout.recompute_logprobs=true", "rollout.tis_cap=2"]
-    open_run(make_config(tmp_path, *stale), files).close()
-    other = make_config(tmp_path, *stale, "train.checkpoint_every=2")
-    with pytest.raises(UserError, match=r"train\.checkpoint_every: 15 there, 2 now"):
-        check_start(other)
-
-
 @pytest.fixture
 def saved(config, files) -> Config:
     """A run with lines of two steps and a checkpoint of each."""
+    config = config.model_copy(
+        update={"train": config.train.model_copy(update={"checkpoint_every": 1})}
+    )
     with contextlib.closing(open_run(config, files)) as run:
         for step in (1, 2):
             run.write(step, {"reward/mean": 1.0}, [{"text": "a"}])
@@ -111,12 +113,14 @@ def saved(config, files) -> Config:
     return config
 
 
-@pytest.mark.parametrize("loss", ["all steps", "the folder"])
+@pytest.mark.parametrize("loss", ["all steps", "the folder", "all steps and what is hidden"])
 def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(saved, files, loss):
     checkpoints = saved.folder / "checkpoints"
     shutil.rmtree(checkpoints)
-    if loss == "all steps":
+    if loss != "the folder":
         checkpoints.mkdir()
+    if "hidden" in loss:
+        (saved.folder / SAVED_FILE).unlink()
     before = (saved.folder / METRICS_FILE).read_bytes()
     for refuse in (lambda: check_start(saved), lambda: open_run(saved, files)):
         with pytest.raises(UserError, match=r"no checkpoint is left.*--restart") as caught:
@@ -129,7 +133,11 @@ def test_restart_forgets_the_run_in_the_folder(saved, files, tmp_path):
     fresh, other = make_state(), make_config(tmp_path, "seed=3")
     check_start(other, restart=True)
     with contextlib.closing(open_run(other, files, restart=True)) as run:
-        assert run.resume(fresh, abstract(fresh)) == (fresh, None, 0)
+        assert run.resume(lambda: fresh, abstract(fresh), {}, START) == (
+            fresh,
+            {"seen": 0, EVALUATION: True},
+            0,
+        )
     assert read_lines(saved.folder / METRICS_FILE) == read_lines(saved.folder / SAMPLES_FILE) == []
     # Nothing of the old run refuses the new one.
     open_run(other, files).close()
@@ -193,17 +201,41 @@ def test_the_guard_names_metrics_of_the_table():
 def test_resuming_drops_the_lines_after_the_checkpoint(config, files):
     fresh = make_state()
     with contextlib.closing(open_run(config, files)) as run:
-        assert run.resume(fresh, abstract(fresh)) == (fresh, None, 0)
+        assert run.resume(lambda: fresh, abstract(fresh), {}, START) == (
+            fresh,
+            {"seen": 0, EVALUATION: True},
+            0,
+        )
         for step in range(4):
             run.write(step, {"reward/mean": step / 4}, [{"text": str(step)}])
             if step == 2:
                 run.save(step, make_state(step), {"seen": step})
     with contextlib.closing(open_run(config, files)) as run:
-        state, loader_state, step = run.resume(fresh, abstract(fresh))
+        state, loader_state, step = run.resume(lambda: fresh, abstract(fresh), {}, START)
         assert (int(state.step), loader_state, step) == (9, {"seen": 2}, 2)
     lines = read_lines(config.folder / METRICS_FILE)
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert [line["step"] for line in read_lines(config.folder / SAMPLES_FILE)] == [0, 1, 2]
+
+
+def test_a_checkpoint_is_read_when_the_weights_it_replaces_are_gone(saved, files, monkeypatch):
+    """No fresh state is made, and the starting weights are deleted: at no time are there two states."""
+    starting, live = jax.tree.map(jnp.copy, make_state().params), []
+    restore = Checkpoints.restore
+
+    def watched_restore(*args):
+        live.extend(x for x in jax.tree.leaves(starting) if not x.is_deleted())
+        return restore(*args)
+
+    monkeypatch.setattr(Checkpoints, "restore", watched_restore)
+
+    def fresh() -> TrainState:
+        raise AssertionError("a fresh state is made")
+
+    with contextlib.closing(open_run(saved, files)) as run:
+        state, _, step = run.resume(fresh, abstract(make_state()), starting, START)
+    assert step == 2 and int(state.step) == int(make_state(2).step)
+    assert live == []
 
 
 def test_a_run_without_a_checkpoint_begins_with_empty_files(config, files):
@@ -211,7 +243,7 @@ def test_a_run_without_a_checkpoint_begins_with_empty_files(config, files):
     with contextlib.closing(open_run(config, files)) as run:
         run.write(0, {"reward/mean": 1.0})
     with contextlib.closing(open_run(config, files)) as run:
-        run.resume(fresh, abstract(fresh))
+        run.resume(lambda: fresh, abstract(fresh), {}, START)
     assert read_lines(config.folder / METRICS_FILE) == []
 
 

@@ -1,6 +1,11 @@
 """One run in a folder of a store at a time: a live owner is respected, a dead one replaced, a lost lock noticed."""
 
 import json
+import os
+import re
+import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -9,6 +14,34 @@ import pytest
 from rest_jax.errors import RunStopped, UserError
 from rest_jax.files import as_path
 from rest_jax.run import lock
+from tests.runs import environment
+
+SECOND_LAUNCH = """
+import sys
+from rest_jax import cli
+code = cli.main(["train", "scale/tiny", "method/rest", "name=tiny", f"output={sys.argv[1]}"])
+assert "jax" not in sys.modules
+sys.exit(code)
+"""
+
+
+def test_a_second_launch_is_refused_before_jax_is_imported(tmp_path):
+    folder = as_path(tmp_path / "tiny")
+    folder.mkdir()
+    with lock.locked(folder):
+        words = [sys.executable, "-c", SECOND_LAUNCH, str(tmp_path)]
+        done = subprocess.run(words, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    said = rf"tiny: another process \({socket.gethostname()}, process {os.getpid()}, for \d+ s\)"
+    assert re.search(said, done.stderr) and done.stderr.count("\n") == 1
+
+
+def test_of_an_owner_on_another_host_it_is_said_how_to_remove_its_lock(tmp_path):
+    folder = as_path(tmp_path)
+    with lock.locked(folder):
+        (folder / lock.OWNER).write_text(json.dumps({"host": "gone", "pid": 1, "since": 0}))
+        with pytest.raises(UserError, match=rf"\(gone, process 1, .*remove {folder / lock.FILE}\)"):
+            lock.check_free(folder)
 
 
 @pytest.fixture

@@ -10,8 +10,10 @@ import time
 import pytest
 
 from rest_jax.config import DistributedConfig
+from rest_jax.errors import UNFINISHED
+from rest_jax.run.metrics import read_lines
 from rest_jax.run.stop import SIGTERM_CODE, StopRequest
-from tests.runs import PROGRAMS, environment
+from tests.runs import PROGRAMS, assert_same, environment, launch, lines, recipe, state
 
 LIMITS = DistributedConfig(save_timeout=100, stop_timeout=10)
 
@@ -64,6 +66,54 @@ def test_ctrl_c_and_a_closed_terminal_are_requests_too_unless_they_are_ignored(n
             assert stop.agreed() and stop.name == number.name
     finally:
         signal.signal(number, before)
+
+
+class Moment:
+    """In the place of `StopRequest.check`: a signal at its n-th call. `calls`: how often it was called."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.n = 0, 0
+        check = StopRequest.check
+
+        def count(request: StopRequest) -> None:
+            self.calls += 1
+            if self.calls == self.n:
+                os.kill(os.getpid(), signal.SIGTERM)
+            check(request)
+
+        monkeypatch.setattr(StopRequest, "check", count)
+
+    def at(self, n: int) -> None:
+        self.calls, self.n = 0, n
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_stopped_at_any_moment_and_resumed_is_the_unbroken_run(
+    model, tmp_path, monkeypatch, capsys, command
+):
+    raw = recipe(
+        model, tmp_path / "unbroken", seed=1,
+        data={"max_prompt_tokens": 128}, train={"checkpoint_every": 3},
+        rollout={"decode_slots": 1},
+    )  # fmt: skip
+    moment = Moment(monkeypatch)
+    assert launch(raw, command=command) == 0
+    moments = moment.calls
+    raw["output"] = str(tmp_path / "broken")
+    capsys.readouterr()
+    codes, n = [], 0
+    while 0 not in codes:
+        n += 1
+        moment.at(n)
+        codes.append(launch(raw, command=command))
+        assert capsys.readouterr().err.count("SIGTERM: ") == (codes[-1] == UNFINISHED)
+        assert len(codes) <= moments
+    assert set(codes[:-1]) == {UNFINISHED} and len(codes) > 3
+    one, other = tmp_path / "broken" / "tiny", tmp_path / "unbroken" / "tiny"
+    assert lines(one) == lines(other)
+    assert read_lines(one / "samples.jsonl") == read_lines(other / "samples.jsonl")
+    assert_same(state(one), state(other))
 
 
 def start(*words: object, program: str = "blocked_save.py") -> subprocess.Popen:

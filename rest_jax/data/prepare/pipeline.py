@@ -10,7 +10,6 @@ record is left, the rejected ones alone.
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
@@ -39,7 +38,6 @@ from rest_jax.run.environment import handled
 from rest_jax.templates import TEMPLATES, Template
 
 MAX_REASONS = 100  # different reasons counted by their own name
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclasses.dataclass
@@ -60,8 +58,9 @@ class _Work:
 
 
 def prepare(settings: Settings) -> summary.Summary:
-    """Prepares the files. UserError for settings or files that cannot be used, when no record is left, and when the disk is
-    full: then nothing is written. SIGTERM ends the process with code 143 and leaves no half-written file. Main thread only.
+    """Prepares the files. UserError for settings or files that cannot be used, and when no record is left; RunStopped when the
+    disk is full. Then nothing is written. SIGTERM ends the process with code 143 and leaves no half-written file. Main thread
+    only.
     """
     convert = check(settings)
     template, count_tokens = TEMPLATES[settings.template], None
@@ -72,33 +71,26 @@ def prepare(settings: Settings) -> summary.Summary:
     parts = ("train", "eval") if settings.held_out else ("train",)
     result = summary.Summary(settings, parts={name: summary.Tally() for name in parts})
     paths["train"].parent.mkdir(parents=True, exist_ok=True)
-    try:
-        # OUT is the first partial file, and so the last to appear: where it is, everything is
-        with handled(_terminate, signal.SIGTERM), contextlib.ExitStack() as partial:
-            with contextlib.ExitStack() as opened:
-                work = _Work(settings, convert, count_tokens, result, partial, opened, template)
-                writers = {name: _open_writer(paths[name], work) for name in parts}
-                for record, part in _records(work):
-                    writers[part].write(record)
-            try:
-                _check_left(result)
-            except UserError as error:
-                if work.rejected is None:
-                    raise
-                os.replace(work.rejected.name, paths["rejected"])
-                raise UserError(f"{error}; see {paths['rejected']}") from error
-            told = partial.enter_context(atomic_write(paths["summary"]))
-            told.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="ascii")
-            if not settings.held_out:
-                paths["eval"].unlink(missing_ok=True)
+    # OUT is the first partial file, and so the last to appear: where it is, everything is
+    with handled(_terminate, signal.SIGTERM), contextlib.ExitStack() as partial:
+        with contextlib.ExitStack() as opened:
+            work = _Work(settings, convert, count_tokens, result, partial, opened, template)
+            writers = {name: _open_writer(paths[name], work) for name in parts}
+            for record, part in _records(work):
+                writers[part].write(record)
+        try:
+            _check_left(result)
+        except UserError as error:
             if work.rejected is None:
-                paths["rejected"].unlink(missing_ok=True)
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise UserError(
-            f"data {settings.out}: {error.strerror}; make room and start again"
-        ) from error
+                raise
+            os.replace(work.rejected.name, paths["rejected"])
+            raise UserError(f"{error}; see {paths['rejected']}") from error
+        told = partial.enter_context(atomic_write(paths["summary"]))
+        told.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="ascii")
+        if not settings.held_out:
+            paths["eval"].unlink(missing_ok=True)
+        if work.rejected is None:
+            paths["rejected"].unlink(missing_ok=True)
     return result
 
 

@@ -15,7 +15,7 @@ from rest_jax.data.files import read_records
 from rest_jax.data.prepare import pipeline, split, summary
 from rest_jax.data.records import from_json, to_json
 from rest_jax.data.synthetic import world as synthetic
-from rest_jax.errors import UserError
+from rest_jax.errors import RunStopped, UserError
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.templates import TEMPLATES
 from tests.data.prepare.dialogues import REPOSITORY, dialogue, files_under, names, run, write
@@ -404,7 +404,7 @@ def test_a_full_disk_is_said_in_one_line(source_file, out, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files.JsonlWriter, "write", fail)
-    with pytest.raises(UserError, match="No space left on device; make room"):
+    with pytest.raises(RunStopped, match="No space left on device; make room"):
         run(source_file, out)
     assert names(out.parent) == []
 

@@ -1,0 +1,126 @@
+"""A run that goes on from a checkpoint of another one, under a name and a config of its own: `--fork NEW_NAME`.
+
+The fork has the weights, the optimiser's moments and the curriculum of the newest sound checkpoint, step N, of the run it comes
+from. Its steps are counted on from N, of `train.steps` in all; the learning rate is that of its own schedule at N, and random
+keys are those of its own seed. The data goes on where the other run was, if they are the same records in batches of the same size
+and with the same seed; else it begins anew. `fork.json` in its folder says where it came from.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+
+from rest_jax.config import Config
+from rest_jax.errors import UserError
+from rest_jax.files import Location, absolute, as_path, atomic_write, store_errors
+from rest_jax.rl.optimizer import move_schedule
+from rest_jax.run import checkpoint
+from rest_jax.types import Params, TrainState
+
+FILE = "fork.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a fork came from."""
+
+    run: str  # the folder of the other run
+    step: int  # of its checkpoint
+    digest: str  # SHA-256, in hex, of the checkpoint's manifest, which has the digest of every file
+
+    @property
+    def checkpoint(self) -> epath.Path:
+        """The folder of the checkpoint."""
+        return as_path(self.run) / checkpoint.FOLDER / str(self.step)
+
+    def __str__(self) -> str:
+        return f"{self.run} at step {self.step}"
+
+
+class Start(NamedTuple):
+    """What the loop knows of a run's first step."""
+
+    loader_state: Mapping[str, Any]  # of its data at their beginning
+    updates: int  # optimiser updates of a step
+
+
+def find_origin(source: Location, config: Config, restart: bool) -> Origin | None:
+    """The newest sound checkpoint of the run in the folder `source`; None when the folder of `config` holds a fork of that run
+    already, which then resumes. UserError for a folder that holds something else, and when there is no such checkpoint.
+    """
+    folder, run = absolute(config.folder), absolute(source)
+    if folder == run:
+        raise UserError(f"--fork {config.name}: the run itself has that name; choose another one")
+    with store_errors(folder):
+        # A process that is about to use the folder may have hidden files there.
+        exists = folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())
+    if exists and not restart:
+        origin = read_origin(folder)
+        if origin is not None and origin.run == str(run):
+            return None
+        raise UserError(
+            f"--fork {config.name}: {folder} exists and is no fork of {run}; choose another name, or forget what it holds with "
+            "--restart"
+        )
+    if not (run / checkpoint.FOLDER).is_dir() or not checkpoint.list_steps(run / checkpoint.FOLDER):
+        raise UserError(
+            f"--fork {config.name}: {run} has no checkpoint to go on from; the config's name and output say which run that is"
+        )
+    path = checkpoint.newest(run)
+    return Origin(str(run), int(path.name), _digest(path))
+
+
+def read_origin(folder: epath.Path) -> Origin | None:
+    """Where the run in a folder came from; None for one that is no fork."""
+    with store_errors(folder):
+        path = folder / FILE
+        return Origin(**json.loads(path.read_text())) if path.is_file() else None
+
+
+def write_origin(folder: epath.Path, origin: Origin) -> None:
+    """Writes it into the folder of the fork."""
+    with atomic_write(folder / FILE) as partial:
+        partial.write_text(json.dumps(dataclasses.asdict(origin), indent=1))
+
+
+def check_origin(origin: Origin, params: Params, steps: int) -> None:
+    """UserError when a run of these parameters and of so many steps cannot go on from the checkpoint."""
+    checkpoint.check_params(origin.checkpoint, params)
+    if origin.step >= steps:
+        raise UserError(
+            f"fork of {origin}: the steps are counted on from there, and this run has {steps}; raise train.steps or train.epochs"
+        )
+
+
+def first_state(
+    origin: Origin, rng: jax.Array, abstract: TrainState, start: Start
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state and the loader state of the checkpoint with the fork's own random key and schedule. UserError when it is gone.
+
+    `rng`: the key of a run of this config. What the other run had sampled ahead is sampled anew.
+    """
+    with store_errors(origin.checkpoint):
+        path = origin.checkpoint / checkpoint.MANIFEST
+        if not path.is_file() or _digest(path.parent) != origin.digest:
+            raise UserError(
+                f"{origin.checkpoint}: gone, or not what it was when this run was forked from it; fork anew with --restart"
+            )
+    state, loader_state = checkpoint.read(origin.checkpoint, abstract)
+    loader_state.pop(checkpoint.AHEAD, None)
+    updates = origin.step * start.updates
+    moved = move_schedule(state.opt_state, updates)
+    return dataclasses.replace(state, rng=rng, opt_state=moved), loader_state
+
+
+def same_order(saved: Mapping[str, Any], start: Mapping[str, Any]) -> bool:
+    """Whether two loader states are of as many records, in batches of the same size and with the same seed."""
+    return all(saved.get(name) == value for name, value in start.items() if name != "grain")
+
+
+def _digest(path: epath.Path) -> str:
+    return hashlib.sha256((path / checkpoint.MANIFEST).read_bytes()).hexdigest()

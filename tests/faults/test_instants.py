@@ -1,0 +1,123 @@
+"""Runs that are killed or told to stop at seeded instants, again and again, and resumed: each ends as the unbroken one, bit for
+bit. Checkpoints that are written when the process is killed: what is left is sound.
+"""
+
+import collections
+import contextlib
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from rest_jax.errors import UNFINISHED
+from rest_jax.run.checkpoint import FOLDER, Checkpoints
+from rest_jax.run.metrics import read_lines
+from tests.programs.states import make_state
+from tests.runs import PROGRAMS, assert_same, environment, finish, lines, recipe, start, state
+
+pytestmark = pytest.mark.slow
+# SIGTERM before the run has asked for it, while Python and jax start, ends the process as usual.
+ENDS = {
+    signal.SIGKILL: {-signal.SIGKILL},
+    signal.SIGTERM: {UNFINISHED, -signal.SIGTERM},
+}
+
+
+def config_of(model: pathlib.Path, output: pathlib.Path) -> dict:
+    """Twelve steps of two updates, five evaluations, six checkpoints."""
+    train = {"steps": 12, "checkpoint_every": 2, "eval_every": 3}
+    return recipe(model, output, seed=1, data={"max_prompt_tokens": 128}, train=train)
+
+
+@pytest.fixture(scope="module")
+def unbroken(model, tmp_path_factory) -> pathlib.Path:
+    """The folder of a run that nothing interrupted."""
+    output = tmp_path_factory.mktemp("unbroken")
+    finish(start("train", config_of(model, output), output))
+    return output / "tiny"
+
+
+def count(run: pathlib.Path) -> int:
+    """Lines of its metrics."""
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def await_instant(process: subprocess.Popen, run: pathlib.Path, rng: np.random.Generator) -> None:
+    """An instant within the start of a process, or up to a second behind one of the next lines that it writes."""
+    begun, more = count(run), int(rng.integers(0, 6))
+    delay = rng.uniform(0, 1.0 if more else 12.0)
+    while process.poll() is None and count(run) < begun + more:
+        time.sleep(0.01)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(delay)
+
+
+@pytest.mark.parametrize("number", ENDS, ids=["SIGKILL", "SIGTERM"])
+def test_broken_at_any_instant_and_resumed_is_the_unbroken_run(
+    model, unbroken, tmp_path, instants, report, number
+):
+    rng = np.random.default_rng(number)
+    at: list[int] = []  # lines that there were
+    codes = collections.Counter()
+    runs = 0
+    while len(at) < instants:
+        output = tmp_path / str(runs)
+        output.mkdir()
+        run, code = output / "tiny", None
+        while code != 0:
+            process = start("train", config_of(model, output), output)
+            if len(at) < instants:
+                await_instant(process, run, rng)
+                if process.poll() is None:
+                    at.append(count(run))
+                    process.send_signal(number)
+            out, _ = process.communicate(timeout=400)
+            code = process.returncode
+            codes[code] += 1
+            assert code == 0 or code in ENDS[number], out
+            assert "Traceback" not in out
+        assert lines(run) == lines(unbroken)
+        samples = [read_lines(folder / "samples.jsonl") for folder in (run, unbroken)]
+        assert samples[0] == samples[1]
+        assert_same(state(run), state(unbroken))
+        runs += 1
+    whole = count(unbroken)
+    inside = [n for n in at if 0 < n < whole]
+    report(
+        f"{number.name}: {len(at)} instants over {runs} runs, {at.count(0)} before the first line, {len(inside)} within the "
+        f"{whole} lines ({len(set(inside))} different ones), {at.count(whole)} behind the last; all runs equal bit for bit; "
+        f"exit codes {dict(sorted(codes.items()))}"
+    )
+
+
+def test_killed_within_saves_again_and_again(tmp_path, instants, report):
+    """The newest checkpoint is sound after each kill, and the next process continues behind it."""
+    rng, steps = np.random.default_rng(0), [0]
+    like = make_state()
+    run = tmp_path / "run"
+    run.mkdir()
+    for _ in range(instants):
+        process = subprocess.Popen(
+            [sys.executable, str(PROGRAMS / "saves_forever.py"), str(run)],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None and process.stdout.readline() == "saving\n"
+        time.sleep(rng.uniform(0, 1.0))
+        process.kill()
+        process.communicate()
+        with Checkpoints(run, keep=2) as checkpoints:
+            if checkpoints.latest() is None:
+                continue
+            found, loader_state, step = checkpoints.restore(like)
+        assert_same((found, loader_state, step), (make_state(step), {"seen": step * 10}, step))
+        assert step >= steps[-1]
+        steps.append(step)
+        assert all(path.name.isdigit() for path in (run / FOLDER).iterdir())
+    report(f"{instants} kills within {steps[-1]} saves; the newest checkpoint was sound each time")

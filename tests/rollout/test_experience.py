@@ -1,0 +1,118 @@
+"""The collector: what it saves of a batch sampled ahead is the batch, in this process and through a checkpoint."""
+
+import contextlib
+
+import jax
+import numpy as np
+import pytest
+
+from rest_jax import config as config_lib
+from rest_jax.data.cache import load_prompts
+from rest_jax.rollout import experience
+from rest_jax.rollout.experience import Collector
+from rest_jax.rollout.scheduler import SamplerStats
+from rest_jax.run.checkpoint import AHEAD, Checkpoints
+from rest_jax.run.load import load_policy
+from rest_jax.types import RolloutBatch, Routes
+from tests.programs.states import make_state
+from tests.runs import recipe
+
+STEPS, TIME, GROUP = 3, 24, 4
+
+
+class RandomSampler:
+    """Random responses in the place of a policy's, of a model with experts or without; counts its calls."""
+
+    def __init__(self, vocabulary: int, experts: bool):
+        self.vocabulary, self.experts, self.calls = vocabulary, experts, 0
+        self.stats = SamplerStats()
+
+    def __call__(self, params, prompts, rng, step, on_group) -> RolloutBatch:
+        self.calls += 1
+        self.stats = SamplerStats(tokens=10 + step, slot_steps=20)
+        random = np.random.default_rng(step)
+        shape = (*prompts.length.shape, GROUP, TIME)
+        length = random.integers(1, TIME + 1, shape[:2]).astype(np.int32)
+        alive = np.arange(TIME) < length[..., None]
+        responses = np.where(alive, random.integers(3, self.vocabulary, shape), 0)
+        values = [np.where(alive, random.normal(size=shape), 0).astype(np.float32) for _ in "leg"]
+        routes = None
+        if self.experts:
+            sizes = ((*lead, 2, 2) for lead in (prompts.tokens.shape, shape))
+            routes = Routes(*(random.integers(0, 4, size).astype(np.uint8) for size in sizes))
+        sampled = responses.astype(np.int32), length, *values
+        rollout = RolloutBatch(prompts.tokens, prompts.length, *sampled, routes=routes)
+        for prompt in range(shape[0]):
+            on_group(prompt, jax.tree.map(lambda x, at=prompt: x[at : at + 1], rollout))
+        return rollout
+
+
+@pytest.fixture
+def open_collector(model, tmp_path, monkeypatch):
+    """Makes collectors of one run, each with a sampler of its own."""
+    rollout = {"staleness": 1, "recompute_logprobs": True, "tis_cap": 2.0}
+    raw = recipe(model, tmp_path, rollout=rollout)
+    config = config_lib.Config.model_validate(raw)
+    policy = load_policy(config.model, config_lib.MeshConfig(data=2, fsdp=-1))
+    prompts = load_prompts(config, config.data.train, None, policy.tokenizer, False)
+    with contextlib.ExitStack() as stack:
+
+        def make(experts: bool) -> Collector:
+            sampler = RandomSampler(policy.config.vocab_size, experts)
+            monkeypatch.setattr(experience, "make_sampler", lambda *_: sampler)
+            made = Collector(config, policy, prompts, STEPS)
+            return stack.enter_context(contextlib.closing(made))
+
+        yield make
+
+
+def collect(collector: Collector, step: int) -> experience.Experience:
+    return collector.collect({}, jax.random.key(0), step)
+
+
+@pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
+def test_a_batch_sampled_ahead_comes_back_from_a_checkpoint(open_collector, tmp_path, experts):
+    first, second = open_collector(experts), open_collector(experts)
+    assert collect(first, 1).staleness == 0
+    state = make_state()
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        checkpoints.save(1, state, first.snapshot()())
+        _, saved, _ = checkpoints.restore(like)
+    assert AHEAD in saved
+    second.resume(saved)
+    expected, found = collect(first, 2), collect(second, 2)
+    assert found.staleness == expected.staleness == 1
+    assert second.sampler.calls == 1  # of step 3
+    assert found.arrays().keys() == expected.arrays().keys()
+    for name, value in expected.arrays().items():
+        np.testing.assert_array_equal(found.arrays()[name], value)
+        assert found.arrays()[name].dtype == value.dtype
+    assert found.metrics() == expected.metrics()
+    assert found.scores == expected.scores and found.records == expected.records
+    assert second.position == first.position
+
+
+def test_a_snapshot_stays_what_it_was(open_collector, monkeypatch):
+    """A run that is told to stop while it samples saves that of the step before."""
+    collector, other = open_collector(False), open_collector(False)
+    collect(collector, 1)
+    snapshot, rows = collector.snapshot(), collector.ahead.arrays()
+
+    def stop():
+        raise InterruptedError
+
+    monkeypatch.setattr(collector, "check", stop)
+    with pytest.raises(InterruptedError):
+        collect(collector, 2)
+    other.resume(snapshot())
+    for name, value in collect(other, 2).arrays().items():
+        np.testing.assert_array_equal(value, rows[name])
+
+
+def test_nothing_is_sampled_behind_the_last_step(open_collector):
+    collector = open_collector(False)
+    for step in range(1, STEPS + 1):
+        collect(collector, step)
+    assert collector.sampler.calls == STEPS
+    assert AHEAD not in collector.snapshot()()
