@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 
 from rest_jax.distributed import any_process, is_first_process
@@ -43,6 +44,8 @@ MANIFEST = "manifest.json"
 DAMAGED = ".damaged"
 # Orbax logs, with a traceback for each of its threads, what it then raises.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
+# TensorStore never frees the lists that it makes of its metrics; Orbax asks for them with every save, for its own log alone.
+ts.experimental_collect_matching_metrics = lambda *_: []
 AHEAD = "ahead"  # of a loader state: a tree of arrays, kept as an item of its own
 _ITEMS = ("params", "rest", "loader")
 
@@ -171,7 +174,9 @@ class Checkpoints:
         if is_url(self.folder):
             write_manifest(self.folder / str(self._saving))
             return
-        (folder,) = self.folder.glob(f"{self._saving}{ocp.path.step.TMP_DIR_SUFFIX}*")
+        # A pattern that is another one for every step would be kept, compiled, by the standard library.
+        begins = f"{self._saving}{ocp.path.step.TMP_DIR_SUFFIX}"
+        (folder,) = (path for path in self.folder.iterdir() if path.name.startswith(begins))
         write_manifest(folder)
 
     def _put_aside(self, steps: list[int]) -> None:

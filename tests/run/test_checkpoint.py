@@ -1,6 +1,7 @@
 """Checkpoints: bit for bit on any mesh; damage of any file is either harmless or found, and the previous one is used."""
 
 import dataclasses
+import gc
 import json
 import os
 import pathlib
@@ -115,6 +116,21 @@ def test_only_the_newest_are_kept_and_an_existing_step_stays(tmp_run):
         state, loader_state, _ = checkpoints.restore(abstract(make_state()))
     assert loader_state == {"step": 3}
     assert_same_bits(state, make_state(3))
+
+
+def test_saves_leave_no_objects_behind(tmp_run):
+    """A long run makes thousands of them."""
+
+    def lists_after(steps: range) -> int:
+        for step in steps:
+            checkpoints.save(step, make_state(step), {"seen": step})
+            checkpoints.wait()
+        gc.collect()
+        return sum(type(x) is list for x in gc.get_objects())
+
+    with Checkpoints(tmp_run) as checkpoints:
+        before = lists_after(range(1, 4))
+        assert lists_after(range(4, 12)) - before < 8
 
 
 def test_newest_params_needs_the_parameters_alone_and_changes_nothing(saved, tmp_path):
