@@ -129,8 +129,9 @@ def test_saves_leave_no_objects_behind(tmp_run):
         return sum(type(x) is list for x in gc.get_objects())
 
     with Checkpoints(tmp_run) as checkpoints:
-        before = lists_after(range(1, 4))
-        assert lists_after(range(4, 12)) - before < 8
+        before, saves = lists_after(range(1, 3)), 4
+        # Some are made once, at the first of them; every metric of TensorStore would be 50 a save.
+        assert lists_after(range(3, 3 + saves)) - before < 10 * saves
 
 
 def test_newest_params_needs_the_parameters_alone_and_changes_nothing(saved, tmp_path):
