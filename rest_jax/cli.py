@@ -323,6 +323,8 @@ def evaluate(
         raise UserError("evaluate: no model; see rest-jax evaluate --help")
     files, overrides = split(words or [])
     _check_sources(files, benchmark, data, temperature)
+    if temperature:
+        overrides.append(f"rollout.temperature={temperature}")
     if max_response_tokens is not None:
         overrides.append(f"rollout.max_response_tokens={max_response_tokens}")
     config = _load_model(model, overrides, distributed)
@@ -330,7 +332,7 @@ def evaluate(
         from rest_jax.evaluation.benchmark import evaluate_benchmark
 
         table = evaluate_benchmark(
-            config, benchmark, str(data), temperature=temperature, limit=limit, output=output
+            config, benchmark, str(data), greedy=not temperature, limit=limit, output=output
         )
     else:
         from rest_jax.evaluation.heldout import evaluate

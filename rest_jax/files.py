@@ -7,6 +7,7 @@ of a store are one line (`store_errors`); those of local files are Python's own.
 
 import concurrent.futures
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -191,6 +192,8 @@ def atomic_write(location: Location) -> Iterator[pathlib.Path]:
                 upload(partial, as_path(location))
         return
     path = pathlib.Path(location)
+    if path.is_dir():  # at once, not when all is written
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     partial = _beside(path)
     try:
         yield partial

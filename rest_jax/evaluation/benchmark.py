@@ -2,13 +2,14 @@
 
     BENCHMARKS[name]   a module: load(folder, limit) -> items (id, group, messages, ...), score(item, text) -> {score: bool},
                        SCORES (their names), report(items) -> what is known of the items themselves
-    measure(name, folder, limit, complete) -> the result, with any function from messages to completions
+    scored(name, load(name, folder, limit), complete) -> the result, with any function from messages to completions
     evaluate_benchmark(...), compare_results(a, b)   the commands `rest-jax evaluate --benchmark` and `--compare`
 
 A rate has its 95 % interval, of all items (micro average) and of each group. Two results of one benchmark are compared item by
 item.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -69,15 +70,8 @@ class Completion:
 Complete = Callable[[Sequence[Messages]], Sequence[Completion]]
 
 
-def measure(name: str, folder: Location, limit: int | None, complete: Complete) -> dict[str, Any]:
-    """The items of a benchmark with completions and scores, the rates, and what is known of the items. UserError for an
-    unknown benchmark and a folder that is not its own. `limit`: items of each group at most.
-    """
-    return scored(name, load(name, folder, limit), complete)
-
-
 def load(name: str, folder: Location, limit: int | None) -> Sequence[Any]:
-    """The items; errors of `measure`."""
+    """The items, of each group `limit` at most. UserError for an unknown benchmark and a folder that is not its own."""
     if name not in BENCHMARKS:
         raise UserError(f"--benchmark {name}: unknown{nearest(name, list(BENCHMARKS))}")
     items = BENCHMARKS[name].load(folder, limit)
@@ -87,7 +81,7 @@ def load(name: str, folder: Location, limit: int | None) -> Sequence[Any]:
 
 
 def scored(name: str, items: Sequence[Any], complete: Complete) -> dict[str, Any]:
-    """`measure` of items that are loaded."""
+    """The items with completions and scores, the rates, and what is known of the items."""
     benchmark = BENCHMARKS[name]
     completions = complete([item.messages for item in items])
     lines = [
@@ -124,41 +118,45 @@ def evaluate_benchmark(
     name: str,
     folder: Location,
     *,
-    temperature: float | None = None,
+    greedy: bool = True,
     limit: int | None = None,
     output: Location | None = None,
 ) -> str:
     """The table of rates of a model, whose result file is written to `output`: by default into the folder of the run, or into the
-    working directory for a model that is no run. `temperature` None or 0: greedy. Of many processes the first has the table and
-    writes the file. UserError as for `measure`, and for a model that cannot be used.
+    working directory for a model that is no run. Of many processes the first has the table and
+    writes the file. UserError as for `load`, and for a model that cannot be used.
     """
     items = load(name, folder, limit)
-    source, greedy = config.model.source, not temperature
+    source, r = config.model.source, config.rollout
     if output is None:
         place = as_path(source)
         output = place / f"{name}.json" if is_run(source) else f"{place.name}-{name}.json"
-    sampling = Sampling(temperature or 1.0, config.rollout.top_k, config.rollout.top_p, greedy)
-    parent = as_path(output).parent
-    if is_first_process() and not parent.exists():  # known before hours of sampling
-        raise UserError(f"--output {output}: no folder {parent}; make it first")
-    policy = load_policy(config.model, config.mesh, config.rollout.tensor)
-    complete = Completer(config, policy, sampling)
-    result = scored(name, items, complete)
-    header = {
-        "model": source,
-        "checkpoint_sha256": checkpoint_digest(source, policy),
-        "template_sha256": policy.tokenizer.digest(),
-        "sampling": dataclasses.asdict(sampling)
-        | {"max_response_tokens": config.rollout.max_response_tokens, "seed": config.seed},
-        "device": platform(policy.mesh),
-        "dtype": str(policy.config.dtype),
-        "seconds": complete.seconds,
-        "tokens_per_second": sum(line["tokens"] for line in result["items"]) / complete.seconds,
-    }
-    if not is_first_process():
-        return ""
-    write_result(output, header | result)
-    return f"{describe(header | result)}\n{output}"
+    sampling = Sampling(r.temperature, r.top_k, r.top_p, greedy)
+    with contextlib.ExitStack() as stack:
+        partial = None
+        # Opened first: a folder that is missing is known before hours of sampling.
+        if is_first_process():
+            partial = stack.enter_context(atomic_write(output))
+            partial.touch()
+        policy = load_policy(config.model, config.mesh, r.tensor)
+        complete = Completer(config, policy, sampling)
+        result = scored(name, items, complete)
+        tokens = sum(line["tokens"] for line in result["items"])
+        result = {
+            "model": source,
+            "checkpoint_sha256": checkpoint_digest(source, policy),
+            "template_sha256": policy.tokenizer.digest(),
+            "sampling": dataclasses.asdict(sampling)
+            | {"max_response_tokens": r.max_response_tokens, "seed": config.seed},
+            "device": platform(policy.mesh),
+            "dtype": str(policy.config.dtype),
+            "seconds": complete.seconds,
+            "tokens_per_second": tokens / complete.seconds,
+        } | result
+        if partial is None:
+            return ""
+        partial.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+    return f"{describe(result)}\n{output}"
 
 
 class Completer:
@@ -205,12 +203,6 @@ def checkpoint_digest(source: str, policy: Policy) -> str:
     else:
         folder, names = policy.files, sorted(list_files(policy.files))
     return _digest(fingerprints(folder, names)) if is_first_process() else ""
-
-
-def write_result(output: Location, result: Mapping[str, Any]) -> None:
-    """Writes a result file, all or nothing."""
-    with atomic_write(output) as partial:
-        partial.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def read_result(path: Location) -> dict[str, Any]:

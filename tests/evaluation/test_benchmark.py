@@ -1,6 +1,7 @@
 """Benchmarks: scripted models through the same interface, result files, comparisons, and the command."""
 
 import json
+import pathlib
 import shutil
 
 import pytest
@@ -12,9 +13,9 @@ from rest_jax.evaluation.benchmark import (
     Completion,
     compare_results,
     describe,
-    measure,
+    load,
     read_result,
-    write_result,
+    scored,
 )
 
 RUN = {"seconds": 2.0, "tokens_per_second": 5.0, "sampling": {"max_response_tokens": 9}}
@@ -34,6 +35,11 @@ def broken(prompts):
     """A model that calls what there is not."""
     call = '<tool_call>\n{"name": "x", "parameters": {}}\n</tool_call>'
     return [Completion(call, 2, truncated=True) for _ in prompts]
+
+
+def measure(name, folder, limit, complete) -> dict:
+    """The result of a scripted model, as a file would have it."""
+    return RUN | scored(name, load(name, folder, limit), complete)
 
 
 def all_rates(result) -> set[float]:
@@ -69,7 +75,7 @@ def test_rates_are_of_each_level_and_of_all_items(bank):
             "level 1": (3, pytest.approx(2 / 3)), "level 2": (1, 1.0), "level 3": (1, 1.0), "all": (5, 0.8)
         }  # fmt: skip
         assert all(x["low"] <= x["rate"] <= x["high"] for x in found.values())
-    said = describe(result | RUN).splitlines()
+    said = describe(result).splitlines()
     assert said[0].split()[:3] == ["api_bank", "items", "soft"]
     assert said[5].split()[:5] == ["all", "5", "80.0%", "37.6%", "to"]
     assert "gold beyond doubt in 1 of 5 items" in said[6]
@@ -80,7 +86,7 @@ def results(bank, tmp_path, *models) -> list[str]:
     """Files of the results of these models."""
     paths = [str(tmp_path / f"{i}.json") for i in range(len(models))]
     for path, model in zip(paths, models, strict=True):
-        write_result(path, RUN | measure("api_bank", bank, None, model))
+        pathlib.Path(path).write_text(json.dumps(measure("api_bank", bank, None, model)))
     return paths
 
 
@@ -105,9 +111,9 @@ def test_results_are_compared_item_by_item(bank, tmp_path, capsys):
 
 
 def test_only_results_of_the_same_items_are_compared(bank, tmp_path):
-    path, other = str(tmp_path / "all.json"), str(tmp_path / "two.json")
-    write_result(path, measure("api_bank", bank, None, broken))
-    write_result(other, measure("api_bank", bank, 1, broken))
+    path, other = tmp_path / "all.json", tmp_path / "two.json"
+    path.write_text(json.dumps(measure("api_bank", bank, None, broken)))
+    other.write_text(json.dumps(measure("api_bank", bank, 1, broken)))
     with pytest.raises(
         UserError, match=r"not the same items \(api_bank with 5 items, api_bank with 3"
     ):
@@ -192,7 +198,10 @@ def test_wrong_words_are_one_line_before_the_model_is_loaded(bank, tmp_path, cap
             "is no folder; api_bank needs",
         ),
         (["--benchmark", "api_bank", "x.jsonl", *data], "x.jsonl: no records are read"),
-        (["--benchmark", "api_bank", *data, "--output", str(tmp_path / "a/b")], "make it first"),
+        (["--benchmark", "api_bank", *data, "--output", str(tmp_path / "a/b")], "a/b"),
+        (["--benchmark", "api_bank", *data, "--output", str(tmp_path)], "Is a directory"),
+        (["--benchmark", "api_bank", *data, "--temperature", "nan"], "temperature"),
+        (["--benchmark", "api_bank", *data, "--temperature", "inf"], "temperature"),
         (["synthetic:eval", *data], "--data and --temperature belong to --benchmark"),
         (["synthetic:eval", "--temperature", "1"], "--data and --temperature belong to"),
         (["--compare", "a", "b"], "takes two result files and nothing else"),

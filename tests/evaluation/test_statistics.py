@@ -28,7 +28,7 @@ def test_bootstrap_is_the_percentiles_of_all_resamples():
 def test_t_interval_holds_its_level_and_the_bootstrap_does_not():
     """Five values, three hundred times: the reason why both are asked."""
     rng = np.random.default_rng(0)
-    found = [estimate(rng.normal(1.0, 2.0, 5)) for _ in range(300)]
+    found = [estimate(rng.normal(1.0, 2.0, 5).tolist()) for _ in range(300)]
     student = np.mean([e.t_low <= 1 <= e.t_high for e in found])
     resampled = np.mean([e.low <= 1 <= e.high for e in found])
     assert 0.92 < student < 0.98
@@ -102,14 +102,20 @@ def test_power_of_mcnemar_by_simulation():
     assert mcnemar_power(count, 0.0, rate) < 0.05  # the test holds its level
 
 
-def test_resolvable_differences():
-    found = resolvable_difference(597, 60)
+def resolvable(count: int, differing: int) -> float:
+    """The difference, where there is one."""
+    found = resolvable_difference(count, differing)
     assert found is not None
+    return found
+
+
+def test_resolvable_differences():
+    found = resolvable(597, 60)
     assert mcnemar_power(597, found, 60 / 597) == pytest.approx(0.8, abs=1e-3)
     # more items resolve smaller differences, more noise larger ones
-    assert resolvable_difference(597, 20) < found < resolvable_difference(597, 200)
-    assert resolvable_difference(2400, 241) < found
+    assert resolvable(597, 20) < found < resolvable(597, 200)
+    assert resolvable(2400, 241) < found
     # models that have never differed: the difference itself makes the items differ
-    least = resolvable_difference(100, 0)
+    least = resolvable(100, 0)
     assert mcnemar_power(100, least, least) == pytest.approx(0.8, abs=1e-3)
     assert resolvable_difference(5, 2) is None  # p of five items of one kind is 1/16
