@@ -198,7 +198,7 @@ def test_wrong_words_are_one_line_before_the_model_is_loaded(bank, tmp_path, cap
             "is no folder; api_bank needs",
         ),
         (["--benchmark", "api_bank", "x.jsonl", *data], "x.jsonl: no records are read"),
-        (["--benchmark", "api_bank", *data, "--output", str(tmp_path / "a/b")], "a/b"),
+        (["--benchmark", "api_bank", *data, "--output", str(tmp_path / "a/b")], "/a: No such"),
         (["--benchmark", "api_bank", *data, "--output", str(tmp_path)], "Is a directory"),
         (["--benchmark", "api_bank", *data, "--temperature", "nan"], "temperature"),
         (["--benchmark", "api_bank", *data, "--temperature", "inf"], "temperature"),
