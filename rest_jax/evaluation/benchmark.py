@@ -34,7 +34,15 @@ from rest_jax.evaluation.statistics import (
     rate_interval,
     resolvable_difference,
 )
-from rest_jax.files import Location, as_path, atomic_write, fingerprints, list_files, store_errors
+from rest_jax.files import (
+    Location,
+    absolute,
+    as_path,
+    atomic_write,
+    fingerprints,
+    list_files,
+    store_errors,
+)
 from rest_jax.models.policy import Policy, check_positions
 from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
@@ -123,13 +131,13 @@ def evaluate_benchmark(
     output: Location | None = None,
 ) -> str:
     """The table of rates of a model, whose result file is written to `output`: by default into the folder of the run, or into the
-    working directory for a model that is no run. Of many processes the first has the table and
-    writes the file. UserError as for `load`, and for a model that cannot be used.
+    working directory for a model that is no run. Of many processes the first has the table and writes the file.
+    UserError as for `load`, and for a model that cannot be used.
     """
     items = load(name, folder, limit)
     source, r = config.model.source, config.rollout
     if output is None:
-        place = as_path(source)
+        place = absolute(source)
         output = place / f"{name}.json" if is_run(source) else f"{place.name}-{name}.json"
     sampling = Sampling(r.temperature, r.top_k, r.top_p, greedy)
     with contextlib.ExitStack() as stack:
