@@ -44,6 +44,7 @@ from rest_jax.files import (
     store_errors,
 )
 from rest_jax.models.policy import Policy, check_positions
+from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import truncated
@@ -178,12 +179,7 @@ class Completer:
     def __call__(self, prompts: Sequence[Messages]) -> list[Completion]:
         """Every process has all of them. UserError for prompts that the model cannot take."""
         policy, tokenizer = self.policy, self.policy.tokenizer
-        # A record without a history is its messages, whatever the template.
-        records = [
-            StepRecord(str(i), "", (), (), Target(), tuple(dict(m) for m in messages))
-            for i, messages in enumerate(prompts)
-        ]
-        (ids,) = Encoder(tokenizer, TEMPLATES["toolrl"])(records)
+        ids = encode(tokenizer, prompts)
         most = max(map(len, ids))
         limit = self.config.rollout.max_response_tokens
         check_positions(policy.config, most, limit, "--max-response-tokens")
@@ -202,6 +198,17 @@ class Completer:
             Completion(opened + tokenizer.text(row[: n if is_cut else n - 1]), int(n), bool(is_cut))
             for row, n, is_cut in zip(out.responses[:, 0], lengths, cut, strict=True)
         ]
+
+
+def encode(tokenizer: Tokenizer, prompts: Sequence[Messages]) -> list[np.ndarray]:
+    """int32 [T] each: the messages through the chat template, as they are. UserError where it is missing or refuses them."""
+    # A record without a history is its messages, whatever the template.
+    records = [
+        StepRecord(str(i), "", (), (), Target(), tuple(dict(m) for m in messages))
+        for i, messages in enumerate(prompts)
+    ]
+    (ids,) = Encoder(tokenizer, TEMPLATES["toolrl"])(records)
+    return ids
 
 
 def checkpoint_digest(source: str, policy: Policy) -> str:

@@ -13,10 +13,12 @@ from rest_jax.evaluation.benchmark import (
     Completion,
     compare_results,
     describe,
+    encode,
     load,
     read_result,
     scored,
 )
+from rest_jax.models.tokenizer import Tokenizer
 
 RUN = {"seconds": 2.0, "tokens_per_second": 5.0, "sampling": {"max_response_tokens": 9}}
 
@@ -80,6 +82,16 @@ def test_rates_are_of_each_level_and_of_all_items(bank):
     assert said[5].split()[:5] == ["all", "5", "80.0%", "37.6%", "to"]
     assert "gold beyond doubt in 1 of 5 items" in said[6]
     assert "10 tokens in 2 s, 5.0 tokens/s; 0 completions cut" in said[7]
+
+
+def test_prompts_are_what_transformers_makes_of_the_messages(bank, configs_dir):
+    tokenizer = Tokenizer.load(configs_dir / "quickstart_policy")
+    prompts = [item.messages for item in api_bank.load(bank)]
+    for ids, messages in zip(encode(tokenizer, prompts), prompts, strict=True):
+        expected = tokenizer.hf.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        assert ids.tolist() == list(expected)
 
 
 def results(bank, tmp_path, *models) -> list[str]:
