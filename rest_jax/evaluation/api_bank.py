@@ -6,6 +6,7 @@ sometimes odd; `strict` asks for one call, written as the prompt says. Some gold
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,12 +45,13 @@ def load(folder: Location, limit: int | None = None) -> list[Item]:
         raise UserError(f"--data {folder}: {lacks}; api_bank needs {', '.join(FILES.values())}")
     items: list[Item] = []
     for group, name in FILES.items():
-        for i, found in enumerate(read_items(place / name)):
-            if limit is not None and i >= limit:
-                break
-            if found.fault is not None:
-                raise RecordError(f"{found.where}: {found.fault}")
-            items.append(_item(found.raw, f"{group}/{i}", group, found.where))
+        found = list(itertools.islice(read_items(place / name), limit))
+        if not found:
+            raise RecordError(f"data {place / name}: no records")
+        for i, one in enumerate(found):
+            if one.fault is not None:
+                raise RecordError(f"{one.where}: {one.fault}")
+            items.append(_item(one.raw, f"{group}/{i}", group, one.where))
     return items
 
 

@@ -12,6 +12,7 @@ item.
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -51,9 +52,10 @@ from rest_jax.rollout.scoring import truncated
 from rest_jax.run import checkpoint
 from rest_jax.run.load import is_run, load_policy
 from rest_jax.run.metrics import summary_table
+from rest_jax.run.progress import Progress
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Target
-from rest_jax.types import PromptBatch, Sampling
+from rest_jax.types import PromptBatch, RolloutBatch, Sampling
 
 BENCHMARKS = {"api_bank": api_bank}
 FORMAT = 1  # of result files
@@ -83,10 +85,7 @@ def load(name: str, folder: Location, limit: int | None) -> Sequence[Any]:
     """The items, of each group `limit` at most. UserError for an unknown benchmark and a folder that is not its own."""
     if name not in BENCHMARKS:
         raise UserError(f"--benchmark {name}: unknown{nearest(name, list(BENCHMARKS))}")
-    items = BENCHMARKS[name].load(folder, limit)
-    if not items:
-        raise UserError(f"--data {folder}: {name} has no items there")
-    return items
+    return BENCHMARKS[name].load(folder, limit)
 
 
 def scored(name: str, items: Sequence[Any], complete: Complete) -> dict[str, Any]:
@@ -187,8 +186,16 @@ class Completer:
         padded = pad(ids, bucketed(ids), tokenizer.pad_id)
         batch = PromptBatch(*padded, np.arange(len(ids), dtype=np.int32))
         params = rollout_cast(policy)(policy.params)
+        rng, done = jax.random.key(self.config.seed), itertools.count(1)
         begun = time.monotonic()
-        out = self._sampler.sample_all(params, batch, jax.random.key(self.config.seed))
+        with contextlib.closing(Progress(len(ids), unit="completion")) as progress:
+
+            def show(_: int, rows: RolloutBatch) -> None:
+                progress.update(next(done), f"{int(rows.response_length[0, 0])} tokens")
+
+            # Of several processes none knows of the others' completions.
+            on_group = show if jax.process_count() == 1 else None
+            out = self._sampler.sample_all(params, batch, rng, on_group)
         self.seconds += time.monotonic() - begun
         cut = truncated(out, tokenizer.stop_ids)[:, 0]
         lengths = out.response_length[:, 0]
@@ -225,10 +232,13 @@ def read_result(path: Location) -> dict[str, Any]:
     try:
         with store_errors(path):
             result = json.loads(as_path(path).read_text())
-        known = result["format"] == FORMAT and result["benchmark"] in BENCHMARKS
-        if not known or not {"items", "rates", "prompts_sha256"} <= result.keys():
+        scores = BENCHMARKS[result["benchmark"]].SCORES
+        parts = {"id", "group", *scores}
+        complete = all(parts <= line.keys() for line in result["items"])
+        whole = complete and result["items"] and result["prompts_sha256"]
+        if result["format"] != FORMAT or not whole:
             raise ValueError
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: no result file of `rest-jax evaluate --benchmark`, format {FORMAT}"
         ) from error
@@ -262,17 +272,19 @@ def describe(result: Mapping[str, Any]) -> str:
 def compare_results(first: Location, second: Location) -> str:
     """The table of differences, `second` less `first`, item by item. UserError for files that did not answer the same items."""
     a, b = read_result(first), read_result(second)
-    if a["prompts_sha256"] != b["prompts_sha256"]:
+    ids, others = ({line["id"] for line in result["items"]} for result in (a, b))
+    if a["prompts_sha256"] != b["prompts_sha256"] or ids != others:
         said = (f"{x['benchmark']} with {len(x['items'])} items" for x in (a, b))
         raise UserError(
             f"--compare {first} {second}: not the same items ({', '.join(said)}); "
             "evaluate both with the same --benchmark, --data and --limit"
         )
     rows: list[list[Any]] = [list(_COLUMNS)]
-    for score in a["rates"]:
+    for score in BENCHMARKS[a["benchmark"]].SCORES:
+        found = [rates(result["items"], score) for result in (a, b)]
         for group, members in _groups(a["items"]).items():
             before, after = ({x["id"]: int(x[score]) for x in r["items"]} for r in (a, b))
-            both = (f"{r['rates'][score][group]['rate']:.1%}" for r in (a, b))
+            both = (f"{by_group[group]['rate']:.1%}" for by_group in found)
             cells = _compared(before, after, [x["id"] for x in members])
             rows.append([f"{score}, {group}", len(members), *both, *cells])
     return (

@@ -109,6 +109,9 @@ def test_a_wrong_record_is_named(bank):
         path.write_text(json.dumps([record | changed]))
         with pytest.raises(RecordError, match=message):
             api_bank.load(bank)
+    path.write_text("[]")
+    with pytest.raises(RecordError, match=r"level-3-api_processed.json: no records"):
+        api_bank.load(bank)
 
 
 def test_the_published_records(data_dir):

@@ -130,7 +130,16 @@ def test_only_results_of_the_same_items_are_compared(bank, tmp_path):
         UserError, match=r"not the same items \(api_bank with 5 items, api_bank with 3"
     ):
         compare_results(path, other)
-    for content in ("{}", "[]", "{", '{"format": 1, "benchmark": "api_bank"}', "\xff"):
+    damaged = json.loads(path.read_text())
+    del damaged["items"][1]["soft"]
+    for content in (
+        "{}",
+        "[]",
+        "{",
+        '{"format": 1, "benchmark": "api_bank"}',
+        "\xff",
+        json.dumps(damaged),
+    ):
         (tmp_path / "other.json").write_text(content, encoding="latin-1")
         with pytest.raises(UserError, match=r"other.json: no result file of `rest-jax evaluate"):
             read_result(tmp_path / "other.json")
@@ -160,7 +169,9 @@ def test_the_command_writes_what_checks_its_figures(
     words = ["evaluate", str(bank_model), "--benchmark", "api_bank", "--data", str(bank)]
     words += ["--max-response-tokens", "4", "--limit", "2", "mesh.data=1"]
     assert cli.main(words) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "model-api_bank.json"
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == "model-api_bank.json"
+    assert "completion 4/4: 4 tokens, ETA 0:00" in said.err
     result = read_result("model-api_bank.json")
     assert result["version"] == __version__ and result["model"] == str(bank_model)
     assert result["sampling"] == {
