@@ -306,24 +306,81 @@ def generate(
 
 @app.command(rich_help_panel=_MODEL)
 def evaluate(
-    model: Model,
+    model: Annotated[
+        str | None, Argument(help="HF folder, hub id, converted folder, or folder of a run")
+    ] = None,
     words: Annotated[
-        list[str],
+        list[str] | None,
         Argument(metavar="DATA|KEY=VALUE", help="record files, or synthetic:eval; config values"),
-    ],
+    ] = None,
+    benchmark: Annotated[
+        str | None, Option(metavar="NAME", help="a public one instead of records: api_bank")
+    ] = None,
+    data: Annotated[str | None, Option(metavar="FOLDER", help="the files of --benchmark")] = None,
+    temperature: Annotated[
+        float | None, Option(min=0, help="of --benchmark; default: greedy")
+    ] = None,
+    max_response_tokens: Annotated[
+        int | None, Option(min=1, help="short for rollout.max_response_tokens=N")
+    ] = None,
     limit: Limit = None,
-    output: Annotated[str | None, Option(help="JSONL file for every scored completion")] = None,
+    output: Annotated[
+        str | None,
+        Option(help="file for every scored completion: JSONL, of --benchmark JSON"),
+    ] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        Option(metavar="FIRST SECOND", help="result files of --benchmark, item by item; no model"),
+    ] = None,
     distributed: Distributed = None,
 ) -> None:
-    """Score greedy completions to held-out records."""
-    data, overrides = split(words)
-    if not data:
-        raise UserError("evaluate: no data; name record files, or synthetic:eval")
-    config = _load_model(model, overrides, distributed)
-    from rest_jax.evaluation.heldout import evaluate
+    """Score completions to held-out records (greedy), or to a public benchmark; compare two results."""
+    if compare is not None:
+        if model is not None or benchmark is not None:
+            raise UserError("evaluate --compare: takes two result files and nothing else")
+        from rest_jax.evaluation.benchmark import compare_results
 
-    if table := evaluate(config, data, limit=limit, output=output):
+        print(compare_results(*compare))
+        return
+    if model is None:
+        raise UserError("evaluate: no model; see rest-jax evaluate --help")
+    files, overrides = split(words or [])
+    _check_sources(files, benchmark, data, temperature)
+    if temperature:
+        overrides.append(f"rollout.temperature={temperature}")
+    if max_response_tokens is not None:
+        overrides.append(f"rollout.max_response_tokens={max_response_tokens}")
+    config = _load_model(model, overrides, distributed)
+    if benchmark is not None:
+        from rest_jax.evaluation.benchmark import evaluate_benchmark
+
+        table = evaluate_benchmark(
+            config, benchmark, str(data), greedy=not temperature, limit=limit, output=output
+        )
+    else:
+        from rest_jax.evaluation.heldout import evaluate
+
+        table = evaluate(config, files, limit=limit, output=output)
+    if table:
         print(table)
+
+
+def _check_sources(
+    files: Sequence[str], benchmark: str | None, data: str | None, temperature: float | None
+) -> None:
+    """UserError unless there are either records or a benchmark with its folder."""
+    if benchmark is None:
+        if data is not None or temperature is not None:
+            raise UserError("evaluate: --data and --temperature belong to --benchmark NAME")
+        if not files:
+            raise UserError("evaluate: no data; name record files, or synthetic:eval")
+    elif files:
+        raise UserError(
+            f"evaluate --benchmark {benchmark}: {files[0]}: no records are read; name the folder of "
+            "the benchmark with --data"
+        )
+    elif data is None:
+        raise UserError(f"evaluate --benchmark {benchmark}: --data FOLDER is needed")
 
 
 @app.command(rich_help_panel=_MODEL)

@@ -7,6 +7,7 @@ of a store are one line (`store_errors`); those of local files are Python's own.
 
 import concurrent.futures
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -192,6 +193,11 @@ def atomic_write(location: Location) -> Iterator[pathlib.Path]:
                 upload(partial, as_path(location))
         return
     path = pathlib.Path(location)
+    # At once, not when all is written; of a folder that is missing, its name and not that of the file beside.
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
     partial = _beside(path)
     try:
         with full_disk(path):

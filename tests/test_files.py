@@ -22,6 +22,16 @@ def test_the_name_appears_at_the_end(kind, tmp_path):
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.csv"]
 
 
+def test_a_file_that_cannot_be_written_is_told_before_the_block(tmp_path):
+    for path, error, named in (
+        (tmp_path, IsADirectoryError, tmp_path),
+        (tmp_path / "absent" / "x.json", FileNotFoundError, tmp_path / "absent"),
+    ):
+        with pytest.raises(error) as told, files.atomic_write(path):
+            raise AssertionError("the block was entered")
+        assert told.value.filename == str(named)
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("before", [None, "old"])
 def test_a_failure_leaves_what_was_there(error, before, tmp_path):
@@ -33,11 +43,6 @@ def test_a_failure_leaves_what_was_there(error, before, tmp_path):
         raise error
     assert os.listdir(tmp_path) == ([] if before is None else ["a.csv"])
     assert before is None or path.read_text() == before
-
-
-def test_an_error_before_anything_is_written(tmp_path):
-    with pytest.raises(FileNotFoundError), files.atomic_write(tmp_path / "absent" / "a") as partial:
-        partial.write_text("")
 
 
 @pytest.mark.parametrize("before", ["absent", "empty"])

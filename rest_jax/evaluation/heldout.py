@@ -8,7 +8,7 @@ Rates: format (S_format), exact (format and all calls equal gold as multisets; f
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,8 +17,10 @@ import numpy as np
 from rest_jax.config import Config
 from rest_jax.data.cache import load_prompts
 from rest_jax.data.loader import bucketed, pad
+from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import Prepared, load_split, prepare
 from rest_jax.distributed import is_first_process, say
+from rest_jax.evaluation.statistics import estimate, rate_interval
 from rest_jax.files import Location, as_path, atomic_write
 from rest_jax.models.policy import Policy, check_positions
 from rest_jax.rollout.cast import rollout_cast
@@ -37,6 +39,9 @@ RATES = {
     "eval/accuracy": "accuracy",
     "eval/reward": "reward",
 }
+# metric -> the field of a sample that it is the mean of
+_FIELDS = RATES | {"eval/response_tokens": "response_tokens", "eval/truncated": "truncated"}
+_YES_OR_NO = ("eval/exact", "eval/format", "eval/spurious", "eval/truncated")
 
 
 def held_out(config: Config, policy: Policy, keep: bool) -> Prepared | None:
@@ -76,21 +81,24 @@ class Evaluator:
         targets, tokenizer = [r.target for r in self.data.records], self.policy.tokenizer
         _, scores = score_rollout(rollout, targets, tokenizer, self.template, self.reward, 1.0)
         means = summarise_scores(scores, targets)
+        lengths = rollout.response_length[:, 0]
+        cut = truncated(rollout, tokenizer.stop_ids)[:, 0]
         metrics = {
             **{metric: means[field] for metric, field in RATES.items()},
-            "eval/response_tokens": float(np.mean(rollout.response_length)),
-            "eval/truncated": float(np.mean(truncated(rollout, tokenizer.stop_ids))),
+            "eval/response_tokens": float(np.mean(lengths)),
+            "eval/truncated": float(np.mean(cut)),
             "eval/prompts": float(len(scores)),
         }
-        lengths = rollout.response_length
-        rows = zip(self.data.records, rollout.responses, lengths, scores, strict=True)
+        rows = zip(self.data.records, rollout.responses[:, 0], lengths, cut, scores, strict=True)
         return metrics, [
             {
                 "id": record.id,
-                "response": tokenizer.text(ids[0, : length[0]]),
+                "response": tokenizer.text(ids[:length]),
+                "response_tokens": int(length),
+                "truncated": bool(is_cut),
                 **dataclasses.asdict(score),
             }
-            for record, ids, length, (score,) in rows
+            for record, ids, length, is_cut, (score,) in rows
         ]
 
     def _sample(self, params: Params) -> RolloutBatch:
@@ -100,10 +108,31 @@ class Evaluator:
         return self._sampler.sample_all(params, batch, jax.random.key(0))
 
 
+def intervals(
+    samples: Sequence[Mapping[str, Any]], records: Sequence[StepRecord]
+) -> dict[str, tuple[float | None, float | None]]:
+    """The 95 % interval of each metric of these samples of `Evaluator`, one a record: Wilson's of rates, the bootstrap's of other
+    means. None where there are too few samples.
+    """
+    # only prompts that should have no call can have a spurious one
+    callless = [s for s, record in zip(samples, records, strict=True) if not record.target.calls]
+    found: dict[str, tuple[float | None, float | None]] = {}
+    for metric, field in _FIELDS.items():
+        counted = callless if metric == "eval/spurious" else samples
+        values = [float(sample[field]) for sample in counted]
+        found[metric] = None, None
+        if metric in _YES_OR_NO and values:
+            found[metric] = rate_interval(int(sum(values)), len(values))
+        elif len(values) > 1:
+            mean = estimate(values)
+            found[metric] = mean.low, mean.high
+    return found
+
+
 def evaluate(
     config: Config, data: Sequence[str], limit: int | None = None, output: str | None = None
 ) -> str:
-    """The table of rates of greedy completions, a row for each data set: the command `rest-jax evaluate`.
+    """The table of rates of greedy completions, for each data set a row and two of the 95 % intervals: `rest-jax evaluate`.
 
     `limit` is the number of records read of each data set, `output` the JSONL file for the scored completions, which
     appears once all are written. Of many processes the first has the table and writes the file. UserError for a model or
@@ -130,7 +159,10 @@ def evaluate(
             say(f"{spec}: {prepared.summary()}")
             rates, scored = Evaluator(config, policy, prepared)(policy.params)
             rows = rows or [["data", *(name.removeprefix("eval/") for name in rates)]]
+            ends = intervals(scored, prepared.records)
             rows.append([spec, *rates.values()])
+            for i, end in enumerate(("95 % from", "95 % to")):
+                rows.append([end, *(ends.get(name, (None, None))[i] for name in rates)])
             if file is not None:
                 file.writelines(json.dumps({"data": spec, **line}) + "\n" for line in scored)
     return summary_table(rows) if is_first_process() else ""

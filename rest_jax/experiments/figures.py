@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from rest_jax.analysis import plotting
-from rest_jax.experiments.results import EXACT, Curve, Estimate, Results
+from rest_jax.evaluation.statistics import Estimate
+from rest_jax.experiments.results import EXACT, Curve, Results
 
 _REGIONS = ("tag", "scaffold", "name", "param", "think")
 _WINDOW = 5  # steps of the running mean

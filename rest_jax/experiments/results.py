@@ -11,17 +11,15 @@ import dataclasses
 import gzip
 import io
 import pathlib
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from rest_jax.analysis.report import read_series
+from rest_jax.evaluation.statistics import Estimate, estimate, paired
 from rest_jax.files import atomic_write
 
-RESAMPLES = 10_000
 EXACT, SAMPLED, NOISE = COMPARED = "eval/exact", "sampled/exact", "early/grad_noise"
 _FINAL = (
     EXACT,
@@ -31,50 +29,6 @@ LAST_STEPS = 10  # training steps whose sampled rate is averaged
 _COMPILING_STEPS = 3  # left out of step times
 
 Curve = Mapping[int, float]  # step -> value
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """The mean of `count` values with its bootstrap and its t interval; the bounds of fewer than two are NaN."""
-
-    mean: float
-    low: float
-    high: float
-    t_low: float
-    t_high: float
-    count: int
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether both intervals lie on one side of zero. Two values may agree by chance: three are the least."""
-        outside = min(self.low, self.t_low) > 0 or max(self.high, self.t_high) < 0
-        return outside and self.count >= 3
-
-
-def estimate(values: Sequence[float], level: float = 0.95) -> Estimate:
-    """The mean of independent values with both intervals. ValueError without a value."""
-    x = np.asarray(values, np.float64)
-    if x.ndim != 1 or not x.size:
-        raise ValueError(f"values of shape {x.shape}: a list of at least one is needed")
-    if x.size < 2:
-        return Estimate(float(x.mean()), *[float("nan")] * 4, count=1)
-    with warnings.catch_warnings():
-        # Values that are all equal, or that were not measured, have no spread to speak of.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        t = stats.ttest_1samp(x, 0.0).confidence_interval(level)
-        bounds = stats.bootstrap(
-            (x,), np.mean, n_resamples=RESAMPLES, confidence_level=level, method="percentile", rng=0
-        ).confidence_interval
-    ends = (float(end) for end in (bounds.low, bounds.high, t.low, t.high))
-    return Estimate(float(x.mean()), *ends, count=x.size)
-
-
-def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Estimate:
-    """The mean difference over the seeds that both have. ValueError when they share none."""
-    shared = sorted(values.keys() & reference.keys())
-    if not shared:
-        raise ValueError("no seed in common")
-    return estimate([values[seed] - reference[seed] for seed in shared])
 
 
 @dataclasses.dataclass(frozen=True)

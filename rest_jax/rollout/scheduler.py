@@ -112,16 +112,22 @@ class Sampler:
         self.stats = rollout.stats
         return rollout.out
 
-    def sample_all(self, params: Params, prompts: PromptBatch, rng: jax.Array) -> RolloutBatch:
-        """Responses to all of `prompts`, which every process has: each samples those of its data shards and gets the
-        others'; NumPy.
+    def sample_all(
+        self,
+        params: Params,
+        prompts: PromptBatch,
+        rng: jax.Array,
+        on_group: OnGroup | None = None,
+    ) -> RolloutBatch:
+        """Responses to all of `prompts`, which every process has: each samples those of its data shards, of which `on_group` is
+        told, and gets the others'; NumPy.
         """
         size, mesh = len(prompts.length), self.mesh
         # Several processes: the last prompt fills the shards up.
         shards = num_data_shards(mesh) if jax.process_count() > 1 else 1
         own = rows_of_shards(-(-size // shards) * shards, local_shards(mesh), mesh)
         own = np.minimum(own, size - 1)
-        out = self(params, jax.tree.map(lambda x: x[own], prompts), rng, 0)
+        out = self(params, jax.tree.map(lambda x: x[own], prompts), rng, 0, on_group)
         return jax.tree.map(lambda x: x[:size], gather(out, mesh))
 
 

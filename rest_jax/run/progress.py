@@ -1,6 +1,6 @@
 """How far a command is, on stderr: a bar on a terminal, a plain line every ten seconds elsewhere.
 
-`Progress` counts the steps of a run, `Transfer` the bytes of a model that is read or written.
+`Progress` counts the steps of a run or the completions of a benchmark, `Transfer` the bytes of a model that is read or written.
 """
 
 import sys
@@ -9,10 +9,10 @@ from typing import TextIO
 
 
 class Progress:
-    """Shows how many of `total` steps are done, and a text beside it. A resource."""
+    """Shows how many of `total` steps (or another `unit`) are done, and a text beside it. A resource."""
 
-    def __init__(self, total: int, start: int = 0, file: TextIO | None = None):
-        self.total, self.start = total, start
+    def __init__(self, total: int, start: int = 0, file: TextIO | None = None, unit: str = "step"):
+        self.total, self.start, self.unit = total, start, unit
         self.seconds = 10.0
         self.file = sys.stderr if file is None else file
         self._begun = self._shown = time.monotonic()
@@ -25,7 +25,7 @@ class Progress:
                 total=total,
                 initial=start,
                 file=self.file,
-                unit="step",
+                unit=unit,
                 dynamic_ncols=True,
             )
 
@@ -39,7 +39,7 @@ class Progress:
         if self._first or done >= self.total or now - self._shown >= self.seconds:
             self._first, self._shown = False, now
             left = (now - self._begun) / max(done - self.start, 1) * (self.total - done)
-            self.message(f"step {done}/{self.total}: {shown}, ETA {_duration(left)}")
+            self.message(f"{self.unit} {done}/{self.total}: {shown}, ETA {_duration(left)}")
 
     def message(self, text: str) -> None:
         """One line that does not tear the bar."""

@@ -13,8 +13,10 @@ from rest_jax.evaluation.heldout import (
     Evaluator,
     evaluations,
     held_out,
+    intervals,
     report_evaluations,
 )
+from rest_jax.evaluation.statistics import estimate, rate_interval
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.rollout.experience import Collector
 from rest_jax.run.load import load_policy
@@ -56,6 +58,26 @@ def test_metrics_are_the_means_of_the_samples(evaluated):
     ]
     assert metrics["eval/spurious"] == pytest.approx(np.mean(without_calls or [0.0]))
     assert 0 < metrics["eval/response_tokens"] <= 48 and 0 <= metrics["eval/truncated"] <= 1
+
+
+def test_each_metric_has_its_interval(evaluated):
+    (metrics, samples), evaluator = evaluated
+    found = intervals(samples, evaluator.data.records)
+    assert found.keys() == metrics.keys() - {"eval/prompts"}
+    for name, (low, high) in found.items():
+        if name != "eval/spurious":
+            assert low <= metrics[name] <= high, name
+    exact = sum(s["exact"] for s in samples)
+    assert found["eval/exact"] == rate_interval(exact, 6)
+    mean = estimate([s["accuracy"] for s in samples])
+    assert found["eval/accuracy"] == (mean.low, mean.high)
+    callless = [r.target.calls == () for r in evaluator.data.records]
+    spurious = [s["spurious"] for s, counts in zip(samples, callless, strict=True) if counts]
+    expected = rate_interval(sum(spurious), len(spurious)) if spurious else (None, None)
+    assert found["eval/spurious"] == expected
+    alone = intervals(samples[:1], evaluator.data.records[:1])
+    assert alone["eval/reward"] == (None, None)
+    assert alone["eval/exact"] == rate_interval(int(samples[0]["exact"]), 1)
 
 
 def test_a_run_may_have_no_held_out_records():

@@ -12,9 +12,9 @@ import yaml
 
 from rest_jax import config as config_lib
 from rest_jax.errors import RunStopped, UserError
+from rest_jax.evaluation.statistics import estimate
 from rest_jax.experiments import figures, results
 from rest_jax.experiments.compare import Plan, compare, gather, write_page
-from rest_jax.experiments.results import estimate
 from rest_jax.experiments.worker import Engine
 from tests.programs.pretend_train import finish
 

@@ -1,0 +1,321 @@
+"""Public benchmarks: every item is answered once and scored once, and a result file keeps what is needed to check the figures.
+
+    BENCHMARKS[name]   a module: load(folder, limit) -> items (id, group, messages, ...), score(item, text) -> {score: bool},
+                       SCORES (their names), report(items) -> what is known of the items themselves
+    scored(name, load(name, folder, limit), complete) -> the result, with any function from messages to completions
+    evaluate_benchmark(...), compare_results(a, b)   the commands `rest-jax evaluate --benchmark` and `--compare`
+
+A rate has its 95 % interval, of all items (micro average) and of each group. Two results of one benchmark are compared item by
+item.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rest_jax import __version__
+from rest_jax.config import Config, nearest
+from rest_jax.data.loader import bucketed, pad
+from rest_jax.data.records import StepRecord
+from rest_jax.data.tokenize import Encoder
+from rest_jax.distributed import is_first_process, platform, say
+from rest_jax.errors import UserError
+from rest_jax.evaluation import api_bank
+from rest_jax.evaluation.statistics import (
+    mcnemar,
+    paired,
+    rate_interval,
+    resolvable_difference,
+)
+from rest_jax.files import (
+    Location,
+    absolute,
+    as_path,
+    atomic_write,
+    fingerprints,
+    list_files,
+    store_errors,
+)
+from rest_jax.models.policy import Policy, check_positions
+from rest_jax.models.tokenizer import Tokenizer
+from rest_jax.rollout.cast import rollout_cast
+from rest_jax.rollout.scheduler import make_sampler
+from rest_jax.rollout.scoring import truncated
+from rest_jax.run import checkpoint
+from rest_jax.run.load import is_run, load_policy
+from rest_jax.run.metrics import summary_table
+from rest_jax.run.progress import Progress
+from rest_jax.templates import TEMPLATES
+from rest_jax.tool_calls import Target
+from rest_jax.types import PromptBatch, RolloutBatch, Sampling
+
+BENCHMARKS = {"api_bank": api_bank}
+FORMAT = 1  # of result files
+ALL = "all"  # the group of all items
+# of a comparison; `gained` and `lost` count the items that only the second, or only the first, has right
+_COLUMNS = (
+    *("score", "items", "first", "second", "difference", "95 % interval"),
+    *("gained", "lost", "p", "resolvable"),
+)
+
+Messages = Sequence[Mapping[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What a model wrote, without the token that ends the turn, and how many tokens that took, with it."""
+
+    text: str
+    tokens: int = 0
+    truncated: bool = False  # it did not end within the limit
+
+
+Complete = Callable[[Sequence[Messages]], Sequence[Completion]]
+
+
+def load(name: str, folder: Location, limit: int | None) -> Sequence[Any]:
+    """The items, of each group `limit` at most. UserError for an unknown benchmark and a folder that is not its own."""
+    if name not in BENCHMARKS:
+        raise UserError(f"--benchmark {name}: unknown{nearest(name, list(BENCHMARKS))}")
+    return BENCHMARKS[name].load(folder, limit)
+
+
+def scored(name: str, items: Sequence[Any], complete: Complete) -> dict[str, Any]:
+    """The items with completions and scores, the rates, and what is known of the items."""
+    benchmark = BENCHMARKS[name]
+    completions = complete([item.messages for item in items])
+    lines = [
+        {"id": item.id, "group": item.group}
+        | {"completion": found.text, "tokens": found.tokens, "truncated": found.truncated}
+        | benchmark.score(item, found.text)
+        for item, found in zip(items, completions, strict=True)
+    ]
+    asked = [[item.id, [dict(message) for message in item.messages]] for item in items]
+    return {
+        "benchmark": name,
+        "format": FORMAT,
+        "version": __version__,
+        "prompts_sha256": _digest(asked),
+        "rates": {score: rates(lines, score) for score in benchmark.SCORES},
+        "known": benchmark.report(items),
+        "items": lines,
+    }
+
+
+def rates(lines: Sequence[Mapping[str, Any]], score: str) -> dict[str, dict[str, Any]]:
+    """For each group, and all: the count, the rate of a score, and its interval."""
+    found = {}
+    for group, members in _groups(lines).items():
+        right = sum(line[score] for line in members)
+        low, high = rate_interval(right, len(members))
+        rate = right / len(members)
+        found[group] = {"count": len(members), "rate": rate, "low": low, "high": high}
+    return found
+
+
+def evaluate_benchmark(
+    config: Config,
+    name: str,
+    folder: Location,
+    *,
+    greedy: bool = True,
+    limit: int | None = None,
+    output: Location | None = None,
+) -> str:
+    """The table of rates of a model, whose result file is written to `output`: by default into the folder of the run, or into the
+    working directory for a model that is no run. Of many processes the first has the table and writes the file.
+    UserError as for `load`, and for a model that cannot be used.
+    """
+    items = load(name, folder, limit)
+    source, r = config.model.source, config.rollout
+    if output is None:
+        place = absolute(source)
+        output = place / f"{name}.json" if is_run(source) else f"{place.name}-{name}.json"
+    sampling = Sampling(r.temperature, r.top_k, r.top_p, greedy)
+    with contextlib.ExitStack() as stack:
+        partial = None
+        # Opened first: a folder that is missing is known before hours of sampling.
+        if is_first_process():
+            partial = stack.enter_context(atomic_write(output))
+            partial.touch()
+        policy = load_policy(config.model, config.mesh, r.tensor)
+        complete = Completer(config, policy, sampling)
+        result = scored(name, items, complete)
+        tokens = sum(line["tokens"] for line in result["items"])
+        result = {
+            "model": source,
+            "checkpoint_sha256": checkpoint_digest(source, policy),
+            "template_sha256": policy.tokenizer.digest(),
+            "sampling": dataclasses.asdict(sampling)
+            | {"max_response_tokens": r.max_response_tokens, "seed": config.seed},
+            "device": platform(policy.mesh),
+            "dtype": str(policy.config.dtype),
+            "seconds": complete.seconds,
+            "tokens_per_second": tokens / complete.seconds,
+        } | result
+        if partial is None:
+            return ""
+        partial.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+    return f"{describe(result)}\n{output}"
+
+
+class Completer:
+    """Completions of a policy to messages, as they go through its chat template. A resource: it holds the compiled rollout."""
+
+    def __init__(self, config: Config, policy: Policy, sampling: Sampling):
+        self.config, self.policy = config, policy
+        self._sampler = make_sampler(policy, config.rollout, 1, sampling)
+        self.seconds = 0.0  # of sampling, compilation included
+
+    def __call__(self, prompts: Sequence[Messages]) -> list[Completion]:
+        """Every process has all of them. UserError for prompts that the model cannot take."""
+        policy, tokenizer = self.policy, self.policy.tokenizer
+        ids = encode(tokenizer, prompts)
+        most = max(map(len, ids))
+        limit = self.config.rollout.max_response_tokens
+        check_positions(policy.config, most, limit, "--max-response-tokens")
+        say(f"{len(ids)} prompts of at most {most:,} tokens")
+        padded = pad(ids, bucketed(ids), tokenizer.pad_id)
+        batch = PromptBatch(*padded, np.arange(len(ids), dtype=np.int32))
+        params = rollout_cast(policy)(policy.params)
+        rng, done = jax.random.key(self.config.seed), itertools.count(1)
+        begun = time.monotonic()
+        with contextlib.closing(Progress(len(ids), unit="completion")) as progress:
+
+            def show(_: int, rows: RolloutBatch) -> None:
+                progress.update(next(done), f"{int(rows.response_length[0, 0])} tokens")
+
+            # Of several processes none knows of the others' completions.
+            on_group = show if jax.process_count() == 1 else None
+            out = self._sampler.sample_all(params, batch, rng, on_group)
+        self.seconds += time.monotonic() - begun
+        cut = truncated(out, tokenizer.stop_ids)[:, 0]
+        lengths = out.response_length[:, 0]
+        # A thought that the prompt has opened is part of what the model says.
+        opened = "<think>" if tokenizer.thought_open else ""
+        return [
+            Completion(opened + tokenizer.text(row[: n if is_cut else n - 1]), int(n), bool(is_cut))
+            for row, n, is_cut in zip(out.responses[:, 0], lengths, cut, strict=True)
+        ]
+
+
+def encode(tokenizer: Tokenizer, prompts: Sequence[Messages]) -> list[np.ndarray]:
+    """int32 [T] each: the messages through the chat template, as they are. UserError where it is missing or refuses them."""
+    # A record without a history is its messages, whatever the template.
+    records = [
+        StepRecord(str(i), "", (), (), Target(), tuple(dict(m) for m in messages))
+        for i, messages in enumerate(prompts)
+    ]
+    (ids,) = Encoder(tokenizer, TEMPLATES["toolrl"])(records)
+    return ids
+
+
+def checkpoint_digest(source: str, policy: Policy) -> str:
+    """SHA-256, in hex, over the digests of the files that the model was read from. Every process calls it."""
+    if is_run(source):
+        folder, names = checkpoint.newest_params(source)[0].parent, [checkpoint.MANIFEST]
+    else:
+        folder, names = policy.files, sorted(list_files(policy.files))
+    return _digest(fingerprints(folder, names)) if is_first_process() else ""
+
+
+def read_result(path: Location) -> dict[str, Any]:
+    """A result file. UserError for anything else."""
+    try:
+        with store_errors(path):
+            result = json.loads(as_path(path).read_text())
+        scores = BENCHMARKS[result["benchmark"]].SCORES
+        parts = {"id", "group", *scores}
+        complete = all(parts <= line.keys() for line in result["items"])
+        whole = complete and result["items"] and result["prompts_sha256"]
+        if result["format"] != FORMAT or not whole:
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: no result file of `rest-jax evaluate --benchmark`, format {FORMAT}"
+        ) from error
+    return result
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """The table of the rates, in percent, and a line each on the known doubts, the model and the speed."""
+    scores = list(result["rates"])
+    rows: list[list[Any]] = [[result["benchmark"], "items"]]
+    for score in scores:
+        rows[0] += [score, "95 % interval"]
+    for group, first in result["rates"][scores[0]].items():
+        rows.append([group, first["count"]])
+        for score in scores:
+            found = result["rates"][score][group]
+            rows[-1] += [f"{found['rate']:.1%}", f"{found['low']:.1%} to {found['high']:.1%}"]
+    known, items = result["known"], result["items"]
+    doubts = "; ".join(f"{doubt}: {len(ids)}" for doubt, ids in known["doubts"].items())
+    tokens, cut = sum(x["tokens"] for x in items), sum(x["truncated"] for x in items)
+    return "\n".join(
+        [
+            summary_table(rows),
+            f"gold beyond doubt in {known['beyond_doubt']} of {len(items)} items ({doubts or 'no doubts'})",
+            f"{tokens:,} tokens in {result['seconds']:.0f} s, {result['tokens_per_second']:.1f} tokens/s; "
+            f"{cut} completions cut at {result['sampling']['max_response_tokens']} tokens",
+        ]
+    )
+
+
+def compare_results(first: Location, second: Location) -> str:
+    """The table of differences, `second` less `first`, item by item. UserError for files that did not answer the same items."""
+    a, b = read_result(first), read_result(second)
+    ids, others = ({line["id"] for line in result["items"]} for result in (a, b))
+    if a["prompts_sha256"] != b["prompts_sha256"] or ids != others:
+        said = (f"{x['benchmark']} with {len(x['items'])} items" for x in (a, b))
+        raise UserError(
+            f"--compare {first} {second}: not the same items ({', '.join(said)}); "
+            "evaluate both with the same --benchmark, --data and --limit"
+        )
+    rows: list[list[Any]] = [list(_COLUMNS)]
+    for score in BENCHMARKS[a["benchmark"]].SCORES:
+        found = [rates(result["items"], score) for result in (a, b)]
+        for group, members in _groups(a["items"]).items():
+            before, after = ({x["id"]: int(x[score]) for x in r["items"]} for r in (a, b))
+            both = (f"{by_group[group]['rate']:.1%}" for by_group in found)
+            cells = _compared(before, after, [x["id"] for x in members])
+            rows.append([f"{score}, {group}", len(members), *both, *cells])
+    return (
+        f"first: {first}\nsecond: {second}\n{summary_table(rows)}\n"
+        "p: McNemar's exact test; resolvable: the least difference that it finds in 80 % of samples of this size"
+    )
+
+
+def _compared(first: Mapping[str, int], second: Mapping[str, int], ids: Sequence[str]) -> list[Any]:
+    """The cells of one comparison, from the difference on."""
+    gained = sum(second[i] > first[i] for i in ids)
+    lost = sum(second[i] < first[i] for i in ids)
+    found = paired({i: second[i] for i in ids}, first)
+    least = resolvable_difference(len(ids), gained + lost)
+    return [
+        f"{found.mean:+.1%}",
+        "-" if len(ids) < 2 else f"{found.low:+.1%} to {found.high:+.1%}",
+        gained,
+        lost,
+        mcnemar(gained, lost),
+        "-" if least is None else f"{least:.1%}",
+    ]
+
+
+def _groups(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The items of each group, in order of appearance, and all."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault(line["group"], []).append(line)
+    return groups | {ALL: list(lines)}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

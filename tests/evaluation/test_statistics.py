@@ -1,0 +1,121 @@
+"""Intervals, tests and power against enumeration, simulation and what is published."""
+
+import itertools
+import warnings
+
+import numpy as np
+import pytest
+
+from rest_jax.evaluation.statistics import (
+    estimate,
+    mcnemar,
+    mcnemar_power,
+    paired,
+    rate_interval,
+    resolvable_difference,
+)
+
+
+def test_bootstrap_is_the_percentiles_of_all_resamples():
+    x = [0.2, 0.5, 0.55, 0.9]
+    means = [np.mean(rows) for rows in itertools.product(x, repeat=len(x))]
+    found = estimate(x)
+    expected = np.percentile(means, [2.5, 97.5])
+    np.testing.assert_allclose((found.low, found.high), expected, atol=0.03)
+    assert estimate(x) == found  # seeded
+
+
+def test_t_interval_holds_its_level_and_the_bootstrap_does_not():
+    """Five values, three hundred times: the reason why both are asked."""
+    rng = np.random.default_rng(0)
+    found = [estimate(rng.normal(1.0, 2.0, 5).tolist()) for _ in range(300)]
+    student = np.mean([e.t_low <= 1 <= e.t_high for e in found])
+    resampled = np.mean([e.low <= 1 <= e.high for e in found])
+    assert 0.92 < student < 0.98
+    assert resampled < 0.90
+
+
+def test_t_interval_by_hand():
+    found = estimate([1.0, 2.0, 3.0])  # standard error 1 / sqrt(3), t(2, 0.975) = 4.3027
+    assert found.mean == 2.0
+    assert found.t_high - found.mean == pytest.approx(4.302653 / np.sqrt(3), rel=1e-5)
+    assert found.mean - found.t_low == pytest.approx(4.302653 / np.sqrt(3), rel=1e-5)
+
+
+def test_pairs_go_by_seed_and_only_those_of_both():
+    found = paired({0: 1.0, 2: 5.0, 7: 9.0}, {7: 8.0, 2: 5.5, 1: 100.0})
+    assert found.count == 2 and found.mean == pytest.approx((1.0 - 0.5) / 2)
+    with pytest.raises(ValueError, match="nothing in common"):
+        paired({0: 1.0}, {1: 1.0})
+
+
+def test_both_intervals_must_be_on_one_side_of_zero():
+    assert estimate([1.0, 1.1, 0.9, 1.05]).excludes_zero
+    assert estimate([-1.0, -1.1, -0.9, -1.05]).excludes_zero
+    almost = estimate([0.1, 0.2, 1.9])  # the bootstrap leaves zero out, t does not
+    assert almost.low > 0 > almost.t_low and not almost.excludes_zero
+    assert not estimate([1.0]).excludes_zero
+
+
+def test_equal_values_have_an_interval_of_one_point():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = estimate([1.0, 1.0, 1.0])
+    assert (found.low, found.high, found.t_low, found.t_high) == (1.0, 1.0, 1.0, 1.0)
+    assert not estimate([1.0, 1.0]).excludes_zero  # no spread, but two seeds show nothing
+
+
+def test_one_value_has_no_interval_and_none_is_refused():
+    found = estimate([3.0])
+    assert found.mean == 3.0 and np.isnan([found.low, found.t_high]).all()
+    with pytest.raises(ValueError, match="at least one"):
+        estimate([])
+
+
+def test_wilson_by_hand():
+    """81 of 263 (Newcombe 1998, table I), and the bounds of none and of all."""
+    assert rate_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert rate_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+    assert rate_interval(1, 29) == pytest.approx((0.0061, 0.1718), abs=1e-4)
+    low, high = rate_interval(7, 7)
+    assert low == pytest.approx(1 - rate_interval(0, 7)[1]) and high == 1.0
+    with pytest.raises(ValueError, match="n"):
+        rate_interval(0, 0)
+
+
+def test_mcnemar_is_the_two_sided_sign_test():
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(5, 0) == mcnemar(0, 5) == pytest.approx(2 / 2**5)
+    assert mcnemar(8, 2) == pytest.approx(2 * (1 + 10 + 45) / 2**10)
+    assert mcnemar(4, 4) == 1.0
+
+
+def test_power_of_mcnemar_by_simulation():
+    count, difference, rate = 40, 0.2, 0.3
+    rng = np.random.default_rng(0)
+    differing = rng.binomial(count, rate, 4000)
+    gained = rng.binomial(differing, (1 + difference / rate) / 2)
+    drawn, times = np.unique([gained, differing - gained], axis=1, return_counts=True)
+    found = np.array([mcnemar(int(g), int(lost)) <= 0.05 for g, lost in drawn.T])
+    simulated = np.sum(times[found]) / 4000
+    assert mcnemar_power(count, difference, rate) == pytest.approx(simulated, abs=0.02)
+    assert mcnemar_power(count, 0.0, rate) < 0.05  # the test holds its level
+
+
+def resolvable(count: int, differing: int) -> float:
+    """The difference, where there is one."""
+    found = resolvable_difference(count, differing)
+    assert found is not None
+    return found
+
+
+def test_resolvable_differences():
+    found = resolvable(597, 60)
+    assert mcnemar_power(597, found, 60 / 597) == pytest.approx(0.8, abs=1e-3)
+    # more items resolve smaller differences, more noise larger ones
+    assert resolvable(597, 20) < found < resolvable(597, 200)
+    assert resolvable(2400, 241) < found
+    # models that have never differed: the difference itself makes the items differ
+    least = resolvable(100, 0)
+    assert mcnemar_power(100, least, least) == pytest.approx(0.8, abs=1e-3)
+    assert resolvable_difference(5, 2) is None  # p of five items of one kind is 1/16
