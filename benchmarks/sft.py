@@ -5,6 +5,7 @@ of given lengths; tokens = those of prompts and targets.
 """
 
 import argparse
+import typing
 
 import jax
 import numpy as np
@@ -15,8 +16,9 @@ from benchmarks.process import Work, positive
 from benchmarks.rollout import add_dtype
 from rest_jax.config import LossConfig, SftConfig
 from rest_jax.distributed import activate, to_mesh
+from rest_jax.models.config import Remat
 from rest_jax.rl.packing import BatchLengths
-from rest_jax.rl.step import init_state, plan_all_groups
+from rest_jax.rl.step import abstract_state, init_state, plan_all_groups
 from rest_jax.rl.supervised import GoldBatch, make_prepare_gold, make_supervised_update
 from rest_jax.run.throughput import update_flops
 
@@ -28,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dtype(parser)
     text = "lengths of prompts and targets, as 536+235,500+371"
     parser.add_argument("--records", type=read_records, default=SFT_RECORDS, help=text)
-    parser.add_argument("--remat", choices=("none", "block", "dots"), default=update.REMAT)
+    parser.add_argument("--remat", choices=typing.get_args(Remat), default=update.REMAT)
 
 
 def read_records(text: str) -> tuple[tuple[int, int], ...]:
@@ -50,7 +52,9 @@ def make_work(args: argparse.Namespace) -> Work:
     widths = (gold.prompt.shape[1], gold.responses.shape[2])
     lengths = BatchLengths(gold.prompt_length, gold.response_length, widths)
     with activate(mesh):
-        state, _, shardings = init_state(policy, tx, update.step_config(1).schedule, seed=0)
+        schedule = update.step_config(1).schedule
+        _, shardings = abstract_state(policy, tx, schedule)
+        state = init_state(policy, tx, schedule, 0, shardings)
     prepare = make_prepare_gold(SftConfig(), mesh)
     step = make_supervised_update(policy.decoder, tx, LossConfig(), mesh, shardings)
 

@@ -36,6 +36,8 @@ def recipe(model: Location, output: Location, **changes) -> dict:
         "model": {"source": str(model), "remat": "none"},
         "data": {"synthetic_size": 64, "eval_limit": 8, "brief_prompt": True},
         "rollout": {"prompts_per_step": 4, "group_size": 4, "max_response_tokens": 24},
+        # so that completions of a random policy, none of which has the format, differ in their reward
+        "reward": {"length_weight": 1.0, "length_target_tokens": 24},
         "optimizer": {"learning_rate": 1e-3},
         "mesh": {"data": 1, "fsdp": 1 if len(jax.devices()) == 1 else -1},
         "train": {

@@ -22,7 +22,7 @@ from tests.runs import STEPS, assert_same, finish, lines, recipe, start, state
 
 
 def tiny_run(model: pathlib.Path, output: pathlib.Path, **changes) -> dict:
-    """`recipe` with prompts of one padded size, of which fewer programs are made; its first step has a gradient."""
+    """`recipe` with prompts of one padded size, of which fewer programs are made."""
     return recipe(model, output, seed=1, data={"max_prompt_tokens": 128}, **changes)
 
 
@@ -48,7 +48,7 @@ def test_a_run_leaves_what_it_says(unbroken):
     found = lines(unbroken)
     assert [line["step"] for line in found] == [0, 1, 2, 2, 3, 4, 4]
     steps = [line for line in found if "update/loss" in line]
-    assert len(steps) == STEPS and steps[0]["update/grad_norm"] > 0
+    assert len(steps) == STEPS and max(line["update/grad_norm"] for line in steps) > 0
     assert all(line["rollout/logp_mismatch"] < 1e-3 for line in steps)
     assert [line["curriculum/nu"] for line in steps] == pytest.approx([0, 0.25, 0.5, 0.75])
     for region in ("tag", "think", "other"):

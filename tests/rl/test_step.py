@@ -74,7 +74,9 @@ def test_only_active_groups_are_in_the_plan(scored):
     assert picked(plan_everything(scored, cfg)) == list(range(8))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), pytest.param((2, 1, 1), marks=pytest.mark.slow)], ids=str
+)
 def test_skipping_changes_neither_loss_nor_gradient(scored, shape):
     """Nor the means over tokens, which are of the active groups anyway."""
     cfg = tiny.step_config()
@@ -188,7 +190,8 @@ def test_the_aggregations_keep_the_skipped_tokens_in_their_denominators(full, ag
 def test_mini_batches_are_consecutive_updates(full):
     """Two updates of a step move the parameters one after the other, with the same curriculum."""
     new, metrics = step(tiny.step_config(updates=2), full, tx=tiny.optimizer())
-    assert int(new.opt_state[0].count) == 2
+    counts = optax.tree.get_all_with_path(new.opt_state, "count")
+    assert counts and all(int(count) == 2 for _, count in counts)
     assert metrics["update/logp_difference"] > metrics["rollout/logp_mismatch"]
     assert metrics["update/ratio_max"] > 1.01 > metrics["rollout/ratio_max"]
     once = step(tiny.step_config(), full)[0]

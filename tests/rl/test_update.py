@@ -114,7 +114,14 @@ def test_micro_batches_change_nothing(scored, micro, aggregation):
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 1, 2), (1, 1, 4)], ids=str
+    "shape",
+    [
+        (1, 4, 1),
+        (4, 1, 1),
+        (1, 2, 2),
+        *(pytest.param(x, marks=pytest.mark.slow) for x in [(2, 2, 1), (2, 1, 2), (1, 1, 4)]),
+    ],
+    ids=str,
 )
 def test_meshes_change_nothing(scored, plain, shape):
     state, metrics = step(tiny.step_config(), scored, shape=shape)

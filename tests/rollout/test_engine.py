@@ -21,7 +21,7 @@ PAGED = {"page": 4, "decode_slots": 3}
     ("sampling", "options"),
     [
         *((sampling, {}) for sampling in SAMPLINGS),
-        (Sampling(), PAGED),
+        pytest.param(Sampling(), PAGED, marks=pytest.mark.slow),
         (Sampling(), PAGED | {"layers": "unroll"}),
     ],
     ids=str,
