@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
 from etils import epath
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from rest_jax.distributed import any_process, is_first_process
 from rest_jax.errors import RunStopped, UserError, full_disk
@@ -45,7 +45,8 @@ DAMAGED = ".damaged"
 # Orbax logs, with a traceback for each of its threads, what it then raises.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 # TensorStore never frees the lists that it makes of its metrics; Orbax asks for them with every save, for its own log alone.
-ts.experimental_collect_matching_metrics = lambda *_: []
+tensorstore_utils.print_ts_debug_data = lambda *_: None
+tensorstore_utils.get_tensorstore_raw_bytes = lambda *_, **__: 0
 AHEAD = "ahead"  # of a loader state: a tree of arrays, kept as an item of its own
 _ITEMS = ("params", "rest", "loader")
 

@@ -78,7 +78,9 @@ MORE_OPTIONS = [
         {"decode_slots": 4, "prompt_cache_entries": 1},
         {"decode_slots": 4, "layers": "unroll"},
         {"decode_slots": 3, "shape": (2, 1, 1)},
-        {"decode_slots": 4, "shape": (1, 4, 1), "layers": "unroll"},
+        pytest.param(
+            {"decode_slots": 4, "shape": (1, 4, 1), "layers": "unroll"}, marks=pytest.mark.slow
+        ),
         {"decode_slots": 3, "page": 4},
         {"page": 8, "layers": "unroll"},  # slots are removed
         *(pytest.param(options, marks=pytest.mark.slow) for options in MORE_OPTIONS),
