@@ -46,6 +46,7 @@ def test_step_trains_every_group(capsys):
     assert found["tokens"] == 2 * 4 * (12 + 8)
 
 
+@pytest.mark.slow
 def test_supervised_step(capsys):
     assert record(capsys, "sft", "--records", "5+3,12+9")["tokens"] == 5 + 3 + 12 + 9
 

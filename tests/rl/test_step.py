@@ -294,7 +294,9 @@ def test_a_fresh_state(shape):
     assert int(make_advance(mesh)(state.step)) == 1
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=str
+)
 def test_moments_in_host_memory_change_nothing(shape, scored):
     """Two updates with AdamW give the same bits; the moments come and go, and are where they were put."""
     cfg, mesh = tiny.step_config(), tiny.mesh(*shape)
