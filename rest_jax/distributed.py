@@ -212,6 +212,18 @@ def scatter_sum(x: jax.Array, axis: str, dimension: int = 0) -> jax.Array:
     return x
 
 
+def sum_parts(x: jax.Array, axes: Sequence[str], parts: Sequence[Sequence[str]]) -> jax.Array:
+    """The sum over mesh axes inside shard_map, of which every device keeps its part: along each dimension, the one that those of
+    the axes in `parts` give it.
+    """
+    left = list(axes)
+    for dimension, part in enumerate(parts):
+        for axis in part:
+            x = scatter_sum(x, axis, dimension)
+            left.remove(axis)
+    return jax.lax.psum(x, tuple(left)) if left else x
+
+
 def sum_weight_gradient(
     product: Callable[[jax.Array, jax.Array], jax.Array],
     x: jax.Array,
@@ -231,17 +243,12 @@ def sum_weight_gradient(
             for axis, size in zip(axes, sizes, strict=True)
         )
     )
-    parts = [part if isinstance(part, tuple) else (part,) for part in where]
-    rows, columns = ("tensor" if "tensor" in part else None for part in parts)
+    split = [part if isinstance(part, tuple) else (part,) for part in where]
+    rows, columns = ("tensor" if "tensor" in part else None for part in split)
+    parts = [[axis for axis in BATCH_AXES if axis in part] for part in split]
 
     def on_device(x, d_y):
-        total, left = product(x, d_y), list(BATCH_AXES)
-        for dimension, part in enumerate(parts):
-            for axis in left.copy():
-                if axis in part:
-                    total = scatter_sum(total, axis, dimension)
-                    left.remove(axis)
-        return jax.lax.psum(total, tuple(left))
+        return sum_parts(product(x, d_y), BATCH_AXES, parts)
 
     specs = PartitionSpec(BATCH_AXES, rows), PartitionSpec(BATCH_AXES, columns)
     return jax.shard_map(on_device, in_specs=specs, out_specs=where)(x, d_y)

@@ -21,7 +21,7 @@ from jax import named_scope
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from rest_jax.distributed import BATCH_AXES, num_data_shards, scatter_sum
+from rest_jax.distributed import BATCH_AXES, num_data_shards, sum_parts
 from rest_jax.models.decoder import Decoder, apply_routed, head_matrix
 from rest_jax.models.moe import RouterRecord
 from rest_jax.models.products import float32_einsum
@@ -231,11 +231,7 @@ def _loss_on_device(hidden, head, tokens, inputs, used, spec: "LossSpec", axes: 
     if axes:
         total, sums = jax.lax.psum((total, sums), axes)
         maxima = jax.lax.pmax(maxima, axes)
-        scattered = _head_axes(axes, head.shape[1])
-        for axis in scattered:
-            d_head = scatter_sum(d_head, axis)
-        if rest := tuple(axis for axis in axes if axis not in scattered):
-            d_head = jax.lax.psum(d_head, rest)
+        d_head = sum_parts(d_head, axes, [_head_axes(axes, head.shape[1])])
     return total, (sums, maxima), d_hidden, d_head
 
 
