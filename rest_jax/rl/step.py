@@ -257,6 +257,11 @@ def abstract_state(
     return place(shapes, shardings), shardings
 
 
+def first_key(seed: int, sharding: Any) -> jax.Array:
+    """The random key that a run begins with."""
+    return jax.jit(lambda: jax.random.key(seed), out_shardings=sharding)()
+
+
 def _in_host_memory(x: Any, sharding: NamedSharding) -> NamedSharding:
     """Counts stay on the device."""
     return sharding.with_memory_kind(HOST_MEMORY) if x.ndim else sharding

@@ -127,15 +127,14 @@ class Run:
         The loader state has EVALUATION if the evaluation that is due after the step is still to be made; what lines there are of
         it are dropped.
         """
-        if self.checkpoints.latest() is None and self.origin is not None:
-            rng = fresh().rng
-            jax.tree.map(lambda x: x.delete(), params)
-            self._begin_fork(self.origin, rng, abstract, start)
-        if self.checkpoints.latest() is None:
+        begun = self.checkpoints.latest() is not None
+        if not begun and self.origin is None:
             state, step = fresh(), 0
             loader_state = self._first_loader_state(start.loader_state)
         else:
             jax.tree.map(lambda x: x.delete(), params)
+            if not begun and self.origin is not None:
+                self._begin_fork(self.origin, abstract, start)
             with self._in_time("restoring the checkpoint"):
                 state, loader_state, step = self.checkpoints.restore(abstract)
             where = f"{self.folder}: checkpoint {step}"
@@ -145,12 +144,10 @@ class Run:
             self.metrics.truncate_after(step if self.checkpoints.latest() else -1, evaluated)
         return state, loader_state, step
 
-    def _begin_fork(
-        self, origin: Origin, rng: jax.Array, abstract: TrainState, start: Start
-    ) -> None:
+    def _begin_fork(self, origin: Origin, abstract: TrainState, start: Start) -> None:
         """Makes the first checkpoint of a fork; UserError when the one it came from is gone."""
         with self._in_time(f"restoring {origin}"):
-            state, saved = first_state(origin, rng, abstract, start)
+            state, saved = first_state(origin, self.config.seed, abstract, start)
         other = changed(saved.pop(MADE_OF, {}), self.made_of)
         goes_on = "records" not in other and same_order(saved, start.loader_state)
         made = f" with other {', '.join(other)}" if other else ""

@@ -12,13 +12,13 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 from etils import epath
 
 from rest_jax.config import Config
 from rest_jax.errors import UserError
 from rest_jax.files import Location, absolute, as_path, atomic_write, store_errors
 from rest_jax.rl.optimizer import move_schedule
+from rest_jax.rl.step import first_key
 from rest_jax.run import checkpoint
 from rest_jax.types import Params, TrainState
 
@@ -98,11 +98,11 @@ def check_origin(origin: Origin, params: Params, steps: int) -> None:
 
 
 def first_state(
-    origin: Origin, rng: jax.Array, abstract: TrainState, start: Start
+    origin: Origin, seed: int, abstract: TrainState, start: Start
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state and the loader state of the checkpoint with the fork's own random key and schedule. UserError when it is gone.
 
-    `rng`: the key of a run of this config. What the other run had sampled ahead is sampled anew.
+    What the other run had sampled ahead is sampled anew.
     """
     with store_errors(origin.checkpoint):
         path = origin.checkpoint / checkpoint.MANIFEST
@@ -114,6 +114,7 @@ def first_state(
     loader_state.pop(checkpoint.AHEAD, None)
     updates = origin.step * start.updates
     moved = move_schedule(state.opt_state, updates)
+    rng = first_key(seed, abstract.rng.sharding)
     return dataclasses.replace(state, rng=rng, opt_state=moved), loader_state
 
 

@@ -160,9 +160,8 @@ class Loop:
         self.run, self.total, self.evaluate, self.shown = run, total, evaluate, shown
         self.tracer = Tracer(run.folder, profile)
         self.pending: PendingStep | None = None
-        self.start = self.done = (
-            0  # steps of which there is a checkpoint, and steps that have ended
-        )
+        # steps of which there is a checkpoint, and steps that have ended
+        self.start = self.done = 0
         self.finished = True  # False once the run was told to stop before its last step
         self.evaluation_due = False  # that of the step `done`
         self._extra: dict[str, float] = {}
