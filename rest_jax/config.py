@@ -337,7 +337,9 @@ class Config(Section):
 
     def renamed(self, name: str) -> "Config":
         """The same under another name. Raises ConfigError."""
-        return validate_as(Config, {**self.model_dump(), "name": name}, f"--fork {name}")
+        return validate_as(
+            Config, {**self.model_dump(exclude_unset=True), "name": name}, f"--fork {name}"
+        )
 
     @pydantic.model_validator(mode="after")
     def _consistent(self):
