@@ -288,17 +288,21 @@ def find_problem(args):
     return None
 
 
-def main():
-    """Run the case and print its record; report a failure in one line."""
-    args = parse_args()
+def run(name, measure, args):
+    """Print the record that `measure` makes; report a failure of the program `name` in one line."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             record = measure(args)
     except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"torch_bench: {str(error).splitlines()[0]}")
+        sys.exit(f"{name}: {str(error).splitlines()[0]}")
     print(json.dumps(record))
+
+
+def main():
+    """Run the case."""
+    run("torch_bench", measure, parse_args())
 
 
 if __name__ == "__main__":

@@ -16,12 +16,9 @@ step  from the trainer's on_step_begin to its on_step_end: transformers' generat
 """
 
 import argparse
-import contextlib
-import json
 import os
 import resource
 import statistics
-import sys
 import tempfile
 import time
 
@@ -176,16 +173,8 @@ def parse_args():
 
 
 def main():
-    """Run the steps and print their record; report a failure in one line."""
-    args = parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            record = measure(args)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"trl_bench: {str(error).splitlines()[0]}")
-    print(json.dumps(record))
+    """Run the steps."""
+    torch_bench.run("trl_bench", measure, parse_args())
 
 
 if __name__ == "__main__":
