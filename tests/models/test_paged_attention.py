@@ -150,6 +150,16 @@ def test_responses_equal_dense_attention(heads, queries):
     assert_close(out, dense_response(q, pool, table, recent, response, prompt))
 
 
+def assert_same_attention(table: PageTable, pool: Pool, other: Pool) -> None:
+    """To prompts and by responses, bit for bit."""
+    q, recent, response, _ = make_response(2, 2)
+    for a, b in zip(prompts(q, pool, table), prompts(q, other, table), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(
+        responses(q, pool, table, recent, response), responses(q, other, table, recent, response)
+    )
+
+
 def test_pages_that_no_table_names_are_not_read():
     """They may hold anything, as may the rows of the pages of other layers."""
     table, pool = make_table(), make_pool(2)
@@ -161,12 +171,7 @@ def test_pages_that_no_table_names_are_not_read():
     other = jnp.arange(LAYERS) != LAYER
     hidden = other[:, None, None] | ~jnp.asarray(named)
     spoilt = Pool(*(jnp.where(hidden[..., None, None, None], jnp.nan, x) for x in pool))
-    q, recent, response, _ = make_response(2, 2)
-    for a, b in zip(prompts(q, pool, table), prompts(q, spoilt, table), strict=True):
-        np.testing.assert_array_equal(a, b)
-    np.testing.assert_array_equal(
-        responses(q, pool, table, recent, response), responses(q, spoilt, table, recent, response)
-    )
+    assert_same_attention(table, pool, spoilt)
 
 
 def test_rows_outside_of_the_range_of_a_page_change_nothing():
@@ -176,12 +181,7 @@ def test_rows_outside_of_the_range_of_a_page_change_nothing():
     for w, b, m in np.ndindex(SHARDS, SEQUENCES, 3):
         seen[w, table.page[w, b, m], table.begin[w, b, m] : table.end[w, b, m]] = True
     spoilt = Pool(*(jnp.where(jnp.asarray(seen)[:, :, None, :, None], x, 1e30) for x in pool))
-    q, recent, response, _ = make_response(2, 2)
-    for a, b in zip(prompts(q, pool, table), prompts(q, spoilt, table), strict=True):
-        np.testing.assert_array_equal(a, b)
-    np.testing.assert_array_equal(
-        responses(q, pool, table, recent, response), responses(q, spoilt, table, recent, response)
-    )
+    assert_same_attention(table, pool, spoilt)
 
 
 def test_visits_are_the_pages_in_use_in_order():
