@@ -149,11 +149,11 @@ class Run:
         with self._in_time(f"restoring {origin}"):
             state, saved = first_state(origin, self.config.seed, abstract, start)
         other = changed(saved.pop(MADE_OF, {}), self.made_of)
-        goes_on = "records" not in other and same_order(saved, start.loader_state)
+        continues = "records" not in other and same_order(saved, start.loader_state)
         made = f" with other {', '.join(other)}" if other else ""
-        data = "goes on where it was" if goes_on else "begins anew"
+        data = "continues where it was" if continues else "begins anew"
         say(f"{self.folder}: fork of {origin}{made}; the data {data}")
-        saved = self._first_loader_state(saved if goes_on else start.loader_state)
+        saved = self._first_loader_state(saved if continues else start.loader_state)
         self.save(origin.step, state, saved)
         self.wait()
 
@@ -326,7 +326,7 @@ def check_config(folder: epath.Path, config: Config) -> list[config_lib.Differen
     refused = [d for d in found if not d.path.startswith(MAY_CHANGE)]
     if refused:
         raise UserError(
-            f"{folder} holds a run of another config ({_named(refused)}); --fork NEW_NAME goes on from its newest "
+            f"{folder} holds a run of another config ({_named(refused)}); --fork NEW_NAME continues from its newest "
             f"checkpoint, model.source={folder} with another name starts from its weights, --restart forgets that run"
         )
     return found

@@ -1,9 +1,9 @@
-"""A run that goes on from a checkpoint of another one, under a name and a config of its own: `--fork NEW_NAME`.
+"""A run that continues from a checkpoint of another one, under a name and a config of its own: `--fork NEW_NAME`.
 
 The fork has the weights, the optimiser's moments and the curriculum of the newest sound checkpoint, step N, of the run it comes
 from. Its steps are counted on from N, of `train.steps` in all; the learning rate is that of its own schedule at N, and random
-keys are those of its own seed. The data goes on where the other run was, if they are the same records in batches of the same size
-and with the same seed; else it begins anew. `fork.json` in its folder says where it came from.
+keys are those of its own seed. The data continues where the other run was, if they are the same records in batches of the same
+size and with the same seed; else it begins anew. `fork.json` in its folder says where it came from.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""A fork goes on from the newest checkpoint of another run under its own name and config, or is refused in one line."""
+"""A fork continues from the newest checkpoint of another run under its own name and config, or is refused in one line."""
 
 import json
 import pathlib
@@ -37,7 +37,7 @@ def output(unbroken, tmp_path) -> pathlib.Path:
 @pytest.mark.slow
 def test_a_fork_that_changes_nothing_goes_on_as_the_run_would(model, unbroken, output, capsys):
     assert launch(config_of(model, output), "--fork", "new") == 0
-    assert "the data goes on where it was" in capsys.readouterr().out
+    assert "the data continues where it was" in capsys.readouterr().out
     there = [line for line in lines(unbroken) if line["step"] >= FORKED]
     assert lines(output / "new") == there[1:]  # the evaluation at the fork, then its steps
     assert_same(state(output / "new"), state(unbroken))
