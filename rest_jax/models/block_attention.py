@@ -77,7 +77,7 @@ def _attend(q, k, v, until, blocks: tuple[int, int]):
 
 
 def _attend_forward(q, k, v, until, blocks: tuple[int, int]):
-    visits, masks = _list_visits(until, blocks), (query_positions(until), until)
+    visits = _list_visits(until, blocks)
     shape = (*q.shape[:2], q.shape[2] * blocks[0])
 
     def attend_block(i):
@@ -87,7 +87,7 @@ def _attend_forward(q, k, v, until, blocks: tuple[int, int]):
             out, total, before = carry
             j = visits.keys[i, n]
             keys, values = (_cut(x, j, blocks[1]) for x in (k, v))
-            score = _scores(queries, keys, masks, (i, j), blocks)
+            score = _scores(queries, keys, until, (i, j), blocks)
             peak = jnp.maximum(before, jnp.max(score, axis=-1))
             weight, scale = jnp.exp(score - peak[..., None]), jnp.exp(before - peak)
             out = scale[..., None] * out
@@ -108,7 +108,7 @@ def _attend_forward(q, k, v, until, blocks: tuple[int, int]):
 
 def _attend_backward(blocks: tuple[int, int], kept, d_out):
     q, k, v, until, out, lse = kept
-    visits, masks = _list_visits(until, blocks), (query_positions(until), until)
+    visits = _list_visits(until, blocks)
     # delta = sum_h out d_out
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
 
@@ -119,7 +119,7 @@ def _attend_backward(blocks: tuple[int, int], kept, d_out):
             d_q, d_k, d_v = carry
             j = visits.keys[i, n]
             keys, values = (_cut(x, j, blocks[1]) for x in (k, v))
-            score = _scores(queries, keys, masks, (i, j), blocks)
+            score = _scores(queries, keys, until, (i, j), blocks)
             weight = jnp.exp(score - lse[i][..., None])
             d_weight = float32_einsum("bkmh,bksh->bkms", d_block, values)
             d_score = (weight * (d_weight - delta_block)).astype(q.dtype)
@@ -163,10 +163,9 @@ def _add(x, j, part):
     return jax.lax.dynamic_update_slice_in_dim(x, _cut(x, j, block) + part, j * block, axis=2)
 
 
-def _scores(queries, keys, masks, at, blocks: tuple[int, int]):
-    """float32 `[B K R*queries keys]` of the blocks `at` (of queries, of keys). `masks`: `query_positions`, until."""
-    positions, until = masks
-    query = _cut(positions[..., None], at[0], blocks[0])
+def _scores(queries, keys, until, at, blocks: tuple[int, int]):
+    """float32 `[B K R*queries keys]` of the blocks `at` (of queries, of keys)."""
+    query = _cut(query_positions(until)[..., None], at[0], blocks[0])
     end = _cut(until[:, None, :, None], at[1], blocks[1])[..., 0]
     seen = sees(query, at[1] * blocks[1] + jnp.arange(blocks[1]), end)
     repeats = queries.shape[2] // blocks[0]
