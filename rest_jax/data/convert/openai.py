@@ -68,6 +68,17 @@ def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
     return records
 
 
+def unanswered(messages: Sequence[Any], tools: Sequence[dict[str, Any]], where: str) -> StepRecord:
+    """The record of a chat whose next turn is to be written, without a gold answer. RecordError, which begins with `where`, for
+    messages that cannot be read and for a call without a result.
+    """
+    names = {tool["name"] for tool in tools}
+    # a dialogue that goes on has the results of all its calls
+    turns, _ = _turns([*messages, {"role": "user", "content": ""}], names, where)
+    turns[-1] = {"role": "assistant", "content": None}
+    return decompose(where, "openai", tuple(tools), turns)[-1]
+
+
 def _turns(
     messages: Sequence[Any], tools: Collection[str], where: str
 ) -> tuple[list[dict[str, Any]], list[bool]]:

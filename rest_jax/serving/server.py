@@ -1,0 +1,130 @@
+"""The command `rest-jax serve`: a policy behind OpenAI's protocol until a signal comes.
+
+The address is taken before the model is loaded, so that a port in use is known at once; clients that come meanwhile wait. SIGTERM
+and Ctrl-C stop taking connections and let what runs finish, for `drain` seconds at most.
+"""
+
+import dataclasses
+import signal
+import socket
+import sys
+import traceback
+
+import uvicorn
+
+from rest_jax.config import Config
+from rest_jax.data.convert.openai import unanswered
+from rest_jax.data.tokenize import Encoder
+from rest_jax.errors import RunStopped, UserError
+from rest_jax.files import absolute
+from rest_jax.models.policy import check_positions
+from rest_jax.models.tokenizer import Tokenizer
+from rest_jax.rollout.requests import make_stream
+from rest_jax.run.environment import handled
+from rest_jax.run.load import load_policy
+from rest_jax.serving.app import Access, make_app
+from rest_jax.serving.engine import Engine
+from rest_jax.serving.prompts import Served
+from rest_jax.templates import TEMPLATES, Template
+
+_LOCAL = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to serve; the defaults are those of the command."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: any that is free
+    name: str | None = None  # of the model; None: that of its folder
+    max_queue: int = 256  # completions that may wait for a decode slot
+    drain: int = 60  # seconds
+    access: Access = dataclasses.field(default_factory=Access)
+
+
+def serve(config: Config, options: Options) -> None:
+    """Serves the policy that `config.model` names, with prompts and answers as long as the config says. UserError for a model
+    that cannot be served and an address that cannot be taken; RunStopped when the engine fails.
+    """
+    with listen(options.host, options.port) as listener:
+        served, engine = load(config, options)
+        app = make_app(served, engine, options.access, lambda: setattr(server, "should_exit", True))
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                http="h11",
+                loop="asyncio",
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=options.drain,
+            )
+        )
+        print(
+            f"{served.name} at {url(listener)}/v1: template {served.encoder.template.name}, prompts of up to "
+            f"{served.max_prompt_tokens:,} tokens, answers of up to {served.max_new_tokens:,}; Ctrl-C ends it",
+            flush=True,
+        )
+        # uvicorn raises the signals again that have ended it
+        with handled(lambda *_: None, signal.SIGTERM, signal.SIGINT):
+            server.run(sockets=[listener])
+    if engine.failure is not None:
+        traceback.print_exception(engine.failure)
+        raise RunStopped(f"serve: the engine failed: {engine.failure}")
+
+
+def load(config: Config, options: Options) -> tuple[Served, Engine]:
+    """The policy, and the engine that has not been started."""
+    policy = load_policy(config.model, config.mesh, config.rollout.tensor)
+    template = template_of(config, policy.tokenizer)
+    encoder = Encoder(policy.tokenizer, template, config.data.brief_prompt)
+    encoder([unanswered([{"role": "user", "content": "x"}], (), "chat")])
+    served = Served(
+        options.name or absolute(config.model.source).name,
+        encoder,
+        config.data.max_prompt_tokens,
+        config.rollout.max_response_tokens,
+    )
+    check_positions(policy.config, served.max_prompt_tokens, served.max_new_tokens)
+    stream = make_stream(policy, config.rollout)
+    return served, Engine(stream, config.rollout.decode_slots + options.max_queue)
+
+
+def template_of(config: Config, tokenizer: Tokenizer) -> Template:
+    """The template that the config names; else the one in whose format the model's chat template asks for calls. UserError where
+    it asks in none.
+    """
+    if "template" in config.data.model_fields_set:
+        return TEMPLATES[config.data.template]
+    found = [t for t in TEMPLATES.values() if tokenizer.lists_tools(t.request)]
+    if not found:
+        raise UserError(
+            f"model {config.model.source}: its chat template asks for tool calls in no known format; name the one that it was "
+            f"trained on: --template {' | '.join(TEMPLATES)}"
+        )
+    return found[0]
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there. UserError when the address cannot be had."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen()
+        except OSError:
+            listener.close()
+            raise
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"serve: {host}:{port}: {reason}; name another --host or --port") from error
+    if host not in _LOCAL:
+        print(f"rest-jax: warning: {host} may be reached from other machines", file=sys.stderr)
+    return listener
+
+
+def url(listener: socket.socket) -> str:
+    """The URL of a socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

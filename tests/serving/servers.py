@@ -1,0 +1,122 @@
+"""A stream without a model, and a server over any stream, for the tests of serving."""
+
+import contextlib
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import uvicorn
+
+from rest_jax.data.tokenize import Encoder
+from rest_jax.models.tokenizer import Tokenizer
+from rest_jax.rollout.requests import Piece, Request
+from rest_jax.serving.app import Access, make_app
+from rest_jax.serving.engine import Engine
+from rest_jax.serving.prompts import Served
+from rest_jax.templates import TEMPLATES
+
+
+@dataclasses.dataclass
+class FakeStream:
+    """Draws what `answer` gives for a request, a page of tokens a step for each decode slot."""
+
+    tokenizer: Tokenizer
+    answer: Callable[[Request], Sequence[int]] | None = None
+    slots: int = 4
+    page: int = 3
+    seconds: float = 0.0  # of a step
+    failure: Exception | None = None
+    steps: int = 0
+
+    def __post_init__(self):
+        self.seen: list[Request] = []
+        self._waiting: dict[int, Request] = {}
+        self.running: dict[int, tuple[Request, list[int]]] = {}
+
+    @property
+    def pending(self) -> int:
+        return len(self._waiting) + len(self.running)
+
+    def submit(self, request: Request) -> int:
+        self.seen.append(request)
+        self._waiting[len(self.seen)] = request
+        return len(self.seen)
+
+    def cancel(self, number: int) -> None:
+        if self.running.pop(number, None) is None:
+            del self._waiting[number]
+
+    def step(self) -> list[Piece]:
+        time.sleep(self.seconds)
+        if self.failure is not None:
+            raise self.failure
+        self.steps += 1
+        while self._waiting and len(self.running) < self.slots:
+            number = next(iter(self._waiting))
+            request = self._waiting.pop(number)
+            drawn = [*(self.answer or self._any)(request), self.tokenizer.end_id]
+            self.running[number] = (request, drawn[: request.max_tokens])
+        return [self._piece(number) for number in list(self.running)]
+
+    def _piece(self, number: int) -> Piece:
+        request, left = self.running[number]
+        ids = np.array(left[: self.page], np.int32)
+        del left[: self.page]
+        finish = None
+        if not left:
+            del self.running[number]
+            finish = "stop" if ids[-1] == self.tokenizer.end_id else "length"
+        logp = (-(ids % 7) / 10).astype(np.float32)
+        k = request.top_logprobs
+        top = (ids[:, None] + np.arange(k), logp[:, None] - np.arange(k)) if k else None
+        return Piece(number, ids, logp, np.ones(len(ids), np.float32), top, finish)
+
+    def _any(self, request: Request) -> list[int]:
+        """As many letters as are asked for, by the prompt and the seed."""
+        seed = (int(request.ids.sum()), request.seed, request.sample, request.temperature > 0)
+        draws = np.random.default_rng(seed)
+        return draws.integers(10, 120, request.max_tokens).tolist()
+
+
+@contextlib.contextmanager
+def serving(
+    stream: Any, tokenizer: Tokenizer, template: str = "hermes", most: int = 64, **access: Any
+) -> Iterator["Running"]:
+    """A server on a free port."""
+    encoder = Encoder(tokenizer, TEMPLATES[template])
+    served = Served("tiny", encoder, max_prompt_tokens=512, max_new_tokens=128)
+    engine = Engine(stream, most)
+    failed = threading.Event()
+    app = make_app(served, engine, Access(**access), failed.set)
+    options = {"http": "h11", "log_level": "warning", "timeout_graceful_shutdown": 5}
+    server = uvicorn.Server(uvicorn.Config(app, port=0, **options))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield Running(f"http://127.0.0.1:{port}", engine, server, failed)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@dataclasses.dataclass
+class Running:
+    """A server that runs."""
+
+    url: str
+    engine: Engine
+    server: uvicorn.Server
+    failed: threading.Event
+
+    def until_idle(self, seconds: float = 5.0) -> None:
+        """Waits until nothing runs or waits in the engine and in its stream."""
+        end = time.monotonic() + seconds
+        while self.engine.active or self.engine.stream.pending:
+            assert time.monotonic() < end, (self.engine.active, self.engine.stream.pending)
+            time.sleep(0.01)
