@@ -4,11 +4,14 @@ The address is taken before the model is loaded, so that a port in use is known 
 and Ctrl-C stop taking connections and let what runs finish, for `drain` seconds at most.
 """
 
+import contextlib
 import dataclasses
 import signal
 import socket
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
 
 import uvicorn
 
@@ -48,17 +51,7 @@ def serve(config: Config, options: Options) -> None:
     """
     with listen(options.host, options.port) as listener:
         served, engine = load(config, options)
-        app = make_app(served, engine, options.access, lambda: setattr(server, "should_exit", True))
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                http="h11",
-                loop="asyncio",
-                log_level="warning",
-                access_log=False,
-                timeout_graceful_shutdown=options.drain,
-            )
-        )
+        server = make_server(served, engine, options)
         print(
             f"{served.name} at {url(listener)}/v1: template {served.encoder.template.name}, prompts of up to "
             f"{served.max_prompt_tokens:,} tokens, answers of up to {served.max_new_tokens:,}; Ctrl-C ends it",
@@ -70,6 +63,40 @@ def serve(config: Config, options: Options) -> None:
     if engine.failure is not None:
         traceback.print_exception(engine.failure)
         raise RunStopped(f"serve: the engine failed: {engine.failure}")
+
+
+@contextlib.contextmanager
+def beside(config: Config, options: Options) -> Iterator[str]:
+    """A server in another thread of this process while the block runs; gives its URL. Errors as for `serve`."""
+    with listen(options.host, options.port) as listener:
+        server = make_server(*load(config, options), options)
+        thread = threading.Thread(target=server.run, args=([listener],), name="server")
+        thread.start()
+        try:
+            yield url(listener)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def make_server(served: Served, engine: Engine, options: Options) -> uvicorn.Server:
+    """A server that ends when the engine fails."""
+
+    def on_failure() -> None:
+        server.should_exit = True
+
+    app = make_app(served, engine, options.access, on_failure)
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        loop="asyncio",
+        log_config=None,  # logging stays as other packages have set it up
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=options.drain,
+    )
+    server = uvicorn.Server(config)
+    return server
 
 
 def load(config: Config, options: Options) -> tuple[Served, Engine]:

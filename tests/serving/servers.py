@@ -87,11 +87,16 @@ def serving(
 ) -> Iterator["Running"]:
     """A server on a free port."""
     encoder = Encoder(tokenizer, TEMPLATES[template])
-    served = Served("tiny", encoder, max_prompt_tokens=512, max_new_tokens=128)
+    served = Served("tiny", encoder, max_prompt_tokens=2048, max_new_tokens=128)
     engine = Engine(stream, most)
     failed = threading.Event()
     app = make_app(served, engine, Access(**access), failed.set)
-    options = {"http": "h11", "log_level": "warning", "timeout_graceful_shutdown": 5}
+    options = {
+        "http": "h11",
+        "log_level": "warning",
+        "log_config": None,
+        "timeout_graceful_shutdown": 5,
+    }
     server = uvicorn.Server(uvicorn.Config(app, port=0, **options))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -226,7 +226,7 @@ def test_many_at_once_are_answered_as_one_after_the_other(client, server, stream
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages"),
     ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages"),
     ({"messages": [*USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}, 400, "messages"),
-    ({"messages": [{"role": "user", "content": "word " * 600}]}, 400, "messages"),
+    ({"messages": [{"role": "user", "content": "word " * 3000}]}, 400, "messages"),
     ({"messages": USER, "seed": 2**63}, 400, "seed"),
     ([], 400, None),
 ])  # fmt: skip

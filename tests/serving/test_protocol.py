@@ -1,6 +1,7 @@
 """Bodies with something wrong in them: a 4xx with OpenAI's error object, never a defect."""
 
 import asyncio
+import copy
 import json
 import random
 from collections import Counter
@@ -65,7 +66,7 @@ def damaged(draws: random.Random, body: dict) -> bytes:
         if draws.random() < 0.25 and isinstance(at, dict):
             at.pop(last, None)
         else:
-            at[last] = draws.choice(JUNK)
+            at[last] = copy.deepcopy(draws.choice(JUNK))
     data = bytearray(json.dumps(body).encode())
     for _ in range(draws.choice([0, 0, 0, 1, 3])):
         start = draws.randrange(len(data))
