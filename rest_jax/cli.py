@@ -323,7 +323,7 @@ def serve(
         int, Option(min=0, help="completions that may wait; more get status 429")
     ] = 256,
     max_body: Annotated[int, Option(min=1, help="bytes of a request")] = 2**22,
-    drain: Annotated[int, Option(min=0, help="seconds to finish in after SIGTERM")] = 60,
+    drain: Annotated[float, Option(min=0, help="seconds to finish in after SIGTERM")] = 60.0,
 ) -> None:
     """Serve a policy over HTTP, to clients of OpenAI's API."""
     config = _load_model(model, [*_chosen(template), *overrides], None)

@@ -30,7 +30,7 @@ from starlette.types import Receive, Scope, Send
 
 from rest_jax.rollout import requests
 from rest_jax.serving import protocol
-from rest_jax.serving.engine import Engine, EngineFailed, QueueFull, Sampled
+from rest_jax.serving.engine import Engine, EngineEnded, QueueFull, Sampled
 from rest_jax.serving.meters import Meters
 from rest_jax.serving.prompts import Asked, Served, completion, read_chat, read_completion
 from rest_jax.serving.protocol import ApiError, ChatRequest, CompletionRequest, Format, Head
@@ -93,9 +93,8 @@ class _Server:
         return JSONResponse({"object": "list", "data": [model | {"owned_by": "rest-jax"}]})
 
     async def health(self, request: Request) -> Response:
-        failure = self.engine.failure
-        status = {"status": "ok"} if failure is None else {"status": f"failed: {failure}"}
-        return JSONResponse(status, 200 if failure is None else 503)
+        ended = self.engine.ended
+        return JSONResponse({"status": ended or "ok"}, 200 if ended is None else 503)
 
     async def metrics(self, request: Request) -> Response:
         return Response(*self.meters.page())
@@ -151,8 +150,8 @@ class _Server:
         ]
         try:
             sampled = self.engine.sample(wanted)
-        except EngineFailed as error:
-            raise ApiError(503, f"the engine has failed: {error}") from error
+        except EngineEnded as error:
+            raise ApiError(503, str(error)) from error
         except QueueFull as error:
             wait = str(min(max(1, math.ceil(self.engine.seconds)), _LONGEST_WAIT))
             message = f"{self.engine.active} requests run or wait; try again in {wait} s"
@@ -175,8 +174,8 @@ class _Server:
         while left:
             try:
                 index, piece = await job.sampled.next()
-            except EngineFailed as error:
-                raise ApiError(503, f"the engine has failed: {error}") from error
+            except EngineEnded as error:
+                raise ApiError(503, str(error)) from error
             one = job.completions[index]
             before = one.drawn
             one.add(piece)

@@ -2,7 +2,7 @@
 
 `Engine.sample(requests)` is for the thread of the event loop and gives a `Sampled`, from which the pieces come as they are drawn;
 closing it cancels what has not ended, so that its decode slots are free. An answer does not depend on what else runs: its draws
-are decided by the seed of its request. When the stream fails, all that wait get `EngineFailed`, and no more is taken.
+are decided by the seed of its request. When the stream fails, all that wait get `EngineEnded`, and no more is taken.
 """
 
 import asyncio
@@ -25,8 +25,8 @@ class Stream(Protocol):
     def pending(self) -> int: ...
 
 
-class EngineFailed(RuntimeError):
-    """The stream has failed, or has been closed."""
+class EngineEnded(RuntimeError):
+    """No more comes: the stream has failed, or the server ends."""
 
 
 class QueueFull(RuntimeError):
@@ -43,7 +43,7 @@ class Sampled:
         self.begun = time.monotonic()
 
     async def next(self) -> tuple[int, Piece]:
-        """(number of the request, its next piece). EngineFailed when no more will come."""
+        """(number of the request, its next piece). EngineEnded when no more will come."""
         got = await self._pieces.get()
         if isinstance(got, Exception):
             raise got
@@ -83,7 +83,8 @@ class Engine:
         self.stream, self.most = stream, most
         self.active = 0  # requests that run or wait
         self.seconds = 1.0  # that a request took lately
-        self.failure: Exception | None = None
+        self.failure: Exception | None = None  # of the stream
+        self.ended: str | None = None  # why nothing is taken any more
         self._commands: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self.listening: set[Sampled] = set()  # that are not closed
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -99,9 +100,9 @@ class Engine:
         self._thread.join()
 
     def sample(self, requests: Sequence[Request]) -> Sampled:
-        """EngineFailed, or QueueFull when more than `most` would run or wait."""
-        if self.failure is not None:
-            raise EngineFailed(str(self.failure))
+        """EngineEnded, or QueueFull when more than `most` would run or wait."""
+        if self.ended is not None:
+            raise EngineEnded(self.ended)
         if self.active + len(requests) > self.most:
             raise QueueFull
         sampled = Sampled(self, len(requests))
@@ -110,6 +111,12 @@ class Engine:
         for number, request in enumerate(requests):
             self.tell(("submit", sampled, number, request))
         return sampled
+
+    def end(self, why: str) -> None:
+        """Nothing is taken any more, and nobody waits any longer."""
+        self.ended = why
+        for sampled in self.listening:
+            sampled.put(EngineEnded(why))
 
     def tell(self, command: tuple[Any, ...]) -> None:
         """For the engine's thread."""
@@ -157,6 +164,5 @@ class Engine:
             sampled.put((number, piece))
 
     def _failed(self) -> None:
-        for sampled in self.listening:
-            sampled.put(EngineFailed(str(self.failure)))
+        self.end(f"the engine has failed: {self.failure}")
         self._on_failure()

@@ -4,6 +4,7 @@ The address is taken before the model is loaded, so that a port in use is known 
 and Ctrl-C stop taking connections and let what runs finish, for `drain` seconds at most.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import signal
@@ -30,6 +31,7 @@ from rest_jax.serving.engine import Engine
 from rest_jax.serving.prompts import Served
 from rest_jax.templates import TEMPLATES, Template
 
+_LAST_WORDS = 5  # seconds for clients to be told that the time is over
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
@@ -41,7 +43,7 @@ class Options:
     port: int = 8000  # 0: any that is free
     name: str | None = None  # of the model; None: that of its folder
     max_queue: int = 256  # completions that may wait for a decode slot
-    drain: int = 60  # seconds
+    drain: float = 60.0  # seconds to finish in
     access: Access = dataclasses.field(default_factory=Access)
 
 
@@ -51,7 +53,7 @@ def serve(config: Config, options: Options) -> None:
     """
     with listen(options.host, options.port) as listener:
         served, engine = load(config, options)
-        server = make_server(served, engine, options)
+        server = Server(served, engine, options)
         print(
             f"{served.name} at {url(listener)}/v1: template {served.encoder.template.name}, prompts of up to "
             f"{served.max_prompt_tokens:,} tokens, answers of up to {served.max_new_tokens:,}; Ctrl-C ends it",
@@ -69,7 +71,7 @@ def serve(config: Config, options: Options) -> None:
 def beside(config: Config, options: Options) -> Iterator[str]:
     """A server in another thread of this process while the block runs; gives its URL. Errors as for `serve`."""
     with listen(options.host, options.port) as listener:
-        server = make_server(*load(config, options), options)
+        server = Server(*load(config, options), options)
         thread = threading.Thread(target=server.run, args=([listener],), name="server")
         thread.start()
         try:
@@ -79,24 +81,39 @@ def beside(config: Config, options: Options) -> Iterator[str]:
             thread.join()
 
 
-def make_server(served: Served, engine: Engine, options: Options) -> uvicorn.Server:
-    """A server that ends when the engine fails."""
+class Server(uvicorn.Server):
+    """A server that ends when its engine fails, and in `drain` seconds when it is told to end. A resource."""
 
-    def on_failure() -> None:
-        server.should_exit = True
+    def __init__(self, served: Served, engine: Engine, options: Options):
+        app = make_app(served, engine, options.access, self._end)
+        config = uvicorn.Config(
+            app,
+            http="h11",
+            loop="asyncio",
+            log_config=None,  # logging stays as other packages have set it up
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=options.drain + _LAST_WORDS,
+        )
+        super().__init__(config)
+        self._engine, self._drain = engine, options.drain
 
-    app = make_app(served, engine, options.access, on_failure)
-    config = uvicorn.Config(
-        app,
-        http="h11",
-        loop="asyncio",
-        log_config=None,  # logging stays as other packages have set it up
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=options.drain,
-    )
-    server = uvicorn.Server(config)
-    return server
+    def _end(self) -> None:
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's, which waits for the answers that are under way; those that take too long are told so."""
+        timer = asyncio.get_running_loop().call_later(self._drain, self._cut_off)
+        await super().shutdown(sockets)
+        timer.cancel()
+
+    def _cut_off(self) -> None:
+        if self._engine.active:
+            print(
+                f"rest-jax: warning: {self._engine.active} completions did not end in {self._drain} s and are cut off",
+                file=sys.stderr,
+            )
+        self._engine.end("the server ends")
 
 
 def load(config: Config, options: Options) -> tuple[Served, Engine]:

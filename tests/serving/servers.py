@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import uvicorn
 
 from rest_jax.data.tokenize import Encoder
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.rollout.requests import Piece, Request
-from rest_jax.serving.app import Access, make_app
+from rest_jax.serving.app import Access
 from rest_jax.serving.engine import Engine
 from rest_jax.serving.prompts import Served
+from rest_jax.serving.server import Options, Server, listen, url
 from rest_jax.templates import TEMPLATES
 
 
@@ -83,31 +83,28 @@ class FakeStream:
 
 @contextlib.contextmanager
 def serving(
-    stream: Any, tokenizer: Tokenizer, template: str = "hermes", most: int = 64, **access: Any
+    stream: Any,
+    tokenizer: Tokenizer,
+    template: str = "hermes",
+    most: int = 64,
+    drain: float = 5.0,
+    **access: Any,
 ) -> Iterator["Running"]:
     """A server on a free port."""
     encoder = Encoder(tokenizer, TEMPLATES[template])
     served = Served("tiny", encoder, max_prompt_tokens=2048, max_new_tokens=128)
     engine = Engine(stream, most)
-    failed = threading.Event()
-    app = make_app(served, engine, Access(**access), failed.set)
-    options = {
-        "http": "h11",
-        "log_level": "warning",
-        "log_config": None,
-        "timeout_graceful_shutdown": 5,
-    }
-    server = uvicorn.Server(uvicorn.Config(app, port=0, **options))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield Running(f"http://127.0.0.1:{port}", engine, server, failed)
-    finally:
-        server.should_exit = True
-        thread.join()
+    server = Server(served, engine, Options(drain=drain, access=Access(**access)))
+    with listen("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            yield Running(url(listener), engine, server, thread)
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 @dataclasses.dataclass
@@ -116,8 +113,8 @@ class Running:
 
     url: str
     engine: Engine
-    server: uvicorn.Server
-    failed: threading.Event
+    server: Server
+    thread: threading.Thread
 
     def until_idle(self, seconds: float = 5.0) -> None:
         """Waits until nothing runs or waits in the engine and in its stream."""

@@ -4,7 +4,6 @@ import asyncio
 import concurrent.futures
 import json
 import socket
-import threading
 import time
 
 import httpx
@@ -327,29 +326,42 @@ def test_an_engine_that_fails_answers_503(stream, tokenizer):
         stream.failure = RuntimeError("out of memory")
         with pytest.raises(openai.APIError, match="the engine has failed: out of memory"):
             list(chunks)
-        assert server.failed.wait(5)
-        with pytest.raises(openai.InternalServerError, match="out of memory"):
-            ask(client)
-        assert httpx.get(f"{server.url}/health").status_code == 503
+        server.thread.join(5)  # the server ends
+        assert not server.thread.is_alive() and server.engine.failure is stream.failure
 
 
-def test_a_server_that_ends_finishes_what_runs(stream, tokenizer):
-    stream.seconds = 0.02
-    with serving(stream, tokenizer) as server:
-        got = []
-        thread = threading.Thread(
-            target=lambda: got.append(
-                httpx.post(f"{server.url}/v1/completions", json={"prompt": "x", "max_tokens": 60})
-            )
-        )
-        thread.start()
-        while not stream.running:
+@pytest.mark.parametrize(("drain", "status"), [(5.0, 200), (0.2, 503)], ids=["in time", "too late"])
+def test_a_server_that_ends_finishes_what_runs(stream, tokenizer, capsys, drain, status):
+    stream.seconds = 0.03
+    body = {"prompt": "x", "max_tokens": 60}
+    with (
+        serving(stream, tokenizer, drain=drain) as server,
+        concurrent.futures.ThreadPoolExecutor(2) as pool,
+    ):
+
+        def stream_it() -> list[str]:
+            with httpx.stream("POST", url, json=body | {"stream": True}) as got:
+                return list(filter(None, got.iter_lines()))
+
+        url = f"{server.url}/v1/completions"
+        whole, events = pool.submit(httpx.post, url, json=body), pool.submit(stream_it)
+        while len(stream.running) < 2:
             time.sleep(0.01)
         server.server.should_exit = True
-        thread.join()
-        assert got[0].status_code == 200 and got[0].json()["usage"]["completion_tokens"] == 60
+        assert whole.result().status_code == status
+        if status == 200:
+            assert whole.result().json()["usage"]["completion_tokens"] == 60
+            assert events.result()[-1] == "data: [DONE]"
+        else:
+            assert (
+                "the server ends" in whole.result().text
+                and "the server ends" in events.result()[-1]
+            )
+        server.thread.join()
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{server.url}/health")
+    said = capsys.readouterr().err
+    assert said == "" if status == 200 else "2 completions did not end in 0.2 s" in said
 
 
 def test_metrics(client, server, stream):
