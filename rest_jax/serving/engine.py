@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 from rest_jax.rollout.requests import Piece, Request
 
+_STOP_SECONDS = 60.0
+
 
 class Stream(Protocol):
     """What is needed of `rollout.requests.Stream`."""
@@ -95,9 +97,9 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after the call that is under way."""
+        """Ends the thread after the call that is under way; one that hangs is left to the end of the process."""
         self.tell(("stop",))
-        self._thread.join()
+        self._thread.join(_STOP_SECONDS)
 
     def sample(self, requests: Sequence[Request]) -> Sampled:
         """EngineEnded, or QueueFull when more than `most` would run or wait."""

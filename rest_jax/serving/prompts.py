@@ -42,7 +42,7 @@ class Asked:
     prompts: Sequence[np.ndarray]  # int32 [T] each
     max_tokens: int
     stops: Sequence[bytes]
-    calls: bool = False  # tools are on offer
+    calls: int | None = 0  # tools are on offer, and so many may be called; None: any number
     opening: bytes = b""  # the beginning of the answer that the prompt has already
 
 
@@ -76,7 +76,7 @@ def read_chat(served: Served, request: ChatRequest) -> Asked:
             prompts=[ids],
             max_tokens=request.max_new_tokens or served.max_new_tokens,
             stops=[stop.encode() for stop in request.stop],
-            calls=bool(offered),
+            calls=0 if not offered else None if request.parallel_tool_calls else 1,
             opening=opening.encode(),
         ),
         "messages",

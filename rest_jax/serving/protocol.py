@@ -131,6 +131,7 @@ class ChatRequest(_Sampled):
     tools: list[dict[str, Any]] = []
     # a name is that of the one tool to be called
     tool_choice: Literal["none", "auto", "required"] | tuple[str] | None = None
+    parallel_tool_calls: bool = True
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False

@@ -168,10 +168,12 @@ _ROLES = {
 
 @dataclasses.dataclass
 class Turn:
-    """An assistant's turn in a template. `calls` False: nobody has offered a tool, and calls are text."""
+    """An assistant's turn in a template. `calls`: how many of its calls are told, None for all; 0: nobody has offered a tool, and
+    calls are text.
+    """
 
     template: Template
-    calls: bool
+    calls: int | None
     told: int = 0  # bytes that are behind us
     told_calls: int = 0
 
@@ -196,8 +198,8 @@ class Turn:
         else:
             self.told = max(self.told, limit)
         first, calls = self.told_calls, ()
-        if self.calls and not in_thought:
-            calls = answer.calls[first:]
+        if not in_thought:
+            calls = answer.calls[first : self.calls]
             self.told_calls += len(calls)
         return Delta(thought=new[_THOUGHT], text=new[_TEXT], calls=calls, first_call=first)
 
@@ -218,7 +220,7 @@ class Turn:
         ends = [0, *np.minimum(answer.span_ends, end).tolist()]
         regions = [Region(r) for r in answer.span_regions.tolist()]
         roles = [_ROLES[region] for region in regions]
-        if not self.calls:  # then the text of a call is text, tags apart
+        if self.calls == 0:  # then the text of a call is text, tags apart
             for role, run in itertools.groupby(range(len(roles)), key=roles.__getitem__):
                 members = list(run)
                 if role == _CALL and any(regions[i] == Region.NAME for i in members):
@@ -242,7 +244,7 @@ class Turn:
         )
         if in_thought:
             return min([limit, *[stop for _, stop, role in spans if role == _THOUGHT][:1]])
-        if not self.calls:
+        if self.calls == 0:
             return limit
         if self.template.bare:
             if spans and spans[-1][2] == _TEXT and (call := _bare_call(data[spans[-1][0] :])):

@@ -51,7 +51,7 @@ def joined(deltas: list[Delta]) -> tuple[str, str, tuple[Call, ...]]:
 @pytest.mark.parametrize("size", [1, 2, 7, 10_000])
 @pytest.mark.parametrize(("name", "text", "thought", "said", "calls"), TURNS)
 def test_a_turn_in_parts(name, text, thought, said, calls, size):
-    deltas = in_parts(Turn(TEMPLATES[name], True), text, size)
+    deltas = in_parts(Turn(TEMPLATES[name], None), text, size)
     assert joined(deltas) == (thought, said, calls)
     assert [d.first_call for d in deltas if d.calls] == sorted(
         {d.first_call for d in deltas if d.calls}
@@ -60,23 +60,29 @@ def test_a_turn_in_parts(name, text, thought, said, calls, size):
 
 @pytest.mark.parametrize(("name", "text", "thought", "said", "calls"), TURNS)
 def test_without_tools_calls_are_text(name, text, thought, said, calls):
-    turn = Turn(TEMPLATES[name], False)
+    turn = Turn(TEMPLATES[name], 0)
     got = joined(in_parts(turn, text, 1))
-    assert got == joined(in_parts(Turn(TEMPLATES[name], False), text, 10_000))
+    assert got == joined(in_parts(Turn(TEMPLATES[name], 0), text, 10_000))
     assert got[2] == () and all(call.name in got[1] for call in calls) and got[0] == thought
 
 
 def test_calls_and_text_come_as_soon_as_they_are_certain():
     text = f"<think>\nso\n</think>\n\nHi.\n{HERMES[1]}\nrest"
-    deltas = in_parts(Turn(TEMPLATES["hermes"], True), text, 1)
+    deltas = in_parts(Turn(TEMPLATES["hermes"], None), text, 1)
     when = {name: next(i for i, d in enumerate(deltas, 1) if getattr(d, name))
             for name in ("thought", "text", "calls")}  # fmt: skip
     assert when["thought"] == text.index("s") + 1 and when["text"] == text.index("H") + 1
     assert when["calls"] == text.index("</tool_call>") + len("</tool_call>")
 
 
+def test_one_call_when_one_is_wanted():
+    for size in (1, 10_000):
+        deltas = in_parts(Turn(TEMPLATES["llama3"], 1), f"{LLAMA[0]}\n{LLAMA[1]}\n{LLAMA[1]}", size)
+        assert joined(deltas) == ("", "", (F,))
+
+
 def test_a_thought_that_the_prompt_opened():
-    turn = Turn(TEMPLATES["hermes"].behind(True), True)
+    turn = Turn(TEMPLATES["hermes"].behind(True), None)
     deltas = in_parts(turn, f"\nhm {HERMES[0]}\n</think>\n\nHi", 1)
     assert joined(deltas) == (f"hm {HERMES[0]}", "Hi", ())
 
@@ -163,8 +169,8 @@ def test_nothing_is_lost_in_parts(parts, name, size):
     """Whatever is written: a part may be read otherwise once more is known, but all letters and calls of the end are told."""
     text = "".join(parts)
     data = text.encode()
-    whole = Turn(TEMPLATES[name], True).read(data, len(data), True)
-    thought, said, calls = joined(in_parts(Turn(TEMPLATES[name], True), text, size))
+    whole = Turn(TEMPLATES[name], None).read(data, len(data), True)
+    thought, said, calls = joined(in_parts(Turn(TEMPLATES[name], None), text, size))
     assert len(calls) >= len(whole.calls)
     second_end = text.count("</think>") > 1 or (
         "</think>" in text and not text.startswith("<think>")
