@@ -134,7 +134,7 @@ class _Server:
         if count > self.engine.most:
             message = f"n: {count} completions, at most {self.engine.most} are given at once"
             raise ApiError(400, message, "n")
-        seed = secrets.randbits(31) if body.seed is None else body.seed % 2**31
+        seed = secrets.randbits(31) if body.seed is None else body.seed
         wanted = [
             requests.Request(
                 ids=ids,

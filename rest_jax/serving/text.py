@@ -18,13 +18,25 @@ import numpy as np
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.rollout.requests import Piece
 from rest_jax.templates import TAGS, Template
-from rest_jax.templates.parser import CALL_CLOSE, CALL_OPEN, THINK_CLOSE, THINK_OPEN
+from rest_jax.templates.parser import (
+    CALL_CLOSE,
+    CALL_OPEN,
+    RESPONSE_CLOSE,
+    RESPONSE_OPEN,
+    THINK_CLOSE,
+    THINK_OPEN,
+)
 from rest_jax.tool_calls import Answer, Call, Region
 
 _BEGINNINGS = frozenset(tag.encode()[:n] for tag in TAGS for n in range(1, len(tag)))
+_tag = re.compile("|".join(map(re.escape, sorted(TAGS))).encode()).search
 _LONGEST = max(map(len, _BEGINNINGS))
 # Where a bare call may begin, in text behind which another token may come.
-_bare_call = re.compile(rb"(?:\A|\n)[ \t]*;?[ \t]*[{\[]").search
+_bare_call = re.compile(rb"\{|(?:\A|\n)[ \t]*;?[ \t]*\[").search
+# What a thought that is not closed may end with and be over: a block is evident once its JSON begins.
+_begins_block = re.compile(
+    rb'(?:<tool_call>|<response>)\s*\Z|\n[ \t]*\{[ \t\r\n]*(?:"(?:n(?:a(?:me?)?)?)?)?\Z'
+).search
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,9 +173,10 @@ _ROLES = {
     Region.OTHER: _TEXT,
     Region.NAME: _CALL,
     Region.PARAM: _CALL,
-    Region.SCAFFOLD: _CALL,
+    Region.SCAFFOLD: _MARKUP,
     Region.TAG: _MARKUP,
 }
+_OF_A_CALL = (Region.NAME, Region.PARAM, Region.SCAFFOLD)
 
 
 @dataclasses.dataclass
@@ -191,7 +204,7 @@ class Turn:
         new = {_THOUGHT: "", _TEXT: ""}
         for start, stop, role in spans:
             if role in new and start < limit and stop > self.told:
-                ended = stop <= limit and (final or stop < end)
+                ended = final or stop < limit
                 new[role] += self._new(data, start, min(stop, limit), role, ended)
                 if not ended:
                     break
@@ -221,9 +234,11 @@ class Turn:
         regions = [Region(r) for r in answer.span_regions.tolist()]
         roles = [_ROLES[region] for region in regions]
         if self.calls == 0:  # then the text of a call is text, tags apart
-            for role, run in itertools.groupby(range(len(roles)), key=roles.__getitem__):
+            for is_call, run in itertools.groupby(
+                range(len(regions)), lambda i: regions[i] in _OF_A_CALL
+            ):
                 members = list(run)
-                if role == _CALL and any(regions[i] == Region.NAME for i in members):
+                if is_call and any(regions[i] == Region.NAME for i in members):
                     roles[members[0] : members[-1] + 1] = [_TEXT] * len(members)
         return [
             (ends[members[0]], ends[members[-1] + 1], role)
@@ -243,13 +258,23 @@ class Turn:
             (n for n in range(min(_LONGEST, len(data)), 0, -1) if data[-n:] in _BEGINNINGS), 0
         )
         if in_thought:
-            return min([limit, *[stop for _, stop, role in spans if role == _THOUGHT][:1]])
+            end = next((stop for _, stop, role in spans if role == _THOUGHT), 0)
+            block = _begins_block(data[:end])
+            return min(limit, end if block is None else block.start())
         if self.calls == 0:
             return limit
         if self.template.bare:
-            if spans and spans[-1][2] == _TEXT and (call := _bare_call(data[spans[-1][0] :])):
-                return min(limit, spans[-1][0] + call.start())
+            last = max((stop for _, stop, role in spans if role == _CALL), default=0)
+            for start, stop, role in spans:
+                if role == _TEXT and start >= last and (call := _bare_call(data[start:stop])):
+                    return min(limit, start + call.start())
             return limit
-        opened = data.rfind(CALL_OPEN, max(0, data.rfind(THINK_CLOSE)))
-        closed = opened < 0 or data.find(CALL_CLOSE, opened) >= 0
-        return limit if closed else min(limit, opened)
+        behind = max(0, data.rfind(THINK_CLOSE))
+        opened = data.rfind(CALL_OPEN, behind)
+        if opened >= 0 and data.find(CALL_CLOSE, opened) < 0:
+            limit = min(limit, opened)
+        # a tag in a response is text once the response is closed
+        opened = data.find(RESPONSE_OPEN, max(behind, data.rfind(RESPONSE_CLOSE)))
+        if opened >= 0 and (tag := _tag(data, opened + 1)) and tag[0] != RESPONSE_CLOSE:
+            limit = min(limit, tag.start())
+        return limit

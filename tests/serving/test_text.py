@@ -159,7 +159,7 @@ PARTS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</
          '{"name": "f", ', '"arguments": {"a": 1}}', '"parameters": {}}', "[", "]", ";", "<|python_tag|>", "{"]  # fmt: skip
 
 
-@settings(max_examples=150)
+@settings(max_examples=200)
 @given(
     st.lists(st.sampled_from(PARTS), max_size=14),
     st.sampled_from(sorted(TEMPLATES)),
@@ -172,8 +172,7 @@ def test_nothing_is_lost_in_parts(parts, name, size):
     whole = Turn(TEMPLATES[name], None).read(data, len(data), True)
     thought, said, calls = joined(in_parts(Turn(TEMPLATES[name], None), text, size))
     assert len(calls) >= len(whole.calls)
-    second_end = text.count("</think>") > 1 or (
-        "</think>" in text and not text.startswith("<think>")
-    )
-    if not second_end:
+    # a thought that begins late, or ends twice, is seen late
+    late = "<think>" in text[1:] or text.count("</think>") > text.startswith("<think>")
+    if not late:
         assert (thought, said, calls) == (whole.thought, whole.text, tuple(whole.calls))
