@@ -158,7 +158,6 @@ class _Server:
             raise ApiError(
                 429, message, code="queue_full", headers={"Retry-After": wait}
             ) from error
-        self.meters.prompt_tokens.inc(sum(map(len, asked.prompts)) * body.n)
         completions = [completion(self.served, body, asked) for _ in wanted]
         head = Head.of(body, self.served.name)
         return _Job(head, _FORMATS[kind][0], body, asked, completions, sampled)
@@ -176,10 +175,10 @@ class _Server:
                 index, piece = await job.sampled.next()
             except EngineEnded as error:
                 raise ApiError(503, str(error)) from error
+            except ValueError as error:
+                raise ApiError(400, str(error)) from error
             one = job.completions[index]
-            before = one.drawn
             one.add(piece)
-            self.meters.completion_tokens.inc(one.drawn - before)
             if first:
                 self.meters.first_token.observe(time.monotonic() - job.sampled.begun)
                 first = False

@@ -12,13 +12,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from rest_jax.rollout.requests import Piece, Request
+from rest_jax.rollout.requests import Piece, Request, StreamStats
 
 _STOP_SECONDS = 60.0
 
 
 class Stream(Protocol):
     """What is needed of `rollout.requests.Stream`."""
+
+    stats: StreamStats
 
     def submit(self, request: Request) -> int: ...
     def cancel(self, number: int) -> None: ...
@@ -45,7 +47,9 @@ class Sampled:
         self.begun = time.monotonic()
 
     async def next(self) -> tuple[int, Piece]:
-        """(number of the request, its next piece). EngineEnded when no more will come."""
+        """(number of the request, its next piece). EngineEnded when no more will come, ValueError when the stream cannot take a
+        request.
+        """
         got = await self._pieces.get()
         if isinstance(got, Exception):
             raise got
@@ -140,7 +144,11 @@ class Engine:
                     return
                 owner = (rest[0], rest[1])
                 if name == "submit":
-                    number = self.stream.submit(rest[2])
+                    try:
+                        number = self.stream.submit(rest[2])
+                    except ValueError as error:
+                        self._loop.call_soon_threadsafe(rest[0].put, error)
+                        continue
                     numbers[owner], owners[number] = number, owner
                 elif owner in numbers:
                     owners.pop(number := numbers.pop(owner))

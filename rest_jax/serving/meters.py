@@ -1,9 +1,19 @@
 """What Prometheus sees of the server: requests by path and status, seconds, tokens, and what runs."""
 
-from collections.abc import Awaitable, Callable
+import dataclasses
+from collections.abc import Awaitable, Callable, Iterator
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.exposition import generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -20,12 +30,9 @@ class Meters:
     def __init__(self, engine: Engine):
         registry = self._registry = CollectorRegistry()
 
-        def counter(name: str, says: str, *labels: str) -> Counter:
-            return Counter(f"rest_jax_{name}", says, labels, registry=registry)
-
-        self.requests = counter("requests", "requests that were answered", "path", "status")
-        self.prompt_tokens = counter("prompt_tokens", "tokens of prompts, once a completion")
-        self.completion_tokens = counter("completion_tokens", "tokens drawn")
+        self.requests = Counter(
+            "rest_jax_requests", "that were answered", ("path", "status"), registry=registry
+        )
         self.first_token = Histogram(
             "rest_jax_first_token_seconds",
             "to the first token",
@@ -37,6 +44,7 @@ class Meters:
         )
         active = Gauge("rest_jax_active", "completions that run or wait", registry=registry)
         active.set_function(lambda: engine.active)
+        registry.register(_Counts(engine))
 
     def page(self) -> tuple[bytes, int, None, str]:
         """Body, status, headers and type of the answer to Prometheus."""
@@ -63,3 +71,15 @@ class Meters:
                 self.requests.labels(request.url.path, str(status)).inc()
 
         return counted
+
+
+class _Counts(Collector):
+    """What the stream counts, under the names of its fields."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        """One counter each."""
+        for name, value in dataclasses.asdict(self._engine.stream.stats).items():
+            yield CounterMetricFamily(f"rest_jax_{name}", "of the stream", value=value)

@@ -7,6 +7,7 @@ and Ctrl-C stop taking connections and let what runs finish, for `drain` seconds
 import asyncio
 import contextlib
 import dataclasses
+import math
 import signal
 import socket
 import sys
@@ -14,6 +15,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 
+import numpy as np
 import uvicorn
 
 from rest_jax.config import Config
@@ -23,7 +25,7 @@ from rest_jax.errors import RunStopped, UserError
 from rest_jax.files import absolute
 from rest_jax.models.policy import check_positions
 from rest_jax.models.tokenizer import Tokenizer
-from rest_jax.rollout.requests import make_stream
+from rest_jax.rollout.requests import Request, Stream, make_stream
 from rest_jax.run.environment import handled
 from rest_jax.run.load import load_policy
 from rest_jax.serving.app import Access, make_app
@@ -93,7 +95,7 @@ class Server(uvicorn.Server):
             log_config=None,  # logging stays as other packages have set it up
             log_level="warning",
             access_log=False,
-            timeout_graceful_shutdown=options.drain + _LAST_WORDS,
+            timeout_graceful_shutdown=math.ceil(options.drain) + _LAST_WORDS,
         )
         super().__init__(config)
         self._engine, self._drain = engine, options.drain
@@ -130,7 +132,22 @@ def load(config: Config, options: Options) -> tuple[Served, Engine]:
     )
     check_positions(policy.config, served.max_prompt_tokens, served.max_new_tokens)
     stream = make_stream(policy, config.rollout)
+    _warm_up(stream, served)
     return served, Engine(stream, config.rollout.decode_slots + options.max_queue)
+
+
+def _warm_up(stream: Stream, served: Served) -> None:
+    """Compiles what a short request needs. UserError when the pages have no room for a long one."""
+    prompt = np.full(served.max_prompt_tokens, served.tokenizer.end_id, np.int32)
+    try:
+        stream.cancel(stream.submit(Request(prompt, served.max_new_tokens)))
+    except ValueError as error:
+        raise UserError(
+            f"serve: {error}; raise rollout.cache_tokens, or lower data.max_prompt_tokens or rollout.max_response_tokens"
+        ) from error
+    stream.submit(Request(prompt[:1], 1))
+    while stream.pending:
+        stream.step()
 
 
 def template_of(config: Config, tokenizer: Tokenizer) -> Template:

@@ -11,7 +11,7 @@ import numpy as np
 
 from rest_jax.data.tokenize import Encoder
 from rest_jax.models.tokenizer import Tokenizer
-from rest_jax.rollout.requests import Piece, Request
+from rest_jax.rollout.requests import Piece, Request, StreamStats
 from rest_jax.serving.app import Access
 from rest_jax.serving.engine import Engine
 from rest_jax.serving.prompts import Served
@@ -30,6 +30,7 @@ class FakeStream:
     seconds: float = 0.0  # of a step
     failure: Exception | None = None
     steps: int = 0
+    stats: StreamStats = dataclasses.field(default_factory=StreamStats)
 
     def __post_init__(self):
         self.seen: list[Request] = []
@@ -42,6 +43,7 @@ class FakeStream:
 
     def submit(self, request: Request) -> int:
         self.seen.append(request)
+        self.stats.prompt_tokens += len(request.ids)
         self._waiting[len(self.seen)] = request
         return len(self.seen)
 
@@ -65,6 +67,7 @@ class FakeStream:
         request, left = self.running[number]
         ids = np.array(left[: self.page], np.int32)
         del left[: self.page]
+        self.stats.tokens += len(ids)
         finish = None
         if not left:
             del self.running[number]

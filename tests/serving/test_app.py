@@ -374,7 +374,7 @@ def test_metrics(client, server, stream):
     path = 'path="/v1/chat/completions"'
     assert float(lines[f'rest_jax_requests_total{{{path},status="200"}}']) == 1
     assert float(lines[f'rest_jax_requests_total{{{path},status="400"}}']) == 1
-    assert float(lines["rest_jax_completion_tokens_total"]) == 10
+    assert float(lines["rest_jax_tokens_total"]) == 10
     assert float(lines["rest_jax_request_seconds_count"]) == 1
     assert float(lines["rest_jax_active"]) == 0
 

@@ -1,14 +1,27 @@
 """What a server needs before it serves: the format of its tools, an address."""
 
+import concurrent.futures
+import contextlib
+import os
 import pathlib
+import signal
 import socket
+import time
 
+import httpx
 import pytest
 
 from rest_jax import cli
 from rest_jax.config import from_overrides
+from rest_jax.data.tokenize import Encoder
 from rest_jax.errors import UserError
+from rest_jax.serving import server
+from rest_jax.serving.engine import Engine
+from rest_jax.serving.prompts import Served
 from rest_jax.serving.server import listen, template_of, url
+from rest_jax.templates import TEMPLATES
+from tests import runs
+from tests.serving.servers import FakeStream
 
 CHATS = pathlib.Path(__file__).parent.parent / "data" / "chat_templates"
 
@@ -39,6 +52,48 @@ def test_a_port_in_use_is_one_line(capsys, tmp_path):
         assert cli.main(["serve", str(tmp_path), "--port", str(port)]) == 2
     error = capsys.readouterr().err
     assert f"127.0.0.1:{port}: Address already in use" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "failure", [None, RuntimeError("out of memory")], ids=["signal", "failure"]
+)
+def test_the_command_serves_until_its_end(tokenizer, monkeypatch, capsys, failure):
+    stream = FakeStream(tokenizer, seconds=0.05)
+    served = Served("tiny", Encoder(tokenizer, TEMPLATES["hermes"]), 64, 64)
+    monkeypatch.setattr(server, "load", lambda *_: (served, Engine(stream, 8)))
+    monkeypatch.setattr(cli, "_load_model", lambda *_: None)
+    port = runs.free_port()
+
+    def ask() -> tuple[int, str]:
+        body, link = (
+            {"prompt": "x", "max_tokens": 60},
+            httpx.Client(base_url=f"http://127.0.0.1:{port}"),
+        )
+        while True:
+            with contextlib.suppress(httpx.ConnectError):
+                link.get("/health")
+                break
+        post = pool.submit(link.post, "/v1/completions", json=body)
+        while not stream.running:
+            time.sleep(0.01)
+        stream.failure = failure
+        if failure is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return post.result().status_code, post.result().text
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        asked = pool.submit(ask)
+        code = cli.main(["serve", "policy", "--port", str(port)])
+        status, text = asked.result()
+    out, err = capsys.readouterr()
+    assert out.startswith(
+        f"tiny at http://127.0.0.1:{port}/v1: template hermes, prompts of up to 64"
+    )
+    if failure is None:
+        assert (code, status, err) == (0, 200, "")
+    else:
+        assert (code, status) == (1, 503) and "the engine has failed: out of memory" in text
+        assert err.splitlines()[-1] == "rest-jax: error: serve: the engine failed: out of memory"
 
 
 def test_an_address_of_others_is_warned_of(capsys):
