@@ -38,6 +38,8 @@ from rest_jax.serving.text import Completion, Delta
 
 _GREEDY = 1e-4  # temperatures below are 0
 _BODY_SECONDS = 60.0  # for a client to send a body
+# of a chat: what its tokens may take, escapes and the syntax of JSON included
+_BODY_BYTES, _TOKEN_BYTES = 2**16, 32
 _LONGEST_WAIT = 60  # seconds that a client is told to wait
 _Body = CompletionRequest | ChatRequest
 _FORMATS: dict[type[_Body], tuple[Format, Callable[[Served, Any], Asked]]] = {
@@ -101,7 +103,10 @@ class _Server:
 
     async def answer(self, kind: type[_Body], request: Request) -> Response:
         self._authorize(request)
-        data = await _body(request, self.access.max_body)
+        most = self.access.max_body
+        if kind is ChatRequest:  # what cannot fit is not even read
+            most = min(most, _BODY_BYTES + _TOKEN_BYTES * self.served.max_prompt_tokens)
+        data = await _body(request, most)
         loop = asyncio.get_running_loop()
         body, asked = await loop.run_in_executor(self.readers, self._read, kind, data)
         job = self._begin(kind, body, asked)

@@ -19,7 +19,7 @@ from rest_jax.data import fields
 from rest_jax.data.fields import RecordError
 from rest_jax.serving.text import Delta, Token
 
-MAX_STOPS = 16
+MAX_STOPS, MAX_STOP = 16, 1000  # stop strings, and characters of one
 _LEAST_LOGP = -9999.0  # JSON has no infinity
 # Fields that would change the answer: the values at which they do not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -90,6 +90,8 @@ class _Sampled(_Record):
             raise ValueError("a text, or a list of texts, that are not empty is needed")
         if len(stops) > MAX_STOPS:
             raise ValueError(f"{len(stops)} texts, at most {MAX_STOPS} are taken")
+        if (longest := max(map(len, stops), default=0)) > MAX_STOP:
+            raise ValueError(f"{longest:,} characters, at most {MAX_STOP:,} are taken")
         return stops
 
 

@@ -34,6 +34,7 @@ from rest_jax.serving.prompts import Served
 from rest_jax.templates import TEMPLATES, Template
 
 _LAST_WORDS = 5  # seconds for clients to be told that the time is over
+_KEEP_ALIVE = 65  # seconds, longer than clients keep a connection that they do not use
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
@@ -95,6 +96,7 @@ class Server(uvicorn.Server):
             log_config=None,  # logging stays as other packages have set it up
             log_level="warning",
             access_log=False,
+            timeout_keep_alive=_KEEP_ALIVE,
             timeout_graceful_shutdown=math.ceil(options.drain) + _LAST_WORDS,
         )
         super().__init__(config)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,23 +20,25 @@ from rest_jax.serving.server import Options, Server, listen, url
 from rest_jax.templates import TEMPLATES
 
 
-@dataclasses.dataclass
 class FakeStream:
     """Draws what `answer` gives for a request, a page of tokens a step for each decode slot."""
 
-    tokenizer: Tokenizer
-    answer: Callable[[Request], Sequence[int]] | None = None
-    slots: int = 4
-    page: int = 3
-    seconds: float = 0.0  # of a step
-    failure: Exception | None = None
-    steps: int = 0
-    stats: StreamStats = dataclasses.field(default_factory=StreamStats)
+    slots, page = 4, 3
 
-    def __post_init__(self):
-        self.seen: list[Request] = []
+    def __init__(self, tokenizer: Tokenizer, seconds: float = 0.0):
+        self.tokenizer = tokenizer
+        self.stats = StreamStats()
+        self._numbers = itertools.count()
         self._waiting: dict[int, Request] = {}
         self.running: dict[int, tuple[Request, list[int]]] = {}
+        self.reset(seconds)
+
+    def reset(self, seconds: float = 0.0) -> None:
+        """As new, but for what it has counted. `seconds`: of a step."""
+        self.answer: Callable[[Request], Sequence[int]] = self._any
+        self.failure: Exception | None = None
+        self.seconds, self.steps = seconds, 0
+        self.seen: list[Request] = []
 
     @property
     def pending(self) -> int:
@@ -44,8 +47,9 @@ class FakeStream:
     def submit(self, request: Request) -> int:
         self.seen.append(request)
         self.stats.prompt_tokens += len(request.ids)
-        self._waiting[len(self.seen)] = request
-        return len(self.seen)
+        number = next(self._numbers)
+        self._waiting[number] = request
+        return number
 
     def cancel(self, number: int) -> None:
         if self.running.pop(number, None) is None:
@@ -59,7 +63,7 @@ class FakeStream:
         while self._waiting and len(self.running) < self.slots:
             number = next(iter(self._waiting))
             request = self._waiting.pop(number)
-            drawn = [*(self.answer or self._any)(request), self.tokenizer.end_id]
+            drawn = [*self.answer(request), self.tokenizer.end_id]
             self.running[number] = (request, drawn[: request.max_tokens])
         return [self._piece(number) for number in list(self.running)]
 

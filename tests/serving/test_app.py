@@ -33,16 +33,23 @@ def refusing(tokenizer):
         assert not running.engine.stream.seen
 
 
-@pytest.fixture
-def stream(tokenizer) -> FakeStream:
-    return FakeStream(tokenizer)
-
-
-@pytest.fixture
-def server(stream, tokenizer):
-    with serving(stream, tokenizer) as running:
+@pytest.fixture(scope="module")
+def running(tokenizer):
+    with serving(FakeStream(tokenizer), tokenizer) as running:
         yield running
-        running.until_idle()
+
+
+@pytest.fixture
+def server(running):
+    """A server whose stream is as new."""
+    running.engine.stream.reset()
+    yield running
+    running.until_idle()
+
+
+@pytest.fixture
+def stream(server) -> FakeStream:
+    return server.engine.stream
 
 
 @pytest.fixture
@@ -213,6 +220,8 @@ def test_many_at_once_are_answered_as_one_after_the_other(client, server, stream
     ({"messages": USER, "n": "2"}, 400, "n"),
     ({"messages": USER, "n": 65}, 400, "n"),
     ({"messages": USER, "stop": ""}, 400, "stop"),
+    ({"messages": USER, "stop": ["a"] * 17}, 400, "stop"),
+    ({"messages": USER, "stop": "a" * 1001}, 400, "stop"),
     ({"messages": USER, "max_tokens": 0}, 400, "max_tokens"),
     ({"messages": USER, "max_tokens": 129}, 400, "max_tokens"),
     ({"messages": USER, "top_logprobs": 2}, 400, "top_logprobs"),
@@ -263,7 +272,8 @@ def test_paths_and_methods(refusing):
         assert got.status_code == status and got.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_a_key(stream, tokenizer):
+def test_a_key(tokenizer):
+    stream = FakeStream(tokenizer)
     with serving(stream, tokenizer, api_key="right") as server:
         with pytest.raises(openai.AuthenticationError, match="wrong API key"):
             openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong").models.list()
@@ -273,7 +283,8 @@ def test_a_key(stream, tokenizer):
         assert httpx.get(f"{server.url}/health").status_code == 200
 
 
-def test_a_full_queue_says_when_to_come_back(stream, tokenizer):
+def test_a_full_queue_says_when_to_come_back(tokenizer):
+    stream = FakeStream(tokenizer)
     stream.seconds = 0.01
     with serving(stream, tokenizer, most=3) as server:
         url = f"{server.url}/v1/completions"
@@ -310,6 +321,24 @@ def test_a_client_that_leaves_frees_its_slots(server, stream, streams):
     assert '"/v1/completions"' in httpx.get(f"{server.url}/metrics").text
 
 
+def test_one_call_when_parallel_ones_are_not_wanted(client, stream):
+    says(stream, f"{CALL}\n{CALL}")
+    for wanted, count in ((True, 2), (False, 1)):
+        (made,) = ask(client, tools=[TOOL], parallel_tool_calls=wanted).choices
+        assert len(made.message.tool_calls) == count
+
+
+def test_a_request_that_the_stream_refuses(client, stream, monkeypatch):
+    def refuse(request):
+        raise ValueError("no room")
+
+    monkeypatch.setattr(stream, "submit", refuse)
+    with pytest.raises(openai.BadRequestError, match="no room"):
+        ask(client, n=3)
+    monkeypatch.undo()
+    assert ask(client, max_tokens=3).choices
+
+
 def test_a_stop_string_frees_the_slot(client, server, stream):
     stream.answer = lambda request: stream.tokenizer.encode("ab" + "c" * 100).tolist()
     ask(client, stop="b", max_tokens=100)
@@ -317,7 +346,8 @@ def test_a_stop_string_frees_the_slot(client, server, stream):
     assert stream.steps < 5
 
 
-def test_an_engine_that_fails_answers_503(stream, tokenizer):
+def test_an_engine_that_fails_answers_503(tokenizer):
+    stream = FakeStream(tokenizer)
     stream.seconds = 0.02
     with serving(stream, tokenizer) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
@@ -331,8 +361,8 @@ def test_an_engine_that_fails_answers_503(stream, tokenizer):
 
 
 @pytest.mark.parametrize(("drain", "status"), [(5.0, 200), (0.2, 503)], ids=["in time", "too late"])
-def test_a_server_that_ends_finishes_what_runs(stream, tokenizer, capsys, drain, status):
-    stream.seconds = 0.03
+def test_a_server_that_ends_finishes_what_runs(tokenizer, capsys, drain, status):
+    stream = FakeStream(tokenizer, seconds=0.03)
     body = {"prompt": "x", "max_tokens": 60}
     with (
         serving(stream, tokenizer, drain=drain) as server,
@@ -364,11 +394,13 @@ def test_a_server_that_ends_finishes_what_runs(stream, tokenizer, capsys, drain,
     assert said == "" if status == 200 else "2 completions did not end in 0.2 s" in said
 
 
-def test_metrics(client, server, stream):
-    ask(client, n=2, max_tokens=5)
-    with pytest.raises(openai.BadRequestError):
-        ask(client, n=0)
-    page = httpx.get(f"{server.url}/metrics")
+def test_metrics(tokenizer):
+    with serving(FakeStream(tokenizer), tokenizer) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        ask(client, n=2, max_tokens=5)
+        with pytest.raises(openai.BadRequestError):
+            ask(client, n=0)
+        page = httpx.get(f"{server.url}/metrics")
     assert page.headers["Content-Type"].startswith("text/plain")
     lines = dict(line.rsplit(" ", 1) for line in page.text.splitlines() if not line.startswith("#"))
     path = 'path="/v1/chat/completions"'
