@@ -7,12 +7,14 @@ the policy. All of it may take long, so it is no work for the thread that serves
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from rest_jax.data import fields
-from rest_jax.data.convert.openai import unanswered
+from rest_jax.data.convert.openai import history
 from rest_jax.data.fields import RecordError
+from rest_jax.data.records import decompose
 from rest_jax.data.tokenize import Encoder
 from rest_jax.errors import UserError
 from rest_jax.models.tokenizer import Tokenizer
@@ -57,8 +59,7 @@ def read_chat(served: Served, request: ChatRequest) -> Asked:
         if isinstance(choice, tuple) and choice[0] not in names:
             raise RecordError(f"tool_choice: {fields.shown(choice[0])} is not one of the tools")
         offered = () if choice == "none" else tools
-        record = unanswered(list(request.messages), offered, "messages")
-        (ids,) = served.encoder([record])[0]
+        ids = encode_chat(served.encoder, request.messages, offered)
     except UserError as error:
         message = str(error).removeprefix("record 'messages': ")
         param = next((p for p in ("tools", "tool_choice") if message.startswith(p)), "messages")
@@ -81,6 +82,16 @@ def read_chat(served: Served, request: ChatRequest) -> Asked:
         ),
         "messages",
     )
+
+
+def encode_chat(
+    encoder: Encoder, messages: Sequence[Any], tools: Sequence[dict[str, Any]]
+) -> np.ndarray:
+    """int32 [T]: the prompt of a chat, with the tools on offer. RecordError for messages that are none."""
+    # as the records of training: what follows is a turn of the assistant
+    turns = [*history(messages, tools, "messages"), {"role": "assistant", "content": None}]
+    record = decompose("messages", "openai", tuple(tools), turns)[-1]
+    return encoder([record])[0][0]
 
 
 def read_completion(served: Served, request: CompletionRequest) -> Asked:

@@ -19,7 +19,6 @@ import numpy as np
 import uvicorn
 
 from rest_jax.config import Config
-from rest_jax.data.convert.openai import unanswered
 from rest_jax.data.tokenize import Encoder
 from rest_jax.errors import RunStopped, UserError
 from rest_jax.files import absolute
@@ -30,7 +29,7 @@ from rest_jax.run.environment import handled
 from rest_jax.run.load import load_policy
 from rest_jax.serving.app import Access, make_app
 from rest_jax.serving.engine import Engine
-from rest_jax.serving.prompts import Served
+from rest_jax.serving.prompts import Served, encode_chat
 from rest_jax.templates import TEMPLATES, Template
 
 _LAST_WORDS = 5  # seconds for clients to be told that the time is over
@@ -125,7 +124,7 @@ def load(config: Config, options: Options) -> tuple[Served, Engine]:
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     template = template_of(config, policy.tokenizer)
     encoder = Encoder(policy.tokenizer, template, config.data.brief_prompt)
-    encoder([unanswered([{"role": "user", "content": "x"}], (), "chat")])
+    encode_chat(encoder, [{"role": "user", "content": "x"}], ())
     served = Served(
         options.name or absolute(config.model.source).name,
         encoder,

@@ -68,15 +68,15 @@ def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
     return records
 
 
-def unanswered(messages: Sequence[Any], tools: Sequence[dict[str, Any]], where: str) -> StepRecord:
-    """The record of a chat whose next turn is to be written, without a gold answer. RecordError, which begins with `where`, for
-    messages that cannot be read and for a call without a result.
+def history(
+    messages: Sequence[Any], tools: Sequence[Mapping[str, Any]], where: str
+) -> tuple[dict[str, Any], ...]:
+    """A dialogue before its next turn, as `StepRecord.history` has it. `tools`: those on offer, as `fields.tools` reads them.
+    Turns that say nothing are left out.
     """
-    names = {tool["name"] for tool in tools}
-    # a dialogue that goes on has the results of all its calls
-    turns, _ = _turns([*messages, {"role": "user", "content": ""}], names, where)
-    turns[-1] = {"role": "assistant", "content": None}
-    return decompose(where, "openai", tuple(tools), turns)[-1]
+    following = {"role": "assistant", "content": "next"}
+    turns, _ = _turns([*messages, following], {tool["name"] for tool in tools}, where)
+    return tuple(turns[:-1])
 
 
 def _turns(

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from rest_jax.data.convert import SOURCES
-from rest_jax.data.convert.openai import unanswered
+from rest_jax.data.convert import SOURCES, openai
 from rest_jax.data.fields import RecordError
 from rest_jax.tool_calls import Call, Target
 
@@ -95,8 +94,7 @@ DIALOGUE = [user("go"), calls(call(1, "x")), result("one", "x"), SAID]
 def test_every_spelling_is_the_same_dialogue(messages):
     expected = convert(DIALOGUE)
     assert convert(messages) == expected
-    begun = unanswered(messages[:-1], (TOOL,), "here")
-    assert (begun.history, begun.tools) == (expected[-1].history, expected[-1].tools)
+    assert openai.history(messages[:-1], (TOOL,), "here") == expected[-1].history
     for field in ("conversations", "input"):
         for value in (messages, json.dumps(messages), list(map(json.dumps, messages))):
             assert convert(None, **{field: value}) == expected
@@ -147,15 +145,6 @@ def test_results_are_bound_to_their_calls():
 def test_what_cannot_be_read_is_named(messages, message):
     with pytest.raises(RecordError, match=message):
         convert([user("go"), *messages][1:])
-
-
-def test_a_chat_that_goes_on_has_the_results_of_all_its_calls():
-    both = [user("go"), calls(call(1, "x"), call(2, "y"))]
-    history = unanswered([*both, result("b", "y"), result("a", "x")], (TOOL,), "here").history
-    assert [turn["content"] for turn in history[2:]] == ["a", "b"]
-    for tail in ([], [result("a", "x")]):
-        with pytest.raises(RecordError, match=r"here\[1\]: tool_calls.* has no result"):
-            unanswered([*both, *tail], (TOOL,), "here")
 
 
 def test_calls_at_the_end_need_no_result():
