@@ -25,7 +25,10 @@ def test_prompts_are_those_of_training(tokenizer, template):
         if len(records) != len(ends):  # several messages are one turn
             continue
         for end, record in zip(ends, records, strict=True):
-            body = ChatRequest(messages=chat["messages"][:end], tools=chat.get("tools", []))
+            body = ChatRequest(
+                messages=chat["messages"][:end],
+                tools=chat.get("tools") or chat.get("functions") or [],
+            )
             np.testing.assert_array_equal(
                 read_chat(served, body).prompts[0], encoder([record])[0][0]
             )
