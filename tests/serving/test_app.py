@@ -258,7 +258,7 @@ def test_prompts_that_are_none(refusing, prompt):
     (b"{", "application/json", 400), (b"\xff", "application/json", 400), (b"NaN", "application/json", 400),
     (b"[" * 10_000, "application/json", 400), (b'{"n": 1, "n": 2}', "application/json", 400),
     (b"{}", "text/plain", 415), (b"x" * 20_001, "application/json", 413),
-])  # fmt: skip
+], ids=["cut", "bytes", "NaN", "deep", "twice", "text", "long"])  # fmt: skip
 def test_bodies_that_are_none(refusing, data, kind, status):
     headers = {"Content-Type": kind}
     for content in (data, iter([data])):  # with a length and without
