@@ -163,6 +163,21 @@ def test_samples_and_seeds(client, stream):
     assert stream.seen[-1].seed != stream.seen[-2].seed
 
 
+@pytest.mark.parametrize("body", [
+    {"tools": None, "stop": None, "n": None, "stream": None, "tool_choice": None, "seed": None, "model": None},
+    {"stream_options": {"include_usage": None}, "logprobs": False, "top_logprobs": 0},
+    {"frequency_penalty": 0.0, "logit_bias": {}, "response_format": {"type": "text"}, "functions": []},
+    {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "unknown": [1]},
+    {"tools": [], "tool_choice": "auto", "seed": -(2**63), "temperature": 1e-9},
+    {"messages": [{"role": "developer", "content": "x"}, {"role": "user", "content": "y", "name": "z"}]},
+    {"messages": [*USER, {"role": "assistant", "content": "and"}]},
+], ids=["null", "nested null", "neutral", "unknown", "edges", "developer", "assistant last"])  # fmt: skip
+def test_what_is_taken(server, body):
+    body = {"messages": USER, "max_tokens": 2} | body
+    got = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    assert got.status_code == 200 and got.json()["usage"]["completion_tokens"] == 2, got.text
+
+
 def test_a_required_call_is_begun_for_the_policy(client, stream):
     prompts = {}
     for choice in ("auto", "required", {"type": "function", "function": {"name": "add"}}):
