@@ -409,6 +409,20 @@ def test_a_server_that_ends_finishes_what_runs(tokenizer, capsys, drain, status)
     assert said == "" if status == 200 else "2 completions did not end in 0.2 s" in said
 
 
+def test_a_client_that_says_nothing_does_not_keep_a_server(tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr("rest_jax.serving.server._LAST_WORDS", 0)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n"
+    with serving(FakeStream(tokenizer), tokenizer, drain=0.2) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as link:
+            link.sendall(head.encode())
+            while not server.server.server_state.tasks:
+                time.sleep(0.01)
+            server.server.should_exit = True
+            assert link.recv(100).startswith(b"HTTP/1.1 503")
+    assert not any(record.exc_info for record in caplog.records)
+
+
 def test_metrics(tokenizer):
     with serving(FakeStream(tokenizer), tokenizer) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
