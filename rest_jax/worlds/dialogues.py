@@ -47,21 +47,16 @@ class Dialogues:
         return [(key, self._query(self._open[key])) for key in ready]
 
     def reply(self, key: Hashable, reply: Reply) -> None:
-        """`Source.reply`. A turn that was cut, or has a call that cannot be read, makes no calls: it is something said."""
+        """`Source.reply`. A turn that was cut, or has a call that cannot be read, makes no calls: it is something said.
+
+        A dialogue without room for a turn is over.
+        """
         dialogue = self._open[key]
-        world, answer = dialogue.world, reply.answer
-        dialogue.turns += 1
-        dialogue.tokens += len(reply.ids)
         dialogue.truncated = dialogue.truncated or reply.truncated
-        if answer.calls and not answer.broken_calls and not reply.truncated:
-            said = assistant_message(answer, first=len(dialogue.messages))
-            results = world.call(answer.calls)
-            dialogue.messages += [said, *_results(said, results)]
-        else:
-            said = {"role": "assistant", "content": reply.text}
-            dialogue.messages += [said, *world.say(reply.text)]
-        if world.done:
-            dialogue.score = world.score()
+        if len(reply.ids):
+            _continue(dialogue, reply)
+        if dialogue.world.done or not len(reply.ids):
+            dialogue.score = dialogue.world.score()
             self.finished[key] = self._open.pop(key)
         else:
             self._ready.append(key)
@@ -69,6 +64,19 @@ class Dialogues:
     @staticmethod
     def _query(dialogue: Dialogue) -> Query:
         return Query(tuple(dialogue.messages), tuple(dialogue.tools))
+
+
+def _continue(dialogue: Dialogue, reply: Reply) -> None:
+    """Tells the world what the model has written, and keeps both and what the world says to it."""
+    world, answer = dialogue.world, reply.answer
+    dialogue.turns += 1
+    dialogue.tokens += len(reply.ids)
+    if answer.calls and not answer.broken_calls and not reply.truncated:
+        said = assistant_message(answer, first=len(dialogue.messages))
+        dialogue.messages += [said, *_results(said, world.call(answer.calls))]
+    else:
+        said = {"role": "assistant", "content": reply.text}
+        dialogue.messages += [said, *world.say(reply.text)]
 
 
 def _results(said: Message, results: list[str]) -> list[Message]:
