@@ -1,7 +1,7 @@
 """Public benchmarks: every item is answered once and scored once, and a result file keeps what is needed to check the figures.
 
     BENCHMARKS[name]   a module: load(folder, limit) -> items (id, group, messages, ...), score(item, text) -> {score: bool},
-                       SCORES (their names), report(items) -> what is known of the items themselves
+                       SCORES (their names), report(items) -> what is known of the items themselves; or a version of BFCL
     scored(name, load(name, folder, limit), complete) -> the result, with any function from messages to completions
     evaluate_benchmark(...), compare_results(a, b)   the commands `rest-jax evaluate --benchmark` and `--compare`
 
@@ -14,8 +14,9 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +29,8 @@ from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import Encoder
 from rest_jax.distributed import is_first_process, platform, say
 from rest_jax.errors import UserError
-from rest_jax.evaluation import api_bank
+from rest_jax.evaluation import api_bank, bfcl
+from rest_jax.evaluation.dialogues import Settings, answer_all
 from rest_jax.evaluation.statistics import (
     mcnemar,
     mean_rate,
@@ -41,6 +43,7 @@ from rest_jax.files import (
     as_path,
     atomic_write,
     fingerprints,
+    is_url,
     list_files,
     store_errors,
 )
@@ -50,6 +53,7 @@ from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import truncated
 from rest_jax.run import checkpoint
+from rest_jax.run.environment import user_cache
 from rest_jax.run.load import is_run, load_policy
 from rest_jax.run.metrics import summary_table
 from rest_jax.run.progress import Progress
@@ -57,7 +61,7 @@ from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Target
 from rest_jax.types import PromptBatch, RolloutBatch, Sampling
 
-BENCHMARKS = {"api_bank": api_bank}
+BENCHMARKS: dict[str, Any] = {"api_bank": api_bank, **bfcl.VERSIONS}
 FORMAT = 1  # of result files
 ALL = "all"  # the group of all items
 # of a comparison; `gained` and `lost` count the items that only the second, or only the first, has right
@@ -82,9 +86,7 @@ Complete = Callable[[Sequence[Messages]], Sequence[Completion]]
 
 
 def load(name: str, folder: Location, limit: int | None) -> Sequence[Any]:
-    """The items, of each group `limit` at most. UserError for an unknown benchmark and a folder that is not its own."""
-    if name not in BENCHMARKS:
-        raise UserError(f"--benchmark {name}: unknown{nearest(name, list(BENCHMARKS))}")
+    """The items, of each group `limit` at most. UserError for a folder that is not the benchmark's own."""
     return BENCHMARKS[name].load(folder, limit)
 
 
@@ -122,33 +124,34 @@ def rates(lines: Sequence[Mapping[str, Any]], score: str) -> dict[str, dict[str,
 def evaluate_benchmark(
     config: Config,
     name: str,
-    folder: Location,
+    folder: Location | None,
     *,
     greedy: bool = True,
     limit: int | None = None,
+    categories: str | None = None,
     output: Location | None = None,
 ) -> str:
     """The table of rates of a model, whose result file is written to `output`: by default into the folder of the run, or into the
     working directory for a model that is no run. Of many processes the first has the table and writes the file.
-    UserError as for `load`, and for a model that cannot be used.
+    UserError for an unknown benchmark, for a folder that is not its own, and for a model that cannot be used.
     """
-    items = load(name, folder, limit)
+    if name not in BENCHMARKS:
+        raise UserError(f"--benchmark {name}: unknown{nearest(name, list(BENCHMARKS))}")
     source, r = config.model.source, config.rollout
     if output is None:
         place = absolute(source)
         output = place / f"{name}.json" if is_run(source) else f"{place.name}-{name}.json"
     sampling = Sampling(r.temperature, r.top_k, r.top_p, greedy)
+    prepare = _dialogues if name in bfcl.VERSIONS else _prompts
     with contextlib.ExitStack() as stack:
+        # Whatever can be wrong is found before hours of sampling: the data, and the folder of the file.
+        measure = stack.enter_context(prepare(config, name, folder, limit, categories))
         partial = None
-        # Opened first: a folder that is missing is known before hours of sampling.
         if is_first_process():
             partial = stack.enter_context(atomic_write(output))
             partial.touch()
         policy = load_policy(config.model, config.mesh, r.tensor)
-        complete = Completer(config, policy, sampling)
-        result = scored(name, items, complete)
-        tokens = sum(line["tokens"] for line in result["items"])
-        result = {
+        about = {
             "model": source,
             "checkpoint_sha256": checkpoint_digest(source, policy),
             "template_sha256": policy.tokenizer.digest(),
@@ -156,13 +159,85 @@ def evaluate_benchmark(
             | {"max_response_tokens": r.max_response_tokens, "seed": config.seed},
             "device": platform(policy.mesh),
             "dtype": str(policy.config.dtype),
-            "seconds": complete.seconds,
-            "tokens_per_second": tokens / complete.seconds,
-        } | result
+        }
+        result = about | measure(policy, sampling, _answers(output, about))
         if partial is None:
             return ""
         partial.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
     return f"{describe(result)}\n{output}"
+
+
+Measure = Callable[[Policy, Sampling, pathlib.Path], dict[str, Any]]
+
+
+@contextlib.contextmanager
+def _prompts(
+    config: Config, name: str, folder: Location | None, limit: int | None, categories: str | None
+) -> Iterator[Measure]:
+    """How a benchmark of prompts measures a policy."""
+    if categories is not None:
+        raise UserError(f"--benchmark {name}: has no --categories")
+    if folder is None:
+        raise UserError(f"evaluate --benchmark {name}: --data FOLDER is needed")
+    items = load(name, folder, limit)
+
+    def measure(policy: Policy, sampling: Sampling, _: pathlib.Path) -> dict[str, Any]:
+        complete = Completer(config, policy, sampling)
+        result = scored(name, items, complete)
+        tokens = sum(line["tokens"] for line in result["items"])
+        return _speed(complete.seconds, tokens) | result
+
+    yield measure
+
+
+@contextlib.contextmanager
+def _dialogues(
+    config: Config, name: str, folder: Location | None, limit: int | None, categories: str | None
+) -> Iterator[Measure]:
+    """How BFCL measures a policy."""
+    version, r = bfcl.VERSIONS[name], config.rollout
+    names = bfcl.chosen(version, categories)
+    if jax.process_count() > 1:
+        raise UserError(f"--benchmark {name}: runs in one process, not in {jax.process_count()}")
+    with bfcl.Bfcl(version, folder, names, limit) as source:
+
+        def measure(policy: Policy, sampling: Sampling, answers: pathlib.Path) -> dict[str, Any]:
+            from rest_jax.rollout.requests import make_stream
+
+            template = config.data.template
+            encoder = Encoder(policy.tokenizer, bfcl.template(template))
+            settings = Settings(
+                max_tokens=r.max_response_tokens,
+                max_length=policy.config.max_positions,
+                temperature=0.0 if sampling.greedy else sampling.temperature,
+                top_p=sampling.top_p,
+                seed=config.seed,
+            )
+            stream = make_stream(policy, r)
+            source.begin(answers, template, r.decode_slots)
+            begun = time.monotonic()
+            answer_all(source, stream, encoder, settings)
+            return _speed(time.monotonic() - begun, source.tokens) | scored_dialogues(source)
+
+        yield measure
+
+
+def scored_dialogues(source: bfcl.Bfcl) -> dict[str, Any]:
+    """The result of a source whose entries are judged."""
+    result = bfcl.result(source)
+    rated = {score: rates(result["items"], score) for score in source.version.SCORES}
+    return {"format": FORMAT, "version": __version__, "rates": rated} | result
+
+
+def _speed(seconds: float, tokens: int) -> dict[str, float]:
+    return {"seconds": seconds, "tokens_per_second": tokens / seconds}
+
+
+def _answers(output: Location, about: Mapping[str, Any]) -> pathlib.Path:
+    """Where the answers of this model, so sampled, are kept until all are scored."""
+    place = as_path(output)
+    beside = user_cache() if is_url(output) else pathlib.Path(place.parent)
+    return beside / f"{place.stem}-answers" / _digest(about)[:16]
 
 
 class Completer:
@@ -243,8 +318,8 @@ def read_result(path: Location) -> dict[str, Any]:
 
 
 def describe(result: Mapping[str, Any]) -> str:
-    """The table of the rates, in percent, and a line each on the known doubts, the model and the speed."""
-    scores = list(result["rates"])
+    """The tables of the rates, in percent, and lines on what is known of the items, the model and the speed."""
+    scores, items = list(result["rates"]), result["items"]
     rows: list[list[Any]] = [[result["benchmark"], "items"]]
     for score in scores:
         rows[0] += [score, "95 % interval"]
@@ -253,13 +328,11 @@ def describe(result: Mapping[str, Any]) -> str:
         for score in scores:
             found = result["rates"][score][group]
             rows[-1] += [f"{found['rate']:.1%}", f"{found['low']:.1%} to {found['high']:.1%}"]
-    known, items = result["known"], result["items"]
-    doubts = "; ".join(f"{doubt}: {len(ids)}" for doubt, ids in known["doubts"].items())
     tokens, cut = sum(x["tokens"] for x in items), sum(x["truncated"] for x in items)
     return "\n".join(
         [
             summary_table(rows),
-            f"gold beyond doubt in {known['beyond_doubt']} of {len(items)} items ({doubts or 'no doubts'})",
+            *BENCHMARKS[result["benchmark"]].describe(result),
             f"{tokens:,} tokens in {result['seconds']:.0f} s, {result['tokens_per_second']:.1f} tokens/s; "
             f"{cut} completions cut at {result['sampling']['max_response_tokens']} tokens",
         ]

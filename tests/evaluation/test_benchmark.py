@@ -216,6 +216,7 @@ def test_wrong_words_are_one_line_before_the_model_is_loaded(bank, tmp_path, cap
     for words, line in (
         (["--benchmark", "apibank", *data], "--benchmark apibank: unknown (nearest: api_bank)"),
         (["--benchmark", "api_bank"], "--data FOLDER is needed"),
+        (["--benchmark", "api_bank", *data, "--categories", "live"], "has no --categories"),
         (
             ["--benchmark", "api_bank", "--data", str(tmp_path / "no")],
             "is no folder; api_bank needs",
@@ -225,8 +226,11 @@ def test_wrong_words_are_one_line_before_the_model_is_loaded(bank, tmp_path, cap
         (["--benchmark", "api_bank", *data, "--output", str(tmp_path)], "Is a directory"),
         (["--benchmark", "api_bank", *data, "--temperature", "nan"], "temperature"),
         (["--benchmark", "api_bank", *data, "--temperature", "inf"], "temperature"),
-        (["synthetic:eval", *data], "--data and --temperature belong to --benchmark"),
-        (["synthetic:eval", "--temperature", "1"], "--data and --temperature belong to"),
+        (["synthetic:eval", *data], "--data, --categories and --temperature belong to"),
+        (
+            ["synthetic:eval", "--temperature", "1"],
+            "--data, --categories and --temperature belong to",
+        ),
         (["--compare", "a", "b"], "takes two result files and nothing else"),
     ):
         assert line in refused(capsys, "no-model", *words)
