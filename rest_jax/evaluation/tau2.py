@@ -42,11 +42,23 @@ class Item:
     gold: tuple[Call, ...]
 
 
+def tasks(items: Sequence[Item], samples: int) -> dict[Hashable, str]:
+    """The dialogues to have: (item id, 0 .. samples - 1) -> its task."""
+    return {(item.id, sample): item.id for sample in range(samples) for item in items}
+
+
 def lines(
     items: Sequence[Item], finished: Mapping[Hashable, Dialogue], samples: int
 ) -> list[dict[str, Any]]:
-    """What a result file has of each item, from its dialogues (item id, 0 .. samples - 1)."""
+    """What a result file has of each item, from the dialogues of `tasks`."""
     return [_line(item, [finished[item.id, sample] for sample in range(samples)]) for item in items]
+
+
+def describe(result: Mapping[str, Any]) -> list[str]:
+    """A line on the dialogues."""
+    samples = [sample for item in result["items"] for sample in item["samples"]]
+    turns = sum(sample["turns"] for sample in samples)
+    return [f"{len(samples)} dialogues, {turns / len(samples):.1f} turns each"]
 
 
 def pass_hat(successes: int, samples: int, k: int) -> float:

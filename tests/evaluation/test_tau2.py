@@ -4,6 +4,7 @@ REST_JAX_TAU2 names a virtual environment that has it, else with a process that 
 
 import collections
 import itertools
+import json
 import os
 import pathlib
 import sys
@@ -14,6 +15,12 @@ import pytest
 from rest_jax.data.tokenize import Encoder
 from rest_jax.errors import UserError
 from rest_jax.evaluation import tau2
+from rest_jax.evaluation.benchmark import (
+    compare_results,
+    describe,
+    read_result,
+    scored_tasks,
+)
 from rest_jax.evaluation.dialogues import Settings, answer_all
 from rest_jax.evaluation.tau2 import Tau2, lines, pass_hat
 from rest_jax.templates import TEMPLATES
@@ -63,8 +70,7 @@ def truthful(items, wrong=()):
 
 def played(package, items, script, encoder, write, samples=1) -> list[dict]:
     """The items of a result file."""
-    tasks = {(item.id, n): item.id for n in range(samples) for item in items}
-    dialogues = Dialogues(package.world, tasks, at_once=8)
+    dialogues = Dialogues(package.world, tau2.tasks(items, samples), at_once=8)
     made = script(dialogues, encoder.tokenizer, write)
     answer_all(made, made, encoder, SETTINGS)
     return lines(items, dialogues.finished, samples)
@@ -101,6 +107,30 @@ def test_samples_of_a_task_are_dialogues_of_their_own(toy, script, encoder):
     assert [second[f"pass^{k}"] for k in (1, 2, 3)] == pytest.approx([1 / 3, 0, 0])
     assert [sample["score"] for sample in second["samples"]] == [0, 1, 0]
     assert second["tokens"] == sum(sample["tokens"] for sample in second["samples"]) > 0
+
+
+def test_results_have_rates_of_tasks_and_are_compared(toy, script, encoder, tmp_path):
+    items = toy.load(None)
+    run = {"seconds": 2.0, "tokens_per_second": 5.0, "sampling": {"max_response_tokens": 9}}
+    paths = []
+    for wrong in ([(items[0].id, 0)], [(item.id, n) for item in items for n in (0, 1)]):
+        found = played(toy, items, script, encoder, truthful(items, wrong), samples=2)
+        result = run | scored_tasks(items, found)
+        paths.append(tmp_path / f"{len(paths)}.json")
+        paths[-1].write_text(json.dumps(result))
+    first = read_result(paths[0])
+    rates = {
+        score: [g["rate"] for g in groups.values()] for score, groups in first["rates"].items()
+    }
+    assert rates == {"pass^1": [0.5, 1.0, 0.75], "pass^2": [0.0, 1.0, 0.5]}
+    assert first["rates"]["pass^1"]["all"]["low"] < 0.75 < first["rates"]["pass^1"]["all"]["high"]
+    said = describe(first).splitlines()
+    assert said[0].split()[:3] == ["tau2", "items", "pass^1"]
+    assert said[-2] == "4 dialogues, 1.8 turns each"
+    compared = compare_results(*paths).splitlines()
+    rows = {line.split("  ")[0]: line.split() for line in compared}
+    assert rows["pass^1, all"][2:6] == ["2", "75.0%", "0.0%", "-75.0%"]
+    assert rows["pass^2, service"][-3:] == ["0", "1", "-"]
 
 
 def test_pass_hat_is_the_share_of_subsets_that_all_pass():
