@@ -85,7 +85,7 @@ def _request(
     if most < 1 and conversation.turn == 0:
         raise UserError(
             f"dialogue {key}: its first prompt has {len(ids):,} tokens, and a prompt with its completion has room for "
-            f"{settings.max_length:,}; use a model with more positions (max_position_embeddings)"
+            f"{settings.max_length:,}; raise rollout.cache_tokens, or use a model with more positions (max_position_embeddings)"
         )
     seed = _seed(settings.seed, key, conversation.turn)
     return None if most < 1 else Request(ids, most, settings.temperature, settings.top_p, seed)
