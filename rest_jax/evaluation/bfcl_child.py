@@ -1,9 +1,9 @@
 """The process of a BFCL evaluation: it has the package bfcl_eval and knows nothing of rest_jax, whose `bfcl.py` starts it.
 
-Lines of JSON. Out: {"package"}, its release. In: {"root", "categories", "limit", "functions", "at_once"}. Out: {"entries",
-"sha256", "answered", "network"} or {"error"}; queries {"key", "messages", "tools"}. In: for each {"key", "message", "calls",
-"text", "tokens", "prompt_tokens", "truncated"} or {"key", "error"}. Out: {"answered"} for each entry that is done; at last
-{"scores", "leaderboard", "items"}.
+Lines of JSON. Out: {"package"}, its release. In: {"root", "categories", "limit", "functions", "at_once", "seconds"}. Out:
+{"entries", "sha256", "answered", "network"} or {"error"}; queries {"key", "messages", "tools"}. In: for each {"key", "message",
+"calls", "text", "tokens", "prompt_tokens", "truncated"} or {"key", "error"}. Out: {"answered"} for each entry that is done; at
+last {"scores", "leaderboard", "items"}.
 
 An entry is asked in a process of its own, forked from this one, by the package's `inference()`; what was answered is kept in
 root/answers.jsonl and not asked again. The package's `eval_runner.main()` is the only judge. What a model writes reaches its
@@ -34,7 +34,6 @@ from typing import Any
 
 MODEL = "rest-jax"  # the package takes an underscore in a model's name for a slash
 UNKNOWN = "no_such_tool()"  # what is evaluated for a call that is none
-ENTRY_SECONDS = 60  # of processor time that an entry may take, the model's not counted
 MEMORY = 4 << 30  # bytes of addresses of a process
 LARGEST_FILE = 1 << 30  # bytes; an entry's process may write none
 _NEW_USER, _NEW_NETWORK, _PARENT_DEATH = 0x10000000, 0x40000000, 1  # of Linux
@@ -72,7 +71,7 @@ def main() -> None:
             answered=len(journal.answers),
             network=network,
         )
-        if ask_all(package, entries, journal, up, job["at_once"]):
+        if ask_all(package, entries, journal, up, job):
             up.send(**judge(package, entries, journal.answers, root))
         os.chdir(root)
 
@@ -307,8 +306,10 @@ def handler_of(package: Package) -> type:
             calls = model_response_data["message"]["tool_calls"]
             made = self.decode_execute(model_response_data["model_responses"])
             for call, name, result in zip(calls, made, execution_results, strict=True):
-                about = {"tool_call_id": call["id"], "name": name}
-                inference_data["messages"].append({"role": "tool", "content": result, **about})
+                if not package.functions:  # the words of ToolRL's handler
+                    result = f"You have made the tool call {name}. Execution returns: {result}"
+                about = {"role": "tool", "tool_call_id": call["id"]}
+                inference_data["messages"].append(about | {"content": result})
             return inference_data
 
         def _pre_query_processing_prompting(self, test_entry):
@@ -335,9 +336,7 @@ def expression(call: dict) -> str:
 # --- entries ----------------------------------------------------------------------------------------------------------
 
 
-def ask_all(
-    package: Package, entries: list[dict], journal: Journal, up: Lines, at_once: int
-) -> bool:
+def ask_all(package: Package, entries: list[dict], journal: Journal, up: Lines, job: dict) -> bool:
     """Answers the entries that were not answered, dialogues of many turns first. False when the input has ended."""
     waiting = [entry for entry in entries if entry["id"] not in journal.answers]
     waiting.sort(key=lambda entry: "multi_turn" not in entry["id"])
@@ -347,9 +346,9 @@ def ask_all(
     with selectors.DefaultSelector() as selector:
         selector.register(up.source, selectors.EVENT_READ)
         while waiting or open_entries:
-            while waiting and len(open_entries) < at_once:
+            while waiting and len(open_entries) < job["at_once"]:
                 entry = waiting.pop()
-                lines = open_entries[entry["id"]] = start(package, entry)
+                lines = open_entries[entry["id"]] = start(package, entry, job["seconds"])
                 selector.register(lines.source, selectors.EVENT_READ, entry["id"])
             for key, _ in selector.select():
                 if key.data is None:
@@ -367,14 +366,16 @@ def ask_all(
                 os.close(lines.source)
                 del open_entries[key.data]
                 os.wait()
-                over = f"its calls took more than {ENTRY_SECONDS} s of processor time, or too much memory"
+                over = f"its calls took more than {job['seconds']} s of processor time, or too much memory"
                 journal.write({"id": key.data, **(message or failed(over, []))})
                 up.send(answered=1)
     return True
 
 
-def start(package: Package, entry: dict) -> Lines:
-    """Begins an entry in a process of its own. Its lines: queries, then the result."""
+def start(package: Package, entry: dict, seconds: int) -> Lines:
+    """Begins an entry in a process of its own, which may take so many seconds of processor time. Its lines: queries, then the
+    answer.
+    """
     ours, theirs = socket.socketpair()
     if os.fork():
         theirs.close()
@@ -386,8 +387,7 @@ def start(package: Package, entry: dict) -> Lines:
         lines = Lines(theirs.fileno(), theirs.fileno())
         lower(resource.RLIMIT_FSIZE, 0)
         lower(resource.RLIMIT_NPROC, 0)
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        lower(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + ENTRY_SECONDS)
+        lower(resource.RLIMIT_CPU, seconds)
         lines.send(**answer(package.handler, entry, lines))
     finally:
         os._exit(0)
