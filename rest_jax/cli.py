@@ -315,14 +315,19 @@ def evaluate(
     ] = None,
     benchmark: Annotated[
         str | None,
-        Option(metavar="NAME", help="a public one instead of records: api_bank, bfcl_v3, bfcl_v4"),
+        Option(
+            metavar="NAME", help="a public one instead of records: api_bank, bfcl_v3, bfcl_v4, tau2"
+        ),
     ] = None,
     data: Annotated[
         str | None,
-        Option(metavar="FOLDER", help="the files of api_bank; of bfcl the virtual environment"),
+        Option(metavar="FOLDER", help="the files of api_bank; of others the virtual environment"),
     ] = None,
     categories: Annotated[
         str | None, Option(metavar="NAMES", help="of bfcl, with commas; default: all that are run")
+    ] = None,
+    samples: Annotated[
+        int | None, Option(min=1, help="dialogues with each task of tau2, for pass^k")
     ] = None,
     temperature: Annotated[
         float | None, Option(min=0, help="of --benchmark; default: greedy")
@@ -352,23 +357,18 @@ def evaluate(
     if model is None:
         raise UserError("evaluate: no model; see rest-jax evaluate --help")
     files, overrides = split(words or [])
-    _check_sources(files, benchmark, (data, categories, temperature))
+    _check_sources(files, benchmark, (data, categories, samples, temperature))
     if temperature:
         overrides.append(f"rollout.temperature={temperature}")
     if max_response_tokens is not None:
         overrides.append(f"rollout.max_response_tokens={max_response_tokens}")
     config = _load_model(model, overrides, distributed)
     if benchmark is not None:
-        from rest_jax.evaluation.benchmark import evaluate_benchmark
+        from rest_jax.evaluation.benchmark import Options, evaluate_benchmark
 
+        options = Options(data, limit, categories, samples or 1)
         table = evaluate_benchmark(
-            config,
-            benchmark,
-            data,
-            greedy=not temperature,
-            limit=limit,
-            categories=categories,
-            output=output,
+            config, benchmark, options, greedy=not temperature, output=output
         )
     else:
         from rest_jax.evaluation.heldout import evaluate
@@ -383,7 +383,7 @@ def _check_sources(files: Sequence[str], benchmark: str | None, options: Sequenc
     if benchmark is None:
         if any(option is not None for option in options):
             raise UserError(
-                "evaluate: --data, --categories and --temperature belong to --benchmark NAME"
+                "evaluate: --data, --categories, --samples and --temperature belong to --benchmark NAME"
             )
         if not files:
             raise UserError("evaluate: no data; name record files, or synthetic:eval")

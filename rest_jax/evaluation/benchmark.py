@@ -1,7 +1,8 @@
 """Public benchmarks: every item is answered once and scored once, and a result file keeps what is needed to check the figures.
 
     BENCHMARKS[name]   a module: load(folder, limit) -> items (id, group, messages, ...), score(item, text) -> {score: bool},
-                       SCORES (their names), report(items) -> what is known of the items themselves; or a version of BFCL
+                       SCORES (their names), report(items) -> what is known of the items themselves; or a version of BFCL, or
+                       tau2, whose items are dialogues
     scored(name, load(name, folder, limit), complete) -> the result, with any function from messages to completions
     evaluate_benchmark(...), compare_results(a, b)   the commands `rest-jax evaluate --benchmark` and `--compare`
 
@@ -29,12 +30,12 @@ from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import Encoder
 from rest_jax.distributed import is_first_process, platform, say
 from rest_jax.errors import UserError
-from rest_jax.evaluation import api_bank, bfcl
+from rest_jax.evaluation import api_bank, bfcl, tau2
 from rest_jax.evaluation.dialogues import Settings, answer_all
 from rest_jax.evaluation.statistics import (
     mcnemar,
+    mean_rate,
     paired,
-    rate_interval,
     resolvable_difference,
 )
 from rest_jax.files import (
@@ -60,8 +61,10 @@ from rest_jax.run.progress import Progress
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Target
 from rest_jax.types import PromptBatch, RolloutBatch, Sampling
+from rest_jax.worlds.dialogues import Dialogues
+from rest_jax.worlds.records import Source
 
-BENCHMARKS: dict[str, Any] = {"api_bank": api_bank, **bfcl.VERSIONS}
+BENCHMARKS: dict[str, Any] = {"api_bank": api_bank, **bfcl.VERSIONS, "tau2": tau2}
 FORMAT = 1  # of result files
 ALL = "all"  # the group of all items
 # of a comparison; `gained` and `lost` count the items that only the second, or only the first, has right
@@ -116,21 +119,27 @@ def rates(lines: Sequence[Mapping[str, Any]], score: str) -> dict[str, dict[str,
     """For each group, and all: the count, the rate of a score, and its interval."""
     found = {}
     for group, members in _groups(lines).items():
-        right = sum(line[score] for line in members)
-        low, high = rate_interval(right, len(members))
-        rate = right / len(members)
+        rate, low, high = mean_rate([line[score] for line in members])
         found[group] = {"count": len(members), "rate": rate, "low": low, "high": high}
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Which items of a benchmark are asked, and how often."""
+
+    folder: Location | None = None  # its files, or the virtual environment of its package
+    limit: int | None = None  # items of each group
+    categories: str | None = None  # of BFCL
+    samples: int = 1  # dialogues with each task of tau2
 
 
 def evaluate_benchmark(
     config: Config,
     name: str,
-    folder: Location | None,
+    options: Options,
     *,
     greedy: bool = True,
-    limit: int | None = None,
-    categories: str | None = None,
     output: Location | None = None,
 ) -> str:
     """The table of rates of a model, whose result file is written to `output`: by default into the folder of the run, or into the
@@ -144,10 +153,10 @@ def evaluate_benchmark(
         place = absolute(source)
         output = place / f"{name}.json" if is_run(source) else f"{place.name}-{name}.json"
     sampling = Sampling(r.temperature, r.top_k, r.top_p, greedy)
-    prepare = _dialogues if name in bfcl.VERSIONS else _prompts
+    _check_options(name, options, sampling)
     with contextlib.ExitStack() as stack:
         # Whatever can be wrong is found before hours of sampling: the data, and the folder of the file.
-        measure = stack.enter_context(prepare(config, name, folder, limit, categories))
+        measure = stack.enter_context(_PREPARE[name](config, name, options))
         partial = None
         if is_first_process():
             partial = stack.enter_context(atomic_write(output))
@@ -170,19 +179,32 @@ def evaluate_benchmark(
     return f"{describe(result)}\n{output}"
 
 
+def _check_options(name: str, options: Options, sampling: Sampling) -> None:
+    """UserError for options that the benchmark has no use for."""
+    if options.categories is not None and name not in bfcl.VERSIONS:
+        raise UserError(f"--benchmark {name}: has no --categories")
+    if options.samples > 1 and name != "tau2":
+        raise UserError(f"--benchmark {name}: has no --samples; it answers every item once")
+    if options.samples > 1 and sampling.greedy:
+        raise UserError(
+            f"--samples {options.samples}: greedy samples are all the same; sample them with --temperature"
+        )
+    if options.folder is None and name == "api_bank":
+        raise UserError(f"evaluate --benchmark {name}: --data FOLDER is needed")
+    if name != "api_bank" and sampling.top_k:
+        raise UserError(f"--benchmark {name}: rollout.top_k {sampling.top_k}: leave it at 0")
+    if name != "api_bank" and jax.process_count() > 1:
+        raise UserError(f"--benchmark {name}: runs in one process, not in {jax.process_count()}")
+
+
+# What measures a policy, given how it is sampled and where its answers may be kept until all are scored.
 Measure = Callable[[Policy, Sampling, pathlib.Path], dict[str, Any]]
 
 
 @contextlib.contextmanager
-def _prompts(
-    config: Config, name: str, folder: Location | None, limit: int | None, categories: str | None
-) -> Iterator[Measure]:
+def _prompts(config: Config, name: str, options: Options) -> Iterator[Measure]:
     """How a benchmark of prompts measures a policy."""
-    if categories is not None:
-        raise UserError(f"--benchmark {name}: has no --categories")
-    if folder is None:
-        raise UserError(f"evaluate --benchmark {name}: --data FOLDER is needed")
-    items = load(name, folder, limit)
+    items = load(name, str(options.folder), options.limit)
 
     def measure(policy: Policy, sampling: Sampling, _: pathlib.Path) -> dict[str, Any]:
         complete = Completer(config, policy, sampling)
@@ -194,35 +216,79 @@ def _prompts(
 
 
 @contextlib.contextmanager
-def _dialogues(
-    config: Config, name: str, folder: Location | None, limit: int | None, categories: str | None
-) -> Iterator[Measure]:
+def _entries(config: Config, name: str, options: Options) -> Iterator[Measure]:
     """How BFCL measures a policy."""
-    version, r = bfcl.VERSIONS[name], config.rollout
-    names = bfcl.chosen(version, categories)
-    if jax.process_count() > 1:
-        raise UserError(f"--benchmark {name}: runs in one process, not in {jax.process_count()}")
-    with bfcl.Bfcl(version, folder, names, limit) as source:
+    version = bfcl.VERSIONS[name]
+    names = bfcl.chosen(version, options.categories)
+    with bfcl.Bfcl(version, options.folder, names, options.limit) as source:
 
         def measure(policy: Policy, sampling: Sampling, answers: pathlib.Path) -> dict[str, Any]:
-            from rest_jax.rollout.requests import make_stream
-
             template = config.data.template
+            source.begin(answers, template, config.rollout.decode_slots)
             encoder = Encoder(policy.tokenizer, bfcl.template(template))
-            settings = Settings(
-                max_tokens=r.max_response_tokens,
-                max_length=policy.config.max_positions,
-                temperature=0.0 if sampling.greedy else sampling.temperature,
-                top_p=sampling.top_p,
-                seed=config.seed,
-            )
-            stream = make_stream(policy, r)
-            source.begin(answers, template, r.decode_slots)
-            begun = time.monotonic()
-            answer_all(source, stream, encoder, settings)
-            return _speed(time.monotonic() - begun, source.tokens) | scored_dialogues(source)
+            seconds = _answer_all(source, encoder, policy, config, sampling)
+            return _speed(seconds, source.tokens) | scored_dialogues(source)
 
         yield measure
+
+
+@contextlib.contextmanager
+def _tickets(config: Config, name: str, options: Options) -> Iterator[Measure]:
+    """How tau2 measures a policy."""
+    with tau2.Tau2(options.folder) as package:
+        items = package.load(options.limit)
+
+        def measure(policy: Policy, sampling: Sampling, _: pathlib.Path) -> dict[str, Any]:
+            data = config.data
+            encoder = Encoder(policy.tokenizer, TEMPLATES[data.template], data.brief_prompt)
+            tasks = tau2.tasks(items, options.samples)
+            with contextlib.closing(Progress(len(tasks), unit="dialogue")) as progress:
+                source = Dialogues(
+                    package.world, tasks, config.rollout.decode_slots, progress.update
+                )
+                seconds = _answer_all(source, encoder, policy, config, sampling)
+            lines = tau2.lines(items, source.finished, options.samples)
+            tokens = sum(line["tokens"] for line in lines)
+            return _speed(seconds, tokens) | scored_tasks(items, lines)
+
+        yield measure
+
+
+_PREPARE = {"api_bank": _prompts, **dict.fromkeys(bfcl.VERSIONS, _entries), "tau2": _tickets}
+
+
+def _answer_all(
+    source: Source, encoder: Encoder, policy: Policy, config: Config, sampling: Sampling
+) -> float:
+    """Answers every query of a source; the seconds that it took."""
+    from rest_jax.rollout.requests import make_stream
+
+    r = config.rollout
+    settings = Settings(
+        max_tokens=r.max_response_tokens,
+        max_length=policy.config.max_positions,
+        temperature=0.0 if sampling.greedy else sampling.temperature,
+        top_p=sampling.top_p,
+        seed=config.seed,
+    )
+    stream = make_stream(policy, r)
+    begun = time.monotonic()
+    answer_all(source, stream, encoder, settings)
+    return time.monotonic() - begun
+
+
+def scored_tasks(items: Sequence[tau2.Item], lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The result of dialogues with tasks, whose lines `tau2.lines` gives."""
+    scores = [key for key in lines[0] if key.startswith("pass^")]
+    return {
+        "benchmark": "tau2",
+        "format": FORMAT,
+        "version": __version__,
+        "release": tau2.REQUIREMENT,
+        "prompts_sha256": _digest([[item.id, list(item.messages)] for item in items]),
+        "rates": {score: rates(lines, score) for score in scores},
+        "items": lines,
+    }
 
 
 def scored_dialogues(source: bfcl.Bfcl) -> dict[str, Any]:
@@ -308,8 +374,7 @@ def read_result(path: Location) -> dict[str, Any]:
     try:
         with store_errors(path):
             result = json.loads(as_path(path).read_text())
-        scores = BENCHMARKS[result["benchmark"]].SCORES
-        parts = {"id", "group", *scores}
+        parts = {"id", "group", *result["rates"]}
         complete = all(parts <= line.keys() for line in result["items"])
         whole = complete and result["items"] and result["prompts_sha256"]
         if result["format"] != FORMAT or not whole:
@@ -354,10 +419,10 @@ def compare_results(first: Location, second: Location) -> str:
             "evaluate both with the same --benchmark, --data and --limit"
         )
     rows: list[list[Any]] = [list(_COLUMNS)]
-    for score in BENCHMARKS[a["benchmark"]].SCORES:
+    for score in (score for score in a["rates"] if score in b["rates"]):
         found = [rates(result["items"], score) for result in (a, b)]
         for group, members in _groups(a["items"]).items():
-            before, after = ({x["id"]: int(x[score]) for x in r["items"]} for r in (a, b))
+            before, after = ({x["id"]: float(x[score]) for x in r["items"]} for r in (a, b))
             both = (f"{by_group[group]['rate']:.1%}" for by_group in found)
             cells = _compared(before, after, [x["id"] for x in members])
             rows.append([f"{score}, {group}", len(members), *both, *cells])
@@ -367,7 +432,9 @@ def compare_results(first: Location, second: Location) -> str:
     )
 
 
-def _compared(first: Mapping[str, int], second: Mapping[str, int], ids: Sequence[str]) -> list[Any]:
+def _compared(
+    first: Mapping[str, float], second: Mapping[str, float], ids: Sequence[str]
+) -> list[Any]:
     """The cells of one comparison, from the difference on."""
     gained = sum(second[i] > first[i] for i in ids)
     lost = sum(second[i] < first[i] for i in ids)

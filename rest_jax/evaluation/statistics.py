@@ -71,6 +71,17 @@ def rate_interval(successes: int, count: int, level: float = 0.95) -> tuple[floa
     return float(found.low), float(found.high)
 
 
+def mean_rate(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of the rates of items, each 0 to 1, with its interval: Wilson's where each is 0 or 1, else the bootstrap's (0 to 1
+    for a single one). ValueError without a value.
+    """
+    if all(value in (0, 1) for value in values):
+        right = int(sum(values))
+        return right / len(values), *rate_interval(right, len(values))
+    found = estimate(values)
+    return (found.mean, found.low, found.high) if found.count > 1 else (found.mean, 0.0, 1.0)
+
+
 def weighted_rates_interval(
     parts: Sequence[tuple[float, int, int]], level: float = 0.95
 ) -> tuple[float, float]:

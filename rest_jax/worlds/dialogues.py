@@ -25,14 +25,19 @@ class Dialogues:
     """The dialogues of tasks, `at_once` of them at a time. Those that are done are in `finished`, by key."""
 
     def __init__(
-        self, make_world: Callable[[], World], tasks: Mapping[Hashable, Any], at_once: int
+        self,
+        make_world: Callable[[], World],
+        tasks: Mapping[Hashable, Any],
+        at_once: int,
+        show: Callable[[int, str], None] = lambda *_: None,
     ):
+        """`show` is told how many are done, and of the last one."""
         self.finished: dict[Hashable, Dialogue] = {}
         self._make_world = make_world
         self._waiting = collections.deque(tasks.items())
         self._open: dict[Hashable, Dialogue] = {}
         self._ready: list[Hashable] = []
-        self._at_once = at_once
+        self._at_once, self._show = at_once, show
 
     def poll(self, block: bool) -> list[tuple[Hashable, Query]] | None:
         """`Source.poll`. A world has its results at once, so that there is never anything to wait for."""
@@ -58,6 +63,7 @@ class Dialogues:
         if dialogue.world.done or not len(reply.ids):
             dialogue.score = dialogue.world.score()
             self.finished[key] = self._open.pop(key)
+            self._show(len(self.finished), f"{dialogue.turns} turns, {dialogue.tokens} tokens")
         else:
             self._ready.append(key)
 

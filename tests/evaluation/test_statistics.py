@@ -10,6 +10,7 @@ from rest_jax.evaluation.statistics import (
     estimate,
     mcnemar,
     mcnemar_power,
+    mean_rate,
     paired,
     rate_interval,
     resolvable_difference,
@@ -82,6 +83,14 @@ def test_wilson_by_hand():
     assert low == pytest.approx(1 - rate_interval(0, 7)[1]) and high == 1.0
     with pytest.raises(ValueError, match="n"):
         rate_interval(0, 0)
+
+
+def test_a_mean_of_rates_has_wilsons_interval_where_each_item_is_right_or_wrong():
+    assert mean_rate([1, 0.0, True, False]) == (0.5, *rate_interval(2, 4))
+    shares = [0.0, 1.0, 0.5, 0.25]
+    found = estimate(shares)
+    assert mean_rate(shares) == (found.mean, found.low, found.high)
+    assert mean_rate([0.25]) == (0.25, 0.0, 1.0)
 
 
 def test_mcnemar_is_the_two_sided_sign_test():
