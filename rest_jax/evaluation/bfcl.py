@@ -10,7 +10,6 @@ A figure of the leaderboard is a weighted sum of the rates of categories. Host c
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -222,7 +221,7 @@ class Bfcl:
             reason = f"the prompt of {reply.prompt_tokens:,} tokens leaves no room for an answer"
             self._child.send({"key": key, "error": reason})
             return
-        calls = [_utf8(call) for call in reply.answer.calls if not self._declines(call)]
+        calls = [call for call in reply.answer.calls if not self._declines(call)]
         answer = dataclasses.replace(reply.answer, calls=tuple(calls))
         said = assistant_message(answer)
         if not calls and answer.response is None:
@@ -247,12 +246,6 @@ class Bfcl:
         message = self._child.receive()
         assert message is not None  # it waits
         return message
-
-
-def _utf8(call: Call) -> Call:
-    """The call without halves of surrogate pairs, which JSON may have and no file takes."""
-    text = json.dumps([call.name, call.arguments], ensure_ascii=False)
-    return Call(*json.loads(text.encode("utf-8", "replace")))
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
