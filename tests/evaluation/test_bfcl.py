@@ -70,6 +70,9 @@ class Truth:
             for line in file.read_text().splitlines():
                 truth = json.loads(line)
                 self.truths[truth["id"]] = truth["ground_truth"]
+        docs = (self.data / "multi_turn_func_doc").glob("*.json")
+        lines = (json.loads(line) for doc in docs for line in doc.read_text().splitlines())
+        self.parameters = {f["name"]: list(f["parameters"]["properties"]) for f in lines}
 
     def __call__(self, key, query) -> Target:
         if "irrelevance" in key:
@@ -83,7 +86,7 @@ class Truth:
         turn = sum(message["role"] == "user" for message in query.messages) - 1
         if query.messages[-1]["role"] == "tool" or not truth[turn]:
             return NONE
-        return Target(calls=tuple(self.written(text, query.tools) for text in truth[turn]))
+        return Target(calls=tuple(self.written(text) for text in truth[turn]))
 
     def single(self, call: dict) -> Call:
         """A call of {name: {parameter: values that are right}}."""
@@ -91,18 +94,13 @@ class Truth:
         name = name.replace(".", "_") if self.functions else name
         return Call(name, right(options))
 
-    def written(self, text: str, tools) -> Call:
+    def written(self, text: str) -> Call:
         """A call in Python."""
         call = ast.parse(text, mode="eval").body
         assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
         name = call.func.id
-        found = {a.arg: ast.literal_eval(a.value) for a in call.keywords}
-        if call.args:
-            functions = (tool.get("function", tool) for tool in tools)
-            (about,) = (f["parameters"] for f in functions if f["name"] == name)
-            names = about["properties"] if self.functions else about
-            found |= {n: ast.literal_eval(a) for n, a in zip(names, call.args, strict=False)}
-        return Call(name, found)
+        found = dict(zip(self.parameters[name], map(ast.literal_eval, call.args), strict=False))
+        return Call(name, found | {a.arg: ast.literal_eval(a.value) for a in call.keywords})
 
 
 def right(options: dict) -> dict:
