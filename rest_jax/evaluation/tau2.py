@@ -16,7 +16,7 @@ import math
 import pathlib
 import re
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from rest_jax.errors import UserError
 from rest_jax.evaluation.child import Child, find_python
@@ -79,6 +79,7 @@ def _line(item: Item, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
             "turns": dialogue.turns,
             "tokens": dialogue.tokens,
             "truncated": dialogue.truncated,
+            "ended": cast(Telecom, dialogue.world).ended,
             "messages": dialogue.messages[len(item.messages) :],
         }
         for dialogue in dialogues
@@ -153,7 +154,7 @@ class Telecom:
     """The world of a ticket (`worlds.records.World`); a task is the id of an item."""
 
     def __init__(self, package: Tau2, number: int):
-        self.done = True
+        self.done, self.ended = True, ""
         self._package, self._number = package, number
         self._task, self._turns = "", []
 
@@ -171,7 +172,10 @@ class Telecom:
         return []
 
     def score(self) -> float:
-        return self._ask(score=True)["score"]
+        """1.0 or 0.0; `ended` is then why the dialogue ended, in the package's words."""
+        found = self._ask(score=True)
+        self.ended = found["ended"]
+        return found["score"]
 
     def snapshot(self) -> Any:
         return self._task, tuple(self._turns)

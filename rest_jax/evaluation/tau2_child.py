@@ -2,7 +2,7 @@
 
 Lines of JSON, an answer for each request. In: {"tasks"}; {"world": number, "reset": task id}; {"world", "call": [{"name",
 "arguments"}]}; {"world", "say": text}; {"world", "score"}. Out: {"tasks": [{"id", "gold"}]}; {"messages", "tools"}; {"results",
-"done"}; {"done"}; {"score", "why"}; or {"error"}. Dialogues are the package's own (`Orchestrator`) in solo mode, which has no
+"done"}; {"done"}; {"score", "ended"}; or {"error"}. Dialogues are the package's own (`Orchestrator`) in solo mode, which has no
 user: the agent has the tools of both, a ticket, and a tool by which it ends. So are the prompt, the limits and the evaluators.
 """
 
@@ -163,7 +163,7 @@ class World:
         )
         options = {"solo_mode": True, "domain": DOMAIN}
         found = self.package.evaluate(run, self.task, self.package.everything, **options)
-        return {"score": found.reward, "why": run.termination_reason.value}
+        return {"score": found.reward, "ended": run.termination_reason.value}
 
     def _step(self) -> None:
         """A step, and the limits of `Orchestrator.run`."""

@@ -97,6 +97,8 @@ def test_the_truth_does_every_task_and_a_broken_model_none(toy, script, encoder)
         broken = played(toy, items, script, encoder, write)
         assert [line["pass^1"] for line in broken] == [0.0, 0.0]
         assert [line["samples"][0]["turns"] for line in broken] == [1, 1]
+        ended = "agent_error" if write is speaks else "agent_stop"
+        assert [line["samples"][0]["ended"] for line in broken] == [ended] * 2
 
 
 def test_samples_of_a_task_are_dialogues_of_their_own(toy, script, encoder):

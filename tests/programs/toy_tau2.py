@@ -21,15 +21,15 @@ def answer(worlds: dict, request: dict) -> dict:
         tools = [{"type": "function", "function": {"name": name}} for name in names]
         return {"messages": [{"role": "system", "content": f"Ticket: {task}"}], "tools": tools}
     if "score" in request:
-        right = world["why"] == "agent_stop" and world["made"] == [GOLD[world["task"]]]
-        return {"score": float(right), "why": world["why"]}
+        right = world["ended"] == "agent_stop" and world["made"] == [GOLD[world["task"]]]
+        return {"score": float(right), "ended": world["ended"]}
     if "say" in request:
-        world["why"] = "agent_error"
+        world["ended"] = "agent_error"
     else:
         names = [call["name"] for call in request["call"]]
         world["made"] += [c["arguments"] for c in request["call"] if c["name"] == "insert"]
-        world["why"] = "agent_stop" if "done" in names else None
-    done = world["why"] is not None
+        world["ended"] = "agent_stop" if "done" in names else None
+    done = world["ended"] is not None
     return {"results": [f"{call['name']} ok" for call in request.get("call", ())], "done": done}
 
 
