@@ -171,7 +171,8 @@ def evaluate_benchmark(
             "device": platform(policy.mesh),
             "dtype": str(policy.config.dtype),
         }
-        result = about | measure(policy, sampling, _answers(output, about))
+        asked = {"benchmark": name, "template": config.data.template}
+        result = about | measure(policy, sampling, _answers(output, about | asked))
         if partial is None:
             return ""
         partial.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")

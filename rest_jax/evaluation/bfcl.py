@@ -31,6 +31,7 @@ _NEEDS = (
     "mpmath filelock tenacity overrides python-dotenv tqdm numpy pandas python-dateutil "
     "tree_sitter==0.21.3 tree_sitter_java==0.21.0 tree_sitter_javascript==0.21.4"
 )
+ENTRY_SECONDS = 60  # of processor time that the calls of an entry may take
 _JUDGE_SECONDS = 24 * 3600  # the judge may take as long as all calls did
 _LIVE_AST = ("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple")
 _LIVE = (*_LIVE_AST, "live_irrelevance", "live_relevance")
@@ -184,6 +185,7 @@ class Bfcl:
                 "limit": self.limit,
                 "functions": template != "toolrl",
                 "at_once": at_once,
+                "seconds": ENTRY_SECONDS,
             }
         )
         self.started = self._receive()
@@ -249,12 +251,12 @@ class Bfcl:
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 # Words of ToolRL's handler for the package (qiancheng0/ToolRL, benchmarks/BFCL/rlla_qwen.py).
-_ONE_TURN = (
+ONE_TURN = (
     "If there's no appropriate tools to apply or required parameters are missing, please directly inform me in your response "
     "without any tool call, or call the tool with the name as 'None'. Otherwise, you should use one or more necessary tool calls "
     "to complete the given task in this turn."
 )
-_AFTER_RESULTS = (
+AFTER_RESULTS = (
     "<user> If you think you have completed the current task, or the task cannot be finished, please respond directly without "
     "additional tool calls. If you encounter an error during tool execution or the task remains unfinished, retry with the one "
     "or more necessary tool calls according to your thought and plan until completion. Based on the tool execution feedback, "
@@ -280,14 +282,14 @@ def toolrl_prompt(
     for message in history:
         role, content = message["role"], (message.get("content") or "").strip()
         if role == "user":
-            text += f"<user> {content}\n{_ONE_TURN} </user>\n"
+            text += f"<user> {content}\n{ONE_TURN} </user>\n"
         elif role == "tool":
             text += f"<obs> {content} </obs>\n"
         elif role == "assistant":
             _, turn = toolrl.render_prompt((), [message], brief=True)
             text += f"\n{turn['content']}\n"
     if history and history[-1]["role"] == "tool":
-        text += f"\n{_AFTER_RESULTS}\n"
+        text += f"\n{AFTER_RESULTS}\n"
     return [
         {"role": "system", "content": system["content"] + "\n"},
         {"role": "user", "content": text.strip()},

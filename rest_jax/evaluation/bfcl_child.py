@@ -1,13 +1,14 @@
 """The process of a BFCL evaluation: it has the package bfcl_eval and knows nothing of rest_jax, whose `bfcl.py` starts it.
 
-Lines of JSON. Out: {"package"}, its release. In: {"root", "categories", "limit", "functions", "at_once"}. Out: {"entries",
-"sha256", "answered", "network"} or {"error"}; queries {"key", "messages", "tools"}. In: for each {"key", "message", "calls",
-"text", "tokens", "prompt_tokens", "truncated"} or {"key", "error"}. Out: {"answered"} for each entry that is done; at last
-{"scores", "leaderboard", "items"}.
+Lines of JSON. Out: {"package"}, its release. In: {"root", "categories", "limit", "functions", "at_once", "seconds"}. Out:
+{"entries", "sha256", "answered", "network"} or {"error"}; queries {"key", "messages", "tools"}. In: for each {"key", "message",
+"calls", "text", "tokens", "prompt_tokens", "truncated"} or {"key", "error"}. Out: {"answered"} for each entry that is done; at
+last {"scores", "leaderboard", "items"}.
 
-An entry is asked in a process of its own, forked from this one, by the package's `inference()`; what was answered is kept in
-root/answers.jsonl and not asked again. The package's `eval_runner.main()` is the only judge. What a model writes reaches its
-`eval()` as calls alone: names are identifiers, values the repr() of JSON values, and nothing is in sight but the tools.
+Entries are asked by the package's `inference()`, those whose calls it executes in processes of their own, forked from this one;
+what was answered is kept in root/answers.jsonl and not asked again. The package's `eval_runner.main()` is the only judge. What a
+model writes reaches its `eval()` as calls alone: names are identifiers, values the repr() of JSON values, and nothing is in sight
+but the tools.
 """
 
 import contextlib
@@ -34,7 +35,6 @@ from typing import Any
 
 MODEL = "rest-jax"  # the package takes an underscore in a model's name for a slash
 UNKNOWN = "no_such_tool()"  # what is evaluated for a call that is none
-ENTRY_SECONDS = 60  # of processor time that an entry may take, the model's not counted
 MEMORY = 4 << 30  # bytes of addresses of a process
 LARGEST_FILE = 1 << 30  # bytes; an entry's process may write none
 _NEW_USER, _NEW_NETWORK, _PARENT_DEATH = 0x10000000, 0x40000000, 1  # of Linux
@@ -72,7 +72,7 @@ def main() -> None:
             answered=len(journal.answers),
             network=network,
         )
-        if ask_all(package, entries, journal, up, job["at_once"]):
+        if ask_all(package, entries, journal, up, job):
             up.send(**judge(package, entries, journal.answers, root))
         os.chdir(root)
 
@@ -307,8 +307,10 @@ def handler_of(package: Package) -> type:
             calls = model_response_data["message"]["tool_calls"]
             made = self.decode_execute(model_response_data["model_responses"])
             for call, name, result in zip(calls, made, execution_results, strict=True):
-                about = {"tool_call_id": call["id"], "name": name}
-                inference_data["messages"].append({"role": "tool", "content": result, **about})
+                if not package.functions:  # the words of ToolRL's handler
+                    result = f"You have made the tool call {name}. Execution returns: {result}"
+                about = {"role": "tool", "tool_call_id": call["id"]}
+                inference_data["messages"].append(about | {"content": result})
             return inference_data
 
         def _pre_query_processing_prompting(self, test_entry):
@@ -335,46 +337,80 @@ def expression(call: dict) -> str:
 # --- entries ----------------------------------------------------------------------------------------------------------
 
 
-def ask_all(
-    package: Package, entries: list[dict], journal: Journal, up: Lines, at_once: int
-) -> bool:
+def ask_all(package: Package, entries: list[dict], journal: Journal, up: Lines, job: dict) -> bool:
     """Answers the entries that were not answered, dialogues of many turns first. False when the input has ended."""
     waiting = [entry for entry in entries if entry["id"] not in journal.answers]
-    waiting.sort(key=lambda entry: "multi_turn" not in entry["id"])
-    waiting.reverse()
-    open_entries: dict[str, Lines] = {}
+    waiting.sort(key=has_turns)
+    asked: dict[str, dict] = {}  # the entries that wait for a reply, by id
+    dialogues: dict[str, Lines] = {}  # of those that have a process
+
+    def done(name: str, found: dict) -> None:
+        del asked[name]
+        journal.write({"id": name, **found})
+        up.send(answered=1)
+
     gc.freeze()  # a collection in a forked process would copy all memory
     with selectors.DefaultSelector() as selector:
         selector.register(up.source, selectors.EVENT_READ)
-        while waiting or open_entries:
-            while waiting and len(open_entries) < at_once:
+        while waiting or asked:
+            while waiting and len(asked) < job["at_once"]:
                 entry = waiting.pop()
-                lines = open_entries[entry["id"]] = start(package, entry)
-                selector.register(lines.source, selectors.EVENT_READ, entry["id"])
+                name = entry["id"]
+                asked[name] = entry
+                if has_turns(entry):
+                    lines = dialogues[name] = start(package.handler, entry, job["seconds"])
+                    selector.register(lines.source, selectors.EVENT_READ, name)
+                else:
+                    up.send(key=name, **only_query(package.handler, entry))
             for key, _ in selector.select():
                 if key.data is None:
                     for reply in up.ready():
                         if reply is None:
                             return False
-                        open_entries[reply["key"]].send(**reply)
+                        name = reply["key"]
+                        if name in dialogues:
+                            dialogues[name].send(**reply)
+                        else:
+                            # nothing is executed of a single turn
+                            done(name, answer(package.handler, asked[name], lambda *_, r=reply: r))
                     continue
-                lines = open_entries[key.data]
+                name, lines = key.data, dialogues[key.data]
                 message = lines.receive()
                 if message is not None and "query" in message:
-                    up.send(key=key.data, **message["query"])
+                    up.send(key=name, **message["query"])
                     continue
                 selector.unregister(lines.source)
                 os.close(lines.source)
-                del open_entries[key.data]
+                del dialogues[name]
                 os.wait()
-                over = f"its calls took more than {ENTRY_SECONDS} s of processor time, or too much memory"
-                journal.write({"id": key.data, **(message or failed(over, []))})
-                up.send(answered=1)
+                over = f"its calls took more than {job['seconds']} s of processor time, or too much memory"
+                done(name, message or failed(over, []))
     return True
 
 
-def start(package: Package, entry: dict) -> Lines:
-    """Begins an entry in a process of its own. Its lines: queries, then the result."""
+def has_turns(entry: dict) -> bool:
+    """Whether it is a dialogue of many turns, whose calls are executed."""
+    return "multi_turn" in entry["id"]
+
+
+def only_query(handler: Any, entry: dict) -> dict:
+    """The query of an entry of one turn."""
+    found: dict = {}
+
+    def ask(messages: list[dict], tools: list[dict]) -> dict:
+        found.update(messages=messages, tools=tools)
+        raise InterruptedError
+
+    handler.ask = ask
+    with contextlib.suppress(InterruptedError):
+        handler.inference(entry, False, True)
+    return found
+
+
+def start(handler: Any, entry: dict, seconds: int) -> Lines:
+    """Begins a dialogue in a process of its own, which may take so many seconds of processor time. Its lines: queries, then the
+    answer.
+    """
     ours, theirs = socket.socketpair()
     if os.fork():
         theirs.close()
@@ -383,31 +419,32 @@ def start(package: Package, entry: dict) -> Lines:
     try:
         ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGKILL)
         gc.disable()
-        lines = Lines(theirs.fileno(), theirs.fileno())
         lower(resource.RLIMIT_FSIZE, 0)
         lower(resource.RLIMIT_NPROC, 0)
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        lower(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + ENTRY_SECONDS)
-        lines.send(**answer(package.handler, entry, lines))
+        lower(resource.RLIMIT_CPU, seconds)
+        lines = Lines(theirs.fileno(), theirs.fileno())
+
+        def ask(messages: list[dict], tools: list[dict]) -> dict:
+            lines.send(query={"messages": messages, "tools": tools})
+            return lines.receive() or os._exit(0)
+
+        lines.send(**answer(handler, entry, ask))
     finally:
         os._exit(0)
 
 
-def answer(handler, entry: dict, lines: Lines) -> dict:
+def answer(handler: Any, entry: dict, ask: Callable[[list, list], dict]) -> dict:
     """The package's result of an entry, and under "replies" what else is known of the model's."""
     replies: list[dict] = []
 
-    def ask(messages: list[dict], tools: list[dict]) -> dict:
-        lines.send(query={"messages": messages, "tools": tools})
-        reply = lines.receive()
-        if reply is None:
-            os._exit(0)
+    def asked(messages: list[dict], tools: list[dict]) -> dict:
+        reply = ask(messages, tools)
         if "error" in reply:
             raise ValueError(reply["error"])
         replies.append({name: reply[name] for name in ("text", "tokens", "truncated")})
         return reply
 
-    handler.ask = ask
+    handler.ask = asked
     try:
         result, about = handler.inference(entry, False, True)
     except Exception as error:
@@ -438,9 +475,9 @@ def judge(package: Package, entries: list[dict], answers: dict, root: pathlib.Pa
     scores, wrong = {}, set()
     for category in groups:
         (file,) = package.config.SCORE_PATH.rglob(f"*_v?_{category}_score.json")
-        head, *failed = [json.loads(line) for line in file.read_text().splitlines()]
+        head, *others = map(json.loads, file.read_text().strip("\n").split("\n"))
         scores[category] = head
-        wrong |= {item["id"] for item in failed}
+        wrong |= {item["id"] for item in others}
     with (package.config.SCORE_PATH / "data_overall.csv").open() as file:
         (leaderboard,) = csv.DictReader(file)
     items = [

@@ -22,7 +22,6 @@ from rest_jax.data import fields
 from rest_jax.data.convert import openai
 from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import Encoder
-from rest_jax.errors import UserError
 from rest_jax.rl.regions import label_tokens
 from rest_jax.rollout.requests import Piece, Request
 from rest_jax.tool_calls import Answer, Target
@@ -52,7 +51,8 @@ def answer_all(
     source: Source, stream: Stream, encoder: Encoder, settings: Settings
 ) -> dict[Hashable, "Conversation"]:
     """Answers every query until the source has no more. A completion depends on the prompt, the seed, the dialogue's key and the
-    turn. UserError for a dialogue that does not fit into `max_length` as it begins, RecordError for one that no prompt can say.
+    turn; a query whose prompt leaves no room in `max_length` has a reply without a token. RecordError for a dialogue that no
+    prompt can say.
     """
     conversations: dict[Hashable, Conversation] = {}
     drawn: dict[int, tuple[Hashable, list[Piece]]] = {}
@@ -78,15 +78,10 @@ def answer_all(
 def _request(
     key: Hashable, query: Query, conversation: "Conversation", settings: Settings
 ) -> Request | None:
-    """The next request of a dialogue, None where it has become too long for one more token."""
+    """The next request of a dialogue, None where it is too long for one more token."""
     ids = conversation.ask(query, where=f"dialogue {key}")
     limit = settings.max_tokens if query.max_tokens is None else query.max_tokens
     most = min(limit, settings.max_length - len(ids))
-    if most < 1 and conversation.turn == 0:
-        raise UserError(
-            f"dialogue {key}: its first prompt has {len(ids):,} tokens, and a prompt with its completion has room for "
-            f"{settings.max_length:,}; raise rollout.cache_tokens, or use a model with more positions (max_position_embeddings)"
-        )
     seed = _seed(settings.seed, key, conversation.turn)
     return None if most < 1 else Request(ids, most, settings.temperature, settings.top_p, seed)
 

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
+from rest_jax.errors import UserError
 from rest_jax.worlds.records import Message, Query, Reply, Tool, World, assistant_message
 
 
@@ -54,9 +55,14 @@ class Dialogues:
     def reply(self, key: Hashable, reply: Reply) -> None:
         """`Source.reply`. A turn that was cut, or has a call that cannot be read, makes no calls: it is something said.
 
-        A dialogue without room for a turn is over.
+        A dialogue without room for a turn is over. UserError where there is none for the first.
         """
         dialogue = self._open[key]
+        if not len(reply.ids) and not dialogue.turns:
+            raise UserError(
+                f"dialogue {key}: its first prompt has {reply.prompt_tokens:,} tokens, which leaves no room for a completion; "
+                "raise rollout.cache_tokens, or use a model with more positions (max_position_embeddings)"
+            )
         dialogue.truncated = dialogue.truncated or reply.truncated
         if len(reply.ids):
             _continue(dialogue, reply)

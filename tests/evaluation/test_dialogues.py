@@ -223,7 +223,5 @@ def test_a_dialogue_without_room_ends(encoders, script):
 def test_a_first_prompt_that_does_not_fit_is_refused(encoders, script):
     encoder = encoders["qwen2.5", "hermes"]
     settings = Settings(max_tokens=400, max_length=100)
-    with pytest.raises(
-        UserError, match=r"^dialogue shop-0-0: its first prompt has \d+ tokens.* 100;"
-    ):
+    with pytest.raises(UserError, match=r"^dialogue shop-0-0: its first prompt has \d+ tokens, "):
         played(script, encoder, truthful(encoder), settings=settings)

@@ -14,6 +14,7 @@ from rest_jax.evaluation.statistics import (
     paired,
     rate_interval,
     resolvable_difference,
+    weighted_rates_interval,
 )
 
 
@@ -128,3 +129,18 @@ def test_resolvable_differences():
     least = resolvable(100, 0)
     assert mcnemar_power(100, least, least) == pytest.approx(0.8, abs=1e-3)
     assert resolvable_difference(5, 2) is None  # p of five items of one kind is 1/16
+
+
+def test_the_interval_of_weighted_rates_holds_its_level():
+    """Three rates of unlike sizes, one of them near 1; a rate alone has Wilson's."""
+    assert weighted_rates_interval([(1.0, 7, 9)]) == pytest.approx(rate_interval(7, 9))
+    rates, counts, weights = np.array([0.97, 0.4, 0.7]), [16, 200, 40], np.array([0.5, 0.3, 0.2])
+    rng, truth, inside = np.random.default_rng(0), rates @ weights, 0
+    for _ in range(400):
+        drawn = rng.binomial(counts, rates)
+        low, high = weighted_rates_interval(
+            [(float(w), int(s), n) for w, s, n in zip(weights, drawn, counts, strict=True)]
+        )
+        inside += low <= truth <= high
+    assert 0.93 < inside / 400 < 0.98
+    assert weighted_rates_interval([(0.5, 0, 5), (0.5, 0, 8)])[0] == pytest.approx(0, abs=1e-12)
