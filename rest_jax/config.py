@@ -292,6 +292,22 @@ class TrainConfig(Section):
     wandb_project: Annotated[str, pydantic.Field(min_length=1)] | None = None
 
 
+class EvaluationConfig(Section):
+    """Public benchmarks that a run answers with its held-out records, every `train.eval_every` steps."""
+
+    benchmarks: tuple[Literal["api_bank"], ...] = ()
+    data: Path | None = None  # the folder with their files
+    limit: PositiveInt | None = None  # items of each level at most
+
+    @pydantic.model_validator(mode="after")
+    def _has_data(self):
+        if self.benchmarks and self.data is None:
+            raise ValueError(
+                f"benchmarks {', '.join(self.benchmarks)}: name the folder of their files in evaluation.data"
+            )
+        return self
+
+
 class DistributedConfig(Section):
     """How many seconds processes wait, for one another and for the store, before the run ends with one line."""
 
@@ -328,6 +344,7 @@ class Config(Section):
     mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
     sft: SftConfig = SftConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     distributed: DistributedConfig = DistributedConfig()
 
     @property

@@ -114,7 +114,7 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
     update = make_supervised_update(policy.decoder, tx, config.loss, mesh, shardings)
     longest = Lengths(bucketed(data.prompts), bucketed(data.targets))
     abstract_policy = dataclasses.replace(policy, params=abstract.params)
-    examples = evaluator and HeldOut(evaluator.data.size, evaluator.width)
+    examples = evaluator and HeldOut(evaluator.size, evaluator.width)
     setup = Setup(config, abstract_policy, None, tx, longest, examples)
     check_memory(lambda: memory_programs(setup, longest), mesh)
     advance = make_advance(mesh)

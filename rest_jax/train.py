@@ -30,7 +30,7 @@ from rest_jax.distributed import (
     say,
 )
 from rest_jax.errors import UNFINISHED, UserError
-from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
+from rest_jax.evaluation.heldout import Evaluator, Examples, held_out, report_evaluations
 from rest_jax.files import Location
 from rest_jax.models.policy import Policy, check_positions
 from rest_jax.planning.memory import check_memory
@@ -110,7 +110,7 @@ def train_steps(
     rl = make_step(policy.decoder, tx, cfg, mesh, shardings)
     longest = Lengths(bucketed(prompts.prompts), config.rollout.max_response_tokens)
     abstract_policy = dataclasses.replace(policy, params=abstract.params)
-    examples = evaluator and HeldOut(evaluator.data.size, evaluator.width)
+    examples = evaluator and HeldOut(evaluator.size, evaluator.width)
     setup = Setup(config, abstract_policy, cfg, tx, longest, examples)
     check_memory(lambda: memory_programs(setup, longest), mesh)
     rollout_params = rollout_cast(policy)
@@ -271,7 +271,7 @@ def check_sizes(config: Config, policy: Policy) -> None:
 
 
 def describe(
-    config: Config, policy: Policy, prompts: Prepared, examples: Prepared | None, steps: int
+    config: Config, policy: Policy, prompts: Prepared, examples: Examples | None, steps: int
 ) -> None:
     """Prints what is about to run, in a few lines."""
     count = sum(x.size for x in jax.tree.leaves(policy.params))

@@ -26,6 +26,8 @@ SHOWN = (
     "eval/spurious",
     "eval/accuracy",
     "eval/reward",
+    "eval/api_bank/soft",
+    "eval/api_bank/strict",
     "reward/mean",
     "reward/exact",
     "reward/format_score",
@@ -47,7 +49,13 @@ _LOSS = ("Loss", "nats", {"update/loss": "training"})
 _RATES = (
     "Held-out rates, greedy",
     "fraction",
-    {"eval/exact": "exact calls", "eval/format": "format", "eval/spurious": "spurious calls"},
+    {
+        "eval/exact": "exact calls",
+        "eval/format": "format",
+        "eval/spurious": "spurious calls",
+        "eval/api_bank/soft": "API-Bank, soft",
+        "eval/api_bank/strict": "API-Bank, strict",
+    },
 )
 _LENGTH = (
     "Length of the completions",

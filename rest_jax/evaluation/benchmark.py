@@ -97,13 +97,7 @@ def load(name: str, folder: Location, limit: int | None) -> Sequence[Any]:
 def scored(name: str, items: Sequence[Any], complete: Complete) -> dict[str, Any]:
     """The items with completions and scores, the rates, and what is known of the items."""
     benchmark = BENCHMARKS[name]
-    completions = complete([item.messages for item in items])
-    lines = [
-        {"id": item.id, "group": item.group}
-        | {"completion": found.text, "tokens": found.tokens, "truncated": found.truncated}
-        | benchmark.score(item, found.text)
-        for item, found in zip(items, completions, strict=True)
-    ]
+    lines = score_items(name, items, complete([item.messages for item in items]))
     asked = [[item.id, [dict(message) for message in item.messages]] for item in items]
     return {
         "benchmark": name,
@@ -114,6 +108,18 @@ def scored(name: str, items: Sequence[Any], complete: Complete) -> dict[str, Any
         "known": benchmark.report(items),
         "items": lines,
     }
+
+
+def score_items(
+    name: str, items: Sequence[Any], completions: Sequence[Completion]
+) -> list[dict[str, Any]]:
+    """The lines of a result file, one an item."""
+    return [
+        {"id": item.id, "group": item.group}
+        | {"completion": found.text, "tokens": found.tokens, "truncated": found.truncated}
+        | BENCHMARKS[name].score(item, found.text)
+        for item, found in zip(items, completions, strict=True)
+    ]
 
 
 def rates(lines: Sequence[Mapping[str, Any]], score: str) -> dict[str, dict[str, Any]]:
@@ -338,14 +344,19 @@ class Completer:
             on_group = show if jax.process_count() == 1 else None
             out = self._sampler.sample_all(params, batch, rng, on_group)
         self.seconds += time.monotonic() - begun
-        cut = truncated(out, tokenizer.stop_ids)[:, 0]
-        lengths = out.response_length[:, 0]
-        # A thought that the prompt has opened is part of what the model says.
-        opened = "<think>" if tokenizer.thought_open else ""
-        return [
-            Completion(opened + tokenizer.text(row[: n if is_cut else n - 1]), int(n), bool(is_cut))
-            for row, n, is_cut in zip(out.responses[:, 0], lengths, cut, strict=True)
-        ]
+        return completions(out, tokenizer)
+
+
+def completions(rollout: RolloutBatch, tokenizer: Tokenizer) -> list[Completion]:
+    """What a rollout of one response a prompt says."""
+    cut = truncated(rollout, tokenizer.stop_ids)[:, 0]
+    lengths = rollout.response_length[:, 0]
+    # A thought that the prompt has opened is part of what the model says.
+    opened = "<think>" if tokenizer.thought_open else ""
+    return [
+        Completion(opened + tokenizer.text(row[: n if is_cut else n - 1]), int(n), bool(is_cut))
+        for row, n, is_cut in zip(rollout.responses[:, 0], lengths, cut, strict=True)
+    ]
 
 
 def encode(tokenizer: Tokenizer, prompts: Sequence[Messages]) -> list[np.ndarray]:

@@ -1,6 +1,7 @@
 """Held-out evaluation: greedy completions of prepared prompts, scored like training but at the final reward scale.
 
-`Evaluator` measures any weights, `evaluate` is the command `rest-jax evaluate`, `report_evaluations` closes a run.
+`Evaluator` measures any weights, `evaluate` is the command `rest-jax evaluate`, `report_evaluations` closes a run. A run may
+answer public benchmarks with them (`evaluation.benchmarks`): their prompts are sampled in the same rollout.
 Rates: format (S_format), exact (format and all calls equal gold as multisets; for gold without calls, none made), spurious
 (a call among prompts that should have none), accuracy (mean S_acc).
 """
@@ -9,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import Prepared, load_split, prepare
 from rest_jax.distributed import is_first_process, say
+from rest_jax.evaluation.benchmark import BENCHMARKS, completions, encode, load, score_items
 from rest_jax.evaluation.statistics import estimate, rate_interval
 from rest_jax.files import Location, as_path, atomic_write
 from rest_jax.models.policy import Policy, check_positions
@@ -27,7 +29,7 @@ from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import score_rollout, summarise_scores, truncated
 from rest_jax.run.load import load_policy
-from rest_jax.run.metrics import METRICS_FILE, read_lines, summary_table
+from rest_jax.run.metrics import METRICS_FILE, is_eval, read_lines, summary_table
 from rest_jax.templates import TEMPLATES
 from rest_jax.types import Params, PromptBatch, RolloutBatch, Sampling
 
@@ -44,17 +46,52 @@ _FIELDS = RATES | {"eval/response_tokens": "response_tokens", "eval/truncated": 
 _YES_OR_NO = ("eval/exact", "eval/format", "eval/spurious", "eval/truncated")
 
 
-def held_out(config: Config, policy: Policy, keep: bool) -> Prepared | None:
-    """The held-out records, tokenised and, if `keep`, kept beside the run; None without `data.eval`. UserError when one may
-    outgrow the model.
+class BenchmarkPrompts(NamedTuple):
+    """The items of a public benchmark, with their prompts as token ids."""
+
+    name: str
+    items: Sequence[Any]
+    prompts: Sequence[np.ndarray]
+
+
+class Examples(NamedTuple):
+    """What an evaluation asks: held-out records and benchmarks, one of them at least."""
+
+    records: Prepared | None
+    benchmarks: tuple[BenchmarkPrompts, ...] = ()
+
+    @property
+    def prompts(self) -> list[np.ndarray]:
+        """int32 [T] each: those of the records, then those of the benchmarks."""
+        own = self.records.prompts if self.records is not None else []
+        return [*own, *(ids for each in self.benchmarks for ids in each.prompts)]
+
+    def summary(self) -> str:
+        """One line."""
+        parts = [] if self.records is None else [self.records.summary()]
+        parts += [f"{each.name}: {len(each.items)} items" for each in self.benchmarks]
+        return "; ".join(parts)
+
+
+def held_out(config: Config, policy: Policy, keep: bool) -> Examples | None:
+    """What a run evaluates: its held-out records, tokenised and, if `keep`, kept beside the run, and its benchmarks. None without
+    `data.eval` and `evaluation.benchmarks`. UserError when a prompt may outgrow the model.
     """
-    data = config.data
-    if data.eval is None:
+    data, records = config.data, None
+    most = config.rollout.max_response_tokens
+    if data.eval is not None:
+        records = load_prompts(config, data.eval, data.eval_limit, policy.tokenizer, keep)
+        check_positions(policy.config, int(records.prompts.lengths.max()), most)
+    benchmarks = []
+    for name in config.evaluation.benchmarks:
+        items = load(name, str(config.evaluation.data), config.evaluation.limit)
+        ids = encode(policy.tokenizer, [item.messages for item in items])
+        keys = f"rollout.max_response_tokens, or leave {name} out of evaluation.benchmarks"
+        check_positions(policy.config, max(map(len, ids)), most, keys)
+        benchmarks.append(BenchmarkPrompts(name, items, ids))
+    if records is None and not benchmarks:
         return None
-    prepared = load_prompts(config, data.eval, data.eval_limit, policy.tokenizer, keep)
-    longest = int(prepared.prompts.lengths.max())
-    check_positions(policy.config, longest, config.rollout.max_response_tokens)
-    return prepared
+    return Examples(records, tuple(benchmarks))
 
 
 class Evaluator:
@@ -64,21 +101,38 @@ class Evaluator:
         self,
         config: Config,
         policy: Policy,
-        data: Prepared,
+        examples: Examples,
         check: Callable[[], None] = lambda: None,
     ):
         """`check` is called between the calls of a rollout; what it raises ends the evaluation."""
-        self.policy, self.data, self.reward = policy, data, config.reward
+        self.policy, self.examples, self.reward = policy, examples, config.reward
         self.template = TEMPLATES[config.data.template].behind(policy.tokenizer.thought_open)
         self._sampler = make_sampler(policy, config.rollout, 1, Sampling(greedy=True))
         self._sampler.between_calls = check
         self._rollout_params = rollout_cast(policy)
-        self.width = bucketed(data.prompts)
+        prompts = examples.prompts
+        self.size, self.width = len(prompts), bucketed(prompts)
 
     def __call__(self, params: Params) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """(the eval/ metrics, one sample a prompt) for training weights. Every process has all of them."""
+        """(the eval/ metrics, one sample a held-out prompt) for training weights. Every process has all of them."""
         rollout = self._sample(self._rollout_params(params))
-        targets, tokenizer = [r.target for r in self.data.records], self.policy.tokenizer
+        records, metrics, samples, start = self.examples.records, {}, [], 0
+        if records is not None:
+            start = records.size
+            metrics, samples = self._score(records, _rows(rollout, 0, start))
+        for name, items, prompts in self.examples.benchmarks:
+            own = _rows(rollout, start, start + len(prompts))
+            lines = score_items(name, items, completions(own, self.policy.tokenizer))
+            for score in BENCHMARKS[name].SCORES:
+                metrics[f"eval/{name}/{score}"] = float(np.mean([line[score] for line in lines]))
+            start += len(prompts)
+        return metrics, samples
+
+    def _score(
+        self, data: Prepared, rollout: RolloutBatch
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Metrics and samples of the held-out records."""
+        targets, tokenizer = [r.target for r in data.records], self.policy.tokenizer
         _, scores = score_rollout(rollout, targets, tokenizer, self.template, self.reward, 1.0)
         means = summarise_scores(scores, targets)
         lengths = rollout.response_length[:, 0]
@@ -89,7 +143,7 @@ class Evaluator:
             "eval/truncated": float(np.mean(cut)),
             "eval/prompts": float(len(scores)),
         }
-        rows = zip(self.data.records, rollout.responses[:, 0], lengths, cut, scores, strict=True)
+        rows = zip(data.records, rollout.responses[:, 0], lengths, cut, scores, strict=True)
         return metrics, [
             {
                 "id": record.id,
@@ -103,9 +157,13 @@ class Evaluator:
 
     def _sample(self, params: Params) -> RolloutBatch:
         """Greedy completions of all."""
-        padded = pad(self.data.prompts, self.width, self.policy.tokenizer.pad_id)
-        batch = PromptBatch(*padded, np.arange(self.data.size, dtype=np.int32))
+        padded = pad(self.examples.prompts, self.width, self.policy.tokenizer.pad_id)
+        batch = PromptBatch(*padded, np.arange(self.size, dtype=np.int32))
         return self._sampler.sample_all(params, batch, jax.random.key(0))
+
+
+def _rows(rollout: RolloutBatch, begin: int, end: int) -> RolloutBatch:
+    return jax.tree.map(lambda x: x[begin:end], rollout)
 
 
 def intervals(
@@ -157,7 +215,7 @@ def evaluate(
             file = stack.enter_context(partial.open("w", encoding="utf-8"))
         for spec, prepared in tokenised.items():
             say(f"{spec}: {prepared.summary()}")
-            rates, scored = Evaluator(config, policy, prepared)(policy.params)
+            rates, scored = Evaluator(config, policy, Examples(prepared))(policy.params)
             rows = rows or [["data", *(name.removeprefix("eval/") for name in rates)]]
             ends = intervals(scored, prepared.records)
             rows.append([spec, *rates.values()])
@@ -170,7 +228,7 @@ def evaluate(
 
 def evaluations(folder: Location) -> list[dict[str, Any]]:
     """The metrics lines of a run's held-out evaluations, in order. UserError when it has no metrics."""
-    return [line for line in read_lines(as_path(folder) / METRICS_FILE) if "eval/exact" in line]
+    return [line for line in read_lines(as_path(folder) / METRICS_FILE) if any(map(is_eval, line))]
 
 
 def report_evaluations(folder: Location) -> None:
@@ -185,7 +243,9 @@ def report_evaluations(folder: Location) -> None:
         # a run without an evaluation at its start may have one alone
         ends = lines[:1] + lines[1:][-1:]
         rows: list[list[Any]] = [["held out", *(f"step {line['step']}" for line in ends)]]
-        for name in (*RATES, "eval/response_tokens"):
-            rows.append([name, *(line[name] for line in ends)])
+        of_benchmarks = (f"eval/{name}/{s}" for name in BENCHMARKS for s in BENCHMARKS[name].SCORES)
+        for name in (*RATES, "eval/response_tokens", *of_benchmarks):
+            if name in ends[0]:
+                rows.append([name, *(line[name] for line in ends)])
         print(summary_table(rows))
     print(f"curves: {write_curves(folder)}", flush=True)

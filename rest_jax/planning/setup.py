@@ -135,7 +135,11 @@ def abstract_setup(
         step = step_config(config, steps)
         updates, widths = steps * step.updates, longest(config, supervised=False)
     tx = make_optimizer(config.optimizer, updates)
-    held_out = HeldOut(data.eval_limit, data.max_prompt_tokens) if data.eval else None
+    held_out = None
+    if data.eval or config.evaluation.benchmarks:
+        # how many items the benchmarks have, only their files say
+        prompts = None if config.evaluation.benchmarks else data.eval_limit
+        held_out = HeldOut(prompts, data.max_prompt_tokens)
     return Setup(config, policy, step, tx, widths, held_out)
 
 

@@ -72,6 +72,7 @@ MAY_CHANGE = (
     "rollout.prompt_cache_entries",
     "loss.vocab_chunk",
     "optimizer.moments",
+    "evaluation.",
     "train.steps",
     "train.epochs",
     "train.max_tokens_per_microbatch",

@@ -30,6 +30,7 @@ from rest_jax.files import list_files, written_locally
 from rest_jax.rl.update import NOT_FINITE
 from rest_jax.run.folder import EVALUATION, Run, not_finite
 from rest_jax.run.fork import Start
+from rest_jax.run.metrics import METRICS
 from rest_jax.run.progress import Progress
 from rest_jax.run.stop import StopNow
 from rest_jax.run.symptoms import Watch
@@ -37,6 +38,7 @@ from rest_jax.types import Params, TrainState
 
 NOT_FINITE_LIMIT = 3  # updates in a row that are not finite and stop the run
 _MOST = 2**31 - 1  # records of a run: each has a row id
+_NOT_SAID = ("eval/truncated",)  # rates that the line of an evaluation leaves out
 EVAL_SAMPLES = 8  # held-out completions written to samples.jsonl after each evaluation
 
 Evaluation = tuple[dict[str, float], list[dict[str, Any]]]  # eval/ metrics, one sample a prompt
@@ -334,10 +336,13 @@ class Loop:
         shown = [{"split": "eval", **sample} for sample in samples[:EVAL_SAMPLES]]
         self.run.write(step, values | times, shown)
         self.evaluation_due = False
-        self.progress.message(
-            f"held out at step {step}: exact {values['eval/exact']:.1%}, format {values['eval/format']:.1%}, "
-            f"spurious {values['eval/spurious']:.1%}, reward {values['eval/reward']:.3f}"
+        rates = ", ".join(
+            f"{name.removeprefix('eval/').replace('/', ' ')} {value:.1%}"
+            for name, value in values.items()
+            if METRICS[name].unit == "fraction" and name not in _NOT_SAID
         )
+        reward = f", reward {values['eval/reward']:.3f}" if "eval/reward" in values else ""
+        self.progress.message(f"held out at step {step}: {rates}{reward}")
 
     def _save(self, step: int) -> None:
         self._flush()

@@ -126,6 +126,8 @@ _TABLE = {
     "eval/response_tokens": ("tokens", "mean length of the held-out completions"),
     "eval/truncated": ("fraction", "held-out completions that did not end within the limit"),
     "eval/prompts": ("prompts", "held-out prompts"),
+    "eval/api_bank/soft": ("fraction", "API-Bank, greedy, by the published rule"),
+    "eval/api_bank/strict": ("fraction", "API-Bank, greedy: one call, in its block, and right"),
     "time/step": ("s", "wall-clock time of the step, evaluation and saving apart"),
     "time/cpu": ("s", "CPU time of all processes in the step, all threads"),
     "time/data": ("s", "waiting for the loader"),
@@ -335,7 +337,12 @@ def _number(value: Any) -> int | float | None:
 
 def _is_evaluation(record: Mapping[str, Any]) -> bool:
     """Whether a line of the metrics or the samples is of a held-out evaluation."""
-    return record.get("split") == "eval" or any(name.startswith("eval/") for name in record)
+    return record.get("split") == "eval" or any(map(is_eval, record))
+
+
+def is_eval(metric: str) -> bool:
+    """Whether a metric is one of evaluations."""
+    return metric.startswith("eval/")
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -643,7 +643,7 @@ class FakeEngine:
                 stamp(row, PROMPT, n) for n in range(length)
             ]
         busy = {(one.row, one.sample) for one in slots if one}
-        queue = [tuple(int(x[w, i]) for x in call.queue) for i in range(call.queued[w])]
+        queue = [tuple(int(x[w, i]) for x in call.queue[:5]) for i in range(call.queued[w])]
         for owner, entry, row, sample, _ in queue:
             assert owner == (row - 1) * self.size + sample and self.prompts[w][entry][0] == row
         wait = [(row, sample) for _, _, row, sample, _ in queue]
@@ -665,7 +665,7 @@ class FakeEngine:
                 break
             for w, n in zip(*np.nonzero(~alive & (call.next_page < self.sizes.pages)), strict=True):
                 if started[w] < call.queued[w]:
-                    _, _, row, sample, limit = (int(x[w, started[w]]) for x in call.queue)
+                    _, _, row, sample, limit = (int(x[w, started[w]]) for x in call.queue[:5])
                     attempt = self.attempts[row, sample]
                     length = self.lengths[attempt % len(self.lengths), row - 1, sample]
                     self.slots[w][n] = FakeResponse(row, sample, attempt, min(length, limit))
