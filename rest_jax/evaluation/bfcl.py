@@ -60,8 +60,6 @@ class Version:
     simple: tuple[str, ...]  # its categories of one call in Python, Java, JavaScript
     # categories of it that are not run, and why
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    # entries whose truth, as the data has it, the judge itself takes for wrong
-    unsatisfiable: tuple[str, ...] = ()
 
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:
@@ -105,13 +103,15 @@ VERSIONS = {
             "2026.3.23",
             ("simple_python", "simple_java", "simple_javascript"),
             _AGENTIC,
-            (
-                *("live_simple_106-63-0", "live_simple_112-68-0"),
-                *("live_multiple_862-181-3", "live_multiple_964-207-0"),
-            ),
         ),
     )
 }
+# Entries of both versions for which the judge takes no answer for right: it wants a list where it refuses every list, a parameter
+# that the truth does not have, or refuses one that it has.
+UNSATISFIABLE = (
+    *("live_simple_106-63-0", "live_simple_112-68-0"),
+    *("live_multiple_862-181-3", "live_multiple_964-207-0"),
+)
 
 
 def chosen(version: Version, names: str | None) -> list[str]:
@@ -310,7 +310,7 @@ def result(source: Bfcl) -> dict[str, Any]:
         "template": source.template,
         "network": source.started["network"],
         "prompts_sha256": source.started["sha256"],
-        "known": {"unsatisfiable": [name for name in version.unsatisfiable if name in asked]},
+        "known": {"unsatisfiable": [name for name in UNSATISFIABLE if name in asked]},
         "figures": figures(version, {name: _count(score) for name, score in scores.items()}),
         "leaderboard": source.judged["leaderboard"],
         "items": items,
