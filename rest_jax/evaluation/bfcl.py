@@ -153,6 +153,7 @@ class Bfcl:
         self.started: dict[str, Any] = {}  # what the process says of itself and the entries
         self.judged: dict[str, Any] = {}  # what it says at the end
         self.tokens = 0  # drawn by now
+        self._tools: dict[str, tuple[Any, ...]] = {}  # of each entry, as they were told last
         self._stack = contextlib.ExitStack()
         python = find_python(venv, "bfcl_eval", version.requirement)
         command = [python, "-I", str(PROGRAM)]
@@ -206,8 +207,10 @@ class Bfcl:
             if message is None:
                 return queries
             if "key" in message:
-                query = Query(tuple(message["messages"]), tuple(message["tools"]))
-                queries.append((message["key"], query))
+                key = message["key"]
+                if "tools" in message:
+                    self._tools[key] = tuple(message["tools"])
+                queries.append((key, Query(tuple(message["messages"]), self._tools[key])))
             elif "answered" in message:
                 self._answered += message["answered"]
                 self._progress.update(self._answered, f"{self.tokens:,} tokens")

@@ -1,9 +1,9 @@
 """The process of a BFCL evaluation: it has the package bfcl_eval and knows nothing of rest_jax, whose `bfcl.py` starts it.
 
 Lines of JSON. Out: {"package"}, its release. In: {"root", "categories", "limit", "functions", "at_once", "seconds"}. Out:
-{"entries", "sha256", "answered", "network"} or {"error"}; queries {"key", "messages", "tools"}. In: for each {"key", "message",
-"calls", "text", "tokens", "prompt_tokens", "truncated"} or {"key", "error"}. Out: {"answered"} for each entry that is done; at
-last {"scores", "leaderboard", "items"}.
+{"entries", "sha256", "answered", "network"} or {"error"}; queries {"key", "messages", "tools"}, without tools where they are
+those of the query before. In: for each {"key", "message", "calls", "text", "tokens", "prompt_tokens", "truncated"} or {"key",
+"error"}. Out: {"answered"} for each entry that is done; at last {"scores", "leaderboard", "items"}.
 
 Entries are asked by the package's `inference()`, those whose calls it executes in processes of their own, forked from this one;
 what was answered is kept in root/answers.jsonl and not asked again. The package's `eval_runner.main()` is the only judge. What a
@@ -438,9 +438,12 @@ def start(handler: Any, entry: dict, seconds: int) -> Lines:
         lower(resource.RLIMIT_NPROC, 0)
         lower(resource.RLIMIT_CPU, seconds)
         lines = Lines(theirs.fileno(), theirs.fileno())
+        told: list[list] = []
 
         def ask(messages: list[dict], tools: list[dict]) -> dict:
-            lines.send(query={"messages": messages, "tools": tools})
+            new = {"tools": tools} if told != [tools] else {}  # most of the text of a dialogue
+            told[:] = [tools]
+            lines.send(query={"messages": messages} | new)
             return lines.receive() or os._exit(0)
 
         lines.send(**answer(handler, entry, ask))
