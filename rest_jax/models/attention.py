@@ -2,7 +2,8 @@
 
 Rows (`RowLayout`) go through one of three kernels that never hold a row's scores: `block_attention` in plain operations of XLA,
 `flash_attention` on TPUs, `triton_attention` on GPUs. Decoding (`DecodeLayout`) reads a `Cache`: a query's keys come in parts
-(the shared prompt, what the response has drawn, the token just made) that are joined in one softmax.
+(the shared prompt, what the response has drawn, the token just made) that are joined in one softmax. Rows behind a prefix
+(`PrefixedRows`) hold their scores: they are short.
 
 Keys are never repeated for grouped queries (N = K * R): every product is one batch of plain matrices, in the order in which
 memory holds them. Scores and softmax are float32. A query that may see nothing (padding) yields zero, in value and gradient.
@@ -25,7 +26,10 @@ from rest_jax.models.cache import (
     DecodeLayout,
     GatheredKeys,
     LayerCache,
+    Layout,
     PagedKeys,
+    Pool,
+    PrefixedRows,
     RowLayout,
 )
 from rest_jax.models.config import DecoderConfig
@@ -40,8 +44,6 @@ from rest_jax.models.paged_attention import (
     normalise,
 )
 from rest_jax.models.triton_attention import triton_attention
-
-Layout = RowLayout | DecodeLayout
 
 # by DecoderConfig.attention: (scaled q [B K R T H], k and v [B K T H], layout) -> [B K R T H]
 KERNELS = {
@@ -72,18 +74,23 @@ def attend(
     q: Float[Array, "B T N H"],
     kv: tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]] | None,
     layout: Layout,
-    cache: LayerCache | None,
+    cache: LayerCache | Pool | None,
     cfg: DecoderConfig,
 ) -> Float[Array, "B T N H"]:
     """Attention of queries over keys and values under `layout`, in q's dtype.
 
-    DecodeLayout alone needs `cache`; `kv` None means that `recent` holds the new tokens' keys and values already.
+    DecodeLayout needs a `LayerCache`, where `kv` None means that `recent` holds the new tokens' keys and values already;
+    PrefixedRows needs the pages of the layer.
     """
     if isinstance(layout, RowLayout):
         if kv is None:
             raise ValueError("attend: RowLayout needs keys and values")
         return attend_rows(q, *kv, layout, KERNELS[cfg.attention])
-    if cache is None:
+    if isinstance(layout, PrefixedRows):
+        if kv is None or not isinstance(cache, Pool):
+            raise ValueError("attend: PrefixedRows needs keys and values, and pages")
+        return attend_prefixed(q, kv, layout, cache)
+    if not isinstance(cache, LayerCache):
         raise ValueError("attend: DecodeLayout needs a cache")
     out = attend_cache(_by_kv_head(q, cfg.n_kv_heads), kv, layout, cache)
     return out.reshape(q.shape).astype(q.dtype)
@@ -134,6 +141,29 @@ def _attend_heads_first(q, k, v, layout: RowLayout, kernel):
     by_head = _by_kv_head(q, k.shape[2]).transpose(0, 2, 3, 1, 4)  # [B T K R H] -> [B K R T H]
     out = kernel(by_head, *(x.transpose(0, 2, 1, 3) for x in (k, v)), layout)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def attend_prefixed(
+    q: Float[Array, "W T N H"],
+    kv: tuple[Float[Array, "W T K H"], Float[Array, "W T K H"]],
+    layout: PrefixedRows,
+    pages: Pool,
+) -> Float[Array, "W T N H"]:
+    """Attention of rows to the pages that they continue and to themselves, in q's dtype. `pages`: of one layer, [W 1 K S H]."""
+    time = jnp.arange(q.shape[1])
+    own = (time <= time[:, None]) & (time[:, None] < layout.until[:, None])
+    before = layout.sequence[..., None] == layout.prefix[:, None]
+    heads, repeats = kv[0].shape[2], q.shape[2] // kv[0].shape[2]
+    by_head = _by_kv_head(q, heads).transpose(0, 2, 3, 1, 4)  # [W K R T H]
+    together = by_head.reshape(*by_head.shape[:2], -1, q.shape[-1])
+
+    def part(k, v, mask):
+        return attend_part(together, k, v, jnp.tile(mask, (1, repeats, 1))[:, None])
+
+    k, v = (x.transpose(0, 2, 1, 3) for x in kv)
+    joined = join(part(pages.k[:, 0], pages.v[:, 0], before), part(k, v, own))  # type: ignore[call-overload]
+    out = normalise(joined).reshape(by_head.shape).transpose(0, 3, 1, 2, 4)
+    return out.reshape(q.shape).astype(q.dtype)
 
 
 def attend_cache(

@@ -1,6 +1,7 @@
 """Records of how tokens lie in a batch, and the KV cache. They are pytrees without logic of their own besides writing keys.
 
 RowLayout     `[B, T]`: rows of tokens that see earlier ones; prompts before decoding, packed groups in the update.
+PrefixedRows  `[W, T]`: rows of tokens that also see keys in pages; what is new in a prompt.
 DecodeLayout  `[W, N]`: the next token of every decode slot against a `Cache`; the rollout.
 
 A cache is divided into W data shards (the parts of the batch axes of the mesh). A shard has one pool of pages, each with the keys
@@ -40,6 +41,22 @@ class RowLayout:
 
     @property
     def valid(self) -> Bool[Array, "B T"]:
+        """Where there is a token, no padding."""
+        return self.until > jnp.arange(self.until.shape[1])
+
+
+@struct.dataclass
+class PrefixedRows:
+    """Rows of tokens of several sequences, each of which continues what pages hold. The pages lie side by side in a `Pool`, a
+    layer: [W 1 K S H]; a token sees those of its sequence, and earlier tokens as in a `RowLayout`.
+    """
+
+    until: Int[Array, "W T"]  # int32; 0 for padding
+    sequence: Int[Array, "W T"]  # int32
+    prefix: Int[Array, "W S"]  # int32: the sequence of a key in the pages; negative: nobody sees it
+
+    @property
+    def valid(self) -> Bool[Array, "W T"]:
         """Where there is a token, no padding."""
         return self.until > jnp.arange(self.until.shape[1])
 
@@ -101,6 +118,9 @@ class DecodeLayout:
     entry: Int[Array, "W N"]  # int32
     member: Int[Array, "W N"]  # int32
     members: Int[Array, "W Q G"]  # int32 decode slots; unused elements hold any slot
+
+
+Layout = RowLayout | PrefixedRows | DecodeLayout
 
 
 class Pool(NamedTuple):

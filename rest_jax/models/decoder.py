@@ -31,8 +31,8 @@ from rest_jax.distributed import (
     sum_weight_gradient,
 )
 from rest_jax.errors import UserError
-from rest_jax.models.attention import Layout, attend, valid_positions
-from rest_jax.models.cache import Cache, LayerCache, Layers, Pool, RowLayout
+from rest_jax.models.attention import attend, valid_positions
+from rest_jax.models.cache import Cache, LayerCache, Layers, Layout, Pool, RowLayout
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.moe import ExpertWeights, RouterRecord, mix_experts, record, route
 from rest_jax.models.products import float32_einsum
@@ -73,7 +73,7 @@ class Attention(nn.Module):
             q = RMSNorm(cfg, name="q_norm")(q)
             k = RMSNorm(cfg, name="k_norm")(k)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-        if cache is not None and cfg.layers == "unroll":
+        if isinstance(cache, LayerCache) and cfg.layers == "unroll":
             # Written before it is read, so that XLA does so in place; under `scan` the caller writes all layers at once.
             cache = cache.write(layout.time, k, v)  # type: ignore[union-attr]
             out = attend(q, None, layout, cache, cfg)
@@ -174,13 +174,14 @@ class Decoder(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         layout: Layout,
-        cache: Cache | None = None,
+        cache: Cache | Pool | None = None,
         return_kv: bool = False,
         replayed: Integer[Array, "L B T k"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeysValues | Cache | None]:
         """Hidden states in the compute dtype, and the cache with the token written, (k, v) on `return_kv`, or None.
 
-        A token id outside the vocabulary gives NaN. With a cache, tokens are `[W, N]` and the layout is a DecodeLayout.
+        A token id outside the vocabulary gives NaN. With a cache, tokens are `[W, N]` and the layout is a DecodeLayout; with a
+        pool, they continue what is in it, and the layout is PrefixedRows.
         `replayed` experts take the place of the routers' own choice.
         """
         cfg = self.cfg
@@ -189,31 +190,33 @@ class Decoder(nn.Module):
         if not cfg.tied:
             _param(self, "head", _INIT, shape, axes)  # read by `head_matrix`, not by the trunk
         rope = rope_tables(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
-        return_kv = return_kv or cache is not None
+        return_kv = return_kv or isinstance(cache, Cache)
         gather, scatter = _exchange(layout, cfg)
         x = scatter(jnp.take(embed, tokens, axis=0).astype(cfg.dtype))
         if cfg.layers == "scan":
-            layers = None
-            if cache is not None:
+            layers: Any = cache
+            if isinstance(cache, Cache):
                 number = jnp.arange(cfg.n_layers)
                 layers = LayerCache(cache.pool, number, cache.recent_k, cache.recent_v)
-            blocks = _stacked(cfg, cache is not None)(cfg, return_kv, name="blocks")
+            blocks = _stacked(cfg, isinstance(cache, Cache))(cfg, return_kv, name="blocks")
             x, kv = blocks(x, layers, rope, layout, replayed)
         else:
             x, kv = self._unrolled(x, cache, (rope, layout, replayed), return_kv)
         hidden = gather(RMSNorm(cfg, name="final_norm")(x))
-        if cache is None:
+        if not isinstance(cache, Cache):
             return hidden, kv
         if cfg.layers == "scan":
             return hidden, cache.append(layout.time, *kv)  # type: ignore[union-attr]
         return hidden, dataclasses.replace(cache, recent_k=kv[0], recent_v=kv[1])
 
-    def _unrolled(self, x, cache: Cache | None, inputs: tuple, return_kv: bool):
+    def _unrolled(self, x, cache: Cache | Pool | None, inputs: tuple, return_kv: bool):
         """Layer by layer: parameters, cache and keys and values come and go as one tree a layer (`unstack_layers`)."""
         (rope, layout, replayed), outputs = inputs, []
         for i in range(self.cfg.n_layers):
             own: Any = None
-            if cache is not None:
+            if isinstance(cache, Pool):
+                own = Pool(cache.k[i], cache.v[i])
+            elif cache is not None:
                 pool = Pool(cache.pool.k[i], cache.pool.v[i])
                 own = LayerCache(pool, None, cache.recent_k[i], cache.recent_v[i])
             block = _rematerialised(self.cfg)(self.cfg, return_kv, name=f"block_{i}")

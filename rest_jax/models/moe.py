@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Integer, UInt
 
 from rest_jax.distributed import BATCH_AXES, num_data_shards, scatter_sum
-from rest_jax.models.cache import DecodeLayout, RowLayout
+from rest_jax.models.cache import Layout, RowLayout
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.products import float32_einsum
 from rest_jax.models.remat import checkpoint, keep
@@ -98,9 +98,7 @@ def compact(chosen: Int[Array, "L *B k"], cfg: DecoderConfig) -> UInt[Array, "*B
     return jnp.moveaxis(chosen, 0, -2).astype(dtype)
 
 
-def record(
-    routing: Routing, valid: Bool[Array, "B T"], layout: RowLayout | DecodeLayout
-) -> RouterRecord:
+def record(routing: Routing, valid: Bool[Array, "B T"], layout: Layout) -> RouterRecord:
     """What a router did with the tokens that are no padding."""
     chosen, p = routing.chosen, routing.probability
     took, own = (
@@ -119,7 +117,7 @@ def record(
     )
 
 
-def _balance(took, p, layout: RowLayout | DecodeLayout):
+def _balance(took, p, layout: Layout):
     """float32 [B]: sum_t u_t E sum_e f_e p_te, f the share of the tokens of t's completion that went to e; u the weights."""
     if not isinstance(layout, RowLayout) or layout.balance is None:
         return jnp.zeros(p.shape[0])

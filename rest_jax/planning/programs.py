@@ -341,7 +341,7 @@ def rollout_programs(setup: Setup, rollout: Rollout) -> dict[str, Program]:
         ),
         Program(
             "prefill",
-            lambda: _lower_on(mesh, engine.prefill, weights, state, given[0]),
+            lambda: _lower_on(mesh, engine.prefill, weights, state, given[0], None),
             own | cache,
             trained,
             attention_trips(policy.config, until),

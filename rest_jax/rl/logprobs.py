@@ -41,14 +41,18 @@ def truncate(logits: Float[Array, "*B V"], sampling: Sampling) -> Float[Array, "
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = jax.lax.top_k(jax.lax.stop_gradient(logits), sampling.top_k)[0][..., -1:]
         logits = jnp.where(logits >= kth, logits, NEG_INF)
-    if sampling.top_p < 1:
-        ordered = jax.lax.stop_gradient(jnp.flip(jnp.sort(logits, axis=-1), axis=-1))
-        p = jax.nn.softmax(ordered, axis=-1)
-        # The word that crosses the threshold is kept.
-        kept = jnp.cumsum(p, axis=-1) - p < sampling.top_p
-        threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits >= threshold, logits, NEG_INF)
-    return logits
+    return nucleus(logits, sampling.top_p) if sampling.top_p < 1 else logits
+
+
+def nucleus(
+    logits: Float[Array, "*B V"], top_p: float | Float[Array, "*B 1"]
+) -> Float[Array, "*B V"]:
+    """Cuts out what lies beyond the likeliest words that hold `top_p` of the probability; the word that crosses it stays in."""
+    ordered = jax.lax.stop_gradient(jnp.flip(jnp.sort(logits, axis=-1), axis=-1))
+    p = jax.nn.softmax(ordered, axis=-1)
+    kept = jnp.cumsum(p, axis=-1) - p < top_p
+    threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= threshold, logits, NEG_INF)
 
 
 def entropy_and_gini(logits: Float[Array, "*B V"]) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:

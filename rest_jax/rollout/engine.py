@@ -1,8 +1,9 @@
 """The rollout on the device: pure, jitted functions over a fixed set of decode slots, which `scheduler.py` calls.
 
-    prefill(params, state, rows)              -> DecodeState, routes  runs a row of prompts a data shard, writes their pages
+    prefill(params, state, rows, prefix)      -> DecodeState, routes  runs a row of prompts a data shard, writes their pages
     decode(params, state, call, rng, step)    -> DecodeState, Drawn   draws up to `page` tokens in every decode slot
     keep(slots, members, kept)                -> Slots, members       fewer decode slots
+    resize(state, slots, entries)             -> Slots, members, prompt_length, prompt_hidden   other numbers of both
 
 A data shard is one part of the batch axes of the mesh. It has a pool of pages, Q prompt cache entries and N decode slots of its
 own, so that nothing but the loop condition crosses shards. Which pages hold what, the scheduler says with every call; a decode
@@ -35,6 +36,7 @@ from rest_jax.models.cache import (
     PagedKeys,
     PageTable,
     Pool,
+    PrefixedRows,
     RowLayout,
     is_stacked,
 )
@@ -47,7 +49,14 @@ from rest_jax.models.decoder import (
 )
 from rest_jax.models.moe import compact
 from rest_jax.models.paged_attention import gather_pages, list_visits
-from rest_jax.rollout.sampling import draw, row_keys, uniforms
+from rest_jax.rollout.sampling import (
+    RequestSampling,
+    draw,
+    draw_each,
+    likeliest,
+    row_keys,
+    uniforms,
+)
 from rest_jax.types import AnyArray, Params, Sampling
 
 PAGE = 64  # tokens of a page, and those that one call of `decode` draws at most in a decode slot
@@ -84,7 +93,7 @@ class RolloutSettings:
     max_tokens: int  # Tr: response tokens, the stop id included
     stop_ids: tuple[int, ...]
     pad_id: int
-    sampling: Sampling
+    sampling: Sampling | None  # None: each request says
     decode_slots: int = 128
     # None: four times what complete groups need, so that a group's last responses keep no slot waiting
     prompt_cache_entries: int | None = None
@@ -92,6 +101,7 @@ class RolloutSettings:
     cache_tokens: int | None = None
     page: int = PAGE
     record_routes: bool = False  # the experts of every token, for replay
+    listed: int = 0  # likeliest words that are listed with a token, where a request wants them
 
     def sizes(self, groups: int, prompt_tokens: int) -> Sizes:
         """Of a data shard that has `groups` groups to sample, with prompts of `prompt_tokens` at most."""
@@ -131,6 +141,7 @@ class Slots:
     member: Int[Array, "W N"]  # int32: number of the response in its group
     index: Int[Array, "W N"]  # int32: tokens drawn
     limit: Int[Array, "W N"]  # int32: tokens of a slot's response at most
+    sampling: RequestSampling | None = None  # [W N]
 
 
 class PromptRows(NamedTuple):
@@ -142,7 +153,15 @@ class PromptRows(NamedTuple):
     page: Int[AnyArray, "W B"]  # where each page of the row goes; P: nowhere
     entry: Int[AnyArray, "W E"]  # Q: there is no such prompt
     last: Int[AnyArray, "W E"]  # of the row: the prompt's last token
-    length: Int[AnyArray, "W E"]
+    length: Int[AnyArray, "W E"]  # of the prompt, what its pages hold already included
+
+
+class Prefix(NamedTuple):
+    """What the prompts of a row continue: pages with the keys and values of their first tokens."""
+
+    table: PageTable  # [W 1 M]: of all prompts of the row
+    owner: Int[AnyArray, "W M"]  # whose page it is: an index of the row's prompts
+    prompt: Int[AnyArray, "W T"]  # whose token it is
 
 
 class Requests(NamedTuple):
@@ -153,6 +172,7 @@ class Requests(NamedTuple):
     row: Int[AnyArray, "W M"]
     sample: Int[AnyArray, "W M"]
     limit: Int[AnyArray, "W M"]
+    sampling: RequestSampling | None = None  # [W M]
 
 
 class DecodeCall(NamedTuple):
@@ -178,6 +198,8 @@ class Drawn(NamedTuple):
     entropy: Float[AnyArray, "W page N"]
     gini: Float[AnyArray, "W page N"]
     routes: Any  # UInt [W page N L k], if they are recorded
+    # the likeliest words, Int [W page N listed], and their log-probs; None: no request wants them
+    likeliest: tuple[Int[AnyArray, "W page N k"], Float[AnyArray, "W page N k"]] | None
     # on every process
     running: Int[AnyArray, "W N"]  # owners after the call
     # the step at which the slot's response began, if in this call; else 0
@@ -188,9 +210,10 @@ class Drawn(NamedTuple):
 
 
 def empty_state(
-    cfg: DecoderConfig, group_size: int, page: int, shards: int, sizes: Sizes
+    cfg: DecoderConfig, settings: RolloutSettings, shards: int, sizes: Sizes
 ) -> DecodeState:
     """A state without prompts or responses."""
+    group_size, page = settings.group_size, settings.page
     slot = jnp.zeros((shards, sizes.slots), jnp.int32)
     entries = (shards, sizes.entries)
     pool = Pool(*(empty_pages(cfg, shards, sizes.pages, page) for _ in "kv"))
@@ -207,6 +230,7 @@ def empty_state(
             member=slot,
             index=slot,
             limit=slot,
+            sampling=None if settings.sampling else RequestSampling.plain(slot.shape),
         ),
     )
 
@@ -223,32 +247,39 @@ def prefill(
     params: Params,
     state: DecodeState,
     rows: PromptRows,
+    prefix: Prefix | None = None,
     *,
     decoder: Decoder,
     settings: RolloutSettings,
 ) -> tuple[DecodeState, Any]:
     """Runs the prompts through the trunk and puts them into their pages and entries. With them the experts of their tokens,
-    UInt [W T L k], if they are recorded.
+    UInt [W T L k], if they are recorded. With `prefix`, the row holds only what comes behind it.
     """
     with jax.named_scope("prefill"):
         width = rows.tokens.shape[1]
-        layout = RowLayout(rows.until, width * (width + 1) // 2)
+        layout: Any = RowLayout(rows.until, width * (width + 1) // 2)
+        pages = None
+        if prefix is not None:
+            read = prefix.table.rows(settings.page)[:, 0]
+            owner = jnp.repeat(prefix.owner, settings.page, axis=1)
+            layout = PrefixedRows(rows.until, prefix.prompt, jnp.where(read, owner, NOBODY))
+            pages = Pool(*(gather_pages(layers, prefix.table) for layers in state.pool))
         hidden, (k, v), router = apply_routed(
-            decoder, params, rows.tokens, rows.position, layout, return_kv=True
+            decoder, params, rows.tokens, rows.position, layout, pages, return_kv=True
         )
         last = jnp.take_along_axis(hidden, rows.last[..., None], axis=1)
         routes = None
         if router is not None and settings.record_routes:
             routes = compact(router.chosen, decoder.cfg)
 
-    def pages(x):  # [W T K H] -> [W T/S K S H], of all layers or of one
+    def by_page(x):  # [W T K H] -> [W T/S K S H], of all layers or of one
         heads = x.shape[-2:]
         x = x.reshape(*x.shape[:-3], -1, settings.page, *heads)
         return jnp.swapaxes(x, -3, -2)
 
     with jax.named_scope("insert"):
         shard = jnp.arange(rows.entry.shape[0])[:, None]
-        k, v = jax.tree.map(pages, (k, v))
+        k, v = jax.tree.map(by_page, (k, v))
         return dataclasses.replace(
             state,
             pool=state.pool.write(rows.page, k, v),
@@ -270,8 +301,8 @@ def start(
     at = jnp.minimum(at, call.queue.owner.shape[1] - 1)
 
     def begin() -> tuple[Slots, jax.Array]:
-        owner, entry, _, sample, limit = (
-            jnp.where(new, jnp.take_along_axis(x, at, axis=1), 0) for x in call.queue
+        owner, entry, _, sample, limit, sampling = jax.tree.map(
+            lambda x: jnp.take_along_axis(x, at, axis=1), call.queue
         )
         shard, slot = jnp.indices(new.shape)
         nowhere = jnp.where(new, entry, members.shape[1])  # not new: out of bounds, dropped
@@ -283,6 +314,7 @@ def start(
             member=sample,
             index=jnp.zeros_like(entry),
             limit=limit,
+            sampling=sampling,
         )
         begun = jax.tree.map(
             lambda x, old: jnp.where(new.reshape(*new.shape, *(1,) * (x.ndim - 2)), x, old),
@@ -317,11 +349,14 @@ def decode(
     owner = jnp.where(call.running, state.slots.owner, NOBODY)
     state = dataclasses.replace(state, slots=dataclasses.replace(state.slots, owner=owner))
     number, statistic = (jnp.zeros((settings.page, *shape), t) for t in (jnp.int32, jnp.float32))
-    out = {"owner": number + NOBODY, "index": number, "token": number}
+    out: dict[str, Any] = {"owner": number + NOBODY, "index": number, "token": number}
     out |= {"logp": statistic, "entropy": statistic, "gini": statistic}
     if settings.record_routes:
         routes = token_routes(cfg)
         out["routes"] = jnp.zeros((*number.shape, *routes.shape), routes.dtype)
+    if settings.listed:
+        words = jnp.zeros((*number.shape, settings.listed))
+        out["likeliest"] = words.astype(jnp.int32), words
     read, recent = _beginning(state.pool, call, cfg, settings.page)
     first_row = 0 if cfg.reads_pages else call.responses.page.shape[-1] * settings.page
     row = jnp.arange(settings.page)
@@ -345,10 +380,14 @@ def decode(
             scores = logits(params, cfg, slots.hidden)
         with jax.named_scope("draw"):
             uniform = uniforms(slots.key, slots.index)
-            drawn = draw(scores, uniform, settings.sampling)
+            if settings.sampling is not None:
+                drawn = draw(scores, uniform, settings.sampling)
+            else:
+                assert slots.sampling is not None
+                drawn = draw_each(scores, uniform, slots.sampling)
         stopped = jnp.isin(drawn[0], jnp.array(settings.stop_ids, jnp.int32))
         stopped = stopped | (slots.index + 1 >= slots.limit)
-        made = dict(zip(("token", "logp", "entropy", "gini"), drawn, strict=True))
+        made: dict[str, Any] = dict(zip(("token", "logp", "entropy", "gini"), drawn, strict=True))
         made |= {"owner": slots.owner, "index": slots.index}
         with jax.named_scope("trunk"):
             length = jnp.take_along_axis(state.prompt_length, slots.entry, axis=1)
@@ -376,13 +415,17 @@ def decode(
         if settings.record_routes:
             assert router is not None  # only models with experts are asked to
             made["routes"] = compact(router.chosen, cfg)
+        if settings.listed:
+            assert slots.sampling is not None
+            wanted = jnp.any(slots.sampling.lists & alive)
+            made["likeliest"] = likeliest(scores, settings.listed, wanted)
         progress = {
             "begin": begin,
             "earlier": earlier,
             "started": progress["started"] + jnp.sum(new, axis=1, dtype=jnp.int32),
             "tokens": progress["tokens"] + jnp.sum(alive, axis=1, dtype=jnp.int32),
         }
-        out = {name: x.at[t].set(made[name]) for name, x in out.items()}
+        out = jax.tree.map(lambda x, new: x.at[t].set(new), out, made)
         owner = jnp.where(stopped, NOBODY, slots.owner)
         slots = dataclasses.replace(slots, owner=owner, hidden=hidden, index=slots.index + 1)
         state = dataclasses.replace(state, slots=slots, members=members)
@@ -394,11 +437,12 @@ def decode(
         first = (jnp.int32(0), state, recent, progress, out)
         steps, state, recent, progress, out = jax.lax.while_loop(unfinished, decode_step, first)
     with jax.named_scope("insert"):
-        pages = jnp.where(state.slots.owner != NOBODY, call.next_page, num_pages(state.pool))
+        # those of responses that have ended, too: a later prompt may begin with them
         last = jax.tree.map(lambda x: x[..., -settings.page :, :], recent)
-        state = dataclasses.replace(state, pool=state.pool.write(pages, *last))
+        state = dataclasses.replace(state, pool=state.pool.write(call.next_page, *last))
+    drawn = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), out)
     return state, Drawn(
-        **{"routes": None} | {name: jnp.moveaxis(x, 0, 1) for name, x in out.items()},
+        **{"routes": None, "likeliest": None} | drawn,
         running=state.slots.owner,
         begin=progress["begin"],
         started=progress["started"],
@@ -443,6 +487,23 @@ def keep(
     return jax.tree.map(take, slots), members
 
 
+@jax.named_scope("resize")
+def resize(
+    state: DecodeState, kept: Int[Array, "W M"], entries: Int[Array, "W R"]
+) -> tuple[Slots, Int[Array, "W R 1"], Int[Array, "W R"], Float[Array, "W R D"]]:
+    """Keeps the given decode slots and prompt cache entries, in the given order: slots, members, prompt_length, prompt_hidden."""
+
+    def take(x):
+        return jax.vmap(lambda part, index: part[index])(x, entries)
+
+    slots, members = keep(state.slots, state.members, kept)
+    old, new = state.prompt_length.shape[1], jnp.arange(entries.shape[1])
+    renumbered = jax.vmap(lambda entries: jnp.zeros(old, jnp.int32).at[entries].set(new))(entries)
+    entry = jnp.take_along_axis(renumbered, slots.entry, axis=1)
+    slots = dataclasses.replace(slots, entry=entry)
+    return slots, *(take(x) for x in (members, state.prompt_length, state.prompt_hidden))
+
+
 class Engine(NamedTuple):
     """The jitted functions. Arrays that lead with W are split over data shards; `prefill` and `decode` donate the state."""
 
@@ -450,6 +511,7 @@ class Engine(NamedTuple):
     prefill: Callable[..., tuple[DecodeState, Any]]
     decode: Callable[..., tuple[DecodeState, Drawn]]
     keep: Callable[..., tuple[Slots, jax.Array]]
+    resize: Callable[..., tuple[Slots, jax.Array, jax.Array, jax.Array]]
     state_shardings: DecodeState
     num_shards: int
     gathers: bool  # pages: the fewer columns the tables have, the less `decode` does
@@ -459,20 +521,21 @@ class Engine(NamedTuple):
 def make_engine(decoder: Decoder, settings: RolloutSettings, mesh: Mesh) -> Engine:
     """jit of the functions above on a mesh; weights are in the rollout layout."""
     cfg, shards = decoder.cfg, num_data_shards(mesh)
-    empty = functools.partial(empty_state, cfg, settings.group_size, settings.page, shards)
+    empty = functools.partial(empty_state, cfg, settings, shards)
     abstract = jax.eval_shape(lambda: empty(Sizes(1, 1, 1, 1, 1)))
     rows, copied = batch_sharding(mesh), replicated(mesh)
     state: Any = jax.tree.map(lambda _: rows, abstract)
     pool = jax.tree.map(lambda x: cache_sharding(x, mesh), abstract.pool)
     state = dataclasses.replace(state, pool=pool)
     params = param_shardings(cfg, mesh, layout="rollout")
-    drawn: Any = Drawn(*(rows,) * 7, *(copied,) * 5)
+    by_shard: Any = (rows,) * 8
+    drawn = Drawn(*by_shard, *(copied,) * 5)
     fixed = {"decoder": decoder, "settings": settings}
     return Engine(
         empty_state=jax.jit(empty, static_argnums=0, out_shardings=state),
         prefill=jax.jit(
             functools.partial(prefill, **fixed),
-            in_shardings=(params, state, rows),
+            in_shardings=(params, state, rows, rows),
             out_shardings=(state, rows),
             donate_argnums=1,
         ),
@@ -483,6 +546,7 @@ def make_engine(decoder: Decoder, settings: RolloutSettings, mesh: Mesh) -> Engi
             donate_argnums=1,
         ),
         keep=jax.jit(keep, in_shardings=rows, out_shardings=rows),
+        resize=jax.jit(resize, in_shardings=(state, rows, rows), out_shardings=rows),
         state_shardings=state,
         num_shards=shards,
         gathers=not cfg.reads_pages,

@@ -8,15 +8,31 @@ block of the vocabulary, the second a word in it. It needs neither a sort of the
 number for every word, and reaches words that are rarer than the resolution of one float32 number.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from rest_jax.rl.logprobs import entropy_and_gini, truncate
-from rest_jax.types import Sampling
+from rest_jax.rl.logprobs import entropy_and_gini, nucleus, truncate
+from rest_jax.types import AnyArray, Sampling
 
 _BLOCK = 128  # words that the second number chooses among
 _LIGHT = 2.0**-16  # share of the total below which a weight is summed before the others
+
+
+class RequestSampling(NamedTuple):
+    """The distributions from which requests want to be drawn."""
+
+    temperature: Float[AnyArray, "*B"]  # float32; 0: greedy
+    top_p: Float[AnyArray, "*B"]  # float32; 1: full support
+    lists: Bool[AnyArray, "*B"]  # the likeliest words are wanted
+
+    @classmethod
+    def plain(cls, shape: tuple[int, ...]) -> "RequestSampling":
+        """The model's own distribution."""
+        return cls(np.ones(shape, np.float32), np.ones(shape, np.float32), np.zeros(shape, bool))
 
 
 def row_keys(
@@ -57,6 +73,39 @@ def draw(
     token = _first_maximum(shifted) if sampling.greedy else _draw_word(weight, uniform)
     chosen = jnp.take_along_axis(shifted, token[..., None], axis=-1)[..., 0]
     return token, chosen - jnp.log(total), entropy, gini
+
+
+def draw_each(
+    logits: Float[Array, "*B V"], uniform: Float[Array, "*B 2"], sampling: RequestSampling
+) -> tuple[Int[Array, "*B"], Float[Array, "*B"], Float[Array, "*B"], Float[Array, "*B"]]:
+    """As `draw`, every row from its own distribution; logp is that of the model's, at temperature 1 and with full support."""
+    logits = logits.astype(jnp.float32)
+    entropy, gini = entropy_and_gini(logits)
+    greedy = sampling.temperature == 0
+    scaled = logits / jnp.where(greedy, 1.0, sampling.temperature)[..., None]
+    cut = jnp.any((sampling.top_p < 1) & ~greedy)
+    kept = jax.lax.cond(cut, lambda x: nucleus(x, sampling.top_p[..., None]), lambda x: x, scaled)
+    shifted = kept - jnp.max(kept, axis=-1, keepdims=True)
+    token = jnp.where(greedy, _first_maximum(shifted), _draw_word(jnp.exp(shifted), uniform))
+    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+    return token, chosen - jax.nn.logsumexp(logits, axis=-1), entropy, gini
+
+
+def likeliest(
+    logits: Float[Array, "*B V"], count: int, wanted: Bool[Array, ""]
+) -> tuple[Int[Array, "*B k"], Float[Array, "*B k"]]:
+    """The `count` likeliest words, the first one first, and their log-probs (float32 nats); zeros if not wanted."""
+
+    def find(x):
+        x = x.astype(jnp.float32)
+        values, words = jax.lax.top_k(x, count)
+        return words, values - jax.nn.logsumexp(x, axis=-1, keepdims=True)
+
+    def nothing(x):
+        zeros = jnp.zeros((*x.shape[:-1], count))
+        return zeros.astype(jnp.int32), zeros
+
+    return jax.lax.cond(wanted, find, nothing, logits)
 
 
 def _draw_word(weight: Float[Array, "*B V"], uniform: Float[Array, "*B 2"]) -> Int[Array, "*B"]:

@@ -239,7 +239,7 @@ class _Rollout:
         rows = to_mesh(
             PromptRows(tokens, until, position, pages, entries, last, lengths), self.mesh
         )
-        self.state, routes = self.engine.prefill(self.params, self.state, rows)
+        self.state, routes = self.engine.prefill(self.params, self.state, rows, None)
         self.stats.prefill_calls += 1
         self.stats.prefill_positions += len(self.shards) * width
         if self.engine.routes is not None:
@@ -305,7 +305,7 @@ class _Rollout:
         queued = np.array([len(shard.unstarted) for shard in own], np.int32)
         enough = np.full(len(own), self.enough(), np.int32)
         return DecodeCall(
-            Requests(*queue),
+            Requests(*queue, sampling=None),
             queued,
             PageTable(*prompts),
             PageTable(*responses),

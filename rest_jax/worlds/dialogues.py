@@ -61,7 +61,7 @@ class Dialogues:
         if not len(reply.ids) and not dialogue.turns:
             raise UserError(
                 f"dialogue {key}: its first prompt has {reply.prompt_tokens:,} tokens, which leaves no room for a completion; "
-                "use a model with more positions (max_position_embeddings)"
+                "raise rollout.cache_tokens, or use a model with more positions (max_position_embeddings)"
             )
         dialogue.truncated = dialogue.truncated or reply.truncated
         if len(reply.ids):

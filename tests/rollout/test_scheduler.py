@@ -557,7 +557,7 @@ class FakeEngine:
 
     def engine(self) -> Engine:
         steps = (self.empty_state, self.prefill, self.decode, self.keep)
-        return Engine(*steps, None, self.shards, self.gathers)  # type: ignore[arg-type]
+        return Engine(*steps, None, None, self.shards, self.gathers)  # type: ignore[arg-type]
 
     def empty_state(self, sizes: Sizes):
         self.sizes = sizes
@@ -576,7 +576,7 @@ class FakeEngine:
         assert len(set(used)) == len(used), "a page is used twice"
         return used
 
-    def prefill(self, params, state, rows: PromptRows):
+    def prefill(self, params, state, rows: PromptRows, prefix: None):
         rows = jax.tree.map(np.asarray, rows)
         width = rows.tokens.shape[1]
         assert rows.page.shape[1] * self.page == width and (rows.entry < self.sizes.entries).any()
@@ -695,7 +695,7 @@ class FakeEngine:
         self.drawn, self.steps, self.calls = (
             self.drawn + tokens.sum(), self.steps + t * alive.size, self.calls + 1)  # fmt: skip
         numbers = [made[2].astype(np.float32) + i for i in range(3)]
-        out = Drawn(*made, *numbers, None, owners, begin, started, tokens, np.int32(t))
+        out = Drawn(*made, *numbers, None, None, owners, begin, started, tokens, np.int32(t))
         return jax.tree.map(jnp.asarray, out)
 
     def finish(self, w: int, n: int) -> None:
