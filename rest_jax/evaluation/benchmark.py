@@ -51,6 +51,7 @@ from rest_jax.files import (
 from rest_jax.models.policy import Policy, check_positions
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.rollout.cast import rollout_cast
+from rest_jax.rollout.requests import make_stream
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import truncated
 from rest_jax.run import checkpoint
@@ -261,17 +262,15 @@ def _answer_all(
     source: Source, encoder: Encoder, policy: Policy, config: Config, sampling: Sampling
 ) -> float:
     """Answers every query of a source; the seconds that it took."""
-    from rest_jax.rollout.requests import make_stream
-
     r = config.rollout
+    stream = make_stream(policy, r)
     settings = Settings(
         max_tokens=r.max_response_tokens,
-        max_length=policy.config.max_positions,
+        max_length=min(policy.config.max_positions, stream.room),
         temperature=0.0 if sampling.greedy else sampling.temperature,
         top_p=sampling.top_p,
         seed=config.seed,
     )
-    stream = make_stream(policy, r)
     begun = time.monotonic()
     answer_all(source, stream, encoder, settings)
     return time.monotonic() - begun
