@@ -87,6 +87,8 @@ class Version:
         ]
         if names := found["known"]["unsatisfiable"]:
             lines.append(f"no answer is right, by the judge, for {', '.join(names)}")
+        if found["resumed"]:
+            lines.append(f"{found['resumed']} entries were answered before")
         if failed := [item["id"] for item in found["items"] if item["error"]]:
             lines.append(f"{len(failed)} entries were broken off, such as {failed[0]}")
         if found["network"] is not None:
@@ -312,6 +314,7 @@ def result(source: Bfcl) -> dict[str, Any]:
         "release": version.release,
         "template": source.template,
         "network": source.started["network"],
+        "resumed": source.started["answered"],
         "prompts_sha256": source.started["sha256"],
         "known": {"unsatisfiable": [name for name in UNSATISFIABLE if name in asked]},
         "figures": figures(version, {name: _count(score) for name, score in scores.items()}),

@@ -272,7 +272,7 @@ def test_what_was_answered_is_not_asked_again(tmp_path):
     assert wrong(result) == set()
     asked.clear()
     again = run(V3, tmp_path, model, **some)
-    assert not asked and again == result
+    assert not asked and again == result | {"resumed": 10}
     more = run(V3, tmp_path, model, categories="simple", limit=6)
     assert asked == ["simple_5"] and len(more["items"]) == 6
     assert all(len(item["completions"]) == 1 and item["tokens"] == 3 for item in more["items"])
