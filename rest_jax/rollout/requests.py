@@ -107,8 +107,8 @@ class Stream:
 
     @property
     def room(self) -> int:
-        """Tokens that a prompt with its completion may have."""
-        return self._pages * self.settings.page
+        """Tokens that a prompt and its completion may have, wherever pages begin in them."""
+        return (self._pages - 2) * self.settings.page
 
     def submit(self, request: Request) -> int:
         """Takes a request; returns its number. ValueError if it is longer than the pages, or empty."""

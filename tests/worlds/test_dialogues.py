@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from rest_jax.errors import UserError
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Call, Target
 from rest_jax.worlds.dialogues import Dialogues
@@ -32,15 +33,23 @@ def test_as_many_are_open_as_may_be_and_each_is_asked_once():
     source = Dialogues(Shop, TASKS, at_once=2, show=lambda *said: told.append(said))
     first, second, third = TASKS
     assert asked(source).keys() == {first, second} and asked(source) == {}
-    source.reply(second, reply("Done.", tokens=3))
-    while second not in source.finished:
-        source.reply(second, reply("Done.", tokens=0))
+    source.reply(first, reply("Done.", tokens=3))  # the customer has another request
+    assert asked(source).keys() == {first}
+    source.reply(first, reply("", tokens=0))  # no room is left
     assert asked(source).keys() == {third}
-    for key in (first, third):
-        source.reply(key, reply("", tokens=0))
+    for key in (second, third):
+        while key not in source.finished:
+            source.reply(key, reply("Done."))
     assert source.poll(block=True) is None
     assert [done for done, _ in told] == [1, 2, 3]
     assert told[0][1] == "1 turns, 3 tokens"
+
+
+def test_a_first_prompt_without_room_is_refused():
+    source = Dialogues(Shop, TASKS, at_once=1)
+    (key,) = asked(source)
+    with pytest.raises(UserError, match=rf"^dialogue {key}: its first prompt has 9 tokens, "):
+        source.reply(key, reply("", tokens=0))
 
 
 def test_results_stand_behind_their_calls():
