@@ -222,6 +222,10 @@ def _prompts(config: Config, name: str, options: Options) -> Iterator[Measure]:
     yield measure
 
 
+# A tokenizer that makes no prompts is known before anything is asked.
+_GREETING = StepRecord("", "", (), ({"role": "user", "content": "Hello"},), Target())
+
+
 @contextlib.contextmanager
 def _entries(config: Config, name: str, options: Options) -> Iterator[Measure]:
     """How BFCL measures a policy."""
@@ -231,8 +235,9 @@ def _entries(config: Config, name: str, options: Options) -> Iterator[Measure]:
 
         def measure(policy: Policy, sampling: Sampling, answers: pathlib.Path) -> dict[str, Any]:
             template = config.data.template
-            source.begin(answers, template, config.rollout.decode_slots)
             encoder = Encoder(policy.tokenizer, bfcl.template(template))
+            encoder([_GREETING])
+            source.begin(answers, template, config.rollout.decode_slots)
             seconds = _answer_all(source, encoder, policy, config, sampling)
             return _speed(seconds, source.tokens) | scored_dialogues(source)
 
@@ -407,12 +412,13 @@ def describe(result: Mapping[str, Any]) -> str:
         for score in scores:
             found = result["rates"][score][group]
             rows[-1] += [f"{found['rate']:.1%}", f"{found['low']:.1%} to {found['high']:.1%}"]
-    tokens, cut = sum(x["tokens"] for x in items), sum(x["truncated"] for x in items)
+    drawn = round(result["seconds"] * result["tokens_per_second"])
+    cut = sum(x["truncated"] for x in items)
     return "\n".join(
         [
             summary_table(rows),
             *BENCHMARKS[result["benchmark"]].describe(result),
-            f"{tokens:,} tokens in {result['seconds']:.0f} s, {result['tokens_per_second']:.1f} tokens/s; "
+            f"{drawn:,} tokens in {result['seconds']:.0f} s, {result['tokens_per_second']:.1f} tokens/s; "
             f"{cut} completions cut at {result['sampling']['max_response_tokens']} tokens",
         ]
     )

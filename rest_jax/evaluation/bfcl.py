@@ -60,8 +60,6 @@ class Version:
     simple: tuple[str, ...]  # its categories of one call in Python, Java, JavaScript
     # categories of it that are not run, and why
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    # entries whose truth, as the data has it, the judge itself takes for wrong
-    unsatisfiable: tuple[str, ...] = ()
 
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:
@@ -89,6 +87,8 @@ class Version:
         ]
         if names := found["known"]["unsatisfiable"]:
             lines.append(f"no answer is right, by the judge, for {', '.join(names)}")
+        if found["resumed"]:
+            lines.append(f"{found['resumed']} entries were answered before")
         if failed := [item["id"] for item in found["items"] if item["error"]]:
             lines.append(f"{len(failed)} entries were broken off, such as {failed[0]}")
         if found["network"] is not None:
@@ -105,13 +105,15 @@ VERSIONS = {
             "2026.3.23",
             ("simple_python", "simple_java", "simple_javascript"),
             _AGENTIC,
-            (
-                *("live_simple_106-63-0", "live_simple_112-68-0"),
-                *("live_multiple_862-181-3", "live_multiple_964-207-0"),
-            ),
         ),
     )
 }
+# Entries of both versions for which the judge takes no answer for right: it wants a list where it refuses every list, a parameter
+# that the truth does not have, or refuses one that it has.
+UNSATISFIABLE = (
+    *("live_simple_106-63-0", "live_simple_112-68-0"),
+    *("live_multiple_862-181-3", "live_multiple_964-207-0"),
+)
 
 
 def chosen(version: Version, names: str | None) -> list[str]:
@@ -153,6 +155,7 @@ class Bfcl:
         self.started: dict[str, Any] = {}  # what the process says of itself and the entries
         self.judged: dict[str, Any] = {}  # what it says at the end
         self.tokens = 0  # drawn by now
+        self._tools: dict[str, tuple[Any, ...]] = {}  # of each entry, as they were told last
         self._stack = contextlib.ExitStack()
         python = find_python(venv, "bfcl_eval", version.requirement)
         command = [python, "-I", str(PROGRAM)]
@@ -206,8 +209,10 @@ class Bfcl:
             if message is None:
                 return queries
             if "key" in message:
-                query = Query(tuple(message["messages"]), tuple(message["tools"]))
-                queries.append((message["key"], query))
+                key = message["key"]
+                if "tools" in message:
+                    self._tools[key] = tuple(message["tools"])
+                queries.append((key, Query(tuple(message["messages"]), self._tools[key])))
             elif "answered" in message:
                 self._answered += message["answered"]
                 self._progress.update(self._answered, f"{self.tokens:,} tokens")
@@ -309,8 +314,9 @@ def result(source: Bfcl) -> dict[str, Any]:
         "release": version.release,
         "template": source.template,
         "network": source.started["network"],
+        "resumed": source.started["answered"],
         "prompts_sha256": source.started["sha256"],
-        "known": {"unsatisfiable": [name for name in version.unsatisfiable if name in asked]},
+        "known": {"unsatisfiable": [name for name in UNSATISFIABLE if name in asked]},
         "figures": figures(version, {name: _count(score) for name, score in scores.items()}),
         "leaderboard": source.judged["leaderboard"],
         "items": items,

@@ -1,9 +1,9 @@
 """The process of a BFCL evaluation: it has the package bfcl_eval and knows nothing of rest_jax, whose `bfcl.py` starts it.
 
 Lines of JSON. Out: {"package"}, its release. In: {"root", "categories", "limit", "functions", "at_once", "seconds"}. Out:
-{"entries", "sha256", "answered", "network"} or {"error"}; queries {"key", "messages", "tools"}. In: for each {"key", "message",
-"calls", "text", "tokens", "prompt_tokens", "truncated"} or {"key", "error"}. Out: {"answered"} for each entry that is done; at
-last {"scores", "leaderboard", "items"}.
+{"entries", "sha256", "answered", "network"} or {"error"}; queries {"key", "messages", "tools"}, without tools where they are
+those of the query before. In: for each {"key", "message", "calls", "text", "tokens", "prompt_tokens", "truncated"} or {"key",
+"error"}. Out: {"answered"} for each entry that is done; at last {"scores", "leaderboard", "items"}.
 
 Entries are asked by the package's `inference()`, those whose calls it executes in processes of their own, forked from this one;
 what was answered is kept in root/answers.jsonl and not asked again. The package's `eval_runner.main()` is the only judge. What a
@@ -62,19 +62,32 @@ def main() -> None:
         except ImportError as error:
             up.send(error=str(error))
             return
-        entries = [
-            entry for name in job["categories"] for entry in package.entries(name)[: job["limit"]]
-        ]
-        journal = Journal(root / "answers.jsonl", {entry["id"] for entry in entries})
+        found = (package.entries(name)[: job["limit"]] for name in job["categories"])
+        entries = by_key([entry for category in found for entry in category])
+        journal = Journal(root / "answers.jsonl", entries)
         up.send(
             entries=len(entries),
-            sha256=hashlib.sha256(json.dumps(entries).encode()).hexdigest(),
+            sha256=hashlib.sha256(json.dumps(list(entries.values())).encode()).hexdigest(),
             answered=len(journal.answers),
             network=network,
         )
         if ask_all(package, entries, journal, up, job):
             up.send(**judge(package, entries, journal.answers, root))
         os.chdir(root)
+
+
+def by_key(entries: list[dict]) -> dict[str, dict]:
+    """The entries by their ids; of those that have one id (two of v3 do) the later ones are told apart by a number. There is one
+    copy of each description of a function: a process is forked the faster, the less it has.
+    """
+    found: dict[str, dict] = {}
+    kept: dict[str, dict] = {}
+    for entry in entries:
+        entry["function"] = [kept.setdefault(json.dumps(f), f) for f in entry["function"]]
+        names = (f"{entry['id']}#{i}" for i in range(2, len(entries) + 2))
+        key = entry["id"] if entry["id"] not in found else next(n for n in names if n not in found)
+        found[key] = entry
+    return found
 
 
 def leave_network() -> str | None:
@@ -144,23 +157,23 @@ class Lines:
 
 
 class Journal:
-    """The answers of a job, kept in a file as they come. A line that was cut is as if it were not there."""
+    """The answers of a job by key, kept in a file as they come. A line that was cut is as if it were not there."""
 
-    def __init__(self, path: pathlib.Path, ids: set):
+    def __init__(self, path: pathlib.Path, entries: dict):
         self.path, self.answers = path, {}
         lines = path.read_bytes().split(b"\n") if path.exists() else []
         for line in lines[:-1]:
             with contextlib.suppress(ValueError):
                 answer = json.loads(line)
-                if answer["id"] in ids:
-                    self.answers[answer["id"]] = answer
+                if answer["key"] in entries:
+                    self.answers[answer["key"]] = answer
         if lines and lines[-1]:  # the line of an answer that was being written
             with path.open("ab") as file:
                 file.write(b"\n")
 
     def write(self, answer: dict) -> None:
         """Keeps an answer."""
-        self.answers[answer["id"]] = answer
+        self.answers[answer["key"]] = answer
         with self.path.open("a") as file:
             file.write(json.dumps(answer) + "\n")
 
@@ -337,16 +350,16 @@ def expression(call: dict) -> str:
 # --- entries ----------------------------------------------------------------------------------------------------------
 
 
-def ask_all(package: Package, entries: list[dict], journal: Journal, up: Lines, job: dict) -> bool:
+def ask_all(package: Package, entries: dict, journal: Journal, up: Lines, job: dict) -> bool:
     """Answers the entries that were not answered, dialogues of many turns first. False when the input has ended."""
-    waiting = [entry for entry in entries if entry["id"] not in journal.answers]
-    waiting.sort(key=has_turns)
-    asked: dict[str, dict] = {}  # the entries that wait for a reply, by id
+    waiting = [key for key in entries if key not in journal.answers]
+    waiting.sort(key=lambda key: has_turns(entries[key]))
+    asked: set[str] = set()  # that wait for a reply
     dialogues: dict[str, Lines] = {}  # of those that have a process
 
     def done(name: str, found: dict) -> None:
-        del asked[name]
-        journal.write({"id": name, **found})
+        asked.remove(name)
+        journal.write({"key": name, "id": entries[name]["id"], **found})
         up.send(answered=1)
 
     gc.freeze()  # a collection in a forked process would copy all memory
@@ -354,9 +367,9 @@ def ask_all(package: Package, entries: list[dict], journal: Journal, up: Lines, 
         selector.register(up.source, selectors.EVENT_READ)
         while waiting or asked:
             while waiting and len(asked) < job["at_once"]:
-                entry = waiting.pop()
-                name = entry["id"]
-                asked[name] = entry
+                name = waiting.pop()
+                entry = entries[name]
+                asked.add(name)
                 if has_turns(entry):
                     lines = dialogues[name] = start(package.handler, entry, job["seconds"])
                     selector.register(lines.source, selectors.EVENT_READ, name)
@@ -372,7 +385,9 @@ def ask_all(package: Package, entries: list[dict], journal: Journal, up: Lines, 
                             dialogues[name].send(**reply)
                         else:
                             # nothing is executed of a single turn
-                            done(name, answer(package.handler, asked[name], lambda *_, r=reply: r))
+                            done(
+                                name, answer(package.handler, entries[name], lambda *_, r=reply: r)
+                            )
                     continue
                 name, lines = key.data, dialogues[key.data]
                 message = lines.receive()
@@ -423,9 +438,12 @@ def start(handler: Any, entry: dict, seconds: int) -> Lines:
         lower(resource.RLIMIT_NPROC, 0)
         lower(resource.RLIMIT_CPU, seconds)
         lines = Lines(theirs.fileno(), theirs.fileno())
+        told: list[list] = []
 
         def ask(messages: list[dict], tools: list[dict]) -> dict:
-            lines.send(query={"messages": messages, "tools": tools})
+            new = {"tools": tools} if told != [tools] else {}  # most of the text of a dialogue
+            told[:] = [tools]
+            lines.send(query={"messages": messages} | new)
             return lines.receive() or os._exit(0)
 
         lines.send(**answer(handler, entry, ask))
@@ -460,33 +478,35 @@ def failed(reason: str, replies: list[dict]) -> dict:
 # --- the judge --------------------------------------------------------------------------------------------------------
 
 
-def judge(package: Package, entries: list[dict], answers: dict, root: pathlib.Path) -> dict:
+def judge(package: Package, entries: dict, answers: dict, root: pathlib.Path) -> dict:
     """The scores of the categories, the package's own table, and the items one by one."""
     for folder in (package.config.RESULT_PATH, package.config.SCORE_PATH):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    groups: dict[str, list[str]] = {}
-    for entry in entries:
-        groups.setdefault(entry["id"].rsplit("_", 1)[0], []).append(entry["id"])
-    ours = ("replies", "error")
-    kept = [{k: v for k, v in answers[entry["id"]].items() if k not in ours} for entry in entries]
-    package.handler.write(kept, package.config.RESULT_PATH)
-    package.judge(list(groups), set(answers))
-    scores, wrong = {}, set()
-    for category in groups:
+    ours = ("key", "replies", "error")
+    results = [{k: v for k, v in answers[key].items() if k not in ours} for key in entries]
+    package.handler.write(results, package.config.RESULT_PATH)
+    categories = list(dict.fromkeys(map(category_of, entries)))
+    package.judge(categories, {entry["id"] for entry in entries.values()})
+    scores, wrong = {}, []
+    for category in categories:
         (file,) = package.config.SCORE_PATH.rglob(f"*_v?_{category}_score.json")
-        head, *others = map(json.loads, file.read_text().strip("\n").split("\n"))
-        scores[category] = head
-        wrong |= {item["id"] for item in others}
+        scores[category], *others = map(json.loads, file.read_text().strip("\n").split("\n"))
+        wrong += [(item["id"], item["prompt"]["question"]) for item in others]
     with (package.config.SCORE_PATH / "data_overall.csv").open() as file:
         (leaderboard,) = csv.DictReader(file)
     items = [
-        {"id": name, "group": category, "correct": name not in wrong}
-        | {key: answers[name][key] for key in ours}
-        for category, names in groups.items()
-        for name in names
+        {"id": key, "group": category_of(key)}
+        | {"correct": (entry["id"], entry["question"]) not in wrong}
+        | {name: answers[key][name] for name in ("replies", "error")}
+        for key, entry in entries.items()
     ]
     return {"scores": scores, "leaderboard": leaderboard, "items": items}
+
+
+def category_of(key: str) -> str:
+    """The category of an entry."""
+    return key.rsplit("_", 1)[0]
 
 
 if __name__ == "__main__":

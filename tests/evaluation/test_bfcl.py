@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -19,10 +20,17 @@ import numpy as np
 import pytest
 
 from rest_jax import cli
+from rest_jax.data.tokenize import Encoder
 from rest_jax.errors import UserError
 from rest_jax.evaluation import bfcl, bfcl_child
-from rest_jax.evaluation.benchmark import describe, scored_dialogues
-from rest_jax.evaluation.bfcl import VERSIONS, Bfcl, chosen, figures
+from rest_jax.evaluation.benchmark import (
+    compare_results,
+    describe,
+    read_result,
+    scored_dialogues,
+)
+from rest_jax.evaluation.bfcl import UNSATISFIABLE, VERSIONS, Bfcl, chosen, figures
+from rest_jax.evaluation.dialogues import Settings, answer_all
 from rest_jax.tool_calls import Call, Target
 from rest_jax.worlds.records import Reply
 
@@ -65,14 +73,14 @@ class Truth:
         (self.data,) = venv_of(version).glob("lib/python*/site-packages/bfcl_eval/data")
         self.functions = template != "toolrl"
         prefix = version.name.replace("bfcl", "BFCL")
-        self.truths = {}
-        for file in (self.data / "possible_answer").glob(f"{prefix}_*.json"):
-            for line in file.read_text().splitlines():
-                truth = json.loads(line)
-                self.truths[truth["id"]] = truth["ground_truth"]
-        docs = (self.data / "multi_turn_func_doc").glob("*.json")
-        lines = (json.loads(line) for doc in docs for line in doc.read_text().splitlines())
-        self.parameters = {f["name"]: list(f["parameters"]["properties"]) for f in lines}
+        self.truths, self.required = {}, {}
+        for entry in self.lines(f"possible_answer/{prefix}_*.json"):
+            self.truths[entry["id"]] = entry["ground_truth"]
+        for entry in self.lines(f"{prefix}_*.json"):
+            for f in entry.get("function", ()):
+                self.required[entry["id"], f["name"]] = set(f["parameters"].get("required", ()))
+        docs = self.lines("multi_turn_func_doc/*.json")
+        self.parameters = {f["name"]: list(f["parameters"]["properties"]) for f in docs}
 
     def __call__(self, key, query) -> Target:
         if "irrelevance" in key:
@@ -82,17 +90,26 @@ class Truth:
             return Target(calls=(Call(tool.get("function", tool)["name"], {}),))
         truth = self.truths[key]
         if "multi_turn" not in key:
-            return Target(calls=tuple(self.single(call) for call in truth))
+            return Target(calls=tuple(self.single(key, call) for call in truth))
         turn = sum(message["role"] == "user" for message in query.messages) - 1
         if query.messages[-1]["role"] == "tool" or not truth[turn]:
             return NONE
         return Target(calls=tuple(self.written(text) for text in truth[turn]))
 
-    def single(self, call: dict) -> Call:
-        """A call of {name: {parameter: values that are right}}."""
+    def lines(self, pattern: str):
+        """The objects of files of the data that have one a line."""
+        for file in self.data.glob(pattern):
+            if "format_sensitivity" not in file.name:
+                yield from map(json.loads, file.read_text().splitlines())
+
+    def single(self, key: str, call: dict) -> Call:
+        """A call of {name: {parameter: values that are right}}; "" among them: it may be left out."""
         ((name, options),) = call.items()
-        name = name.replace(".", "_") if self.functions else name
-        return Call(name, right(options))
+        if (key, name) not in self.required:  # in one entry of v3 the truth has left out a part
+            ((_, name),) = (found for found in self.required if found[0] == key)
+        needed = self.required[key, name]
+        said = {k: v for k, v in options.items() if k in needed or "" not in v}
+        return Call(name.replace(".", "_") if self.functions else name, right(said))
 
     def written(self, text: str) -> Call:
         """A call in Python."""
@@ -104,16 +121,18 @@ class Truth:
 
 
 def right(options: dict) -> dict:
-    """Of each parameter the first right value; none of those that may be left out."""
-    return {name: value(v) for name, values in options.items() for v in values[:1] if v != ""}
+    """Of each parameter the first right value that is not empty. Deep inside, some have no list of them."""
+    found = {}
+    for name, values in options.items():
+        listed = values if values and isinstance(values, list) else [values]
+        found[name] = value(next((option for option in listed if option != ""), listed[0]))
+    return found
 
 
 def value(option):
     if isinstance(option, dict):
         return right(option)
-    if isinstance(option, list):
-        return [value(each) for each in option]
-    return option
+    return [value(each) for each in option] if isinstance(option, list) else option
 
 
 def broken(key, query) -> Target:
@@ -137,10 +156,30 @@ def in_python(version) -> str:
 @pytest.mark.parametrize("version", [V3, V4], ids=lambda v: v.name)
 def test_the_truth_is_right_of_every_entry(version, tmp_path):
     result = run(version, tmp_path, Truth(version, "hermes"), categories=in_python(version))
-    assert wrong(result) == set(version.unsatisfiable)
-    assert len(result["items"]) - len(version.unsatisfiable) == 4291
-    assert result["known"]["unsatisfiable"] == list(version.unsatisfiable)
+    assert wrong(result) == set(UNSATISFIABLE)
+    assert len(result["items"]) == 4291
+    assert f"for {', '.join(UNSATISFIABLE)}" in describe(result)
     assert result["figures"]["multi-turn"]["rate"] == pytest.approx(1)
+
+
+@pytest.mark.services
+@pytest.mark.parametrize("family, template", [("qwen3", "hermes"), ("llama3.1", "llama3"), ("qwen2.5", "toolrl")])  # fmt: skip
+def test_the_truth_is_right_through_the_driver(family, template, tokenizers, script, tmp_path):
+    """Through prompts, ids and the parser of a model's output, two entries of each category."""
+    truth, form = Truth(V4, template), bfcl.template(template)
+    encoder = Encoder(tokenizers[family], form)
+
+    def write(key, query) -> str:
+        return form.render_answer(truth(key, query))
+
+    with Bfcl(V4, venv_of(V4), chosen(V4, in_python(V4)), 2) as source:
+        source.begin(tmp_path, template, 8)
+        made = script(source, encoder.tokenizer, write)
+        answer_all(made, made, encoder, Settings(max_tokens=9999, max_length=1_000_000))
+    result = scored_dialogues(source)
+    assert len(result["items"]) == 30 and wrong(result) == set()
+    tokens = sum(item["tokens"] for item in result["items"])
+    assert tokens == source.tokens == sum(len(reply.ids) for _, reply in made.replies)
 
 
 @pytest.mark.services
@@ -261,7 +300,7 @@ def test_what_was_answered_is_not_asked_again(tmp_path):
     assert wrong(result) == set()
     asked.clear()
     again = run(V3, tmp_path, model, **some)
-    assert not asked and again == result
+    assert not asked and again == result | {"resumed": 10}
     more = run(V3, tmp_path, model, categories="simple", limit=6)
     assert asked == ["simple_5"] and len(more["items"]) == 6
     assert all(len(item["completions"]) == 1 and item["tokens"] == 3 for item in more["items"])
@@ -290,6 +329,70 @@ def test_a_prompt_without_room_is_no_answer(tmp_path):
 
 
 # --- without the packages ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """A process that stands in for that of v4."""
+    monkeypatch.setattr(bfcl, "PROGRAM", pathlib.Path(__file__).parents[1] / "programs/toy_bfcl.py")
+    monkeypatch.setattr(bfcl, "find_python", lambda *_: sys.executable)
+
+
+def test_a_dialogue_goes_through_the_process(toy, tmp_path):
+    call = Target(calls=(Call("f", {"x": 1}), Call(" None ", {})), think="hm")
+    with Bfcl(V4, None, ["simple_python", "multi_turn_base"]) as source:
+        source.begin(tmp_path, "toolrl", 2)
+        first = dict(source.poll(block=True) or ())
+        first |= dict(source.poll(block=True) or ()) if len(first) < 2 else {}
+        assert {name: len(query.messages) for name, query in first.items()} == {
+            "simple_python_0": 1, "multi_turn_base_0": 1
+        }  # fmt: skip
+        source.reply("multi_turn_base_0", reply_of(call, "toolrl"))
+        [(key, query)] = source.poll(block=True) or []
+        assert key == "multi_turn_base_0" and query.tools == first[key].tools
+        said = query.messages[1]
+        assert said["reasoning_content"] == "hm" and said["content"] is None
+        (made,) = said["tool_calls"]  # without the call of no tool
+        assert made["function"] == {"name": "f", "arguments": '{"x": 1}'}
+        source.reply(key, reply_of("not in any form", "toolrl"))
+        source.reply("simple_python_0", reply_of(NONE, "toolrl"))
+        while source.poll(block=True) is not None:
+            pass
+    assert source.tokens == 9
+    result = RUN | scored_dialogues(source)
+    assert {item["id"]: item["correct"] for item in result["items"]} == {
+        "simple_python_0": False, "multi_turn_base_0": True
+    }  # fmt: skip
+    assert result["items"][1]["completions"][1] == "not in any form"
+    assert result["prompts_sha256"] == "0" * 64 and result["template"] == "toolrl"
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(result))
+    assert read_result(path) == result
+    said = describe(result)
+    assert "calls ran with the network in reach: Operation not permitted" in said
+    rows = {line.split("  ")[0]: line.split() for line in compare_results(path, path).splitlines()}
+    assert rows["correct, multi_turn_base"][2:6] == ["1", "100.0%", "100.0%", "+0.0%"]
+
+
+@pytest.mark.slow
+def test_the_command_asks_a_model(toy, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", str(model), "--benchmark", "bfcl_v4", "--max-response-tokens", "4"]
+    words += ["mesh.data=1", "rollout.decode_slots=2", "data.template=hermes"]
+    assert cli.main([*words, "--categories", "simple_python,multi_turn_base"]) == 0
+    (name,) = (path.name for path in tmp_path.glob("*.json"))
+    assert name == f"{model.name}-bfcl_v4.json" and capsys.readouterr().out.splitlines()[-1] == name
+    result = read_result(name)
+    assert [len(item["completions"]) for item in result["items"]] == [1, 2]
+    assert all(1 <= item["tokens"] <= 8 for item in result["items"])
+    assert result["template"] == "hermes" and len(result["checkpoint_sha256"]) == 64
+    (tmp_path / name).unlink()
+    bare = shutil.copytree(model, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    words[1] = str(bare)
+    assert cli.main(words) == 2
+    assert "no chat template; add chat_template.jinja" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["bare"]
 
 
 def test_calls_are_written_for_eval_of_identifiers_and_values_alone():
