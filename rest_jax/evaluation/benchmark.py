@@ -28,7 +28,7 @@ from rest_jax.config import Config, nearest
 from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import Encoder
-from rest_jax.distributed import is_first_process, platform, say
+from rest_jax.distributed import is_first_process, num_data_shards, platform, say
 from rest_jax.errors import UserError
 from rest_jax.evaluation import api_bank, bfcl, tau2
 from rest_jax.evaluation.dialogues import Settings, answer_all
@@ -255,13 +255,13 @@ def _tickets(config: Config, name: str, options: Options) -> Iterator[Measure]:
             encoder = Encoder(policy.tokenizer, TEMPLATES[data.template], data.brief_prompt)
             tasks = tau2.tasks(items, options.samples)
             with contextlib.closing(Progress(len(tasks), unit="dialogue")) as progress:
-                source = Dialogues(
-                    package.world, tasks, config.rollout.decode_slots, progress.update
-                )
+                at_once = config.rollout.decode_slots * num_data_shards(policy.rollout_mesh)
+                source = Dialogues(package.world, tasks, at_once, progress.update)
                 seconds = _answer_all(source, encoder, policy, config, sampling)
             lines = tau2.lines(items, source.finished, options.samples)
             tokens = sum(line["tokens"] for line in lines)
-            return _speed(seconds, tokens) | scored_tasks(items, lines)
+            about = {"template": data.template, "samples": options.samples}
+            return _speed(seconds, tokens) | about | scored_tasks(items, lines)
 
         yield measure
 
