@@ -68,6 +68,17 @@ def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
     return records
 
 
+def history(
+    messages: Sequence[Any], tools: Sequence[Mapping[str, Any]], where: str
+) -> tuple[dict[str, Any], ...]:
+    """A dialogue before its next turn, as `StepRecord.history` has it. `tools`: those on offer, as `fields.tools` reads them.
+    Turns that say nothing are left out.
+    """
+    following = {"role": "assistant", "content": "next"}
+    turns, _ = _turns([*messages, following], {tool["name"] for tool in tools}, where)
+    return tuple(turns[:-1])
+
+
 def _turns(
     messages: Sequence[Any], tools: Collection[str], where: str
 ) -> tuple[list[dict[str, Any]], list[bool]]:
