@@ -387,9 +387,21 @@ def evaluate(
         Argument(metavar="DATA|KEY=VALUE", help="record files, or synthetic:eval; config values"),
     ] = None,
     benchmark: Annotated[
-        str | None, Option(metavar="NAME", help="a public one instead of records: api_bank")
+        str | None,
+        Option(
+            metavar="NAME", help="a public one instead of records: api_bank, bfcl_v3, bfcl_v4, tau2"
+        ),
     ] = None,
-    data: Annotated[str | None, Option(metavar="FOLDER", help="the files of --benchmark")] = None,
+    data: Annotated[
+        str | None,
+        Option(metavar="FOLDER", help="the files of api_bank; of others the virtual environment"),
+    ] = None,
+    categories: Annotated[
+        str | None, Option(metavar="NAMES", help="of bfcl, with commas; default: all that are run")
+    ] = None,
+    samples: Annotated[
+        int | None, Option(min=1, help="dialogues with each task of tau2, for pass^k")
+    ] = None,
     temperature: Annotated[
         float | None, Option(min=0, help="of --benchmark; default: greedy")
     ] = None,
@@ -418,17 +430,18 @@ def evaluate(
     if model is None:
         raise UserError("evaluate: no model; see rest-jax evaluate --help")
     files, overrides = split(words or [])
-    _check_sources(files, benchmark, data, temperature)
+    _check_sources(files, benchmark, (data, categories, samples, temperature))
     if temperature:
         overrides.append(f"rollout.temperature={temperature}")
     if max_response_tokens is not None:
         overrides.append(f"rollout.max_response_tokens={max_response_tokens}")
     config = _load_model(model, overrides, distributed)
     if benchmark is not None:
-        from rest_jax.evaluation.benchmark import evaluate_benchmark
+        from rest_jax.evaluation.benchmark import Options, evaluate_benchmark
 
+        options = Options(data, limit, categories, samples or 1)
         table = evaluate_benchmark(
-            config, benchmark, str(data), greedy=not temperature, limit=limit, output=output
+            config, benchmark, options, greedy=not temperature, output=output
         )
     else:
         from rest_jax.evaluation.heldout import evaluate
@@ -438,13 +451,13 @@ def evaluate(
         print(table)
 
 
-def _check_sources(
-    files: Sequence[str], benchmark: str | None, data: str | None, temperature: float | None
-) -> None:
-    """UserError unless there are either records or a benchmark with its folder."""
+def _check_sources(files: Sequence[str], benchmark: str | None, options: Sequence[object]) -> None:
+    """UserError unless there are either records or a benchmark; `options` are those of a benchmark."""
     if benchmark is None:
-        if data is not None or temperature is not None:
-            raise UserError("evaluate: --data and --temperature belong to --benchmark NAME")
+        if any(option is not None for option in options):
+            raise UserError(
+                "evaluate: --data, --categories, --samples and --temperature belong to --benchmark NAME"
+            )
         if not files:
             raise UserError("evaluate: no data; name record files, or synthetic:eval")
     elif files:
@@ -452,8 +465,6 @@ def _check_sources(
             f"evaluate --benchmark {benchmark}: {files[0]}: no records are read; name the folder of "
             "the benchmark with --data"
         )
-    elif data is None:
-        raise UserError(f"evaluate --benchmark {benchmark}: --data FOLDER is needed")
 
 
 @app.command(rich_help_panel=_MODEL)

@@ -105,17 +105,21 @@ class Stream:
         """Requests that have not ended."""
         return len(self._owners)
 
+    @property
+    def room(self) -> int:
+        """Tokens that a prompt and its completion may have, wherever pages begin in them."""
+        return (self._pages - 2) * self.settings.page
+
     def submit(self, request: Request) -> int:
         """Takes a request; returns its number. ValueError if it is longer than the pages, or empty."""
         shard = max(self._shards, key=lambda s: (s.match(request.ids)[1], -s.pending))
-        room = self._pages * self.settings.page
         if not len(request.ids) or request.max_tokens < 1:
             raise ValueError("a request needs a prompt, and one token at least to draw")
         if request.top_logprobs > self.settings.listed:
             raise ValueError(f"{request.top_logprobs} log-probs, at most {self.settings.listed}")
         if shard.pages_needed(request) > self._pages:
             raise ValueError(
-                f"prompt + completion {len(request.ids):,} + {request.max_tokens:,} tokens, there is room for {room:,}"
+                f"prompt + completion {len(request.ids):,} + {request.max_tokens:,} tokens, there is room for {self.room:,}"
             )
         sequence = Sequence(next(self._numbers), request, request.ids[:0], [])
         shard.waiting.append(sequence)

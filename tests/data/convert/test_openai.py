@@ -206,3 +206,31 @@ def test_weights_count_for_the_turns_that_are_kept():
     empty, unlearned = {"role": "assistant", "content": ""}, SAID | {"weight": 0}
     records = convert([user("go"), empty, unlearned, user("again"), empty, SAID])
     assert [record.id for record in records] == ["r/1"]
+
+
+def test_a_history_is_all_before_the_next_turn():
+    """Every result has its call, in the order of the calls; a turn that says nothing is left out."""
+    chat = [
+        {"role": "user", "content": "Both?"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "Well?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "look",
+            "tool_calls": [
+                {"id": i, "function": {"name": "get", "arguments": json.dumps({"n": i})}}
+                for i in "ab"
+            ],
+        },
+        {"role": "tool", "tool_call_id": "b", "content": "2"},
+        {"role": "tool", "tool_call_id": "a", "content": "1"},
+    ]
+    calls = [{"name": "get", "arguments": {"n": i}} for i in "ab"]
+    assert openai.history(chat, [{"name": "get"}], "chat") == (
+        *(chat[0], chat[2]),
+        {"role": "assistant", "content": None, "calls": calls, "think": "look"},
+        *({"role": "tool", "content": text} for text in "12"),
+    )
+    with pytest.raises(RecordError, match=r"chat\[3\].*has no result"):
+        openai.history(chat[:-1], [{"name": "get"}], "chat")
