@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rest_jax.errors import UserError
-from rest_jax.templates.rendering import JSON_TYPES, UNIONS, is_schema, type_schema
+from rest_jax.templates.rendering import DEFINITIONS, JSON_TYPES, UNIONS, is_schema, type_schema
 
 MAX_DEPTH = 64  # of a raw item, and of JSON in a string
 # what servers call a thought
@@ -25,7 +25,7 @@ _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal"
 _THOUGHT_PARTS = ("thinking", "reasoning", "redacted_thinking")
 _OF_A_THOUGHT = ("thinking", "reasoning", "text", "content", "summary")
 _VALUES = ("default", "const")  # of a schema: values, of which null is one
-_DEFINITIONS = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
+_NAMED = ("properties", *DEFINITIONS, "patternProperties", "dependentSchemas")
 _LISTS = ("items", "prefixItems")
 _INNER = ("items", "additionalProperties", "not", "if", "then", "else", "contains")
 
@@ -192,6 +192,9 @@ def tool(value: Any, where: str) -> dict[str, Any]:
     key, parameters = first_given(said, _PARAMETERS)
     place = f"{where}: {key}"
     parameters = parsed(parameters, place)
+    if isinstance(parameters, Mapping):  # some write the definitions beside them
+        beside = {k: said.pop(k) for k in DEFINITIONS if k in said and k not in parameters}
+        parameters = {**parameters, **beside}
     made: dict[str, Any] = {}
     for k, v in said.items():
         if k == key and parameters is not None:
@@ -249,9 +252,9 @@ def _schema(value: Any, where: str) -> dict[str, Any]:
         place = f"{where}: {key}"
         if key in _VALUES:
             made[key] = inner
-        elif inner is None or (key in (*_DEFINITIONS, "required") and not is_given(inner)):
+        elif inner is None or (key in (*_NAMED, "required") and not is_given(inner)):
             continue
-        elif key in _DEFINITIONS:
+        elif key in _NAMED:
             named = mapping(inner, place).items()
             made[key] = {name: _schema(schema, f"{place}: {name}") for name, schema in named}
         elif key in UNIONS or (key in _LISTS and isinstance(inner, list)):

@@ -188,7 +188,8 @@ def _result(message: Mapping[str, Any], where: str) -> _Result:
 
 
 def _in_order(calls: Sequence[_Waiting], results: Sequence[_Result]) -> list[dict[str, Any]]:
-    """The results in the order of the calls that they answer: bound by id, else by the name of the tool, else by their order.
+    """The results in the order of the calls that they answer: bound by id, else by the name of the tool, else by their order;
+    so are those of calls that share an id.
 
     RecordError for a call without a result, and for a result without a call.
     """
@@ -200,7 +201,8 @@ def _in_order(calls: Sequence[_Waiting], results: Sequence[_Result]) -> list[dic
     for result in (*by_id, *by_name, *rest):
         free = [i for i in range(len(calls)) if i not in answers]
         if result.id is not None and known:
-            fitting = [i for i in free if calls[i].id == result.id]
+            same = [i for i in free if calls[i].id == result.id]
+            fitting = [i for i in same if calls[i].name == result.name] or same
             if not fitting:
                 again = any(call.id == result.id for call in calls)
                 why = "has a result already" if again else "is no call of the message before"
@@ -253,8 +255,6 @@ def _calls(message: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]]
         value = fields.mapping(fields.parsed(value, place), place)
         calls.append(fields.call(value, place))
         name = fields.call_id(value, place, ("call_id", "id"))
-        if name is not None and any(name == other.id for other in waiting):
-            raise RecordError(f"{where}: tool_calls: two calls share an id ({fields.shown(name)})")
         waiting.append(_Waiting(calls[-1]["name"], name, place))
     return calls, waiting
 

@@ -117,6 +117,10 @@ def test_results_are_bound_to_their_calls():
     assert seen([unnamed, result("a", "i"), result("b", "j"), SAID]) == ["a", "b"]
     names = calls(call(1, name="f"), call(2, name="g"))
     assert seen([names, result("b", name="g"), result("a", name="f"), SAID]) == ["a", "b"]
+    shared = calls(call(1, "x", "f"), call(2, "x", "g"))
+    assert seen([shared, result("a", "x"), result("b", "x"), SAID]) == ["a", "b"]
+    named = [result("b", "x", name="g"), result("a", "x", name="f")]
+    assert seen([shared, *named, SAID]) == ["a", "b"]
     mixed = calls(call(1, "x"), call(2))
     assert seen([mixed, result("b"), result("a", "x"), SAID]) == ["a", "b"]
     run = [calls(call(1, "x")), calls(call(2, "x"))]  # some servers count from zero in each message
@@ -134,7 +138,7 @@ def test_results_are_bound_to_their_calls():
         ([calls(call(1, "x")), result("a", "z"), SAID], r"\[1\]: tool_call_id: 'z' is no call of the message before"),
         ([calls(call(1)), result("a"), result("b"), SAID], r"\[2\]: a tool result without a call before it"),
         ([result("a"), SAID], r"\[0\]: a tool result without a call before it"),
-        ([calls(call(1, "x"), call(2, "x")), SAID], r"\[0\]: tool_calls: two calls share an id \('x'\)"),
+        ([calls(call(1, "x"), call(2, "x")), result("a", "x"), SAID], r"\[1\]: the call of 'f' \(id 'x'\) has no result"),
         ([user("a"), {"role": "assistant", "content": " "}], r"\[1\]: neither content nor calls"),
         ([user("a"), {"type": "web_search_call"}, SAID], r"\[1\]: type: 'web_search_call' is not known"),
         ([user(3), SAID], r"\[0\]: content: a list is needed, found int 3"),
