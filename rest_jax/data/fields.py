@@ -313,10 +313,9 @@ def call(value: Any, where: str) -> dict[str, Any]:
     place = f"{where}: {key}"
     for _ in range(2):  # some servers write the text of a text
         arguments = parsed(arguments, place)
-    return {
-        "name": name,
-        "arguments": {} if arguments is None else dict(mapping(arguments, place)),
-    }
+    if arguments is None or arguments == []:  # PHP's empty object
+        return {"name": name, "arguments": {}}
+    return {"name": name, "arguments": dict(mapping(arguments, place))}
 
 
 def call_id(raw: Mapping[str, Any], where: str, keys: Sequence[str]) -> str | None:
@@ -324,7 +323,7 @@ def call_id(raw: Mapping[str, Any], where: str, keys: Sequence[str]) -> str | No
     key, value = first_given(raw, keys)
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
-    return None if value is None else text(value, f"{where}: {key}")
+    return None if value is None else text(value, f"{where}: {key}").strip()
 
 
 def content(value: Any, where: str) -> str | None:
@@ -335,14 +334,16 @@ def content(value: Any, where: str) -> str | None:
     texts = []
     for i, part in enumerate(parts):
         place = f"{where}[{i}]"
-        if isinstance(part, str):
-            texts.append(part)
+        if part is None or isinstance(part, str):
+            texts.append(part or "")
             continue
         if mapping(part, place).get("type") in _THOUGHT_PARTS:
             continue
         if (key := _text_key(part)) is None:
             raise RecordError(f"{place}: type: {shown(part.get('type'))} is not 'text'")
-        texts.append(text(part.get(key), f"{place}: {key}"))
+        said = part.get(key)
+        said = said.get("value") if isinstance(said, Mapping) else said  # of the Assistants API
+        texts.append("" if said is None else text(said, f"{place}: {key}"))
     return "".join(texts)
 
 

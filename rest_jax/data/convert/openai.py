@@ -147,7 +147,7 @@ def _role(raw: Any) -> str | None:
     _, said = fields.first_given(raw, ("role", "from"))
     if said is None and raw.get("type") in ("function_call", "reasoning"):
         return "assistant"
-    return _ROLES.get(said.lower()) if isinstance(said, str) else None
+    return _ROLES.get(said.strip().lower()) if isinstance(said, str) else None
 
 
 def _message(raw: Any, where: str) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def _message(raw: Any, where: str) -> dict[str, Any]:
     key, speaker = fields.first_given(message, ("role", "from"))
     message.pop("role", None)
     if speaker is not None:
-        speaker = speaker.lower() if isinstance(speaker, str) else speaker
+        speaker = speaker.strip().lower() if isinstance(speaker, str) else speaker
         message["role"] = fields.one_of(speaker, _ROLES, f"{where}: {key}")
         message.setdefault("content", message.get("value"))
         if speaker in ("function_call", "tool_call"):
@@ -177,7 +177,8 @@ def _message(raw: Any, where: str) -> dict[str, Any]:
 
 
 def _result(message: Mapping[str, Any], where: str) -> _Result:
-    turn = {"role": "tool", "content": fields.result(message.get("content"), f"{where}: content")}
+    key, said = fields.first_given(message, ("content", "output", "result"))
+    turn = {"role": "tool", "content": fields.result(said, f"{where}: {key}")}
     name = message.get("name")
     return _Result(
         turn,
@@ -245,10 +246,14 @@ def _assistant(
 def _calls(message: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], list[_Waiting]]:
     """The calls of a message; `function_call` says nothing more where `tool_calls` are."""
     place = f"{where}: tool_calls"
-    raw = fields.listed(message.get("tool_calls") or None, place)
+    raw = fields.parsed(message.get("tool_calls") or None, place)
+    raw = [raw] if isinstance(raw, Mapping) else fields.listed(raw, place)
     places = [f"{place}[{i}]" for i in range(len(raw))]
     place = f"{where}: function_call"
-    if not raw and (single := fields.parsed(message.get("function_call"), place)):
+    single = None if raw else fields.parsed(message.get("function_call"), place)
+    if isinstance(single, Mapping) and not any(map(fields.is_given, single.values())):
+        single = None  # servers write all fields of a call that is none
+    if single:
         raw, places = [single], [place]
     calls, waiting = [], []
     for value, place in zip(raw, places, strict=True):

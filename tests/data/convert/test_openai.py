@@ -191,6 +191,32 @@ def test_a_call_as_text_may_have_its_result_as_text():
     assert record.target == Target(response="done")
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "Assistant ", "content": "done"},
+        SAID
+        | {"content": [None, {"type": "text", "text": None}, {"type": "text", "text": "done"}]},
+        SAID | {"content": {"type": "text", "text": {"value": "done", "annotations": []}}},
+        SAID | {"function_call": {"name": None, "arguments": None}},
+        SAID | {"function_call": {"name": "", "arguments": ""}, "tool_calls": {}},
+    ],
+)
+def test_what_says_nothing_is_the_default(message):
+    (record,) = convert([user("go"), message])
+    assert record.target == Target(response="done")
+
+
+@pytest.mark.parametrize("arguments", [None, "", " ", "null", [], "[]", {}, "{}", '"{}"'])
+def test_a_call_without_arguments(arguments):
+    asked = calls({"id": " x", "function": {"name": "f", "arguments": arguments}})
+    asked["tool_calls"] = asked["tool_calls"][0]  # a call that is no list
+    said = {"role": "tool", "tool_call_id": "x", "output": "a"}
+    assert seen([asked, said, SAID]) == ["a"]
+    (record,) = convert([user("go"), asked])
+    assert record.target == Target((Call("f", {}),))
+
+
 def test_refusals_and_objects_are_texts():
     refusing = {"role": "assistant", "content": None, "refusal": "I will not."}
     (record,) = convert([user("go"), refusing])
