@@ -145,7 +145,9 @@ def type_schema(kind: Any) -> dict[str, Any]:
     return {"type": base}
 
 
-_OPTIONAL = re.compile(r",\s*(?:optional|required)\b.*|\s*\((?:optional|required)\)", re.I | re.S)
+_OPTIONAL = re.compile(
+    r",\s*(?:optional|required|default)\b.*|\s*\((?:optional|required)\)", re.I | re.S
+)
 
 
 def _split(text: str, mark: str) -> list[str]:
