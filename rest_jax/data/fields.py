@@ -254,8 +254,6 @@ def _schema(value: Any, where: str) -> dict[str, Any]:
             made[key] = inner
         elif inner is None or (key in _NAMED and _unless_empty(inner) is None):
             continue
-        elif key == "required" and (inner == {} or not is_given(inner)):
-            continue
         elif key in _NAMED:
             named = mapping(inner, place).items()
             made[key] = {name: _schema(schema, f"{place}: {name}") for name, schema in named}
@@ -265,7 +263,8 @@ def _schema(value: Any, where: str) -> dict[str, Any]:
         elif key in _INNER and isinstance(inner, Mapping):
             made[key] = _schema(inner, place)
         elif key == "required" and not isinstance(inner, bool):
-            made[key] = [text(name, place) for name in listed(inner, place)]
+            names = listed(inner or None, place)
+            made |= {key: [text(name, place) for name in names]} if names or inner == [] else {}
         elif key == "type":
             made |= _type(inner, {**value, **made}, place)
         else:

@@ -78,7 +78,8 @@ def format_score(answer: Answer, target: Target, template_name: str, strict: boo
 
     Gold kinds: calls only, response only, both, think only (neither). A think block is required by toolrl, optional
     elsewhere. strict: the blocks are exactly those, so that text outside them, repeated blocks and broken tags fail, and what is
-    asked for says something. Not strict (the released rule): the required blocks occur, in order, and toolrl has no response block where gold has none.
+    asked for says something. Not strict (the released rule): the required blocks occur, in order, and toolrl has no response
+    block where gold has none.
     """
     kind = (bool(target.calls), target.response is not None)
     written = "".join(map(_LETTER.__getitem__, answer.blocks))
