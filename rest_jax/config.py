@@ -339,10 +339,10 @@ class Config(Section):
         """The folder of the run: a local one, or a URL (gs://, s3://)."""
         return as_path(self.output) / self.name
 
-    def renamed(self, name: str) -> "Config":
-        """The same under another name. Raises ConfigError."""
+    def renamed(self, name: str, option: str) -> "Config":
+        """The same under another name, which an option of the command line gives. Raises ConfigError."""
         return validate_as(
-            Config, {**self.model_dump(exclude_unset=True), "name": name}, f"--fork {name}"
+            Config, {**self.model_dump(exclude_unset=True), "name": name}, f"{option} {name}"
         )
 
     @pydantic.model_validator(mode="after")
