@@ -430,6 +430,13 @@ def is_supervised(config: Config) -> bool:
     return bool(config.sft.model_fields_set)
 
 
+def only_evaluated(config: Config) -> tuple[str, ...]:
+    """How keys begin that `rest-jax sft` reads for evaluations alone, or never; none for a config that `train` may read."""
+    if not is_supervised(config) or "prompts_per_step" in config.rollout.model_fields_set:
+        return ()
+    return ("rollout.", "reward.", "weights.", "curriculum.")
+
+
 def check_command(config: Config, supervised: bool) -> None:
     """ConfigError for a config of the other command, `rest-jax train` or `rest-jax sft`: it would run with this one's default
     sizes and without the method asked for. A config that gives the sizes of both is for both.
