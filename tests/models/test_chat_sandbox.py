@@ -10,6 +10,7 @@ from rest_jax.models import chat_sandbox
 from rest_jax.models.chat_sandbox import TemplateLimitError, rendering
 
 CHAT = [{"role": "user", "content": "hi", "sent": 1_700_000_000}] * 2
+AGAIN = "{% set n = namespace(x='ab') %}{% for i in range(60) %}"
 MANY = "{% set r = range(99999) | list %}"
 
 
@@ -28,13 +29,13 @@ def render(template: str) -> str:
         + "{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}{% endfor %}{% endfor %}",
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
         MANY + "{% for a in r %}{{ 'x' * 1000 }}{% endfor %}",
-        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+        AGAIN + "{% set n.x = n.x ~ n.x %}{% endfor %}",
+        AGAIN + "{% set n.x = n.x + n.x %}{% endfor %}",
         # values that hold another twice
-        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
-        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = [n.x] * 2 %}{% endfor %}{{ n.x | tojson }}",
-        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = {'a': n.x, 'b': n.x} %}{% endfor %}{{ n.x | string }}",
-        "{% macro f(n) %}{% if n %}{{ f(n - 1, varargs, varargs) }}{% else %}{{ varargs }}{% endif %}{% endmacro %}{{ f(60, 'ab') }}",
+        f"{AGAIN}{{% set n.x = [n.x, n.x] %}}{{% endfor %}}{{{{ n.x }}}}",
+        f"{AGAIN}{{% set n.x = [n.x] * 2 %}}{{% endfor %}}{{{{ n.x | tojson }}}}",
+        f"{AGAIN}{{% set n.x = {{'a': n.x, 'b': n.x}} %}}{{% endfor %}}{{{{ n.x | string }}}}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1, varargs, varargs) }}{% endif %}{{ varargs }}{% endmacro %}{{ f(60, 'ab') }}",
         "{{ 'x' * 10000000000 }}",
         "{{ [1] * 10000000000 }}",
         "{{ 9 ** (9 ** 9) }}",
