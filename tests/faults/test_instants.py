@@ -107,8 +107,8 @@ def test_broken_at_any_instant_and_resumed_is_the_unbroken_run(
     inside = [n for n in at if 0 < n < written]
     report(
         f"{number.name}, staleness {rollout.get('staleness', 0)}: {len(at)} instants over {runs} runs, {at.count(0)} before the "
-        f"first line, {len(inside)} within the {written} lines ({len(set(inside))} different ones), {at.count(written)} behind the last; all runs equal bit for bit; "
-        f"exit codes {dict(sorted(codes.items()))}"
+        f"first line, {len(inside)} within the {written} lines ({len(set(inside))} different ones), {at.count(written)} behind "
+        f"the last; all runs equal bit for bit; exit codes {dict(sorted(codes.items()))}"
     )
 
 
