@@ -1,8 +1,8 @@
 """What a run is made of, as digests: they are kept in every checkpoint, and a run resumes over the same contents alone.
 
 `records` are the records with their tools and gold answers, `prompts` and `targets` their token ids (so the template, the
-tokenizer and dates too), `tokens` the bytes of each id, and those that end a turn, `weights` those that the run began with. Paths are
-not among them: a folder may move.
+tokenizer and dates too), `tokens` the bytes of each id, and those that end a turn, `weights` those that the run began with.
+Paths are not among them: a folder may move.
 """
 
 import hashlib
