@@ -49,16 +49,18 @@ def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
     item = fields.item(raw, where)
     key, value = fields.first_given(item, _MESSAGES)
     place = f"{where}: {key}"
-    messages = [
-        fields.parsed(message, f"{place}[{i}]")
-        for i, message in enumerate(fields.sequence(fields.parsed(value, place), place))
-    ]
+    if key == "input" and isinstance(value, str) and not value.lstrip().startswith("["):
+        value = [{"role": "user", "content": value}]
+    messages = fields.sequence(fields.parsed(value, place), place)
+    if key == "input":  # of a request of the Responses API; the response has the same items
+        messages += fields.listed(item.get("output"), f"{where}: output")
+    messages = [fields.parsed(message, f"{place}[{i}]") for i, message in enumerate(messages)]
     listed = next((key for key in _TOOLS if item.get(key)), _TOOLS[0])
     tools = fields.tools(item.get(listed), f"{where}: {listed}")
     turns, weights = _turns(messages, {tool["name"] for tool in tools}, place)
-    system = item.get("system")
+    key, system = fields.first_given(item, ("system", "instructions"))
     if fields.is_given(system) and not (turns and turns[0]["role"] == "system"):
-        turns.insert(0, {"role": "system", "content": fields.content(system, f"{where}: system")})
+        turns.insert(0, {"role": "system", "content": fields.content(system, f"{where}: {key}")})
         weights.insert(0, False)
     records = decompose(name, "openai", tools, turns)
     learned = _to_learn(turns, weights)

@@ -101,6 +101,23 @@ def test_every_spelling_is_the_same_dialogue(messages):
             assert SOURCES["openai"](item, "r", "here") == expected
 
 
+@pytest.mark.parametrize("asked", ["go", [user("go")]])
+def test_request_and_response_of_the_responses_api_are_one_dialogue(asked):
+    output = [
+        {"type": "function_call", "call_id": "x", "name": "f", "arguments": '{"a": 1}'},
+        {"type": "function_call_output", "call_id": "x", "output": "one"},
+        {
+            "type": "message",
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": "done"}],
+        },
+    ]
+    item = {"instructions": "Be brief.", "input": asked, "output": output, "tools": [TOOL]}
+    first, last = SOURCES["openai"](item, "r", "here")
+    assert first.target == Target((Call("f", {"a": 1}),)) and last.target == Target((), "done")
+    assert [turn["content"] for turn in last.history] == ["Be brief.", "go", None, "one"]
+
+
 def test_sharegpt_has_its_system_text_beside():
     turns = [{"from": "human", "value": "go"}, {"from": "gpt", "value": "done"}]
     raw = {"system": "Be kind.", "conversations": turns, "tools": json.dumps([TOOL])}
