@@ -191,7 +191,7 @@ def tool(value: Any, where: str) -> dict[str, Any]:
     said = {k: v for k, v in raw.items() if v is not None and k != "type"}
     key, parameters = first_given(said, _PARAMETERS)
     place = f"{where}: {key}"
-    parameters = _unless_empty(parsed(parameters, place))
+    parameters = parsed(parameters, place)
     if isinstance(parameters, Mapping):  # some write the definitions beside them
         beside = {k: said.pop(k) for k in DEFINITIONS if k in said and k not in parameters}
         parameters = {**parameters, **beside}
@@ -245,14 +245,14 @@ def _is_untyped_schema(parameters: Mapping[str, Any]) -> bool:
 
 def _schema(value: Any, where: str) -> dict[str, Any]:
     """A JSON schema: without nulls, true as the empty schema, types by their names in JSON schema."""
-    if _unless_empty(value) in (None, True):
+    if value is None or value is True:
         return {}
     made: dict[str, Any] = {}
     for key, inner in mapping(value, where).items():
         place = f"{where}: {key}"
         if key in _VALUES:
             made[key] = inner
-        elif inner is None or (key in _NAMED and _unless_empty(inner) is None):
+        elif inner is None or (key in (*_NAMED, "required") and not is_given(inner)):
             continue
         elif key in _NAMED:
             named = mapping(inner, place).items()
@@ -263,8 +263,7 @@ def _schema(value: Any, where: str) -> dict[str, Any]:
         elif key in _INNER and isinstance(inner, Mapping):
             made[key] = _schema(inner, place)
         elif key == "required" and not isinstance(inner, bool):
-            names = listed(inner or None, place)
-            made |= {key: [text(name, place) for name in names]} if names or inner == [] else {}
+            made[key] = [text(name, place) for name in listed(inner, place)]
         elif key == "type":
             made |= _type(inner, {**value, **made}, place)
         else:
@@ -314,16 +313,9 @@ def call(value: Any, where: str) -> dict[str, Any]:
     place = f"{where}: {key}"
     for _ in range(2):  # some servers write the text of a text
         arguments = parsed(arguments, place)
-    arguments = _unless_empty(arguments)
-    return {
-        "name": name,
-        "arguments": {} if arguments is None else dict(mapping(arguments, place)),
-    }
-
-
-def _unless_empty(value: Any) -> Any:
-    """The value of what is to be an object; None for an empty text, and for an empty list, which is PHP's empty object."""
-    return value if is_given(value) and value != [] else None
+    if arguments is None or arguments == []:  # PHP's empty object
+        return {"name": name, "arguments": {}}
+    return {"name": name, "arguments": dict(mapping(arguments, place))}
 
 
 def call_id(raw: Mapping[str, Any], where: str, keys: Sequence[str]) -> str | None:
