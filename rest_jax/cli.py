@@ -116,7 +116,7 @@ def _load(
     loaded = config.load(*split(words))
     fork_of = None if fork is None else loaded.folder
     if fork is not None:
-        loaded = loaded.renamed(fork)
+        loaded = loaded.renamed(fork, "--fork")
     if world is None:
         from rest_jax.run import lock
 
