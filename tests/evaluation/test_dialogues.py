@@ -194,6 +194,36 @@ def test_a_new_turn_prefills_what_is_new(encoders, script):
     assert made.prefilled_tokens <= unwritten < 0.35 * made.prompt_tokens
 
 
+class Slow:
+    """A source whose tools take their time in one dialogue: as long as there is anything else to do."""
+
+    def __init__(self, source, key):
+        self.source, self.key, self.late = source, key, []
+
+    def poll(self, block):
+        queries = self.source.poll(block and not self.late) or []
+        ready = [(key, query) for key, query in queries if key != self.key or not turn_of(query)]
+        self.late += [asked for asked in queries if asked not in ready]
+        if block and not ready:
+            ready, self.late = self.late, []
+        return ready or (None if block else [])
+
+    def reply(self, key, reply):
+        self.source.reply(key, reply)
+
+
+def test_others_go_on_while_a_dialogue_waits_for_its_tools(encoders, script):
+    encoder, (slow, *_) = encoders["qwen2.5", "hermes"], TASKS
+    dialogues = Dialogues(synthetic.Shop, TASKS, at_once=4)
+    made = script(Slow(dialogues, slow), encoder.tokenizer, truthful(encoder))
+    answer_all(made, made, encoder, SETTINGS)
+    assert {dialogue.score for dialogue in dialogues.finished.values()} == {1.0}
+    later = len(TASKS[slow].gold) - 1
+    keys = [key for key, _ in made.requests]
+    assert keys[0] == slow and keys[-later:] == [slow] * later
+    assert slow not in keys[1:-later]
+
+
 def test_draws_do_not_depend_on_what_else_runs(encoders, script):
     encoder = encoders["qwen3", "hermes"]
     found = []
