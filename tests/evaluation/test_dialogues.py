@@ -11,12 +11,14 @@ from rest_jax.data.convert import openai
 from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import Encoder
 from rest_jax.errors import UserError
-from rest_jax.evaluation.dialogues import Settings, answer_all
+from rest_jax.evaluation.dialogues import Conversation, Settings, answer_all
 from rest_jax.models.tokenizer import Tokenizer
+from rest_jax.rollout.requests import Piece
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Call, Region, Target
 from rest_jax.worlds import synthetic
 from rest_jax.worlds.dialogues import Dialogues
+from rest_jax.worlds.records import Query
 
 LLAMA_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>")
 NATIVE = {
@@ -25,7 +27,7 @@ NATIVE = {
 }
 WRITTEN = {"smollm2": "hermes", "qwen2.5": "toolrl", "qwen3_thinking_2507": "toolrl"}
 FAMILIES = [*NATIVE.items(), *WRITTEN.items()]
-TASKS = {task.id: task for task in synthetic.tasks(0, 8)}
+TASKS = {task.id: task for task in synthetic.tasks(0, 6)}
 SETTINGS = Settings(max_tokens=400, max_length=100_000)
 
 
@@ -93,7 +95,8 @@ def unreadable(key, query):
 
 @pytest.mark.parametrize("write", [no_calls, unknown_tools, unreadable])
 def test_a_broken_model_does_none(script, encoders, write):
-    finished, _, _ = played(script, encoders["qwen3", "hermes"], write)
+    few = dict(itertools.islice(TASKS.items(), 2))
+    finished, _, _ = played(script, encoders["qwen3", "hermes"], write, tasks=few)
     assert {dialogue.score for dialogue in finished.values()} == {0.0}
     most = {no_calls: 2, unreadable: 2, unknown_tools: synthetic.MAX_TURNS}[write]
     assert max(dialogue.turns for dialogue in finished.values()) == most
@@ -161,6 +164,32 @@ def test_a_segment_ends_where_the_template_tells_earlier_turns_anew(script, enco
         else:
             expected = [list(range(len(gold)))]
         assert stretches(conversation) == expected
+
+
+@pytest.mark.parametrize("ending", ["end of turn", "another stop token", "none", "nothing drawn"])
+def test_a_turn_that_ends_otherwise_than_the_template_ends_it(encoders, ending):
+    """Cut turns are ended by the template; other stop tokens are not in what it writes."""
+    encoder = encoders["llama3.1", "llama3"]
+    tokenizer = encoder.tokenizer
+    (other,) = set(tokenizer.stop_ids) - {tokenizer.end_id}
+    messages = ({"role": "user", "content": "Hello?"},)
+    conversation = Conversation(encoder)
+    first = conversation.ask(Query(messages), "chat")
+    stop = {"end of turn": [tokenizer.end_id], "another stop token": [other]}.get(ending, [])
+    text = "" if ending == "nothing drawn" else "Yes."
+    ids = np.append(tokenizer.encode(text), stop).astype(np.int32)
+    numbers = np.zeros(len(ids), np.float32)
+    pieces = [Piece(0, ids, numbers, numbers, None, "stop" if stop else "length")]
+    reply = conversation.add(pieces if len(ids) else [])
+    assert (reply.text, reply.truncated) == (text, not stop)
+    said = {"role": "assistant", "content": reply.text}
+    more = {"role": "user", "content": "And now?"}
+    query = Query((*messages, *([said] if text else []), more))
+    second = conversation.ask(query, "chat")
+    assert tokenizer.text(second) == tokenizer.text(fresh_prompt(encoder, query)[0])
+    assert tokenizer.text(first) in tokenizer.text(second) or not text
+    new = ending in ("another stop token", "nothing drawn")
+    assert len(conversation.segments) == 1 + new
 
 
 def test_every_token_has_its_record(encoders, script):
