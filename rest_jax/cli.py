@@ -564,6 +564,25 @@ def report(run: Annotated[str, Argument(help="the folder of the run")]) -> None:
 
 
 @app.command(rich_help_panel=_LOOK)
+def runs(folder: Annotated[str, Argument(help="where the runs are")] = "runs") -> None:
+    """List runs with state, step, headline figure and host."""
+    from rest_jax.run.overview import list_runs
+
+    print(list_runs(folder))
+
+
+@app.command("inspect", rich_help_panel=_LOOK)
+def inspect_checkpoint(
+    source: Annotated[str, Argument(metavar="CHECKPOINT", help="its folder, or that of a run")],
+    verify: Annotated[bool, Option("--verify", help="read all of it, against its digests")] = False,
+) -> None:
+    """Show what a checkpoint holds: step, curriculum, shapes, size, digest."""
+    from rest_jax.run.overview import describe_checkpoint
+
+    print(describe_checkpoint(source, verify))
+
+
+@app.command(rich_help_panel=_LOOK)
 def doctor() -> None:
     """Show versions, devices, memory, caches, and what is missing."""
     from rest_jax.run.environment import diagnose
