@@ -134,7 +134,7 @@ class Conversation:
         stopped = bool(pieces) and pieces[-1].finish == "stop"
         length = len(ids) - stopped
         data = tokenizer.bytes_of(ids[:length])
-        answer = template.parse(data)
+        answer = _sayable(template.parse(data))
         region = label_tokens(
             [answer],
             tokenizer.piece_lengths[ids][None],
@@ -166,7 +166,7 @@ class Conversation:
             return None
         end = tokenizer.bytes_of([tokenizer.end_id]).decode()
         turn, found, behind = prompt[len(self._prompt) :].partition(end)
-        told = self._encoder.template.parse(tokenizer.unmask(turn).encode())
+        told = _sayable(self._encoder.template.parse(tokenizer.unmask(turn).encode()))
         if not found or _says(told) != _says(self._answer):
             return None
         # Encoded behind the end of the turn: some tokenizers begin a text otherwise.
@@ -175,6 +175,13 @@ class Conversation:
             return None
         drawn = self._segments[-1][-1].ids
         return ids[1:] if len(drawn) and drawn[-1] == tokenizer.end_id else ids
+
+
+def _sayable(answer: Answer) -> Answer:
+    """The answer with the calls that a message can say: one without a name is as broken as one that cannot be read."""
+    calls = tuple(call for call in answer.calls if call.name.strip())
+    broken = answer.broken_calls + len(answer.calls) - len(calls)
+    return dataclasses.replace(answer, calls=calls, broken_calls=broken)
 
 
 def _says(answer: Answer) -> tuple:

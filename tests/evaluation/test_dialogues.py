@@ -91,11 +91,15 @@ def unreadable(key, query):
     return '<tool_call>\n{"name": "cancel_order", "arguments": {"order": \n</tool_call>'
 
 
-@pytest.mark.parametrize("write", [no_calls, unknown_tools, unreadable])
+def nameless(key, query):
+    return TEMPLATES["hermes"].render_answer(Target((Call(" ", {"order": "o1"}),)))
+
+
+@pytest.mark.parametrize("write", [no_calls, unknown_tools, unreadable, nameless])
 def test_a_broken_model_does_none(script, encoders, write):
     finished, _, _ = played(script, encoders["qwen3", "hermes"], write)
     assert {dialogue.score for dialogue in finished.values()} == {0.0}
-    most = {no_calls: 2, unreadable: 2, unknown_tools: synthetic.MAX_TURNS}[write]
+    most = synthetic.MAX_TURNS if write is unknown_tools else 2
     assert max(dialogue.turns for dialogue in finished.values()) == most
 
 
