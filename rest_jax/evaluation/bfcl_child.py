@@ -1,9 +1,9 @@
 """The process of a BFCL evaluation: it has the package bfcl_eval and knows nothing of rest_jax, whose `bfcl.py` starts it.
 
-Lines of JSON. Out: {"package"}, its release. In: {"root", "categories", "limit", "functions", "at_once", "seconds"}. Out:
-{"entries", "sha256", "answered", "network"} or {"error"}; queries {"key", "messages", "tools"}, without tools where they are
-those of the query before. In: for each {"key", "message", "calls", "text", "tokens", "prompt_tokens", "truncated"} or {"key",
-"error"}. Out: {"answered"} for each entry that is done; at last {"scores", "leaderboard", "items"}.
+Lines of JSON. Out: {"package": its release, "missing": modules that it needs}. In: {"root", "categories", "limit", "functions",
+"at_once", "seconds"}. Out: {"entries", "sha256", "answered", "network"}; queries {"key", "messages", "tools"}, without tools
+where they are those of the query before. In: for each {"key", "message", "calls", "text", "tokens", "prompt_tokens", "truncated"}
+or {"key", "error"}. Out: {"answered"} for each entry that is done; at last {"scores", "leaderboard", "items"}.
 
 Entries are asked by the package's `inference()`, those whose calls it executes in processes of their own, forked from this one;
 what was answered is kept in root/answers.jsonl and not asked again. The package's `eval_runner.main()` is the only judge. What a
@@ -18,6 +18,7 @@ import gc
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import keyword
 import os
@@ -34,6 +35,11 @@ from collections.abc import Callable
 from typing import Any
 
 MODEL = "rest-jax"  # the package takes an underscore in a model's name for a slash
+# what is imported on the way that is taken through the package
+NEEDED = (
+    *("dotenv", "filelock", "mpmath", "numpy", "overrides", "pandas", "tenacity", "tqdm"),
+    *("tree_sitter", "tree_sitter_java", "tree_sitter_javascript"),
+)
 UNKNOWN = "no_such_tool()"  # what is evaluated for a call that is none
 MEMORY = 4 << 30  # bytes of addresses of a process
 LARGEST_FILE = 1 << 30  # bytes; an entry's process may write none
@@ -45,7 +51,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end of the input is what ends it
     up = Lines(0, os.dup(1))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the package prints
-    up.send(package=importlib.metadata.version("bfcl-eval"))
+    up.send(
+        package=importlib.metadata.version("bfcl-eval"),
+        missing=[name for name in NEEDED if importlib.util.find_spec(name) is None],
+    )
     job = up.receive()
     if job is None:
         return
@@ -57,11 +66,7 @@ def main() -> None:
         os.chdir(empty)
         os.environ["BFCL_PROJECT_ROOT"] = str(root)
         os.environ.pop("WANDB_BFCL_PROJECT", None)
-        try:
-            package = Package(job["functions"])
-        except ImportError as error:
-            up.send(error=str(error))
-            return
+        package = Package(job["functions"])
         found = (package.entries(name)[: job["limit"]] for name in job["categories"])
         entries = by_key([entry for category in found for entry in category])
         journal = Journal(root / "answers.jsonl", entries)
@@ -93,6 +98,8 @@ def by_key(entries: list[dict]) -> dict[str, dict]:
 def leave_network() -> str | None:
     """Moves this process into a network namespace without interfaces. What the system says when it refuses."""
     libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "unshare"):
+        return f"{sys.platform} has no network namespaces"
     # root may do so at once, others as the root of a user namespace
     if not libc.unshare(_NEW_NETWORK) or not libc.unshare(_NEW_USER | _NEW_NETWORK):
         return None
@@ -432,7 +439,8 @@ def start(handler: Any, entry: dict, seconds: int) -> Lines:
         descriptor = ours.detach()
         return Lines(descriptor, descriptor)
     try:
-        ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGKILL)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGKILL)
         gc.disable()
         lower(resource.RLIMIT_FSIZE, 0)
         lower(resource.RLIMIT_NPROC, 0)

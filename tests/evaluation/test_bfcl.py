@@ -307,15 +307,6 @@ def test_what_was_answered_is_not_asked_again(tmp_path):
 
 
 @pytest.mark.services
-def test_another_release_is_refused(tmp_path):
-    version = dataclasses.replace(V4, release="2026.4.1")
-    with pytest.raises(
-        UserError, match=r"bfcl-eval 2026.3.23; bfcl_v4 is judged by 2026.4.1: `pip"
-    ):
-        Bfcl(version, venv_of(V4), [])
-
-
-@pytest.mark.services
 def test_a_prompt_without_room_is_no_answer(tmp_path):
     with Bfcl(V4, venv_of(V4), ["simple_python"], 1) as source:
         source.begin(tmp_path, "hermes", 1)
@@ -372,6 +363,19 @@ def test_a_dialogue_goes_through_the_process(toy, tmp_path):
     assert "calls ran with the network in reach: Operation not permitted" in said
     rows = {line.split("  ")[0]: line.split() for line in compare_results(path, path).splitlines()}
     assert rows["correct, multi_turn_base"][2:6] == ["1", "100.0%", "100.0%", "+0.0%"]
+
+
+@pytest.mark.parametrize("release, missing, line", [
+    ("2026.4.1", [], "bfcl-eval 2026.4.1; bfcl_v4 is judged by 2026.3.23"),
+    ("2026.3.23", ["dotenv", "tqdm"], "bfcl-eval lacks dotenv, tqdm"),
+], ids=["release", "missing"])  # fmt: skip
+def test_another_package_is_refused(toy, monkeypatch, tmp_path, release, missing, line):
+    program = tmp_path / "program.py"
+    program.write_text(f"print({json.dumps(json.dumps({'package': release, 'missing': missing}))})")
+    monkeypatch.setattr(bfcl, "PROGRAM", program)
+    install = ": `pip install --no-deps bfcl-eval==2026.3.23 mpmath"
+    with pytest.raises(UserError, match=re.escape(f"--data venv: {line}{install}")):
+        Bfcl(V4, "venv", [])
 
 
 @pytest.mark.slow
