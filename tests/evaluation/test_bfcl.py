@@ -423,19 +423,43 @@ def test_nothing_is_in_sight_of_eval():
             run_it(f"{name}()")
 
 
+def child_says(code: str, *words: object) -> list[str]:
+    """What a program prints that has the names of the child's file in `child`, in a Python without this project."""
+    code = f"import runpy, sys; child = runpy.run_path(sys.argv[1])\n{code}"
+    command = [sys.executable, "-I", "-c", code, str(bfcl.PROGRAM), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
 def test_the_process_has_no_network():
     """Or says why it has: a container may forbid namespaces."""
-    code = (
-        "import runpy, socket, sys\n"
-        "said = runpy.run_path(sys.argv[1])['leave_network']()\n"
-        "with socket.create_server(('', 0)) as server:\n"
-        "    reached = not socket.socket().connect_ex(('127.0.0.1', server.getsockname()[1]))\n"
-        "print(said or '', reached, sep='|')"
+    refused, reached = child_says("""
+import socket
+print(child["leave_network"]())
+with socket.create_server(("", 0)) as server:
+    print(not socket.socket().connect_ex(("127.0.0.1", server.getsockname()[1])))
+""")
+    assert (reached == "True") == (refused != "None")
+
+
+def test_the_process_of_a_dialogue_has_limits(tmp_path):
+    writes, computes = child_says(
+        """
+class Writes:
+    def inference(self, *_):
+        with open(sys.argv[2], "w") as file:
+            file.write("x")
+
+class Computes:
+    def inference(self, *_):
+        while True:
+            pass
+
+print(child["start"](Writes(), {}, 9).receive()["error"])
+print(child["start"](Computes(), {}, 1).receive())
+""",
+        tmp_path / "x",
     )
-    command = [sys.executable, "-I", "-c", code, str(bfcl.PROGRAM)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    refused, _, reached = said.partition("|")
-    assert (reached == "True") == bool(refused)
+    assert "File too large" in writes and computes == "None"
 
 
 def test_categories_are_those_that_can_be_run():
