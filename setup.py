@@ -15,5 +15,6 @@ setup(
     packages=[*find_packages(include=["rest_jax", "rest_jax.*"]), *builtin],
     package_dir={name: path.as_posix() for name, path in builtin.items()},
     package_data={name: ["*"] for name in builtin}
-    | {"rest_jax.experiments": ["*.jinja"], "rest_jax.planning": ["*.txtpb"]},
+    | {"rest_jax.experiments": ["*.jinja"], "rest_jax.planning": ["*.txtpb"]}
+    | {"rest_jax.templates": ["chat/*"]},
 )

@@ -175,6 +175,10 @@ Distributed = Annotated[
         help="one process of many: a host's, under SLURM a GPU's; auto on Cloud TPU, GKE, SLURM, Open MPI",
     ),
 ]
+TemplateName = Annotated[
+    Literal["toolrl", "hermes", "llama3"] | None,
+    Option("--template", help="format of calls; default: the run's, or the chat template's"),
+]
 Limit = Annotated[int | None, Option(min=1, help="records to read at most")]
 Workers = Annotated[int, Option(min=0, help="processes on this machine; 0: results so far")]
 Storage = Annotated[str | None, Option(help="database URL, for many machines; default: SQLite")]
@@ -302,6 +306,75 @@ def generate(
                 say(json.dumps({"id": record.id, "text": text}))
             else:
                 say(text if samples == 1 else f"--- {number} of {samples}\n{text}")
+
+
+@app.command(rich_help_panel=_MODEL)
+def serve(
+    model: Model,
+    overrides: Overrides,
+    template: TemplateName = None,
+    host: Annotated[str, Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="0: any that is free")] = 8000,
+    name: Annotated[str | None, Option(help="of the model; default: its folder's")] = None,
+    api_key: Annotated[
+        str | None, Option(envvar="REST_JAX_API_KEY", help="what clients must send")
+    ] = None,
+    max_queue: Annotated[
+        int, Option(min=0, help="completions that may wait; more get status 429")
+    ] = 256,
+    max_body: Annotated[int, Option(min=1, help="bytes of a request")] = 2**22,
+    drain: Annotated[float, Option(min=0, help="seconds to finish in after SIGTERM")] = 60.0,
+) -> None:
+    """Serve a policy over HTTP, to clients of OpenAI's API."""
+    config = _load_model(model, [*_chosen(template), *overrides], None)
+    from rest_jax.serving import server
+    from rest_jax.serving.app import Access
+
+    access = Access(api_key or None, max_body)
+    server.serve(config, server.Options(host, port, name, max_queue, drain, access))
+
+
+@app.command(rich_help_panel=_MODEL)
+def chat(
+    model: Annotated[
+        str, Argument(help="as for generate, or the URL of a server: http://HOST:PORT")
+    ],
+    overrides: Overrides,
+    template: TemplateName = None,
+    tools: Annotated[
+        str | None, Option(help="Python file, whose functions are called, or JSON list of tools")
+    ] = None,
+    system: Annotated[str | None, Option(help="what the model is told first")] = None,
+    temperature: Annotated[float, Option(min=0, max=2, help="0: greedy")] = 1.0,
+    seed: Annotated[int | None, Option(help="of every answer")] = None,
+    name: Annotated[str | None, Option(help="of the model at the URL; default: its first")] = None,
+    api_key: Annotated[str | None, Option(envvar="REST_JAX_API_KEY", help="for the URL")] = None,
+) -> None:
+    """Talk to a model in the terminal; calls of tools are executed and shown."""
+    import contextlib
+    import secrets
+
+    from rest_jax.serving import chat
+
+    remote = re.match(r"https?://", model)
+    if remote and (overrides or template):
+        raise UserError(f"chat {model}: config values and --template are for a model to load")
+    offered = chat.load_tools(tools)
+    sampling = {"temperature": temperature} | ({} if seed is None else {"seed": seed})
+    with contextlib.ExitStack() as stack:
+        if not remote:
+            config = _load_model(model, [*_chosen(template), *overrides], None)
+            from rest_jax.serving import server
+            from rest_jax.serving.app import Access
+
+            api_key = secrets.token_hex()
+            options = server.Options(port=0, access=Access(api_key))
+            model = stack.enter_context(server.beside(config, options))
+        chat.chat(chat.connect(model, name, api_key), offered, system, sampling)
+
+
+def _chosen(template: str | None) -> list[str]:
+    return [] if template is None else [f"data.template={template}"]
 
 
 @app.command(rich_help_panel=_MODEL)

@@ -224,11 +224,16 @@ def read(path: epath.Path, abstract_state: TrainState) -> tuple[TrainState, dict
     """The state and the loader state of a sound checkpoint; the rest as for `Checkpoints.restore`."""
     rest = _read(path / "rest", dataclasses.replace(abstract_state, params=None))
     state = dataclasses.replace(rest, params=_read(path / "params", abstract_state.params))
-    with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
-        loader_state = dict(handler.restore(path / "loader"))
+    loader_state = read_loader_state(path)
     if (path / AHEAD).exists():
         loader_state[AHEAD] = _read_arrays(path / AHEAD)
     return state, loader_state
+
+
+def read_loader_state(path: epath.Path) -> dict[str, Any]:
+    """The JSON of a checkpoint, which the loader's state and all that is kept with it are."""
+    with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
+        return dict(handler.restore(path / "loader"))
 
 
 def check_params(path: epath.Path, params: Params) -> None:

@@ -29,7 +29,7 @@ from rest_jax.models.hf.read import (
 )
 from rest_jax.models.policy import Policy, attention_of, compute_dtype
 from rest_jax.models.tokenizer import Tokenizer
-from rest_jax.run import checkpoint
+from rest_jax.run import card, checkpoint
 from rest_jax.run.folder import CONFIG_FILE, MODEL_FOLDER
 from rest_jax.run.progress import Transfer
 
@@ -61,7 +61,7 @@ def load_policy(
 
 def export(source: str, out: str | pathlib.Path, dtype: str | None = None) -> None:
     """Writes a run, a converted folder or an HF folder as the HF folder `out`, which must not exist yet. `dtype` None: as
-    the source has it. UserError for a source that cannot be used.
+    the source has it. A run's has the side files of `card.py`, too. UserError for a source that cannot be used.
 
     It needs no accelerator and little memory. Of several processes, which all call it, the first writes.
     """
@@ -71,8 +71,14 @@ def export(source: str, out: str | pathlib.Path, dtype: str | None = None) -> No
     else:
         weights = files = find_source(source)
     if is_first_process():
+        texts = None
+        # without it nobody knows how the run was trained
+        if is_run(source) and (path := as_path(source) / CONFIG_FILE).is_file():
+            config = config_lib.load([path], [])
+            tokenizer = Tokenizer.load(config.model.tokenizer or files)
+            texts = card.side_files(source, config, tokenizer, out)
         with _transfer("export") as report:
-            hf.export(weights, files, out, dtype, report)
+            hf.export(weights, files, out, dtype, report, texts)
     # No process ends before the folder is there: the end of one would be taken for a failure.
     any_process(False)
 

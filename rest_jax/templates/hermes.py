@@ -19,7 +19,7 @@ from rest_jax.templates.rendering import (
 )
 from rest_jax.tool_calls import Answer, Target
 
-_BEFORE_TOOLS = """# Tools
+BEFORE_TOOLS = """# Tools
 
 You may call one or more functions to assist with the user query.
 
@@ -31,7 +31,7 @@ For each function call, return a json object with function name and arguments wi
 <tool_call>
 {"name": <function-name>, "arguments": <args-json-object>}
 </tool_call>"""
-_AFTER_TOOLS = "\n</tools>\n\n" + REQUEST
+AFTER_TOOLS = "\n</tools>\n\n" + REQUEST
 
 
 def render_prompt(
@@ -46,7 +46,7 @@ def render_prompt(
     system, turns = leading_system(history)
     if tools:
         lines = "\n".join(json.dumps(signature(tool), ensure_ascii=False) for tool in tools)
-        system.append(_BEFORE_TOOLS + lines + _AFTER_TOOLS)
+        system.append(BEFORE_TOOLS + lines + AFTER_TOOLS)
     messages = [{"role": "system", "content": "\n\n".join(system)}] if system else []
     previous = None
     for message in turns:

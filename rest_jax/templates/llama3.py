@@ -23,7 +23,7 @@ REQUEST = (
     'Respond in the format {"name": function name, "parameters": dictionary of argument name and '
     "its value}.Do not use variables."
 )
-_BEFORE_TOOLS = (
+BEFORE_TOOLS = (
     "Given the following functions, please respond with a JSON for a function call with its proper "
     f"arguments that best answers the given prompt.\n\n{REQUEST}\n\n"
 )
@@ -38,7 +38,7 @@ def render_prompt(
     del brief
     request = ""
     if tools:
-        request = _BEFORE_TOOLS + "".join(
+        request = BEFORE_TOOLS + "".join(
             json.dumps(signature(tool), indent=4, ensure_ascii=False) + "\n\n" for tool in tools
         )
         start = len(leading_system(history)[0])

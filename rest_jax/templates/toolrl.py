@@ -56,7 +56,8 @@ _NOTES = (
     "previous `<tool_call>`, `<response>`, and any tool feedback noted as `<obs>` (if exists)."
 )
 RULES = _STEPS + _NOTES
-_BRIEF_FORMAT = (
+HEADER = "**Dialogue Records History**\n"
+BRIEF_FORMAT = (
     '<think> why </think> then <tool_call> {"name": tool, "parameters": {...}} </tool_call>, '
     "a line each, or <response> text </response>"
 )
@@ -69,12 +70,12 @@ def render_prompt(
     user message (the dialogue, later system texts where they stand).
     """
     if brief:
-        system = "\n".join([*map(_brief_tool, tools), _BRIEF_FORMAT])
+        system = "\n".join([*map(_brief_tool, tools), BRIEF_FORMAT])
     else:
         system = INTRODUCTION + "\n".join(map(_tool, range(1, len(tools) + 1), tools)) + RULES
     extra, turns = leading_system(history)
     dialogue = _dialogue(turns)
-    header = "" if brief else "**Dialogue Records History**\n"
+    header = "" if brief else HEADER
     return [
         {"role": "system", "content": "\n\n".join([system, *extra])},
         {"role": "user", "content": header + dialogue},

@@ -85,8 +85,9 @@ def export(
     out: str | pathlib.Path,
     dtype: str | None = None,
     report: Report = silent,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes an HF folder from `weights` and the folder `files` they came from.
+    """Writes an HF folder from `weights` and the folder `files` they came from, and `texts` by the names of their files.
 
     `weights` are parameters this process holds, a model folder, or an Orbax checkpoint of parameters. Tensors, dtypes and the
     presence of a tied head are those of `files`; `dtype` (float32, bfloat16, float16) overrides the dtypes. All or nothing.
@@ -103,6 +104,8 @@ def export(
         dtypes = dict.fromkeys(dtypes, _dtype_name(dtype))
     with atomic_folder(out) as work:
         copy_side_files(files, work)
+        for name, text in (texts or {}).items():
+            (work / name).write_text(text, encoding="utf-8")
         if dtype is not None:
             hf = read_json(work / "config.json")
             key = "torch_dtype" if "torch_dtype" in hf else "dtype"

@@ -94,6 +94,7 @@ DIALOGUE = [user("go"), calls(call(1, "x")), result("one", "x"), SAID]
 def test_every_spelling_is_the_same_dialogue(messages):
     expected = convert(DIALOGUE)
     assert convert(messages) == expected
+    assert openai.history(messages[:-1], (TOOL,), "here") == expected[-1].history
     for field in ("conversations", "input"):
         for value in (messages, json.dumps(messages), list(map(json.dumps, messages))):
             assert convert(None, **{field: value}) == expected

@@ -1,0 +1,121 @@
+"""What `rest-jax export` writes beside the weights of a run, for people and for other servers:
+
+tool_chat_template.jinja   OpenAI's messages and tools as the prompt of training
+toolrl_tool_parser.py      for vLLM, of runs in the toolrl format
+README.md                  the model card: how to serve it, figures of the run, what it was made of
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rest_jax
+from rest_jax.config import Config, dump
+from rest_jax.files import Location, as_path
+from rest_jax.models.tokenizer import Tokenizer
+from rest_jax.run import checkpoint
+from rest_jax.run.folder import MADE_OF
+from rest_jax.run.metrics import METRICS, METRICS_FILE, is_eval, read_lines
+from rest_jax.templates import TEMPLATES
+from rest_jax.templates.chat_template import PLUGIN, trained
+
+CHAT_TEMPLATE, PARSER, CARD = "tool_chat_template.jinja", "toolrl_tool_parser.py", "README.md"
+_VLLM_PARSERS = {"toolrl": "toolrl", "hermes": "hermes", "llama3": "llama3_json"}
+
+
+def side_files(
+    run: Location, config: Config, tokenizer: Tokenizer, out: str | pathlib.Path
+) -> dict[str, str]:
+    """The texts of these files by name, for a run, which may have moved since, exported as `out`."""
+    name = config.data.template
+    files = {}
+    if tokenizer.hf.chat_template and not tokenizer.lists_tools(TEMPLATES[name].request):
+        own = tokenizer.hf.get_chat_template()
+        files[CHAT_TEMPLATE] = trained(name, own, config.data.brief_prompt)
+    if name == "toolrl":
+        files[PARSER] = PLUGIN.read_text("utf-8")
+    command = vllm_command(config, tokenizer, list(files), pathlib.Path(out).name)
+    return files | {CARD: _model_card(run, config, command)}
+
+
+def _model_card(run: Location, config: Config, command: str) -> str:
+    """The card, in Markdown, of a run that this command serves."""
+    metrics = as_path(run) / METRICS_FILE
+    lines = read_lines(metrics) if metrics.is_file() else []
+    newest, step = checkpoint.newest_params(run)
+    made_of = checkpoint.read_loader_state(newest.parent).get(MADE_OF, {})
+    parts = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [tool-use, function-calling, rest_jax]\n---",
+        f"# {config.name}",
+        f"A policy for tool use, trained with [rest_jax](https://github.com/rest-jax/rest_jax) {rest_jax.__version__}"
+        f" from `{config.model.source}`: {_method(config, lines)}, {step:,} steps. It calls tools in the"
+        f" `{config.data.template}` format.",
+        "## Serve it",
+        f"```\n{command}\n```",
+        f"`rest-jax serve` takes the same folder, with `--template {config.data.template}`.",
+        *_figures(run, lines),
+        "## Made of",
+        "\n".join(f"- {name}: `{value}`" for name, value in made_of.items()),
+        "```yaml\n" + dump(config) + "```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def vllm_command(config: Config, tokenizer: Tokenizer, files: list[str], folder: str) -> str:
+    """The line that serves the folder with vLLM."""
+    words = [f"vllm serve {folder} --enable-auto-tool-choice"]
+    words.append(f"--tool-call-parser {_VLLM_PARSERS[config.data.template]}")
+    if PARSER in files:
+        words.append(f"--tool-parser-plugin {folder}/{PARSER}")
+    if CHAT_TEMPLATE in files:
+        words.append(f"--chat-template {folder}/{CHAT_TEMPLATE}")
+    # vLLM's parsers of thoughts ask for tags that are one token each.
+    vocabulary = tokenizer.hf.get_vocab()
+    if {"<think>", "</think>"} <= vocabulary.keys():
+        words.append("--reasoning-parser deepseek_r1")
+    return " \\\n    ".join(words)
+
+
+def _method(config: Config, lines: Sequence[Mapping[str, Any]]) -> str:
+    if not any("reward/mean" in line for line in lines):
+        return "supervised"
+    rule, size = config.weights.rule, config.rollout.group_size
+    return f"GRPO with token weights by the rule `{rule}`, {size} completions a prompt"
+
+
+def _figures(run: Location, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Tables of the evaluations and of the benchmarks in the folder of the run, if there are any."""
+    found = []
+    evaluated = [line for line in lines if any(map(is_eval, line))]
+    if evaluated:
+        first, last = evaluated[0], evaluated[-1]
+        rows = [f"| {name} | {first.get(name, float('nan')):.4g} | {value:.4g} | {METRICS[name].meaning} |"
+                for name, value in last.items() if is_eval(name)]  # fmt: skip
+        head = (
+            f"| metric | step {first['step']} | step {last['step']} | |\n| --- | --- | --- | --- |"
+        )
+        found += ["## Held-out records, greedy", "\n".join([head, *rows])]
+    for file in sorted(as_path(run).glob("*.json")):
+        result = _result(file)
+        if result is not None:
+            found += [f"## {result['benchmark']}", _table(result)]
+    return found
+
+
+def _result(file: Any) -> dict[str, Any] | None:
+    try:
+        value = json.loads(file.read_text())
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and {"benchmark", "rates"} <= value.keys() else None
+
+
+def _table(result: Mapping[str, Any]) -> str:
+    rows = ["| score | group | items | rate | 95 % interval |", "| --- | --- | --- | --- | --- |"]
+    for score, groups in result["rates"].items():
+        for group, x in groups.items():
+            rows.append(
+                f"| {score} | {group} | {x['count']} | {x['rate']:.1%} | {x['low']:.1%} to {x['high']:.1%} |"
+            )
+    return "\n".join(rows)

@@ -1,0 +1,137 @@
+"""What stands beside the exported weights of a run: its chat template, vLLM's tool parser, the model card."""
+
+import json
+import shutil
+
+import jax
+import pytest
+import transformers
+
+from rest_jax.config import Config, MeshConfig, ModelConfig, dump
+from rest_jax.data.convert import SOURCES
+from rest_jax.models.tokenizer import Tokenizer
+from rest_jax.run import card, load
+from rest_jax.run.checkpoint import Checkpoints
+from rest_jax.run.folder import CONFIG_FILE, MADE_OF, MODEL_FOLDER
+from rest_jax.run.metrics import MetricsWriter
+from rest_jax.templates import TEMPLATES
+from rest_jax.types import TrainState
+
+CHAT = [
+    {"role": "user", "content": "Rain?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"id": "0", "type": "function", "function": {"name": "now", "arguments": {"a": "ü"}}}
+        ],
+    },
+    {"role": "tool", "tool_call_id": "0", "content": "9"},
+]
+TOOLS = [{"type": "function", "function": {"name": "now", "description": "The time"}}]
+CARD = """\
+A policy for tool use, trained with [rest_jax](https://github.com/rest-jax/rest_jax) {version} from `start`: GRPO with token \
+weights by the rule `inverse_bound`, 4 completions a prompt, 7 steps. It calls tools in the `toolrl` format.
+
+## Serve it
+
+```
+vllm serve out --enable-auto-tool-choice \\
+    --tool-call-parser toolrl \\
+    --tool-parser-plugin out/toolrl_tool_parser.py \\
+    --chat-template out/tool_chat_template.jinja{reasoning}
+```
+
+`rest-jax serve` takes the same folder, with `--template toolrl`.
+
+## Held-out records, greedy
+
+| metric | step 0 | step 7 | |
+| --- | --- | --- | --- |
+| eval/exact | 0.25 | 0.5 | held-out completions whose calls are exactly the gold ones |
+
+## api_bank
+
+| score | group | items | rate | 95 % interval |
+| --- | --- | --- | --- | --- |
+| soft | all | 4 | 50.0% | 15.0% to 85.0% |
+
+## Made of
+
+- prompts: `abc`
+"""
+
+
+def config(template: str, **data) -> Config:
+    raw = {"name": "mine", "model": {"source": "start"}, "data": {"template": template, **data}}
+    return Config.model_validate(raw)
+
+
+@pytest.fixture
+def run(model, tmp_path):
+    """(config) -> the folder of a run, moved from where its config says that it is."""
+
+    def make(config):
+        folder = tmp_path / "moved"
+        ignore = shutil.ignore_patterns("*.safetensors")
+        shutil.copytree(model, folder / MODEL_FOLDER, ignore=ignore)
+        params = load.load_policy(ModelConfig(source=str(model)), MeshConfig(fsdp=-1)).params
+        none = jax.numpy.zeros(())
+        with Checkpoints(folder) as checkpoints:
+            state = TrainState(none, params, none, none, none)
+            checkpoints.save(7, state, {MADE_OF: {"prompts": "abc"}})
+        (folder / CONFIG_FILE).write_text(dump(config))
+        return folder
+
+    return make
+
+
+def test_the_card_says_how_to_serve_and_what_was_measured(run, tmp_path):
+    made = config("toolrl")
+    folder = run(made)
+    writer = MetricsWriter(folder)
+    writer.write(0, {"eval/exact": 0.25})
+    writer.write(1, {"reward/mean": 1.0})
+    writer.write(7, {"eval/exact": 0.5})
+    writer.close()
+    rate = {"count": 4, "rate": 0.5, "low": 0.15, "high": 0.85}
+    result = {"benchmark": "api_bank", "rates": {"soft": {"all": rate}}}
+    (folder / "api_bank.json").write_text(json.dumps(result))
+    (folder / "fork.json").write_text('{"of": "x"}')
+    (folder / "broken.json").write_text("{")
+    load.export(str(folder), tmp_path / "out")
+    text = (tmp_path / "out" / card.CARD).read_text()
+    tags = Tokenizer.load(tmp_path / "out").hf.get_vocab().keys() >= {"<think>", "</think>"}
+    reasoning = " \\\n    --reasoning-parser deepseek_r1" if tags else ""
+    expected = CARD.replace("{version}", card.rest_jax.__version__)
+    assert expected.replace("{reasoning}", reasoning) in text
+    assert text.endswith(f"```yaml\n{dump(made)}```\n")
+    assert (tmp_path / "out" / card.PARSER).read_text() == card.PLUGIN.read_text()
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_transformers_writes_the_prompt_of_training(run, tmp_path, template):
+    folder = run(config(template, brief_prompt=True))
+    load.export(str(folder), tmp_path / "out")
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    record = SOURCES["openai"](
+        {"messages": [*CHAT, {"role": "assistant", "content": "z"}], "tools": TOOLS}, "r", "here"
+    )[-1]
+    expected = tokenizer.render_prompt(record.prompt_messages(TEMPLATES[template], True))
+    found = transformers.AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(
+        CHAT,
+        tools=TOOLS,
+        chat_template=(tmp_path / "out" / card.CHAT_TEMPLATE).read_text(),
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    assert found == expected
+    assert (tmp_path / "out" / card.PARSER).is_file() == (template == "toolrl")
+
+
+def test_a_run_of_which_only_the_weights_are_left_is_exported(run, tmp_path):
+    folder = run(config("hermes"))
+    (folder / CONFIG_FILE).unlink()
+    load.export(str(folder), tmp_path / "out")
+    assert not (tmp_path / "out" / card.CARD).exists()
+    assert (tmp_path / "out" / "model.safetensors").is_file()
