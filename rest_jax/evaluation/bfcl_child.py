@@ -496,20 +496,25 @@ def judge(package: Package, entries: dict, answers: dict, root: pathlib.Path) ->
     package.handler.write(results, package.config.RESULT_PATH)
     categories = list(dict.fromkeys(map(category_of, entries)))
     package.judge(categories, {entry["id"] for entry in entries.values()})
-    scores, wrong = {}, []
+    scores, wrong = {}, set()
     for category in categories:
         (file,) = package.config.SCORE_PATH.rglob(f"*_v?_{category}_score.json")
         scores[category], *others = map(json.loads, file.read_text().strip("\n").split("\n"))
-        wrong += [(item["id"], item["prompt"]["question"]) for item in others]
+        wrong |= {told_apart(item["id"], item["prompt"]) for item in others}
     with (package.config.SCORE_PATH / "data_overall.csv").open() as file:
         (leaderboard,) = csv.DictReader(file)
     items = [
         {"id": key, "group": category_of(key)}
-        | {"correct": (entry["id"], entry["question"]) not in wrong}
+        | {"correct": told_apart(entry["id"], entry) not in wrong}
         | {name: answers[key][name] for name in ("replies", "error")}
         for key, entry in entries.items()
     ]
     return {"scores": scores, "leaderboard": leaderboard, "items": items}
+
+
+def told_apart(name: str, entry: dict) -> tuple[str, str]:
+    """What tells an entry from all others: two have one id."""
+    return name, json.dumps(entry["question"])
 
 
 def category_of(key: str) -> str:
