@@ -41,6 +41,7 @@ NEEDED = (
     *("tree_sitter", "tree_sitter_java", "tree_sitter_javascript"),
 )
 UNKNOWN = "no_such_tool()"  # what is evaluated for a call that is none
+PROCESSES = 128  # of dialogues at once
 MEMORY = 4 << 30  # bytes of addresses of a process
 LARGEST_FILE = 1 << 30  # bytes; an entry's process may write none
 _NEW_USER, _NEW_NETWORK, _PARENT_DEATH = 0x10000000, 0x40000000, 1  # of Linux
@@ -359,8 +360,9 @@ def expression(call: dict) -> str:
 
 def ask_all(package: Package, entries: dict, journal: Journal, up: Lines, job: dict) -> bool:
     """Answers the entries that were not answered, dialogues of many turns first. False when the input has ended."""
-    waiting = [key for key in entries if key not in journal.answers]
-    waiting.sort(key=lambda key: has_turns(entries[key]))
+    waiting = [key for key in reversed(entries) if key not in journal.answers]
+    turns = [key for key in waiting if has_turns(entries[key])]
+    single = [key for key in waiting if not has_turns(entries[key])]
     asked: set[str] = set()  # that wait for a reply
     dialogues: dict[str, Lines] = {}  # of those that have a process
 
@@ -372,9 +374,12 @@ def ask_all(package: Package, entries: dict, journal: Journal, up: Lines, job: d
     gc.freeze()  # a collection in a forked process would copy all memory
     with selectors.DefaultSelector() as selector:
         selector.register(up.source, selectors.EVENT_READ)
-        while waiting or asked:
-            while waiting and len(asked) < job["at_once"]:
-                name = waiting.pop()
+        while turns or single or asked:
+            while len(asked) < job["at_once"]:
+                queue = turns if turns and len(dialogues) < PROCESSES else single
+                if not queue:
+                    break
+                name = queue.pop()
                 entry = entries[name]
                 asked.add(name)
                 if has_turns(entry):
