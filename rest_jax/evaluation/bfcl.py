@@ -41,8 +41,9 @@ _MULTI_TURN = tuple(
 _AGENTIC = {
     **dict.fromkeys(("web_search_base", "web_search_no_snippet"), "it needs the network"),
     **dict.fromkeys(
-        ("memory_kv", "memory_vector", "memory_rec_sum"), "it needs models of embeddings"
+        ("memory_kv", "memory_rec_sum"), "its entries go on from files that earlier ones write"
     ),
+    "memory_vector": "it needs a model of embeddings",
     "format_sensitivity": "it varies the package's own prompt, which is not used",
 }
 

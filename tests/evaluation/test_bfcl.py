@@ -473,7 +473,7 @@ def test_categories_are_those_that_can_be_run():
             "multiturn",
             "--categories multiturn: unknown category of bfcl_v3 (nearest: multi_turn",
         ),
-        (V4, "live,memory_kv", "--categories memory_kv: not run: it needs models of embeddings"),
+        (V4, "live,memory_kv", "--categories memory_kv: not run: its entries go on from files"),
         (V4, "web_search_base", "not run: it needs the network"),
         (V4, "format_sensitivity", "not run: it varies the package's own prompt"),
         (V3, "", "--categories : unknown category"),
