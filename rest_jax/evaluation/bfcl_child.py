@@ -43,7 +43,7 @@ NEEDED = (
 UNKNOWN = "no_such_tool()"  # what is evaluated for a call that is none
 PROCESSES = 128  # of dialogues at once
 MEMORY = 4 << 30  # bytes of addresses of a process
-LARGEST_FILE = 1 << 30  # bytes; an entry's process may write none
+LARGEST_FILE = 16 << 30  # bytes; an entry's process may write none
 _NEW_USER, _NEW_NETWORK, _PARENT_DEATH = 0x10000000, 0x40000000, 1  # of Linux
 
 
@@ -165,7 +165,9 @@ class Lines:
 
 
 class Journal:
-    """The answers of a job by key, kept in a file as they come. A line that was cut is as if it were not there."""
+    """The answers of a job by key, kept in a file as they come. A line that was cut is as if it were not there, and so is an entry
+    that was broken off: there may be more room now.
+    """
 
     def __init__(self, path: pathlib.Path, entries: dict):
         self.path, self.answers = path, {}
@@ -173,7 +175,7 @@ class Journal:
         for line in lines[:-1]:
             with contextlib.suppress(ValueError):
                 answer = json.loads(line)
-                if answer["key"] in entries:
+                if answer["key"] in entries and answer["error"] is None:
                     self.answers[answer["key"]] = answer
         if lines and lines[-1]:  # the line of an answer that was being written
             with path.open("ab") as file:

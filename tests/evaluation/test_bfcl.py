@@ -317,6 +317,8 @@ def test_a_prompt_without_room_is_no_answer(tmp_path):
     (item,) = scored_dialogues(source)["items"]
     assert item["error"] == "the prompt of 7 tokens leaves no room for an answer"
     assert not item["correct"] and item["completions"] == []
+    again = run(V4, tmp_path, Truth(V4, "hermes"), categories="simple_python", limit=1)
+    assert wrong(again) == set() and again["resumed"] == 0
 
 
 # --- without the packages ---------------------------------------------------------------------------------------------
