@@ -165,8 +165,8 @@ class Lines:
 
 
 class Journal:
-    """The answers of a job by key, kept in a file as they come. A line that was cut is as if it were not there, and so is an entry
-    that was broken off: there may be more room now.
+    """The answers of a job by key, kept in a file as they come. A line that was cut is as if it were not there, and so is one of
+    an entry that was broken off: there may be more room now.
     """
 
     def __init__(self, path: pathlib.Path, entries: dict):
