@@ -51,7 +51,7 @@ from rest_jax.files import (
 from rest_jax.models.policy import Policy, check_positions
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.rollout.cast import rollout_cast
-from rest_jax.rollout.requests import make_stream
+from rest_jax.rollout.requests import Piece, Request, make_stream
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import truncated
 from rest_jax.run import checkpoint
@@ -325,48 +325,94 @@ def _answers(output: Location, about: Mapping[str, Any]) -> pathlib.Path:
 
 
 class Completer:
-    """Completions of a policy to messages, as they go through its chat template. A resource: it holds the compiled rollout."""
+    """Completions of a policy to messages, as they go through its chat template, each drawn once."""
 
     def __init__(self, config: Config, policy: Policy, sampling: Sampling):
-        self.config, self.policy = config, policy
-        self._sampler = make_sampler(policy, config.rollout, 1, sampling)
+        self.config, self.policy, self.sampling = config, policy, sampling
         self.seconds = 0.0  # of sampling, compilation included
 
     def __call__(self, prompts: Sequence[Messages]) -> list[Completion]:
         """Every process has all of them. UserError for prompts that the model cannot take."""
-        policy, tokenizer = self.policy, self.policy.tokenizer
-        ids = encode(tokenizer, prompts)
+        ids = encode(self.policy.tokenizer, prompts)
         most = max(map(len, ids))
         limit = self.config.rollout.max_response_tokens
-        check_positions(policy.config, most, limit, "--max-response-tokens")
+        check_positions(self.policy.config, most, limit, "--max-response-tokens")
         say(f"{len(ids)} prompts of at most {most:,} tokens")
-        padded = pad(ids, bucketed(ids), tokenizer.pad_id)
+        # a stream prefills what prompts begin with once; it runs on one process, and cuts off by top-p alone
+        streams = jax.process_count() == 1 and not self.sampling.top_k
+        begun = time.monotonic()
+        with contextlib.closing(Progress(len(ids), unit="completion")) as progress:
+            draw = self._by_stream if streams else self._by_sampler
+            found = draw(ids, progress)
+        self.seconds += time.monotonic() - begun
+        return found
+
+    def _by_stream(self, ids: Sequence[np.ndarray], progress: Progress) -> list[Completion]:
+        r, sampling, tokenizer = self.config.rollout, self.sampling, self.policy.tokenizer
+        longest = max(map(len, ids)) + r.max_response_tokens
+        tokens = r.cache_tokens or max(longest, 1024) * r.decode_slots
+        stream = make_stream(self.policy, r.model_copy(update={"cache_tokens": tokens}))
+        temperature = 0.0 if sampling.greedy else sampling.temperature
+        drawn: dict[int, list[Piece]] = {}
+        rows: dict[int, int] = {}
+        # those that begin alike follow one another
+        for row in sorted(range(len(ids)), key=lambda row: ids[row].tolist()):
+            number = stream.submit(
+                Request(
+                    ids[row],
+                    r.max_response_tokens,
+                    temperature,
+                    sampling.top_p,
+                    seed=self.config.seed,
+                    sample=row,
+                )
+            )
+            rows[number], drawn[row] = row, []
+        done = itertools.count(1)
+        while stream.pending:
+            for piece in stream.step():
+                drawn[rows[piece.request]].append(piece)
+                if piece.finish is not None:
+                    length = sum(len(one.ids) for one in drawn[rows[piece.request]])
+                    progress.update(next(done), f"{length} tokens")
+        return [
+            completion(
+                np.concatenate([piece.ids for piece in drawn[row]]),
+                drawn[row][-1].finish == "length",
+                tokenizer,
+            )
+            for row in range(len(ids))
+        ]
+
+    def _by_sampler(self, ids: Sequence[np.ndarray], progress: Progress) -> list[Completion]:
+        policy = self.policy
+        sampler = make_sampler(policy, self.config.rollout, 1, self.sampling)
+        padded = pad(ids, bucketed(ids), policy.tokenizer.pad_id)
         batch = PromptBatch(*padded, np.arange(len(ids), dtype=np.int32))
         params = rollout_cast(policy)(policy.params)
         rng, done = jax.random.key(self.config.seed), itertools.count(1)
-        begun = time.monotonic()
-        with contextlib.closing(Progress(len(ids), unit="completion")) as progress:
 
-            def show(_: int, rows: RolloutBatch) -> None:
-                progress.update(next(done), f"{int(rows.response_length[0, 0])} tokens")
+        def show(_: int, rows: RolloutBatch) -> None:
+            progress.update(next(done), f"{int(rows.response_length[0, 0])} tokens")
 
-            # Of several processes none knows of the others' completions.
-            on_group = show if jax.process_count() == 1 else None
-            out = self._sampler.sample_all(params, batch, rng, on_group)
-        self.seconds += time.monotonic() - begun
-        return completions(out, tokenizer)
+        # Of several processes none knows of the others' completions.
+        on_group = show if jax.process_count() == 1 else None
+        out = sampler.sample_all(params, batch, rng, on_group)
+        return completions(out, policy.tokenizer)
+
+
+def completion(ids: np.ndarray, cut: bool, tokenizer: Tokenizer) -> Completion:
+    """What the tokens of a response say; the last one ends the turn, unless it was cut."""
+    # A thought that the prompt has opened is part of what the model says.
+    opened = "<think>" if tokenizer.thought_open else ""
+    return Completion(opened + tokenizer.text(ids if cut else ids[:-1]), len(ids), cut)
 
 
 def completions(rollout: RolloutBatch, tokenizer: Tokenizer) -> list[Completion]:
     """What a rollout of one response a prompt says."""
     cut = truncated(rollout, tokenizer.stop_ids)[:, 0]
-    lengths = rollout.response_length[:, 0]
-    # A thought that the prompt has opened is part of what the model says.
-    opened = "<think>" if tokenizer.thought_open else ""
-    return [
-        Completion(opened + tokenizer.text(row[: n if is_cut else n - 1]), int(n), bool(is_cut))
-        for row, n, is_cut in zip(rollout.responses[:, 0], lengths, cut, strict=True)
-    ]
+    rows = zip(rollout.responses[:, 0], rollout.response_length[:, 0], cut, strict=True)
+    return [completion(row[:length], bool(is_cut), tokenizer) for row, length, is_cut in rows]
 
 
 def encode(tokenizer: Tokenizer, prompts: Sequence[Messages]) -> list[np.ndarray]:
