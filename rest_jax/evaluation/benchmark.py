@@ -286,6 +286,7 @@ def _answer_all(
         temperature=0.0 if sampling.greedy else sampling.temperature,
         top_p=sampling.top_p,
         seed=config.seed,
+        keep_segments=False,
     )
     begun = time.monotonic()
     answer_all(source, stream, encoder, settings)

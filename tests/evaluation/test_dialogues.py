@@ -1,5 +1,6 @@
 """Many dialogues at once: with a scripted model every task of a world is met, and what was read and written is known by token."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -165,6 +166,17 @@ def test_a_segment_ends_where_the_template_tells_earlier_turns_anew(script, enco
         else:
             expected = [list(range(len(gold)))]
         assert stretches(conversation) == expected
+
+
+def test_of_earlier_segments_nothing_is_kept_where_nobody_wants_them(encoders, script):
+    encoder = encoders["qwen2.5", "toolrl"]
+    few = dataclasses.replace(SETTINGS, keep_segments=False)
+    _, made, all_of_them = played(script, encoder, truthful(encoder))
+    _, again, last = played(script, encoder, truthful(encoder), settings=few)
+    assert [r.ids.tolist() for _, r in made.requests] == [r.ids.tolist() for _, r in again.requests]
+    for key, conversation in last.items():
+        (segment,) = conversation.segments
+        np.testing.assert_array_equal(segment.ids, all_of_them[key].segments[-1].ids)
 
 
 def test_every_token_has_its_record(encoders, script):
