@@ -159,7 +159,7 @@ class Bfcl:
         self._tools: dict[str, tuple[Any, ...]] = {}  # of each entry, as they were told last
         self._stack = contextlib.ExitStack()
         python = find_python(venv, "bfcl_eval", version.requirement)
-        command = [python, "-I", str(PROGRAM)]
+        command = [python, "-I", "-X", "utf8", str(PROGRAM)]
         self._child = self._stack.enter_context(Child(version.name, command))
         found = self._receive()
         said = ""

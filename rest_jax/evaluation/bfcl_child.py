@@ -67,6 +67,9 @@ def main() -> None:
         os.chdir(empty)
         os.environ["BFCL_PROJECT_ROOT"] = str(root)
         os.environ.pop("WANDB_BFCL_PROJECT", None)
+        os.environ["OPENBLAS_NUM_THREADS"] = (
+            "1"  # the stacks of many threads would be over the limit
+        )
         package = Package(job["functions"])
         found = (package.entries(name)[: job["limit"]] for name in job["categories"])
         entries = by_key([entry for category in found for entry in category])
@@ -256,7 +259,7 @@ class Package:
                 for category in categories:
                     file = getattr(self.config, name) / self._data(category).name
                     if file.exists():
-                        lines = file.read_text().splitlines()
+                        lines = file.read_text().strip("\n").split("\n")
                         kept = [line for line in lines if json.loads(line)["id"] in ids]
                         (part / file.name).write_text("".join(f"{line}\n" for line in kept))
                 setattr(self.runner, name, part)
@@ -284,9 +287,7 @@ def handler_of(package: Package) -> type:
     """The class of the model: what it is asked goes to `ask`, and what it has answered is already read."""
 
     class Handler(module("model_handler.base_handler").BaseHandler):
-        ask: Callable[
-            [list, list], dict
-        ]  # messages, tools -> the reply; of the processes of entries
+        ask: Callable[[list, list], dict]  # messages, tools -> the reply
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
