@@ -116,7 +116,7 @@ def _load(
     loaded = config.load(*split(words))
     fork_of = None if fork is None else loaded.folder
     if fork is not None:
-        loaded = loaded.renamed(fork)
+        loaded = loaded.renamed(fork, "--fork")
     if world is None:
         from rest_jax.run import lock
 
@@ -344,6 +344,9 @@ def chat(
     tools: Annotated[
         str | None, Option(help="Python file, whose functions are called, or JSON list of tools")
     ] = None,
+    world: Annotated[
+        str | None, Option(metavar="shop:N", help="a world of tools instead, and its task N")
+    ] = None,
     system: Annotated[str | None, Option(help="what the model is told first")] = None,
     temperature: Annotated[float, Option(min=0, max=2, help="0: greedy")] = 1.0,
     seed: Annotated[int | None, Option(help="of every answer")] = None,
@@ -359,7 +362,9 @@ def chat(
     remote = re.match(r"https?://", model)
     if remote and (overrides or template):
         raise UserError(f"chat {model}: config values and --template are for a model to load")
-    offered = chat.load_tools(tools)
+    if tools is not None and world is not None:
+        raise UserError("chat: --tools and --world are two sources of tools; give one")
+    offered = chat.load_tools(tools) if world is None else chat.load_world(world)
     sampling = {"temperature": temperature} | ({} if seed is None else {"seed": seed})
     with contextlib.ExitStack() as stack:
         if not remote:

@@ -162,10 +162,14 @@ class Conversation:
 
     def _rest(self, prompt: str) -> np.ndarray | None:
         """int32 [T]: the ids of what the prompt says behind the last completion. None where it does not begin with the last
-        prompt and a turn that says what was drawn.
+        prompt and a turn that says what was drawn, and where the model has ended its turn otherwise than the template does.
         """
         tokenizer = self._encoder.tokenizer
         if self._answer is None or not prompt.startswith(self._prompt):
+            return None
+        drawn = self._segments[-1][-1].ids.tolist()
+        last = drawn[-1] if drawn else None
+        if last in tokenizer.stop_ids and last != tokenizer.end_id:
             return None
         end = tokenizer.bytes_of([tokenizer.end_id]).decode()
         turn, found, behind = prompt[len(self._prompt) :].partition(end)
@@ -176,8 +180,7 @@ class Conversation:
         (ids,) = tokenizer.encode_all([end + behind])
         if not len(ids) or ids[0] != tokenizer.end_id:
             return None
-        drawn = self._segments[-1][-1].ids
-        return ids[1:] if len(drawn) and drawn[-1] == tokenizer.end_id else ids
+        return ids[1:] if last == tokenizer.end_id else ids
 
 
 def _sayable(answer: Answer) -> Answer:

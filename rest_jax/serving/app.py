@@ -106,12 +106,15 @@ class _Server:
         most = self.access.max_body
         if kind is ChatRequest:  # what cannot fit is not even read
             most = min(most, _BODY_BYTES + _TOKEN_BYTES * self.served.max_prompt_tokens)
-        data = await _body(request, most)
+        try:
+            data = await _body(request, most)
+        except asyncio.CancelledError as error:  # the server ends, and this client does not write
+            raise ApiError(503, self.engine.ended or "cancelled") from error
         loop = asyncio.get_running_loop()
         body, asked = await loop.run_in_executor(self.readers, self._read, kind, data)
         job = self._begin(kind, body, asked)
         if body.stream:
-            return _Events(self._events(job), functools.partial(self._end, job))
+            return _Events(self._events(job), functools.partial(self._end, job), self.engine)
         try:
             deltas = await _unless_gone(request, self._whole(job))
         finally:
@@ -225,14 +228,17 @@ class _Server:
 class _Events(StreamingResponse):
     """Server-sent events; `end` is called when they end, however they do."""
 
-    def __init__(self, events: AsyncIterator[str], end: Callable[[], None]):
+    def __init__(self, events: AsyncIterator[str], end: Callable[[], None], engine: Engine):
         headers = {"Cache-Control": "no-cache"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._end = end
+        self._end, self._engine = end, engine
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
+        except asyncio.CancelledError:
+            if self._engine.ended is None:
+                raise  # else the server ends, and this client does not read
         finally:
             self._end()
 
@@ -307,15 +313,15 @@ def _event(said: dict[str, Any]) -> str:
     return f"data: {json.dumps(said, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def _fault(request: Request, error: ApiError) -> Response:
+async def _fault(request: Request, error: ApiError) -> Response:
     return JSONResponse(error.body, error.status, error.headers)
 
 
-def _http_fault(request: Request, error: HTTPException) -> Response:
+async def _http_fault(request: Request, error: HTTPException) -> Response:
     said = {404: f"{request.url.path}: no such path", 405: f"{request.method}: not allowed here"}
     message = said.get(error.status_code, error.detail)
-    return _fault(request, ApiError(error.status_code, message, headers=error.headers))
+    return await _fault(request, ApiError(error.status_code, message, headers=error.headers))
 
 
-def _defect(request: Request, error: Exception) -> Response:
-    return _fault(request, ApiError(500, f"a defect of the server: {type(error).__name__}"))
+async def _defect(request: Request, error: Exception) -> Response:
+    return await _fault(request, ApiError(500, f"a defect of the server: {type(error).__name__}"))

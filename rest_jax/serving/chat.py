@@ -1,7 +1,8 @@
 """The command `rest-jax chat`: a dialogue in the terminal, with a model that is loaded or with any server of OpenAI's protocol.
 
-Tools come from a file. The functions of a Python file are called, with what their signatures and docstrings say as their schemas;
-of a JSON list of tools the user types the results. Calls and results are shown.
+Tools come from a file or from a world. The functions of a Python file are called, with what their signatures and docstrings say
+as their schemas; of a JSON list of tools the user types the results; a world makes the calls itself, and the user is the one who
+wants something of it. Calls and results are shown.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import dataclasses
 import http.client
 import json
 import pathlib
+import re
 import runpy
 import urllib.error
 import urllib.parse
@@ -18,10 +20,13 @@ from typing import Any
 
 from rich.console import Console
 
+from rest_jax import tool_calls
 from rest_jax.data import fields
 from rest_jax.errors import UserError
 from rest_jax.rollout.generate import read_tools
 from rest_jax.templates.rendering import signature
+from rest_jax.worlds.records import Message
+from rest_jax.worlds.synthetic import Shop, tasks
 
 MAX_ROUNDS = 32  # answers with calls in a row
 _SHOWN = 2000  # characters of a result
@@ -43,10 +48,12 @@ class Server:
 
 @dataclasses.dataclass(frozen=True)
 class Tools:
-    """What the model may call. `call`: executes it."""
+    """What the model may call. `call`: executes it. `begin`: before a dialogue, gives the messages that open it."""
 
     schemas: Sequence[Mapping[str, Any]]
     call: Call
+    begin: Callable[[], list[Message]] = list
+    judge: Callable[[], str] = str  # what is said of the dialogue after every turn
 
 
 class ServerFault(Exception):
@@ -71,27 +78,37 @@ def chat(server: Server, tools: Tools, system: str | None, sampling: Mapping[str
     console = Console(highlight=False)
     console.print(f"[bold]{server.model}[/], {len(tools.schemas)} tools; {_HELP}")
     start = [] if system is None else [{"role": "system", "content": system}]
-    messages = list(start)
+    messages = [*start, *_begin(console, tools)]
     while (text := _typed(console)) is not None:
         if not text:
             continue
         if text == "/new":
-            messages = list(start)
+            messages = [*start, *_begin(console, tools)]
             continue
         before = len(messages)
         messages.append({"role": "user", "content": text})
         try:
             _turn(console, server, tools, messages, sampling)
+            _show(console, tools.judge(), "yellow")
         except (ServerFault, KeyboardInterrupt) as error:
             del messages[before:]
             _show(console, f"\n{str(error) or 'broken off'}; what you said is taken back\n", "red")
+
+
+def _begin(console: Console, tools: Tools) -> list[Message]:
+    """The messages that open a dialogue. What the user is to say in it is only shown."""
+    messages = tools.begin()
+    for message in messages:
+        if message["role"] == "user":
+            _show(console, f"(your task: {message['content']})\n", "yellow")
+    return [message for message in messages if message["role"] != "user"]
 
 
 def _turn(
     console: Console,
     server: Server,
     tools: Tools,
-    messages: list[dict[str, Any]],
+    messages: list[Message],
     sampling: Mapping[str, Any],
 ) -> None:
     """Answers, until one has no calls; they are added to the messages."""
@@ -221,6 +238,20 @@ def load_tools(path: str | None) -> Tools:
         return _functions(path)
     schemas = [signature(tool) for tool in read_tools(path)]
     return Tools(schemas, lambda name, _: input(f"the result of {name}: "))
+
+
+def load_world(name: str) -> Tools:
+    """The tools of a world and one of its tasks: "shop:3" is the task 3 of `worlds.synthetic`. UserError for another name."""
+    world_name, _, number = name.partition(":")
+    if world_name != "shop" or not re.fullmatch(r"\d{0,6}", number):
+        raise UserError(f"--world {name}: unknown; shop, or shop:N for its task N")
+    world, task = Shop(), tasks(0, int(number or 0) + 1)[-1]
+    return Tools(
+        schemas=world.reset(task)[1],
+        call=lambda tool, arguments: world.call([tool_calls.Call(tool, dict(arguments))])[0],
+        begin=lambda: world.reset(task)[0],
+        judge=lambda: f"(score {world.score():g})\n",
+    )
 
 
 def _no_tool(name: str, arguments: Mapping[str, Any]) -> str:

@@ -132,8 +132,9 @@ class Engine:
         try:
             self._decode()
         except Exception as error:
-            self.failure = error
-            self._loop.call_soon_threadsafe(self._failed)
+            if not self._loop.is_closed():  # else nobody is there any more
+                self.failure = error
+                self._loop.call_soon_threadsafe(self._failed)
 
     def _decode(self) -> None:
         numbers: dict[tuple[Sampled, int], int] = {}

@@ -55,6 +55,11 @@ class ApiError(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def _given(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What is not null."""
+    return {key: value for key, value in raw.items() if value is not None}
+
+
 def _is_id(value: Any) -> bool:
     return type(value) is int and value >= 0
 
@@ -81,6 +86,11 @@ class _Sampled(_Record):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     return_token_ids: bool = False
+
+    @pydantic.field_validator("stream_options", mode="before")
+    @classmethod
+    def _options(cls, value: Any) -> Any:
+        return _given(value) if isinstance(value, dict) else value
 
     @pydantic.field_validator("stop", mode="before")
     @classmethod
@@ -154,7 +164,7 @@ class ChatRequest(_Sampled):
     @pydantic.field_validator("top_logprobs")
     @classmethod
     def _alternatives(cls, value: int, info: pydantic.ValidationInfo) -> int:
-        if not info.data.get("logprobs"):
+        if value and not info.data.get("logprobs"):
             raise ValueError("logprobs: true is needed")
         return value
 
@@ -183,7 +193,7 @@ def read_body(data: bytes, kind: type[_Request]) -> _Request:
         raise ApiError(400, str(error)) from error
     if not isinstance(raw, dict):
         raise ApiError(400, f"body: an object is needed, found {fields.kind(raw)}")
-    given = {key: value for key, value in raw.items() if value is not None}
+    given = _given(raw)
     for key, neutral in _NEUTRAL.items():
         if key in given and given[key] not in neutral:
             raise ApiError(400, f"{key}: {fields.shown(given[key])} is not supported", key)
@@ -191,7 +201,7 @@ def read_body(data: bytes, kind: type[_Request]) -> _Request:
         return kind.model_validate(given)
     except pydantic.ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        place = ".".join(map(str, fault["loc"]))
+        place = "".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in fault["loc"])[1:]
         message = fault["msg"].removeprefix("Value error, ")
         said = (
             f", not {fields.shown(fault['input'])}" if place and fault["type"] != "missing" else ""

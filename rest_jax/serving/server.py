@@ -20,11 +20,12 @@ import uvicorn
 
 from rest_jax.config import Config
 from rest_jax.data.tokenize import Encoder
+from rest_jax.distributed import num_data_shards
 from rest_jax.errors import RunStopped, UserError
 from rest_jax.files import absolute
-from rest_jax.models.policy import check_positions
+from rest_jax.models.policy import ROLLOUT_KEYS, check_positions
 from rest_jax.models.tokenizer import Tokenizer
-from rest_jax.rollout.requests import Request, Stream, make_stream
+from rest_jax.rollout.requests import Request, make_stream
 from rest_jax.run.environment import handled
 from rest_jax.run.load import load_policy
 from rest_jax.serving.app import Access, make_app
@@ -133,22 +134,17 @@ def load(config: Config, options: Options) -> tuple[Served, Engine]:
     )
     check_positions(policy.config, served.max_prompt_tokens, served.max_new_tokens)
     stream = make_stream(policy, config.rollout)
-    _warm_up(stream, served)
-    return served, Engine(stream, config.rollout.decode_slots + options.max_queue)
-
-
-def _warm_up(stream: Stream, served: Served) -> None:
-    """Compiles what a short request needs. UserError when the pages have no room for a long one."""
-    prompt = np.full(served.max_prompt_tokens, served.tokenizer.end_id, np.int32)
-    try:
-        stream.cancel(stream.submit(Request(prompt, served.max_new_tokens)))
-    except ValueError as error:
+    longest = served.max_prompt_tokens + served.max_new_tokens
+    if longest > stream.room:
         raise UserError(
-            f"serve: {error}; raise rollout.cache_tokens, or lower data.max_prompt_tokens or rollout.max_response_tokens"
-        ) from error
-    stream.submit(Request(prompt[:1], 1))
-    while stream.pending:
+            f"serve: prompt + answer {longest:,} tokens, rollout.cache_tokens has room for {stream.room:,}; raise it, or lower "
+            f"{ROLLOUT_KEYS}"
+        )
+    stream.submit(Request(np.array([served.tokenizer.end_id], np.int32), 1))
+    while stream.pending:  # compiles what a short request needs
         stream.step()
+    slots = config.rollout.decode_slots * num_data_shards(policy.rollout_mesh)
+    return served, Engine(stream, slots + options.max_queue)
 
 
 def template_of(config: Config, tokenizer: Tokenizer) -> Template:

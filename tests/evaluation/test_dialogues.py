@@ -12,12 +12,14 @@ from rest_jax.data.convert import openai
 from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import Encoder
 from rest_jax.errors import UserError
-from rest_jax.evaluation.dialogues import Settings, answer_all
+from rest_jax.evaluation.dialogues import Conversation, Settings, answer_all
 from rest_jax.models.tokenizer import Tokenizer
+from rest_jax.rollout.requests import Piece
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Call, Region, Target
 from rest_jax.worlds import synthetic
 from rest_jax.worlds.dialogues import Dialogues
+from rest_jax.worlds.records import Query
 
 LLAMA_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>")
 NATIVE = {
@@ -26,7 +28,7 @@ NATIVE = {
 }
 WRITTEN = {"smollm2": "hermes", "qwen2.5": "toolrl", "qwen3_thinking_2507": "toolrl"}
 FAMILIES = [*NATIVE.items(), *WRITTEN.items()]
-TASKS = {task.id: task for task in synthetic.tasks(0, 8)}
+TASKS = {task.id: task for task in synthetic.tasks(0, 6)}
 SETTINGS = Settings(max_tokens=400, max_length=100_000)
 
 
@@ -98,7 +100,8 @@ def nameless(key, query):
 
 @pytest.mark.parametrize("write", [no_calls, unknown_tools, unreadable, nameless])
 def test_a_broken_model_does_none(script, encoders, write):
-    finished, _, _ = played(script, encoders["qwen3", "hermes"], write)
+    few = dict(itertools.islice(TASKS.items(), 2))
+    finished, _, _ = played(script, encoders["qwen3", "hermes"], write, tasks=few)
     assert {dialogue.score for dialogue in finished.values()} == {0.0}
     most = synthetic.MAX_TURNS if write is unknown_tools else 2
     assert max(dialogue.turns for dialogue in finished.values()) == most
@@ -179,6 +182,32 @@ def test_of_earlier_segments_nothing_is_kept_where_nobody_wants_them(encoders, s
         np.testing.assert_array_equal(segment.ids, all_of_them[key].segments[-1].ids)
 
 
+@pytest.mark.parametrize("ending", ["end of turn", "another stop token", "none", "nothing drawn"])
+def test_a_turn_that_ends_otherwise_than_the_template_ends_it(encoders, ending):
+    """Cut turns are ended by the template; other stop tokens are not in what it writes."""
+    encoder = encoders["llama3.1", "llama3"]
+    tokenizer = encoder.tokenizer
+    (other,) = set(tokenizer.stop_ids) - {tokenizer.end_id}
+    messages = ({"role": "user", "content": "Hello?"},)
+    conversation = Conversation(encoder)
+    first = conversation.ask(Query(messages), "chat")
+    stop = {"end of turn": [tokenizer.end_id], "another stop token": [other]}.get(ending, [])
+    text = "" if ending == "nothing drawn" else "Yes."
+    ids = np.append(tokenizer.encode(text), stop).astype(np.int32)
+    numbers = np.zeros(len(ids), np.float32)
+    pieces = [Piece(0, ids, numbers, numbers, None, "stop" if stop else "length")]
+    reply = conversation.add(pieces if len(ids) else [])
+    assert (reply.text, reply.truncated) == (text, not stop)
+    said = {"role": "assistant", "content": reply.text}
+    more = {"role": "user", "content": "And now?"}
+    query = Query((*messages, *([said] if text else []), more))
+    second = conversation.ask(query, "chat")
+    assert tokenizer.text(second) == tokenizer.text(fresh_prompt(encoder, query)[0])
+    assert tokenizer.text(first) in tokenizer.text(second) or not text
+    new = ending in ("another stop token", "nothing drawn")
+    assert len(conversation.segments) == 1 + new
+
+
 def test_every_token_has_its_record(encoders, script):
     """What the model wrote has its log-probability, entropy and region; the rest has none."""
     encoder = encoders["qwen2.5", "hermes"]
@@ -208,6 +237,36 @@ def test_a_new_turn_prefills_what_is_new(encoders, script):
     _, made, conversations = played(script, encoder, truthful(encoder))
     unwritten = sum(int((c.segments[0].region == 0).sum()) for c in conversations.values())
     assert made.prefilled_tokens <= unwritten < 0.35 * made.prompt_tokens
+
+
+class Slow:
+    """A source whose tools take their time in one dialogue: as long as there is anything else to do."""
+
+    def __init__(self, source, key):
+        self.source, self.key, self.late = source, key, []
+
+    def poll(self, block):
+        queries = self.source.poll(block and not self.late) or []
+        ready = [(key, query) for key, query in queries if key != self.key or not turn_of(query)]
+        self.late += [asked for asked in queries if asked not in ready]
+        if block and not ready:
+            ready, self.late = self.late, []
+        return ready or (None if block else [])
+
+    def reply(self, key, reply):
+        self.source.reply(key, reply)
+
+
+def test_others_go_on_while_a_dialogue_waits_for_its_tools(encoders, script):
+    encoder, (slow, *_) = encoders["qwen2.5", "hermes"], TASKS
+    dialogues = Dialogues(synthetic.Shop, TASKS, at_once=4)
+    made = script(Slow(dialogues, slow), encoder.tokenizer, truthful(encoder))
+    answer_all(made, made, encoder, SETTINGS)
+    assert {dialogue.score for dialogue in dialogues.finished.values()} == {1.0}
+    later = len(TASKS[slow].gold) - 1
+    keys = [key for key, _ in made.requests]
+    assert keys[0] == slow and keys[-later:] == [slow] * later
+    assert slow not in keys[1:-later]
 
 
 def test_draws_do_not_depend_on_what_else_runs(encoders, script):

@@ -83,7 +83,12 @@ class FakeStream:
 
     def _any(self, request: Request) -> list[int]:
         """As many letters as are asked for, by the prompt and the seed."""
-        seed = (int(request.ids.sum()), request.seed, request.sample, request.temperature > 0)
+        seed = (
+            int(request.ids.sum()),
+            request.seed % 2**64,
+            request.sample,
+            request.temperature > 0,
+        )
         draws = np.random.default_rng(seed)
         return draws.integers(10, 120, request.max_tokens).tolist()
 

@@ -163,6 +163,21 @@ def test_samples_and_seeds(client, stream):
     assert stream.seen[-1].seed != stream.seen[-2].seed
 
 
+@pytest.mark.parametrize("body", [
+    {"tools": None, "stop": None, "n": None, "stream": None, "tool_choice": None, "seed": None, "model": None},
+    {"stream_options": {"include_usage": None}, "logprobs": False, "top_logprobs": 0},
+    {"frequency_penalty": 0.0, "logit_bias": {}, "response_format": {"type": "text"}, "functions": []},
+    {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "unknown": [1]},
+    {"tools": [], "tool_choice": "auto", "seed": -(2**63), "temperature": 1e-9},
+    {"messages": [{"role": "developer", "content": "x"}, {"role": "user", "content": "y", "name": "z"}]},
+    {"messages": [*USER, {"role": "assistant", "content": "and"}]},
+], ids=["null", "nested null", "neutral", "unknown", "edges", "developer", "assistant last"])  # fmt: skip
+def test_what_is_taken(server, body):
+    body = {"messages": USER, "max_tokens": 2} | body
+    got = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    assert got.status_code == 200 and got.json()["usage"]["completion_tokens"] == 2, got.text
+
+
 def test_a_required_call_is_begun_for_the_policy(client, stream):
     prompts = {}
     for choice in ("auto", "required", {"type": "function", "function": {"name": "add"}}):
@@ -258,7 +273,7 @@ def test_prompts_that_are_none(refusing, prompt):
     (b"{", "application/json", 400), (b"\xff", "application/json", 400), (b"NaN", "application/json", 400),
     (b"[" * 10_000, "application/json", 400), (b'{"n": 1, "n": 2}', "application/json", 400),
     (b"{}", "text/plain", 415), (b"x" * 20_001, "application/json", 413),
-])  # fmt: skip
+], ids=["cut", "bytes", "NaN", "deep", "twice", "text", "long"])  # fmt: skip
 def test_bodies_that_are_none(refusing, data, kind, status):
     headers = {"Content-Type": kind}
     for content in (data, iter([data])):  # with a length and without
@@ -392,6 +407,20 @@ def test_a_server_that_ends_finishes_what_runs(tokenizer, capsys, drain, status)
             httpx.get(f"{server.url}/health")
     said = capsys.readouterr().err
     assert said == "" if status == 200 else "2 completions did not end in 0.2 s" in said
+
+
+def test_a_client_that_says_nothing_does_not_keep_a_server(tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr("rest_jax.serving.server._LAST_WORDS", 0)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n"
+    with serving(FakeStream(tokenizer), tokenizer, drain=0.2) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as link:
+            link.sendall(head.encode())
+            while not server.server.server_state.tasks:
+                time.sleep(0.01)
+            server.server.should_exit = True
+            assert link.recv(100).startswith(b"HTTP/1.1 503")
+    assert not any(record.exc_info for record in caplog.records)
 
 
 def test_metrics(tokenizer):

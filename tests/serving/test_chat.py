@@ -8,6 +8,7 @@ import pytest
 from rest_jax import cli
 from rest_jax.errors import UserError
 from rest_jax.serving.chat import load_tools
+from rest_jax.worlds.synthetic import tasks
 from tests.serving.servers import FakeStream, serving
 
 PYTHON = '''
@@ -43,7 +44,7 @@ def talk(tokenizer, monkeypatch, capsys):
     return told
 
 
-def call(name: str, **arguments) -> str:
+def call(name: str, /, **arguments) -> str:
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
@@ -81,6 +82,30 @@ def test_results_are_typed_for_tools_of_a_list(talk, tmp_path):
     path.write_text(json.dumps([{"name": "weather", "parameters": {}}]))
     shown, prompts = talk([call("weather"), "Sunny."], "go\n25 degrees\n", "--tools", str(path))
     assert "weather {}" in shown and "25 degrees" in prompts[1] and "Sunny." in shown
+
+
+def test_a_world_makes_the_calls(talk):
+    task = tasks(0, 3)[2]
+    gold = [turn for turn in task.gold if isinstance(turn, tuple)]
+    answers = ["".join(call(c.name, **c.arguments) for c in turn) for turn in gold]
+    shown, prompts = talk([*answers, "Done.", "Hm."], "please\n/new\nagain\n", "--world", "shop:2")
+    assert (
+        shown.count(f"(your task: {task.requests[0]})") == 2 and task.requests[0] not in prompts[0]
+    )
+    assert "find_customer" in prompts[0] and "orders of a shop" in prompts[0]
+    first, again = shown.split("Done.")
+    assert '{"customer": "c' in first and "score" not in first
+    assert again.startswith("\n(score 1)") and "(score 0)" in again  # begun anew
+
+
+def test_worlds_that_are_none(capsys):
+    for words in (
+        ["--world", "moon"],
+        ["--world", "shop:x"],
+        ["--world", "shop", "--tools", "t.py"],
+    ):
+        assert cli.main(["chat", "http://127.0.0.1:9", *words]) == 2
+        assert "world" in capsys.readouterr().err
 
 
 def test_a_fault_takes_back_what_was_said(talk):

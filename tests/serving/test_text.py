@@ -36,6 +36,12 @@ TURNS = [
     ("llama3", 'some [x]\n[1, 2]\n{"a": 1}', "", 'some [x]\n[1, 2]\n{"a": 1}', ()),
 ]  # fmt: skip
 
+TURN = pytest.mark.parametrize(
+    ("name", "text", "thought", "said", "calls"),
+    TURNS,
+    ids=[f"{turn[0]}-{i}" for i, turn in enumerate(TURNS)],
+)
+
 
 def in_parts(turn: Turn, text: str, size: int) -> list[Delta]:
     ends = [len(text[:n].encode()) for n in range(size, len(text), size)]
@@ -49,7 +55,7 @@ def joined(deltas: list[Delta]) -> tuple[str, str, tuple[Call, ...]]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 10_000])
-@pytest.mark.parametrize(("name", "text", "thought", "said", "calls"), TURNS)
+@TURN
 def test_a_turn_in_parts(name, text, thought, said, calls, size):
     deltas = in_parts(Turn(TEMPLATES[name], None), text, size)
     assert joined(deltas) == (thought, said, calls)
@@ -58,7 +64,7 @@ def test_a_turn_in_parts(name, text, thought, said, calls, size):
     )
 
 
-@pytest.mark.parametrize(("name", "text", "thought", "said", "calls"), TURNS)
+@TURN
 def test_without_tools_calls_are_text(name, text, thought, said, calls):
     turn = Turn(TEMPLATES[name], 0)
     got = joined(in_parts(turn, text, 1))
