@@ -237,7 +237,7 @@ def _entries(config: Config, name: str, options: Options) -> Iterator[Measure]:
             template = config.data.template
             encoder = Encoder(policy.tokenizer, bfcl.template(template))
             encoder([_GREETING])
-            source.begin(answers, template, config.rollout.decode_slots)
+            source.begin(answers, template, _at_once(config, policy))
             seconds = _answer_all(source, encoder, policy, config, sampling)
             return _speed(seconds, source.tokens) | scored_dialogues(source)
 
@@ -255,7 +255,7 @@ def _tickets(config: Config, name: str, options: Options) -> Iterator[Measure]:
             encoder = Encoder(policy.tokenizer, TEMPLATES[data.template], data.brief_prompt)
             tasks = tau2.tasks(items, options.samples)
             with contextlib.closing(Progress(len(tasks), unit="dialogue")) as progress:
-                at_once = config.rollout.decode_slots * num_data_shards(policy.rollout_mesh)
+                at_once = _at_once(config, policy)
                 source = Dialogues(package.world, tasks, at_once, progress.update)
                 seconds = _answer_all(source, encoder, policy, config, sampling)
             lines = tau2.lines(items, source.finished, options.samples)
@@ -267,6 +267,11 @@ def _tickets(config: Config, name: str, options: Options) -> Iterator[Measure]:
 
 
 _PREPARE = {"api_bank": _prompts, **dict.fromkeys(bfcl.VERSIONS, _entries), "tau2": _tickets}
+
+
+def _at_once(config: Config, policy: Policy) -> int:
+    """Dialogues for all decode slots."""
+    return config.rollout.decode_slots * num_data_shards(policy.rollout_mesh)
 
 
 def _answer_all(
@@ -281,6 +286,7 @@ def _answer_all(
         temperature=0.0 if sampling.greedy else sampling.temperature,
         top_p=sampling.top_p,
         seed=config.seed,
+        keep_segments=False,
     )
     begun = time.monotonic()
     answer_all(source, stream, encoder, settings)

@@ -41,8 +41,9 @@ _MULTI_TURN = tuple(
 _AGENTIC = {
     **dict.fromkeys(("web_search_base", "web_search_no_snippet"), "it needs the network"),
     **dict.fromkeys(
-        ("memory_kv", "memory_vector", "memory_rec_sum"), "it needs models of embeddings"
+        ("memory_kv", "memory_rec_sum"), "its entries go on from files that earlier ones write"
     ),
+    "memory_vector": "it needs a model of embeddings",
     "format_sensitivity": "it varies the package's own prompt, which is not used",
 }
 
@@ -158,15 +159,18 @@ class Bfcl:
         self._tools: dict[str, tuple[Any, ...]] = {}  # of each entry, as they were told last
         self._stack = contextlib.ExitStack()
         python = find_python(venv, "bfcl_eval", version.requirement)
-        command = [python, "-I", str(PROGRAM)]
+        command = [python, "-I", "-X", "utf8", str(PROGRAM)]
         self._child = self._stack.enter_context(Child(version.name, command))
-        found = self._receive()["package"]
-        if found != version.release:
+        found = self._receive()
+        said = ""
+        if found["package"] != version.release:
+            said = f"bfcl-eval {found['package']}; {version.name} is judged by {version.release}"
+        elif found["missing"]:
+            said = f"bfcl-eval lacks {', '.join(found['missing'])}"
+        if said:
             self.close()
-            raise UserError(
-                f"--data {venv}: bfcl-eval {found}; {version.name} is judged by {version.release}: "
-                f"`pip install {version.requirement}` in an environment of its own"
-            )
+            install = f"`pip install {version.requirement}` in an environment of its own"
+            raise UserError(f"--data {venv}: {said}: {install}")
 
     def __enter__(self) -> "Bfcl":
         return self
@@ -179,7 +183,7 @@ class Bfcl:
         self._stack.close()
 
     def begin(self, folder: pathlib.Path, template: str, at_once: int) -> None:
-        """Begins to ask, `at_once` entries at a time. UserError where the package cannot be imported."""
+        """Begins to ask, `at_once` entries at a time."""
         self.template = template
         self._child.send(
             {
@@ -192,9 +196,6 @@ class Bfcl:
             }
         )
         self.started = self._receive()
-        if "error" in self.started:
-            need = f"`pip install {self.version.requirement}`"
-            raise UserError(f"{self.version.name}: {self.started['error']}; needed is {need}")
         total, self._answered = self.started["entries"], self.started["answered"]
         progress = Progress(total, self._answered, unit="entry")
         self._progress = self._stack.enter_context(contextlib.closing(progress))

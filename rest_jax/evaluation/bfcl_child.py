@@ -1,9 +1,9 @@
 """The process of a BFCL evaluation: it has the package bfcl_eval and knows nothing of rest_jax, whose `bfcl.py` starts it.
 
-Lines of JSON. Out: {"package"}, its release. In: {"root", "categories", "limit", "functions", "at_once", "seconds"}. Out:
-{"entries", "sha256", "answered", "network"} or {"error"}; queries {"key", "messages", "tools"}, without tools where they are
-those of the query before. In: for each {"key", "message", "calls", "text", "tokens", "prompt_tokens", "truncated"} or {"key",
-"error"}. Out: {"answered"} for each entry that is done; at last {"scores", "leaderboard", "items"}.
+Lines of JSON. Out: {"package": its release, "missing": modules that it needs}. In: {"root", "categories", "limit", "functions",
+"at_once", "seconds"}. Out: {"entries", "sha256", "answered", "network"}; queries {"key", "messages", "tools"}, without tools
+where they are those of the query before. In: for each {"key", "message", "calls", "text", "tokens", "prompt_tokens", "truncated"}
+or {"key", "error"}. Out: {"answered"} for each entry that is done; at last {"scores", "leaderboard", "items"}.
 
 Entries are asked by the package's `inference()`, those whose calls it executes in processes of their own, forked from this one;
 what was answered is kept in root/answers.jsonl and not asked again. The package's `eval_runner.main()` is the only judge. What a
@@ -18,6 +18,7 @@ import gc
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import keyword
 import os
@@ -34,9 +35,15 @@ from collections.abc import Callable
 from typing import Any
 
 MODEL = "rest-jax"  # the package takes an underscore in a model's name for a slash
+# what is imported on the way that is taken through the package
+NEEDED = (
+    *("dotenv", "filelock", "mpmath", "numpy", "overrides", "pandas", "tenacity", "tqdm"),
+    *("tree_sitter", "tree_sitter_java", "tree_sitter_javascript"),
+)
 UNKNOWN = "no_such_tool()"  # what is evaluated for a call that is none
+PROCESSES = 128  # of dialogues at once
 MEMORY = 4 << 30  # bytes of addresses of a process
-LARGEST_FILE = 1 << 30  # bytes; an entry's process may write none
+LARGEST_FILE = 16 << 30  # bytes; an entry's process may write none
 _NEW_USER, _NEW_NETWORK, _PARENT_DEATH = 0x10000000, 0x40000000, 1  # of Linux
 
 
@@ -45,7 +52,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end of the input is what ends it
     up = Lines(0, os.dup(1))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the package prints
-    up.send(package=importlib.metadata.version("bfcl-eval"))
+    up.send(
+        package=importlib.metadata.version("bfcl-eval"),
+        missing=[name for name in NEEDED if importlib.util.find_spec(name) is None],
+    )
     job = up.receive()
     if job is None:
         return
@@ -57,11 +67,10 @@ def main() -> None:
         os.chdir(empty)
         os.environ["BFCL_PROJECT_ROOT"] = str(root)
         os.environ.pop("WANDB_BFCL_PROJECT", None)
-        try:
-            package = Package(job["functions"])
-        except ImportError as error:
-            up.send(error=str(error))
-            return
+        os.environ["OPENBLAS_NUM_THREADS"] = (
+            "1"  # the stacks of many threads would be over the limit
+        )
+        package = Package(job["functions"])
         found = (package.entries(name)[: job["limit"]] for name in job["categories"])
         entries = by_key([entry for category in found for entry in category])
         journal = Journal(root / "answers.jsonl", entries)
@@ -93,6 +102,8 @@ def by_key(entries: list[dict]) -> dict[str, dict]:
 def leave_network() -> str | None:
     """Moves this process into a network namespace without interfaces. What the system says when it refuses."""
     libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "unshare"):
+        return f"{sys.platform} has no network namespaces"
     # root may do so at once, others as the root of a user namespace
     if not libc.unshare(_NEW_NETWORK) or not libc.unshare(_NEW_USER | _NEW_NETWORK):
         return None
@@ -157,7 +168,9 @@ class Lines:
 
 
 class Journal:
-    """The answers of a job by key, kept in a file as they come. A line that was cut is as if it were not there."""
+    """The answers of a job by key, kept in a file as they come. A line that was cut is as if it were not there, and so is one of
+    an entry that was broken off: there may be more room now.
+    """
 
     def __init__(self, path: pathlib.Path, entries: dict):
         self.path, self.answers = path, {}
@@ -165,7 +178,7 @@ class Journal:
         for line in lines[:-1]:
             with contextlib.suppress(ValueError):
                 answer = json.loads(line)
-                if answer["key"] in entries:
+                if answer["key"] in entries and answer["error"] is None:
                     self.answers[answer["key"]] = answer
         if lines and lines[-1]:  # the line of an answer that was being written
             with path.open("ab") as file:
@@ -246,7 +259,7 @@ class Package:
                 for category in categories:
                     file = getattr(self.config, name) / self._data(category).name
                     if file.exists():
-                        lines = file.read_text().splitlines()
+                        lines = file.read_text().strip("\n").split("\n")
                         kept = [line for line in lines if json.loads(line)["id"] in ids]
                         (part / file.name).write_text("".join(f"{line}\n" for line in kept))
                 setattr(self.runner, name, part)
@@ -274,9 +287,7 @@ def handler_of(package: Package) -> type:
     """The class of the model: what it is asked goes to `ask`, and what it has answered is already read."""
 
     class Handler(module("model_handler.base_handler").BaseHandler):
-        ask: Callable[
-            [list, list], dict
-        ]  # messages, tools -> the reply; of the processes of entries
+        ask: Callable[[list, list], dict]  # messages, tools -> the reply
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
@@ -352,8 +363,9 @@ def expression(call: dict) -> str:
 
 def ask_all(package: Package, entries: dict, journal: Journal, up: Lines, job: dict) -> bool:
     """Answers the entries that were not answered, dialogues of many turns first. False when the input has ended."""
-    waiting = [key for key in entries if key not in journal.answers]
-    waiting.sort(key=lambda key: has_turns(entries[key]))
+    waiting = [key for key in reversed(entries) if key not in journal.answers]
+    turns = [key for key in waiting if has_turns(entries[key])]
+    single = [key for key in waiting if not has_turns(entries[key])]
     asked: set[str] = set()  # that wait for a reply
     dialogues: dict[str, Lines] = {}  # of those that have a process
 
@@ -365,9 +377,12 @@ def ask_all(package: Package, entries: dict, journal: Journal, up: Lines, job: d
     gc.freeze()  # a collection in a forked process would copy all memory
     with selectors.DefaultSelector() as selector:
         selector.register(up.source, selectors.EVENT_READ)
-        while waiting or asked:
-            while waiting and len(asked) < job["at_once"]:
-                name = waiting.pop()
+        while turns or single or asked:
+            while len(asked) < job["at_once"]:
+                queue = turns if turns and len(dialogues) < PROCESSES else single
+                if not queue:
+                    break
+                name = queue.pop()
                 entry = entries[name]
                 asked.add(name)
                 if has_turns(entry):
@@ -432,7 +447,8 @@ def start(handler: Any, entry: dict, seconds: int) -> Lines:
         descriptor = ours.detach()
         return Lines(descriptor, descriptor)
     try:
-        ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGKILL)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGKILL)
         gc.disable()
         lower(resource.RLIMIT_FSIZE, 0)
         lower(resource.RLIMIT_NPROC, 0)
@@ -488,20 +504,25 @@ def judge(package: Package, entries: dict, answers: dict, root: pathlib.Path) ->
     package.handler.write(results, package.config.RESULT_PATH)
     categories = list(dict.fromkeys(map(category_of, entries)))
     package.judge(categories, {entry["id"] for entry in entries.values()})
-    scores, wrong = {}, []
+    scores, wrong = {}, set()
     for category in categories:
         (file,) = package.config.SCORE_PATH.rglob(f"*_v?_{category}_score.json")
         scores[category], *others = map(json.loads, file.read_text().strip("\n").split("\n"))
-        wrong += [(item["id"], item["prompt"]["question"]) for item in others]
+        wrong |= {told_apart(item["id"], item["prompt"]) for item in others}
     with (package.config.SCORE_PATH / "data_overall.csv").open() as file:
         (leaderboard,) = csv.DictReader(file)
     items = [
         {"id": key, "group": category_of(key)}
-        | {"correct": (entry["id"], entry["question"]) not in wrong}
+        | {"correct": told_apart(entry["id"], entry) not in wrong}
         | {name: answers[key][name] for name in ("replies", "error")}
         for key, entry in entries.items()
     ]
     return {"scores": scores, "leaderboard": leaderboard, "items": items}
+
+
+def told_apart(name: str, entry: dict) -> tuple[str, str]:
+    """What tells an entry from all others: two have one id."""
+    return name, json.dumps(entry["question"])
 
 
 def category_of(key: str) -> str:

@@ -45,6 +45,7 @@ class Settings:
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0
     seed: int = 0
+    keep_segments: bool = True  # else the last one of each dialogue alone
 
 
 def answer_all(
@@ -61,7 +62,9 @@ def answer_all(
         if queries is None and not drawn:
             return conversations
         for key, query in queries or ():
-            conversation = conversations.setdefault(key, Conversation(encoder))
+            conversation = conversations.setdefault(
+                key, Conversation(encoder, settings.keep_segments)
+            )
             request = _request(key, query, conversation, settings)
             if request is None:
                 source.reply(key, conversation.add([]))
@@ -97,9 +100,9 @@ class Conversation:
     told the earlier turns anew.
     """
 
-    def __init__(self, encoder: Encoder):
+    def __init__(self, encoder: Encoder, keep_segments: bool = True):
         self.turn = 0
-        self._encoder = encoder
+        self._encoder, self._keep = encoder, keep_segments
         self._prompt = ""  # the last one, as text with masked control tokens
         self._answer: Answer | None = None  # to it
         self._segments: list[list[Tokens]] = []  # pieces of each
@@ -120,7 +123,7 @@ class Conversation:
         rest = self._rest(prompt)
         if rest is None:
             (rest,) = self._encoder.tokenizer.encode_all([prompt])
-            self._segments.append([])
+            self._segments = [*(self._segments if self._keep else ()), []]
         self._segments[-1].append(_unwritten(rest, self.turn))
         self._prompt, self._answer = prompt, None
         return np.concatenate([piece.ids for piece in self._segments[-1]])
@@ -134,7 +137,7 @@ class Conversation:
         stopped = bool(pieces) and pieces[-1].finish == "stop"
         length = len(ids) - stopped
         data = tokenizer.bytes_of(ids[:length])
-        answer = template.parse(data)
+        answer = _sayable(template.parse(data))
         region = label_tokens(
             [answer],
             tokenizer.piece_lengths[ids][None],
@@ -170,7 +173,7 @@ class Conversation:
             return None
         end = tokenizer.bytes_of([tokenizer.end_id]).decode()
         turn, found, behind = prompt[len(self._prompt) :].partition(end)
-        told = self._encoder.template.parse(tokenizer.unmask(turn).encode())
+        told = _sayable(self._encoder.template.parse(tokenizer.unmask(turn).encode()))
         if not found or _says(told) != _says(self._answer):
             return None
         # Encoded behind the end of the turn: some tokenizers begin a text otherwise.
@@ -178,6 +181,13 @@ class Conversation:
         if not len(ids) or ids[0] != tokenizer.end_id:
             return None
         return ids[1:] if last == tokenizer.end_id else ids
+
+
+def _sayable(answer: Answer) -> Answer:
+    """The answer with the calls that a message can say: one without a name is as broken as one that cannot be read."""
+    calls = tuple(call for call in answer.calls if call.name.strip())
+    broken = answer.broken_calls + len(answer.calls) - len(calls)
+    return dataclasses.replace(answer, calls=calls, broken_calls=broken)
 
 
 def _says(answer: Answer) -> tuple:

@@ -307,15 +307,6 @@ def test_what_was_answered_is_not_asked_again(tmp_path):
 
 
 @pytest.mark.services
-def test_another_release_is_refused(tmp_path):
-    version = dataclasses.replace(V4, release="2026.4.1")
-    with pytest.raises(
-        UserError, match=r"bfcl-eval 2026.3.23; bfcl_v4 is judged by 2026.4.1: `pip"
-    ):
-        Bfcl(version, venv_of(V4), [])
-
-
-@pytest.mark.services
 def test_a_prompt_without_room_is_no_answer(tmp_path):
     with Bfcl(V4, venv_of(V4), ["simple_python"], 1) as source:
         source.begin(tmp_path, "hermes", 1)
@@ -326,6 +317,8 @@ def test_a_prompt_without_room_is_no_answer(tmp_path):
     (item,) = scored_dialogues(source)["items"]
     assert item["error"] == "the prompt of 7 tokens leaves no room for an answer"
     assert not item["correct"] and item["completions"] == []
+    again = run(V4, tmp_path, Truth(V4, "hermes"), categories="simple_python", limit=1)
+    assert wrong(again) == set() and again["resumed"] == 0
 
 
 # --- without the packages ---------------------------------------------------------------------------------------------
@@ -374,6 +367,19 @@ def test_a_dialogue_goes_through_the_process(toy, tmp_path):
     assert rows["correct, multi_turn_base"][2:6] == ["1", "100.0%", "100.0%", "+0.0%"]
 
 
+@pytest.mark.parametrize("release, missing, line", [
+    ("2026.4.1", [], "bfcl-eval 2026.4.1; bfcl_v4 is judged by 2026.3.23"),
+    ("2026.3.23", ["dotenv", "tqdm"], "bfcl-eval lacks dotenv, tqdm"),
+], ids=["release", "missing"])  # fmt: skip
+def test_another_package_is_refused(toy, monkeypatch, tmp_path, release, missing, line):
+    program = tmp_path / "program.py"
+    program.write_text(f"print({json.dumps(json.dumps({'package': release, 'missing': missing}))})")
+    monkeypatch.setattr(bfcl, "PROGRAM", program)
+    install = ": `pip install --no-deps bfcl-eval==2026.3.23 mpmath"
+    with pytest.raises(UserError, match=re.escape(f"--data venv: {line}{install}")):
+        Bfcl(V4, "venv", [])
+
+
 @pytest.mark.slow
 def test_the_command_asks_a_model(toy, model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -419,19 +425,43 @@ def test_nothing_is_in_sight_of_eval():
             run_it(f"{name}()")
 
 
+def child_says(code: str, *words: object) -> list[str]:
+    """What a program prints that has the names of the child's file in `child`, in a Python without this project."""
+    code = f"import runpy, sys; child = runpy.run_path(sys.argv[1])\n{code}"
+    command = [sys.executable, "-I", "-c", code, str(bfcl.PROGRAM), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
 def test_the_process_has_no_network():
     """Or says why it has: a container may forbid namespaces."""
-    code = (
-        "import runpy, socket, sys\n"
-        "said = runpy.run_path(sys.argv[1])['leave_network']()\n"
-        "with socket.create_server(('', 0)) as server:\n"
-        "    reached = not socket.socket().connect_ex(('127.0.0.1', server.getsockname()[1]))\n"
-        "print(said or '', reached, sep='|')"
+    refused, reached = child_says("""
+import socket
+print(child["leave_network"]())
+with socket.create_server(("", 0)) as server:
+    print(not socket.socket().connect_ex(("127.0.0.1", server.getsockname()[1])))
+""")
+    assert (reached == "True") == (refused != "None")
+
+
+def test_the_process_of_a_dialogue_has_limits(tmp_path):
+    writes, computes = child_says(
+        """
+class Writes:
+    def inference(self, *_):
+        with open(sys.argv[2], "w") as file:
+            file.write("x")
+
+class Computes:
+    def inference(self, *_):
+        while True:
+            pass
+
+print(child["start"](Writes(), {}, 9).receive()["error"])
+print(child["start"](Computes(), {}, 1).receive())
+""",
+        tmp_path / "x",
     )
-    command = [sys.executable, "-I", "-c", code, str(bfcl.PROGRAM)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    refused, _, reached = said.partition("|")
-    assert (reached == "True") == bool(refused)
+    assert "File too large" in writes and computes == "None"
 
 
 def test_categories_are_those_that_can_be_run():
@@ -445,7 +475,7 @@ def test_categories_are_those_that_can_be_run():
             "multiturn",
             "--categories multiturn: unknown category of bfcl_v3 (nearest: multi_turn",
         ),
-        (V4, "live,memory_kv", "--categories memory_kv: not run: it needs models of embeddings"),
+        (V4, "live,memory_kv", "--categories memory_kv: not run: its entries go on from files"),
         (V4, "web_search_base", "not run: it needs the network"),
         (V4, "format_sensitivity", "not run: it varies the package's own prompt"),
         (V3, "", "--categories : unknown category"),

@@ -1,5 +1,6 @@
 """Many dialogues at once: with a scripted model every task of a world is met, and what was read and written is known by token."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -93,12 +94,16 @@ def unreadable(key, query):
     return '<tool_call>\n{"name": "cancel_order", "arguments": {"order": \n</tool_call>'
 
 
-@pytest.mark.parametrize("write", [no_calls, unknown_tools, unreadable])
+def nameless(key, query):
+    return TEMPLATES["hermes"].render_answer(Target((Call(" ", {"order": "o1"}),)))
+
+
+@pytest.mark.parametrize("write", [no_calls, unknown_tools, unreadable, nameless])
 def test_a_broken_model_does_none(script, encoders, write):
     few = dict(itertools.islice(TASKS.items(), 2))
     finished, _, _ = played(script, encoders["qwen3", "hermes"], write, tasks=few)
     assert {dialogue.score for dialogue in finished.values()} == {0.0}
-    most = {no_calls: 2, unreadable: 2, unknown_tools: synthetic.MAX_TURNS}[write]
+    most = synthetic.MAX_TURNS if write is unknown_tools else 2
     assert max(dialogue.turns for dialogue in finished.values()) == most
 
 
@@ -164,6 +169,17 @@ def test_a_segment_ends_where_the_template_tells_earlier_turns_anew(script, enco
         else:
             expected = [list(range(len(gold)))]
         assert stretches(conversation) == expected
+
+
+def test_of_earlier_segments_nothing_is_kept_where_nobody_wants_them(encoders, script):
+    encoder = encoders["qwen2.5", "toolrl"]
+    few = dataclasses.replace(SETTINGS, keep_segments=False)
+    _, made, all_of_them = played(script, encoder, truthful(encoder))
+    _, again, last = played(script, encoder, truthful(encoder), settings=few)
+    assert [r.ids.tolist() for _, r in made.requests] == [r.ids.tolist() for _, r in again.requests]
+    for key, conversation in last.items():
+        (segment,) = conversation.segments
+        np.testing.assert_array_equal(segment.ids, all_of_them[key].segments[-1].ids)
 
 
 @pytest.mark.parametrize("ending", ["end of turn", "another stop token", "none", "nothing drawn"])

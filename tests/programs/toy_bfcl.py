@@ -12,7 +12,7 @@ def send(**message: object) -> None:
 
 
 if __name__ == "__main__":
-    send(package="2026.3.23")
+    send(package="2026.3.23", missing=[])
     job = json.loads(sys.stdin.readline())
     kept = {name: [] for name in ENTRIES}
     dialogues = {name: [{"role": "user", "content": "Do it."}] for name in ENTRIES}
