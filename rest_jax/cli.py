@@ -345,7 +345,14 @@ def chat(
         str | None, Option(help="Python file, whose functions are called, or JSON list of tools")
     ] = None,
     world: Annotated[
-        str | None, Option(metavar="shop:N", help="a world of tools instead, and its task N")
+        str | None,
+        Option(
+            metavar="NAME[:N]",
+            help="a world of tools instead, synthetic or tau2:telecom, and its task N",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, Option(metavar="VENV", help="virtual environment with the package of tau2")
     ] = None,
     system: Annotated[str | None, Option(help="what the model is told first")] = None,
     temperature: Annotated[float, Option(min=0, max=2, help="0: greedy")] = 1.0,
@@ -364,9 +371,9 @@ def chat(
         raise UserError(f"chat {model}: config values and --template are for a model to load")
     if tools is not None and world is not None:
         raise UserError("chat: --tools and --world are two sources of tools; give one")
-    offered = chat.load_tools(tools) if world is None else chat.load_world(world)
     sampling = {"temperature": temperature} | ({} if seed is None else {"seed": seed})
     with contextlib.ExitStack() as stack:
+        offered = stack.enter_context(chat.open_tools(tools, world, data))
         if not remote:
             config = _load_model(model, [*_chosen(template), *overrides], None)
             from rest_jax.serving import server

@@ -23,9 +23,10 @@ from rich.console import Console
 from rest_jax import tool_calls
 from rest_jax.data import fields
 from rest_jax.errors import UserError
+from rest_jax.evaluation.tau2 import Tau2
 from rest_jax.rollout.generate import read_tools
 from rest_jax.templates.rendering import signature
-from rest_jax.worlds.records import Message
+from rest_jax.worlds.records import Message, World
 from rest_jax.worlds.synthetic import Shop, tasks
 
 MAX_ROUNDS = 32  # answers with calls in a row
@@ -240,12 +241,35 @@ def load_tools(path: str | None) -> Tools:
     return Tools(schemas, lambda name, _: input(f"the result of {name}: "))
 
 
-def load_world(name: str) -> Tools:
-    """The tools of a world and one of its tasks: "shop:3" is the task 3 of `worlds.synthetic`. UserError for another name."""
-    world_name, _, number = name.partition(":")
-    if world_name != "shop" or not re.fullmatch(r"\d{0,6}", number):
-        raise UserError(f"--world {name}: unknown; shop, or shop:N for its task N")
-    world, task = Shop(), tasks(0, int(number or 0) + 1)[-1]
+def open_tools(
+    path: str | None, world: str | None, data: str | None
+) -> contextlib.AbstractContextManager[Tools]:
+    """The tools of a file, or of a world (`_open_world`)."""
+    return contextlib.nullcontext(load_tools(path)) if world is None else _open_world(world, data)
+
+
+@contextlib.contextmanager
+def _open_world(name: str, data: str | None) -> Iterator[Tools]:
+    """The tools of a world and one of its tasks: "synthetic:3" is the task 3 of `worlds.synthetic`, "tau2:telecom:3" the ticket 3
+    of tau2, whose package is in the virtual environment `data`. UserError for another name.
+    """
+    found = re.fullmatch(r"(synthetic|tau2:telecom)(?::(\d{1,6}))?", name)
+    if found is None:
+        raise UserError(
+            f"--world {name}: unknown; synthetic or tau2:telecom, with :N behind it for its task N"
+        )
+    number = int(found[2] or 0)
+    if found[1] == "synthetic":
+        yield _world_tools(Shop(), tasks(0, number + 1)[-1])
+        return
+    with Tau2(data) as package:
+        items = package.load(None)
+        if number >= len(items):
+            raise UserError(f"--world {name}: the tasks are 0 to {len(items) - 1}")
+        yield _world_tools(package.world(), items[number].id)
+
+
+def _world_tools(world: World, task: Any) -> Tools:
     return Tools(
         schemas=world.reset(task)[1],
         call=lambda tool, arguments: world.call([tool_calls.Call(tool, dict(arguments))])[0],

@@ -2,13 +2,14 @@
 
 import io
 import json
+import types
 
 import pytest
 
 from rest_jax import cli
 from rest_jax.errors import UserError
 from rest_jax.serving.chat import load_tools
-from rest_jax.worlds.synthetic import tasks
+from rest_jax.worlds.synthetic import Shop, tasks
 from tests.serving.servers import FakeStream, serving
 
 PYTHON = '''
@@ -88,7 +89,9 @@ def test_a_world_makes_the_calls(talk):
     task = tasks(0, 3)[2]
     gold = [turn for turn in task.gold if isinstance(turn, tuple)]
     answers = ["".join(call(c.name, **c.arguments) for c in turn) for turn in gold]
-    shown, prompts = talk([*answers, "Done.", "Hm."], "please\n/new\nagain\n", "--world", "shop:2")
+    shown, prompts = talk(
+        [*answers, "Done.", "Hm."], "please\n/new\nagain\n", "--world", "synthetic:2"
+    )
     assert (
         shown.count(f"(your task: {task.requests[0]})") == 2 and task.requests[0] not in prompts[0]
     )
@@ -98,11 +101,36 @@ def test_a_world_makes_the_calls(talk):
     assert again.startswith("\n(score 1)") and "(score 0)" in again  # begun anew
 
 
+def test_tickets_of_tau2_are_a_world(talk, monkeypatch, capsys):
+    class Package:
+        def __init__(self, venv):
+            assert venv == "VENV"
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def load(self, limit):
+            return [types.SimpleNamespace(id=task) for task in tasks(0, 2)]
+
+        def world(self):
+            return Shop()
+
+    monkeypatch.setattr("rest_jax.serving.chat.Tau2", Package)
+    words = ["--data", "VENV", "--world"]
+    shown, prompts = talk(["Hm."], "please\n", *words, "tau2:telecom:1")
+    assert f"(your task: {tasks(0, 2)[1].requests[0]})" in shown and "find_customer" in prompts[0]
+    assert cli.main(["chat", "http://127.0.0.1:9", *words, "tau2:telecom:2"]) == 2
+    assert "--world tau2:telecom:2: the tasks are 0 to 1" in capsys.readouterr().err
+
+
 def test_worlds_that_are_none(capsys):
     for words in (
         ["--world", "moon"],
-        ["--world", "shop:x"],
-        ["--world", "shop", "--tools", "t.py"],
+        ["--world", "synthetic:x"],
+        ["--world", "synthetic", "--tools", "t.py"],
     ):
         assert cli.main(["chat", "http://127.0.0.1:9", *words]) == 2
         assert "world" in capsys.readouterr().err
