@@ -133,7 +133,7 @@ class Stream:
             shard.cancel(sequence)
 
     def clear(self, params: Params) -> None:
-        """Goes on with other weights: nothing is kept of former prompts. ValueError while requests run."""
+        """Takes other weights; nothing is kept of former prompts. ValueError while requests run."""
         if self._owners:
             raise ValueError(f"{self.pending} requests have not ended")
         self.params = params
@@ -173,7 +173,7 @@ class Stream:
         new = [count for held, count in found if not held]
         if new:
             return _PREFILL_TOKENS, None
-        size = max(_at_least(-(-count // page), 4, first=1) * page for _, count in found)
+        size = max(_at_least(-(-count // page), 2, first=1) * page for _, count in found)
         size = min(size, _PREFILL_TOKENS)
         waiting = max(len(shard.waiting) for shard in self._shards)
         parts = _at_least(min(waiting, self._shards[0].num_slots), 4, first=1)

@@ -91,8 +91,8 @@ class SequenceShard:
         return prompt + -(-request.max_tokens // self.page) + 1
 
     def match(self, ids: np.ndarray, row: Iterable[Part] = ()) -> tuple[Sequence | None, int]:
-        """The sequence that holds the most of a prompt's first tokens, and how many; all but the last, whose state is needed.
-        What is in `row` is not in pages yet.
+        """The sequence that holds the most of a prompt's first tokens, and how many: a page of them at least, and not
+        the last one, whose state is needed. What is in `row` is not in pages yet.
         """
         best, most = None, 0
         before = {part.sequence.number: part.first for part in row}
@@ -101,7 +101,7 @@ class SequenceShard:
             count = min(common(sequence.ids[:held], ids), len(ids) - 1)
             if count > most:
                 best, most = sequence, count
-        return best, most
+        return (best, most) if most >= self.page else (None, 0)
 
     def next_part(self) -> tuple[bool, int] | None:
         """Of the first prompt that waits: whether some of it is in pages, and how many tokens are not. None: nothing waits, or
