@@ -467,11 +467,23 @@ def variance(
 
 
 @app.command(rich_help_panel=_LOOK)
-def report(run: Annotated[str, Argument(help="the folder of the run")]) -> None:
-    """Redraw the curves of a run and print its table."""
+def report(
+    runs: Annotated[list[str], Argument(metavar="RUN...", help="folders of runs")],
+    output: Annotated[
+        str | None, Option(help="HTML file; default: report.html of the first run")
+    ] = None,
+    watch: Annotated[bool, Option("--watch", help="write the page anew while runs go on")] = False,
+) -> None:
+    """Write a page with the curves and tokens of runs, and print their tables."""
+    from rest_jax.analysis import page
     from rest_jax.analysis.report import write_report
 
-    print(write_report(run))
+    if watch:
+        for path in page.watch(runs, output):
+            print(f"page: {path}", flush=True)
+    for run in runs:
+        print(write_report(run))
+    print(f"page: {page.write_page(runs, output)}")
 
 
 @app.command(rich_help_panel=_LOOK)

@@ -133,6 +133,8 @@ class PendingStep:
     batch: Mapping[str, Any]  # arrays to save then
     dispatched: float  # time at which the update was handed to the device
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    # makes the line of the token viewer from values on the device, in the first process; None: this step has none
+    tokens: Callable[[], dict[str, Any]] | None = None
     step: int = 0
     update_seconds: float | None = None  # None: the device was not seen to be done
     lap: tuple[float, float] | None = None  # None: the step has not ended
@@ -277,7 +279,7 @@ class Loop:
         values |= p.host | times | p.rates(times)
         self._extra = {}
         if is_first_process():
-            self.run.write(p.step, values, p.samples)
+            self.run.write(p.step, values, p.samples, p.tokens() if p.tokens else None)
             label, name = self.shown
             rate = values["time/tokens_per_second"]
             for line in self._symptoms.look(values):

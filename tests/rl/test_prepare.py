@@ -30,7 +30,7 @@ def prepared(cfg, scored, recomputed=None, minibatch=None, logp_ref=None):
         minibatch = np.zeros(len(scored.reward), np.int32)
     state = curriculum.init(cfg.schedule)
     made = jax.jit(lambda *args: prepare(*args, state=state, cfg=cfg))
-    batch, _, metrics = made(scored, recomputed, logp_ref, minibatch)
+    batch, _, metrics, _ = made(scored, recomputed, logp_ref, minibatch)
     return jax.tree.map(np.asarray, (batch, metrics))
 
 
