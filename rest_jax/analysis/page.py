@@ -19,9 +19,9 @@ import jinja2
 from etils import epath
 
 from rest_jax import __version__
+from rest_jax import config as config_lib
 from rest_jax.analysis.plotting import PALETTE, REGION_COLOURS
 from rest_jax.analysis.report import SHOWN, Series, read_series
-from rest_jax.config import differences, read_mapping
 from rest_jax.errors import UserError
 from rest_jax.evaluation.statistics import rate_interval
 from rest_jax.files import Location, absolute, as_path, atomic_write, store_errors
@@ -282,6 +282,8 @@ def page_data(
     own = [
         {
             "name": name,
+            "folder": str(absolute(run)),
+            "steps": f"{min(steps := _steps(series))} to {max(steps)}",
             "series": {n: [s.steps, [_short(x) for x in s.values]] for n, s in series.items()},
             "ends": intervals(series, config),
             "tokens": tokens_of(run, MOST_BYTES // len(runs)),
@@ -294,10 +296,8 @@ def page_data(
         for title, note, panels in SECTIONS
         if (shown := [p._asdict() for p in panels if not present.isdisjoint(p.metrics)])
     ]
-    steps = [s for series in found for curve in series.values() for s in curve.steps]
     return {
         "runs": own,
-        "note": f"{absolute(runs[0])}, steps {min(steps)} to {max(steps)}",
         "differences": config_differences(configs),
         "summary": _summary(names, found),
         "sections": sections,
@@ -344,8 +344,10 @@ def intervals(
 def config_differences(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """[key, value in each run] of the keys that are not the same in all of them; the name and the folder apart."""
     first = configs[0]
-    others = [{d.path: d.new for d in differences(dict(first), dict(c))} for c in configs]
-    theirs = {d.path: d.old for c in configs for d in differences(dict(first), dict(c))}
+    others = [
+        {d.path: d.new for d in config_lib.differences(dict(first), dict(c))} for c in configs
+    ]
+    theirs = {d.path: d.old for c in configs for d in config_lib.differences(dict(first), dict(c))}
     return [
         [key, *(str(other.get(key, value)) for other in others)]
         for key, value in sorted(theirs.items())
@@ -450,15 +452,28 @@ def _write_table(table: Any, runs: Sequence[Location], names: Sequence[str]) -> 
 
 
 def _names(runs: Sequence[Location]) -> list[str]:
-    """The names of the folders, or what they are called by where two have the same."""
+    """The names of the folders, numbered where two have the same."""
     names = [absolute(run).name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run) for run in runs]
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[: i + 1].count(name)})"
+        for i, name in enumerate(names)
+    ]
+
+
+def _steps(series: Mapping[str, Series]) -> list[int]:
+    return [step for curve in series.values() for step in curve.steps]
 
 
 def _config(run: Location) -> dict[str, Any]:
+    """The config of a run, with the defaults of what it does not say; as it is where it has keys that are no longer known."""
     path = as_path(run) / CONFIG_FILE
     with store_errors(path):
-        return read_mapping(path) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+    try:
+        return config_lib.load([path]).model_dump(mode="json")
+    except config_lib.ConfigError:
+        return config_lib.read_mapping(path)
 
 
 def _largest(values: Sequence[float | None] | None) -> float | None:

@@ -49,7 +49,8 @@ function style(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
-// The lines of a panel: one run has a colour for each metric, several runs have a colour each; regions keep theirs.
+// The lines of a panel: one run has a colour for each metric, several runs have a colour each; regions keep theirs. The legend of
+// several runs names the runs and the metrics once each, not every pair of them.
 function traces(panel) {
   const factor = Number(byId("smoothing").value), many = DATA.runs.length > 1, found = [];
   const metrics = Object.entries(panel.metrics);
@@ -57,29 +58,37 @@ function traces(panel) {
     const series = run.series[metric];
     if (!series) return;
     const [steps, values] = series, region = DATA.regions[label];
-    const ink = style("--ink") === "#e4e8ec" && (many ? r : m) === 0 ? "#56B4E9" : null;
-    const colour = region ?? ink ?? DATA.palette[(many ? r : m) % DATA.palette.length];
+    const colour = region ?? DATA.palette[(many ? r : m) % DATA.palette.length];
     const dash = DASHES[(region ? r : many ? m : 0) % DASHES.length];
     const held = metric.startsWith("eval/"), ends = run.ends[metric];
-    const name = plain(many ? (metrics.length > 1 ? `${run.name}: ${label}` : run.name) : label);
+    const name = plain(many ? `${run.name}: ${label}` : label), group = many ? `run ${r}` : name;
     const line = { color: colour, width: 2, dash };
-    const trace = { x: steps, y: held ? values : smooth(values, factor), name, line, legendgroup: name, mode: "lines", type: "scatter",
-      hovertemplate: "%{y:.4g}", connectgaps: true };
+    const trace = { x: steps, y: held ? values : smooth(values, factor), name, line, legendgroup: group, mode: "lines", type: "scatter",
+      showlegend: !many, hovertemplate: "%{y:.4g}", connectgaps: true };
     if (held || steps.length < 3) Object.assign(trace, { mode: "lines+markers", marker: { color: colour, size: 6 } });
     if (held && ends) {
       trace.error_y = { type: "data", symmetric: false, thickness: 1, width: 3, color: colour,
         array: ends[1].map((x, i) => x - values[i]), arrayminus: ends[0].map((x, i) => values[i] - x) };
     } else if (ends) {
-      const quiet = { x: steps, line: { width: 0 }, mode: "lines", type: "scatter", hoverinfo: "skip", showlegend: false, legendgroup: name };
+      const quiet = { x: steps, line: { width: 0 }, mode: "lines", type: "scatter", hoverinfo: "skip", showlegend: false, legendgroup: group };
       found.push({ ...quiet, y: smooth(ends[0], factor) });
       found.push({ ...quiet, y: smooth(ends[1], factor), fill: "tonexty", fillcolor: rgba(colour, 0.18) });
     }
     if (!held && factor > 0 && steps.length > 2) {
       found.push({ x: steps, y: values, line: { color: rgba(colour, 0.3), width: 1 }, mode: "lines", type: "scatter", hoverinfo: "skip",
-        showlegend: false, legendgroup: name });
+        showlegend: false, legendgroup: group });
     }
     found.push(trace);
   }));
+  if (!many) return found;
+  const key = (name, legendgroup, line) => found.push({ x: [null], y: [null], name: plain(name), legendgroup, line: { width: 2, ...line },
+    mode: "lines", type: "scatter" });
+  const regions = metrics.every(([, label]) => DATA.regions[label]), grey = style("--soft");
+  DATA.runs.forEach((run, r) => key(run.name, `run ${r}`,
+    regions ? { color: grey, dash: DASHES[r % DASHES.length] } : { color: DATA.palette[r % DATA.palette.length] }));
+  metrics.forEach(([, label], m) => {
+    if (metrics.length > 1) key(label, `metric ${m}`, regions ? { color: DATA.regions[label] } : { color: grey, dash: DASHES[m % DASHES.length] });
+  });
   return found;
 }
 
@@ -88,10 +97,11 @@ function layout(panel) {
   const axis = { gridcolor: grid, zerolinecolor: grid, linecolor: grid, automargin: true };
   const y = { ...axis, title: { text: panel.unit, font: { size: 11 } } };
   if (panel.log) Object.assign(y, { type: "log", exponentformat: "power" });
-  return { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: 11 }, margin: { l: 50, r: 12, t: 8, b: 34 },
-    xaxis: { ...axis, title: { text: "step", font: { size: 11 } } }, yaxis: y, hovermode: "x unified",
+  return { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: 11 }, margin: { l: 50, r: 12, t: 26, b: 34 },
+    xaxis: { ...axis, title: { text: "step", font: { size: 11 }, standoff: 4 } }, yaxis: y, hovermode: "x unified",
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: style("--soft"), activecolor: ink },
     hoverlabel: { bgcolor: style("--box"), bordercolor: grid, font: { color: ink } },
-    legend: { orientation: "h", y: -0.24, yanchor: "top", x: 0, font: { size: 10.5 } }, showlegend: true };
+    legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, font: { size: 10.5 } }, showlegend: true };
 }
 
 const PANELS = [];
@@ -129,11 +139,11 @@ function setTheme(theme) {
 
 function begin() {
   const runs = byId("runs");
-  runs.appendChild(make("p", DATA.runs.length > 1 ? "Where the configs differ:" : DATA.note, "note"));
   if (DATA.runs.length > 1) {
-    const rows = DATA.differences.length ? DATA.differences : [["nothing", ...DATA.runs.map(() => "")]];
-    runs.appendChild(table([["key", ...DATA.runs.map((run) => run.name)], ...rows]));
+    runs.appendChild(make("p", DATA.differences.length ? "Where the configs differ:" : "The configs are the same.", "note"));
+    if (DATA.differences.length) runs.appendChild(table([["key", ...DATA.runs.map((run) => run.name)], ...DATA.differences]));
   }
+  runs.appendChild(table([["run", "folder", "steps"], ...DATA.runs.map((run) => [run.name, run.folder, run.steps])]));
   runs.appendChild(table(DATA.summary));
   DATA.sections.forEach((each, i) => {
     const made = byId("curves").appendChild(section(`section-${i}`, each.title));

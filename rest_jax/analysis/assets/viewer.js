@@ -120,15 +120,16 @@ function tokenNodes(one, most) {
   return box;
 }
 
-const signed = (x) => (x === null ? "–" : (x > 0 ? "+" : "") + short(x));
+const signed = (x) => (x === null ? "–" : `${x < 0 ? "−" : "+"}${short(Math.abs(x))}`);
+const term = (x) => `${x < 0 ? "−" : "+"} ${short(Math.abs(x))}`;
 const bounds = ([low, high]) => `[${short(low)}, ${short(high)}]`;
 
 function rewardNode(one) {
   const s = one.score, list = make("dl", undefined, "reward"), step = view.data;
   const add = (name, text, ...classes) => { list.appendChild(make("dt", name)); list.appendChild(make("dd", text, ...classes)); };
   const length = s.reward - s.format_part - s.correctness_part;
-  const extra = Math.abs(length) > 1e-9 ? ` ${signed(length)} (length)` : "";
-  add("reward", `${short(s.reward)} = ${short(s.format_part)} (format) ${signed(s.correctness_part)} (correctness)${extra}`);
+  const extra = Math.abs(length) > 1e-9 ? ` ${term(length)} (length)` : "";
+  add("reward", `${short(s.reward)} = ${short(s.format_part)} (format) ${term(s.correctness_part)} (correctness)${extra}`);
   add("format", `${s.format_score ? "right" : "failed"}: S_format ${short(s.format_score)} on ${bounds(step.format_bounds)}`,
     s.format_score ? "good" : "bad");
   const parameters = one.calls.reduce((n, row) => n + row.parameters.filter((p) => p[1] !== null).length, 0);
@@ -148,7 +149,7 @@ function rewardNode(one) {
 }
 
 function callsNode(one, prompt) {
-  if (!one.calls.length) return make("p", prompt.gold_calls ? "" : "No call, neither gold nor predicted.", "note");
+  if (!one.calls.length) return make("p", prompt.gold_calls ? "" : "No readable call, neither gold nor predicted.", "note");
   const made = make("table", undefined, "calls");
   const line = (cells, right, ...classes) => {
     const row = made.appendChild(make("tr", undefined, ...classes));
