@@ -125,6 +125,7 @@ class Evaluator:
             lines = score_items(name, items, completions(own, self.policy.tokenizer))
             for score in BENCHMARKS[name].SCORES:
                 metrics[f"eval/{name}/{score}"] = float(np.mean([line[score] for line in lines]))
+            metrics[f"eval/{name}/items"] = float(len(items))
             start += len(prompts)
         return metrics, samples
 

@@ -34,6 +34,7 @@ from rest_jax.run.metrics import METRICS
 from rest_jax.run.progress import Progress
 from rest_jax.run.stop import StopNow
 from rest_jax.run.symptoms import Watch
+from rest_jax.run.throughput import memory_in_use
 from rest_jax.types import Params, TrainState
 
 NOT_FINITE_LIMIT = 3  # updates in a row that are not finite and stop the run
@@ -275,7 +276,7 @@ class Loop:
         seconds, cpu = p.lap
         times = {name: value for name, value in p.host.items() if name.startswith("time/")}
         times |= {"time/step": seconds, "time/cpu": cpu, "time/update": p.update_seconds}
-        times = self._of_all(times | self._extra | {"time/elapsed": p.elapsed})
+        times = self._of_all(times | self._extra | memory_in_use() | {"time/elapsed": p.elapsed})
         values |= p.host | times | p.rates(times)
         self._extra = {}
         if is_first_process():

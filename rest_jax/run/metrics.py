@@ -129,6 +129,7 @@ _TABLE = {
     "eval/prompts": ("prompts", "held-out prompts"),
     "eval/api_bank/soft": ("fraction", "API-Bank, greedy, by the published rule"),
     "eval/api_bank/strict": ("fraction", "API-Bank, greedy: one call, in its block, and right"),
+    "eval/api_bank/items": ("items", "items of API-Bank"),
     "time/step": ("s", "wall-clock time of the step, evaluation and saving apart"),
     "time/cpu": ("s", "CPU time of all processes in the step, all threads"),
     "time/data": ("s", "waiting for the loader"),
@@ -152,6 +153,8 @@ _TABLE = {
     ),
     "time/rollout_mfu": ("fraction", "FLOP/s of the model over the published peak, in the rollout"),
     "time/update_mfu": ("fraction", "the same in the update"),
+    "time/host_memory": ("GiB", "most memory of a process so far"),
+    "time/device_memory": ("GiB", "most memory of a device so far, where it says"),
     "time/elapsed": ("s", "since this process began to train"),
 }
 

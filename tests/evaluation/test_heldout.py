@@ -140,6 +140,7 @@ def test_a_run_answers_benchmarks_in_the_same_rollout(evaluated, bank, monkeypat
     monkeypatch.setattr(evaluator, "_sample", lambda params: rollout)
     metrics, samples = evaluator(policy.params)
     assert (metrics["eval/api_bank/soft"], metrics["eval/api_bank/strict"]) == (0.8, 0.6)
+    assert metrics["eval/api_bank/items"] == 5
     assert len(samples) == first and ("eval/exact" in metrics) == bool(records)
     assert metrics.keys() <= METRICS.keys()
 

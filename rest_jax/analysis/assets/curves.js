@@ -115,7 +115,8 @@ function addPanel(grid, panel) {
   return plot;
 }
 
-const CONFIG = { responsive: true, displaylogo: false, toImageButtonOptions: { format: "png", scale: 3 },
+// No button that would send a chart to a server: the policy of the page forbids it, too.
+const CONFIG = { responsive: true, displaylogo: false, showSendToCloud: false, toImageButtonOptions: { format: "png", scale: 3 },
   modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
 
 function draw() {
