@@ -263,11 +263,16 @@ def write_page(
 
 
 def watch(runs: Sequence[Location], output: Location | None = None) -> Iterator[epath.Path]:
-    """Yields the path each time that the page was written anew, because a run has written; does not end."""
+    """Yields the path each time that the page was written anew, because a run has written; does not end. A run may have no
+    metrics yet; UserError where there is no folder.
+    """
     seen = None
+    for run in runs:
+        if not as_path(run).is_dir():
+            raise UserError(f"{run}: no such folder; start the run first")
     while True:
         files = [as_path(run) / METRICS_FILE for run in runs]
-        state = [f.stat().length if f.is_file() else 0 for f in files]
+        state = [f.read_bytes().count(b"\n") if f.is_file() else 0 for f in files]
         if state != seen and all(state):
             yield write_page(runs, output, REFRESH)
             seen = state

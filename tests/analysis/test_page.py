@@ -121,6 +121,8 @@ def test_a_run_without_tokens_has_a_page(tmp_run):
 
 def test_watching_writes_again_once_the_run_has_written(tmp_run, monkeypatch):
     monkeypatch.setattr(page, "REFRESH", 0.01)
+    with pytest.raises(UserError, match="no such folder"):
+        next(page.watch([tmp_run.parent / "absent"]))
     write_run(tmp_run, GROUPS)
     pages = page.watch([tmp_run])
     assert data_of(next(pages))["refresh"] == 0.01

@@ -97,7 +97,8 @@ function layout(panel) {
   const axis = { gridcolor: grid, zerolinecolor: grid, linecolor: grid, automargin: true };
   const y = { ...axis, title: { text: panel.unit, font: { size: 11 } } };
   if (panel.log) Object.assign(y, { type: "log", exponentformat: "power" });
-  return { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: 11 }, margin: { l: 50, r: 12, t: 26, b: 34 },
+  const size = printWidth === null ? { autosize: true } : { width: printWidth, autosize: false };
+  return { ...size, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: 11 }, margin: { l: 50, r: 12, t: 26, b: 34 },
     xaxis: { ...axis, title: { text: "step", font: { size: 11 }, standoff: 4 } }, yaxis: y, hovermode: "x unified",
     modebar: { bgcolor: "rgba(0,0,0,0)", color: style("--soft"), activecolor: ink },
     hoverlabel: { bgcolor: style("--box"), bordercolor: grid, font: { color: ink } },
@@ -105,6 +106,8 @@ function layout(panel) {
 }
 
 const PANELS = [];
+// of a plot on paper, where two are side by side; on a screen a plot is as wide as its panel
+let printWidth = null;
 
 function addPanel(grid, panel) {
   const box = grid.appendChild(make("div", undefined, "panel"));
@@ -175,8 +178,12 @@ function begin() {
   const other = () => (document.documentElement.dataset.theme === "dark" ? "light" : "dark");
   byId("theme").addEventListener("click", () => { remember("theme", other()); setTheme(other()); });
   let before = null;
-  window.addEventListener("beforeprint", () => { before = document.documentElement.dataset.theme; setTheme("light"); });
-  window.addEventListener("afterprint", () => setTheme(before));
+  window.addEventListener("beforeprint", () => {
+    before = document.documentElement.dataset.theme;
+    printWidth = 320;
+    setTheme("light");
+  });
+  window.addEventListener("afterprint", () => { printWidth = null; setTheme(before); });
   const dark = window.matchMedia("(prefers-color-scheme: dark)").matches;
   setTheme(remembered("theme") ?? (dark ? "dark" : "light"));
 }

@@ -136,9 +136,10 @@ function rewardNode(one) {
   let sum = "";
   if (one.matched) {
     const gained = one.names + one.matched.reduce((a, b) => a + b, 0), possible = 1 + one.matched.length + parameters;
-    if (Math.abs(gained / possible - s.accuracy) < 1e-3) {
-      sum = ` = (names ${short(one.names)} + calls ${one.matched.map(short).join(" + ")}) / ${possible}`;
-    }
+    const parts = `(names ${short(one.names)} + calls ${one.matched.map(short).join(" + ")}) / ${possible}`;
+    const superfluous = one.calls.some((row) => row.predicted !== null && !row.right) || one.broken_calls > 0;
+    if (Math.abs(gained / possible - s.accuracy) < 1e-3) sum = ` = ${parts}`;
+    else if (superfluous && s.accuracy < gained / possible) sum = ` = ${parts}, less what superfluous calls cost,`;
   }
   add("correctness", `S_acc ${short(s.accuracy)}${sum} on ${bounds(step.correctness_bounds)}`, s.accuracy === 1 ? "good" : "bad");
   add("exact", s.exact ? "yes" : "no", s.exact ? "good" : "bad");
