@@ -481,9 +481,11 @@ def report(
     if watch:
         for path in page.watch(runs, output):
             print(f"page: {path}", flush=True)
+    # first, since it reads all of them before it writes anything
+    path = page.write_page(runs, output)
     for run in runs:
         print(write_report(run))
-    print(f"page: {page.write_page(runs, output)}")
+    print(f"page: {path}")
 
 
 @app.command(rich_help_panel=_LOOK)

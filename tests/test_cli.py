@@ -226,18 +226,18 @@ def test_overrides_stand_on_both_sides_of_options(config, capsys):
     ],
 )
 def test_exit_codes(monkeypatch, capsys, error, code, line):
-    def fail(run):
+    def fail(*words):
         raise error
 
-    monkeypatch.setattr("rest_jax.analysis.report.write_report", fail)
+    monkeypatch.setattr("rest_jax.analysis.page.write_page", fail)
     assert refused(capsys, "report", "run", code=code) == f"rest-jax: error: {line}\n"
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):
-    def fail(run):
+    def fail(*words):
         raise ValueError("a defect")
 
-    monkeypatch.setattr("rest_jax.analysis.report.write_report", fail)
+    monkeypatch.setattr("rest_jax.analysis.page.write_page", fail)
     with pytest.raises(ValueError, match="a defect"):
         cli.main(["report", "run"])
 

@@ -98,7 +98,7 @@ SECTIONS: tuple[tuple[str, str, tuple[Panel, ...]], ...] = (
     ),
     (
         "The method at a glance",
-        "Regions with low entropy get high weights; the curriculum moves weights from the calls to the thoughts.",
+        "Under ResT regions with low entropy get high weights, and the curriculum moves weights from the calls to the thoughts.",
         (
             _by_region("entropy", "Entropy by region", "nats"),
             _by_region("base", "Weight in force by region, before normalisation", "weight"),

@@ -19,7 +19,14 @@ from rest_jax.rl import curriculum, masked, weights
 from rest_jax.rl.advantages import ADVANTAGES, nonzero_advantage
 from rest_jax.rl.loss import AGGREGATIONS, MiniBatches, ratio
 from rest_jax.tool_calls import Region
-from rest_jax.types import CurriculumState, RolloutBatch, Sampling, ScoredBatch, TrainBatch
+from rest_jax.types import (
+    AnyArray,
+    CurriculumState,
+    RolloutBatch,
+    Sampling,
+    ScoredBatch,
+    TrainBatch,
+)
 
 Metrics = dict[str, jax.Array]
 
@@ -60,9 +67,9 @@ class Recomputed:
 class TokenValues:
     """What the device made of the tokens of n groups (`StepConfig.shown_groups`), for people to look at."""
 
-    weight: Float[Array, "n G T"]  # normalised token weight, before the denominators
-    advantage: Float[Array, "n G"]
-    logp: Float[Array, "n G T"] | None  # by the trainer; None where it was not recomputed
+    weight: Float[AnyArray, "n G T"]  # normalised token weight, before the denominators
+    advantage: Float[AnyArray, "n G"]
+    logp: Float[AnyArray, "n G T"] | None  # by the trainer; None where it was not recomputed
 
 
 def active_groups(reward: np.ndarray, cfg: StepConfig) -> np.ndarray:

@@ -2,6 +2,8 @@
 "use strict";
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
+// What is set, not measured: nothing to smooth.
+const SET = ["curriculum/nu", "update/learning_rate"];
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
 
 function make(tag, text, ...classes) {
@@ -52,7 +54,7 @@ function style(name) {
 // The lines of a panel: one run has a colour for each metric, several runs have a colour each; regions keep theirs. The legend of
 // several runs names the runs and the metrics once each, not every pair of them.
 function traces(panel) {
-  const factor = Number(byId("smoothing").value), many = DATA.runs.length > 1, found = [];
+  const smoothing = Number(byId("smoothing").value), many = DATA.runs.length > 1, found = [];
   const metrics = Object.entries(panel.metrics);
   DATA.runs.forEach((run, r) => metrics.forEach(([metric, label], m) => {
     const series = run.series[metric];
@@ -60,10 +62,10 @@ function traces(panel) {
     const [steps, values] = series, region = DATA.regions[label];
     const colour = region ?? DATA.palette[(many ? r : m) % DATA.palette.length];
     const dash = DASHES[(region ? r : many ? m : 0) % DASHES.length];
-    const held = metric.startsWith("eval/"), ends = run.ends[metric];
+    const held = metric.startsWith("eval/"), ends = run.ends[metric], factor = held || SET.includes(metric) ? 0 : smoothing;
     const name = plain(many ? `${run.name}: ${label}` : label), group = many ? `run ${r}` : name;
     const line = { color: colour, width: 2, dash };
-    const trace = { x: steps, y: held ? values : smooth(values, factor), name, line, legendgroup: group, mode: "lines", type: "scatter",
+    const trace = { x: steps, y: smooth(values, factor), name, line, legendgroup: group, mode: "lines", type: "scatter",
       showlegend: !many, hovertemplate: "%{y:.4g}", connectgaps: true };
     if (held || steps.length < 3) Object.assign(trace, { mode: "lines+markers", marker: { color: colour, size: 6 } });
     if (held && ends) {
@@ -74,7 +76,7 @@ function traces(panel) {
       found.push({ ...quiet, y: smooth(ends[0], factor) });
       found.push({ ...quiet, y: smooth(ends[1], factor), fill: "tonexty", fillcolor: rgba(colour, 0.18) });
     }
-    if (!held && factor > 0 && steps.length > 2) {
+    if (factor > 0 && steps.length > 2) {
       found.push({ x: steps, y: values, line: { color: rgba(colour, 0.3), width: 1 }, mode: "lines", type: "scatter", hoverinfo: "skip",
         showlegend: false, legendgroup: group });
     }
