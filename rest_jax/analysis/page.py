@@ -34,11 +34,12 @@ MOST_BYTES = (
     2**24
 )  # of tokens in a page, as they are in the file; of longer runs steps are left out evenly
 REFRESH = 20  # seconds between two pages while runs go on
-# Of how many a rate is one; each has Wilson's interval.
+# Of how many each rate is, which gives it Wilson's interval.
 _COUNTS = {
     "eval/exact": "eval/prompts",
     "eval/format": "eval/prompts",
     "eval/truncated": "eval/prompts",
+    "eval/spurious": "eval/prompts_without_calls",
     "eval/api_bank/soft": "eval/api_bank/items",
     "eval/api_bank/strict": "eval/api_bank/items",
 }
@@ -60,8 +61,8 @@ def _by_region(kind: str, title: str, unit: str) -> Panel:
 SECTIONS: tuple[tuple[str, str, tuple[Panel, ...]], ...] = (
     (
         "Results",
-        "Held-out values are of greedy completions. Bands and bars are 95 % intervals: of a rate Wilson's; of the mean reward of "
-        "a step the normal one, with the completions of a prompt as a cluster. The band of a smoothed curve is smoothed alike.",
+        "Held-out values are of greedy completions. Bands and bars are 95 % intervals: of rates Wilson's, of means the "
+        "normal one; completions of a prompt are a cluster. The band of a smoothed curve is smoothed alike.",
         (
             Panel("Reward", "reward", {"reward/mean": "sampled", "eval/reward": "held out"}),
             Panel(
@@ -248,11 +249,13 @@ def write_page(
     """
     found = [read_series(run) for run in runs]
     path = as_path(output) if output is not None else as_path(runs[0]) / PAGE_FILE
+    table = path.with_suffix(".csv")
+    if table == path:
+        raise UserError(f"--output {output}: the table of the page goes there; name an HTML file")
     names = _names(runs)
     data = page_data(runs, names, found) | {"refresh": refresh}
     with store_errors(path), atomic_write(path) as partial:
         partial.write_text(_render(data, ", ".join(names)), encoding="utf-8")
-    table = path.with_suffix(".csv")
     with (
         store_errors(table),
         atomic_write(table) as partial,
@@ -316,33 +319,37 @@ def page_data(
 def intervals(
     series: Mapping[str, Series], config: Mapping[str, Any]
 ) -> dict[str, list[list[float]]]:
-    """{metric: [lower ends, upper ends]} of 95 % intervals, one for each of its values: of rates over items, and of the mean
-    reward of a step, from its spread within and between the groups (what is between them is rather over- than understated).
+    """{metric: [lower ends, upper ends]} of 95 % intervals, one for each of its values: of rates over items, of means over the
+    held-out prompts, and of the mean reward of a step, from its spread within and between the groups (what is between them is
+    rather over- than understated).
     """
     found = {}
+
+    def around(name: str, errors: Sequence[float]) -> None:
+        pairs = list(zip(series[name].values, errors, strict=True))
+        found[name] = [[_short(mean + sign * 1.96 * e) for mean, e in pairs] for sign in (-1, 1)]
+
+    def given(*names: str) -> bool:
+        return all(n in series and series[n].steps == series[names[0]].steps for n in names)
+
     for name, counted in _COUNTS.items():
-        if name in series and series[name].steps == series.get(counted, Series([], [])).steps:
+        # without a prompt that should have no call nothing can be spurious
+        if given(name, counted) and min(series[counted].values) > 0:
             pairs = zip(series[name].values, series[counted].values, strict=True)
             ends = [rate_interval(round(rate * n), round(n)) for rate, n in pairs]
             found[name] = [[_short(end[i]) for end in ends] for i in (0, 1)]
-    parts = [series.get(f"reward/{part}") for part in ("mean", "std", "group_std")]
+    for name in ("eval/reward", "eval/accuracy"):
+        if given(name, spread := f"{name}_std", "eval/prompts"):
+            pairs = zip(series[spread].values, series["eval/prompts"].values, strict=True)
+            around(name, [std / math.sqrt(n) for std, n in pairs])
     rollout = config.get("rollout") or {}
     prompts, group = rollout.get("prompts_per_step"), rollout.get("group_size")
-    if (
-        prompts
-        and group
-        and all(p is not None and p.steps == series["reward/mean"].steps for p in parts)
-    ):
-        errors = [
-            1.96 * math.sqrt(max(std**2 - own**2, 0) / prompts + own**2 / (prompts * group))
-            for std, own in zip(
-                series["reward/std"].values, series["reward/group_std"].values, strict=True
-            )
+    if prompts and group and given("reward/mean", "reward/std", "reward/group_std"):
+        pairs = zip(series["reward/std"].values, series["reward/group_std"].values, strict=True)
+        variances = [
+            max(std**2 - own**2, 0) / prompts + own**2 / (prompts * group) for std, own in pairs
         ]
-        means = series["reward/mean"].values
-        found["reward/mean"] = [
-            [_short(m + sign * e) for m, e in zip(means, errors, strict=True)] for sign in (-1, 1)
-        ]
+        around("reward/mean", [math.sqrt(x) for x in variances])
     return found
 
 

@@ -12,7 +12,8 @@ import hypothesis.strategies as st
 import pytest
 
 from rest_jax.analysis import page
-from rest_jax.analysis.page import config_differences, embedded, write_page
+from rest_jax.analysis.page import config_differences, embedded, intervals, write_page
+from rest_jax.analysis.report import Series
 from rest_jax.errors import UserError
 from rest_jax.evaluation.statistics import rate_interval
 from rest_jax.run.metrics import MetricsWriter
@@ -73,6 +74,23 @@ def test_intervals_are_of_the_rates_and_of_the_mean_over_prompts(tmp_run):
     ]
 
 
+def test_held_out_means_and_rates_have_the_intervals_of_their_counts():
+    values = {
+        "reward": 1.0,
+        "reward_std": 2.0,
+        "prompts": 16,
+        "spurious": 0.25,
+        "prompts_without_calls": 8,
+    }
+    series = {f"eval/{name}": Series([3], [value]) for name, value in values.items()}
+    ends = intervals(series, {})
+    assert ends.keys() == {"eval/reward", "eval/spurious"}
+    assert ends["eval/reward"] == [[pytest.approx(0.02)], [pytest.approx(1.98)]]
+    assert [e[0] for e in ends["eval/spurious"]] == pytest.approx(rate_interval(2, 8), rel=1e-5)
+    none = series | {"eval/prompts_without_calls": Series([3], [0])}
+    assert "eval/spurious" not in intervals(none, {})
+
+
 def test_several_runs_have_names_of_their_own_and_their_differences(tmp_path):
     runs = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "other"]
     for run, rate in zip(runs, ("1e-3", "1e-3", "1e-4"), strict=True):
@@ -86,6 +104,12 @@ def test_several_runs_have_names_of_their_own_and_their_differences(tmp_path):
     assert [(row["run"], row["step"], row["eval/exact"]) for row in rows[:4]] == [
         ("run (1)", "0", "0.25"), ("run (1)", "1", ""), ("run (1)", "2", ""), ("run (1)", "2", "0.5"),
     ]  # fmt: skip
+
+
+def test_the_table_does_not_take_the_place_of_the_page(tmp_run):
+    write_run(tmp_run, GROUPS)
+    with pytest.raises(UserError, match="name an HTML file"):
+        write_page([tmp_run], tmp_run / "page.csv")
 
 
 def test_a_key_that_one_run_has_alone_is_a_difference():
@@ -191,9 +215,11 @@ class TestInABrowser:
             """return { title: document.title, images: document.images.length, scripts: document.scripts.length,
                  shown: texts(".tokens")[2], prompt: texts("#v-prompt-text")[0], turns: texts(".turn").length,
                  plots: document.querySelectorAll(".plot .main-svg").length > 0,
+                 png: (await Plotly.toImage(document.querySelector(".plot"), { format: "png" })).slice(0, 15),
                  buttons: [...document.querySelectorAll(".modebar-btn")].map((n) => n.dataset.title ?? n.ariaLabel) };""",
         )
         assert found["title"] == "run" and found["images"] == 0
+        assert found["png"] == "data:image/png;"
         assert "</script><script>document.title='taken'</script><img src=x" in found["shown"]
         assert (
             "⟨202E⟩gnp.exe⟨2069⟩⟨200B⟩⟨2028⟩" in found["shown"] and "\u202e" not in found["shown"]
