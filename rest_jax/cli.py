@@ -7,6 +7,7 @@ Ctrl-C, SIGHUP) and has saved, 130 Ctrl-C elsewhere, 143 SIGTERM to `data prepar
 error is a defect and shows its traceback.
 """
 
+import contextlib
 import json
 import re
 import sys
@@ -472,15 +473,18 @@ def report(
     output: Annotated[
         str | None, Option(help="HTML file; default: report.html of the first run")
     ] = None,
-    watch: Annotated[bool, Option("--watch", help="write the page anew while runs go on")] = False,
+    watch: Annotated[
+        bool, Option("--watch", help="write the page anew while runs go on, until Ctrl-C")
+    ] = False,
 ) -> None:
     """Write a page with the curves and tokens of runs, and print their tables."""
     from rest_jax.analysis import page
     from rest_jax.analysis.report import write_report
 
     if watch:
-        for path in page.watch(runs, output):
-            print(f"page: {path}", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            for path in page.watch(runs, output):
+                print(f"page: {path}", flush=True)
     # first, since it reads all of them before it writes anything
     path = page.write_page(runs, output)
     for run in runs:

@@ -5,12 +5,14 @@ import csv
 import json
 import re
 import shutil
+import signal
 import subprocess
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 
+from rest_jax import cli
 from rest_jax.analysis import page
 from rest_jax.analysis.page import config_differences, embedded, intervals, write_page
 from rest_jax.analysis.report import Series
@@ -154,6 +156,15 @@ def test_watching_writes_again_once_the_run_has_written(tmp_run, monkeypatch):
     writer.write(3, {"reward/mean": 7.0})
     writer.close()
     assert data_of(next(pages))["runs"][0]["series"]["reward/mean"][1][-1] == 7.0
+
+
+def test_ctrl_c_ends_watching_with_a_page_that_no_longer_reloads(tmp_run, monkeypatch, capsys):
+    write_run(tmp_run, GROUPS)
+    monkeypatch.setattr(page.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
+    assert cli.main(["report", "--watch", str(tmp_run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == lines[-1] == f"page: {tmp_run / 'report.html'}"
+    assert data_of(tmp_run / "report.html")["refresh"] is None
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------------
