@@ -31,7 +31,7 @@ from rest_jax.distributed import activate
 from rest_jax.models.config import Remat
 from rest_jax.models.policy import Policy
 from rest_jax.rl.curriculum import Schedule
-from rest_jax.rl.optimizer import make_optimizer
+from rest_jax.rl.optimizer import Optimizer, make_optimizer
 from rest_jax.rl.packing import (
     BatchLengths,
     MicroBatch,
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Updates:
     """A train step and its state, which every call moves on."""
 
-    def __init__(self, policy: Policy, tx: optax.GradientTransformation, cfg: StepConfig):
+    def __init__(self, policy: Policy, tx: Optimizer, cfg: StepConfig):
         self.mesh, self.cfg = policy.mesh, cfg
         with activate(self.mesh):
             _, shardings = abstract_state(policy, tx, cfg.schedule)
@@ -156,7 +156,7 @@ def gradient_difference(args: argparse.Namespace, scored: ScoredBatch, cfg: Step
     return max(map(float, jax.tree.leaves(apart))) / size
 
 
-def optimizer() -> optax.GradientTransformation:
+def optimizer() -> Optimizer:
     """The recipes' AdamW."""
     return make_optimizer(OptimizerConfig(), RUN_STEPS)
 

@@ -117,7 +117,7 @@ def _load(
     loaded = config.load(*split(words))
     fork_of = None if fork is None else loaded.folder
     if fork is not None:
-        loaded = loaded.renamed(fork)
+        loaded = loaded.renamed(fork, "--fork")
     if world is None:
         from rest_jax.run import lock
 
@@ -175,6 +175,10 @@ Distributed = Annotated[
         metavar="auto|I/N@HOST:PORT",
         help="one process of many: a host's, under SLURM a GPU's; auto on Cloud TPU, GKE, SLURM, Open MPI",
     ),
+]
+TemplateName = Annotated[
+    Literal["toolrl", "hermes", "llama3"] | None,
+    Option("--template", help="format of calls; default: the run's, or the chat template's"),
 ]
 Limit = Annotated[int | None, Option(min=1, help="records to read at most")]
 Workers = Annotated[int, Option(min=0, help="processes on this machine; 0: results so far")]
@@ -306,6 +310,80 @@ def generate(
 
 
 @app.command(rich_help_panel=_MODEL)
+def serve(
+    model: Model,
+    overrides: Overrides,
+    template: TemplateName = None,
+    host: Annotated[str, Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="0: any that is free")] = 8000,
+    name: Annotated[str | None, Option(help="of the model; default: its folder's")] = None,
+    api_key: Annotated[
+        str | None, Option(envvar="REST_JAX_API_KEY", help="what clients must send")
+    ] = None,
+    max_queue: Annotated[
+        int, Option(min=0, help="completions that may wait; more get status 429")
+    ] = 256,
+    max_body: Annotated[int, Option(min=1, help="bytes of a request")] = 2**22,
+    drain: Annotated[float, Option(min=0, help="seconds to finish in after SIGTERM")] = 60.0,
+) -> None:
+    """Serve a policy over HTTP, to clients of OpenAI's API."""
+    config = _load_model(model, [*_chosen(template), *overrides], None)
+    from rest_jax.serving import server
+    from rest_jax.serving.app import Access
+
+    access = Access(api_key or None, max_body)
+    server.serve(config, server.Options(host, port, name, max_queue, drain, access))
+
+
+@app.command(rich_help_panel=_MODEL)
+def chat(
+    model: Annotated[
+        str, Argument(help="as for generate, or the URL of a server: http://HOST:PORT")
+    ],
+    overrides: Overrides,
+    template: TemplateName = None,
+    tools: Annotated[
+        str | None, Option(help="Python file, whose functions are called, or JSON list of tools")
+    ] = None,
+    world: Annotated[
+        str | None, Option(metavar="shop:N", help="a world of tools instead, and its task N")
+    ] = None,
+    system: Annotated[str | None, Option(help="what the model is told first")] = None,
+    temperature: Annotated[float, Option(min=0, max=2, help="0: greedy")] = 1.0,
+    seed: Annotated[int | None, Option(help="of every answer")] = None,
+    name: Annotated[str | None, Option(help="of the model at the URL; default: its first")] = None,
+    api_key: Annotated[str | None, Option(envvar="REST_JAX_API_KEY", help="for the URL")] = None,
+) -> None:
+    """Talk to a model in the terminal; calls of tools are executed and shown."""
+    import contextlib
+    import secrets
+
+    from rest_jax.serving import chat
+
+    remote = re.match(r"https?://", model)
+    if remote and (overrides or template):
+        raise UserError(f"chat {model}: config values and --template are for a model to load")
+    if tools is not None and world is not None:
+        raise UserError("chat: --tools and --world are two sources of tools; give one")
+    offered = chat.load_tools(tools) if world is None else chat.load_world(world)
+    sampling = {"temperature": temperature} | ({} if seed is None else {"seed": seed})
+    with contextlib.ExitStack() as stack:
+        if not remote:
+            config = _load_model(model, [*_chosen(template), *overrides], None)
+            from rest_jax.serving import server
+            from rest_jax.serving.app import Access
+
+            api_key = secrets.token_hex()
+            options = server.Options(port=0, access=Access(api_key))
+            model = stack.enter_context(server.beside(config, options))
+        chat.chat(chat.connect(model, name, api_key), offered, system, sampling)
+
+
+def _chosen(template: str | None) -> list[str]:
+    return [] if template is None else [f"data.template={template}"]
+
+
+@app.command(rich_help_panel=_MODEL)
 def evaluate(
     model: Annotated[
         str | None, Argument(help="HF folder, hub id, converted folder, or folder of a run")
@@ -315,9 +393,21 @@ def evaluate(
         Argument(metavar="DATA|KEY=VALUE", help="record files, or synthetic:eval; config values"),
     ] = None,
     benchmark: Annotated[
-        str | None, Option(metavar="NAME", help="a public one instead of records: api_bank")
+        str | None,
+        Option(
+            metavar="NAME", help="a public one instead of records: api_bank, bfcl_v3, bfcl_v4, tau2"
+        ),
     ] = None,
-    data: Annotated[str | None, Option(metavar="FOLDER", help="the files of --benchmark")] = None,
+    data: Annotated[
+        str | None,
+        Option(metavar="FOLDER", help="the files of api_bank; of others the virtual environment"),
+    ] = None,
+    categories: Annotated[
+        str | None, Option(metavar="NAMES", help="of bfcl, with commas; default: all that are run")
+    ] = None,
+    samples: Annotated[
+        int | None, Option(min=1, help="dialogues with each task of tau2, for pass^k")
+    ] = None,
     temperature: Annotated[
         float | None, Option(min=0, help="of --benchmark; default: greedy")
     ] = None,
@@ -346,17 +436,18 @@ def evaluate(
     if model is None:
         raise UserError("evaluate: no model; see rest-jax evaluate --help")
     files, overrides = split(words or [])
-    _check_sources(files, benchmark, data, temperature)
+    _check_sources(files, benchmark, (data, categories, samples, temperature))
     if temperature:
         overrides.append(f"rollout.temperature={temperature}")
     if max_response_tokens is not None:
         overrides.append(f"rollout.max_response_tokens={max_response_tokens}")
     config = _load_model(model, overrides, distributed)
     if benchmark is not None:
-        from rest_jax.evaluation.benchmark import evaluate_benchmark
+        from rest_jax.evaluation.benchmark import Options, evaluate_benchmark
 
+        options = Options(data, limit, categories, samples or 1)
         table = evaluate_benchmark(
-            config, benchmark, str(data), greedy=not temperature, limit=limit, output=output
+            config, benchmark, options, greedy=not temperature, output=output
         )
     else:
         from rest_jax.evaluation.heldout import evaluate
@@ -366,13 +457,13 @@ def evaluate(
         print(table)
 
 
-def _check_sources(
-    files: Sequence[str], benchmark: str | None, data: str | None, temperature: float | None
-) -> None:
-    """UserError unless there are either records or a benchmark with its folder."""
+def _check_sources(files: Sequence[str], benchmark: str | None, options: Sequence[object]) -> None:
+    """UserError unless there are either records or a benchmark; `options` are those of a benchmark."""
     if benchmark is None:
-        if data is not None or temperature is not None:
-            raise UserError("evaluate: --data and --temperature belong to --benchmark NAME")
+        if any(option is not None for option in options):
+            raise UserError(
+                "evaluate: --data, --categories, --samples and --temperature belong to --benchmark NAME"
+            )
         if not files:
             raise UserError("evaluate: no data; name record files, or synthetic:eval")
     elif files:
@@ -380,8 +471,6 @@ def _check_sources(
             f"evaluate --benchmark {benchmark}: {files[0]}: no records are read; name the folder of "
             "the benchmark with --data"
         )
-    elif data is None:
-        raise UserError(f"evaluate --benchmark {benchmark}: --data FOLDER is needed")
 
 
 @app.command(rich_help_panel=_MODEL)
@@ -490,6 +579,25 @@ def report(
     for run in runs:
         print(write_report(run))
     print(f"page: {path}")
+
+
+@app.command(rich_help_panel=_LOOK)
+def runs(folder: Annotated[str, Argument(help="where the runs are")] = "runs") -> None:
+    """List runs with state, step, headline figure and host."""
+    from rest_jax.run.overview import list_runs
+
+    print(list_runs(folder))
+
+
+@app.command("inspect", rich_help_panel=_LOOK)
+def inspect_checkpoint(
+    source: Annotated[str, Argument(metavar="CHECKPOINT", help="its folder, or that of a run")],
+    verify: Annotated[bool, Option("--verify", help="read all of it, against its digests")] = False,
+) -> None:
+    """Show what a checkpoint holds: step, curriculum, shapes, size, digest."""
+    from rest_jax.run.overview import describe_checkpoint
+
+    print(describe_checkpoint(source, verify))
 
 
 @app.command(rich_help_panel=_LOOK)

@@ -6,9 +6,11 @@ path and the nearest known name. Files are paths, or names of builtin ones (`sca
 """
 
 import difflib
+import io
 import itertools
 import os
 import pathlib
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,11 +61,13 @@ class Section(pydantic.BaseModel):
 
     @pydantic.field_validator("*", mode="before")
     @classmethod
-    def _no_flag_for_a_number(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
-        """Python, and so pydantic, takes true for 1."""
+    def _flags_are_no_numbers(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        """Python, and so pydantic, takes true for 1 and 1 for true."""
         kind = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and kind not in (bool, Any):
             raise ValueError(f"{value}: true and false are no values of it")
+        if kind is bool and not isinstance(value, bool) and str(value).strip(" .01") == "":
+            raise ValueError(f"{value!r}: true or false is needed")
         return value
 
 
@@ -353,10 +357,10 @@ class Config(Section):
         """The folder of the run: a local one, or a URL (gs://, s3://)."""
         return as_path(self.output) / self.name
 
-    def renamed(self, name: str) -> "Config":
-        """The same under another name. Raises ConfigError."""
+    def renamed(self, name: str, option: str) -> "Config":
+        """The same under another name, which an option of the command line gives. Raises ConfigError."""
         return validate_as(
-            Config, {**self.model_dump(exclude_unset=True), "name": name}, f"--fork {name}"
+            Config, {**self.model_dump(exclude_unset=True), "name": name}, f"{option} {name}"
         )
 
     @pydantic.model_validator(mode="after")
@@ -444,6 +448,13 @@ def is_supervised(config: Config) -> bool:
     return bool(config.sft.model_fields_set)
 
 
+def only_evaluated(config: Config) -> tuple[str, ...]:
+    """How keys begin that `rest-jax sft` reads for evaluations alone, or never; none for a config that `train` may read."""
+    if not is_supervised(config) or "prompts_per_step" in config.rollout.model_fields_set:
+        return ()
+    return ("rollout.", "reward.", "weights.", "curriculum.")
+
+
 def check_command(config: Config, supervised: bool) -> None:
     """ConfigError for a config of the other command, `rest-jax train` or `rest-jax sft`: it would run with this one's default
     sizes and without the method asked for. A config that gives the sizes of both is for both.
@@ -502,16 +513,38 @@ def _is_key(word: str) -> bool:
 def read_mapping(path: Location) -> dict[str, Any]:
     """The mapping that a YAML file holds; nothing but comments is an empty one. ConfigError names file and line."""
     try:
-        with store_errors(path), as_path(path).open() as file:
-            found = OmegaConf.load(file)
+        with store_errors(path):
+            text = as_path(path).read_text()
+        _check_numbers(text)
+        found = OmegaConf.load(io.StringIO(text))
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as fault:
-        text = " ".join(str(fault).split())
+        said = " ".join(str(fault).split())
         if isinstance(fault, yaml.MarkedYAMLError) and fault.problem_mark is not None:
-            text = f"line {fault.problem_mark.line + 1}: {fault.problem}"
-        raise ConfigError(f"{path}: {text}") from fault
+            said = f"line {fault.problem_mark.line + 1}: {fault.problem}"
+        raise ConfigError(f"{path}: {said}") from fault
     if not isinstance(found, DictConfig):
         raise ConfigError(f"{path}: a mapping is needed at the top, found a list")
     return typing.cast(dict[str, Any], OmegaConf.to_container(found))
+
+
+class _BentNumber(yaml.MarkedYAMLError):
+    """A number that YAML takes for another one."""
+
+
+def _check_numbers(text: str) -> None:
+    """_BentNumber for what YAML 1.1 reads with another base: 010 is 8, and 1:30 is 90."""
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and _bent(event.value):
+            number = yaml.safe_load(event.value)
+            raise _BentNumber(
+                problem=f"YAML takes {event.value} for {number}; write a decimal number, or a text in quotes",
+                problem_mark=event.start_mark,
+            )
+
+
+_bent = re.compile(
+    r"[-+]?(?:0[0-7_]*[1-7][0-7_]*|[0-9_]+(?::[0-5]?[0-9])+(?:\.[0-9_]*)?)"
+).fullmatch
 
 
 def validate_as(model: type[Model], mapping: Tree, name: str) -> Model:
@@ -539,7 +572,10 @@ def _parse(overrides: Sequence[str]) -> dict[str, Any]:
         if not value.strip():
             raise ConfigError(f"override {override!r}: a value is missing; null stands for none")
         try:
+            _check_numbers(value)
             parsed.merge_with_dotlist([override])
+        except _BentNumber as fault:
+            raise ConfigError(f"override {override!r}: {fault.problem}") from fault
         except (yaml.YAMLError, OmegaConfBaseException) as fault:
             raise ConfigError(f"override {override!r}: the value cannot be read") from fault
     return typing.cast(dict[str, Any], OmegaConf.to_container(parsed))

@@ -35,7 +35,7 @@ from rest_jax.planning.programs import memory_programs
 from rest_jax.planning.setup import HeldOut, Lengths, Setup
 from rest_jax.rl.balance import check_experts
 from rest_jax.rl.curriculum import Schedule
-from rest_jax.rl.optimizer import learning_rates, make_optimizer
+from rest_jax.rl.optimizer import make_optimizer
 from rest_jax.rl.packing import BatchLengths, packing_metrics
 from rest_jax.rl.regions import label_tokens
 from rest_jax.rl.step import (
@@ -105,7 +105,7 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
     """All steps of a run, from its newest checkpoint on; whether it came to the last one."""
     config, mesh = run.config, policy.mesh
     steps = total_steps(config, data.size, BATCH)
-    tx, rates = make_optimizer(config.optimizer, steps), learning_rates(config.optimizer, steps)
+    tx = make_optimizer(config.optimizer, steps)
     schedule = Schedule(config.weights, config.curriculum, steps)
     run.made_of = digests(policy, data)
     abstract, shardings = abstract_state(policy, tx, schedule, config.optimizer.moments)
@@ -147,7 +147,6 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
                 "data/epoch": int(rows.row.max()) // data.size + 1,
                 "data/dropped": data.dropped,
                 "update/tokens": tokens,
-                "update/learning_rate": float(rates[step - 1]),
             }
             pending = PendingStep(
                 device=([totals],),

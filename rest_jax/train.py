@@ -40,7 +40,7 @@ from rest_jax.planning.programs import memory_programs
 from rest_jax.planning.setup import HeldOut, Lengths, Setup
 from rest_jax.rl.balance import check_experts
 from rest_jax.rl.curriculum import Schedule
-from rest_jax.rl.optimizer import learning_rates, make_optimizer
+from rest_jax.rl.optimizer import make_optimizer
 from rest_jax.rl.packing import BatchLengths, MicroBatch, assign_minibatches, packing_metrics
 from rest_jax.rl.prepare import StepConfig, TokenValues, active_groups
 from rest_jax.rl.step import abstract_state, init_state, make_step, plan_minibatches, policy_metrics
@@ -118,7 +118,7 @@ def train_steps(
     check_memory(lambda: memory_programs(setup, longest), mesh)
     rollout_params = rollout_cast(policy)
     minibatch = assign_minibatches(config.rollout.prompts_per_step, cfg.updates)
-    host = HostMetrics(config, policy, prompts, cfg.updates, steps)
+    host = HostMetrics(policy, prompts)
     loop = Loop(run, steps, evaluator, ("reward", "reward/mean"), profile)
     with (
         loop.stoppable(),
@@ -157,7 +157,7 @@ def train_steps(
             pending = PendingStep(
                 device=(prepared, updates),
                 read=policy_metrics,
-                host=host.of_step(step, experience, lengths, plan),
+                host=host.of_step(experience, lengths, plan),
                 rates=functools.partial(host.rates, lengths, active_groups(reward, cfg)),
                 must_be_finite=RL_FINITE,
                 batch=experience.arrays(),
@@ -170,17 +170,15 @@ def train_steps(
 
 
 class HostMetrics:
-    """The metrics of a step that the host knows: lengths, packing, learning rate, speed."""
+    """The metrics of a step that the host knows: lengths, packing, speed."""
 
-    def __init__(self, config: Config, policy: Policy, prompts: Prepared, updates: int, steps: int):
-        self.prompts, self.updates = prompts, updates
+    def __init__(self, policy: Policy, prompts: Prepared):
+        self.prompts = prompts
         peak = mesh_peak_flops(policy.mesh.devices.flat, policy.config.dtype)
         self.speed = Speed(policy.config, peak)
-        self.learning_rates = learning_rates(config.optimizer, steps * updates)
 
     def of_step(
         self,
-        step: int,
         experience: Experience,
         lengths: BatchLengths,
         plan: Sequence[Sequence[MicroBatch]],
@@ -192,7 +190,6 @@ class HostMetrics:
             | {
                 "data/epoch": int(experience.row.max()) // self.prompts.size + 1,
                 "data/dropped": self.prompts.dropped,
-                "update/learning_rate": float(self.learning_rates[step * self.updates - 1]),
             }
         )
 

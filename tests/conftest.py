@@ -185,6 +185,21 @@ def model(tmp_path_factory, configs_dir) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory, configs_dir) -> dict:
+    """family -> the quickstart's tokenizer with a chat template that writes what the family's published one writes."""
+    from rest_jax.models.tokenizer import Tokenizer
+
+    made = {}
+    for path in (REPOSITORY / "tests/data/chat_templates").glob("*.jinja"):
+        folder = tmp_path_factory.mktemp("family") / path.stem
+        ignore = shutil.ignore_patterns("*.safetensors")
+        shutil.copytree(configs_dir / "quickstart_policy", folder, ignore=ignore)
+        shutil.copy(path, folder / "chat_template.jinja")
+        made[path.stem] = Tokenizer.load(folder)
+    return made
+
+
+@pytest.fixture(scope="session")
 def expert_model(tmp_path_factory, configs_dir) -> pathlib.Path:
     """The same with four experts a layer, of which a token has two."""
     experts = {

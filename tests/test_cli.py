@@ -26,7 +26,7 @@ from rest_jax.tool_calls import Target
 from tests import runs
 
 COMMANDS = (
-    "train", "sft", "plan", "quickstart", "generate", "evaluate", "convert", "export", "sweep", "compare",
+    "train", "sft", "plan", "quickstart", "generate", "serve", "chat", "evaluate", "convert", "export", "sweep", "compare",
     "variance", "report", "doctor", "data", "data prepare", "data inspect", "config", "config show",
 )  # fmt: skip
 PROGRAMS = pathlib.Path(__file__).parent / "programs"
@@ -94,6 +94,10 @@ def test_a_group_without_a_command_prints_its_help(capsys):
         ("export x y z=1", "unexpected extra argument(s) (z=1)"),
         ("generate m", "exactly one of --prompt and --file is needed"),
         ("generate m --prompt a --file b", "exactly one of --prompt and --file is needed"),
+        ("serve m --template other", "'other' is not one of 'toolrl', 'hermes', 'llama3'"),
+        ("serve m --port 65536", "'--port': Input should be less than or equal to 65535"),
+        ("serve m --host 300.1.1.1", "serve: 300.1.1.1:8000: "),
+        ("chat http://x --template hermes", "--template are for a model to load"),
         ("evaluate m seed=1", "evaluate: no data"),
         ("data prepare openai in.jsonl", "an input and an output file are needed"),
         ("data inspect synthetic:eval train.steps=1", "train.steps changes nothing here"),

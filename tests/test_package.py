@@ -10,16 +10,18 @@ import rest_jax
 from tests.conftest import REPOSITORY
 
 PACKAGE = pathlib.Path(rest_jax.__file__).parent
+ASSETS = PACKAGE / "templates" / "chat"  # files that are written for other servers
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != ASSETS)
 
 
 def test_every_folder_of_code_is_a_package():
     """setup.py ships packages only: a folder without __init__.py would be missing from the wheel."""
-    for path in PACKAGE.rglob("*.py"):
+    for path in MODULES:
         assert (path.parent / "__init__.py").is_file(), path.parent
 
 
 def test_every_module_imports_and_starts_with_what_it_does():
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in MODULES:
         relative = path.relative_to(PACKAGE.parent).with_suffix("")
         name = ".".join(relative.parts).removesuffix(".__init__")
         if path.stat().st_size and not name.endswith("__main__"):
@@ -33,6 +35,8 @@ def test_the_builtin_configs_are_in_the_wheel(tmp_path):
     built = tmp_path / "lib" / "rest_jax" / "_configs"
     for path in (REPOSITORY / "configs").rglob("*"):
         assert (built / path.relative_to(REPOSITORY / "configs")).exists(), path
+    for path in ASSETS.iterdir():
+        assert (tmp_path / "lib" / "rest_jax" / path.relative_to(PACKAGE)).exists(), path
     code = "from rest_jax import config; print(config.load(['scale/tiny', 'method/rest']).model.source)"
     words = [sys.executable, "-c", code]
     done = subprocess.run(

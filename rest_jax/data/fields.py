@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rest_jax.errors import UserError
-from rest_jax.templates.rendering import JSON_TYPES, UNIONS, is_schema, type_schema
+from rest_jax.templates.rendering import DEFINITIONS, JSON_TYPES, UNIONS, is_schema, type_schema
 
 MAX_DEPTH = 64  # of a raw item, and of JSON in a string
 # what servers call a thought
@@ -25,7 +25,7 @@ _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal"
 _THOUGHT_PARTS = ("thinking", "reasoning", "redacted_thinking")
 _OF_A_THOUGHT = ("thinking", "reasoning", "text", "content", "summary")
 _VALUES = ("default", "const")  # of a schema: values, of which null is one
-_DEFINITIONS = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
+_NAMED = ("properties", *DEFINITIONS, "patternProperties", "dependentSchemas")
 _LISTS = ("items", "prefixItems")
 _INNER = ("items", "additionalProperties", "not", "if", "then", "else", "contains")
 
@@ -192,6 +192,9 @@ def tool(value: Any, where: str) -> dict[str, Any]:
     key, parameters = first_given(said, _PARAMETERS)
     place = f"{where}: {key}"
     parameters = parsed(parameters, place)
+    if isinstance(parameters, Mapping):  # some write the definitions beside them
+        beside = {k: said.pop(k) for k in DEFINITIONS if k in said and k not in parameters}
+        parameters = {**parameters, **beside}
     made: dict[str, Any] = {}
     for k, v in said.items():
         if k == key and parameters is not None:
@@ -249,9 +252,9 @@ def _schema(value: Any, where: str) -> dict[str, Any]:
         place = f"{where}: {key}"
         if key in _VALUES:
             made[key] = inner
-        elif inner is None or (key in (*_DEFINITIONS, "required") and not is_given(inner)):
+        elif inner is None or (key in (*_NAMED, "required") and not is_given(inner)):
             continue
-        elif key in _DEFINITIONS:
+        elif key in _NAMED:
             named = mapping(inner, place).items()
             made[key] = {name: _schema(schema, f"{place}: {name}") for name, schema in named}
         elif key in UNIONS or (key in _LISTS and isinstance(inner, list)):
@@ -310,10 +313,9 @@ def call(value: Any, where: str) -> dict[str, Any]:
     place = f"{where}: {key}"
     for _ in range(2):  # some servers write the text of a text
         arguments = parsed(arguments, place)
-    return {
-        "name": name,
-        "arguments": {} if arguments is None else dict(mapping(arguments, place)),
-    }
+    if arguments is None or arguments == []:  # PHP's empty object
+        return {"name": name, "arguments": {}}
+    return {"name": name, "arguments": dict(mapping(arguments, place))}
 
 
 def call_id(raw: Mapping[str, Any], where: str, keys: Sequence[str]) -> str | None:
@@ -321,7 +323,7 @@ def call_id(raw: Mapping[str, Any], where: str, keys: Sequence[str]) -> str | No
     key, value = first_given(raw, keys)
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
-    return None if value is None else text(value, f"{where}: {key}")
+    return None if value is None else text(value, f"{where}: {key}").strip()
 
 
 def content(value: Any, where: str) -> str | None:
@@ -332,14 +334,16 @@ def content(value: Any, where: str) -> str | None:
     texts = []
     for i, part in enumerate(parts):
         place = f"{where}[{i}]"
-        if isinstance(part, str):
-            texts.append(part)
+        if part is None or isinstance(part, str):
+            texts.append(part or "")
             continue
         if mapping(part, place).get("type") in _THOUGHT_PARTS:
             continue
         if (key := _text_key(part)) is None:
             raise RecordError(f"{place}: type: {shown(part.get('type'))} is not 'text'")
-        texts.append(text(part.get(key), f"{place}: {key}"))
+        said = part.get(key)
+        said = said.get("value") if isinstance(said, Mapping) else said  # of the Assistants API
+        texts.append("" if said is None else text(said, f"{place}: {key}"))
     return "".join(texts)
 
 

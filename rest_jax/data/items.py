@@ -19,7 +19,9 @@ import dataclasses
 import gzip
 import io
 import lzma
+import os
 import re
+import stat
 import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any
@@ -28,7 +30,7 @@ from etils import epath
 
 from rest_jax.data import fields
 from rest_jax.data.fields import MAX_DEPTH, RecordError
-from rest_jax.files import Location, as_path, open_bytes, store_errors
+from rest_jax.files import Location, as_path, is_url, open_bytes, store_errors
 
 HEAD = 2**16  # bytes by which a file is known
 CHUNK = 2**16  # bytes read at once of a JSON document, and of an overlong line
@@ -61,8 +63,6 @@ _OTHERS = {
     b"\x80\x04": "a pickle, which is not read since it may run code; write it as JSON lines",
     b"%PDF": "a PDF",
     b"version https://git-lfs": "a pointer of Git LFS, not the file; fetch it (git lfs pull)",
-    b"<!DOCTYPE": "a web page; fetch the file itself",
-    b"<html": "a web page; fetch the file itself",
     b"---": "YAML; write it as JSON lines",
 }
 
@@ -87,6 +87,8 @@ def read_items(path: Location) -> Iterator[Item]:
         if not path.is_file():
             what = "is a folder, a file is needed" if path.is_dir() else "no such file"
             raise RecordError(f"data {path}: {what}")
+        if not is_url(path) and not stat.S_ISREG(os.stat(path).st_mode):
+            raise RecordError(f"data {path}: a pipe or a device; write it to a file")
         with open_bytes(path) as file:
             start = file.read(64)
     if start.startswith(b"PAR1"):
@@ -106,10 +108,13 @@ def _check_text(start: bytes, path: epath.Path) -> None:
     for magic, what in _OTHERS.items():
         if start.startswith(magic):
             raise RecordError(f"data {path}: {what}")
+    if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise RecordError(f"data {path}: a web page; fetch the file itself")
+    needed = "JSON lines, a JSON list or Parquet are needed"
     if b"\0" in start[:512]:
-        raise RecordError(
-            f"data {path}: not UTF-8 text; JSON lines, a JSON list or Parquet are needed"
-        )
+        raise RecordError(f"data {path}: not UTF-8 text; {needed}")
+    if start.strip() and not _may_be_json(start):
+        raise RecordError(f"data {path}: not JSON: {fields.shown(_said(start))}; {needed}")
 
 
 @contextlib.contextmanager
@@ -160,12 +165,11 @@ class _Recoded(io.RawIOBase):
         return count
 
 
+_may_be_json = re.compile(
+    rb'^\s*+(?:["{\[]|(?:null|true|false|-?\d[-+.eE\d]*+)\s*+$)', re.MULTILINE
+).search
 _list_start = re.compile(rb"\s*\[").match
-_scalar = rb'(?:"[^"\\]*+"|[-+.\w]++)'
-_held_list = re.compile(
-    rb'\s*+\{\s*+(?:"[^"\\]*+"\s*+:\s*+' + _scalar + rb'\s*+,\s*+)*+"(\w++)"\s*+:\s*+\['
-).match
-_held_end = re.compile(rb'\s*+(?:,\s*+"[^"\\]*+"\s*+:\s*+' + _scalar + rb"\s*+)*+\}\s*+").fullmatch
+_member = re.compile(r'\s*+[{,]\s*+"((?:[^"\\]|\\.)*+)"\s*+:\s*+(\[?)').match
 
 
 def _layout(start: bytes) -> tuple[int, int]:
@@ -175,13 +179,27 @@ def _layout(start: bytes) -> tuple[int, int]:
     """
     if (found := _list_start(start)) is not None:
         return found.end(), 1
-    found = _held_list(start)
-    if found is not None and found[1].decode().lower() in _LISTS:
-        return found.end(), 2
+    if start.lstrip().startswith(b"{") and (end := _pass_members(start)[1]) is not None:
+        return end, 2
     first, ended, _ = start.lstrip().partition(b"\n")
     if ended and first.startswith(b"{") and _is_open(first):
         return 0, 0
     return 0, -1
+
+
+def _pass_members(text: bytes) -> tuple[int, int | None]:
+    """(where the members of an object end that can be passed over, where behind that a list of items opens, if it does)."""
+    said, at = text.decode("latin-1"), 0  # a letter a byte
+    while (member := _member(said, at)) is not None:
+        if member[2] and member[1].lower() in _LISTS:
+            return at, member.end()
+        if member[2]:  # of turns, or of tools: it is an item
+            break
+        try:
+            at = fields.ITEM_DECODER.raw_decode(said, member.start(2))[1]
+        except (ValueError, RecursionError):
+            break
+    return at, None
 
 
 def _is_open(line: bytes) -> bool:
@@ -243,7 +261,7 @@ def _document(
     held = depth == 2 and not rest.strip()  # without the bracket that closes the object
     if (not scanner.ended and (depth or scanner.begun)) or held:
         raise RecordError(f"data {path}: item {number}: not JSON: the file breaks off")
-    if depth == 2 and _held_end(rest) is None:
+    if depth == 2 and rest[_pass_members(rest)[0] :].strip() != b"}":
         raise RecordError(
             f"data {path}: the object has more than one list: {fields.shown(_said(rest))}; "
             "make a file of each"

@@ -100,6 +100,13 @@ class Encoder:
         end = np.int32(self.tokenizer.end_id)
         return prompts, [np.append(ids, end) for ids in self.tokenizer.encode_all(answers)]
 
+    def prompt(self, record: StepRecord) -> str:
+        """The prompt for the tokenizer's `encode_all`: as text, with marks for the control tokens that the data quotes.
+
+        RecordError when the chat template refuses it.
+        """
+        return self._prompt(self._masked(record))
+
     @functools.cached_property
     def _lists_tools(self) -> bool:
         """Whether the tokenizer's chat template lists tools as the template does."""

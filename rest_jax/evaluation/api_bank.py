@@ -101,6 +101,14 @@ def report(items: Sequence[Item]) -> dict[str, Any]:
     return {"beyond_doubt": sum(not item.doubts for item in items), "doubts": doubts}
 
 
+def describe(result: Mapping[str, Any]) -> list[str]:
+    """A line on the known ceiling."""
+    known = result["known"]
+    doubts = "; ".join(f"{doubt}: {len(ids)}" for doubt, ids in known["doubts"].items())
+    said = f"{known['beyond_doubt']} of {len(result['items'])} items ({doubts or 'no doubts'})"
+    return [f"gold beyond doubt in {said}"]
+
+
 def _item(raw: Any, name: str, group: str, where: str) -> Item:
     (record,) = convert_api_bank(raw, name, where)
     if len(record.target.calls) != 1:

@@ -1,7 +1,8 @@
 """Public benchmarks: every item is answered once and scored once, and a result file keeps what is needed to check the figures.
 
     BENCHMARKS[name]   a module: load(folder, limit) -> items (id, group, messages, ...), score(item, text) -> {score: bool},
-                       SCORES (their names), report(items) -> what is known of the items themselves
+                       SCORES (their names), report(items) -> what is known of the items themselves; or a version of BFCL, or
+                       tau2, whose items are dialogues
     scored(name, load(name, folder, limit), complete) -> the result, with any function from messages to completions
     evaluate_benchmark(...), compare_results(a, b)   the commands `rest-jax evaluate --benchmark` and `--compare`
 
@@ -14,8 +15,9 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,13 +28,14 @@ from rest_jax.config import Config, nearest
 from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import Encoder
-from rest_jax.distributed import is_first_process, platform, say
+from rest_jax.distributed import is_first_process, num_data_shards, platform, say
 from rest_jax.errors import UserError
-from rest_jax.evaluation import api_bank
+from rest_jax.evaluation import api_bank, bfcl, tau2
+from rest_jax.evaluation.dialogues import Settings, answer_all
 from rest_jax.evaluation.statistics import (
     mcnemar,
+    mean_rate,
     paired,
-    rate_interval,
     resolvable_difference,
 )
 from rest_jax.files import (
@@ -41,23 +44,28 @@ from rest_jax.files import (
     as_path,
     atomic_write,
     fingerprints,
+    is_url,
     list_files,
     store_errors,
 )
 from rest_jax.models.policy import Policy, check_positions
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.rollout.cast import rollout_cast
+from rest_jax.rollout.requests import Piece, Request, make_stream
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import truncated
 from rest_jax.run import checkpoint
+from rest_jax.run.environment import user_cache
 from rest_jax.run.load import is_run, load_policy
 from rest_jax.run.metrics import summary_table
 from rest_jax.run.progress import Progress
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Target
 from rest_jax.types import PromptBatch, RolloutBatch, Sampling
+from rest_jax.worlds.dialogues import Dialogues
+from rest_jax.worlds.records import Source
 
-BENCHMARKS = {"api_bank": api_bank}
+BENCHMARKS: dict[str, Any] = {"api_bank": api_bank, **bfcl.VERSIONS, "tau2": tau2}
 FORMAT = 1  # of result files
 ALL = "all"  # the group of all items
 # of a comparison; `gained` and `lost` count the items that only the second, or only the first, has right
@@ -82,9 +90,7 @@ Complete = Callable[[Sequence[Messages]], Sequence[Completion]]
 
 
 def load(name: str, folder: Location, limit: int | None) -> Sequence[Any]:
-    """The items, of each group `limit` at most. UserError for an unknown benchmark and a folder that is not its own."""
-    if name not in BENCHMARKS:
-        raise UserError(f"--benchmark {name}: unknown{nearest(name, list(BENCHMARKS))}")
+    """The items, of each group `limit` at most. UserError for a folder that is not the benchmark's own."""
     return BENCHMARKS[name].load(folder, limit)
 
 
@@ -120,43 +126,50 @@ def rates(lines: Sequence[Mapping[str, Any]], score: str) -> dict[str, dict[str,
     """For each group, and all: the count, the rate of a score, and its interval."""
     found = {}
     for group, members in _groups(lines).items():
-        right = sum(line[score] for line in members)
-        low, high = rate_interval(right, len(members))
-        rate = right / len(members)
+        rate, low, high = mean_rate([line[score] for line in members])
         found[group] = {"count": len(members), "rate": rate, "low": low, "high": high}
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Which items of a benchmark are asked, and how often."""
+
+    folder: Location | None = None  # its files, or the virtual environment of its package
+    limit: int | None = None  # items of each group
+    categories: str | None = None  # of BFCL
+    samples: int = 1  # dialogues with each task of tau2
 
 
 def evaluate_benchmark(
     config: Config,
     name: str,
-    folder: Location,
+    options: Options,
     *,
     greedy: bool = True,
-    limit: int | None = None,
     output: Location | None = None,
 ) -> str:
     """The table of rates of a model, whose result file is written to `output`: by default into the folder of the run, or into the
     working directory for a model that is no run. Of many processes the first has the table and writes the file.
-    UserError as for `load`, and for a model that cannot be used.
+    UserError for an unknown benchmark, for a folder that is not its own, and for a model that cannot be used.
     """
-    items = load(name, folder, limit)
+    if name not in BENCHMARKS:
+        raise UserError(f"--benchmark {name}: unknown{nearest(name, list(BENCHMARKS))}")
     source, r = config.model.source, config.rollout
     if output is None:
         place = absolute(source)
         output = place / f"{name}.json" if is_run(source) else f"{place.name}-{name}.json"
     sampling = Sampling(r.temperature, r.top_k, r.top_p, greedy)
+    _check_options(name, options, sampling)
     with contextlib.ExitStack() as stack:
+        # Whatever can be wrong is found before hours of sampling: the data, and the folder of the file.
+        measure = stack.enter_context(_PREPARE[name](config, name, options))
         partial = None
-        # Opened first: a folder that is missing is known before hours of sampling.
         if is_first_process():
             partial = stack.enter_context(atomic_write(output))
             partial.touch()
         policy = load_policy(config.model, config.mesh, r.tensor)
-        complete = Completer(config, policy, sampling)
-        result = scored(name, items, complete)
-        tokens = sum(line["tokens"] for line in result["items"])
-        result = {
+        about = {
             "model": source,
             "checkpoint_sha256": checkpoint_digest(source, policy),
             "template_sha256": policy.tokenizer.digest(),
@@ -164,58 +177,243 @@ def evaluate_benchmark(
             | {"max_response_tokens": r.max_response_tokens, "seed": config.seed},
             "device": platform(policy.mesh),
             "dtype": str(policy.config.dtype),
-            "seconds": complete.seconds,
-            "tokens_per_second": tokens / complete.seconds,
-        } | result
+        }
+        asked = {"benchmark": name, "template": config.data.template}
+        result = about | measure(policy, sampling, _answers(output, about | asked))
         if partial is None:
             return ""
         partial.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
     return f"{describe(result)}\n{output}"
 
 
+def _check_options(name: str, options: Options, sampling: Sampling) -> None:
+    """UserError for options that the benchmark has no use for."""
+    if options.categories is not None and name not in bfcl.VERSIONS:
+        raise UserError(f"--benchmark {name}: has no --categories")
+    if options.samples > 1 and name != "tau2":
+        raise UserError(f"--benchmark {name}: has no --samples; it answers every item once")
+    if options.samples > 1 and sampling.greedy:
+        raise UserError(
+            f"--samples {options.samples}: greedy samples are all the same; sample them with --temperature"
+        )
+    if options.folder is None and name == "api_bank":
+        raise UserError(f"evaluate --benchmark {name}: --data FOLDER is needed")
+    if name != "api_bank" and sampling.top_k:
+        raise UserError(f"--benchmark {name}: rollout.top_k {sampling.top_k}: leave it at 0")
+    if name != "api_bank" and jax.process_count() > 1:
+        raise UserError(f"--benchmark {name}: runs in one process, not in {jax.process_count()}")
+
+
+# What measures a policy, given how it is sampled and where its answers may be kept until all are scored.
+Measure = Callable[[Policy, Sampling, pathlib.Path], dict[str, Any]]
+
+
+@contextlib.contextmanager
+def _prompts(config: Config, name: str, options: Options) -> Iterator[Measure]:
+    """How a benchmark of prompts measures a policy."""
+    items = load(name, str(options.folder), options.limit)
+
+    def measure(policy: Policy, sampling: Sampling, _: pathlib.Path) -> dict[str, Any]:
+        complete = Completer(config, policy, sampling)
+        result = scored(name, items, complete)
+        tokens = sum(line["tokens"] for line in result["items"])
+        return _speed(complete.seconds, tokens) | result
+
+    yield measure
+
+
+# A tokenizer that makes no prompts is known before anything is asked.
+_GREETING = StepRecord("", "", (), ({"role": "user", "content": "Hello"},), Target())
+
+
+@contextlib.contextmanager
+def _entries(config: Config, name: str, options: Options) -> Iterator[Measure]:
+    """How BFCL measures a policy."""
+    version = bfcl.VERSIONS[name]
+    names = bfcl.chosen(version, options.categories)
+    with bfcl.Bfcl(version, options.folder, names, options.limit) as source:
+
+        def measure(policy: Policy, sampling: Sampling, answers: pathlib.Path) -> dict[str, Any]:
+            template = config.data.template
+            encoder = Encoder(policy.tokenizer, bfcl.template(template))
+            encoder([_GREETING])
+            source.begin(answers, template, _at_once(config, policy))
+            seconds = _answer_all(source, encoder, policy, config, sampling)
+            return _speed(seconds, source.tokens) | scored_dialogues(source)
+
+        yield measure
+
+
+@contextlib.contextmanager
+def _tickets(config: Config, name: str, options: Options) -> Iterator[Measure]:
+    """How tau2 measures a policy."""
+    with tau2.Tau2(options.folder) as package:
+        items = package.load(options.limit)
+
+        def measure(policy: Policy, sampling: Sampling, _: pathlib.Path) -> dict[str, Any]:
+            data = config.data
+            encoder = Encoder(policy.tokenizer, TEMPLATES[data.template], data.brief_prompt)
+            tasks = tau2.tasks(items, options.samples)
+            with contextlib.closing(Progress(len(tasks), unit="dialogue")) as progress:
+                at_once = _at_once(config, policy)
+                source = Dialogues(package.world, tasks, at_once, progress.update)
+                seconds = _answer_all(source, encoder, policy, config, sampling)
+            lines = tau2.lines(items, source.finished, options.samples)
+            tokens = sum(line["tokens"] for line in lines)
+            about = {"template": data.template, "samples": options.samples}
+            return _speed(seconds, tokens) | about | scored_tasks(items, lines)
+
+        yield measure
+
+
+_PREPARE = {"api_bank": _prompts, **dict.fromkeys(bfcl.VERSIONS, _entries), "tau2": _tickets}
+
+
+def _at_once(config: Config, policy: Policy) -> int:
+    """Dialogues for all decode slots."""
+    return config.rollout.decode_slots * num_data_shards(policy.rollout_mesh)
+
+
+def _answer_all(
+    source: Source, encoder: Encoder, policy: Policy, config: Config, sampling: Sampling
+) -> float:
+    """Answers every query of a source; the seconds that it took."""
+    r = config.rollout
+    stream = make_stream(policy, r)
+    settings = Settings(
+        max_tokens=r.max_response_tokens,
+        max_length=min(policy.config.max_positions, stream.room),
+        temperature=0.0 if sampling.greedy else sampling.temperature,
+        top_p=sampling.top_p,
+        seed=config.seed,
+        keep_segments=False,
+    )
+    begun = time.monotonic()
+    answer_all(source, stream, encoder, settings)
+    return time.monotonic() - begun
+
+
+def scored_tasks(items: Sequence[tau2.Item], lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The result of dialogues with tasks, whose lines `tau2.lines` gives."""
+    scores = [key for key in lines[0] if key.startswith("pass^")]
+    return {
+        "benchmark": "tau2",
+        "format": FORMAT,
+        "version": __version__,
+        "release": tau2.REQUIREMENT,
+        "prompts_sha256": _digest([[item.id, list(item.messages)] for item in items]),
+        "rates": {score: rates(lines, score) for score in scores},
+        "items": lines,
+    }
+
+
+def scored_dialogues(source: bfcl.Bfcl) -> dict[str, Any]:
+    """The result of a source whose entries are judged."""
+    result = bfcl.result(source)
+    rated = {score: rates(result["items"], score) for score in source.version.SCORES}
+    return {"format": FORMAT, "version": __version__, "rates": rated} | result
+
+
+def _speed(seconds: float, tokens: int) -> dict[str, float]:
+    return {"seconds": seconds, "tokens_per_second": tokens / seconds}
+
+
+def _answers(output: Location, about: Mapping[str, Any]) -> pathlib.Path:
+    """Where the answers of this model, so sampled, are kept until all are scored."""
+    place = as_path(output)
+    beside = user_cache() if is_url(output) else pathlib.Path(place.parent)
+    return beside / f"{place.stem}-answers" / _digest(about)[:16]
+
+
 class Completer:
-    """Completions of a policy to messages, as they go through its chat template. A resource: it holds the compiled rollout."""
+    """Completions of a policy to messages, as they go through its chat template, each drawn once."""
 
     def __init__(self, config: Config, policy: Policy, sampling: Sampling):
-        self.config, self.policy = config, policy
-        self._sampler = make_sampler(policy, config.rollout, 1, sampling)
+        self.config, self.policy, self.sampling = config, policy, sampling
         self.seconds = 0.0  # of sampling, compilation included
 
     def __call__(self, prompts: Sequence[Messages]) -> list[Completion]:
         """Every process has all of them. UserError for prompts that the model cannot take."""
-        policy, tokenizer = self.policy, self.policy.tokenizer
-        ids = encode(tokenizer, prompts)
+        ids = encode(self.policy.tokenizer, prompts)
         most = max(map(len, ids))
         limit = self.config.rollout.max_response_tokens
-        check_positions(policy.config, most, limit, "--max-response-tokens")
+        check_positions(self.policy.config, most, limit, "--max-response-tokens")
         say(f"{len(ids)} prompts of at most {most:,} tokens")
-        padded = pad(ids, bucketed(ids), tokenizer.pad_id)
+        # a stream prefills what prompts begin with once; it runs on one process, and cuts off by top-p alone
+        streams = jax.process_count() == 1 and not self.sampling.top_k
+        begun = time.monotonic()
+        with contextlib.closing(Progress(len(ids), unit="completion")) as progress:
+            draw = self._by_stream if streams else self._by_sampler
+            found = draw(ids, progress)
+        self.seconds += time.monotonic() - begun
+        return found
+
+    def _by_stream(self, ids: Sequence[np.ndarray], progress: Progress) -> list[Completion]:
+        r, sampling, tokenizer = self.config.rollout, self.sampling, self.policy.tokenizer
+        longest = max(map(len, ids)) + r.max_response_tokens
+        tokens = r.cache_tokens or max(longest, 1024) * r.decode_slots
+        stream = make_stream(self.policy, r.model_copy(update={"cache_tokens": tokens}))
+        temperature = 0.0 if sampling.greedy else sampling.temperature
+        drawn: dict[int, list[Piece]] = {}
+        rows: dict[int, int] = {}
+        # those that begin alike follow one another
+        for row in sorted(range(len(ids)), key=lambda row: ids[row].tolist()):
+            number = stream.submit(
+                Request(
+                    ids[row],
+                    r.max_response_tokens,
+                    temperature,
+                    sampling.top_p,
+                    seed=self.config.seed,
+                    sample=row,
+                )
+            )
+            rows[number], drawn[row] = row, []
+        done = itertools.count(1)
+        while stream.pending:
+            for piece in stream.step():
+                drawn[rows[piece.request]].append(piece)
+                if piece.finish is not None:
+                    length = sum(len(one.ids) for one in drawn[rows[piece.request]])
+                    progress.update(next(done), f"{length} tokens")
+        return [
+            completion(
+                np.concatenate([piece.ids for piece in drawn[row]]),
+                drawn[row][-1].finish == "length",
+                tokenizer,
+            )
+            for row in range(len(ids))
+        ]
+
+    def _by_sampler(self, ids: Sequence[np.ndarray], progress: Progress) -> list[Completion]:
+        policy = self.policy
+        sampler = make_sampler(policy, self.config.rollout, 1, self.sampling)
+        padded = pad(ids, bucketed(ids), policy.tokenizer.pad_id)
         batch = PromptBatch(*padded, np.arange(len(ids), dtype=np.int32))
         params = rollout_cast(policy)(policy.params)
         rng, done = jax.random.key(self.config.seed), itertools.count(1)
-        begun = time.monotonic()
-        with contextlib.closing(Progress(len(ids), unit="completion")) as progress:
 
-            def show(_: int, rows: RolloutBatch) -> None:
-                progress.update(next(done), f"{int(rows.response_length[0, 0])} tokens")
+        def show(_: int, rows: RolloutBatch) -> None:
+            progress.update(next(done), f"{int(rows.response_length[0, 0])} tokens")
 
-            # Of several processes none knows of the others' completions.
-            on_group = show if jax.process_count() == 1 else None
-            out = self._sampler.sample_all(params, batch, rng, on_group)
-        self.seconds += time.monotonic() - begun
-        return completions(out, tokenizer)
+        # Of several processes none knows of the others' completions.
+        on_group = show if jax.process_count() == 1 else None
+        out = sampler.sample_all(params, batch, rng, on_group)
+        return completions(out, policy.tokenizer)
+
+
+def completion(ids: np.ndarray, cut: bool, tokenizer: Tokenizer) -> Completion:
+    """What the tokens of a response say; the last one ends the turn, unless it was cut."""
+    # A thought that the prompt has opened is part of what the model says.
+    opened = "<think>" if tokenizer.thought_open else ""
+    return Completion(opened + tokenizer.text(ids if cut else ids[:-1]), len(ids), cut)
 
 
 def completions(rollout: RolloutBatch, tokenizer: Tokenizer) -> list[Completion]:
     """What a rollout of one response a prompt says."""
     cut = truncated(rollout, tokenizer.stop_ids)[:, 0]
-    lengths = rollout.response_length[:, 0]
-    # A thought that the prompt has opened is part of what the model says.
-    opened = "<think>" if tokenizer.thought_open else ""
-    return [
-        Completion(opened + tokenizer.text(row[: n if is_cut else n - 1]), int(n), bool(is_cut))
-        for row, n, is_cut in zip(rollout.responses[:, 0], lengths, cut, strict=True)
-    ]
+    rows = zip(rollout.responses[:, 0], rollout.response_length[:, 0], cut, strict=True)
+    return [completion(row[:length], bool(is_cut), tokenizer) for row, length, is_cut in rows]
 
 
 def encode(tokenizer: Tokenizer, prompts: Sequence[Messages]) -> list[np.ndarray]:
@@ -243,8 +441,7 @@ def read_result(path: Location) -> dict[str, Any]:
     try:
         with store_errors(path):
             result = json.loads(as_path(path).read_text())
-        scores = BENCHMARKS[result["benchmark"]].SCORES
-        parts = {"id", "group", *scores}
+        parts = {"id", "group", *result["rates"]}
         complete = all(parts <= line.keys() for line in result["items"])
         whole = complete and result["items"] and result["prompts_sha256"]
         if result["format"] != FORMAT or not whole:
@@ -257,8 +454,8 @@ def read_result(path: Location) -> dict[str, Any]:
 
 
 def describe(result: Mapping[str, Any]) -> str:
-    """The table of the rates, in percent, and a line each on the known doubts, the model and the speed."""
-    scores = list(result["rates"])
+    """The tables of the rates, in percent, and lines on what is known of the items, the model and the speed."""
+    scores, items = list(result["rates"]), result["items"]
     rows: list[list[Any]] = [[result["benchmark"], "items"]]
     for score in scores:
         rows[0] += [score, "95 % interval"]
@@ -267,14 +464,13 @@ def describe(result: Mapping[str, Any]) -> str:
         for score in scores:
             found = result["rates"][score][group]
             rows[-1] += [f"{found['rate']:.1%}", f"{found['low']:.1%} to {found['high']:.1%}"]
-    known, items = result["known"], result["items"]
-    doubts = "; ".join(f"{doubt}: {len(ids)}" for doubt, ids in known["doubts"].items())
-    tokens, cut = sum(x["tokens"] for x in items), sum(x["truncated"] for x in items)
+    drawn = round(result["seconds"] * result["tokens_per_second"])
+    cut = sum(x["truncated"] for x in items)
     return "\n".join(
         [
             summary_table(rows),
-            f"gold beyond doubt in {known['beyond_doubt']} of {len(items)} items ({doubts or 'no doubts'})",
-            f"{tokens:,} tokens in {result['seconds']:.0f} s, {result['tokens_per_second']:.1f} tokens/s; "
+            *BENCHMARKS[result["benchmark"]].describe(result),
+            f"{drawn:,} tokens in {result['seconds']:.0f} s, {result['tokens_per_second']:.1f} tokens/s; "
             f"{cut} completions cut at {result['sampling']['max_response_tokens']} tokens",
         ]
     )
@@ -291,10 +487,10 @@ def compare_results(first: Location, second: Location) -> str:
             "evaluate both with the same --benchmark, --data and --limit"
         )
     rows: list[list[Any]] = [list(_COLUMNS)]
-    for score in BENCHMARKS[a["benchmark"]].SCORES:
+    for score in (score for score in a["rates"] if score in b["rates"]):
         found = [rates(result["items"], score) for result in (a, b)]
         for group, members in _groups(a["items"]).items():
-            before, after = ({x["id"]: int(x[score]) for x in r["items"]} for r in (a, b))
+            before, after = ({x["id"]: float(x[score]) for x in r["items"]} for r in (a, b))
             both = (f"{by_group[group]['rate']:.1%}" for by_group in found)
             cells = _compared(before, after, [x["id"] for x in members])
             rows.append([f"{score}, {group}", len(members), *both, *cells])
@@ -304,7 +500,9 @@ def compare_results(first: Location, second: Location) -> str:
     )
 
 
-def _compared(first: Mapping[str, int], second: Mapping[str, int], ids: Sequence[str]) -> list[Any]:
+def _compared(
+    first: Mapping[str, float], second: Mapping[str, float], ids: Sequence[str]
+) -> list[Any]:
     """The cells of one comparison, from the difference on."""
     gained = sum(second[i] > first[i] for i in ids)
     lost = sum(second[i] < first[i] for i in ids)

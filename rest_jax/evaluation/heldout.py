@@ -29,7 +29,7 @@ from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import score_rollout, summarise_scores, truncated
 from rest_jax.run.load import load_policy
-from rest_jax.run.metrics import METRICS_FILE, is_eval, read_lines, summary_table
+from rest_jax.run.metrics import METRICS, METRICS_FILE, is_eval, read_lines, summary_table
 from rest_jax.templates import TEMPLATES
 from rest_jax.types import Params, PromptBatch, RolloutBatch, Sampling
 
@@ -250,7 +250,7 @@ def report_evaluations(folder: Location) -> None:
         # a run without an evaluation at its start may have one alone
         ends = lines[:1] + lines[1:][-1:]
         rows: list[list[Any]] = [["held out", *(f"step {line['step']}" for line in ends)]]
-        of_benchmarks = (f"eval/{name}/{s}" for name in BENCHMARKS for s in BENCHMARKS[name].SCORES)
+        of_benchmarks = (name for name in METRICS if is_eval(name) and name.count("/") == 2)
         for name in (*RATES, "eval/response_tokens", *of_benchmarks):
             if name in ends[0]:
                 rows.append([name, *(line[name] for line in ends)])

@@ -71,6 +71,33 @@ def rate_interval(successes: int, count: int, level: float = 0.95) -> tuple[floa
     return float(found.low), float(found.high)
 
 
+def mean_rate(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of the rates of items, each 0 to 1, with its interval: Wilson's where each is 0 or 1, else the bootstrap's (0 to 1
+    for a single one). ValueError without a value.
+    """
+    if all(value in (0, 1) for value in values):
+        right = int(sum(values))
+        return right / len(values), *rate_interval(right, len(values))
+    found = estimate(values)
+    return (found.mean, found.low, found.high) if found.count > 1 else (found.mean, 0.0, 1.0)
+
+
+def weighted_rates_interval(
+    parts: Sequence[tuple[float, int, int]], level: float = 0.95
+) -> tuple[float, float]:
+    """The interval of sum(w s / n) over (w, s, n), weights and independent rates of s successes in n: as far from it as Wilson's
+    limits of the rates are, in the square mean (MOVER; Zou, Huang and Zhang 2009). ValueError for a count of 0.
+    """
+    middle = below = above = 0.0
+    for weight, successes, count in parts:
+        low, high = rate_interval(successes, count, level)
+        rate = successes / count
+        middle += weight * rate
+        below += (weight * (rate - low)) ** 2
+        above += (weight * (high - rate)) ** 2
+    return middle - below**0.5, middle + above**0.5
+
+
 def mcnemar(gained: int, lost: int) -> float:
     """The exact two-sided p-value of no difference, where `gained` items are right only in the one model and `lost` only in
     the other. 1 when there are none.

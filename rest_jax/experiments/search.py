@@ -161,7 +161,7 @@ def sweep(
     found = config_lib.validate_as(Space, mapping, f"space {path}")
     job = shared_job(found, files, overrides)
     shared = job.config()
-    name = name or f"{shared.name}-{path.stem}"
+    name = f"{shared.name}-{path.stem}" if name is None else shared.renamed(name, "--name").name
     folder = local_path("output", shared.output) / name
     experiment = Experiment(
         name=name,

@@ -149,20 +149,26 @@ def attend_prefixed(
     layout: PrefixedRows,
     pages: Pool,
 ) -> Float[Array, "W T N H"]:
-    """Attention of rows to the pages that they continue and to themselves, in q's dtype. `pages`: of one layer, [W 1 K S H]."""
-    time = jnp.arange(q.shape[1])
-    own = (time <= time[:, None]) & (time[:, None] < layout.until[:, None])
-    before = layout.sequence[..., None] == layout.prefix[:, None]
-    heads, repeats = kv[0].shape[2], q.shape[2] // kv[0].shape[2]
-    by_head = _by_kv_head(q, heads).transpose(0, 2, 3, 1, 4)  # [W K R T H]
-    together = by_head.reshape(*by_head.shape[:2], -1, q.shape[-1])
+    """Attention of the parts of rows to the pages that they continue and to themselves, in q's dtype. `pages`: of one layer."""
+    shards, parts = layout.prefix.shape[:2]
+    heads, size = kv[0].shape[2], q.shape[1] // parts
 
-    def part(k, v, mask):
-        return attend_part(together, k, v, jnp.tile(mask, (1, repeats, 1))[:, None])
+    def by_part(x):  # [W T ...] -> [W E T/E ...]
+        return x.reshape(shards, parts, size, *x.shape[2:])
 
-    k, v = (x.transpose(0, 2, 1, 3) for x in kv)
-    joined = join(part(pages.k[:, 0], pages.v[:, 0], before), part(k, v, own))  # type: ignore[call-overload]
-    out = normalise(joined).reshape(by_head.shape).transpose(0, 3, 1, 2, 4)
+    by_head = by_part(_by_kv_head(q, heads)).transpose(0, 1, 3, 4, 2, 5)  # [W E K R T/E H]
+    together = by_head.reshape(*by_head.shape[:3], -1, q.shape[-1])
+    time = jnp.arange(size)
+    until = by_part(layout.until) - size * jnp.arange(parts)[:, None]
+    own = (time <= time[:, None]) & (time[:, None] < until[:, :, None])
+    own = jnp.tile(own, (1, 1, by_head.shape[3], 1))[:, :, None]
+    k, v = (by_part(x).transpose(0, 1, 3, 2, 4) for x in kv)
+    before = layout.prefix[:, :, None, None]
+    joined = join(
+        attend_part(together, pages.k, pages.v, before),  # type: ignore[arg-type]
+        attend_part(together, k, v, own),
+    )
+    out = normalise(joined).reshape(by_head.shape).transpose(0, 1, 4, 2, 3, 5)
     return out.reshape(q.shape).astype(q.dtype)
 
 

@@ -3,6 +3,8 @@
 jinja2's sandbox keeps a template away from the interpreter, but lets it run for ever and fill the memory. `rendering()` is the
 block in which the environment that transformers compiles templates with (`install`) raises TemplateLimitError: loops and
 calls look at the processor time of the thread, and what makes a large text or number of small ones is measured beforehand.
+Lists and objects are measured where they are made, as the text that they would be: one that holds another twice, and that in
+another twice, would grow without end.
 """
 
 import contextlib
@@ -16,6 +18,7 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 SECONDS = 2.0  # of processor time, for one chat
@@ -57,7 +60,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.filters = _Filters(self.filters)
+        self.filters = _Filters(self.filters, self)
+        self.globals["namespace"] = _Namespace
         del self.globals["lipsum"]
 
     def _parse(self, *args: Any) -> nodes.Template:
@@ -69,6 +73,22 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         """TemplateLimitError once the time is over; called in every turn of a loop."""
         if time.thread_time() > _deadline.get():
             raise TemplateLimitError(f"the chat template takes longer than {SECONDS:g} s")
+
+    def measured(self, value: Any) -> Any:
+        """The value, if the texts in it are not too large with what it holds more than once counted as often."""
+        waiting, size, turns = [value], 0, 0
+        while waiting:
+            inner = waiting.pop()
+            if isinstance(inner, dict):
+                waiting += [*inner.keys(), *inner.values()]
+            elif isinstance(inner, list | tuple | set):
+                waiting += inner
+            size += len(inner) if isinstance(inner, str | list | tuple | set | dict) else 1
+            _check_size(size)
+            turns += 1
+            if turns % 1024 == 0:
+                self.tick()
+        return value
 
     def concat(self, parts: Iterable[str]) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The texts as one: the output of a template, a macro or a block."""
@@ -90,7 +110,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         owner = getattr(method, "__self__", None)
         if isinstance(owner, str):
             _check_growth(method.__name__, (owner, *args, *kwargs.values()))
-        return super().call(context, obj, *args, **kwargs)
+        self.measured((args, kwargs))
+        return self.measured(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "+":
@@ -104,11 +125,22 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         elif operator == "*":
             times = right if isinstance(right, int) else left if isinstance(left, int) else 1
             _check_size(max(_size(left), _size(right)) * max(times, 0))
-        return super().call_binop(context, operator, left, right)
+        return self.measured(super().call_binop(context, operator, left, right))
+
+
+class _Namespace(Namespace):
+    """jinja2's, without what it holds in its text."""
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
 
 
 class _Filters(dict[str, Callable[..., Any]]):
     """Filters that are refused what would make a large text of a small one."""
+
+    def __init__(self, filters: dict[str, Callable[..., Any]], environment: LimitedEnvironment):
+        super().__init__(filters)
+        self.environment = environment
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
         function = super().__getitem__(name)
@@ -116,7 +148,7 @@ class _Filters(dict[str, Callable[..., Any]]):
         @wraps(function)
         def guarded(*args: Any, **kwargs: Any) -> Any:
             _check_growth(name, (*args, *kwargs.values()))
-            return function(*args, **kwargs)
+            return self.environment.measured(function(*args, **kwargs))
 
         return guarded
 
@@ -132,6 +164,15 @@ class _Watched(NodeTransformer):
         tick = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)
         node.body.insert(0, nodes.ExprStmt(tick).set_lineno(node.lineno))
         return node
+
+    def visit_List(self, node: nodes.Expr) -> nodes.Node:
+        self.generic_visit(node)
+        if getattr(node, "ctx", "load") != "load":  # the names of a loop
+            return node
+        measured = nodes.EnvironmentAttribute("measured")
+        return nodes.Call(measured, [node], [], None, None).set_lineno(node.lineno)
+
+    visit_Tuple = visit_Dict = visit_List
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
@@ -170,7 +211,7 @@ def _check_growth(name: str, values: tuple[Any, ...]) -> None:
     elif name == "join":
         count = max(map(len, lists), default=MAX_RANGE)
         _check_size(sum(map(len, texts)) * count + sum(map(_size, lists)))
-    elif name == "format" and texts:
+    elif name in ("format", "format_map") and texts:
         if re.search(r"\d{7}", texts[0]):
             raise TemplateLimitError("the chat template writes with a width of seven digits")
         if not re.search(r"%[^a-zA-Z%]*\*|\{[^{}]*:[^{}]*\{", texts[0]):

@@ -62,6 +62,9 @@ texts = [run * 500 for run in ("x", "1", " ", "\n", ".", "é", "Ab 1,", "<x>")]
 tokenizers.Tokenizer.from_file(file).encode_batch(texts)
 """
 
+# What a tokenizer should give back.
+_LETTERS = 'Ab 1,  {"x": [-2.5, "é中"]}'
+
 _tried: set[bytes] = set()  # digests
 
 # What a chat template is given to show what it makes of it.
@@ -111,7 +114,7 @@ class Tokenizer:
             said = f"tokenizer {source}: its eos is {hf.eos_token!r}, its chat template ends turns with"
             ended = hf.convert_ids_to_tokens(end_id)
             print(f"rest-jax: warning: {said} {ended!r}: turns end with that", file=sys.stderr)
-        return cls(
+        made = cls(
             source=str(source),
             hf=hf,
             pieces=tuple(pieces),
@@ -120,6 +123,16 @@ class Tokenizer:
             stop_ids=stop_ids,
             end_id=end_id,
         )
+        said = made.text(
+            made.encode_all([_LETTERS])[0]
+        ).strip()  # SentencePiece puts a space before
+        if said != _LETTERS:
+            print(
+                f"rest-jax: warning: tokenizer {source}: {_LETTERS!r} comes back as {said!r}: what it loses can neither be "
+                "learned nor sampled",
+                file=sys.stderr,
+            )
+        return made
 
     @property
     def vocab_size(self) -> int:

@@ -131,7 +131,13 @@ def _run_compiler(request: dict[str, Any], where: topology.Topology) -> dict[str
         asked.write_text(json.dumps(request))
         command = [sys.executable, "-m", "rest_jax.planning.compiler", str(asked), str(result)]
         dump = here / "dump"
-        environment = topology.child_environment(where, dump) | {"REST_JAX_PLAN_DUMP": str(dump)}
+        environment = (
+            topology.child_environment(where, dump)
+            | {
+                "REST_JAX_PLAN_DUMP": str(dump),
+                "JAX_TRACEBACK_FILTERING": "off",  # else a note of jax is the last line, behind the error
+            }
+        )
         with open(here / "log", "w+") as log:
             # It ends when its standard input is closed, with this process.
             with subprocess.Popen(

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import linen as nn
 
 from rest_jax.config import Config, locate
@@ -29,7 +28,7 @@ from rest_jax.models.decoder import Decoder, abstract_params, param_shardings
 from rest_jax.models.hf.config import decoder_config
 from rest_jax.models.policy import Policy, attention_of, compute_dtype
 from rest_jax.models.presets import PRESETS, preset
-from rest_jax.rl.optimizer import make_optimizer
+from rest_jax.rl.optimizer import Optimizer, make_optimizer
 from rest_jax.rl.packing import BatchLengths, MicroBatch, longest_row, make_rows, row_length
 from rest_jax.rl.prepare import StepConfig
 from rest_jax.rl.step import plan_all_groups, plan_minibatches
@@ -56,7 +55,7 @@ class Setup:
     config: Config
     policy: Policy
     step: StepConfig | None  # None: a supervised run
-    tx: optax.GradientTransformation
+    tx: Optimizer
     widths: Lengths  # of a batch: as long as its longest prompt and its longest response may be
     held_out: HeldOut | None
 

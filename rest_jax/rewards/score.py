@@ -77,15 +77,17 @@ def format_score(answer: Answer, target: Target, template_name: str, strict: boo
     """S_format: 1.0 if `answer` has the blocks that its kind of gold answer needs in this template, else 0.0.
 
     Gold kinds: calls only, response only, both, think only (neither). A think block is required by toolrl, optional
-    elsewhere. strict: the blocks are exactly those, so that text outside them, repeated blocks and broken tags fail. Not
-    strict (the released rule): the required blocks occur, in order, and toolrl has no response block where gold has none.
+    elsewhere. strict: the blocks are exactly those, so that text outside them, repeated blocks and broken tags fail, and what is
+    asked for says something. Not strict (the released rule): the required blocks occur, in order, and toolrl has no response
+    block where gold has none.
     """
     kind = (bool(target.calls), target.response is not None)
     written = "".join(map(_LETTER.__getitem__, answer.blocks))
     toolrl = template_name == "toolrl"
     pattern = (_TOOLRL if toolrl else _PROSE)[kind]
     if strict:
-        return float(re.fullmatch(pattern, written) is not None)
+        said = answer.response if kind[1] else kind[0] or answer.think
+        return float(bool(said) and re.fullmatch(pattern, written) is not None)
     if toolrl and not kind[1] and "R" in written:
         return 0.0
     return float(_occur_in_order(pattern.replace("T?", "").replace("+", ""), written))

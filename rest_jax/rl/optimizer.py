@@ -1,14 +1,27 @@
 """AdamW by optax, with schedule, clipping by global norm and a weight-decay mask. Nothing hand-written."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from jaxtyping import Array, Float
 
 from rest_jax.config import OptimizerConfig
 from rest_jax.types import Params
+
+
+class Optimizer(NamedTuple):
+    """An optax.GradientTransformation that tells its learning rate."""
+
+    init: optax.TransformInitFn
+    update: optax.TransformUpdateFn
+    schedule: optax.Schedule  # the learning rate of an update by the number of those before it
+
+    def rate(self, opt_state: Any) -> Float[Array, ""]:
+        """Of the next update of a state: skipped ones are not among those before it."""
+        counts = optax.tree.get(opt_state, "count", 0, filtering=_of_schedule)
+        return jnp.asarray(self.schedule(counts), jnp.float32)
 
 
 def learning_rate(cfg: OptimizerConfig, updates: int) -> optax.Schedule:
@@ -28,13 +41,6 @@ def learning_rate(cfg: OptimizerConfig, updates: int) -> optax.Schedule:
     return optax.join_schedules([lambda count: peak * (count + 1) / warmup, main], [warmup])
 
 
-def learning_rates(cfg: OptimizerConfig, updates: int) -> np.ndarray:
-    """float32 [updates]: the rate of each optimiser update of a run, for its metrics."""
-    schedule = learning_rate(cfg, updates)
-    rates = jax.vmap(schedule)(jnp.arange(updates))
-    return np.broadcast_to(np.asarray(rates, np.float32), (updates,))
-
-
 def decay_mask(params: Params) -> Params:
     """True for matrices. Norm scales and biases are left alone; under scanned layers they have a leading layer axis."""
 
@@ -47,10 +53,11 @@ def decay_mask(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(matrix, params)
 
 
-def make_optimizer(cfg: OptimizerConfig, updates: int) -> optax.GradientTransformation:
+def make_optimizer(cfg: OptimizerConfig, updates: int) -> Optimizer:
     """clip_by_global_norm -> AdamW. `updates`: optimiser updates of the run."""
+    schedule = learning_rate(cfg, updates)
     adamw = optax.adamw(
-        learning_rate(cfg, updates),
+        schedule,
         b1=cfg.beta1,
         b2=cfg.beta2,
         eps=cfg.eps,
@@ -60,7 +67,7 @@ def make_optimizer(cfg: OptimizerConfig, updates: int) -> optax.GradientTransfor
     limit = cfg.max_grad_norm
     # The same state with and without clipping, so that a fork may change it.
     clip = optax.identity() if limit is None else optax.clip_by_global_norm(limit)
-    return optax.chain(clip, adamw)
+    return Optimizer(*optax.chain(clip, adamw), schedule)
 
 
 def move_schedule(opt_state: Any, updates: int) -> Any:
@@ -74,3 +81,8 @@ def move_schedule(opt_state: Any, updates: int) -> Any:
     return jax.tree.map(
         move, opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState)
     )
+
+
+def _of_schedule(path: Any, _: Any) -> bool:
+    """Whether a field is one of a ScaleByScheduleState."""
+    return getattr(path[-1], "tuple_name", "") == optax.ScaleByScheduleState.__name__

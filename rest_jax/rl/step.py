@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding
 
 from rest_jax.config import Moments
@@ -33,6 +32,7 @@ from rest_jax.models.decoder import Decoder, param_shardings
 from rest_jax.models.policy import Policy
 from rest_jax.rl import curriculum
 from rest_jax.rl.logprobs import PassSpec, response_logprobs
+from rest_jax.rl.optimizer import Optimizer
 from rest_jax.rl.packing import (
     BatchLengths,
     MicroBatch,
@@ -137,7 +137,7 @@ class Step:
 
 def make_step(
     decoder: Decoder,
-    tx: optax.GradientTransformation,
+    tx: Optimizer,
     cfg: StepConfig,
     mesh: Mesh,
     state_shardings: TrainState,
@@ -153,7 +153,7 @@ def make_step(
 
 def make_policy_update(
     decoder: Decoder,
-    tx: optax.GradientTransformation,
+    tx: Optimizer,
     cfg: StepConfig,
     mesh: Mesh,
     state_shardings: TrainState,
@@ -231,7 +231,7 @@ def _put_logprobs(params, values, rollout, rows, decoder, cfg) -> Recomputed:
 
 def init_state(
     policy: Policy,
-    tx: optax.GradientTransformation,
+    tx: Optimizer,
     schedule: curriculum.Schedule,
     seed: int,
     shardings: TrainState,
@@ -245,7 +245,7 @@ def init_state(
 
 def abstract_state(
     policy: Policy,
-    tx: optax.GradientTransformation,
+    tx: Optimizer,
     schedule: curriculum.Schedule,
     moments: Moments = "device",
 ) -> tuple[TrainState, TrainState]:

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -22,6 +21,7 @@ from rest_jax.distributed import batch_sharding
 from rest_jax.models.decoder import Decoder
 from rest_jax.rl.logprobs import LossSpec, response_loss
 from rest_jax.rl.loss import TokenLoss, TokenStats
+from rest_jax.rl.optimizer import Optimizer
 from rest_jax.rl.packing import Rows
 from rest_jax.rl.step import Update, make_update
 from rest_jax.rl.update import Totals, UpdateSpec, add_router
@@ -103,7 +103,7 @@ def make_prepare_gold(cfg: SftConfig, mesh: Mesh):
 
 def make_supervised_update(
     decoder: Decoder,
-    tx: optax.GradientTransformation,
+    tx: Optimizer,
     cfg: LossConfig,
     mesh: Mesh,
     state_shardings: TrainState,

@@ -27,6 +27,7 @@ from rest_jax.models.moe import RouterRecord
 from rest_jax.rl.balance import RouterSums, balance_loss, router_metrics, sum_router
 from rest_jax.rl.logprobs import LossAndMetrics, LossSpec, response_loss
 from rest_jax.rl.loss import TokenInputs, policy_token_loss
+from rest_jax.rl.optimizer import Optimizer
 from rest_jax.rl.packing import Rows, empty_rows
 from rest_jax.types import Params, ResponseBatch, Sampling, TrainBatch, TrainState
 
@@ -62,7 +63,7 @@ class UpdateSpec:
     """What an update does. `noise_groups`: groups of a mini-batch, to measure `gradient_noise`; None: not measured."""
 
     loss_fn: LossFn
-    tx: optax.GradientTransformation
+    tx: Optimizer
     mesh: Mesh
     noise_groups: int | None = None
 
@@ -145,8 +146,8 @@ def zero_gradient(params: Params, batch: ResponseBatch, spec: UpdateSpec) -> tup
 def apply_gradient(
     state: TrainState, gradient: Params, totals: Totals, spec: UpdateSpec
 ) -> tuple[TrainState, Totals]:
-    """One optimiser update, with the norms of gradient, change and parameters among the metrics. Where loss or gradient is not
-    finite, parameters and optimiser state stay as they are.
+    """One optimiser update, with its learning rate and the norms of gradient, change and parameters among the metrics. Where loss
+    or gradient is not finite, parameters and optimiser state stay as they are.
     """
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm) & jnp.isfinite(totals.sums["update/loss"])
@@ -159,6 +160,7 @@ def apply_gradient(
         "update/grad_norm": norm,
         "update/update_norm": jnp.where(finite, optax.tree.norm(updates), 0.0),
         "update/param_norm": optax.tree.norm(params),
+        "update/learning_rate": spec.tx.rate(state.opt_state),
         NOT_FINITE: 1.0 - finite,
     }
     if spec.noise_groups is not None:

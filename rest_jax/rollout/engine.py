@@ -156,14 +156,6 @@ class PromptRows(NamedTuple):
     length: Int[AnyArray, "W E"]  # of the prompt, what its pages hold already included
 
 
-class Prefix(NamedTuple):
-    """What the prompts of a row continue: pages with the keys and values of their first tokens."""
-
-    table: PageTable  # [W 1 M]: of all prompts of the row
-    owner: Int[AnyArray, "W M"]  # whose page it is: an index of the row's prompts
-    prompt: Int[AnyArray, "W T"]  # whose token it is
-
-
 class Requests(NamedTuple):
     """Responses that wait: `owner` continues the prompt in `entry`, as `sample` of prompt `row`."""
 
@@ -247,23 +239,22 @@ def prefill(
     params: Params,
     state: DecodeState,
     rows: PromptRows,
-    prefix: Prefix | None = None,
+    prefix: PageTable | None = None,
     *,
     decoder: Decoder,
     settings: RolloutSettings,
 ) -> tuple[DecodeState, Any]:
     """Runs the prompts through the trunk and puts them into their pages and entries. With them the experts of their tokens,
-    UInt [W T L k], if they are recorded. With `prefix`, the row holds only what comes behind it.
+    UInt [W T L k], if they are recorded. With a `prefix` `[W E M]`, a row is E equal parts, each of one prompt, of which it holds
+    what comes behind these pages.
     """
     with jax.named_scope("prefill"):
         width = rows.tokens.shape[1]
         layout: Any = RowLayout(rows.until, width * (width + 1) // 2)
         pages = None
         if prefix is not None:
-            read = prefix.table.rows(settings.page)[:, 0]
-            owner = jnp.repeat(prefix.owner, settings.page, axis=1)
-            layout = PrefixedRows(rows.until, prefix.prompt, jnp.where(read, owner, NOBODY))
-            pages = Pool(*(gather_pages(layers, prefix.table) for layers in state.pool))
+            layout = PrefixedRows(rows.until, prefix.rows(settings.page))
+            pages = Pool(*(gather_pages(layers, prefix) for layers in state.pool))
         hidden, (k, v), router = apply_routed(
             decoder, params, rows.tokens, rows.position, layout, pages, return_kv=True
         )

@@ -7,6 +7,7 @@ that fill the decode slots; it yields their texts, without the token that ends t
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -63,13 +64,16 @@ def generate(
 
 def prompt_record(prompt: str, tools: str | None) -> StepRecord:
     """A record of what a user says, with the tools of a JSON file. UserError for a file that is no list of tools."""
-    offered = ()
-    if tools is not None:
-        try:
-            text = pathlib.Path(tools).read_text("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8"
-            raise UserError(f"tools {tools}: {reason}") from error
-        offered = fields.tools(text, f"tools {tools}")
+    offered = () if tools is None else read_tools(tools)
     history = ({"role": "user", "content": prompt},)
     return StepRecord("prompt", "", offered, history, Target())
+
+
+def read_tools(path: str) -> tuple[dict[str, Any], ...]:
+    """The tools of a JSON file. UserError for a file that is no list of tools."""
+    try:
+        text = pathlib.Path(path).read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise UserError(f"tools {path}: {reason}") from error
+    return fields.tools(text, f"tools {path}")

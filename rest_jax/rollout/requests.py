@@ -30,7 +30,6 @@ from rest_jax.rollout.engine import (
     DecodeState,
     Drawn,
     Engine,
-    Prefix,
     PromptRows,
     Requests,
     RolloutSettings,
@@ -39,7 +38,6 @@ from rest_jax.rollout.engine import (
 )
 from rest_jax.rollout.sampling import RequestSampling
 from rest_jax.rollout.sequences import Part, Request, Sequence, SequenceShard
-from rest_jax.rollout.shard import Rows
 from rest_jax.types import Params
 
 TOP_LOGPROBS = 20  # likeliest words of a token at most
@@ -105,17 +103,21 @@ class Stream:
         """Requests that have not ended."""
         return len(self._owners)
 
+    @property
+    def room(self) -> int:
+        """Tokens that a prompt and its completion may have, wherever pages begin in them."""
+        return (self._pages - 2) * self.settings.page
+
     def submit(self, request: Request) -> int:
         """Takes a request; returns its number. ValueError if it is longer than the pages, or empty."""
         shard = max(self._shards, key=lambda s: (s.match(request.ids)[1], -s.pending))
-        room = self._pages * self.settings.page
         if not len(request.ids) or request.max_tokens < 1:
             raise ValueError("a request needs a prompt, and one token at least to draw")
         if request.top_logprobs > self.settings.listed:
             raise ValueError(f"{request.top_logprobs} log-probs, at most {self.settings.listed}")
         if shard.pages_needed(request) > self._pages:
             raise ValueError(
-                f"prompt + completion {len(request.ids):,} + {request.max_tokens:,} tokens, there is room for {room:,}"
+                f"prompt + completion {len(request.ids):,} + {request.max_tokens:,} tokens, there is room for {self.room:,}"
             )
         sequence = Sequence(next(self._numbers), request, request.ids[:0], [])
         shard.waiting.append(sequence)
@@ -142,8 +144,8 @@ class Stream:
         """Draws up to a page of tokens for every request that has a decode slot."""
         with activate(self.mesh):
             self._resize()
-            while any(parts := [shard.place(self._width(shard)) for shard in self._shards]):
-                self._prefill(parts)
+            while (row := self._next_row()) is not None:
+                self._prefill([shard.place(*row) for shard in self._shards], row[1])
             if not any(shard.running or shard.ready for shard in self._shards):
                 return []
             return self._decode()
@@ -162,45 +164,56 @@ class Stream:
             self._state, slots=slots, members=members, prompt_length=length, prompt_hidden=hidden
         )
 
-    def _width(self, shard: SequenceShard) -> int:
-        """Positions of a row for the prompts that wait."""
+    def _next_row(self) -> tuple[int, int | None] | None:
+        """Positions of the next rows of prompts, and of each part of them if they continue pages. None: there is none."""
         page = self.settings.page
-        left = sum(-(-len(s.request.ids) // page) for s in shard.waiting)
-        return min(_at_least(left, 4) * page, _PREFILL_TOKENS)
+        found = [part for shard in self._shards if (part := shard.next_part()) is not None]
+        if not found:
+            return None
+        new = [count for held, count in found if not held]
+        if new:
+            return _PREFILL_TOKENS, None
+        size = max(_at_least(-(-count // page), 4, first=1) * page for _, count in found)
+        size = min(size, _PREFILL_TOKENS)
+        waiting = max(len(shard.waiting) for shard in self._shards)
+        parts = _at_least(min(waiting, self._shards[0].num_slots), 4, first=1)
+        return size * max(min(parts, _PREFILL_TOKENS // size), 1), size
 
-    def _prefill(self, placed: list[list[Part]]) -> None:
-        """Runs the parts of prompts that each data shard has placed in its row."""
+    def _prefill(self, placed: list[list[Part]], size: int | None) -> None:
+        """Runs the parts of prompts that each data shard has placed in its row; `size`: positions of each, of those that continue
+        pages.
+        """
         page, shards = self.settings.page, len(placed)
-        ends = (part.start + len(part.pages) * page for parts in placed for part in parts)
-        width = min(_at_least(-(-max(ends) // page), 4) * page, _PREFILL_TOKENS)
+        ends = max(part.start + len(part.pages) * page for parts in placed for part in parts)
+        if size is None:
+            width = min(_at_least(-(-ends // page), 4) * page, _PREFILL_TOKENS)
+        else:
+            width = size * _at_least(-(-ends // size), 4, first=1)
         tokens = np.full((shards, width), self.settings.pad_id, np.int32)
-        until, position, prompt = (np.zeros_like(tokens) for _ in range(3))
+        until, position = np.zeros_like(tokens), np.zeros_like(tokens)
         pages = np.full((shards, width // page), self._pages, np.int32)
         # an entry out of bounds: there is no such prompt
         entries = np.full_like(pages, self._shards[0].num_slots)
         last, lengths = np.zeros_like(entries), np.ones_like(entries)
-        columns = max(sum(len(part.before) for part in parts) for parts in placed)
-        before = np.zeros((3, shards, 1, _at_least(columns, 4) if columns else 0), np.int32)
-        owner = np.zeros((shards, before.shape[-1]), np.int32)
+        columns = max(len(part.before) for parts in placed for part in parts)
+        before = np.zeros(
+            (3, shards, width // size if size else 0, _at_least(columns, 2)), np.int32
+        )
         for w, parts in enumerate(placed):
-            held: list[Rows] = []
             for i, part in enumerate(parts):
                 sequence, at = part.sequence, slice(part.start, part.start + part.count)
                 tokens[w, at] = sequence.request.ids[part.first : part.first + part.count]
-                until[w, at], prompt[w, at] = at.stop, i
-                position[w, at] = part.first + np.arange(part.count)
+                until[w, at], position[w, at] = at.stop, part.first + np.arange(part.count)
                 pages[w, part.start // page :][: len(part.pages)] = part.pages
-                owner[w, len(held) : len(held) + len(part.before)] = i
-                held += part.before
+                if size:
+                    before[:, w, i, : len(part.before)] = np.array(part.before).T
                 if part.completes:
                     assert sequence.entry is not None
                     entries[w, i], last[w, i] = sequence.entry, at.stop - 1
                     lengths[w, i] = len(sequence.request.ids)
                 self.stats.prefilled_tokens += part.count
-            if held:
-                before[:, w, 0, : len(held)] = np.array(held).T
         rows: Any = PromptRows(tokens, until, position, pages, entries, last, lengths)
-        prefix = Prefix(PageTable(*before), owner, prompt) if columns else None
+        prefix = PageTable(*before) if size else None
         rows, prefix = to_mesh((rows, prefix), self.mesh)
         self._state, _ = self.engine.prefill(self.params, self._state, rows, prefix)
         self.stats.prefill_calls += 1
@@ -319,12 +332,11 @@ def _slot_counts(slots: int) -> tuple[int, ...]:
     return (slots, *(_slot_counts(fewer) if fewer < slots else ()))
 
 
-def _at_least(n: int, factor: int) -> int:
-    """The least power of `factor`, from 4 on, that is not less: every number of columns is compiled."""
-    power = 4
-    while power < n:
-        power *= factor
-    return power
+def _at_least(n: int, factor: int, first: int = 4) -> int:
+    """The least of `first`, `first * factor`, .. that is not less: every one is compiled."""
+    while first < n:
+        first *= factor
+    return first
 
 
 def _draws_of(request: Request) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from rest_jax.rollout.engine import NOBODY
 from rest_jax.rollout.shard import Rows
 
-_PREFIX_TOKENS = 4096  # that the prompts of a row continue, if there are several: each token is compared with all of them
+_LOOK_AHEAD = 4  # times the decode slots: prompts that are looked at for a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +103,27 @@ class SequenceShard:
                 best, most = sequence, count
         return best, most
 
-    def place(self, width: int) -> list[Part]:
-        """Takes tokens of prompts that wait into a row of `width` positions, in their order, while there is room."""
+    def next_part(self) -> tuple[bool, int] | None:
+        """Of the first prompt that waits: whether some of it is in pages, and how many tokens are not. None: nothing waits, or
+        there is no room for it.
+        """
+        if not self.waiting:
+            return None
+        sequence = self.waiting[0]
+        held = len(sequence.ids)
+        if sequence.entry is None:
+            donor, held = self.match(sequence.request.ids)
+            if not self._has_room(sequence, donor, held):
+                return None
+        return held > 0, len(sequence.request.ids) - held
+
+    def place(self, width: int, size: int | None) -> list[Part]:
+        """Takes tokens of prompts that wait into a row of `width` positions, in their order, while there is room: of prompts of
+        which no token is in pages, or, with `size`, of others, into parts of that many positions.
+        """
         parts: list[Part] = []
-        used = prefix = 0
-        for sequence in list(self.waiting):
+        used = 0
+        for sequence in self.waiting[: _LOOK_AHEAD * self.num_slots]:
             if used == width:
                 break
             ids = sequence.request.ids
@@ -116,41 +132,41 @@ class SequenceShard:
                 beside = (common(part.sequence.request.ids, ids) for part in parts)
                 if max(beside, default=0) >= held + self.page:
                     continue  # soon there is more of it in pages
-                if not self._admit(sequence, donor, held):
+                if (held > 0) != (size is not None):
+                    continue
+                if not self._has_room(sequence, donor, held):
                     break
-            if parts and prefix + len(sequence.rows) * self.page > _PREFIX_TOKENS:
-                break
-            prefix += len(sequence.rows) * self.page
-            part = self._part(sequence, used, width - used)
+                self._admit(sequence, donor, held)
+            elif size is None:
+                continue
+            part = self._part(sequence, used, size or width - used)
             parts.append(part)
-            used += len(part.pages) * self.page
+            used += size or len(part.pages) * self.page
             if part.completes:
                 self.waiting.remove(sequence)
                 self.ready.append(sequence)
         return parts
 
-    def _admit(self, sequence: Sequence, donor: Sequence | None, held: int) -> bool:
-        """Gives a sequence an entry and what others hold of its prompt, if there is room for all that it may need."""
-        if not self.free_entries:
-            return False
+    def _has_room(self, sequence: Sequence, donor: Sequence | None, held: int) -> bool:
+        """An entry, and pages for all that a sequence may need."""
         taken = _first_rows(donor.rows, held) if donor is not None else []
-        active = [
-            *self.running.values(),
-            *self.ready,
-            *(s for s in self.waiting if s.entry is not None),
-        ]
+        waiting = [s for s in self.waiting if s.entry is not None]
+        active = [*self.running.values(), *self.ready, *waiting]
         pages = {rows.page for other in active for rows in other.rows}
         pages |= {rows.page for rows in taken}
-        needed = self.pages_needed(sequence.request, held)
-        if len(pages) + sum(other.pages_left for other in active) + needed > self.num_pages:
-            return False
-        sequence.entry, sequence.pages_left = self.free_entries.pop(), needed
-        sequence.ids, sequence.rows = sequence.request.ids[:held], taken
-        for rows in taken:
+        needed = self.pages_needed(sequence.request, held) + sum(s.pages_left for s in active)
+        return bool(self.free_entries) and len(pages) + needed <= self.num_pages
+
+    def _admit(self, sequence: Sequence, donor: Sequence | None, held: int) -> None:
+        """Gives a sequence an entry, and what others hold of its prompt."""
+        sequence.entry = self.free_entries.pop()
+        sequence.pages_left = self.pages_needed(sequence.request, held)
+        sequence.ids = sequence.request.ids[:held]
+        sequence.rows = _first_rows(donor.rows, held) if donor is not None else []
+        for rows in sequence.rows:
             self.holders[rows.page] += 1
         if donor is not None and donor.number in self.kept:
             self.kept[donor.number] = self.kept.pop(donor.number)
-        return True
 
     def _part(self, sequence: Sequence, start: int, room: int) -> Part:
         """Puts as much of a prompt as there is room for into new pages."""

@@ -53,7 +53,7 @@ def _model_card(run: Location, config: Config, command: str) -> str:
         f" `{config.data.template}` format.",
         "## Serve it",
         f"```\n{command}\n```",
-        f"`rest-jax serve` takes the same folder, with `--template {config.data.template}`.",
+        f"`rest-jax serve` takes the same folder, with `{_options(config)}`.",
         *_figures(run, lines),
         "## Made of",
         "\n".join(f"- {name}: `{value}`" for name, value in made_of.items()),
@@ -75,6 +75,11 @@ def vllm_command(config: Config, tokenizer: Tokenizer, files: list[str], folder:
     if {"<think>", "</think>"} <= vocabulary.keys():
         words.append("--reasoning-parser deepseek_r1")
     return " \\\n    ".join(words)
+
+
+def _options(config: Config) -> str:
+    brief = " data.brief_prompt=true" if config.data.brief_prompt else ""
+    return f"--template {config.data.template}{brief}"
 
 
 def _method(config: Config, lines: Sequence[Mapping[str, Any]]) -> str:

@@ -35,8 +35,9 @@ from rest_jax.files import (
     move_folder,
     store_errors,
 )
+from rest_jax.models.hf import store
 from rest_jax.models.hf.remote import ATOMICITY, checkpoint_path, is_complete
-from rest_jax.types import Params, TrainState
+from rest_jax.types import CurriculumState, Params, TrainState
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
@@ -234,6 +235,23 @@ def read_loader_state(path: epath.Path) -> dict[str, Any]:
     """The JSON of a checkpoint, which the loader's state and all that is kept with it are."""
     with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
         return dict(handler.restore(path / "loader"))
+
+
+def shapes(path: epath.Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every array of a checkpoint by its dotted path, `params.` or `rest.` before it; nothing is read of them."""
+    found = {}
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        for item in ("params", "rest"):
+            leaves = _named(handler.metadata(path / item).tree)
+            found |= {f"{item}.{name}": tuple(leaf.shape) for name, leaf in leaves.items()}
+    return found
+
+
+def curriculum(path: epath.Path) -> dict[str, np.ndarray]:
+    """The fields of the curriculum's state in a checkpoint, by name."""
+    names = [field.name for field in dataclasses.fields(CurriculumState)]
+    read = (store.open_array(path / "rest", ("curriculum", name)).read() for name in names)
+    return {name: future.result() for name, future in zip(names, read, strict=True)}
 
 
 def check_params(path: epath.Path, params: Params) -> None:

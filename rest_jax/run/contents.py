@@ -1,8 +1,8 @@
 """What a run is made of, as digests: they are kept in every checkpoint, and a run resumes over the same contents alone.
 
 `records` are the records with their tools and gold answers, `prompts` and `targets` their token ids (so the template, the
-tokenizer and dates too), `vocabulary` how ids become text and end a turn, `weights` those that the run began with. Paths are
-not among them: a folder may move.
+tokenizer and dates too), `tokens` the bytes of each id, and those that end a turn, `weights` those that the run began with.
+Paths are not among them: a folder may move.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ def digests(policy: Policy, data: Prepared) -> dict[str, str]:
     if is_first_process():
         records = data.records
         rows = records.rows if isinstance(records, StoredRecords) else map(to_bytes, records)
-        own |= {"records": _of_rows(rows), "vocabulary": _of_vocabulary(policy.tokenizer)}
+        own |= {"records": _of_rows(rows), "tokens": _of_tokens(policy.tokenizer)}
         own |= {"prompts": _of_rows(data.prompts), "targets": _of_rows(data.targets)}
     return json.loads(exchange(json.dumps(own))[0])
 
@@ -59,9 +59,9 @@ def _of_rows(rows: Iterable[np.ndarray | bytes]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _of_vocabulary(tokenizer: Tokenizer) -> str:
+def _of_tokens(tokenizer: Tokenizer) -> str:
     ids = np.array([tokenizer.pad_id, tokenizer.end_id, *tokenizer.stop_ids])
-    return _of_rows([ids.astype(np.int64), np.asarray(tokenizer.piece_lengths, np.int64)])
+    return _of_rows([ids.astype(np.int64), *tokenizer.pieces])
 
 
 def _of_weights(params: Params) -> str:

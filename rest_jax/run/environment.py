@@ -51,6 +51,8 @@ EXTRAS = {
 }
 # jax is started in a process of its own: it ends its process when XLA does not know a flag, and may wait for other hosts.
 PROBE = """
+from rest_jax.run.environment import end_when_closed
+end_when_closed(0)
 import jax
 for d in jax.local_devices():
     memory = (d.memory_stats() or {}).get("bytes_limit")
@@ -170,10 +172,16 @@ def diagnose() -> str:
 def _devices() -> list[str]:
     """A line for each device of this process, or one that says why there are none."""
     command = [sys.executable, "-c", PROBE]
+    watched, held = os.pipe()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS)
+        done = subprocess.run(
+            command, stdin=watched, capture_output=True, text=True, timeout=PROBE_SECONDS
+        )
     except subprocess.TimeoutExpired:
         return [f"jax does not start: no answer in {PROBE_SECONDS} s"]
+    finally:
+        os.close(watched)
+        os.close(held)
     if done.returncode == 0:
         return done.stdout.splitlines()
     said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

@@ -78,6 +78,9 @@ MAY_CHANGE = (
     "rollout.tensor",
     "rollout.decode_slots",
     "rollout.prompt_cache_entries",
+    "rollout.cache_tokens",
+    "rollout.allow_truncated_support",
+    "weights.allow_zero_constants",
     "loss.vocab_chunk",
     "optimizer.moments",
     "evaluation.",
@@ -87,6 +90,7 @@ MAY_CHANGE = (
     "train.eval_",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.measure_noise",
     "train.samples_per_step",
     "train.tensorboard",
     "train.wandb_project",
@@ -336,7 +340,8 @@ def check_config(folder: epath.Path, config: Config) -> list[config_lib.Differen
         if not path.is_file():
             return []
     found = config_lib.differences(config_lib.load([path]), config)
-    refused = [d for d in found if not d.path.startswith(MAY_CHANGE)]
+    free = (*MAY_CHANGE, *config_lib.only_evaluated(config))
+    refused = [d for d in found if not d.path.startswith(free)]
     if refused:
         raise UserError(
             f"{folder} holds a run of another config ({_named(refused)}); --fork NEW_NAME continues from its newest "

@@ -101,7 +101,7 @@ _TABLE = {
     "update/update_norm": ("", "global norm of the change of the parameters"),
     "update/param_norm": ("", "global norm of the parameters"),
     "update/not_finite": ("fraction", "updates skipped because loss or gradient was not finite"),
-    "update/learning_rate": ("", "learning rate in force"),
+    "update/learning_rate": ("", "learning rate, mean over the updates of the step"),
     "update/skipped_groups": ("fraction", "groups without advantage: no forward pass"),
     "update/micro_batches": ("micro-batches", "micro-batches of the step"),
     "update/padding": ("fraction", "positions of the micro-batches that were padding"),

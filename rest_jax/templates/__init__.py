@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable
 
 from rest_jax.templates import hermes, llama3, toolrl
-from rest_jax.tool_calls import Answer, Target
+from rest_jax.tool_calls import Answer, Call, Target
 
 # What the templates write and tokenizers may have as one token. In text that is already rendered these are no quotations.
 TAGS = frozenset(
@@ -30,6 +30,7 @@ class Template:
     _parse: Callable[[bytes, bool], Answer]
     # words by which a model's own chat template asks for calls in this form: it then lists the tools itself
     request: str | None = None
+    bare: bool = False  # calls stand in the text, without tags
     thought_open: bool = False  # prompts end in an opening think tag: answers go on behind it
 
     def behind(self, thought_open: bool) -> "Template":
@@ -47,6 +48,11 @@ class Template:
         text = text.removeprefix("<think>")
         return text[1:] if text[:1].isspace() else text  # the prompt has a line end there
 
+    def call_opening(self, name: str | None = None) -> str:
+        """How an answer begins that calls this tool, or any: up to what is to be chosen, its arguments or its name."""
+        text = self.render_answer(Target(calls=(Call(name or "", {}),)))
+        return text[: text.rindex('""' if name is None else "{}")].rstrip()
+
     def parse(self, data: bytes) -> Answer:
         """Parses one generation (see `parser`)."""
         return self._parse(data, self.thought_open)
@@ -58,6 +64,11 @@ TEMPLATES: dict[str, Template] = {
         "hermes", hermes.render_prompt, hermes.render_answer, hermes.parse, hermes.REQUEST
     ),
     "llama3": Template(
-        "llama3", llama3.render_prompt, llama3.render_answer, llama3.parse, llama3.REQUEST
+        "llama3",
+        llama3.render_prompt,
+        llama3.render_answer,
+        llama3.parse,
+        llama3.REQUEST,
+        bare=True,
     ),
 }

@@ -58,7 +58,7 @@ def scan_object(data: bytes, start: int) -> Scan:
             pos = match.end()
             opened = match["open"]
             if len(stack) == 1:
-                key = match["key"]
+                key = _plain(match["key"])
                 if key == b"name" and name is None and match["text"] is not None:
                     name = match.span("text")
                 elif key in (b"parameters", b"arguments"):
@@ -86,6 +86,16 @@ def scan_object(data: bytes, start: int) -> Scan:
             if len(stack) == 1 and arguments_start is not None:
                 arguments, arguments_start = (arguments_start, pos), None
             match = after  # a closed container is a value: a comma may follow
+
+
+def _plain(key: bytes) -> bytes:
+    """A key without its escapes; as it is where they are no JSON."""
+    if b"\\" not in key:
+        return key
+    try:
+        return json.loads(b'"%s"' % key).encode("utf-8", "surrogatepass")
+    except ValueError:
+        return key
 
 
 def read_call(data: bytes, start: int, scan: Scan) -> Call | None:

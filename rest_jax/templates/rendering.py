@@ -30,7 +30,7 @@ UNIONS = ("anyOf", "oneOf", "allOf")
 # A schema object that says no more than this has a flat form, which leaves out all but properties and required.
 _FLAT = {"type", "properties", "required", "additionalProperties", "description", "title"}
 _FLAT |= {"$schema", "$id", "$comment", "strict", "examples"}
-_DEFINITIONS = ("$defs", "definitions")
+DEFINITIONS = ("$defs", "definitions")
 _MAX_NODES = 4096  # of one tool with its references put in
 _MAX_TYPE = 200  # characters of a type
 
@@ -145,7 +145,9 @@ def type_schema(kind: Any) -> dict[str, Any]:
     return {"type": base}
 
 
-_OPTIONAL = re.compile(r",\s*(?:optional|required)\b.*|\s*\((?:optional|required)\)", re.I | re.S)
+_OPTIONAL = re.compile(
+    r",\s*(?:optional|required|default)\b.*|\s*\((?:optional|required)\)", re.I | re.S
+)
 
 
 def _split(text: str, mark: str) -> list[str]:
@@ -234,13 +236,15 @@ def _resolved(root: Mapping[str, Any]) -> dict[str, Any]:
     """
     left = _MAX_NODES
 
-    def resolve(value: Any, path: tuple[str, ...]) -> Any:
-        nonlocal left
+    def resolve(value: Any, path: tuple[str, ...], names: bool = False) -> Any:
+        nonlocal left  # `names`: the keys are names of parameters
         left -= 1
         if isinstance(value, list):
             return [resolve(inner, path) for inner in value]
         if not isinstance(value, Mapping):
             return value
+        if names:
+            return {name: resolve(inner, path) for name, inner in value.items()}
         pointer = value.get("$ref")
         target = pointed(pointer, root)
         if isinstance(pointer, str) and isinstance(target, Mapping):
@@ -248,7 +252,12 @@ def _resolved(root: Mapping[str, Any]) -> dict[str, Any]:
                 raise RecursionError
             beside = {key: inner for key, inner in value.items() if key != "$ref"}
             return resolve({**target, **beside}, (*path, pointer))
-        return {k: resolve(inner, path) for k, inner in value.items() if k not in _DEFINITIONS}
+        hidden = (*DEFINITIONS, "$anchor")
+        return {
+            k: resolve(inner, path, k == "properties")
+            for k, inner in value.items()
+            if k not in hidden
+        }
 
     try:
         return resolve(root, ("#",))
@@ -257,9 +266,11 @@ def _resolved(root: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pointed(pointer: Any, root: Any) -> Any:
-    """What a `$ref` of the form `#/a/b` points to within the root, None if nothing."""
+    """What a `$ref` of the form `#/a/b` or `#anchor` points to within the root, None if nothing."""
     if not isinstance(pointer, str) or not pointer.startswith("#"):
         return None
+    if pointer[1:] and not pointer.startswith("#/"):
+        return _anchored(pointer[1:], root)
     for step in urllib.parse.unquote(pointer).split("/")[1:]:
         step = step.replace("~1", "/").replace("~0", "~")
         if isinstance(root, list):
@@ -267,6 +278,18 @@ def pointed(pointer: Any, root: Any) -> Any:
         else:
             root = root.get(step) if isinstance(root, Mapping) else None
     return root
+
+
+def _anchored(name: str, root: Any) -> Any:
+    """The schema within the root whose `$anchor` has this name, None if none has."""
+    waiting = [root]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Mapping) and value.get("$anchor") == name:
+            return value
+        if isinstance(value, Mapping | list):
+            waiting += value.values() if isinstance(value, Mapping) else value
+    return None
 
 
 def leading_system(

@@ -86,6 +86,14 @@ def test_parameters_however_they_are_written(parameters, read):
         template.render_prompt([tool], [{"role": "user", "content": "x"}], brief=True)
 
 
+@pytest.mark.parametrize("key", ["$defs", "definitions"])
+def test_definitions_beside_the_parameters_are_theirs(key):
+    parameters = {"type": "object", "properties": {"a": {"$ref": f"#/{key}/A"}}}
+    given = {"name": "f", key: {"A": {"type": "str"}}, "parameters": parameters}
+    (tool,) = fields.tools([{"type": "function", "function": given}], "tools")
+    assert tool == {"name": "f", "parameters": {**parameters, key: {"A": {"type": "string"}}}}
+
+
 @pytest.mark.parametrize(
     ("tools", "message"),
     [

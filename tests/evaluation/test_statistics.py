@@ -10,9 +10,11 @@ from rest_jax.evaluation.statistics import (
     estimate,
     mcnemar,
     mcnemar_power,
+    mean_rate,
     paired,
     rate_interval,
     resolvable_difference,
+    weighted_rates_interval,
 )
 
 
@@ -83,6 +85,14 @@ def test_wilson_by_hand():
         rate_interval(0, 0)
 
 
+def test_a_mean_of_rates_has_wilsons_interval_where_each_item_is_right_or_wrong():
+    assert mean_rate([1, 0.0, True, False]) == (0.5, *rate_interval(2, 4))
+    shares = [0.0, 1.0, 0.5, 0.25]
+    found = estimate(shares)
+    assert mean_rate(shares) == (found.mean, found.low, found.high)
+    assert mean_rate([0.25]) == (0.25, 0.0, 1.0)
+
+
 def test_mcnemar_is_the_two_sided_sign_test():
     assert mcnemar(0, 0) == 1.0
     assert mcnemar(5, 0) == mcnemar(0, 5) == pytest.approx(2 / 2**5)
@@ -119,3 +129,18 @@ def test_resolvable_differences():
     least = resolvable(100, 0)
     assert mcnemar_power(100, least, least) == pytest.approx(0.8, abs=1e-3)
     assert resolvable_difference(5, 2) is None  # p of five items of one kind is 1/16
+
+
+def test_the_interval_of_weighted_rates_holds_its_level():
+    """Three rates of unlike sizes, one of them near 1; a rate alone has Wilson's."""
+    assert weighted_rates_interval([(1.0, 7, 9)]) == pytest.approx(rate_interval(7, 9))
+    rates, counts, weights = np.array([0.97, 0.4, 0.7]), [16, 200, 40], np.array([0.5, 0.3, 0.2])
+    rng, truth, inside = np.random.default_rng(0), rates @ weights, 0
+    for _ in range(400):
+        drawn = rng.binomial(counts, rates)
+        low, high = weighted_rates_interval(
+            [(float(w), int(s), n) for w, s, n in zip(weights, drawn, counts, strict=True)]
+        )
+        inside += low <= truth <= high
+    assert 0.93 < inside / 400 < 0.98
+    assert weighted_rates_interval([(0.5, 0, 5), (0.5, 0, 8)])[0] == pytest.approx(0, abs=1e-12)

@@ -1,5 +1,7 @@
 """Spaces: every fault of a file in one line, values that no config takes are refused before anything starts; points."""
 
+import pathlib
+
 import optuna
 import pytest
 
@@ -128,6 +130,17 @@ def test_tpe_draws_and_more_trials_may_follow(recipe, write_space, engine, capsy
     assert len((folder / "results.csv").read_text().splitlines()) == 3
     with pytest.raises(UserError, match=r"begun differently \(config.seed: 0 there, 5 now\)"):
         sweep([recipe], ["seed=5"], space, engine=engine, name="s")
+
+
+@pytest.mark.parametrize("name", ["../x", "", "a b", "/x"])
+def test_a_name_that_is_no_folder_of_the_output_is_refused(
+    recipe, write_space, engine, tmp_path, name
+):
+    before = sorted(tmp_path.rglob("*"))
+    space = write_space()
+    with pytest.raises(UserError, match=f"--name {name}: name: "):
+        sweep([recipe], [], space, engine=engine, name=name)
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, pathlib.Path(space)])
 
 
 def test_the_builtin_space_fits_every_scale(tmp_path, monkeypatch):

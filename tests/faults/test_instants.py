@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from rest_jax.errors import UNFINISHED
 from rest_jax.run.checkpoint import FOLDER, Checkpoints
+from rest_jax.run.folder import EVALUATION
 from rest_jax.run.metrics import read_lines
 from tests.programs.states import make_state
 from tests.runs import PROGRAMS, assert_same, environment, finish, lines, recipe, start, state
@@ -27,18 +29,33 @@ ENDS = {
 }
 
 
-def config_of(model: pathlib.Path, output: pathlib.Path) -> dict:
+# With staleness 1 a checkpoint has the batch that was sampled ahead.
+STALENESS = {
+    "staleness 0": {},
+    "staleness 1": {"staleness": 1, "recompute_logprobs": True, "tis_cap": 2.0},
+}
+
+
+def config_of(model: pathlib.Path, output: pathlib.Path, rollout: dict) -> dict:
     """Twelve steps of two updates, five evaluations, six checkpoints."""
     train = {"steps": 12, "checkpoint_every": 2, "eval_every": 3}
-    return recipe(model, output, seed=1, data={"max_prompt_tokens": 128}, train=train)
+    return recipe(
+        model, output, seed=1, data={"max_prompt_tokens": 128}, train=train, rollout=rollout
+    )
 
 
-@pytest.fixture(scope="module")
-def unbroken(model, tmp_path_factory) -> pathlib.Path:
-    """The folder of a run that nothing interrupted."""
-    output = tmp_path_factory.mktemp("unbroken")
-    finish(start("train", config_of(model, output), output))
-    return output / "tiny"
+class Unbroken(NamedTuple):
+    """A run that nothing interrupted."""
+
+    folder: pathlib.Path
+    rollout: dict
+
+
+@pytest.fixture(scope="module", params=STALENESS)
+def unbroken(model, tmp_path_factory, request) -> Unbroken:
+    output, rollout = tmp_path_factory.mktemp("unbroken"), STALENESS[request.param]
+    finish(start("train", config_of(model, output, rollout), output))
+    return Unbroken(output / "tiny", rollout)
 
 
 def count(run: pathlib.Path) -> int:
@@ -61,6 +78,7 @@ def await_instant(process: subprocess.Popen, run: pathlib.Path, rng: np.random.G
 def test_broken_at_any_instant_and_resumed_is_the_unbroken_run(
     model, unbroken, tmp_path, instants, report, number
 ):
+    whole, rollout = unbroken
     rng = np.random.default_rng(number)
     at: list[int] = []  # lines that there were
     codes = collections.Counter()
@@ -70,7 +88,7 @@ def test_broken_at_any_instant_and_resumed_is_the_unbroken_run(
         output.mkdir()
         run, code = output / "tiny", None
         while code != 0:
-            process = start("train", config_of(model, output), output)
+            process = start("train", config_of(model, output, rollout), output)
             if len(at) < instants:
                 await_instant(process, run, rng)
                 if process.poll() is None:
@@ -81,17 +99,20 @@ def test_broken_at_any_instant_and_resumed_is_the_unbroken_run(
             codes[code] += 1
             assert code == 0 or code in ENDS[number], out
             assert "Traceback" not in out
-        assert lines(run) == lines(unbroken)
+        assert lines(run) == lines(whole)
         for name in ("samples.jsonl", "tokens.jsonl"):
-            assert read_lines(run / name) == read_lines(unbroken / name)
-        assert_same(state(run), state(unbroken))
+            assert read_lines(run / name) == read_lines(whole / name)
+        ended = state(run)
+        # Stopped within its last evaluation: what the last checkpoint says stays true.
+        ended[1].pop(EVALUATION, None)
+        assert_same(ended, state(whole))
         runs += 1
-    whole = count(unbroken)
-    inside = [n for n in at if 0 < n < whole]
+    written = count(whole)
+    inside = [n for n in at if 0 < n < written]
     report(
-        f"{number.name}: {len(at)} instants over {runs} runs, {at.count(0)} before the first line, {len(inside)} within the "
-        f"{whole} lines ({len(set(inside))} different ones), {at.count(whole)} behind the last; all runs equal bit for bit; "
-        f"exit codes {dict(sorted(codes.items()))}"
+        f"{number.name}, staleness {rollout.get('staleness', 0)}: {len(at)} instants over {runs} runs, {at.count(0)} before the "
+        f"first line, {len(inside)} within the {written} lines ({len(set(inside))} different ones), {at.count(written)} behind "
+        f"the last; all runs equal bit for bit; exit codes {dict(sorted(codes.items()))}"
     )
 
 

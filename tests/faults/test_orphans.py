@@ -1,4 +1,6 @@
-"""What a command has started ends with it, also when it is killed: workers of a sweep, their runs, the compiler of a plan."""
+"""What a command has started ends with it, also when it is killed: workers of a sweep, their runs, the compiler of a plan, the
+probe of `doctor`.
+"""
 
 import os
 import pathlib
@@ -60,19 +62,32 @@ def plan(folder: pathlib.Path) -> list[str]:
     return ["-m", "rest_jax", "plan", "scale/tiny", "method/rest", "--topology", "cpu:8", f"output={folder}"]  # fmt: skip
 
 
+def doctor(folder: pathlib.Path) -> list[str]:
+    """Its probe imports a jax that does not come to an end, as one that waits for other hosts."""
+    (folder / "jax.py").write_text("import time\ntime.sleep(600)\n")
+    return ["-m", "rest_jax", "doctor"]
+
+
 STARTED = {
     "sweep": (sweep, ["spawn_main", "spawn_main", "fake_train", "fake_train"]),
     "plan": (plan, ["planning.compiler"]),
+    "doctor": (doctor, ["jax.local_devices"]),
 }
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/task").is_dir(), reason="needs Linux")
 @pytest.mark.parametrize("name", STARTED)
 def test_children_of_a_killed_command_end(tmp_path, name):
-    words, wanted = STARTED[name]
+    make, wanted = STARTED[name]
+    words, variables = make(tmp_path), environment()
     process = subprocess.Popen(
-        [sys.executable, *words(tmp_path)],
-        env=environment() | {"FAKE_SECONDS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        [sys.executable, *words],
+        env=variables
+        | {
+            "FAKE_SECONDS": "1",
+            "XDG_CACHE_HOME": str(tmp_path / "cache"),
+            "PYTHONPATH": f"{tmp_path}{os.pathsep}{variables['PYTHONPATH']}",
+        },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

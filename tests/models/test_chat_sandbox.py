@@ -10,6 +10,7 @@ from rest_jax.models import chat_sandbox
 from rest_jax.models.chat_sandbox import TemplateLimitError, rendering
 
 CHAT = [{"role": "user", "content": "hi", "sent": 1_700_000_000}] * 2
+AGAIN = "{% set n = namespace(x='ab') %}{% for i in range(60) %}"
 MANY = "{% set r = range(99999) | list %}"
 
 
@@ -28,8 +29,13 @@ def render(template: str) -> str:
         + "{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}{% endfor %}{% endfor %}",
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
         MANY + "{% for a in r %}{{ 'x' * 1000 }}{% endfor %}",
-        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+        AGAIN + "{% set n.x = n.x ~ n.x %}{% endfor %}",
+        AGAIN + "{% set n.x = n.x + n.x %}{% endfor %}",
+        # values that hold another twice
+        f"{AGAIN}{{% set n.x = [n.x, n.x] %}}{{% endfor %}}{{{{ n.x }}}}",
+        f"{AGAIN}{{% set n.x = [n.x] * 2 %}}{{% endfor %}}{{{{ n.x | tojson }}}}",
+        f"{AGAIN}{{% set n.x = {{'a': n.x, 'b': n.x}} %}}{{% endfor %}}{{{{ n.x | string }}}}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1, varargs, varargs) }}{% endif %}{{ varargs }}{% endmacro %}{{ f(60, 'ab') }}",
         "{{ 'x' * 10000000000 }}",
         "{{ [1] * 10000000000 }}",
         "{{ 9 ** (9 ** 9) }}",
@@ -39,6 +45,7 @@ def render(template: str) -> str:
         "{{ '%*d' % (9999999999, 1) }}",
         "{{ '{:9999999999}'.format(1) }}",
         "{{ '{:{}}'.format(1, 9999999999) }}",
+        "{{ '{a:9999999999}'.format_map({'a': 1}) }}",
         "{{ [1] | slice(9999999999) | list }}",
         "{{ messages | tojson(indent=1000000000) }}",
         "{{ ('x' * 1000000).replace('x', 'y' * 1000000) }}",
@@ -81,6 +88,7 @@ def test_what_templates_do_is_left_alone():
         "{{ 7 % 4 }}{{ m.x | default(m.sent) }}"
         "{% if loop.last %}{% break %}{% endif %}{% endfor %}"
         "{% generation %}{{ n.text.split('r') | join(', ') }}{{ n.text.replace('user', 'me') | length * 3 }}{% endgeneration %}"
+        "{% for name, text in messages[0].items() | list %}{% set pair = (name, [text]) %}{{ pair }}{% endfor %}"
         "{{ messages | map(attribute='role') | join('-') }}{{ 'a' | center(5) }}{{ [1] * 3 }}{{ messages[:1] + messages[1:] }}"
     )
     limited = render(template)

@@ -254,6 +254,24 @@ def _with_template(tiny, folder, template: str, **config) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("normalizer", {"type": "Lowercase"}, "comes back as 'ab 1,"),
+        ("pre_tokenizer", {"type": "WhitespaceSplit"}, "comes back as"),
+    ],
+)
+def test_a_tokenizer_that_loses_letters_is_a_warning(tiny, tmp_path, capsys, key, value, said):
+    shutil.copytree(tiny.source, tmp_path / "lossy")
+    file = tmp_path / "lossy" / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    Tokenizer.load(tiny.source)
+    assert capsys.readouterr().err == ""
+    Tokenizer.load(tmp_path / "lossy")
+    warned = capsys.readouterr().err
+    assert said in warned and "neither be learned nor sampled" in warned and warned.count("\n") == 1
+
+
 def test_turns_end_as_the_chat_template_ends_them(tiny, tmp_path, capsys):
     """As in Qwen2.5 base and the first Llama-3-Instruct, whose tokenizers name another end."""
     assert capsys.readouterr().err == ""

@@ -49,6 +49,10 @@ def scores(template: str, text: str, strict: bool) -> str:
         ("<think> a <think> b <tool_call> c </think>" + C, "calls", "calls think"),
         (T + "<tool_call>nothing</tool_call>", "", "think"),
         (T + "<tool_call>\n</tool_call>", "", "think"),
+        (T + "<response> \n </response>", "", "response"),
+        (T + C + "<response></response>", "", "response both"),
+        ("<think> </think>", "", "think"),
+        ("<think> </think>\n" + C + R, "both", "response both"),
     ],
 )
 def test_toolrl(text, strict, lenient):

@@ -11,6 +11,7 @@ import optax
 from rest_jax.distributed import activate, replicated
 from rest_jax.models.decoder import param_shardings
 from rest_jax.rl import curriculum
+from rest_jax.rl.optimizer import Optimizer
 from rest_jax.rl.packing import (
     BatchLengths,
     MicroBatch,
@@ -34,9 +35,10 @@ from rest_jax.types import ResponseBatch, ScoredBatch, TrainState
 from tests import tiny
 
 # Keeps the gradient as its state and moves nothing: a difference of parameters would be rounded to the parameters' size.
-RECORD = optax.GradientTransformation(
+RECORD = Optimizer(
     init=lambda params: jax.tree.map(jnp.zeros_like, params),
     update=lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads),
+    schedule=optax.constant_schedule(0.0),
 )
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from rest_jax.config import CurriculumConfig, LossConfig, WeightsConfig
+from rest_jax.config import CurriculumConfig, LossConfig, OptimizerConfig, WeightsConfig
 from rest_jax.rl import curriculum, loss, weights
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.logprobs import PassSpec, response_logprobs
+from rest_jax.rl.optimizer import Optimizer, make_optimizer
 from rest_jax.rl.packing import BatchLengths, MicroBatch, make_rows
 from rest_jax.rl.update import (
     Totals,
@@ -280,7 +281,9 @@ def test_totals_add_sums_and_keep_the_largest():
 
 def test_norms_of_an_update(scored):
     """Of the gradient, of the change, and of the parameters after it."""
-    spec, _, state = update_parts(scored, tx=optax.sgd(0.5))
+    spec, _, state = update_parts(
+        scored, tx=Optimizer(*optax.sgd(0.5), optax.constant_schedule(0.5))
+    )
     gradient = jax.tree.map(jnp.cos, state.params)
     new, found = apply_gradient(state, gradient, Totals({"update/loss": jnp.ones(())}, {}), spec)
     close(new.params, jax.tree.map(lambda p, g: p - 0.5 * g, state.params, gradient), 1e-6)
@@ -295,10 +298,12 @@ def test_norms_of_an_update(scored):
 @pytest.mark.parametrize("broken", ["a gradient", "the loss"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_an_update_that_is_not_finite_is_skipped_and_counted(scored, broken, value):
-    spec, _, state = update_parts(scored, tx=optax.adam(0.5))
+    cfg = OptimizerConfig(learning_rate=0.5, schedule="linear", weight_decay=0.0)
+    spec, _, state = update_parts(scored, tx=make_optimizer(cfg, 10))
     gradient, loss = jax.tree.map(jnp.cos, state.params), jnp.ones(())
     moved, found = apply_gradient(state, gradient, Totals({"update/loss": loss}, {}), spec)
     assert found.sums["update/not_finite"] == 0
+    assert float(found.sums["update/learning_rate"]) == pytest.approx(0.5)
     if broken == "the loss":
         loss = loss * value
     else:
@@ -310,6 +315,11 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(scored, broken, val
         (moved.params, moved.opt_state),
     )
     assert found.sums["update/not_finite"] == 1 and found.sums["update/update_norm"] == 0
+    # It was not made: the next one has the rate that it would have had.
+    for _ in range(2):
+        assert float(found.sums["update/learning_rate"]) == pytest.approx(0.45)
+        gradient, loss = jax.tree.map(jnp.cos, state.params), jnp.ones(())
+        _, found = apply_gradient(kept, gradient, Totals({"update/loss": loss}, {}), spec)
 
 
 # The noise of a gradient is the sample variance of its groups, computed here one group at a time.

@@ -181,6 +181,15 @@ def test_a_dialogue_prefills_only_what_is_new():
     assert kept.stats.reused_tokens > 0.6 * total
 
 
+@pytest.mark.parametrize("length", [1, PAGE, PAGE + 1])
+def test_what_has_room_is_taken(length):
+    running = stream(pages=8)
+    ids = prompt(np.random.default_rng(4), length)
+    running.submit(Request(ids, running.room - length))
+    with pytest.raises(ValueError, match=f"there is room for {running.room}"):
+        running.submit(Request(ids, running.room + 3 * PAGE))
+
+
 def test_completions_of_one_prompt_share_its_pages():
     ids = prompt(np.random.default_rng(3), 40)
     running = stream()
@@ -267,7 +276,7 @@ def test_other_weights_forget_former_prompts():
     [
         (Request(np.zeros(0, np.int32), 5), "needs a prompt"),
         (Request(np.ones(3, np.int32), 0), "one token at least"),
-        (Request(np.ones(80, np.int32), 20), r"80 \+ 20 tokens, there is room for 96"),
+        (Request(np.ones(80, np.int32), 20), r"80 \+ 20 tokens, there is room for 64"),
         (Request(np.ones(3, np.int32), 5, top_logprobs=6), "at most 5"),
     ],
     ids=["empty", "nothing to draw", "too long", "too many log-probs"],

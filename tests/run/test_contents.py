@@ -37,7 +37,11 @@ def test_a_change_of_anything_is_seen_and_named(policy):
     gold = dataclasses.replace(SECOND, target=Target((Call("f", {}),)))
     params = jax.tree.map(lambda x: x, policy.params)
     params["final_norm"]["scale"] = jnp.nextafter(params["final_norm"]["scale"], 2.0)
+    pieces = list(policy.tokenizer.pieces)
+    pieces[10], pieces[11] = pieces[11], pieces[10]
+    tokenizer = dataclasses.replace(policy.tokenizer, pieces=tuple(pieces))
     changes = {
+        "tokens": digests(dataclasses.replace(policy, tokenizer=tokenizer), data_of(FIRST, SECOND)),
         "records": digests(policy, data_of(FIRST, gold)),
         "prompts": digests(policy, data_of(FIRST, SECOND, last=4)),
         "weights": digests(dataclasses.replace(policy, params=params), data_of(FIRST, SECOND)),

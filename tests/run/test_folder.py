@@ -91,13 +91,24 @@ def test_a_run_resumes_under_what_does_not_change_its_result(config, files, tmp_
     open_run(config, files).close()
     words = ["train.steps=7", "train.max_tokens_per_microbatch=64", "rollout.decode_slots=2", "model.remat=none",
              "mesh.fsdp=1", "train.tensorboard=true", "train.eval_every=1", "data.eval=null",
-             "train.checkpoint_every=2"]  # fmt: skip
+             "train.checkpoint_every=2", "rollout.cache_tokens=4096", "train.measure_noise=true"]  # fmt: skip
     other = make_config(tmp_path, *words)
     check_start(other)
     said = capsys.readouterr().out
     assert all(word.partition("=")[0] in said for word in words) and said.count("\n") == 1
     open_run(other, files).close()
     assert config_lib.load([other.folder / CONFIG_FILE]) == other
+
+
+def test_a_supervised_run_resumes_with_other_evaluations(config, files, tmp_path):
+    supervised = ("sft.batch_size=4", "rollout.max_response_tokens=64")
+    open_run(make_config(tmp_path, *supervised), files).close()
+    changes = ("rollout.max_response_tokens=32", "rollout.group_size=2", "reward.coarse=true")
+    check_start(make_config(tmp_path, *supervised, *changes))
+    both = (*supervised, *changes, "rollout.prompts_per_step=8")  # `train` may read it, too
+    for words in (both, ("sft.batch_size=8",), changes):
+        with pytest.raises(UserError, match="holds a run of another config"):
+            check_start(make_config(tmp_path, *words))
 
 
 @pytest.fixture

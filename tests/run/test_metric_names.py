@@ -22,7 +22,8 @@ REINFORCED = {
     "loss": {"kl_coefficient": 0.01, "entropy_coefficient": 0.001},
     "train": {"prompts_per_update": 2, "measure_noise": True},
 }
-SUPERVISED = {"sft": {"batch_size": 4}}
+# the policy has 1,024 positions
+SUPERVISED = {"sft": {"batch_size": 4}, "rollout": {"max_response_tokens": 24}}
 EXPERTS = REINFORCED | {
     "rollout": REINFORCED["rollout"] | {"replay_routing": True},
     "loss": {"load_balance_coefficient": 0.001},

@@ -15,6 +15,7 @@ from rest_jax.data.synthetic import world
 from rest_jax.files import as_path, list_files
 from rest_jax.models.hf.remote import COMMIT_FILE
 from rest_jax.run.checkpoint import Checkpoints, newest_params
+from rest_jax.run.folder import SAVED_FILE
 from tests.programs.states import make_state
 from tests.runs import PROGRAMS, assert_same, environment, finish, lines, recipe, start, state
 
@@ -103,7 +104,7 @@ def test_a_killed_and_resumed_run_equals_the_unbroken_local_one(trained):
     assert_same(state(remote), state(local))
     names = {name.partition("/")[0] for name in list_files(remote)}
     files = {"config.yaml", "metrics.jsonl", "samples.jsonl", "tokens.jsonl", "curves.png"}
-    assert names == files | {"checkpoints", "model"}
+    assert names == files | {"checkpoints", "model", SAVED_FILE}
 
 
 def test_evaluate_export_and_report_use_a_run_where_it_is(trained, tmp_path):
@@ -146,6 +147,31 @@ def test_a_converted_model_is_read_in_the_store(model, s3_server, tmp_path):
     back = tmp_path / "back" / "model.safetensors"
     assert back.read_bytes() == (model / "model.safetensors").read_bytes()
     assert not list((tmp_path / "cache").rglob("manifest.ocdbt"))
+
+
+def test_a_fork_of_a_run_that_samples_ahead(model, s3_server, tmp_path):
+    """In a store: it resumes, `--restart` makes it anew, and neither the other run nor a name that is taken is touched."""
+    raw = recipe(
+        model,
+        f"{s3_server}/forks",
+        rollout={"staleness": 1, "recompute_logprobs": True, "tis_cap": 2.0},
+        train={"steps": 2, "eval_every": 0},
+    )
+    raw["data"] |= {"eval": None}
+    finish(start("train", raw, tmp_path))
+    origin, fork = (as_path(f"{s3_server}/forks/{name}") for name in ("tiny", "new"))
+    there = {name: (origin / name).read_bytes() for name in list_files(origin)}
+    words = ("train.steps=4", "optimizer.learning_rate=0.002", "--fork", "new")
+    assert "fork of" in finish(start("train", raw, tmp_path, *words))
+    found = lines(fork)
+    assert [(line["step"], line["rollout/staleness"]) for line in found] == [(3, 0), (4, 1)]
+    out = finish(start("train", raw, tmp_path, "train.steps=5", *words[1:]))
+    assert "resumes after step 4" in out and lines(fork)[:2] == found
+    assert "fork of" in finish(start("train", raw, tmp_path, *words, "--restart"))
+    assert lines(fork) == found
+    out = finish(start("train", raw, tmp_path, "name=new", "train.steps=9", "--fork", "tiny"), 2)
+    assert "forks/tiny exists and is no fork of" in out
+    assert {name: (origin / name).read_bytes() for name in list_files(origin)} == there
 
 
 def test_a_missing_bucket_is_one_line_before_anything_is_loaded(tmp_path, s3_server):

@@ -270,6 +270,15 @@ def test_calls_at_the_limits_are_read(good):
     assert answer.calls[0].arguments == json.loads(good)["parameters"]
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_keys_may_be_written_with_escapes(template):
+    call = '{"n\\u0061me": "good", "par\\u0061meters": {"a": 1}}'
+    text = call if template == "llama3" else f"<think> t </think><tool_call>\n{call}\n</tool_call>"
+    answer = parse(template, text)
+    assert answer.calls == (Call("good", {"a": 1}),) and not answer.broken_calls
+    assert picture(answer).count("N") == 4 and picture(answer).count("P") == 8
+
+
 def test_an_unreadable_but_whole_call_is_placed():
     text = '<tool_call>{"name": "f", "parameters": {"a": NaN}}</tool_call>'
     assert (

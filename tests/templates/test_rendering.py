@@ -161,9 +161,10 @@ RICH = {
             "all": {"allOf": [{"$ref": "#/%24defs/Unit"}]},
             "fixed": {"const": 3},
             "free": {},
+            "definitions": {"$ref": "#unit"},
         },
         "required": ["l", "one"],
-        "$defs": {"Unit": UNIT},
+        "$defs": {"Unit": UNIT, "Anchored": {"$anchor": "unit", "type": "string"}},
     },
 }
 
@@ -185,6 +186,7 @@ def test_toolrl_says_what_a_schema_says():
         "all": "string, optional",
         "fixed": "integer, optional",
         "free": "any, optional",
+        "definitions": "string, optional",
     }
     assert shown["unit"]["enum"] == ["°C", "°F"] and shown["unit"]["description"] == "天气"
     assert shown["some"]["anyOf"] == [UNIT, {"type": "array", "items": UNIT}]

@@ -49,16 +49,18 @@ def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
     item = fields.item(raw, where)
     key, value = fields.first_given(item, _MESSAGES)
     place = f"{where}: {key}"
-    messages = [
-        fields.parsed(message, f"{place}[{i}]")
-        for i, message in enumerate(fields.sequence(fields.parsed(value, place), place))
-    ]
+    if key == "input" and isinstance(value, str) and not value.lstrip().startswith("["):
+        value = [{"role": "user", "content": value}]
+    messages = fields.sequence(fields.parsed(value, place), place)
+    if key == "input":  # of a request of the Responses API; the response has the same items
+        messages += fields.listed(item.get("output"), f"{where}: output")
+    messages = [fields.parsed(message, f"{place}[{i}]") for i, message in enumerate(messages)]
     listed = next((key for key in _TOOLS if item.get(key)), _TOOLS[0])
     tools = fields.tools(item.get(listed), f"{where}: {listed}")
     turns, weights = _turns(messages, {tool["name"] for tool in tools}, place)
-    system = item.get("system")
+    key, system = fields.first_given(item, ("system", "instructions"))
     if fields.is_given(system) and not (turns and turns[0]["role"] == "system"):
-        turns.insert(0, {"role": "system", "content": fields.content(system, f"{where}: system")})
+        turns.insert(0, {"role": "system", "content": fields.content(system, f"{where}: {key}")})
         weights.insert(0, False)
     records = decompose(name, "openai", tools, turns)
     learned = _to_learn(turns, weights)
@@ -66,6 +68,17 @@ def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
     if not records:
         raise RecordError(f"{place}: no assistant message to learn from")
     return records
+
+
+def history(
+    messages: Sequence[Any], tools: Sequence[Mapping[str, Any]], where: str
+) -> tuple[dict[str, Any], ...]:
+    """A dialogue before its next turn, as `StepRecord.history` has it. `tools`: those on offer, as `fields.tools` reads them.
+    Turns that say nothing are left out.
+    """
+    following = {"role": "assistant", "content": "next"}
+    turns, _ = _turns([*messages, following], {tool["name"] for tool in tools}, where)
+    return tuple(turns[:-1])
 
 
 def _turns(
@@ -147,7 +160,7 @@ def _role(raw: Any) -> str | None:
     _, said = fields.first_given(raw, ("role", "from"))
     if said is None and raw.get("type") in ("function_call", "reasoning"):
         return "assistant"
-    return _ROLES.get(said.lower()) if isinstance(said, str) else None
+    return _ROLES.get(said.strip().lower()) if isinstance(said, str) else None
 
 
 def _message(raw: Any, where: str) -> dict[str, Any]:
@@ -156,7 +169,7 @@ def _message(raw: Any, where: str) -> dict[str, Any]:
     key, speaker = fields.first_given(message, ("role", "from"))
     message.pop("role", None)
     if speaker is not None:
-        speaker = speaker.lower() if isinstance(speaker, str) else speaker
+        speaker = speaker.strip().lower() if isinstance(speaker, str) else speaker
         message["role"] = fields.one_of(speaker, _ROLES, f"{where}: {key}")
         message.setdefault("content", message.get("value"))
         if speaker in ("function_call", "tool_call"):
@@ -177,7 +190,8 @@ def _message(raw: Any, where: str) -> dict[str, Any]:
 
 
 def _result(message: Mapping[str, Any], where: str) -> _Result:
-    turn = {"role": "tool", "content": fields.result(message.get("content"), f"{where}: content")}
+    key, said = fields.first_given(message, ("content", "output", "result"))
+    turn = {"role": "tool", "content": fields.result(said, f"{where}: {key}")}
     name = message.get("name")
     return _Result(
         turn,
@@ -188,7 +202,8 @@ def _result(message: Mapping[str, Any], where: str) -> _Result:
 
 
 def _in_order(calls: Sequence[_Waiting], results: Sequence[_Result]) -> list[dict[str, Any]]:
-    """The results in the order of the calls that they answer: bound by id, else by the name of the tool, else by their order.
+    """The results in the order of the calls that they answer: bound by id, else by the name of the tool, else by their order;
+    so are those of calls that share an id.
 
     RecordError for a call without a result, and for a result without a call.
     """
@@ -200,7 +215,8 @@ def _in_order(calls: Sequence[_Waiting], results: Sequence[_Result]) -> list[dic
     for result in (*by_id, *by_name, *rest):
         free = [i for i in range(len(calls)) if i not in answers]
         if result.id is not None and known:
-            fitting = [i for i in free if calls[i].id == result.id]
+            same = [i for i in free if calls[i].id == result.id]
+            fitting = [i for i in same if calls[i].name == result.name] or same
             if not fitting:
                 again = any(call.id == result.id for call in calls)
                 why = "has a result already" if again else "is no call of the message before"
@@ -243,18 +259,20 @@ def _assistant(
 def _calls(message: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], list[_Waiting]]:
     """The calls of a message; `function_call` says nothing more where `tool_calls` are."""
     place = f"{where}: tool_calls"
-    raw = fields.listed(message.get("tool_calls") or None, place)
+    raw = fields.parsed(message.get("tool_calls") or None, place)
+    raw = [raw] if isinstance(raw, Mapping) else fields.listed(raw, place)
     places = [f"{place}[{i}]" for i in range(len(raw))]
     place = f"{where}: function_call"
-    if not raw and (single := fields.parsed(message.get("function_call"), place)):
+    single = None if raw else fields.parsed(message.get("function_call"), place)
+    if isinstance(single, Mapping) and not any(map(fields.is_given, single.values())):
+        single = None  # servers write all fields of a call that is none
+    if single:
         raw, places = [single], [place]
     calls, waiting = [], []
     for value, place in zip(raw, places, strict=True):
         value = fields.mapping(fields.parsed(value, place), place)
         calls.append(fields.call(value, place))
         name = fields.call_id(value, place, ("call_id", "id"))
-        if name is not None and any(name == other.id for other in waiting):
-            raise RecordError(f"{where}: tool_calls: two calls share an id ({fields.shown(name)})")
         waiting.append(_Waiting(calls[-1]["name"], name, place))
     return calls, waiting
 

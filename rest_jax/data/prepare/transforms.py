@@ -20,13 +20,12 @@ from typing import Any
 
 from rest_jax.data.convert.xlam import NO_CALL
 from rest_jax.data.records import StepRecord, to_json
-from rest_jax.templates.rendering import UNIONS, is_schema, pointed
+from rest_jax.templates.rendering import DEFINITIONS, UNIONS, is_schema, pointed
 from rest_jax.tool_calls import Call, Target
 
 TEXT_ONLY = "the prompt is there only as text"
 # What is kept of a masked tool: other fields may hold real names.
 _MASKED = ("name", "description", "parameters", "required", "strict")
-_DEFINITIONS = ("$defs", "definitions")
 # Words that a sentence may hold without meaning a tool: "search", "Weather", "send money"
 _PLAIN = re.compile(r"[A-Za-z]?[a-z]*( [a-z]+)*").fullmatch
 
@@ -237,7 +236,7 @@ def _name_properties(schema: Mapping[str, Any], mask: _Mask) -> None:
 def _inner(schema: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The schemas that stand in a schema, of those places where names are masked."""
     for key, value in schema.items():
-        if key in ("properties", *_DEFINITIONS):
+        if key in ("properties", *DEFINITIONS):
             yield from filter(_is_object, _object(value).values())
         elif key in ("items", "additionalProperties") and _is_object(value):
             yield value
@@ -253,7 +252,7 @@ def _mask_schema(schema: Mapping[str, Any], mask: _Mask) -> dict[str, Any]:
     for key, value in schema.items():
         if key == "properties" and _is_object(value):
             masked[key] = {mask.names[name]: inner(v) for name, v in value.items()}
-        elif key in _DEFINITIONS and _is_object(value):
+        elif key in DEFINITIONS and _is_object(value):
             masked[key] = {name: inner(v) for name, v in value.items()}
         elif key in ("items", "additionalProperties"):
             masked[key] = inner(value)

@@ -46,7 +46,7 @@ FAULTS = [
         0,
         ("messages", 2, "tool_calls", 1, "id"),
         "call_k9",
-        r"messages\[2\]: tool_calls: two calls share an id",
+        r"messages\[3\]: tool_call_id: .* is no call of the message before",
     ),
     (
         "openai",

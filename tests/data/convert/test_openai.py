@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rest_jax.data.convert import SOURCES
+from rest_jax.data.convert import SOURCES, openai
 from rest_jax.data.fields import RecordError
 from rest_jax.tool_calls import Call, Target
 
@@ -94,11 +94,29 @@ DIALOGUE = [user("go"), calls(call(1, "x")), result("one", "x"), SAID]
 def test_every_spelling_is_the_same_dialogue(messages):
     expected = convert(DIALOGUE)
     assert convert(messages) == expected
+    assert openai.history(messages[:-1], (TOOL,), "here") == expected[-1].history
     for field in ("conversations", "input"):
         for value in (messages, json.dumps(messages), list(map(json.dumps, messages))):
             assert convert(None, **{field: value}) == expected
             item = json.dumps({field: value, "tools": [TOOL]})
             assert SOURCES["openai"](item, "r", "here") == expected
+
+
+@pytest.mark.parametrize("asked", ["go", [user("go")]])
+def test_request_and_response_of_the_responses_api_are_one_dialogue(asked):
+    output = [
+        {"type": "function_call", "call_id": "x", "name": "f", "arguments": '{"a": 1}'},
+        {"type": "function_call_output", "call_id": "x", "output": "one"},
+        {
+            "type": "message",
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": "done"}],
+        },
+    ]
+    item = {"instructions": "Be brief.", "input": asked, "output": output, "tools": [TOOL]}
+    first, last = SOURCES["openai"](item, "r", "here")
+    assert first.target == Target((Call("f", {"a": 1}),)) and last.target == Target((), "done")
+    assert [turn["content"] for turn in last.history] == ["Be brief.", "go", None, "one"]
 
 
 def test_sharegpt_has_its_system_text_beside():
@@ -117,6 +135,10 @@ def test_results_are_bound_to_their_calls():
     assert seen([unnamed, result("a", "i"), result("b", "j"), SAID]) == ["a", "b"]
     names = calls(call(1, name="f"), call(2, name="g"))
     assert seen([names, result("b", name="g"), result("a", name="f"), SAID]) == ["a", "b"]
+    shared = calls(call(1, "x", "f"), call(2, "x", "g"))
+    assert seen([shared, result("a", "x"), result("b", "x"), SAID]) == ["a", "b"]
+    named = [result("b", "x", name="g"), result("a", "x", name="f")]
+    assert seen([shared, *named, SAID]) == ["a", "b"]
     mixed = calls(call(1, "x"), call(2))
     assert seen([mixed, result("b"), result("a", "x"), SAID]) == ["a", "b"]
     run = [calls(call(1, "x")), calls(call(2, "x"))]  # some servers count from zero in each message
@@ -134,7 +156,7 @@ def test_results_are_bound_to_their_calls():
         ([calls(call(1, "x")), result("a", "z"), SAID], r"\[1\]: tool_call_id: 'z' is no call of the message before"),
         ([calls(call(1)), result("a"), result("b"), SAID], r"\[2\]: a tool result without a call before it"),
         ([result("a"), SAID], r"\[0\]: a tool result without a call before it"),
-        ([calls(call(1, "x"), call(2, "x")), SAID], r"\[0\]: tool_calls: two calls share an id \('x'\)"),
+        ([calls(call(1, "x"), call(2, "x")), result("a", "x"), SAID], r"\[1\]: the call of 'f' \(id 'x'\) has no result"),
         ([user("a"), {"role": "assistant", "content": " "}], r"\[1\]: neither content nor calls"),
         ([user("a"), {"type": "web_search_call"}, SAID], r"\[1\]: type: 'web_search_call' is not known"),
         ([user(3), SAID], r"\[0\]: content: a list is needed, found int 3"),
@@ -187,6 +209,32 @@ def test_a_call_as_text_may_have_its_result_as_text():
     assert record.target == Target(response="done")
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "Assistant ", "content": "done"},
+        SAID
+        | {"content": [None, {"type": "text", "text": None}, {"type": "text", "text": "done"}]},
+        SAID | {"content": {"type": "text", "text": {"value": "done", "annotations": []}}},
+        SAID | {"function_call": {"name": None, "arguments": None}},
+        SAID | {"function_call": {"name": "", "arguments": ""}, "tool_calls": {}},
+    ],
+)
+def test_what_says_nothing_is_the_default(message):
+    (record,) = convert([user("go"), message])
+    assert record.target == Target(response="done")
+
+
+@pytest.mark.parametrize("arguments", [None, "", " ", "null", [], "[]", {}, "{}", '"{}"'])
+def test_a_call_without_arguments(arguments):
+    asked = calls({"id": " x", "function": {"name": "f", "arguments": arguments}})
+    asked["tool_calls"] = asked["tool_calls"][0]  # a call that is no list
+    said = {"role": "tool", "tool_call_id": "x", "output": "a"}
+    assert seen([asked, said, SAID]) == ["a"]
+    (record,) = convert([user("go"), asked])
+    assert record.target == Target((Call("f", {}),))
+
+
 def test_refusals_and_objects_are_texts():
     refusing = {"role": "assistant", "content": None, "refusal": "I will not."}
     (record,) = convert([user("go"), refusing])
@@ -205,3 +253,31 @@ def test_weights_count_for_the_turns_that_are_kept():
     empty, unlearned = {"role": "assistant", "content": ""}, SAID | {"weight": 0}
     records = convert([user("go"), empty, unlearned, user("again"), empty, SAID])
     assert [record.id for record in records] == ["r/1"]
+
+
+def test_a_history_is_all_before_the_next_turn():
+    """Every result has its call, in the order of the calls; a turn that says nothing is left out."""
+    chat = [
+        {"role": "user", "content": "Both?"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "Well?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "look",
+            "tool_calls": [
+                {"id": i, "function": {"name": "get", "arguments": json.dumps({"n": i})}}
+                for i in "ab"
+            ],
+        },
+        {"role": "tool", "tool_call_id": "b", "content": "2"},
+        {"role": "tool", "tool_call_id": "a", "content": "1"},
+    ]
+    calls = [{"name": "get", "arguments": {"n": i}} for i in "ab"]
+    assert openai.history(chat, [{"name": "get"}], "chat") == (
+        *(chat[0], chat[2]),
+        {"role": "assistant", "content": None, "calls": calls, "think": "look"},
+        *({"role": "tool", "content": text} for text in "12"),
+    )
+    with pytest.raises(RecordError, match=r"chat\[3\].*has no result"):
+        openai.history(chat[:-1], [{"name": "get"}], "chat")

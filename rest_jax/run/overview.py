@@ -1,0 +1,142 @@
+"""What there is on disk: the commands `rest-jax runs` and `rest-jax inspect`. Nothing is changed, and no model is loaded.
+
+list_runs(folder)              the runs in a folder: state, step, headline figure, host
+describe_checkpoint(path)      a checkpoint: step, curriculum, shapes, bytes, digest; `verify` reads all of it
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import socket
+import time
+from typing import Any
+
+from etils import epath
+
+from rest_jax import config as config_lib
+from rest_jax.errors import UserError
+from rest_jax.files import Location, as_path, store_errors
+from rest_jax.run.lock import FILE as LOCK
+from rest_jax.run.lock import OWNER
+from rest_jax.run.metrics import METRICS_FILE, REGION_NAMES, read_lines, summary_table
+
+CONFIG_FILE = "config.yaml"
+# the metric that says most of a run, and its name in the table: the first that the run has
+HEADLINES = {"eval/exact": "exact", "reward/mean": "reward", "update/loss": "loss"}
+
+
+def list_runs(folder: Location) -> str:
+    """A table of the runs in a folder, the one that moved last first. UserError when there is no folder, or no run in it."""
+    place = as_path(folder)
+    with store_errors(place):
+        if not place.is_dir():
+            raise UserError(f"{folder}: no such folder")
+        runs = [path for path in place.iterdir() if (path / CONFIG_FILE).is_file()]
+    if not runs:
+        raise UserError(f"{folder}: no runs in it (a run is a folder with {CONFIG_FILE})")
+    found = sorted(map(_run, runs), key=lambda run: -run["moved"])
+    rows: list[list[Any]] = [["run", "state", "step", "of", "figure", "moved", "host"]]
+    for run in found:
+        ago = _ago(time.time() - run["moved"])
+        rows.append(
+            [run[key] for key in ("name", "state", "step", "of", "figure")] + [ago, run["host"]]
+        )
+    return summary_table(rows)
+
+
+def _run(path: epath.Path) -> dict[str, Any]:
+    """One run, as the cells of its row. What cannot be read is said in its state."""
+    run: dict[str, Any] = {"name": path.name, "step": 0, "of": "-", "figure": "-", "host": "-"}
+    run["moved"] = (path / CONFIG_FILE).stat().mtime
+    try:
+        config = config_lib.load([path / CONFIG_FILE])
+        metrics = path / METRICS_FILE
+        lines = read_lines(metrics) if metrics.is_file() else []
+    except UserError as error:
+        return run | {"state": f"unreadable: {error}"}
+    if lines:
+        run["step"], run["moved"] = lines[-1]["step"], metrics.stat().mtime
+    owner, alive = _owner(path)
+    run["host"] = owner.get("host", "-")
+    run["of"] = config.train.steps or "-"
+    finished = config.train.steps is not None and run["step"] >= config.train.steps
+    run["state"] = "training" if alive else "finished" if finished else "stopped"
+    for name, label in HEADLINES.items():
+        values = [line[name] for line in lines if line.get(name) is not None]
+        if values:
+            run["figure"] = f"{label} {values[-1]:.3g}"
+            break
+    return run
+
+
+def _owner(path: epath.Path) -> tuple[dict[str, Any], bool]:
+    """The process that trained in the folder last, and whether it is alive, as far as this host can know."""
+    owner: dict[str, Any] = {}
+    for name in (OWNER, LOCK):  # of a local folder, of one in a store
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            owner = owner or dict(json.loads((path / name).read_text()))
+    if owner.get("host") != socket.gethostname() or not isinstance(owner.get("pid"), int):
+        return owner, False
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return owner, False
+    except PermissionError:
+        pass
+    return owner, True
+
+
+def _ago(seconds: float) -> str:
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{max(seconds, 0):.0f} s ago"
+
+
+def describe_checkpoint(source: Location, verify: bool = False) -> str:
+    """What a checkpoint holds: `source` is its folder, or that of a run, for the newest. UserError when there is none, and with
+    `verify` when a file is not what was saved.
+    """
+    # jax takes seconds to import
+    from rest_jax.models.hf.remote import checkpoint_path
+    from rest_jax.run import checkpoint
+    from rest_jax.run.folder import MADE_OF
+
+    place = checkpoint_path(as_path(source))
+    if not (place / checkpoint.MANIFEST).is_file():
+        steps = checkpoint.list_steps(place / checkpoint.FOLDER)
+        if not steps:
+            raise UserError(f"{source}: neither a checkpoint nor a run with one")
+        place = place / checkpoint.FOLDER / str(max(steps))
+    if verify:
+        try:
+            checkpoint.verify(place)
+        except checkpoint.DamagedError as error:
+            raise UserError(f"{place}: damaged: {error}") from error
+    manifest = (place / checkpoint.MANIFEST).read_bytes()
+    files = json.loads(manifest)
+    shapes, loader = checkpoint.shapes(place), checkpoint.read_loader_state(place)
+    curriculum = {name: value.tolist() for name, value in checkpoint.curriculum(place).items()}
+    made_of = ", ".join(f"{name} {digest}" for name, digest in loader.get(MADE_OF, {}).items())
+    size = sum(length for length, _ in files.values())
+    values = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("params."))
+    lines = [
+        f"checkpoint {place}" + (": every file is what was saved" if verify else ""),
+        f"step {int(place.name)}, {values / 1e6:,.1f} M parameters, {len(shapes)} arrays, {len(files)} files, {size / 1e6:,.1f} MB",
+        f"digest {hashlib.sha256(manifest).hexdigest()}",
+        f"made of {made_of or 'nothing on record'}",
+        f"curriculum: update {curriculum['step']}, nu {curriculum['nu']:.4g}, format score {curriculum['format_score']:.4g}",
+    ]
+    regions: list[list[Any]] = [["region", "weight", "entropy", "gini", "tokens a batch"]]
+    for region, name in enumerate(REGION_NAMES, start=1):
+        if curriculum["seen"][region]:
+            cells = (curriculum[key][region] for key in ("weight", "entropy", "gini", "count"))
+            regions.append([name, *cells])
+    arrays = [["array", "shape"]]
+    for name, shape in shapes.items():
+        if name.startswith("params."):
+            arrays.append([name, "x".join(map(str, shape)) or "scalar"])
+    tables = (summary_table(rows) for rows in (regions, arrays) if len(rows) > 1)
+    return "\n\n".join(["\n".join(lines), *tables])

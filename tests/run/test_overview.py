@@ -1,0 +1,122 @@
+"""Runs and checkpoints as they are listed."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+from rest_jax import cli
+from rest_jax.config import Config, dump
+from rest_jax.errors import UserError
+from rest_jax.rl.curriculum import Schedule, init
+from rest_jax.run.checkpoint import MANIFEST, Checkpoints
+from rest_jax.run.folder import CONFIG_FILE, MADE_OF
+from rest_jax.run.lock import OWNER
+from rest_jax.run.metrics import MetricsWriter
+from rest_jax.run.overview import describe_checkpoint, list_runs
+from rest_jax.types import TrainState
+from tests import tiny
+
+
+def make_run(folder, name, steps=4, done=2, owner=None, **metrics):
+    """A run that has written a line of metrics."""
+    path = folder / name
+    path.mkdir(parents=True)
+    raw = {"name": name, "model": {"source": "m"}, "train": {"steps": steps}}
+    (path / CONFIG_FILE).write_text(dump(Config.model_validate(raw)))
+    if metrics:
+        writer = MetricsWriter(path)
+        writer.write(done, metrics)
+        writer.close()
+    if owner is not None:
+        (path / OWNER).write_text(json.dumps(owner))
+    return path
+
+
+def test_runs_have_state_step_figure_and_host(tmp_path, capsys):
+    here = socket.gethostname()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    make_run(tmp_path, "alive", owner={"host": here, "pid": os.getpid()}, **{"reward/mean": 1.5})
+    make_run(tmp_path, "dead", owner={"host": here, "pid": gone.pid}, **{"update/loss": 0.25})
+    make_run(tmp_path, "other", owner={"host": "far", "pid": os.getpid()})
+    make_run(tmp_path, "done", done=4, **{"eval/exact": 0.5, "reward/mean": 9.0})
+    broken = make_run(tmp_path, "broken")
+    (broken / CONFIG_FILE).write_text("train: {step: 3}\n")
+    (tmp_path / "no run").mkdir()
+    for age, name in enumerate(("done", "alive", "dead", "other", "broken")):
+        for file in ("metrics.jsonl", CONFIG_FILE):
+            if (tmp_path / name / file).exists():
+                os.utime(tmp_path / name / file, (1e9 - age, 1e9 - age))
+    assert cli.main(["runs", str(tmp_path)]) == 0
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["run", "state", "step", "of", "figure", "moved", "host"]
+    cells = [row.split() for row in rows]
+    assert [row[:6] for row in cells[:3]] == [
+        ["done", "finished", "4", "4", "exact", "0.5"],
+        ["alive", "training", "2", "4", "reward", "1.5"],
+        ["dead", "stopped", "2", "4", "loss", "0.25"],
+    ]
+    assert cells[1][-1] == here and cells[3][:5] == ["other", "stopped", "0", "4", "-"]
+    assert cells[3][-1] == "far" and cells[4][:2] == ["broken", "unreadable:"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("nowhere", "no such folder"), ("empty", r"no runs in it .*config\.yaml")]
+)
+def test_a_folder_without_runs(tmp_path, name, reason):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=reason):
+        list_runs(tmp_path / name)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with two checkpoints, in the second of which names have been seen."""
+    folder = tmp_path_factory.mktemp("runs") / "mine"
+    curriculum = init(tiny.step_config().schedule)
+    seen = curriculum.seen.at[3].set(True)
+    later = TrainState(
+        jnp.int32(7),
+        tiny.params(),
+        {},
+        jnp.zeros(2),
+        curriculum.replace(seen=seen, nu=jnp.float32(0.25)),
+    )
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(3, later.replace(curriculum=curriculum), {})
+        checkpoints.save(7, later, {MADE_OF: {"prompts": "abc"}})
+    return folder
+
+
+def test_a_checkpoint_is_told_by_its_step_curriculum_shapes_and_digest(run, capsys):
+    assert isinstance(tiny.step_config().schedule, Schedule)
+    assert cli.main(["inspect", str(run), "--verify"]) == 0
+    said = capsys.readouterr().out
+    assert f"checkpoint {run}/checkpoints/7: every file is what was saved\nstep 7, 0.0 M" in said
+    assert "made of prompts abc" in said and "nu 0.25" in said
+    (embed,) = (line for line in said.splitlines() if line.startswith("params.embed "))
+    assert embed.split()[1] == "96x32"
+    (name,) = (line for line in said.splitlines() if line.startswith("name "))
+    assert name.split()[1] == "1.2"
+    first = describe_checkpoint(run / "checkpoints" / "3")
+    assert "step 3," in first and "nothing on record" in first and "name " not in first
+
+
+def test_a_damaged_checkpoint_is_named(run, tmp_path, capsys):
+    folder = shutil.copytree(run, tmp_path / "copy") / "checkpoints" / "7"
+    file = max(folder.glob("params/**/d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert cli.main(["inspect", str(folder), "--verify"]) == 2
+    said = capsys.readouterr().err
+    assert "damaged" in said and file.name in said and len(said.splitlines()) == 1
+    (folder / MANIFEST).unlink()
+    with pytest.raises(UserError, match="neither a checkpoint nor a run with one"):
+        describe_checkpoint(folder)
