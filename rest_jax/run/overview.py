@@ -124,7 +124,8 @@ def describe_checkpoint(source: Location, verify: bool = False) -> str:
     values = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("params."))
     lines = [
         f"checkpoint {place}" + (": every file is what was saved" if verify else ""),
-        f"step {int(place.name)}, {values / 1e6:,.1f} M parameters, {len(shapes)} arrays, {len(files)} files, {size / 1e6:,.1f} MB",
+        f"step {int(place.name)}, {values / 1e6:,.1f} M parameters",
+        f"{len(shapes)} arrays in {len(files)} files, {size / 1e6:,.1f} MB",
         f"digest {hashlib.sha256(manifest).hexdigest()}",
         f"made of {made_of or 'nothing on record'}",
         f"curriculum: update {curriculum['step']}, nu {curriculum['nu']:.4g}, format score {curriculum['format_score']:.4g}",
