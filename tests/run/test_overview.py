@@ -98,7 +98,10 @@ def test_a_checkpoint_is_told_by_its_step_curriculum_shapes_and_digest(run, caps
     assert isinstance(tiny.step_config().schedule, Schedule)
     assert cli.main(["inspect", str(run), "--verify"]) == 0
     said = capsys.readouterr().out
-    assert f"checkpoint {run}/checkpoints/7: every file is what was saved\nstep 7, 0.0 M parameters\n" in said
+    assert (
+        f"checkpoint {run}/checkpoints/7: every file is what was saved\nstep 7, 0.0 M parameters\n"
+        in said
+    )
     assert "made of prompts abc" in said and "nu 0.25" in said
     (embed,) = (line for line in said.splitlines() if line.startswith("params.embed "))
     assert embed.split()[1] == "96x32"
