@@ -16,5 +16,5 @@ setup(
     package_dir={name: path.as_posix() for name, path in builtin.items()},
     package_data={name: ["*"] for name in builtin}
     | {"rest_jax.experiments": ["*.jinja"], "rest_jax.planning": ["*.txtpb"]}
-    | {"rest_jax.templates": ["chat/*"]},
+    | {"rest_jax.templates": ["chat/*"], "rest_jax.analysis": ["assets/*"]},
 )

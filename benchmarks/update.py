@@ -80,7 +80,7 @@ class Updates:
             lengths = BatchLengths.of(scored.rollout)
             plan = plan_minibatches(lengths, scored.reward, self.cfg, self.mesh)
         with activate(self.mesh):
-            batch, curriculum, prepared = self.step.prepare(
+            batch, curriculum, prepared, _ = self.step.prepare(
                 scored, None, None, minibatch, self.state.curriculum
             )
             updates = []

@@ -7,6 +7,7 @@ Ctrl-C, SIGHUP) and has saved, 130 Ctrl-C elsewhere, 143 SIGTERM to `data prepar
 error is a defect and shows its traceback.
 """
 
+import contextlib
 import json
 import re
 import sys
@@ -563,11 +564,28 @@ def variance(
 
 
 @app.command(rich_help_panel=_LOOK)
-def report(run: Annotated[str, Argument(help="the folder of the run")]) -> None:
-    """Redraw the curves of a run and print its table."""
+def report(
+    runs: Annotated[list[str], Argument(metavar="RUN...", help="folders of runs")],
+    output: Annotated[
+        str | None, Option(help="HTML file; default: report.html of the first run")
+    ] = None,
+    watch: Annotated[
+        bool, Option("--watch", help="write the page anew while runs go on, until Ctrl-C")
+    ] = False,
+) -> None:
+    """Write a page with the curves and tokens of runs, and print their tables."""
+    from rest_jax.analysis import page
     from rest_jax.analysis.report import write_report
 
-    print(write_report(run))
+    if watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            for path in page.watch(runs, output):
+                print(f"page: {path}", flush=True)
+    # first, since it reads all of them before it writes anything
+    path = page.write_page(runs, output)
+    for run in runs:
+        print(write_report(run))
+    print(f"page: {path}")
 
 
 @app.command(rich_help_panel=_LOOK)

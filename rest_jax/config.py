@@ -291,7 +291,8 @@ class TrainConfig(Section):
     eval_before: bool = True
     checkpoint_every: PositiveInt = 15
     keep_checkpoints: PositiveInt = 3
-    samples_per_step: NonNegativeInt = 4  # generations written to samples.jsonl
+    # prompts of which one completion is written to samples.jsonl, and all of them, token by token, to tokens.jsonl
+    samples_per_step: NonNegativeInt = 4
     tensorboard: bool = False
     wandb_project: Annotated[str, pydantic.Field(min_length=1)] | None = None
 

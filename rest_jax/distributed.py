@@ -284,9 +284,9 @@ def host_groups(mesh: Mesh) -> list[list[int]]:
     return list(groups.values())
 
 
-def local_shards(mesh: Mesh) -> list[int]:
-    """The data shards that this process holds, ascending."""
-    here = jax.process_index()
+def local_shards(mesh: Mesh, process: int | None = None) -> list[int]:
+    """The data shards that a process (None: this one) holds, ascending."""
+    here = jax.process_index() if process is None else process
     return [shard for shard, owners in enumerate(shard_owners(mesh)) if here in owners]
 
 

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,8 +25,10 @@ from rest_jax.distributed import (
     activate,
     check_batch,
     gather,
+    local_shards,
     move_rows,
     num_data_shards,
+    rows_of_shards,
     say,
 )
 from rest_jax.errors import UNFINISHED, UserError
@@ -40,10 +42,11 @@ from rest_jax.rl.balance import check_experts
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import make_optimizer
 from rest_jax.rl.packing import BatchLengths, MicroBatch, assign_minibatches, packing_metrics
-from rest_jax.rl.prepare import StepConfig, active_groups
+from rest_jax.rl.prepare import StepConfig, TokenValues, active_groups
 from rest_jax.rl.step import abstract_state, init_state, make_step, plan_minibatches, policy_metrics
 from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.experience import Collector, Experience
+from rest_jax.rollout.tokens import is_shown, token_record
 from rest_jax.run.contents import digests
 from rest_jax.run.folder import RL_FINITE, Run, check_start, open_run
 from rest_jax.run.fork import Start, check_origin
@@ -101,7 +104,7 @@ def train_steps(
     """All steps of a run, from its newest checkpoint on; whether it came to the last one."""
     config, mesh, rollout_mesh = run.config, policy.mesh, policy.rollout_mesh
     steps = total_steps(config, prompts.size, BATCH)
-    cfg = step_config(config, steps)
+    cfg = dataclasses.replace(step_config(config, steps), shown_groups=shown_groups(config, policy))
     tx = make_optimizer(config.optimizer, steps * cfg.updates)
     run.made_of = digests(policy, prompts)
     reference = copy_reference(config, policy.params)
@@ -141,7 +144,7 @@ def train_steps(
                     # Its routers choose for themselves: a route belongs to the policy that sampled.
                     own = dataclasses.replace(scored.rollout, routes=None)
                     logp_ref = rl.logprobs(reference, own, lengths).logp
-                batch, curriculum, prepared = rl.prepare(
+                batch, curriculum, prepared, shown = rl.prepare(
                     scored, recomputed, logp_ref, minibatch, state.curriculum
                 )
                 # loss, gradient, optimiser
@@ -160,6 +163,7 @@ def train_steps(
                 batch=experience.arrays(),
                 dispatched=dispatched,
                 samples=sample_lines(experience, policy, config.train.samples_per_step),
+                tokens=token_line(shown, experience, collector) if is_shown(step, steps) else None,
             )
             loop.end_step(step, pending, state, collector.snapshot())
     return loop.finished
@@ -248,6 +252,24 @@ def sample_lines(experience: Experience, policy: Policy, count: int) -> list[dic
         score = dataclasses.asdict(experience.scores[i][0])
         lines.append({"split": "train", "id": record.id, **texts, **score})
     return lines
+
+
+def shown_groups(config: Config, policy: Policy) -> tuple[int, ...]:
+    """Rows of the global batch whose tokens are written: the first that the first process samples."""
+    mesh, count = policy.rollout_mesh, config.rollout.prompts_per_step
+    rows = rows_of_shards(count, local_shards(mesh, process=0), mesh)
+    return tuple(rows[: config.train.samples_per_step].tolist())
+
+
+def token_line(
+    shown: TokenValues, experience: Experience, collector: Collector
+) -> Callable[[], dict[str, Any]] | None:
+    """What makes the line of the token viewer, once the device is done; None where no groups are asked for."""
+    if not len(shown.weight):
+        return None
+    tokenizer, template = collector.policy.tokenizer, collector.template
+    reward = collector.config.reward
+    return lambda: token_record(jax.device_get(shown), experience, tokenizer, template, reward)
 
 
 def check_sizes(config: Config, policy: Policy) -> None:

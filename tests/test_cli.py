@@ -91,7 +91,7 @@ def test_a_group_without_a_command_prints_its_help(capsys):
         ("train x --profile 0", "'--profile': Input should be greater than or equal to 1, not '0'"),
         ("data inspect f --limit x", "'--limit': Input should be a valid integer"),
         ("export a b --dtype int8", "'int8' is not one of 'float32', 'bfloat16', 'float16'"),
-        ("report x y=1", "unexpected extra argument(s) (y=1)"),
+        ("export x y z=1", "unexpected extra argument(s) (z=1)"),
         ("generate m", "exactly one of --prompt and --file is needed"),
         ("generate m --prompt a --file b", "exactly one of --prompt and --file is needed"),
         ("serve m --template other", "'other' is not one of 'toolrl', 'hermes', 'llama3'"),
@@ -230,18 +230,18 @@ def test_overrides_stand_on_both_sides_of_options(config, capsys):
     ],
 )
 def test_exit_codes(monkeypatch, capsys, error, code, line):
-    def fail(run):
+    def fail(*words):
         raise error
 
-    monkeypatch.setattr("rest_jax.analysis.report.write_report", fail)
+    monkeypatch.setattr("rest_jax.analysis.page.write_page", fail)
     assert refused(capsys, "report", "run", code=code) == f"rest-jax: error: {line}\n"
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):
-    def fail(run):
+    def fail(*words):
         raise ValueError("a defect")
 
-    monkeypatch.setattr("rest_jax.analysis.report.write_report", fail)
+    monkeypatch.setattr("rest_jax.analysis.page.write_page", fail)
     with pytest.raises(ValueError, match="a defect"):
         cli.main(["report", "run"])
 
@@ -397,7 +397,10 @@ def test_export_and_convert_give_the_same_weights(printed, folder):
 
 
 def test_report(printed, folder):
-    assert str(folder / "quickstart" / "curves.png") in printed["report"]
+    for name in ("curves.png", "report.html"):
+        assert str(folder / "quickstart" / name) in printed["report"]
+    text = (folder / "quickstart" / "report.html").read_text()
+    assert "The method at a glance" in text and '"tokens":{"steps":[1,' in text
 
 
 def test_config_show_says_where_values_come_from(tmp_path):

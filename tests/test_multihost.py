@@ -16,6 +16,7 @@ import yaml
 from rest_jax import config as config_lib
 from rest_jax.data.synthetic import world as synthetic
 from rest_jax.errors import UNFINISHED
+from rest_jax.rollout.tokens import read_record
 from rest_jax.run.load import load_policy
 from rest_jax.run.metrics import read_lines
 from tests.data.writing import write_records
@@ -71,6 +72,7 @@ def assert_close(found: pathlib.Path, expected: pathlib.Path) -> None:
         for name, value in other.items():
             if name not in ("update/padding", "update/micro_batches"):
                 assert line[name] == pytest.approx(value, rel=2e-3, abs=1e-4), name
+    assert_tokens_close(found, expected)
     for run in (found, expected):
         assert_rates_are_global(run)
     config = config_lib.load([expected / "config.yaml"])
@@ -81,6 +83,27 @@ def assert_close(found: pathlib.Path, expected: pathlib.Path) -> None:
         for one, two in ((params, others), (others, start))
     )
     assert float(apart) < 0.02 * float(moved)
+
+
+def assert_tokens_close(found: pathlib.Path, expected: pathlib.Path) -> None:
+    """The first process has written the tokens of its first groups, with the weights that belong to them."""
+    steps = [
+        [read_record(line) for line in read_lines(run / "tokens.jsonl")]
+        for run in (found, expected)
+    ]
+    for own, other in zip(*steps, strict=True):
+        theirs = {prompt["id"]: prompt for prompt in other["prompts"]}
+        assert [prompt["id"] for prompt in own["prompts"]] == list(theirs)
+        for prompt in own["prompts"]:
+            for one, same in zip(
+                prompt["completions"], theirs[prompt["id"]]["completions"], strict=True
+            ):
+                assert one["tokens"]["id"] == same["tokens"]["id"]
+                for name in ("weight", "logp", "entropy"):
+                    assert one["tokens"][name] == pytest.approx(
+                        same["tokens"][name], rel=2e-3, abs=2e-3
+                    ), name
+                assert one["advantage"] == pytest.approx(same["advantage"], abs=2e-3)
 
 
 def assert_rates_are_global(run: pathlib.Path) -> None:

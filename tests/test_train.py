@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 from rest_jax import cli
 from rest_jax.errors import UNFINISHED
 from rest_jax.rollout.experience import Collector
+from rest_jax.rollout.tokens import read_record
 from rest_jax.run.checkpoint import Checkpoints
-from rest_jax.run.metrics import read_lines
+from rest_jax.run.metrics import REGION_NAMES, read_lines
 from tests.runs import STEPS, assert_same, finish, lines, recipe, start, state
 
 
@@ -57,6 +58,33 @@ def test_a_run_leaves_what_it_says(unbroken):
     assert all({"split", "id", "response", "reward"} <= sample.keys() for sample in samples)
     assert {sample["split"] for sample in samples} == {"train", "eval"}
     assert (unbroken / "curves.png").stat().st_size > 10_000
+
+
+def test_a_run_leaves_the_tokens_of_its_first_groups(unbroken):
+    written = read_lines(unbroken / "tokens.jsonl")
+    assert [line["step"] for line in written] == list(range(1, STEPS + 1))
+    steps = [line for line in lines(unbroken) if "update/loss" in line]
+    for line, metrics in zip(written, steps, strict=True):
+        prompts = read_record(line)["prompts"]
+        # all the prompts of a step of this run
+        completions = [one for prompt in prompts for one in prompt["completions"]]
+        assert (len(prompts), len(completions)) == (4, 16)
+        rewards = [one["score"]["reward"] for one in completions]
+        assert np.mean(rewards) == pytest.approx(metrics["reward/mean"], rel=1e-5)
+        found = {
+            name: np.concatenate([one["tokens"][name] for one in completions])
+            for name in ("weight", "region", "logp", "entropy")
+        }
+        assert len(found["region"]) == metrics["rollout/tokens"]
+        assert np.mean(found["logp"]) == pytest.approx(metrics["rollout/logp"], abs=1e-3)
+        assert np.mean(found["entropy"]) == pytest.approx(metrics["rollout/entropy"], abs=1e-3)
+        # what the device weighed a token with is what is shown of it
+        for region in set(found["region"].tolist()):
+            own = np.mean(found["weight"][found["region"] == region])
+            name = REGION_NAMES[region - 1]
+            assert own == pytest.approx(metrics[f"region/{name}/weight"], abs=1e-3)
+        totals = [(sum(one["tokens"]["weight"]), one["length"]) for one in completions]
+        assert all(total == pytest.approx(length, abs=0.1) for total, length in totals)
 
 
 @pytest.mark.parametrize("moment", [1, pytest.param(3, marks=pytest.mark.slow)])

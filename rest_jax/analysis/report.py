@@ -1,4 +1,4 @@
-"""What a run looks like afterwards, read from its metrics.jsonl: the command `rest-jax report`.
+"""What a run looks like afterwards, read from its metrics.jsonl: figure and table of `rest-jax report` (the page: page.py).
 
 The figure `<run>/curves.png` has learning curves above, and entropy, weight and weight share by region below. The table has
 what moved from the first step to the last. Both show the metrics that the run has, of reinforcement learning or supervised.

@@ -43,6 +43,9 @@ RATES = {
 }
 # metric -> the field of a sample that it is the mean of
 _FIELDS = RATES | {"eval/response_tokens": "response_tokens", "eval/truncated": "truncated"}
+# What the intervals of a curve need beside its values; a table has the intervals themselves.
+_SPREADS = {"eval/reward_std": "reward", "eval/accuracy_std": "accuracy"}
+_FOR_CURVES = (*_SPREADS, "eval/prompts_without_calls")
 _YES_OR_NO = ("eval/exact", "eval/format", "eval/spurious", "eval/truncated")
 
 
@@ -125,6 +128,7 @@ class Evaluator:
             lines = score_items(name, items, completions(own, self.policy.tokenizer))
             for score in BENCHMARKS[name].SCORES:
                 metrics[f"eval/{name}/{score}"] = float(np.mean([line[score] for line in lines]))
+            metrics[f"eval/{name}/items"] = float(len(items))
             start += len(prompts)
         return metrics, samples
 
@@ -142,6 +146,8 @@ class Evaluator:
             "eval/response_tokens": float(np.mean(lengths)),
             "eval/truncated": float(np.mean(cut)),
             "eval/prompts": float(len(scores)),
+            "eval/prompts_without_calls": float(sum(not target.calls for target in targets)),
+            **{n: float(np.std([getattr(s, f) for (s,) in scores])) for n, f in _SPREADS.items()},
         }
         rows = zip(data.records, rollout.responses[:, 0], lengths, cut, scores, strict=True)
         return metrics, [
@@ -216,6 +222,7 @@ def evaluate(
         for spec, prepared in tokenised.items():
             say(f"{spec}: {prepared.summary()}")
             rates, scored = Evaluator(config, policy, Examples(prepared))(policy.params)
+            rates = {name: value for name, value in rates.items() if name not in _FOR_CURVES}
             rows = rows or [["data", *(name.removeprefix("eval/") for name in rates)]]
             ends = intervals(scored, prepared.records)
             rows.append([spec, *rates.values()])

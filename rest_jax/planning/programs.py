@@ -124,7 +124,7 @@ def update_programs(setup: Setup, rows: StepRows) -> dict[str, Program]:
         program = _logprobs(rl.logprobs, setup, rows.forward, own, state)
         found["reference logprobs"] = dataclasses.replace(program, name="reference logprobs")
     found["prepare"] = _prepare(rl.prepare, given, scored, state, kept)
-    batch, _, _ = jax.eval_shape(rl.prepare, *given)
+    batch, *_ = jax.eval_shape(rl.prepare, *given)
     return found | gradient_programs(rl.update, state, batch, rows.update, kept)
 
 

@@ -69,7 +69,15 @@ def r_name(
 def match_calls(
     gold: Sequence[Call], predicted: Sequence[Call], strict: bool = False
 ) -> list[float]:
-    """r_para + r_value of each gold call in the best one-to-one pairing of calls with the same name; 0 without a partner.
+    """r_para + r_value of each gold call in the pairing of `pair_calls`; 0 without a partner."""
+    found = pair_calls(gold, predicted, strict)
+    return [found[i][1] if i in found else 0.0 for i in range(len(gold))]
+
+
+def pair_calls(
+    gold: Sequence[Call], predicted: Sequence[Call], strict: bool = False
+) -> dict[int, tuple[int, float]]:
+    """{gold call: (its predicted call, r_para + r_value)}: the best one-to-one pairing of calls with the same name.
 
     Time: gold x predicted of each name, plus its assignment problem.
     """
@@ -78,14 +86,14 @@ def match_calls(
         by_name[call.name][0].append(i)
     for j, call in enumerate(predicted):
         by_name[call.name][1].append(j)
-    matched = [0.0] * len(gold)
+    pairs = {}
     for rows, columns in by_name.values():
         wanted = [_parameters(gold[i]) for i in rows]
         offered = [_parameters(predicted[j]) for j in columns]
         scores = [[_pair_score(g, p, strict) for p in offered] for g in wanted]
         for row, column in _assign(scores):
-            matched[rows[row]] = scores[row][column]
-    return matched
+            pairs[rows[row]] = columns[column], scores[row][column]
+    return pairs
 
 
 def accuracy(

@@ -1,6 +1,6 @@
 """From a scored rollout to what the update reads: curriculum, token weights, advantages, and the global denominators.
 
-    prepare(scored, ..., curriculum) -> TrainBatch, CurriculumState, metrics
+    prepare(scored, ..., curriculum) -> TrainBatch, CurriculumState, metrics, TokenValues
 
 Every denominator is computed here, over the global mini-batch, before its micro-batches run. So groups without advantage
 need no forward pass: they have entered the denominators already.
@@ -19,7 +19,14 @@ from rest_jax.rl import curriculum, masked, weights
 from rest_jax.rl.advantages import ADVANTAGES, nonzero_advantage
 from rest_jax.rl.loss import AGGREGATIONS, MiniBatches, ratio
 from rest_jax.tool_calls import Region
-from rest_jax.types import CurriculumState, RolloutBatch, Sampling, ScoredBatch, TrainBatch
+from rest_jax.types import (
+    AnyArray,
+    CurriculumState,
+    RolloutBatch,
+    Sampling,
+    ScoredBatch,
+    TrainBatch,
+)
 
 Metrics = dict[str, jax.Array]
 
@@ -37,6 +44,7 @@ class StepConfig:
     max_tokens_per_microbatch: int | None = None
     tis_cap: float | None = None  # cap of the truncated importance weights; None: off
     noise_groups: int | None = None  # groups of a mini-batch, whose gradient noise is measured
+    shown_groups: tuple[int, ...] = ()  # rows of the global batch whose `TokenValues` are asked for
 
     @property
     def all_groups_active(self) -> bool:
@@ -55,6 +63,15 @@ class Recomputed:
     gini: Float[Array, "P G T"]
 
 
+@struct.dataclass
+class TokenValues:
+    """What the device made of the tokens of n groups (`StepConfig.shown_groups`), for people to look at."""
+
+    weight: Float[AnyArray, "n G T"]  # normalised token weight, before the denominators
+    advantage: Float[AnyArray, "n G"]
+    logp: Float[AnyArray, "n G T"] | None  # by the trainer; None where it was not recomputed
+
+
 def active_groups(reward: np.ndarray, cfg: StepConfig) -> np.ndarray:
     """bool [P]: the groups that must be computed, from rewards [P, G]; the others have no gradient."""
     return (reward.max(axis=1) != reward.min(axis=1)) | cfg.all_groups_active
@@ -68,7 +85,7 @@ def prepare(
     minibatch: Int[Array, " P"],
     state: CurriculumState,
     cfg: StepConfig,
-) -> tuple[TrainBatch, CurriculumState, Metrics]:
+) -> tuple[TrainBatch, CurriculumState, Metrics, TokenValues]:
     """What the updates of a step read. `recomputed` replaces the sampler's values; `minibatch`: of each group."""
     rollout = scored.rollout
     old = rollout if recomputed is None else recomputed
@@ -102,7 +119,9 @@ def prepare(
         loss_weight=loss_weight,
         regulariser=counted / jnp.maximum(minibatches.total(jnp.sum(counted, (1, 2))), 1),
     )
-    return batch, new, metrics
+    rows = np.array(cfg.shown_groups, np.int32)
+    logp = None if recomputed is None else recomputed.logp[rows]
+    return batch, new, metrics, TokenValues(weight[rows], batch.advantage[rows], logp)
 
 
 def mismatch(logp: Float[Array, "P G T"], rollout: RolloutBatch) -> Metrics:

@@ -1,6 +1,6 @@
 """The host side of an RL step: compiled functions, the plan of its micro-batches, the loop over them.
 
-    prepare(scored, ..., state.curriculum)           -> TrainBatch, CurriculumState, metrics
+    prepare(scored, ..., state.curriculum)           -> TrainBatch, CurriculumState, metrics, TokenValues
     for micro_batches in plan_minibatches(...):
         update(state, batch, micro_batches)          -> TrainState, Totals
 
@@ -41,7 +41,14 @@ from rest_jax.rl.packing import (
     make_rows,
     plan_microbatches,
 )
-from rest_jax.rl.prepare import Metrics, Recomputed, StepConfig, active_groups, prepare
+from rest_jax.rl.prepare import (
+    Metrics,
+    Recomputed,
+    StepConfig,
+    TokenValues,
+    active_groups,
+    prepare,
+)
 from rest_jax.rl.update import (
     Totals,
     UpdateSpec,
@@ -122,7 +129,7 @@ class Logprobs:
 class Step:
     """The compiled functions of an RL step."""
 
-    prepare: Callable[..., tuple[TrainBatch, CurriculumState, Metrics]]
+    prepare: Callable[..., tuple[TrainBatch, CurriculumState, Metrics, TokenValues]]
     update: Update
     logprobs: Logprobs
     advance: Callable[[jax.Array], jax.Array]  # from one step index to the next
@@ -158,14 +165,14 @@ def make_policy_update(
 
 def make_prepare(
     cfg: StepConfig, mesh: Mesh
-) -> Callable[..., tuple[TrainBatch, CurriculumState, Metrics]]:
+) -> Callable[..., tuple[TrainBatch, CurriculumState, Metrics, TokenValues]]:
     """`prepare` compiled: (scored, recomputed | None, logp_ref | None, minibatch, curriculum state)."""
     rows, everywhere = batch_sharding(mesh), replicated(mesh)
     return jax.jit(
         functools.partial(prepare, cfg=cfg),
         # Every process has the mini-batch of every group: a NumPy array, which can only be replicated.
         in_shardings=(rows, rows, rows, everywhere, everywhere),
-        out_shardings=(rows, everywhere, everywhere),
+        out_shardings=(rows, everywhere, everywhere, everywhere),
     )
 
 

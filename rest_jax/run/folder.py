@@ -1,6 +1,7 @@
 """A run's folder and its life: resolved config, metrics, checkpoints, resumption, the request to stop, the NaN guard.
 
-runs/<name>/  config.yaml  metrics.jsonl  samples.jsonl  checkpoints/  model/ (HF side files)  curves.png  fork.json (of a fork)
+runs/<name>/  config.yaml  metrics.jsonl  samples.jsonl  tokens.jsonl  checkpoints/  model/ (HF side files)  curves.png
+              fork.json (of a fork)
 
 Both loops use it. Order within a step: metrics lines are stored before the checkpoint of the same step is begun, so that
 whatever checkpoint a restarted run finds, the lines up to it are there; those after it are dropped and written again.
@@ -48,7 +49,14 @@ from rest_jax.run.fork import (
     write_origin,
 )
 from rest_jax.run.lock import check_free, locked
-from rest_jax.run.metrics import METRICS_FILE, SAMPLES_FILE, MetricsWriter, check_wandb, read_lines
+from rest_jax.run.metrics import (
+    METRICS_FILE,
+    SAMPLES_FILE,
+    TOKENS_FILE,
+    MetricsWriter,
+    check_wandb,
+    read_lines,
+)
 from rest_jax.run.stop import SIGTERM_CODE, StopRequest, end
 from rest_jax.types import Params, TrainState
 
@@ -194,11 +202,15 @@ class Run:
             self.marked = True
 
     def write(
-        self, step: int, values: Mapping[str, Any], samples: Sequence[Mapping[str, Any]] = ()
+        self,
+        step: int,
+        values: Mapping[str, Any],
+        samples: Sequence[Mapping[str, Any]] = (),
+        tokens: Mapping[str, Any] | None = None,
     ) -> None:
-        """One metrics line and the samples that go with it; nothing in processes other than the first."""
+        """One metrics line and the samples and tokens that go with it; nothing in processes other than the first."""
         if self.metrics is not None:
-            self.metrics.write(step, values, samples)
+            self.metrics.write(step, values, samples, tokens)
             self._mark_saved()
 
     def save_batch(self, step: int, batch: Mapping[str, Any]) -> epath.Path:
@@ -289,7 +301,7 @@ def _forget(folder: epath.Path) -> None:
         for name in (CHECKPOINTS, MODEL_FOLDER):
             if (folder / name).is_dir():
                 (folder / name).rmtree()
-        for name in (SAVED_FILE, METRICS_FILE, SAMPLES_FILE, FORK_FILE):
+        for name in (SAVED_FILE, METRICS_FILE, SAMPLES_FILE, TOKENS_FILE, FORK_FILE):
             (folder / name).unlink(missing_ok=True)
 
 

@@ -34,6 +34,7 @@ from rest_jax.run.metrics import METRICS
 from rest_jax.run.progress import Progress
 from rest_jax.run.stop import StopNow
 from rest_jax.run.symptoms import Watch
+from rest_jax.run.throughput import memory_in_use
 from rest_jax.types import Params, TrainState
 
 NOT_FINITE_LIMIT = 3  # updates in a row that are not finite and stop the run
@@ -133,6 +134,8 @@ class PendingStep:
     batch: Mapping[str, Any]  # arrays to save then
     dispatched: float  # time at which the update was handed to the device
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    # makes the line of the token viewer from values on the device, in the first process; None: this step has none
+    tokens: Callable[[], dict[str, Any]] | None = None
     step: int = 0
     update_seconds: float | None = None  # None: the device was not seen to be done
     lap: tuple[float, float] | None = None  # None: the step has not ended
@@ -273,11 +276,11 @@ class Loop:
         seconds, cpu = p.lap
         times = {name: value for name, value in p.host.items() if name.startswith("time/")}
         times |= {"time/step": seconds, "time/cpu": cpu, "time/update": p.update_seconds}
-        times = self._of_all(times | self._extra | {"time/elapsed": p.elapsed})
+        times = self._of_all(times | self._extra | memory_in_use() | {"time/elapsed": p.elapsed})
         values |= p.host | times | p.rates(times)
         self._extra = {}
         if is_first_process():
-            self.run.write(p.step, values, p.samples)
+            self.run.write(p.step, values, p.samples, p.tokens() if p.tokens else None)
             label, name = self.shown
             rate = values["time/tokens_per_second"]
             for line in self._symptoms.look(values):

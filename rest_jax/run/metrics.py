@@ -1,10 +1,10 @@
 """The metrics of a run: the table of their names, the files they are written to, and reading those back.
 
 One JSON line a step goes to `<run>/metrics.jsonl`, and on request to TensorBoard and Weights & Biases; sampled completions go to
-`<run>/samples.jsonl`. A name that METRICS does not have is an error. Prefixes: data, reward, rollout, update, router (of models
-with experts), region/<name>, curriculum, eval (held-out prompts, greedy), time. Wall-clock values are under `time/` alone, so
-that all other values of a run that was broken off and resumed equal those of an unbroken one bit for bit. All are of the global
-batch, and times are those of the slowest process.
+`<run>/samples.jsonl`, and what the token viewer shows to `<run>/tokens.jsonl`. A name that METRICS does not have is an error.
+Prefixes: data, reward, rollout, update, router (of models with experts), region/<name>, curriculum, eval (held-out prompts,
+greedy), time. Wall-clock values are under `time/` alone, so that all other values of a run that was broken off and resumed equal
+those of an unbroken one bit for bit. All are of the global batch, and times are those of the slowest process.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from rest_jax.tool_calls import Region
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+TOKENS_FILE = "tokens.jsonl"
 
 
 class Metric(NamedTuple):
@@ -126,8 +127,12 @@ _TABLE = {
     "eval/response_tokens": ("tokens", "mean length of the held-out completions"),
     "eval/truncated": ("fraction", "held-out completions that did not end within the limit"),
     "eval/prompts": ("prompts", "held-out prompts"),
+    "eval/prompts_without_calls": ("prompts", "those whose gold answer has no call"),
+    "eval/reward_std": ("", "standard deviation of the reward over the held-out prompts"),
+    "eval/accuracy_std": ("", "standard deviation of S_acc over the held-out prompts"),
     "eval/api_bank/soft": ("fraction", "API-Bank, greedy, by the published rule"),
     "eval/api_bank/strict": ("fraction", "API-Bank, greedy: one call, in its block, and right"),
+    "eval/api_bank/items": ("items", "items of API-Bank"),
     "time/step": ("s", "wall-clock time of the step, evaluation and saving apart"),
     "time/cpu": ("s", "CPU time of all processes in the step, all threads"),
     "time/data": ("s", "waiting for the loader"),
@@ -151,6 +156,8 @@ _TABLE = {
     ),
     "time/rollout_mfu": ("fraction", "FLOP/s of the model over the published peak, in the rollout"),
     "time/update_mfu": ("fraction", "the same in the update"),
+    "time/host_memory": ("GiB", "most memory of a process so far"),
+    "time/device_memory": ("GiB", "most memory of a device so far, where it says"),
     "time/elapsed": ("s", "since this process began to train"),
 }
 
@@ -171,7 +178,7 @@ class MetricsWriter:
         tensorboard: bool = False,
         wandb_project: str | None = None,
     ):
-        names = (METRICS_FILE, SAMPLES_FILE)
+        names = (METRICS_FILE, SAMPLES_FILE, TOKENS_FILE)
         self._url = as_path(run_dir) if is_url(run_dir) else None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._stored: dict[str, tuple[int, int]] = {}
@@ -198,9 +205,14 @@ class MetricsWriter:
         self._files = {name: (run_dir / name).open("a", encoding="utf-8") for name in names}
 
     def write(
-        self, step: int, values: Mapping[str, Any], samples: Iterable[Mapping[str, Any]] = ()
+        self,
+        step: int,
+        values: Mapping[str, Any],
+        samples: Iterable[Mapping[str, Any]] = (),
+        tokens: Mapping[str, Any] | None = None,
     ) -> None:
-        """Appends {"step": step, ...} as one line, keys in the order of METRICS, and one line a sample (any JSON values).
+        """Appends {"step": step, ...} as one line, keys in the order of METRICS, one line a sample (any JSON values), and the
+        line of the token viewer.
 
         Values are numbers (Python, NumPy or JAX scalars), floats written with all their digits. NaN and infinities
         are written as null: JSON has no word for them. ValueError for a name that METRICS does not have.
@@ -212,6 +224,8 @@ class MetricsWriter:
         self._append(METRICS_FILE, {"step": int(step), **line})
         for sample in samples:
             self._append(SAMPLES_FILE, {"step": int(step), **sample})
+        if tokens is not None:
+            self._append(TOKENS_FILE, {"step": int(step), **tokens})
         for name, value in line.items():
             if self._board is not None and value is not None:
                 self._board.add_scalar(name, value, step=int(step))
@@ -225,7 +239,7 @@ class MetricsWriter:
             self._files[name].flush()
 
     def truncate_after(self, step: int, evaluated: bool = True) -> None:
-        """Cuts both files before the first line of a later step (or of the evaluation of this one, unless `evaluated`), and
+        """Cuts all files before the first line of a later step (or of the evaluation of this one, unless `evaluated`), and
         before a half-written last line: a resumed run writes them again.
         """
         for file in self._files.values():

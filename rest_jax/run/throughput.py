@@ -13,9 +13,12 @@ the backward pass, or keys behind the causal mask. (PaLM, arXiv:2204.02311, appe
 """
 
 import re
+import resource
+import sys
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -146,6 +149,19 @@ class Speed:
 
     def _mfu(self, name: str, rate: float) -> dict[str, float]:
         return {} if self.peak is None else {name: rate / self.peak}
+
+
+def memory_in_use() -> dict[str, float]:
+    """Most memory so far, in GiB: of this process, and of the fullest of its devices where they say (CPUs do not)."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+    found = {"time/host_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    peaks = [_peak_bytes(device) for device in jax.local_devices()]
+    known = [peak for peak in peaks if peak is not None]
+    return found | ({"time/device_memory": max(known) / 2**30} if known else {})
+
+
+def _peak_bytes(device: Any) -> int | None:
+    return (device.memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def reward_rates(response_lengths: Int[np.ndarray, "P G"], seconds: float) -> dict[str, float]:

@@ -46,7 +46,7 @@ def test_curves_are_drawn_for_runs_of_any_length(tmp_run, steps):
     for colour in REGION_COLOURS.values():
         assert tuple(bytes.fromhex(colour[1:])) in shown
     names = sorted(p.name for p in tmp_run.iterdir())
-    assert names == ["curves.png", "metrics.jsonl", "samples.jsonl"]
+    assert names == ["curves.png", "metrics.jsonl", "samples.jsonl", "tokens.jsonl"]
 
 
 def test_a_supervised_run_has_its_own_report(tmp_run):

@@ -65,13 +65,17 @@ def test_metrics_are_the_means_of_the_samples(evaluated):
         if not record.target.calls
     ]
     assert metrics["eval/spurious"] == pytest.approx(np.mean(without_calls or [0.0]))
+    assert metrics["eval/prompts_without_calls"] == len(without_calls)
+    for name in ("reward", "accuracy"):
+        assert metrics[f"eval/{name}_std"] == pytest.approx(np.std([s[name] for s in samples]))
     assert 0 < metrics["eval/response_tokens"] <= 48 and 0 <= metrics["eval/truncated"] <= 1
 
 
 def test_each_metric_has_its_interval(evaluated):
     (metrics, samples), evaluator = evaluated
     found = intervals(samples, evaluator.examples.records.records)
-    assert found.keys() == metrics.keys() - {"eval/prompts"}
+    counts = {"eval/prompts", "eval/prompts_without_calls"}
+    assert found.keys() == metrics.keys() - counts - {"eval/reward_std", "eval/accuracy_std"}
     for name, (low, high) in found.items():
         if name != "eval/spurious":
             assert low <= metrics[name] <= high, name
@@ -140,6 +144,7 @@ def test_a_run_answers_benchmarks_in_the_same_rollout(evaluated, bank, monkeypat
     monkeypatch.setattr(evaluator, "_sample", lambda params: rollout)
     metrics, samples = evaluator(policy.params)
     assert (metrics["eval/api_bank/soft"], metrics["eval/api_bank/strict"]) == (0.8, 0.6)
+    assert metrics["eval/api_bank/items"] == 5
     assert len(samples) == first and ("eval/exact" in metrics) == bool(records)
     assert metrics.keys() <= METRICS.keys()
 

@@ -116,7 +116,7 @@ def step(
     prepare = prepare_of(cfg, mesh)
     if minibatch is None:
         minibatch = assign_minibatches(len(scored.reward), cfg.updates)
-    batch, moved, prepared = prepare(scored, recomputed, logp_ref, minibatch, state.curriculum)
+    batch, moved, prepared, _ = prepare(scored, recomputed, logp_ref, minibatch, state.curriculum)
     updates = []
     with activate(mesh):
         for micro_batches in plan or plan_of(scored, cfg, mesh):

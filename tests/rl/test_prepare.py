@@ -10,6 +10,7 @@ import pytest
 from rest_jax.config import LossConfig
 from rest_jax.rl import curriculum, loss, weights
 from rest_jax.rl.prepare import Recomputed, active_groups, prepare
+from rest_jax.rl.step import make_prepare
 from rest_jax.tool_calls import Region
 from tests import tiny
 
@@ -30,7 +31,7 @@ def prepared(cfg, scored, recomputed=None, minibatch=None, logp_ref=None):
         minibatch = np.zeros(len(scored.reward), np.int32)
     state = curriculum.init(cfg.schedule)
     made = jax.jit(lambda *args: prepare(*args, state=state, cfg=cfg))
-    batch, _, metrics = made(scored, recomputed, logp_ref, minibatch)
+    batch, _, metrics, _ = made(scored, recomputed, logp_ref, minibatch)
     return jax.tree.map(np.asarray, (batch, metrics))
 
 
@@ -110,6 +111,25 @@ def test_the_fields_of_the_rollout_are_handed_on(scored):
     np.testing.assert_array_equal(batch.logp_old, scored.rollout.logp)
     np.testing.assert_array_equal(batch.logp_ref, reference)
     assert prepared(tiny.step_config(), scored)[0].logp_ref is None
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("again", [False, True], ids=["sampler", "recomputed"])
+def test_values_of_tokens_are_those_of_the_groups_asked_for(scored, shape, again):
+    rows = (5, 0, 2)
+    cfg = tiny.step_config(shown_groups=rows)
+    old = recompute(scored) if again else None
+    minibatch = np.zeros(len(scored.reward), np.int32)
+    made = make_prepare(cfg, tiny.mesh(*shape))
+    batch, _, _, shown = made(scored, old, None, minibatch, curriculum.init(cfg.schedule))
+    assert all(x.is_fully_replicated for x in jax.tree.leaves(shown))
+    assert np.array_equal(shown.advantage, np.asarray(batch.advantage)[list(rows)])
+    if again:
+        assert np.array_equal(shown.logp, old.logp[list(rows)])
+    else:
+        assert shown.logp is None
+        expected = token_weights(cfg, scored)[list(rows)]
+        np.testing.assert_allclose(shown.weight, expected, rtol=1e-5)
 
 
 def recompute(scored, shift: float = 0.4) -> Recomputed:

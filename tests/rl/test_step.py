@@ -310,7 +310,7 @@ def test_moments_in_host_memory_change_nothing(shape, scored):
         made = make_step(tiny.decoder(), tx, cfg, mesh, shardings)
         (plan,) = plan_of(scored, cfg, mesh)
         minibatch = jnp.zeros(len(scored.reward), jnp.int32)
-        batch, _, _ = made.prepare(
+        batch, *_ = made.prepare(
             jax.tree.map(jnp.asarray, scored), None, None, minibatch, state.curriculum
         )
         for _ in range(2):

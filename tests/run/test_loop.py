@@ -139,8 +139,8 @@ def test_killed_after_a_checkpoint_and_restarted_is_the_unbroken_run(unbroken, b
     one, other = state(broken.run), state(unbroken[0])
     assert one[2] == STEPS
     assert_same(one, other)
-    samples = [read_lines(run / "samples.jsonl") for run in (broken.run, unbroken[0])]
-    assert samples[0] == samples[1]
+    for name in ("samples.jsonl", "tokens.jsonl"):
+        assert read_lines(broken.run / name) == read_lines(unbroken[0] / name)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from rest_jax.run.metrics import (
     METRICS_FILE,
     REGION_NAMES,
     SAMPLES_FILE,
+    TOKENS_FILE,
     MetricsWriter,
     read_lines,
 )
@@ -62,15 +63,15 @@ def test_unknown_name_is_refused_with_the_nearest_and_nothing_is_written(tmp_run
     assert (tmp_run / METRICS_FILE).read_text() == ""
 
 
-def test_truncate_drops_later_steps_and_half_lines_of_both_files(tmp_run):
+def test_truncate_drops_later_steps_and_half_lines_of_all_files(tmp_run):
     writer = MetricsWriter(tmp_run)
     for step in range(4):
         samples = [{"text": f"é{step}"}, {"text": "\ud800"}]
-        writer.write(step, {"reward/mean": step / 3}, samples)
+        writer.write(step, {"reward/mean": step / 3}, samples, {"tokens": "AA=="})
     writer.close()
     kept = {
         name: (tmp_run / name).read_bytes().splitlines(keepends=True)
-        for name in (METRICS_FILE, SAMPLES_FILE)
+        for name in (METRICS_FILE, SAMPLES_FILE, TOKENS_FILE)
     }
     for name in kept:
         with (tmp_run / name).open("ab") as file:
@@ -83,6 +84,7 @@ def test_truncate_drops_later_steps_and_half_lines_of_both_files(tmp_run):
     assert lines[:-1] == kept[METRICS_FILE][:3]
     assert json.loads(lines[-1])["step"] == 9
     assert (tmp_run / SAMPLES_FILE).read_bytes().splitlines(keepends=True) == kept[SAMPLES_FILE][:6]
+    assert (tmp_run / TOKENS_FILE).read_bytes().splitlines(keepends=True) == kept[TOKENS_FILE][:3]
     assert not list(tmp_run.glob("*.partial"))
 
 
@@ -159,7 +161,7 @@ def test_the_files_of_a_store_are_put_whole_at_a_sync_and_continued(memory_store
         lambda f, url, plain=metrics.upload: (put.append(url.name), plain(f, url)),
     )
     writer = MetricsWriter(run)
-    writer.write(1, {"reward/mean": 0.5}, [{"text": "a"}])
+    writer.write(1, {"reward/mean": 0.5}, [{"text": "a"}], {"tokens": "AA=="})
     assert not (run / METRICS_FILE).exists()
     writer.sync()
     writer.write(2, {"reward/mean": 1.5})
@@ -169,6 +171,7 @@ def test_the_files_of_a_store_are_put_whole_at_a_sync_and_continued(memory_store
     assert put == [
         METRICS_FILE,
         SAMPLES_FILE,
+        TOKENS_FILE,
         METRICS_FILE,
     ]  # what has not changed is not put again
     again = MetricsWriter(run)

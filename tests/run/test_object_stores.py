@@ -99,11 +99,12 @@ def trained(model, s3_server, tmp_path_factory):
 def test_a_killed_and_resumed_run_equals_the_unbroken_local_one(trained):
     local, remote = trained
     assert lines(remote) == lines(local)
-    assert (remote / "samples.jsonl").read_bytes() == (local / "samples.jsonl").read_bytes()
+    for name in ("samples.jsonl", "tokens.jsonl"):
+        assert (remote / name).read_bytes() == (local / name).read_bytes()
     assert_same(state(remote), state(local))
     names = {name.partition("/")[0] for name in list_files(remote)}
-    there = {"config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "curves.png"}
-    assert names == {*there, SAVED_FILE}
+    files = {"config.yaml", "metrics.jsonl", "samples.jsonl", "tokens.jsonl", "curves.png"}
+    assert names == files | {"checkpoints", "model", SAVED_FILE}
 
 
 def test_evaluate_export_and_report_use_a_run_where_it_is(trained, tmp_path):
@@ -121,7 +122,8 @@ def test_evaluate_export_and_report_use_a_run_where_it_is(trained, tmp_path):
     done = json.loads(file.read_text())
     assert all(code == 0 for code, _ in done.values()), done
     assert done["evaluate remote"] == done["evaluate local"]
-    assert str(remote / "curves.png") in done["report remote"][1]
+    for name in ("curves.png", "report.html"):
+        assert str(remote / name) in done["report remote"][1] and (remote / name).is_file()
     for path in sorted((tmp_path / "local").iterdir()):
         assert (tmp_path / "remote" / path.name).read_bytes() == path.read_bytes()
 

@@ -84,7 +84,7 @@ def test_rules_sum_to_the_tokens_and_paper_is_the_trainers(scored):
     cfg = tiny.step_config()
     on_device = jax.tree.map(jnp.asarray, scored)
     groups = jnp.zeros(len(scored.reward), jnp.int32)
-    trained, _, _ = prepare(on_device, None, None, groups, curriculum.init(cfg.schedule), cfg)
+    trained, *_ = prepare(on_device, None, None, groups, curriculum.init(cfg.schedule), cfg)
     paper = rules["paper"] / rules["paper"].sum()
     np.testing.assert_allclose(paper, trained.loss_weight, rtol=1e-4)
     name, think = (rules["theorem2"][scored.region == r][0] for r in (Region.NAME, Region.THINK))

@@ -1,0 +1,497 @@
+"""One page of one or more runs: an HTML file that needs no network, with curves, config differences and the token viewer.
+
+    write_page(runs) -> <first run>/report.html, and report.csv beside it with every metric of every step
+
+Reads what the runs wrote (metrics.jsonl, tokens.jsonl, config.yaml). The curves are Plotly's, the viewer is plain JavaScript
+(assets/); what the runs hold goes into the page as JSON in which no markup can occur.
+"""
+
+import csv
+import functools
+import json
+import math
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+from etils import epath
+
+from rest_jax import __version__
+from rest_jax import config as config_lib
+from rest_jax.analysis.plotting import PALETTE, REGION_COLOURS
+from rest_jax.analysis.report import SHOWN, Series, read_series
+from rest_jax.errors import UserError
+from rest_jax.evaluation.statistics import rate_interval
+from rest_jax.files import Location, absolute, as_path, atomic_write, store_errors
+from rest_jax.rollout.tokens import read_record
+from rest_jax.run.folder import CONFIG_FILE
+from rest_jax.run.metrics import METRICS, METRICS_FILE, REGION_NAMES, TOKENS_FILE, read_lines
+
+PAGE_FILE, TABLE_FILE = "report.html", "report.csv"
+MOST_BYTES = (
+    2**24
+)  # of tokens in a page, as they are in the file; of longer runs steps are left out evenly
+REFRESH = 20  # seconds between two pages while runs go on
+# Of how many each rate is, which gives it Wilson's interval.
+_COUNTS = {
+    "eval/exact": "eval/prompts",
+    "eval/format": "eval/prompts",
+    "eval/truncated": "eval/prompts",
+    "eval/spurious": "eval/prompts_without_calls",
+    "eval/api_bank/soft": "eval/api_bank/items",
+    "eval/api_bank/strict": "eval/api_bank/items",
+}
+
+
+class Panel(NamedTuple):
+    """Curves in one frame: metric -> its label."""
+
+    title: str
+    unit: str
+    metrics: dict[str, str]
+    log: bool = False
+
+
+def _by_region(kind: str, title: str, unit: str) -> Panel:
+    return Panel(title, unit, {f"region/{name}/{kind}": name for name in REGION_NAMES})
+
+
+SECTIONS: tuple[tuple[str, str, tuple[Panel, ...]], ...] = (
+    (
+        "Results",
+        "Held-out values are of greedy completions. Bands and bars are 95 % intervals: of rates Wilson's, of means the "
+        "normal one; completions of a prompt are a cluster. The band of a smoothed curve is smoothed alike.",
+        (
+            Panel("Reward", "reward", {"reward/mean": "sampled", "eval/reward": "held out"}),
+            Panel(
+                "Reward by part",
+                "reward",
+                {"reward/format_part": "format", "reward/correctness_part": "correctness"},
+            ),
+            Panel(
+                "Sampled completions",
+                "fraction",
+                {
+                    "reward/exact": "exact",
+                    "reward/format_score": "format",
+                    "reward/accuracy": "S_acc",
+                    "reward/spurious": "spurious calls",
+                },
+            ),
+            Panel(
+                "Held out",
+                "fraction",
+                {
+                    "eval/exact": "exact",
+                    "eval/format": "format",
+                    "eval/accuracy": "S_acc",
+                    "eval/spurious": "spurious calls",
+                },
+            ),
+            Panel(
+                "Benchmark: API-Bank",
+                "fraction",
+                {"eval/api_bank/soft": "soft", "eval/api_bank/strict": "strict"},
+            ),
+        ),
+    ),
+    (
+        "The method at a glance",
+        "Under ResT regions with low entropy get high weights, and the curriculum moves weights from the calls to the thoughts.",
+        (
+            _by_region("entropy", "Entropy by region", "nats"),
+            _by_region("base", "Weight in force by region, before normalisation", "weight"),
+            _by_region("weight", "Mean weight by region, after normalisation", "weight"),
+            _by_region("weight_share", "Share of the total weight by region", "fraction"),
+            _by_region("count", "Tokens by region", "tokens"),
+            Panel(
+                "Curriculum",
+                "fraction",
+                {"curriculum/nu": "progress", "curriculum/format_score": "format score, averaged"},
+            ),
+        ),
+    ),
+    (
+        "Completions",
+        "",
+        (
+            Panel(
+                "Entropy",
+                "nats",
+                {"rollout/entropy": "sampled tokens", "update/entropy": "in the update"},
+            ),
+            Panel(
+                "Length",
+                "tokens",
+                {
+                    "rollout/response_tokens": "mean",
+                    "rollout/response_tokens_max": "greatest",
+                    "eval/response_tokens": "held out",
+                    "rollout/prompt_tokens": "prompts",
+                },
+            ),
+            Panel(
+                "Not ended within the limit",
+                "fraction",
+                {"rollout/truncated": "sampled", "eval/truncated": "held out"},
+            ),
+            Panel(
+                "Groups without advantage",
+                "fraction",
+                {"reward/equal_groups": "equal rewards", "update/skipped_groups": "skipped"},
+            ),
+            Panel(
+                "Spread of the reward",
+                "reward",
+                {"reward/std": "over the batch", "reward/group_std": "within the groups"},
+            ),
+        ),
+    ),
+    (
+        "Optimisation",
+        "",
+        (
+            Panel(
+                "Loss",
+                "",
+                {"update/loss": "loss", "update/policy_loss": "policy loss", "update/nll": "NLL"},
+            ),
+            Panel("Accuracy (supervised)", "fraction", {"update/accuracy": "targets"}),
+            Panel(
+                "Clip fractions",
+                "fraction",
+                {
+                    "update/clip_low_fraction": "low",
+                    "update/clip_high_fraction": "high",
+                    "update/dual_clip_fraction": "dual",
+                },
+            ),
+            Panel(
+                "Probability ratio to the sampler", "", {"update/ratio_max": "greatest"}, log=True
+            ),
+            Panel(
+                "KL",
+                "nats",
+                {"update/approx_kl": "from the sampler", "update/kl": "from the reference"},
+            ),
+            Panel("Learning rate", "", {"update/learning_rate": "learning rate"}),
+            Panel(
+                "Norms", "", {"update/grad_norm": "gradient", "update/update_norm": "update"}, True
+            ),
+            Panel(
+                "Gradient noise", "", {"update/grad_noise": "variance over squared norm"}, log=True
+            ),
+            Panel(
+                "Sampler and trainer: mismatch of log-probs",
+                "nats",
+                {"rollout/logp_mismatch": "mean difference"},
+                log=True,
+            ),
+            Panel(
+                "Experts",
+                "",
+                {"router/load_max": "greatest load", "router/unused_experts": "without a token"},
+            ),
+        ),
+    ),
+    (
+        "Machine",
+        "",
+        (
+            Panel(
+                "Throughput",
+                "tokens/s",
+                {
+                    "time/tokens_per_second": "of the step",
+                    "time/rollout_tokens_per_second": "rollout",
+                    "time/update_tokens_per_second": "update",
+                },
+                log=True,
+            ),
+            Panel(
+                "Utilisation",
+                "fraction",
+                {
+                    "rollout/decode_slot_utilisation": "decode slots",
+                    "time/rollout_mfu": "MFU, rollout",
+                    "time/update_mfu": "MFU, update",
+                    "update/padding": "padding",
+                },
+            ),
+            Panel(
+                "Time of a step",
+                "s",
+                {
+                    "time/step": "step",
+                    "time/rollout": "rollout",
+                    "time/update": "update",
+                    "time/score_wait": "waiting for scores",
+                    "time/data": "waiting for data",
+                },
+            ),
+            Panel(
+                "Most memory in use",
+                "GiB",
+                {"time/device_memory": "device", "time/host_memory": "host"},
+            ),
+        ),
+    ),
+)
+
+
+def write_page(
+    runs: Sequence[Location], output: Location | None = None, refresh: int | None = None
+) -> epath.Path:
+    """Writes page and table; returns the path of the page (None: in the first run's folder). `refresh`: seconds after which the
+    page asks its own file again. UserError for a run without metrics.
+    """
+    found = [read_series(run) for run in runs]
+    path = as_path(output) if output is not None else as_path(runs[0]) / PAGE_FILE
+    table = path.with_suffix(".csv")
+    if table == path:
+        raise UserError(f"--output {output}: the table of the page goes there; name an HTML file")
+    names = _names(runs)
+    data = page_data(runs, names, found) | {"refresh": refresh}
+    with store_errors(path), atomic_write(path) as partial:
+        partial.write_text(_render(data, ", ".join(names)), encoding="utf-8")
+    with (
+        store_errors(table),
+        atomic_write(table) as partial,
+        partial.open("w", newline="", encoding="utf-8") as file,
+    ):
+        _write_table(csv.writer(file), runs, names)
+    return path
+
+
+def watch(runs: Sequence[Location], output: Location | None = None) -> Iterator[epath.Path]:
+    """Yields the path each time that the page was written anew, because a run has written; does not end. A run may have no
+    metrics yet; UserError where there is no folder.
+    """
+    seen = None
+    for run in runs:
+        if not as_path(run).is_dir():
+            raise UserError(f"{run}: no such folder; start the run first")
+    while True:
+        files = [as_path(run) / METRICS_FILE for run in runs]
+        state = [f.read_bytes().count(b"\n") if f.is_file() else 0 for f in files]
+        if state != seen and all(state):
+            yield write_page(runs, output, REFRESH)
+            seen = state
+        time.sleep(REFRESH)
+
+
+def page_data(
+    runs: Sequence[Location], names: Sequence[str], found: Sequence[Mapping[str, Series]]
+) -> dict[str, Any]:
+    """What the page shows, as plain JSON values."""
+    configs = [_config(run) for run in runs]
+    own = [
+        {
+            "name": name,
+            "folder": str(absolute(run)),
+            "steps": f"{min(steps := _steps(series))} to {max(steps)}",
+            "series": {n: [s.steps, [_short(x) for x in s.values]] for n, s in series.items()},
+            "ends": intervals(series, config),
+            "tokens": tokens_of(run, MOST_BYTES // len(runs)),
+        }
+        for run, name, series, config in zip(runs, names, found, configs, strict=True)
+    ]
+    present = {name for series in found for name in series}
+    sections = [
+        {"title": title, "note": note, "panels": shown}
+        for title, note, panels in SECTIONS
+        if (shown := [p._asdict() for p in panels if not present.isdisjoint(p.metrics)])
+    ]
+    return {
+        "runs": own,
+        "differences": config_differences(configs),
+        "summary": _summary(names, found),
+        "sections": sections,
+        "metrics": METRICS,
+        "regions": REGION_COLOURS,
+        "region_names": REGION_NAMES,
+        "palette": PALETTE,
+    }
+
+
+def intervals(
+    series: Mapping[str, Series], config: Mapping[str, Any]
+) -> dict[str, list[list[float]]]:
+    """{metric: [lower ends, upper ends]} of 95 % intervals, one for each of its values: of rates over items, of means over the
+    held-out prompts, and of the mean reward of a step, from its spread within and between the groups (what is between them is
+    rather over- than understated).
+    """
+    found = {}
+
+    def around(name: str, errors: Sequence[float]) -> None:
+        pairs = list(zip(series[name].values, errors, strict=True))
+        found[name] = [[_short(mean + sign * 1.96 * e) for mean, e in pairs] for sign in (-1, 1)]
+
+    def given(*names: str) -> bool:
+        return all(n in series and series[n].steps == series[names[0]].steps for n in names)
+
+    for name, counted in _COUNTS.items():
+        # without a prompt that should have no call nothing can be spurious
+        if given(name, counted) and min(series[counted].values) > 0:
+            pairs = zip(series[name].values, series[counted].values, strict=True)
+            ends = [rate_interval(round(rate * n), round(n)) for rate, n in pairs]
+            found[name] = [[_short(end[i]) for end in ends] for i in (0, 1)]
+    for name in ("eval/reward", "eval/accuracy"):
+        if given(name, spread := f"{name}_std", "eval/prompts"):
+            pairs = zip(series[spread].values, series["eval/prompts"].values, strict=True)
+            around(name, [std / math.sqrt(n) for std, n in pairs])
+    rollout = config.get("rollout") or {}
+    prompts, group = rollout.get("prompts_per_step"), rollout.get("group_size")
+    if prompts and group and given("reward/mean", "reward/std", "reward/group_std"):
+        pairs = zip(series["reward/std"].values, series["reward/group_std"].values, strict=True)
+        variances = [
+            max(std**2 - own**2, 0) / prompts + own**2 / (prompts * group) for std, own in pairs
+        ]
+        around("reward/mean", [math.sqrt(x) for x in variances])
+    return found
+
+
+def config_differences(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """[key, value in each run] of the keys that are not the same in all of them; the name and the folder apart."""
+    first = configs[0]
+    others = [
+        {d.path: d.new for d in config_lib.differences(dict(first), dict(c))} for c in configs
+    ]
+    theirs = {d.path: d.old for c in configs for d in config_lib.differences(dict(first), dict(c))}
+    return [
+        [key, *(str(other.get(key, value)) for other in others)]
+        for key, value in sorted(theirs.items())
+        if key not in ("name", "output")
+    ]
+
+
+def tokens_of(run: Location, most: int) -> dict[str, Any]:
+    """What the viewer has of a run: {"steps", "data" (as in the file), "index", "left_out"}. Of more than `most` bytes steps are
+    left out evenly, the last never.
+
+    A row of the index is a completion: step (its number in "steps"), prompt, completion, reward, format score, spurious, largest
+    weight, largest mismatch (None where it is not known).
+    """
+    path = as_path(run) / TOKENS_FILE
+    with store_errors(path):
+        lines = read_lines(path) if path.is_file() else []
+    every = max(1, math.ceil(sum(len(line["tokens"]) for line in lines) / most))
+    kept = lines[::-1][::every][::-1]
+    index = []
+    for number, line in enumerate(kept):
+        try:
+            prompts = read_record(line)["prompts"]
+        except (ValueError, KeyError, zlib.error) as error:
+            raise UserError(f"{path}: step {line['step']} cannot be read: {error}") from error
+        for i, prompt in enumerate(prompts):
+            for j, one in enumerate(prompt["completions"]):
+                tokens, score = one["tokens"], one["score"]
+                largest = [_largest(tokens.get(kind)) for kind in ("weight", "mismatch")]
+                score = score["reward"], score["format_score"], int(score["spurious"])
+                index.append([number, i, j, *score, *largest])
+    return {
+        "steps": [line["step"] for line in kept],
+        "data": [line["tokens"] for line in kept],
+        "index": index,
+        "left_out": len(lines) - len(kept),
+    }
+
+
+def embedded(data: Any) -> str:
+    """JSON (ASCII) for a script element: nothing in it can end the element or begin markup."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return functools.reduce(lambda t, c: t.replace(c, f"\\u{ord(c):04x}"), "<>&", text)
+
+
+def _render(data: Mapping[str, Any], title: str) -> str:
+    # a second to import, which only pages need
+    from plotly.offline import get_plotlyjs
+
+    loader = jinja2.PackageLoader("rest_jax.analysis", "assets")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    read = functools.partial(loader.get_source, environment)
+    return environment.get_template("page.html.jinja").render(
+        title=title,
+        version=__version__,
+        css=read("page.css")[0],
+        curves=read("curves.js")[0],
+        viewer=read("viewer.js")[0],
+        plotly=get_plotlyjs(),
+        data=embedded(data),
+    )
+
+
+def _summary(
+    names: Sequence[str], found: Sequence[Mapping[str, Series]]
+) -> list[list[str | float | None]]:
+    """The main metrics: of one run the first and the last value, of several the last ones."""
+    shown = [name for name in SHOWN if any(name in series for series in found)]
+    if len(found) == 1:
+        (series,) = found
+        rows = [
+            [
+                n,
+                METRICS[n].unit,
+                series[n].values[0],
+                series[n].values[-1],
+                series[n].values[-1] - series[n].values[0],
+            ]
+            for n in shown
+        ]
+        return [["metric", "unit", "first", "last", "change"], *rows]
+    rows = [
+        [n, METRICS[n].unit, *(s[n].values[-1] if n in s else None for s in found)] for n in shown
+    ]
+    return [["last value of", "unit", *names], *rows]
+
+
+def _write_table(table: Any, runs: Sequence[Location], names: Sequence[str]) -> None:
+    """A row for each line of the metrics, a column for each metric that one of the runs has."""
+    lines = [
+        (name, line)
+        for run, name in zip(runs, names, strict=True)
+        for line in read_lines(as_path(run) / METRICS_FILE)
+    ]
+    present = set().union(*(line for _, line in lines)) - {"step"}
+    columns = [name for name in METRICS if name in present]
+    table.writerow(["run", "step", *columns])
+    for name, line in lines:
+        table.writerow([name, line["step"], *(line.get(column) for column in columns)])
+
+
+def _names(runs: Sequence[Location]) -> list[str]:
+    """The names of the folders, numbered where two have the same."""
+    names = [absolute(run).name for run in runs]
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[: i + 1].count(name)})"
+        for i, name in enumerate(names)
+    ]
+
+
+def _steps(series: Mapping[str, Series]) -> list[int]:
+    return [step for curve in series.values() for step in curve.steps]
+
+
+def _config(run: Location) -> dict[str, Any]:
+    """The config of a run, with the defaults of what it does not say; as it is where it has keys that are no longer known."""
+    path = as_path(run) / CONFIG_FILE
+    with store_errors(path):
+        if not path.is_file():
+            return {}
+    try:
+        return config_lib.load([path]).model_dump(mode="json")
+    except config_lib.ConfigError:
+        return config_lib.read_mapping(path)
+
+
+def _largest(values: Sequence[float | None] | None) -> float | None:
+    known = [abs(x) for x in values or () if x is not None]
+    return max(known) if known else None
+
+
+def _short(x: float) -> float:
+    return float(f"{x:.6g}")

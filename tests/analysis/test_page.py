@@ -1,0 +1,308 @@
+"""The page of runs: one file that asks nothing of a network, holds any text of a model as text, and works in a browser."""
+
+import base64
+import csv
+import json
+import re
+import shutil
+import signal
+import subprocess
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+from rest_jax import cli
+from rest_jax.analysis import page
+from rest_jax.analysis.page import config_differences, embedded, intervals, write_page
+from rest_jax.analysis.report import Series
+from rest_jax.errors import UserError
+from rest_jax.evaluation.statistics import rate_interval
+from rest_jax.run.metrics import MetricsWriter
+from rest_jax.tool_calls import Target
+from tests.experiences import HOSTILE, RIGHT, WRONG, record, write_run
+
+DIALOGUE = (
+    {"role": "user", "content": "How is the weather in Zürich?"},
+    {"role": "assistant", "content": "For how many days?"},
+    {"role": "user", "content": "Two. " + HOSTILE},
+)
+GROUPS = [
+    (record("hostile", history=DIALOGUE), [RIGHT, WRONG, HOSTILE]),
+    (record("none", Target(response="Hello.")), [RIGHT, "<response>Hi</response>", "日本 👍🏽"]),
+]
+
+
+def data_of(path) -> dict:
+    """What the page embeds."""
+    (found,) = re.findall(
+        r'<script type="application/json" id="data">(.*?)</script>', path.read_text()
+    )
+    return json.loads(found)
+
+
+@hypothesis.given(st.recursive(st.text() | st.integers(), lambda x: st.lists(x, max_size=3)))
+@hypothesis.example("</script><!--\u2028\ud800")
+def test_embedded_values_come_back_and_hold_no_markup(value):
+    text = embedded(value)
+    assert text.isascii() and not set(text) & set("<>&")
+    assert json.loads(text) == value
+
+
+def test_a_page_is_one_file_without_a_network(tmp_run):
+    write_run(tmp_run, GROUPS)
+    path = write_page([tmp_run])
+    assert path == tmp_run / "report.html"
+    text = path.read_text()
+    assert "default-src 'none'" in text
+    assert not re.search(r"<(script|link|img|iframe)[^>]*\b(src|href)=", text.split("<script>")[0])
+    data = data_of(path)
+    assert data["runs"][0]["tokens"]["steps"] == [1, 2]
+    assert [p["title"] for s in data["sections"] for p in s["panels"]] == [
+        "Reward", "Held out", "Mean weight by region, after normalisation", "Spread of the reward",
+    ]  # fmt: skip
+    assert HOSTILE not in text
+
+
+def test_intervals_are_of_the_rates_and_of_the_mean_over_prompts(tmp_run):
+    write_run(tmp_run, GROUPS)
+    (tmp_run / "config.yaml").write_text("rollout: {prompts_per_step: 4, group_size: 3}\n")
+    ends = data_of(write_page([tmp_run]))["runs"][0]["ends"]
+    assert [e[1] for e in ends["eval/exact"]] == pytest.approx(rate_interval(20, 40), rel=1e-5)
+    # variance 3 between and 1 within the groups
+    half = 1.96 * (3 / 4 + 1 / 12) ** 0.5
+    assert ends["reward/mean"] == [
+        pytest.approx([m + s * half for m in (0.5, 1)], rel=1e-5) for s in (-1, 1)
+    ]
+
+
+def test_held_out_means_and_rates_have_the_intervals_of_their_counts():
+    values = {
+        "reward": 1.0,
+        "reward_std": 2.0,
+        "prompts": 16,
+        "spurious": 0.25,
+        "prompts_without_calls": 8,
+    }
+    series = {f"eval/{name}": Series([3], [value]) for name, value in values.items()}
+    ends = intervals(series, {})
+    assert ends.keys() == {"eval/reward", "eval/spurious"}
+    assert ends["eval/reward"] == [[pytest.approx(0.02)], [pytest.approx(1.98)]]
+    assert [e[0] for e in ends["eval/spurious"]] == pytest.approx(rate_interval(2, 8), rel=1e-5)
+    none = series | {"eval/prompts_without_calls": Series([3], [0])}
+    assert "eval/spurious" not in intervals(none, {})
+
+
+def test_several_runs_have_names_of_their_own_and_their_differences(tmp_path):
+    runs = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "other"]
+    for run, rate in zip(runs, ("1e-3", "1e-3", "1e-4"), strict=True):
+        write_run(run, GROUPS)
+        (run / "config.yaml").write_text(f"name: {run}\noptimizer: {{learning_rate: {rate}}}\n")
+    data = data_of(write_page(runs, tmp_path / "page.html"))
+    assert [run["name"] for run in data["runs"]] == ["run (1)", "run (2)", "other"]
+    assert data["differences"] == [["optimizer.learning_rate", "0.001", "0.001", "0.0001"]]
+    assert data["summary"][0] == ["last value of", "unit", "run (1)", "run (2)", "other"]
+    rows = list(csv.DictReader((tmp_path / "page.csv").open()))
+    assert [(row["run"], row["step"], row["eval/exact"]) for row in rows[:4]] == [
+        ("run (1)", "0", "0.25"), ("run (1)", "1", ""), ("run (1)", "2", ""), ("run (1)", "2", "0.5"),
+    ]  # fmt: skip
+
+
+def test_the_table_does_not_take_the_place_of_the_page(tmp_run):
+    write_run(tmp_run, GROUPS)
+    with pytest.raises(UserError, match="name an HTML file"):
+        write_page([tmp_run], tmp_run / "page.csv")
+
+
+def test_a_key_that_one_run_has_alone_is_a_difference():
+    assert config_differences([{"a": 1}, {"a": 1, "b": {"c": 2}}]) == [["b.c", "None", "2"]]
+    assert config_differences([{"name": "x", "a": 1}, {"name": "y", "a": 1}]) == []
+
+
+def test_long_runs_leave_steps_out_evenly_but_not_the_last(tmp_run, monkeypatch):
+    write_run(tmp_run, GROUPS, steps=10)
+    size = len(json.loads((tmp_run / "tokens.jsonl").read_text().splitlines()[0])["tokens"])
+    monkeypatch.setattr(page, "MOST_BYTES", 4 * size)
+    found = data_of(write_page([tmp_run]))["runs"][0]["tokens"]
+    assert (found["steps"], found["left_out"]) == ([1, 4, 7, 10], 6)
+
+
+def test_tokens_that_cannot_be_read_are_named(tmp_run):
+    write_run(tmp_run, GROUPS)
+    (tmp_run / "tokens.jsonl").write_text('{"step": 3, "tokens": "AAAA"}\n')
+    with pytest.raises(UserError, match=r"tokens.jsonl: step 3 cannot be read"):
+        write_page([tmp_run])
+
+
+def test_a_run_without_tokens_has_a_page(tmp_run):
+    writer = MetricsWriter(tmp_run)
+    writer.write(1, {"update/loss": 1.0, "update/accuracy": 0.5})
+    writer.close()
+    (tmp_run / "tokens.jsonl").unlink()
+    data = data_of(write_page([tmp_run]))
+    assert data["runs"][0]["tokens"]["steps"] == []
+    with pytest.raises(UserError, match="no such file"):
+        write_page([tmp_run, tmp_run.parent / "absent"])
+
+
+def test_watching_writes_again_once_the_run_has_written(tmp_run, monkeypatch):
+    monkeypatch.setattr(page, "REFRESH", 0.01)
+    with pytest.raises(UserError, match="no such folder"):
+        next(page.watch([tmp_run.parent / "absent"]))
+    write_run(tmp_run, GROUPS)
+    pages = page.watch([tmp_run])
+    assert data_of(next(pages))["refresh"] == 0.01
+    writer = MetricsWriter(tmp_run)
+    writer.write(3, {"reward/mean": 7.0})
+    writer.close()
+    assert data_of(next(pages))["runs"][0]["series"]["reward/mean"][1][-1] == 7.0
+
+
+def test_ctrl_c_ends_watching_with_a_page_that_no_longer_reloads(tmp_run, monkeypatch, capsys):
+    write_run(tmp_run, GROUPS)
+    monkeypatch.setattr(page.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
+    assert cli.main(["report", "--watch", str(tmp_run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == lines[-1] == f"page: {tmp_run / 'report.html'}"
+    assert data_of(tmp_run / "report.html")["refresh"] is None
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browse(tmp_path_factory):
+    """(groups, address, actions) -> what the actions, JavaScript, return in the page."""
+    folder = tmp_path_factory.mktemp("page")
+
+    def run(groups, address: str, actions: str):
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        write_run(folder / "run", groups)
+        path = write_page([folder / "run"])
+        ending = f"""<script>(async () => {{
+          const wait = (ms) => new Promise((go) => setTimeout(go, ms));
+          const press = async (key, at = document.body) => {{
+            at.dispatchEvent(new KeyboardEvent("keydown", {{ key, bubbles: true }})); await wait(300); }};
+          const texts = (css) => [...document.querySelectorAll(css)].map((node) => node.textContent);
+          await wait(1000);
+          let found;
+          try {{ found = await (async () => {{ {actions} }})(); }} catch (error) {{ found = String(error); }}
+          const out = document.createElement("pre"); out.id = "found";
+          out.textContent = "found:" + btoa(unescape(encodeURIComponent(JSON.stringify(found)))) + ":"; document.body.append(out);
+        }})();</script></body>"""
+        path.write_text(path.read_text().replace("</body>\n</html>", f"{ending}\n</html>"))
+        options = [
+            "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000",
+            "--window-size=1400,1000", f"--user-data-dir={folder / 'profile'}",
+        ]  # fmt: skip
+        shown = subprocess.run(
+            [CHROMIUM, *options, "--dump-dom", f"{path.as_uri()}#{address}"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        found = re.search(r"found:([A-Za-z0-9+/=]*):</pre>", shown.stdout)
+        assert found, shown.stderr[-2000:]
+        return json.loads(base64.b64decode(found[1]))
+
+    return run
+
+
+needs_browser = [
+    pytest.mark.services,
+    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"),
+]
+
+
+class TestInABrowser:
+    pytestmark = needs_browser
+
+    def test_hostile_text_is_shown_as_text(self, browse):
+        found = browse(
+            GROUPS,
+            "step=1&prompt=0&theme=light",
+            """return { title: document.title, images: document.images.length, scripts: document.scripts.length,
+                 shown: texts(".tokens")[2], prompt: texts("#v-prompt-text")[0], turns: texts(".turn").length,
+                 plots: document.querySelectorAll(".plot .main-svg").length > 0,
+                 png: (await Plotly.toImage(document.querySelector(".plot"), { format: "png" })).slice(0, 15),
+                 buttons: [...document.querySelectorAll(".modebar-btn")].map((n) => n.dataset.title ?? n.ariaLabel) };""",
+        )
+        assert found["title"] == "run" and found["images"] == 0
+        assert found["png"] == "data:image/png;"
+        assert "</script><script>document.title='taken'</script><img src=x" in found["shown"]
+        assert (
+            "⟨202E⟩gnp.exe⟨2069⟩⟨200B⟩⟨2028⟩" in found["shown"] and "\u202e" not in found["shown"]
+        )
+        assert "Two. </script>" in found["prompt"] and found["turns"] == 3
+        # none that sends the chart away
+        buttons = {str(name) for name in found["buttons"]}
+        assert (
+            found["plots"]
+            and "Zoom" in buttons
+            and not any("loud" in b or "tudio" in b for b in buttons)
+        ), buttons
+
+    def test_keys_move_colour_and_single_out(self, browse):
+        found = browse(
+            GROUPS,
+            "step=1&prompt=0",
+            """document.getElementById("tokens").scrollIntoView();
+               const at = () => [byId("v-step-is").textContent, byId("v-prompt").value, byId("v-colour").value,
+                 texts(".completion").length];
+               const seen = [at()];
+               for (const key of ["ArrowRight", "ArrowDown", "c", "2", "0", "ArrowLeft"]) { await press(key); seen.push(at()); }
+               const box = document.querySelector(".tokens");
+               box.focus();
+               await press("ArrowRight", box); await press("ArrowRight", box);
+               return [seen, byId("tip").textContent, byId("tip").hidden, location.hash];""",
+        )
+        seen, tip, hidden, address = found
+        assert seen == [
+            ["1 of 2", "0", "region", 3], ["2 of 2", "0", "region", 3], ["2 of 2", "1", "region", 3],
+            ["2 of 2", "1", "weight", 3], ["2 of 2", "1", "weight", 1], ["2 of 2", "1", "weight", 3],
+            ["1 of 2", "1", "weight", 3],
+        ]  # fmt: skip
+        assert not hidden and '"t"' in tip and "token 1 of" in tip
+        for name in ("region: tag", "weight: 1.125", "log-prob", "entropy", "advantage", "trainer"):
+            assert name in tip
+        assert "step=1" in address and "colour=weight" in address
+
+    @pytest.mark.parametrize(
+        "name, count, first",
+        [
+            ("format", 8, 3),
+            ("spurious", 2, 1),
+            ("best", 4, 1),
+            ("worst", 4, 3),
+            ("mismatch", 12, 1),
+        ],
+    )
+    def test_filters_find_their_completions(self, browse, name, count, first):
+        found = browse(
+            GROUPS,
+            "step=1&prompt=0",
+            f"""setFilter("{name}"); await wait(500);
+                return [byId("v-hits").textContent, texts(".completion.current button")];""",
+        )
+        assert found[0] == f"{count} completions"
+        if name != "mismatch":
+            assert found[1] == [str(first)]
+
+    def test_calls_and_parts_of_the_reward_are_spelled_out(self, browse):
+        found = browse(
+            GROUPS,
+            "step=1&prompt=0",
+            """return [...document.querySelectorAll(".completion")].slice(0, 2).map((box) => [
+                 [...box.querySelectorAll(".calls tr")].map((row) => [...row.children].map((cell) => cell.textContent)),
+                 box.querySelector(".reward").textContent]);""",
+        )
+        (right, _), (wrong, parts) = found
+        assert right[1:] == [
+            ["call", "weather", "weather", "✓"],
+            ["city", '"Zürich"', '"Zürich"', "✓"],
+            ["days", "2", "2", "✓"],
+        ]
+        assert wrong[3] == ["days", "2", '"2"', "✗"]
+        assert "= 1.5 (format) + 1.25 (correctness)" in parts and "(names 1 + calls 2) / 4" in parts
