@@ -152,7 +152,7 @@ def attend_prefixed(
     """Attention of rows to the pages that they continue and to themselves, in q's dtype. `pages`: of one layer, [W 1 K S H]."""
     time = jnp.arange(q.shape[1])
     own = (time <= time[:, None]) & (time[:, None] < layout.until[:, None])
-    before = layout.sequence[..., None] == layout.prefix[:, None]
+    before = jnp.take_along_axis(layout.prefix, layout.sequence[..., None], axis=1)
     heads, repeats = kv[0].shape[2], q.shape[2] // kv[0].shape[2]
     by_head = _by_kv_head(q, heads).transpose(0, 2, 3, 1, 4)  # [W K R T H]
     together = by_head.reshape(*by_head.shape[:2], -1, q.shape[-1])

@@ -48,12 +48,12 @@ class RowLayout:
 @struct.dataclass
 class PrefixedRows:
     """Rows of tokens of several sequences, each of which continues what pages hold. The pages lie side by side in a `Pool`, a
-    layer: [W 1 K S H]; a token sees those of its sequence, and earlier tokens as in a `RowLayout`.
+    layer: [W 1 K S H]; a token sees those that its sequence continues, and earlier tokens as in a `RowLayout`.
     """
 
     until: Int[Array, "W T"]  # int32; 0 for padding
     sequence: Int[Array, "W T"]  # int32
-    prefix: Int[Array, "W S"]  # int32: the sequence of a key in the pages; negative: nobody sees it
+    prefix: Bool[Array, "W E S"]  # whether a sequence sees a key in the pages
 
     @property
     def valid(self) -> Bool[Array, "W T"]:

@@ -157,10 +157,10 @@ class PromptRows(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """What the prompts of a row continue: pages with the keys and values of their first tokens."""
+    """What the prompts of a row continue: pages with the keys and values of their first tokens, each once."""
 
     table: PageTable  # [W 1 M]: of all prompts of the row
-    owner: Int[AnyArray, "W M"]  # whose page it is: an index of the row's prompts
+    shared: Bool[AnyArray, "W E M"]  # whether a prompt of the row continues the page
     prompt: Int[AnyArray, "W T"]  # whose token it is
 
 
@@ -261,8 +261,8 @@ def prefill(
         pages = None
         if prefix is not None:
             read = prefix.table.rows(settings.page)[:, 0]
-            owner = jnp.repeat(prefix.owner, settings.page, axis=1)
-            layout = PrefixedRows(rows.until, prefix.prompt, jnp.where(read, owner, NOBODY))
+            shared = jnp.repeat(prefix.shared, settings.page, axis=2)
+            layout = PrefixedRows(rows.until, prefix.prompt, shared & read[:, None])
             pages = Pool(*(gather_pages(layers, prefix.table) for layers in state.pool))
         hidden, (k, v), router = apply_routed(
             decoder, params, rows.tokens, rows.position, layout, pages, return_kv=True

@@ -39,7 +39,6 @@ from rest_jax.rollout.engine import (
 )
 from rest_jax.rollout.sampling import RequestSampling
 from rest_jax.rollout.sequences import Part, Request, Sequence, SequenceShard
-from rest_jax.rollout.shard import Rows
 from rest_jax.types import Params
 
 TOP_LOGPROBS = 20  # likeliest words of a token at most
@@ -183,28 +182,30 @@ class Stream:
         # an entry out of bounds: there is no such prompt
         entries = np.full_like(pages, self._shards[0].num_slots)
         last, lengths = np.zeros_like(entries), np.ones_like(entries)
-        columns = max(sum(len(part.before) for part in parts) for parts in placed)
+        # what several prompts begin with is read once
+        held = [
+            list(dict.fromkeys(rows for part in parts for rows in part.before)) for parts in placed
+        ]
+        columns = max(map(len, held))
         before = np.zeros((3, shards, 1, _at_least(columns, 4) if columns else 0), np.int32)
-        owner = np.zeros((shards, before.shape[-1]), np.int32)
+        shared = np.zeros((*pages.shape, before.shape[-1]), bool)
         for w, parts in enumerate(placed):
-            held: list[Rows] = []
             for i, part in enumerate(parts):
                 sequence, at = part.sequence, slice(part.start, part.start + part.count)
                 tokens[w, at] = sequence.request.ids[part.first : part.first + part.count]
                 until[w, at], prompt[w, at] = at.stop, i
                 position[w, at] = part.first + np.arange(part.count)
                 pages[w, part.start // page :][: len(part.pages)] = part.pages
-                owner[w, len(held) : len(held) + len(part.before)] = i
-                held += part.before
+                shared[w, i, [held[w].index(rows) for rows in part.before]] = True
                 if part.completes:
                     assert sequence.entry is not None
                     entries[w, i], last[w, i] = sequence.entry, at.stop - 1
                     lengths[w, i] = len(sequence.request.ids)
                 self.stats.prefilled_tokens += part.count
-            if held:
-                before[:, w, 0, : len(held)] = np.array(held).T
+            if held[w]:
+                before[:, w, 0, : len(held[w])] = np.array(held[w]).T
         rows: Any = PromptRows(tokens, until, position, pages, entries, last, lengths)
-        prefix = Prefix(PageTable(*before), owner, prompt) if columns else None
+        prefix = Prefix(PageTable(*before), shared, prompt) if columns else None
         rows, prefix = to_mesh((rows, prefix), self.mesh)
         self._state, _ = self.engine.prefill(self.params, self._state, rows, prefix)
         self.stats.prefill_calls += 1

@@ -106,7 +106,7 @@ class SequenceShard:
     def place(self, width: int) -> list[Part]:
         """Takes tokens of prompts that wait into a row of `width` positions, in their order, while there is room."""
         parts: list[Part] = []
-        used = prefix = 0
+        used, prefix = 0, set[Rows]()
         for sequence in list(self.waiting):
             if used == width:
                 break
@@ -118,9 +118,9 @@ class SequenceShard:
                     continue  # soon there is more of it in pages
                 if not self._admit(sequence, donor, held):
                     break
-            if parts and prefix + len(sequence.rows) * self.page > _PREFIX_TOKENS:
+            if parts and len(prefix | set(sequence.rows)) * self.page > _PREFIX_TOKENS:
                 break
-            prefix += len(sequence.rows) * self.page
+            prefix |= set(sequence.rows)
             part = self._part(sequence, used, width - used)
             parts.append(part)
             used += len(part.pages) * self.page
