@@ -67,11 +67,12 @@ def make_work(args: argparse.Namespace) -> Work:
     """A call is `count` chats."""
     made = json.loads(args.requests.read_text())
     tools, requests, size = made["tools"], made["requests"], args.count
+    longest = max(len(request["ids"]) for request in requests)
     rollout = RolloutConfig(decode_slots=args.decode_slots, max_response_tokens=args.new_tokens)
     config = Config(
         name="served",
         model=ModelConfig(source=args.model, dtype="float32"),
-        data=DataConfig(template=TEMPLATE),
+        data=DataConfig(template=TEMPLATE, max_prompt_tokens=longest),
         rollout=rollout,
     )
     stack = contextlib.ExitStack()
