@@ -13,7 +13,7 @@ DESCRIPTION = "One measured process; its record is one JSON line on stdout."
 
 def load_cases() -> dict[str, Any]:
     """Name -> (adds its arguments to a parser, makes the work from them). Imports jax."""
-    from benchmarks import host, rollout, sft, step, update
+    from benchmarks import host, rollout, serving, sft, step, update
 
     return {
         "rollout": (rollout.add_arguments, rollout.make_work),
@@ -22,6 +22,7 @@ def load_cases() -> dict[str, Any]:
         "step": (step.add_arguments, step.make_work),
         "sft": (sft.add_arguments, sft.make_work),
         "host": (host.add_arguments, host.make_work),
+        "serve": (serving.add_arguments, serving.make_work),
     }
 
 
@@ -37,6 +38,10 @@ def make_parser(cases: dict[str, Any]) -> process.Parser:
     part.add_argument("model", help="model-a or a preset")
     part.add_argument("out", type=pathlib.Path)
     part.add_argument("--vocab", type=process.positive)
+    part = parts.add_parser("requests", help="chats with tools, for serve and its peer")
+    part.add_argument("model", help="the HF folder whose ids they have")
+    part.add_argument("out", type=pathlib.Path)
+    part.add_argument("--count", type=process.positive, required=True)
     return parser
 
 
@@ -47,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.case == "export":
             export(args)
+        elif args.case == "requests":
+            write_requests(args)
         else:
             make_work = cases[args.case][1]
             print(json.dumps(process.measure(args.case, lambda: make_work(args), args.repeats)))
@@ -61,6 +68,13 @@ def export(args: argparse.Namespace) -> None:
     from benchmarks import policies
 
     policies.write_folder(args.model, args.vocab, args.out)
+
+
+def write_requests(args: argparse.Namespace) -> None:
+    """Writes the file."""
+    from benchmarks import serving
+
+    serving.write_requests(args.model, args.count, args.out)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class Case:
     """`prompts` groups of `group` responses, each of `response` tokens after a prompt of `prompt` tokens."""
 
     name: str
-    kind: Literal["rollout", "update", "step", "sft", "skipping", "host"]
+    kind: Literal["rollout", "update", "step", "sft", "skipping", "host", "serve"]
     checks: tuple[Check, ...]
     prompts: int = 2
     group: int = 8
@@ -52,7 +52,7 @@ class Case:
     clock: Literal["cpu_seconds", "wall_seconds"] = "cpu_seconds"
 
 
-ROWS = 16  # decoded at once in the log-normal case
+ROWS = 16  # decoded at once in the log-normal case, and chats under way in that of serving
 
 
 def _faster(factor: float, *more: Check) -> tuple[Check, ...]:
@@ -100,14 +100,22 @@ CASES = {
             folder="smollm2-135m", cores=2, clock="wall_seconds",
         ),
         Case("smollm2-sft", "sft", _faster(1.5), **_MODEL_B),
+        Case(
+            "smollm2-serve", "serve", _faster(3, Check("same_answers", 1)),
+            **_MODEL_B | {"prompts": ROWS * 2, "group": 1, "prompt": 400, "response": 64},
+        ),
     )
 }  # fmt: skip
 
 
-def our_arguments(case: Case, folder: str | None, lengths: str | None) -> list[str]:
-    """Arguments of `python -m benchmarks`; `folder` and `lengths` are the files the case needs, if any."""
+def our_arguments(case: Case, folder: str | None, file: str | None) -> list[str]:
+    """Arguments of `python -m benchmarks`; `folder` and `file`, of lengths or requests, are what the case needs, if anything."""
     if case.kind == "host":
         return ["host"]
+    if case.kind == "serve":
+        given = {"model": folder, "requests": file, "count": case.prompts, "at-once": ROWS}
+        given |= {"new-tokens": case.response, "decode-slots": ROWS}
+        return ["serve", *_options(given)]
     if case.kind == "sft":
         # the peer keeps its activations
         given = {"model": folder, "records": _records(), "remat": "none"}
@@ -120,13 +128,13 @@ def our_arguments(case: Case, folder: str | None, lengths: str | None) -> list[s
         "vocab": case.vocab,
         "max-tokens-per-microbatch": case.max_tokens_per_microbatch,
         "model": folder,
-        "lengths": lengths,
+        "lengths": file,
         "decode-slots": ROWS if case.lognormal else None,
     }
     return [case.kind, *_options(given)]
 
 
-def peer_arguments(case: Case, folder: str | None, lengths: str | None) -> list[str]:
+def peer_arguments(case: Case, folder: str | None, file: str | None) -> list[str]:
     """Arguments of the peer's script."""
     threads = None if case.peer == "tunix" else case.cores
     if case.kind == "sft":
@@ -134,12 +142,12 @@ def peer_arguments(case: Case, folder: str | None, lengths: str | None) -> list[
         return ["sft", *_options(given)]
     given = {
         "rows": ROWS if case.lognormal else case.prompts * case.group,
-        "group": case.group,
+        "group": None if case.kind == "serve" else case.group,
         "prompt-tokens": case.prompt,
         "new-tokens": case.response,
         "vocab": case.vocab,
         "model": folder,
-        "lengths": lengths,
+        "requests" if case.kind == "serve" else "lengths": file,
         "threads": threads,
     }
     return [case.kind, *_options(given)]

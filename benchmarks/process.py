@@ -32,6 +32,7 @@ class Work:
     flops: float  # model FLOPs of a call (`rest_jax.run.throughput`)
     # more fields of the record, read after the last call
     extra: Callable[[], dict[str, Any]] = dict
+    close: Callable[[], None] = lambda: None  # after all of it
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,9 +73,12 @@ def measure(case: str, make_work: Callable[[], Work], repeats: int) -> dict[str,
 
     begun = time.perf_counter()
     work = make_work()
-    work.call(0)
-    warmup = time.perf_counter() - begun
-    cpu, wall = zip(*(timed(work.call, number + 1) for number in range(repeats)), strict=True)
+    try:
+        work.call(0)
+        warmup = time.perf_counter() - begun
+        cpu, wall = zip(*(timed(work.call, number + 1) for number in range(repeats)), strict=True)
+    finally:
+        work.close()
     peak_bytes = peak_memory()
     rate = work.flops / statistics.median(wall)
     device = jax.local_devices()[0]

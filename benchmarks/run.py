@@ -182,16 +182,21 @@ def peer_command(case: Case, args: argparse.Namespace) -> list[str]:
 
 
 def needed_files(case: Case, args: argparse.Namespace) -> tuple[str | None, str | None]:
-    """(model folder, file of lengths) of a case, made if they are not there yet."""
-    folder = lengths = None
+    """(model folder, file of lengths or requests) of a case, made if they are not there yet."""
+    folder = file = None
     if case.folder:
         folder = args.out / "models" / case.folder
         if not folder.is_dir():
             make_folder(case.folder, folder)
     if case.lognormal:
-        lengths = args.out / "lengths.json"
-        lengths.write_text(json.dumps(lognormal_lengths(case.prompts * case.group)))
-    return folder and str(folder), lengths and str(lengths)
+        file = args.out / "lengths.json"
+        file.write_text(json.dumps(lognormal_lengths(case.prompts * case.group)))
+    if case.kind == "serve":
+        count = case.prompts * (args.repeats + 1)  # those of the warm-up, too
+        file = args.out / f"requests-{count}.json"
+        if not file.is_file():
+            our_process(["requests", str(folder), str(file), "--count", str(count)])
+    return folder and str(folder), file and str(file)
 
 
 def make_folder(name: str, out: pathlib.Path) -> None:
@@ -202,8 +207,12 @@ def make_folder(name: str, out: pathlib.Path) -> None:
         if finished([sys.executable, script, str(out)], dict(os.environ)).returncode == 0:
             return
         print(f"run: {name}: random weights, its own could not be made", file=sys.stderr)
-    command = [sys.executable, "-m", "benchmarks", "export", name, str(out)]
-    done = finished(command, environment(OURS, None))
+    our_process(["export", name, str(out)])
+
+
+def our_process(arguments: list[str]) -> None:
+    """`python -m benchmarks`, for what the cases need. Failed when it does."""
+    done = finished([sys.executable, "-m", "benchmarks", *arguments], environment(OURS, None))
     if done.returncode:
         raise Failed(last_line(done.stderr))
 

@@ -45,6 +45,10 @@ def summarise(case: Case, records: Iterable[Record]) -> Record:
             "ratio_of_medians": speed(middle, case) / speed(other, case),
             "memory_ratio": middle["peak_bytes"] / other["peak_bytes"],
         }
+    if both and case.kind == "serve":
+        pairs = [(ours[run]["answers"], peer[run]["answers"]) for run in both]
+        same = [a == b for run in pairs for a, b in zip(*run, strict=True)]
+        ratios["same_answers"] = sum(same) / len(same)
     return {
         "case": case.name,
         "side": SUMMARY,

@@ -24,10 +24,16 @@ sft      a supervised step as a plain training loop makes it: records padded at 
          536+235,500+371. --logits targets: only the positions that have a label meet the head.
          No attention mask, which would make attention slower: what is padded at the right is
          seen by nothing that has a label. tokens = those of the records.
+
+serve    what `transformers serve` does with the requests that wait, without its HTTP: one generate
+         at a time, greedy. --requests is a file of prompts and stop ids; every call takes the next
+         `rows` of them. answers = digests of the ids that the last call drew. tokens = those asked
+         for; few answers end before, and on both sides.
 """
 
 import argparse
 import contextlib
+import hashlib
 import json
 import pathlib
 import resource
@@ -218,9 +224,32 @@ def sft_case(args):
     return int(lengths.sum()), call
 
 
+def serve_case(args):
+    """Return (tokens, call) for the next requests of a file, one after the other."""
+    model = load_model(args).eval()
+    made = json.loads(args.requests.read_text())
+    waiting, config = iter(made["requests"]), generation_config(args)
+    config.update(do_sample=False, temperature=None, top_k=None, top_p=None)
+    config.eos_token_id = made["stop_ids"]
+
+    def answer(ids):
+        prompt = torch.tensor([ids])
+        mask = torch.ones_like(prompt)
+        rows = model.generate(prompt, attention_mask=mask, generation_config=config)
+        drawn = json.dumps(rows[0, len(ids) :].tolist())
+        return hashlib.sha256(drawn.encode()).hexdigest()[:8]
+
+    def call():
+        with torch.inference_mode():
+            return {"answers": [answer(next(waiting)["ids"]) for _ in range(args.rows)]}
+
+    return args.rows * args.new_tokens, call
+
+
 def measure(args):
     """Warm the case up, time its calls, and return the record to print."""
     cases = {"rollout": rollout_case, "update": update_case, "step": step_case, "sft": sft_case}
+    cases["serve"] = serve_case
     start = time.perf_counter()
     tokens, call = cases[args.case](args)
     call()
@@ -228,7 +257,7 @@ def measure(args):
     cpu, wall = [], []
     for _ in range(args.repeats):
         cpu_start, wall_start = time.process_time(), time.perf_counter()
-        call()
+        made = call()
         cpu.append(time.process_time() - cpu_start)
         wall.append(time.perf_counter() - wall_start)
     cpu_seconds = statistics.median(cpu)
@@ -241,13 +270,14 @@ def measure(args):
         "tokens_per_cpu_second": tokens / cpu_seconds,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "warmup_seconds": warmup,
+        **(made if args.case == "serve" else {}),
     }
 
 
 def parse_args():
     """Return the checked arguments."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("case", choices=("rollout", "update", "step", "sft"))
+    parser.add_argument("case", choices=("rollout", "update", "step", "sft", "serve"))
     parser.add_argument("--model", default="model-a", help="a model folder, or model-a")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--group", type=int, default=8, help="rows that share a prompt")
@@ -260,6 +290,7 @@ def parse_args():
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
     parser.add_argument("--micro-rows", type=int, help="rows of a micro-batch; default: all")
     parser.add_argument("--records", type=read_records, help="sft only; lengths of its records")
+    parser.add_argument("--requests", type=pathlib.Path, help="serve only; a file of prompts")
     parser.add_argument("--logits", choices=("all", "targets"), default="all", help="sft only")
     parser.add_argument("--learning-rate", type=float, default=1e-6)
     parser.add_argument("--repeats", type=int, default=1)
@@ -283,6 +314,8 @@ def find_problem(args):
         return "--group must be at least 2 and divide --rows"
     if (args.case == "sft") != (args.records is not None):
         return "--records are those of sft, which needs them"
+    if (args.case == "serve") != (args.requests is not None):
+        return "--requests are those of serve, which needs them"
     if args.case == "step" and args.new_tokens != args.response_tokens:
         return "a step trains on what it samples: --new-tokens and --response-tokens must agree"
     return None

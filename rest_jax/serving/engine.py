@@ -15,6 +15,8 @@ from typing import Any, Protocol
 from rest_jax.rollout.requests import Piece, Request, StreamStats
 
 _STOP_SECONDS = 60.0
+# of a call's time: so long a free decode slot waits for the next request, which would else wait for a call that is almost empty
+_PATIENCE = 0.02
 
 
 class Stream(Protocol):
@@ -139,8 +141,9 @@ class Engine:
     def _decode(self) -> None:
         numbers: dict[tuple[Sampled, int], int] = {}
         owners: dict[int, tuple[Sampled, int]] = {}
+        patience = 0.0
         while True:
-            for name, *rest in self._next_commands():
+            for name, *rest in self._next_commands(patience):
                 if name == "stop":
                     return
                 owner = (rest[0], rest[1])
@@ -154,19 +157,23 @@ class Engine:
                 elif owner in numbers:
                     owners.pop(number := numbers.pop(owner))
                     self.stream.cancel(number)
+            patience = 0.0
             if self.stream.pending:
+                begun = time.monotonic()
                 drawn = [(owners[p.request], p) for p in self.stream.step() if p.request in owners]
                 for owner, piece in drawn:
                     if piece.finish is not None:
                         owners.pop(numbers.pop(owner))
+                        patience = _PATIENCE * (time.monotonic() - begun)
                 self._loop.call_soon_threadsafe(self._hand_out, drawn)
 
-    def _next_commands(self) -> list[tuple[Any, ...]]:
-        """All that have come; waits for one while nothing is decoded."""
+    def _next_commands(self, patience: float) -> list[tuple[Any, ...]]:
+        """All that come within `patience` seconds; waits for one while nothing is decoded."""
         commands = [] if self.stream.pending else [self._commands.get()]
+        until = time.monotonic() + patience
         while True:
             try:
-                commands.append(self._commands.get_nowait())
+                commands.append(self._commands.get(timeout=max(until - time.monotonic(), 0)))
             except queue.Empty:
                 return commands
 

@@ -59,6 +59,21 @@ def test_skipping_leaves_the_gradient_alone(capsys):
     assert found["half_cpu_seconds"] > 0
 
 
+@pytest.mark.slow
+def test_chats_are_answered_as_the_peer_answers_them(
+    capsys, tmp_path, configs_dir, load_peer, monkeypatch
+):
+    folder, file = str(configs_dir / "quickstart_policy"), tmp_path / "requests.json"
+    assert ours.main(["requests", folder, str(file), "--count", "8"]) == 0
+    given = ["--model", folder, "--requests", str(file), "--new-tokens", "6"]
+    found = record(capsys, "serve", *given, "--count", "4", "--at-once", "3")
+    peer = load_peer("torch_bench")
+    monkeypatch.setattr("sys.argv", ["torch_bench", "serve", *given, "--rows", "4", "--group", "2"])
+    expected = peer.measure(peer.parse_args())
+    assert found["tokens"] == expected["tokens"] == 4 * 6
+    assert found["answers"] == expected["answers"] and len(set(found["answers"])) > 1
+
+
 def test_host(capsys):
     found = record(capsys, "host", "--prompts", "3", "--tokens", "300")
     assert found["tokens"] == 3 * 4 * 300
@@ -100,15 +115,14 @@ def test_an_unknown_model_is_one_line(capsys):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=str)
 def test_arguments_of_the_cases(case: Case, tmp_path):
-    lengths = None
-    if case.lognormal:
-        lengths = str(tmp_path / "lengths.json")
-        numbers = lognormal_lengths(case.prompts * case.group)
-        (tmp_path / "lengths.json").write_text(json.dumps(numbers))
-    args = ours.make_parser(ours.load_cases()).parse_args(our_arguments(case, None, lengths))
+    file = str(tmp_path / "file.json")
+    numbers = lognormal_lengths(case.prompts * case.group)
+    (tmp_path / "file.json").write_text(json.dumps(numbers))
+    given = case.folder, file if case.lognormal or case.kind == "serve" else None
+    args = ours.make_parser(ours.load_cases()).parse_args(our_arguments(case, *given))
     assert args.case == case.kind
     if case.peer:
-        pairs = iter(peer_arguments(case, None, lengths)[1:])
+        pairs = iter(peer_arguments(case, *given)[1:])
         given = argparse.Namespace(**{name[2:]: value for name, value in zip(pairs, pairs)})  # noqa: B905
         if case.kind == "sft":
             assert sft.read_records(given.records) == args.records

@@ -1,23 +1,10 @@
 """The torch peer: its shortcut past the head computes the same loss."""
 
-import importlib.util
-import pathlib
-
 import torch
 import transformers
 
-PEERS = pathlib.Path(__file__).parents[2] / "benchmarks" / "peers"
 
-
-def load_peer(name: str):
-    spec = importlib.util.spec_from_file_location(name, PEERS / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_logits_of_targets_alone_give_the_same_loss():
+def test_logits_of_targets_alone_give_the_same_loss(load_peer):
     peer = load_peer("torch_bench")
     config = peer.model_a_config(64)
     config.update({"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32})

@@ -202,6 +202,27 @@ def test_completions_of_one_prompt_share_its_pages():
         same(found[number], alone(request))
 
 
+def test_each_part_of_a_row_reads_its_own_pages_alone():
+    rng = np.random.default_rng(5)
+    stem, columns = prompt(rng, 3 * PAGE), []
+    running = stream()
+    prefill = running.engine.prefill
+
+    def counted(params, state, rows, prefix):
+        columns.append(0 if prefix is None else prefix.page.shape[-1])
+        return prefill(params, state, rows, prefix)
+
+    running.engine = running.engine._replace(prefill=counted)
+    asked = [Request(np.concatenate([stem, prompt(rng, n)]), 5, temperature=0) for n in (4, 9, 13)]
+    numbers = [running.submit(asked[0])]
+    found = collect(running)
+    numbers += map(running.submit, asked[1:])
+    found |= collect(running)
+    assert columns == [0, 4]  # for three pages
+    for number, request in zip(numbers, asked, strict=True):
+        check_numbers(request, found[number])
+
+
 def test_a_long_prompt_takes_several_rows(monkeypatch):
     monkeypatch.setattr("rest_jax.rollout.requests._PREFILL_TOKENS", 64)
     rng = np.random.default_rng(4)
