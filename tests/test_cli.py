@@ -400,7 +400,7 @@ def test_report(printed, folder):
     for name in ("curves.png", "report.html"):
         assert str(folder / "quickstart" / name) in printed["report"]
     text = (folder / "quickstart" / "report.html").read_text()
-    assert "The method at a glance" in text and '"tokens":{"steps":[1,' in text
+    assert "The method at a glance" in text and '"tokens":{"steps":[1' in text
 
 
 def test_config_show_says_where_values_come_from(tmp_path):

@@ -241,7 +241,7 @@ def update_parts(scored, noise_groups=None, tx=RECORD):
     cfg, mesh = tiny.step_config(), tiny.mesh()
     state = curriculum.init(cfg.schedule)
     minibatch = np.zeros(PROMPTS, np.int32)
-    batch, _, _ = prepare_of(cfg, mesh)(scored, None, None, minibatch, state)
+    batch, *_ = prepare_of(cfg, mesh)(scored, None, None, minibatch, state)
     loss_fn = functools.partial(
         policy_loss, decoder=tiny.decoder(), cfg=cfg.loss, sampling=cfg.sampling
     )
