@@ -160,6 +160,7 @@ def test_broken_weights_stop_the_run_and_save_its_batch(model, tmp_path, capsys)
     assert {"prompt", "responses", "logp", "region", "reward"} <= set(np.load(batch))
 
 
+@pytest.mark.slow
 def test_updates_that_are_not_finite_are_skipped_and_three_in_a_row_stop_the_run(
     model, tmp_path, capsys, monkeypatch
 ):

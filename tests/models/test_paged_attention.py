@@ -253,7 +253,7 @@ def test_parts_of_the_keys_are_joined_in_one_softmax():
 @pytest.mark.parametrize(
     "options",
     [
-        {"decode_slots": 3},
+        pytest.param({"decode_slots": 3}, marks=pytest.mark.slow),
         pytest.param({"decode_slots": 5, "shape": (1, 2, 2)}, marks=pytest.mark.slow),
         # fewer kv heads than devices that share them
         pytest.param({"decode_slots": 3, "shape": (1, 1, 4)}, marks=pytest.mark.slow),

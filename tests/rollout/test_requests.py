@@ -135,7 +135,7 @@ def same(found: Piece, expected: Piece) -> None:
     "options",
     [
         {},
-        {"pages": 7},  # often one at a time
+        pytest.param({"pages": 7}, marks=pytest.mark.slow),  # often one at a time
         pytest.param({"layers": "scan"}, marks=pytest.mark.slow),
         pytest.param({"shape": (2, 1, 1)}, marks=pytest.mark.slow),
         pytest.param({"shape": (2, 1, 2), "layers": "scan"}, marks=pytest.mark.slow),

@@ -81,7 +81,7 @@ MORE_OPTIONS = [
         pytest.param(
             {"decode_slots": 4, "shape": (1, 4, 1), "layers": "unroll"}, marks=pytest.mark.slow
         ),
-        {"decode_slots": 3, "page": 4},
+        pytest.param({"decode_slots": 3, "page": 4}, marks=pytest.mark.slow),
         {"page": 8, "layers": "unroll"},  # slots are removed
         *(pytest.param(options, marks=pytest.mark.slow) for options in MORE_OPTIONS),
     ],
