@@ -48,7 +48,7 @@ def _model_card(run: Location, config: Config, command: str) -> str:
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [tool-use, function-calling, rest_jax]\n---",
         f"# {config.name}",
-        f"A policy for tool use, trained with [rest_jax](https://github.com/rest-jax/rest_jax) {rest_jax.__version__}"
+        f"A policy for tool use, trained with rest_jax {rest_jax.__version__}"
         f" from `{config.model.source}`: {_method(config, lines)}, {step:,} steps. It calls tools in the"
         f" `{config.data.template}` format.",
         "## Serve it",

@@ -30,7 +30,7 @@ CHAT = [
 ]
 TOOLS = [{"type": "function", "function": {"name": "now", "description": "The time"}}]
 CARD = """\
-A policy for tool use, trained with [rest_jax](https://github.com/rest-jax/rest_jax) {version} from `start`: GRPO with token \
+A policy for tool use, trained with rest_jax {version} from `start`: GRPO with token \
 weights by the rule `inverse_bound`, 4 completions a prompt, 7 steps. It calls tools in the `toolrl` format.
 
 ## Serve it
