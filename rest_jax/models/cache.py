@@ -54,10 +54,7 @@ class PrefixedRows:
     until: Int[Array, "W T"]  # int32; 0 for padding
     prefix: Bool[Array, "W E S"]  # which keys there are in the pages
 
-    @property
-    def valid(self) -> Bool[Array, "W T"]:
-        """Where there is a token, no padding."""
-        return self.until > jnp.arange(self.until.shape[1])
+    valid = RowLayout.valid
 
 
 class PageTable(NamedTuple):

@@ -50,6 +50,7 @@ from rest_jax.run.fork import (
 )
 from rest_jax.run.lock import check_free, locked
 from rest_jax.run.metrics import (
+    CONFIG_FILE,
     METRICS_FILE,
     SAMPLES_FILE,
     TOKENS_FILE,
@@ -60,7 +61,6 @@ from rest_jax.run.metrics import (
 from rest_jax.run.stop import SIGTERM_CODE, StopRequest, end
 from rest_jax.types import Params, TrainState
 
-CONFIG_FILE = "config.yaml"
 MODEL_FOLDER = "model"
 
 # What a run may resume under: where it computes and lies, how much at once, how long, how closely it is watched. Paths of what

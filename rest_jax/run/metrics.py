@@ -23,6 +23,8 @@ from rest_jax.errors import UserError, full_disk
 from rest_jax.files import Location, absolute, as_path, download, is_url, store_errors, upload
 from rest_jax.tool_calls import Region
 
+# of a run's folder; here, since what lists runs does not import jax
+CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 TOKENS_FILE = "tokens.jsonl"

@@ -20,9 +20,8 @@ from rest_jax.errors import UserError
 from rest_jax.files import Location, as_path, store_errors
 from rest_jax.run.lock import FILE as LOCK
 from rest_jax.run.lock import OWNER
-from rest_jax.run.metrics import METRICS_FILE, REGION_NAMES, read_lines, summary_table
+from rest_jax.run.metrics import CONFIG_FILE, METRICS_FILE, REGION_NAMES, read_lines, summary_table
 
-CONFIG_FILE = "config.yaml"
 # the metric that says most of a run, and its name in the table: the first that the run has
 HEADLINES = {"eval/exact": "exact", "reward/mean": "reward", "update/loss": "loss"}
 

@@ -1,4 +1,4 @@
-"""A program of another Python: objects go both ways, its end is noticed, its package is looked for."""
+"""A program of another Python: objects are sent and received, its end is noticed, its package is looked for."""
 
 import os
 import sys
