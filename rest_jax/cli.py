@@ -499,6 +499,9 @@ def export(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, Option(help="default: the model's")
     ] = None,
+    adapter: Annotated[
+        bool, Option("--adapter", help="the adapters of a LoRA run alone, as a folder for peft")
+    ] = False,
     distributed: Distributed = None,
 ) -> None:
     """Write a model as an HF folder that transformers loads."""
@@ -508,7 +511,7 @@ def export(
     from rest_jax.distributed import say
     from rest_jax.run import load
 
-    load.export(locate(model), out, dtype)
+    load.export(locate(model), out, dtype, adapter)
     say(f"exported {model} to {out}")
 
 

@@ -71,11 +71,14 @@ class Section(pydantic.BaseModel):
         return value
 
 
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
 class ModelConfig(Section):
     """Where the policy comes from (HF folder, hub id, run, or what `rest-jax convert` wrote), how it computes."""
 
     source: Source
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on CPU, else bfloat16
+    dtype: Dtype = "auto"  # auto: float32 on CPU, else bfloat16
     # what is kept for the backward pass: everything, the largest products, nothing but the inputs of blocks
     remat: Literal["none", "dots", "block"] = "block"
     tokenizer: Source | None = None  # None: that of `source`
@@ -260,6 +263,32 @@ class OptimizerConfig(Section):
     moments: Moments = "device"
 
 
+Projection = Literal["q", "k", "v", "o", "gate", "up", "down", "all"]
+
+
+class LoraConfig(Section):
+    """Low-rank adapters on frozen weights (docs/models.md)."""
+
+    rank: PositiveInt | None = None  # None: all weights are trained
+    alpha: PositiveFloat = 32.0  # the adapters' product is scaled by alpha / rank
+    targets: Annotated[
+        tuple[Projection, ...],
+        pydantic.Field(min_length=1),
+        pydantic.BeforeValidator(lambda given: (given,) if isinstance(given, str) else given),
+    ] = ("all",)
+    # of the frozen matrices; auto: that of the computation, which reads them in it anyway
+    base_dtype: Dtype = "auto"
+    adapter: Source | None = None  # a folder of peft's to begin with; None: the base model
+
+    @pydantic.model_validator(mode="after")
+    def _has_rank(self):
+        if self.adapter is not None and self.rank is None:
+            raise ValueError(
+                f"adapter {self.adapter}: set lora.rank to the r of its adapter_config.json"
+            )
+        return self
+
+
 class MeshConfig(Section):
     """Devices by axis; -1 on one axis takes what is left."""
 
@@ -346,6 +375,7 @@ class Config(Section):
     curriculum: CurriculumConfig = CurriculumConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
     sft: SftConfig = SftConfig()

@@ -42,6 +42,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "expert": "expert",
     "router": None,
     "head_dim": None,
+    "rank": None,
     "norm": None,
     "layers": None,
 }

@@ -53,7 +53,7 @@ from rest_jax.rl.supervised import (
 from rest_jax.run.contents import digests
 from rest_jax.run.folder import SUPERVISED_FINITE, Run, check_start, open_run
 from rest_jax.run.fork import Start, check_origin
-from rest_jax.run.load import load_policy
+from rest_jax.run.load import load_trained
 from rest_jax.run.loop import Loop, PendingStep, total_steps
 from rest_jax.run.preflight import check_store
 from rest_jax.templates import TEMPLATES
@@ -73,7 +73,7 @@ def finetune(
     check_command(config, supervised=True)
     check_store(config)
     origin = check_start(config, restart, fork_of)
-    policy = load_policy(config.model, config.mesh, config.rollout.tensor)
+    policy = load_trained(config)
     check_batch(BATCH, config.sft.batch_size, policy.mesh)
     check_experts(config, policy.config)
     data = load_demonstrations(config, policy.tokenizer, keep=not dry_run)
@@ -83,11 +83,11 @@ def finetune(
     check_positions(policy.config, prompt, target, "sft.max_tokens")
     examples = held_out(config, policy, keep=not dry_run)
     say(
-        f"{config.name}: {data.summary()}\nheld out: {examples.summary() if examples else 'none'}\n"
+        f"{config.name}: {policy.describe()}\ntrain: {data.summary()}\nheld out: {examples.summary() if examples else 'none'}\n"
         f"{steps} steps of {config.sft.batch_size} records"
     )
     if origin is not None:
-        check_origin(origin, policy.params, steps)
+        check_origin(origin, policy.trained, steps)
     if dry_run:
         return 0
     with (
@@ -113,7 +113,7 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
     prepare = make_prepare_gold(config.sft, mesh)
     update = make_supervised_update(policy.decoder, tx, config.loss, mesh, shardings)
     longest = Lengths(bucketed(data.prompts), bucketed(data.targets))
-    abstract_policy = dataclasses.replace(policy, params=abstract.params)
+    abstract_policy = policy.with_trained(abstract.params)
     examples = evaluator and HeldOut(evaluator.size, evaluator.width)
     setup = Setup(config, abstract_policy, None, tx, longest, examples)
     check_memory(lambda: memory_programs(setup, longest), mesh)
@@ -130,7 +130,7 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
     )
     loop = Loop(run, steps, evaluator, ("loss", "update/loss"))
     start = Start(batches.get_state(), updates=1)
-    state, loader_state = loop.resume(fresh, abstract, policy.params, start)
+    state, loader_state = loop.resume(fresh, abstract, policy.trained, start)
     batches.set_state(loader_state)
     with loop.stoppable():
         for step in loop.steps():
@@ -140,7 +140,7 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
             dispatched = time.monotonic()
             batch = prepare(gold)
             plan = plan_all_groups(lengths, config.train.max_tokens_per_microbatch, mesh)
-            state, totals = update(state, batch, plan)
+            state, totals = update(state, batch, plan, policy.frozen)
             state = dataclasses.replace(state, step=advance(state.step))
             tokens, prompts = int(lengths.response_length.sum()), int(lengths.prompt_length.sum())
             host = packing_metrics([plan], len(lengths.prompt_length)) | {

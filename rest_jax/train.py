@@ -34,6 +34,7 @@ from rest_jax.distributed import (
 from rest_jax.errors import UNFINISHED, UserError
 from rest_jax.evaluation.heldout import Evaluator, Examples, held_out, report_evaluations
 from rest_jax.files import Location
+from rest_jax.models.decoder import with_adapters
 from rest_jax.models.policy import Policy, check_positions
 from rest_jax.planning.memory import check_memory
 from rest_jax.planning.programs import memory_programs
@@ -50,7 +51,7 @@ from rest_jax.rollout.tokens import is_shown, token_record
 from rest_jax.run.contents import digests
 from rest_jax.run.folder import RL_FINITE, Run, check_start, open_run
 from rest_jax.run.fork import Start, check_origin
-from rest_jax.run.load import load_policy
+from rest_jax.run.load import load_trained
 from rest_jax.run.loop import Loop, PendingStep, total_steps
 from rest_jax.run.preflight import check_store
 from rest_jax.run.throughput import Speed, mesh_peak_flops, reward_rates
@@ -73,7 +74,7 @@ def train(
     check_command(config, supervised=False)
     check_store(config)
     origin = check_start(config, restart, fork_of)
-    policy = load_policy(config.model, config.mesh, config.rollout.tensor)
+    policy = load_trained(config)
     check_sizes(config, policy)
     check_experts(config, policy.config)
     data, keep = config.data, not dry_run
@@ -84,7 +85,7 @@ def train(
     steps = total_steps(config, prompts.size, BATCH)
     describe(config, policy, prompts, examples, steps)
     if origin is not None:
-        check_origin(origin, policy.params, steps)
+        check_origin(origin, policy.trained, steps)
     if dry_run:
         return 0
     with (
@@ -107,12 +108,12 @@ def train_steps(
     cfg = dataclasses.replace(step_config(config, steps), shown_groups=shown_groups(config, policy))
     tx = make_optimizer(config.optimizer, steps * cfg.updates)
     run.made_of = digests(policy, prompts)
-    reference = copy_reference(config, policy.params)
+    reference = copy_reference(config, policy)
     abstract, shardings = abstract_state(policy, tx, cfg.schedule, config.optimizer.moments)
     fresh = functools.partial(init_state, policy, tx, cfg.schedule, config.seed, shardings)
     rl = make_step(policy.decoder, tx, cfg, mesh, shardings)
     longest = Lengths(bucketed(prompts.prompts), config.rollout.max_response_tokens)
-    abstract_policy = dataclasses.replace(policy, params=abstract.params)
+    abstract_policy = policy.with_trained(abstract.params)
     examples = evaluator and HeldOut(evaluator.size, evaluator.width)
     setup = Setup(config, abstract_policy, cfg, tx, longest, examples)
     check_memory(lambda: memory_programs(setup, longest), mesh)
@@ -125,7 +126,7 @@ def train_steps(
         contextlib.closing(Collector(config, policy, prompts, steps, run.stop.check)) as collector,
     ):
         start = Start(collector.batches.get_state(), cfg.updates)
-        state, loader_state = loop.resume(fresh, abstract, policy.params, start)
+        state, loader_state = loop.resume(fresh, abstract, policy.trained, start)
         collector.resume(loader_state)
         for step in loop.steps():
             # sample and score
@@ -139,7 +140,8 @@ def train_steps(
                 # advantages, token weights, global denominators
                 recomputed = logp_ref = None
                 if config.rollout.recompute_logprobs:
-                    recomputed = rl.logprobs(state.params, scored.rollout, lengths)
+                    weights = with_adapters(state.params, policy.frozen)
+                    recomputed = rl.logprobs(weights, scored.rollout, lengths)
                 if reference is not None:
                     # Its routers choose for themselves: a route belongs to the policy that sampled.
                     own = dataclasses.replace(scored.rollout, routes=None)
@@ -150,7 +152,7 @@ def train_steps(
                 # loss, gradient, optimiser
                 plan, updates = plan_minibatches(lengths, reward, cfg, mesh), []
                 for micro_batches in plan:
-                    state, totals = rl.update(state, batch, micro_batches)
+                    state, totals = rl.update(state, batch, micro_batches, policy.frozen)
                     updates.append(totals)
             state = dataclasses.replace(state, step=rl.advance(state.step), curriculum=curriculum)
             # log the step before; keep the metrics of this one
@@ -227,9 +229,13 @@ def minibatch_prompts(config: Config) -> int:
     return config.train.prompts_per_update or config.rollout.prompts_per_step
 
 
-def copy_reference(config: Config, params: Params) -> Params | None:
-    """The starting policy, which the KL term refers to; without one nothing keeps a second copy of the weights."""
-    return jax.tree.map(jnp.copy, params) if config.loss.kl_coefficient > 0 else None
+def copy_reference(config: Config, policy: Policy) -> Params | None:
+    """The starting policy, which the KL term refers to: a second copy of the weights, or with LoRA the frozen ones themselves.
+    None without that term.
+    """
+    if config.loss.kl_coefficient == 0:
+        return None
+    return policy.frozen or jax.tree.map(jnp.copy, policy.params)
 
 
 def gather_lengths(scored: ScoredBatch, mesh: Mesh) -> tuple[BatchLengths, np.ndarray]:
@@ -293,10 +299,9 @@ def describe(
     config: Config, policy: Policy, prompts: Prepared, examples: Examples | None, steps: int
 ) -> None:
     """Prints what is about to run, in a few lines."""
-    count = sum(x.size for x in jax.tree.leaves(policy.params))
     r = config.rollout
     say(
-        f"{config.name}: {policy.config.family} policy, {count / 1e6:,.1f} M parameters, mesh {dict(policy.mesh.shape)}\n"
+        f"{config.name}: {policy.describe()}\n"
         f"train: {prompts.summary()}\nheld out: {examples.summary() if examples else 'none'}\n"
         f"{steps} steps of {r.prompts_per_step} prompts x {r.group_size} completions, "
         f"{r.prompts_per_step // minibatch_prompts(config)} update(s) a step"

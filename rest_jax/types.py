@@ -147,7 +147,7 @@ class TrainState:
     """All state of training: a step maps one to the next; the one thing to checkpoint."""
 
     step: Int[Array, ""]  # int32, rollout steps taken (supervised: optimiser updates)
-    params: Params  # float32 master weights
+    params: Params  # float32 master weights; with LoRA those of the adapters alone
     opt_state: Any
     rng: Key[Array, ""]  # the run's key; never split, only folded with (step, row, sample)
     curriculum: CurriculumState

@@ -20,7 +20,7 @@ from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import make_optimizer
 from rest_jax.rl.step import abstract_state
 from rest_jax.run.checkpoint import Checkpoints
-from rest_jax.run.load import load_policy
+from rest_jax.run.load import load_trained
 from rest_jax.run.metrics import read_lines
 
 STEPS = 4
@@ -162,7 +162,8 @@ def state(run: Location):
     """Everything the newest checkpoint holds."""
     run = as_path(run)
     config = config_lib.load([run / "config.yaml"])
-    policy = load_policy(config.model, config_lib.MeshConfig(fsdp=-1))
+    mesh = {"mesh": config_lib.MeshConfig(fsdp=-1)}
+    policy = load_trained(config.model_copy(update=mesh))
     tx = make_optimizer(config.optimizer, STEPS * 2)
     schedule = Schedule(config.weights, config.curriculum, STEPS)
     abstract, _ = abstract_state(policy, tx, schedule)

@@ -30,6 +30,20 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters of frozen matrices: x W + alpha / rank (x A) B (LoRA, arXiv:2106.09685)."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]  # names of matrices: q, k, v, o, gate, up, down
+
+    @property
+    def scale(self) -> float:
+        """Factor of the adapters' product."""
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """A decoder of the Qwen3, Qwen3-MoE, Qwen2 or Llama 3 family; `family` picks the HF names, the switches the maths."""
 
@@ -61,6 +75,9 @@ class DecoderConfig:
     remat: Remat = "block"
     # of rows (`attention.KERNELS`): blocks in XLA's operations, small or large, or the kernels of TPUs or GPUs
     attention: Attention = "blocks"
+    lora: Lora | None = (
+        None  # the adapters that it takes beside its parameters, where they are given
+    )
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))

@@ -10,10 +10,15 @@ Leaves: embed [V D], head [V D] (untied only), final_norm/scale [D]; under block
 attention_norm/scale, mlp_norm/scale [L D]; attention/q [L D N H], k, v [L D K H], o [L N H D],
 q_bias [L N H], k_bias, v_bias [L K H], q_norm/scale, k_norm/scale [L H]; mlp/gate, up [L D F], down [L F D], or with
 experts mlp/router [L D E], gate, up [L E D F], down [L E F D].
+
+Adapters (`DecoderConfig.lora`) are a collection of their own, `lora`, in which a matrix is a pair {a, b}: blocks/attention/q/a
+[L D r], b [L r N H]; o/a [L N H r], b [L r D]; mlp/gate/a [L D r], b [L r F]. Functions that take parameters take them as
+`params["lora"]` (`with_adapters`); without them the decoder is the base model.
 """
 
 import dataclasses
 import functools
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -43,6 +48,7 @@ from rest_jax.types import Params
 KeysValues = tuple[Layers, Layers]  # a layer: [B T K H]
 
 _INIT = nn.initializers.normal(0.02)
+LORA = "lora"  # the collection of adapters
 
 
 class RMSNorm(nn.Module):
@@ -231,9 +237,11 @@ def apply_routed(
 ) -> tuple[Any, Any, RouterRecord | None]:
     """What `decoder.apply` returns for these inputs, and what the routers of all layers did; None without experts."""
     apply: Any = decoder.apply
+    own = {name: value for name, value in params.items() if name != LORA}
+    variables = {"params": own} | ({LORA: params[LORA]} if LORA in params else {})
     if not decoder.cfg.n_experts:
-        return *apply({"params": params}, *inputs, **options), None
-    (hidden, kv), state = apply({"params": params}, *inputs, **options, mutable=["router"])
+        return *apply(variables, *inputs, **options), None
+    (hidden, kv), state = apply(variables, *inputs, **options, mutable=["router"])
     sown = state["router"]
     if decoder.cfg.layers == "scan":
         return hidden, kv, sown["blocks"]["mlp"]["record"]
@@ -267,6 +275,24 @@ def abstract_params(cfg: DecoderConfig) -> Params:
     return jax.eval_shape(lambda: _init_boxed(cfg, jax.random.key(0)))
 
 
+def init_adapters(cfg: DecoderConfig, key: Key[Array, ""]) -> Params:
+    """Fresh adapters in float32: A uniform within 1 / sqrt(its inputs), as peft has it, and B zero, so that the policy is the
+    base model.
+    """
+    return nn.meta.unbox(_init_boxed(cfg, key, LORA))
+
+
+@functools.lru_cache(maxsize=16)
+def abstract_adapters(cfg: DecoderConfig) -> Params:
+    """Shapes of the adapters, boxed as those of `abstract_params`."""
+    return jax.eval_shape(lambda: _init_boxed(cfg, jax.random.key(0), LORA))
+
+
+def with_adapters(trained: Params, frozen: Params | None) -> Params:
+    """The parameters of a decoder of which some are trained: all, or with LoRA the adapters of frozen ones."""
+    return trained if frozen is None else frozen | {LORA: trained}
+
+
 def head_matrix(params: Params, cfg: DecoderConfig) -> Float[Array, "V D"]:
     """The output matrix `[V, D]` (row v scores word v) in its stored dtype; tied: the embedding."""
     return params["embed"] if cfg.tied else params["head"]
@@ -280,9 +306,10 @@ def logits(
     return float32_einsum("...d,vd->...v", hidden.astype(cfg.dtype), head)
 
 
-def _init_boxed(cfg: DecoderConfig, key: jax.Array) -> Params:
+def _init_boxed(cfg: DecoderConfig, key: jax.Array, collection: str = "params") -> Params:
     token = jnp.zeros((1, 1), jnp.int32)
-    return Decoder(cfg).init(key, token, token, RowLayout(token + 1, 1))["params"]
+    keys = {"params": key, LORA: key}
+    return Decoder(cfg).init(keys, token, token, RowLayout(token + 1, 1))[collection]
 
 
 def _param(
@@ -299,6 +326,7 @@ class _Matrix(NamedTuple):
     value: Float[Array, "I O"]
     axes: tuple[str, str]  # logical ones, and what the mesh must divide
     sizes: tuple[int, int]
+    adapters: "tuple[_Matrix, _Matrix] | None" = None  # A [I r] and B [r O]
 
 
 def _matrix(module: Any, name: str, sizes: dict[str, int]) -> _Matrix:
@@ -309,21 +337,60 @@ def _matrix(module: Any, name: str, sizes: dict[str, int]) -> _Matrix:
     stored = dict(zip(own, flat, strict=True)) if module.cfg.flat_heads else sizes
     w = _param(module, name, _INIT, tuple(stored.values()), tuple(stored))
     (first, second), (rows, columns) = own, own.values()
-    return _Matrix(w.reshape(flat), (first, second), (rows, columns))
+    adapters = _adapters(module, name, sizes)
+    return _Matrix(w.reshape(flat), (first, second), (rows, columns), adapters)
+
+
+def _adapters(module: Any, name: str, sizes: dict[str, int]) -> tuple[_Matrix, _Matrix] | None:
+    """A and B of the matrix of that name and these axes, which each has on its side; None where there are none."""
+    lora = module.cfg.lora
+    if lora is None or name not in lora.targets:
+        return None
+    if not (module.is_initializing() or module.has_variable(LORA, name)):
+        return None
+    own = [axis for axis in sizes if axis != "head_dim"]
+    cut = list(sizes).index(own[1])
+    axes, shape = tuple(sizes), tuple(sizes.values())
+
+    def make() -> dict[str, Any]:
+        key = module.make_rng(LORA)
+        a = nn.with_logical_partitioning(_init_a, (*axes[:cut], "rank"))
+        b = nn.with_logical_partitioning(nn.initializers.zeros, ("rank", *axes[cut:]))
+        return {
+            "a": a(key, (*shape[:cut], lora.rank), jnp.float32),
+            "b": b(key, (lora.rank, *shape[cut:]), jnp.float32),
+        }
+
+    pair = module.variable(LORA, name, make).value
+    return (
+        _Matrix(pair["a"].reshape(-1, lora.rank), (own[0], "rank"), (sizes[own[0]], lora.rank)),
+        _Matrix(pair["b"].reshape(lora.rank, -1), ("rank", own[1]), (lora.rank, sizes[own[1]])),
+    )
+
+
+def _init_a(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    limit = math.prod(shape[:-1]) ** -0.5
+    return jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
 def _times(x: jax.Array, matrix: _Matrix, cfg: DecoderConfig) -> jax.Array:
     """x `[B T I]` times a matrix `[I O]` in the compute dtype, as one plain matrix product: with one contracted axis, also in
     the backward pass, XLA's CPU backend transposes nothing.
     """
-    w, axes, sizes = matrix
-    flat, mixed = x.reshape(-1, x.shape[-1]), w.dtype != x.dtype
-    y: Any = (
-        _mixed_product(flat, w, axes, sizes)
-        if mixed
-        else jnp.matmul(flat, w, precision=cfg.precision)
-    )
-    return y.reshape(*x.shape[:-1], w.shape[-1])
+    flat = x.reshape(-1, x.shape[-1])
+    y = _product(flat, matrix, cfg)
+    if matrix.adapters is not None:
+        assert cfg.lora is not None
+        a, b = matrix.adapters
+        y = y + cfg.lora.scale * _product(_product(flat, a, cfg), b, cfg)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _product(x: jax.Array, matrix: _Matrix, cfg: DecoderConfig) -> Any:
+    w, axes, sizes, _ = matrix
+    if w.dtype != x.dtype:
+        return _mixed_product(x, w, axes, sizes)
+    return jnp.matmul(x, w, precision=cfg.precision)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -371,8 +438,8 @@ def _stacked(cfg: DecoderConfig, cached: bool) -> Any:
     in_axes: Any = (cache, nn.broadcast, nn.broadcast, 0)  # cache, rope, layout, replayed experts
     return nn.scan(
         _rematerialised(cfg),
-        variable_axes={"params": 0, "router": 0},
-        split_rngs={"params": True},
+        variable_axes={"params": 0, "router": 0, LORA: 0},
+        split_rngs={"params": True, LORA: True},
         in_axes=in_axes,
         out_axes=0,
         length=cfg.n_layers,
@@ -404,6 +471,11 @@ def param_shardings(
         return sharding
 
     return jax.tree_util.tree_map_with_path(flat, shardings)
+
+
+def adapter_shardings(cfg: DecoderConfig, mesh: Mesh) -> Params:
+    """NamedSharding of every adapter: each is split as its matrix is on its side, the rank never."""
+    return logical_shardings(abstract_adapters(cfg), mesh)
 
 
 def head_dim_axis(path: tuple[Any, ...]) -> int | None:

@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 import re
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -19,7 +20,9 @@ from rest_jax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Decoder and float32 master weights in the train layout, with all that goes with them."""
+    """Decoder and float32 master weights in the train layout, with all that goes with them. With LoRA the weights are frozen
+    and of any dtype, and `adapters` are the float32 masters that a run begins with.
+    """
 
     decoder: Decoder
     params: Params
@@ -27,6 +30,36 @@ class Policy:
     mesh: Mesh
     rollout_mesh: Mesh  # the same devices in the same order, with the tensor size of rollouts
     files: pathlib.Path  # folder of the HF side files
+    adapters: Params | None = None
+    digest: str | None = (
+        None  # of weights that were merged at load; None: it is that of their values
+    )
+
+    @property
+    def trained(self) -> Params:
+        """What a run trains, and begins with: all weights, or the adapters."""
+        return self.params if self.adapters is None else self.adapters
+
+    @property
+    def frozen(self) -> Params | None:
+        """The weights that a run does not train; None without LoRA."""
+        return None if self.adapters is None else self.params
+
+    def with_trained(self, trained: Params) -> "Policy":
+        """The policy with these in the place of `trained`."""
+        name = "params" if self.adapters is None else "adapters"
+        return dataclasses.replace(self, **{name: trained})
+
+    def describe(self) -> str:
+        """Family, size and mesh in a few words, and what is trained if that is not all."""
+        total, own = (
+            sum(x.size for x in jax.tree.leaves(tree)) for tree in (self.params, self.adapters)
+        )
+        lora, adapters = self.config.lora, ""
+        if lora is not None:
+            adapters = f", LoRA of rank {lora.rank} on {' '.join(lora.targets)}: {own / 1e6:,.2f} M trained"
+        size = f"{total / 1e6:,.1f} M parameters"
+        return f"{self.config.family} policy, {size}{adapters}, mesh {dict(self.mesh.shape)}"
 
     @property
     def config(self) -> DecoderConfig:

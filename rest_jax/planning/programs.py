@@ -27,7 +27,8 @@ from rest_jax.distributed import (
     replicated,
 )
 from rest_jax.models.cache import PageTable
-from rest_jax.models.decoder import param_shardings
+from rest_jax.models.decoder import param_shardings, with_adapters
+from rest_jax.models.lora import pair_up
 from rest_jax.models.policy import Policy
 from rest_jax.planning.setup import (
     HeldOut,
@@ -111,21 +112,22 @@ def update_programs(setup: Setup, rows: StepRows) -> dict[str, Program]:
     config, mesh = setup.config, setup.policy.mesh
     state, shardings = train_state(setup)
     rl = make_step(setup.policy.decoder, setup.tx, setup.step, mesh, shardings)
-    scored, kept = _scored(setup), _reference(setup, state)
+    scored, has_reference = _scored(setup), config.loss.kl_coefficient > 0
     token = scored.rollout.logp
     recomputed = Recomputed(token, token, token) if config.rollout.recompute_logprobs else None
     minibatch = place(_numbers((setup.groups,)), replicated(mesh))
-    given = scored, recomputed, token if kept else None, minibatch, state.curriculum
-    found = {}
+    given = scored, recomputed, token if has_reference else None, minibatch, state.curriculum
+    found, frozen = {}, setup.policy.frozen
     if recomputed is not None:
-        found["logprobs"] = _logprobs(rl.logprobs, setup, rows.forward, scored.rollout, state)
-    if kept:
-        own = dataclasses.replace(scored.rollout, routes=None)
+        own = with_adapters(state.params, frozen), scored.rollout
+        found["logprobs"] = _logprobs(rl.logprobs, setup, rows.forward, own, state)
+    if has_reference:
+        own = frozen or state.params, dataclasses.replace(scored.rollout, routes=None)
         program = _logprobs(rl.logprobs, setup, rows.forward, own, state)
         found["reference logprobs"] = dataclasses.replace(program, name="reference logprobs")
-    found["prepare"] = _prepare(rl.prepare, given, scored, state, kept)
+    found["prepare"] = _prepare(setup, rl.prepare, given, scored, state)
     batch, *_ = jax.eval_shape(rl.prepare, *given)
-    return found | gradient_programs(rl.update, state, batch, rows.update, kept)
+    return found | gradient_programs(setup, rl.update, state, batch, rows.update)
 
 
 def _supervised_programs(setup: Setup, row: Row) -> dict[str, Program]:
@@ -145,62 +147,70 @@ def _supervised_programs(setup: Setup, row: Row) -> dict[str, Program]:
         batch_sharding(mesh),
     )
     batch = jax.eval_shape(prepare, gold)
-    return {"prepare": _prepare(prepare, (gold,), gold, state, {})} | gradient_programs(
-        update, state, batch, row, {}
-    )
+    own = _prepare(setup, prepare, (gold,), gold, state)
+    return {"prepare": own} | gradient_programs(setup, update, state, batch, row)
 
 
-def _prepare(prepare, given: tuple, batch: Tree, state: TrainState, kept: dict) -> Program:
-    held = {"parameters": state.params, "optimiser": state.opt_state, **kept}
+def _prepare(setup: Setup, prepare: Any, given: tuple, batch: Tree, state: TrainState) -> Program:
+    held = _weights(setup, state) | {"optimiser": state.opt_state, **_reference(setup, state)}
     return Program("prepare", lambda: prepare.lower(*given), {"batch": batch}, held)
 
 
 def gradient_programs(
-    update: Update, state: TrainState, batch: Tree, row: Row, kept: dict[str, Tree]
+    setup: Setup, update: Update, state: TrainState, batch: Tree, row: Row
 ) -> dict[str, Program]:
     """`update`, the gradient of a micro-batch added to what there is, and `apply` of any loss.
 
-    `state` and `batch` are abstract; `kept` is what else stays on the devices.
+    `state` and `batch` are abstract.
     """
-    mesh = update.mesh
+    mesh, frozen, kept = update.mesh, setup.policy.frozen, _reference(setup, state)
     batch = place(batch, batch_sharding(mesh))
     rows = _rows(row, mesh)
     with activate(mesh):
-        gradient, totals = jax.eval_shape(update.zero, state.params, batch)
+        gradient, totals = jax.eval_shape(update.zero, state.params, batch, frozen=frozen)
     gradient = place(gradient, jax.tree.map(lambda x: x.sharding, state.params))
     totals = place(totals, replicated(mesh))
-    parameters = {"parameters": state.params, "gradient": gradient}
-    optimiser = {"optimiser": state.opt_state}
+    optimiser, base = {"optimiser": state.opt_state}, _base(setup)
     return {
         "update": Program(
             "update",
-            lambda: update.add.lower((gradient, totals), state.params, batch, rows),
-            parameters | {"batch": batch},
+            lambda: update.add.lower((gradient, totals), state.params, batch, rows, frozen=frozen),
+            _weights(setup, state) | {"gradient": gradient, "batch": batch},
             optimiser | kept,
             row.trips,
         ),
         "apply": Program(
             "apply",
             lambda: update.apply.lower(state, gradient, totals),
-            parameters | optimiser,
-            {"batch": batch, **kept},
+            {"parameters": state.params, "gradient": gradient} | optimiser,
+            {"batch": batch, **base, **kept},
         ),
     }
 
 
 def _logprobs(
-    logprobs: Logprobs, setup: Setup, row: Row, rollout: RolloutBatch, state: TrainState
+    logprobs: Logprobs, setup: Setup, row: Row, given: tuple[Tree, RolloutBatch], state: TrainState
 ) -> Program:
-    rows = _rows(row, setup.policy.mesh)
+    """Of these parameters of the decoder and this rollout."""
+    (weights, rollout), rows = given, _rows(row, setup.policy.mesh)
     values = Recomputed(rollout.logp, rollout.entropy, rollout.gini)
-    kept = _reference(setup, state)
     return Program(
         "logprobs",
-        lambda: logprobs.add.lower(state.params, values, rollout, rows),
-        {"parameters": state.params, "batch": rollout},
-        {"optimiser": state.opt_state, **kept},
+        lambda: logprobs.add.lower(weights, values, rollout, rows),
+        _weights(setup, state) | {"batch": rollout},
+        {"optimiser": state.opt_state, **_reference(setup, state)},
         row.trips,
     )
+
+
+def _base(setup: Setup) -> dict[str, Tree]:
+    """The frozen weights of a run with LoRA."""
+    return {} if setup.policy.frozen is None else {"base": setup.policy.frozen}
+
+
+def _weights(setup: Setup, state: TrainState) -> dict[str, Tree]:
+    """What is trained, and the frozen weights beside it."""
+    return {"parameters": state.params} | _base(setup)
 
 
 def _rows(row: Row, mesh: Mesh) -> Rows:
@@ -217,8 +227,9 @@ def train_state(setup: Setup) -> tuple[TrainState, TrainState]:
 
 
 def _reference(setup: Setup, state: TrainState) -> dict[str, Tree]:
-    """The starting policy, which a KL term keeps on the devices."""
+    """The starting policy, which a KL term keeps on the devices; with LoRA that is the base, which is there anyway."""
     kept = setup.step is not None and setup.config.loss.kl_coefficient > 0
+    kept = kept and setup.policy.frozen is None
     return {"reference": state.params} if kept else {}
 
 
@@ -317,8 +328,9 @@ def rollout_programs(setup: Setup, rollout: Rollout) -> dict[str, Program]:
     policy, settings, sizes = setup.policy, rollout.settings, rollout.sizes
     mesh, decoder = policy.rollout_mesh, rollout_decoder(policy)
     engine = make_engine(decoder, settings, mesh)
+    merged = rollout_cast(dataclasses.replace(policy, adapters=None))
     weights = place(
-        jax.eval_shape(rollout_cast(policy), policy.params),
+        jax.eval_shape(merged, policy.params),
         param_shardings(decoder.cfg, mesh, layout="rollout"),
     )
     state = place(
@@ -329,14 +341,15 @@ def rollout_programs(setup: Setup, rollout: Rollout) -> dict[str, Program]:
         (_prompt_rows(engine, rollout), _decode_call(engine, rollout)), batch_sharding(mesh)
     )
     trained = _trained(setup)
-    moments = {name: tree for name, tree in trained.items() if name != "parameters"}
+    read = {name: trained[name] for name in ("parameters", "base") if name in trained}
+    moments = {name: tree for name, tree in trained.items() if name not in read}
     own, cache = {"rollout weights": weights}, {"cache": state}
     until = np.full((1, rollout.prefill_width), rollout.lengths.prompt, np.int32)
     programs = (
         Program(
             "cast",
             lambda: _lower_cast(policy),
-            {"parameters": policy.params},
+            read,
             moments | own,
         ),
         Program(
@@ -390,11 +403,11 @@ def _decode_call(engine: Engine, rollout: Rollout) -> DecodeCall:
 
 def _lower_cast(policy: Policy) -> Any:
     """Of the largest parameter: they are cast one after another."""
-    leaves = zip(
-        jax.tree.leaves(cast_programs(policy)), jax.tree.leaves(policy.params), strict=True
-    )
-    program, largest = max(leaves, key=lambda pair: math.prod(pair[1].shape))
-    return program.lower(largest)
+    operands = pair_up(policy.params, policy.adapters)
+    given = jax.tree.leaves(operands, is_leaf=lambda x: isinstance(x, tuple))
+    leaves = zip(jax.tree.leaves(cast_programs(policy)), given, strict=True)
+    program, largest = max(leaves, key=lambda pair: math.prod(pair[1][0].shape))
+    return program.lower(*largest)
 
 
 def _trained(setup: Setup) -> dict[str, Tree]:
@@ -402,7 +415,7 @@ def _trained(setup: Setup) -> dict[str, Tree]:
     state, _ = train_state(setup)
     batch = {} if setup.step is None else {"batch": _scored(setup)}
     kept = batch | _reference(setup, state)
-    return {"parameters": state.params, "optimiser": state.opt_state, **kept}
+    return _weights(setup, state) | {"optimiser": state.opt_state, **kept}
 
 
 def _numbers(shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 GIB = 2**30
 # In the order of the bars.
 NAMES: tuple[str, ...] = (
-    "parameters", "optimiser", "reference", "batch", "gradient", "rollout weights", "cache", "temporaries", "outputs",
+    "parameters", "base", "optimiser", "reference", "batch", "gradient", "rollout weights", "cache", "temporaries", "outputs",
     "other arguments",
 )  # fmt: skip
 _SHOWN = 8
@@ -135,7 +135,11 @@ def draw(plan: Mapping[str, Any], path: pathlib.Path) -> None:
 
     programs, limit = plan["memory"]["programs"], plan["memory"]["limit"]
     greys = plotting.GREY, plotting.BLACK, plotting.LIGHT
-    colours = dict(zip(NAMES, (*plotting.PALETTE, *greys), strict=True))
+    # a plan has one of the two
+    alike = {"base": "reference"}
+    names = [name for name in NAMES if name not in alike]
+    colours = dict(zip(names, (*plotting.PALETTE, *greys), strict=True))
+    colours |= {name: colours[other] for name, other in alike.items()}
     figure = plotting.new_figure(8, 1.2 + 0.4 * len(programs))
     axes = figure.subplots()
     left = dict.fromkeys(programs, 0.0)

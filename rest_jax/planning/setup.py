@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -24,14 +25,22 @@ from rest_jax.distributed import check_batch, make_mesh, num_data_shards, place,
 from rest_jax.errors import UserError
 from rest_jax.models.block_attention import WIDE, cpu_blocks, mean_visits
 from rest_jax.models.config import DecoderConfig
-from rest_jax.models.decoder import Decoder, abstract_params, param_shardings
+from rest_jax.models.decoder import (
+    Decoder,
+    abstract_adapters,
+    abstract_params,
+    adapter_shardings,
+    param_shardings,
+)
 from rest_jax.models.hf.config import decoder_config
+from rest_jax.models.lora import make_lora, stays_float32
 from rest_jax.models.policy import Policy, attention_of, compute_dtype
 from rest_jax.models.presets import PRESETS, preset
 from rest_jax.rl.optimizer import Optimizer, make_optimizer
 from rest_jax.rl.packing import BatchLengths, MicroBatch, longest_row, make_rows, row_length
 from rest_jax.rl.prepare import StepConfig
 from rest_jax.rl.step import plan_all_groups, plan_minibatches
+from rest_jax.types import Params
 
 
 class Lengths(NamedTuple):
@@ -120,11 +129,16 @@ def abstract_setup(
         remat=config.model.remat,
         attention=attention_of(mesh),
     )
+    cfg = dataclasses.replace(cfg, lora=make_lora(config.lora, cfg))
     params = place(nn.meta.unbox(abstract_params(cfg)), param_shardings(cfg, mesh))
+    adapters, kept = None, config.lora.base_dtype
+    if cfg.lora is not None:
+        adapters = place(nn.meta.unbox(abstract_adapters(cfg)), adapter_shardings(cfg, mesh))
+        params = _in_dtype(params, jnp.dtype(cfg.dtype if kept == "auto" else kept))
     tokenizer: Any = _AnyTokenizer()
     tensor = config.rollout.tensor
     rollout_mesh = mesh if tensor is None else with_tensor(mesh, tensor)
-    policy = Policy(Decoder(cfg), params, tokenizer, mesh, rollout_mesh, pathlib.Path())
+    policy = Policy(Decoder(cfg), params, tokenizer, mesh, rollout_mesh, pathlib.Path(), adapters)
     steps = config.train.steps or 100  # a constant of the schedules
     most, data = config.sft.max_tokens, config.data
     if step_config is None:
@@ -140,6 +154,16 @@ def abstract_setup(
         prompts = None if config.evaluation.benchmarks else data.eval_limit
         held_out = HeldOut(prompts, data.max_prompt_tokens)
     return Setup(config, policy, step, tx, widths, held_out)
+
+
+def _in_dtype(params: Params, dtype: Any) -> Params:
+    """Abstract weights as `hf.read.read_params` reads them."""
+
+    def one(path: Any, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        kept = x.dtype if stays_float32((path[-1].key,)) else dtype
+        return jax.ShapeDtypeStruct(x.shape, kept, sharding=x.sharding)
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def longest(config: Config, supervised: bool) -> Lengths:

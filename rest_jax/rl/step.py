@@ -28,7 +28,7 @@ from rest_jax.distributed import (
     replicated,
     tree_shardings_like,
 )
-from rest_jax.models.decoder import Decoder, param_shardings
+from rest_jax.models.decoder import Decoder, adapter_shardings, param_shardings
 from rest_jax.models.policy import Policy
 from rest_jax.rl import curriculum
 from rest_jax.rl.logprobs import PassSpec, response_logprobs
@@ -65,7 +65,8 @@ from rest_jax.types import CurriculumState, Params, RolloutBatch, TrainBatch, Tr
 class Update:
     """One optimiser update over the micro-batches of a mini-batch: `(state, batch, micro_batches) -> (state, Totals)`.
 
-    The state is donated. Gradients are float32 in the sharding of the parameters, metrics are replicated.
+    The state is donated. With LoRA `frozen` are the weights that the state's adapters belong to. Gradients are float32 in the
+    sharding of the parameters, metrics are replicated.
     """
 
     zero: Callable[..., tuple[Params, Totals]]  # compiled `zero_gradient`
@@ -75,11 +76,16 @@ class Update:
     mesh: Mesh
 
     def __call__(
-        self, state: TrainState, batch: Any, micro_batches: Sequence[MicroBatch]
+        self,
+        state: TrainState,
+        batch: Any,
+        micro_batches: Sequence[MicroBatch],
+        frozen: Params | None = None,
     ) -> tuple[TrainState, Totals]:
-        total = self.zero(state.params, batch)
+        total = self.zero(state.params, batch, frozen=frozen)
         for micro in micro_batches:
-            total = self.add(total, state.params, batch, make_rows(micro, self.mesh))
+            rows = make_rows(micro, self.mesh)
+            total = self.add(total, state.params, batch, rows, frozen=frozen)
         return self.apply(state, *total)
 
 
@@ -237,10 +243,10 @@ def init_state(
     shardings: TrainState,
 ) -> TrainState:
     """The state before the first step, in the shardings of `abstract_state`. The optimiser's state is born sharded, on the
-    devices or in the memory of their hosts; the policy's weights move into the state (they are donated).
+    devices or in the memory of their hosts; what the policy trains moves into the state (it is donated).
     """
     make = functools.partial(_fresh_state, tx=tx, schedule=schedule, seed=seed)
-    return jax.jit(make, out_shardings=shardings, donate_argnums=0)(policy.params)
+    return jax.jit(make, out_shardings=shardings, donate_argnums=0)(policy.trained)
 
 
 def abstract_state(
@@ -250,10 +256,11 @@ def abstract_state(
     moments: Moments = "device",
 ) -> tuple[TrainState, TrainState]:
     """(abstract state with shardings, shardings); the policy's parameters may be abstract, too."""
-    params_at = param_shardings(policy.config, policy.mesh)
+    where = param_shardings if policy.adapters is None else adapter_shardings
+    params_at = where(policy.config, policy.mesh)
     make = functools.partial(_fresh_state, tx=tx, schedule=schedule, seed=0)
-    shapes = jax.eval_shape(make, policy.params)
-    optimiser_at = tree_shardings_like(shapes.opt_state, policy.params, params_at)
+    shapes = jax.eval_shape(make, policy.trained)
+    optimiser_at = tree_shardings_like(shapes.opt_state, policy.trained, params_at)
     if moments == "host":
         optimiser_at = jax.tree.map(_in_host_memory, shapes.opt_state, optimiser_at)
     shardings = dataclasses.replace(

@@ -4,6 +4,7 @@
     add_gradient(total, params, batch, rows)                       its gradient, added to what earlier micro-batches gave
     apply_gradient(state, ...)       -> TrainState, Totals         one optimiser update
 
+`params` are what is trained; with LoRA that is the adapters, and `frozen` the weights beside them, which have no gradient.
 `rl/step.py` compiles them and loops over micro-batches. Denominators are in the batch already (`rl/loss.py`), so how it is
 cut changes nothing but the order of sums.
 """
@@ -22,7 +23,7 @@ from jaxtyping import Array, Float
 
 from rest_jax.config import LossConfig
 from rest_jax.distributed import num_data_shards
-from rest_jax.models.decoder import Decoder
+from rest_jax.models.decoder import Decoder, with_adapters
 from rest_jax.models.moe import RouterRecord
 from rest_jax.rl.balance import RouterSums, balance_loss, router_metrics, sum_router
 from rest_jax.rl.logprobs import LossAndMetrics, LossSpec, response_loss
@@ -115,10 +116,14 @@ def add_router(
 
 
 def micro_gradient(
-    params: Params, batch: ResponseBatch, rows: Rows, spec: UpdateSpec
+    params: Params,
+    batch: ResponseBatch,
+    rows: Rows,
+    spec: UpdateSpec,
+    frozen: Params | None = None,
 ) -> tuple[Params, Totals]:
     """Gradient (float32) and metrics of a micro-batch."""
-    gradient, totals = jax.grad(spec.loss_fn, has_aux=True)(params, batch, rows)
+    gradient, totals = jax.grad(_loss(spec, frozen), has_aux=True)(params, batch, rows)
     if spec.noise_groups is not None:
         groups = jnp.sum(rows.groups).astype(jnp.float32)
         # What a skipped group adds is put in at the end: `noise_groups` less the groups computed.
@@ -127,19 +132,31 @@ def micro_gradient(
 
 
 def add_gradient(
-    total: tuple[Params, Totals], params: Params, batch: ResponseBatch, rows: Rows, spec: UpdateSpec
+    total: tuple[Params, Totals],
+    params: Params,
+    batch: ResponseBatch,
+    rows: Rows,
+    spec: UpdateSpec,
+    frozen: Params | None = None,
 ) -> tuple[Params, Totals]:
     """`micro_gradient`, added to the gradient and the metrics so far (which a compiled call donates)."""
-    gradient, totals = micro_gradient(params, batch, rows, spec)
+    gradient, totals = micro_gradient(params, batch, rows, spec, frozen)
     return jax.tree.map(jnp.add, total[0], gradient), total[1].join(totals)
 
 
-def zero_gradient(params: Params, batch: ResponseBatch, spec: UpdateSpec) -> tuple[Params, Totals]:
+def zero_gradient(
+    params: Params, batch: ResponseBatch, spec: UpdateSpec, frozen: Params | None = None
+) -> tuple[Params, Totals]:
     """What the first micro-batch is added to; the maxima are of quantities that are not negative."""
     rows = empty_rows(num_data_shards(spec.mesh))
-    _, totals = jax.eval_shape(spec.loss_fn, params, batch, rows)
+    _, totals = jax.eval_shape(_loss(spec, frozen), params, batch, rows)
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (params, totals))
     return zero if spec.noise_groups is None else (zero[0], zero[1].with_noise(*jnp.zeros(2)))
+
+
+def _loss(spec: UpdateSpec, frozen: Params | None) -> LossFn:
+    """The loss as a function of what is trained."""
+    return lambda params, batch, rows: spec.loss_fn(with_adapters(params, frozen), batch, rows)
 
 
 @jax.named_scope("optimizer")

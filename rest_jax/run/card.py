@@ -15,7 +15,7 @@ from rest_jax.config import Config, dump
 from rest_jax.files import Location, as_path
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run import checkpoint
-from rest_jax.run.folder import MADE_OF
+from rest_jax.run.contents import MADE_OF
 from rest_jax.run.metrics import METRICS, METRICS_FILE, is_eval, read_lines
 from rest_jax.templates import TEMPLATES
 from rest_jax.templates.chat_template import PLUGIN, trained
@@ -83,10 +83,12 @@ def _options(config: Config) -> str:
 
 
 def _method(config: Config, lines: Sequence[Mapping[str, Any]]) -> str:
+    lora = config.lora
+    own = "" if lora.rank is None else f"LoRA of rank {lora.rank}, "
     if not any("reward/mean" in line for line in lines):
-        return "supervised"
+        return f"{own}supervised"
     rule, size = config.weights.rule, config.rollout.group_size
-    return f"GRPO with token weights by the rule `{rule}`, {size} completions a prompt"
+    return f"{own}GRPO with token weights by the rule `{rule}`, {size} completions a prompt"
 
 
 def _figures(run: Location, lines: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,33 +1,44 @@
 """What a run is made of, as digests: they are kept in every checkpoint, and a run resumes over the same contents alone.
 
 `records` are the records with their tools and gold answers, `prompts` and `targets` their token ids (so the template, the
-tokenizer and dates too), `tokens` the bytes of each id, and those that end a turn, `weights` those that the run began with.
-Paths are not among them: a folder may move.
+tokenizer and dates too), `tokens` the bytes of each id, and those that end a turn, `weights` those that the run began with; with
+LoRA `base` are the weights that its adapters belong to. Paths are not among them: a folder may move.
 """
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rest_jax.data.ragged import StoredRecords, to_bytes
 from rest_jax.data.tokenize import Prepared
 from rest_jax.distributed import exchange, is_first_process
 from rest_jax.errors import UserError
+from rest_jax.models.hf.placement import Weights
+from rest_jax.models.lora import stays_float32
 from rest_jax.models.policy import Policy
 from rest_jax.models.tokenizer import Tokenizer
+from rest_jax.run import checkpoint
 from rest_jax.types import Params
+
+# Beside the loader's state in a checkpoint: these digests, and the one of the weights that adapters belong to.
+MADE_OF, BASE = "made_of", "base"
 
 
 def digests(policy: Policy, data: Prepared) -> dict[str, str]:
     """The digests of a run about to begin; every process must call it. The first reads all of the data (a million records: about
     ten seconds).
     """
-    own = {"weights": _of_weights(policy.params)}
+    name = "weights" if policy.frozen is None else BASE
+    own = {name: policy.digest or digest_params(policy.params)}
     if is_first_process():
         records = data.records
         rows = records.rows if isinstance(records, StoredRecords) else map(to_bytes, records)
@@ -38,7 +49,10 @@ def digests(policy: Policy, data: Prepared) -> dict[str, str]:
 
 def check_same(saved: Mapping[str, str], found: Mapping[str, str], where: Any) -> None:
     """UserError that names the contents that are not those of a checkpoint."""
-    if other := changed(saved, found):
+    other = changed(saved, found)
+    if BASE in other:
+        refuse_base(where)
+    if other:
         raise UserError(
             f"{where}: its run was made of other {', '.join(other)} than are here now; put the old ones back, go on "
             "from it under another name with --fork NEW_NAME, or forget that run with --restart"
@@ -64,24 +78,75 @@ def _of_tokens(tokenizer: Tokenizer) -> str:
     return _of_rows([ids.astype(np.int64), *tokenizer.pieces])
 
 
-def _of_weights(params: Params) -> str:
-    """Of the bits of every element with its place. Sums of integers wrap round, so that they do not depend on the mesh."""
-    sums = jax.device_get(_sums_of_bits(params))
-    return _of_rows(np.asarray(x) for x in jax.tree.leaves(sums))
+def digest_params(params: Params, dtype: Any = jnp.float32) -> str:
+    """Of the bits of every element with its place, matrices as values of `dtype`. Sums of integers wrap round, so that they do
+    not depend on the mesh.
+    """
+    sums = flatten_dict(jax.device_get(_sums_of_bits(params, jnp.dtype(dtype))))
+    return _of_rows(np.asarray(sums[path]) for path in sorted(sums))
 
 
-@jax.jit
-def _sums_of_bits(params: Params) -> Params:
-    return jax.tree.map(_sum_of_bits, params)
+def digest_opened(weights: Sequence[Weights], dtype: Any = jnp.float32) -> str:
+    """The same of parameters that are read layer by layer on the host."""
+    sums = {w.spec.path: _sum_opened(w, dtype) for w in weights}
+    return _of_rows(sums[path] for path in sorted(sums))
 
 
-def _sum_of_bits(x: jax.Array) -> jax.Array:
+def digest_merged(base: str, adapters: str, dtype: Any) -> str:
+    """Of weights that were merged when they were loaded, from the digests of both: on another mesh their last bits may differ."""
+    return _of_rows(x.encode() for x in (base, adapters, jnp.dtype(dtype).name))
+
+
+def find_base(digest: Callable[[Any], str], saved: epath.Path) -> tuple[np.dtype, str]:
+    """The dtype in which weights with these digests are those that the adapters of a checkpoint belong to, and their digest.
+    UserError when they are not.
+    """
+    kept = checkpoint.read_loader_state(saved)[MADE_OF][BASE]
+    for dtype in map(jnp.dtype, ("float32", "bfloat16")):
+        if digest(dtype) == kept:
+            return dtype, kept
+    refuse_base(saved)
+
+
+def refuse_base(where: Any) -> NoReturn:
+    """UserError for adapters beside other weights than theirs."""
+    raise UserError(
+        f"{where}: its adapters belong to other weights than model.source leads to now; put those back (or set lora.base_dtype "
+        "to what it was, which auto leaves to the devices)"
+    )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _sums_of_bits(params: Params, dtype: Any) -> Params:
+    flat = flatten_dict(params)
+    return unflatten_dict(
+        {path: _sum_of_bits(_rounded(x, path, dtype)) for path, x in flat.items()}
+    )
+
+
+def _rounded(x: Any, path: tuple[str, ...], dtype: Any) -> jax.Array:
+    return jnp.asarray(x) if stays_float32(path) else jnp.asarray(x).astype(dtype)
+
+
+def _sum_opened(w: Weights, dtype: Any) -> np.ndarray:
+    total, size = np.zeros((), np.uint32), math.prod(w.shape[1:])
+    whole = tuple(map(slice, w.shape[1:]))
+    for layer in range(w.shape[0]):
+        values = w.read((slice(layer, layer + 1), *whole))
+        values = w.spec.to_ours(values) if w.in_hf_layout else values
+        total += np.asarray(_sum_of_bits(_rounded(values, w.spec.path, dtype), layer * size))
+    return total
+
+
+def _sum_of_bits(x: jax.Array, first: int = 0) -> jax.Array:
+    """Of a part of an array whose first element is number `first`."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis in range(x.ndim):
         place = place * jnp.uint32(x.shape[axis]) + jax.lax.broadcasted_iota(
             jnp.uint32, x.shape, axis
         )
+    place = place + jnp.uint32(first % 2**32)
     # Odd factors, spread over all bits: no element's bits are lost.
     mixed = (bits ^ (bits >> 15)) * (place * jnp.uint32(0x9E3779B1) * 2 + 1)
     return jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)

@@ -37,7 +37,7 @@ from rest_jax.files import (
 from rest_jax.models.hf.folder import copy_side_files
 from rest_jax.run.checkpoint import FOLDER as CHECKPOINTS
 from rest_jax.run.checkpoint import Checkpoints, list_steps
-from rest_jax.run.contents import changed, check_same
+from rest_jax.run.contents import BASE, MADE_OF, changed, check_same, refuse_base
 from rest_jax.run.fork import FILE as FORK_FILE
 from rest_jax.run.fork import (
     Origin,
@@ -75,6 +75,8 @@ MAY_CHANGE = (
     "model.remat",
     "data.train",
     "data.eval",
+    "lora.base_dtype",
+    "lora.adapter",
     "rollout.tensor",
     "rollout.decode_slots",
     "rollout.prompt_cache_entries",
@@ -95,8 +97,9 @@ MAY_CHANGE = (
     "train.tensorboard",
     "train.wandb_project",
 )
-# Beside the loader's state in a checkpoint: `contents.digests`, and that the evaluation of its step is still to be made.
-MADE_OF, EVALUATION = "made_of", "evaluation"
+EVALUATION = (
+    "evaluation"  # beside the loader's state in a checkpoint: that of its step is still to be made
+)
 SAVED_FILE = ".saved"  # there once a checkpoint was completed
 
 SUPERVISED_FINITE = ("update/loss", "update/grad_norm", "update/param_norm")
@@ -162,6 +165,8 @@ class Run:
         with self._in_time(f"restoring {origin}"):
             state, saved = first_state(origin, self.config.seed, abstract, start)
         other = changed(saved.pop(MADE_OF, {}), self.made_of)
+        if BASE in other:
+            refuse_base(origin)
         continues = "records" not in other and same_order(saved, start.loader_state)
         made = f" with other {', '.join(other)}" if other else ""
         data = "continues where it was" if continues else "begins anew"

@@ -7,6 +7,7 @@ model, N heads, K key/value heads, H head dim, F mlp, V vocabulary:
       with E experts          L (.. + 6 D F k + 2 D E)         of the k experts of a token, and the router
     head, a position          2 D V
     attention, a query        4 L N H keys                     scores and the weighted sum of values
+    adapters, a token         2 L r (I + O) of each matrix     of LoRA, whose frozen matrices have no gradient of their own
 
 Norms, rotations, softmax, activations and the embedding look-up are not counted; neither are padding, recomputation in
 the backward pass, or keys behind the causal mask. (PaLM, arXiv:2204.02311, appendix B, with attention exact.)
@@ -62,6 +63,11 @@ def rollout_flops(
     """Useful FLOPs of sampling: every prompt once, and for every response token trunk, head and attention over the prompt,
     the earlier tokens and itself.
     """
+    return sum(_forward_flops(cfg, prompt_lengths, response_lengths))
+
+
+def _forward_flops(cfg: DecoderConfig, prompt_lengths, response_lengths) -> tuple[float, float]:
+    """Of products with weights, and of attention."""
     prompts, responses = (np.asarray(x, np.int64) for x in (prompt_lengths, response_lengths))
     answered = int(responses.sum())
     keys = int(_causal(prompts).sum() + (prompts[:, None] * responses + _causal(responses)).sum())
@@ -71,7 +77,7 @@ def rollout_flops(
         mlp = cfg.experts_per_token * mlp + 2 * cfg.d_model * cfg.n_experts
     trunk = cfg.n_layers * (heads + mlp) * (int(prompts.sum()) + answered)
     attention = 4 * cfg.n_layers * cfg.n_heads * cfg.head_dim * keys
-    return float(trunk + 2 * cfg.d_model * cfg.vocab_size * answered + attention)
+    return float(trunk + 2 * cfg.d_model * cfg.vocab_size * answered), float(attention)
 
 
 def update_flops(
@@ -79,12 +85,21 @@ def update_flops(
     prompt_lengths: Int[np.ndarray, " P"],
     response_lengths: Int[np.ndarray, "P G"],
 ) -> float:
-    """FLOPs of one forward and backward pass over these groups in the group layout: 3 forward passes.
+    """FLOPs of one forward and backward pass over these groups in the group layout: 3 forward passes; with LoRA 2 through the
+    frozen weights, and 3 of attention and the adapters.
 
     The forward pass does the work of the rollout: a prompt once, the head on response positions only, i + 1 keys at
     position i. Groups that skip the pass are for the caller to leave out.
     """
-    return 3.0 * rollout_flops(cfg, prompt_lengths, response_lengths)
+    weights, attention = _forward_flops(cfg, prompt_lengths, response_lengths)
+    if cfg.lora is None:
+        return 3.0 * (weights + attention)
+    tokens = float(np.sum(prompt_lengths) + np.sum(response_lengths))
+    q, k = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
+    other = {"q": q, "k": k, "v": k, "o": q}  # than the model's, of the two sides of a matrix
+    sides = sum(cfg.d_model + other.get(name, cfg.d_ff) for name in cfg.lora.targets)
+    adapters = 2.0 * cfg.n_layers * cfg.lora.rank * sides * tokens
+    return 2.0 * weights + 3.0 * (attention + adapters)
 
 
 def _causal(length: np.ndarray) -> np.ndarray:

@@ -36,6 +36,24 @@ def test_a_kl_term_keeps_a_reference_on_the_devices():
     assert "reference" not in programs.update_programs(setup(), rows)["update"].resident
 
 
+def test_with_lora_gradient_and_moments_are_those_of_the_adapters():
+    made = setup(lora={"rank": 2}, loss={"kl_coefficient": 0.1})
+    found = programs.update_programs(made, rows_at(made, Lengths(96, 64)))
+    update, base = found["update"], setup().policy.params
+    assert jax.tree.map(lambda x: x.shape, update.arguments["base"]) == jax.tree.map(
+        lambda x: x.shape, base
+    )
+    own, gradient = (programs.device_bytes(update.arguments[k]) for k in ("parameters", "gradient"))
+    moments = programs.device_bytes(update.resident["optimiser"])
+    assert own == gradient < 0.1 * programs.device_bytes(base)
+    assert 2 * own <= moments < 2 * own + 64
+    # the base is the reference of a KL term
+    assert "reference" not in update.resident and "reference logprobs" in found
+    assert "base" in found["apply"].resident and "base" in found["prepare"].resident
+    narrow = setup(lora={"rank": 2, "base_dtype": "bfloat16"}).policy.params
+    assert 0.5 <= programs.device_bytes(narrow) / programs.device_bytes(base) < 0.51
+
+
 @pytest.mark.slow
 def test_what_a_config_switches_on_is_planned():
     sampled = {"cast", "prefill", "decode"}
@@ -62,6 +80,8 @@ RUNS = {
     "reference and experts": ("train", {"rollout": {"replay_routing": True, "recompute_logprobs": True},
                                         "loss": {"kl_coefficient": 0.1}}),
     "supervised": ("sft", {}),
+    "adapters": ("train", {"lora": {"rank": 4}, "rollout": {"recompute_logprobs": True},
+                           "loss": {"kl_coefficient": 0.1}}),
 }  # fmt: skip
 
 

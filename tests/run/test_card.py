@@ -12,7 +12,8 @@ from rest_jax.data.convert import SOURCES
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run import card, load
 from rest_jax.run.checkpoint import Checkpoints
-from rest_jax.run.folder import CONFIG_FILE, MADE_OF, MODEL_FOLDER
+from rest_jax.run.contents import MADE_OF
+from rest_jax.run.folder import CONFIG_FILE, MODEL_FOLDER
 from rest_jax.run.metrics import MetricsWriter
 from rest_jax.templates import TEMPLATES
 from rest_jax.types import TrainState

@@ -13,7 +13,7 @@ from rest_jax.data.ragged import Ragged, StoredRecords, to_bytes
 from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import Prepared
 from rest_jax.errors import UserError
-from rest_jax.run.contents import _of_weights, check_same, digests
+from rest_jax.run.contents import check_same, digest_params, digests
 from rest_jax.run.load import load_policy
 from rest_jax.tool_calls import Call, Target
 
@@ -64,5 +64,7 @@ def test_the_digest_of_weights_does_not_depend_on_the_mesh_and_sees_exchanged_el
     x = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
     mesh = Mesh(np.array(jax.devices()), ("all",))
     split = jax.device_put(x, NamedSharding(mesh, PartitionSpec("all")))
-    assert _of_weights({"a": split}) == _of_weights({"a": jnp.asarray(x)})
-    assert _of_weights({"a": x[::-1]}) != _of_weights({"a": x}) != _of_weights({"a": x[:, ::-1]})
+    assert digest_params({"a": split}) == digest_params({"a": jnp.asarray(x)})
+    assert (
+        digest_params({"a": x[::-1]}) != digest_params({"a": x}) != digest_params({"a": x[:, ::-1]})
+    )

@@ -1,20 +1,27 @@
-"""Export from a run: layer by layer from its checkpoint. Memory of convert and export on a real size."""
+"""Export from a run: layer by layer from its checkpoint. Runs with LoRA and adapters of peft. Memory of convert and export."""
 
 import json
+import os
+import pathlib
 import shutil
 import subprocess
 import sys
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from rest_jax.config import MeshConfig, ModelConfig
+from rest_jax.config import Config, MeshConfig, ModelConfig, dump
 from rest_jax.errors import UserError
-from rest_jax.models.hf import store
+from rest_jax.models.attention import prompt_rows
+from rest_jax.models.decoder import apply_routed, logits, with_adapters
+from rest_jax.models.hf import peft, store
+from rest_jax.models.lora import pair_up
 from rest_jax.run import load
 from rest_jax.run.checkpoint import Checkpoints
+from rest_jax.run.contents import BASE, MADE_OF, digest_params
 from rest_jax.run.folder import MODEL_FOLDER
 from rest_jax.types import TrainState
 from tests.runs import PROGRAMS, ROOT, environment
@@ -127,3 +134,252 @@ def tensors_of(folder):
     for file in folder.glob("*.safetensors"):
         with safetensors.safe_open(file, "numpy") as opened:
             yield from opened.keys()
+
+
+# --- runs with LoRA ---------------------------------------------------------------------------------------------------------
+
+TARGETS = ("q", "o", "down")
+
+
+class Adapted(NamedTuple):
+    """A run with LoRA: its config, base and adapters as NumPy."""
+
+    folder: pathlib.Path
+    config: Config
+    base: dict
+    adapters: dict
+
+    def merged(self, base=None):
+        """The weights with their adapters."""
+
+        def one(operands):
+            if len(operands) == 1:
+                return operands[0]
+            w, a, b = operands
+            product = [np.tensordot(x, y, 1) for x, y in zip(a, b, strict=True)]
+            return w + self.config.lora.alpha / self.config.lora.rank * np.stack(product)
+
+        pairs = pair_up(base or self.base, self.adapters)
+        return jax.tree.map(one, pairs, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def adapted_run(folder: pathlib.Path, base: pathlib.Path, files: pathlib.Path, **lora) -> Adapted:
+    """A run folder with a checkpoint of random adapters of `base`, saved from four devices."""
+    raw = {
+        "name": "run",
+        "model": {"source": str(base)},
+        "lora": {"rank": 3, "alpha": 6, "targets": TARGETS, **lora},
+        "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
+    }
+    config = Config.model_validate(raw)
+    shutil.copytree(files, folder / MODEL_FOLDER, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "config.yaml").write_text(dump(config))
+    policy = load.load_trained(config)
+    rng = np.random.default_rng(0)
+    adapters = jax.tree.map(
+        lambda x: jax.device_put(rng.normal(0, 0.1, x.shape).astype(np.float32), x.sharding),
+        policy.adapters,
+    )
+    made_of = {BASE: policy.digest or digest_params(policy.params)}
+    with Checkpoints(folder) as checkpoints:
+        none = jax.numpy.zeros(())
+        checkpoints.save(1, TrainState(none, adapters, none, none, none), {MADE_OF: made_of})
+    base_of = jax.tree.map(lambda x: np.asarray(x, np.float32), policy.params)
+    return Adapted(folder, config, base_of, jax.tree.map(np.asarray, adapters))
+
+
+@pytest.fixture(scope="module")
+def adapted(model, tmp_path_factory) -> Adapted:
+    return adapted_run(tmp_path_factory.mktemp("adapted") / "run", model, model)
+
+
+def weights_of(source, **mesh):
+    found = load.load_policy(ModelConfig(source=str(source)), MeshConfig(**mesh or {"fsdp": -1}))
+    assert {x.dtype.name for x in jax.tree.leaves(found.params)} == {"float32"}
+    return found.params
+
+
+def assert_near(found, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
+
+
+def test_a_run_with_lora_is_a_model_with_its_adapters_merged(adapted):
+    expected = adapted.merged()
+    assert_near(weights_of(adapted.folder), expected)
+    assert_near(weights_of(adapted.folder, data=1, fsdp=2, tensor=4), expected)
+    saved = adapted.folder / "checkpoints" / "1" / "params"
+    array = store.open_array(saved, ("blocks", "attention", "q", "a"))
+    assert array.shape == adapted.adapters["blocks"]["attention"]["q"]["a"].shape
+
+
+def test_it_is_exported_without_a_policy(adapted, model, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(load, "load_policy", None)
+        load.export(str(adapted.folder), tmp_path / "out", "float32")
+    found = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == safetensors.numpy.load_file(model / "model.safetensors").keys()
+    assert_near(weights_of(tmp_path / "out"), adapted.merged())
+    assert "LoRA of rank 3" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_base_in_bfloat16_is_merged_as_it_was_trained(adapted, model, tmp_path):
+    """The weights of the folder are float32; the adapters belong to what they are in bfloat16."""
+    narrow = adapted_run(tmp_path / "run", model, model, base_dtype="bfloat16")
+    assert np.any(narrow.base["embed"] != adapted.base["embed"])
+    np.testing.assert_array_equal(
+        narrow.base["final_norm"]["scale"], adapted.base["final_norm"]["scale"]
+    )
+    expected = narrow.merged()
+    assert_near(weights_of(tmp_path / "run"), expected)
+    load.export(str(tmp_path / "run"), tmp_path / "out", "float32")
+    assert_near(weights_of(tmp_path / "out"), expected)
+
+
+def test_the_base_may_be_a_run_with_lora(adapted, model, tmp_path):
+    second = adapted_run(tmp_path / "run", adapted.folder, model)
+    assert_near(second.base, adapted.merged())
+    expected = second.merged()
+    assert_near(weights_of(tmp_path / "run"), expected)
+    load.export(str(tmp_path / "run"), tmp_path / "out", "float32")
+    assert_near(weights_of(tmp_path / "out"), expected)
+
+
+@pytest.mark.parametrize("use", [weights_of, lambda run: load.export(str(run), run / "out")])
+def test_a_base_that_is_gone_or_another_one_is_one_line(model, tmp_path, use):
+    base = shutil.copytree(model, tmp_path / "base")
+    adapted_run(tmp_path / "run", base, model)
+    weights = safetensors.numpy.load_file(base / "model.safetensors")
+    norm = weights["model.norm.weight"]
+    weights["model.norm.weight"] = np.nextafter(norm, np.float32(9))
+    safetensors.numpy.save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"adapters belong to other weights than model.source"):
+        use(tmp_path / "run")
+    shutil.rmtree(base)
+    with pytest.raises(UserError, match=r"adapters of .*base: .* no such folder.*config.yaml"):
+        use(tmp_path / "run")
+    assert not (tmp_path / "run" / "out").exists()
+
+
+PEFT = "base_model.model.model.layers"
+# what peft calls them, and what we do: [r, in], [out, r]
+PEFT_SHAPES = {
+    "self_attn.q_proj.lora_A": (3, 32),
+    "self_attn.q_proj.lora_B": (32, 3),
+    "self_attn.o_proj.lora_A": (3, 32),
+    "self_attn.o_proj.lora_B": (32, 3),
+    "mlp.down_proj.lora_A": (3, 64),
+    "mlp.down_proj.lora_B": (32, 3),
+}
+
+
+@pytest.fixture(scope="module")
+def peft_folder(adapted, tmp_path_factory) -> pathlib.Path:
+    out = tmp_path_factory.mktemp("peft") / "adapter"
+    load.export(str(adapted.folder), out, adapter=True)
+    return out
+
+
+def test_adapters_are_exported_as_peft_has_them(adapted, peft_folder):
+    assert sorted(file.name for file in peft_folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    found = safetensors.numpy.load_file(peft_folder / "adapter_model.safetensors")
+    shapes = {
+        f"{PEFT}.{i}.{name}.weight": shape for i in range(2) for name, shape in PEFT_SHAPES.items()
+    }
+    assert {name: x.shape for name, x in found.items()} == shapes
+    a, b = (adapted.adapters["blocks"]["attention"]["o"][key][1] for key in "ab")
+    mine = found[f"{PEFT}.1.self_attn.o_proj.lora_A.weight"]
+    np.testing.assert_array_equal(mine, a.reshape(32, 3).T)
+    np.testing.assert_array_equal(found[f"{PEFT}.1.self_attn.o_proj.lora_B.weight"], b.T)
+    said = json.loads((peft_folder / "adapter_config.json").read_text())
+    assert (said["peft_type"], said["r"], said["lora_alpha"]) == ("LORA", 3, 6)
+    assert said["target_modules"] == ["q_proj", "o_proj", "down_proj"]
+    assert said["base_model_name_or_path"] == adapted.config.model.source
+
+
+def with_adapter(adapted: Adapted, folder: pathlib.Path, **lora) -> Config:
+    raw = adapted.config.model_dump(mode="json")
+    raw["lora"] |= {"adapter": str(folder), **lora}
+    return Config.model_validate(raw)
+
+
+def test_a_run_begins_with_the_adapters_of_a_peft_folder(adapted, peft_folder):
+    policy = load.load_trained(with_adapter(adapted, peft_folder))
+    jax.tree.map(np.testing.assert_array_equal, policy.adapters, adapted.adapters)
+
+
+@pytest.mark.parametrize(
+    ("changes", "lora", "said"),
+    [
+        ({"use_dora": True}, {}, "use_dora True: not supported"),
+        ({"bias": "all"}, {}, "bias all"),
+        ({"modules_to_save": ["lm_head"]}, {}, r"modules_to_save \['lm_head'\]"),
+        ({"rank_pattern": {"q_proj": 8}}, {}, "rank_pattern"),
+        ({"use_rslora": True, "alpha_pattern": {"x": 1}}, {}, "use_rslora True; alpha_pattern"),
+        ({"peft_type": "IA3"}, {}, "peft_type IA3"),
+        ({}, {"rank": 4}, "lora.rank=3"),
+        ({}, {"alpha": 8}, "lora.alpha=6"),
+        ({}, {"targets": "q"}, r"lora.targets=\["),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_another_kind_of_adapter_is_refused_by_name(
+    adapted, peft_folder, tmp_path, changes, lora, said
+):
+    folder = shutil.copytree(peft_folder, tmp_path / "adapter")
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=said) as caught:
+        load.load_trained(with_adapter(adapted, folder, **lora))
+    assert "\n" not in str(caught.value)
+
+
+def test_adapters_of_other_sizes_or_another_model_are_refused(adapted, peft_folder, tmp_path):
+    folder = shutil.copytree(peft_folder, tmp_path / "adapter")
+    file = folder / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    name = f"{PEFT}.0.mlp.down_proj.lora_A.weight"
+    safetensors.numpy.save_file(tensors | {name: tensors[name][:, :8].copy()}, file)
+    with pytest.raises(UserError, match=r"lora_A.weight has shape \(3, 8\), needs \(3, 64\)"):
+        load.load_trained(with_adapter(adapted, folder))
+    file.unlink()
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: no such file"):
+        load.load_trained(with_adapter(adapted, folder))
+    cfg = load.load_trained(adapted.config).config
+    for source, other in (("some/model", "other/model"), ("some/model", "some/model-2")):
+        path = folder / "adapter_config.json"
+        said = json.loads(path.read_text()) | {"base_model_name_or_path": source}
+        path.write_text(json.dumps(said))
+        with pytest.raises(UserError, match=f"set model.source={source}"):
+            peft.open_adapter(folder, cfg, other)
+
+
+def test_what_is_no_run_with_lora_has_no_adapters_to_export(run, model, tmp_path):
+    for source in (run[0], model):
+        with pytest.raises(UserError, match="not a run with LoRA"):
+            load.export(str(source), tmp_path / "out", adapter=True)
+
+
+@pytest.mark.slow
+@pytest.mark.services
+def test_peft_computes_the_same_logits(adapted, peft_folder, model):
+    """In a process with the packages peft and torch, whose folder of packages REST_JAX_PEFT may name."""
+    code = (PROGRAMS / "peft_logits.py").read_text()
+    words = [sys.executable, "-c", code, str(model), str(peft_folder)]
+    path = os.pathsep.join([os.environ.get("REST_JAX_PEFT", ""), *sys.path])
+    done = subprocess.run(
+        words, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    if "No module named 'peft'" in done.stderr:
+        pytest.skip("peft is missing: pip install peft, or name its folder in REST_JAX_PEFT")
+    assert done.returncode == 0, done.stderr
+    expected = np.asarray(json.loads(done.stdout.splitlines()[-1]), np.float32)
+    policy = load.load_trained(with_adapter(adapted, peft_folder, base_dtype="float32"))
+    tokens = jax.numpy.arange(len(expected))[None] + 3
+    layout, positions = prompt_rows(tokens, jax.numpy.array([len(expected)]))
+    weights = with_adapters(policy.adapters, policy.frozen)
+    hidden = apply_routed(policy.decoder, weights, tokens, positions, layout)[0]
+    found = logits(policy.params, policy.config, hidden[0])
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())

@@ -15,7 +15,8 @@ from rest_jax.config import Config, dump
 from rest_jax.errors import UserError
 from rest_jax.rl.curriculum import Schedule, init
 from rest_jax.run.checkpoint import MANIFEST, Checkpoints
-from rest_jax.run.folder import CONFIG_FILE, MADE_OF
+from rest_jax.run.contents import MADE_OF
+from rest_jax.run.folder import CONFIG_FILE
 from rest_jax.run.lock import OWNER
 from rest_jax.run.metrics import MetricsWriter
 from rest_jax.run.overview import describe_checkpoint, list_runs

@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 
 from rest_jax.models.attention import prompt_rows
-from rest_jax.models.config import DecoderConfig
+from rest_jax.models.config import DecoderConfig, Lora
 from rest_jax.models.decoder import Decoder, abstract_params, logits
 from rest_jax.run import throughput
 
@@ -57,6 +57,24 @@ def test_rollout_and_update_are_the_sum_over_tokens(cfg):
     expected = by_hand(cfg, PROMPTS.tolist(), RESPONSES.tolist())
     assert throughput.rollout_flops(cfg, PROMPTS, RESPONSES) == expected
     assert throughput.update_flops(cfg, PROMPTS, RESPONSES) == 3 * expected
+
+
+def test_frozen_matrices_have_no_gradient_of_their_own():
+    cfg = dataclasses.replace(CFG, lora=Lora(2, 4.0, ("q", "v", "down")))
+    tokens = int(PROMPTS.sum() + RESPONSES.sum())
+    wide, narrow = (n * cfg.head_dim for n in (cfg.n_heads, cfg.n_kv_heads))
+    outputs = {
+        "q": (cfg.d_model, wide),
+        "v": (cfg.d_model, narrow),
+        "down": (cfg.d_ff, cfg.d_model),
+    }
+    pairs = sum(matmul(tokens, i, 2) + matmul(tokens, 2, o) for i, o in outputs.values())
+    forward = by_hand(CFG, PROMPTS.tolist(), RESPONSES.tolist())
+    head = int(RESPONSES.sum()) * matmul(1, cfg.d_model, cfg.vocab_size)
+    attention = forward - head - tokens * one_token(CFG, 0)
+    expected = 2 * forward + attention + 3 * cfg.n_layers * pairs
+    assert throughput.update_flops(cfg, PROMPTS, RESPONSES) == expected
+    assert throughput.rollout_flops(cfg, PROMPTS, RESPONSES) == forward
 
 
 def test_groups_add_up_and_none_is_zero():

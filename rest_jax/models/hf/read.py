@@ -33,7 +33,16 @@ from rest_jax.models.hf.folder import (
 )
 from rest_jax.models.hf.placement import Weights, place
 from rest_jax.models.hf.safetensors import DTYPES, Stored
-from rest_jax.models.hf.table import EMBED, HEAD, Slices, Spec, expected_shapes, table
+from rest_jax.models.hf.table import (
+    EMBED,
+    HEAD,
+    Slices,
+    Spec,
+    adapter_table,
+    expected_shapes,
+    table,
+)
+from rest_jax.models.lora import stays_float32
 from rest_jax.types import Params
 
 _NAMES_SHOWN = 8
@@ -46,9 +55,14 @@ def silent(_moved: int, _total: int) -> None:
 
 
 def load_model(
-    source: str, mesh: Mesh, dtype: Any, remat: Remat, report: Report = silent
+    source: str,
+    mesh: Mesh,
+    dtype: Any,
+    remat: Remat,
+    report: Report = silent,
+    param_dtype: Any = jnp.float32,
 ) -> tuple[DecoderConfig, Params, pathlib.Path]:
-    """Sizes, float32 master weights sharded as `param_shardings(config, mesh)`, and the folder of the side files.
+    """Sizes, weights of `param_dtype` sharded as `param_shardings(config, mesh)`, and the folder of the side files.
 
     `dtype` is that of the computation. ConversionError (one line) for anything that cannot be loaded, ValueError for an
     impossible mesh. All processes of the mesh call it.
@@ -58,7 +72,7 @@ def load_model(
     cfg = dataclasses.replace(read_config(folder), dtype=dtype, remat=remat)
     weights = open_weights(folder, cfg)
     shardings = param_shardings(cfg, mesh)
-    return cfg, read_params(weights, shardings, jnp.float32, report), folder
+    return cfg, read_params(weights, shardings, param_dtype, report), folder
 
 
 def verify(folder: pathlib.Path, together: bool = False) -> None:
@@ -118,14 +132,23 @@ def read_config(folder: pathlib.Path) -> DecoderConfig:
 def read_params(
     weights: Sequence[Weights], shardings: Params, dtype: Any, report: Report = silent
 ) -> Params:
-    """The parameters, each cast to `dtype` and in its NamedSharding of `shardings`. All processes call it."""
+    """The parameters, each in its NamedSharding of `shardings`; matrices are cast to `dtype`, and what is read in float32 in any
+    case (`lora.stays_float32`) to that. All processes call it.
+    """
     given: dict[Any, Any] = flatten_dict(shardings)
     total = sum(w.nbytes for w in weights)
 
     def advance(moved: int) -> None:
         report(moved, total)
 
-    return unflatten_dict(place(weights, given, jnp.dtype(dtype), advance))
+    by_dtype: dict[Any, list[Weights]] = {}
+    for w in weights:
+        wanted = jnp.dtype("float32" if stays_float32(w.spec.path) else dtype)
+        by_dtype.setdefault(wanted, []).append(w)
+    placed = {}
+    for wanted, those in by_dtype.items():
+        placed |= place(those, given, wanted, advance)
+    return unflatten_dict(placed)
 
 
 def open_weights(folder: Folder, cfg: DecoderConfig) -> list[Weights]:
@@ -145,7 +168,12 @@ def open_weights(folder: Folder, cfg: DecoderConfig) -> list[Weights]:
             raise ConversionError(f"{params}: {there:,} bytes, fewer than the model of config.json")
         return opened
     stored = checked_scan(folder, cfg)
-    return [_in_hf_files(spec, stored) for spec in table(cfg)]
+    return [in_hf_files(spec, stored) for spec in table(cfg)]
+
+
+def open_adapters(folder: Folder, cfg: DecoderConfig) -> list[Weights]:
+    """The adapters (`cfg.lora`) of an Orbax checkpoint of them, to be read in parts; the rest as for `open_weights`."""
+    return [_in_store(spec, folder) for spec in adapter_table(cfg)]
 
 
 def checked_scan(folder: pathlib.Path, cfg: DecoderConfig) -> dict[str, Stored]:
@@ -167,7 +195,8 @@ def widest(spec: Spec, stored: Mapping[str, Stored]) -> np.dtype:
     return jnp.result_type(*{DTYPES[stored[name].dtype] for name in spec.hf_names()})
 
 
-def _in_hf_files(spec: Spec, stored: Mapping[str, Stored]) -> Weights:
+def in_hf_files(spec: Spec, stored: Mapping[str, Stored]) -> Weights:
+    """A parameter whose tensors lie in files, to be read in parts."""
     stack = spec.stack or (1,)
     dtype = widest(spec, stored)
     names = np.asarray(spec.hf_names()).reshape(stack)
@@ -221,10 +250,21 @@ def manifest_dtypes(folder: pathlib.Path, cfg: DecoderConfig) -> dict[str, str]:
 def _check_tensors(folder: pathlib.Path, cfg: DecoderConfig, stored: Mapping[str, Stored]) -> None:
     """ConversionError naming every tensor that is missing, unknown, misshapen or of an unknown dtype."""
     _check_count(folder, cfg, len(stored))
-    shapes = {name: tensor.shape for name, tensor in stored.items()}
     expected = dict(expected_shapes(cfg))
-    if cfg.tied and HEAD in shapes:
+    if cfg.tied and HEAD in stored:
         expected[HEAD] = expected[EMBED]
+    named = tensor_faults(expected, stored)
+    if HEAD in expected and HEAD not in stored:
+        named.append("set tie_word_embeddings true if the embedding is the head, too")
+    if named:
+        raise ConversionError(f"model folder {folder} ({cfg.family}): {'; '.join(named)}")
+
+
+def tensor_faults(
+    expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored]
+) -> list[str]:
+    """What is wrong with the tensors of a folder where these shapes are needed; nothing: []."""
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
     wrong = [
         f"{n} has shape {shapes[n]}, needs {s}"
         for n, s in expected.items()
@@ -239,11 +279,7 @@ def _check_tensors(folder: pathlib.Path, cfg: DecoderConfig, stored: Mapping[str
         "misshapen tensors": wrong,
         f"dtypes other than {', '.join(DTYPES)}": dtypes,
     }
-    named = [f"{kind}: {_shorten(names)}" for kind, names in faults.items() if names]
-    if HEAD in faults["missing tensors"]:
-        named.append("set tie_word_embeddings true if the embedding is the head, too")
-    if named:
-        raise ConversionError(f"model folder {folder} ({cfg.family}): {'; '.join(named)}")
+    return [f"{kind}: {_shorten(names)}" for kind, names in faults.items() if names]
 
 
 def _check_count(folder: pathlib.Path, cfg: DecoderConfig, stored: int) -> None:

@@ -128,6 +128,25 @@ def table(cfg: DecoderConfig) -> list[Spec]:
     return specs
 
 
+def adapter_table(cfg: DecoderConfig) -> list[Spec]:
+    """A and B of every matrix that `cfg.lora` names, under peft's names."""
+    lora, specs = cfg.lora, []
+    assert lora is not None
+    for spec in table(cfg):
+        if spec.path[-1] not in lora.targets:
+            continue
+        (outputs, inputs), rank = spec.groups, (lora.rank,)
+        name = "base_model.model." + spec.hf_name.removesuffix("weight")
+        own = (
+            ("a", (rank, inputs), (*range(1, len(inputs) + 1), 0)),
+            ("b", (outputs, rank), (len(outputs), *range(len(outputs)))),
+        )
+        for key, groups, order in own:
+            hf_name = f"{name}lora_{key.upper()}.weight"
+            specs.append(Spec(hf_name, (*spec.path, key), groups, order, spec.layers))
+    return specs
+
+
 def expected_shapes(cfg: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every HF tensor name this decoder needs, with its shape."""
     for spec in table(cfg):

@@ -80,7 +80,7 @@ def convert(source: str, out: str | pathlib.Path, report: Report = silent) -> No
 
 
 def export(
-    weights: Params | str | store.Folder,
+    weights: Params | str | store.Folder | list[Weights],
     files: str | pathlib.Path,
     out: str | pathlib.Path,
     dtype: str | None = None,
@@ -89,16 +89,18 @@ def export(
 ) -> None:
     """Writes an HF folder from `weights` and the folder `files` they came from, and `texts` by the names of their files.
 
-    `weights` are parameters this process holds, a model folder, or an Orbax checkpoint of parameters. Tensors, dtypes and the
-    presence of a tied head are those of `files`; `dtype` (float32, bfloat16, float16) overrides the dtypes. All or nothing.
+    `weights` are parameters this process holds, a model folder, an Orbax checkpoint of parameters, or what is opened of one.
+    Tensors, dtypes and the presence of a tied head are those of `files`; `dtype` (float32, bfloat16, float16) overrides the
+    dtypes. All or nothing.
     """
     files = pathlib.Path(files)
     verify(files)
     cfg = read_config(files)
     if isinstance(weights, str):
         weights = pathlib.Path(weights)
-    on_disk = isinstance(weights, (pathlib.Path, epath.Path))
-    opened = open_weights(weights, cfg) if on_disk else _in_memory(weights, cfg)
+    if isinstance(weights, (pathlib.Path, epath.Path)):
+        weights = open_weights(weights, cfg)
+    opened = weights if isinstance(weights, list) else _in_memory(weights, cfg)
     dtypes = _recorded_dtypes(files, cfg)
     if dtype is not None:
         dtypes = dict.fromkeys(dtypes, _dtype_name(dtype))
