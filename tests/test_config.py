@@ -336,6 +336,18 @@ def test_a_config_that_gives_neither_is_for_both_commands(write):
     config.check_command(loaded, supervised=True)
 
 
+def test_adapters_of_a_folder_need_their_rank():
+    with pytest.raises(
+        ConfigError, match=r"lora: adapter there: set lora\.rank to the r of"
+    ):
+        config.load(["scale/tiny"], ["lora.adapter=there"])
+    loaded = config.load(["scale/tiny"], ["lora.rank=2", "lora.targets=q", "lora.adapter=there"])
+    assert loaded.lora.targets == ("q",)
+    for bad in ("lora.targets=[]", "lora.targets=[w]", "lora.rank=0"):
+        with pytest.raises(ConfigError, match="lora"):
+            config.load(["scale/tiny"], ["lora.rank=2", bad])
+
+
 def test_a_supervised_run_does_not_measure_noise():
     loaded = config.load(["scale/tiny_sft"], ["train.measure_noise=true"])
     with pytest.raises(ConfigError, match=r"train\.measure_noise true"):
@@ -388,5 +400,5 @@ def test_the_paper_s_supervised_numbers():
     ],
 )
 def test_a_word_that_is_neither_file_nor_value(word, said):
-    with pytest.raises(config.ConfigError, match=said):
+    with pytest.raises(ConfigError, match=said):
         config.builtin_file(word)

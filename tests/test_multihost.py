@@ -136,6 +136,19 @@ def test_many_processes_equal_one(model, one, tmp_path, name):
     assert_close(tmp_path / "tiny", one)
 
 
+def test_many_processes_with_lora_equal_one(model, tmp_path):
+    raw = recipe(model, tmp_path / "one", **TWO_STEPS) | {"lora": {"rank": 4}}
+    (tmp_path / "one").mkdir()
+    finish(start("train", raw, tmp_path / "one"))
+    raw |= {"output": str(tmp_path / "two"), "mesh": {"data": 1, "fsdp": 1, "tensor": 2}}
+    for process in start_processes(["train", write(tmp_path / "two.yaml", raw)], 2):
+        finish(process)
+    found, expected = (lines(tmp_path / name / "tiny") for name in ("two", "one"))
+    for line, other in zip(found, expected, strict=True):
+        for name in set(other) - {"update/padding", "update/micro_batches"}:
+            assert line[name] == pytest.approx(other[name], rel=2e-3, abs=1e-4), name
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_others_end_when_a_process_is_lost(model, tmp_path, victim):
     raw = recipe(model, tmp_path, train={"steps": 500, "checkpoint_every": 500})

@@ -19,7 +19,7 @@ from rest_jax.rollout.experience import Collector
 from rest_jax.rollout.tokens import read_record
 from rest_jax.run.checkpoint import Checkpoints
 from rest_jax.run.metrics import REGION_NAMES, read_lines
-from tests.runs import STEPS, assert_same, finish, lines, recipe, start, state
+from tests.runs import STEPS, assert_same, finish, launch, lines, recipe, start, state
 
 
 def tiny_run(model: pathlib.Path, output: pathlib.Path, **changes) -> dict:
@@ -132,6 +132,74 @@ def test_nothing_is_on_the_devices_when_a_checkpoint_is_read(
         cli.main(["train", str(path), "mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2"])
     live, params = caught.value.args
     assert live - before < params / 20
+
+
+LORA = {"rank": 4, "alpha": 8, "targets": ["q", "o", "down"]}
+WITH_LORA = {
+    "alone": ("train", {}),
+    "sampled ahead": ("train", {"rollout": {"staleness": 1, "recompute_logprobs": True, "tis_cap": 2.0}}),
+    "reference, moments of the host": ("train", {"loss": {"kl_coefficient": 0.1}, "optimizer": {"moments": "host"}}),
+    "supervised": ("sft", {"optimizer": {"learning_rate": 1e-2}}),
+}  # fmt: skip
+
+
+def lora_run(model: pathlib.Path, output: pathlib.Path, **changes) -> dict:
+    raw = tiny_run(model, output) | {"lora": LORA}
+    for section, values in changes.items():
+        raw[section] = raw.get(section, {}) | values
+    return raw
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", WITH_LORA)
+def test_a_run_with_lora_resumes_bit_for_bit_and_is_forked(model, tmp_path, kind, capsys):
+    command, changes = WITH_LORA[kind]
+    raw = lora_run(model, tmp_path / "whole", **changes)
+    assert launch(raw, command=command) == 0
+    whole = tmp_path / "whole" / "tiny"
+    checkpoint = state(whole)
+    adapters = checkpoint[0].params["blocks"]
+    assert set(adapters["attention"]) | set(adapters["mlp"]) == set(LORA["targets"])
+    assert all(np.any(np.asarray(adapters[part][name]["b"]))
+               for part, name in (("attention", "q"), ("attention", "o"), ("mlp", "down")))  # fmt: skip
+    parts = shutil.copytree(tmp_path / "whole", tmp_path / "parts") / "tiny"
+    for step in (3, 4):
+        shutil.rmtree(parts / "checkpoints" / str(step))
+    raw["output"] = str(tmp_path / "parts")
+    assert launch(raw, "--fork", "fork", command=command) == 0
+    assert launch(raw, command=command) == 0
+    assert lines(parts) == lines(whole)
+    assert_same(state(parts), checkpoint)
+    if kind != "sampled ahead":  # a fork samples its first batch anew
+        assert_same(state(tmp_path / "parts" / "fork"), checkpoint)
+    capsys.readouterr()
+    other = shutil.copytree(model, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] = np.nextafter(weights["model.norm.weight"], np.float32(9))
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    shutil.rmtree(parts / "checkpoints" / "4")
+    for words in ([], ["--fork", "again"]):
+        assert launch(raw, f"model.source={other}", *words, command=command) == 2
+        said = capsys.readouterr().err
+        assert "adapters belong to other weights" in said and said.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_run_with_lora_on_another_mesh_is_the_same(model, tmp_path):
+    """Its step 0 is the base model; learning is slow enough that the order of sums changes no sampled token."""
+    slow = {"optimizer": {"learning_rate": 1e-5}, "train": {"steps": 2}}
+    runs = {}
+    for name, mesh in {"eight": (), "two": ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")}.items():
+        assert launch(lora_run(model, tmp_path / name, **slow), *mesh) == 0
+        runs[name] = tmp_path / name / "tiny"
+    first, second = (lines(run) for run in runs.values())
+    assert first[0] == pytest.approx(second[0], rel=1e-4)
+    for line, other in zip(first, second, strict=True):
+        for name in set(line) - {"update/padding", "update/micro_batches"}:
+            assert line[name] == pytest.approx(other[name], rel=2e-3, abs=1e-4), name
+    for name in "ab":
+        one, two = (state(run)[0].params["blocks"]["mlp"]["down"][name] for run in runs.values())
+        np.testing.assert_allclose(one, two, atol=2e-6)
 
 
 @pytest.mark.slow

@@ -87,12 +87,16 @@ def load_trained(config: Config) -> Policy:
     cfg = dataclasses.replace(policy.config, lora=make_lora(lora, policy.config))
     shardings = adapter_shardings(cfg, policy.mesh)
     if lora.adapter is None:
-        fresh = jax.jit(functools.partial(init_adapters, cfg), out_shardings=shardings)
-        adapters = fresh(jax.random.key(config.seed))
+        make = functools.partial(_fresh_adapters, cfg, config.seed)
+        adapters = jax.jit(make, out_shardings=shardings)()
     else:
         opened = peft.open_adapter(pathlib.Path(lora.adapter), cfg, config.model.source)
         adapters = read_params(opened, shardings, jnp.float32)
     return dataclasses.replace(policy, decoder=Decoder(cfg), adapters=adapters)
+
+
+def _fresh_adapters(cfg: DecoderConfig, seed: int) -> Params:
+    return init_adapters(cfg, jax.random.key(seed))
 
 
 class _Loaded(NamedTuple):
