@@ -14,7 +14,7 @@ import numpy as np
 import safetensors.numpy
 
 from rest_jax.distributed import is_first_process
-from rest_jax.files import atomic_folder
+from rest_jax.files import atomic_folder, check_links
 from rest_jax.models.config import DecoderConfig, Lora
 from rest_jax.models.hf.config import ConversionError
 from rest_jax.models.hf.folder import read_json, write_json
@@ -39,6 +39,7 @@ def open_adapter(folder: pathlib.Path, cfg: DecoderConfig, source: str) -> list[
     """
     lora = cfg.lora
     assert lora is not None
+    check_links(folder)
     config = read_json(folder / CONFIG)
     _check_config(folder, config, lora)
     _check_base(folder, config.get("base_model_name_or_path"), source)
