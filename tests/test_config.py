@@ -337,9 +337,7 @@ def test_a_config_that_gives_neither_is_for_both_commands(write):
 
 
 def test_adapters_of_a_folder_need_their_rank():
-    with pytest.raises(
-        ConfigError, match=r"lora: adapter there: set lora\.rank to the r of"
-    ):
+    with pytest.raises(ConfigError, match=r"lora: adapter there: set lora\.rank to the r of"):
         config.load(["scale/tiny"], ["lora.adapter=there"])
     loaded = config.load(["scale/tiny"], ["lora.rank=2", "lora.targets=q", "lora.adapter=there"])
     assert loaded.lora.targets == ("q",)

@@ -101,7 +101,7 @@ def test_gradients_follow_from_that_of_the_merged_matrix():
     decoder, params = adapted(), tiny.params()
     adapters, scale = random_adapters(decoder), decoder.cfg.lora.scale
 
-    found = jax.jit(jax.grad(lambda x: loss(decoder, with_adapters(x, params))))(adapters)
+    found = jax.jit(jax.grad(lambda x, p: loss(decoder, with_adapters(x, p))))(adapters, params)
     full = jax.jit(jax.grad(lambda p: loss(tiny.decoder(), p)))(merged(decoder, params, adapters))
     for part, names in (("attention", "qkvo"), ("mlp", ("gate", "up", "down"))):
         for name in names:
@@ -124,15 +124,15 @@ def test_bfloat16_computes_with_float32_adapters():
     adapters = random_adapters(decoder)
 
     @jax.jit
-    def run(frozen):
+    def run(adapters, frozen):
         return jax.value_and_grad(lambda x: loss(decoder, with_adapters(x, frozen)))(adapters)
 
     narrow = jax.tree_util.tree_map_with_path(
         lambda path, x: x if path[-1].key == "scale" else x.astype(jnp.bfloat16), params
     )
-    value, gradient = run(params)
+    value, gradient = run(adapters, params)
     assert {x.dtype.name for x in jax.tree.leaves(gradient)} == {"float32"}
-    again, same = run(narrow)
+    again, same = run(adapters, narrow)
     assert value == again
     jax.tree.map(np.testing.assert_array_equal, gradient, same)
 
