@@ -563,6 +563,24 @@ def variance(
     return measure_variance(config, options.pop("data"), **options)
 
 
+@app.command(rich_help_panel=_STUDY)
+def credit(
+    model: Model,
+    data: Annotated[str, Argument(help="record file, or synthetic:eval")],
+    overrides: Overrides,
+    prompts: Annotated[int, Option(min=1, help="prompts sampled")] = 16,
+    continuations: Annotated[int, Option(min=1, help="of each state of a completion")] = 32,
+    limit: Limit = None,
+    output: Annotated[str | None, Option(help="folder; default: credit/ of the run")] = None,
+) -> int:
+    """Measure which tokens decide the reward, and how well weight rules rank them."""
+    options = locals()
+    config = _load_model(options.pop("model"), options.pop("overrides"), None)
+    from rest_jax.analysis.credit import measure_credit
+
+    return measure_credit(config, options.pop("data"), **options)
+
+
 @app.command(rich_help_panel=_LOOK)
 def report(
     runs: Annotated[list[str], Argument(metavar="RUN...", help="folders of runs")],

@@ -13,20 +13,19 @@ import pathlib
 import sys
 from xml.sax.saxutils import escape
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rest_jax.analysis import plotting
+from rest_jax.analysis.draws import make_draw, open_data
 from rest_jax.analysis.report import Series, read_series
-from rest_jax.analysis.variance.measure import sample_scored
 from rest_jax.config import Config
-from rest_jax.data.tokenize import load_split, prepare
 from rest_jax.errors import UserError
 from rest_jax.files import atomic_write
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.weights import token_weights
-from rest_jax.run.load import config_of, load_policy
-from rest_jax.templates import TEMPLATES
+from rest_jax.run.load import config_of
 from rest_jax.tool_calls import NUM_REGIONS, Region
 
 # prompts to choose from, most tokens of a completion, least tokens of its arguments
@@ -56,10 +55,13 @@ def choose_completion(config: Config) -> tuple[list[str], np.ndarray]:
 
     The run's policy completes held-out prompts at temperature 1. UserError when no completion has a call.
     """
-    policy = load_policy(config.model, config.mesh)
-    records = load_split(config.data.eval or config.data.train, config.data, config.data.eval_limit)
-    prepared = prepare(records, policy.tokenizer, TEMPLATES[config.data.template], config.data)
-    scored = sample_scored(policy, config, prepared, min(PROMPTS, prepared.size))
+    data = config.data
+    opened = open_data(config, data.eval or data.train, data.eval_limit)
+    chosen = opened.choose(min(PROMPTS, opened.prepared.size), config.seed)
+    scored, tokenizer = (
+        make_draw(opened)(chosen, jax.random.key(config.seed)),
+        opened.policy.tokenizer,
+    )
     best = None
     for prompt, completion in np.ndindex(*scored.reward.shape):
         length = int(scored.rollout.response_length[prompt, completion])
@@ -71,7 +73,7 @@ def choose_completion(config: Config) -> tuple[list[str], np.ndarray]:
             best = reward, scored.rollout.responses[prompt, completion, :length], region
     if best is None:
         raise UserError(f"no completion of {len(scored.reward)} prompts has a call to draw")
-    return [policy.tokenizer.text([i]) for i in best[1]], best[2]
+    return [tokenizer.text([i]) for i in best[1]], best[2]
 
 
 def weights_at(
