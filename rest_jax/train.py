@@ -43,6 +43,7 @@ from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import make_optimizer
 from rest_jax.rl.packing import BatchLengths, MicroBatch, assign_minibatches, packing_metrics
 from rest_jax.rl.prepare import StepConfig, TokenValues, active_groups
+from rest_jax.rl.rules import check_rules, choose_weight_rule
 from rest_jax.rl.step import abstract_state, init_state, make_step, plan_minibatches, policy_metrics
 from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.experience import Collector, Experience
@@ -71,6 +72,7 @@ def train(
     RunStopped on NaN.
     """
     check_command(config, supervised=False)
+    check_rules(config)
     check_store(config)
     origin = check_start(config, restart, fork_of)
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
@@ -130,7 +132,7 @@ def train_steps(
         for step in loop.steps():
             # sample and score
             experience = collector.collect(rollout_params(state.params), state.rng, step)
-            lengths, reward = gather_lengths(experience.scored, rollout_mesh)
+            lengths, signal = gather_lengths(experience.scored, cfg, rollout_mesh)
             scored = move_rows(experience.scored, rollout_mesh, mesh)
             # Behind the update the state that the step began with is gone.
             run.stop.check()
@@ -148,7 +150,7 @@ def train_steps(
                     scored, recomputed, logp_ref, minibatch, state.curriculum
                 )
                 # loss, gradient, optimiser
-                plan, updates = plan_minibatches(lengths, reward, cfg, mesh), []
+                plan, updates = plan_minibatches(lengths, signal, cfg, mesh), []
                 for micro_batches in plan:
                     state, totals = rl.update(state, batch, micro_batches)
                     updates.append(totals)
@@ -158,7 +160,7 @@ def train_steps(
                 device=(prepared, updates),
                 read=policy_metrics,
                 host=host.of_step(experience, lengths, plan),
-                rates=functools.partial(host.rates, lengths, active_groups(reward, cfg)),
+                rates=functools.partial(host.rates, lengths, active_groups(signal, cfg)),
                 must_be_finite=RL_FINITE,
                 batch=experience.arrays(),
                 dispatched=dispatched,
@@ -212,13 +214,16 @@ def step_config(config: Config, steps: int) -> StepConfig:
     groups = minibatch_prompts(config)
     return StepConfig(
         loss=config.loss,
-        schedule=Schedule(config.weights, config.curriculum, steps),
+        schedule=Schedule(config.weights.of_regions, config.curriculum, steps),
         sampling=Sampling(rollout.temperature, rollout.top_k, rollout.top_p),
         updates=rollout.prompts_per_step // groups,
         fixed_length=rollout.max_response_tokens,
         max_tokens_per_microbatch=train.max_tokens_per_microbatch,
         tis_cap=rollout.tis_cap,
         noise_groups=groups if train.measure_noise else None,
+        weight_rule=choose_weight_rule(config),
+        placebo=config.weights.placebo,
+        seed=config.seed,
     )
 
 
@@ -232,13 +237,15 @@ def copy_reference(config: Config, params: Params) -> Params | None:
     return jax.tree.map(jnp.copy, params) if config.loss.kl_coefficient > 0 else None
 
 
-def gather_lengths(scored: ScoredBatch, mesh: Mesh) -> tuple[BatchLengths, np.ndarray]:
-    """Lengths and rewards [P, G] of the batch of all processes."""
+def gather_lengths(
+    scored: ScoredBatch, cfg: StepConfig, mesh: Mesh
+) -> tuple[BatchLengths, np.ndarray]:
+    """Lengths and `StepConfig.signal` of the batch of all processes."""
     own = BatchLengths.of(scored.rollout)
-    prompts, responses, reward = gather(
-        (own.prompt_length, own.response_length, np.asarray(scored.reward)), mesh
+    prompts, responses, signal = gather(
+        (own.prompt_length, own.response_length, np.asarray(cfg.signal(scored))), mesh
     )
-    return BatchLengths(prompts, responses, own.widths), reward
+    return BatchLengths(prompts, responses, own.widths), signal
 
 
 def sample_lines(experience: Experience, policy: Policy, count: int) -> list[dict[str, Any]]:
