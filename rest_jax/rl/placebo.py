@@ -1,8 +1,8 @@
 """Controls of token weights (`weights.placebo`): the same weights, or as large ones, on the wrong tokens.
 
     shuffle          a random order of the weights within each completion, another one in each step
-    shuffle_regions  the weights of one region go to the tokens of another: within each completion they are taken region by region
-                     and handed out region by region in a shifted order, the same one for the whole run
+    shuffle_regions  the weights of one region go to the tokens of another: of the regions that a completion has, in an order
+                     drawn once for the run, each hands its weights to the one before it (what is too much goes further)
     random           uniform in the range of the weights of the batch's tokens (the control of DelTA, arXiv:2605.21467)
 
 The first two keep the weights of every completion as they are, so that neither normalisers nor denominators change. Numbers are
@@ -30,10 +30,13 @@ def _shuffle(weight: Float[Array, "P G T"], view: TokenView, seed: int) -> Float
 
 def _shuffle_regions(weight: Float[Array, "P G T"], view: TokenView, seed: int):
     """Over the wrong regions."""
-    order = jax.random.permutation(jax.random.key(seed), NUM_REGIONS - 1)
-    place = jnp.zeros(NUM_REGIONS, jnp.int32).at[1 + order].set(jnp.arange(NUM_REGIONS - 1))
-    own = place[view.region.astype(jnp.int32)]
-    return _hand_out(weight, view, own, (own + 1) % (NUM_REGIONS - 1))
+    order = jax.random.permutation(jax.random.key(seed), NUM_REGIONS)
+    place = order[view.region.astype(jnp.int32)]  # [P G T]
+    there = (place[..., None] == jnp.arange(NUM_REGIONS)) & view.mask[..., None]
+    there = jnp.any(there, axis=2)  # [P G R]
+    own = jnp.take_along_axis(jnp.cumsum(there, axis=-1) - 1, place, axis=-1)
+    count = jnp.maximum(jnp.sum(there, axis=-1, keepdims=True), 1)
+    return _hand_out(weight, view, own, (own + 1) % count)
 
 
 def _random(weight: Float[Array, "P G T"], view: TokenView, seed: int) -> Float[Array, "P G T"]:
