@@ -181,6 +181,11 @@ TemplateName = Annotated[
     Option("--template", help="format of calls; default: the run's, or the chat template's"),
 ]
 Limit = Annotated[int | None, Option(min=1, help="records to read at most")]
+Methods = Annotated[str, Option(help="of configs/method or files, with commas")]
+_METHODS = (
+    "grpo,rest,rest_inverse_gini,rest_mass,ablation_no_cot,top_entropy,htmr,gtpo,entropy_advantage,egpo,steer,covariance,"
+    "a3po,hicra,ar,direction,less,tr_grpo,optimal_baseline,dr_grpo,rloo,maxrl,gdpo,reinforce_pp"
+)
 Workers = Annotated[int, Option(min=0, help="processes on this machine; 0: results so far")]
 Storage = Annotated[str | None, Option(help="database URL, for many machines; default: SQLite")]
 Tokenizer = Annotated[str | None, Option(help="HF folder or hub id: counts tokens")]
@@ -568,6 +573,7 @@ def credit(
     model: Model,
     data: Annotated[str, Argument(help="record file, or synthetic:eval")],
     overrides: Overrides,
+    methods: Methods = _METHODS,
     prompts: Annotated[int, Option(min=1, help="prompts sampled")] = 16,
     continuations: Annotated[int, Option(min=1, help="of each state of a completion")] = 32,
     limit: Limit = None,
@@ -576,9 +582,35 @@ def credit(
     """Measure which tokens decide the reward, and how well weight rules rank them."""
     options = locals()
     config = _load_model(options.pop("model"), options.pop("overrides"), None)
+    options["methods"] = methods.split(",")
     from rest_jax.analysis.credit import measure_credit
 
     return measure_credit(config, options.pop("data"), **options)
+
+
+@app.command(rich_help_panel=_STUDY)
+def gain(
+    model: Model,
+    data: Annotated[str, Argument(help="record file, or synthetic:train")],
+    overrides: Overrides,
+    methods: Methods = _METHODS,
+    placebos: Annotated[
+        str, Option(help="shuffle, shuffle_regions, random: of every method, with commas")
+    ] = "",
+    batches: Annotated[int, Option(min=1, help="batches measured")] = 30,
+    prompts: Annotated[int, Option(min=1, help="prompts of a batch")] = 16,
+    reference: Annotated[int, Option(min=8, help="prompts that grad J is measured on")] = 512,
+    limit: Limit = None,
+    output: Annotated[str | None, Option(help="folder; default: gain/ of the run")] = None,
+) -> int:
+    """Measure how far one step of each method leads towards a higher reward."""
+    options = locals()
+    config = _load_model(options.pop("model"), options.pop("overrides"), None)
+    options["methods"] = methods.split(",")
+    options["placebos"] = [name for name in placebos.split(",") if name]
+    from rest_jax.analysis.gain import measure_gain
+
+    return measure_gain(config, options.pop("data"), **options)
 
 
 @app.command(rich_help_panel=_LOOK)

@@ -140,14 +140,50 @@ class RewardConfig(Section):
 
 
 RegionName = Literal["tag", "scaffold", "name", "param", "think", "response", "other"]
+RegionRule = Literal["inverse_bound", "inverse_entropy", "inverse_gini", "constant", "uniform"]
+
+
+def rule_names(kind: str) -> tuple[str, ...]:
+    """The rules of a kind (weight, advantage, loss): one for each file in its folder of `rl/rules/`, which is not imported."""
+    files = (_PACKAGE / "rl" / "rules" / kind).glob("[a-z]*.py")
+    return tuple(sorted(file.stem for file in files))
+
+
+def _is_rule(kind: str, *more: str) -> pydantic.AfterValidator:
+    def check(name: str) -> str:
+        known = (*more, *rule_names(kind))
+        if name not in known:
+            raise ValueError(f"{name!r}: no such rule{nearest(name, known)}")
+        return name
+
+    return pydantic.AfterValidator(check)
+
+
+def _freeze(options: Any) -> tuple[tuple[str, Any], ...]:
+    """The pairs of a mapping in the order of its keys, lists as tuples: hashable, so that it can be static under jit."""
+    if not isinstance(options, Mapping):
+        raise ValueError(f"{options!r}: a mapping of options is needed, say {{share: 0.2}}")
+    pairs = {str(k): tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    if any(isinstance(value, Mapping) for value in pairs.values()):
+        raise ValueError(f"{options!r}: an option is a word, a number or a list")
+    return tuple(sorted(pairs.items()))
+
+
+# Of a rule, which checks them when the run begins (`rl.rules.check_rules`).
+Options = Annotated[
+    tuple[tuple[str, Any], ...],
+    pydantic.BeforeValidator(_freeze),
+    pydantic.PlainSerializer(dict),
+]
 
 
 class WeightsConfig(Section):
-    """Region weights (docs/method.md section 4)."""
+    """Weights of regions (docs/method.md section 4), or of single tokens by a rule of `rl/rules/weight/` (docs/methods.md)."""
 
-    rule: Literal["inverse_bound", "inverse_entropy", "inverse_gini", "constant", "uniform"] = (
-        "inverse_bound"
-    )
+    rule: Annotated[str, _is_rule("weight", *typing.get_args(RegionRule))] = "inverse_bound"
+    options: Options = ()  # of a rule of single tokens
+    # controls: the weights shuffled within each completion, or over the wrong regions, or random ones of the same range
+    placebo: Literal["none", "shuffle", "shuffle_regions", "random"] = "none"
     name_anchor: PositiveFloat = 1.2
     entropy_floor: PositiveFloat = 1e-3  # nats
     w_min: PositiveFloat = 0.1
@@ -165,6 +201,13 @@ class WeightsConfig(Section):
     # ablations: regions whose weight is zero; the only way to a zero weight besides the released preset
     zero: tuple[RegionName, ...] = ()
     allow_zero_constants: bool = False  # zeros of the released preset; with rule `constant`
+
+    @property
+    def of_regions(self) -> "WeightsConfig":
+        """Without a rule of single tokens, under which all regions weigh 1 but for those in `zero`."""
+        if self.rule in typing.get_args(RegionRule):
+            return self
+        return self.model_copy(update={"rule": "uniform"})
 
     @pydantic.model_validator(mode="after")
     def _ordered(self):
@@ -225,13 +268,16 @@ class CurriculumConfig(Section):
 
 
 class LossConfig(Section):
-    """Advantage and policy loss (docs/method.md section 7)."""
+    """Advantage and policy loss (docs/method.md section 7); their rules are files of `rl/rules/` (docs/methods.md)."""
 
-    advantage: Literal["grpo", "dr_grpo"] = "grpo"
+    advantage: Annotated[str, _is_rule("advantage")] = "grpo"
+    advantage_options: Options = ()
+    policy: Annotated[str, _is_rule("loss")] = "clip"
+    policy_options: Options = ()
     aggregation: Literal["weighted_token_mean", "token_mean", "sequence_mean", "fixed_length"] = (
         "weighted_token_mean"
     )
-    clip_low: PositiveFloat = 0.2
+    clip_low: PositiveFloat = 0.2  # these three of policy `clip`
     clip_high: PositiveFloat = 0.2
     dual_clip: Annotated[float, pydantic.Field(gt=1)] | None = 3.0
     kl_coefficient: NonNegativeFloat = 0.0

@@ -39,10 +39,16 @@ from rest_jax.planning.memory import check_memory
 from rest_jax.planning.programs import memory_programs
 from rest_jax.planning.setup import HeldOut, Lengths, Setup
 from rest_jax.rl.balance import check_experts
-from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import make_optimizer
 from rest_jax.rl.packing import BatchLengths, MicroBatch, assign_minibatches, packing_metrics
-from rest_jax.rl.prepare import StepConfig, TokenValues, active_groups
+from rest_jax.rl.prepare import (
+    StepConfig,
+    TokenValues,
+    active_groups,
+    minibatch_prompts,
+    step_config,
+)
+from rest_jax.rl.rules import check_rules
 from rest_jax.rl.step import abstract_state, init_state, make_step, plan_minibatches, policy_metrics
 from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.experience import Collector, Experience
@@ -54,7 +60,7 @@ from rest_jax.run.load import load_policy
 from rest_jax.run.loop import Loop, PendingStep, total_steps
 from rest_jax.run.preflight import check_store
 from rest_jax.run.throughput import Speed, mesh_peak_flops, reward_rates
-from rest_jax.types import Params, Sampling, ScoredBatch
+from rest_jax.types import Params, ScoredBatch
 
 BATCH = "rollout.prompts_per_step"  # the prompts of a step
 
@@ -71,6 +77,7 @@ def train(
     RunStopped on NaN.
     """
     check_command(config, supervised=False)
+    check_rules(config)
     check_store(config)
     origin = check_start(config, restart, fork_of)
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
@@ -130,7 +137,7 @@ def train_steps(
         for step in loop.steps():
             # sample and score
             experience = collector.collect(rollout_params(state.params), state.rng, step)
-            lengths, reward = gather_lengths(experience.scored, rollout_mesh)
+            lengths, signal = gather_lengths(experience.scored, cfg, rollout_mesh)
             scored = move_rows(experience.scored, rollout_mesh, mesh)
             # Behind the update the state that the step began with is gone.
             run.stop.check()
@@ -148,7 +155,7 @@ def train_steps(
                     scored, recomputed, logp_ref, minibatch, state.curriculum
                 )
                 # loss, gradient, optimiser
-                plan, updates = plan_minibatches(lengths, reward, cfg, mesh), []
+                plan, updates = plan_minibatches(lengths, signal, cfg, mesh), []
                 for micro_batches in plan:
                     state, totals = rl.update(state, batch, micro_batches)
                     updates.append(totals)
@@ -158,7 +165,7 @@ def train_steps(
                 device=(prepared, updates),
                 read=policy_metrics,
                 host=host.of_step(experience, lengths, plan),
-                rates=functools.partial(host.rates, lengths, active_groups(reward, cfg)),
+                rates=functools.partial(host.rates, lengths, active_groups(signal, cfg)),
                 must_be_finite=RL_FINITE,
                 batch=experience.arrays(),
                 dispatched=dispatched,
@@ -206,39 +213,20 @@ class HostMetrics:
         )
 
 
-def step_config(config: Config, steps: int) -> StepConfig:
-    """The static side of the steps."""
-    rollout, train = config.rollout, config.train
-    groups = minibatch_prompts(config)
-    return StepConfig(
-        loss=config.loss,
-        schedule=Schedule(config.weights, config.curriculum, steps),
-        sampling=Sampling(rollout.temperature, rollout.top_k, rollout.top_p),
-        updates=rollout.prompts_per_step // groups,
-        fixed_length=rollout.max_response_tokens,
-        max_tokens_per_microbatch=train.max_tokens_per_microbatch,
-        tis_cap=rollout.tis_cap,
-        noise_groups=groups if train.measure_noise else None,
-    )
-
-
-def minibatch_prompts(config: Config) -> int:
-    """Prompts of an optimiser update."""
-    return config.train.prompts_per_update or config.rollout.prompts_per_step
-
-
 def copy_reference(config: Config, params: Params) -> Params | None:
     """The starting policy, which the KL term refers to; without one nothing keeps a second copy of the weights."""
     return jax.tree.map(jnp.copy, params) if config.loss.kl_coefficient > 0 else None
 
 
-def gather_lengths(scored: ScoredBatch, mesh: Mesh) -> tuple[BatchLengths, np.ndarray]:
-    """Lengths and rewards [P, G] of the batch of all processes."""
+def gather_lengths(
+    scored: ScoredBatch, cfg: StepConfig, mesh: Mesh
+) -> tuple[BatchLengths, np.ndarray]:
+    """Lengths and `StepConfig.signal` of the batch of all processes."""
     own = BatchLengths.of(scored.rollout)
-    prompts, responses, reward = gather(
-        (own.prompt_length, own.response_length, np.asarray(scored.reward)), mesh
+    prompts, responses, signal = gather(
+        (own.prompt_length, own.response_length, np.asarray(cfg.signal(scored))), mesh
     )
-    return BatchLengths(prompts, responses, own.widths), reward
+    return BatchLengths(prompts, responses, own.widths), signal
 
 
 def sample_lines(experience: Experience, policy: Policy, count: int) -> list[dict[str, Any]]:

@@ -16,12 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 from etils import epath
 
 from rest_jax.analysis import plotting
+from rest_jax.analysis.arms import make_arms
 from rest_jax.analysis.draws import Opened, Prompts, make_draw, open_data
 from rest_jax.analysis.numbers import plain
 from rest_jax.config import Config
@@ -171,9 +171,9 @@ def rank_rows(
     found: Credit, region: np.ndarray, rules: Mapping[str, np.ndarray], seed: int
 ) -> dict[str, dict[str, Any]]:
     """Spearman's rank correlation of each rule's token weights [P, G, T] with the credits, over all tokens, with its 95 %
-    interval (bootstrap over prompts). `between halves` is that of the credits from both halves of the continuations: more
-    cannot be seen through the noise. A credit belongs to the token that was drawn, so no rule that only sees its state can get
-    there.
+    interval (bootstrap over prompts); rules that weigh all tokens alike have none. `between halves` is that of the credits
+    from both halves of the continuations: more cannot be seen through the noise. A credit belongs to the token that was
+    drawn, so no rule that only sees its state can get there.
     """
     mask = region != Region.NONE
     drawn = _resamples(len(region), seed)[: _RESAMPLES // 10]
@@ -182,9 +182,10 @@ def rank_rows(
         x, y = a[where], b[where]
         if np.ptp(x) == 0 or np.ptp(y) == 0:
             return np.nan
-        return float(scipy.stats.spearmanr(x, y)[0])
+        return float(np.corrcoef(scipy.stats.rankdata(x), scipy.stats.rankdata(y))[0, 1])
 
-    pairs = {name: (weight, found.credit) for name, weight in rules.items()}
+    differ = (item for item in rules.items() if np.ptp(item[1][mask]) > 0)
+    pairs = {name: (weight, found.credit) for name, weight in differ}
     pairs["between halves"] = (found.halves[0], found.halves[1])
     rows = {}
     for name, (a, b) in pairs.items():
@@ -210,6 +211,7 @@ def measure_credit(
     config: Config,
     data: str,
     *,
+    methods: Sequence[str],
     prompts: int,
     continuations: int,
     limit: int | None,
@@ -217,9 +219,9 @@ def measure_credit(
 ) -> int:
     """Measures and writes credit.json and credit.png; prints tables. UserError for what cannot be measured.
 
-    `rollout.group_size` completions of each of `prompts` prompts, drawn by the config's seed from the first `limit` records of
-    `data`, and `continuations` of each of their states. `output` None: `credit/` in the run's folder, for other models in the
-    config's output folder.
+    `rollout.group_size` completions of each of `prompts` prompts, drawn by the config's seed from the first `limit` records
+    of `data`, `continuations` of each of their states, and the methods whose token weights are held against the credits.
+    `output` None: `credit/` in the run's folder, for other models in the config's output folder.
     """
     if continuations < 4:
         raise UserError(f"--continuations {continuations}: four are the least; 32 say something")
@@ -240,7 +242,8 @@ def measure_credit(
     found = credit(states, rewards)
     report = {"model": config.model.source, "data": data, "prompts": prompts}
     report |= {"group_size": config.rollout.group_size, "continuations": continuations}
-    report |= summarise(found, scored, rule_weights(scored, config), config.seed)
+    weight = {arm.name: arm(scored)[0] for arm in make_arms(config, methods, groups=prompts)}
+    report |= summarise(found, scored, weight, config.seed)
     report["completions"] = token_lines(found, scored, opened)
     report["states"] = len(states.prefix)
     say(f"\n{tables(report)}\n")
@@ -308,23 +311,6 @@ def _with_prefixes(
     return dataclasses.replace(
         drawn, responses=ids, response_length=length, logp=nothing, entropy=nothing, gini=nothing
     )
-
-
-def rule_weights(scored: ScoredBatch, config: Config) -> dict[str, np.ndarray]:
-    """Token weights [P, G, T] of every rule whose weights differ between tokens."""
-    region = jnp.asarray(scored.region)
-    r = scored.rollout
-    stats = weights.region_stats(region, jnp.asarray(r.entropy), jnp.asarray(r.gini))
-    found = {}
-    for rule in weights.ENTROPY_RULES:
-        own = config.weights.model_copy(update={"rule": rule})
-        base = weights.base_weights(stats.entropy, stats.gini, stats.count > 0, own)
-        found[rule] = np.asarray(weights.token_weights(region, base, own.normalizer))
-    mask = scored.region != Region.NONE
-    return found | {
-        "entropy": np.where(mask, r.entropy, 0.0),
-        "1 - p": np.where(mask, -np.expm1(r.logp), 0.0),
-    }
 
 
 def summarise(

@@ -46,7 +46,7 @@ class Opened(NamedTuple):
         thought_open = self.policy.tokenizer.thought_open
         return TEMPLATES[self.config.data.template].behind(thought_open)
 
-    def choose(self, count: int, seed: int) -> Prompts:
+    def choose(self, count: int, seed: int | tuple[int, ...]) -> Prompts:
         """`count` different prompts, drawn by the seed, in the order of the data. UserError where there are fewer."""
         size = self.prepared.size
         if size < count:

@@ -25,6 +25,9 @@ _TOOLRL = {(True, False): "TC", (False, True): "TR", (True, True): "TCR", (False
 _PROSE = {(True, False): "T?C+", (False, True): "T?R", (True, True): "T?RC+", (False, False): "T"}
 
 
+PARTS = ("format_part", "correctness_part", "length_part")  # of `Score`, whose sum is the reward
+
+
 @dataclasses.dataclass(frozen=True)
 class Score:
     """The reward of one answer and what it was made of."""
@@ -37,6 +40,7 @@ class Score:
     # the format is right, and its reference reader reads the gold calls, in any order, and no others
     exact: bool
     spurious: bool  # gold has no calls, the answer calls a tool or tries to
+    length_part: float = 0.0  # off by default
 
 
 def score(
@@ -70,6 +74,7 @@ def score(
         and answer.executable
         and same_calls(target.calls, answer.calls),
         spurious=spurious,
+        length_part=length_part,
     )
 
 

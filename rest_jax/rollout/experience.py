@@ -23,6 +23,7 @@ from rest_jax.data.tokenize import Prepared
 from rest_jax.distributed import gather, local_shards, rows_of_shards
 from rest_jax.models.policy import Policy
 from rest_jax.rewards.score import Score
+from rest_jax.rl.rules import find_phrases
 from rest_jax.rollout.scheduler import SamplerStats, make_sampler, rows_of_group
 from rest_jax.rollout.scoring import score_rollout, summarise_scores, truncated
 from rest_jax.run.checkpoint import AHEAD
@@ -88,6 +89,7 @@ class Collector:
         self.sampler = make_sampler(policy, r, r.group_size, sampling, r.replay_routing)
         self.check = self.sampler.between_calls = check
         self.template = TEMPLATES[config.data.template].behind(policy.tokenizer.thought_open)
+        self.phrases = find_phrases(config)
         self.rows = rows_of_shards(r.prompts_per_step, local_shards(mesh), mesh)
         self.batches = Loader(
             prompts,
@@ -199,9 +201,8 @@ class Collector:
     ) -> tuple[ScoredBatch, list[Score], float]:
         started = time.monotonic()
         with jax.profiler.TraceAnnotation("reward"):
-            scored, (scores,) = score_rollout(
-                rows, [target], self.policy.tokenizer, self.template, self.config.reward, progress
-            )
+            known = self.policy.tokenizer, self.template, self.config.reward
+            scored, (scores,) = score_rollout(rows, [target], *known, progress, self.phrases)
         return scored, scores, time.monotonic() - started
 
     def close(self) -> None:
@@ -219,8 +220,8 @@ def read_rollout(arrays: dict[str, np.ndarray], rows: np.ndarray) -> RolloutBatc
 
 def _join(rollout: RolloutBatch, parts: list[ScoredBatch]) -> ScoredBatch:
     def rows(field: str) -> Any:
-        return np.concatenate([getattr(part, field) for part in parts])
+        values = [getattr(part, field) for part in parts]
+        return None if values[0] is None else np.concatenate(values)
 
-    return ScoredBatch(
-        rollout, rows("region"), reward=rows("reward"), format_score=rows("format_score")
-    ).validate()
+    names = [f.name for f in dataclasses.fields(ScoredBatch) if f.name != "rollout"]
+    return ScoredBatch(rollout, **{name: rows(name) for name in names}).validate()

@@ -8,6 +8,7 @@ the regions.
 
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -15,8 +16,8 @@ from jax.sharding import Mesh
 from rest_jax.config import RewardConfig
 from rest_jax.distributed import gather
 from rest_jax.models.tokenizer import Tokenizer
-from rest_jax.rewards.score import Score, score
-from rest_jax.rl.regions import label_tokens
+from rest_jax.rewards.score import PARTS, Score, score
+from rest_jax.rl.regions import label_tokens, mark_phrases
 from rest_jax.templates import Template
 from rest_jax.tool_calls import Target
 from rest_jax.types import RolloutBatch, ScoredBatch
@@ -29,8 +30,10 @@ def score_rollout(
     template: Template,
     cfg: RewardConfig,
     progress: float,
+    phrases: Sequence[str] = (),
 ) -> tuple[ScoredBatch, list[list[Score]]]:
-    """Scores and labels every response at reward progress `progress` in [0, 1].
+    """Scores and labels every response at reward progress `progress` in [0, 1], and marks the tokens of `phrases` if there
+    are any.
 
     The text of a response is the bytes of its ids before a final stop id, which is the end-of-turn
     token. A response that never stops is parsed as it is. Returns the batch (NumPy, validated) and
@@ -48,24 +51,34 @@ def score_rollout(
         )
     has_stop = _ends_with_stop(ids, length, tokenizer.stop_ids)
     text_length = length - has_stop
-    answers = [
-        template.parse(tokenizer.bytes_of(row[:n]))
+    texts = [
+        tokenizer.bytes_of(row[:n])
         for row, n in zip(ids.tolist(), text_length.tolist(), strict=True)
     ]
-    region = label_tokens(answers, tokenizer.piece_lengths[ids], text_length, has_stop)
+    answers = [template.parse(text) for text in texts]
+    token_bytes = tokenizer.piece_lengths[ids]
+    region = label_tokens(answers, token_bytes, text_length, has_stop)
     gold = [target for target in targets for _ in range(group)]
     scores = [
         score(answer, target, template.name, cfg, progress, n)
         for answer, target, n in zip(answers, gold, length.tolist(), strict=True)
     ]
-    reward, form = (
-        np.array([(s.reward, s.format_score) for s in scores], np.float32).reshape(-1, 2).T
-    )
+
+    def field(name: str) -> np.ndarray:
+        values = [getattr(s, name) for s in scores]
+        return np.array(values, np.float32).reshape(prompts, group)
+
+    marked: Any = None
+    if phrases:
+        marked = mark_phrases(texts, token_bytes, phrases).reshape(rollout.responses.shape)
     scored = ScoredBatch(
         rollout=rollout,
         region=region.reshape(prompts, group, width),  # type: ignore[arg-type]
-        reward=reward.reshape(prompts, group),  # type: ignore[arg-type]
-        format_score=form.reshape(prompts, group),  # type: ignore[arg-type]
+        reward=field("reward"),  # type: ignore[arg-type]
+        format_score=field("format_score"),  # type: ignore[arg-type]
+        parts=np.stack([field(name) for name in PARTS], axis=-1),  # type: ignore[arg-type]
+        exact=field("exact") > 0,  # type: ignore[arg-type]
+        marked=marked,
     )
     return scored.validate(), [scores[p * group : (p + 1) * group] for p in range(prompts)]
 

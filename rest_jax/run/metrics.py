@@ -94,6 +94,10 @@ _TABLE = {
     "update/clip_low_fraction": ("fraction", "tokens clipped at 1 - clip_low"),
     "update/clip_high_fraction": ("fraction", "tokens clipped at 1 + clip_high"),
     "update/dual_clip_fraction": ("fraction", "tokens at the dual clip"),
+    "update/phantom_gradient": (
+        "fraction",
+        "sum of |weight x advantage| in groups without any exact completion",
+    ),
     "update/tis_weight_mean": ("", "mean truncated importance weight (rollout.tis_cap)"),
     "update/tokens": ("tokens", "tokens that carried loss"),
     "update/accuracy": ("fraction", "supervised tokens that are the most probable ones"),

@@ -73,6 +73,11 @@ def test_rewards_and_regions_of_two_groups(size):
     np.testing.assert_array_equal(scored.format_score, [[1.0, 0.0], [0.0, 1.0]])
     assert [[s.exact for s in row] for row in scores] == [[True, False], [False, True]]
     assert [[s.spurious for s in row] for row in scores] == [[False, False], [True, False]]
+    np.testing.assert_array_equal(scored.exact, [[True, False], [False, True]])
+    np.testing.assert_array_equal(
+        scored.parts, [[[1, 3, 0], [-1, -3, 0]], [[-1, -3, 0], [1, 0, 0]]]
+    )
+    assert scored.marked is None
     region = np.asarray(scored.region)
     assert (region.dtype, scored.reward.dtype) == (np.int8, np.float32)
     for p, rows in enumerate(groups):
@@ -86,6 +91,19 @@ def test_rewards_and_regions_of_two_groups(size):
         assert region[0, 0, name] == Region.NAME
         assert (region[0, 0] == Region.NAME).sum() == 1
         assert (region[0, 0] == Region.PARAM).sum() == len('{"a": "ü"}'.encode())
+
+
+def test_parts_add_up_to_the_reward_and_phrases_are_marked():
+    tokenizer = Pieces()
+    ids = [*tokenizer.encode(SAID, 1), STOP]
+    cfg = RewardConfig(length_weight=0.5, length_target_tokens=len(ids) * 2)
+    rollout = rollout_of([[ids]], len(ids) + 2)
+    template = TEMPLATES["toolrl"]
+    scored, _ = score_rollout(rollout, TARGETS[1:], tokenizer, template, cfg, 1.0, ["hi", "ho"])
+    np.testing.assert_array_equal(scored.parts, [[[1, 0, 0.25]]])
+    np.testing.assert_array_equal(scored.reward, scored.parts.sum(-1))
+    at = SAID.index(" hi") + 2  # a character of two bytes is before it
+    assert np.flatnonzero(scored.marked[0, 0]).tolist() == [at, at + 1]
 
 
 def test_padding_ids_inside_a_response_are_its_text():

@@ -37,8 +37,9 @@ from rest_jax.errors import UserError
 from rest_jax.files import as_path
 from rest_jax.models.decoder import Decoder
 from rest_jax.rl import curriculum, weights
-from rest_jax.rl.advantages import ADVANTAGES, nonzero_advantage
 from rest_jax.rl.packing import bucket
+from rest_jax.rl.rules import choose
+from rest_jax.rl.view import make_view, nonzero_advantage, per_token
 from rest_jax.run.load import is_run
 from rest_jax.tool_calls import NUM_REGIONS, Region
 from rest_jax.types import Params, ScoredBatch
@@ -105,9 +106,9 @@ def measure_batch(
     rules = rule_weights(scored, token_stats, config)
     present = [r for r in weights.POLICY_REGIONS if (scored.region == r).any()]
     parts = [(scored.region == r).astype(np.float32) for r in present]
-    advantage = np.asarray(ADVANTAGES[config.loss.advantage](jnp.asarray(scored.reward)))
+    advantage = np.asarray(per_token(compute_advantage(scored, config)))
     total = int((scored.region != Region.NONE).sum())
-    coefficient = np.stack([*rules.values(), *parts]) * (-advantage[..., None] * groups / total)
+    coefficient = np.stack([*rules.values(), *parts]) * (-advantage * groups / total)
     coefficient, chunk = coefficient.astype(np.float32), config.loss.vocab_chunk
     gradients = group_gradients(decoder, params, scored.rollout, coefficient, chunk, config.seed)
     return plain(
@@ -123,6 +124,16 @@ def measure_batch(
             "rules": rule_rows(scored, rules, token_stats, gradients, config.seed),
         }
     )
+
+
+def compute_advantage(scored: ScoredBatch, config: Config) -> jax.Array:
+    """By the config's rule, at the start of a run."""
+    schedule = curriculum.Schedule(config.weights.of_regions, config.curriculum, 1)
+    view = make_view(
+        jax.tree.map(jnp.asarray, scored), scored.rollout, curriculum.init(schedule), config.seed
+    )
+    options = config.loss.advantage_options, "loss.advantage_options"
+    return choose("advantage", config.loss.advantage, *options)(view)
 
 
 def trim(scored: ScoredBatch) -> ScoredBatch:
