@@ -93,7 +93,7 @@ class DataConfig(Section):
     eval_limit: PositiveInt | None = None
     shuffle: bool = True
     synthetic_seed: Seed = 0
-    synthetic_level: Literal["single", "mixed", "reasoned"] = "mixed"
+    synthetic_level: Literal["single", "mixed", "reasoned", "inferred"] = "mixed"
     synthetic_size: PositiveInt = 4096  # training records of a `synthetic:` world
 
 
