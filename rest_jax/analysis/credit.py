@@ -227,7 +227,7 @@ def measure_credit(
         raise UserError(f"--continuations {continuations}: four are the least; 32 say something")
     if prompts < 2:
         raise UserError(f"--prompts {prompts}: an interval over prompts needs at least 2")
-    opened = open_data(config, data, limit)
+    opened = open_data(config, data, limit, prompts)
     chosen, key = opened.choose(prompts, config.seed), jax.random.key(config.seed)
     say(f"sampling {config.rollout.group_size} completions of each of {prompts} prompts")
     scored = make_draw(opened)(chosen, key)

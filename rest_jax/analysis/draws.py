@@ -47,13 +47,8 @@ class Opened(NamedTuple):
         return TEMPLATES[self.config.data.template].behind(thought_open)
 
     def choose(self, count: int, seed: int | tuple[int, ...]) -> Prompts:
-        """`count` different prompts, drawn by the seed, in the order of the data. UserError where there are fewer."""
-        size = self.prepared.size
-        if size < count:
-            raise UserError(
-                f"--prompts {count}: the data has {size} that fit; lower it, or raise --limit"
-            )
-        index = np.sort(np.random.default_rng(seed).permutation(size)[:count])
+        """`count` different prompts, drawn by the seed, in the order of the data."""
+        index = np.sort(np.random.default_rng(seed).permutation(self.prepared.size)[:count])
         chosen = [self.prepared.prompts[i] for i in index]
         padded = pad(chosen, bucketed(chosen), self.policy.tokenizer.pad_id)
         return Prompts(
@@ -61,9 +56,10 @@ class Opened(NamedTuple):
         )
 
 
-def open_data(config: Config, data: str, limit: int | None) -> Opened:
+def open_data(config: Config, data: str, limit: int | None, least: int = 1) -> Opened:
     """The policy of `config`, and those of the first `limit` records of `data` whose prompts fit. UserError for sampling other
-    than from the policy itself, of which the measurements speak, and for prompts that leave no room for a completion.
+    than from the policy itself, of which the measurements speak, for fewer than `least` prompts, and for prompts that leave
+    no room for a completion.
     """
     r = config.rollout
     if Sampling(r.temperature, r.top_k, r.top_p) != Sampling():
@@ -74,6 +70,10 @@ def open_data(config: Config, data: str, limit: int | None) -> Opened:
     records = load_split(data, config.data, limit)
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     prepared = prepare(records, policy.tokenizer, TEMPLATES[config.data.template], config.data)
+    if prepared.size < least:
+        raise UserError(
+            f"--prompts {least}: {data} has {prepared.size} that fit; lower it or raise --limit"
+        )
     check_positions(policy.config, int(prepared.prompts.lengths.max()), r.max_response_tokens)
     say(f"{data}: {prepared.summary()}")
     return Opened(config, policy, prepared)

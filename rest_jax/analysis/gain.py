@@ -199,9 +199,7 @@ def measure_gain(
         if value < 2:
             raise UserError(f"{name} {value}: an interval needs at least 2")
     arms = make_arms(config, [UNIFORM, *(m for m in methods if m != UNIFORM)], placebos, prompts)
-    opened = open_data(config, data, limit)
-    most = max(prompts, -(-reference // PARTS))
-    opened.choose(most, config.seed)
+    opened = open_data(config, data, limit, max(prompts, -(-reference // PARTS)))
     # all devices compute one row together, which is not how the attention kernel is split
     decoder = Decoder(dataclasses.replace(opened.policy.config, attention="blocks"))
     ascend = make_ascend(decoder, opened.policy.params, config)

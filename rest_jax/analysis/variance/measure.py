@@ -66,7 +66,7 @@ def measure_variance(
     """
     if prompts < 2:
         raise UserError(f"--prompts {prompts}: a variance over groups needs at least 2")
-    opened = open_data(config, data, limit)
+    opened = open_data(config, data, limit, prompts)
     chosen, policy = opened.choose(prompts, config.seed), opened.policy
     group_size = config.rollout.group_size
     say(f"sampling {group_size} completions of each of {prompts} prompts")
