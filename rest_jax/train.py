@@ -2,7 +2,7 @@
 
 `train(config)` trains to the end, or until it is told to stop, and resumes when the same command is run again. From the step
 to the loss: `train_steps` -> `rl.step.Update` -> `rl.update.micro_gradient` -> `rl.update.policy_loss` ->
-`rl.loss.policy_token_loss`.
+`rl.loss.policy_token_loss` -> `rl.rules.loss.clip`.
 """
 
 import contextlib

@@ -132,7 +132,8 @@ def prepare(
     stats = weights.region_stats(scored.region, old.entropy, old.gini)
     new = curriculum.update(state, stats, jnp.mean(scored.format_score), cfg.schedule)
     view = make_view(scored, old, new, cfg.seed)
-    view = view.replace(advantage=compute_advantage(view, cfg))
+    advantage = compute_advantage(view, cfg)
+    view = dataclasses.replace(view, advantage=advantage)
     weight = weigh_tokens(view, new.weight, cfg)
     metrics = reward_metrics(scored) | rollout_metrics(rollout)
     metrics |= curriculum_metrics(scored, weight, stats, new)
@@ -158,13 +159,13 @@ def prepare(
         routes=rollout.routes,
         logp_old=old.logp,
         logp_ref=logp_ref,
-        advantage=view.advantage,
+        advantage=advantage,
         loss_weight=loss_weight,
         regulariser=counted / jnp.maximum(minibatches.total(jnp.sum(counted, (1, 2))), 1),
     )
     rows = np.array(cfg.shown_groups, np.int32)
     logp = None if recomputed is None else recomputed.logp[rows]
-    shown = view.advantage[rows]
+    shown = advantage[rows]
     if shown.ndim == 3:
         shown = masked.mean_over_mask(shown, mask[rows], axis=-1)
     return batch, new, metrics, TokenValues(weight[rows], shown, logp)

@@ -97,7 +97,7 @@ def standardise(x: Float[Array, "P G"], eps: float = 1e-6) -> Float[Array, "P G"
     return centred / (std + eps)
 
 
-def draw_uniform(key: Key[Array, ""], shape: tuple[int, int, int]) -> Float[Array, "P G T"]:
+def draw_uniform(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "P G T"]:
     """A number in [0, 1) for each token that depends on the key, its completion and its position alone, neither on how far
     responses are padded nor on the mesh.
     """

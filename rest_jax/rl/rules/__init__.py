@@ -81,5 +81,8 @@ def check_rules(config: Config) -> tuple[Chosen, ...]:
 
 def find_phrases(config: Config) -> tuple[str, ...]:
     """The texts that the host marks for the rules of a run."""
-    chosen = [one for one in check_rules(config) if one.rule.phrases is not None]
-    return tuple(dict.fromkeys(text for one in chosen for text in one.rule.phrases(one.options)))
+    found: list[str] = []
+    for rule, options in check_rules(config):
+        if rule.phrases is not None:
+            found += rule.phrases(options)
+    return tuple(dict.fromkeys(found))

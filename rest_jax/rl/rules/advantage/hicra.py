@@ -42,6 +42,7 @@ class HicraOptions(Section):
 def raise_planning(view: TokenView, options: HicraOptions):
     """[P G T]; zero in groups whose rewards are all equal."""
     advantage = standardise(view.reward)[..., None]
+    assert view.marked is not None
     planning = (view.region == Region.THINK) & view.marked
     return advantage + jnp.where(planning, options.alpha * jnp.abs(advantage), 0.0)
 

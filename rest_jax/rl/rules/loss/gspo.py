@@ -25,6 +25,7 @@ class GspoOptions(Section):
 def gspo(seen: TokenStats, x: TokenInputs, cfg: LossConfig, options: GspoOptions) -> PolicyLoss:
     """Of each token."""
     a = x.advantage
+    assert x.sequence_log_ratio is not None
     log_ratio = x.sequence_log_ratio + seen.logp - jax.lax.stop_gradient(seen.logp)
     s = jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_CLIP, LOG_RATIO_CLIP))
     loss = -jnp.minimum(s * a, jnp.clip(s, 1 - options.low, 1 + options.high) * a)

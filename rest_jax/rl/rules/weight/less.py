@@ -80,22 +80,20 @@ def _hashes(ids, n: int):
 
 def _contained(hashes, whole):
     """bool [P G T G]: whether the n-gram at a position of a completion is one of another's (or its own)."""
-    last = jnp.uint32(0xFFFFFFFF)
 
     def one(first, second, whole):  # of a group: [G T]
-        order = jnp.argsort(jnp.where(whole, first, last), axis=-1, stable=True)
-        first_of, second_of, whole_of = (
-            jnp.take_along_axis(x, order, -1)
-            for x in (jnp.where(whole, first, last), second, whole)
-        )
+        first = jnp.where(whole, first, jnp.uint32(0xFFFFFFFF))
+        order = jnp.argsort(first, axis=-1, stable=True)
+        of_each = [jnp.take_along_axis(x, order, -1) for x in (first, second, whole)]
 
         def among(a, b, c):  # all n-grams [G T] among those of one completion [T]
             at = jnp.clip(jnp.searchsorted(a, first), 0, a.size - 1)
             return (a[at] == first) & (b[at] == second) & c[at]
 
-        return jnp.moveaxis(jax.vmap(among)(first_of, second_of, whole_of), 0, -1)
+        return jnp.moveaxis(jax.vmap(among)(*of_each), 0, -1)
 
-    return jax.vmap(one)(*hashes, whole)
+    first, second = hashes
+    return jax.vmap(one)(first, second, whole)
 
 
 RULE = Rule(silence_shared, LessOptions)
