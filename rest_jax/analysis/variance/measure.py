@@ -186,7 +186,7 @@ def rule_weights(
 
     def by_entropy(rule: str) -> np.ndarray:
         own = cfg.model_copy(update={"rule": rule})
-        base = weights.base_weights(stats.entropy, stats.gini, stats.count > 0, own)
+        base = weights.base_weights(stats, own)
         return _to_total(weights.token_weights(region, base, cfg.normalizer), scored.region)
 
     # entropies are floored before they are inverted, here as in the other rules
