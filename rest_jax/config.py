@@ -157,7 +157,7 @@ class WeightsConfig(Section):
     w_min: PositiveFloat = 0.02
     w_max: PositiveFloat = 20.0
     ema_decay: Decay = 0.9  # of `entropy: running`
-    count_decay: Decay = 0.5  # of the moving average of token counts, by which shares become weights
+    count_decay: Decay = 0.5  # of the token counts by which shares become weights
     # to mean one: over the tokens of each response (`all_tokens`; `positive_tokens`), or of the global batch
     normalizer: Literal["all_tokens", "positive_tokens", "batch", "none"] = "batch"
     # base weights of rule `constant`

@@ -134,7 +134,9 @@ def test_share_target_is_the_formula():
     cfg = schedule(steps=6)
     batches = list(drifting_batches(10, np.random.default_rng(0)))
     state = curriculum.init(cfg)
-    for (entropy, count), expected in zip(batches, share_oracle(batches, 6, 0.75, 0.5), strict=True):
+    for (entropy, count), expected in zip(
+        batches, share_oracle(batches, 6, 0.75, 0.5), strict=True
+    ):
         state = curriculum.update(state, stats(entropy, GINI, count), jnp.float32(1.0), cfg)
         np.testing.assert_allclose(state.weight[1:], expected, rtol=2e-5)
 

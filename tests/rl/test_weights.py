@@ -49,9 +49,7 @@ def test_the_regions_that_follow_their_entropy(regions):
 def test_clips():
     cfg = WeightsConfig(w_min=0.5, w_max=3.0)
     got = np.asarray(weights.base_weights(stats(), cfg))
-    np.testing.assert_allclose(
-        got, oracle("inverse_bound", ENTROPY, GINI, COUNT, cfg), rtol=2e-5
-    )
+    np.testing.assert_allclose(got, oracle("inverse_bound", ENTROPY, GINI, COUNT, cfg), rtol=2e-5)
     assert {0.5, 3.0} <= set(got.tolist())
 
 
