@@ -172,6 +172,22 @@ def test_what_format_gives_up_by_the_second_step(runs, method, given):
     assert now == pytest.approx(share | expected, rel=1e-3)
 
 
+@pytest.mark.slow
+def test_what_is_said_of_rest_holds_in_the_quickstart(tmp_path):
+    """Shares of the total weight: format falls, parameters and reasoning rise, names stay within 5 %."""
+    words = [f"output={tmp_path}", "name=rest", "data.eval=null", "train.checkpoint_every=100"]
+    train.train(config.load(["scale/tiny", "method/rest"], words))
+    lines = golden_lines(tmp_path / "rest")
+    share = {r: [line[f"region/{r}/weight_share"] for line in lines] for r in REGIONS}
+    first, last = (
+        {r: sum(v[part]) / 6 for r, v in share.items()} for part in (slice(6), slice(-6, None))
+    )
+    assert last["tag"] + last["scaffold"] < 0.6 * (first["tag"] + first["scaffold"])
+    assert last["param"] > 1.2 * first["param"] and last["think"] > 1.2 * first["think"]
+    sixths = [sum(share["name"][i : i + 5]) / 5 for i in range(0, 30, 5)]
+    assert sixths == pytest.approx([sixths[0]] * 6, rel=0.05)
+
+
 def test_the_formulas_of_the_paper(runs):
     first, second = (of_regions(line, "base") for line in steps(runs, "rest_literal"))
     moved = {"tag": -0.2, "scaffold": -0.2, "param": 0.3, "think": 0.3}  # at nu = 0.5
