@@ -184,13 +184,19 @@ class WeightsConfig(Section):
     options: Options = ()  # of a rule of single tokens
     # controls: the weights shuffled within each completion, or over the wrong regions, or random ones of the same range
     placebo: Literal["none", "shuffle", "shuffle_regions", "random"] = "none"
-    name_anchor: PositiveFloat = 1.2
+    # start: of the first `entropy_steps` batches with the region, then fixed; running: a moving average
+    entropy: Literal["start", "running"] = "start"
+    entropy_steps: PositiveInt = 1
     entropy_floor: PositiveFloat = 1e-3  # nats
-    w_min: PositiveFloat = 0.1
-    w_max: PositiveFloat = 4.0
-    ema_decay: Decay = 0.9
-    normalizer: Literal["all_tokens", "positive_tokens", "none"] = "all_tokens"
-    # base weights of rule `constant`, and of a region never seen
+    # regions that follow their entropy; the others have base weight 1
+    entropy_regions: tuple[RegionName, ...] = ("tag", "scaffold", "name", "param", "think")
+    w_min: PositiveFloat = 0.02
+    w_max: PositiveFloat = 20.0
+    ema_decay: Decay = 0.9  # of `entropy: running`
+    count_decay: Decay = 0.5  # of the token counts by which shares become weights
+    # to mean one: over the tokens of each response (`all_tokens`; `positive_tokens`), or of the global batch
+    normalizer: Literal["all_tokens", "positive_tokens", "batch", "none"] = "batch"
+    # base weights of rule `constant`
     tag: NonNegativeFloat = 1.0
     scaffold: NonNegativeFloat = 1.0
     name: NonNegativeFloat = 1.2
@@ -231,16 +237,17 @@ class CurriculumConfig(Section):
     steps: PositiveInt | None = None  # until nu = 1; None: `run_fraction` of the run
     run_fraction: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
     stages: Annotated[int, pydantic.Field(ge=2)] = 4  # of shape `step`
-    target: Literal["weight", "mass"] = "weight"
-    alpha_format: NonNegativeFloat = 0.4
-    alpha_param: NonNegativeFloat = 0.6
+    # what nu moves: shares of the total weight from those at the start, the weights themselves, or shares set here
+    target: Literal["share", "weight", "mass"] = "share"
+    # what format gives up at nu = 1: this part of its share (target `share`), or so much weight (target `weight`)
+    alpha_format: NonNegativeFloat = 0.75
+    # target `share`: parts of it for PARAM and THINK; None: in proportion to their shares at the start
+    freed_to: tuple[NonNegativeFloat, NonNegativeFloat] | None = None
+    alpha_param: NonNegativeFloat = 0.6  # target `weight`: what is added at nu = 1
     alpha_think: NonNegativeFloat = 0.6
-    param_max: PositiveFloat | None = None  # ceilings of the ramps; None: w_max
+    param_max: PositiveFloat | None = None  # target `weight`: ceilings of the ramps; None: w_max
     think_max: PositiveFloat | None = None
-    start_param: PositiveFloat | None = None  # tuned preset: base weights set by hand at nu = 0
-    start_think: PositiveFloat | None = None
-    # target `mass` (weights.normalizer is not applied): shares of the total weight at nu = 0 and nu = 1;
-    # RESPONSE and OTHER get what is left, here nothing but w_min
+    # target `mass`: shares of the total weight at nu = 0 and nu = 1; RESPONSE and OTHER get what is left, here nothing but w_min
     share_start_format: Fraction = 0.20
     share_end_format: Fraction = 0.05
     share_start_name: Fraction = 0.25
@@ -256,6 +263,12 @@ class CurriculumConfig(Section):
 
     @pydantic.model_validator(mode="after")
     def _consistent(self):
+        if self.target == "share" and self.alpha_format > 1:
+            raise ValueError(
+                f"alpha_format {self.alpha_format}: of target share it is a part of format's share, at most 1"
+            )
+        if self.freed_to is not None and sum(self.freed_to) == 0:
+            raise ValueError("freed_to: 0 for PARAM and for THINK; one must be above 0")
         for end in ("start", "end"):
             total = sum(value for name, value in self if name.startswith(f"share_{end}_"))
             if total > 1 + 1e-6:

@@ -23,7 +23,6 @@ from rest_jax.analysis.report import Series, read_series
 from rest_jax.config import Config
 from rest_jax.errors import UserError
 from rest_jax.files import atomic_write
-from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.weights import token_weights
 from rest_jax.run.load import config_of
 from rest_jax.tool_calls import NUM_REGIONS, Region
@@ -79,16 +78,18 @@ def choose_completion(config: Config) -> tuple[list[str], np.ndarray]:
 def weights_at(
     config: Config, series: dict[str, Series], index: int, region: np.ndarray
 ) -> tuple[int, np.ndarray]:
-    """(step, weight of each token float32 [T]): the region weights in force, normalised over this completion.
+    """(step, weight of each token float32 [T]): the region weights in force, normalised over this completion; those that the
+    batch of the step got, where the normaliser is over the batch.
 
     `index` counts the steps of the run, 0 the first and -1 the last.
     """
-    base = np.zeros(NUM_REGIONS, np.float32)
+    normalizer = config.weights.normalizer
+    kind, normalizer = ("weight", "none") if normalizer == "batch" else ("base", normalizer)
+    table = np.zeros(NUM_REGIONS, np.float32)
     for name in plotting.REGION_COLOURS:
-        base[Region[name.upper()]] = series[f"region/{name}/base"].values[index]
-    schedule = Schedule(config.weights, config.curriculum, config.train.steps or 1)
+        table[Region[name.upper()]] = series[f"region/{name}/{kind}"].values[index]
     row = jnp.asarray(region)[None, None]
-    weight = token_weights(row, jnp.asarray(base), schedule.normalizer)
+    weight = token_weights(row, jnp.asarray(table), normalizer)
     return series["region/name/base"].steps[index], np.asarray(weight[0, 0])
 
 

@@ -6,7 +6,7 @@ variance.png. `measure_batch` measures any scored batch.
 
 Rules compared, every one scaled so that sum_t w_t = T (Theorem 2's constraint, and the same total for all):
     uniform          1
-    paper            inverse_bound of the batch's entropies, anchored, clipped and normalised as configured, nu = 0
+    paper            inverse_bound of the batch's entropies, scaled, clipped and normalised as configured, nu = 0
     exact            the same with inverse_gini: the second moment of the score instead of its bound
     theorem2         1 / beta_r, the minimiser of Theorem 1's bound; not clipped
     inverse_score    1 / E_a|J_t^T s_t|^2: the same with the quantity that beta_r bounds
@@ -157,7 +157,7 @@ def rule_weights(
 
     def by_entropy(rule: str) -> np.ndarray:
         own = cfg.model_copy(update={"rule": rule})
-        base = weights.base_weights(stats.entropy, stats.gini, stats.count > 0, own)
+        base = weights.base_weights(stats, own)
         return _to_total(weights.token_weights(region, base, cfg.normalizer), scored.region)
 
     # entropies are floored before they are inverted, here as in the other rules
