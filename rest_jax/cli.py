@@ -19,6 +19,7 @@ from typer import Argument, Option
 
 from rest_jax import __version__
 from rest_jax.errors import RunStopped, UserError, full_disk
+from rest_jax.terminal import harmless
 
 if TYPE_CHECKING:
     from rest_jax.config import Config
@@ -88,7 +89,7 @@ def _usage(error: typer.TyperException) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    message = " ".join(message.split())
+    message = " ".join(harmless(message).split())
     if len(message) > _MOST_SAID:  # names in files of strangers may be of any length
         message = f"{message[:_MOST_SAID]} .."
     if message:

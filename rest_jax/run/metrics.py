@@ -21,6 +21,7 @@ from etils import epath
 from rest_jax.config import nearest
 from rest_jax.errors import UserError, full_disk
 from rest_jax.files import Location, absolute, as_path, download, is_url, store_errors, upload
+from rest_jax.terminal import harmless
 from rest_jax.tool_calls import Region
 
 # of a run's folder; here, since what lists runs does not import jax
@@ -372,4 +373,6 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:.4g}" if isinstance(value, float) else " ".join(harmless(str(value)).split("\n"))
+    )
