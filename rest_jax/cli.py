@@ -616,6 +616,23 @@ def doctor() -> None:
     print(diagnose())
 
 
+@app.command(rich_help_panel=_LOOK)
+def schema(
+    output: Annotated[str | None, Option(help="file for it; default: printed")] = None,
+) -> None:
+    """Write the JSON schema of configs, for editors."""
+    from rest_jax.files import as_path, atomic_write
+    from rest_jax.schema import schema
+
+    text = json.dumps(schema(), indent=2)
+    if output is None:
+        print(text)
+        return
+    with atomic_write(as_path(output)) as partial:
+        partial.write_text(f"{text}\n")
+    print(f"schema: {output}; first line of a config: # yaml-language-server: $schema={output}")
+
+
 @config_app.command()
 def show(words: Configs) -> None:
     """Print the resolved config, and where each value comes from."""
