@@ -303,8 +303,9 @@ class TrainConfig(Section):
     # prompts of which one completion is written to samples.jsonl, and all of them, token by token, to tokens.jsonl
     samples_per_step: NonNegativeInt = 4
     tensorboard: bool = False  # write event files into the run's folder
-    # of Weights & Biases; None: no run there
+    # of Weights & Biases, of Trackio; None: no run there
     wandb_project: Annotated[str, pydantic.Field(min_length=1)] | None = None
+    trackio_project: Annotated[str, pydantic.Field(min_length=1)] | None = None
 
 
 class EvaluationConfig(Section):

@@ -27,6 +27,7 @@ from rest_jax.planning.programs import (
 )
 from rest_jax.planning.setup import Setup
 from rest_jax.rollout.engine import PAGE, num_pages
+from rest_jax.run.trackers import wanted
 
 Fields = list[tuple[str, str]]
 
@@ -109,10 +110,7 @@ def _written(setup: Setup) -> str:
         f"{config.folder}: metrics, samples",
         f"a checkpoint ({_size(size)}) every {train.checkpoint_every} steps, {kept}",
     ]
-    if train.tensorboard:
-        parts.append("TensorBoard")
-    if train.wandb_project:
-        parts.append(f"Weights & Biases project {train.wandb_project}")
+    parts += [kind.title for kind in wanted(config).values()]
     return "; ".join(parts)
 
 

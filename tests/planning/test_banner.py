@@ -36,7 +36,7 @@ def test_moments_on_hosts_take_no_memory_of_devices_and_trackers_are_named():
     train = {"prompts_per_update": 16, "tensorboard": True, "wandb_project": "tools"}
     shown = dict(banner.banner(setups.setup(optimizer=optimizer, train=train), DATA))
     assert "; on hosts: optimiser " in shown["memory"]
-    assert shown["writes"].endswith("; TensorBoard; Weights & Biases project tools")
+    assert shown["writes"].endswith("; TensorBoard; Weights & Biases")
 
 
 @pytest.mark.parametrize(
