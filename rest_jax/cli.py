@@ -19,6 +19,7 @@ from typer import Argument, Option
 
 from rest_jax import __version__
 from rest_jax.errors import RunStopped, UserError, full_disk
+from rest_jax.terminal import harmless
 
 if TYPE_CHECKING:
     from rest_jax.config import Config
@@ -88,7 +89,7 @@ def _usage(error: typer.TyperException) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    message = " ".join(message.split())
+    message = " ".join(harmless(message).split())
     if len(message) > _MOST_SAID:  # names in files of strangers may be of any length
         message = f"{message[:_MOST_SAID]} .."
     if message:
@@ -664,6 +665,23 @@ def doctor() -> None:
     from rest_jax.run.environment import diagnose
 
     print(diagnose())
+
+
+@app.command(rich_help_panel=_LOOK)
+def schema(
+    output: Annotated[str | None, Option(help="file for it; default: printed")] = None,
+) -> None:
+    """Write the JSON schema of configs, for editors."""
+    from rest_jax.files import as_path, atomic_write
+    from rest_jax.schema import schema
+
+    text = json.dumps(schema(), indent=2)
+    if output is None:
+        print(text)
+        return
+    with atomic_write(as_path(output)) as partial:
+        partial.write_text(f"{text}\n")
+    print(f"schema: {output}; first line of a config: # yaml-language-server: $schema={output}")
 
 
 @config_app.command()

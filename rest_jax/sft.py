@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 from jax.sharding import Mesh
 
+from rest_jax.analysis.closing import print_closing_table
 from rest_jax.config import Config, check_command
 from rest_jax.data.cache import load_demonstrations
 from rest_jax.data.loader import Loader, TargetBatch, bucketed
@@ -27,15 +28,16 @@ from rest_jax.distributed import (
     to_mesh,
 )
 from rest_jax.errors import UNFINISHED
-from rest_jax.evaluation.heldout import Evaluator, held_out, report_evaluations
+from rest_jax.evaluation.heldout import Evaluator, Examples, held_out
 from rest_jax.files import Location
 from rest_jax.models.policy import Policy, check_positions
+from rest_jax.planning.banner import banner
 from rest_jax.planning.memory import check_memory
 from rest_jax.planning.programs import memory_programs
 from rest_jax.planning.setup import HeldOut, Lengths, Setup
 from rest_jax.rl.balance import check_experts
 from rest_jax.rl.curriculum import Schedule
-from rest_jax.rl.optimizer import make_optimizer
+from rest_jax.rl.optimizer import Optimizer, make_optimizer
 from rest_jax.rl.packing import BatchLengths, packing_metrics
 from rest_jax.rl.regions import label_tokens
 from rest_jax.rl.step import (
@@ -57,8 +59,10 @@ from rest_jax.run.load import load_policy
 from rest_jax.run.loop import Loop, PendingStep, total_steps
 from rest_jax.run.preflight import check_store
 from rest_jax.templates import TEMPLATES
+from rest_jax.terminal import fields
 
 BATCH = "sft.batch_size"  # the records of a step
+SHOWN = {"loss": "update/loss", "accuracy": "update/accuracy"}  # in the line of progress
 
 
 def finetune(
@@ -82,14 +86,18 @@ def finetune(
     prompt, target = int(data.prompts.lengths[last]), int(data.targets.lengths[last])
     check_positions(policy.config, prompt, target, "sft.max_tokens")
     examples = held_out(config, policy, keep=not dry_run)
-    say(
-        f"{config.name}: {data.summary()}\nheld out: {examples.summary() if examples else 'none'}\n"
-        f"{steps} steps of {config.sft.batch_size} records"
-    )
+    setup = make_setup(config, policy, data, examples, steps)
+    described = [
+        ("train", f"{config.data.train}: {data.summary()}"),
+        ("held out", examples.summary() if examples else "none"),
+        ("steps", f"{steps} steps of {config.sft.batch_size} records"),
+    ]
+    say(fields(banner(setup, described)))
     if origin is not None:
         check_origin(origin, policy.params, steps)
     if dry_run:
         return 0
+    check_memory(lambda: memory_programs(setup, setup.widths), policy.mesh)
     with (
         contextlib.closing(open_run(config, policy.files, restart, origin)) as run,
         activate(policy.mesh),
@@ -97,7 +105,7 @@ def finetune(
         evaluator = Evaluator(config, policy, examples, run.stop.check) if examples else None
         finished = finetune_steps(policy, data, evaluator, run)
         if finished:
-            report_evaluations(run.folder)
+            print_closing_table(run.folder)
     return 0 if finished else UNFINISHED
 
 
@@ -105,18 +113,12 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
     """All steps of a run, from its newest checkpoint on; whether it came to the last one."""
     config, mesh = run.config, policy.mesh
     steps = total_steps(config, data.size, BATCH)
-    tx = make_optimizer(config.optimizer, steps)
-    schedule = Schedule(config.weights, config.curriculum, steps)
+    tx, schedule = method(config, steps)
     run.made_of = digests(policy, data)
     abstract, shardings = abstract_state(policy, tx, schedule, config.optimizer.moments)
     fresh = functools.partial(init_state, policy, tx, schedule, config.seed, shardings)
     prepare = make_prepare_gold(config.sft, mesh)
     update = make_supervised_update(policy.decoder, tx, config.loss, mesh, shardings)
-    longest = Lengths(bucketed(data.prompts), bucketed(data.targets))
-    abstract_policy = dataclasses.replace(policy, params=abstract.params)
-    examples = evaluator and HeldOut(evaluator.size, evaluator.width)
-    setup = Setup(config, abstract_policy, None, tx, longest, examples)
-    check_memory(lambda: memory_programs(setup, longest), mesh)
     advance = make_advance(mesh)
     batches = Loader(
         data,
@@ -128,7 +130,7 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
         num_steps=steps,
         rows=rows_of_shards(config.sft.batch_size, local_shards(mesh), mesh),
     )
-    loop = Loop(run, steps, evaluator, ("loss", "update/loss"))
+    loop = Loop(run, steps, evaluator, SHOWN)
     start = Start(batches.get_state(), updates=1)
     state, loader_state = loop.resume(fresh, abstract, policy.params, start)
     batches.set_state(loader_state)
@@ -159,6 +161,25 @@ def finetune_steps(policy: Policy, data: Prepared, evaluator: Evaluator | None, 
             )
             loop.end_step(step, pending, state, functools.partial(dict, batches.get_state()))
     return loop.finished
+
+
+def method(config: Config, steps: int) -> tuple[Optimizer, Schedule]:
+    """The optimiser of a run, and the schedule of the weights, which its state has as that of `train.py` does."""
+    schedule = Schedule(config.weights, config.curriculum, steps)
+    return make_optimizer(config.optimizer, steps), schedule
+
+
+def make_setup(
+    config: Config, policy: Policy, data: Prepared, examples: Examples | None, steps: int
+) -> Setup:
+    """What the programs of the run are made of, for the check of its memory and for what is said of it."""
+    tx, schedule = method(config, steps)
+    abstract, _ = abstract_state(policy, tx, schedule, config.optimizer.moments)
+    longest = Lengths(bucketed(data.prompts), bucketed(data.targets))
+    evaluated = examples and HeldOut(len(examples.prompts), bucketed(examples.prompts))
+    return Setup(
+        config, dataclasses.replace(policy, params=abstract.params), None, tx, longest, evaluated
+    )
 
 
 def token_rates(tokens: int, processed: int, times: Mapping[str, float]) -> dict[str, float]:

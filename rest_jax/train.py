@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rest_jax.analysis.closing import print_closing_table
 from rest_jax.config import Config, check_command
 from rest_jax.data.cache import load_prompts
 from rest_jax.data.loader import bucketed
@@ -32,14 +33,15 @@ from rest_jax.distributed import (
     say,
 )
 from rest_jax.errors import UNFINISHED, UserError
-from rest_jax.evaluation.heldout import Evaluator, Examples, held_out, report_evaluations
+from rest_jax.evaluation.heldout import Evaluator, Examples, held_out
 from rest_jax.files import Location
 from rest_jax.models.policy import Policy, check_positions
+from rest_jax.planning.banner import banner
 from rest_jax.planning.memory import check_memory
 from rest_jax.planning.programs import memory_programs
 from rest_jax.planning.setup import HeldOut, Lengths, Setup
 from rest_jax.rl.balance import check_experts
-from rest_jax.rl.optimizer import make_optimizer
+from rest_jax.rl.optimizer import Optimizer, make_optimizer
 from rest_jax.rl.packing import BatchLengths, MicroBatch, assign_minibatches, packing_metrics
 from rest_jax.rl.prepare import (
     StepConfig,
@@ -60,9 +62,11 @@ from rest_jax.run.load import load_policy
 from rest_jax.run.loop import Loop, PendingStep, total_steps
 from rest_jax.run.preflight import check_store
 from rest_jax.run.throughput import Speed, mesh_peak_flops, reward_rates
+from rest_jax.terminal import fields
 from rest_jax.types import Params, ScoredBatch
 
 BATCH = "rollout.prompts_per_step"  # the prompts of a step
+SHOWN = {"reward": "reward/mean", "exact": "reward/exact"}  # in the line of progress
 
 
 def train(
@@ -89,11 +93,13 @@ def train(
     check_positions(policy.config, longest, config.rollout.max_response_tokens)
     examples = held_out(config, policy, keep)
     steps = total_steps(config, prompts.size, BATCH)
-    describe(config, policy, prompts, examples, steps)
+    setup = make_setup(config, policy, prompts, examples, steps)
+    say(fields(banner(setup, describe(config, prompts, examples, steps))))
     if origin is not None:
         check_origin(origin, policy.params, steps)
     if dry_run:
         return 0
+    check_memory(lambda: memory_programs(setup, setup.widths), policy.mesh)
     with (
         contextlib.closing(open_run(config, policy.files, restart, origin)) as run,
         activate(policy.mesh),
@@ -101,7 +107,7 @@ def train(
         evaluator = Evaluator(config, policy, examples, run.stop.check) if examples else None
         finished = train_steps(policy, prompts, evaluator, run, profile)
         if finished:
-            report_evaluations(run.folder)
+            print_closing_table(run.folder)
     return 0 if finished else UNFINISHED
 
 
@@ -111,22 +117,16 @@ def train_steps(
     """All steps of a run, from its newest checkpoint on; whether it came to the last one."""
     config, mesh, rollout_mesh = run.config, policy.mesh, policy.rollout_mesh
     steps = total_steps(config, prompts.size, BATCH)
-    cfg = dataclasses.replace(step_config(config, steps), shown_groups=shown_groups(config, policy))
-    tx = make_optimizer(config.optimizer, steps * cfg.updates)
+    cfg, tx = method(config, policy, steps)
     run.made_of = digests(policy, prompts)
     reference = copy_reference(config, policy.params)
     abstract, shardings = abstract_state(policy, tx, cfg.schedule, config.optimizer.moments)
     fresh = functools.partial(init_state, policy, tx, cfg.schedule, config.seed, shardings)
     rl = make_step(policy.decoder, tx, cfg, mesh, shardings)
-    longest = Lengths(bucketed(prompts.prompts), config.rollout.max_response_tokens)
-    abstract_policy = dataclasses.replace(policy, params=abstract.params)
-    examples = evaluator and HeldOut(evaluator.size, evaluator.width)
-    setup = Setup(config, abstract_policy, cfg, tx, longest, examples)
-    check_memory(lambda: memory_programs(setup, longest), mesh)
     rollout_params = rollout_cast(policy)
     minibatch = assign_minibatches(config.rollout.prompts_per_step, cfg.updates)
     host = HostMetrics(policy, prompts)
-    loop = Loop(run, steps, evaluator, ("reward", "reward/mean"), profile)
+    loop = Loop(run, steps, evaluator, SHOWN, profile)
     with (
         loop.stoppable(),
         contextlib.closing(Collector(config, policy, prompts, steps, run.stop.check)) as collector,
@@ -277,15 +277,37 @@ def check_sizes(config: Config, policy: Policy) -> None:
         )
 
 
-def describe(
+def method(config: Config, policy: Policy, steps: int) -> tuple[StepConfig, Optimizer]:
+    """The static side of the steps of a run, and its optimiser."""
+    shown = shown_groups(config, policy)
+    cfg = dataclasses.replace(step_config(config, steps), shown_groups=shown)
+    return cfg, make_optimizer(config.optimizer, steps * cfg.updates)
+
+
+def make_setup(
     config: Config, policy: Policy, prompts: Prepared, examples: Examples | None, steps: int
-) -> None:
-    """Prints what is about to run, in a few lines."""
-    count = sum(x.size for x in jax.tree.leaves(policy.params))
-    r = config.rollout
-    say(
-        f"{config.name}: {policy.config.family} policy, {count / 1e6:,.1f} M parameters, mesh {dict(policy.mesh.shape)}\n"
-        f"train: {prompts.summary()}\nheld out: {examples.summary() if examples else 'none'}\n"
-        f"{steps} steps of {r.prompts_per_step} prompts x {r.group_size} completions, "
-        f"{r.prompts_per_step // minibatch_prompts(config)} update(s) a step"
+) -> Setup:
+    """What the programs of the run are made of, for the check of its memory and for what is said of it."""
+    cfg, tx = method(config, policy, steps)
+    abstract, _ = abstract_state(policy, tx, cfg.schedule, config.optimizer.moments)
+    longest = Lengths(bucketed(prompts.prompts), config.rollout.max_response_tokens)
+    evaluated = examples and HeldOut(len(examples.prompts), bucketed(examples.prompts))
+    return Setup(
+        config, dataclasses.replace(policy, params=abstract.params), cfg, tx, longest, evaluated
     )
+
+
+def describe(
+    config: Config, prompts: Prepared, examples: Examples | None, steps: int
+) -> list[tuple[str, str]]:
+    """The data and the steps of a run, as fields of the banner."""
+    r = config.rollout
+    updates = r.prompts_per_step // minibatch_prompts(config)
+    return [
+        ("train", f"{config.data.train}: {prompts.summary()}"),
+        ("held out", examples.summary() if examples else "none"),
+        (
+            "steps",
+            f"{steps} steps of {r.prompts_per_step} prompts x {r.group_size} completions, {updates} update(s) a step",
+        ),
+    ]

@@ -45,6 +45,7 @@ EXTRAS = {
     "cuda": "jax_cuda12_plugin",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
+    "trackio": "trackio",
     "postgres": "psycopg",
     "gcs": "gcsfs",
     "s3": "s3fs",

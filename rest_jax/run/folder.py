@@ -10,7 +10,6 @@ The folder is a local one, or a URL of an object store (docs/storage.md).
 
 import contextlib
 import dataclasses
-import importlib.util
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,10 +54,10 @@ from rest_jax.run.metrics import (
     SAMPLES_FILE,
     TOKENS_FILE,
     MetricsWriter,
-    check_wandb,
     read_lines,
 )
 from rest_jax.run.stop import SIGTERM_CODE, StopRequest, end
+from rest_jax.run.trackers import KINDS, check_packages, check_trackers
 from rest_jax.types import Params, TrainState
 
 MODEL_FOLDER = "model"
@@ -92,8 +91,7 @@ MAY_CHANGE = (
     "train.keep_checkpoints",
     "train.measure_noise",
     "train.samples_per_step",
-    "train.tensorboard",
-    "train.wandb_project",
+    *(f"train.{key}" for key in KINDS),
 )
 # Beside the loader's state in a checkpoint: `contents.digests`, and that the evaluation of its step is still to be made.
 MADE_OF, EVALUATION = "made_of", "evaluation"
@@ -270,8 +268,7 @@ def open_run(
             with atomic_write(folder / CONFIG_FILE) as partial:
                 partial.write_text(config_lib.dump(config))
             _copy_model_files(files, folder / MODEL_FOLDER)
-            train = config.train
-            metrics = MetricsWriter(folder, train.tensorboard, train.wandb_project)
+            metrics = MetricsWriter(folder, config)
             stack.callback(metrics.close)
         # Before the checkpoints, since resources are closed last to first.
         stop = StopRequest(config.distributed)
@@ -324,12 +321,9 @@ def check_start(
         if found := check_config(config.folder, config):
             say(f"{config.folder} resumes under another config: {_named(found)}")
         check_history(config)
-    optional = {"tensorboard": config.train.tensorboard, "wandb": config.train.wandb_project}
-    for package, wanted in optional.items():
-        if wanted and importlib.util.find_spec(package) is None:
-            raise UserError(f"train.{package}...: the package is missing: pip install {package}")
-    if config.train.wandb_project and is_first_process():
-        check_wandb()
+    check_packages(config)
+    if is_first_process():
+        check_trackers(config)
     return origin
 
 

@@ -103,6 +103,10 @@ class Tracer:
             say(f"no trace: step {self.wanted} was not among the steps run")
 
 
+def _readable(metric: str, value: float) -> str:
+    return f"{value:.1%}" if METRICS[metric].unit == "fraction" else f"{value:.3f}"
+
+
 def total_steps(config: Config, records: int, key: str) -> int:
     """`train.steps`, or the complete steps in `train.epochs`; the value `key` is the number of records of a step.
 
@@ -156,11 +160,11 @@ class Loop:
         run: Run,
         total: int,
         evaluate: Callable[[Params], Evaluation] | None,
-        shown: tuple[str, str],
+        shown: Mapping[str, str],
         profile: int | None = None,
     ):
-        """`evaluate`: held-out metrics of the parameters; None: there is no held-out data. `shown`: label and metric of the
-        progress line. `profile`: a step to trace.
+        """`evaluate`: held-out metrics of the parameters; None: there is no held-out data. `shown`: labels and metrics of
+        the progress line. `profile`: a step to trace.
         """
         self.run, self.total, self.evaluate, self.shown = run, total, evaluate, shown
         self.tracer = Tracer(run.folder, profile)
@@ -281,11 +285,13 @@ class Loop:
         self._extra = {}
         if is_first_process():
             self.run.write(p.step, values, p.samples, p.tokens() if p.tokens else None)
-            label, name = self.shown
-            rate = values["time/tokens_per_second"]
             for line in self._symptoms.look(values):
                 self.progress.message(f"step {p.step}: {line}")
-            self.progress.update(p.step, f"{label} {values[name]:.3f}, {rate:,.0f} tokens/s")
+            shown = [
+                f"{label} {_readable(name, values[name])}" for label, name in self.shown.items()
+            ]
+            rate = f"{values['time/tokens_per_second']:,.0f} tokens/s"
+            self.progress.update(p.step, ", ".join([*shown, rate]))
 
     def _check_finite(
         self, p: PendingStep, values: Mapping[str, float], skipped: Sequence[bool]

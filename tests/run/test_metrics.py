@@ -2,8 +2,6 @@
 
 import json
 import math
-import sys
-import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -103,34 +101,6 @@ def test_reading_leaves_out_the_half_line_and_names_a_broken_one(tmp_run):
         read_lines(path)
     with pytest.raises(UserError, match="no such file"):
         read_lines(tmp_run / "other.jsonl")
-
-
-def test_tensorboard_gets_the_same_values(tmp_run):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    writer = MetricsWriter(tmp_run, tensorboard=True)
-    writer.write(3, {"reward/mean": 0.5, "reward/max": math.nan})
-    writer.close()
-    events = EventAccumulator(str(tmp_run / "tensorboard")).Reload()
-    assert events.Tags()["tensors"] == ["reward/mean"]
-    (event,) = events.Tensors("reward/mean")
-    assert (event.step, event.tensor_proto.float_val[0]) == (3, 0.5)
-
-
-def test_wandb_gets_the_lines_and_a_lasting_id(tmp_run, monkeypatch):
-    logged = []
-    run = types.SimpleNamespace(
-        log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("end")
-    )
-    started = {}
-    fake = types.SimpleNamespace(init=lambda **options: started.update(options) or run)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    writer = MetricsWriter(tmp_run, wandb_project="tools")
-    writer.write(3, {"reward/mean": 0.5})
-    writer.close()
-    assert logged == [(3, {"reward/mean": 0.5}), "end"]
-    assert (started["project"], started["id"], started["resume"]) == ("tools", "run", "allow")
 
 
 def test_summary_table_aligns_and_refuses_ragged_rows():
