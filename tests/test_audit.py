@@ -1,8 +1,8 @@
 """Audits: which steps are repeated and from where, what counts as a difference, runs of every kind, tampered runs."""
 
 import collections
-import copy
 import contextlib
+import copy
 import json
 import os
 import pathlib
