@@ -22,14 +22,22 @@ EVERY = 20  # steps between two lines of the log
 MOST = 1.0  # MB in a thousand steps
 
 
+def newest_step(metrics: pathlib.Path) -> int:
+    """Of the last complete line; 0 where there is none."""
+    if not metrics.is_file():
+        return 0
+    with metrics.open("rb") as file:
+        file.seek(max(0, metrics.stat().st_size - 2**14))
+        lines = file.read().split(b"\n")[:-1]
+    return json.loads(lines[-1])["step"] if len(lines) > 1 else 0
+
+
 def watch(process: subprocess.Popen, run: pathlib.Path, log: pathlib.Path) -> None:
     """Appends what the process holds to the log, until it ends."""
     place, last = pathlib.Path(f"/proc/{process.pid}"), 0
     while process.poll() is None:
-        time.sleep(0.2)
-        metrics = run / "metrics.jsonl"
-        # its lines are of one evaluation and of as many steps
-        step = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+        time.sleep(1.0)
+        step = newest_step(run / "metrics.jsonl")
         if step < last + EVERY:
             continue
         last = step
