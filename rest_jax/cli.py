@@ -160,6 +160,7 @@ Overrides = Annotated[
     ),
 ]
 Model = Annotated[str, Argument(help="HF folder, hub id, converted folder, or folder of a run")]
+Run = Annotated[str, Argument(help="folder of a run")]
 Out = Annotated[str, Argument(help="folder to make")]
 DryRun = Annotated[bool, Option("--dry-run", help="check config, model and data, train nothing")]
 Restart = Annotated[bool, Option("--restart", help="forget the run in the folder, start anew")]
@@ -280,6 +281,44 @@ def quickstart(
 
     chosen = [] if seed is None else [f"seed={seed}"]
     return quickstart.quickstart([*chosen, *overrides], fresh)
+
+
+@app.command(rich_help_panel=_TRAIN)
+def audit(
+    run: Run,
+    overrides: Overrides,
+    steps: Annotated[int, Option(min=1, help="to repeat; the run's metrics say which")] = 3,
+    seed: Annotated[int, Option(help="of their choice, so that nobody knew them before")] = 0,
+    at: Annotated[
+        list[int] | None, Option("--at", metavar="STEP", help="this step instead; may be repeated")
+    ] = None,
+    distributed: Distributed = None,
+) -> int:
+    """Repeat some steps of a run and compare all that it recorded; exit code 1 if anything differs."""
+    _load_model(run, [], distributed)
+    from rest_jax.audit import audit
+
+    return audit(run, steps, seed, at or (), overrides)
+
+
+@app.command(rich_help_panel=_TRAIN)
+def reproduce(
+    run: Run,
+    words: Annotated[
+        list[str] | None,
+        Argument(metavar="NEW_NAME|KEY=VALUE", help="default: <run>-reproduced, beside it"),
+    ] = None,
+    strict: Annotated[bool, Option("--strict", help="refuse other versions and devices")] = False,
+    distributed: Distributed = None,
+) -> int:
+    """Train a run again from what it recorded, and say where the two first differ (exit code 1)."""
+    names, overrides = split(words or [])
+    if len(names) > 1:
+        raise UserError(f"reproduce: one name is needed, not {', '.join(names)}")
+    _load_model(run, [], distributed)
+    from rest_jax.reproduce import reproduce
+
+    return reproduce(run, next(iter(names), None), overrides, strict)
 
 
 @app.command(rich_help_panel=_MODEL)

@@ -51,19 +51,27 @@ from rest_jax.rl.prepare import (
     step_config,
 )
 from rest_jax.rl.rules import check_rules
-from rest_jax.rl.step import abstract_state, init_state, make_step, plan_minibatches, policy_metrics
+from rest_jax.rl.step import (
+    Step,
+    abstract_state,
+    init_state,
+    make_step,
+    plan_minibatches,
+    policy_metrics,
+)
 from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.experience import Collector, Experience
 from rest_jax.rollout.tokens import is_shown, token_record
 from rest_jax.run.contents import digests
-from rest_jax.run.folder import RL_FINITE, Run, check_start, open_run
+from rest_jax.run.folder import RL_FINITE, check_start, open_run
 from rest_jax.run.fork import Start, check_origin
 from rest_jax.run.load import load_policy
 from rest_jax.run.loop import Loop, PendingStep, total_steps
 from rest_jax.run.preflight import check_store
+from rest_jax.run.record import launch, make_sums, recorded_arrays
 from rest_jax.run.throughput import Speed, mesh_peak_flops, reward_rates
 from rest_jax.terminal import fields
-from rest_jax.types import Params, ScoredBatch
+from rest_jax.types import Params, ScoredBatch, TrainState
 
 BATCH = "rollout.prompts_per_step"  # the prompts of a step
 SHOWN = {"reward": "reward/mean", "exact": "reward/exact"}  # in the line of progress
@@ -105,52 +113,44 @@ def train(
         activate(policy.mesh),
     ):
         evaluator = Evaluator(config, policy, examples, run.stop.check) if examples else None
-        finished = train_steps(policy, prompts, evaluator, run, profile)
+        run.launch = launch(config, policy.mesh, digests(policy, prompts), "train")
+        trainer = make_trainer(config, policy, prompts, run.stop.check)
+        with contextlib.closing(trainer):
+            loop = Loop(run, steps, evaluator, SHOWN, profile)
+            finished = train_steps(trainer, loop)
         if finished:
             print_closing_table(run.folder)
     return 0 if finished else UNFINISHED
 
 
-def train_steps(
-    policy: Policy, prompts: Prepared, evaluator: Evaluator | None, run: Run, profile: int | None
-) -> bool:
-    """All steps of a run, from its newest checkpoint on; whether it came to the last one."""
-    config, mesh, rollout_mesh = run.config, policy.mesh, policy.rollout_mesh
-    steps = total_steps(config, prompts.size, BATCH)
-    cfg, tx = method(config, policy, steps)
-    run.made_of = digests(policy, prompts)
-    reference = copy_reference(config, policy.params)
-    abstract, shardings = abstract_state(policy, tx, cfg.schedule, config.optimizer.moments)
-    fresh = functools.partial(init_state, policy, tx, cfg.schedule, config.seed, shardings)
-    rl = make_step(policy.decoder, tx, cfg, mesh, shardings)
-    rollout_params = rollout_cast(policy)
+def train_steps(trainer: "Trainer", loop: Loop) -> bool:
+    """All steps of a loop, from where it resumes; whether it came to the last one."""
+    policy, collector, cfg, rl = trainer.policy, trainer.collector, trainer.cfg, trainer.rl
+    config, check = trainer.config, loop.run.stop.check
+    mesh, rollout_mesh = policy.mesh, policy.rollout_mesh
     minibatch = assign_minibatches(config.rollout.prompts_per_step, cfg.updates)
-    host = HostMetrics(policy, prompts)
-    loop = Loop(run, steps, evaluator, SHOWN, profile)
-    with (
-        loop.stoppable(),
-        contextlib.closing(Collector(config, policy, prompts, steps, run.stop.check)) as collector,
-    ):
-        start = Start(collector.batches.get_state(), cfg.updates)
-        state, loader_state = loop.resume(fresh, abstract, policy.params, start)
+    with loop.stoppable():
+        state, loader_state = loop.resume(
+            trainer.fresh, trainer.abstract, policy.params, trainer.start
+        )
         collector.resume(loader_state)
         for step in loop.steps():
             # sample and score
-            experience = collector.collect(rollout_params(state.params), state.rng, step)
+            experience = collector.collect(trainer.rollout_params(state.params), state.rng, step)
             lengths, signal = gather_lengths(experience.scored, cfg, rollout_mesh)
             scored = move_rows(experience.scored, rollout_mesh, mesh)
             # Behind the update the state that the step began with is gone.
-            run.stop.check()
+            check()
             dispatched = time.monotonic()
             with jax.profiler.TraceAnnotation("update"):
                 # advantages, token weights, global denominators
                 recomputed = logp_ref = None
                 if config.rollout.recompute_logprobs:
                     recomputed = rl.logprobs(state.params, scored.rollout, lengths)
-                if reference is not None:
+                if trainer.reference is not None:
                     # Its routers choose for themselves: a route belongs to the policy that sampled.
                     own = dataclasses.replace(scored.rollout, routes=None)
-                    logp_ref = rl.logprobs(reference, own, lengths).logp
+                    logp_ref = rl.logprobs(trainer.reference, own, lengths).logp
                 batch, curriculum, prepared, shown = rl.prepare(
                     scored, recomputed, logp_ref, minibatch, state.curriculum
                 )
@@ -164,16 +164,66 @@ def train_steps(
             pending = PendingStep(
                 device=(prepared, updates),
                 read=policy_metrics,
-                host=host.of_step(experience, lengths, plan),
-                rates=functools.partial(host.rates, lengths, active_groups(signal, cfg)),
+                host=trainer.host.of_step(experience, lengths, plan),
+                rates=functools.partial(trainer.host.rates, lengths, active_groups(signal, cfg)),
                 must_be_finite=RL_FINITE,
                 batch=experience.arrays(),
                 dispatched=dispatched,
                 samples=sample_lines(experience, policy, config.train.samples_per_step),
-                tokens=token_line(shown, experience, collector) if is_shown(step, steps) else None,
+                tokens=token_line(shown, experience, collector)
+                if is_shown(step, collector.steps)
+                else None,
+                sums=trainer.sums(recorded_arrays(scored, batch) | {"params": state.params}),
             )
             loop.end_step(step, pending, state, collector.snapshot())
     return loop.finished
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """What the steps of a run are made with. A resource: it holds the collector."""
+
+    config: Config
+    policy: Policy
+    cfg: StepConfig
+    collector: Collector
+    rl: Step
+    rollout_params: Callable[[Params], Params]
+    reference: Params | None  # the starting policy, which the KL term refers to
+    fresh: Callable[[], TrainState]  # the state before the first step; takes the policy's weights
+    abstract: TrainState
+    start: Start
+    host: "HostMetrics"
+    sums: Callable[[Any], Any]  # `record.make_sums`
+
+    def close(self) -> None:
+        """Ends the collector's thread."""
+        self.collector.close()
+
+
+def make_trainer(
+    config: Config, policy: Policy, prompts: Prepared, check: Callable[[], None] = lambda: None
+) -> Trainer:
+    """Compiles the functions of a run's steps. `check` as of `Collector`."""
+    steps = total_steps(config, prompts.size, BATCH)
+    cfg, tx = method(config, policy, steps)
+    reference = copy_reference(config, policy.params)
+    abstract, shardings = abstract_state(policy, tx, cfg.schedule, config.optimizer.moments)
+    collector = Collector(config, policy, prompts, steps, check)
+    return Trainer(
+        config,
+        policy,
+        cfg,
+        collector,
+        rl=make_step(policy.decoder, tx, cfg, policy.mesh, shardings),
+        rollout_params=rollout_cast(policy),
+        reference=reference,
+        fresh=functools.partial(init_state, policy, tx, cfg.schedule, config.seed, shardings),
+        abstract=abstract,
+        start=Start(collector.batches.get_state(), cfg.updates),
+        host=HostMetrics(policy, prompts),
+        sums=make_sums(policy.mesh),
+    )
 
 
 class HostMetrics:

@@ -140,6 +140,7 @@ class PendingStep:
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     # makes the line of the token viewer from values on the device, in the first process; None: this step has none
     tokens: Callable[[], dict[str, Any]] | None = None
+    sums: Any = None  # on the device, too: `record.make_sums` of the step
     step: int = 0
     update_seconds: float | None = None  # None: the device was not seen to be done
     lap: tuple[float, float] | None = None  # None: the step has not ended
@@ -169,6 +170,7 @@ class Loop:
         self.run, self.total, self.evaluate, self.shown = run, total, evaluate, shown
         self.tracer = Tracer(run.folder, profile)
         self.pending: PendingStep | None = None
+        self.last = total  # the step to end at
         # steps of which there is a checkpoint, and steps that have ended
         self.start = self.done = 0
         self.finished = True  # False once the run was told to stop before its last step
@@ -203,7 +205,7 @@ class Loop:
         self.run.stop.check()
         if self.evaluation_due:
             self._evaluate(self.start)
-        for step in range(self.start + 1, self.total + 1):
+        for step in range(self.start + 1, self.last + 1):
             with self.tracer.step(step, lambda: jax.block_until_ready(self.state.params)):
                 self._close_lap()
                 yield step
@@ -273,7 +275,7 @@ class Loop:
             return
         self._close_lap()
         p, self.pending = self.pending, None
-        read = jax.device_get(p.device)
+        read, sums = jax.device_get((p.device, p.sums))
         values = {name: float(v) for name, v in p.read(*read).items()}
         self._check_finite(p, values, [bool(totals.sums[NOT_FINITE]) for totals in read[-1]])
         assert p.lap is not None and p.update_seconds is not None
@@ -284,7 +286,7 @@ class Loop:
         values |= p.host | times | p.rates(times)
         self._extra = {}
         if is_first_process():
-            self.run.write(p.step, values, p.samples, p.tokens() if p.tokens else None)
+            self.run.write(p.step, values, p.samples, p.tokens() if p.tokens else None, sums)
             for line in self._symptoms.look(values):
                 self.progress.message(f"step {p.step}: {line}")
             shown = [

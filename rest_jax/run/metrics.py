@@ -1,7 +1,8 @@
 """The metrics of a run: the table of their names, the files they are written to, and reading those back.
 
 One JSON line a step goes to `<run>/metrics.jsonl`, and to the trackers that are asked for; sampled completions go to
-`<run>/samples.jsonl`, and what the token viewer shows to `<run>/tokens.jsonl`. A name that METRICS does not have is an error.
+`<run>/samples.jsonl`, what the token viewer shows to `<run>/tokens.jsonl`, and what an audit compares to `<run>/digests.jsonl`
+(`run.record`). A name that METRICS does not have is an error.
 Prefixes: data, reward, rollout, update, router (of models with experts), region/<name>, curriculum, eval (held-out prompts,
 greedy), time. Wall-clock values are under `time/` alone, so that all other values of a run that was broken off and resumed equal
 those of an unbroken one bit for bit. All are of the global batch, and times are those of the slowest process.
@@ -30,6 +31,8 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 TOKENS_FILE = "tokens.jsonl"
+DIGESTS_FILE = "digests.jsonl"
+FILES = (METRICS_FILE, SAMPLES_FILE, TOKENS_FILE, DIGESTS_FILE)
 
 
 class Metric(NamedTuple):
@@ -180,7 +183,6 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: Location, config: Config | None = None):
-        names = (METRICS_FILE, SAMPLES_FILE, TOKENS_FILE)
         self._url = as_path(run_dir) if is_url(run_dir) else None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._stored: dict[str, tuple[int, int]] = {}
@@ -188,13 +190,13 @@ class MetricsWriter:
             self._temporary = tempfile.TemporaryDirectory(prefix="rest-jax-")
             run_dir = self._temporary.name
             with store_errors(self._url):
-                for file in names:
+                for file in FILES:
                     if (self._url / file).exists():
                         download(self._url / file, pathlib.Path(run_dir, file))
         self._folder = run_dir = pathlib.Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self._trackers = None if config is None else Trackers(config, run_dir)
-        self._files = {name: (run_dir / name).open("a", encoding="utf-8") for name in names}
+        self._files = {name: (run_dir / name).open("a", encoding="utf-8") for name in FILES}
 
     def write(
         self,
@@ -202,9 +204,10 @@ class MetricsWriter:
         values: Mapping[str, Any],
         samples: Iterable[Mapping[str, Any]] = (),
         tokens: Mapping[str, Any] | None = None,
+        digests: Mapping[str, Any] | None = None,
     ) -> None:
-        """Appends {"step": step, ...} as one line, keys in the order of METRICS, one line a sample (any JSON values), and the
-        line of the token viewer.
+        """Appends {"step": step, ...} as one line, keys in the order of METRICS, one line a sample (any JSON values), the line of
+        the token viewer, and that of the digests.
 
         Values are numbers (Python, NumPy or JAX scalars), floats written with all their digits. NaN and infinities
         are written as null: JSON has no word for them. ValueError for a name that METRICS does not have.
@@ -218,8 +221,14 @@ class MetricsWriter:
             self._append(SAMPLES_FILE, {"step": int(step), **sample})
         if tokens is not None:
             self._append(TOKENS_FILE, {"step": int(step), **tokens})
+        if digests is not None:
+            self._append(DIGESTS_FILE, {"step": int(step), **digests})
         if self._trackers is not None:
             self._trackers.write(int(step), line)
+
+    def write_launch(self, step: int, launch: Mapping[str, Any]) -> None:
+        """Appends to the digests how a process goes on behind a step."""
+        self._append(DIGESTS_FILE, {"step": int(step), "launch": launch})
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         # A model's output may hold lone surrogates: as \u escapes they are ASCII and always writable.

@@ -11,6 +11,8 @@ from rest_jax.errors import UserError
 from rest_jax.files import as_path
 from rest_jax.run import metrics
 from rest_jax.run.metrics import (
+    DIGESTS_FILE,
+    FILES,
     METRICS,
     METRICS_FILE,
     REGION_NAMES,
@@ -65,12 +67,10 @@ def test_truncate_drops_later_steps_and_half_lines_of_all_files(tmp_run):
     writer = MetricsWriter(tmp_run)
     for step in range(4):
         samples = [{"text": f"é{step}"}, {"text": "\ud800"}]
-        writer.write(step, {"reward/mean": step / 3}, samples, {"tokens": "AA=="})
+        writer.write(step, {"reward/mean": step / 3}, samples, {"tokens": "AA=="}, {"ids": "a"})
+        writer.write_launch(step, {"command": "train"})
     writer.close()
-    kept = {
-        name: (tmp_run / name).read_bytes().splitlines(keepends=True)
-        for name in (METRICS_FILE, SAMPLES_FILE, TOKENS_FILE)
-    }
+    kept = {name: (tmp_run / name).read_bytes().splitlines(keepends=True) for name in FILES}
     for name in kept:
         with (tmp_run / name).open("ab") as file:
             file.write(b'{"step": 1, "rew')
@@ -83,6 +83,8 @@ def test_truncate_drops_later_steps_and_half_lines_of_all_files(tmp_run):
     assert json.loads(lines[-1])["step"] == 9
     assert (tmp_run / SAMPLES_FILE).read_bytes().splitlines(keepends=True) == kept[SAMPLES_FILE][:6]
     assert (tmp_run / TOKENS_FILE).read_bytes().splitlines(keepends=True) == kept[TOKENS_FILE][:3]
+    # how a process goes on behind a step is no later than the step
+    assert (tmp_run / DIGESTS_FILE).read_bytes().splitlines(keepends=True) == kept[DIGESTS_FILE][:6]
     assert not list(tmp_run.glob("*.partial"))
 
 
@@ -139,6 +141,7 @@ def test_the_files_of_a_store_are_put_whole_at_a_sync_and_continued(memory_store
     writer.close()
     assert [line["step"] for line in read_lines(run / METRICS_FILE)] == [1, 2]
     assert put == [
+        DIGESTS_FILE,
         METRICS_FILE,
         SAMPLES_FILE,
         TOKENS_FILE,
