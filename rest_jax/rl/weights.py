@@ -25,7 +25,7 @@ POLICY_REGIONS = tuple(r for r in Region if r is not Region.NONE)
 
 @struct.dataclass
 class RegionStats:
-    """What one global batch says of each region; a region without tokens has count 0 and means 0."""
+    """What one global batch says of each region; NONE, and a region without tokens, has count 0 and means 0."""
 
     entropy: Float[Array, " R"]  # mean over the tokens of the region, nats
     gini: Float[Array, " R"]
@@ -36,7 +36,8 @@ def region_stats(
     region: Int[Array, "P G T"], entropy: Float[Array, "P G T"], gini: Float[Array, "P G T"]
 ) -> RegionStats:
     """Means over the global batch, hence across all devices."""
-    member = region[..., None] == jnp.arange(NUM_REGIONS)  # [P, G, T, R]
+    regions = jnp.arange(NUM_REGIONS)
+    member = (region[..., None] == regions) & (regions != Region.NONE)  # [P, G, T, R]
     count = jnp.sum(member, axis=(0, 1, 2), dtype=jnp.float32)
 
     def mean(x):
