@@ -1,10 +1,13 @@
 """What share of the total weight each region holds over a run, as a table and a picture.
 
     python tools/weight_shares.py runs OUT.png "TITLE=RUN" ...           runs with metrics, one panel each
+    python tools/weight_shares.py replay RUN OUT METHOD ...
     python tools/weight_shares.py answers MODEL DATA OUT METHOD ...      --limit 64 --max-tokens 1024
 
-`answers` makes such runs without training, OUT/METHOD/metrics.jsonl: gold answers of DATA are the batch of every step, under
-the entropies that MODEL has on them (OUT/answers.npz, computed once), while progress goes from 0 to 1.
+`replay` and `answers` make such runs without training, OUT/METHOD/metrics.jsonl. `replay` takes the token counts and entropies
+of every step from a run of any method; normalisers within a completion count as `batch` there. For `answers` gold answers
+of DATA are the batch of every step, under the entropies that MODEL has on them (OUT/answers.npz, computed once), while
+progress goes from 0 to 1.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import json
 import pathlib
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,7 +31,7 @@ from rest_jax.rl.packing import BatchLengths
 from rest_jax.rl.prepare import StepConfig
 from rest_jax.rl.step import make_logprobs
 from rest_jax.run.load import load_policy
-from rest_jax.run.metrics import METRICS_FILE
+from rest_jax.run.metrics import METRICS_FILE, read_lines
 from rest_jax.sft import label_regions
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Region
@@ -82,7 +86,7 @@ def write_answers(args: argparse.Namespace) -> None:
     """The runs of the methods over gold answers."""
     words = [f"model.source={args.model}", f"data.train={args.data}", "data.brief_prompt=true"]
     words += ["model.dtype=float32", "model.remat=none", f"sft.max_tokens={args.max_tokens}"]
-    configs = {m: config_lib.load([f"method/{m}"], [*words, f"name={m}"]) for m in args.methods}
+    configs = load_methods(args.methods, words)
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "answers.npz"
     if not file.exists():
@@ -100,10 +104,46 @@ def write_answers(args: argparse.Namespace) -> None:
             state = curriculum.update(state, stats, jnp.float32(1.0), schedule)
             weight = weights.token_weights(region, state.weight, schedule.normalizer)
             _, share = weights.realised(region, weight)
-            shares = {f"region/{r}/weight_share": float(share[Region[r.upper()]]) for r in REGIONS}
-            lines.append(json.dumps({"step": step} | shares) + "\n")
-        (args.out / method).mkdir(exist_ok=True)
-        (args.out / method / METRICS_FILE).write_text("".join(lines))
+            lines.append(as_line(step, share))
+        write_lines(args.out / method, lines)
+
+
+def write_replays(args: argparse.Namespace) -> None:
+    """The runs of the methods over the steps of another run."""
+    recorded = read_lines(args.run / METRICS_FILE)
+    recorded = [line for line in recorded if "region/name/count" in line]
+    for method, config in load_methods(args.methods, ["model.source=none"]).items():
+        schedule = curriculum.Schedule(config.weights, config.curriculum, len(recorded))
+        state, lines = curriculum.init(schedule), []
+        update = jax.jit(curriculum.update, static_argnums=3)
+        for line in recorded:
+            columns = (
+                jnp.array([0.0, *(line[f"region/{r}/{kind}"] for r in REGIONS)], jnp.float32)
+                for kind in ("entropy", "gini", "count")
+            )
+            stats = weights.RegionStats(*columns)
+            score = jnp.float32(line["reward/format_score"])
+            state = update(state, stats, score, schedule)
+            total = state.weight * stats.count
+            lines.append(as_line(line["step"], total / total.sum()))
+        write_lines(args.out / method, lines)
+
+
+def load_methods(methods: list[str], words: list[str]) -> dict[str, Config]:
+    """The config of each method."""
+    return {m: config_lib.load([f"method/{m}"], [*words, f"name={m}"]) for m in methods}
+
+
+def as_line(step: int, share: jax.Array) -> str:
+    """A line of metrics, from the shares [R]."""
+    shares = {f"region/{r}/weight_share": float(share[Region[r.upper()]]) for r in REGIONS}
+    return json.dumps({"step": step} | shares) + "\n"
+
+
+def write_lines(folder: pathlib.Path, lines: list[str]) -> None:
+    """The metrics of a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / METRICS_FILE).write_text("".join(lines))
 
 
 def read_shares(run: pathlib.Path) -> tuple[list[int], dict[str, np.ndarray]]:
@@ -154,6 +194,11 @@ def main(words: list[str]) -> int:
     runs.add_argument("runs", nargs="+", metavar="TITLE=RUN")
     runs.add_argument("--columns", type=int, default=2)
     runs.set_defaults(call=write_runs)
+    replay = commands.add_parser("replay", help="runs over the steps of a run, without training")
+    replay.add_argument("run", type=pathlib.Path)
+    replay.add_argument("out", type=pathlib.Path)
+    replay.add_argument("methods", nargs="+", metavar="METHOD")
+    replay.set_defaults(call=write_replays)
     answers = commands.add_parser("answers", help="runs over gold answers, without training")
     answers.add_argument("model")
     answers.add_argument("data")

@@ -41,6 +41,24 @@ def test_the_first_middle_and_last_tenth_of_the_steps(tool, run, capsys):
     assert (run / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_method_over_the_steps_of_a_run(tool, run, capsys):
+    """Counts and entropies that stay: format gives up three quarters of its share under `rest`, nothing under `grpo`."""
+    steady = {"step": 1, "reward/format_score": 1.0}
+    for name in tool.REGIONS:
+        steady |= {f"region/{name}/{kind}": 0.5 for kind in ("entropy", "gini")}
+        steady |= {f"region/{name}/count": 100.0}
+    lines = (json.dumps(steady | {"step": step}) + "\n" for step in range(1, 22))
+    (run / "metrics.jsonl").write_text("".join(lines))
+    assert tool.main(["replay", str(run), str(run / "out"), "rest", "grpo"]) == 0
+    for method, last in (("rest", 2 * 0.25 / 7), ("grpo", 2 / 7)):
+        steps, shares = tool.read_shares(run / "out" / method)
+        assert steps == list(range(1, 22))
+        form = shares["tag"] + shares["scaffold"]
+        expected = {0: 2 / 7, 20: 2 / 7 + (last - 2 / 7) * 20 / 21}
+        assert {i: form[i] for i in expected} == pytest.approx(expected, rel=1e-3)
+        assert shares["name"] == pytest.approx([1 / 7] * 21, rel=1e-3)
+
+
 def test_a_run_without_metrics_is_one_line(tool, tmp_path, capsys):
     assert tool.main(["runs", str(tmp_path / "out.png"), f"a={tmp_path}"]) == 2
     error = capsys.readouterr().err
