@@ -272,6 +272,8 @@ class LossConfig(Section):
 
     advantage: Annotated[str, _is_rule("advantage")] = "grpo"
     advantage_options: Options = ()
+    # exact: groups that are all exact, or not at all, have no gradient either
+    group_filter: Literal["none", "exact"] = "none"
     policy: Annotated[str, _is_rule("loss")] = "clip"
     policy_options: Options = ()
     aggregation: Literal["weighted_token_mean", "token_mean", "sequence_mean", "fixed_length"] = (
