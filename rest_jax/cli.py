@@ -19,6 +19,7 @@ from typer import Argument, Option
 
 from rest_jax import __version__
 from rest_jax.errors import RunStopped, UserError, full_disk
+from rest_jax.terminal import harmless
 
 if TYPE_CHECKING:
     from rest_jax.config import Config
@@ -88,7 +89,7 @@ def _usage(error: typer.TyperException) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    message = " ".join(message.split())
+    message = " ".join(harmless(message).split())
     if len(message) > _MOST_SAID:  # names in files of strangers may be of any length
         message = f"{message[:_MOST_SAID]} .."
     if message:
@@ -159,6 +160,7 @@ Overrides = Annotated[
     ),
 ]
 Model = Annotated[str, Argument(help="HF folder, hub id, converted folder, or folder of a run")]
+Run = Annotated[str, Argument(help="folder of a run")]
 Out = Annotated[str, Argument(help="folder to make")]
 DryRun = Annotated[bool, Option("--dry-run", help="check config, model and data, train nothing")]
 Restart = Annotated[bool, Option("--restart", help="forget the run in the folder, start anew")]
@@ -181,6 +183,11 @@ TemplateName = Annotated[
     Option("--template", help="format of calls; default: the run's, or the chat template's"),
 ]
 Limit = Annotated[int | None, Option(min=1, help="records to read at most")]
+Methods = Annotated[str, Option(help="of configs/method or files, with commas")]
+_METHODS = (
+    "grpo,rest,rest_inverse_gini,rest_mass,ablation_no_cot,top_entropy,htmr,gtpo,entropy_advantage,egpo,steer,covariance,"
+    "a3po,hicra,ar,direction,less,tr_grpo,optimal_baseline,dr_grpo,rloo,maxrl,gdpo,reinforce_pp"
+)
 Workers = Annotated[int, Option(min=0, help="processes on this machine; 0: results so far")]
 Storage = Annotated[str | None, Option(help="database URL, for many machines; default: SQLite")]
 Tokenizer = Annotated[str | None, Option(help="HF folder or hub id: counts tokens")]
@@ -274,6 +281,44 @@ def quickstart(
 
     chosen = [] if seed is None else [f"seed={seed}"]
     return quickstart.quickstart([*chosen, *overrides], fresh)
+
+
+@app.command(rich_help_panel=_TRAIN)
+def audit(
+    run: Run,
+    overrides: Overrides,
+    steps: Annotated[int, Option(min=1, help="to repeat; the run's metrics say which")] = 3,
+    seed: Annotated[int, Option(help="of their choice, so that nobody knew them before")] = 0,
+    at: Annotated[
+        list[int] | None, Option("--at", metavar="STEP", help="this step instead; may be repeated")
+    ] = None,
+    distributed: Distributed = None,
+) -> int:
+    """Repeat some steps of a run and compare all that it recorded; exit code 1 if anything differs."""
+    _load_model(run, [], distributed)
+    from rest_jax.audit import audit
+
+    return audit(run, steps, seed, at or (), overrides)
+
+
+@app.command(rich_help_panel=_TRAIN)
+def reproduce(
+    run: Run,
+    words: Annotated[
+        list[str] | None,
+        Argument(metavar="NEW_NAME|KEY=VALUE", help="default: <run>-reproduced, beside it"),
+    ] = None,
+    strict: Annotated[bool, Option("--strict", help="refuse other versions and devices")] = False,
+    distributed: Distributed = None,
+) -> int:
+    """Train a run again from what it recorded, and say where the two first differ (exit code 1)."""
+    names, overrides = split(words or [])
+    if len(names) > 1:
+        raise UserError(f"reproduce: one name is needed, not {', '.join(names)}")
+    _load_model(run, [], distributed)
+    from rest_jax.reproduce import reproduce
+
+    return reproduce(run, next(iter(names), None), overrides, strict)
 
 
 @app.command(rich_help_panel=_MODEL)
@@ -482,9 +527,10 @@ def _check_sources(files: Sequence[str], benchmark: str | None, options: Sequenc
 
 @app.command(rich_help_panel=_MODEL)
 def convert(
-    source: Annotated[str, Argument(help="HF folder with safetensors, or hub id")], out: Out
+    source: Annotated[str, Argument(help="HF folder with safetensors, hub id, or GGUF file")],
+    out: Out,
 ) -> None:
-    """Turn an HF model into an Orbax folder."""
+    """Turn an HF model or a GGUF file into an Orbax folder."""
     from rest_jax.config import locate
     from rest_jax.run import load
 
@@ -563,6 +609,51 @@ def variance(
     return measure_variance(config, options.pop("data"), **options)
 
 
+@app.command(rich_help_panel=_STUDY)
+def credit(
+    model: Model,
+    data: Annotated[str, Argument(help="record file, or synthetic:eval")],
+    overrides: Overrides,
+    methods: Methods = _METHODS,
+    prompts: Annotated[int, Option(min=1, help="prompts sampled")] = 16,
+    continuations: Annotated[int, Option(min=1, help="of each state of a completion")] = 32,
+    limit: Limit = None,
+    output: Annotated[str | None, Option(help="folder; default: credit/ of the run")] = None,
+) -> int:
+    """Measure which tokens decide the reward, and how well weight rules rank them."""
+    options = locals()
+    config = _load_model(options.pop("model"), options.pop("overrides"), None)
+    options["methods"] = methods.split(",")
+    from rest_jax.analysis.credit import measure_credit
+
+    return measure_credit(config, options.pop("data"), **options)
+
+
+@app.command(rich_help_panel=_STUDY)
+def gain(
+    model: Model,
+    data: Annotated[str, Argument(help="record file, or synthetic:train")],
+    overrides: Overrides,
+    methods: Methods = _METHODS,
+    placebos: Annotated[
+        str, Option(help="shuffle, shuffle_regions, random: of every method, with commas")
+    ] = "",
+    batches: Annotated[int, Option(min=1, help="batches measured")] = 30,
+    prompts: Annotated[int, Option(min=1, help="prompts of a batch")] = 16,
+    reference: Annotated[int, Option(min=8, help="prompts that grad J is measured on")] = 512,
+    limit: Limit = None,
+    output: Annotated[str | None, Option(help="folder; default: gain/ of the run")] = None,
+) -> int:
+    """Measure how far one step of each method leads towards a higher reward."""
+    options = locals()
+    config = _load_model(options.pop("model"), options.pop("overrides"), None)
+    options["methods"] = methods.split(",")
+    options["placebos"] = [name for name in placebos.split(",") if name]
+    from rest_jax.analysis.gain import measure_gain
+
+    return measure_gain(config, options.pop("data"), **options)
+
+
 @app.command(rich_help_panel=_LOOK)
 def report(
     runs: Annotated[list[str], Argument(metavar="RUN...", help="folders of runs")],
@@ -613,6 +704,23 @@ def doctor() -> None:
     from rest_jax.run.environment import diagnose
 
     print(diagnose())
+
+
+@app.command(rich_help_panel=_LOOK)
+def schema(
+    output: Annotated[str | None, Option(help="file for it; default: printed")] = None,
+) -> None:
+    """Write the JSON schema of configs, for editors."""
+    from rest_jax.files import as_path, atomic_write
+    from rest_jax.schema import schema
+
+    text = json.dumps(schema(), indent=2)
+    if output is None:
+        print(text)
+        return
+    with atomic_write(as_path(output)) as partial:
+        partial.write_text(f"{text}\n")
+    print(f"schema: {output}; first line of a config: # yaml-language-server: $schema={output}")
 
 
 @config_app.command()

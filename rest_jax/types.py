@@ -139,9 +139,12 @@ class CurriculumState:
 
     step: Int[Array, ""]  # int32, updates seen
     nu: Float[Array, ""]  # float32, progress in [0, 1]
-    entropy: Float[Array, " R"]  # float32, EMA of the mean entropy of each region, nats
-    gini: Float[Array, " R"]  # float32, EMA of the mean 1 - sum p^2
-    seen: Bool[Array, " R"]  # whether a region has occurred yet
+    # what the base weights follow: measured at the start and fixed, or moving averages (`weights.entropy`)
+    entropy: Float[Array, " R"]  # float32, mean entropy of each region, nats
+    gini: Float[Array, " R"]  # float32, mean 1 - sum p^2
+    base_count: Float[Array, " R"]  # float32, tokens a batch
+    seen: Int[Array, " R"]  # int32, batches in which a region occurred; 0: not yet measured
+    # a region that is absent from a batch keeps its average
     count: Float[Array, " R"]  # float32, EMA of the number of tokens a batch
     weight: Float[Array, " R"]  # float32, region weights in force
     format_score: Float[Array, ""]  # float32, EMA of S_format

@@ -50,7 +50,7 @@ def recipe(model: Location, output: Location, **changes) -> dict:
         "sft": {"batch_size": 4},
     }
     for section, values in changes.items():
-        raw[section] = raw[section] | values if isinstance(values, dict) else values
+        raw[section] = raw.get(section, {}) | values if isinstance(values, dict) else values
     return raw
 
 
@@ -88,6 +88,17 @@ def start(
     words = ["-m", "rest_jax"] if program is None else [str(PROGRAMS / program)]
     return subprocess.Popen(
         [sys.executable, *words, command, str(path), *options],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def start_command(*words: str) -> subprocess.Popen:
+    """`rest-jax WORDS`."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "rest_jax", *words],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

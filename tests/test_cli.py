@@ -27,7 +27,8 @@ from tests import runs
 
 COMMANDS = (
     "train", "sft", "plan", "quickstart", "generate", "serve", "chat", "evaluate", "convert", "export", "sweep", "compare",
-    "variance", "report", "doctor", "data", "data prepare", "data inspect", "config", "config show",
+    "variance", "credit", "gain", "report", "schema", "doctor", "data", "data prepare", "data inspect", "config",
+    "config show",
 )  # fmt: skip
 PROGRAMS = pathlib.Path(__file__).parent / "programs"
 

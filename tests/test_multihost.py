@@ -86,14 +86,17 @@ def assert_close(found: pathlib.Path, expected: pathlib.Path) -> None:
 
 
 def assert_tokens_close(found: pathlib.Path, expected: pathlib.Path) -> None:
-    """The first process has written the tokens of its first groups, with the weights that belong to them."""
+    """The first process has written the tokens of the first groups that it samples, which on several processes may be fewer than
+    one process writes, with the weights that belong to them.
+    """
     steps = [
         [read_record(line) for line in read_lines(run / "tokens.jsonl")]
         for run in (found, expected)
     ]
     for own, other in zip(*steps, strict=True):
         theirs = {prompt["id"]: prompt for prompt in other["prompts"]}
-        assert [prompt["id"] for prompt in own["prompts"]] == list(theirs)
+        names = [prompt["id"] for prompt in own["prompts"]]
+        assert names and names == list(theirs)[: len(names)]
         for prompt in own["prompts"]:
             for one, same in zip(
                 prompt["completions"], theirs[prompt["id"]]["completions"], strict=True

@@ -29,7 +29,7 @@ from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import score_rollout, summarise_scores, truncated
 from rest_jax.run.load import load_policy
-from rest_jax.run.metrics import METRICS, METRICS_FILE, is_eval, read_lines, summary_table
+from rest_jax.run.metrics import METRICS_FILE, is_eval, read_lines, summary_table
 from rest_jax.templates import TEMPLATES
 from rest_jax.types import Params, PromptBatch, RolloutBatch, Sampling
 
@@ -236,23 +236,3 @@ def evaluate(
 def evaluations(folder: Location) -> list[dict[str, Any]]:
     """The metrics lines of a run's held-out evaluations, in order. UserError when it has no metrics."""
     return [line for line in read_lines(as_path(folder) / METRICS_FILE) if any(map(is_eval, line))]
-
-
-def report_evaluations(folder: Location) -> None:
-    """Prints the table of the first and the last evaluation of a run, and draws its curves."""
-    if not is_first_process():
-        return
-    # matplotlib takes a second to import, which the start of a run need not wait for
-    from rest_jax.analysis.report import write_curves
-
-    lines = evaluations(folder)
-    if lines:
-        # a run without an evaluation at its start may have one alone
-        ends = lines[:1] + lines[1:][-1:]
-        rows: list[list[Any]] = [["held out", *(f"step {line['step']}" for line in ends)]]
-        of_benchmarks = (name for name in METRICS if is_eval(name) and name.count("/") == 2)
-        for name in (*RATES, "eval/response_tokens", *of_benchmarks):
-            if name in ends[0]:
-                rows.append([name, *(line[name] for line in ends)])
-        print(summary_table(rows))
-    print(f"curves: {write_curves(folder)}", flush=True)

@@ -14,11 +14,11 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from rest_jax.config import LossConfig
+from rest_jax.config import Config, LossConfig
 from rest_jax.rl import curriculum, masked, weights
 from rest_jax.rl.loss import AGGREGATIONS, MiniBatches, ratio
 from rest_jax.rl.placebo import PLACEBOS
-from rest_jax.rl.rules import Chosen, choose
+from rest_jax.rl.rules import Chosen, choose, choose_weight_rule
 from rest_jax.rl.view import TokenView, make_view, nonzero_advantage
 from rest_jax.tool_calls import Region
 from rest_jax.types import (
@@ -71,6 +71,30 @@ class StepConfig:
         if self.loss.group_filter == "exact":
             return scored.exact
         return getattr(scored, self.advantage_rule.rule.signal or "reward")
+
+
+def step_config(config: Config, steps: int) -> StepConfig:
+    """The static side of the steps."""
+    rollout, train = config.rollout, config.train
+    groups = minibatch_prompts(config)
+    return StepConfig(
+        loss=config.loss,
+        schedule=curriculum.Schedule(config.weights.of_regions, config.curriculum, steps),
+        sampling=Sampling(rollout.temperature, rollout.top_k, rollout.top_p),
+        updates=rollout.prompts_per_step // groups,
+        fixed_length=rollout.max_response_tokens,
+        max_tokens_per_microbatch=train.max_tokens_per_microbatch,
+        tis_cap=rollout.tis_cap,
+        noise_groups=groups if train.measure_noise else None,
+        weight_rule=choose_weight_rule(config),
+        placebo=config.weights.placebo,
+        seed=config.seed,
+    )
+
+
+def minibatch_prompts(config: Config) -> int:
+    """Prompts of an optimiser update."""
+    return config.train.prompts_per_update or config.rollout.prompts_per_step
 
 
 @struct.dataclass

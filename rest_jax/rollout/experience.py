@@ -108,7 +108,7 @@ class Collector:
 
     def resume(self, loader_state: dict[str, Any]) -> None:
         """Moves to where a snapshot was taken, or to the start of the data."""
-        self.saved = loader_state.pop(AHEAD, None)
+        self.saved, self.ahead = loader_state.pop(AHEAD, None), None
         self.batches.set_state(loader_state)
 
     def snapshot(self) -> Callable[[], dict[str, Any]]:

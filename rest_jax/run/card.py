@@ -15,8 +15,8 @@ from rest_jax.config import Config, LossConfig, dump
 from rest_jax.files import Location, as_path
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run import checkpoint
-from rest_jax.run.folder import MADE_OF
 from rest_jax.run.metrics import METRICS, METRICS_FILE, is_eval, read_lines
+from rest_jax.run.record import CERTIFICATE_FILE, MADE_OF, certificate_rows, file_digest
 from rest_jax.templates import TEMPLATES
 from rest_jax.templates.chat_template import PLUGIN, trained
 
@@ -55,6 +55,7 @@ def _model_card(run: Location, config: Config, command: str) -> str:
         f"```\n{command}\n```",
         f"`rest-jax serve` takes the same folder, with `{_options(config)}`.",
         *_figures(run, lines),
+        *_audit(run),
         "## Made of",
         "\n".join(f"- {name}: `{value}`" for name, value in made_of.items()),
         "```yaml\n" + dump(config) + "```",
@@ -112,6 +113,24 @@ def _figures(run: Location, lines: Sequence[Mapping[str, Any]]) -> list[str]:
         if result is not None:
             found += [f"## {result['benchmark']}", _table(result)]
     return found
+
+
+def _audit(run: Location) -> list[str]:
+    """What `rest-jax audit` found, if it was of this state of the run."""
+    folder = as_path(run)
+    if not (folder / CERTIFICATE_FILE).is_file():
+        return []
+    found = json.loads((folder / CERTIFICATE_FILE).read_text())
+    if found["metrics"] != file_digest(folder / METRICS_FILE):
+        return []
+    by = found["repeated_by"]
+    rows = [["step", "result", "from", "steps replayed"], ["---"] * 4, *certificate_rows(found)]
+    said = (
+        f"`rest-jax audit` {found['result']}: {len(found['steps'])} of {found['recorded']:,} steps were repeated on "
+        f"{by['devices']['kind']} with jaxlib {by['versions']['jaxlib']} (seed {found['seed']}) and compared "
+        f"{found['comparison']}."
+    )
+    return ["## Audit", said, "\n".join(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def _result(file: Any) -> dict[str, Any] | None:

@@ -65,18 +65,26 @@ def _of_tokens(tokenizer: Tokenizer) -> str:
 
 
 def _of_weights(params: Params) -> str:
-    """Of the bits of every element with its place. Sums of integers wrap round, so that they do not depend on the mesh."""
-    sums = jax.device_get(_sums_of_bits(params))
+    return of_sums(jax.device_get(jax.jit(sums_of_bits)(params)))
+
+
+def of_sums(sums: Any) -> str:
+    """The digest, in hex, of a tree that `sums_of_bits` returned, on the host."""
     return _of_rows(np.asarray(x) for x in jax.tree.leaves(sums))
 
 
-@jax.jit
-def _sums_of_bits(params: Params) -> Params:
-    return jax.tree.map(_sum_of_bits, params)
+def sums_of_bits(tree: Any) -> Any:
+    """A uint32 for each array: the sum over the bits of every element with its place. Such sums wrap round, so that they do not
+    depend on the mesh. A change of one element always changes it.
+    """
+    return jax.tree.map(_sum_of_bits, tree)
 
 
 def _sum_of_bits(x: jax.Array) -> jax.Array:
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    else:
+        bits = x.astype(jnp.uint32)
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis in range(x.ndim):
         place = place * jnp.uint32(x.shape[axis]) + jax.lax.broadcasted_iota(

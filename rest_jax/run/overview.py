@@ -101,7 +101,7 @@ def describe_checkpoint(source: Location, verify: bool = False) -> str:
     # jax takes seconds to import
     from rest_jax.models.hf.remote import checkpoint_path
     from rest_jax.run import checkpoint
-    from rest_jax.run.folder import MADE_OF
+    from rest_jax.run.record import MADE_OF
 
     place = checkpoint_path(as_path(source))
     if not (place / checkpoint.MANIFEST).is_file():

@@ -124,7 +124,7 @@ def main(output: pathlib.Path, update: bool) -> None:
     share_programs()
     share_data()
     Checkpoints.save = lambda *_: None
-    train.report_evaluations = sft.report_evaluations = lambda folder: None  # draws
+    train.print_closing_table = sft.print_closing_table = lambda folder: None  # draws
     for method in METHODS:
         train_method(method, output)
     if update:
