@@ -291,6 +291,8 @@ class LossConfig(Section):
 
     advantage: Annotated[str, _is_rule("advantage")] = "grpo"  # a rule
     advantage_options: Options = ()  # of that rule
+    # exact: groups that are all exact, or not at all, have no gradient either
+    group_filter: Literal["none", "exact"] = "none"
     policy: Annotated[str, _is_rule("loss")] = "clip"  # the rule of the loss of a token
     policy_options: Options = ()  # of that rule
     # what the sum over tokens is divided by

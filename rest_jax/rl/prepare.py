@@ -63,10 +63,13 @@ class StepConfig:
         """Whether groups without advantage have a gradient all the same."""
         loss = self.loss
         terms = loss.kl_coefficient, loss.entropy_coefficient, loss.load_balance_coefficient
-        return max(terms) > 0 or self.advantage_rule.rule.signal is None
+        unfiltered = loss.group_filter == "none" and self.advantage_rule.rule.signal is None
+        return max(terms) > 0 or unfiltered
 
     def signal(self, scored: ScoredBatch) -> AnyArray:
         """[P G] or [P G K]: what must differ within a group for it to have an advantage."""
+        if self.loss.group_filter == "exact":
+            return scored.exact
         return getattr(scored, self.advantage_rule.rule.signal or "reward")
 
 
@@ -176,6 +179,9 @@ def compute_advantage(view: TokenView, cfg: StepConfig) -> Float[Array, "P G *T"
     advantage = cfg.advantage_rule(view)
     if advantage.ndim == 3:
         advantage = jnp.where(view.mask, advantage, 0.0)
+    if cfg.loss.group_filter == "exact":
+        mixed = nonzero_advantage(view.exact)
+        advantage = jnp.where(jnp.expand_dims(mixed, range(1, advantage.ndim)), advantage, 0.0)
     return jax.lax.stop_gradient(advantage)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import rest_jax
-from rest_jax.config import Config, dump
+from rest_jax.config import Config, LossConfig, dump
 from rest_jax.files import Location, as_path
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run import checkpoint
@@ -87,7 +87,13 @@ def _method(config: Config, lines: Sequence[Mapping[str, Any]]) -> str:
     if not any("reward/mean" in line for line in lines):
         return "supervised"
     rule, size = config.weights.rule, config.rollout.group_size
-    return f"GRPO with token weights by the rule `{rule}`, {size} completions a prompt"
+    loss, usual = config.loss, LossConfig()
+    changed = [
+        f"{name} `{getattr(loss, name)}`, "
+        for name in ("advantage", "policy")
+        if getattr(loss, name) != getattr(usual, name)
+    ]
+    return f"GRPO with token weights by the rule `{rule}`, {''.join(changed)}{size} completions a prompt"
 
 
 def _figures(run: Location, lines: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -163,3 +163,10 @@ def test_a_run_of_which_only_the_weights_are_left_is_exported(run, tmp_path):
     load.export(str(folder), tmp_path / "out")
     assert not (tmp_path / "out" / card.CARD).exists()
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_other_rules_of_advantage_and_policy_loss_are_named():
+    loss = {"advantage": "gdpo", "policy": "sapo"}
+    raw = {"name": "mine", "model": {"source": "start"}, "weights": {"rule": "ar"}, "loss": loss}
+    said = card._method(Config.model_validate(raw), [{"reward/mean": 1.0}])
+    assert "rule `ar`, advantage `gdpo`, policy `sapo`, 4 completions" in said

@@ -38,11 +38,12 @@ from rest_jax.files import as_path
 from rest_jax.models.decoder import Decoder
 from rest_jax.rl import curriculum, weights
 from rest_jax.rl.packing import bucket
-from rest_jax.rl.rules import choose
-from rest_jax.rl.view import make_view, nonzero_advantage, per_token
+from rest_jax.rl.prepare import StepConfig, compute_advantage, weigh_tokens
+from rest_jax.rl.rules import choose_weight_rule
+from rest_jax.rl.view import TokenView, make_view, nonzero_advantage
 from rest_jax.run.load import is_run
 from rest_jax.tool_calls import NUM_REGIONS, Region
-from rest_jax.types import Params, ScoredBatch
+from rest_jax.types import Params, Sampling, ScoredBatch
 
 RESAMPLES = 2000  # of the groups, for intervals
 # Of 1 - sum p^2 <= 1 - exp(-H): the rounding of a float32 softmax, its sums included.
@@ -106,7 +107,7 @@ def measure_batch(
     rules = rule_weights(scored, token_stats, config)
     present = [r for r in weights.POLICY_REGIONS if (scored.region == r).any()]
     parts = [(scored.region == r).astype(np.float32) for r in present]
-    advantage = np.asarray(per_token(compute_advantage(scored, config)))
+    advantage = np.asarray(view_at_start(scored, config)[0].token_advantage)
     total = int((scored.region != Region.NONE).sum())
     coefficient = np.stack([*rules.values(), *parts]) * (-advantage * groups / total)
     coefficient, chunk = coefficient.astype(np.float32), config.loss.vocab_chunk
@@ -126,14 +127,23 @@ def measure_batch(
     )
 
 
-def compute_advantage(scored: ScoredBatch, config: Config) -> jax.Array:
-    """By the config's rule, at the start of a run."""
-    schedule = curriculum.Schedule(config.weights.of_regions, config.curriculum, 1)
-    view = make_view(
-        jax.tree.map(jnp.asarray, scored), scored.rollout, curriculum.init(schedule), config.seed
+def view_at_start(scored: ScoredBatch, config: Config) -> tuple[TokenView, StepConfig]:
+    """What the rules of the config read of the batch at nu = 0, the advantage included; and the rules."""
+    cfg = StepConfig(
+        loss=config.loss,
+        schedule=curriculum.Schedule(
+            config.weights.of_regions, config.curriculum, config.train.steps or 1
+        ),
+        sampling=Sampling(),
+        updates=1,
+        fixed_length=config.rollout.max_response_tokens,
+        weight_rule=choose_weight_rule(config),
+        placebo=config.weights.placebo,
+        seed=config.seed,
     )
-    options = config.loss.advantage_options, "loss.advantage_options"
-    return choose("advantage", config.loss.advantage, *options)(view)
+    given = jax.tree.map(jnp.asarray, scored)
+    view = make_view(given, given.rollout, curriculum.init(cfg.schedule), cfg.seed)
+    return dataclasses.replace(view, advantage=compute_advantage(view, cfg)), cfg
 
 
 def trim(scored: ScoredBatch) -> ScoredBatch:
@@ -150,8 +160,8 @@ def rule_weights(
     scored: ScoredBatch, tokens: TokenGradients, config: Config
 ) -> dict[str, np.ndarray]:
     """Token weights `[P, G, T]` of every rule, uniform first; each sums to the number of tokens."""
-    cfg = config.weights
-    schedule = curriculum.Schedule(cfg, config.curriculum, config.train.steps or 1)
+    view, step = view_at_start(scored, config)
+    cfg, schedule = config.weights, step.schedule
     r, region = scored.rollout, jnp.asarray(scored.region)
     stats = weights.region_stats(region, jnp.asarray(r.entropy), jnp.asarray(r.gini))
 
@@ -174,8 +184,7 @@ def rule_weights(
     state = curriculum.update(curriculum.init(schedule), stats, format_score, schedule)
     state = dataclasses.replace(state, nu=jnp.zeros_like(state.nu))
     base = curriculum.region_weights(state, schedule)
-    token_weight = weights.token_weights(region, base, schedule.normalizer)
-    configured = _to_total(token_weight, scored.region)
+    configured = _to_total(weigh_tokens(view, base, step), scored.region)
     if not any(np.allclose(configured, w, rtol=1e-5) for w in rules.values()):
         rules["configured"] = configured
     return rules

@@ -26,8 +26,9 @@ def step_config(weight: str | None = None, **changes):
     return tiny.step_config(schedule=SCHEDULE, weight_rule=rule, **changes)
 
 
+@jax.jit
 def evaluate(scored):
-    """(advantages, weights, weights under placebos), by name, of all rules."""
+    """(advantages, weights), by name, of all rules."""
     view = make_view(scored, scored.rollout, STATE, seed=1)
     advantages = {
         name: compute_advantage(view, step_config(loss=LossConfig(advantage=name)))
@@ -40,7 +41,7 @@ def evaluate(scored):
 
 @pytest.fixture(scope="module")
 def results(scored):
-    return jax.tree.map(np.asarray, jax.jit(evaluate)(scored))
+    return jax.tree.map(np.asarray, evaluate(scored))
 
 
 def test_all_rules_give_finite_numbers_and_only_tokens_of_the_policy_count(scored, results):
@@ -69,7 +70,7 @@ def test_no_rule_reads_what_is_behind_a_completion(scored, results):
         entropy=spoiled(rollout.entropy),
         gini=spoiled(rollout.gini),
     )
-    found = jax.jit(evaluate)(scored.replace(rollout=changed))
+    found = evaluate(scored.replace(rollout=changed))
     jax.tree.map(np.testing.assert_array_equal, found, results)
 
 
@@ -85,7 +86,7 @@ def test_the_rule_says_which_groups_have_no_gradient(scored, results):
 
 def test_the_order_of_groups_does_not_matter(scored, results):
     order = np.array([3, 1, 0, 7, 5, 6, 2, 4])
-    found = jax.jit(evaluate)(jax.tree.map(lambda x: x[order], scored))
+    found = evaluate(jax.tree.map(lambda x: x[order], scored))
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(results), strict=True):
         np.testing.assert_allclose(one, other[order], rtol=1e-4, atol=1e-5)
 

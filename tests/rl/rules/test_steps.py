@@ -69,6 +69,26 @@ def test_micro_batches_do_not_change_a_policy_loss(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("limit", [None, 48])
+def test_gspo_takes_the_ratio_of_each_completion(limit):
+    """The policy that trains is the one that sampled, so that its log-probs are those of the rollout."""
+    scored, low, high = tiny.scored(tiny.prompts()), 0.02, 0.03
+    old, length = moved(scored), scored.rollout.response_length
+    loss = LossConfig(vocab_chunk=5, policy="gspo", policy_options={"low": low, "high": high})
+    cfg = tiny.step_config(loss=loss, schedule=SCHEDULE, max_tokens_per_microbatch=limit)
+    _, metrics = step(cfg, scored, recomputed=old)
+    s = np.exp((scored.rollout.logp - old.logp).sum(-1) / length)
+    r = scored.reward
+    a = (r - r.mean(1, keepdims=True)) / r.std(1, ddof=1, keepdims=True)
+    tokens = length / length.sum()
+    expected = np.sum(-tokens * np.minimum(s * a, np.clip(s, 1 - low, 1 + high) * a))
+    assert metrics["update/policy_loss"] == pytest.approx(expected, rel=1e-3)
+    cut = (a > 0) & (s > 1 + high) | (a < 0) & (s < 1 - low)
+    assert cut.any() and not cut.all()
+    assert metrics["update/clip_fraction"] == pytest.approx(np.sum(tokens * cut), rel=1e-4)
+
+
+@pytest.mark.slow
 def test_gspo_with_one_update_is_the_mean_over_completions():
     """Its ratios are 1, so its gradient is that of the clipped loss."""
     scored = tiny.scored(tiny.prompts())
