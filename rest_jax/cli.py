@@ -652,7 +652,7 @@ def _fraction(of: str) -> object:
 
 @data_app.command()
 def prepare(
-    source: Annotated[str, Argument(help="openai, toolace, xlam, hammer, rlla, records, ...")],
+    source: Annotated[str, Argument(help="openai, toolace, xlam, hammer, rlla, sgd, records, ...")],
     words: Annotated[
         list[str],
         Argument(

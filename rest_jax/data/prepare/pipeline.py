@@ -111,12 +111,18 @@ def _records(work: _Work) -> Iterator[tuple[StepRecord, str]]:
         try:
             records = work.convert(raw, name, where)
             for record in records:
-                files.to_line(record)  # refuses what cannot be written
+                if isinstance(record, StepRecord):
+                    files.to_line(record)  # refuses what cannot be written
         except (RecordError, RecursionError) as error:
             _reject(work, where, _reason(error, where), raw)
             continue
         for record in records:
             work.result.converted += 1
+            if isinstance(record, RecordError):
+                reason = _reason(record, where)
+                _set_aside(work, where, reason, None)
+                dropped[_kind(reason, dropped)] += 1
+                continue
             record = _with_new_id(record, work)
             if (record := _reachable(record, where, work)) is None:
                 continue
