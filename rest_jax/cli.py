@@ -652,7 +652,9 @@ def _fraction(of: str) -> object:
 
 @data_app.command()
 def prepare(
-    source: Annotated[str, Argument(help="openai, toolace, xlam, hammer, rlla, sgd, records, ...")],
+    source: Annotated[
+        str, Argument(help="openai, toolace, xlam, hammer, rlla, sgd, tau2, records, ...")
+    ],
     words: Annotated[
         list[str],
         Argument(

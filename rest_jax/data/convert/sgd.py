@@ -156,8 +156,7 @@ def _unknown(record: StepRecord, where: str) -> RecordError | None:
 
 def _follows(value: str, said: str) -> bool:
     """Whether a value stands in the text, or `RULE` makes it of what does."""
-    there = re.compile(rf"(?<!\w){re.escape(value)}(?!\w)")
-    if there.search(said):
+    if fields.stands_in(value, said):
         return True
     low = said.lower()
     if re.fullmatch(r"\d{4}-\d\d-\d\d", value):
@@ -165,7 +164,7 @@ def _follows(value: str, said: str) -> bool:
     if re.fullmatch(r"\d\d:\d\d", value):
         return value in _clock(low)
     if value.isdigit():
-        return there.search(_thousands.sub("", said)) is not None
+        return fields.stands_in(value, _thousands.sub("", said))
     found = re.search(rf"(?<!\w){re.escape(value.lower())}(?!\w)", low)
     return found is not None and _capitals(found[0]) == value
 

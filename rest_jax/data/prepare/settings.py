@@ -3,11 +3,11 @@
 import dataclasses
 import difflib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rest_jax.data import files, items
-from rest_jax.data.convert import OPENED, SOURCES, Convert
+from rest_jax.data.convert import OPENED, READERS, SOURCES, Convert
 from rest_jax.data.records import StepRecord, from_json
 from rest_jax.errors import UserError
 from rest_jax.files import local_path
@@ -34,6 +34,11 @@ class Settings:
     brief: bool = False
     limit: int | None = None  # items read
     overwrite: bool = False
+
+    @property
+    def read(self) -> Callable[[pathlib.Path], Iterator[items.Item]]:
+        """What gives the items of an input."""
+        return READERS.get(self.source, items.read_items)
 
     @property
     def paths(self) -> dict[str, pathlib.Path]:
@@ -89,7 +94,7 @@ def _check_files(settings: Settings) -> None:
     files.check_path(out)
     inputs = list(map(pathlib.Path, settings.inputs))
     for path in inputs:
-        items.read_items(path)  # refuses what is no file; reads nothing yet
+        settings.read(path)  # refuses what is no file; reads nothing yet
     for path in filter(pathlib.Path.exists, paths):
         if path.is_dir():
             raise UserError(
