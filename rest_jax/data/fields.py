@@ -7,6 +7,7 @@ strictly. What cannot be read is a `RecordError` that opens with `where` and nam
 
 import json
 import math
+import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -103,6 +104,11 @@ def listed(value: Any, where: str) -> list[Any]:
     """The items of a list or of a text of JSON that is one; none for the default."""
     value = parsed(value, where)
     return [] if value is None else sequence(value, where)
+
+
+def stands_in(value: str, said: str) -> bool:
+    """Whether a value is in a text, as words of their own."""
+    return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", said) is not None
 
 
 def json_text(value: Any, where: str) -> Any:

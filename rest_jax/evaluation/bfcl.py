@@ -16,13 +16,13 @@ from typing import Any, ClassVar
 
 from rest_jax.config import nearest
 from rest_jax.errors import UserError
-from rest_jax.evaluation.child import Child, find_python
 from rest_jax.evaluation.statistics import weighted_rates_interval
 from rest_jax.files import Location
 from rest_jax.run.metrics import summary_table
 from rest_jax.run.progress import Progress
 from rest_jax.templates import TEMPLATES, Template, toolrl
 from rest_jax.tool_calls import Call
+from rest_jax.worlds.child import Child, find_python
 from rest_jax.worlds.records import Query, Reply, assistant_message
 
 PROGRAM = pathlib.Path(__file__).with_name("bfcl_child.py")

@@ -28,17 +28,20 @@ _HAS_MODULE = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys
 _ENDED = None  # in the queue: the program has closed its output
 
 
-def find_python(folder: Location | None, module: str, requirement: str) -> str:
+def find_python(
+    folder: Location | None, module: str, requirement: str, named: str = "--data"
+) -> str:
     """The Python of the virtual environment `folder` (without one: the Python that runs this), which has the module. UserError
-    when it has not, or is none; it says how to install the requirement, as pip understands it.
+    when it has not, or is none; it says how to install the requirement, as pip understands it. `named`: what the folder is the
+    value of.
     """
     python = sys.executable if folder is None else str(pathlib.Path(folder) / "bin" / "python")
-    place = "this Python" if folder is None else f"--data {folder}"
+    place = "this Python" if folder is None else f"{named} {folder}"
     try:
         # Isolated: a folder of that name in the working directory is no package.
         found = subprocess.run([python, "-I", "-c", _HAS_MODULE, module], capture_output=True)
     except OSError:
-        place, found = f"--data {folder}: no virtual environment", None
+        place, found = f"{named} {folder}: no virtual environment", None
     if found is None or found.returncode:
         venv = pathlib.Path(module) if folder is None else folder
         lacks = place if found is None else f"{place} has no {module}"
