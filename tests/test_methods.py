@@ -160,10 +160,6 @@ def gini(value: float) -> float:
 def test_rest_weighs_by_the_second_moment_of_the_score(runs, method, what, moment):
     first, second = found = steps(runs, method)
     expected = by_rule(first, what, moment)
-    if (
-        method != "rest_literal"
-    ):  # the mean of shares over those of the tokens is 1, and clipped again
-        expected = of_shares(as_shares(expected, of_regions(first, "count")), first, first)
     assert of_regions(first, "base") == pytest.approx(expected, rel=1e-4)
     assert (first["curriculum/nu"], second["curriculum/nu"]) == (0, 0.5)
     for line in found:  # normalised: the mean over all tokens is one
