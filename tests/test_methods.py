@@ -129,6 +129,19 @@ def by_rule(line: dict, what: str, second_moment) -> dict[str, float]:
     return {r: min(20, max(0.02, w / mean)) if r in followed else 1 for r, w in weight.items()}
 
 
+def as_shares(weight: dict[str, float], count: dict[str, float]) -> dict[str, float]:
+    """Of the total weight."""
+    total = sum(weight[r] * count[r] for r in weight)
+    return {r: weight[r] * count[r] / total for r in weight}
+
+
+def of_shares(share: dict[str, float], *lines: dict) -> dict[str, float]:
+    """Region weights by the mean of the token counts of two steps."""
+    one, two = (of_regions(line, "count") for line in lines)
+    count = {r: (one[r] + two[r]) / 2 for r in one}
+    return {r: min(20, max(0.02, share[r] * sum(count.values()) / count[r])) for r in share}
+
+
 def bound(entropy: float) -> float:
     return -math.expm1(-max(entropy, 1e-3))
 
@@ -147,7 +160,8 @@ def gini(value: float) -> float:
 )
 def test_rest_weighs_by_the_second_moment_of_the_score(runs, method, what, moment):
     first, second = found = steps(runs, method)
-    assert of_regions(first, "base") == pytest.approx(by_rule(first, what, moment), rel=1e-4)
+    expected = by_rule(first, what, moment)
+    assert of_regions(first, "base") == pytest.approx(expected, rel=1e-4)
     assert (first["curriculum/nu"], second["curriculum/nu"]) == (0, 0.5)
     for line in found:  # normalised: the mean over all tokens is one
         weight, count = of_regions(line, "weight"), of_regions(line, "count")
@@ -158,19 +172,15 @@ def test_rest_weighs_by_the_second_moment_of_the_score(runs, method, what, momen
 
 @pytest.mark.parametrize(("method", "given"), [("rest", 0.375), ("rest_tuned", 0.5)])
 def test_what_format_gives_up_by_the_second_step(runs, method, given):
-    """Of its share at the start; exactly so of the shares that the counts averaged over both steps would get."""
+    """Of its share at the start, to parameters and reasoning."""
     first, second = steps(runs, method)
-    share = of_regions(first, "weight_share")
-    counts = [of_regions(line, "count") for line in (first, second)]
-    assert counts[0].keys() == counts[1].keys()
-    average = {r: (counts[0][r] + counts[1][r]) / 2 for r in counts[0]}
-    total = {r: of_regions(second, "base")[r] * average[r] for r in average}
-    now = {r: total[r] / sum(total.values()) for r in total}
+    share = as_shares(by_rule(first, "entropy", bound), of_regions(first, "count"))
     freed = given * (share["tag"] + share["scaffold"])
     gaining = share["param"] + share["think"]
-    expected = {r: share[r] * (1 + freed / gaining) for r in ("param", "think")}
-    expected |= {r: share[r] * (1 - given) for r in ("tag", "scaffold")}
-    assert now == pytest.approx(share | expected, rel=1e-3)
+    moved = {r: share[r] * (1 + freed / gaining) for r in ("param", "think")}
+    moved |= {r: share[r] * (1 - given) for r in ("tag", "scaffold")}
+    expected = of_shares(share | moved, first, second)
+    assert of_regions(second, "base") == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.slow
