@@ -152,4 +152,4 @@ def test_the_package_itself(tmp_path):
         r for raw in items for r in tau2.convert(raw, "n", "here") if isinstance(r, StepRecord)
     ]
     assert {record.id.partition("-")[0] for record in records} == {"retail", "airline", "telecom"}
-    assert len(records) > 300
+    assert len(records) == 681
