@@ -190,7 +190,7 @@ def _by_mass(base, state, cfg):
 
 def _weights_of_shares(share, base, state, cfg):
     """share / (n_r / N), clipped; base weights of 0 and those of regions never seen stay."""
-    tokens = jnp.sum(state.count.at[Region.NONE].set(0.0))  # that of NONE is padding
+    tokens = jnp.sum(state.count)
     weight = jnp.clip(share * tokens / jnp.maximum(state.count, EPS), cfg.w_min, cfg.w_max)
     return jnp.where((state.seen > 0) & (base > 0), weight, base)
 

@@ -120,6 +120,7 @@ def test_region_stats_and_realised_weight_shares(tokens):
         np.testing.assert_allclose(found.gini[r], gini[here].mean(), rtol=1e-5)
         np.testing.assert_allclose(mean[r], weight[here].mean(), rtol=1e-5)
         np.testing.assert_allclose(share[r], weight[here].sum() / weight.sum(), rtol=1e-5)
+    assert (region == 0).any() and found.count[0] == found.entropy[0] == 0  # padding is no token
 
 
 def test_weights_carry_no_gradient(tokens):
