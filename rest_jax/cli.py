@@ -19,6 +19,7 @@ from typer import Argument, Option
 
 from rest_jax import __version__
 from rest_jax.errors import RunStopped, UserError, full_disk
+from rest_jax.texts import print_text
 
 if TYPE_CHECKING:
     from rest_jax.config import Config
@@ -92,7 +93,7 @@ def _fail(message: str, code: int) -> int:
     if len(message) > _MOST_SAID:  # names in files of strangers may be of any length
         message = f"{message[:_MOST_SAID]} .."
     if message:
-        print(f"rest-jax: error: {message}", file=sys.stderr)
+        print_text(f"rest-jax: error: {message}", sys.stderr)
     if "rest_jax.run.processes" in sys.modules:
         from rest_jax.run import processes
 
@@ -189,7 +190,7 @@ Tokenizer = Annotated[str | None, Option(help="HF folder or hub id: counts token
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"rest-jax {__version__}")
+        print_text(f"rest-jax {__version__}")
         raise typer.Exit
 
 
@@ -477,7 +478,7 @@ def evaluate(
             raise UserError("evaluate --compare: takes two result files and nothing else")
         from rest_jax.evaluation.benchmark import compare_results
 
-        print(compare_results(*compare))
+        print_text(compare_results(*compare))
         return
     if model is None:
         raise UserError("evaluate: no model; see rest-jax evaluate --help")
@@ -500,7 +501,7 @@ def evaluate(
 
         table = evaluate(config, files, limit=limit, output=output)
     if table:
-        print(table)
+        print_text(table)
 
 
 def _check_sources(files: Sequence[str], benchmark: str | None, options: Sequence[object]) -> None:
@@ -528,7 +529,7 @@ def convert(
     from rest_jax.run import load
 
     load.convert(locate(source), out)
-    print(f"converted {source} to {out}")
+    print_text(f"converted {source} to {out}")
 
 
 @app.command(rich_help_panel=_MODEL)
@@ -619,12 +620,12 @@ def report(
     if watch:
         with contextlib.suppress(KeyboardInterrupt):
             for path in page.watch(runs, output):
-                print(f"page: {path}", flush=True)
+                print_text(f"page: {path}")
     # first, since it reads all of them before it writes anything
     path = page.write_page(runs, output)
     for run in runs:
-        print(write_report(run))
-    print(f"page: {path}")
+        print_text(write_report(run))
+    print_text(f"page: {path}")
 
 
 @app.command(rich_help_panel=_LOOK)
@@ -632,7 +633,7 @@ def runs(folder: Annotated[str, Argument(help="where the runs are")] = "runs") -
     """List runs with state, step, headline figure and host."""
     from rest_jax.run.overview import list_runs
 
-    print(list_runs(folder))
+    print_text(list_runs(folder))
 
 
 @app.command("inspect", rich_help_panel=_LOOK)
@@ -643,7 +644,7 @@ def inspect_checkpoint(
     """Show what a checkpoint holds: step, curriculum, shapes, size, digest."""
     from rest_jax.run.overview import describe_checkpoint
 
-    print(describe_checkpoint(source, verify))
+    print_text(describe_checkpoint(source, verify))
 
 
 @app.command(rich_help_panel=_LOOK)
@@ -651,7 +652,7 @@ def doctor() -> None:
     """Show versions, devices, memory, caches, and what is missing."""
     from rest_jax.run.environment import diagnose
 
-    print(diagnose())
+    print_text(diagnose())
 
 
 @config_app.command()
@@ -668,7 +669,7 @@ def show(words: Configs) -> None:
         key = line.partition(":")[0]
         section = section if line.startswith(" ") else key
         origin = origins.get(key if section == key else f"{section}.{key.strip()}")
-        print(line if origin is None else f"{line:<{width}}  # {origin}")
+        print_text(line if origin is None else f"{line:<{width}}  # {origin}")
 
 
 @data_app.command()
@@ -681,7 +682,7 @@ def inspect(
     """Print what a file of records holds."""
     from rest_jax.data.prepare.summary import inspect
 
-    print(inspect(file, tokenizer, limit, overrides))
+    print_text(inspect(file, tokenizer, limit, overrides))
 
 
 def _fraction(of: str) -> object:
@@ -723,7 +724,7 @@ def prepare(
     data = config.from_overrides({"name": "data", "model": {"source": "none"}}, overrides).data
     options |= {"template": data.template, "brief": data.brief_prompt}
     asked = settings.Settings(inputs=tuple(files[:-1]), out=files[-1], **options)
-    print(pipeline.prepare(asked).to_text())
+    print_text(pipeline.prepare(asked).to_text())
 
 
 app.add_typer(data_app, name="data", rich_help_panel=_LOOK)

@@ -7,6 +7,8 @@ import sys
 import time
 from typing import TextIO
 
+from rest_jax.texts import print_text, printable
+
 
 class Progress:
     """Shows how many of `total` steps (or another `unit`) are done, and a text beside it. A resource."""
@@ -44,9 +46,9 @@ class Progress:
     def message(self, text: str) -> None:
         """One line that does not tear the bar."""
         if self._bar is not None:
-            self._bar.write(text, file=self.file)
+            self._bar.write(printable(text), file=self.file)
         else:
-            print(text, file=self.file, flush=True)
+            print_text(text, self.file)
 
     def close(self) -> None:
         """Leaves the bar as it is."""
