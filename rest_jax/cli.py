@@ -19,7 +19,7 @@ from typer import Argument, Option
 
 from rest_jax import __version__
 from rest_jax.errors import RunStopped, UserError, full_disk
-from rest_jax.terminal import harmless
+from rest_jax.texts import print_text, printable
 
 if TYPE_CHECKING:
     from rest_jax.config import Config
@@ -89,11 +89,11 @@ def _usage(error: typer.TyperException) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    message = " ".join(harmless(message).split())
+    message = " ".join(printable(message).split())
     if len(message) > _MOST_SAID:  # names in files of strangers may be of any length
         message = f"{message[:_MOST_SAID]} .."
     if message:
-        print(f"rest-jax: error: {message}", file=sys.stderr)
+        print_text(f"rest-jax: error: {message}", sys.stderr)
     if "rest_jax.run.processes" in sys.modules:
         from rest_jax.run import processes
 
@@ -195,7 +195,7 @@ Tokenizer = Annotated[str | None, Option(help="HF folder or hub id: counts token
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"rest-jax {__version__}")
+        print_text(f"rest-jax {__version__}")
         raise typer.Exit
 
 
@@ -483,7 +483,7 @@ def evaluate(
             raise UserError("evaluate --compare: takes two result files and nothing else")
         from rest_jax.evaluation.benchmark import compare_results
 
-        print(compare_results(*compare))
+        print_text(compare_results(*compare))
         return
     if model is None:
         raise UserError("evaluate: no model; see rest-jax evaluate --help")
@@ -506,7 +506,7 @@ def evaluate(
 
         table = evaluate(config, files, limit=limit, output=output)
     if table:
-        print(table)
+        print_text(table)
 
 
 def _check_sources(files: Sequence[str], benchmark: str | None, options: Sequence[object]) -> None:
@@ -535,7 +535,7 @@ def convert(
     from rest_jax.run import load
 
     load.convert(locate(source), out)
-    print(f"converted {source} to {out}")
+    print_text(f"converted {source} to {out}")
 
 
 @app.command(rich_help_panel=_MODEL)
@@ -671,12 +671,12 @@ def report(
     if watch:
         with contextlib.suppress(KeyboardInterrupt):
             for path in page.watch(runs, output):
-                print(f"page: {path}", flush=True)
+                print_text(f"page: {path}")
     # first, since it reads all of them before it writes anything
     path = page.write_page(runs, output)
     for run in runs:
-        print(write_report(run))
-    print(f"page: {path}")
+        print_text(write_report(run))
+    print_text(f"page: {path}")
 
 
 @app.command(rich_help_panel=_LOOK)
@@ -684,7 +684,7 @@ def runs(folder: Annotated[str, Argument(help="where the runs are")] = "runs") -
     """List runs with state, step, headline figure and host."""
     from rest_jax.run.overview import list_runs
 
-    print(list_runs(folder))
+    print_text(list_runs(folder))
 
 
 @app.command("inspect", rich_help_panel=_LOOK)
@@ -695,7 +695,7 @@ def inspect_checkpoint(
     """Show what a checkpoint holds: step, curriculum, shapes, size, digest."""
     from rest_jax.run.overview import describe_checkpoint
 
-    print(describe_checkpoint(source, verify))
+    print_text(describe_checkpoint(source, verify))
 
 
 @app.command(rich_help_panel=_LOOK)
@@ -703,7 +703,7 @@ def doctor() -> None:
     """Show versions, devices, memory, caches, and what is missing."""
     from rest_jax.run.environment import diagnose
 
-    print(diagnose())
+    print_text(diagnose())
 
 
 @app.command(rich_help_panel=_LOOK)
@@ -737,7 +737,7 @@ def show(words: Configs) -> None:
         key = line.partition(":")[0]
         section = section if line.startswith(" ") else key
         origin = origins.get(key if section == key else f"{section}.{key.strip()}")
-        print(line if origin is None else f"{line:<{width}}  # {origin}")
+        print_text(line if origin is None else f"{line:<{width}}  # {origin}")
 
 
 @data_app.command()
@@ -750,7 +750,7 @@ def inspect(
     """Print what a file of records holds."""
     from rest_jax.data.prepare.summary import inspect
 
-    print(inspect(file, tokenizer, limit, overrides))
+    print_text(inspect(file, tokenizer, limit, overrides))
 
 
 def _fraction(of: str) -> object:
@@ -794,7 +794,7 @@ def prepare(
     data = config.from_overrides({"name": "data", "model": {"source": "none"}}, overrides).data
     options |= {"template": data.template, "brief": data.brief_prompt}
     asked = settings.Settings(inputs=tuple(files[:-1]), out=files[-1], **options)
-    print(pipeline.prepare(asked).to_text())
+    print_text(pipeline.prepare(asked).to_text())
 
 
 app.add_typer(data_app, name="data", rich_help_panel=_LOOK)

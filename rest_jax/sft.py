@@ -24,9 +24,9 @@ from rest_jax.distributed import (
     activate,
     check_batch,
     gather,
+    is_first_process,
     local_shards,
     rows_of_shards,
-    say,
     to_mesh,
 )
 from rest_jax.errors import UNFINISHED
@@ -64,7 +64,7 @@ from rest_jax.run.loop import Loop, PendingStep, total_steps
 from rest_jax.run.preflight import check_store
 from rest_jax.run.record import launch, make_sums
 from rest_jax.templates import TEMPLATES
-from rest_jax.terminal import fields
+from rest_jax.terminal import print_fields
 from rest_jax.types import TrainState
 
 BATCH = "sft.batch_size"  # the records of a step
@@ -98,7 +98,8 @@ def finetune(
         ("held out", examples.summary() if examples else "none"),
         ("steps", f"{steps} steps of {config.sft.batch_size} records"),
     ]
-    say(fields(banner(setup, described)))
+    if is_first_process():
+        print_fields(banner(setup, described))
     if origin is not None:
         check_origin(origin, policy.params, steps)
     if dry_run:

@@ -26,11 +26,11 @@ from rest_jax.distributed import (
     activate,
     check_batch,
     gather,
+    is_first_process,
     local_shards,
     move_rows,
     num_data_shards,
     rows_of_shards,
-    say,
 )
 from rest_jax.errors import UNFINISHED, UserError
 from rest_jax.evaluation.heldout import Evaluator, Examples, held_out
@@ -70,7 +70,7 @@ from rest_jax.run.loop import Loop, PendingStep, total_steps
 from rest_jax.run.preflight import check_store
 from rest_jax.run.record import launch, make_sums, recorded_arrays
 from rest_jax.run.throughput import Speed, mesh_peak_flops, reward_rates
-from rest_jax.terminal import fields
+from rest_jax.terminal import print_fields
 from rest_jax.types import Params, ScoredBatch, TrainState
 
 BATCH = "rollout.prompts_per_step"  # the prompts of a step
@@ -102,7 +102,8 @@ def train(
     examples = held_out(config, policy, keep)
     steps = total_steps(config, prompts.size, BATCH)
     setup = make_setup(config, policy, prompts, examples, steps)
-    say(fields(banner(setup, describe(config, prompts, examples, steps))))
+    if is_first_process():
+        print_fields(banner(setup, describe(config, prompts, examples, steps)))
     if origin is not None:
         check_origin(origin, policy.params, steps)
     if dry_run:

@@ -8,7 +8,7 @@ from rest_jax.distributed import is_first_process
 from rest_jax.files import Location, as_path
 from rest_jax.run.metrics import CONFIG_FILE, METRICS, is_eval, summary_table
 from rest_jax.run.progress import duration
-from rest_jax.terminal import fields
+from rest_jax.terminal import print_fields
 
 # An evaluation is better when the first of these that it has is greater.
 _HEADLINES = ("eval/exact", "eval/api_bank/strict", "eval/reward")
@@ -36,7 +36,7 @@ def print_closing_table(folder: Location) -> None:
         print(f"\n{evaluation_table(series, intervals(series, config.model_dump()))}\n")
     commands = f"rest-jax report {folder}, rest-jax export {folder} OUT, rest-jax chat {folder}"
     rows = [*_training(series), ("curves", str(write_curves(folder))), ("next", commands)]
-    print(fields(rows), flush=True)
+    print_fields(rows)
 
 
 def evaluation_table(series: Mapping[str, Any], ends: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ from rest_jax.files import Location, absolute, as_path, atomic_write, store_erro
 from rest_jax.rollout.tokens import read_record
 from rest_jax.run.folder import CONFIG_FILE
 from rest_jax.run.metrics import METRICS, METRICS_FILE, REGION_NAMES, TOKENS_FILE, read_lines
+from rest_jax.texts import csv_cell
 
 PAGE_FILE, TABLE_FILE = "report.html", "report.csv"
 MOST_BYTES = (
@@ -460,7 +461,7 @@ def _write_table(table: Any, runs: Sequence[Location], names: Sequence[str]) -> 
     columns = [name for name in METRICS if name in present]
     table.writerow(["run", "step", *columns])
     for name, line in lines:
-        table.writerow([name, line["step"], *(line.get(column) for column in columns)])
+        table.writerow([csv_cell(name), line["step"], *(line.get(column) for column in columns)])
 
 
 def _names(runs: Sequence[Location]) -> list[str]:

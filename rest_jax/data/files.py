@@ -25,6 +25,7 @@ from rest_jax.data.fields import RecordError
 from rest_jax.data.items import NESTED, read_items
 from rest_jax.data.records import StepRecord, from_json, to_json
 from rest_jax.files import Location, as_path, store_errors
+from rest_jax.texts import print_text
 
 ROW_GROUP = 4096  # Parquet rows written, and held in memory, at once
 MAX_SAID = 5  # records set aside of which each has a line of its own
@@ -43,7 +44,7 @@ class Aside:
     """Counts what cannot be used; `say` (by default: stderr) is told why, of the first ones, and in the end how many."""
 
     def __init__(self, say: Callable[[str], None] | None = None):
-        self._say = say or functools.partial(print, file=sys.stderr)
+        self._say = say or functools.partial(print_text, file=sys.stderr)
         self.reasons: list[str] = []  # of the first ones
         self.count = 0
 

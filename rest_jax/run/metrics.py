@@ -23,7 +23,7 @@ from rest_jax.config import Config, nearest
 from rest_jax.errors import UserError, full_disk
 from rest_jax.files import Location, as_path, download, is_url, store_errors, upload
 from rest_jax.run.trackers import Trackers
-from rest_jax.terminal import harmless
+from rest_jax.texts import printable
 from rest_jax.tool_calls import Region
 
 # of a run's folder; here, since what lists runs does not import jax
@@ -349,5 +349,5 @@ def _cell(value: Any) -> str:
     if value is None:
         return "-"
     return (
-        f"{value:.4g}" if isinstance(value, float) else " ".join(harmless(str(value)).split("\n"))
+        f"{value:.4g}" if isinstance(value, float) else " ".join(printable(str(value)).split("\n"))
     )

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TextIO
 
-from rest_jax.terminal import harmless
+from rest_jax.texts import print_text, printable
 
 
 class Progress:
@@ -34,7 +34,7 @@ class Progress:
     def update(self, done: int, shown: str) -> None:
         """`done` steps are done. Of the plain lines, the first, the last and one every ten seconds are printed."""
         if self._bar is not None:
-            self._bar.set_postfix_str(harmless(shown), refresh=False)
+            self._bar.set_postfix_str(printable(shown), refresh=False)
             self._bar.update(done - self._bar.n)
             return
         now = time.monotonic()
@@ -45,11 +45,10 @@ class Progress:
 
     def message(self, text: str) -> None:
         """One line that does not tear the bar."""
-        text = harmless(text)
         if self._bar is not None:
-            self._bar.write(text, file=self.file)
+            self._bar.write(printable(text), file=self.file)
         else:
-            print(text, file=self.file, flush=True)
+            print_text(text, self.file)
 
     def close(self) -> None:
         """Leaves the bar as it is."""

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 from rest_jax.config import Config
 from rest_jax.errors import UserError
-from rest_jax.terminal import harmless
+from rest_jax.texts import printable
 
 PATIENCE = 60.0  # seconds for a tracker to begin, and to take what is left at the end
 _ANSWER = 10.0  # seconds for a server to answer before a run
@@ -239,5 +239,5 @@ def _within(act: Callable[[], object]) -> Exception | None:
 
 def _reason(error: Exception) -> str:
     """One line of an error's text."""
-    text = " ".join(harmless(str(error)).split())[:300].rstrip(".")
+    text = " ".join(printable(str(error)).split())[:300].rstrip(".")
     return text or type(error).__name__

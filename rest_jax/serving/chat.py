@@ -26,7 +26,7 @@ from rest_jax.errors import UserError
 from rest_jax.evaluation.tau2 import Tau2
 from rest_jax.rollout.generate import read_tools
 from rest_jax.templates.rendering import signature
-from rest_jax.terminal import harmless
+from rest_jax.texts import printable
 from rest_jax.worlds.records import Message, World
 from rest_jax.worlds.synthetic import Shop, tasks
 
@@ -216,7 +216,7 @@ def _reason(body: Any) -> str:
 
 
 def _show(console: Console, text: str, style: str = "") -> None:
-    console.out(harmless(text), style=style or None, end="", highlight=False)
+    console.out(printable(text), style=style or None, end="", highlight=False)
 
 
 def _typed(console: Console) -> str | None:

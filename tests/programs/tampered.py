@@ -20,6 +20,7 @@ environment.configure()  # as the command line, or equal bits could not be expec
 
 from rest_jax import config
 from rest_jax.audit import Repeaters, examine
+from rest_jax.errors import UserError
 from rest_jax.files import as_path
 from rest_jax.rollout.tokens import read_record, write_record
 from rest_jax.run.metrics import CONFIG_FILE, DIGESTS_FILE, METRICS_FILE, SAMPLES_FILE, TOKENS_FILE
@@ -103,7 +104,7 @@ def tamper(path: pathlib.Path, change: Any, step: int, rng: np.random.Generator)
         elif isinstance(tree[section][name], bool):
             tree[section][name] = not tree[section][name]
         else:
-            tree[section][name] *= 1 + 2**-30 if isinstance(tree[section][name], float) else 2
+            tree[section][name] += 2.0**-30 if isinstance(tree[section][name], float) else 1
         path.write_text(json.dumps(tree))
         return f"{section}.{name}" if name else "seed"
     lines = [json.loads(text) for text in path.read_text().splitlines()]
@@ -131,7 +132,10 @@ def main(run: pathlib.Path, folder: pathlib.Path, tampered: int, untouched: int)
             file, change = KINDS[kind]
             changed = tamper(copy / file, change, step, rng)
         with contextlib.redirect_stderr(io.StringIO()):
-            found = examine(read_recorded(as_path(copy)), 1, 0, [step], repeaters)
+            try:
+                found = examine(read_recorded(as_path(copy)), 1, 0, [step], repeaters)
+            except UserError as error:  # a value that no config may have: exit code 2
+                found = {"result": "failed", "steps": [], "findings": [str(error)]}
         said = [text for one in found["steps"] for text in one["differences"]]
         line = {"kind": kind, "step": step, "changed": changed, "result": found["result"]}
         print(json.dumps(line | {"differences": said + found["findings"]}), flush=True)
