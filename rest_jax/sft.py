@@ -33,6 +33,7 @@ from rest_jax.models.policy import Policy, check_positions
 from rest_jax.planning.memory import check_memory
 from rest_jax.planning.programs import memory_programs
 from rest_jax.planning.setup import HeldOut, Lengths, Setup
+from rest_jax.rewards.plugin import check_plugin
 from rest_jax.rl.balance import check_experts
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import make_optimizer
@@ -71,6 +72,7 @@ def finetune(
     told to stop before it. UserError for input that cannot be used; RunStopped on NaN.
     """
     check_command(config, supervised=True)
+    check_plugin(config.reward)
     check_store(config)
     origin = check_start(config, restart, fork_of)
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rest_jax import plugins
 from rest_jax.config import Config, check_command
 from rest_jax.data.cache import load_prompts
 from rest_jax.data.loader import bucketed
@@ -38,9 +39,11 @@ from rest_jax.models.policy import Policy, check_positions
 from rest_jax.planning.memory import check_memory
 from rest_jax.planning.programs import memory_programs
 from rest_jax.planning.setup import HeldOut, Lengths, Setup
+from rest_jax.rewards.plugin import check_plugin
 from rest_jax.rl.balance import check_experts
 from rest_jax.rl.optimizer import make_optimizer
 from rest_jax.rl.packing import BatchLengths, MicroBatch, assign_minibatches, packing_metrics
+from rest_jax.rl.plugins import check_traces
 from rest_jax.rl.prepare import (
     StepConfig,
     TokenValues,
@@ -78,6 +81,8 @@ def train(
     """
     check_command(config, supervised=False)
     check_rules(config)
+    check_traces(config)
+    check_plugin(config.reward)
     check_store(config)
     origin = check_start(config, restart, fork_of)
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
@@ -113,7 +118,7 @@ def train_steps(
     steps = total_steps(config, prompts.size, BATCH)
     cfg = dataclasses.replace(step_config(config, steps), shown_groups=shown_groups(config, policy))
     tx = make_optimizer(config.optimizer, steps * cfg.updates)
-    run.made_of = digests(policy, prompts)
+    run.made_of = digests(policy, prompts, plugins.digests(config))
     reference = copy_reference(config, policy.params)
     abstract, shardings = abstract_state(policy, tx, cfg.schedule, config.optimizer.moments)
     fresh = functools.partial(init_state, policy, tx, cfg.schedule, config.seed, shardings)
@@ -289,3 +294,5 @@ def describe(
         f"{steps} steps of {r.prompts_per_step} prompts x {r.group_size} completions, "
         f"{r.prompts_per_step // minibatch_prompts(config)} update(s) a step"
     )
+    for key, word in plugins.named(config).items():
+        say(f"{key} {word}: SHA-256 {plugins.read(word, key).digest}")

@@ -16,7 +16,7 @@ from rest_jax.files import Location, as_path
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run import checkpoint
 from rest_jax.run.folder import MADE_OF
-from rest_jax.run.metrics import METRICS, METRICS_FILE, is_eval, read_lines
+from rest_jax.run.metrics import METRICS_FILE, is_eval, metric, read_lines
 from rest_jax.templates import TEMPLATES
 from rest_jax.templates.chat_template import PLUGIN, trained
 
@@ -85,7 +85,7 @@ def _options(config: Config) -> str:
 def _method(config: Config, lines: Sequence[Mapping[str, Any]]) -> str:
     if not any("reward/mean" in line for line in lines):
         return "supervised"
-    rule, size = config.weights.rule, config.rollout.group_size
+    rule, size = config.weights.plugin or config.weights.rule, config.rollout.group_size
     return f"GRPO with token weights by the rule `{rule}`, {size} completions a prompt"
 
 
@@ -95,7 +95,7 @@ def _figures(run: Location, lines: Sequence[Mapping[str, Any]]) -> list[str]:
     evaluated = [line for line in lines if any(map(is_eval, line))]
     if evaluated:
         first, last = evaluated[0], evaluated[-1]
-        rows = [f"| {name} | {first.get(name, float('nan')):.4g} | {value:.4g} | {METRICS[name].meaning} |"
+        rows = [f"| {name} | {first.get(name, float('nan')):.4g} | {value:.4g} | {metric(name).meaning} |"
                 for name, value in last.items() if is_eval(name)]  # fmt: skip
         head = (
             f"| metric | step {first['step']} | step {last['step']} | |\n| --- | --- | --- | --- |"

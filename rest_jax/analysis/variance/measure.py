@@ -38,7 +38,7 @@ from rest_jax.files import as_path
 from rest_jax.models.decoder import Decoder
 from rest_jax.rl import curriculum, weights
 from rest_jax.rl.packing import bucket
-from rest_jax.rl.rules import choose
+from rest_jax.rl.rules import advantage_rule
 from rest_jax.rl.view import make_view, nonzero_advantage, per_token
 from rest_jax.run.load import is_run
 from rest_jax.tool_calls import NUM_REGIONS, Region
@@ -132,8 +132,7 @@ def compute_advantage(scored: ScoredBatch, config: Config) -> jax.Array:
     view = make_view(
         jax.tree.map(jnp.asarray, scored), scored.rollout, curriculum.init(schedule), config.seed
     )
-    options = config.loss.advantage_options, "loss.advantage_options"
-    return choose("advantage", config.loss.advantage, *options)(view)
+    return advantage_rule(config.loss)(view)
 
 
 def trim(scored: ScoredBatch) -> ScoredBatch:
