@@ -678,6 +678,22 @@ def doctor() -> None:
     print(diagnose())
 
 
+@app.command(rich_help_panel=_STUDY)
+def new(
+    kind: Annotated[
+        Literal["reward", "judge", "weight", "advantage", "loss"],
+        Argument(help="of the plug-in; judge: a reward by a model behind a URL"),
+    ],
+    name: Annotated[str, Argument(help="of the module")],
+) -> None:
+    """Write a reward, weight rule, advantage or loss to begin your own with, and its test."""
+    import pathlib
+
+    from rest_jax.examples import write_new
+
+    print(write_new(kind, name, pathlib.Path()))
+
+
 @config_app.command()
 def show(words: Configs) -> None:
     """Print the resolved config, and where each value comes from."""

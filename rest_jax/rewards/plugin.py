@@ -79,7 +79,7 @@ class RewardPlugin:
         target = {"think": None, "text": None, **record["target"]}
         said = json.dumps({"messages": None, "extra": {}, **record, "target": target})
         questions = [
-            {"completion": _plain(answer), "text": text.decode("utf-8", "replace"), "record": said}
+            {"completion": plain(answer), "text": text.decode("utf-8", "replace"), "record": said}
             for answer, text in zip(answers, texts, strict=True)
         ]
         return [self._pool.submit(self._outcome, str(record["id"]), q) for q in questions]
@@ -210,8 +210,8 @@ def check_plugin(cfg: RewardConfig) -> None:
             plugin.check()
 
 
-def _plain(answer: Answer) -> dict[str, Any]:
-    """A parse as plain values."""
+def plain(answer: Answer) -> dict[str, Any]:
+    """A parse as plain values, as the function gets it."""
     return {
         "calls": [{"name": call.name, "arguments": call.arguments} for call in answer.calls],
         "response": answer.response,
