@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from rest_jax import config as config_lib
-from rest_jax import sft, train
+from rest_jax import plugins, sft, train
 from rest_jax.config import Config
 from rest_jax.data.cache import load_demonstrations, load_prompts
 from rest_jax.data.tokenize import Prepared
@@ -235,7 +235,7 @@ class Repeater:
         self.command: str = recorded["command"]
         self.module: types.ModuleType = {"train": train, "sft": sft}[self.command]
         self.policy, data = load(config, self.command)
-        made_of = digests(self.policy, data)
+        made_of = digests(self.policy, data, plugins.digests(config))
         contents = dict(recorded[MADE_OF])
         self.has_start = contents.pop("weights") == made_of["weights"]
         check_same(contents, made_of, f"{config.model.source}, {config.data.train}")

@@ -127,11 +127,13 @@ def _load(
     return loaded, fork_of
 
 
-def _load_model(model: str, overrides: Sequence[str], world: str | None) -> "Config":
-    """The config to use a model under, once this process has joined the others."""
+def _load_model(
+    model: str, overrides: Sequence[str], world: str | None, plugins: bool = False
+) -> "Config":
+    """The config to use a model under, once this process has joined the others; with the `plugins` that a run names itself."""
     from rest_jax.run.load import config_of
 
-    loaded = config_of(model, overrides)
+    loaded = config_of(model, overrides, plugins)
     _join(world, loaded)
     return loaded
 
@@ -181,6 +183,9 @@ Distributed = Annotated[
 TemplateName = Annotated[
     Literal["toolrl", "hermes", "llama3"] | None,
     Option("--template", help="format of calls; default: the run's, or the chat template's"),
+]
+Plugins = Annotated[
+    bool, Option("--plugins", help="run the code that the run's own config names (docs/plugins.md)")
 ]
 Limit = Annotated[int | None, Option(min=1, help="records to read at most")]
 Methods = Annotated[str, Option(help="of configs/method or files, with commas")]
@@ -475,6 +480,7 @@ def evaluate(
         tuple[str, str] | None,
         Option(metavar="FIRST SECOND", help="result files of --benchmark, item by item; no model"),
     ] = None,
+    plugins: Plugins = False,
     distributed: Distributed = None,
 ) -> None:
     """Score completions to held-out records (greedy), or to a public benchmark; compare two results."""
@@ -493,7 +499,7 @@ def evaluate(
         overrides.append(f"rollout.temperature={temperature}")
     if max_response_tokens is not None:
         overrides.append(f"rollout.max_response_tokens={max_response_tokens}")
-    config = _load_model(model, overrides, distributed)
+    config = _load_model(model, overrides, distributed, plugins)
     if benchmark is not None:
         from rest_jax.evaluation.benchmark import Options, evaluate_benchmark
 
@@ -598,12 +604,13 @@ def variance(
     tokens: Annotated[int, Option(min=1, help="tokens of each region, for beta")] = 32,
     limit: Limit = None,
     output: Annotated[str | None, Option(help="folder; default: variance/ of the run")] = None,
+    plugins: Plugins = False,
     distributed: Distributed = None,
 ) -> int:
     """Measure gradient variance under each weight rule, and check the theory."""
     options = locals()
-    model, words, world = (options.pop(name) for name in ("model", "overrides", "distributed"))
-    config = _load_model(model, words, world)
+    names = ("model", "overrides", "distributed", "plugins")
+    config = _load_model(*(options.pop(name) for name in names))
     from rest_jax.analysis.variance.measure import measure_variance
 
     return measure_variance(config, options.pop("data"), **options)
@@ -619,10 +626,13 @@ def credit(
     continuations: Annotated[int, Option(min=1, help="of each state of a completion")] = 32,
     limit: Limit = None,
     output: Annotated[str | None, Option(help="folder; default: credit/ of the run")] = None,
+    plugins: Plugins = False,
 ) -> int:
     """Measure which tokens decide the reward, and how well weight rules rank them."""
     options = locals()
-    config = _load_model(options.pop("model"), options.pop("overrides"), None)
+    config = _load_model(
+        options.pop("model"), options.pop("overrides"), None, options.pop("plugins")
+    )
     options["methods"] = methods.split(",")
     from rest_jax.analysis.credit import measure_credit
 
@@ -643,10 +653,13 @@ def gain(
     reference: Annotated[int, Option(min=8, help="prompts that grad J is measured on")] = 512,
     limit: Limit = None,
     output: Annotated[str | None, Option(help="folder; default: gain/ of the run")] = None,
+    plugins: Plugins = False,
 ) -> int:
     """Measure how far one step of each method leads towards a higher reward."""
     options = locals()
-    config = _load_model(options.pop("model"), options.pop("overrides"), None)
+    config = _load_model(
+        options.pop("model"), options.pop("overrides"), None, options.pop("plugins")
+    )
     options["methods"] = methods.split(",")
     options["placebos"] = [name for name in placebos.split(",") if name]
     from rest_jax.analysis.gain import measure_gain
@@ -721,6 +734,22 @@ def schema(
     with atomic_write(as_path(output)) as partial:
         partial.write_text(f"{text}\n")
     print(f"schema: {output}; first line of a config: # yaml-language-server: $schema={output}")
+
+
+@app.command(rich_help_panel=_STUDY)
+def new(
+    kind: Annotated[
+        Literal["reward", "judge", "weight", "advantage", "loss"],
+        Argument(help="of the plug-in; judge: a reward by a model behind a URL"),
+    ],
+    name: Annotated[str, Argument(help="of the module")],
+) -> None:
+    """Write a reward, weight rule, advantage or loss to begin your own with, and its test."""
+    import pathlib
+
+    from rest_jax.examples import write_new
+
+    print(write_new(kind, name, pathlib.Path()))
 
 
 @config_app.command()

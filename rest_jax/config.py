@@ -22,6 +22,7 @@ from etils import epath
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rest_jax import plugins
 from rest_jax.errors import UserError
 from rest_jax.files import Location, as_path, is_url, store_errors
 
@@ -52,6 +53,15 @@ Decay = Annotated[float, pydantic.Field(ge=0, lt=1)]
 Seed = Annotated[int, pydantic.Field(ge=0, lt=2**32)]
 Path = Annotated[str, pydantic.Field(min_length=1), pydantic.AfterValidator(os.path.expanduser)]
 Source = Annotated[str, pydantic.Field(min_length=1), pydantic.AfterValidator(locate)]
+
+
+def _check_plugin(word: str) -> str:
+    plugins.split(word)
+    return os.path.expanduser(word)
+
+
+# Code of the user's, which a config only names: `plugins` reads it where it is run.
+Plugin = Annotated[str, pydantic.AfterValidator(_check_plugin)]
 
 
 class Section(pydantic.BaseModel):
@@ -141,6 +151,23 @@ class RewardConfig(Section):
     coarse: bool = False  # S_acc is 1 for exactly the gold calls, else 0
     length_weight: NonNegativeFloat = 0.0  # most that is earned by length; 0: nothing
     length_target_tokens: PositiveInt = 512  # a completion that long earns all of it
+    # False: the parts above are left out of the reward; format and exactness are measured all the same
+    builtin: bool = True
+    # FILE.py:FUNCTION, whose value is added to it; each process runs it in so many workers (docs/plugins.md)
+    plugin: Plugin | None = None
+    plugin_workers: PositiveInt = 8  # processes of it
+    plugin_timeout: PositiveFloat = 5.0  # seconds a completion
+    plugin_memory: PositiveFloat = 4.0  # GiB a worker
+    plugin_env: tuple[str, ...] = ()  # names of variables that workers get besides the usual ones
+    plugin_errors: Literal["count", "stop"] = "count"
+
+    @pydantic.model_validator(mode="after")
+    def _has_parts(self):
+        if self.plugin is not None and ":" not in self.plugin:
+            raise ValueError(f"plugin {self.plugin!r}: write it as FILE.py:FUNCTION")
+        if not self.builtin and self.plugin is None:
+            raise ValueError("builtin false: no reward is left; name reward.plugin")
+        return self
 
 
 RegionName = Literal["tag", "scaffold", "name", "param", "think", "response", "other"]
@@ -187,6 +214,8 @@ class WeightsConfig(Section):
     # how a base weight comes from entropy or Gini, or a rule of single tokens
     rule: Annotated[str, _is_rule("weight", *typing.get_args(RegionRule))] = "inverse_bound"
     options: Options = ()  # of a rule of single tokens
+    # FILE.py, or FILE.py:NAME: a rule of single tokens of the user's own, in place of `rule` (docs/plugins.md)
+    plugin: Plugin | None = None
     # controls: the weights shuffled within each completion, or over the wrong regions, or random ones of the same range
     placebo: Literal["none", "shuffle", "shuffle_regions", "random"] = "none"
     # start: of the first `entropy_steps` batches with the region, then fixed; running: a moving average
@@ -216,9 +245,9 @@ class WeightsConfig(Section):
     @property
     def of_regions(self) -> "WeightsConfig":
         """Without a rule of single tokens, under which all regions weigh 1 but for those in `zero`."""
-        if self.rule in typing.get_args(RegionRule):
+        if self.plugin is None and self.rule in typing.get_args(RegionRule):
             return self
-        return self.model_copy(update={"rule": "uniform"})
+        return self.model_copy(update={"rule": "uniform", "plugin": None})
 
     @pydantic.model_validator(mode="after")
     def _ordered(self):
@@ -291,10 +320,12 @@ class LossConfig(Section):
 
     advantage: Annotated[str, _is_rule("advantage")] = "grpo"  # a rule
     advantage_options: Options = ()  # of that rule
+    advantage_plugin: Plugin | None = None  # in place of `advantage`, as weights.plugin
     # exact: groups that are all exact, or not at all, have no gradient either
     group_filter: Literal["none", "exact"] = "none"
     policy: Annotated[str, _is_rule("loss")] = "clip"  # the rule of the loss of a token
     policy_options: Options = ()  # of that rule
+    policy_plugin: Plugin | None = None  # in place of `policy`
     # what the sum over tokens is divided by
     aggregation: Literal["weighted_token_mean", "token_mean", "sequence_mean", "fixed_length"] = (
         "weighted_token_mean"

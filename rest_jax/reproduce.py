@@ -6,7 +6,7 @@ reproduce(run, name, ...)    0 equal, 1 they differ, the code of the training wh
 from collections.abc import Sequence
 
 from rest_jax import config as config_lib
-from rest_jax import sft, train
+from rest_jax import plugins, sft, train
 from rest_jax.audit import TOLERANCE, computed_by, load, override, read_tokens
 from rest_jax.config import Config
 from rest_jax.distributed import is_first_process, say
@@ -33,7 +33,7 @@ def reproduce(
     told = override(config_lib.load([folder / CONFIG_FILE]), overrides, "reproduce")
     config = beside(told, recorded, name)
     policy, data = load(config, newest["command"])
-    made_of = digests(policy, data)
+    made_of = digests(policy, data, plugins.digests(config))
     check_same(newest[MADE_OF], made_of, f"{folder}: reproduce")
     others = differences(computed_by(newest), computed_by(launch(config, policy.mesh, made_of, "")))
     del policy, data

@@ -37,6 +37,7 @@ from rest_jax.planning.banner import banner
 from rest_jax.planning.memory import check_memory
 from rest_jax.planning.programs import memory_programs
 from rest_jax.planning.setup import HeldOut, Lengths, Setup
+from rest_jax.rewards.plugin import check_plugin
 from rest_jax.rl.balance import check_experts
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import Optimizer, make_optimizer
@@ -81,6 +82,7 @@ def finetune(
     told to stop before it. UserError for input that cannot be used; RunStopped on NaN.
     """
     check_command(config, supervised=True)
+    check_plugin(config.reward)
     check_store(config)
     origin = check_start(config, restart, fork_of)
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rest_jax import plugins
 from rest_jax.analysis.closing import print_closing_table
 from rest_jax.config import Config, check_command
 from rest_jax.data.cache import load_prompts
@@ -40,9 +41,11 @@ from rest_jax.planning.banner import banner
 from rest_jax.planning.memory import check_memory
 from rest_jax.planning.programs import memory_programs
 from rest_jax.planning.setup import HeldOut, Lengths, Setup
+from rest_jax.rewards.plugin import check_plugin
 from rest_jax.rl.balance import check_experts
 from rest_jax.rl.optimizer import Optimizer, make_optimizer
 from rest_jax.rl.packing import BatchLengths, MicroBatch, assign_minibatches, packing_metrics
+from rest_jax.rl.plugins import check_traces
 from rest_jax.rl.prepare import (
     StepConfig,
     TokenValues,
@@ -90,6 +93,8 @@ def train(
     """
     check_command(config, supervised=False)
     check_rules(config)
+    check_traces(config)
+    check_plugin(config.reward)
     check_store(config)
     origin = check_start(config, restart, fork_of)
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
@@ -114,7 +119,8 @@ def train(
         activate(policy.mesh),
     ):
         evaluator = Evaluator(config, policy, examples, run.stop.check) if examples else None
-        run.launch = launch(config, policy.mesh, digests(policy, prompts), "train")
+        made_of = digests(policy, prompts, plugins.digests(config))
+        run.launch = launch(config, policy.mesh, made_of, "train")
         trainer = make_trainer(config, policy, prompts, run.stop.check)
         with contextlib.closing(trainer):
             loop = Loop(run, steps, evaluator, SHOWN, profile)
@@ -354,6 +360,7 @@ def describe(
     """The data and the steps of a run, as fields of the banner."""
     r = config.rollout
     updates = r.prompts_per_step // minibatch_prompts(config)
+    files = plugins.named(config).items()
     return [
         ("train", f"{config.data.train}: {prompts.summary()}"),
         ("held out", examples.summary() if examples else "none"),
@@ -361,4 +368,5 @@ def describe(
             "steps",
             f"{steps} steps of {r.prompts_per_step} prompts x {r.group_size} completions, {updates} update(s) a step",
         ),
+        *((key, f"{word}: SHA-256 {plugins.read(word, key).digest}") for key, word in files),
     ]

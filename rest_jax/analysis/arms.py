@@ -45,8 +45,9 @@ def make_arms(
     for method in methods:
         made = with_method(config, method)
         name = method.rpartition("/")[2].removesuffix(".yaml")
-        moves = made.curriculum.shape != "constant" and made.weights.rule != "uniform"
-        kinds = ["none", *(placebos if made.weights.rule != "uniform" else ())]
+        uniform = made.weights.plugin is None and made.weights.rule == "uniform"
+        moves = made.curriculum.shape != "constant" and not uniform
+        kinds = ["none", *(() if uniform else placebos)]
         for placebo in kinds:
             weights = made.weights.model_copy(update={"placebo": placebo})
             cfg = _of_batch(made.model_copy(update={"weights": weights}), groups)

@@ -33,7 +33,7 @@ from rest_jax.models.policy import check_positions
 from rest_jax.rl import weights
 from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
-from rest_jax.rollout.scoring import score_rollout
+from rest_jax.rollout.scoring import score_records
 from rest_jax.run.load import is_run
 from rest_jax.run.metrics import summary_table
 from rest_jax.run.progress import Progress
@@ -273,10 +273,8 @@ def make_continue(opened: Opened, prompts: Prompts, count: int, rng: jax.Array) 
         batch = PromptBatch(*padded, chosen.astype(np.int32))
         drawn = sampler(params, batch, rng, 0, limits=limits)
         whole = _with_prefixes(drawn, [states.prefix[i] for i in chosen], most, pad_id)
-        targets = [prompts.records[states.prompt[i]].target for i in chosen]
-        scored, _ = score_rollout(
-            whole, targets, policy.tokenizer, opened.template, config.reward, 1.0
-        )
+        records = [prompts.records[states.prompt[i]] for i in chosen]
+        scored, _ = score_records(whole, records, policy.tokenizer, opened.template, config.reward)
         return np.asarray(scored.reward, np.float64)
 
     def continue_all(states: States) -> np.ndarray:

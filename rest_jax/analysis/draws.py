@@ -18,9 +18,10 @@ from rest_jax.data.tokenize import Prepared, load_split, prepare
 from rest_jax.distributed import say
 from rest_jax.errors import UserError
 from rest_jax.models.policy import Policy, check_positions
+from rest_jax.rewards.plugin import check_plugin
 from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
-from rest_jax.rollout.scoring import score_rollout
+from rest_jax.rollout.scoring import score_records
 from rest_jax.run.load import load_policy
 from rest_jax.templates import TEMPLATES, Template
 from rest_jax.types import PromptBatch, Sampling, ScoredBatch
@@ -67,6 +68,7 @@ def open_data(config: Config, data: str, limit: int | None, least: int = 1) -> O
             f"rollout.temperature {r.temperature}, top_k {r.top_k}, top_p {r.top_p}: what is measured is about the policy's own "
             "distribution; add rollout.temperature=1.0 rollout.top_k=0 rollout.top_p=1.0"
         )
+    check_plugin(config.reward)
     records = load_split(data, config.data, limit)
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     prepared = prepare(records, policy.tokenizer, TEMPLATES[config.data.template], config.data)
@@ -87,10 +89,8 @@ def make_draw(opened: Opened) -> Callable[[Prompts, jax.Array], ScoredBatch]:
 
     def draw(prompts: Prompts, rng: jax.Array) -> ScoredBatch:
         rollout = sampler.sample_all(params, prompts.batch, rng)
-        targets = [record.target for record in prompts.records]
-        scored, _ = score_rollout(
-            rollout, targets, policy.tokenizer, opened.template, config.reward, 1.0
-        )
+        known = policy.tokenizer, opened.template, config.reward
+        scored, _ = score_records(rollout, prompts.records, *known)
         return scored
 
     return draw

@@ -76,6 +76,12 @@ def shown(value: Any) -> str:
     return _REPR.repr(value)[:60]
 
 
+def others(raw: Mapping[str, Any], read: Iterable[str]) -> dict[str, Any]:
+    """What an item says besides the fields that are read, without nulls and NaN, for `StepRecord.extra`."""
+    kept = {str(k): v for k, v in raw.items() if k not in read and v is not None}
+    return {k: v for k, v in kept.items() if not isinstance(v, float) or math.isfinite(v)}
+
+
 def is_given(value: Any) -> bool:
     """Whether a value says more than the default: it is not null, nor an empty text."""
     return value is not None and not (isinstance(value, str) and not value.strip())

@@ -20,7 +20,7 @@ from typing import Any
 from etils import epath
 
 from rest_jax.data import fields
-from rest_jax.data.convert import rlla
+from rest_jax.data.convert import SOURCES, rlla
 from rest_jax.data.fields import RecordError
 from rest_jax.data.items import NESTED, read_items
 from rest_jax.data.records import StepRecord, from_json, to_json
@@ -116,9 +116,9 @@ def _record(raw: Any, where: str, index: int, path: epath.Path) -> StepRecord:
     keys = raw.keys() if isinstance(raw, dict) else {}.keys()
     name = f"{path.stem}-{index}"
     if keys >= set(rlla.SUPERVISED) or keys >= set(rlla.PARQUET):
-        return rlla.convert(raw, name, where)[0]
+        return SOURCES["rlla"](raw, name, where)[0]
     if keys >= {"system", "user", "answer"}:
-        return rlla.convert_api_bank(raw, name, where)[0]
+        return SOURCES["api_bank"](raw, name, where)[0]
     if not keys & {"target", "history"}:
         for source, needed in _TO_PREPARE:
             if keys >= needed:

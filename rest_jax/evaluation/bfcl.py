@@ -14,6 +14,7 @@ import pathlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
+from rest_jax.child import Child, find_python
 from rest_jax.config import nearest
 from rest_jax.errors import UserError
 from rest_jax.evaluation.statistics import weighted_rates_interval
@@ -22,7 +23,6 @@ from rest_jax.run.metrics import summary_table
 from rest_jax.run.progress import Progress
 from rest_jax.templates import TEMPLATES, Template, toolrl
 from rest_jax.tool_calls import Call
-from rest_jax.worlds.child import Child, find_python
 from rest_jax.worlds.records import Query, Reply, assistant_message
 
 PROGRAM = pathlib.Path(__file__).with_name("bfcl_child.py")

@@ -25,9 +25,10 @@ from rest_jax.evaluation.benchmark import BENCHMARKS, completions, encode, load,
 from rest_jax.evaluation.statistics import estimate, rate_interval
 from rest_jax.files import Location, as_path, atomic_write
 from rest_jax.models.policy import Policy, check_positions
+from rest_jax.rewards.plugin import check_plugin
 from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
-from rest_jax.rollout.scoring import score_rollout, summarise_scores, truncated
+from rest_jax.rollout.scoring import plugin_metrics, score_records, summarise_scores, truncated
 from rest_jax.run.load import load_policy
 from rest_jax.run.metrics import METRICS_FILE, is_eval, read_lines, summary_table
 from rest_jax.templates import TEMPLATES
@@ -136,8 +137,9 @@ class Evaluator:
         self, data: Prepared, rollout: RolloutBatch
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics and samples of the held-out records."""
-        targets, tokenizer = [r.target for r in data.records], self.policy.tokenizer
-        _, scores = score_rollout(rollout, targets, tokenizer, self.template, self.reward, 1.0)
+        tokenizer = self.policy.tokenizer
+        _, scores = score_records(rollout, data.records, tokenizer, self.template, self.reward)
+        targets = [record.target for record in data.records]
         means = summarise_scores(scores, targets)
         lengths = rollout.response_length[:, 0]
         cut = truncated(rollout, tokenizer.stop_ids)[:, 0]
@@ -148,6 +150,7 @@ class Evaluator:
             "eval/prompts": float(len(scores)),
             "eval/prompts_without_calls": float(sum(not target.calls for target in targets)),
             **{n: float(np.std([getattr(s, f) for (s,) in scores])) for n, f in _SPREADS.items()},
+            **{f"eval/{name}": value for name, value in plugin_metrics(scores).items()},
         }
         rows = zip(data.records, rollout.responses[:, 0], lengths, cut, scores, strict=True)
         return metrics, [
@@ -202,6 +205,7 @@ def evaluate(
     appears once all are written. Of many processes the first has the table and writes the file. UserError for a model or
     data that cannot be used.
     """
+    check_plugin(config.reward)
     sets = {spec: load_split(spec, config.data, limit) for spec in data}
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     template = TEMPLATES[config.data.template]

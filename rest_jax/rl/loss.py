@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from rest_jax.config import LossConfig
 from rest_jax.rl.masked import EPS
-from rest_jax.rl.rules import Chosen, choose
+from rest_jax.rl.rules import policy_rule
 
 LOG_RATIO_CLIP = 20.0
 
@@ -57,11 +57,6 @@ class TokenLoss(NamedTuple):
     loss: Array
     sums: dict[str, Array]
     maxima: dict[str, Array]
-
-
-def policy_rule(cfg: LossConfig) -> Chosen:
-    """The rule of the policy loss."""
-    return choose("loss", cfg.policy, cfg.policy_options, "loss.policy_options")
 
 
 def policy_token_loss(seen: TokenStats, x: TokenInputs, cfg: LossConfig) -> TokenLoss:

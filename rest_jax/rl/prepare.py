@@ -18,7 +18,7 @@ from rest_jax.config import Config, LossConfig
 from rest_jax.rl import curriculum, masked, weights
 from rest_jax.rl.loss import AGGREGATIONS, MiniBatches, ratio
 from rest_jax.rl.placebo import PLACEBOS
-from rest_jax.rl.rules import Chosen, choose, choose_weight_rule
+from rest_jax.rl.rules import Chosen, advantage_rule, choose_weight_rule
 from rest_jax.rl.view import TokenView, make_view, nonzero_advantage
 from rest_jax.tool_calls import Region
 from rest_jax.types import (
@@ -54,9 +54,7 @@ class StepConfig:
     @property
     def advantage_rule(self) -> Chosen:
         """The rule of the advantages."""
-        loss = self.loss
-        options = loss.advantage_options, "loss.advantage_options"
-        return choose("advantage", loss.advantage, *options)
+        return advantage_rule(self.loss)
 
     @property
     def all_groups_active(self) -> bool:

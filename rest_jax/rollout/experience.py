@@ -18,17 +18,17 @@ import numpy as np
 
 from rest_jax.config import Config
 from rest_jax.data.loader import Loader
-from rest_jax.data.records import StepRecord
+from rest_jax.data.records import StepRecord, to_json
 from rest_jax.data.tokenize import Prepared
 from rest_jax.distributed import gather, local_shards, rows_of_shards
 from rest_jax.models.policy import Policy
+from rest_jax.rewards.plugin import open_plugin
 from rest_jax.rewards.score import Score
 from rest_jax.rl.rules import find_phrases
 from rest_jax.rollout.scheduler import SamplerStats, make_sampler, rows_of_group
-from rest_jax.rollout.scoring import score_rollout, summarise_scores, truncated
+from rest_jax.rollout.scoring import begin_scoring, plugin_metrics, summarise_scores, truncated
 from rest_jax.run.checkpoint import AHEAD
 from rest_jax.templates import TEMPLATES
-from rest_jax.tool_calls import Target
 from rest_jax.types import Params, PromptBatch, RolloutBatch, Routes, Sampling, ScoredBatch
 
 # Fields of `Score` whose means are metrics of the step.
@@ -72,7 +72,9 @@ class Experience:
 
 
 class Collector:
-    """Samples and scores the batches of a run. A resource: it holds the compiled sampler and a thread."""
+    """Samples and scores the batches of a run. A resource: it holds the compiled sampler, a thread, and the workers of a
+    plug-in.
+    """
 
     def __init__(
         self,
@@ -90,6 +92,7 @@ class Collector:
         self.check = self.sampler.between_calls = check
         self.template = TEMPLATES[config.data.template].behind(policy.tokenizer.thought_open)
         self.phrases = find_phrases(config)
+        self.plugin = open_plugin(config.reward)
         self.rows = rows_of_shards(r.prompts_per_step, local_shards(mesh), mesh)
         self.batches = Loader(
             prompts,
@@ -144,10 +147,11 @@ class Collector:
         loaded = time.monotonic()
         progress = min(1.0, (step - 1) / (self.config.reward.progress_steps or self.steps))
         pending: dict[int, concurrent.futures.Future] = {}
+        if self.plugin is not None:
+            self.plugin.begin()
 
         def on_group(prompt: int, rows: RolloutBatch) -> None:
-            target = records[prompt].target
-            pending[prompt] = self.pool.submit(self._score, rows, target, progress)
+            pending[prompt] = self.pool.submit(self._score, rows, records[prompt], progress)
 
         with jax.profiler.TraceAnnotation("rollout"):
             if saved is None:
@@ -161,16 +165,17 @@ class Collector:
         sampled = time.monotonic()
         self.check()
         with jax.profiler.TraceAnnotation("score"):
-            parts = [pending[prompt].result() for prompt in range(len(records))]
+            read = [pending[prompt].result() for prompt in range(len(records))]
+            parts = [finish() for finish, _ in read]
         seconds = {
             "time/data": loaded - started,
             "time/rollout": sampled - loaded,
-            "time/score": sum(seconds for _, _, seconds in parts),
+            "time/score": sum(seconds for _, seconds in read),
             "time/score_wait": time.monotonic() - sampled,
         }
         return Experience(
-            scored=_join(rollout, [part for part, _, _ in parts]),
-            scores=[scores for _, scores, _ in parts],
+            scored=_join(rollout, [part for part, _ in parts]),
+            scores=[scores for _, (scores,) in parts],
             records=records,
             row=batch.row,
             progress=progress,
@@ -179,7 +184,7 @@ class Collector:
             seconds=seconds
             if saved is None
             else {k: float(x) for k, x in saved["seconds"].items()},
-            means=self._means(rollout, [scores for _, scores, _ in parts], records),
+            means=self._means(rollout, [scores for _, (scores,) in parts], records),
         )
 
     def _means(
@@ -191,23 +196,34 @@ class Collector:
         lengths, cut = gather(
             (np.asarray(rollout.response_length), truncated(rollout, stop_ids)), mesh
         )
-        return {f"reward/{name}": rewards[name] for name in REWARD_MEANS} | {
+        means = {name: rewards[name] for name in REWARD_MEANS} | plugin_metrics(scores, True)
+        return {f"reward/{name}": value for name, value in means.items()} | {
             "rollout/truncated": float(np.mean(cut)),
             "rollout/tokens": int(np.sum(lengths)),
         }
 
     def _score(
-        self, rows: RolloutBatch, target: Target, progress: float
-    ) -> tuple[ScoredBatch, list[Score], float]:
+        self, rows: RolloutBatch, record: StepRecord, progress: float
+    ) -> tuple[Callable[[], tuple[ScoredBatch, list[list[Score]]]], float]:
+        """What gives the batch and the scores of a group, once a plug-in has answered; the seconds of all the rest."""
         started = time.monotonic()
         with jax.profiler.TraceAnnotation("reward"):
             known = self.policy.tokenizer, self.template, self.config.reward
-            scored, (scores,) = score_rollout(rows, [target], *known, progress, self.phrases)
-        return scored, scores, time.monotonic() - started
+            scoring = begin_scoring(rows, [record.target], *known, progress, self.phrases)
+            asked = None
+            if self.plugin is not None:
+                asked = self.plugin.ask(to_json(record), scoring.answers, scoring.texts)
+
+        def finish():
+            return scoring.finish(asked and [future.result() for future in asked])
+
+        return finish, time.monotonic() - started
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends the thread and the workers."""
         self.pool.shutdown(cancel_futures=True)
+        if self.plugin is not None:
+            self.plugin.close()
 
 
 def read_rollout(arrays: dict[str, np.ndarray], rows: np.ndarray) -> RolloutBatch:

@@ -6,24 +6,61 @@ for every response. Text is derived from the ids, never the reverse; one parse s
 the regions.
 """
 
+import contextlib
+import json
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from rest_jax.config import RewardConfig
-from rest_jax.distributed import gather
+from rest_jax.data.records import StepRecord, to_json
+from rest_jax.distributed import exchange, gather
 from rest_jax.models.tokenizer import Tokenizer
-from rest_jax.rewards.score import PARTS, Score, score
+from rest_jax.rewards.plugin import open_plugin
+from rest_jax.rewards.score import PARTS, Outcome, PluginScore, Score, add_plugin, score
 from rest_jax.rl.regions import label_tokens, mark_phrases
 from rest_jax.templates import Template
-from rest_jax.tool_calls import Target
+from rest_jax.tool_calls import Answer, Target
 from rest_jax.types import RolloutBatch, ScoredBatch
 
+_TIMEOUT = 6 * 3600  # seconds in which a plug-in has answered
 
-def score_rollout(
+
+class Scoring(NamedTuple):
+    """Completions that are read and scored by the rules; `finish` adds what a plug-in makes of them."""
+
+    batch: ScoredBatch
+    scores: list[Score]  # P x G, as the next two
+    answers: list[Answer]
+    texts: list[bytes]
+
+    def finish(
+        self, outcomes: Sequence[Outcome] | None = None
+    ) -> tuple[ScoredBatch, list[list[Score]]]:
+        """The batch (NumPy, validated) and the scores, [P][G]. `outcomes`: P x G, None without a plug-in."""
+        scores = self.scores
+        if outcomes is not None:
+            scores = list(map(add_plugin, scores, outcomes))
+        prompts, group = self.batch.rollout.response_length.shape
+
+        def field(name: str) -> np.ndarray:
+            values = [getattr(s, name) for s in scores]
+            return np.array(values, np.float32).reshape(prompts, group)
+
+        batch = self.batch.replace(
+            reward=field("reward"),
+            format_score=field("format_score"),
+            parts=np.stack([field(name) for name in PARTS], axis=-1),
+            exact=field("exact") > 0,
+        )
+        return batch.validate(), [scores[p * group : (p + 1) * group] for p in range(prompts)]
+
+
+def begin_scoring(
     rollout: RolloutBatch,
     targets: Sequence[Target],
     tokenizer: Tokenizer,
@@ -31,14 +68,13 @@ def score_rollout(
     cfg: RewardConfig,
     progress: float,
     phrases: Sequence[str] = (),
-) -> tuple[ScoredBatch, list[list[Score]]]:
+) -> Scoring:
     """Scores and labels every response at reward progress `progress` in [0, 1], and marks the tokens of `phrases` if there
     are any.
 
     The text of a response is the bytes of its ids before a final stop id, which is the end-of-turn
-    token. A response that never stops is parsed as it is. Returns the batch (NumPy, validated) and
-    the scores, [P][G]. ValueError when the number of targets is not that of the prompts, or an id
-    is outside the vocabulary.
+    token. A response that never stops is parsed as it is. ValueError when the number of targets is
+    not that of the prompts, or an id is outside the vocabulary.
     """
     prompts, group, width = rollout.responses.shape
     if len(targets) != prompts:
@@ -63,24 +99,71 @@ def score_rollout(
         score(answer, target, template.name, cfg, progress, n)
         for answer, target, n in zip(answers, gold, length.tolist(), strict=True)
     ]
-
-    def field(name: str) -> np.ndarray:
-        values = [getattr(s, name) for s in scores]
-        return np.array(values, np.float32).reshape(prompts, group)
-
     marked: Any = None
     if phrases:
         marked = mark_phrases(texts, token_bytes, phrases).reshape(rollout.responses.shape)
-    scored = ScoredBatch(
+    nothing: Any = np.zeros((prompts, group), np.float32)
+    batch = ScoredBatch(
         rollout=rollout,
         region=region.reshape(prompts, group, width),  # type: ignore[arg-type]
-        reward=field("reward"),  # type: ignore[arg-type]
-        format_score=field("format_score"),  # type: ignore[arg-type]
-        parts=np.stack([field(name) for name in PARTS], axis=-1),  # type: ignore[arg-type]
-        exact=field("exact") > 0,  # type: ignore[arg-type]
+        reward=nothing,
+        format_score=nothing,
+        parts=nothing[..., None],
+        exact=nothing > 0,
         marked=marked,
     )
-    return scored.validate(), [scores[p * group : (p + 1) * group] for p in range(prompts)]
+    return Scoring(batch, scores, answers, texts)
+
+
+def score_rollout(*args: Any) -> tuple[ScoredBatch, list[list[Score]]]:
+    """The batch and the scores of `begin_scoring`, without a plug-in."""
+    return begin_scoring(*args).finish()
+
+
+def score_records(
+    rollout: RolloutBatch,
+    records: Sequence[StepRecord],
+    tokenizer: Tokenizer,
+    template: Template,
+    cfg: RewardConfig,
+) -> tuple[ScoredBatch, list[list[Score]]]:
+    """Those of completions that every process has, at the final reward scale, with the plug-in of the config. Every process
+    must call it: each asks the plug-in about its share.
+    """
+    scoring = begin_scoring(rollout, [r.target for r in records], tokenizer, template, cfg, 1.0)
+    if (plugin := open_plugin(cfg)) is None:
+        return scoring.finish()
+    group, asked = rollout.responses.shape[1], []
+    with contextlib.closing(plugin):
+        for i in range(jax.process_index(), len(records), jax.process_count()):
+            own = slice(i * group, (i + 1) * group)
+            asked += plugin.ask(to_json(records[i]), scoring.answers[own], scoring.texts[own])
+        found = exchange(json.dumps([future.result() for future in asked]), _TIMEOUT)
+    shares = [iter(json.loads(share)) for share in found]
+    turns = [shares[i % len(shares)] for i in range(len(records)) for _ in range(group)]
+    return scoring.finish([Outcome(*next(share)) for share in turns])
+
+
+def plugin_metrics(scores: Sequence[Sequence[Score]], everywhere: bool = False) -> dict[str, float]:
+    """Of scores with a plug-in: the mean of its part and of each of its named parts over all completions, where one that lacks
+    a name has 0, and how many it has failed for; without a plug-in nothing. `everywhere`: the scores are those of this process's
+    rows, and the means are over all processes, which must all call it.
+    """
+    flat = [s for group in scores for s in group if isinstance(s, PluginScore)]
+    if not flat:
+        return {}
+    sums: dict[str, float] = {"plugin_part": 0.0, "plugin_failures": 0.0}
+    for s in flat:
+        own = {f"part/{name}": x for name, x in s.plugin_parts.items()}
+        own |= {"plugin_part": s.plugin_part, "plugin_failures": float(s.plugin_fault is not None)}
+        for name, x in own.items():
+            sums[name] = sums.get(name, 0.0) + x
+    own = json.dumps([len(flat), sums])
+    found = [json.loads(text) for text in (exchange(own) if everywhere else [own])]
+    count = sum(completions for completions, _ in found)
+    names = sorted({name for _, part in found for name in part})
+    total = {name: sum(part.get(name, 0.0) for _, part in found) for name in names}
+    return {name: x if name == "plugin_failures" else x / count for name, x in total.items()}
 
 
 def summarise_scores(

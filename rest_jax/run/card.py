@@ -15,7 +15,7 @@ from rest_jax.config import Config, LossConfig, dump
 from rest_jax.files import Location, as_path
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run import checkpoint
-from rest_jax.run.metrics import METRICS, METRICS_FILE, is_eval, read_lines
+from rest_jax.run.metrics import METRICS_FILE, is_eval, metric, read_lines
 from rest_jax.run.record import CERTIFICATE_FILE, MADE_OF, certificate_rows, file_digest
 from rest_jax.templates import TEMPLATES
 from rest_jax.templates.chat_template import PLUGIN, trained
@@ -86,12 +86,12 @@ def _options(config: Config) -> str:
 def _method(config: Config, lines: Sequence[Mapping[str, Any]]) -> str:
     if not any("reward/mean" in line for line in lines):
         return "supervised"
-    rule, size = config.weights.rule, config.rollout.group_size
+    rule, size = config.weights.plugin or config.weights.rule, config.rollout.group_size
     loss, usual = config.loss, LossConfig()
     changed = [
-        f"{name} `{getattr(loss, name)}`, "
+        f"{name} `{getattr(loss, f'{name}_plugin') or getattr(loss, name)}`, "
         for name in ("advantage", "policy")
-        if getattr(loss, name) != getattr(usual, name)
+        if getattr(loss, f"{name}_plugin") or getattr(loss, name) != getattr(usual, name)
     ]
     return f"GRPO with token weights by the rule `{rule}`, {''.join(changed)}{size} completions a prompt"
 
@@ -102,7 +102,7 @@ def _figures(run: Location, lines: Sequence[Mapping[str, Any]]) -> list[str]:
     evaluated = [line for line in lines if any(map(is_eval, line))]
     if evaluated:
         first, last = evaluated[0], evaluated[-1]
-        rows = [f"| {name} | {first.get(name, float('nan')):.4g} | {value:.4g} | {METRICS[name].meaning} |"
+        rows = [f"| {name} | {first.get(name, float('nan')):.4g} | {value:.4g} | {metric(name).meaning} |"
                 for name, value in last.items() if is_eval(name)]  # fmt: skip
         head = (
             f"| metric | step {first['step']} | step {last['step']} | |\n| --- | --- | --- | --- |"

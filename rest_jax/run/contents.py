@@ -1,7 +1,8 @@
 """What a run is made of, as digests: they are kept in every checkpoint, and a run resumes over the same contents alone.
 
 `records` are the records with their tools and gold answers, `prompts` and `targets` their token ids (so the template, the
-tokenizer and dates too), `tokens` the bytes of each id, and those that end a turn, `weights` those that the run began with.
+tokenizer and dates too), `tokens` the bytes of each id, and those that end a turn, `weights` those that the run began with;
+a plug-in has the key that names it in the config, such as `reward.plugin`.
 Paths are not among them: a folder may move.
 """
 
@@ -23,17 +24,26 @@ from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.types import Params
 
 
-def digests(policy: Policy, data: Prepared) -> dict[str, str]:
-    """The digests of a run about to begin; every process must call it. The first reads all of the data (a million records: about
-    ten seconds).
+def digests(
+    policy: Policy, data: Prepared, plugins: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The digests of a run about to begin, with those of its `plugins.digests`; every process must call it. The first reads all
+    of the data (a million records: about ten seconds). UserError where the processes have different plug-ins.
     """
-    own = {"weights": _of_weights(policy.params)}
+    own = {"weights": _of_weights(policy.params), **(plugins or {})}
     if is_first_process():
         records = data.records
         rows = records.rows if isinstance(records, StoredRecords) else map(to_bytes, records)
         own |= {"records": _of_rows(rows), "tokens": _of_tokens(policy.tokenizer)}
         own |= {"prompts": _of_rows(data.prompts), "targets": _of_rows(data.targets)}
-    return json.loads(exchange(json.dumps(own))[0])
+    first, *others = map(json.loads, exchange(json.dumps(own)))
+    for process, other in enumerate(others, start=1):
+        for key in plugins or {}:
+            if other[key] != first[key]:
+                raise UserError(
+                    f"{key}: process {process} has another file than process 0; give all hosts the same one"
+                )
+    return first
 
 
 def check_same(saved: Mapping[str, str], found: Mapping[str, str], where: Any) -> None:

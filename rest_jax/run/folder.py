@@ -79,6 +79,7 @@ MAY_CHANGE = (
     "rollout.prompt_cache_entries",
     "rollout.cache_tokens",
     "rollout.allow_truncated_support",
+    "reward.plugin_",
     "weights.allow_zero_constants",
     "loss.vocab_chunk",
     "optimizer.moments",

@@ -30,7 +30,7 @@ from rest_jax.files import list_files, written_locally
 from rest_jax.rl.update import NOT_FINITE
 from rest_jax.run.folder import EVALUATION, Run, not_finite
 from rest_jax.run.fork import Start
-from rest_jax.run.metrics import METRICS
+from rest_jax.run.metrics import metric
 from rest_jax.run.progress import Progress
 from rest_jax.run.stop import StopNow
 from rest_jax.run.symptoms import Watch
@@ -350,7 +350,7 @@ class Loop:
         rates = ", ".join(
             f"{name.removeprefix('eval/').replace('/', ' ')} {value:.1%}"
             for name, value in values.items()
-            if METRICS[name].unit == "fraction" and name not in _NOT_SAID
+            if metric(name).unit == "fraction" and name not in _NOT_SAID
         )
         reward = f", reward {values['eval/reward']:.3f}" if "eval/reward" in values else ""
         self.progress.message(f"held out at step {step}: {rates}{reward}")

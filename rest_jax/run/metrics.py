@@ -2,7 +2,8 @@
 
 One JSON line a step goes to `<run>/metrics.jsonl`, and to the trackers that are asked for; sampled completions go to
 `<run>/samples.jsonl`, what the token viewer shows to `<run>/tokens.jsonl`, and what an audit compares to `<run>/digests.jsonl`
-(`run.record`). A name that METRICS does not have is an error.
+(`run.record`). A name that METRICS does not have is an error, but for those of a
+plug-in's parts (`reward/part/NAME`, `eval/part/NAME`).
 Prefixes: data, reward, rollout, update, router (of models with experts), region/<name>, curriculum, eval (held-out prompts,
 greedy), time. Wall-clock values are under `time/` alone, so that all other values of a run that was broken off and resumed equal
 those of an unbroken one bit for bit. All are of the global batch, and times are those of the slowest process.
@@ -13,6 +14,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -65,6 +67,8 @@ _TABLE = {
     "reward/equal_groups": ("fraction", "groups whose rewards are all equal: no advantage"),
     "reward/format_part": ("", "mean format part of the reward, scaled"),
     "reward/correctness_part": ("", "mean correctness part of the reward, scaled"),
+    "reward/plugin_part": ("", "mean of what reward.plugin adds"),
+    "reward/plugin_failures": ("completions", "those that reward.plugin has failed for"),
     "reward/format_score": ("fraction", "completions in the required format"),
     "reward/accuracy": ("", "mean S_acc, in [0, 1]"),
     "reward/exact": ("fraction", "completions whose calls are exactly the gold ones"),
@@ -141,6 +145,8 @@ _TABLE = {
     "eval/prompts_without_calls": ("prompts", "those whose gold answer has no call"),
     "eval/reward_std": ("", "standard deviation of the reward over the held-out prompts"),
     "eval/accuracy_std": ("", "standard deviation of S_acc over the held-out prompts"),
+    "eval/plugin_part": ("", "mean of what reward.plugin adds on held-out prompts"),
+    "eval/plugin_failures": ("completions", "held-out ones that reward.plugin has failed for"),
     "eval/api_bank/soft": ("fraction", "API-Bank, greedy, by the published rule"),
     "eval/api_bank/strict": ("fraction", "API-Bank, greedy: one call, in its block, and right"),
     "eval/api_bank/items": ("items", "items of API-Bank"),
@@ -173,6 +179,23 @@ _TABLE = {
 }
 
 METRICS = {name: Metric(unit, meaning) for name, (unit, meaning) in _TABLE.items()}
+_is_part = re.compile(r"(?:reward|eval)/part/[A-Za-z0-9_.-]+").fullmatch
+
+
+def metric(name: str) -> Metric:
+    """What a name stands for. ValueError for one that runs do not write."""
+    if _is_part(name):
+        return Metric("", "mean of this part of what reward.plugin adds")
+    if name not in METRICS:
+        known = nearest(name, list(METRICS))
+        raise ValueError(f"metric {name!r} is not in run.metrics.METRICS{known}; add it there")
+    return METRICS[name]
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """The names in the order of METRICS, parts of a plug-in last; others are left out."""
+    given = set(names)
+    return [name for name in METRICS if name in given] + sorted(filter(_is_part, given))
 
 
 class MetricsWriter:
@@ -213,9 +236,8 @@ class MetricsWriter:
         are written as null: JSON has no word for them. ValueError for a name that METRICS does not have.
         """
         for name in values.keys() - METRICS.keys():
-            known = nearest(name, list(METRICS))
-            raise ValueError(f"metric {name!r} is not in run.metrics.METRICS{known}; add it there")
-        line = {name: _number(values[name]) for name in METRICS if name in values}
+            metric(name)
+        line = {name: _number(values[name]) for name in in_order(values)}
         self._append(METRICS_FILE, {"step": int(step), **line})
         for sample in samples:
             self._append(SAMPLES_FILE, {"step": int(step), **sample})

@@ -41,7 +41,7 @@ def scored() -> ScoredBatch:
     ids = inside(rng.integers(6, tiny.VOCAB, shape)).astype(np.int32)
     rollout = RolloutBatch(prompts.tokens, prompts.length, ids, length, *values)
     reward = rng.normal(size=shape[:2]).astype(np.float32)
-    parts = np.stack([reward, 0 * reward, 0 * reward], axis=-1)
+    parts = np.stack([reward, 0 * reward, 0 * reward, 0 * reward], axis=-1)
     region = inside(rng.integers(1, 8, shape)).astype(np.int8)
     return ScoredBatch(rollout, region, reward, np.ones_like(reward), parts, exact=reward > 0)
 

@@ -31,7 +31,7 @@ def view():
 def make(mask, region, seed: int = 5, step: int = 3):
     zeros = jnp.zeros(mask.shape)
     key = jax.random.fold_in(jax.random.key(seed), step)
-    rest = {"reward": zeros[..., 0], "parts": zeros[..., :3], "exact": zeros[..., 0] > 0}
+    rest = {"reward": zeros[..., 0], "parts": zeros[..., :4], "exact": zeros[..., 0] > 0}
     state = curriculum.init(tiny.step_config().schedule)
     return TokenView(
         logp=zeros, entropy=zeros, gini=zeros, region=jnp.asarray(region, jnp.int8),

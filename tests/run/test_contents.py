@@ -53,6 +53,13 @@ def test_a_change_of_anything_is_seen_and_named(policy):
     check_same(old, dict(old), "run")
 
 
+def test_plugins_are_contents(policy):
+    key = "reward.plugin"
+    one, other = (digests(policy, data_of(FIRST), {key: text}) for text in ("a", "b"))
+    with pytest.raises(UserError, match=r"made of other reward\.plugin than"):
+        check_same(one, other, "run")
+
+
 def test_records_in_files_and_in_memory_are_the_same(policy):
     data = data_of(FIRST, SECOND)
     rows = Ragged.of([np.frombuffer(to_bytes(record), np.uint8) for record in data.records])

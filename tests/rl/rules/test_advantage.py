@@ -37,7 +37,7 @@ def test_equal_rewards_give_exactly_zero(view, name):
     # 0.1 summed seven times is not 0.7: the mean of equal float32 rewards may differ from each of them.
     reward, values = np.full((2, 7), 0.1), np.full((2, 7, 3), 0.1)
     reward[1] = np.arange(7)
-    parts = np.stack([reward, 0 * reward, reward], -1)
+    parts = np.stack([reward, 0 * reward, reward, 0 * reward], -1)
     seen = view(
         entropy=values, logp=-values, gini=values, reward=reward, parts=parts, marked=values
     )
@@ -62,7 +62,11 @@ def test_gdpo_standardises_each_part(view):
     """In the first group the parts cancel, in the third nothing differs; the batch's standard deviation is that of +-1/sqrt 2
     among four zeros.
     """
-    parts = [[[1, 0, 0], [-1, 2, 0]], [[1, 0, 0], [1, 2, 0]], [[1, 1, 0], [1, 1, 0]]]
+    parts = [
+        [[1, 0, 0, 0], [-1, 2, 0, 0]],
+        [[1, 0, 0, 0], [1, 2, 0, 0]],
+        [[1, 1, 0, 0], [1, 1, 0, 0]],
+    ]
     seen = view(logp=np.zeros((3, 2, 1)), parts=parts, reward=np.sum(parts, -1))
     by = HALF / np.sqrt(1 / 5)
     np.testing.assert_allclose(advantage("gdpo", seen), [[0, 0], [-by, by], [0, 0]], rtol=1e-3)

@@ -21,12 +21,14 @@ class GdpoOptions(Section):
     format: NonNegativeFloat = 1.0
     correctness: NonNegativeFloat = 1.0
     length: NonNegativeFloat = 1.0
+    plugin: NonNegativeFloat = 1.0
     eps: PositiveFloat = 1e-4
 
 
 def gdpo(view: TokenView, options: GdpoOptions):
     """[P G]; exactly zero in groups whose parts are all equal."""
-    weight = jnp.array([options.format, options.correctness, options.length], jnp.float32)
+    weights = options.format, options.correctness, options.length, options.plugin
+    weight = jnp.array(weights, jnp.float32)
     parts = jax.vmap(lambda x: standardise(x, options.eps), -1, -1)(view.parts)
     total = jnp.sum(parts * weight, axis=-1)
     white = (total - jnp.mean(total)) / (jnp.std(total, ddof=1) + options.eps)
