@@ -106,15 +106,16 @@ def audit(
     seed: int = 0,
     at: Sequence[int] = (),
     overrides: Sequence[str] = (),
+    run_plugins: bool = False,
 ) -> int:
     """Repeats `steps` steps of a run, or those of `at`, prints the certificate and writes it. 0 when nothing differs, else 1.
-    UserError for a run, or a step, that cannot be repeated.
+    UserError for a run, or a step, that cannot be repeated, and for one with plug-ins unless they may run.
     """
     folder = absolute(run)
     if is_first_process():
         check_free(folder)
     recorded = read_recorded(folder)
-    certificate = examine(recorded, steps, seed, at, Repeaters(overrides))
+    certificate = examine(recorded, steps, seed, at, Repeaters(overrides, run_plugins))
     if is_first_process():
         with atomic_write(folder / CERTIFICATE_FILE) as partial:
             partial.write_text(json.dumps(certificate, indent=1) + "\n")
@@ -125,15 +126,15 @@ def audit(
 class Repeaters:
     """What repeats steps, one for each kind of launch, kept with its compiled functions."""
 
-    def __init__(self, overrides: Sequence[str] = ()):
-        self.overrides = overrides
+    def __init__(self, overrides: Sequence[str] = (), run_plugins: bool = True):
+        self.overrides, self.run_plugins = overrides, run_plugins
         self.made: dict[str, Repeater] = {}
 
     def of(self, recorded: Mapping[str, Any]) -> "Repeater":
         """That of a launch; the rest as for `Repeater`."""
         key = launch_digest(recorded)
         if key not in self.made:
-            self.made[key] = Repeater(recorded, self.overrides)
+            self.made[key] = Repeater(recorded, self.overrides, self.run_plugins)
         return self.made[key]
 
 
@@ -227,9 +228,12 @@ def choose(
 class Repeater:
     """What repeats the steps of a launch: its policy, data and compiled functions."""
 
-    def __init__(self, recorded: Mapping[str, Any], overrides: Sequence[str] = ()):
+    def __init__(
+        self, recorded: Mapping[str, Any], overrides: Sequence[str] = (), run_plugins: bool = True
+    ):
         """UserError when the run was made of other contents than are here now, or an override is not of a place or a size."""
         there = config_lib.from_overrides(recorded["config"])
+        plugins.check_asked(there, run_plugins, "audit")
         self.config = config = override(there, overrides, "audit")
         given = [one.path for one in config_lib.differences(there, config)]
         self.command: str = recorded["command"]

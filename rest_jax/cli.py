@@ -297,13 +297,14 @@ def audit(
     at: Annotated[
         list[int] | None, Option("--at", metavar="STEP", help="this step instead; may be repeated")
     ] = None,
+    plugins: Plugins = False,
     distributed: Distributed = None,
 ) -> int:
     """Repeat some steps of a run and compare all that it recorded; exit code 1 if anything differs."""
     _load_model(run, [], distributed)
     from rest_jax.audit import audit
 
-    return audit(run, steps, seed, at or (), overrides)
+    return audit(run, steps, seed, at or (), overrides, plugins)
 
 
 @app.command(rich_help_panel=_TRAIN)
@@ -314,6 +315,7 @@ def reproduce(
         Argument(metavar="NEW_NAME|KEY=VALUE", help="default: <run>-reproduced, beside it"),
     ] = None,
     strict: Annotated[bool, Option("--strict", help="refuse other versions and devices")] = False,
+    plugins: Plugins = False,
     distributed: Distributed = None,
 ) -> int:
     """Train a run again from what it recorded, and say where the two first differ (exit code 1)."""
@@ -323,7 +325,7 @@ def reproduce(
     _load_model(run, [], distributed)
     from rest_jax.reproduce import reproduce
 
-    return reproduce(run, next(iter(names), None), overrides, strict)
+    return reproduce(run, next(iter(names), None), overrides, strict, plugins)
 
 
 @app.command(rich_help_panel=_MODEL)

@@ -61,6 +61,15 @@ def named(config: Any) -> dict[str, str]:
     return found
 
 
+def check_asked(config: Any, asked: bool, what: str) -> None:
+    """UserError for a recorded config that names files, unless their code was asked for."""
+    for key, word in named(config).items():
+        if not asked:
+            raise UserError(
+                f"{what}: its config names {key} {word}, which is run if --plugins asks for it"
+            )
+
+
 def digests(config: Any) -> dict[str, str]:
     """The SHA-256 of every file that a config names, by its key. UserError for one that cannot be read."""
     return {key: read(word, key).digest for key, word in named(config).items()}

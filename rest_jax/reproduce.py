@@ -22,15 +22,20 @@ _FILES = (METRICS_FILE, DIGESTS_FILE, SAMPLES_FILE, TOKENS_FILE)
 
 
 def reproduce(
-    run: Location, name: str | None = None, overrides: Sequence[str] = (), strict: bool = False
+    run: Location,
+    name: str | None = None,
+    overrides: Sequence[str] = (),
+    strict: bool = False,
+    run_plugins: bool = False,
 ) -> int:
     """Trains the run anew, beside it, as `name`; the same command resumes. UserError when the data or the starting weights are
-    not those of the run, and with `strict` when versions or devices are not.
+    not those of the run, with `strict` when versions or devices are not, and for plug-ins unless they may run.
     """
     folder = absolute(run)
     recorded = read_recorded(folder)
     newest = recorded.launches[-1][1]
     told = override(config_lib.load([folder / CONFIG_FILE]), overrides, "reproduce")
+    plugins.check_asked(told, run_plugins, "reproduce")
     config = beside(told, recorded, name)
     policy, data = load(config, newest["command"])
     made_of = digests(policy, data, plugins.digests(config))
