@@ -106,11 +106,11 @@ def finetune(
         check_origin(origin, policy.params, steps)
     if dry_run:
         return 0
-    check_memory(lambda: memory_programs(setup, setup.widths), policy.mesh)
     with (
         contextlib.closing(open_run(config, policy.files, restart, origin)) as run,
         activate(policy.mesh),
     ):
+        check_memory(lambda: memory_programs(setup, setup.widths), policy.mesh)
         evaluator = Evaluator(config, policy, examples, run.stop.check) if examples else None
         run.launch = launch(config, policy.mesh, digests(policy, data), "sft")
         trainer = make_trainer(config, policy, data)

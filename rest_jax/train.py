@@ -113,11 +113,11 @@ def train(
         check_origin(origin, policy.params, steps)
     if dry_run:
         return 0
-    check_memory(lambda: memory_programs(setup, setup.widths), policy.mesh)
     with (
         contextlib.closing(open_run(config, policy.files, restart, origin)) as run,
         activate(policy.mesh),
     ):
+        check_memory(lambda: memory_programs(setup, setup.widths), policy.mesh)
         evaluator = Evaluator(config, policy, examples, run.stop.check) if examples else None
         made_of = digests(policy, prompts, plugins.digests(config))
         run.launch = launch(config, policy.mesh, made_of, "train")

@@ -172,7 +172,8 @@ def test_the_site_builds_without_a_warning_and_asks_nobody(tmp_path):
         command, cwd=REPOSITORY, env=environment() | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    pages = {path.name: path.read_text() for path in (tmp_path / "site").rglob("*.html")}
+    site = tmp_path / "site"
+    pages = {path.relative_to(site).as_posix(): path.read_text() for path in site.rglob("*.html")}
     fetched = [
         link
         for text in pages.values()

@@ -53,7 +53,7 @@ def test_it_runs(tmp_path, monkeypatch):
     said = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
     )
-    assert "step 2/2" in said and "95 % from" in said and "exported runs/notebook" in said
+    assert "2/2" in said and "95 % from" in said and "exported runs/notebook" in said
     pictures = [
         o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})
     ]
