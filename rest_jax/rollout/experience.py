@@ -215,7 +215,9 @@ class Collector:
                 asked = self.plugin.ask(to_json(record), scoring.answers, scoring.texts)
 
         def finish():
-            return scoring.finish(asked and [future.result() for future in asked])
+            if asked is None:
+                return scoring.finish()
+            return scoring.finish([future.result() for future in asked])
 
         return finish, time.monotonic() - started
 

@@ -7,9 +7,9 @@ the regions.
 """
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import jax
@@ -42,16 +42,18 @@ class Scoring(NamedTuple):
         self, outcomes: Sequence[Outcome] | None = None
     ) -> tuple[ScoredBatch, list[list[Score]]]:
         """The batch (NumPy, validated) and the scores, [P][G]. `outcomes`: P x G, None without a plug-in."""
-        scores = self.scores
+        scores: list[Score] = self.scores
         if outcomes is not None:
-            scores = list(map(add_plugin, scores, outcomes))
+            pairs = zip(scores, outcomes, strict=True)
+            scores = [add_plugin(score, outcome) for score, outcome in pairs]
         prompts, group = self.batch.rollout.response_length.shape
 
         def field(name: str) -> np.ndarray:
             values = [getattr(s, name) for s in scores]
             return np.array(values, np.float32).reshape(prompts, group)
 
-        batch = self.batch.replace(
+        batch = dataclasses.replace(
+            self.batch,
             reward=field("reward"),
             format_score=field("format_score"),
             parts=np.stack([field(name) for name in PARTS], axis=-1),
@@ -174,7 +176,7 @@ def summarise_scores(
     `spurious` is the share among the completions of prompts that should have no call; 0 without such prompts. With a mesh the
     scores are those of this process's rows, and the means are over all processes, which must all call it.
     """
-    names = [f.name for f in fields(Score)]
+    names = [f.name for f in dataclasses.fields(Score)]
     table = np.array([[[getattr(s, name) for name in names] for s in group] for group in scores])
     callless = np.array([not target.calls for target in targets])
     if mesh is not None:
