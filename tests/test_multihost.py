@@ -139,6 +139,34 @@ def test_many_processes_equal_one(model, one, tmp_path, name):
     assert_close(tmp_path / "tiny", one)
 
 
+PLUGIN = """
+def score(completion, text, record, target):
+    if len(text) % 7 == 0:
+        raise ValueError("seven")
+    return {"length": len(text) / 100, "one": 1.0}
+"""
+
+
+def test_each_process_asks_a_plugin_about_its_own_rows(model, tmp_path):
+    """Also where two processes have the same rows: the metrics count each completion once."""
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    mesh = {"fsdp": 2, "tensor": 2}
+    reward = {"reward": {"plugin": f"{tmp_path}/mine.py:score", "plugin_workers": 2}}
+    raw = recipe(model, tmp_path / "one", **TWO_STEPS) | reward
+    (tmp_path / "one").mkdir()
+    finish(start("train", raw, tmp_path / "one"))
+    many = raw | {"output": str(tmp_path / "many"), "mesh": {"data": 1} | mesh}
+    path = write(tmp_path / "many" / "config.yaml", many)
+    for process in start_processes(["train", path], 4):
+        finish(process)
+    found, expected = (lines(tmp_path / name / "tiny") for name in ("many", "one"))
+    for line, other in zip(found, expected, strict=True):
+        for name in line:
+            if "/part/" in name or "plugin" in name:
+                assert line[name] == pytest.approx(other[name], rel=1e-6), name
+    assert any(line.get("reward/plugin_failures") for line in found)
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_others_end_when_a_process_is_lost(model, tmp_path, victim):
     raw = recipe(model, tmp_path, train={"steps": 500, "checkpoint_every": 500})

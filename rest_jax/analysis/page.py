@@ -76,7 +76,11 @@ SECTIONS: tuple[tuple[str, str, tuple[Panel, ...]], ...] = (
             Panel(
                 "Reward by part",
                 "reward",
-                {"reward/format_part": "format", "reward/correctness_part": "correctness"},
+                {
+                    "reward/format_part": "format",
+                    "reward/correctness_part": "correctness",
+                    "reward/plugin_part": "plug-in",
+                },
             ),
             Panel(
                 "Sampled completions",

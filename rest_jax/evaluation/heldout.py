@@ -26,6 +26,7 @@ from rest_jax.evaluation.statistics import estimate, rate_interval
 from rest_jax.files import Location, as_path, atomic_write
 from rest_jax.models.policy import Policy, check_positions
 from rest_jax.rewards.plugin import check_plugin
+from rest_jax.rewards.score import PluginScore
 from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import plugin_metrics, score_records, summarise_scores, truncated
@@ -140,6 +141,7 @@ class Evaluator:
         tokenizer = self.policy.tokenizer
         _, scores = score_records(rollout, data.records, tokenizer, self.template, self.reward)
         targets = [record.target for record in data.records]
+        outcomes = [s.outcome for (s,) in scores if isinstance(s, PluginScore)]
         means = summarise_scores(scores, targets)
         lengths = rollout.response_length[:, 0]
         cut = truncated(rollout, tokenizer.stop_ids)[:, 0]
@@ -150,7 +152,7 @@ class Evaluator:
             "eval/prompts": float(len(scores)),
             "eval/prompts_without_calls": float(sum(not target.calls for target in targets)),
             **{n: float(np.std([getattr(s, f) for (s,) in scores])) for n, f in _SPREADS.items()},
-            **{f"eval/{name}": value for name, value in plugin_metrics(scores).items()},
+            **{f"eval/{name}": value for name, value in plugin_metrics(outcomes).items()},
         }
         rows = zip(data.records, rollout.responses[:, 0], lengths, cut, scores, strict=True)
         return metrics, [

@@ -134,11 +134,13 @@ class RewardPlugin:
                 self._late += 1
             return self._end(worker, str(error))
         except UserError as error:  # it could be loaded before
+            with self._lock:
+                self._late += 1
             return Outcome({}, str(error).removeprefix(f"{self.name}: "))
         except RunStopped as error:
             return self._end(worker, str(error).removeprefix(f"{self.name}: "))
         except (RecursionError, ValueError) as error:
-            return Outcome({}, f"the completion cannot be sent: {type(error).__name__}")
+            return self._end(worker, f"the completion cannot be sent: {type(error).__name__}")
         assert found is not None and worker is not None
         if found.get("spent"):
             return self._end(worker, found["fault"])

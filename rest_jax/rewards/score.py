@@ -53,6 +53,11 @@ class PluginScore(Score):
     plugin_parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
     plugin_fault: str | None = None  # why it has none
 
+    @property
+    def outcome(self) -> "Outcome":
+        """What the plug-in has said."""
+        return Outcome(self.plugin_parts, self.plugin_fault)
+
 
 class Outcome(NamedTuple):
     """What a plug-in makes of a completion: named parts, or a fault and none."""

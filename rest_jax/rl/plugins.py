@@ -4,6 +4,7 @@ traceback of a step that has been compiled for minutes.
     check_traces(config)      each is traced on a small step, of which nothing is computed
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -86,7 +87,7 @@ def _of_view(config: Config, rule: Chosen) -> Any:
 
     def apply(scored: ScoredBatch) -> Any:
         view = make_view(scored, scored.rollout, curriculum.init(schedule), config.seed)
-        return rule(view.replace(advantage=scored.reward))
+        return rule(dataclasses.replace(view, advantage=scored.reward))
 
     rollout = RolloutBatch(
         prompt=array((shape[0], 3), jnp.int32),
@@ -110,7 +111,8 @@ def _of_view(config: Config, rule: Chosen) -> Any:
 def _of_tokens(config: Config, shape: tuple[int, ...]) -> Any:
     """What the rule of the policy loss gives for tokens of which only the shape is known."""
     rule = policy_rule(config.loss)
-    array, yes = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.bool_)
+    array: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
+    yes: Any = jax.ShapeDtypeStruct(shape, jnp.bool_)
     reference = array if config.loss.kl_coefficient > 0 else None
     sequence = array if rule.rule.reads_sequence else None
     inputs = TokenInputs(array, array, array, array, yes, reference, sequence)

@@ -9,8 +9,9 @@ little is left to wait for when the last one ends. Scores do not depend on when 
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,10 +24,17 @@ from rest_jax.data.tokenize import Prepared
 from rest_jax.distributed import gather, local_shards, rows_of_shards
 from rest_jax.models.policy import Policy
 from rest_jax.rewards.plugin import open_plugin
-from rest_jax.rewards.score import Score
+from rest_jax.rewards.score import Outcome, Score
 from rest_jax.rl.rules import find_phrases
 from rest_jax.rollout.scheduler import SamplerStats, make_sampler, rows_of_group
-from rest_jax.rollout.scoring import begin_scoring, plugin_metrics, summarise_scores, truncated
+from rest_jax.rollout.scoring import (
+    Scoring,
+    begin_scoring,
+    plugin_metrics,
+    share_outcomes,
+    summarise_scores,
+    truncated,
+)
 from rest_jax.run.checkpoint import AHEAD
 from rest_jax.templates import TEMPLATES
 from rest_jax.types import Params, PromptBatch, RolloutBatch, Routes, Sampling, ScoredBatch
@@ -166,11 +174,20 @@ class Collector:
         self.check()
         with jax.profiler.TraceAnnotation("score"):
             read = [pending[prompt].result() for prompt in range(len(records))]
-            parts = [finish() for finish, _ in read]
+            shared = {}
+            if self.plugin is not None:
+                rows = map(int, self.rows)
+                shared = share_outcomes(
+                    {row: asked for row, (_, asked, _) in zip(rows, read, strict=True)}
+                )
+            parts = [
+                scoring.finish(shared.get(int(row)))
+                for row, (scoring, _, _) in zip(self.rows, read, strict=True)
+            ]
         seconds = {
             "time/data": loaded - started,
             "time/rollout": sampled - loaded,
-            "time/score": sum(seconds for _, seconds in read),
+            "time/score": sum(seconds for _, _, seconds in read),
             "time/score_wait": time.monotonic() - sampled,
         }
         return Experience(
@@ -184,7 +201,11 @@ class Collector:
             seconds=seconds
             if saved is None
             else {k: float(x) for k, x in saved["seconds"].items()},
-            means=self._means(rollout, [scores for _, (scores,) in parts], records),
+            means=self._means(rollout, [scores for _, (scores,) in parts], records)
+            | {
+                f"reward/{name}": value
+                for name, value in plugin_metrics(list(itertools.chain(*shared.values()))).items()
+            },
         )
 
     def _means(
@@ -196,28 +217,23 @@ class Collector:
         lengths, cut = gather(
             (np.asarray(rollout.response_length), truncated(rollout, stop_ids)), mesh
         )
-        means = {name: rewards[name] for name in REWARD_MEANS} | plugin_metrics(scores, True)
-        return {f"reward/{name}": value for name, value in means.items()} | {
+        return {f"reward/{name}": rewards[name] for name in REWARD_MEANS} | {
             "rollout/truncated": float(np.mean(cut)),
             "rollout/tokens": int(np.sum(lengths)),
         }
 
     def _score(
         self, rows: RolloutBatch, record: StepRecord, progress: float
-    ) -> tuple[Callable[[], tuple[ScoredBatch, list[list[Score]]]], float]:
-        """What gives the batch and the scores of a group, once a plug-in has answered; the seconds of all the rest."""
+    ) -> tuple[Scoring, Sequence[concurrent.futures.Future[Outcome]], float]:
+        """A group as it is read, what a plug-in was asked about it, and the seconds of all but its answers."""
         started = time.monotonic()
         with jax.profiler.TraceAnnotation("reward"):
             known = self.policy.tokenizer, self.template, self.config.reward
             scoring = begin_scoring(rows, [record.target], *known, progress, self.phrases)
-            asked = None
+            asked = []
             if self.plugin is not None:
                 asked = self.plugin.ask(to_json(record), scoring.answers, scoring.texts)
-
-        def finish():
-            return scoring.finish(asked and [future.result() for future in asked])
-
-        return finish, time.monotonic() - started
+        return scoring, asked, time.monotonic() - started
 
     def close(self) -> None:
         """Ends the thread and the workers."""

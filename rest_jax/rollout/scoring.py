@@ -7,9 +7,10 @@ the regions.
 """
 
 import contextlib
+import dataclasses
 import json
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from rest_jax.data.records import StepRecord, to_json
 from rest_jax.distributed import exchange, gather
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.rewards.plugin import open_plugin
-from rest_jax.rewards.score import PARTS, Outcome, PluginScore, Score, add_plugin, score
+from rest_jax.rewards.score import PARTS, Outcome, Score, add_plugin, score
 from rest_jax.rl.regions import label_tokens, mark_phrases
 from rest_jax.templates import Template
 from rest_jax.tool_calls import Answer, Target
@@ -42,16 +43,18 @@ class Scoring(NamedTuple):
         self, outcomes: Sequence[Outcome] | None = None
     ) -> tuple[ScoredBatch, list[list[Score]]]:
         """The batch (NumPy, validated) and the scores, [P][G]. `outcomes`: P x G, None without a plug-in."""
-        scores = self.scores
+        scores: list[Score] = self.scores
         if outcomes is not None:
-            scores = list(map(add_plugin, scores, outcomes))
+            pairs = zip(scores, outcomes, strict=True)
+            scores = [add_plugin(score, outcome) for score, outcome in pairs]
         prompts, group = self.batch.rollout.response_length.shape
 
         def field(name: str) -> np.ndarray:
             values = [getattr(s, name) for s in scores]
             return np.array(values, np.float32).reshape(prompts, group)
 
-        batch = self.batch.replace(
+        batch = dataclasses.replace(
+            self.batch,
             reward=field("reward"),
             format_score=field("format_score"),
             parts=np.stack([field(name) for name in PARTS], axis=-1),
@@ -133,37 +136,37 @@ def score_records(
     scoring = begin_scoring(rollout, [r.target for r in records], tokenizer, template, cfg, 1.0)
     if (plugin := open_plugin(cfg)) is None:
         return scoring.finish()
-    group, asked = rollout.responses.shape[1], []
+    group, asked = rollout.responses.shape[1], {}
     with contextlib.closing(plugin):
         for i in range(jax.process_index(), len(records), jax.process_count()):
             own = slice(i * group, (i + 1) * group)
-            asked += plugin.ask(to_json(records[i]), scoring.answers[own], scoring.texts[own])
-        found = exchange(json.dumps([future.result() for future in asked]), _TIMEOUT)
-    shares = [iter(json.loads(share)) for share in found]
-    turns = [shares[i % len(shares)] for i in range(len(records)) for _ in range(group)]
-    return scoring.finish([Outcome(*next(share)) for share in turns])
+            said = to_json(records[i]), scoring.answers[own], scoring.texts[own]
+            asked[i] = plugin.ask(*said)
+        outcomes = share_outcomes(asked)
+    return scoring.finish([x for i in range(len(records)) for x in outcomes[i]])
 
 
-def plugin_metrics(scores: Sequence[Sequence[Score]], everywhere: bool = False) -> dict[str, float]:
-    """Of scores with a plug-in: the mean of its part and of each of its named parts over all completions, where one that lacks
-    a name has 0, and how many it has failed for; without a plug-in nothing. `everywhere`: the scores are those of this process's
-    rows, and the means are over all processes, which must all call it.
+def share_outcomes(asked: Mapping[int, Sequence[Future[Outcome]]]) -> dict[int, list[Outcome]]:
+    """row -> what a plug-in makes of its completions, for the rows of all processes, from what each has asked; every process must
+    call it. Where several have the same row, the first one's outcome is that of all, so that they go on with the same reward.
     """
-    flat = [s for group in scores for s in group if isinstance(s, PluginScore)]
-    if not flat:
-        return {}
-    sums: dict[str, float] = {"plugin_part": 0.0, "plugin_failures": 0.0}
-    for s in flat:
-        own = {f"part/{name}": x for name, x in s.plugin_parts.items()}
-        own |= {"plugin_part": s.plugin_part, "plugin_failures": float(s.plugin_fault is not None)}
-        for name, x in own.items():
-            sums[name] = sums.get(name, 0.0) + x
-    own = json.dumps([len(flat), sums])
-    found = [json.loads(text) for text in (exchange(own) if everywhere else [own])]
-    count = sum(completions for completions, _ in found)
-    names = sorted({name for _, part in found for name in part})
-    total = {name: sum(part.get(name, 0.0) for _, part in found) for name in names}
-    return {name: x if name == "plugin_failures" else x / count for name, x in total.items()}
+    own = {row: [future.result() for future in futures] for row, futures in asked.items()}
+    found: dict[int, list[Outcome]] = {}
+    for said in exchange(json.dumps(own), _TIMEOUT):
+        for row, outcomes in json.loads(said).items():
+            found.setdefault(int(row), [Outcome(*one) for one in outcomes])
+    return found
+
+
+def plugin_metrics(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """The mean of a plug-in's part and of each of its named parts over completions, where one that lacks a name has 0, and how
+    many it has failed for; without completions nothing.
+    """
+    names = sorted({name for outcome in outcomes for name in outcome.parts})
+    sums = {f"part/{name}": sum(x.parts.get(name, 0.0) for x in outcomes) for name in names}
+    sums |= {"plugin_part": sum(sums.values())} if outcomes else {}
+    failures = {"plugin_failures": float(sum(x.fault is not None for x in outcomes))}
+    return {name: x / len(outcomes) for name, x in sums.items()} | (failures if outcomes else {})
 
 
 def summarise_scores(
@@ -174,7 +177,7 @@ def summarise_scores(
     `spurious` is the share among the completions of prompts that should have no call; 0 without such prompts. With a mesh the
     scores are those of this process's rows, and the means are over all processes, which must all call it.
     """
-    names = [f.name for f in fields(Score)]
+    names = [f.name for f in dataclasses.fields(Score)]
     table = np.array([[[getattr(s, name) for name in names] for s in group] for group in scores])
     callless = np.array([not target.calls for target in targets])
     if mesh is not None:

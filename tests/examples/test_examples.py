@@ -23,7 +23,7 @@ def test_its_tests_pass(tmp_path):
     for kind in KINDS:
         write_new(kind, f"my_{kind}", tmp_path)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "."],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "."],
         cwd=tmp_path,
         env=environment(),
         capture_output=True,

@@ -1,11 +1,14 @@
 """From ids to rewards and regions, with a tokenizer whose ids are pieces of bytes cut anywhere."""
 
+from concurrent.futures import Future
+
 import numpy as np
 import pytest
 
 from rest_jax.config import RewardConfig
 from rest_jax.data.records import StepRecord
-from rest_jax.rewards.score import Score
+from rest_jax.rewards.score import Outcome, Score
+from rest_jax.rollout import scoring
 from rest_jax.rollout.scoring import (
     plugin_metrics,
     score_records,
@@ -148,10 +151,21 @@ def test_what_a_plugin_gives_is_a_part_of_the_reward(tmp_path, builtin):
     assert scores[0][0].plugin_parts == {"calls": 1.0, "hi": 0.5}
     assert scores[2][1].plugin_fault == "line 4: ValueError: bad"
     assert scores[2][1].reward == builtin * old[2][1].reward
-    assert plugin_metrics(scores) == pytest.approx(
+    outcomes = [score.outcome for group in scores for score in group]
+    assert plugin_metrics(outcomes) == pytest.approx(
         {"plugin_part": 2.5 / 6, "plugin_failures": 2, "part/calls": 1 / 6, "part/hi": 1.5 / 6}
     )
-    assert plugin_metrics(old) == {}
+    assert plugin_metrics([]) == {}
+
+
+def test_processes_with_the_same_row_take_the_same_outcome(monkeypatch):
+    """Whatever their own workers say: the process that comes first decides."""
+    own: Future[Outcome] = Future()
+    own.set_result(Outcome({"a": 2.0}))
+    theirs = '{"3": [[{"a": 1.0}, null]], "4": [[{}, "hung"]]}'
+    monkeypatch.setattr(scoring, "exchange", lambda text, _: [theirs, text])
+    found = scoring.share_outcomes({3: [own], 5: [own]})
+    assert found == {3: [({"a": 1.0}, None)], 4: [({}, "hung")], 5: [({"a": 2.0}, None)]}
 
 
 def test_padding_ids_inside_a_response_are_its_text():
