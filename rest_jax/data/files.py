@@ -112,13 +112,21 @@ class LayoutError(RecordError):
     """Data of a layout that is not read as it is: where a file begins so, all of it is of that kind."""
 
 
+def _converted(source: str, raw: Any, name: str, where: str) -> StepRecord:
+    """The one record of an item; RecordError where it is none."""
+    (found,) = SOURCES[source](raw, name, where)
+    if isinstance(found, RecordError):
+        raise found
+    return found
+
+
 def _record(raw: Any, where: str, index: int, path: epath.Path) -> StepRecord:
     keys = raw.keys() if isinstance(raw, dict) else {}.keys()
     name = f"{path.stem}-{index}"
     if keys >= set(rlla.SUPERVISED) or keys >= set(rlla.PARQUET):
-        return SOURCES["rlla"](raw, name, where)[0]
+        return _converted("rlla", raw, name, where)
     if keys >= {"system", "user", "answer"}:
-        return SOURCES["api_bank"](raw, name, where)[0]
+        return _converted("api_bank", raw, name, where)
     if not keys & {"target", "history"}:
         for source, needed in _TO_PREPARE:
             if keys >= needed:
