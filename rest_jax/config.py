@@ -159,7 +159,9 @@ class RewardConfig(Section):
     plugin_timeout: PositiveFloat = 5.0  # seconds a completion
     plugin_memory: PositiveFloat = 4.0  # GiB a worker
     plugin_env: tuple[str, ...] = ()  # names of variables that workers get besides the usual ones
-    plugin_errors: Literal["count", "stop"] = "count"
+    plugin_errors: Literal["count", "stop"] = (
+        "count"  # what a value that cannot be used does to the run
+    )
 
     @pydantic.model_validator(mode="after")
     def _has_parts(self):
@@ -190,6 +192,11 @@ def _is_rule(kind: str, *more: str) -> pydantic.AfterValidator:
     return pydantic.AfterValidator(check)
 
 
+def _listed(kind: str, *more: str) -> Any:
+    """The same for editors, in the JSON schema."""
+    return pydantic.Field(json_schema_extra={"enum": [*more, *rule_names(kind)]})
+
+
 def _freeze(options: Any) -> tuple[tuple[str, Any], ...]:
     """The pairs of a mapping in the order of its keys, lists as tuples: hashable, so that it can be static under jit."""
     if not isinstance(options, Mapping):
@@ -205,6 +212,7 @@ Options = Annotated[
     tuple[tuple[str, Any], ...],
     pydantic.BeforeValidator(_freeze),
     pydantic.PlainSerializer(dict),
+    pydantic.WithJsonSchema({"type": "object", "additionalProperties": True, "default": {}}),
 ]
 
 
@@ -212,7 +220,11 @@ class WeightsConfig(Section):
     """Weights of regions (docs/method.md section 4), or of single tokens by a rule of `rl/rules/weight/` (docs/methods.md)."""
 
     # how a base weight comes from entropy or Gini, or a rule of single tokens
-    rule: Annotated[str, _is_rule("weight", *typing.get_args(RegionRule))] = "inverse_bound"
+    rule: Annotated[
+        str,
+        _is_rule("weight", *typing.get_args(RegionRule)),
+        _listed("weight", *typing.get_args(RegionRule)),
+    ] = "inverse_bound"
     options: Options = ()  # of a rule of single tokens
     # FILE.py, or FILE.py:NAME: a rule of single tokens of the user's own, in place of `rule` (docs/plugins.md)
     plugin: Plugin | None = None
@@ -318,12 +330,14 @@ class CurriculumConfig(Section):
 class LossConfig(Section):
     """Advantage and policy loss (docs/method.md section 7); their rules are files of `rl/rules/` (docs/methods.md)."""
 
-    advantage: Annotated[str, _is_rule("advantage")] = "grpo"  # a rule
+    advantage: Annotated[str, _is_rule("advantage"), _listed("advantage")] = "grpo"  # a rule
     advantage_options: Options = ()  # of that rule
     advantage_plugin: Plugin | None = None  # in place of `advantage`, as weights.plugin
     # exact: groups that are all exact, or not at all, have no gradient either
     group_filter: Literal["none", "exact"] = "none"
-    policy: Annotated[str, _is_rule("loss")] = "clip"  # the rule of the loss of a token
+    policy: Annotated[str, _is_rule("loss"), _listed("loss")] = (
+        "clip"  # the rule of the loss of a token
+    )
     policy_options: Options = ()  # of that rule
     policy_plugin: Plugin | None = None  # in place of `policy`
     # what the sum over tokens is divided by

@@ -22,7 +22,9 @@ from rest_jax.config import Config, Section
 # A value may refer to another one, which only the merge of all files resolves.
 _REFERENCE = {"type": "string", "pattern": r"^\$\{.+\}$"}
 _LIMITS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-_FORMS = {"integer": "int", "number": "float", "boolean": "true, false", "string": "text"}
+_FORMS = {
+    "integer": "int", "number": "float", "boolean": "true, false", "string": "text", "object": "mapping",
+}  # fmt: skip
 
 
 def schema() -> dict[str, Any]:
@@ -86,6 +88,8 @@ def _values(shape: Mapping[str, Any]) -> str:
         return " or ".join(_values(each) for each in shape["anyOf"])
     if shape.get("type") == "null":
         return "`null`"
+    if "prefixItems" in shape:
+        return f"list of {', '.join(map(_values, shape['prefixItems']))}"
     if shape.get("type") == "array":
         return f"list of {_values(shape['items'])}"
     allowed = shape.get("enum", [shape["const"]] if "const" in shape else [])
