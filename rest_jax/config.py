@@ -22,6 +22,7 @@ from etils import epath
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rest_jax import plugins
 from rest_jax.errors import UserError
 from rest_jax.files import Location, as_path, is_url, store_errors
 
@@ -54,6 +55,15 @@ Path = Annotated[str, pydantic.Field(min_length=1), pydantic.AfterValidator(os.p
 Source = Annotated[str, pydantic.Field(min_length=1), pydantic.AfterValidator(locate)]
 
 
+def _check_plugin(word: str) -> str:
+    plugins.split(word)
+    return os.path.expanduser(word)
+
+
+# Code of the user's, which a config only names: `plugins` reads it where it is run.
+Plugin = Annotated[str, pydantic.AfterValidator(_check_plugin)]
+
+
 class Section(pydantic.BaseModel):
     """Base of every section: frozen (so hashable and static under jit), unknown keys refused."""
 
@@ -77,7 +87,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 class ModelConfig(Section):
     """Where the policy comes from (HF folder, hub id, run, or what `rest-jax convert` wrote), how it computes."""
 
-    source: Source
+    source: Source  # HF folder, hub id, run, converted folder
     dtype: Dtype = "auto"  # auto: float32 on CPU, else bfloat16
     # what is kept for the backward pass: everything, the largest products, nothing but the inputs of blocks
     remat: Literal["none", "dots", "block"] = "block"
@@ -87,28 +97,32 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Training and held-out step records. A path (JSONL, Parquet, rlla JSON or Parquet) or a `synthetic:` world."""
 
-    train: Path = "synthetic:train"
-    eval: Path | None = "synthetic:eval"
+    train: Path = "synthetic:train"  # records, or `synthetic:train`
+    eval: Path | None = "synthetic:eval"  # held-out records; None: no evaluation
+    # the format of prompts and calls (docs/data.md)
     template: Literal["toolrl", "hermes", "llama3"] = "toolrl"
     brief_prompt: bool = False  # toolrl: only the tool list and one line on the format
     max_prompt_tokens: PositiveInt = 2048  # longer prompts are dropped and counted, never cut
+    # records read at most; None: all
     train_limit: PositiveInt | None = None
     eval_limit: PositiveInt | None = None
-    shuffle: bool = True
-    synthetic_seed: Seed = 0
-    synthetic_level: Literal["single", "mixed", "reasoned"] = "mixed"
+    shuffle: bool = True  # anew in every epoch
+    synthetic_seed: Seed = 0  # of a `synthetic:` world
+    # what a `synthetic:` world asks for: one call or none, mixed tasks, mixed tasks that are thought through, calls whose tool
+    # the thought does not name
+    synthetic_level: Literal["single", "mixed", "reasoned", "inferred"] = "mixed"
     synthetic_size: PositiveInt = 4096  # training records of a `synthetic:` world
 
 
 class RolloutConfig(Section):
     """How completions are sampled."""
 
-    prompts_per_step: PositiveInt = 512
-    group_size: Annotated[int, pydantic.Field(ge=2)] = 4
-    max_response_tokens: PositiveInt = 2048
-    temperature: PositiveFloat = 1.0
+    prompts_per_step: PositiveInt = 512  # P, each sampled `group_size` times
+    group_size: Annotated[int, pydantic.Field(ge=2)] = 4  # G: completions of a prompt
+    max_response_tokens: PositiveInt = 2048  # longer completions are cut off
+    temperature: PositiveFloat = 1.0  # of sampling; evaluation is greedy
     top_k: NonNegativeInt = 0  # 0: full support
-    top_p: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0  # 1: full support
     allow_truncated_support: bool = False  # else top_k, top_p below full support are refused
     recompute_logprobs: bool = False  # a second forward pass for logp_old, not the sampler's own
     tis_cap: PositiveFloat | None = None  # truncated importance sampling; needs recompute_logprobs
@@ -129,35 +143,109 @@ class RewardConfig(Section):
     dynamic: bool = True  # False: the static ablation, format [0, 1], correctness [-3, 3]
     progress_steps: PositiveInt | None = None  # to the end of the dynamic scale; None: the run's
     format_scale_start: PositiveFloat = 2.0  # hi = +x, lo = -x
-    format_scale_end: PositiveFloat = 1.0
-    correctness_scale_start: PositiveFloat = 2.0
-    correctness_scale_end: PositiveFloat = 3.0
+    format_scale_end: PositiveFloat = 1.0  # where the format part ends
+    correctness_scale_start: PositiveFloat = 2.0  # the same of the correctness part
+    correctness_scale_end: PositiveFloat = 3.0  # the same of the correctness part
     strict_format: bool = True  # text outside the blocks and repeated blocks fail S_format
     count_extra_calls: bool = True  # superfluous calls enter the union of r_name
     extra_call_penalty: NonNegativeFloat = 0.5  # x (extra / gold) of S_acc
     penalise_spurious_calls: bool = True  # gold without calls: a call earns the lower end
     strict_match: bool = False  # ToolRL options, off by default
-    coarse: bool = False
-    length_weight: NonNegativeFloat = 0.0
-    length_target_tokens: PositiveInt = 512
+    coarse: bool = False  # S_acc is 1 for exactly the gold calls, else 0
+    length_weight: NonNegativeFloat = 0.0  # most that is earned by length; 0: nothing
+    length_target_tokens: PositiveInt = 512  # a completion that long earns all of it
+    # False: the parts above are left out of the reward; format and exactness are measured all the same
+    builtin: bool = True
+    # FILE.py:FUNCTION, whose value is added to it; each process runs it in so many workers (docs/plugins.md)
+    plugin: Plugin | None = None
+    plugin_workers: PositiveInt = 8  # processes of it
+    plugin_timeout: PositiveFloat = 5.0  # seconds a completion
+    plugin_memory: PositiveFloat = 4.0  # GiB a worker
+    plugin_env: tuple[str, ...] = ()  # names of variables that workers get besides the usual ones
+    plugin_errors: Literal["count", "stop"] = (
+        "count"  # what a value that cannot be used does to the run
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _has_parts(self):
+        if self.plugin is not None and ":" not in self.plugin:
+            raise ValueError(f"plugin {self.plugin!r}: write it as FILE.py:FUNCTION")
+        if not self.builtin and self.plugin is None:
+            raise ValueError("builtin false: no reward is left; name reward.plugin")
+        return self
 
 
 RegionName = Literal["tag", "scaffold", "name", "param", "think", "response", "other"]
+RegionRule = Literal["inverse_bound", "inverse_entropy", "inverse_gini", "constant", "uniform"]
+
+
+def rule_names(kind: str) -> tuple[str, ...]:
+    """The rules of a kind (weight, advantage, loss): one for each file in its folder of `rl/rules/`, which is not imported."""
+    files = (_PACKAGE / "rl" / "rules" / kind).glob("[a-z]*.py")
+    return tuple(sorted(file.stem for file in files))
+
+
+def _is_rule(kind: str, *more: str) -> pydantic.AfterValidator:
+    def check(name: str) -> str:
+        known = (*more, *rule_names(kind))
+        if name not in known:
+            raise ValueError(f"{name!r}: no such rule{nearest(name, known)}")
+        return name
+
+    return pydantic.AfterValidator(check)
+
+
+def _listed(kind: str, *more: str) -> Any:
+    """The same for editors, in the JSON schema."""
+    return pydantic.Field(json_schema_extra={"enum": [*more, *rule_names(kind)]})
+
+
+def _freeze(options: Any) -> tuple[tuple[str, Any], ...]:
+    """The pairs of a mapping in the order of its keys, lists as tuples: hashable, so that it can be static under jit."""
+    if not isinstance(options, Mapping):
+        raise ValueError(f"{options!r}: a mapping of options is needed, say {{share: 0.2}}")
+    pairs = {str(k): tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    if any(isinstance(value, Mapping) for value in pairs.values()):
+        raise ValueError(f"{options!r}: an option is a word, a number or a list")
+    return tuple(sorted(pairs.items()))
+
+
+# Of a rule, which checks them when the run begins (`rl.rules.check_rules`).
+Options = Annotated[
+    tuple[tuple[str, Any], ...],
+    pydantic.BeforeValidator(_freeze),
+    pydantic.PlainSerializer(dict),
+    pydantic.WithJsonSchema({"type": "object", "additionalProperties": True, "default": {}}),
+]
 
 
 class WeightsConfig(Section):
-    """Region weights (docs/method.md section 4)."""
+    """Weights of regions (docs/method.md section 4), or of single tokens by a rule of `rl/rules/weight/` (docs/methods.md)."""
 
-    rule: Literal["inverse_bound", "inverse_entropy", "inverse_gini", "constant", "uniform"] = (
-        "inverse_bound"
-    )
-    name_anchor: PositiveFloat = 1.2
+    # how a base weight comes from entropy or Gini, or a rule of single tokens
+    rule: Annotated[
+        str,
+        _is_rule("weight", *typing.get_args(RegionRule)),
+        _listed("weight", *typing.get_args(RegionRule)),
+    ] = "inverse_bound"
+    options: Options = ()  # of a rule of single tokens
+    # FILE.py, or FILE.py:NAME: a rule of single tokens of the user's own, in place of `rule` (docs/plugins.md)
+    plugin: Plugin | None = None
+    # controls: the weights shuffled within each completion, or over the wrong regions, or random ones of the same range
+    placebo: Literal["none", "shuffle", "shuffle_regions", "random"] = "none"
+    # start: of the first `entropy_steps` batches with the region, then fixed; running: a moving average
+    entropy: Literal["start", "running"] = "start"
+    entropy_steps: PositiveInt = 1  # of `entropy: start`
     entropy_floor: PositiveFloat = 1e-3  # nats
-    w_min: PositiveFloat = 0.1
-    w_max: PositiveFloat = 4.0
-    ema_decay: Decay = 0.9
-    normalizer: Literal["all_tokens", "positive_tokens", "none"] = "all_tokens"
-    # base weights of rule `constant`, and of a region never seen
+    # regions that follow their entropy; the others have base weight 1
+    entropy_regions: tuple[RegionName, ...] = ("tag", "scaffold", "name", "param", "think")
+    w_min: PositiveFloat = 0.02  # bounds of a weight
+    w_max: PositiveFloat = 20.0  # bounds of a weight
+    ema_decay: Decay = 0.9  # of `entropy: running`
+    count_decay: Decay = 0.5  # of the token counts by which shares become weights
+    # to mean one: over the tokens of each response (`all_tokens`; `positive_tokens`), or of the global batch
+    normalizer: Literal["all_tokens", "positive_tokens", "batch", "none"] = "batch"
+    # base weights of rule `constant`
     tag: NonNegativeFloat = 1.0
     scaffold: NonNegativeFloat = 1.0
     name: NonNegativeFloat = 1.2
@@ -168,6 +256,13 @@ class WeightsConfig(Section):
     # ablations: regions whose weight is zero; the only way to a zero weight besides the released preset
     zero: tuple[RegionName, ...] = ()
     allow_zero_constants: bool = False  # zeros of the released preset; with rule `constant`
+
+    @property
+    def of_regions(self) -> "WeightsConfig":
+        """Without a rule of single tokens, under which all regions weigh 1 but for those in `zero`."""
+        if self.plugin is None and self.rule in typing.get_args(RegionRule):
+            return self
+        return self.model_copy(update={"rule": "uniform", "plugin": None})
 
     @pydantic.model_validator(mode="after")
     def _ordered(self):
@@ -187,20 +282,22 @@ class WeightsConfig(Section):
 class CurriculumConfig(Section):
     """Motion of the weights over progress nu (docs/method.md section 5)."""
 
+    # how the weights move from nu = 0 to 1
     shape: Literal["linear", "cosine", "sqrt", "step", "constant", "adaptive"] = "linear"
     steps: PositiveInt | None = None  # until nu = 1; None: `run_fraction` of the run
-    run_fraction: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
+    run_fraction: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0  # of the run, until nu = 1
     stages: Annotated[int, pydantic.Field(ge=2)] = 4  # of shape `step`
-    target: Literal["weight", "mass"] = "weight"
-    alpha_format: NonNegativeFloat = 0.4
-    alpha_param: NonNegativeFloat = 0.6
-    alpha_think: NonNegativeFloat = 0.6
-    param_max: PositiveFloat | None = None  # ceilings of the ramps; None: w_max
-    think_max: PositiveFloat | None = None
-    start_param: PositiveFloat | None = None  # tuned preset: base weights set by hand at nu = 0
-    start_think: PositiveFloat | None = None
-    # target `mass` (weights.normalizer is not applied): shares of the total weight at nu = 0 and nu = 1;
-    # RESPONSE and OTHER get what is left, here nothing but w_min
+    # what nu moves: shares of the total weight from those at the start, the weights themselves, or shares set here
+    target: Literal["share", "weight", "mass"] = "share"
+    # what format gives up at nu = 1: this part of its share (target `share`), or so much weight (target `weight`)
+    alpha_format: NonNegativeFloat = 0.75
+    # target `share`: parts of it for PARAM and THINK; None: in proportion to their shares at the start
+    freed_to: tuple[NonNegativeFloat, NonNegativeFloat] | None = None
+    alpha_param: NonNegativeFloat = 0.6  # target `weight`: what is added at nu = 1
+    alpha_think: NonNegativeFloat = 0.6  # the same of thoughts
+    param_max: PositiveFloat | None = None  # target `weight`: ceilings of the ramps; None: w_max
+    think_max: PositiveFloat | None = None  # None: w_max
+    # target `mass`: shares of the total weight at nu = 0 and nu = 1; RESPONSE and OTHER get what is left, here nothing but w_min
     share_start_format: Fraction = 0.20
     share_end_format: Fraction = 0.05
     share_start_name: Fraction = 0.25
@@ -212,10 +309,16 @@ class CurriculumConfig(Section):
     # shape `adaptive`: nu = 0 at adaptive_low, 1 at adaptive_high, of the moving average of the format score
     adaptive_low: Fraction = 0.5
     adaptive_high: Fraction = 0.95
-    format_ema_decay: Decay = 0.9
+    format_ema_decay: Decay = 0.9  # of that moving average
 
     @pydantic.model_validator(mode="after")
     def _consistent(self):
+        if self.target == "share" and self.alpha_format > 1:
+            raise ValueError(
+                f"alpha_format {self.alpha_format}: of target share it is a part of format's share, at most 1"
+            )
+        if self.freed_to is not None and sum(self.freed_to) == 0:
+            raise ValueError("freed_to: 0 for PARAM and for THINK; one must be above 0")
         for end in ("start", "end"):
             total = sum(value for name, value in self if name.startswith(f"share_{end}_"))
             if total > 1 + 1e-6:
@@ -228,18 +331,29 @@ class CurriculumConfig(Section):
 
 
 class LossConfig(Section):
-    """Advantage and policy loss (docs/method.md section 7)."""
+    """Advantage and policy loss (docs/method.md section 7); their rules are files of `rl/rules/` (docs/methods.md)."""
 
-    advantage: Literal["grpo", "dr_grpo"] = "grpo"
+    advantage: Annotated[str, _is_rule("advantage"), _listed("advantage")] = "grpo"  # a rule
+    advantage_options: Options = ()  # of that rule
+    advantage_plugin: Plugin | None = None  # in place of `advantage`, as weights.plugin
+    # exact: groups that are all exact, or not at all, have no gradient either
+    group_filter: Literal["none", "exact"] = "none"
+    policy: Annotated[str, _is_rule("loss"), _listed("loss")] = (
+        "clip"  # the rule of the loss of a token
+    )
+    policy_options: Options = ()  # of that rule
+    policy_plugin: Plugin | None = None  # in place of `policy`
+    # what the sum over tokens is divided by
     aggregation: Literal["weighted_token_mean", "token_mean", "sequence_mean", "fixed_length"] = (
         "weighted_token_mean"
     )
-    clip_low: PositiveFloat = 0.2
-    clip_high: PositiveFloat = 0.2
+    clip_low: PositiveFloat = 0.2  # of policy `clip`: the ratio is clipped at 1 - clip_low
+    clip_high: PositiveFloat = 0.2  # and at 1 + clip_high
+    # of policy `clip`: of ratios with negative advantage; None: none
     dual_clip: Annotated[float, pydantic.Field(gt=1)] | None = 3.0
-    kl_coefficient: NonNegativeFloat = 0.0
-    kl_estimator: Literal["k2", "k3"] = "k3"
-    entropy_coefficient: NonNegativeFloat = 0.0
+    kl_coefficient: NonNegativeFloat = 0.0  # of the KL term to the starting policy; 0: none
+    kl_estimator: Literal["k2", "k3"] = "k3"  # k2: (log r)^2 / 2; k3: r - 1 - log r
+    entropy_coefficient: NonNegativeFloat = 0.0  # of the entropy bonus; 0: none
     load_balance_coefficient: NonNegativeFloat = 0.0  # of the experts, within each group
     vocab_chunk: PositiveInt = 256  # positions of a device whose logits exist at once
 
@@ -250,15 +364,15 @@ Moments = Literal["device", "host"]
 class OptimizerConfig(Section):
     """AdamW through optax."""
 
-    learning_rate: PositiveFloat = 1e-6
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_fraction: Fraction = 0.0
+    learning_rate: PositiveFloat = 1e-6  # the peak
+    schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up
+    warmup_fraction: Fraction = 0.0  # of the run, linear
     final_fraction: Fraction = 0.0  # end of the cosine or linear decay, of learning_rate
-    beta1: Decay = 0.9
-    beta2: Decay = 0.999
-    eps: PositiveFloat = 1e-8
+    beta1: Decay = 0.9  # of AdamW
+    beta2: Decay = 0.999  # of AdamW
+    eps: PositiveFloat = 1e-8  # of AdamW
     weight_decay: NonNegativeFloat = 0.01  # matrices only: norms and biases are masked out
-    max_grad_norm: PositiveFloat | None = 1.0
+    max_grad_norm: PositiveFloat | None = 1.0  # the gradient is clipped to it; None: never
     # Where the two moments are kept: 8 bytes a parameter, beside the devices they cost a transfer an update.
     moments: Moments = "device"
 
@@ -271,6 +385,7 @@ class LoraConfig(Section):
 
     rank: PositiveInt | None = None  # None: all weights are trained
     alpha: PositiveFloat = 32.0  # the adapters' product is scaled by alpha / rank
+    # matrices that have adapters: any of q, k, v, o, gate, up, down, or all
     targets: Annotated[
         tuple[Projection, ...],
         pydantic.Field(min_length=1),
@@ -293,8 +408,8 @@ class MeshConfig(Section):
     """Devices by axis; -1 on one axis takes what is left."""
 
     data: int | None = None  # None: one part a TPU slice or GPU node
-    fsdp: int = -1
-    expert: int = 1
+    fsdp: int = -1  # parts of every parameter, and of the batch
+    expert: int = 1  # parts of the experts, and of the batch
     tensor: int = 1  # inside a host, or over complete hosts
 
     @pydantic.model_validator(mode="after")
@@ -309,7 +424,7 @@ class TrainConfig(Section):
     """The loop."""
 
     steps: PositiveInt | None = None  # None: `epochs` over the data
-    epochs: PositiveFloat = 1.0
+    epochs: PositiveFloat = 1.0  # passes over the data, where `steps` is None
     prompts_per_update: PositiveInt | None = None  # the mini-batch; None: one update a step
     # positions of a row, of which a micro-batch has one on each data shard: prompts, each with its completions; None: no limit
     max_tokens_per_microbatch: PositiveInt | None = 16_384
@@ -317,19 +432,21 @@ class TrainConfig(Section):
         False  # gradient variance, from micro-batches of one undivided group a data shard (slower)
     )
     eval_every: NonNegativeInt = 15  # 0: only before the first and after the last step
-    eval_before: bool = True
-    checkpoint_every: PositiveInt = 15
-    keep_checkpoints: PositiveInt = 3
+    eval_before: bool = True  # also before the first step
+    checkpoint_every: PositiveInt = 15  # steps; the last is saved, too
+    keep_checkpoints: PositiveInt = 3  # the newest so many
     # prompts of which one completion is written to samples.jsonl, and all of them, token by token, to tokens.jsonl
     samples_per_step: NonNegativeInt = 4
-    tensorboard: bool = False
+    tensorboard: bool = False  # write event files into the run's folder
+    # of Weights & Biases, of Trackio; None: no run there
     wandb_project: Annotated[str, pydantic.Field(min_length=1)] | None = None
+    trackio_project: Annotated[str, pydantic.Field(min_length=1)] | None = None
 
 
 class EvaluationConfig(Section):
     """Public benchmarks that a run answers with its held-out records, every `train.eval_every` steps."""
 
-    benchmarks: tuple[Literal["api_bank"], ...] = ()
+    benchmarks: tuple[Literal["api_bank"], ...] = ()  # answered beside the held-out records
     data: Path | None = None  # the folder with their files
     limit: PositiveInt | None = None  # items of each level at most
 
@@ -354,7 +471,7 @@ class DistributedConfig(Section):
 class SftConfig(Section):
     """Supervised runs (`rest-jax sft`)."""
 
-    batch_size: PositiveInt = 64
+    batch_size: PositiveInt = 64  # records of a step
     max_tokens: PositiveInt = 8192  # prompt + answer; longer records are dropped and counted
     tool_call_weight: PositiveFloat = 1.0  # TSFT: above 1
     reasoning_weight: PositiveFloat = 1.0  # RSFT: above 1
@@ -363,10 +480,10 @@ class SftConfig(Section):
 class Config(Section):
     """Everything that a run is made of. Its folder is <output>/<name>/."""
 
-    # The name of a folder: neither "..", nor hidden as `.tokenised` is.
+    # The name of the run's folder: neither "..", nor hidden as `.tokenised` is. Default: the names of its files.
     name: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=200)]
-    output: Path = "runs"
-    seed: Seed = 0
+    output: Path = "runs"  # the folder of the folders of runs; a path or a URL (gs://, s3://)
+    seed: Seed = 0  # of the data's order and of sampling
     model: ModelConfig
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()

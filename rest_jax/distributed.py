@@ -24,6 +24,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from rest_jax.config import MeshConfig
 from rest_jax.errors import RunStopped, UserError
+from rest_jax.texts import print_text
 
 Tree = TypeVar("Tree")
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -486,6 +487,6 @@ def is_first_process() -> bool:
 
 
 def say(text: str) -> None:
-    """Prints a line on stdout, in the first process."""
+    """Prints a line on stdout, in the first process, without what a terminal would obey."""
     if is_first_process():
-        print(text, flush=True)
+        print_text(text)

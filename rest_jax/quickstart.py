@@ -49,8 +49,7 @@ def quickstart(overrides: Sequence[str] = (), fresh: bool = False) -> int:
     print(
         f"\nExact calls on tools never seen in training: {first:.1f} % -> {last:.1f} % (the reloaded export: {again:.1f} %) "
         f"in {(time.monotonic() - started) / 60:.1f} minutes.\n"
-        f"Curves: {folder / 'curves.png'}   Completions: {folder / 'samples.jsonl'}\n"
-        f"Everything on one page: rest-jax report {folder}\n"
+        f"Completions: {folder / 'samples.jsonl'}\n"
         f"Policy, ready for transformers: {exported}"
     )
     return 0

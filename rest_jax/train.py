@@ -2,7 +2,7 @@
 
 `train(config)` trains to the end, or until it is told to stop, and resumes when the same command is run again. From the step
 to the loss: `train_steps` -> `rl.step.Update` -> `rl.update.micro_gradient` -> `rl.update.policy_loss` ->
-`rl.loss.policy_token_loss`.
+`rl.loss.policy_token_loss` -> `rl.rules.loss.clip`.
 """
 
 import contextlib
@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rest_jax import plugins
+from rest_jax.analysis.closing import print_closing_table
 from rest_jax.config import Config, check_command
 from rest_jax.data.cache import load_prompts
 from rest_jax.data.loader import bucketed
@@ -25,39 +27,58 @@ from rest_jax.distributed import (
     activate,
     check_batch,
     gather,
+    is_first_process,
     local_shards,
     move_rows,
     num_data_shards,
     rows_of_shards,
-    say,
 )
 from rest_jax.errors import UNFINISHED, UserError
-from rest_jax.evaluation.heldout import Evaluator, Examples, held_out, report_evaluations
+from rest_jax.evaluation.heldout import Evaluator, Examples, held_out
 from rest_jax.files import Location
 from rest_jax.models.decoder import with_adapters
 from rest_jax.models.policy import Policy, check_positions
+from rest_jax.planning.banner import banner
 from rest_jax.planning.memory import check_memory
 from rest_jax.planning.programs import memory_programs
 from rest_jax.planning.setup import HeldOut, Lengths, Setup
+from rest_jax.rewards.plugin import check_plugin
 from rest_jax.rl.balance import check_experts
-from rest_jax.rl.curriculum import Schedule
-from rest_jax.rl.optimizer import make_optimizer
+from rest_jax.rl.optimizer import Optimizer, make_optimizer
 from rest_jax.rl.packing import BatchLengths, MicroBatch, assign_minibatches, packing_metrics
-from rest_jax.rl.prepare import StepConfig, TokenValues, active_groups
-from rest_jax.rl.step import abstract_state, init_state, make_step, plan_minibatches, policy_metrics
+from rest_jax.rl.plugins import check_traces
+from rest_jax.rl.prepare import (
+    StepConfig,
+    TokenValues,
+    active_groups,
+    minibatch_prompts,
+    step_config,
+)
+from rest_jax.rl.rules import check_rules
+from rest_jax.rl.step import (
+    Step,
+    abstract_state,
+    init_state,
+    make_step,
+    plan_minibatches,
+    policy_metrics,
+)
 from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.experience import Collector, Experience
 from rest_jax.rollout.tokens import is_shown, token_record
 from rest_jax.run.contents import digests
-from rest_jax.run.folder import RL_FINITE, Run, check_start, open_run
+from rest_jax.run.folder import RL_FINITE, check_start, open_run
 from rest_jax.run.fork import Start, check_origin
 from rest_jax.run.load import load_trained
 from rest_jax.run.loop import Loop, PendingStep, total_steps
 from rest_jax.run.preflight import check_store
+from rest_jax.run.record import launch, make_sums, recorded_arrays
 from rest_jax.run.throughput import Speed, mesh_peak_flops, reward_rates
-from rest_jax.types import Params, Sampling, ScoredBatch
+from rest_jax.terminal import print_fields
+from rest_jax.types import Params, ScoredBatch, TrainState
 
 BATCH = "rollout.prompts_per_step"  # the prompts of a step
+SHOWN = {"reward": "reward/mean", "exact": "reward/exact"}  # in the line of progress
 
 
 def train(
@@ -72,6 +93,9 @@ def train(
     RunStopped on NaN.
     """
     check_command(config, supervised=False)
+    check_rules(config)
+    check_traces(config)
+    check_plugin(config.reward)
     check_store(config)
     origin = check_start(config, restart, fork_of)
     policy = load_trained(config)
@@ -83,7 +107,9 @@ def train(
     check_positions(policy.config, longest, config.rollout.max_response_tokens)
     examples = held_out(config, policy, keep)
     steps = total_steps(config, prompts.size, BATCH)
-    describe(config, policy, prompts, examples, steps)
+    setup = make_setup(config, policy, prompts, examples, steps)
+    if is_first_process():
+        print_fields(banner(setup, describe(config, prompts, examples, steps)))
     if origin is not None:
         check_origin(origin, policy.trained, steps)
     if dry_run:
@@ -92,49 +118,37 @@ def train(
         contextlib.closing(open_run(config, policy.files, restart, origin)) as run,
         activate(policy.mesh),
     ):
+        check_memory(lambda: memory_programs(setup, setup.widths), policy.mesh)
         evaluator = Evaluator(config, policy, examples, run.stop.check) if examples else None
-        finished = train_steps(policy, prompts, evaluator, run, profile)
+        made_of = digests(policy, prompts, plugins.digests(config))
+        run.launch = launch(config, policy.mesh, made_of, "train")
+        trainer = make_trainer(config, policy, prompts, run.stop.check)
+        with contextlib.closing(trainer):
+            loop = Loop(run, steps, evaluator, SHOWN, profile)
+            finished = train_steps(trainer, loop)
         if finished:
-            report_evaluations(run.folder)
+            print_closing_table(run.folder)
     return 0 if finished else UNFINISHED
 
 
-def train_steps(
-    policy: Policy, prompts: Prepared, evaluator: Evaluator | None, run: Run, profile: int | None
-) -> bool:
-    """All steps of a run, from its newest checkpoint on; whether it came to the last one."""
-    config, mesh, rollout_mesh = run.config, policy.mesh, policy.rollout_mesh
-    steps = total_steps(config, prompts.size, BATCH)
-    cfg = dataclasses.replace(step_config(config, steps), shown_groups=shown_groups(config, policy))
-    tx = make_optimizer(config.optimizer, steps * cfg.updates)
-    run.made_of = digests(policy, prompts)
-    reference = copy_reference(config, policy)
-    abstract, shardings = abstract_state(policy, tx, cfg.schedule, config.optimizer.moments)
-    fresh = functools.partial(init_state, policy, tx, cfg.schedule, config.seed, shardings)
-    rl = make_step(policy.decoder, tx, cfg, mesh, shardings)
-    longest = Lengths(bucketed(prompts.prompts), config.rollout.max_response_tokens)
-    abstract_policy = policy.with_trained(abstract.params)
-    examples = evaluator and HeldOut(evaluator.size, evaluator.width)
-    setup = Setup(config, abstract_policy, cfg, tx, longest, examples)
-    check_memory(lambda: memory_programs(setup, longest), mesh)
-    rollout_params = rollout_cast(policy)
+def train_steps(trainer: "Trainer", loop: Loop) -> bool:
+    """All steps of a loop, from where it resumes; whether it came to the last one."""
+    policy, collector, cfg, rl = trainer.policy, trainer.collector, trainer.cfg, trainer.rl
+    config, check = trainer.config, loop.run.stop.check
+    mesh, rollout_mesh = policy.mesh, policy.rollout_mesh
     minibatch = assign_minibatches(config.rollout.prompts_per_step, cfg.updates)
-    host = HostMetrics(policy, prompts)
-    loop = Loop(run, steps, evaluator, ("reward", "reward/mean"), profile)
-    with (
-        loop.stoppable(),
-        contextlib.closing(Collector(config, policy, prompts, steps, run.stop.check)) as collector,
-    ):
-        start = Start(collector.batches.get_state(), cfg.updates)
-        state, loader_state = loop.resume(fresh, abstract, policy.trained, start)
+    with loop.stoppable():
+        state, loader_state = loop.resume(
+            trainer.fresh, trainer.abstract, policy.trained, trainer.start
+        )
         collector.resume(loader_state)
         for step in loop.steps():
             # sample and score
-            experience = collector.collect(rollout_params(state.params), state.rng, step)
-            lengths, reward = gather_lengths(experience.scored, rollout_mesh)
+            experience = collector.collect(trainer.rollout_params(state.params), state.rng, step)
+            lengths, signal = gather_lengths(experience.scored, cfg, rollout_mesh)
             scored = move_rows(experience.scored, rollout_mesh, mesh)
             # Behind the update the state that the step began with is gone.
-            run.stop.check()
+            check()
             dispatched = time.monotonic()
             with jax.profiler.TraceAnnotation("update"):
                 # advantages, token weights, global denominators
@@ -142,15 +156,15 @@ def train_steps(
                 if config.rollout.recompute_logprobs:
                     weights = with_adapters(state.params, policy.frozen)
                     recomputed = rl.logprobs(weights, scored.rollout, lengths)
-                if reference is not None:
+                if trainer.reference is not None:
                     # Its routers choose for themselves: a route belongs to the policy that sampled.
                     own = dataclasses.replace(scored.rollout, routes=None)
-                    logp_ref = rl.logprobs(reference, own, lengths).logp
+                    logp_ref = rl.logprobs(trainer.reference, own, lengths).logp
                 batch, curriculum, prepared, shown = rl.prepare(
                     scored, recomputed, logp_ref, minibatch, state.curriculum
                 )
                 # loss, gradient, optimiser
-                plan, updates = plan_minibatches(lengths, reward, cfg, mesh), []
+                plan, updates = plan_minibatches(lengths, signal, cfg, mesh), []
                 for micro_batches in plan:
                     state, totals = rl.update(state, batch, micro_batches, policy.frozen)
                     updates.append(totals)
@@ -159,16 +173,66 @@ def train_steps(
             pending = PendingStep(
                 device=(prepared, updates),
                 read=policy_metrics,
-                host=host.of_step(experience, lengths, plan),
-                rates=functools.partial(host.rates, lengths, active_groups(reward, cfg)),
+                host=trainer.host.of_step(experience, lengths, plan),
+                rates=functools.partial(trainer.host.rates, lengths, active_groups(signal, cfg)),
                 must_be_finite=RL_FINITE,
                 batch=experience.arrays(),
                 dispatched=dispatched,
                 samples=sample_lines(experience, policy, config.train.samples_per_step),
-                tokens=token_line(shown, experience, collector) if is_shown(step, steps) else None,
+                tokens=token_line(shown, experience, collector)
+                if is_shown(step, collector.steps)
+                else None,
+                sums=trainer.sums(recorded_arrays(scored, batch) | {"params": state.params}),
             )
             loop.end_step(step, pending, state, collector.snapshot())
     return loop.finished
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """What the steps of a run are made with. A resource: it holds the collector."""
+
+    config: Config
+    policy: Policy
+    cfg: StepConfig
+    collector: Collector
+    rl: Step
+    rollout_params: Callable[[Params], Params]
+    reference: Params | None  # the starting policy, which the KL term refers to
+    fresh: Callable[[], TrainState]  # the state before the first step; takes what the policy trains
+    abstract: TrainState
+    start: Start
+    host: "HostMetrics"
+    sums: Callable[[Any], Any]  # `record.make_sums`
+
+    def close(self) -> None:
+        """Ends the collector's thread."""
+        self.collector.close()
+
+
+def make_trainer(
+    config: Config, policy: Policy, prompts: Prepared, check: Callable[[], None] = lambda: None
+) -> Trainer:
+    """Compiles the functions of a run's steps. `check` as of `Collector`."""
+    steps = total_steps(config, prompts.size, BATCH)
+    cfg, tx = method(config, policy, steps)
+    reference = copy_reference(config, policy)
+    abstract, shardings = abstract_state(policy, tx, cfg.schedule, config.optimizer.moments)
+    collector = Collector(config, policy, prompts, steps, check)
+    return Trainer(
+        config,
+        policy,
+        cfg,
+        collector,
+        rl=make_step(policy.decoder, tx, cfg, policy.mesh, shardings),
+        rollout_params=rollout_cast(policy),
+        reference=reference,
+        fresh=functools.partial(init_state, policy, tx, cfg.schedule, config.seed, shardings),
+        abstract=abstract,
+        start=Start(collector.batches.get_state(), cfg.updates),
+        host=HostMetrics(policy, prompts),
+        sums=make_sums(policy.mesh),
+    )
 
 
 class HostMetrics:
@@ -208,27 +272,6 @@ class HostMetrics:
         )
 
 
-def step_config(config: Config, steps: int) -> StepConfig:
-    """The static side of the steps."""
-    rollout, train = config.rollout, config.train
-    groups = minibatch_prompts(config)
-    return StepConfig(
-        loss=config.loss,
-        schedule=Schedule(config.weights, config.curriculum, steps),
-        sampling=Sampling(rollout.temperature, rollout.top_k, rollout.top_p),
-        updates=rollout.prompts_per_step // groups,
-        fixed_length=rollout.max_response_tokens,
-        max_tokens_per_microbatch=train.max_tokens_per_microbatch,
-        tis_cap=rollout.tis_cap,
-        noise_groups=groups if train.measure_noise else None,
-    )
-
-
-def minibatch_prompts(config: Config) -> int:
-    """Prompts of an optimiser update."""
-    return config.train.prompts_per_update or config.rollout.prompts_per_step
-
-
 def copy_reference(config: Config, policy: Policy) -> Params | None:
     """The starting policy, which the KL term refers to: a second copy of the weights, or with LoRA the frozen ones themselves.
     None without that term.
@@ -238,13 +281,15 @@ def copy_reference(config: Config, policy: Policy) -> Params | None:
     return policy.frozen or jax.tree.map(jnp.copy, policy.params)
 
 
-def gather_lengths(scored: ScoredBatch, mesh: Mesh) -> tuple[BatchLengths, np.ndarray]:
-    """Lengths and rewards [P, G] of the batch of all processes."""
+def gather_lengths(
+    scored: ScoredBatch, cfg: StepConfig, mesh: Mesh
+) -> tuple[BatchLengths, np.ndarray]:
+    """Lengths and `StepConfig.signal` of the batch of all processes."""
     own = BatchLengths.of(scored.rollout)
-    prompts, responses, reward = gather(
-        (own.prompt_length, own.response_length, np.asarray(scored.reward)), mesh
+    prompts, responses, signal = gather(
+        (own.prompt_length, own.response_length, np.asarray(cfg.signal(scored))), mesh
     )
-    return BatchLengths(prompts, responses, own.widths), reward
+    return BatchLengths(prompts, responses, own.widths), signal
 
 
 def sample_lines(experience: Experience, policy: Policy, count: int) -> list[dict[str, Any]]:
@@ -295,14 +340,37 @@ def check_sizes(config: Config, policy: Policy) -> None:
         )
 
 
-def describe(
+def method(config: Config, policy: Policy, steps: int) -> tuple[StepConfig, Optimizer]:
+    """The static side of the steps of a run, and its optimiser."""
+    shown = shown_groups(config, policy)
+    cfg = dataclasses.replace(step_config(config, steps), shown_groups=shown)
+    return cfg, make_optimizer(config.optimizer, steps * cfg.updates)
+
+
+def make_setup(
     config: Config, policy: Policy, prompts: Prepared, examples: Examples | None, steps: int
-) -> None:
-    """Prints what is about to run, in a few lines."""
+) -> Setup:
+    """What the programs of the run are made of, for the check of its memory and for what is said of it."""
+    cfg, tx = method(config, policy, steps)
+    abstract, _ = abstract_state(policy, tx, cfg.schedule, config.optimizer.moments)
+    longest = Lengths(bucketed(prompts.prompts), config.rollout.max_response_tokens)
+    evaluated = examples and HeldOut(len(examples.prompts), bucketed(examples.prompts))
+    return Setup(config, policy.with_trained(abstract.params), cfg, tx, longest, evaluated)
+
+
+def describe(
+    config: Config, prompts: Prepared, examples: Examples | None, steps: int
+) -> list[tuple[str, str]]:
+    """The data and the steps of a run, as fields of the banner."""
     r = config.rollout
-    say(
-        f"{config.name}: {policy.describe()}\n"
-        f"train: {prompts.summary()}\nheld out: {examples.summary() if examples else 'none'}\n"
-        f"{steps} steps of {r.prompts_per_step} prompts x {r.group_size} completions, "
-        f"{r.prompts_per_step // minibatch_prompts(config)} update(s) a step"
-    )
+    updates = r.prompts_per_step // minibatch_prompts(config)
+    files = plugins.named(config).items()
+    return [
+        ("train", f"{config.data.train}: {prompts.summary()}"),
+        ("held out", examples.summary() if examples else "none"),
+        (
+            "steps",
+            f"{steps} steps of {r.prompts_per_step} prompts x {r.group_size} completions, {updates} update(s) a step",
+        ),
+        *((key, f"{word}: SHA-256 {plugins.read(word, key).digest}") for key, word in files),
+    ]

@@ -2,7 +2,7 @@
 
 Letters: B batch rows, P prompts (= groups), G responses a prompt, T time, Tp prompt time, Tr response time, S cache positions,
 D model, N heads, K key/value heads, H head dim, F mlp, E experts, k experts of a token, V vocabulary, L layers, R regions
-(tool_calls.NUM_REGIONS), W data shards.
+(tool_calls.NUM_REGIONS), W data shards, K parts of the reward (rewards.score.PARTS).
 
 Layout. The unit is the prompt group: one prompt and its G responses, each stored once. Prompts are right-padded
 (`prompt_length` says where they end); response token t of a group sits at position `prompt_length + t`.
@@ -104,14 +104,19 @@ class ScoredBatch:
     region: Int[AnyArray, "P G Tr"]  # int8, tool_calls.Region; NONE at and after response_length
     reward: Float[AnyArray, "P G"]  # float32, the sum of the scaled parts
     format_score: Float[AnyArray, "P G"]  # float32, S_format in [0, 1]
+    parts: Float[AnyArray, "P G K"]  # float32, scaled
+    exact: Bool[AnyArray, "P G"]  # the calls are exactly the gold ones
+    # tokens of the phrases that a rule asks for; None: no rule does
+    marked: Bool[AnyArray, "P G Tr"] | None = None
 
     def validate(self) -> "ScoredBatch":
         """Returns self; ValueError naming shapes that disagree."""
         self.rollout.validate()
         _check_shapes("ScoredBatch", self.rollout.responses.shape, self.region)
-        _check_shapes(
-            "ScoredBatch", self.rollout.responses.shape[:2], self.reward, self.format_score
-        )
+        completions = self.reward, self.format_score, self.exact, self.parts[..., 0]
+        _check_shapes("ScoredBatch", self.rollout.responses.shape[:2], *completions)
+        if self.marked is not None:
+            _check_shapes("ScoredBatch", self.rollout.responses.shape, self.marked)
         return self
 
 
@@ -123,7 +128,7 @@ class TrainBatch(ResponseBatch):
 
     logp_old: Float[Array, "P G Tr"]  # float32
     logp_ref: Float[Array, "P G Tr"] | None  # float32; None unless a KL term is on
-    advantage: Float[Array, "P G"]  # float32
+    advantage: Float[Array, "P G *Tr"]  # float32, of a completion or of each of its tokens
     loss_weight: Float[Array, "P G Tr"]  # float32, factor of the policy loss
     regulariser: Float[Array, "P G Tr"]  # float32, factor of KL and entropy terms
 
@@ -134,9 +139,12 @@ class CurriculumState:
 
     step: Int[Array, ""]  # int32, updates seen
     nu: Float[Array, ""]  # float32, progress in [0, 1]
-    entropy: Float[Array, " R"]  # float32, EMA of the mean entropy of each region, nats
-    gini: Float[Array, " R"]  # float32, EMA of the mean 1 - sum p^2
-    seen: Bool[Array, " R"]  # whether a region has occurred yet
+    # what the base weights follow: measured at the start and fixed, or moving averages (`weights.entropy`)
+    entropy: Float[Array, " R"]  # float32, mean entropy of each region, nats
+    gini: Float[Array, " R"]  # float32, mean 1 - sum p^2
+    base_count: Float[Array, " R"]  # float32, tokens a batch
+    seen: Int[Array, " R"]  # int32, batches in which a region occurred; 0: not yet measured
+    # a region that is absent from a batch keeps its average
     count: Float[Array, " R"]  # float32, EMA of the number of tokens a batch
     weight: Float[Array, " R"]  # float32, region weights in force
     format_score: Float[Array, ""]  # float32, EMA of S_format

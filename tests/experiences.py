@@ -13,7 +13,7 @@ from rest_jax.rollout.scheduler import SamplerStats
 from rest_jax.rollout.scoring import score_rollout
 from rest_jax.rollout.tokens import token_record
 from rest_jax.run.metrics import MetricsWriter
-from rest_jax.templates import TEMPLATES
+from rest_jax.templates import TEMPLATES, Template
 from rest_jax.tool_calls import Call, Target
 from rest_jax.types import RolloutBatch
 
@@ -45,7 +45,8 @@ class Bytes:
         return self.bytes_of(ids).decode("utf-8", errors="replace")
 
     def encode(self, text: str) -> list[int]:
-        return [byte + 1 for byte in text.encode()]
+        # bytes that are no UTF-8 are written as Python's surrogates
+        return [byte + 1 for byte in text.encode("utf-8", "surrogateescape")]
 
 
 def record(name: str = "one", target: Target | None = None, history: Sequence[dict] = ()):
@@ -53,7 +54,9 @@ def record(name: str = "one", target: Target | None = None, history: Sequence[di
 
 
 def experience_of(
-    groups: Sequence[tuple[StepRecord, Sequence[str]]], trainer: bool = True
+    groups: Sequence[tuple[StepRecord, Sequence[str]]],
+    trainer: bool = True,
+    template: Template = TEMPLATE,
 ) -> tuple[Experience, TokenValues]:
     """A group of completions for each record, and what a device might have made of their tokens; all but the last of a group
     end. The prompt is the history, a turn a line. With `trainer` its log-probs are 0.5 less than the sampler's.
@@ -87,7 +90,7 @@ def experience_of(
     rollout = RolloutBatch(prompt, lengths, responses, length, *values)
     records = [r for r, _ in groups]
     scored, scores = score_rollout(
-        rollout, [r.target for r in records], tokenizer, TEMPLATE, REWARD, 0.5
+        rollout, [r.target for r in records], tokenizer, template, REWARD, 0.5
     )
     weight = np.where(alive, 1 + scored.region / 8, 0).astype(np.float32)
     advantage = scored.reward - scored.reward.mean(axis=1, keepdims=True)

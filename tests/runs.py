@@ -50,7 +50,7 @@ def recipe(model: Location, output: Location, **changes) -> dict:
         "sft": {"batch_size": 4},
     }
     for section, values in changes.items():
-        raw[section] = raw[section] | values if isinstance(values, dict) else values
+        raw[section] = raw.get(section, {}) | values if isinstance(values, dict) else values
     return raw
 
 
@@ -95,6 +95,17 @@ def start(
     )
 
 
+def start_command(*words: str) -> subprocess.Popen:
+    """`rest-jax WORDS`."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "rest_jax", *words],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
@@ -103,15 +114,26 @@ def free_port() -> int:
 
 
 def start_processes(
-    words: list[str], count: int, devices: int = 1, programs: dict[int, list[str]] | None = None
+    words: list[str],
+    count: int,
+    devices: int = 1,
+    programs: dict[int, list[str]] | None = None,
+    program: Sequence[str] = ("-m", "rest_jax"),
 ) -> list[subprocess.Popen]:
-    """`rest-jax WORDS --distributed I/COUNT@..`, in every process with so many devices; `programs`: other words of some."""
+    """`rest-jax WORDS --distributed I/COUNT@..`, in every process with so many devices; `programs`: other words of some;
+    `program`: what takes the place of the command line.
+    """
     address = f"127.0.0.1:{free_port()}"
-    program = [sys.executable, "-m", "rest_jax"]
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     return [
         subprocess.Popen(
-            [*program, *(programs or {}).get(i, words), "--distributed", f"{i}/{count}@{address}"],
+            [
+                sys.executable,
+                *program,
+                *(programs or {}).get(i, words),
+                "--distributed",
+                f"{i}/{count}@{address}",
+            ],
             env=environment() | flags,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

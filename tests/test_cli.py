@@ -27,7 +27,8 @@ from tests import runs
 
 COMMANDS = (
     "train", "sft", "plan", "quickstart", "generate", "serve", "chat", "evaluate", "convert", "export", "sweep", "compare",
-    "variance", "report", "doctor", "data", "data prepare", "data inspect", "config", "config show",
+    "variance", "credit", "gain", "report", "schema", "doctor", "data", "data prepare", "data inspect", "config",
+    "config show", "new",
 )  # fmt: skip
 PROGRAMS = pathlib.Path(__file__).parent / "programs"
 
@@ -56,6 +57,31 @@ def config(tmp_path) -> pathlib.Path:
 def test_every_command_has_help(command, capsys):
     assert cli.main([*command.split(), "--help"]) == 0
     assert f"Usage: rest-jax {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "takes"),
+    [
+        (["generate", "run", "--prompt", "x"], False),
+        (["serve", "run"], False),
+        (["chat", "run"], False),
+        (["export", "run", "out"], False),
+        (["evaluate", "run", "data"], True),
+        (["variance", "run", "data"], True),
+        (["credit", "run", "data"], True),
+        (["gain", "run", "data"], True),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_code_that_a_run_names_is_run_only_when_the_command_asks_for_it(
+    words, takes, monkeypatch, capsys
+):
+    def config_of(source, overrides, plugins):
+        raise UserError(f"plugins {plugins}")
+
+    monkeypatch.setattr("rest_jax.run.load.config_of", config_of)
+    assert "plugins False" in refused(capsys, *words)
+    assert ("plugins True" if takes else "No such option") in refused(capsys, *words, "--plugins")
 
 
 def test_help_is_quick_and_does_not_import_jax():

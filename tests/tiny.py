@@ -100,9 +100,9 @@ def scored(batch: PromptBatch, seed: int = 0, **options) -> ScoredBatch:
     mask = np.arange(TIME) < sampled.response_length[..., None]
     region = np.where(mask, rng.integers(1, 8, mask.shape), 0).astype(np.int8)
     reward = rng.normal(size=mask.shape[:2]).astype(np.float32)
-    return ScoredBatch(
-        sampled, region, reward, rng.integers(0, 2, mask.shape[:2]).astype(np.float32)
-    )
+    form = rng.integers(0, 2, mask.shape[:2]).astype(np.float32)
+    parts = np.stack([form, reward - form, 0 * form, 0 * form], axis=-1)
+    return ScoredBatch(sampled, region, reward, form, parts, exact=reward > 0.5)
 
 
 def step_config(**changes) -> StepConfig:

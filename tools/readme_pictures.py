@@ -13,20 +13,18 @@ import pathlib
 import sys
 from xml.sax.saxutils import escape
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rest_jax.analysis import plotting
+from rest_jax.analysis.draws import make_draw, open_data
 from rest_jax.analysis.report import Series, read_series
-from rest_jax.analysis.variance.measure import sample_scored
 from rest_jax.config import Config
-from rest_jax.data.tokenize import load_split, prepare
 from rest_jax.errors import UserError
 from rest_jax.files import atomic_write
-from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.weights import token_weights
-from rest_jax.run.load import config_of, load_policy
-from rest_jax.templates import TEMPLATES
+from rest_jax.run.load import config_of
 from rest_jax.tool_calls import NUM_REGIONS, Region
 
 # prompts to choose from, most tokens of a completion, least tokens of its arguments
@@ -56,10 +54,13 @@ def choose_completion(config: Config) -> tuple[list[str], np.ndarray]:
 
     The run's policy completes held-out prompts at temperature 1. UserError when no completion has a call.
     """
-    policy = load_policy(config.model, config.mesh)
-    records = load_split(config.data.eval or config.data.train, config.data, config.data.eval_limit)
-    prepared = prepare(records, policy.tokenizer, TEMPLATES[config.data.template], config.data)
-    scored = sample_scored(policy, config, prepared, min(PROMPTS, prepared.size))
+    data = config.data
+    opened = open_data(config, data.eval or data.train, data.eval_limit)
+    chosen = opened.choose(min(PROMPTS, opened.prepared.size), config.seed)
+    scored, tokenizer = (
+        make_draw(opened)(chosen, jax.random.key(config.seed)),
+        opened.policy.tokenizer,
+    )
     best = None
     for prompt, completion in np.ndindex(*scored.reward.shape):
         length = int(scored.rollout.response_length[prompt, completion])
@@ -71,22 +72,24 @@ def choose_completion(config: Config) -> tuple[list[str], np.ndarray]:
             best = reward, scored.rollout.responses[prompt, completion, :length], region
     if best is None:
         raise UserError(f"no completion of {len(scored.reward)} prompts has a call to draw")
-    return [policy.tokenizer.text([i]) for i in best[1]], best[2]
+    return [tokenizer.text([i]) for i in best[1]], best[2]
 
 
 def weights_at(
     config: Config, series: dict[str, Series], index: int, region: np.ndarray
 ) -> tuple[int, np.ndarray]:
-    """(step, weight of each token float32 [T]): the region weights in force, normalised over this completion.
+    """(step, weight of each token float32 [T]): the region weights in force, normalised over this completion; those that the
+    batch of the step got, where the normaliser is over the batch.
 
     `index` counts the steps of the run, 0 the first and -1 the last.
     """
-    base = np.zeros(NUM_REGIONS, np.float32)
+    normalizer = config.weights.normalizer
+    kind, normalizer = ("weight", "none") if normalizer == "batch" else ("base", normalizer)
+    table = np.zeros(NUM_REGIONS, np.float32)
     for name in plotting.REGION_COLOURS:
-        base[Region[name.upper()]] = series[f"region/{name}/base"].values[index]
-    schedule = Schedule(config.weights, config.curriculum, config.train.steps or 1)
+        table[Region[name.upper()]] = series[f"region/{name}/{kind}"].values[index]
     row = jnp.asarray(region)[None, None]
-    weight = token_weights(row, jnp.asarray(base), schedule.normalizer)
+    weight = token_weights(row, jnp.asarray(table), normalizer)
     return series["region/name/base"].steps[index], np.asarray(weight[0, 0])
 
 

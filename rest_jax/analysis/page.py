@@ -27,7 +27,15 @@ from rest_jax.evaluation.statistics import rate_interval
 from rest_jax.files import Location, absolute, as_path, atomic_write, store_errors
 from rest_jax.rollout.tokens import read_record
 from rest_jax.run.folder import CONFIG_FILE
-from rest_jax.run.metrics import METRICS, METRICS_FILE, REGION_NAMES, TOKENS_FILE, read_lines
+from rest_jax.run.metrics import (
+    METRICS,
+    METRICS_FILE,
+    REGION_NAMES,
+    TOKENS_FILE,
+    in_order,
+    read_lines,
+)
+from rest_jax.texts import csv_cell
 
 PAGE_FILE, TABLE_FILE = "report.html", "report.csv"
 MOST_BYTES = (
@@ -68,7 +76,11 @@ SECTIONS: tuple[tuple[str, str, tuple[Panel, ...]], ...] = (
             Panel(
                 "Reward by part",
                 "reward",
-                {"reward/format_part": "format", "reward/correctness_part": "correctness"},
+                {
+                    "reward/format_part": "format",
+                    "reward/correctness_part": "correctness",
+                    "reward/plugin_part": "plug-in",
+                },
             ),
             Panel(
                 "Sampled completions",
@@ -457,10 +469,10 @@ def _write_table(table: Any, runs: Sequence[Location], names: Sequence[str]) -> 
         for line in read_lines(as_path(run) / METRICS_FILE)
     ]
     present = set().union(*(line for _, line in lines)) - {"step"}
-    columns = [name for name in METRICS if name in present]
+    columns = in_order(present)
     table.writerow(["run", "step", *columns])
     for name, line in lines:
-        table.writerow([name, line["step"], *(line.get(column) for column in columns)])
+        table.writerow([csv_cell(name), line["step"], *(line.get(column) for column in columns)])
 
 
 def _names(runs: Sequence[Location]) -> list[str]:

@@ -7,6 +7,7 @@ strictly. What cannot be read is a `RecordError` that opens with `where` and nam
 
 import json
 import math
+import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -75,6 +76,12 @@ def shown(value: Any) -> str:
     return _REPR.repr(value)[:60]
 
 
+def others(raw: Mapping[str, Any], read: Iterable[str]) -> dict[str, Any]:
+    """What an item says besides the fields that are read, without nulls and NaN, for `StepRecord.extra`."""
+    kept = {str(k): v for k, v in raw.items() if k not in read and v is not None}
+    return {k: v for k, v in kept.items() if not isinstance(v, float) or math.isfinite(v)}
+
+
 def is_given(value: Any) -> bool:
     """Whether a value says more than the default: it is not null, nor an empty text."""
     return value is not None and not (isinstance(value, str) and not value.strip())
@@ -103,6 +110,11 @@ def listed(value: Any, where: str) -> list[Any]:
     """The items of a list or of a text of JSON that is one; none for the default."""
     value = parsed(value, where)
     return [] if value is None else sequence(value, where)
+
+
+def stands_in(value: str, said: str) -> bool:
+    """Whether a value is in a text, as words of their own."""
+    return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", said) is not None
 
 
 def json_text(value: Any, where: str) -> Any:

@@ -20,11 +20,12 @@ from typing import Any
 from etils import epath
 
 from rest_jax.data import fields
-from rest_jax.data.convert import rlla
+from rest_jax.data.convert import SOURCES, rlla
 from rest_jax.data.fields import RecordError
 from rest_jax.data.items import NESTED, read_items
 from rest_jax.data.records import StepRecord, from_json, to_json
 from rest_jax.files import Location, as_path, store_errors
+from rest_jax.texts import print_text
 
 ROW_GROUP = 4096  # Parquet rows written, and held in memory, at once
 MAX_SAID = 5  # records set aside of which each has a line of its own
@@ -43,7 +44,7 @@ class Aside:
     """Counts what cannot be used; `say` (by default: stderr) is told why, of the first ones, and in the end how many."""
 
     def __init__(self, say: Callable[[str], None] | None = None):
-        self._say = say or functools.partial(print, file=sys.stderr)
+        self._say = say or functools.partial(print_text, file=sys.stderr)
         self.reasons: list[str] = []  # of the first ones
         self.count = 0
 
@@ -111,13 +112,21 @@ class LayoutError(RecordError):
     """Data of a layout that is not read as it is: where a file begins so, all of it is of that kind."""
 
 
+def _converted(source: str, raw: Any, name: str, where: str) -> StepRecord:
+    """The one record of an item; RecordError where it is none."""
+    (found,) = SOURCES[source](raw, name, where)
+    if isinstance(found, RecordError):
+        raise found
+    return found
+
+
 def _record(raw: Any, where: str, index: int, path: epath.Path) -> StepRecord:
     keys = raw.keys() if isinstance(raw, dict) else {}.keys()
     name = f"{path.stem}-{index}"
     if keys >= set(rlla.SUPERVISED) or keys >= set(rlla.PARQUET):
-        return rlla.convert(raw, name, where)[0]
+        return _converted("rlla", raw, name, where)
     if keys >= {"system", "user", "answer"}:
-        return rlla.convert_api_bank(raw, name, where)[0]
+        return _converted("api_bank", raw, name, where)
     if not keys & {"target", "history"}:
         for source, needed in _TO_PREPARE:
             if keys >= needed:

@@ -6,6 +6,7 @@ own calls and response as the target. `from_json` / `to_json` convert to and fro
 """
 
 import dataclasses
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -118,12 +119,18 @@ def _target_of(turn: dict[str, Any]) -> Target:
 
 
 def from_json(raw: Any, where: str = "record") -> StepRecord:
-    """A record from its JSON object. `where` (file and line) opens the message of the RecordError raised on any fault."""
+    """A record from its JSON object; fields that it does not know go to `extra`, unless they are nearly the name of one that it
+    knows. `where` (file and line) opens the message of the RecordError raised on any fault.
+    """
     name = mapping(raw, where).get("id")
     where = f"{where}: record {name!r}" if name is not None else where
-    _check_keys(raw, FIELDS, where)
+    others = fields.others(raw, FIELDS)
+    for key in others:
+        if close := difflib.get_close_matches(key.lower(), FIELDS, n=1, cutoff=0.8):
+            raise RecordError(f"{where}: unknown field {key!r} (is {close[0]!r} meant?)")
     _check_version(raw, where)
     messages, extra = raw.get("messages"), raw.get("extra")
+    extra = mapping(extra, f"{where}: extra") if fields.is_given(extra) else {}
     return StepRecord(
         id=_text(raw, "id", where),
         source=_text(raw, "source", where, default=""),
@@ -131,7 +138,7 @@ def from_json(raw: Any, where: str = "record") -> StepRecord:
         history=_history(raw, where),
         target=target_from_json(raw.get("target"), f"{where}: target"),
         messages=_messages(messages, where) if fields.is_given(messages) else None,
-        extra=dict(mapping(extra, f"{where}: extra")) if fields.is_given(extra) else {},
+        extra={**others, **extra},
     )
 
 

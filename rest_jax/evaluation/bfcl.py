@@ -14,9 +14,9 @@ import pathlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
+from rest_jax.child import Child, find_python
 from rest_jax.config import nearest
 from rest_jax.errors import UserError
-from rest_jax.evaluation.child import Child, find_python
 from rest_jax.evaluation.statistics import weighted_rates_interval
 from rest_jax.files import Location
 from rest_jax.run.metrics import summary_table

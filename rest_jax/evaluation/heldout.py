@@ -25,11 +25,13 @@ from rest_jax.evaluation.benchmark import BENCHMARKS, completions, encode, load,
 from rest_jax.evaluation.statistics import estimate, rate_interval
 from rest_jax.files import Location, as_path, atomic_write
 from rest_jax.models.policy import Policy, check_positions
+from rest_jax.rewards.plugin import check_plugin
+from rest_jax.rewards.score import PluginScore
 from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
-from rest_jax.rollout.scoring import score_rollout, summarise_scores, truncated
+from rest_jax.rollout.scoring import plugin_metrics, score_records, summarise_scores, truncated
 from rest_jax.run.load import load_policy
-from rest_jax.run.metrics import METRICS, METRICS_FILE, is_eval, read_lines, summary_table
+from rest_jax.run.metrics import METRICS_FILE, is_eval, read_lines, summary_table
 from rest_jax.templates import TEMPLATES
 from rest_jax.types import Params, PromptBatch, RolloutBatch, Sampling
 
@@ -136,8 +138,10 @@ class Evaluator:
         self, data: Prepared, rollout: RolloutBatch
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics and samples of the held-out records."""
-        targets, tokenizer = [r.target for r in data.records], self.policy.tokenizer
-        _, scores = score_rollout(rollout, targets, tokenizer, self.template, self.reward, 1.0)
+        tokenizer = self.policy.tokenizer
+        _, scores = score_records(rollout, data.records, tokenizer, self.template, self.reward)
+        targets = [record.target for record in data.records]
+        outcomes = [s.outcome for (s,) in scores if isinstance(s, PluginScore)]
         means = summarise_scores(scores, targets)
         lengths = rollout.response_length[:, 0]
         cut = truncated(rollout, tokenizer.stop_ids)[:, 0]
@@ -148,6 +152,7 @@ class Evaluator:
             "eval/prompts": float(len(scores)),
             "eval/prompts_without_calls": float(sum(not target.calls for target in targets)),
             **{n: float(np.std([getattr(s, f) for (s,) in scores])) for n, f in _SPREADS.items()},
+            **{f"eval/{name}": value for name, value in plugin_metrics(outcomes).items()},
         }
         rows = zip(data.records, rollout.responses[:, 0], lengths, cut, scores, strict=True)
         return metrics, [
@@ -202,6 +207,7 @@ def evaluate(
     appears once all are written. Of many processes the first has the table and writes the file. UserError for a model or
     data that cannot be used.
     """
+    check_plugin(config.reward)
     sets = {spec: load_split(spec, config.data, limit) for spec in data}
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     template = TEMPLATES[config.data.template]
@@ -236,23 +242,3 @@ def evaluate(
 def evaluations(folder: Location) -> list[dict[str, Any]]:
     """The metrics lines of a run's held-out evaluations, in order. UserError when it has no metrics."""
     return [line for line in read_lines(as_path(folder) / METRICS_FILE) if any(map(is_eval, line))]
-
-
-def report_evaluations(folder: Location) -> None:
-    """Prints the table of the first and the last evaluation of a run, and draws its curves."""
-    if not is_first_process():
-        return
-    # matplotlib takes a second to import, which the start of a run need not wait for
-    from rest_jax.analysis.report import write_curves
-
-    lines = evaluations(folder)
-    if lines:
-        # a run without an evaluation at its start may have one alone
-        ends = lines[:1] + lines[1:][-1:]
-        rows: list[list[Any]] = [["held out", *(f"step {line['step']}" for line in ends)]]
-        of_benchmarks = (name for name in METRICS if is_eval(name) and name.count("/") == 2)
-        for name in (*RATES, "eval/response_tokens", *of_benchmarks):
-            if name in ends[0]:
-                rows.append([name, *(line[name] for line in ends)])
-        print(summary_table(rows))
-    print(f"curves: {write_curves(folder)}", flush=True)

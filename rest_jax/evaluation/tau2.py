@@ -18,8 +18,8 @@ import re
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, cast
 
+from rest_jax.child import Child, find_python
 from rest_jax.errors import UserError
-from rest_jax.evaluation.child import Child, find_python
 from rest_jax.files import Location
 from rest_jax.tool_calls import Call
 from rest_jax.worlds.dialogues import Dialogue

@@ -29,6 +29,7 @@ from rest_jax.experiments import storage
 from rest_jax.experiments.worker import Engine, Experiment, Job, carry_out, shown
 from rest_jax.files import atomic_write, local_path
 from rest_jax.run.metrics import METRICS, summary_table
+from rest_jax.texts import csv_cell, print_text
 
 Scalar = str | int | float | bool | None
 PRUNERS = {
@@ -231,8 +232,9 @@ def write_results(study: optuna.Study, space: Space, folder: pathlib.Path) -> li
     with atomic_write(folder / "results.csv") as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: row["trial"]))
-    print(summary_table([list(rows[0]), *([shown(v) for v in row.values()] for row in rows)]))
+        for row in sorted(rows, key=lambda row: row["trial"]):
+            writer.writerow({name: csv_cell(value) for name, value in row.items()})
+    print_text(summary_table([list(rows[0]), *([shown(v) for v in row.values()] for row in rows)]))
     _plot(study, space, folder)
     if rows[0]["state"] == "complete":
         best = " ".join(f"{key}={shown(rows[0][key])}" for key in space.parameters)

@@ -370,7 +370,8 @@ def _adapters(module: Any, name: str, sizes: dict[str, int]) -> tuple[_Matrix, _
 
 def _init_a(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     limit = math.prod(shape[:-1]) ** -0.5
-    return jax.random.uniform(key, shape, dtype, -limit, limit)
+    # Rounded once, in the last product: the same bits on every device.
+    return limit * jax.random.uniform(key, shape, dtype, -1, 1)
 
 
 def _times(x: jax.Array, matrix: _Matrix, cfg: DecoderConfig) -> jax.Array:

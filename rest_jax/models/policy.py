@@ -6,7 +6,6 @@ import dataclasses
 import pathlib
 import re
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -49,17 +48,6 @@ class Policy:
         """The policy with these in the place of `trained`."""
         name = "params" if self.adapters is None else "adapters"
         return dataclasses.replace(self, **{name: trained})
-
-    def describe(self) -> str:
-        """Family, size and mesh in a few words, and what is trained if that is not all."""
-        total, own = (
-            sum(x.size for x in jax.tree.leaves(tree)) for tree in (self.params, self.adapters)
-        )
-        lora, adapters = self.config.lora, ""
-        if lora is not None:
-            adapters = f", LoRA of rank {lora.rank} on {' '.join(lora.targets)}: {own / 1e6:,.2f} M trained"
-        size = f"{total / 1e6:,.1f} M parameters"
-        return f"{self.config.family} policy, {size}{adapters}, mesh {dict(self.mesh.shape)}"
 
     @property
     def config(self) -> DecoderConfig:

@@ -40,9 +40,11 @@ from rest_jax.planning.setup import (
     longest_rows,
     rows_at,
 )
+from rest_jax.rewards.score import PARTS
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.packing import Rows
 from rest_jax.rl.prepare import Recomputed
+from rest_jax.rl.rules import find_phrases
 from rest_jax.rl.step import Logprobs, Update, abstract_state, make_step
 from rest_jax.rl.supervised import GoldBatch, make_prepare_gold, make_supervised_update
 from rest_jax.rollout.cast import cast_programs, rollout_cast, rollout_decoder
@@ -253,7 +255,15 @@ def _scored(setup: Setup) -> ScoredBatch:
         gini=each,
         routes=routes,
     )
-    scored = ScoredBatch(rollout, _numbers(tokens, jnp.int8), reward, reward)
+    scored = ScoredBatch(
+        rollout,
+        region=_numbers(tokens, jnp.int8),
+        reward=reward,
+        format_score=reward,
+        parts=_numbers((*tokens[:2], len(PARTS)), jnp.float32),
+        exact=_numbers(tokens[:2], jnp.bool_),
+        marked=_numbers(tokens, jnp.bool_) if find_phrases(setup.config) else None,
+    )
     return place(scored, batch_sharding(setup.policy.mesh))
 
 
@@ -340,7 +350,7 @@ def rollout_programs(setup: Setup, rollout: Rollout) -> dict[str, Program]:
     given = place(
         (_prompt_rows(engine, rollout), _decode_call(engine, rollout)), batch_sharding(mesh)
     )
-    trained = _trained(setup)
+    trained = held_by_training(setup)
     read = {name: trained[name] for name in ("parameters", "base") if name in trained}
     moments = {name: tree for name, tree in trained.items() if name not in read}
     own, cache = {"rollout weights": weights}, {"cache": state}
@@ -410,7 +420,7 @@ def _lower_cast(policy: Policy) -> Any:
     return program.lower(*largest)
 
 
-def _trained(setup: Setup) -> dict[str, Tree]:
+def held_by_training(setup: Setup) -> dict[str, Tree]:
     """What a run holds on the devices while it samples."""
     state, _ = train_state(setup)
     batch = {} if setup.step is None else {"batch": _scored(setup)}

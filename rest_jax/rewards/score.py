@@ -1,4 +1,4 @@
-"""Rule-based reward of one answer: format part + correctness part (+ length part, off by default).
+"""Rule-based reward of one answer: format part + correctness part (+ length part, off by default) (+ that of a plug-in).
 
 Host code without jax. The parts are scores in [0, 1] mapped onto bounds that move linearly with progress mu in [0, 1]:
 format hi 2 -> 1, correctness hi 2 -> 3, lo = -hi; static (an ablation): format [0, 1], correctness [-3, 3].
@@ -7,6 +7,8 @@ docs/method.md section 6.
 
 import dataclasses
 import re
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from rest_jax.config import RewardConfig
 from rest_jax.rewards.tool_call import accuracy, same_calls
@@ -24,6 +26,9 @@ _LETTER = {
 _TOOLRL = {(True, False): "TC", (False, True): "TR", (True, True): "TCR", (False, False): "T"}
 _PROSE = {(True, False): "T?C+", (False, True): "T?R", (True, True): "T?RC+", (False, False): "T"}
 
+# of `Score`, whose sum is the reward
+PARTS = ("format_part", "correctness_part", "length_part", "plugin_part")
+
 
 @dataclasses.dataclass(frozen=True)
 class Score:
@@ -37,6 +42,35 @@ class Score:
     # the format is right, and its reference reader reads the gold calls, in any order, and no others
     exact: bool
     spurious: bool  # gold has no calls, the answer calls a tool or tries to
+    length_part: float = 0.0  # off by default
+    plugin_part: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class PluginScore(Score):
+    """The score of a run with a `reward.plugin`."""
+
+    plugin_parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    plugin_fault: str | None = None  # why it has none
+
+    @property
+    def outcome(self) -> "Outcome":
+        """What the plug-in has said."""
+        return Outcome(self.plugin_parts, self.plugin_fault)
+
+
+class Outcome(NamedTuple):
+    """What a plug-in makes of a completion: named parts, or a fault and none."""
+
+    parts: Mapping[str, float]
+    fault: str | None = None
+
+
+def add_plugin(score: Score, outcome: Outcome) -> PluginScore:
+    """The score with the parts of a plug-in in its reward."""
+    part = sum(outcome.parts.values())
+    values = vars(score) | {"reward": score.reward + part, "plugin_part": part}
+    return PluginScore(**values, plugin_parts=dict(outcome.parts), plugin_fault=outcome.fault)
 
 
 def score(
@@ -58,7 +92,9 @@ def score(
         s_acc = 0.0 if spurious else 1.0
         correctness_part = bounds[0] if spurious and cfg.penalise_spurious_calls else 0.0
     format_part = scale(s_format, format_bounds(cfg, progress))
-    length_part = cfg.length_weight * min(1.0, tokens / cfg.length_target_tokens)
+    if not cfg.builtin:
+        format_part = correctness_part = 0.0
+    length_part = cfg.builtin * cfg.length_weight * min(1.0, tokens / cfg.length_target_tokens)
     return Score(
         reward=format_part + correctness_part + length_part,
         format_part=format_part,
@@ -70,6 +106,7 @@ def score(
         and answer.executable
         and same_calls(target.calls, answer.calls),
         spurious=spurious,
+        length_part=length_part,
     )
 
 

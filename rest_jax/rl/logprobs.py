@@ -400,12 +400,23 @@ def response_logprobs(
 
 
 def response_loss(
-    decoder: Decoder, params: Params, batch: ResponseBatch, rows: Rows, inputs: Any, spec: LossSpec
+    decoder: Decoder,
+    params: Params,
+    batch: ResponseBatch,
+    rows: Rows,
+    inputs: Any,
+    spec: LossSpec,
+    look_ahead: Callable[[Any, Array], Any] | None = None,
 ) -> tuple[LossAndMetrics, RouterRecord | None]:
     """(loss, sums, maxima) of the responses; the loss alone carries gradient. `inputs`: tree of arrays [W T]. See
-    `vocabulary_loss`. Also what the routers did.
+    `vocabulary_loss`. Also what the routers did. `look_ahead` completes the inputs by the log-probs of all tokens [W T], which
+    are without gradient and cost a second pass over the head.
     """
     hidden, router = response_hidden(decoder, params, batch, rows)
     head, tokens = head_matrix(params, decoder.cfg), rows.targets(batch.responses)
     with named_scope("vocabulary"):
+        if look_ahead is not None:
+            given = jax.lax.stop_gradient((hidden, head))
+            once = PassSpec(spec.sampling, spec.chunk)
+            inputs = look_ahead(inputs, vocabulary_pass(*given, tokens, rows.predicts, once)[0])
         return vocabulary_loss(hidden, head, tokens, inputs, rows.predicts, spec), router

@@ -1,7 +1,7 @@
 """The loss of one token (docs/method.md section 7): clipped, weighted policy loss, KL and entropy terms, and their metrics.
 
     r = exp(clip(logp - logp_old, -20, 20))
-    L = -min(r A, clip(r, 1 - eps_lo, 1 + eps_hi) A);  for A < 0 also L = min(L, -c A)      (dual clip)
+    L = -min(r A, clip(r, 1 - eps_lo, 1 + eps_hi) A), or that of another rule of rl/rules/loss/
     loss = sum_it c_it L_it + kl sum_it u_it K_it - bonus sum_it u_it H_it
 
 The coefficients c (`loss_weight`: token weight with its aggregation) and u (`regulariser`: plain token mean) hold every
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from rest_jax.config import LossConfig
 from rest_jax.rl.masked import EPS
+from rest_jax.rl.rules import policy_rule
 
 LOG_RATIO_CLIP = 20.0
 
@@ -37,6 +38,17 @@ class TokenInputs(NamedTuple):
     regulariser: Array  # u
     mask: Array  # bool: a token of the policy
     logp_ref: Array | None  # None without a KL term
+    # mean over the completion of logp - logp_old, without gradient; None unless the rule reads it
+    sequence_log_ratio: Array | None = None
+
+
+class PolicyLoss(NamedTuple):
+    """The policy loss of each token, and where which clip cuts; None: the rule has no such clip."""
+
+    loss: Array
+    low: Array | None = None
+    high: Array | None = None
+    dual: Array | None = None
 
 
 class TokenLoss(NamedTuple):
@@ -52,12 +64,8 @@ def policy_token_loss(seen: TokenStats, x: TokenInputs, cfg: LossConfig) -> Toke
 
     Gradient flows through `seen.logp`, and through `seen.entropy` if there is an entropy term.
     """
-    a, u = x.advantage, x.regulariser
-    r = ratio(seen.logp, x.logp_old)
-    policy = -jnp.minimum(r * a, jnp.clip(r, 1 - cfg.clip_low, 1 + cfg.clip_high) * a)
-    if cfg.dual_clip is not None:
-        policy = jnp.where(a < 0, jnp.minimum(policy, -cfg.dual_clip * a), policy)
-    loss = x.loss_weight * policy
+    u, policy = x.regulariser, policy_rule(cfg)(seen, x, cfg)
+    loss = x.loss_weight * policy.loss
     sums = {"update/policy_loss": loss}
     if cfg.entropy_coefficient > 0:
         loss = loss - cfg.entropy_coefficient * u * seen.entropy
@@ -66,7 +74,7 @@ def policy_token_loss(seen: TokenStats, x: TokenInputs, cfg: LossConfig) -> Toke
         loss = loss + cfg.kl_coefficient * u * kl
         sums["update/kl"] = u * kl
     sums |= {"update/loss": loss, "update/entropy": u * seen.entropy}
-    sums |= {name: u * value for name, value in ratio_metrics(seen.logp, x, cfg).items()}
+    sums |= {name: u * value for name, value in ratio_metrics(seen.logp, x, policy).items()}
     difference = jnp.abs(seen.logp - x.logp_old)
     return TokenLoss(
         jnp.where(x.mask, loss, 0.0),
@@ -75,17 +83,16 @@ def policy_token_loss(seen: TokenStats, x: TokenInputs, cfg: LossConfig) -> Toke
     )
 
 
-def ratio_metrics(logp: Array, x: TokenInputs, cfg: LossConfig) -> dict[str, Array]:
-    """Per token: how far the policy moved since it sampled, and which clip cuts the gradient."""
-    r, a = ratio(logp, x.logp_old), x.advantage
-    low, high = (a < 0) & (r < 1 - cfg.clip_low), (a > 0) & (r > 1 + cfg.clip_high)
-    dual = jnp.zeros_like(low) if cfg.dual_clip is None else (a < 0) & (r > cfg.dual_clip)
+def ratio_metrics(logp: Array, x: TokenInputs, policy: PolicyLoss) -> dict[str, Array]:
+    """Per token: how far the policy moved since it sampled, and which clip cuts."""
+    none = jnp.zeros(logp.shape, bool)
+    low, high, dual = (none if cut is None else cut for cut in policy[1:])
     return {
         "update/clip_fraction": low | high | dual,
         "update/clip_low_fraction": low,
         "update/clip_high_fraction": high,
         "update/dual_clip_fraction": dual,
-        "update/ratio_mean": r,
+        "update/ratio_mean": ratio(logp, x.logp_old),
         "update/logp_difference": jnp.abs(logp - x.logp_old),
         "update/approx_kl": k3(x.logp_old, logp),
     }

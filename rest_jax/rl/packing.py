@@ -286,6 +286,10 @@ class Rows:
         """An array over completions of `width` positions at their predicted tokens; zero where none is."""
         return jnp.where(self.predicts, self._take(x.reshape(-1), self.target // width), 0)
 
+    def advantages(self, x: Shaped[AnyArray, "P G *Tr"], width: int) -> Shaped[Array, "W T"]:
+        """An array over completions or over their tokens at the predicted tokens; zero where none is."""
+        return self.completions(x, width) if x.ndim == 2 else self.targets(x)
+
     def put_targets(
         self, x: Shaped[Array, "P G Tr"], values: Shaped[Array, "W T"]
     ) -> Shaped[Array, "P G Tr"]:

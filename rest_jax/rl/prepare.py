@@ -14,10 +14,12 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from rest_jax.config import LossConfig
+from rest_jax.config import Config, LossConfig
 from rest_jax.rl import curriculum, masked, weights
-from rest_jax.rl.advantages import ADVANTAGES, nonzero_advantage
 from rest_jax.rl.loss import AGGREGATIONS, MiniBatches, ratio
+from rest_jax.rl.placebo import PLACEBOS
+from rest_jax.rl.rules import Chosen, advantage_rule, choose_weight_rule
+from rest_jax.rl.view import TokenView, make_view, nonzero_advantage
 from rest_jax.tool_calls import Region
 from rest_jax.types import (
     AnyArray,
@@ -45,13 +47,52 @@ class StepConfig:
     tis_cap: float | None = None  # cap of the truncated importance weights; None: off
     noise_groups: int | None = None  # groups of a mini-batch, whose gradient noise is measured
     shown_groups: tuple[int, ...] = ()  # rows of the global batch whose `TokenValues` are asked for
+    weight_rule: Chosen | None = None  # of single tokens; None: regions alone decide
+    placebo: str = "none"  # of the weights
+    seed: int = 0  # of the run, for the rules that draw
+
+    @property
+    def advantage_rule(self) -> Chosen:
+        """The rule of the advantages."""
+        return advantage_rule(self.loss)
 
     @property
     def all_groups_active(self) -> bool:
         """Whether groups without advantage have a gradient all the same."""
         loss = self.loss
         terms = loss.kl_coefficient, loss.entropy_coefficient, loss.load_balance_coefficient
-        return max(terms) > 0
+        unfiltered = loss.group_filter == "none" and self.advantage_rule.rule.signal is None
+        return max(terms) > 0 or unfiltered
+
+    def signal(self, scored: ScoredBatch) -> AnyArray:
+        """[P G] or [P G K]: what must differ within a group for it to have an advantage."""
+        if self.loss.group_filter == "exact":
+            return scored.exact
+        return getattr(scored, self.advantage_rule.rule.signal or "reward")
+
+
+def step_config(config: Config, steps: int) -> StepConfig:
+    """The static side of the steps."""
+    rollout, train = config.rollout, config.train
+    groups = minibatch_prompts(config)
+    return StepConfig(
+        loss=config.loss,
+        schedule=curriculum.Schedule(config.weights.of_regions, config.curriculum, steps),
+        sampling=Sampling(rollout.temperature, rollout.top_k, rollout.top_p),
+        updates=rollout.prompts_per_step // groups,
+        fixed_length=rollout.max_response_tokens,
+        max_tokens_per_microbatch=train.max_tokens_per_microbatch,
+        tis_cap=rollout.tis_cap,
+        noise_groups=groups if train.measure_noise else None,
+        weight_rule=choose_weight_rule(config),
+        placebo=config.weights.placebo,
+        seed=config.seed,
+    )
+
+
+def minibatch_prompts(config: Config) -> int:
+    """Prompts of an optimiser update."""
+    return config.train.prompts_per_update or config.rollout.prompts_per_step
 
 
 @struct.dataclass
@@ -68,13 +109,13 @@ class TokenValues:
     """What the device made of the tokens of n groups (`StepConfig.shown_groups`), for people to look at."""
 
     weight: Float[AnyArray, "n G T"]  # normalised token weight, before the denominators
-    advantage: Float[AnyArray, "n G"]
+    advantage: Float[AnyArray, "n G"]  # mean over the tokens where they differ
     logp: Float[AnyArray, "n G T"] | None  # by the trainer; None where it was not recomputed
 
 
-def active_groups(reward: np.ndarray, cfg: StepConfig) -> np.ndarray:
-    """bool [P]: the groups that must be computed, from rewards [P, G]; the others have no gradient."""
-    return (reward.max(axis=1) != reward.min(axis=1)) | cfg.all_groups_active
+def active_groups(signal: np.ndarray, cfg: StepConfig) -> np.ndarray:
+    """bool [P]: the groups that must be computed, from `StepConfig.signal`; the others have no gradient."""
+    return nonzero_advantage(signal) | cfg.all_groups_active
 
 
 @jax.named_scope("prepare")
@@ -91,7 +132,10 @@ def prepare(
     old = rollout if recomputed is None else recomputed
     stats = weights.region_stats(scored.region, old.entropy, old.gini)
     new = curriculum.update(state, stats, jnp.mean(scored.format_score), cfg.schedule)
-    weight = weights.token_weights(scored.region, new.weight, cfg.schedule.normalizer)
+    view = make_view(scored, old, new, cfg.seed)
+    advantage = compute_advantage(view, cfg)
+    view = dataclasses.replace(view, advantage=advantage)
+    weight = weigh_tokens(view, new.weight, cfg)
     metrics = reward_metrics(scored) | rollout_metrics(rollout)
     metrics |= curriculum_metrics(scored, weight, stats, new)
 
@@ -105,7 +149,8 @@ def prepare(
             tis = jnp.minimum(ratio(recomputed.logp, rollout.logp), cfg.tis_cap)
             metrics["update/tis_weight_mean"] = masked.mean_over_mask(tis, mask)
             loss_weight = loss_weight * tis
-    active = nonzero_advantage(scored.reward) | cfg.all_groups_active
+    metrics["update/phantom_gradient"] = phantom_gradient(view, loss_weight)
+    active = nonzero_advantage(cfg.signal(scored)) | cfg.all_groups_active
     counted = mask & active[:, None, None]
     batch = TrainBatch(
         prompt=rollout.prompt,
@@ -115,13 +160,45 @@ def prepare(
         routes=rollout.routes,
         logp_old=old.logp,
         logp_ref=logp_ref,
-        advantage=ADVANTAGES[cfg.loss.advantage](scored.reward),
+        advantage=advantage,
         loss_weight=loss_weight,
         regulariser=counted / jnp.maximum(minibatches.total(jnp.sum(counted, (1, 2))), 1),
     )
     rows = np.array(cfg.shown_groups, np.int32)
     logp = None if recomputed is None else recomputed.logp[rows]
-    return batch, new, metrics, TokenValues(weight[rows], batch.advantage[rows], logp)
+    shown = advantage[rows]
+    if shown.ndim == 3:
+        shown = masked.mean_over_mask(shown, mask[rows], axis=-1)
+    return batch, new, metrics, TokenValues(weight[rows], shown, logp)
+
+
+def compute_advantage(view: TokenView, cfg: StepConfig) -> Float[Array, "P G *T"]:
+    """By the rule: of completions, or of their tokens, then zero outside the mask. Without gradient."""
+    advantage = cfg.advantage_rule(view)
+    if advantage.ndim == 3:
+        advantage = jnp.where(view.mask, advantage, 0.0)
+    if cfg.loss.group_filter == "exact":
+        mixed = nonzero_advantage(view.exact)
+        advantage = jnp.where(jnp.expand_dims(mixed, range(1, advantage.ndim)), advantage, 0.0)
+    return jax.lax.stop_gradient(advantage)
+
+
+def weigh_tokens(
+    view: TokenView, region_weight: Float[Array, " R"], cfg: StepConfig
+) -> Float[Array, "P G T"]:
+    """Weight of its region x that of the rule, by the placebo elsewhere, normalised. Without gradient."""
+    weight = weights.token_weights(view.region, region_weight, "none")
+    if cfg.weight_rule is not None:
+        weight = weight * cfg.weight_rule(view)
+    weight = PLACEBOS[cfg.placebo](weight, view, cfg.seed)
+    return jax.lax.stop_gradient(weights.NORMALIZERS[cfg.schedule.normalizer](weight, view.mask))
+
+
+def phantom_gradient(view: TokenView, loss_weight: Float[Array, "P G T"]) -> Float[Array, ""]:
+    """Share of the policy gradient, as the sum of |coefficient x advantage|, that groups without any exact completion have."""
+    size = jnp.sum(jnp.abs(loss_weight * view.token_advantage), axis=(1, 2))
+    without = ~jnp.any(view.exact, axis=1)
+    return jnp.sum(jnp.where(without, size, 0.0)) / jnp.maximum(jnp.sum(size), 1e-30)
 
 
 def mismatch(logp: Float[Array, "P G T"], rollout: RolloutBatch) -> Metrics:

@@ -6,6 +6,7 @@ that holds most of its bytes; on a tie to the more specific one. Vectorised over
 Python touches answers, never tokens. Host code (NumPy).
 """
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -56,6 +57,26 @@ def label_tokens(
     rows = np.flatnonzero(has_stop)
     region[rows, lengths[rows]] = Region.TAG
     return region
+
+
+def mark_phrases(
+    texts: Sequence[bytes], token_bytes: Int[np.ndarray, "B T"], phrases: Sequence[str]
+) -> Bool[np.ndarray, "B T"]:
+    """bool [B, T]: the tokens that hold a byte of one of the phrases, as complete words, in small letters or capitals, with any
+    white space between their words.
+
+    texts: the bytes of each row's tokens of text; token_bytes: bytes of each id.
+    """
+    words = (rb"\s+".join(re.escape(w.encode()) for w in phrase.split()) for phrase in phrases)
+    pattern = re.compile(rb"(?<!\w)(?:" + b"|".join(words) + rb")(?!\w)", re.IGNORECASE)
+    marked = np.zeros(token_bytes.shape, bool)
+    end = np.cumsum(token_bytes, axis=1, dtype=np.int64)
+    for row, text in enumerate(texts):
+        for found in pattern.finditer(text):
+            first = np.searchsorted(end[row], found.start(), side="right")
+            last = np.searchsorted(end[row], found.end() - 1, side="right")
+            marked[row, first : last + 1] = True
+    return marked
 
 
 def _label_text(

@@ -25,9 +25,10 @@ from rest_jax.config import LossConfig
 from rest_jax.distributed import num_data_shards
 from rest_jax.models.decoder import Decoder, with_adapters
 from rest_jax.models.moe import RouterRecord
+from rest_jax.rl import masked
 from rest_jax.rl.balance import RouterSums, balance_loss, router_metrics, sum_router
 from rest_jax.rl.logprobs import LossAndMetrics, LossSpec, response_loss
-from rest_jax.rl.loss import TokenInputs, policy_token_loss
+from rest_jax.rl.loss import TokenInputs, policy_rule, policy_token_loss
 from rest_jax.rl.optimizer import Optimizer
 from rest_jax.rl.packing import Rows, empty_rows
 from rest_jax.types import Params, ResponseBatch, Sampling, TrainBatch, TrainState
@@ -80,7 +81,7 @@ def policy_loss(
     """This micro-batch's share of the mini-batch's loss and of its metrics."""
     inputs = TokenInputs(
         logp_old=rows.targets(batch.logp_old),
-        advantage=rows.completions(batch.advantage, batch.widths[1]),
+        advantage=rows.advantages(batch.advantage, batch.widths[1]),
         loss_weight=rows.targets(batch.loss_weight),
         regulariser=rows.targets(batch.regulariser),
         mask=rows.predicts,
@@ -92,11 +93,24 @@ def policy_loss(
         cfg.vocab_chunk,
         needs_entropy_gradient=cfg.entropy_coefficient > 0,
     )
+    look_ahead = None
+    if policy_rule(cfg).rule.reads_sequence:
+        look_ahead = functools.partial(add_sequence_ratio, batch=batch, rows=rows)
     balance = inputs.regulariser if cfg.load_balance_coefficient > 0 else None
     out, router = response_loss(
-        decoder, params, batch, dataclasses.replace(rows, balance=balance), inputs, spec
+        decoder, params, batch, dataclasses.replace(rows, balance=balance), inputs, spec, look_ahead
     )
     return add_router(out, router, cfg.load_balance_coefficient)
+
+
+def add_sequence_ratio(
+    inputs: TokenInputs, logp: Float[Array, "W T"], batch: TrainBatch, rows: Rows
+) -> TokenInputs:
+    """With the mean of logp - logp_old over the tokens of each completion, which lie in one row."""
+    empty = jnp.zeros(batch.responses.shape, jnp.float32)
+    log_ratio = rows.put_targets(empty, jnp.where(inputs.mask, logp - inputs.logp_old, 0.0))
+    mean = masked.mean_over_mask(log_ratio, batch.mask, axis=-1)
+    return inputs._replace(sequence_log_ratio=rows.completions(mean, batch.widths[1]))
 
 
 def add_router(

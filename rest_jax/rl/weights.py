@@ -1,19 +1,20 @@
 """Region weights from entropies, and token weights from region weights (docs/method.md sections 3 and 4).
 
-    inverse_bound     w_r = 1 / (1 - exp(-H_r))          as described for ResT, the default
-    inverse_entropy   w_r = 1 / H_r
-    inverse_gini      w_r = 1 / mean(1 - sum_v p^2)      the exact second moment of the score, which the first bounds
-    constant          w_r from the config
-    uniform           w_r = 1                            plain GRPO
+    inverse_bound     b_r = 1 / (1 - exp(-H_r))          as described for ResT, the default
+    inverse_entropy   b_r = 1 / H_r
+    inverse_gini      b_r = 1 / mean(1 - sum_v p^2)      the exact second moment of the score, which the first bounds
+    constant          b_r from the config
+    uniform           b_r = 1                            plain GRPO
 
-In: mean entropy and Gini of each region [R]; the region id of each token. Out: weights, float32, without gradient.
+In: mean entropy and Gini of each region [R], with its number of tokens; the region id of each token. Out: weights, float32,
+without gradient.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from rest_jax.config import WeightsConfig
 from rest_jax.rl.masked import EPS
@@ -24,7 +25,7 @@ POLICY_REGIONS = tuple(r for r in Region if r is not Region.NONE)
 
 @struct.dataclass
 class RegionStats:
-    """What one global batch says of each region; a region without tokens has count 0 and means 0."""
+    """What one global batch says of each region; NONE, and a region without tokens, has count 0 and means 0."""
 
     entropy: Float[Array, " R"]  # mean over the tokens of the region, nats
     gini: Float[Array, " R"]
@@ -35,7 +36,8 @@ def region_stats(
     region: Int[Array, "P G T"], entropy: Float[Array, "P G T"], gini: Float[Array, "P G T"]
 ) -> RegionStats:
     """Means over the global batch, hence across all devices."""
-    member = region[..., None] == jnp.arange(NUM_REGIONS)  # [P, G, T, R]
+    regions = jnp.arange(NUM_REGIONS)
+    member = (region[..., None] == regions) & (regions != Region.NONE)  # [P, G, T, R]
     count = jnp.sum(member, axis=(0, 1, 2), dtype=jnp.float32)
 
     def mean(x):
@@ -80,49 +82,43 @@ ENTROPY_RULES = {
 }
 
 
-def base_weights(
-    entropy: Float[Array, " R"],
-    gini: Float[Array, " R"],
-    seen: Bool[Array, " R"],
-    cfg: WeightsConfig,
-) -> Float[Array, " R"]:
-    """Weights before the curriculum, clipped to [w_min, w_max]; regions never seen have their constant.
+def base_weights(measured: RegionStats, cfg: WeightsConfig) -> Float[Array, " R"]:
+    """Weights before the curriculum, clipped to [w_min, w_max]; NONE has 0.
 
-    Entropy rules are scaled so that NAME has its anchor. Until a name has been seen, they are scaled so that the seen regions
-    have the mean of their constants. A constant of zero (rule `constant`, the released preset) stays zero.
+    Entropy rules: the weights of `entropy_regions` are scaled to the token-weighted mean 1. The other regions have 1, and so
+    has a region not yet measured (count 0): the mean over all tokens is 1. Numbers of rule `constant` are not scaled, and one of
+    0 stays 0 (the released preset).
     """
-    fixed = jnp.asarray(constants(cfg))
-    if cfg.rule == "uniform":
-        return jnp.ones(NUM_REGIONS, jnp.float32).at[Region.NONE].set(0.0)
-    if cfg.rule == "constant":
-        weight = fixed
+    if cfg.rule in ("constant", "uniform"):
+        weight = jnp.asarray(constants(cfg)) if cfg.rule == "constant" else jnp.ones(NUM_REGIONS)
     else:
-        raw = ENTROPY_RULES[cfg.rule](entropy, gini, cfg.entropy_floor)
-        seen = seen.at[Region.NONE].set(False)
-        by_mean = jnp.sum(jnp.where(seen, fixed, 0)) / jnp.maximum(
-            jnp.sum(jnp.where(seen, raw, 0)), EPS
-        )
-        scale = jnp.where(seen[Region.NAME], cfg.name_anchor / raw[Region.NAME], by_mean)
-        weight = jnp.where(seen, raw * scale, fixed)
-    return jnp.where(weight > 0, jnp.clip(weight, cfg.w_min, cfg.w_max), 0.0)
+        raw = ENTROPY_RULES[cfg.rule](measured.entropy, measured.gini, cfg.entropy_floor)
+        chosen = np.isin(np.arange(NUM_REGIONS), [Region[r.upper()] for r in cfg.entropy_regions])
+        followed = chosen & (measured.count > 0)
+        count = jnp.where(followed, measured.count, 0.0)
+        mean = jnp.sum(count * raw) / jnp.maximum(jnp.sum(count), 1)
+        weight = jnp.where(followed, raw / jnp.maximum(mean, EPS), 1.0)
+    weight = jnp.where(weight > 0, jnp.clip(weight, cfg.w_min, cfg.w_max), 0.0)
+    return weight.at[Region.NONE].set(0.0)
 
 
 def token_weights(
     region: Int[Array, "P G T"], region_weight: Float[Array, " R"], normalizer: str
 ) -> Float[Array, "P G T"]:
-    """Weight of each token, normalised within its response; zero on NONE; never carries gradient."""
+    """Weight of each token, normalised within its response or over the batch; zero on NONE; never carries gradient."""
     weight = jnp.take(region_weight.at[Region.NONE].set(0.0), region.astype(jnp.int32))
     return jax.lax.stop_gradient(NORMALIZERS[normalizer](weight, region != Region.NONE))
 
 
-def _per_sequence_mean(weight, counted):
-    mean = jnp.sum(weight, -1, keepdims=True) / jnp.maximum(jnp.sum(counted, -1, keepdims=True), 1)
-    return weight / (mean + EPS)
+def _to_mean_one(weight, counted, axis):
+    tokens = jnp.maximum(jnp.sum(counted, axis, keepdims=True), 1)
+    return weight / (jnp.sum(weight, axis, keepdims=True) / tokens + EPS)
 
 
 NORMALIZERS = {
-    "all_tokens": _per_sequence_mean,
-    "positive_tokens": lambda weight, mask: _per_sequence_mean(weight, weight > 0),
+    "all_tokens": lambda weight, mask: _to_mean_one(weight, mask, -1),
+    "positive_tokens": lambda weight, mask: _to_mean_one(weight, weight > 0, -1),
+    "batch": lambda weight, mask: _to_mean_one(weight, mask, None),
     "none": lambda weight, mask: weight,
 }
 

@@ -9,8 +9,9 @@ little is left to wait for when the last one ends. Scores do not depend on when 
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,16 +19,24 @@ import numpy as np
 
 from rest_jax.config import Config
 from rest_jax.data.loader import Loader
-from rest_jax.data.records import StepRecord
+from rest_jax.data.records import StepRecord, to_json
 from rest_jax.data.tokenize import Prepared
 from rest_jax.distributed import gather, local_shards, rows_of_shards
 from rest_jax.models.policy import Policy
-from rest_jax.rewards.score import Score
+from rest_jax.rewards.plugin import open_plugin
+from rest_jax.rewards.score import Outcome, Score
+from rest_jax.rl.rules import find_phrases
 from rest_jax.rollout.scheduler import SamplerStats, make_sampler, rows_of_group
-from rest_jax.rollout.scoring import score_rollout, summarise_scores, truncated
+from rest_jax.rollout.scoring import (
+    Scoring,
+    begin_scoring,
+    plugin_metrics,
+    share_outcomes,
+    summarise_scores,
+    truncated,
+)
 from rest_jax.run.checkpoint import AHEAD
 from rest_jax.templates import TEMPLATES
-from rest_jax.tool_calls import Target
 from rest_jax.types import Params, PromptBatch, RolloutBatch, Routes, Sampling, ScoredBatch
 
 # Fields of `Score` whose means are metrics of the step.
@@ -71,7 +80,9 @@ class Experience:
 
 
 class Collector:
-    """Samples and scores the batches of a run. A resource: it holds the compiled sampler and a thread."""
+    """Samples and scores the batches of a run. A resource: it holds the compiled sampler, a thread, and the workers of a
+    plug-in.
+    """
 
     def __init__(
         self,
@@ -88,6 +99,8 @@ class Collector:
         self.sampler = make_sampler(policy, r, r.group_size, sampling, r.replay_routing)
         self.check = self.sampler.between_calls = check
         self.template = TEMPLATES[config.data.template].behind(policy.tokenizer.thought_open)
+        self.phrases = find_phrases(config)
+        self.plugin = open_plugin(config.reward)
         self.rows = rows_of_shards(r.prompts_per_step, local_shards(mesh), mesh)
         self.batches = Loader(
             prompts,
@@ -106,7 +119,7 @@ class Collector:
 
     def resume(self, loader_state: dict[str, Any]) -> None:
         """Moves to where a snapshot was taken, or to the start of the data."""
-        self.saved = loader_state.pop(AHEAD, None)
+        self.saved, self.ahead = loader_state.pop(AHEAD, None), None
         self.batches.set_state(loader_state)
 
     def snapshot(self) -> Callable[[], dict[str, Any]]:
@@ -142,10 +155,11 @@ class Collector:
         loaded = time.monotonic()
         progress = min(1.0, (step - 1) / (self.config.reward.progress_steps or self.steps))
         pending: dict[int, concurrent.futures.Future] = {}
+        if self.plugin is not None:
+            self.plugin.begin()
 
         def on_group(prompt: int, rows: RolloutBatch) -> None:
-            target = records[prompt].target
-            pending[prompt] = self.pool.submit(self._score, rows, target, progress)
+            pending[prompt] = self.pool.submit(self._score, rows, records[prompt], progress)
 
         with jax.profiler.TraceAnnotation("rollout"):
             if saved is None:
@@ -159,16 +173,26 @@ class Collector:
         sampled = time.monotonic()
         self.check()
         with jax.profiler.TraceAnnotation("score"):
-            parts = [pending[prompt].result() for prompt in range(len(records))]
+            read = [pending[prompt].result() for prompt in range(len(records))]
+            shared = {}
+            if self.plugin is not None:
+                rows = map(int, self.rows)
+                shared = share_outcomes(
+                    {row: asked for row, (_, asked, _) in zip(rows, read, strict=True)}
+                )
+            parts = [
+                scoring.finish(shared.get(int(row)))
+                for row, (scoring, _, _) in zip(self.rows, read, strict=True)
+            ]
         seconds = {
             "time/data": loaded - started,
             "time/rollout": sampled - loaded,
-            "time/score": sum(seconds for _, _, seconds in parts),
+            "time/score": sum(seconds for _, _, seconds in read),
             "time/score_wait": time.monotonic() - sampled,
         }
         return Experience(
-            scored=_join(rollout, [part for part, _, _ in parts]),
-            scores=[scores for _, scores, _ in parts],
+            scored=_join(rollout, [part for part, _ in parts]),
+            scores=[scores for _, (scores,) in parts],
             records=records,
             row=batch.row,
             progress=progress,
@@ -177,7 +201,11 @@ class Collector:
             seconds=seconds
             if saved is None
             else {k: float(x) for k, x in saved["seconds"].items()},
-            means=self._means(rollout, [scores for _, scores, _ in parts], records),
+            means=self._means(rollout, [scores for _, (scores,) in parts], records)
+            | {
+                f"reward/{name}": value
+                for name, value in plugin_metrics(list(itertools.chain(*shared.values()))).items()
+            },
         )
 
     def _means(
@@ -195,18 +223,23 @@ class Collector:
         }
 
     def _score(
-        self, rows: RolloutBatch, target: Target, progress: float
-    ) -> tuple[ScoredBatch, list[Score], float]:
+        self, rows: RolloutBatch, record: StepRecord, progress: float
+    ) -> tuple[Scoring, Sequence[concurrent.futures.Future[Outcome]], float]:
+        """A group as it is read, what a plug-in was asked about it, and the seconds of all but its answers."""
         started = time.monotonic()
         with jax.profiler.TraceAnnotation("reward"):
-            scored, (scores,) = score_rollout(
-                rows, [target], self.policy.tokenizer, self.template, self.config.reward, progress
-            )
-        return scored, scores, time.monotonic() - started
+            known = self.policy.tokenizer, self.template, self.config.reward
+            scoring = begin_scoring(rows, [record.target], *known, progress, self.phrases)
+            asked = []
+            if self.plugin is not None:
+                asked = self.plugin.ask(to_json(record), scoring.answers, scoring.texts)
+        return scoring, asked, time.monotonic() - started
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends the thread and the workers."""
         self.pool.shutdown(cancel_futures=True)
+        if self.plugin is not None:
+            self.plugin.close()
 
 
 def read_rollout(arrays: dict[str, np.ndarray], rows: np.ndarray) -> RolloutBatch:
@@ -219,8 +252,8 @@ def read_rollout(arrays: dict[str, np.ndarray], rows: np.ndarray) -> RolloutBatc
 
 def _join(rollout: RolloutBatch, parts: list[ScoredBatch]) -> ScoredBatch:
     def rows(field: str) -> Any:
-        return np.concatenate([getattr(part, field) for part in parts])
+        values = [getattr(part, field) for part in parts]
+        return None if values[0] is None else np.concatenate(values)
 
-    return ScoredBatch(
-        rollout, rows("region"), reward=rows("reward"), format_score=rows("format_score")
-    ).validate()
+    names = [f.name for f in dataclasses.fields(ScoredBatch) if f.name != "rollout"]
+    return ScoredBatch(rollout, **{name: rows(name) for name in names}).validate()

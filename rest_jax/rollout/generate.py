@@ -25,6 +25,7 @@ from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.run.load import load_policy
 from rest_jax.templates import TEMPLATES
+from rest_jax.texts import print_text
 from rest_jax.tool_calls import Target
 from rest_jax.types import PromptBatch, Sampling
 
@@ -43,7 +44,7 @@ def generate(
     prompts = [Ragged.of(column) for column in columns]
     prepared = fitting(records, prompts, config.data.max_prompt_tokens, refused)
     if refused:
-        print(said_aside(refused), file=sys.stderr)
+        print_text(said_aside(refused), sys.stderr)
     longest = int(prepared.prompts.lengths.max())
     check_positions(policy.config, longest, r.max_response_tokens)
     sampling = Sampling(r.temperature, r.top_k, r.top_p, greedy)

@@ -98,12 +98,17 @@ def token_record(
         "correctness_bounds": correctness_bounds(cfg, experience.progress),
         "prompts": prompts,
     }
+    return write_record(step)
+
+
+def write_record(step: dict[str, Any]) -> dict[str, str]:
+    """The line of the JSON above."""
     text = json.dumps(step, allow_nan=False, separators=(",", ":"))
     return {"tokens": base64.b64encode(zlib.compress(text.encode())).decode()}
 
 
 def read_record(line: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `token_record`; ValueError (or zlib.error) for a line that it did not make."""
+    """The inverse of `write_record`; ValueError (or zlib.error) for a line that it did not make."""
     return json.loads(zlib.decompress(base64.b64decode(line["tokens"], validate=True)))
 
 

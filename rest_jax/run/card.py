@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import rest_jax
-from rest_jax.config import Config, dump
+from rest_jax.config import Config, LossConfig, dump
 from rest_jax.files import Location, as_path
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run import checkpoint
 from rest_jax.run.contents import MADE_OF
-from rest_jax.run.metrics import METRICS, METRICS_FILE, is_eval, read_lines
+from rest_jax.run.metrics import METRICS_FILE, is_eval, metric, read_lines
+from rest_jax.run.record import CERTIFICATE_FILE, certificate_rows, file_digest
 from rest_jax.templates import TEMPLATES
 from rest_jax.templates.chat_template import PLUGIN, trained
 
@@ -55,6 +56,7 @@ def _model_card(run: Location, config: Config, command: str) -> str:
         f"```\n{command}\n```",
         f"`rest-jax serve` takes the same folder, with `{_options(config)}`.",
         *_figures(run, lines),
+        *_audit(run),
         "## Made of",
         "\n".join(f"- {name}: `{value}`" for name, value in made_of.items()),
         "```yaml\n" + dump(config) + "```",
@@ -87,8 +89,14 @@ def _method(config: Config, lines: Sequence[Mapping[str, Any]]) -> str:
     own = "" if lora.rank is None else f"LoRA of rank {lora.rank}, "
     if not any("reward/mean" in line for line in lines):
         return f"{own}supervised"
-    rule, size = config.weights.rule, config.rollout.group_size
-    return f"{own}GRPO with token weights by the rule `{rule}`, {size} completions a prompt"
+    rule, size = config.weights.plugin or config.weights.rule, config.rollout.group_size
+    loss, usual = config.loss, LossConfig()
+    changed = [
+        f"{name} `{getattr(loss, f'{name}_plugin') or getattr(loss, name)}`, "
+        for name in ("advantage", "policy")
+        if getattr(loss, f"{name}_plugin") or getattr(loss, name) != getattr(usual, name)
+    ]
+    return f"{own}GRPO with token weights by the rule `{rule}`, {''.join(changed)}{size} completions a prompt"
 
 
 def _figures(run: Location, lines: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -97,7 +105,7 @@ def _figures(run: Location, lines: Sequence[Mapping[str, Any]]) -> list[str]:
     evaluated = [line for line in lines if any(map(is_eval, line))]
     if evaluated:
         first, last = evaluated[0], evaluated[-1]
-        rows = [f"| {name} | {first.get(name, float('nan')):.4g} | {value:.4g} | {METRICS[name].meaning} |"
+        rows = [f"| {name} | {first.get(name, float('nan')):.4g} | {value:.4g} | {metric(name).meaning} |"
                 for name, value in last.items() if is_eval(name)]  # fmt: skip
         head = (
             f"| metric | step {first['step']} | step {last['step']} | |\n| --- | --- | --- | --- |"
@@ -108,6 +116,24 @@ def _figures(run: Location, lines: Sequence[Mapping[str, Any]]) -> list[str]:
         if result is not None:
             found += [f"## {result['benchmark']}", _table(result)]
     return found
+
+
+def _audit(run: Location) -> list[str]:
+    """What `rest-jax audit` found, if it was of this state of the run."""
+    folder = as_path(run)
+    if not (folder / CERTIFICATE_FILE).is_file():
+        return []
+    found = json.loads((folder / CERTIFICATE_FILE).read_text())
+    if found["metrics"] != file_digest(folder / METRICS_FILE):
+        return []
+    by = found["repeated_by"]
+    rows = [["step", "result", "from", "steps replayed"], ["---"] * 4, *certificate_rows(found)]
+    said = (
+        f"`rest-jax audit` {found['result']}: {len(found['steps'])} of {found['recorded']:,} steps were repeated on "
+        f"{by['devices']['kind']} with jaxlib {by['versions']['jaxlib']} (seed {found['seed']}) and compared "
+        f"{found['comparison']}."
+    )
+    return ["## Audit", said, "\n".join(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def _result(file: Any) -> dict[str, Any] | None:

@@ -37,7 +37,7 @@ from rest_jax.files import (
 )
 from rest_jax.models.hf import store
 from rest_jax.models.hf.remote import ATOMICITY, checkpoint_path, is_complete
-from rest_jax.types import CurriculumState, Params, TrainState
+from rest_jax.types import Params, TrainState
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
@@ -248,8 +248,8 @@ def shapes(path: epath.Path) -> dict[str, tuple[int, ...]]:
 
 
 def curriculum(path: epath.Path) -> dict[str, np.ndarray]:
-    """The fields of the curriculum's state in a checkpoint, by name."""
-    names = [field.name for field in dataclasses.fields(CurriculumState)]
+    """The fields of the curriculum's state in a checkpoint, by name; those of the version that saved it."""
+    names = [name.split(".")[-1] for name in shapes(path) if name.startswith("rest.curriculum.")]
     read = (store.open_array(path / "rest", ("curriculum", name)).read() for name in names)
     return {name: future.result() for name, future in zip(names, read, strict=True)}
 
@@ -354,9 +354,7 @@ def _read_arrays(path: epath.Path) -> Any:
 def _compare(path: epath.Path, stored: dict[str, Any], abstract: dict[str, Any]) -> None:
     for name in sorted(stored.keys() ^ abstract.keys()):
         owner = "checkpoint" if name in stored else "configured run"
-        raise UserError(
-            f"checkpoint {path}: only the {owner} has {name}; it is of another model or optimiser"
-        )
+        raise UserError(f"checkpoint {path}: only the {owner} has {name}; {_origin(name)}")
     for name, like in abstract.items():
         if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
             # Orbax stores a typed key as its data.
@@ -365,8 +363,18 @@ def _compare(path: epath.Path, stored: dict[str, Any], abstract: dict[str, Any])
         if (shape, dtype) != (tuple(like.shape), str(like.dtype)):
             raise UserError(
                 f"checkpoint {path}: {name} is {dtype}{list(shape)}, the configured run has "
-                f"{like.dtype}{list(like.shape)}; it is of another model or optimiser"
+                f"{like.dtype}{list(like.shape)}; {_origin(name)}"
             )
+
+
+def _origin(name: str) -> str:
+    """What a checkpoint is of whose array `name` is not that of the configured run."""
+    if name.startswith("curriculum."):
+        # The fields are the same in every config.
+        return (
+            "it is of another version of rest_jax; model.source=RUN starts a run from its weights"
+        )
+    return "it is of another model or optimiser"
 
 
 def _named(tree: Any) -> dict[str, Any]:

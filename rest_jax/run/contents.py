@@ -2,7 +2,8 @@
 
 `records` are the records with their tools and gold answers, `prompts` and `targets` their token ids (so the template, the
 tokenizer and dates too), `tokens` the bytes of each id, and those that end a turn, `weights` those that the run began with; with
-LoRA `base` are the weights that its adapters belong to. Paths are not among them: a folder may move.
+LoRA `adapters` are those that it began with and `base` the weights that they belong to. A plug-in has the key that names it in
+the config, such as `reward.plugin`. Paths are not among them: a folder may move.
 """
 
 import functools
@@ -29,22 +30,37 @@ from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run import checkpoint
 from rest_jax.types import Params
 
-# Beside the loader's state in a checkpoint: these digests, and the one of the weights that adapters belong to.
-MADE_OF, BASE = "made_of", "base"
+MADE_OF = "made_of"  # of a launch, and beside the loader's state in a checkpoint: these digests
+BASE = "base"  # that of the weights that adapters belong to
+ADAPTERS = "adapters"  # that of the adapters that a run begins with
+STARTS = ("weights", ADAPTERS)  # of what a run trains
 
 
-def digests(policy: Policy, data: Prepared) -> dict[str, str]:
-    """The digests of a run about to begin; every process must call it. The first reads all of the data (a million records: about
-    ten seconds).
+def digests(
+    policy: Policy, data: Prepared, plugins: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The digests of a run about to begin, with those of its `plugins.digests`; every process must call it. The first reads all
+    of the data (a million records: about ten seconds). UserError where the processes have different plug-ins.
     """
-    name = "weights" if policy.frozen is None else BASE
-    own = {name: policy.digest or digest_params(policy.params)}
+    own = {
+        "weights" if policy.frozen is None else BASE: policy.digest or digest_params(policy.params)
+    }
+    if policy.frozen is not None:
+        own[ADAPTERS] = digest_params(policy.trained)
+    own |= plugins or {}
     if is_first_process():
         records = data.records
         rows = records.rows if isinstance(records, StoredRecords) else map(to_bytes, records)
         own |= {"records": _of_rows(rows), "tokens": _of_tokens(policy.tokenizer)}
         own |= {"prompts": _of_rows(data.prompts), "targets": _of_rows(data.targets)}
-    return json.loads(exchange(json.dumps(own))[0])
+    first, *others = map(json.loads, exchange(json.dumps(own)))
+    for process, other in enumerate(others, start=1):
+        for key in plugins or {}:
+            if other[key] != first[key]:
+                raise UserError(
+                    f"{key}: process {process} has another file than process 0; give all hosts the same one"
+                )
+    return first
 
 
 def check_same(saved: Mapping[str, str], found: Mapping[str, str], where: Any) -> None:
@@ -79,17 +95,13 @@ def _of_tokens(tokenizer: Tokenizer) -> str:
 
 
 def digest_params(params: Params, dtype: Any = jnp.float32) -> str:
-    """Of the bits of every element with its place, matrices as values of `dtype`. Sums of integers wrap round, so that they do
-    not depend on the mesh.
-    """
-    sums = flatten_dict(jax.device_get(_sums_of_bits(params, jnp.dtype(dtype))))
-    return _of_rows(np.asarray(sums[path]) for path in sorted(sums))
+    """Of the bits of all elements, matrices as values of `dtype`."""
+    return of_sums(jax.device_get(_sums_rounded(params, jnp.dtype(dtype))))
 
 
 def digest_opened(weights: Sequence[Weights], dtype: Any = jnp.float32) -> str:
     """The same of parameters that are read layer by layer on the host."""
-    sums = {w.spec.path: _sum_opened(w, dtype) for w in weights}
-    return _of_rows(sums[path] for path in sorted(sums))
+    return of_sums(unflatten_dict({w.spec.path: _sum_opened(w, dtype) for w in weights}))
 
 
 def digest_merged(base: str, adapters: str, dtype: Any) -> str:
@@ -116,11 +128,23 @@ def refuse_base(where: Any) -> NoReturn:
     )
 
 
+def of_sums(sums: Any) -> str:
+    """The digest, in hex, of a tree that `sums_of_bits` returned, on the host."""
+    return _of_rows(np.asarray(x) for x in jax.tree.leaves(sums))
+
+
+def sums_of_bits(tree: Any) -> Any:
+    """A uint32 for each array: the sum over the bits of every element with its place. Such sums wrap round, so that they do not
+    depend on the mesh. A change of one element always changes it.
+    """
+    return jax.tree.map(_sum_of_bits, tree)
+
+
 @functools.partial(jax.jit, static_argnums=1)
-def _sums_of_bits(params: Params, dtype: Any) -> Params:
+def _sums_rounded(params: Params, dtype: Any) -> Params:
     flat = flatten_dict(params)
-    return unflatten_dict(
-        {path: _sum_of_bits(_rounded(x, path, dtype)) for path, x in flat.items()}
+    return sums_of_bits(
+        unflatten_dict({path: _rounded(x, path, dtype) for path, x in flat.items()})
     )
 
 
@@ -140,7 +164,10 @@ def _sum_opened(w: Weights, dtype: Any) -> np.ndarray:
 
 def _sum_of_bits(x: jax.Array, first: int = 0) -> jax.Array:
     """Of a part of an array whose first element is number `first`."""
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    else:
+        bits = x.astype(jnp.uint32)
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis in range(x.ndim):
         place = place * jnp.uint32(x.shape[axis]) + jax.lax.broadcasted_iota(

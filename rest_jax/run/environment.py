@@ -45,6 +45,7 @@ EXTRAS = {
     "cuda": "jax_cuda12_plugin",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
+    "trackio": "trackio",
     "postgres": "psycopg",
     "gcs": "gcsfs",
     "s3": "s3fs",
@@ -142,14 +143,28 @@ def end_when_closed(pipe: int) -> None:
     threading.Thread(target=wait, daemon=True, name="parent").start()
 
 
+def versions() -> dict[str, str]:
+    """The version of each of PACKAGES, or "missing"."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def cpu_model() -> str:
+    """What the CPU calls itself; the architecture where Linux does not say."""
+    lines = _CPU_INFO.read_text(errors="replace").splitlines() if _CPU_INFO.is_file() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.machine()
+
+
 def diagnose() -> str:
     """What is installed here and what it will run on: one line a fact. It needs no network."""
     rows = [("python", f"{platform.python_version()} on {platform.platform()}")]
-    for package in PACKAGES:
-        try:
-            rows.append((package, importlib.metadata.version(package)))
-        except importlib.metadata.PackageNotFoundError:
-            rows.append((package, "missing"))
+    rows += versions().items()
     rows += [("device", line) for line in _devices()]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     kernel = HUGE_PAGES.read_text().strip() if HUGE_PAGES.is_file() else "unknown"

@@ -1,7 +1,7 @@
 """A run's folder and its life: resolved config, metrics, checkpoints, resumption, the request to stop, the NaN guard.
 
-runs/<name>/  config.yaml  metrics.jsonl  samples.jsonl  tokens.jsonl  checkpoints/  model/ (HF side files)  curves.png
-              fork.json (of a fork)
+runs/<name>/  config.yaml  metrics.jsonl  samples.jsonl  tokens.jsonl  digests.jsonl  checkpoints/  curves.png
+              model/ (HF side files)  fork.json (of a fork)
 
 Both loops use it. Order within a step: metrics lines are stored before the checkpoint of the same step is begun, so that
 whatever checkpoint a restarted run finds, the lines up to it are there; those after it are dropped and written again.
@@ -10,7 +10,6 @@ The folder is a local one, or a URL of an object store (docs/storage.md).
 
 import contextlib
 import dataclasses
-import importlib.util
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +36,7 @@ from rest_jax.files import (
 from rest_jax.models.hf.folder import copy_side_files
 from rest_jax.run.checkpoint import FOLDER as CHECKPOINTS
 from rest_jax.run.checkpoint import Checkpoints, list_steps
-from rest_jax.run.contents import BASE, MADE_OF, changed, check_same, refuse_base
+from rest_jax.run.contents import ADAPTERS, BASE, MADE_OF, changed, check_same, refuse_base
 from rest_jax.run.fork import FILE as FORK_FILE
 from rest_jax.run.fork import (
     Origin,
@@ -51,14 +50,14 @@ from rest_jax.run.fork import (
 from rest_jax.run.lock import check_free, locked
 from rest_jax.run.metrics import (
     CONFIG_FILE,
+    FILES,
     METRICS_FILE,
-    SAMPLES_FILE,
-    TOKENS_FILE,
     MetricsWriter,
-    check_wandb,
     read_lines,
 )
+from rest_jax.run.record import step_line
 from rest_jax.run.stop import SIGTERM_CODE, StopRequest, end
+from rest_jax.run.trackers import KINDS, check_packages, check_trackers
 from rest_jax.types import Params, TrainState
 
 MODEL_FOLDER = "model"
@@ -82,6 +81,7 @@ MAY_CHANGE = (
     "rollout.prompt_cache_entries",
     "rollout.cache_tokens",
     "rollout.allow_truncated_support",
+    "reward.plugin_",
     "weights.allow_zero_constants",
     "loss.vocab_chunk",
     "optimizer.moments",
@@ -94,12 +94,10 @@ MAY_CHANGE = (
     "train.keep_checkpoints",
     "train.measure_noise",
     "train.samples_per_step",
-    "train.tensorboard",
-    "train.wandb_project",
+    *(f"train.{key}" for key in KINDS),
 )
-EVALUATION = (
-    "evaluation"  # beside the loader's state in a checkpoint: that of its step is still to be made
-)
+# Beside the loader's state in a checkpoint, as MADE_OF is: that the evaluation of its step is still to be made.
+EVALUATION = "evaluation"
 SAVED_FILE = ".saved"  # there once a checkpoint was completed
 
 SUPERVISED_FINITE = ("update/loss", "update/grad_norm", "update/param_norm")
@@ -127,7 +125,15 @@ class Run:
     resources: contextlib.ExitStack
     origin: Origin | None = None  # of a fork
     marked: bool = False  # SAVED_FILE is there
-    made_of: Mapping[str, str] = dataclasses.field(default_factory=dict)  # `contents.digests`
+    launch: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # `record.launch`
+
+    @property
+    def made_of(self) -> Mapping[str, str]:
+        """Those of `contents.digests` that a checkpoint is compared by, which has adapters of its own; empty where there is no
+        record of them.
+        """
+        made_of = self.launch.get(MADE_OF, {})
+        return {name: digest for name, digest in made_of.items() if name != ADAPTERS}
 
     def resume(
         self,
@@ -146,11 +152,14 @@ class Run:
         begun = self.checkpoints.latest() is not None
         if not begun and self.origin is None:
             state, step = fresh(), 0
-            loader_state = self._first_loader_state(start.loader_state)
+            loader_state = self.first_loader_state(start.loader_state)
         else:
             jax.tree.map(lambda x: x.delete(), params)
             if not begun and self.origin is not None:
-                self._begin_fork(self.origin, abstract, start)
+                forked, saved = self.begin_fork(self.origin, abstract, start)
+                self.save(self.origin.step, forked, saved)
+                self.wait()
+                del forked
             with self._in_time("restoring the checkpoint"):
                 state, loader_state, step = self.checkpoints.restore(abstract)
             where = f"{self.folder}: checkpoint {step}"
@@ -158,10 +167,14 @@ class Run:
         if self.metrics is not None:
             evaluated = EVALUATION not in loader_state
             self.metrics.truncate_after(step if self.checkpoints.latest() else -1, evaluated)
+            if self.launch:
+                self.metrics.write_launch(step, self.launch)
         return state, loader_state, step
 
-    def _begin_fork(self, origin: Origin, abstract: TrainState, start: Start) -> None:
-        """Makes the first checkpoint of a fork; UserError when the one it came from is gone."""
+    def begin_fork(
+        self, origin: Origin, abstract: TrainState, start: Start
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """What a fork begins with, as of `resume`; UserError when the checkpoint it came from is gone."""
         with self._in_time(f"restoring {origin}"):
             state, saved = first_state(origin, self.config.seed, abstract, start)
         other = changed(saved.pop(MADE_OF, {}), self.made_of)
@@ -171,11 +184,9 @@ class Run:
         made = f" with other {', '.join(other)}" if other else ""
         data = "continues where it was" if continues else "begins anew"
         say(f"{self.folder}: fork of {origin}{made}; the data {data}")
-        saved = self._first_loader_state(saved if continues else start.loader_state)
-        self.save(origin.step, state, saved)
-        self.wait()
+        return state, self.first_loader_state(saved if continues else start.loader_state)
 
-    def _first_loader_state(self, loader_state: Mapping[str, Any]) -> dict[str, Any]:
+    def first_loader_state(self, loader_state: Mapping[str, Any]) -> dict[str, Any]:
         """That of a run, or a fork, before its first step."""
         due = {EVALUATION: True} if self.config.train.eval_before else {}
         return {**loader_state, **due}
@@ -212,10 +223,14 @@ class Run:
         values: Mapping[str, Any],
         samples: Sequence[Mapping[str, Any]] = (),
         tokens: Mapping[str, Any] | None = None,
+        sums: Mapping[str, Any] | None = None,
     ) -> None:
-        """One metrics line and the samples and tokens that go with it; nothing in processes other than the first."""
+        """One metrics line and the samples, tokens and digests (`contents.sums_of_bits`) that go with it; nothing in processes
+        other than the first.
+        """
         if self.metrics is not None:
-            self.metrics.write(step, values, samples, tokens)
+            digests = None if sums is None else step_line(sums, self.launch)
+            self.metrics.write(step, values, samples, tokens, digests)
             self._mark_saved()
 
     def save_batch(self, step: int, batch: Mapping[str, Any]) -> epath.Path:
@@ -275,8 +290,7 @@ def open_run(
             with atomic_write(folder / CONFIG_FILE) as partial:
                 partial.write_text(config_lib.dump(config))
             _copy_model_files(files, folder / MODEL_FOLDER)
-            train = config.train
-            metrics = MetricsWriter(folder, train.tensorboard, train.wandb_project)
+            metrics = MetricsWriter(folder, config)
             stack.callback(metrics.close)
         # Before the checkpoints, since resources are closed last to first.
         stop = StopRequest(config.distributed)
@@ -306,7 +320,7 @@ def _forget(folder: epath.Path) -> None:
         for name in (CHECKPOINTS, MODEL_FOLDER):
             if (folder / name).is_dir():
                 (folder / name).rmtree()
-        for name in (SAVED_FILE, METRICS_FILE, SAMPLES_FILE, TOKENS_FILE, FORK_FILE):
+        for name in (SAVED_FILE, *FILES, FORK_FILE):
             (folder / name).unlink(missing_ok=True)
 
 
@@ -329,12 +343,9 @@ def check_start(
         if found := check_config(config.folder, config):
             say(f"{config.folder} resumes under another config: {_named(found)}")
         check_history(config)
-    optional = {"tensorboard": config.train.tensorboard, "wandb": config.train.wandb_project}
-    for package, wanted in optional.items():
-        if wanted and importlib.util.find_spec(package) is None:
-            raise UserError(f"train.{package}...: the package is missing: pip install {package}")
-    if config.train.wandb_project and is_first_process():
-        check_wandb()
+    check_packages(config)
+    if is_first_process():
+        check_trackers(config)
     return origin
 
 

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ from rest_jax.models.hf.read import (
 from rest_jax.models.lora import make_lora, merge_all, merge_opened
 from rest_jax.models.policy import Policy, attention_of, compute_dtype
 from rest_jax.models.tokenizer import Tokenizer
+from rest_jax.plugins import named
 from rest_jax.run import card, checkpoint
 from rest_jax.run.contents import digest_merged, digest_opened, digest_params, find_base
 from rest_jax.run.folder import CONFIG_FILE, MODEL_FOLDER
@@ -245,14 +247,22 @@ def is_run(source: str) -> bool:
         return begun and (folder / MODEL_FOLDER).is_dir()
 
 
-def config_of(source: str, overrides: Sequence[str]) -> Config:
+def config_of(source: str, overrides: Sequence[str], plugins: bool = False) -> Config:
     """The config to use a model under: the run's own, for anything else the defaults; `overrides` ("key=value") on top.
 
-    `model.source` is `source`.
+    `model.source` is `source`. Whoever made a run chose its plug-ins, not who uses it: those that its own config names are left
+    out, and said, unless `plugins` asks for them.
     """
     path = as_path(source) / CONFIG_FILE
     if is_run(source) and path.is_file():
-        config = config_lib.load([path], overrides)
+        found = {} if plugins else named(config_lib.load([path]))
+        for key, word in found.items():
+            # Not `say`: the processes have not joined yet.
+            said = f"{source}: its config names {key} {word}; it is not run unless --plugins asks for it"
+            print(said, file=sys.stderr)
+        left_out = [f"{key}=null" for key in found]
+        left_out += ["reward.builtin=true"] if "reward.plugin" in found else []
+        config = config_lib.load([path], [*left_out, *overrides])
     else:
         config = config_lib.from_overrides(
             {"name": "command", "model": {"source": source}}, overrides

@@ -30,7 +30,7 @@ from rest_jax.files import list_files, written_locally
 from rest_jax.rl.update import NOT_FINITE
 from rest_jax.run.folder import EVALUATION, Run, not_finite
 from rest_jax.run.fork import Start
-from rest_jax.run.metrics import METRICS
+from rest_jax.run.metrics import metric
 from rest_jax.run.progress import Progress
 from rest_jax.run.stop import StopNow
 from rest_jax.run.symptoms import Watch
@@ -103,6 +103,10 @@ class Tracer:
             say(f"no trace: step {self.wanted} was not among the steps run")
 
 
+def _readable(metric: str, value: float) -> str:
+    return f"{value:.1%}" if METRICS[metric].unit == "fraction" else f"{value:.3f}"
+
+
 def total_steps(config: Config, records: int, key: str) -> int:
     """`train.steps`, or the complete steps in `train.epochs`; the value `key` is the number of records of a step.
 
@@ -136,6 +140,7 @@ class PendingStep:
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     # makes the line of the token viewer from values on the device, in the first process; None: this step has none
     tokens: Callable[[], dict[str, Any]] | None = None
+    sums: Any = None  # on the device, too: `record.make_sums` of the step
     step: int = 0
     update_seconds: float | None = None  # None: the device was not seen to be done
     lap: tuple[float, float] | None = None  # None: the step has not ended
@@ -156,15 +161,16 @@ class Loop:
         run: Run,
         total: int,
         evaluate: Callable[[Params], Evaluation] | None,
-        shown: tuple[str, str],
+        shown: Mapping[str, str],
         profile: int | None = None,
     ):
-        """`evaluate`: held-out metrics of the parameters; None: there is no held-out data. `shown`: label and metric of the
-        progress line. `profile`: a step to trace.
+        """`evaluate`: held-out metrics of the parameters; None: there is no held-out data. `shown`: labels and metrics of
+        the progress line. `profile`: a step to trace.
         """
         self.run, self.total, self.evaluate, self.shown = run, total, evaluate, shown
         self.tracer = Tracer(run.folder, profile)
         self.pending: PendingStep | None = None
+        self.last = total  # the step to end at
         # steps of which there is a checkpoint, and steps that have ended
         self.start = self.done = 0
         self.finished = True  # False once the run was told to stop before its last step
@@ -199,7 +205,7 @@ class Loop:
         self.run.stop.check()
         if self.evaluation_due:
             self._evaluate(self.start)
-        for step in range(self.start + 1, self.total + 1):
+        for step in range(self.start + 1, self.last + 1):
             with self.tracer.step(step, lambda: jax.block_until_ready(self.state.params)):
                 self._close_lap()
                 yield step
@@ -269,7 +275,7 @@ class Loop:
             return
         self._close_lap()
         p, self.pending = self.pending, None
-        read = jax.device_get(p.device)
+        read, sums = jax.device_get((p.device, p.sums))
         values = {name: float(v) for name, v in p.read(*read).items()}
         self._check_finite(p, values, [bool(totals.sums[NOT_FINITE]) for totals in read[-1]])
         assert p.lap is not None and p.update_seconds is not None
@@ -280,12 +286,14 @@ class Loop:
         values |= p.host | times | p.rates(times)
         self._extra = {}
         if is_first_process():
-            self.run.write(p.step, values, p.samples, p.tokens() if p.tokens else None)
-            label, name = self.shown
-            rate = values["time/tokens_per_second"]
+            self.run.write(p.step, values, p.samples, p.tokens() if p.tokens else None, sums)
             for line in self._symptoms.look(values):
                 self.progress.message(f"step {p.step}: {line}")
-            self.progress.update(p.step, f"{label} {values[name]:.3f}, {rate:,.0f} tokens/s")
+            shown = [
+                f"{label} {_readable(name, values[name])}" for label, name in self.shown.items()
+            ]
+            rate = f"{values['time/tokens_per_second']:,.0f} tokens/s"
+            self.progress.update(p.step, ", ".join([*shown, rate]))
 
     def _check_finite(
         self, p: PendingStep, values: Mapping[str, float], skipped: Sequence[bool]
@@ -342,7 +350,7 @@ class Loop:
         rates = ", ".join(
             f"{name.removeprefix('eval/').replace('/', ' ')} {value:.1%}"
             for name, value in values.items()
-            if METRICS[name].unit == "fraction" and name not in _NOT_SAID
+            if metric(name).unit == "fraction" and name not in _NOT_SAID
         )
         reward = f", reward {values['eval/reward']:.3f}" if "eval/reward" in values else ""
         self.progress.message(f"held out at step {step}: {rates}{reward}")

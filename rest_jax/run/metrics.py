@@ -1,7 +1,9 @@
 """The metrics of a run: the table of their names, the files they are written to, and reading those back.
 
-One JSON line a step goes to `<run>/metrics.jsonl`, and on request to TensorBoard and Weights & Biases; sampled completions go to
-`<run>/samples.jsonl`, and what the token viewer shows to `<run>/tokens.jsonl`. A name that METRICS does not have is an error.
+One JSON line a step goes to `<run>/metrics.jsonl`, and to the trackers that are asked for; sampled completions go to
+`<run>/samples.jsonl`, what the token viewer shows to `<run>/tokens.jsonl`, and what an audit compares to `<run>/digests.jsonl`
+(`run.record`). A name that METRICS does not have is an error, but for those of a
+plug-in's parts (`reward/part/NAME`, `eval/part/NAME`).
 Prefixes: data, reward, rollout, update, router (of models with experts), region/<name>, curriculum, eval (held-out prompts,
 greedy), time. Wall-clock values are under `time/` alone, so that all other values of a run that was broken off and resumed equal
 those of an unbroken one bit for bit. All are of the global batch, and times are those of the slowest process.
@@ -12,15 +14,18 @@ import json
 import math
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from rest_jax.config import nearest
+from rest_jax.config import Config, nearest
 from rest_jax.errors import UserError, full_disk
-from rest_jax.files import Location, absolute, as_path, download, is_url, store_errors, upload
+from rest_jax.files import Location, as_path, download, is_url, store_errors, upload
+from rest_jax.run.trackers import Trackers
+from rest_jax.texts import printable
 from rest_jax.tool_calls import Region
 
 # of a run's folder; here, since what lists runs does not import jax
@@ -28,6 +33,8 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 TOKENS_FILE = "tokens.jsonl"
+DIGESTS_FILE = "digests.jsonl"
+FILES = (METRICS_FILE, SAMPLES_FILE, TOKENS_FILE, DIGESTS_FILE)
 
 
 class Metric(NamedTuple):
@@ -60,6 +67,8 @@ _TABLE = {
     "reward/equal_groups": ("fraction", "groups whose rewards are all equal: no advantage"),
     "reward/format_part": ("", "mean format part of the reward, scaled"),
     "reward/correctness_part": ("", "mean correctness part of the reward, scaled"),
+    "reward/plugin_part": ("", "mean of what reward.plugin adds"),
+    "reward/plugin_failures": ("completions", "those that reward.plugin has failed for"),
     "reward/format_score": ("fraction", "completions in the required format"),
     "reward/accuracy": ("", "mean S_acc, in [0, 1]"),
     "reward/exact": ("fraction", "completions whose calls are exactly the gold ones"),
@@ -94,6 +103,10 @@ _TABLE = {
     "update/clip_low_fraction": ("fraction", "tokens clipped at 1 - clip_low"),
     "update/clip_high_fraction": ("fraction", "tokens clipped at 1 + clip_high"),
     "update/dual_clip_fraction": ("fraction", "tokens at the dual clip"),
+    "update/phantom_gradient": (
+        "fraction",
+        "sum of |weight x advantage| in groups without any exact completion",
+    ),
     "update/tis_weight_mean": ("", "mean truncated importance weight (rollout.tis_cap)"),
     "update/tokens": ("tokens", "tokens that carried loss"),
     "update/accuracy": ("fraction", "supervised tokens that are the most probable ones"),
@@ -132,6 +145,8 @@ _TABLE = {
     "eval/prompts_without_calls": ("prompts", "those whose gold answer has no call"),
     "eval/reward_std": ("", "standard deviation of the reward over the held-out prompts"),
     "eval/accuracy_std": ("", "standard deviation of S_acc over the held-out prompts"),
+    "eval/plugin_part": ("", "mean of what reward.plugin adds on held-out prompts"),
+    "eval/plugin_failures": ("completions", "held-out ones that reward.plugin has failed for"),
     "eval/api_bank/soft": ("fraction", "API-Bank, greedy, by the published rule"),
     "eval/api_bank/strict": ("fraction", "API-Bank, greedy: one call, in its block, and right"),
     "eval/api_bank/items": ("items", "items of API-Bank"),
@@ -164,47 +179,47 @@ _TABLE = {
 }
 
 METRICS = {name: Metric(unit, meaning) for name, (unit, meaning) in _TABLE.items()}
+_is_part = re.compile(r"(?:reward|eval)/part/[A-Za-z0-9_.-]+").fullmatch
+
+
+def metric(name: str) -> Metric:
+    """What a name stands for. ValueError for one that runs do not write."""
+    if _is_part(name):
+        return Metric("", "mean of this part of what reward.plugin adds")
+    if name not in METRICS:
+        known = nearest(name, list(METRICS))
+        raise ValueError(f"metric {name!r} is not in run.metrics.METRICS{known}; add it there")
+    return METRICS[name]
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """The names in the order of METRICS, parts of a plug-in last; others are left out."""
+    given = set(names)
+    return [name for name in METRICS if name in given] + sorted(filter(_is_part, given))
 
 
 class MetricsWriter:
     """Appends to the files of one run. A resource: one process writes it, `close` at the end.
 
     A store cannot append: the files of a run in one are written to a temporary folder here and put whole at every `sync`, so
-    that a reader sees the lines up to the newest checkpoint. `run.folder.check_start` has seen that the packages for
-    TensorBoard and Weights & Biases are there.
+    that a reader sees the lines up to the newest checkpoint. With a config the trackers that it asks for get the lines, too.
     """
 
-    def __init__(
-        self,
-        run_dir: Location,
-        tensorboard: bool = False,
-        wandb_project: str | None = None,
-    ):
-        names = (METRICS_FILE, SAMPLES_FILE, TOKENS_FILE)
+    def __init__(self, run_dir: Location, config: Config | None = None):
         self._url = as_path(run_dir) if is_url(run_dir) else None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._stored: dict[str, tuple[int, int]] = {}
-        name = absolute(run_dir).name
         if self._url is not None:
             self._temporary = tempfile.TemporaryDirectory(prefix="rest-jax-")
             run_dir = self._temporary.name
             with store_errors(self._url):
-                for file in names:
+                for file in FILES:
                     if (self._url / file).exists():
                         download(self._url / file, pathlib.Path(run_dir, file))
         self._folder = run_dir = pathlib.Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._board = self._wandb = None
-        if tensorboard:
-            from tensorboard.summary import Writer
-
-            self._board = Writer(str(run_dir / "tensorboard"))
-        if wandb_project:
-            # The same id on every start: a resumed run continues its curves.
-            self._wandb = _ask_wandb(
-                "init", project=wandb_project, id=name, name=name, dir=str(run_dir), resume="allow"
-            )
-        self._files = {name: (run_dir / name).open("a", encoding="utf-8") for name in names}
+        self._trackers = None if config is None else Trackers(config, run_dir)
+        self._files = {name: (run_dir / name).open("a", encoding="utf-8") for name in FILES}
 
     def write(
         self,
@@ -212,27 +227,30 @@ class MetricsWriter:
         values: Mapping[str, Any],
         samples: Iterable[Mapping[str, Any]] = (),
         tokens: Mapping[str, Any] | None = None,
+        digests: Mapping[str, Any] | None = None,
     ) -> None:
-        """Appends {"step": step, ...} as one line, keys in the order of METRICS, one line a sample (any JSON values), and the
-        line of the token viewer.
+        """Appends {"step": step, ...} as one line, keys in the order of METRICS, one line a sample (any JSON values), the line of
+        the token viewer, and that of the digests.
 
         Values are numbers (Python, NumPy or JAX scalars), floats written with all their digits. NaN and infinities
         are written as null: JSON has no word for them. ValueError for a name that METRICS does not have.
         """
         for name in values.keys() - METRICS.keys():
-            known = nearest(name, list(METRICS))
-            raise ValueError(f"metric {name!r} is not in run.metrics.METRICS{known}; add it there")
-        line = {name: _number(values[name]) for name in METRICS if name in values}
+            metric(name)
+        line = {name: _number(values[name]) for name in in_order(values)}
         self._append(METRICS_FILE, {"step": int(step), **line})
         for sample in samples:
             self._append(SAMPLES_FILE, {"step": int(step), **sample})
         if tokens is not None:
             self._append(TOKENS_FILE, {"step": int(step), **tokens})
-        for name, value in line.items():
-            if self._board is not None and value is not None:
-                self._board.add_scalar(name, value, step=int(step))
-        if self._wandb is not None:
-            self._wandb.log(line, step=int(step))
+        if digests is not None:
+            self._append(DIGESTS_FILE, {"step": int(step), **digests})
+        if self._trackers is not None:
+            self._trackers.write(int(step), line)
+
+    def write_launch(self, step: int, launch: Mapping[str, Any]) -> None:
+        """Appends to the digests how a process goes on behind a step."""
+        self._append(DIGESTS_FILE, {"step": int(step), "launch": launch})
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         # A model's output may hold lone surrogates: as \u escapes they are ASCII and always writable.
@@ -264,8 +282,8 @@ class MetricsWriter:
                 file.flush()
                 os.fsync(file.fileno())
         if self._url is not None:
-            if self._board is not None:
-                self._board.flush()
+            if self._trackers is not None:
+                self._trackers.flush()
             with store_errors(self._url):
                 self._put(self._url)
 
@@ -283,31 +301,11 @@ class MetricsWriter:
         with full_disk(self._folder), contextlib.ExitStack() as stack:
             if self._temporary is not None:
                 stack.callback(self._temporary.cleanup)
-            if self._wandb is not None:
-                stack.callback(self._wandb.finish)
-            if self._board is not None:
-                stack.callback(self._board.close)
+            if self._trackers is not None:
+                stack.callback(self._trackers.close)
             for file in self._files.values():
                 stack.callback(file.close)
             self.sync()
-
-
-def check_wandb() -> None:
-    """UserError unless Weights & Biases is logged in to and answers, or is told to stay offline."""
-    _ask_wandb("login", verify=True)
-
-
-def _ask_wandb(function: str, **options: Any) -> Any:
-    """What a function of its package returns; UserError for whatever it raises."""
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-
-        return getattr(wandb, function)(**options)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300].rstrip(".")
-        raise UserError(
-            f"train.wandb_project: Weights & Biases cannot be used: {reason}; run `wandb login`, or set WANDB_MODE=offline"
-        ) from error
 
 
 def read_lines(path: Location) -> list[dict[str, Any]]:
@@ -372,4 +370,6 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:.4g}" if isinstance(value, float) else " ".join(printable(str(value)).split("\n"))
+    )

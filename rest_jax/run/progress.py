@@ -7,6 +7,8 @@ import sys
 import time
 from typing import TextIO
 
+from rest_jax.texts import print_text, printable
+
 
 class Progress:
     """Shows how many of `total` steps (or another `unit`) are done, and a text beside it. A resource."""
@@ -32,21 +34,21 @@ class Progress:
     def update(self, done: int, shown: str) -> None:
         """`done` steps are done. Of the plain lines, the first, the last and one every ten seconds are printed."""
         if self._bar is not None:
-            self._bar.set_postfix_str(shown, refresh=False)
+            self._bar.set_postfix_str(printable(shown), refresh=False)
             self._bar.update(done - self._bar.n)
             return
         now = time.monotonic()
         if self._first or done >= self.total or now - self._shown >= self.seconds:
             self._first, self._shown = False, now
             left = (now - self._begun) / max(done - self.start, 1) * (self.total - done)
-            self.message(f"{self.unit} {done}/{self.total}: {shown}, ETA {_duration(left)}")
+            self.message(f"{self.unit} {done}/{self.total}: {shown}, ETA {duration(left)}")
 
     def message(self, text: str) -> None:
         """One line that does not tear the bar."""
         if self._bar is not None:
-            self._bar.write(text, file=self.file)
+            self._bar.write(printable(text), file=self.file)
         else:
-            print(text, file=self.file, flush=True)
+            print_text(text, self.file)
 
     def close(self) -> None:
         """Leaves the bar as it is."""
@@ -78,7 +80,7 @@ class Transfer:
         if now - self._shown >= self.seconds or (shown_before and self._done >= total):
             self._shown = now
             speed = self._done / (now - self._begun)
-            left = _duration((total - self._done) / speed)
+            left = duration((total - self._done) / speed)
             print(
                 f"{self.label}: {self._done / 1e9:.1f}/{total / 1e9:.1f} GB, {speed / 1e6:,.0f} MB/s, ETA {left}",
                 file=self.file,
@@ -108,7 +110,8 @@ class Transfer:
         self._bar.update(moved)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Minutes and seconds, hours where there are any."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -26,14 +26,13 @@ from rest_jax.errors import UserError
 from rest_jax.evaluation.tau2 import Tau2
 from rest_jax.rollout.generate import read_tools
 from rest_jax.templates.rendering import signature
+from rest_jax.texts import printable
 from rest_jax.worlds.records import Message, World
 from rest_jax.worlds.synthetic import Shop, tasks
 
 MAX_ROUNDS = 32  # answers with calls in a row
 _SHOWN = 2000  # characters of a result
 _HELP = "/new begins anew, Ctrl-C breaks off an answer, Ctrl-D ends"
-# What may move the cursor of a terminal, or worse.
-_CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 Call = Callable[[str, Mapping[str, Any]], str]
 
@@ -77,7 +76,8 @@ def connect(url: str, model: str | None, api_key: str | None) -> Server:
 def chat(server: Server, tools: Tools, system: str | None, sampling: Mapping[str, Any]) -> None:
     """The dialogue, until the input ends. `sampling`: fields of every request."""
     console = Console(highlight=False)
-    console.print(f"[bold]{server.model}[/], {len(tools.schemas)} tools; {_HELP}")
+    _show(console, server.model, "bold")
+    console.print(f", {len(tools.schemas)} tools; {_HELP}", markup=False)
     start = [] if system is None else [{"role": "system", "content": system}]
     messages = [*start, *_begin(console, tools)]
     while (text := _typed(console)) is not None:
@@ -216,7 +216,7 @@ def _reason(body: Any) -> str:
 
 
 def _show(console: Console, text: str, style: str = "") -> None:
-    console.out(text.translate(_CONTROL), style=style or None, end="", highlight=False)
+    console.out(printable(text), style=style or None, end="", highlight=False)
 
 
 def _typed(console: Console) -> str | None:

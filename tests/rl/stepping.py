@@ -44,7 +44,7 @@ RECORD = Optimizer(
 
 def plan_of(scored: ScoredBatch, cfg: StepConfig, mesh) -> list[list[MicroBatch]]:
     """The plan of a step."""
-    return plan_minibatches(BatchLengths.of(scored.rollout), scored.reward, cfg, mesh)
+    return plan_minibatches(BatchLengths.of(scored.rollout), cfg.signal(scored), cfg, mesh)
 
 
 def plan_everything(
@@ -109,7 +109,8 @@ def step(
     """(state after a step, its metrics) on a mesh; without a plan and a mini-batch of each group, those of the step."""
     mesh, decoder = tiny.mesh(*shape), tiny.decoder(remat, experts=experts)
     # what an update reads of its configuration
-    read = tiny.step_config(loss=cfg.loss, sampling=cfg.sampling, noise_groups=cfg.noise_groups)
+    loss = cfg.loss.model_copy(update={"advantage": "grpo", "advantage_options": ()})
+    read = tiny.step_config(loss=loss, sampling=cfg.sampling, noise_groups=cfg.noise_groups)
     update, shardings = update_of(decoder, tx, read, mesh)
     start = jax.tree.map(lambda x: x.copy(), params or tiny.params(experts))
     state = jax.device_put(fresh_state(start, tx, cfg), shardings)

@@ -261,13 +261,15 @@ def test_a_micro_batch_reads_the_batch_in_the_order_of_its_rows(shape):
             rows.tokens(batch), rows.targets(batch.responses), rows.position, rows.until,
             rows.targets(each), rows.completions(of_completion, 56), rows.routes(batch.routes),
             rows.put_targets(jnp.zeros(each.shape), rows.targets(each)),
+            rows.advantages(of_completion, 56), rows.advantages(each, 56),
         )  # fmt: skip
 
     put = np.zeros(each.shape, np.float32)
     for micro in plan:
         with activate(mesh):
             found = [np.asarray(x) for x in read(batch, make_rows(micro, mesh))]
-        tokens, targets, position, until, values, advantage, routes, part = found
+        tokens, targets, position, until, values, advantage, routes, part, *both = found
+        np.testing.assert_array_equal(both, [advantage, values])
         put += part
         for w, row in enumerate(micro.rows):
             expected = read_row(batch, row)

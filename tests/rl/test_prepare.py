@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rest_jax.config import LossConfig
+from rest_jax.config import CurriculumConfig, LossConfig, WeightsConfig
 from rest_jax.rl import curriculum, loss, weights
 from rest_jax.rl.prepare import Recomputed, active_groups, prepare
+from rest_jax.rl.rules import choose
 from rest_jax.rl.step import make_prepare
 from rest_jax.tool_calls import Region
 from tests import tiny
@@ -89,6 +90,80 @@ def test_a_kl_term_or_entropy_bonus_is_a_mean_over_every_group(scored, changes):
     batch, _ = prepared(tiny.step_config(loss=LossConfig(**changes)), scored)
     mask = mask_of(scored)
     np.testing.assert_allclose(batch.regulariser, mask / mask.sum(), rtol=1e-6)
+
+
+UNIFORM = curriculum.Schedule(WeightsConfig(rule="uniform"), CurriculumConfig(), 10)
+
+
+def test_uniform_weights_are_grpo_bit_for_bit(scored):
+    """So are token weights by a rule that is switched off."""
+    batch, _ = prepared(tiny.step_config(schedule=UNIFORM), scored)
+    mask = mask_of(scored)
+    np.testing.assert_array_equal(batch.loss_weight, mask / np.float32(mask.sum()))
+    off = choose("weight", "ar", (("alpha", 0),), "")
+    other, _ = prepared(tiny.step_config(schedule=UNIFORM, weight_rule=off), scored)
+    jax.tree.map(np.testing.assert_array_equal, other, batch)
+
+
+def test_a_rule_multiplies_the_weights_of_regions(scored):
+    """Those zeroed by name stay zero."""
+    weights_config = WeightsConfig(rule="uniform", zero=("think",), normalizer="none")
+    schedule = curriculum.Schedule(weights_config, CurriculumConfig(), 10)
+    rule = choose("weight", "ar", (("alpha", 0.5),), "")
+    batch, metrics = prepared(tiny.step_config(schedule=schedule, weight_rule=rule), scored)
+    weight = (0.5 * np.exp(scored.rollout.logp) + 0.5) * mask_of(scored)
+    weight[scored.region == Region.THINK] = 0
+    np.testing.assert_allclose(batch.loss_weight, weight / weight.sum(), rtol=1e-5)
+    assert metrics["region/think/weight_share"] == 0
+
+
+@pytest.mark.parametrize("name", ["grpo", "entropy"])
+def test_advantages_of_completions_and_of_tokens(scored, name):
+    cfg = tiny.step_config(loss=LossConfig(advantage=name), shown_groups=(3, 1))
+    state, minibatch = curriculum.init(cfg.schedule), np.zeros(8, np.int32)
+    made = jax.jit(lambda *args: prepare(*args, state=state, cfg=cfg))
+    batch, _, _, shown = made(scored, None, None, minibatch)
+    mask, found = mask_of(scored), np.asarray(batch.advantage)
+    assert found.shape == (mask.shape if name == "entropy" else mask.shape[:2])
+    if name == "entropy":
+        assert (found[~mask] == 0).all()
+        found = found.sum(-1) / mask.sum(-1)
+    assert shown.advantage.shape == (2, tiny.GROUP)
+    np.testing.assert_allclose(shown.advantage, found[[3, 1]], rtol=1e-5)
+
+
+def test_the_gradient_of_groups_without_an_exact_completion(scored):
+    """Its share, by |weight x advantage|."""
+    exact = np.zeros(scored.reward.shape, bool)
+    exact[0, 1] = exact[4, 2] = True  # the fourth group has no gradient at all
+    batch, metrics = prepared(tiny.step_config(), scored.replace(exact=exact))
+    size = np.abs(batch.loss_weight * batch.advantage[..., None]).sum((1, 2))
+    expected = 1 - size[0] / size.sum()
+    assert metrics["update/phantom_gradient"] == pytest.approx(expected, rel=1e-5)
+    assert 0 < expected < 1
+    assert prepared(tiny.step_config(), scored.replace(exact=~exact))[1][
+        "update/phantom_gradient"
+    ] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("name", ["grpo", "entropy", "reinforce_pp"])
+def test_groups_of_one_kind_of_completions_can_be_left_out(scored, name):
+    """Whatever their rewards; host and device agree, and no gradient is left without an exact completion."""
+    exact = np.zeros(scored.reward.shape, bool)
+    exact[0, 1], exact[3] = True, True
+    exact[5, :2] = True
+    cfg = tiny.step_config(loss=LossConfig(advantage=name, group_filter="exact"))
+    given = scored.replace(exact=exact)
+    batch, metrics = prepared(cfg, given)
+    active = active_groups(cfg.signal(given), cfg)
+    np.testing.assert_array_equal(np.flatnonzero(active), [0, 5])
+    np.testing.assert_array_equal(batch.regulariser.any(axis=(1, 2)), active)
+    np.testing.assert_array_equal(
+        batch.advantage.any(axis=tuple(range(1, batch.advantage.ndim))), active
+    )
+    assert metrics["update/phantom_gradient"] == 0
+    plain, _ = prepared(tiny.step_config(loss=LossConfig(advantage=name)), given)
+    np.testing.assert_array_equal(batch.advantage[[0, 5]], plain.advantage[[0, 5]])
 
 
 def test_active_groups(scored):

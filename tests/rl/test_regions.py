@@ -5,7 +5,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from rest_jax.rl.regions import PRIORITY, label_tokens
+from rest_jax.rl.regions import PRIORITY, label_tokens, mark_phrases
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Answer, Region
 
@@ -118,3 +118,30 @@ def test_lengths_that_do_not_fit_are_refused():
         label_tokens([an_answer([(5, 1)])], np.array([[5]]), np.array([1]), np.array([True]))
     with pytest.raises(ValueError, match="2 answers, 1 lengths"):
         label_tokens([an_answer([])] * 2, np.ones((1, 1), int), np.array([0]), np.array([False]))
+
+
+@pytest.mark.parametrize("size", [1, 3, 40])
+def test_phrases_mark_the_tokens_that_hold_a_byte_of_them(size):
+    """As complete words, in any case, over any white space, also behind characters of several bytes."""
+    texts = ["é Let  me\nSee: outlet me see", "let me seem", "so. (We can use it) we can use", ""]
+    data = [text.encode() for text in texts]
+    rows = [[len(x[i : i + size]) for i in range(0, len(x), size)] for x in data]
+    width = max(map(len, rows)) + 1
+    token_bytes = np.array(
+        [row + [9] * (width - len(row)) for row in rows]
+    )  # padding has bytes, too
+    found = mark_phrases(data, token_bytes, ["let me see", "we can use"])
+    spans = [["Let  me\nSee"], [], ["We can use", "we can use"], []]
+    for row, (text, marked) in enumerate(zip(data, spans, strict=True)):
+        expected, at = np.zeros(width, bool), 0
+        for phrase in marked:
+            at = text.index(phrase.encode(), at)
+            expected[at // size : (at + len(phrase) - 1) // size + 1] = True
+        np.testing.assert_array_equal(found[row], expected)
+
+
+def test_a_phrase_is_no_pattern():
+    assert (
+        mark_phrases([b"a.c abc"], np.ones((1, 7), int), ["a.c"])[0].tolist()
+        == [True] * 3 + [False] * 4
+    )

@@ -1,11 +1,21 @@
 """From ids to rewards and regions, with a tokenizer whose ids are pieces of bytes cut anywhere."""
 
+from concurrent.futures import Future
+
 import numpy as np
 import pytest
 
 from rest_jax.config import RewardConfig
-from rest_jax.rewards.score import Score
-from rest_jax.rollout.scoring import score_rollout, summarise_scores, truncated
+from rest_jax.data.records import StepRecord
+from rest_jax.rewards.score import Outcome, Score
+from rest_jax.rollout import scoring
+from rest_jax.rollout.scoring import (
+    plugin_metrics,
+    score_records,
+    score_rollout,
+    summarise_scores,
+    truncated,
+)
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Call, Region, Target
 from rest_jax.types import RolloutBatch
@@ -73,6 +83,11 @@ def test_rewards_and_regions_of_two_groups(size):
     np.testing.assert_array_equal(scored.format_score, [[1.0, 0.0], [0.0, 1.0]])
     assert [[s.exact for s in row] for row in scores] == [[True, False], [False, True]]
     assert [[s.spurious for s in row] for row in scores] == [[False, False], [True, False]]
+    np.testing.assert_array_equal(scored.exact, [[True, False], [False, True]])
+    np.testing.assert_array_equal(
+        scored.parts, [[[1, 3, 0, 0], [-1, -3, 0, 0]], [[-1, -3, 0, 0], [1, 0, 0, 0]]]
+    )
+    assert scored.marked is None
     region = np.asarray(scored.region)
     assert (region.dtype, scored.reward.dtype) == (np.int8, np.float32)
     for p, rows in enumerate(groups):
@@ -86,6 +101,71 @@ def test_rewards_and_regions_of_two_groups(size):
         assert region[0, 0, name] == Region.NAME
         assert (region[0, 0] == Region.NAME).sum() == 1
         assert (region[0, 0] == Region.PARAM).sum() == len('{"a": "ü"}'.encode())
+
+
+def test_parts_add_up_to_the_reward_and_phrases_are_marked():
+    tokenizer = Pieces()
+    ids = [*tokenizer.encode(SAID, 1), STOP]
+    cfg = RewardConfig(length_weight=0.5, length_target_tokens=len(ids) * 2)
+    rollout = rollout_of([[ids]], len(ids) + 2)
+    template = TEMPLATES["toolrl"]
+    scored, _ = score_rollout(rollout, TARGETS[1:], tokenizer, template, cfg, 1.0, ["hi", "ho"])
+    np.testing.assert_array_equal(scored.parts, [[[1, 0, 0.25, 0]]])
+    np.testing.assert_array_equal(scored.reward, scored.parts.sum(-1))
+    at = SAID.index(" hi") + 2  # a character of two bytes is before it
+    assert np.flatnonzero(scored.marked[0, 0]).tolist() == [at, at + 1]
+
+
+PLUGIN = """
+def score(completion, text, record, target):
+    if record["extra"].get("bad"):
+        raise ValueError("bad")
+    return {"calls": len(completion["calls"]), "hi": 0.5 * (completion["response"] == target["response"])}
+"""
+
+
+@pytest.mark.parametrize("builtin", [True, False])
+def test_what_a_plugin_gives_is_a_part_of_the_reward(tmp_path, builtin):
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    cfg = RewardConfig(
+        plugin=f"{tmp_path}/mine.py:score", builtin=builtin, length_weight=float(builtin)
+    )
+    tokenizer = Pieces()
+    called, said = ([*tokenizer.encode(text, 3), STOP] for text in (CALLED, SAID))
+    rollout = rollout_of([[called, said], [said, said], [said, said]], len(called))
+    targets = [TARGETS[0], TARGETS[1], TARGETS[1]]
+    records = [
+        StepRecord(f"r{i}", "", (), (), target, extra={"bad": 1} if i == 2 else {})
+        for i, target in enumerate(targets)
+    ]
+    known = tokenizer, TEMPLATES["toolrl"]
+    scored, scores = score_records(rollout, records, *known, cfg)
+    plain = RewardConfig(length_weight=1.0)
+    without, old = score_rollout(rollout, targets, *known, plain, 1.0)
+    given = np.array([[1.5, 0.0], [0.5, 0.5], [0.0, 0.0]], np.float32)
+    np.testing.assert_allclose(scored.reward, builtin * np.asarray(without.reward) + given)
+    np.testing.assert_array_equal(scored.parts[..., 3], given)
+    np.testing.assert_allclose(scored.parts.sum(-1), scored.reward)
+    np.testing.assert_array_equal(scored.exact, without.exact)
+    np.testing.assert_array_equal(scored.format_score, without.format_score)
+    assert scores[0][0].plugin_parts == {"calls": 1.0, "hi": 0.5}
+    assert scores[2][1].plugin_fault == "line 4: ValueError: bad"
+    assert scores[2][1].reward == builtin * old[2][1].reward
+    outcomes = [score.outcome for group in scores for score in group]
+    assert plugin_metrics(outcomes) == pytest.approx(
+        {"plugin_part": 2.5 / 6, "plugin_failures": 2, "part/calls": 1 / 6, "part/hi": 1.5 / 6}
+    )
+    assert plugin_metrics([]) == {}
+
+
+def test_processes_with_the_same_row_take_the_same_outcome(monkeypatch):
+    """Whatever their own workers say: the process that comes first decides."""
+    own: Future[Outcome] = Future()
+    own.set_result(Outcome({"a": 2.0}))
+    theirs = '{"3": [[{"a": 1.0}, null]], "4": [[{}, "hung"]]}'
+    monkeypatch.setattr(scoring, "exchange", lambda text, _: [theirs, text])
+    found = scoring.share_outcomes({3: [own], 5: [own]})
+    assert found == {3: [({"a": 1.0}, None)], 4: [({}, "hung")], 5: [({"a": 2.0}, None)]}
 
 
 def test_padding_ids_inside_a_response_are_its_text():

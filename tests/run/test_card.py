@@ -1,6 +1,7 @@
 """What stands beside the exported weights of a run: its chat template, vLLM's tool parser, the model card."""
 
 import json
+import pathlib
 import shutil
 
 import jax
@@ -14,7 +15,8 @@ from rest_jax.run import card, load
 from rest_jax.run.checkpoint import Checkpoints
 from rest_jax.run.contents import MADE_OF
 from rest_jax.run.folder import CONFIG_FILE, MODEL_FOLDER
-from rest_jax.run.metrics import MetricsWriter
+from rest_jax.run.metrics import METRICS_FILE, MetricsWriter
+from rest_jax.run.record import CERTIFICATE_FILE, file_digest
 from rest_jax.templates import TEMPLATES
 from rest_jax.types import TrainState
 
@@ -57,10 +59,27 @@ vllm serve out --enable-auto-tool-choice \\
 | --- | --- | --- | --- | --- |
 | soft | all | 4 | 50.0% | 15.0% to 85.0% |
 
+## Audit
+
+`rest-jax audit` passed: 1 of 7 steps were repeated on EPYC with jaxlib 0.10.2 (seed 3) and compared bit for bit.
+
+| step | result | from | steps replayed |
+| --- | --- | --- | --- |
+| 5 | equal | checkpoint 4 | 1 |
+
 ## Made of
 
 - prompts: `abc`
 """
+
+
+def certify(folder: pathlib.Path, metrics: str) -> None:
+    """Leaves the certificate of an audit of a run whose metrics had that digest."""
+    step = {"step": 5, "result": "equal", "from": "checkpoint 4", "replayed": 1, "differences": []}
+    by = {"versions": {"jaxlib": "0.10.2"}, "devices": {"kind": "EPYC"}}
+    found = {"result": "passed", "steps": [step], "recorded": 7, "seed": 3, "metrics": metrics}
+    found |= {"comparison": "bit for bit", "repeated_by": by}
+    (folder / CERTIFICATE_FILE).write_text(json.dumps(found))
 
 
 def config(template: str, **data) -> Config:
@@ -98,6 +117,7 @@ def test_the_card_says_how_to_serve_and_what_was_measured(run, tmp_path):
     rate = {"count": 4, "rate": 0.5, "low": 0.15, "high": 0.85}
     result = {"benchmark": "api_bank", "rates": {"soft": {"all": rate}}}
     (folder / "api_bank.json").write_text(json.dumps(result))
+    certify(folder, file_digest(folder / METRICS_FILE))
     (folder / "fork.json").write_text('{"of": "x"}')
     (folder / "broken.json").write_text("{")
     load.export(str(folder), tmp_path / "out")
@@ -108,6 +128,14 @@ def test_the_card_says_how_to_serve_and_what_was_measured(run, tmp_path):
     assert expected.replace("{reasoning}", reasoning) in text
     assert text.endswith(f"```yaml\n{dump(made)}```\n")
     assert (tmp_path / "out" / card.PARSER).read_text() == card.PLUGIN.read_text()
+
+
+def test_a_certificate_of_an_earlier_state_of_the_run_is_left_out(tmp_run):
+    (tmp_run / METRICS_FILE).write_text("")
+    certify(tmp_run, file_digest(tmp_run / METRICS_FILE))
+    assert "## Audit" in card._audit(tmp_run)
+    (tmp_run / METRICS_FILE).write_text('{"step": 8}\n')
+    assert card._audit(tmp_run) == []
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -136,3 +164,10 @@ def test_a_run_of_which_only_the_weights_are_left_is_exported(run, tmp_path):
     load.export(str(folder), tmp_path / "out")
     assert not (tmp_path / "out" / card.CARD).exists()
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_other_rules_of_advantage_and_policy_loss_are_named():
+    loss = {"advantage": "gdpo", "policy": "sapo"}
+    raw = {"name": "mine", "model": {"source": "start"}, "weights": {"rule": "ar"}, "loss": loss}
+    said = card._method(Config.model_validate(raw), [{"reward/mean": 1.0}])
+    assert "rule `ar`, advantage `gdpo`, policy `sapo`, 4 completions" in said

@@ -232,6 +232,20 @@ def test_another_model_or_optimiser_is_named_not_called_damaged(saved, tmp_path)
     assert not list((run / FOLDER).glob(f"*{DAMAGED}*"))
 
 
+def test_the_curriculum_of_another_version_is_named(saved):
+    """Its fields do not depend on the config."""
+    like = abstract(make_state())
+    other = dataclasses.replace(like.curriculum, seen=jax.ShapeDtypeStruct((8,), bool))
+    with Checkpoints(saved) as checkpoints:
+        with pytest.raises(
+            UserError, match=r"curriculum.seen is int32\[8\], .* another version of"
+        ):
+            checkpoints.restore(dataclasses.replace(like, curriculum=other))
+        without = {"step": like.curriculum.step}
+        with pytest.raises(UserError, match=r"only the checkpoint has .* another version of"):
+            checkpoints.restore(dataclasses.replace(like, curriculum=without))
+
+
 def test_a_full_disk_is_one_line_and_costs_the_new_checkpoint_alone(
     saved, tmp_path, limit_files, capfd
 ):

@@ -13,7 +13,7 @@ from rest_jax.data.ragged import Ragged, StoredRecords, to_bytes
 from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import Prepared
 from rest_jax.errors import UserError
-from rest_jax.run.contents import check_same, digest_params, digests
+from rest_jax.run.contents import ADAPTERS, BASE, check_same, digest_params, digests
 from rest_jax.run.load import load_policy
 from rest_jax.tool_calls import Call, Target
 
@@ -51,6 +51,25 @@ def test_a_change_of_anything_is_seen_and_named(policy):
         with pytest.raises(UserError, match=f"run: its run was made of other {name} than"):
             check_same(old, new, "run")
     check_same(old, dict(old), "run")
+
+
+def test_of_a_run_with_lora_they_are_those_of_the_base_and_of_the_first_adapters(policy):
+    found = [
+        digests(dataclasses.replace(policy, adapters={"a": jnp.full((2, 2), x)}), data_of(FIRST))
+        for x in (1.0, 2.0)
+    ]
+    assert {key for key in found[0] if found[0][key] != found[1][key]} == {ADAPTERS}
+    full = digests(policy, data_of(FIRST))
+    assert found[0].pop(BASE) == full.pop("weights") and found[0].keys() - {ADAPTERS} == full.keys()
+    with pytest.raises(UserError, match="run: its adapters belong to other weights"):
+        check_same({BASE: "x"}, {BASE: "y"}, "run")
+
+
+def test_plugins_are_contents(policy):
+    key = "reward.plugin"
+    one, other = (digests(policy, data_of(FIRST), {key: text}) for text in ("a", "b"))
+    with pytest.raises(UserError, match=r"made of other reward\.plugin than"):
+        check_same(one, other, "run")
 
 
 def test_records_in_files_and_in_memory_are_the_same(policy):

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -281,30 +280,3 @@ def test_sigterm_is_caught_until_the_last_checkpoint_is_on_disk(config, files, m
     run.close()
     assert run.stop.received and run.stop.agreed()
     assert signal.getsignal(signal.SIGTERM) is before
-
-
-@pytest.mark.parametrize(
-    ("package", "override"),
-    [("wandb", "train.wandb_project=p"), ("tensorboard", "train.tensorboard=true")],
-)
-def test_a_missing_optional_package_is_named_before_a_folder_is_made(
-    tmp_path, monkeypatch, package, override
-):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    config = make_config(tmp_path, override)
-    with pytest.raises(UserError, match=f"pip install {package}"):
-        check_start(config)
-    assert not config.folder.exists()
-
-
-def test_a_tracker_that_cannot_be_used_is_one_line_before_a_folder_is_made(tmp_path, monkeypatch):
-    def login(verify: bool) -> None:
-        raise RuntimeError("No API key\nconfigured.")
-
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(login=login))
-    config = make_config(tmp_path, "train.wandb_project=p")
-    with pytest.raises(UserError, match=r"train\.wandb_project.*No API key configured") as caught:
-        check_start(config)
-    assert "\n" not in str(caught.value) and "WANDB_MODE=offline" in str(caught.value)
-    assert not config.folder.exists()

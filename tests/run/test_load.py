@@ -383,3 +383,20 @@ def test_peft_computes_the_same_logits(adapted, peft_folder, model):
     hidden = apply_routed(policy.decoder, weights, tokens, positions, layout)[0]
     found = logits(policy.params, policy.config, hidden[0])
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_the_plugins_of_a_run_are_left_out_unless_they_are_asked_for(tmp_path, capsys):
+    """Whoever made the run wrote its config."""
+    for name in ("checkpoints", MODEL_FOLDER):
+        (tmp_path / name).mkdir()
+    text = "name: theirs\nmodel: {source: x}\nreward: {plugin: 'theirs.py:score', builtin: false, coarse: true}\n"
+    (tmp_path / "config.yaml").write_text(text)
+    config = load.config_of(str(tmp_path), [])
+    assert (config.reward.plugin, config.reward.builtin, config.reward.coarse) == (None, True, True)
+    assert "names reward.plugin theirs.py:score; it is not run" in capsys.readouterr().err
+    own = load.config_of(str(tmp_path), ["reward.plugin=mine.py:score"])
+    assert own.reward.plugin == "mine.py:score"
+    capsys.readouterr()
+    asked = load.config_of(str(tmp_path), [], plugins=True)
+    assert (asked.reward.plugin, asked.reward.builtin) == ("theirs.py:score", False)
+    assert capsys.readouterr().err == ""

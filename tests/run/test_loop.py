@@ -264,7 +264,7 @@ def test_times_are_those_of_the_slowest_process_and_cpu_time_is_of_all(monkeypat
     other = {"time/score": 2.0, "time/step": 2.5, "time/cpu": 4.0}
     monkeypatch.setattr(loop, "exchange", lambda text, timeout: [text, json.dumps(other)])
     run = types.SimpleNamespace(stop=stop, folder=pathlib.Path("run"))
-    found = loop.Loop(run, 1, None, ("", ""))._of_all(own)  # type: ignore[arg-type]
+    found = loop.Loop(run, 1, None, {})._of_all(own)  # type: ignore[arg-type]
     assert found == {"time/score": 2.0, "time/step": 3.0, "time/cpu": 9.0}
 
 

@@ -60,7 +60,12 @@ def names_of(command: str, changes: dict, folder: pathlib.Path, source: pathlib.
 @pytest.mark.slow
 def test_the_table_is_what_runs_write(tmp_path, configs_dir, expert_model):
     source = configs_dir / "quickstart_policy"
-    written = names_of("train", REINFORCED, tmp_path / "rl", source)
+    (tmp_path / "mine.py").write_text("def score(*given): return {'a': len(given[1])}")
+    plugin = {"reward": {"plugin": f"{tmp_path}/mine.py:score"}}
+    written = names_of("train", REINFORCED | plugin, tmp_path / "rl", source)
+    parts = {"reward/part/a", "eval/part/a"}
+    assert parts < written
+    written -= parts
     written |= names_of("sft", SUPERVISED, tmp_path / "sft", source)
     written |= names_of("train", EXPERTS, tmp_path / "experts", expert_model)
     # A benchmark needs its data: tests/evaluation/test_heldout.py has these.

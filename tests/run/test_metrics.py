@@ -2,8 +2,6 @@
 
 import json
 import math
-import sys
-import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +11,8 @@ from rest_jax.errors import UserError
 from rest_jax.files import as_path
 from rest_jax.run import metrics
 from rest_jax.run.metrics import (
+    DIGESTS_FILE,
+    FILES,
     METRICS,
     METRICS_FILE,
     REGION_NAMES,
@@ -63,16 +63,23 @@ def test_unknown_name_is_refused_with_the_nearest_and_nothing_is_written(tmp_run
     assert (tmp_run / METRICS_FILE).read_text() == ""
 
 
+def test_parts_of_a_plugin_are_written_last(tmp_run):
+    values = {"eval/part/b-1": 1.0, "reward/part/a": 2.0, "time/step": 3.0, "reward/mean": 4.0}
+    with_writer(tmp_run, lambda w: w.write(1, values))
+    (line,) = read_lines(tmp_run / METRICS_FILE)
+    assert list(line) == ["step", "reward/mean", "time/step", "eval/part/b-1", "reward/part/a"]
+    with pytest.raises(ValueError, match="'reward/part/a b'"):
+        with_writer(tmp_run, lambda w: w.write(1, {"reward/part/a b": 1.0}))
+
+
 def test_truncate_drops_later_steps_and_half_lines_of_all_files(tmp_run):
     writer = MetricsWriter(tmp_run)
     for step in range(4):
         samples = [{"text": f"é{step}"}, {"text": "\ud800"}]
-        writer.write(step, {"reward/mean": step / 3}, samples, {"tokens": "AA=="})
+        writer.write(step, {"reward/mean": step / 3}, samples, {"tokens": "AA=="}, {"ids": "a"})
+        writer.write_launch(step, {"command": "train"})
     writer.close()
-    kept = {
-        name: (tmp_run / name).read_bytes().splitlines(keepends=True)
-        for name in (METRICS_FILE, SAMPLES_FILE, TOKENS_FILE)
-    }
+    kept = {name: (tmp_run / name).read_bytes().splitlines(keepends=True) for name in FILES}
     for name in kept:
         with (tmp_run / name).open("ab") as file:
             file.write(b'{"step": 1, "rew')
@@ -85,6 +92,8 @@ def test_truncate_drops_later_steps_and_half_lines_of_all_files(tmp_run):
     assert json.loads(lines[-1])["step"] == 9
     assert (tmp_run / SAMPLES_FILE).read_bytes().splitlines(keepends=True) == kept[SAMPLES_FILE][:6]
     assert (tmp_run / TOKENS_FILE).read_bytes().splitlines(keepends=True) == kept[TOKENS_FILE][:3]
+    # how a process goes on behind a step is no later than the step
+    assert (tmp_run / DIGESTS_FILE).read_bytes().splitlines(keepends=True) == kept[DIGESTS_FILE][:6]
     assert not list(tmp_run.glob("*.partial"))
 
 
@@ -103,34 +112,6 @@ def test_reading_leaves_out_the_half_line_and_names_a_broken_one(tmp_run):
         read_lines(path)
     with pytest.raises(UserError, match="no such file"):
         read_lines(tmp_run / "other.jsonl")
-
-
-def test_tensorboard_gets_the_same_values(tmp_run):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    writer = MetricsWriter(tmp_run, tensorboard=True)
-    writer.write(3, {"reward/mean": 0.5, "reward/max": math.nan})
-    writer.close()
-    events = EventAccumulator(str(tmp_run / "tensorboard")).Reload()
-    assert events.Tags()["tensors"] == ["reward/mean"]
-    (event,) = events.Tensors("reward/mean")
-    assert (event.step, event.tensor_proto.float_val[0]) == (3, 0.5)
-
-
-def test_wandb_gets_the_lines_and_a_lasting_id(tmp_run, monkeypatch):
-    logged = []
-    run = types.SimpleNamespace(
-        log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("end")
-    )
-    started = {}
-    fake = types.SimpleNamespace(init=lambda **options: started.update(options) or run)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    writer = MetricsWriter(tmp_run, wandb_project="tools")
-    writer.write(3, {"reward/mean": 0.5})
-    writer.close()
-    assert logged == [(3, {"reward/mean": 0.5}), "end"]
-    assert (started["project"], started["id"], started["resume"]) == ("tools", "run", "allow")
 
 
 def test_summary_table_aligns_and_refuses_ragged_rows():
@@ -169,6 +150,7 @@ def test_the_files_of_a_store_are_put_whole_at_a_sync_and_continued(memory_store
     writer.close()
     assert [line["step"] for line in read_lines(run / METRICS_FILE)] == [1, 2]
     assert put == [
+        DIGESTS_FILE,
         METRICS_FILE,
         SAMPLES_FILE,
         TOKENS_FILE,

@@ -16,8 +16,19 @@ from rest_jax.files import as_path, list_files
 from rest_jax.models.hf.remote import COMMIT_FILE
 from rest_jax.run.checkpoint import Checkpoints, newest_params
 from rest_jax.run.folder import SAVED_FILE
+from rest_jax.run.metrics import FILES
 from tests.programs.states import make_state
-from tests.runs import PROGRAMS, assert_same, environment, finish, lines, recipe, start, state
+from tests.runs import (
+    PROGRAMS,
+    assert_same,
+    environment,
+    finish,
+    lines,
+    recipe,
+    start,
+    start_command,
+    state,
+)
 
 pytestmark = pytest.mark.services
 
@@ -103,8 +114,15 @@ def test_a_killed_and_resumed_run_equals_the_unbroken_local_one(trained):
         assert (remote / name).read_bytes() == (local / name).read_bytes()
     assert_same(state(remote), state(local))
     names = {name.partition("/")[0] for name in list_files(remote)}
-    files = {"config.yaml", "metrics.jsonl", "samples.jsonl", "tokens.jsonl", "curves.png"}
+    files = {"config.yaml", "curves.png", *FILES}
     assert names == files | {"checkpoints", "model", SAVED_FILE}
+
+
+def test_a_run_in_a_store_is_audited(trained):
+    _, remote = trained
+    finish(start_command("audit", str(remote), "--steps", "1"))
+    assert (remote / "audit.json").exists()
+    (remote / "audit.json").unlink()
 
 
 def test_evaluate_export_and_report_use_a_run_where_it_is(trained, tmp_path):

@@ -127,9 +127,13 @@ const bounds = ([low, high]) => `[${short(low)}, ${short(high)}]`;
 function rewardNode(one) {
   const s = one.score, list = make("dl", undefined, "reward"), step = view.data;
   const add = (name, text, ...classes) => { list.appendChild(make("dt", name)); list.appendChild(make("dd", text, ...classes)); };
-  const length = s.reward - s.format_part - s.correctness_part;
-  const extra = Math.abs(length) > 1e-9 ? ` ${term(length)} (length)` : "";
+  const length = s.reward - s.format_part - s.correctness_part - (s.plugin_part || 0);
+  const extra = (Math.abs(length) > 1e-9 ? ` ${term(length)} (length)` : "")
+    + ("plugin_parts" in s ? ` ${term(s.plugin_part)} (plug-in)` : "");
   add("reward", `${short(s.reward)} = ${short(s.format_part)} (format) ${term(s.correctness_part)} (correctness)${extra}`);
+  if (s.plugin_fault) add("plug-in", `failed: ${s.plugin_fault}`, "bad");
+  else if ("plugin_parts" in s)
+    add("plug-in", Object.entries(s.plugin_parts).map(([name, x]) => `${name} ${short(x)}`).join(", "));
   add("format", `${s.format_score ? "right" : "failed"}: S_format ${short(s.format_score)} on ${bounds(step.format_bounds)}`,
     s.format_score ? "good" : "bad");
   const parameters = one.calls.reduce((n, row) => n + row.parameters.filter((p) => p[1] !== null).length, 0);

@@ -6,7 +6,7 @@ variance.png. `measure_batch` measures any scored batch.
 
 Rules compared, every one scaled so that sum_t w_t = T (Theorem 2's constraint, and the same total for all):
     uniform          1
-    paper            inverse_bound of the batch's entropies, anchored, clipped and normalised as configured, nu = 0
+    paper            inverse_bound of the batch's entropies, scaled, clipped and normalised as configured, nu = 0
     exact            the same with inverse_gini: the second moment of the score instead of its bound
     theorem2         1 / beta_r, the minimiser of Theorem 1's bound; not clipped
     inverse_score    1 / E_a|J_t^T s_t|^2: the same with the quantity that beta_r bounds
@@ -14,7 +14,6 @@ Rules compared, every one scaled so that sum_t w_t = T (Theorem 2's constraint, 
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -22,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
+from rest_jax.analysis.draws import make_draw, open_data
+from rest_jax.analysis.numbers import plain
 from rest_jax.analysis.variance.gradients import (
     GroupGradients,
     TokenGradients,
@@ -31,23 +32,18 @@ from rest_jax.analysis.variance.gradients import (
 )
 from rest_jax.analysis.variance.report import variance_tables, write_variance
 from rest_jax.config import Config
-from rest_jax.data.loader import bucketed, pad
-from rest_jax.data.tokenize import Prepared, load_split, prepare
 from rest_jax.distributed import is_first_process, say
 from rest_jax.errors import UserError
 from rest_jax.files import as_path
 from rest_jax.models.decoder import Decoder
-from rest_jax.models.policy import Policy, check_positions
 from rest_jax.rl import curriculum, weights
-from rest_jax.rl.advantages import ADVANTAGES, nonzero_advantage
 from rest_jax.rl.packing import bucket
-from rest_jax.rollout.cast import rollout_cast
-from rest_jax.rollout.scheduler import make_sampler
-from rest_jax.rollout.scoring import score_rollout
-from rest_jax.run.load import is_run, load_policy
-from rest_jax.templates import TEMPLATES
+from rest_jax.rl.prepare import StepConfig, compute_advantage, weigh_tokens
+from rest_jax.rl.rules import choose_weight_rule
+from rest_jax.rl.view import TokenView, make_view, nonzero_advantage
+from rest_jax.run.load import is_run
 from rest_jax.tool_calls import NUM_REGIONS, Region
-from rest_jax.types import Params, PromptBatch, Sampling, ScoredBatch
+from rest_jax.types import Params, Sampling, ScoredBatch
 
 RESAMPLES = 2000  # of the groups, for intervals
 # Of 1 - sum p^2 <= 1 - exp(-H): the rounding of a float32 softmax, its sums included.
@@ -69,20 +65,13 @@ def measure_variance(
     `prompts` are drawn by the config's seed from the first `limit` records of `data`. `output` None: `variance/` in the
     run's folder, for other models in the config's output folder.
     """
-    check_settings(config, prompts)
-    records = load_split(data, config.data, limit)
-    policy = load_policy(config.model, config.mesh, config.rollout.tensor)
-    prepared = prepare(records, policy.tokenizer, TEMPLATES[config.data.template], config.data)
-    if prepared.size < prompts:
-        raise UserError(
-            f"--prompts {prompts}: {data} has {prepared.size} that fit; lower it or raise --limit"
-        )
-    longest = int(prepared.prompts.lengths.max())
-    check_positions(policy.config, longest, config.rollout.max_response_tokens)
-    say(f"{data}: {prepared.summary()}")
+    if prompts < 2:
+        raise UserError(f"--prompts {prompts}: a variance over groups needs at least 2")
+    opened = open_data(config, data, limit, prompts)
+    chosen, policy = opened.choose(prompts, config.seed), opened.policy
     group_size = config.rollout.group_size
     say(f"sampling {group_size} completions of each of {prompts} prompts")
-    scored = sample_scored(policy, config, prepared, prompts)
+    scored = make_draw(opened)(chosen, jax.random.key(config.seed))
     # all devices compute one group together, which is not how the attention kernel is split
     decoder = Decoder(dataclasses.replace(policy.config, attention="blocks"))
     measured = measure_batch(decoder, policy.params, scored, config, tokens)
@@ -94,33 +83,6 @@ def measure_variance(
     if is_first_process():
         say(f"written: {', '.join(map(str, write_variance(report, folder)))}")
     return 1 if report["overall"]["violations"] else 0
-
-
-def check_settings(config: Config, prompts: int) -> None:
-    """UserError for settings under which the theory does not speak of the sampled tokens."""
-    r = config.rollout
-    if Sampling(r.temperature, r.top_k, r.top_p) != Sampling():
-        raise UserError(
-            f"rollout.temperature {r.temperature}, top_k {r.top_k}, top_p {r.top_p}: the inequality is about the policy's own "
-            "distribution; add rollout.temperature=1.0 rollout.top_k=0 rollout.top_p=1.0"
-        )
-    if prompts < 2:
-        raise UserError(f"--prompts {prompts}: a variance over groups needs at least 2")
-
-
-def sample_scored(policy: Policy, config: Config, prepared: Prepared, prompts: int) -> ScoredBatch:
-    """G scored completions of each of `prompts` prompts, drawn by the config's seed: NumPy."""
-    r, tokenizer = config.rollout, policy.tokenizer
-    sampler = make_sampler(policy, r, r.group_size, Sampling())
-    index = np.sort(np.random.default_rng(config.seed).permutation(prepared.size)[:prompts])
-    chosen = [prepared.prompts[i] for i in index]
-    padded = pad(chosen, bucketed(chosen), tokenizer.pad_id)
-    batch = PromptBatch(*padded, index.astype(np.int32))
-    params = rollout_cast(policy)(policy.params)
-    rollout = sampler.sample_all(params, batch, jax.random.key(config.seed))
-    targets = [prepared.records[i].target for i in index]
-    template = TEMPLATES[config.data.template]
-    return score_rollout(rollout, targets, tokenizer, template, config.reward, 1.0)[0]
 
 
 def measure_batch(
@@ -145,12 +107,12 @@ def measure_batch(
     rules = rule_weights(scored, token_stats, config)
     present = [r for r in weights.POLICY_REGIONS if (scored.region == r).any()]
     parts = [(scored.region == r).astype(np.float32) for r in present]
-    advantage = np.asarray(ADVANTAGES[config.loss.advantage](jnp.asarray(scored.reward)))
+    advantage = np.asarray(view_at_start(scored, config)[0].token_advantage)
     total = int((scored.region != Region.NONE).sum())
-    coefficient = np.stack([*rules.values(), *parts]) * (-advantage[..., None] * groups / total)
+    coefficient = np.stack([*rules.values(), *parts]) * (-advantage * groups / total)
     coefficient, chunk = coefficient.astype(np.float32), config.loss.vocab_chunk
     gradients = group_gradients(decoder, params, scored.rollout, coefficient, chunk, config.seed)
-    return _plain(
+    return plain(
         {
             "prompts": groups,
             "group_size": group_size,
@@ -163,6 +125,25 @@ def measure_batch(
             "rules": rule_rows(scored, rules, token_stats, gradients, config.seed),
         }
     )
+
+
+def view_at_start(scored: ScoredBatch, config: Config) -> tuple[TokenView, StepConfig]:
+    """What the rules of the config read of the batch at nu = 0, the advantage included; and the rules."""
+    cfg = StepConfig(
+        loss=config.loss,
+        schedule=curriculum.Schedule(
+            config.weights.of_regions, config.curriculum, config.train.steps or 1
+        ),
+        sampling=Sampling(),
+        updates=1,
+        fixed_length=config.rollout.max_response_tokens,
+        weight_rule=choose_weight_rule(config),
+        placebo=config.weights.placebo,
+        seed=config.seed,
+    )
+    given = jax.tree.map(jnp.asarray, scored)
+    view = make_view(given, given.rollout, curriculum.init(cfg.schedule), cfg.seed)
+    return dataclasses.replace(view, advantage=compute_advantage(view, cfg)), cfg
 
 
 def trim(scored: ScoredBatch) -> ScoredBatch:
@@ -179,14 +160,14 @@ def rule_weights(
     scored: ScoredBatch, tokens: TokenGradients, config: Config
 ) -> dict[str, np.ndarray]:
     """Token weights `[P, G, T]` of every rule, uniform first; each sums to the number of tokens."""
-    cfg = config.weights
-    schedule = curriculum.Schedule(cfg, config.curriculum, config.train.steps or 1)
+    view, step = view_at_start(scored, config)
+    cfg, schedule = config.weights, step.schedule
     r, region = scored.rollout, jnp.asarray(scored.region)
     stats = weights.region_stats(region, jnp.asarray(r.entropy), jnp.asarray(r.gini))
 
     def by_entropy(rule: str) -> np.ndarray:
         own = cfg.model_copy(update={"rule": rule})
-        base = weights.base_weights(stats.entropy, stats.gini, stats.count > 0, own)
+        base = weights.base_weights(stats, own)
         return _to_total(weights.token_weights(region, base, cfg.normalizer), scored.region)
 
     # entropies are floored before they are inverted, here as in the other rules
@@ -203,8 +184,7 @@ def rule_weights(
     state = curriculum.update(curriculum.init(schedule), stats, format_score, schedule)
     state = dataclasses.replace(state, nu=jnp.zeros_like(state.nu))
     base = curriculum.region_weights(state, schedule)
-    token_weight = weights.token_weights(region, base, schedule.normalizer)
-    configured = _to_total(token_weight, scored.region)
+    configured = _to_total(weigh_tokens(view, base, step), scored.region)
     if not any(np.allclose(configured, w, rtol=1e-5) for w in rules.values()):
         rules["configured"] = configured
     return rules
@@ -322,13 +302,3 @@ def relative_intervals(gram: np.ndarray, seed: int) -> np.ndarray:
         method="percentile", rng=np.random.default_rng(seed),
     )  # fmt: skip
     return np.moveaxis(np.nanquantile(found.bootstrap_distribution, [0.025, 0.975], axis=-1), 0, -1)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(v) for name, v in value.items()}
-    if isinstance(value, np.ndarray):
-        return [_plain(v) for v in value.tolist()]
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else None
-    return int(value) if isinstance(value, np.integer) else value

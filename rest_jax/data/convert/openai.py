@@ -17,6 +17,7 @@ from rest_jax.rewards.gold import read_turn
 
 _MESSAGES = ("messages", "conversations", "conversation", "input")
 _TOOLS = ("tools", "functions")
+READ = (*_MESSAGES, *_TOOLS, "output", "system", "instructions")
 _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),

@@ -23,6 +23,8 @@ from rest_jax.tool_calls import Call, Target
 
 SUPERVISED = ("instruction", "input", "output")
 PARQUET = ("prompt", "reward_model")
+READ = (*SUPERVISED, *PARQUET, "data_source")
+READ_API_BANK = ("system", "user", "answer")
 MAX_LITERAL = 64 * 1024  # characters of one tool's parameters or of one line of calls
 
 _HEADER = re.compile(r"\*{2,3}Dialogue Records History\*\*\n").match

@@ -26,6 +26,7 @@ _INSTRUCTION = re.compile(
 ).search
 _SENTENCE_END = re.compile(r"(?<=[.!?:])\s+|\n+")
 _list_open = re.compile(r"\[\s*+[{\]]").finditer
+READ = ("system", "conversations")
 _MAX_LISTS = 4  # brackets at which the list of tools is looked for
 
 

@@ -11,6 +11,7 @@ from rest_jax.data import fields
 from rest_jax.data.fields import RecordError
 from rest_jax.data.records import StepRecord, decompose
 
+READ = ("query", "tools", "answers")
 NO_CALL = "None of the given tools can do this."
 
 

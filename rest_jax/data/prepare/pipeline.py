@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 import tqdm
 
-from rest_jax.data import files, items
+from rest_jax.data import files
 from rest_jax.data.convert import Convert
 from rest_jax.data.convert.xlam import NO_CALL
 from rest_jax.data.fields import RecordError, shown
@@ -111,12 +111,18 @@ def _records(work: _Work) -> Iterator[tuple[StepRecord, str]]:
         try:
             records = work.convert(raw, name, where)
             for record in records:
-                files.to_line(record)  # refuses what cannot be written
+                if isinstance(record, StepRecord):
+                    files.to_line(record)  # refuses what cannot be written
         except (RecordError, RecursionError) as error:
             _reject(work, where, _reason(error, where), raw)
             continue
         for record in records:
             work.result.converted += 1
+            if isinstance(record, RecordError):
+                reason = _reason(record, where)
+                _set_aside(work, where, reason, None)
+                dropped[_kind(reason, dropped)] += 1
+                continue
             record = _with_new_id(record, work)
             if (record := _reachable(record, where, work)) is None:
                 continue
@@ -154,7 +160,7 @@ def _items(work: _Work) -> Iterator[tuple[str, str, Any]]:
     seconds = 0.1 if sys.stderr.isatty() else 10  # between two lines of it
     with tqdm.tqdm(total=sum(sizes), unit="B", unit_scale=True, mininterval=seconds) as bar:
         for number, path in enumerate(paths):
-            for index, item in enumerate(items.read_items(path)):
+            for index, item in enumerate(settings.read(path)):
                 if settings.limit is not None and result.items >= settings.limit:
                     return
                 result.items += 1

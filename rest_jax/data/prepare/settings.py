@@ -3,11 +3,11 @@
 import dataclasses
 import difflib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rest_jax.data import files, items
-from rest_jax.data.convert import SOURCES, Convert
+from rest_jax.data.convert import OPENED, READERS, SOURCES, Convert
 from rest_jax.data.records import StepRecord, from_json
 from rest_jax.errors import UserError
 from rest_jax.files import local_path
@@ -36,6 +36,11 @@ class Settings:
     overwrite: bool = False
 
     @property
+    def read(self) -> Callable[[pathlib.Path], Iterator[items.Item]]:
+        """What gives the items of an input."""
+        return READERS.get(self.source, items.read_items)
+
+    @property
     def paths(self) -> dict[str, pathlib.Path]:
         """All files that preparing replaces or removes: records to train on and held out, items rejected, the summary."""
         out = pathlib.Path(self.out)
@@ -57,13 +62,11 @@ KNOWN: dict[str, Convert] = {**SOURCES, "records": _from_own}
 
 def check(settings: Settings) -> Convert:
     """The source's converter, when everything that can be known before reading is in order; else UserError."""
-    convert = KNOWN.get(settings.source)
-    if convert is None:
-        near = difflib.get_close_matches(settings.source, KNOWN, n=1)
+    known = sorted([*KNOWN, *OPENED])
+    if settings.source not in known:
+        near = difflib.get_close_matches(settings.source, known, n=1)
         hint = f"; nearest: {near[0]}" if near else ""
-        raise UserError(
-            f"source {settings.source!r}: unknown{hint} (known: {', '.join(sorted(KNOWN))})"
-        )
+        raise UserError(f"source {settings.source!r}: unknown{hint} (known: {', '.join(known)})")
     for option in ("mask_names", "irrelevance", "held_out"):
         if not 0 <= (value := getattr(settings, option)) <= 1:
             name = option.replace("_", "-")
@@ -73,7 +76,9 @@ def check(settings: Settings) -> Convert:
     if settings.irrelevance_response is not None and not settings.irrelevance:
         raise UserError("--irrelevance-response: needs --irrelevance, the share of such records")
     _check_files(settings)
-    return convert
+    if settings.source in KNOWN:
+        return KNOWN[settings.source]
+    return OPENED[settings.source](list(map(pathlib.Path, settings.inputs)))
 
 
 def check_settings(overrides: Sequence[str], known: Sequence[str] = SETTABLE) -> None:
@@ -89,7 +94,7 @@ def _check_files(settings: Settings) -> None:
     files.check_path(out)
     inputs = list(map(pathlib.Path, settings.inputs))
     for path in inputs:
-        items.read_items(path)  # refuses what is no file; reads nothing yet
+        settings.read(path)  # refuses what is no file; reads nothing yet
     for path in filter(pathlib.Path.exists, paths):
         if path.is_dir():
             raise UserError(

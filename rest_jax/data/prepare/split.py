@@ -1,6 +1,7 @@
 """Sets tools apart for evaluation: which part a record belongs to, such that no held-out tool ever occurs in training.
 
-A tool is held out when the hash of (seed, its name in small letters and digits) falls below the fraction. Tools with the same
+A tool is held out when the hash of (seed, its name in small letters and digits) falls below the fraction; of a name with dots
+what is before the last one counts, so that the tools of a service (`Hotels_1.Reserve`) are held out together. Tools with the same
 description are one tool under two names (masked data sets have those): they go by the first name seen with it, and a tool
 whose name says otherwise belongs to neither part. So a held-out tool is in training under no name and no description.
 
@@ -37,9 +38,15 @@ def canonical(text: str) -> str:
     return "".join(filter(str.isalnum, text.casefold())) or text
 
 
+def canonical_name(name: str) -> str:
+    """`canonical` of a tool's name, whose dots are kept: they part it from its service."""
+    return ".".join(map(canonical, name.split(".")))
+
+
 def is_held_out(name: str, fraction: float, seed: int) -> bool:
     """Whether a tool of that name is for evaluation."""
-    return draw(seed, "tool", canonical(name)) < fraction
+    service = name.rpartition(".")[0]
+    return draw(seed, "tool", canonical_name(service or name)) < fraction
 
 
 def place(record: StepRecord, fraction: float, seed: int, described: Described) -> Placement:
@@ -48,10 +55,13 @@ def place(record: StepRecord, fraction: float, seed: int, described: Described) 
         return Placement(None, record, reason=f"its tools are not known: {TEXT_ONLY}")
     held: dict[str, bool | None] = {}  # by canonical name; None: neither part
     for tool in record.tools:
-        name, side = canonical(tool["name"]), _is_held_out_tool(tool, fraction, seed, described)
+        name, side = (
+            canonical_name(tool["name"]),
+            _is_held_out_tool(tool, fraction, seed, described),
+        )
         held[name] = side if held.get(name, side) == side else None
     names = {*called(record), *(call.name for call in record.target.calls)}
-    calls = {held.get(canonical(n), is_held_out(n, fraction, seed)) for n in names}
+    calls = {held.get(canonical_name(n), is_held_out(n, fraction, seed)) for n in names}
     deciding = calls or set(held.values())
     if deciding == {True}:
         return Placement("eval", record)
@@ -59,7 +69,7 @@ def place(record: StepRecord, fraction: float, seed: int, described: Described) 
         return Placement(None, record, reason="it calls a tool known under names of both parts")
     if True in calls:
         return Placement(None, record, reason="it calls held-out tools and others")
-    kept = tuple(tool for tool in record.tools if held[canonical(tool["name"])] is False)
+    kept = tuple(tool for tool in record.tools if held[canonical_name(tool["name"])] is False)
     if record.tools and not kept:
         return Placement(None, record, reason="no tool that it offers is for training")
     removed = len(record.tools) - len(kept)

@@ -5,7 +5,8 @@ what a tool does; parameter names are a word and a random ending, which has to b
 of them, for something none of them does, or for the second step of a dialogue. `world` answers correctly. `demonstrations` are
 the same requests answered by a demonstrator with the bad habits of the table `HABITS`; a policy that imitates it makes those
 mistakes about as often, and reinforcement has something to mend.
-At level `reasoned` every call is thought through before it is made (`reasoning.py`).
+At level `reasoned` every call is thought through before it is made (`reasoning.py`). At level `inferred` the thought names no
+tool: which one does what is asked has to be inferred while its name is written, so that names are uncertain, too.
 Tools are split into training and held-out ones by `words.split_of`; record i depends on (split, seed, level, i) only.
 """
 
@@ -18,7 +19,7 @@ from rest_jax.data.synthetic.reasoning import REASONED_HABITS, Task, answer
 from rest_jax.data.synthetic.words import CODE, SYLLABLES, Split, Tool, pairs, value, words
 from rest_jax.tool_calls import Call, Target
 
-Level = Literal["single", "mixed", "reasoned"]
+Level = Literal["single", "mixed", "reasoned", "inferred"]
 
 # share of each kind of record, by level
 KINDS: dict[str, dict[str, float]] = {
@@ -39,6 +40,7 @@ KINDS: dict[str, dict[str, float]] = {
         "second": 0.15,
         "final": 0.08,
     },
+    "inferred": {"single": 0.55, "parallel": 0.30, "none": 0.15},
 }
 # what the sloppy demonstrator does, with its probability where the habit applies. Above a half the greedy answer of an imitator
 # is wrong, while four samples nearly always hold a right one (1 - 0.6^4 = 87 %).
@@ -47,6 +49,13 @@ HABITS: dict[str, float] = {
     "forgets_second": 0.60,  # makes only the first of two parallel calls, though the thought names both
     "spurious_call": 0.60,  # calls the nearest tool where none fits
     "chatty": 0.25,  # adds a response to calls, which the format does not allow there
+}
+# the same at level `inferred`
+INFERRED_HABITS: dict[str, float] = {
+    "wrong_tool": 0.30,  # calls another tool of the list than the one that fits
+    "forgets_second": 0.40,
+    "stringly": 0.40,
+    "chatty": 0.15,
 }
 NO_TOOL = "No tool fits this request."
 CHATTER = "Working on it."
@@ -71,7 +80,7 @@ def world(split: Split, seed: int, size: int, level: Level = "mixed") -> list[St
 
 
 def demonstrations(split: Split, seed: int, size: int, level: Level = "mixed") -> list[StepRecord]:
-    """The same requests as `world`, answered with the mistakes of `HABITS` (`REASONED_HABITS` at level `reasoned`)."""
+    """The same requests as `world`, answered with the mistakes of `HABITS`, or of the level's own."""
     return [_record(split, seed, i, level, sloppy=True) for i in range(size)]
 
 
@@ -82,10 +91,9 @@ def _record(split: Split, seed: int, index: int, level: Level, sloppy: bool) -> 
     maker = Maker(rng, split)
     draft = getattr(maker, kind)()
     rng.shuffle(draft.tools)
-    reasoned = level == "reasoned"
-    known = REASONED_HABITS if reasoned else HABITS
+    known, answered = _ANSWERS.get(level, (HABITS, _plain_answer))
     habits = _striking(known, random.Random(f"habits-{name}")) if sloppy else set()
-    target = _reasoned_answer(draft, habits) if reasoned else _plain_answer(draft, habits)
+    target = answered(draft, habits)
     return StepRecord(
         id=f"synthetic-{name}-{kind}",
         source="synthetic",
@@ -114,6 +122,25 @@ def _reasoned_answer(draft: Draft, habits: set[str]) -> Target:
     """The thought-through answer; the habits may spoil the thought."""
     report = draft.target.response or ""
     return answer(draft.tasks, draft.tools, draft.done, report, NO_TOOL, habits)
+
+
+def _inferred_answer(draft: Draft, habits: set[str]) -> Target:
+    """The answer behind a thought that says what is to be done, not by which tool; the habits may spoil the choice."""
+    does = [task.does for task in draft.tasks]
+    calls = list(draft.target.calls)
+    if "forgets_second" in habits:
+        del calls[1:], does[1:]
+    others = [tool.name for tool in draft.tools if calls and tool.name != calls[0].name]
+    if "wrong_tool" in habits and others:
+        calls[0] = dataclasses.replace(calls[0], name=others[0])
+    think = f"need to {'; '.join(does)}"
+    return dataclasses.replace(draft.target, calls=tuple(calls), think=think)
+
+
+_ANSWERS = {
+    "reasoned": (REASONED_HABITS, _reasoned_answer),
+    "inferred": (INFERRED_HABITS, _inferred_answer),
+}
 
 
 def _misspelt(target: Target, habits: set[str]) -> Target:

@@ -91,7 +91,9 @@ def find_source(source: str) -> pathlib.Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise ConversionError(f"model {source}: a file; name the folder it lies in")
+        raise ConversionError(
+            f"model {source}: a file; name the folder it lies in, or convert a GGUF file first (rest-jax convert)"
+        )
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source):
         raise ConversionError(f"model {source}: no such folder, and not a hub id (owner/name)")
     return _download(source)

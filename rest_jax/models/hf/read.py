@@ -177,14 +177,20 @@ def open_adapters(folder: Folder, cfg: DecoderConfig) -> list[Weights]:
 
 
 def checked_scan(folder: pathlib.Path, cfg: DecoderConfig) -> dict[str, Stored]:
-    """Every tensor of an HF folder that has to be read; a stored copy of a tied embedding is the embedding's twin.
+    """Every tensor of an HF folder that has to be read; see `check_stored`."""
+    return check_stored(f"model folder {folder}", cfg, scan(folder))
 
-    Where only the head of the two is stored, it is the embedding.
+
+def check_stored(where: str, cfg: DecoderConfig, found: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Of the tensors found, those that have to be read; a stored copy of a tied embedding is the embedding's twin.
+
+    Where only the head of the two is stored, it is the embedding. ConversionError, which begins with `where`, names every
+    tensor that does not fit.
     """
-    stored = scan(folder)
+    stored = dict(found)
     if cfg.tied and HEAD in stored and EMBED not in stored:
         stored[EMBED] = dataclasses.replace(stored.pop(HEAD), name=EMBED)
-    _check_tensors(folder, cfg, stored)
+    _check_tensors(where, cfg, stored)
     if cfg.tied and HEAD in stored:
         stored[EMBED] = dataclasses.replace(stored[EMBED], twin=stored.pop(HEAD))
     return stored
@@ -236,7 +242,7 @@ def _in_store(spec: Spec, folder: Folder) -> Weights:
 def manifest_dtypes(folder: pathlib.Path, cfg: DecoderConfig) -> dict[str, str]:
     """Tensor name -> safetensors dtype, from the manifest of a converted folder. ConversionError if it does not fit `cfg`."""
     tensors = _manifest(folder)["tensors"]
-    _check_count(folder, cfg, len(tensors))
+    _check_count(f"model folder {folder}", cfg, len(tensors))
     known = {name for name, _ in expected_shapes(cfg)}
     optional = {HEAD} if cfg.tied else set()  # a tied head may be stored all the same
     dtypes = [name for name in tensors.values() if isinstance(name, str) and name in DTYPES]
@@ -247,9 +253,9 @@ def manifest_dtypes(folder: pathlib.Path, cfg: DecoderConfig) -> dict[str, str]:
     return tensors
 
 
-def _check_tensors(folder: pathlib.Path, cfg: DecoderConfig, stored: Mapping[str, Stored]) -> None:
+def _check_tensors(where: str, cfg: DecoderConfig, stored: Mapping[str, Stored]) -> None:
     """ConversionError naming every tensor that is missing, unknown, misshapen or of an unknown dtype."""
-    _check_count(folder, cfg, len(stored))
+    _check_count(where, cfg, len(stored))
     expected = dict(expected_shapes(cfg))
     if cfg.tied and HEAD in stored:
         expected[HEAD] = expected[EMBED]
@@ -257,7 +263,7 @@ def _check_tensors(folder: pathlib.Path, cfg: DecoderConfig, stored: Mapping[str
     if HEAD in expected and HEAD not in stored:
         named.append("set tie_word_embeddings true if the embedding is the head, too")
     if named:
-        raise ConversionError(f"model folder {folder} ({cfg.family}): {'; '.join(named)}")
+        raise ConversionError(f"{where} ({cfg.family}): {'; '.join(named)}")
 
 
 def tensor_faults(
@@ -282,12 +288,12 @@ def tensor_faults(
     return [f"{kind}: {_shorten(names)}" for kind, names in faults.items() if names]
 
 
-def _check_count(folder: pathlib.Path, cfg: DecoderConfig, stored: int) -> None:
+def _check_count(where: str, cfg: DecoderConfig, stored: int) -> None:
     """Refuses sizes that are beyond what is there, before the names of so many tensors are made."""
     needed = sum(math.prod(spec.stack or (1,)) for spec in table(cfg))
     if needed > 2 * stored + 1000:
         raise ConversionError(
-            f"model folder {folder}: config.json (num_hidden_layers {cfg.n_layers}, experts {cfg.n_experts}) needs "
+            f"{where}: config.json (num_hidden_layers {cfg.n_layers}, experts {cfg.n_experts}) needs "
             f"{needed:,} tensors, the files have {stored:,}"
         )
 

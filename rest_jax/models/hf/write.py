@@ -1,11 +1,13 @@
 """Writing models: a converted folder in the source's own dtypes, and an HF folder that transformers loads.
 
-`convert(source, out)` writes parameters as an Orbax checkpoint with the side files and a manifest of the source's dtypes;
-`export(weights, files, out)` writes safetensors, and `export(convert(x))` equals x bit for bit. Both write all or nothing, on
-the host alone, and go from tensor to tensor: a few copies of one are in memory, whatever the size of the model.
+`convert(source, out)` writes parameters as an Orbax checkpoint with the side files and a manifest of the source's dtypes (of
+quantised tensors float32); `export(weights, files, out)` writes safetensors, and `export(convert(x))` equals x bit for bit.
+Both write all or nothing, on the host alone, and go from tensor to tensor: a few copies of one are in memory, whatever the
+size of the model.
 """
 
 import collections
+import functools
 import itertools
 import math
 import pathlib
@@ -18,10 +20,11 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict
 
-from rest_jax.files import atomic_folder, fingerprints, list_files
+from rest_jax.files import atomic_folder, fingerprints, is_url, list_files
 from rest_jax.models.config import DecoderConfig
+from rest_jax.models.gguf.model import read_model
 from rest_jax.models.hf import store
-from rest_jax.models.hf.config import ConversionError
+from rest_jax.models.hf.config import ConversionError, decoder_config
 from rest_jax.models.hf.folder import (
     MANIFEST,
     MANIFEST_FORMAT,
@@ -36,6 +39,7 @@ from rest_jax.models.hf.folder import (
 from rest_jax.models.hf.placement import Weights
 from rest_jax.models.hf.read import (
     Report,
+    check_stored,
     checked_scan,
     manifest_dtypes,
     open_weights,
@@ -64,15 +68,23 @@ _PART_BYTES = 2**27  # of a tensor that needs no transposition, and of writes un
 def convert(source: str, out: str | pathlib.Path, report: Report = silent) -> None:
     """Writes a converted folder: `params/` (Orbax, the source's dtypes), side files, the manifest.
 
-    All or nothing. The files of the source are read once, one after the other.
+    `source` is an HF folder, a hub id or a GGUF file. All or nothing. The files of the source are read once, one after the
+    other.
     """
-    folder = find_source(source)
-    if is_converted(folder):
-        raise ConversionError(f"model {source}: already a converted folder")
-    cfg = read_config(folder)
-    stored = checked_scan(folder, cfg)
+    if not is_url(source) and pathlib.Path(source).expanduser().is_file():
+        model = read_model(pathlib.Path(source).expanduser())
+        cfg = decoder_config(model.config)
+        stored = check_stored(f"GGUF file {source}", cfg, model.tensors)
+        write_side_files = model.write_side_files
+    else:
+        folder = find_source(source)
+        if is_converted(folder):
+            raise ConversionError(f"model {source}: already a converted folder")
+        cfg = read_config(folder)
+        stored = checked_scan(folder, cfg)
+        write_side_files = functools.partial(copy_side_files, folder)
     with atomic_folder(out, last=MANIFEST) as work:
-        copy_side_files(folder, work)
+        write_side_files(work)
         _fill_store(work / PARAMS, stored, cfg, report)
         files = fingerprints(work, sorted(list_files(work)))
         manifest = {"format": MANIFEST_FORMAT, "tensors": _stored_dtypes(stored), "files": files}

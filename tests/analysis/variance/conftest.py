@@ -26,4 +26,6 @@ def scored(peaked) -> ScoredBatch:
     region = np.where(mask, np.array(KINDS)[np.arange(tiny.TIME) * 3 // tiny.TIME], 0)
     reward = np.random.default_rng(2).normal(size=mask.shape[:2]).astype(np.float32)
     reward[1] = 0.5
-    return ScoredBatch(rollout, region.astype(np.int8), reward, np.ones_like(reward))
+    ones = np.ones_like(reward)
+    parts = np.stack([ones, reward - 1, 0 * ones, 0 * ones], axis=-1)
+    return ScoredBatch(rollout, region.astype(np.int8), reward, ones, parts, exact=reward > 0)

@@ -22,7 +22,7 @@ from rest_jax.analysis.variance.gradients import (
 from rest_jax.analysis.variance.measure import trim
 from rest_jax.models.attention import prompt_rows
 from rest_jax.models.decoder import logits
-from rest_jax.rl.advantages import grpo
+from rest_jax.rl.view import standardise
 from rest_jax.tool_calls import Region
 from rest_jax.types import RolloutBatch, ScoredBatch
 from tests import tiny
@@ -165,7 +165,7 @@ def test_draws_follow_the_weight():
 def coefficient(scored):
     """Two weightings; the second leaves group 2 out."""
     mask = scored.region > 0
-    advantage = np.asarray(grpo(jnp.asarray(scored.reward)))[..., None]
+    advantage = np.asarray(standardise(jnp.asarray(scored.reward)))[..., None]
     first = np.where(mask, -advantage, 0.0)
     second = first * np.random.default_rng(0).uniform(0.2, 3, mask.shape)
     second[2] = 0

@@ -100,6 +100,15 @@ def test_a_config_with_weights_of_its_own_is_compared_too(scored):
     assert share == pytest.approx(0.25 / present, rel=1e-3)
 
 
+def test_so_is_one_with_a_rule_of_single_tokens(scored):
+    entropy = config_with(weights={"rule": "top_entropy", "normalizer": "none"})
+    rules = rule_weights(scored, fake_tokens(np.random.default_rng(0)), entropy)
+    kept, own = rules["configured"] > 0, scored.region > 0
+    # first tokens of a group have one entropy, and ties stay in
+    assert kept.sum() == pytest.approx(0.2 * own.sum(), abs=tiny.GROUP)
+    assert scored.rollout.entropy[kept].min() > scored.rollout.entropy[own & ~kept].max()
+
+
 # the inequality
 
 

@@ -29,7 +29,9 @@ def place(made, described=None, fraction=HALF):
     return split.place(made, fraction, SEED, {} if described is None else described)
 
 
-NAMES = st.sampled_from(["get_a", "GetA", "get_b", "GET B", "c", "d", "e", "f", "天气", "?", "!"])
+NAMES = st.sampled_from(
+    ["get_a", "GetA", "get_b", "GET B", "c", "d", "e", "f", "天气", "?", "!", "a.b", "A.c", "ab"]
+)
 DESCRIPTIONS = st.sampled_from(["", "Tells the A.", "tells the a", "B", "C", "Something", None])
 RECORDS = st.builds(
     record,
@@ -50,10 +52,12 @@ def test_a_held_out_tool_never_occurs_in_training(records, fraction, seed):
     evaluated, trained = (
         [p.record for p in placed if p.part == part] for part in ("eval", "train")
     )
-    called = {split.canonical(n) for r in evaluated for n in _called(r)}
+    called = {split.canonical_name(n) for r in evaluated for n in _called(r)}
     assert all(split.is_held_out(n, fraction, seed) for r in evaluated for n in _called(r))
     names = {
-        split.canonical(n) for r in trained for n in (*_called(r), *(t["name"] for t in r.tools))
+        split.canonical_name(n)
+        for r in trained
+        for n in (*_called(r), *(t["name"] for t in r.tools))
     }
     assert not called & names
     assert not any(split.is_held_out(n, fraction, seed) for n in names)
@@ -130,3 +134,13 @@ def test_a_prompt_that_is_only_text_goes_nowhere():
     text = ({"role": "user", "content": "x"},)
     placed = place(record([], messages=text))
     assert placed.part is None and "only as text" in placed.reason
+
+
+def test_tools_of_a_service_are_held_out_together():
+    sides = {
+        service: {split.is_held_out(f"{service}.{name}", HALF, SEED) for name in "abcdefgh"}
+        for service in ("Hotels_1", "Hotels_2", "Buses_1", "Buses_2", "Banks_1", "Banks_2")
+    }
+    assert all(len(side) == 1 for side in sides.values())
+    assert sides["Hotels_1"] == {split.is_held_out("hotels1", HALF, SEED)}
+    assert {True} in sides.values() and {False} in sides.values()

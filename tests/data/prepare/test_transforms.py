@@ -177,7 +177,7 @@ def test_schemas_of_other_types_and_odd_shapes():
     )
 
 
-@pytest.mark.parametrize("level", ["single", "mixed", "reasoned"])
+@pytest.mark.parametrize("level", ["single", "mixed", "reasoned", "inferred"])
 def test_masked_worlds_hold_no_old_name(level):
     for record in synthetic.world("train", 0, 60, level):
         made = masked(record)

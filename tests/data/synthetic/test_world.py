@@ -44,6 +44,26 @@ def test_single_level_has_no_parallel_calls_and_no_dialogues():
     assert all(len(r.target.calls) <= 1 and len(r.history) == 1 for r in records)
 
 
+def test_thoughts_of_the_inferred_level_name_no_tool():
+    records = synthetic.world("train", 1, 300, "inferred")
+    assert {_kind(r) for r in records} == {"single", "parallel", "none"}
+    for record in records:
+        assert record.target.think.startswith("need to ")
+        assert not any(tool["name"] in record.target.think for tool in record.tools)
+        for call in record.target.calls:
+            does = {tool["name"]: tool["description"] for tool in record.tools}[call.name]
+            assert does in record.target.think
+
+
+def test_the_demonstrator_of_the_inferred_level_often_calls_another_tool():
+    right = synthetic.world("train", 1, 300, "inferred")
+    wrong = synthetic.demonstrations("train", 1, 300, "inferred")
+    pairs = [(a, b) for a, b in zip(right, wrong, strict=True) if a.target.calls]
+    other = [a.target.calls[0].name != b.target.calls[0].name for a, b in pairs]
+    assert sum(other) / len(other) == pytest.approx(0.3, abs=0.08)
+    assert all(b.target.calls[0].name in {tool["name"] for tool in b.tools} for _, b in pairs)
+
+
 def test_held_out_tools_never_occur_in_training(records):
     split = records[0].id.split("-")[1]
     for record in records:

@@ -1,4 +1,5 @@
-"""A program in a Python of its own, for a package that does not go with this one's: both sides send JSON objects, one a line.
+"""A program in a process of its own, for a package that does not go with this one's, or code that may fail in any way: both sides
+send JSON objects, one a line.
 
     python = find_python(folder, module, install)     the Python of a virtual environment that has the package
     with Child(name, [python, FILE]) as child:        child.send(object); child.receive(block) -> object or None
@@ -13,6 +14,7 @@ import json
 import os
 import pathlib
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -22,23 +24,27 @@ from typing import Any
 from rest_jax.errors import RunStopped, UserError
 from rest_jax.files import Location
 
-_TO_END = 10  # seconds a program has once its input has ended
+_TO_END = 10  # seconds a program has once its input has ended,
+_APART_TO_END = 0.5  # and one that may do anything
 _LINES = 20  # of its standard error that are kept
 _HAS_MODULE = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
 _ENDED = None  # in the queue: the program has closed its output
 
 
-def find_python(folder: Location | None, module: str, requirement: str) -> str:
+def find_python(
+    folder: Location | None, module: str, requirement: str, named: str = "--data"
+) -> str:
     """The Python of the virtual environment `folder` (without one: the Python that runs this), which has the module. UserError
-    when it has not, or is none; it says how to install the requirement, as pip understands it.
+    when it has not, or is none; it says how to install the requirement, as pip understands it. `named`: what the folder is the
+    value of.
     """
     python = sys.executable if folder is None else str(pathlib.Path(folder) / "bin" / "python")
-    place = "this Python" if folder is None else f"--data {folder}"
+    place = "this Python" if folder is None else f"{named} {folder}"
     try:
         # Isolated: a folder of that name in the working directory is no package.
         found = subprocess.run([python, "-I", "-c", _HAS_MODULE, module], capture_output=True)
     except OSError:
-        place, found = f"--data {folder}: no virtual environment", None
+        place, found = f"{named} {folder}: no virtual environment", None
     if found is None or found.returncode:
         venv = pathlib.Path(module) if folder is None else folder
         lacks = place if found is None else f"{place} has no {module}"
@@ -49,15 +55,28 @@ def find_python(folder: Location | None, module: str, requirement: str) -> str:
     return python
 
 
+class NoAnswer(RunStopped):
+    """A program that has not answered in time."""
+
+
 class Child:
     """A program that runs until it is closed. A resource. RunStopped from every method when it has ended by itself."""
 
-    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str] = {}):
-        """`environment`: variables besides those of this process."""
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str] = {},
+        apart: bool = False,
+    ):
+        """`environment`: variables besides those of this process. `apart`: there are no others, and what the program starts ends
+        with it, as a process group.
+        """
+        self.name, self._apart = name, apart
         self._process = subprocess.Popen(
             list(command),
-            env={**os.environ, **environment},
+            env=dict(environment) if apart else {**os.environ, **environment},
+            start_new_session=apart,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -88,13 +107,13 @@ class Child:
             self._fail()
 
     def receive(self, block: bool = True, seconds: float = 600) -> dict[str, Any] | None:
-        """The next object that the program has sent; without `block` None where there is none yet. RunStopped after `seconds`."""
+        """The next object that the program has sent; without `block` None where there is none yet. NoAnswer after `seconds`."""
         try:
             message = self._received.get(block, seconds)
         except queue.Empty:
             if not block:
                 return None
-            raise RunStopped(f"{self.name}: no answer of its process in {seconds:g} s") from None
+            raise NoAnswer(f"{self.name}: no answer of its process in {seconds:g} s") from None
         if message is _ENDED:
             self._received.put(_ENDED)
             self._fail()
@@ -106,13 +125,26 @@ class Child:
         with contextlib.suppress(OSError):
             process.stdin.close()  # type: ignore[union-attr]
         try:
-            process.wait(_TO_END)
+            process.wait(_APART_TO_END if self._apart else _TO_END)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        if self._apart:
+            self._kill_group()
         for thread, pipe in zip(self._threads, (process.stdout, process.stderr), strict=True):
             thread.join(_TO_END)
             pipe.close()  # type: ignore[union-attr]
+
+    def kill(self) -> None:
+        """Ends the program at once, with `apart` all of its group."""
+        if self._apart:
+            self._kill_group()
+        self._process.kill()
+        self.close()
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def _read(self) -> None:
         for line in self._process.stdout:  # type: ignore[union-attr]

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from rest_jax.child import Child, find_python
 from rest_jax.errors import RunStopped, UserError
-from rest_jax.evaluation.child import Child, find_python
 
 ECHO = "import sys\nfor line in sys.stdin: print(line, end='', flush=True)"
 

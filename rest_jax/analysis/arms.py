@@ -1,0 +1,89 @@
+"""What methods make of one scored batch: the weight of every token, and its coefficient in the policy gradient.
+
+An arm is a method of configs/method (its sections weights, curriculum and loss) at the start or the end of its curriculum. At the
+policy that sampled, where every ratio is 1, the gradient of its loss is that of -sum_t c_t log pi(a_t).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rest_jax import config as config_lib
+from rest_jax.config import Config, ConfigError
+from rest_jax.rl import curriculum
+from rest_jax.rl.prepare import StepConfig, prepare, step_config
+from rest_jax.types import Sampling, ScoredBatch
+
+UNIFORM = "grpo"  # the method whose token weights are all one
+_SECTIONS = ("weights", "curriculum", "loss")
+
+
+class Arm(NamedTuple):
+    """A method at a point of its curriculum."""
+
+    name: str
+    cfg: StepConfig
+    progress: int  # 0: at the start; 1: at the end
+
+    def __call__(self, scored: ScoredBatch) -> tuple[np.ndarray, np.ndarray]:
+        """(token weights, coefficients), float32 [P, G, T], of a batch (NumPy)."""
+        weight, coefficient = _values(scored, self.cfg, self.progress)
+        return np.asarray(weight), np.asarray(coefficient)
+
+
+def make_arms(
+    config: Config, methods: Sequence[str], placebos: Sequence[str] = (), groups: int = 1
+) -> list[Arm]:
+    """The arms of methods, for batches of `groups` prompts: a method with a curriculum has two. A placebo makes another arm of
+    every one whose tokens differ in weight. ConfigError for a method that is none, or is supervised.
+    """
+    arms = []
+    for method in methods:
+        made = with_method(config, method)
+        name = method.rpartition("/")[2].removesuffix(".yaml")
+        uniform = made.weights.plugin is None and made.weights.rule == "uniform"
+        moves = made.curriculum.shape != "constant" and not uniform
+        kinds = ["none", *(() if uniform else placebos)]
+        for placebo in kinds:
+            weights = made.weights.model_copy(update={"placebo": placebo})
+            cfg = _of_batch(made.model_copy(update={"weights": weights}), groups)
+            said = name if placebo == "none" else f"{name}, {placebo}"
+            for progress in (0, 1) if moves else (0,):
+                arms.append(Arm(f"{said}, nu {progress}" if moves else said, cfg, progress))
+    return arms
+
+
+def with_method(config: Config, method: str) -> Config:
+    """The config with weights, curriculum and loss of a method file, or of a builtin one's name."""
+    tree = config_lib.read_mapping(config_lib.builtin_file(method, "method"))
+    if "sft" in tree:
+        raise ConfigError(f"method {method}: supervised, which has no policy gradient")
+    made = config.model_dump(mode="json") | {key: tree.get(key, {}) for key in _SECTIONS}
+    made["loss"] = {**made["loss"], "vocab_chunk": config.loss.vocab_chunk}
+    return config_lib.from_overrides(made)
+
+
+def _of_batch(config: Config, groups: int) -> StepConfig:
+    """One update on `groups` prompts, in a run of which the second step ends the curriculum."""
+    moved = config.curriculum.model_copy(update={"steps": 1})
+    train = config.train.model_copy(update={"prompts_per_update": None})
+    rollout = config.rollout.model_copy(update={"prompts_per_step": groups})
+    changed = {"curriculum": moved, "train": train, "rollout": rollout}
+    cfg = step_config(config.model_copy(update=changed), 1)
+    return dataclasses.replace(
+        cfg, sampling=Sampling(), tis_cap=None, noise_groups=None, shown_groups=tuple(range(groups))
+    )
+
+
+@jax.jit(static_argnames=("cfg", "progress"))
+def _values(scored: ScoredBatch, cfg: StepConfig, progress: int) -> tuple[jax.Array, jax.Array]:
+    state = curriculum.init(cfg.schedule)
+    minibatch = jnp.zeros(len(scored.reward), jnp.int32)
+    for _ in range(1 + progress):
+        batch, state, _, shown = prepare(scored, None, None, minibatch, state, cfg)
+    advantage = batch.advantage if batch.advantage.ndim == 3 else batch.advantage[..., None]
+    return shown.weight, batch.loss_weight * advantage

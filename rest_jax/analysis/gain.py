@@ -1,0 +1,285 @@
+"""One-step gain: how far a method's gradient of one batch leads towards a higher reward, of the same batch for all methods.
+
+    gain(g) = <g, grad J> / |g|        the slope of the expected reward J along the unit step that plain gradient ascent takes
+    of a first Adam step: the same of sign(g), which is what Adam makes of its first gradient
+
+grad J is the leave-one-out REINFORCE gradient (1 / P G) sum_i (R_i - mean_j!=i R_j) grad log pi(y_i) of an independent, larger
+sample (Kool et al. 2019; unbiased). It is measured in parts, so that intervals hold its noise as well as that of the batches.
+
+`measure_gain` is the command `rest-jax gain MODEL DATA`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+
+from rest_jax.analysis import plotting
+from rest_jax.analysis.arms import UNIFORM, Arm, make_arms
+from rest_jax.analysis.draws import Opened, make_draw, open_data
+from rest_jax.analysis.numbers import plain
+from rest_jax.config import Config
+from rest_jax.distributed import is_first_process, say
+from rest_jax.errors import UserError
+from rest_jax.files import Location, as_path, atomic_write, make_folder
+from rest_jax.models.decoder import Decoder
+from rest_jax.rl.logprobs import PassSpec, response_logprobs
+from rest_jax.rl.packing import BatchLengths, MicroBatch, Rows, make_rows, row_length
+from rest_jax.run.load import is_run
+from rest_jax.run.metrics import summary_table
+from rest_jax.run.progress import Progress
+from rest_jax.types import Params, ResponseBatch, RolloutBatch, Sampling, ScoredBatch
+
+PARTS = 8  # of the sample that grad J is measured on
+JSON_FILE, PICTURE = "gain.json", "gain.png"
+_RESAMPLES = 2000
+_MOST_FLOATS = 2**29  # of the gradients that exist at once
+_QUANTITIES = ("gain", "adam")
+
+# (coefficients [K P G T], rollout) -> K gradients of sum_t c_t log pi(a_t), one after another
+Ascend = Callable[[np.ndarray, RolloutBatch], Iterator[Params]]
+
+
+def make_ascend(decoder: Decoder, params: Params, config: Config) -> Ascend:
+    """Gradients at `params`, in micro-batches of `train.max_tokens_per_microbatch` positions."""
+    chunk, most = config.loss.vocab_chunk, config.train.max_tokens_per_microbatch
+    size = sum(x.size for x in jax.tree.leaves(params))
+    at_once = max(1, _MOST_FLOATS // size)
+
+    @jax.jit
+    def gradients(params, coefficient, batch, rows):
+        def logp(params):
+            return response_logprobs(decoder, params, batch, rows, PassSpec(Sampling(), chunk))[0]
+
+        _, pull = jax.vjp(logp, params)
+        return jax.lax.map(lambda c: pull(c)[0], coefficient)
+
+    def ascend(coefficient: np.ndarray, rollout: RolloutBatch) -> Iterator[Params]:
+        batch = ResponseBatch(
+            rollout.prompt, rollout.prompt_length, rollout.responses, rollout.response_length
+        )
+        for start in range(0, len(coefficient), at_once):
+            own, total = coefficient[start : start + at_once], None
+            for rows in pack(rollout, np.any(own != 0, axis=(0, 2, 3)), most):
+                found = gradients(params, own, batch, rows)
+                total = found if total is None else jax.tree.map(jnp.add, total, found)
+            for k in range(len(own)):
+                if total is None:
+                    yield jax.tree.map(jnp.zeros_like, params)
+                else:
+                    yield jax.tree.map(lambda x, k=k: x[k], total)
+
+    return ascend
+
+
+def pack(rollout: RolloutBatch, active: np.ndarray, most: int | None) -> list[Rows]:
+    """The groups that are active in rows of at most `most` positions, one row a micro-batch, all equally long."""
+    lengths = BatchLengths.of(rollout)
+    rows: list[list[Any]] = []
+    used = 0
+    for p in np.flatnonzero(active):
+        piece = lengths.whole(int(p))
+        size = lengths.positions(piece)
+        if not rows or (most is not None and used + size > most):
+            rows.append([])
+            used = 0
+        rows[-1].append(piece)
+        used += size
+    if not rows:
+        return []
+    longest = row_length(max(sum(map(lengths.positions, row)) for row in rows))
+    return [make_rows(MicroBatch((tuple(row),), longest, lengths)) for row in rows]
+
+
+def reinforce(reward: np.ndarray) -> np.ndarray:
+    """Coefficients of grad J, float32 [P, G]: (R_i - mean of the others) / (P G), from rewards [P, G]."""
+    group = reward.shape[1]
+    return (
+        group / (group - 1) * (reward - reward.mean(axis=1, keepdims=True)) / reward.size
+    ).astype(np.float32)
+
+
+@jax.jit
+def _along(gradient: Params, parts: list[Params]) -> tuple[jax.Array, jax.Array]:
+    """(gain, Adam's) along each part of grad J, float32 [M] each; zero for a gradient of zero."""
+    sign = jax.tree.map(jnp.sign, gradient)
+
+    def slope(step: Params) -> jax.Array:
+        norm = optax.tree.norm(step)
+        along = jnp.stack([optax.tree.vdot(step, part) for part in parts])
+        return jnp.where(norm > 0, along / jnp.where(norm > 0, norm, 1.0), 0.0)
+
+    return slope(gradient), slope(sign)
+
+
+def measure(
+    ascend: Ascend,
+    draw: Callable[[int, int], ScoredBatch],
+    arms: Sequence[Arm],
+    batches: int,
+    size: int,
+) -> np.ndarray:
+    """Slopes, float64 [2 quantities, arms, batches, PARTS]. `draw(prompts, number)`: an independent batch; `size`: prompts of the
+    sample for grad J.
+    """
+    parts = []
+    progress = Progress(PARTS + batches, unit="batch")
+    for m in range(PARTS):
+        scored = draw(-(-size // PARTS), m)
+        each = np.broadcast_to(reinforce(scored.reward)[None, ..., None], (1, *scored.region.shape))
+        parts += list(
+            ascend(np.where(scored.region != 0, each, 0.0).astype(np.float32), scored.rollout)
+        )
+        progress.update(m + 1, "grad J")
+    found = np.zeros((2, len(arms), batches, PARTS))
+    for b in range(batches):
+        scored = draw(0, PARTS + b)
+        coefficient = np.stack([arm(scored)[1] for arm in arms])
+        for k, gradient in enumerate(ascend(coefficient, scored.rollout)):
+            found[:, k, b] = np.stack(_along(gradient, parts))
+        progress.update(PARTS + b + 1, f"{len(arms)} arms")
+    progress.close()
+    return found
+
+
+def gain_rows(found: np.ndarray, names: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
+    """Of each arm and quantity the mean slope and how it compares with that of the first arm, less one, with a 95 % interval
+    (bootstrap over batches and parts of grad J, both arms on the same resamples).
+    """
+    _, _, batches, parts = found.shape
+    rng = np.random.default_rng(seed)
+    b = rng.integers(0, batches, (_RESAMPLES, batches))
+    m = rng.integers(0, parts, (_RESAMPLES, parts))
+    rows: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for quantity, values in zip(_QUANTITIES, found, strict=True):
+        mean = values.mean((1, 2))
+        again = np.stack(
+            [values[:, b[i]][:, :, m[i]].mean((1, 2)) for i in range(_RESAMPLES)], axis=1
+        )  # [arms, resamples]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            relative, resampled = mean / mean[0] - 1, again / again[0] - 1
+        for k, name in enumerate(names):
+            rows[name] |= {
+                quantity: mean[k],
+                f"{quantity}_interval": np.quantile(again[k], [0.025, 0.975]),
+                f"{quantity}_relative": relative[k],
+                f"{quantity}_relative_interval": np.nanquantile(resampled[k], [0.025, 0.975]),
+            }
+    return rows
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def measure_gain(
+    config: Config,
+    data: str,
+    *,
+    methods: Sequence[str],
+    placebos: Sequence[str],
+    batches: int,
+    prompts: int,
+    reference: int,
+    limit: int | None,
+    output: str | None,
+) -> int:
+    """Measures and writes gain.json and gain.png; prints a table. UserError for what cannot be measured.
+
+    `batches` batches of `prompts` prompts, and `reference` prompts for grad J, each with `rollout.group_size` completions, all
+    drawn by the config's seed from the first `limit` records of `data`. `output` None: `gain/` in the run's folder, for other
+    models in the config's output folder.
+    """
+    for name, value in (("--batches", batches), ("--prompts", prompts)):
+        if value < 2:
+            raise UserError(f"{name} {value}: an interval needs at least 2")
+    arms = make_arms(config, [UNIFORM, *(m for m in methods if m != UNIFORM)], placebos, prompts)
+    opened = open_data(config, data, limit, max(prompts, -(-reference // PARTS)))
+    # all devices compute one row together, which is not how the attention kernel is split
+    decoder = Decoder(dataclasses.replace(opened.policy.config, attention="blocks"))
+    ascend = make_ascend(decoder, opened.policy.params, config)
+    found = measure(ascend, _drawer(opened, prompts), arms, batches, reference)
+    report = {"model": config.model.source, "data": data, "batches": batches, "prompts": prompts}
+    report |= {"group_size": config.rollout.group_size, "reference": reference, "parts": PARTS}
+    report["arms"] = gain_rows(found, [arm.name for arm in arms], config.seed)
+    report["slopes"] = found
+    if not any(row["gain"] for row in report["arms"].values()):
+        raise UserError(
+            f"no batch of {prompts} prompts has a group whose rewards differ, so there is no gradient to measure; raise "
+            "--prompts or rollout.group_size, or take a policy with a format of its own"
+        )
+    say(f"\n{table(report)}\n")
+    source = config.model.source
+    home = as_path(source if is_run(source) else config.output)
+    folder = as_path(output) if output else home / "gain"
+    if is_first_process():
+        say(f"written: {', '.join(map(str, write(report, folder)))}")
+    return 0
+
+
+def _drawer(opened: Opened, prompts: int) -> Callable[[int, int], ScoredBatch]:
+    """(prompts, number) -> the batch of that number; 0 prompts: as many as a batch has."""
+    sample, seed = make_draw(opened), opened.config.seed
+    key = jax.random.key(seed)
+
+    def draw(count: int, number: int) -> ScoredBatch:
+        chosen = opened.choose(count or prompts, (seed, number))
+        return sample(chosen, jax.random.fold_in(key, number))
+
+    return draw
+
+
+def table(report: dict[str, Any]) -> str:
+    """Gains by arm as text, the largest first."""
+    rows: list[list[Any]] = [["arm", "gain", "against uniform", "95 %", "first Adam step", "95 %"]]
+
+    def percent(values: Sequence[float]) -> str:
+        return " to ".join(f"{v:+.1%}" for v in values)
+
+    ordered = sorted(report["arms"].items(), key=lambda item: -item[1]["gain_relative"])
+    for name, row in ordered:
+        cells = [name, f"{row['gain']:.4g}"]
+        for quantity in _QUANTITIES:
+            cells += [
+                f"{row[f'{quantity}_relative']:+.1%}",
+                percent(row[f"{quantity}_relative_interval"]),
+            ]
+        rows.append(cells)
+    return (
+        f"{summary_table(rows)}\n\n{report['batches']} batches of {report['prompts']} x {report['group_size']} completions; "
+        f"grad J from {report['reference']} x {report['group_size']}"
+    )
+
+
+def write(report: dict[str, Any], folder: Location) -> list[epath.Path]:
+    """Writes both files, each atomically, over those of an earlier measurement; returns their paths."""
+    folder = as_path(folder)
+    make_folder(folder)
+    arms = dict(sorted(report["arms"].items(), key=lambda item: item[1]["gain_relative"]))
+    figure = plotting.new_figure(9, 1.2 + 0.28 * len(arms))
+    axes = figure.subplots()
+    for quantity, colour, shift, label in (
+        ("gain", plotting.BLUE, 0.12, "along the gradient"),
+        ("adam", plotting.ORANGE, -0.12, "first Adam step"),
+    ):
+        middle = np.array([row[f"{quantity}_relative"] for row in arms.values()])
+        ends = np.array([row[f"{quantity}_relative_interval"] for row in arms.values()])
+        whiskers = np.nan_to_num(np.maximum([middle - ends[:, 0], ends[:, 1] - middle], 0))
+        axes.errorbar(
+            100 * middle, np.arange(len(arms)) + shift, xerr=100 * whiskers, fmt="o", color=colour,
+            label=label, capsize=2, markersize=4,
+        )  # fmt: skip
+    axes.axvline(0.0, color="0.6", linewidth=0.8)
+    axes.set_yticks(range(len(arms)), list(arms))
+    axes.set_xlabel("gain of one step against uniform weights, %, 95 %")
+    axes.legend(fontsize="small")
+    plotting.tidy(axes)
+    with atomic_write(folder / JSON_FILE) as partial:
+        text = json.dumps(plain(report), indent=1, allow_nan=False)
+        partial.write_text(text + "\n", encoding="utf-8")
+    return [folder / JSON_FILE, plotting.save(figure, folder / PICTURE)]

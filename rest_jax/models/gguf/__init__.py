@@ -1,0 +1,1 @@
+"""GGUF files: what llama.cpp reads, as Hugging Face would have it."""

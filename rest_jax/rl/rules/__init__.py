@@ -1,0 +1,150 @@
+"""Credit rules: what weighs the tokens of a step, what its advantages are, what the policy loss of a token is.
+
+    weight/     (view, options) -> [P G T]                 factor of the region weights, before the normaliser; never negative
+    advantage/  (view, options) -> [P G] or [P G T]        of completions, or of tokens
+    loss/       (stats, inputs, cfg, options) -> PolicyLoss     of a token, by the current policy (`rl/loss.py`)
+
+A rule is a file of its folder, and its name the file's. The file says paper, formula and where each default comes from, has
+the options as a config section, and ends with a `RULE`. `docs/methods.md` has a line for each. Nothing registers rules:
+`config.rule_names` lists the files, `load_rule` imports one. A rule of the user's own is a file elsewhere (docs/plugins.md).
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import pydantic
+
+from rest_jax import plugins
+from rest_jax.config import (
+    Config,
+    ConfigError,
+    LossConfig,
+    Options,
+    Section,
+    rule_names,
+    validate_as,
+)
+from rest_jax.errors import UserError
+
+# What must differ between the completions of a group for it to have a gradient. None: nothing, so all groups are computed.
+Signal = Literal["reward", "parts", "exact"] | None
+
+
+class NoOptions(Section):
+    """Of a rule that has none."""
+
+
+class AnyOptions(Section):
+    """Of a function of the user's own: whatever the config gives."""
+
+    model_config = pydantic.ConfigDict(extra="allow", frozen=True)
+
+
+class Rule(NamedTuple):
+    """A rule as its file declares it."""
+
+    apply: Callable[..., Any]
+    options: type[Section] = NoOptions
+    # of an advantage rule, see Signal
+    signal: Signal = "reward"
+    # texts whose tokens the host marks in `TokenView.marked`; None: the rule reads no marks
+    phrases: Callable[[Any], tuple[str, ...]] | None = None
+    # of a loss rule: whether it reads `TokenInputs.sequence_log_ratio`, which costs a second pass over the head
+    reads_sequence: bool = False
+
+
+class Chosen(NamedTuple):
+    """A rule with its options: hashable, so static under jit."""
+
+    rule: Rule
+    options: Section
+
+    def __call__(self, *args: Any) -> Any:
+        return self.rule.apply(*args, self.options)
+
+
+def load_rule(kind: str, name: str) -> Rule:
+    """The rule of a kind (weight, advantage, loss) by its name, which the config has checked, or of a file of the user's own."""
+    if ".py" in name:
+        return load_plugin(kind, name)
+    return importlib.import_module(f"{__name__}.{kind}.{name}").RULE
+
+
+# The key of a config that names a file with a rule of a kind.
+PLUGIN_KEYS = {
+    "weight": "weights.plugin",
+    "advantage": "loss.advantage_plugin",
+    "loss": "loss.policy_plugin",
+}
+
+
+@functools.cache
+def load_plugin(kind: str, word: str) -> Rule:
+    """The rule in a file of the user's own, loaded once: a `Rule`, or a function, which may take any options and of which nothing
+    is known, so that no group is left out. UserError names the line of the file that fails.
+    """
+    key = PLUGIN_KEYS[kind]
+    source = plugins.read(word, key)
+    try:
+        found = plugins.load(source)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise UserError(f"{key} {word}: {plugins.describe(error, source.path)}") from error
+    if isinstance(found, Rule):
+        return found
+    if not callable(found):
+        raise UserError(
+            f"{key} {word}: {source.name} is a {type(found).__name__}; a Rule or a function is needed"
+        )
+    return Rule(found, AnyOptions, signal=None)
+
+
+def choose(kind: str, name: str, options: Options, key: str) -> Chosen:
+    """A rule with options from the config, where they are at `key`; ConfigError names an option that it does not have."""
+    rule = load_rule(kind, name)
+    return Chosen(rule, validate_as(rule.options, dict(options), f"{key} of rule {name}"))
+
+
+def choose_weight_rule(config: Config) -> Chosen | None:
+    """That of single tokens; None where regions alone decide. ConfigError for options that it does not have."""
+    weights = config.weights
+    if weights.plugin is not None:
+        return choose("weight", weights.plugin, weights.options, "weights.options")
+    if weights.rule in rule_names("weight"):
+        return choose("weight", weights.rule, weights.options, "weights.options")
+    if weights.options:
+        raise ConfigError(
+            f"weights.options: rule {weights.rule} has none; they belong to one of {', '.join(rule_names('weight'))}"
+        )
+    return None
+
+
+def advantage_rule(loss: LossConfig) -> Chosen:
+    """The rule of the advantages."""
+    name = loss.advantage_plugin or loss.advantage
+    return choose("advantage", name, loss.advantage_options, "loss.advantage_options")
+
+
+def policy_rule(loss: LossConfig) -> Chosen:
+    """The rule of the policy loss."""
+    name = loss.policy_plugin or loss.policy
+    return choose("loss", name, loss.policy_options, "loss.policy_options")
+
+
+def check_rules(config: Config) -> tuple[Chosen, ...]:
+    """The rules of a run. ConfigError for options that they do not have."""
+    weight = choose_weight_rule(config)
+    advantage, policy = advantage_rule(config.loss), policy_rule(config.loss)
+    return (advantage, policy) if weight is None else (weight, advantage, policy)
+
+
+def find_phrases(config: Config) -> tuple[str, ...]:
+    """The texts that the host marks for the rules of a run."""
+    found: list[str] = []
+    for rule, options in check_rules(config):
+        if rule.phrases is not None:
+            found += rule.phrases(options)
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,310 @@
+"""Audits: which steps are repeated and from where, what counts as a difference, runs of every kind, tampered runs."""
+
+import collections
+import contextlib
+import copy
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from rest_jax import cli
+from rest_jax.audit import SAMPLED, Base, bases, choose, compare, override
+from rest_jax.config import from_overrides
+from rest_jax.errors import UserError
+from rest_jax.files import as_path
+from rest_jax.run.checkpoint import write_manifest
+from rest_jax.run.fork import Origin
+from rest_jax.run.metrics import DIGESTS_FILE, FILES, METRICS_FILE, SAMPLES_FILE, TOKENS_FILE
+from rest_jax.run.record import (
+    CERTIFICATE_FILE,
+    Recorded,
+    differences,
+    launch_digest,
+    read_recorded,
+)
+from tests.runs import PROGRAMS, environment, finish, launch, recipe, start
+
+
+def recorded_run(
+    last: int, *launches: tuple[int, dict], begin: int = 0, folder: pathlib.Path = pathlib.Path()
+) -> Recorded:
+    """Of steps whose lines are all alike. A launch: the step it began behind, and values of its config."""
+    made = [
+        (step, {"command": "train", "config": {"rollout": {"staleness": 0}} | values})
+        for step, values in launches
+    ]
+    lines = {
+        name: {step: [{"step": step}] for step in range(begin + 1, last + 1)} for name in FILES
+    }
+    origin = Origin("other", begin, "") if begin else None
+    return Recorded(as_path(folder), lines, made, origin)
+
+
+def base_steps(*args) -> dict[int, int | None]:
+    return {step: base.step for step, base in bases(*args).items()}
+
+
+def test_a_step_is_repeated_from_the_nearest_checkpoint_before_it():
+    run = recorded_run(6, (0, {}))
+    assert base_steps(run, [2, 4], True) == {1: None, 2: None, 3: 2, 4: 2, 5: 4, 6: 4}
+    # the starting weights are others now
+    assert base_steps(run, [2, 4], False) == {3: 2, 4: 2, 5: 4, 6: 4}
+
+
+def test_a_batch_sampled_ahead_is_sampled_again():
+    """The checkpoint of step 2 has the batch of step 3; the one that a fork begins with has none."""
+    ahead = {"rollout": {"staleness": 1}}
+    assert base_steps(recorded_run(4, (0, ahead)), [1, 2], True) == {1: None, 2: None, 3: 1, 4: 2}
+    assert base_steps(recorded_run(7, (5, ahead), begin=5), [5], True) == {6: 5, 7: 5}
+
+
+def test_a_change_of_the_config_is_not_replayed_over():
+    same = recorded_run(6, (0, {}), (3, {"train": {"checkpoint_every": 2}}))
+    assert base_steps(same, [2], True)[6] == 2
+    other = recorded_run(6, (0, {}), (3, {"train": {"steps": 9}}), (5, {"train": {"steps": 9}}))
+    assert bases(other, [2, 5], True) == {
+        1: Base(0, None),
+        2: Base(0, None),
+        3: Base(0, 2),
+        6: Base(1, 5),
+    }
+
+
+def test_the_metrics_and_the_seed_choose_the_steps(tmp_path):
+    run = recorded_run(50, (0, {}), folder=tmp_path)
+    (tmp_path / METRICS_FILE).write_text("a")
+    first = choose(run, range(1, 51), 5, 0, ())
+    assert first == choose(run, range(1, 51), 5, 0, ()) and len(set(first)) == 5
+    others = [choose(run, range(1, 51), 5, seed, ()) for seed in (1, 2)]
+    (tmp_path / METRICS_FILE).write_text("b")
+    others.append(choose(run, range(1, 51), 5, 0, ()))
+    assert len({tuple(one) for one in [first, *others]}) == 4
+    assert choose(run, range(1, 51), 5, 0, [7, 3]) == [3, 7]
+    assert choose(run, [4, 6], 5, 0, ()) == [4, 6]
+    with pytest.raises(UserError, match="step 51 cannot be repeated: of steps 1 to 50"):
+        choose(run, range(1, 51), 5, 0, [51])
+    with pytest.raises(UserError, match="no step can be repeated"):
+        choose(run, [], 5, 0, ())
+
+
+def test_differences_name_the_value_and_a_tolerance_is_of_numbers_alone():
+    there = {"a": {"b": [1.0, 2.0]}, "c": "x", "d": None}
+    assert differences(there, {"a": {"b": [1.0, 2.0]}, "c": "x", "d": None}) == []
+    here = {"a": {"b": [1.0, 2.001]}, "c": "y", "d": 1}
+    assert differences(there, here) == [
+        "a.b[1]: 2.0 recorded, 2.001 here",
+        'c: "x" recorded, "y" here',
+        "d: null recorded, 1 here",
+    ]
+    assert [text[0] for text in differences(there, here, (1e-2, 0.0))] == ["c", "d"]
+    # a value that is gone, another length, another type
+    assert differences({"a": 1}, {}) == ["a: 1 recorded, null here"]
+    assert differences([1], [1, 2]) == [": [1] recorded, [1, 2] here"]
+    assert differences({"a": 1}, {"a": 1.0}) == ["a: 1 recorded, 1.0 here"]
+
+
+def written(run: Recorded, of: str | None = None, **changes) -> Recorded:
+    """With the digests of a real line in every step, its launch's among them."""
+    steps = run.lines[DIGESTS_FILE]
+    line = {"ids": "aa", "prompts": "bb", "params": "cc"} | changes
+    own = {} if of is None else {"of": of}
+    digests = {step: [{"step": step, **own, **line}] for step in steps}
+    lines = copy.deepcopy({**run.lines, DIGESTS_FILE: digests})
+    return Recorded(run.folder, lines, run.launches, run.origin)
+
+
+@pytest.mark.parametrize("name", [METRICS_FILE, SAMPLES_FILE, TOKENS_FILE, DIGESTS_FILE, "launch"])
+def test_a_change_in_any_file_of_a_step_is_seen(name):
+    run = recorded_run(3, (0, {}))
+    of = launch_digest(run.launches[0][1])
+    there, here = written(run, of), written(run, of)
+    assert compare(there, here.lines, 2, True) == ("equal", [])
+    if name == "launch":
+        there = written(run, "dd")
+    else:
+        there.lines[name][2][0]["more"] = 1  # type: ignore[index]
+    _, found = compare(there, here.lines, 2, True)
+    assert len(found) == 1 and found[0].startswith(name)
+    assert compare(there, here.lines, 3, True)[1] == ([] if name != "launch" else found)
+
+
+def test_the_evaluation_before_the_first_step_belongs_to_it():
+    run = recorded_run(3, (0, {}))
+    there, here = (written(run, launch_digest(run.launches[0][1])) for _ in range(2))
+    there.lines[METRICS_FILE][0] = [{"step": 0, "eval/exact": 0.5}]  # type: ignore[index]
+    assert len(compare(there, here.lines, 1, True)[1]) == 1
+    assert compare(there, here.lines, 2, True)[1] == []
+
+
+def test_on_other_devices_only_the_data_must_have_the_same_bits():
+    run = recorded_run(3, (0, {}))
+    of = launch_digest(run.launches[0][1])
+    assert compare(written(run, of), written(run, of, params="x").lines, 2, False)[1] == []
+    other = compare(written(run, of), written(run, of, ids="x").lines, 2, False)
+    assert other == (SAMPLED, [])
+    (text,) = compare(written(run, of), written(run, of, prompts="x").lines, 2, False)[1]
+    assert "prompts" in text
+
+
+def test_only_places_and_sizes_may_be_given():
+    config = from_overrides({"name": "x", "model": {"source": "a"}})
+    assert override(config, ["model.source=b", "mesh.fsdp=2"], "audit").model.source == "b"
+    with pytest.raises(UserError, match=r"audit: seed: decides what the run is"):
+        override(config, ["seed=3"], "audit")
+
+
+def test_a_run_without_digests_is_told_in_a_line(tmp_run):
+    (tmp_run / "config.yaml").write_text("name: x")
+    (tmp_run / METRICS_FILE).write_text("")
+    with pytest.raises(UserError, match=r"it has no digests.jsonl"):
+        read_recorded(as_path(tmp_run))
+    (tmp_run / DIGESTS_FILE).write_text('{"step": 0, "launch": {}}\n')
+    with pytest.raises(UserError, match=r"no step is recorded"):
+        read_recorded(as_path(tmp_run))
+
+
+AHEAD = {"staleness": 1, "recompute_logprobs": True, "tis_cap": 2.0}
+
+
+def simple(model, output, **changes) -> pathlib.Path:
+    """Four steps of two updates each."""
+    raw = recipe(model, output, seed=1, data={"max_prompt_tokens": 128}, **changes)
+    assert launch(raw) == 0
+    return output / "tiny"
+
+
+def resumed(model, output) -> pathlib.Path:
+    """From step 2 on, under another interval of checkpoints."""
+    run = simple(model, output)
+    for step in (3, 4):
+        shutil.rmtree(run / "checkpoints" / str(step))
+    simple(model, output, train={"checkpoint_every": 3})
+    assert len(read_recorded(as_path(run)).launches) == 2
+    return run
+
+
+def forked(model, output) -> pathlib.Path:
+    """From step 4 of another run on, to step 6."""
+    simple(model, output)
+    raw = yaml.safe_load((output / "config.yaml").read_text())
+    raw["train"]["steps"], raw["optimizer"]["learning_rate"] = 6, 1e-4
+    assert launch(raw, "--fork", "other") == 0
+    shutil.rmtree(output / "other" / "checkpoints" / "4")  # its own copy of where it begins
+    return output / "other"
+
+
+def supervised(model, output) -> pathlib.Path:
+    raw = recipe(model, output, seed=1, data={"max_prompt_tokens": 128})
+    assert launch(raw, "sft.tool_call_weight=2", command="sft") == 0
+    return output / "tiny"
+
+
+def with_adapters(model, output) -> pathlib.Path:
+    """Whose KL term refers to the base; the folder of the adapters that it began with is what no resumed run needs."""
+    folder = output / "adapter"
+    lora = {"rank": 2, "alpha": 4, "targets": ["q", "down"]}
+    first = simple(model, output, lora=lora, train={"steps": 1})
+    assert cli.main(["export", str(first), str(folder), "--adapter"]) == 0
+    shutil.rmtree(first)
+    changes = {"lora": lora | {"adapter": str(folder)}, "loss": {"kl_coefficient": 0.01}}
+    run = simple(model, output, **changes)
+    shutil.rmtree(run / "checkpoints" / "4")
+    raw = yaml.safe_load((output / "config.yaml").read_text())
+    assert launch(raw, "lora.adapter=null") == 0
+    return run
+
+
+RUNS = {
+    "unbroken": simple,
+    "adapters": with_adapters,
+    "ahead, KL": lambda *places: simple(*places, rollout=AHEAD, loss={"kl_coefficient": 0.01}),
+    "resumed": resumed,
+    "forked": forked,
+    "supervised": supervised,
+}
+
+
+def certificate(run: pathlib.Path) -> dict:
+    return json.loads((run / CERTIFICATE_FILE).read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RUNS)
+def test_every_step_is_repeated_bit_for_bit(model, tmp_path, capsys, kind):
+    run = RUNS[kind](model, tmp_path)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert cli.main(["audit", str(run), "--steps", "9"]) == 0
+    found = certificate(run)
+    steps = [5, 6] if kind == "forked" else [1, 2, 3, 4]
+    assert [one["step"] for one in found["steps"]] == steps
+    assert {one["result"] for one in found["steps"]} == {"equal"}
+    assert found["steps"][0]["from"] == "the start"
+    assert "passed" in capsys.readouterr().out
+    # it only reads
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert {path for path in after if after[path] != before.get(path)} == {run / CERTIFICATE_FILE}
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory) -> pathlib.Path:
+    return simple(model, tmp_path_factory.mktemp("audited"))
+
+
+@pytest.mark.slow
+def test_on_another_mesh_numbers_are_compared_by_tolerance(run):
+    assert cli.main(["audit", str(run), "--at", "3", "mesh.data=1", "mesh.fsdp=-1"]) == 0
+    found = certificate(run)
+    assert found["comparison"].startswith("by tolerance, since other: devices.mesh.")
+    assert [one["result"] for one in found["steps"]] == ["within tolerance"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_whose_parameters_are_of_another_step_is_found(run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    last = other / "checkpoints" / "3"
+    shutil.rmtree(last / "params")
+    shutil.copytree(other / "checkpoints" / "2" / "params", last / "params")
+    write_manifest(as_path(last))
+    assert cli.main(["audit", str(other), "--at", "4"]) == 1
+    assert certificate(other)["steps"][0]["differences"][0].startswith("checkpoint 3: params: ")
+
+
+@pytest.mark.slow
+def test_from_other_weights_only_steps_behind_a_checkpoint_can_be_repeated(run):
+    """The run itself is a model like its start, with other weights."""
+    source = f"model.source={run}"
+    assert cli.main(["audit", str(run), "--steps", "9", source]) == 0
+    assert [one["step"] for one in certificate(run)["steps"]] == [2, 3, 4]
+    assert cli.main(["audit", str(run), "--at", "1", source]) == 2
+
+
+@pytest.mark.slow
+def test_every_tampered_copy_is_found_and_no_other(model, tmp_path):
+    """REST_JAX_TAMPERED copies with one change each, and a quarter as many without one."""
+    count = int(os.environ.get("REST_JAX_TAMPERED", "40"))
+    raw = recipe(model, tmp_path, seed=1, data={"max_prompt_tokens": 128})
+    finish(start("train", raw, tmp_path))
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    words = [str(PROGRAMS / "tampered.py"), str(tmp_path / "tiny"), str(copies), str(count)]
+    process = subprocess.Popen(
+        [sys.executable, *words, str(count // 4)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    results = collections.Counter()
+    with contextlib.closing(process.stdout):  # type: ignore[type-var]
+        for text in process.stdout:  # type: ignore[union-attr]
+            one = json.loads(text)
+            results[one["kind"] != "none", one["result"]] += 1
+            assert one["result"] == ("passed" if one["kind"] == "none" else "failed"), text
+    assert process.wait() == 0
+    assert results == {(True, "failed"): count, (False, "passed"): count // 4}

@@ -1,0 +1,10 @@
+"""Writes docs/configuration.md, the page of every key of a config: python tools/make_configuration.py"""
+
+import pathlib
+
+from rest_jax.schema import reference
+
+if __name__ == "__main__":
+    page = pathlib.Path(__file__).parent.parent / "docs" / "configuration.md"
+    page.write_text(reference(), encoding="utf-8")
+    print(page)
