@@ -103,8 +103,8 @@ class Tracer:
             say(f"no trace: step {self.wanted} was not among the steps run")
 
 
-def _readable(metric: str, value: float) -> str:
-    return f"{value:.1%}" if METRICS[metric].unit == "fraction" else f"{value:.3f}"
+def _readable(name: str, value: float) -> str:
+    return f"{value:.1%}" if metric(name).unit == "fraction" else f"{value:.3f}"
 
 
 def total_steps(config: Config, records: int, key: str) -> int:

@@ -120,14 +120,16 @@ def test_openai_parallel_calls_with_results_out_of_order():
         {"role": "tool", "content": '{"error": "no such town"}'},
     )
     records = _convert("openai", 0)
+    extra = {"id": "log-17", "parallel_tool_calls": True}
     assert records == [
-        StepRecord("s-0/0", "openai", tools, asked, _target(*both)),
+        StepRecord("s-0/0", "openai", tools, asked, _target(*both), extra=extra),
         StepRecord(
             "s-0/1",
             "openai",
             tools,
             (*asked, _calls(*both), *results),
             Target(response="Rain in Köln; Rome failed."),
+            extra=extra,
         ),
     ]
 
@@ -241,8 +243,8 @@ def test_toolace_keeps_what_the_system_text_says_besides():
         {"role": "tool", "content": "10"},
     )
     assert _convert("toolace", 1) == [
-        StepRecord("s-1/0", "toolace", (tool,), history[:2], _target(("now", {}))),
-        StepRecord("s-1/1", "toolace", (tool,), history, Target(response="Ten.")),
+        StepRecord("s-1/0", "toolace", (tool,), history[:2], _target(("now", {})), extra={"id": 3}),
+        StepRecord("s-1/1", "toolace", (tool,), history, Target(response="Ten."), extra={"id": 3}),
     ]
 
 
@@ -262,6 +264,7 @@ def test_xlam():
             ("giveaways", {"type": "beta"}),
             ("giveaways", {"type": "game", "deep": {"a": [1, None, 1.0, True]}}),
         ),
+        extra={"id": 0},
     )
     schema = TEMPLATES["hermes"].render_prompt(record.tools, record.history)[0]["content"]
     assert '"type": {"type": "string", "description": "Kind.", "default": "game"}' in schema
