@@ -59,7 +59,7 @@ def make_work(args: argparse.Namespace) -> Work:
 
     def score() -> None:
         scored, _ = score_rollout(
-            batch, targets, tokenizer, TEMPLATES["toolrl"], RewardConfig(), progress=0.5
+            batch, targets, tokenizer, TEMPLATES["toolrl"], RewardConfig(), 0.5
         )
         fields = scored.region, batch.entropy, batch.gini, scored.format_score
         jax.block_until_ready(weigh(*fields, state))

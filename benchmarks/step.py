@@ -66,7 +66,7 @@ def score(sampled: RolloutBatch, policy: policies.Policy) -> ScoredBatch:
     host = jax.tree.map(np.asarray, sampled)
     targets = [TARGET] * len(host.prompt_length)
     scored, _ = score_rollout(
-        host, targets, policy.tokenizer, TEMPLATES["toolrl"], RewardConfig(), progress=0.5
+        host, targets, policy.tokenizer, TEMPLATES["toolrl"], RewardConfig(), 0.5
     )
     return scored
 

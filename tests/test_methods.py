@@ -28,6 +28,7 @@ ELSEWHERE = {
     "smollm2_135m": [*HERE, "rollout.prompts_per_step=8", "data.synthetic_size=64"],
     "smollm2_135m_sft": [*HERE, "sft.batch_size=8", "data.synthetic_size=64"],
     "tiny_reasoned_sft": ["data.synthetic_size=64"],
+    "tiny_inferred_sft": ["data.synthetic_size=64"],
 }
 SCALES = sorted(path.stem for path in (REPOSITORY / "configs" / "scale").glob("*.yaml"))
 # The recipes for real machines (`make aot`) are of the same kind.

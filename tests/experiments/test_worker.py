@@ -40,7 +40,7 @@ def test_each_trial_is_an_ordinary_run_and_fails_alone(recipe, write_space, engi
     parameters = {
         "curriculum.alpha_format": {"choices": [0.1, 0.2]},
         "curriculum.alpha_think": {"choices": [0.5, 9.0]},
-        "weights.w_max": {"choices": [4.0, 0.05]},
+        "weights.w_max": {"choices": [4.0, 0.01]},
     }
     folder = sweep([recipe], [], write_space(parameters=parameters), engine=engine)
     rows = table(folder)
@@ -52,7 +52,7 @@ def test_each_trial_is_an_ordinary_run_and_fails_alone(recipe, write_space, engi
             assert float(row["eval/reward"]) == 8 * float(row["curriculum.alpha_format"])
             assert read_lines(run / "metrics.jsonl")[-1]["step"] == 8
         if row["state"] == "invalid":
-            assert "w_min 0.1 is above w_max 0.05" in row["reason"] and not run.exists()
+            assert "w_min 0.02 is above w_max 0.01" in row["reason"] and not run.exists()
         if row["state"] == "failed":
             assert "exit code 1: step 1: not finite (log: " in row["reason"]
     shown = capsys.readouterr().out

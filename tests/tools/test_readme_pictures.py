@@ -28,7 +28,8 @@ def pictures():
 
 
 def test_weights_are_those_in_force_normalised_over_the_completion(pictures):
-    config = Config.model_validate({"name": "t", "model": {"source": "none"}})
+    weights = {"normalizer": "all_tokens"}
+    config = Config.model_validate({"name": "t", "model": {"source": "none"}, "weights": weights})
     series = {
         f"region/{name}/base": Series([1, 9], [0.5 + i, 1.0])
         for i, name in enumerate(REGION_COLOURS)
