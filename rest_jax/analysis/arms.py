@@ -14,9 +14,12 @@ import numpy as np
 
 from rest_jax import config as config_lib
 from rest_jax.config import Config, ConfigError
+from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.rl import curriculum
 from rest_jax.rl.prepare import StepConfig, prepare, step_config
-from rest_jax.types import Sampling, ScoredBatch
+from rest_jax.rl.regions import mark_phrases
+from rest_jax.rl.rules import find_phrases
+from rest_jax.types import RolloutBatch, Sampling, ScoredBatch
 
 UNIFORM = "grpo"  # the method whose token weights are all one
 _SECTIONS = ("weights", "curriculum", "loss")
@@ -28,15 +31,30 @@ class Arm(NamedTuple):
     name: str
     cfg: StepConfig
     progress: int  # 0: at the start; 1: at the end
+    phrases: tuple[str, ...]  # that its rules read
 
-    def __call__(self, scored: ScoredBatch) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, scored: ScoredBatch, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
         """(token weights, coefficients), float32 [P, G, T], of a batch (NumPy)."""
+        if self.phrases:
+            scored = scored.replace(marked=self._mark(scored.rollout, tokenizer))  # type: ignore[attr-defined]
         weight, coefficient = _values(scored, self.cfg, self.progress)
         return np.asarray(weight), np.asarray(coefficient)
 
+    def _mark(self, rollout: RolloutBatch, tokenizer: Tokenizer) -> np.ndarray:
+        """bool [P, G, T]: the tokens of the phrases."""
+        ids = rollout.responses.reshape(-1, rollout.responses.shape[-1])
+        lengths = rollout.response_length.reshape(-1)
+        rows = zip(ids.tolist(), lengths.tolist(), strict=True)
+        texts = [tokenizer.bytes_of(row[:n]) for row, n in rows]
+        marked = mark_phrases(texts, tokenizer.piece_lengths[ids], self.phrases)
+        return marked.reshape(rollout.responses.shape)
+
 
 def make_arms(
-    config: Config, methods: Sequence[str], placebos: Sequence[str] = (), groups: int = 1
+    config: Config,
+    methods: Sequence[str],
+    placebos: Sequence[str] = (),
+    groups: int = 1,
 ) -> list[Arm]:
     """The arms of methods, for batches of `groups` prompts: a method with a curriculum has two. A placebo makes another arm of
     every one whose tokens differ in weight. ConfigError for a method that is none, or is supervised.
@@ -53,7 +71,8 @@ def make_arms(
             cfg = _of_batch(made.model_copy(update={"weights": weights}), groups)
             said = name if placebo == "none" else f"{name}, {placebo}"
             for progress in (0, 1) if moves else (0,):
-                arms.append(Arm(f"{said}, nu {progress}" if moves else said, cfg, progress))
+                title = f"{said}, nu {progress}" if moves else said
+                arms.append(Arm(title, cfg, progress, find_phrases(made)))
     return arms
 
 

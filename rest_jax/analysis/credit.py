@@ -227,6 +227,7 @@ def measure_credit(
         raise UserError(f"--continuations {continuations}: four are the least; 32 say something")
     if prompts < 2:
         raise UserError(f"--prompts {prompts}: an interval over prompts needs at least 2")
+    arms = make_arms(config, methods, groups=prompts)
     opened = open_data(config, data, limit, prompts)
     chosen, key = opened.choose(prompts, config.seed), jax.random.key(config.seed)
     say(f"sampling {config.rollout.group_size} completions of each of {prompts} prompts")
@@ -242,7 +243,7 @@ def measure_credit(
     found = credit(states, rewards)
     report = {"model": config.model.source, "data": data, "prompts": prompts}
     report |= {"group_size": config.rollout.group_size, "continuations": continuations}
-    weight = {arm.name: arm(scored)[0] for arm in make_arms(config, methods, groups=prompts)}
+    weight = {arm.name: arm(scored, opened.policy.tokenizer)[0] for arm in arms}
     report |= summarise(found, scored, weight, config.seed)
     report["completions"] = token_lines(found, scored, opened)
     report["states"] = len(states.prefix)

@@ -19,6 +19,7 @@ from rest_jax.distributed import say
 from rest_jax.errors import UserError
 from rest_jax.models.policy import Policy, check_positions
 from rest_jax.rewards.plugin import check_plugin
+from rest_jax.rl.rules import find_phrases
 from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import score_records
@@ -89,7 +90,7 @@ def make_draw(opened: Opened) -> Callable[[Prompts, jax.Array], ScoredBatch]:
 
     def draw(prompts: Prompts, rng: jax.Array) -> ScoredBatch:
         rollout = sampler.sample_all(params, prompts.batch, rng)
-        known = policy.tokenizer, opened.template, config.reward
+        known = policy.tokenizer, opened.template, config.reward, find_phrases(config)
         scored, _ = score_records(rollout, prompts.records, *known)
         return scored
 

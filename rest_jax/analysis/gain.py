@@ -21,7 +21,7 @@ import optax
 from etils import epath
 
 from rest_jax.analysis import plotting
-from rest_jax.analysis.arms import UNIFORM, Arm, make_arms
+from rest_jax.analysis.arms import UNIFORM, make_arms
 from rest_jax.analysis.draws import Opened, make_draw, open_data
 from rest_jax.analysis.numbers import plain
 from rest_jax.config import Config
@@ -121,14 +121,14 @@ def _along(gradient: Params, parts: list[Params]) -> tuple[jax.Array, jax.Array]
 def measure(
     ascend: Ascend,
     draw: Callable[[int, int], ScoredBatch],
-    arms: Sequence[Arm],
+    weigh: Callable[[ScoredBatch], np.ndarray],
     batches: int,
     size: int,
 ) -> np.ndarray:
-    """Slopes, float64 [2 quantities, arms, batches, PARTS]. `draw(prompts, number)`: an independent batch; `size`: prompts of the
-    sample for grad J.
+    """Slopes, float64 [2 quantities, arms, batches, PARTS]. `draw(prompts, number)`: an independent batch; `weigh`: the
+    coefficients [arms, P, G, T] of one; `size`: prompts of the sample for grad J.
     """
-    parts = []
+    parts, found = [], []
     progress = Progress(PARTS + batches, unit="batch")
     for m in range(PARTS):
         scored = draw(-(-size // PARTS), m)
@@ -137,15 +137,13 @@ def measure(
             ascend(np.where(scored.region != 0, each, 0.0).astype(np.float32), scored.rollout)
         )
         progress.update(m + 1, "grad J")
-    found = np.zeros((2, len(arms), batches, PARTS))
     for b in range(batches):
         scored = draw(0, PARTS + b)
-        coefficient = np.stack([arm(scored)[1] for arm in arms])
-        for k, gradient in enumerate(ascend(coefficient, scored.rollout)):
-            found[:, k, b] = np.stack(_along(gradient, parts))
-        progress.update(PARTS + b + 1, f"{len(arms)} arms")
+        coefficient = weigh(scored)
+        found.append([_along(gradient, parts) for gradient in ascend(coefficient, scored.rollout)])
+        progress.update(PARTS + b + 1, f"{len(coefficient)} arms")
     progress.close()
-    return found
+    return np.array(jax.device_get(found), np.float64).transpose(2, 1, 0, 3)
 
 
 def gain_rows(found: np.ndarray, names: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
@@ -198,12 +196,18 @@ def measure_gain(
     for name, value in (("--batches", batches), ("--prompts", prompts)):
         if value < 2:
             raise UserError(f"{name} {value}: an interval needs at least 2")
-    arms = make_arms(config, [UNIFORM, *(m for m in methods if m != UNIFORM)], placebos, prompts)
+    names = [UNIFORM, *(method for method in methods if method != UNIFORM)]
+    arms = make_arms(config, names, placebos, prompts)
     opened = open_data(config, data, limit, max(prompts, -(-reference // PARTS)))
     # all devices compute one row together, which is not how the attention kernel is split
     decoder = Decoder(dataclasses.replace(opened.policy.config, attention="blocks"))
     ascend = make_ascend(decoder, opened.policy.params, config)
-    found = measure(ascend, _drawer(opened, prompts), arms, batches, reference)
+    tokenizer = opened.policy.tokenizer
+
+    def weigh(scored: ScoredBatch) -> np.ndarray:
+        return np.stack([arm(scored, tokenizer)[1] for arm in arms])
+
+    found = measure(ascend, _drawer(opened, prompts), weigh, batches, reference)
     report = {"model": config.model.source, "data": data, "batches": batches, "prompts": prompts}
     report |= {"group_size": config.rollout.group_size, "reference": reference, "parts": PARTS}
     report["arms"] = gain_rows(found, [arm.name for arm in arms], config.seed)

@@ -129,11 +129,13 @@ def score_records(
     tokenizer: Tokenizer,
     template: Template,
     cfg: RewardConfig,
+    phrases: Sequence[str] = (),
 ) -> tuple[ScoredBatch, list[list[Score]]]:
     """Those of completions that every process has, at the final reward scale, with the plug-in of the config. Every process
     must call it: each asks the plug-in about its share.
     """
-    scoring = begin_scoring(rollout, [r.target for r in records], tokenizer, template, cfg, 1.0)
+    targets = [record.target for record in records]
+    scoring = begin_scoring(rollout, targets, tokenizer, template, cfg, 1.0, phrases)
     if (plugin := open_plugin(cfg)) is None:
         return scoring.finish()
     group, asked = rollout.responses.shape[1], {}

@@ -1,6 +1,7 @@
 """One-step gain: coefficients by hand, gradients however they are packed, slopes, intervals, the command."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from rest_jax.config import Config, ConfigError
 from rest_jax.rl.view import centre
 from rest_jax.types import RolloutBatch, ScoredBatch
 from tests import tiny
+
+TOKENIZER: Any = None  # that of rules which read phrases
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,7 @@ def test_reinforce_leaves_one_out():
 
 def test_coefficients_of_grpo_are_advantages_over_tokens(config, scored):
     (arm,) = make_arms(config, ["dr_grpo"], groups=4)
-    weight, coefficient = arm(scored)
+    weight, coefficient = arm(scored, TOKENIZER)
     mask = np.asarray(scored.rollout.mask)
     np.testing.assert_array_equal(weight, mask)
     advantage = np.asarray(centre(jnp.asarray(scored.reward)))[..., None]
@@ -68,7 +71,7 @@ def test_a_method_with_a_curriculum_has_two_arms_and_a_placebo_more(config, scor
     arms = make_arms(config, ["grpo", "rest"], ["shuffle"], groups=4)
     names = ["grpo", *(f"rest{kind}, nu {n}" for kind in ("", ", shuffle") for n in (0, 1))]
     assert [arm.name for arm in arms] == names
-    weight = {arm.name: arm(scored)[0] for arm in arms}
+    weight = {arm.name: arm(scored, TOKENIZER)[0] for arm in arms}
     assert np.abs(weight["rest, nu 1"] - weight["rest, nu 0"]).max() > 0.01
     for own, other in ((weight["rest, nu 0"], weight["rest, shuffle, nu 0"]),):
         np.testing.assert_allclose(np.sort(own, axis=-1), np.sort(other, axis=-1), rtol=1e-6)
@@ -139,10 +142,10 @@ def test_rows_compare_arms_on_the_same_resamples():
 def test_the_command(tmp_path):
     words = ["rollout.group_size=4", "rollout.max_response_tokens=64", "data.brief_prompt=true"]
     words += ["--prompts", "2", "--batches", "2", "--reference", "16", "--limit", "32"]
-    words += ["--methods", "rest,gdpo", "--output", str(tmp_path)]
+    words += ["--methods", "rest,hicra", "--output", str(tmp_path)]
     assert cli.main(["gain", "configs/quickstart_policy", "synthetic:train", *words]) == 0
     report = json.loads((tmp_path / "gain.json").read_text())
-    assert list(report["arms"]) == ["grpo", "rest, nu 0", "rest, nu 1", "gdpo"]
+    assert list(report["arms"]) == ["grpo", "rest, nu 0", "rest, nu 1", "hicra"]
     assert np.shape(report["slopes"]) == (2, 4, 2, 8) and (tmp_path / "gain.png").exists()
     assert report["arms"]["grpo"]["gain_relative"] == 0
 

@@ -73,7 +73,15 @@ def test_what_a_config_switches_on_is_planned():
 
 
 # Programs of a run that are not planned: what they hold is no more than what they return, or is gone before the first step.
-UNPLANNED = {"_arrange_all", "_fresh_state", "_sums_rounded", "empty_state", "zero_gradient"}
+UNPLANNED = {
+    "_arrange_all",
+    "_fresh_adapters",
+    "_fresh_state",
+    "_sums_rounded",
+    "empty_state",
+    "sums_of_bits",
+    "zero_gradient",
+}
 RUNS = {
     "asynchronous": ("train", {"rollout": {"staleness": 1, "recompute_logprobs": True, "tis_cap": 2.0},
                                "loss": {"entropy_coefficient": 0.1}}),
