@@ -272,12 +272,20 @@ def test_recomputed_values_and_importance_correction(full):
     close(halved.opt_state, jax.tree.map(lambda g: g / 2, new.opt_state), 1e-4)
 
 
+def stand_in(mesh, params):
+    """What a fresh state is made of: a policy of which all weights are trained."""
+    cfg = tiny.decoder().cfg
+    return types.SimpleNamespace(
+        config=cfg, mesh=mesh, params=params, trained=params, adapters=None
+    )
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=str)
 def test_a_fresh_state(shape):
     """Starts at step 0 from the policy's weights; optimiser moments are sharded as the weights."""
     cfg, mesh = tiny.step_config(), tiny.mesh(*shape)
     params = jax.tree.map(lambda x: x.copy(), tiny.params())
-    policy = types.SimpleNamespace(config=tiny.decoder().cfg, mesh=mesh, params=params)
+    policy = stand_in(mesh, params)
     tx = tiny.optimizer()
     abstract, shardings = abstract_state(policy, tx, cfg.schedule)
     state = init_state(policy, tx, cfg.schedule, 5, shardings)
@@ -305,7 +313,7 @@ def test_moments_in_host_memory_change_nothing(shape, scored):
     states = {}
     for moments in ("device", "host"):
         params = jax.tree.map(lambda x: x.copy(), tiny.params())
-        policy = types.SimpleNamespace(config=tiny.decoder().cfg, mesh=mesh, params=params)
+        policy = stand_in(mesh, params)
         abstract, shardings = abstract_state(policy, tx, cfg.schedule, moments)
         state = init_state(policy, tx, cfg.schedule, 5, shardings)
         made = make_step(tiny.decoder(), tx, cfg, mesh, shardings)
