@@ -41,7 +41,6 @@ CHECKED_MODULES = [
     "rest_jax.models.rope",
     "rest_jax.models.score_blocks",
     "rest_jax.models.triton_attention",
-    "rest_jax.rl.advantages",
     "rest_jax.rl.balance",
     "rest_jax.rl.curriculum",
     "rest_jax.rl.logprobs",
