@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -136,6 +136,12 @@ def _load_model(
     loaded = config_of(model, overrides, plugins)
     _join(world, loaded)
     return loaded
+
+
+def _load_measured(options: dict[str, Any]) -> "Config":
+    """`_load_model` of the options of a measurement, which are taken out of them."""
+    names = ("model", "overrides", "distributed", "plugins")
+    return _load_model(*(options.pop(name, None) for name in names))
 
 
 def _join(world: str | None, config: "Config") -> None:
@@ -614,8 +620,7 @@ def variance(
 ) -> int:
     """Measure gradient variance under each weight rule, and check the theory."""
     options = locals()
-    names = ("model", "overrides", "distributed", "plugins")
-    config = _load_model(*(options.pop(name) for name in names))
+    config = _load_measured(options)
     from rest_jax.analysis.variance.measure import measure_variance
 
     return measure_variance(config, options.pop("data"), **options)
@@ -635,9 +640,7 @@ def credit(
 ) -> int:
     """Measure which tokens decide the reward, and how well weight rules rank them."""
     options = locals()
-    config = _load_model(
-        options.pop("model"), options.pop("overrides"), None, options.pop("plugins")
-    )
+    config = _load_measured(options)
     options["methods"] = methods.split(",")
     from rest_jax.analysis.credit import measure_credit
 
@@ -662,9 +665,7 @@ def gain(
 ) -> int:
     """Measure how far one step of each method leads towards a higher reward."""
     options = locals()
-    config = _load_model(
-        options.pop("model"), options.pop("overrides"), None, options.pop("plugins")
-    )
+    config = _load_measured(options)
     options["methods"] = methods.split(",")
     options["placebos"] = [name for name in placebos.split(",") if name]
     from rest_jax.analysis.gain import measure_gain

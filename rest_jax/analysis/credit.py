@@ -11,7 +11,6 @@ completions share is sampled once. Nothing is decided behind the last token, and
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,18 +22,17 @@ from etils import epath
 from rest_jax.analysis import plotting
 from rest_jax.analysis.arms import make_arms
 from rest_jax.analysis.draws import Opened, Prompts, make_draw, open_data
-from rest_jax.analysis.numbers import plain
+from rest_jax.analysis.measured import result_folder, write_result
 from rest_jax.config import Config
 from rest_jax.data.loader import bucketed, pad
 from rest_jax.distributed import is_first_process, say
 from rest_jax.errors import UserError
-from rest_jax.files import Location, as_path, atomic_write, make_folder
+from rest_jax.files import Location
 from rest_jax.models.policy import check_positions
 from rest_jax.rl import weights
 from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import score_records
-from rest_jax.run.load import is_run
 from rest_jax.run.metrics import summary_table
 from rest_jax.run.progress import Progress
 from rest_jax.tool_calls import NUM_REGIONS, Region
@@ -248,11 +246,9 @@ def measure_credit(
     report["completions"] = token_lines(found, scored, opened)
     report["states"] = len(states.prefix)
     say(f"\n{tables(report)}\n")
-    source = config.model.source
-    home = as_path(source if is_run(source) else config.output)
-    folder = as_path(output) if output else home / "credit"
     if is_first_process():
-        say(f"written: {', '.join(map(str, write(report, folder)))}")
+        paths = write(report, result_folder(config, output, "credit"))
+        say(f"written: {', '.join(map(str, paths))}")
     return 0
 
 
@@ -373,8 +369,7 @@ def tables(report: Mapping[str, Any]) -> str:
 
 def write(report: dict[str, Any], folder: Location) -> list[epath.Path]:
     """Writes both files, each atomically, over those of an earlier measurement; returns their paths."""
-    folder = as_path(folder)
-    make_folder(folder)
+    path = write_result(report, folder, JSON_FILE)
     figure = plotting.new_figure(9, 3.4)
     axes = figure.subplots()
     regions = report["regions"]
@@ -390,7 +385,4 @@ def write(report: dict[str, Any], folder: Location) -> list[epath.Path]:
     axes.set_title("What decides the reward: share by region", fontsize="medium")
     axes.legend(fontsize="small")
     plotting.tidy(axes)
-    with atomic_write(folder / JSON_FILE) as partial:
-        text = json.dumps(plain(report), indent=1, allow_nan=False)
-        partial.write_text(text + "\n", encoding="utf-8")
-    return [folder / JSON_FILE, plotting.save(figure, folder / PICTURE)]
+    return [path, plotting.save(figure, path.parent / PICTURE)]

@@ -10,7 +10,6 @@ sample (Kool et al. 2019; unbiased). It is measured in parts, so that intervals 
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,15 +22,20 @@ from etils import epath
 from rest_jax.analysis import plotting
 from rest_jax.analysis.arms import UNIFORM, make_arms
 from rest_jax.analysis.draws import Opened, make_draw, open_data
-from rest_jax.analysis.numbers import plain
+from rest_jax.analysis.measured import result_folder, write_result
 from rest_jax.config import Config
 from rest_jax.distributed import is_first_process, say
 from rest_jax.errors import UserError
-from rest_jax.files import Location, as_path, atomic_write, make_folder
+from rest_jax.files import Location
 from rest_jax.models.decoder import Decoder
 from rest_jax.rl.logprobs import PassSpec, response_logprobs
-from rest_jax.rl.packing import BatchLengths, MicroBatch, Rows, make_rows, row_length
-from rest_jax.run.load import is_run
+from rest_jax.rl.packing import (
+    BatchLengths,
+    Packing,
+    assign_minibatches,
+    make_rows,
+    plan_microbatches,
+)
 from rest_jax.run.metrics import summary_table
 from rest_jax.run.progress import Progress
 from rest_jax.types import Params, ResponseBatch, RolloutBatch, Sampling, ScoredBatch
@@ -48,7 +52,7 @@ Ascend = Callable[[np.ndarray, RolloutBatch], Iterator[Params]]
 
 def make_ascend(decoder: Decoder, params: Params, config: Config) -> Ascend:
     """Gradients at `params`, in micro-batches of `train.max_tokens_per_microbatch` positions."""
-    chunk, most = config.loss.vocab_chunk, config.train.max_tokens_per_microbatch
+    chunk, packing = config.loss.vocab_chunk, Packing(1, config.train.max_tokens_per_microbatch)
     size = sum(x.size for x in jax.tree.leaves(params))
     at_once = max(1, _MOST_FLOATS // size)
 
@@ -64,10 +68,12 @@ def make_ascend(decoder: Decoder, params: Params, config: Config) -> Ascend:
         batch = ResponseBatch(
             rollout.prompt, rollout.prompt_length, rollout.responses, rollout.response_length
         )
+        lengths, minibatch = BatchLengths.of(rollout), assign_minibatches(len(rollout.prompt), 1)
         for start in range(0, len(coefficient), at_once):
             own, total = coefficient[start : start + at_once], None
-            for rows in pack(rollout, np.any(own != 0, axis=(0, 2, 3)), most):
-                found = gradients(params, own, batch, rows)
+            active = np.any(own != 0, axis=(0, 2, 3))
+            for micro_batch in plan_microbatches(lengths, minibatch, active, packing)[0]:
+                found = gradients(params, own, batch, make_rows(micro_batch))
                 total = found if total is None else jax.tree.map(jnp.add, total, found)
             for k in range(len(own)):
                 if total is None:
@@ -76,25 +82,6 @@ def make_ascend(decoder: Decoder, params: Params, config: Config) -> Ascend:
                     yield jax.tree.map(lambda x, k=k: x[k], total)
 
     return ascend
-
-
-def pack(rollout: RolloutBatch, active: np.ndarray, most: int | None) -> list[Rows]:
-    """The groups that are active in rows of at most `most` positions, one row a micro-batch, all equally long."""
-    lengths = BatchLengths.of(rollout)
-    rows: list[list[Any]] = []
-    used = 0
-    for p in np.flatnonzero(active):
-        piece = lengths.whole(int(p))
-        size = lengths.positions(piece)
-        if not rows or (most is not None and used + size > most):
-            rows.append([])
-            used = 0
-        rows[-1].append(piece)
-        used += size
-    if not rows:
-        return []
-    longest = row_length(max(sum(map(lengths.positions, row)) for row in rows))
-    return [make_rows(MicroBatch((tuple(row),), longest, lengths)) for row in rows]
 
 
 def reinforce(reward: np.ndarray) -> np.ndarray:
@@ -218,11 +205,9 @@ def measure_gain(
             "--prompts or rollout.group_size, or take a policy with a format of its own"
         )
     say(f"\n{table(report)}\n")
-    source = config.model.source
-    home = as_path(source if is_run(source) else config.output)
-    folder = as_path(output) if output else home / "gain"
     if is_first_process():
-        say(f"written: {', '.join(map(str, write(report, folder)))}")
+        paths = write(report, result_folder(config, output, "gain"))
+        say(f"written: {', '.join(map(str, paths))}")
     return 0
 
 
@@ -262,8 +247,7 @@ def table(report: dict[str, Any]) -> str:
 
 def write(report: dict[str, Any], folder: Location) -> list[epath.Path]:
     """Writes both files, each atomically, over those of an earlier measurement; returns their paths."""
-    folder = as_path(folder)
-    make_folder(folder)
+    path = write_result(report, folder, JSON_FILE)
     arms = dict(sorted(report["arms"].items(), key=lambda item: item[1]["gain_relative"]))
     figure = plotting.new_figure(9, 1.2 + 0.28 * len(arms))
     axes = figure.subplots()
@@ -283,7 +267,4 @@ def write(report: dict[str, Any], folder: Location) -> list[epath.Path]:
     axes.set_xlabel("gain of one step against uniform weights, %, 95 %")
     axes.legend(fontsize="small")
     plotting.tidy(axes)
-    with atomic_write(folder / JSON_FILE) as partial:
-        text = json.dumps(plain(report), indent=1, allow_nan=False)
-        partial.write_text(text + "\n", encoding="utf-8")
-    return [folder / JSON_FILE, plotting.save(figure, folder / PICTURE)]
+    return [path, plotting.save(figure, path.parent / PICTURE)]

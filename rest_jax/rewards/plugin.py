@@ -43,8 +43,8 @@ class RewardPlugin:
     """The function in its workers, which start when they are needed. A resource: `close` ends them, and asked again it
     starts others.
 
-    A completion that meets the deadline costs its worker, and the others go on. When as many completions of a step have met it as
-    there are workers, the rest of the step is given up, so that a step waits for one deadline and not for many.
+    A completion that meets the deadline costs its worker, and the others continue. When as many completions of a step have met
+    it as there are workers, the rest of the step is given up, so that a step waits for one deadline and not for many.
     """
 
     def __init__(self, cfg: RewardConfig):
@@ -105,7 +105,7 @@ class RewardPlugin:
             return outcome
         said = f"{self.name}: record {name}: {outcome.fault}"
         if self.cfg.plugin_errors == "stop":
-            raise RunStopped(f"{said}; reward.plugin_errors=count goes on without it")
+            raise RunStopped(f"{said}; reward.plugin_errors=count continues without it")
         with self._lock:
             first = self.name not in _warned
             _warned.add(self.name)

@@ -249,7 +249,7 @@ class MetricsWriter:
             self._trackers.write(int(step), line)
 
     def write_launch(self, step: int, launch: Mapping[str, Any]) -> None:
-        """Appends to the digests how a process goes on behind a step."""
+        """Appends to the digests how a process continues behind a step."""
         self._append(DIGESTS_FILE, {"step": int(step), "launch": launch})
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 The lines of `<run>/digests.jsonl`:
 
-{"step": N, "launch": {..}}                                how a process goes on behind step N: `launch`
+{"step": N, "launch": {..}}                                how a process continues behind step N: `launch`
 {"step": N, "of": "..", "prompts": "..", .., "params": ".."}    step N: the digest of its launch, and digests of arrays
 
 Those of arrays are of the bits of all elements of the global batch and of the parameters behind the update, and are made on the

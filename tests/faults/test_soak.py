@@ -1,6 +1,6 @@
 """A long run: its memory, threads and open files do not grow.
 
-REST_JAX_SOAK steps, 600 by default. With REST_JAX_SOAK_FOLDER the run and its log lie there: broken off, the same test goes on.
+REST_JAX_SOAK steps, 600 by default. With REST_JAX_SOAK_FOLDER the run and its log lie there: broken off, the same test resumes.
 """
 
 import json

@@ -92,7 +92,7 @@ def test_truncate_drops_later_steps_and_half_lines_of_all_files(tmp_run):
     assert json.loads(lines[-1])["step"] == 9
     assert (tmp_run / SAMPLES_FILE).read_bytes().splitlines(keepends=True) == kept[SAMPLES_FILE][:6]
     assert (tmp_run / TOKENS_FILE).read_bytes().splitlines(keepends=True) == kept[TOKENS_FILE][:3]
-    # how a process goes on behind a step is no later than the step
+    # how a process continues behind a step is no later than the step
     assert (tmp_run / DIGESTS_FILE).read_bytes().splitlines(keepends=True) == kept[DIGESTS_FILE][:6]
     assert not list(tmp_run.glob("*.partial"))
 

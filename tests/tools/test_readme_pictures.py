@@ -1,7 +1,5 @@
 """The picture of a tool call: every token with its text, its region's colour and its weight; well-formed SVG."""
 
-import importlib.util
-import pathlib
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -12,19 +10,9 @@ from rest_jax.analysis.report import Series
 from rest_jax.config import Config
 from rest_jax.tool_calls import Region
 
-SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "tools" / "readme_pictures.py"
 TEXTS = ["<think>", " why <&>", "</think>", "\n", "<tool_call>", "\n", '{"name": "', "f", '"}', "<|im_end|>"]  # fmt: skip
 REGION = np.array([1, 5, 1, 2, 1, 2, 2, 3, 2, 1], np.int8)
 SVG = "{http://www.w3.org/2000/svg}"
-
-
-@pytest.fixture(scope="module")
-def pictures():
-    spec = importlib.util.spec_from_file_location("readme_pictures", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_weights_are_those_in_force_normalised_over_the_completion(pictures):

@@ -1,29 +1,16 @@
 """The table and the picture of weight shares, from the metrics of runs."""
 
-import importlib.util
 import json
-import pathlib
 
 import pytest
 
-SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "tools" / "weight_shares.py"
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("weight_shares", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.fixture
-def run(tool, tmp_path):
+def run(weight_shares, tmp_path):
     """Twenty steps in which names move from 10 to 86 % of the weight; tags have the rest."""
     lines = []
     for step in range(20):
-        shares = dict.fromkeys(tool.REGIONS, 0.0)
+        shares = dict.fromkeys(weight_shares.REGIONS, 0.0)
         shares["name"] = 0.1 + 0.04 * step
         shares["tag"] = 1 - shares["name"]
         named = {f"region/{name}/weight_share": value for name, value in shares.items()}
@@ -32,26 +19,26 @@ def run(tool, tmp_path):
     return tmp_path
 
 
-def test_the_first_middle_and_last_tenth_of_the_steps(tool, run, capsys):
-    assert tool.main(["runs", str(run / "out.png"), f"a = b={run}"]) == 0
+def test_the_first_middle_and_last_tenth_of_the_steps(weight_shares, run, capsys):
+    assert weight_shares.main(["runs", str(run / "out.png"), f"a = b={run}"]) == 0
     (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| a = b "))
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
-    assert cells[1 + tool.REGIONS.index("name")] == "12.0 -> 48.0 -> 84.0"
-    assert cells[1 + tool.REGIONS.index("tag")] == "88.0 -> 52.0 -> 16.0"
+    assert cells[1 + weight_shares.REGIONS.index("name")] == "12.0 -> 48.0 -> 84.0"
+    assert cells[1 + weight_shares.REGIONS.index("tag")] == "88.0 -> 52.0 -> 16.0"
     assert (run / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_method_over_the_steps_of_a_run(tool, run, capsys):
+def test_a_method_over_the_steps_of_a_run(weight_shares, run, capsys):
     """Counts and entropies that stay: format gives up three quarters of its share under `rest`, nothing under `grpo`."""
     steady = {"step": 1, "reward/format_score": 1.0}
-    for name in tool.REGIONS:
+    for name in weight_shares.REGIONS:
         steady |= {f"region/{name}/{kind}": 0.5 for kind in ("entropy", "gini")}
         steady |= {f"region/{name}/count": 100.0}
     lines = (json.dumps(steady | {"step": step}) + "\n" for step in range(1, 22))
     (run / "metrics.jsonl").write_text("".join(lines))
-    assert tool.main(["replay", str(run), str(run / "out"), "rest", "grpo"]) == 0
+    assert weight_shares.main(["replay", str(run), str(run / "out"), "rest", "grpo"]) == 0
     for method, last in (("rest", 2 * 0.25 / 7), ("grpo", 2 / 7)):
-        steps, shares = tool.read_shares(run / "out" / method)
+        steps, shares = weight_shares.read_shares(run / "out" / method)
         assert steps == list(range(1, 22))
         form = shares["tag"] + shares["scaffold"]
         expected = {0: 2 / 7, 20: 2 / 7 + (last - 2 / 7) * 20 / 21}
@@ -59,8 +46,8 @@ def test_a_method_over_the_steps_of_a_run(tool, run, capsys):
         assert shares["name"] == pytest.approx([1 / 7] * 21, rel=1e-3)
 
 
-def test_a_run_without_metrics_is_one_line(tool, tmp_path, capsys):
-    assert tool.main(["runs", str(tmp_path / "out.png"), f"a={tmp_path}"]) == 2
+def test_a_run_without_metrics_is_one_line(weight_shares, tmp_path, capsys):
+    assert weight_shares.main(["runs", str(tmp_path / "out.png"), f"a={tmp_path}"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("weight_shares: error: ") and error.count("\n") == 1
     assert not (tmp_path / "out.png").exists()

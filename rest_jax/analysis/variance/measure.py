@@ -22,7 +22,7 @@ import numpy as np
 import scipy.stats
 
 from rest_jax.analysis.draws import make_draw, open_data
-from rest_jax.analysis.numbers import plain
+from rest_jax.analysis.measured import plain, result_folder
 from rest_jax.analysis.variance.gradients import (
     GroupGradients,
     TokenGradients,
@@ -34,16 +34,13 @@ from rest_jax.analysis.variance.report import variance_tables, write_variance
 from rest_jax.config import Config
 from rest_jax.distributed import is_first_process, say
 from rest_jax.errors import UserError
-from rest_jax.files import as_path
 from rest_jax.models.decoder import Decoder
 from rest_jax.rl import curriculum, weights
 from rest_jax.rl.packing import bucket
-from rest_jax.rl.prepare import StepConfig, compute_advantage, weigh_tokens
-from rest_jax.rl.rules import choose_weight_rule
+from rest_jax.rl.prepare import StepConfig, compute_advantage, step_config, weigh_tokens
 from rest_jax.rl.view import TokenView, make_view, nonzero_advantage
-from rest_jax.run.load import is_run
 from rest_jax.tool_calls import NUM_REGIONS, Region
-from rest_jax.types import Params, Sampling, ScoredBatch
+from rest_jax.types import Params, ScoredBatch
 
 RESAMPLES = 2000  # of the groups, for intervals
 # Of 1 - sum p^2 <= 1 - exp(-H): the rounding of a float32 softmax, its sums included.
@@ -75,13 +72,11 @@ def measure_variance(
     # all devices compute one group together, which is not how the attention kernel is split
     decoder = Decoder(dataclasses.replace(policy.config, attention="blocks"))
     measured = measure_batch(decoder, policy.params, scored, config, tokens)
-    source = config.model.source
-    report = {"model": source, "data": data, **measured}
+    report = {"model": config.model.source, "data": data, **measured}
     say(f"\n{variance_tables(report)}\n")
-    home = as_path(source if is_run(source) else config.output)
-    folder = as_path(output) if output else home / "variance"
     if is_first_process():
-        say(f"written: {', '.join(map(str, write_variance(report, folder)))}")
+        paths = write_variance(report, result_folder(config, output, "variance"))
+        say(f"written: {', '.join(map(str, paths))}")
     return 1 if report["overall"]["violations"] else 0
 
 
@@ -129,18 +124,7 @@ def measure_batch(
 
 def view_at_start(scored: ScoredBatch, config: Config) -> tuple[TokenView, StepConfig]:
     """What the rules of the config read of the batch at nu = 0, the advantage included; and the rules."""
-    cfg = StepConfig(
-        loss=config.loss,
-        schedule=curriculum.Schedule(
-            config.weights.of_regions, config.curriculum, config.train.steps or 1
-        ),
-        sampling=Sampling(),
-        updates=1,
-        fixed_length=config.rollout.max_response_tokens,
-        weight_rule=choose_weight_rule(config),
-        placebo=config.weights.placebo,
-        seed=config.seed,
-    )
+    cfg = step_config(config, config.train.steps or 1)
     given = jax.tree.map(jnp.asarray, scored)
     view = make_view(given, given.rollout, curriculum.init(cfg.schedule), cfg.seed)
     return dataclasses.replace(view, advantage=compute_advantage(view, cfg)), cfg

@@ -3,7 +3,6 @@
 In: what `measure.measure_batch` returns, with the names `model` and `data`; variance.json holds all of it.
 """
 
-import json
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,8 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from rest_jax.analysis import plotting
-from rest_jax.files import Location, as_path, atomic_write, make_folder
+from rest_jax.analysis.measured import write_result
+from rest_jax.files import Location
 from rest_jax.run.metrics import summary_table
 
 JSON_FILE, PICTURE = "variance.json", "variance.png"
@@ -66,11 +66,8 @@ def variance_tables(report: dict[str, Any]) -> str:
 
 def write_variance(report: dict[str, Any], folder: Location) -> list[epath.Path]:
     """Writes both files, each atomically, over those of an earlier measurement; returns their paths."""
-    folder = as_path(folder)
-    make_folder(folder)
-    with atomic_write(folder / JSON_FILE) as partial:
-        partial.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    return [folder / JSON_FILE, plotting.save(draw_variance(report), folder / PICTURE)]
+    path = write_result(report, folder, JSON_FILE)
+    return [path, plotting.save(draw_variance(report), path.parent / PICTURE)]
 
 
 def draw_variance(report: dict[str, Any]) -> Figure:

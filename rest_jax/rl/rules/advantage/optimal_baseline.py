@@ -5,7 +5,7 @@
 The sums over k are over the completions of the group that have a token t. 1 - 2 p + sum_v p_v^2 is |onehot - p|^2, the
 squared score in the logits, so that the baseline is free: p and Gini are of the rollout. Read in volcengine/verl
 b178a3c (`compute_optimal_token_baseline_advantage`, one reward at the end; epsilon 1e-8). Where one completion alone
-goes on A is 0, as there without `handle_zero_tail`. W is meant for temperature 1, at which p is that of the Gini.
+continues A is 0, as there without `handle_zero_tail`. W is meant for temperature 1, at which p is that of the Gini.
 """
 
 import jax.numpy as jnp

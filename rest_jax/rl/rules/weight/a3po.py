@@ -1,4 +1,4 @@
-"""A3PO: unlikely tokens of better completions and likely tokens of worse ones count more, less so as training goes on.
+"""A3PO: unlikely tokens of better completions and likely tokens of worse ones count more, less so as training proceeds.
 
     A > 0: the least likely `share` of a completion's tokens get x `scale`; A < 0: the most likely `share` do
     scale(nu) = 1 + (scale - 1) (1 - nu)

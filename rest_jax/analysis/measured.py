@@ -1,0 +1,41 @@
+"""What the measurements of a model write: a folder with one JSON file, and pictures beside it."""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from rest_jax.config import Config
+from rest_jax.files import Location, as_path, atomic_write, make_folder
+from rest_jax.run.load import is_run
+
+
+def plain(value: Any) -> Any:
+    """The same with plain lists and numbers, as JSON has them; None for what is not finite."""
+    if isinstance(value, dict):
+        return {name: plain(v) for name, v in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [plain(v) for v in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value
+
+
+def result_folder(config: Config, output: str | None, name: str) -> epath.Path:
+    """`output`; without one, `name` in the folder of the run, for other models in the config's output folder."""
+    source = config.model.source
+    return (
+        as_path(output) if output else as_path(source if is_run(source) else config.output) / name
+    )
+
+
+def write_result(report: dict[str, Any], folder: Location, name: str) -> epath.Path:
+    """Writes the JSON file of that name, atomically, over that of an earlier measurement; its path."""
+    folder = as_path(folder)
+    make_folder(folder)
+    with atomic_write(folder / name) as partial:
+        text = json.dumps(plain(report), indent=1, allow_nan=False)
+        partial.write_text(text + "\n", encoding="utf-8")
+    return folder / name
