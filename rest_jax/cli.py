@@ -34,6 +34,7 @@ config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
 data_app = typer.Typer(help="Prepare training records, look at them.", no_args_is_help=True)
 # How `rest-jax --help` groups the commands.
 _TRAIN, _MODEL, _STUDY, _LOOK = "Train", "Use a model", "Experiments", "Data and reports"
+_STATUS = re.compile(r"[A-Z_]{5,}: ")  # what begins an error of XLA
 _MOST_SAID = 4000  # characters of a line
 _CANNOT_OPEN = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError)
 
@@ -76,7 +77,9 @@ def _lost_peer(error: Exception) -> str | None:
 
     from rest_jax.run import processes
 
-    return processes.lost_peer() if isinstance(error, jax.errors.JaxRuntimeError) else None
+    # What the collectives of a CPU say of a peer that is gone comes as a ValueError where a call compiles.
+    broken = isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error))
+    return processes.lost_peer() if broken else None
 
 
 def _usage(error: typer.TyperException) -> str:

@@ -119,6 +119,8 @@ class RolloutConfig(Section):
 
     prompts_per_step: PositiveInt = 512  # P, each sampled `group_size` times
     group_size: Annotated[int, pydantic.Field(ge=2)] = 4  # G: completions of a prompt
+    # most times a step samples other prompts in place of those whose group has no advantage (docs/methods.md); 0: never
+    dynamic_sampling: NonNegativeInt = 0
     max_response_tokens: PositiveInt = 2048  # longer completions are cut off
     temperature: PositiveFloat = 1.0  # of sampling; evaluation is greedy
     top_k: NonNegativeInt = 0  # 0: full support

@@ -51,6 +51,7 @@ from rest_jax.rl.prepare import (
     StepConfig,
     TokenValues,
     active_groups,
+    group_signal,
     minibatch_prompts,
     step_config,
 )
@@ -174,7 +175,9 @@ def train_steps(trainer: "Trainer", loop: Loop) -> bool:
                 device=(prepared, updates),
                 read=policy_metrics,
                 host=trainer.host.of_step(experience, lengths, plan),
-                rates=functools.partial(trainer.host.rates, lengths, active_groups(signal, cfg)),
+                rates=functools.partial(
+                    trainer.host.rates, experience, lengths, active_groups(signal, cfg)
+                ),
                 must_be_finite=RL_FINITE,
                 batch=experience.arrays(),
                 dispatched=dispatched,
@@ -260,15 +263,21 @@ class HostMetrics:
         )
 
     def rates(
-        self, lengths: BatchLengths, active: np.ndarray, times: Mapping[str, float]
+        self,
+        experience: Experience,
+        lengths: BatchLengths,
+        active: np.ndarray,
+        times: Mapping[str, float],
     ) -> dict[str, float]:
         """Tokens a second and utilisation of all processes, from the times of the step's stages."""
         prompts, responses = lengths.prompt_length, lengths.response_length
+        every = experience.sampled
+        sampled = (every.prompt_length, every.response_length) if every else (prompts, responses)
         return (
-            self.speed.of_rollout(prompts, responses, times["time/rollout"])
+            self.speed.of_rollout(*sampled, times["time/rollout"])
             | self.speed.of_update(prompts, responses, active, times["time/update"])
-            | reward_rates(responses, times["time/score"])
-            | {"time/tokens_per_second": float(responses.sum()) / times["time/step"]}
+            | reward_rates(sampled[1], times["time/score"])
+            | {"time/tokens_per_second": float(sampled[1].sum()) / times["time/step"]}
         )
 
 
@@ -284,10 +293,10 @@ def copy_reference(config: Config, policy: Policy) -> Params | None:
 def gather_lengths(
     scored: ScoredBatch, cfg: StepConfig, mesh: Mesh
 ) -> tuple[BatchLengths, np.ndarray]:
-    """Lengths and `StepConfig.signal` of the batch of all processes."""
+    """Lengths and `group_signal` of the batch of all processes."""
     own = BatchLengths.of(scored.rollout)
     prompts, responses, signal = gather(
-        (own.prompt_length, own.response_length, np.asarray(cfg.signal(scored))), mesh
+        (own.prompt_length, own.response_length, np.asarray(group_signal(scored, cfg.loss))), mesh
     )
     return BatchLengths(prompts, responses, own.widths), signal
 

@@ -302,6 +302,28 @@ def test_processes_share_the_tokenising(model, tmp_path):
     assert_close(runs[2], runs[1])
 
 
+def test_dynamic_sampling_on_two_processes_is_that_of_one(model, tmp_path):
+    """Also where one of them has nothing to sample again."""
+    rollout = TWO_STEPS["rollout"] | {"dynamic_sampling": 2}
+    found = []
+    for count in (1, 2):
+        raw = recipe(model, tmp_path / str(count), **TWO_STEPS | {"rollout": rollout})
+        raw["mesh"] = {"data": count, "fsdp": 1}
+        (tmp_path / str(count)).mkdir()
+        for process in start_processes(["train", write(tmp_path / f"{count}.yaml", raw)], count):
+            finish(process)
+        found.append(lines(tmp_path / str(count) / "tiny"))
+    for line, other in zip(*found, strict=True):
+        assert line.keys() == other.keys()
+        for name, value in other.items():
+            if name not in ("update/padding", "update/micro_batches"):
+                assert line[name] == pytest.approx(value, rel=2e-3, abs=1e-4), name
+    sampled = [line["rollout/groups_sampled"] for line in found[0] if "update/loss" in line]
+    most = 3 * rollout["prompts_per_step"]
+    assert all(rollout["prompts_per_step"] < count <= most for count in sampled)
+    assert any(count < most for count in sampled)
+
+
 def test_processes_that_read_other_data_are_told(model, tmp_path):
     data = [tmp_path / str(i) / "train.jsonl" for i in range(2)]
     programs = {}

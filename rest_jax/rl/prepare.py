@@ -64,11 +64,12 @@ class StepConfig:
         unfiltered = loss.group_filter == "none" and self.advantage_rule.rule.signal is None
         return max(terms) > 0 or unfiltered
 
-    def signal(self, scored: ScoredBatch) -> AnyArray:
-        """[P G] or [P G K]: what must differ within a group for it to have an advantage."""
-        if self.loss.group_filter == "exact":
-            return scored.exact
-        return getattr(scored, self.advantage_rule.rule.signal or "reward")
+
+def group_signal(scored: ScoredBatch, loss: LossConfig) -> AnyArray:
+    """[P G] or [P G K]: what must differ within a group for it to have an advantage."""
+    if loss.group_filter == "exact":
+        return scored.exact
+    return getattr(scored, advantage_rule(loss).rule.signal or "reward")
 
 
 def step_config(config: Config, steps: int) -> StepConfig:
@@ -114,7 +115,7 @@ class TokenValues:
 
 
 def active_groups(signal: np.ndarray, cfg: StepConfig) -> np.ndarray:
-    """bool [P]: the groups that must be computed, from `StepConfig.signal`; the others have no gradient."""
+    """bool [P]: the groups that must be computed, from `group_signal`; the others have no gradient."""
     return nonzero_advantage(signal) | cfg.all_groups_active
 
 
@@ -150,7 +151,7 @@ def prepare(
             metrics["update/tis_weight_mean"] = masked.mean_over_mask(tis, mask)
             loss_weight = loss_weight * tis
     metrics["update/phantom_gradient"] = phantom_gradient(view, loss_weight)
-    active = nonzero_advantage(cfg.signal(scored)) | cfg.all_groups_active
+    active = nonzero_advantage(group_signal(scored, cfg.loss)) | cfg.all_groups_active
     counted = mask & active[:, None, None]
     batch = TrainBatch(
         prompt=rollout.prompt,

@@ -77,6 +77,10 @@ class SamplerStats:
         """Share of the slot-steps that drew a token."""
         return self.tokens / max(self.slot_steps, 1)
 
+    def __add__(self, other: "SamplerStats") -> "SamplerStats":
+        """Of both rollouts."""
+        return SamplerStats(**{name: x + getattr(other, name) for name, x in vars(self).items()})
+
 
 class Sampler:
     """Samples responses with one engine; the compiled functions are the only state kept between calls."""
@@ -96,14 +100,16 @@ class Sampler:
         step: jax.Array | int,
         on_group: OnGroup | None = None,
         limits: np.ndarray | None = None,
+        wanted: np.ndarray | None = None,
     ) -> RolloutBatch:
         """`group_size` responses to each of this process's prompts; NumPy. Sets `stats`.
 
-        `limits` `[P, G]`: tokens of each response at most, where that is below `max_tokens`.
+        `limits` `[P, G]`: tokens of each response at most, where that is below `max_tokens`. `wanted`, bool `[P]`: the prompts
+        that get responses, by the programs that all of them would need; those of the others are empty.
         """
         rng = self._place(rng)
         with activate(self.mesh):
-            rollout = _Rollout(self, params, prompts, limits)
+            rollout = _Rollout(self, params, prompts, limits, wanted)
             while rollout.refill():
                 self.between_calls()
                 for group in rollout.decode(rng, jnp.int32(step)):
@@ -171,7 +177,12 @@ class _Rollout:
     """One rollout: the data shards, the state on the device, and what has been sampled so far."""
 
     def __init__(
-        self, sampler: Sampler, params: Params, prompts: PromptBatch, limits: np.ndarray | None
+        self,
+        sampler: Sampler,
+        params: Params,
+        prompts: PromptBatch,
+        limits: np.ndarray | None,
+        wanted: np.ndarray | None,
     ):
         self.engine, self.settings, self.mesh = sampler.engine, sampler.settings, sampler.mesh
         self.params, self.stats = params, SamplerStats()
@@ -188,7 +199,12 @@ class _Rollout:
         self.own_rows[own] = np.arange(len(own))
         groups = deal_groups(self.length, self.mesh)
         self.sizes = self.settings.sizes(max(map(len, groups)), self.prompts.tokens.shape[1])
-        self.shards = [Shard(own, self.length, self.settings, self.sizes) for own in groups]
+        all_wanted = np.ones(len(self.prompts.length), bool)
+        asked = gather(all_wanted if wanted is None else wanted, self.mesh)
+        self.shards = [
+            Shard([group for group in own if asked[group]], self.length, self.settings, self.sizes)
+            for own in groups
+        ]
         pages = -(-self.length // self.settings.page)
         total = max(int(pages[own].sum()) for own in groups)
         self.width = prefill_width(int(pages.max()), total, self.settings.page)

@@ -33,6 +33,12 @@ ENDS = {
 STALENESS = {
     "staleness 0": {},
     "staleness 1": {"staleness": 1, "recompute_logprobs": True, "tis_cap": 2.0},
+    "staleness 1, dynamic sampling": {
+        "staleness": 1,
+        "recompute_logprobs": True,
+        "tis_cap": 2.0,
+        "dynamic_sampling": 1,
+    },
 }
 
 

@@ -210,6 +210,31 @@ def test_limits_cut_responses_and_change_no_others(reference, options):
         np.testing.assert_allclose(getattr(out, name), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"decode_slots": 3}, {"shape": (2, 1, 1)}], ids=str)
+def test_prompts_that_are_not_wanted_get_no_responses_and_change_no_shapes(reference, options):
+    sampler, sizes = tiny.sampler(**options), []
+
+    def empty_state(asked: Sizes) -> DecodeState:
+        sizes.append(asked)
+        return made(asked)
+
+    made, sampler.engine = (
+        sampler.engine.empty_state,
+        sampler.engine._replace(empty_state=empty_state),
+    )
+    sample(sampler, tiny.prompts())
+    out = sample(sampler, tiny.prompts(), wanted=np.isin(np.arange(8), [1, 2, 7]))
+    nothing = sample(sampler, tiny.prompts(), wanted=np.zeros(8, bool))
+    assert sizes[0] == sizes[1] == sizes[2]
+    same(rows(out, [1, 2, 7]), rows(reference, [1, 2, 7]))
+    assert not rows(out, [0, 3, 4, 5, 6]).response_length.any()
+    assert not nothing.response_length.any() and (nothing.responses == tiny.PAD).all()
+
+
+def rows(out: RolloutBatch, which: list[int]) -> RolloutBatch:
+    return jax.tree.map(lambda x: x[np.array(which)], out)
+
+
 @functools.cache
 def endless(slots: int) -> Sampler:
     """A sampler whose stop id no policy draws: every response is `TIME` long, or as long as its limit."""
