@@ -448,7 +448,7 @@ def _checkpoint(recorded: Recorded, step: int | None) -> Any:
 def _sound(recorded: Recorded, step: int) -> bool:
     """Whether a checkpoint matches its manifest; says so if not."""
     try:
-        checkpoint.verify(_checkpoint(recorded, step))
+        checkpoint.verify(_checkpoint(recorded, step), thorough=True)
     except checkpoint.DamagedError as error:
         say(f"warning: checkpoint {_checkpoint(recorded, step)} is damaged and not used: {error}")
         return False

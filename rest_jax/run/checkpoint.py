@@ -1,10 +1,10 @@
 """Checkpoints of a run: written and read by Orbax, asynchronous, atomic, each verified before it is read.
 
 `<run>/checkpoints/<step>/` holds three items, `params`, `rest` (the other fields of the TrainState) and `loader` (JSON: where the
-loader is), under `rollout.staleness` a fourth, `ahead` (the batch sampled for the next step), and `manifest.json`: the size and
-the SHA-256 digest of every file of the items. The manifest is written before Orbax completes the checkpoint (renames its folder,
-or in an object store puts `commit_success.txt`), so a checkpoint has one or does not exist. One that does not match its
-manifest is named on stderr, and the one before it is used.
+loader is), under `rollout.staleness` a fourth, `ahead` (the batch sampled for the next step), and `manifest.json`: the
+fingerprint (`files.fingerprints`) of every file of the items. The manifest is written before Orbax completes the checkpoint
+(renames its folder, or in an object store puts `commit_success.txt`), so a checkpoint has one or does not exist. One that does
+not match its manifest is named on stderr, and the one before it is used.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from rest_jax.errors import RunStopped, UserError, full_disk
 from rest_jax.files import (
     Location,
     absolute,
+    find_damage,
     fingerprints,
     is_url,
     list_files,
@@ -261,19 +262,21 @@ def check_params(path: epath.Path, params: Params) -> None:
 
 
 def write_manifest(folder: epath.Path) -> None:
-    """Writes the size and the SHA-256 digest of every file of the items in `folder`."""
+    """Writes the fingerprint of every file of the items in `folder`."""
     content = fingerprints(folder, sorted(name for name in list_files(folder) if "/" in name))
     (folder / MANIFEST).write_text(json.dumps(content, indent=1))
 
 
-def verify(folder: epath.Path, items: Sequence[str] = (*_ITEMS, AHEAD)) -> None:
-    """DamagedError unless the files of `items` are those of the manifest. Each process reads its share of them.
+def verify(
+    folder: epath.Path, items: Sequence[str] = (*_ITEMS, AHEAD), thorough: bool = False
+) -> None:
+    """DamagedError unless the files of `items` are those of the manifest (`files.find_damage`). Each process reads its share.
 
     UserError when a store cannot be read: that says nothing about the checkpoint.
     """
     failure: Exception | None = None
     try:
-        _compare_files(folder, items)
+        _compare_files(folder, items, thorough)
     except DamagedError as error:
         failure = error
     except (FileNotFoundError, ValueError, TypeError, AttributeError) as error:
@@ -296,16 +299,15 @@ def _one_chunk_a_layer(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(cut, params)
 
 
-def _compare_files(folder: epath.Path, items: Sequence[str]) -> None:
+def _compare_files(folder: epath.Path, items: Sequence[str], thorough: bool) -> None:
     """DamagedError when this process's share of the files is not what the manifest says."""
     content = json.loads((folder / MANIFEST).read_text())
     if {name.split("/")[0] for name in content} - {AHEAD} != set(_ITEMS):
         raise DamagedError(f"{MANIFEST} does not describe the items {', '.join(_ITEMS)}")
     names = [name for name in content if name.split("/")[0] in items]
     own = names[jax.process_index() :: jax.process_count()]
-    for name, found in fingerprints(folder, own).items():
-        if found != content[name]:
-            raise DamagedError(f"{name} is not what was saved")
+    if name := find_damage(folder, {name: content[name] for name in own}, thorough):
+        raise DamagedError(f"{name} is not what was saved")
 
 
 def _newest_sound(folder: epath.Path, items: Sequence[str]) -> tuple[int, list[int]]:

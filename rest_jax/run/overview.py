@@ -111,7 +111,7 @@ def describe_checkpoint(source: Location, verify: bool = False) -> str:
         place = place / checkpoint.FOLDER / str(max(steps))
     if verify:
         try:
-            checkpoint.verify(place)
+            checkpoint.verify(place, thorough=True)
         except checkpoint.DamagedError as error:
             raise UserError(f"{place}: damaged: {error}") from error
     manifest = (place / checkpoint.MANIFEST).read_bytes()
@@ -119,7 +119,7 @@ def describe_checkpoint(source: Location, verify: bool = False) -> str:
     shapes, loader = checkpoint.shapes(place), checkpoint.read_loader_state(place)
     curriculum = {name: value.tolist() for name, value in checkpoint.curriculum(place).items()}
     made_of = ", ".join(f"{name} {digest}" for name, digest in loader.get(MADE_OF, {}).items())
-    size = sum(length for length, _ in files.values())
+    size = sum(length for length, *_ in files.values())
     values = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("params."))
     lines = [
         f"checkpoint {place}" + (": every file is what was saved" if verify else ""),

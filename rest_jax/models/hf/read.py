@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from rest_jax.distributed import any_process
-from rest_jax.files import fingerprints, follow, list_files
+from rest_jax.files import find_damage, follow, list_files
 from rest_jax.models.config import DecoderConfig, Remat
 from rest_jax.models.decoder import param_shardings
 from rest_jax.models.hf import store
@@ -104,9 +104,8 @@ def _damage(folder: pathlib.Path, index: int, count: int) -> str:
         there = list_files(base)
         if missing := [name for name in own if name not in there]:
             return f"{': '.join(missing[0].rsplit('/', 1))} is missing"
-        for name, found in fingerprints(base, own).items():
-            if found != written[prefix + name]:
-                return f"{': '.join(name.rsplit('/', 1))} is not what was converted"
+        if name := find_damage(base, {name: written[prefix + name] for name in own}):
+            return f"{': '.join(name.rsplit('/', 1))} is not what was converted"
     return ""
 
 
