@@ -1,5 +1,6 @@
 """Runs made again: which config, what is refused, and where two runs first differ."""
 
+import json
 import pathlib
 import shutil
 
@@ -77,7 +78,9 @@ def test_a_tampered_metric_is_where_they_first_differ(run, tmp_path, capsys):
     shutil.copytree(run, other)
     lines = (other / METRICS_FILE).read_text().splitlines(keepends=True)
     at = next(i for i, line in enumerate(lines) if line.startswith('{"step": 3'))
-    lines[at] = lines[at].replace('"reward/mean": ', '"reward/mean": 1')
+    values = json.loads(lines[at])
+    values["reward/mean"] += 1
+    lines[at] = json.dumps(values) + "\n"
     (other / METRICS_FILE).write_text("".join(lines))
     assert cli.main(["reproduce", str(other)]) == 1
     assert "first at step 3: metrics.jsonl[0].reward/mean: " in capsys.readouterr().out

@@ -212,14 +212,20 @@ Measure = Callable[[Policy, Sampling, pathlib.Path], dict[str, Any]]
 def _prompts(config: Config, name: str, options: Options) -> Iterator[Measure]:
     """How a benchmark of prompts measures a policy."""
     items = load(name, str(options.folder), options.limit)
+    kept: list[_Kept] = []
 
-    def measure(policy: Policy, sampling: Sampling, _: pathlib.Path) -> dict[str, Any]:
+    def measure(policy: Policy, sampling: Sampling, answers: pathlib.Path) -> dict[str, Any]:
         complete = Completer(config, policy, sampling)
+        if jax.process_count() == 1:
+            complete.kept = _Kept(answers / "completions.jsonl")
+            kept.append(complete.kept)
         result = scored(name, items, complete)
-        tokens = sum(line["tokens"] for line in result["items"])
-        return _speed(complete.seconds, tokens) | result
+        known = {"resumed": complete.resumed}
+        return _speed(complete.seconds, complete.tokens) | known | result
 
     yield measure
+    for one in kept:  # the result file has them
+        one.remove()
 
 
 # A tokenizer that makes no prompts is known before anything is asked.
@@ -325,12 +331,47 @@ def _answers(output: Location, about: Mapping[str, Any]) -> pathlib.Path:
     return beside / f"{place.stem}-answers" / _digest(about)[:16]
 
 
+class _Kept:
+    """Completions of an evaluation that is not done, in a file: the same command goes on behind them."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self.found: dict[str, Completion] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        for line in text.splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # one half written
+                known = json.loads(line)
+                prompt = known.pop("prompt")
+                self.found[prompt] = Completion(**known)
+        if text and not text.endswith("\n"):
+            self._append("")
+
+    def add(self, prompt: str, found: Completion) -> None:
+        """Under the digest of a prompt."""
+        self._append(json.dumps({"prompt": prompt, **dataclasses.asdict(found)}))
+
+    def _append(self, line: str) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+
+    def remove(self) -> None:
+        """The file, and its folders as far as they are empty."""
+        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.parent.rmdir()
+            self.path.parent.parent.rmdir()
+
+
 class Completer:
     """Completions of a policy to messages, as they go through its chat template, each drawn once."""
+
+    kept: _Kept | None = None
 
     def __init__(self, config: Config, policy: Policy, sampling: Sampling):
         self.config, self.policy, self.sampling = config, policy, sampling
         self.seconds = 0.0  # of sampling, compilation included
+        self.tokens = self.resumed = 0  # drawn here; completions that were kept
 
     def __call__(self, prompts: Sequence[Messages]) -> list[Completion]:
         """Every process has all of them. UserError for prompts that the model cannot take."""
@@ -342,22 +383,39 @@ class Completer:
         # a stream prefills what prompts begin with once; it runs on one process, and cuts off by top-p alone
         streams = jax.process_count() == 1 and not self.sampling.top_k
         begun = time.monotonic()
-        with contextlib.closing(Progress(len(ids), unit="completion")) as progress:
-            draw = self._by_stream if streams else self._by_sampler
-            found = draw(ids, progress)
+        # a completion is drawn by its place among the prompts, and by their ids
+        keys = [_digest([row, prompt.tolist()]) for row, prompt in enumerate(ids)]
+        known = self.kept.found if self.kept else {}
+        before = {row: known[key] for row, key in enumerate(keys) if key in known}
+        progress = Progress(len(ids), len(before), unit="completion")
+        with contextlib.closing(progress):
+            found = (
+                self._by_stream(ids, keys, before, progress)
+                if streams
+                else self._by_sampler(ids, progress)
+            )
         self.seconds += time.monotonic() - begun
+        self.resumed += len(before)
+        self.tokens += sum(one.tokens for row, one in enumerate(found) if row not in before)
         return found
 
-    def _by_stream(self, ids: Sequence[np.ndarray], progress: Progress) -> list[Completion]:
+    def _by_stream(
+        self,
+        ids: Sequence[np.ndarray],
+        keys: Sequence[str],
+        before: Mapping[int, Completion],
+        progress: Progress,
+    ) -> list[Completion]:
         r, sampling, tokenizer = self.config.rollout, self.sampling, self.policy.tokenizer
         longest = max(map(len, ids)) + r.max_response_tokens
         tokens = r.cache_tokens or max(longest, 1024) * r.decode_slots
         stream = make_stream(self.policy, r.model_copy(update={"cache_tokens": tokens}))
         temperature = 0.0 if sampling.greedy else sampling.temperature
+        found = dict(before)
         drawn: dict[int, list[Piece]] = {}
         rows: dict[int, int] = {}
         # those that begin alike follow one another
-        for row in sorted(range(len(ids)), key=lambda row: ids[row].tolist()):
+        for row in sorted(set(range(len(ids))) - found.keys(), key=lambda row: ids[row].tolist()):
             number = stream.submit(
                 Request(
                     ids[row],
@@ -369,21 +427,18 @@ class Completer:
                 )
             )
             rows[number], drawn[row] = row, []
-        done = itertools.count(1)
         while stream.pending:
             for piece in stream.step():
-                drawn[rows[piece.request]].append(piece)
-                if piece.finish is not None:
-                    length = sum(len(one.ids) for one in drawn[rows[piece.request]])
-                    progress.update(next(done), f"{length} tokens")
-        return [
-            completion(
-                np.concatenate([piece.ids for piece in drawn[row]]),
-                drawn[row][-1].finish == "length",
-                tokenizer,
-            )
-            for row in range(len(ids))
-        ]
+                row = rows[piece.request]
+                drawn[row].append(piece)
+                if piece.finish is None:
+                    continue
+                tokens = np.concatenate([one.ids for one in drawn.pop(row)])
+                found[row] = completion(tokens, piece.finish == "length", tokenizer)
+                if self.kept is not None:
+                    self.kept.add(keys[row], found[row])
+                progress.update(len(found), f"{len(tokens)} tokens")
+        return [found[row] for row in range(len(ids))]
 
     def _by_sampler(self, ids: Sequence[np.ndarray], progress: Progress) -> list[Completion]:
         policy = self.policy
@@ -466,10 +521,12 @@ def describe(result: Mapping[str, Any]) -> str:
             rows[-1] += [f"{found['rate']:.1%}", f"{found['low']:.1%} to {found['high']:.1%}"]
     drawn = round(result["seconds"] * result["tokens_per_second"])
     cut = sum(x["truncated"] for x in items)
+    before = result.get("resumed", 0)
     return "\n".join(
         [
             summary_table(rows),
             *BENCHMARKS[result["benchmark"]].describe(result),
+            *([f"{before} items were answered before"] if before else []),
             f"{drawn:,} tokens in {result['seconds']:.0f} s, {result['tokens_per_second']:.1f} tokens/s; "
             f"{cut} completions cut at {result['sampling']['max_response_tokens']} tokens",
         ]

@@ -88,8 +88,6 @@ class Version:
         ]
         if names := found["known"]["unsatisfiable"]:
             lines.append(f"no answer is right, by the judge, for {', '.join(names)}")
-        if found["resumed"]:
-            lines.append(f"{found['resumed']} entries were answered before")
         if failed := [item["id"] for item in found["items"] if item["error"]]:
             lines.append(f"{len(failed)} entries were broken off, such as {failed[0]}")
         if found["network"] is not None:

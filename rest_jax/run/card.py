@@ -10,6 +10,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from etils import epath
+
 import rest_jax
 from rest_jax.config import Config, LossConfig, dump
 from rest_jax.files import Location, as_path
@@ -26,9 +28,16 @@ _VLLM_PARSERS = {"toolrl": "toolrl", "hermes": "hermes", "llama3": "llama3_json"
 
 
 def side_files(
-    run: Location, config: Config, tokenizer: Tokenizer, out: str | pathlib.Path
+    run: Location,
+    newest: epath.Path,
+    config: Config,
+    tokenizer: Tokenizer,
+    out: str | pathlib.Path,
 ) -> dict[str, str]:
-    """The texts of these files by name, for a run, which may have moved since, exported as `out`."""
+    """The texts of these files by name, for a run, which may have moved since, whose checkpoint `newest` is exported as `out`.
+
+    One process alone calls it: nothing in here may wait for the others.
+    """
     name = config.data.template
     files = {}
     if tokenizer.hf.chat_template and not tokenizer.lists_tools(TEMPLATES[name].request):
@@ -37,20 +46,19 @@ def side_files(
     if name == "toolrl":
         files[PARSER] = PLUGIN.read_text("utf-8")
     command = vllm_command(config, tokenizer, list(files), pathlib.Path(out).name)
-    return files | {CARD: _model_card(run, config, command)}
+    return files | {CARD: _model_card(run, newest, config, command)}
 
 
-def _model_card(run: Location, config: Config, command: str) -> str:
+def _model_card(run: Location, newest: epath.Path, config: Config, command: str) -> str:
     """The card, in Markdown, of a run that this command serves."""
     metrics = as_path(run) / METRICS_FILE
     lines = read_lines(metrics) if metrics.is_file() else []
-    newest, step = checkpoint.newest_params(run)
-    made_of = checkpoint.read_loader_state(newest.parent).get(MADE_OF, {})
+    made_of = checkpoint.read_loader_state(newest).get(MADE_OF, {})
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [tool-use, function-calling, rest_jax]\n---",
         f"# {config.name}",
         f"A policy for tool use, trained with rest_jax {rest_jax.__version__}"
-        f" from `{config.model.source}`: {_method(config, lines)}, {step:,} steps. It calls tools in the"
+        f" from `{config.model.source}`: {_method(config, lines)}, {int(newest.name):,} steps. It calls tools in the"
         f" `{config.data.template}` format.",
         "## Serve it",
         f"```\n{command}\n```",

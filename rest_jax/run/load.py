@@ -194,18 +194,21 @@ def export(
     if adapter:
         _export_adapter(source, run, out, dtype)
         return
+    newest = None
     if is_run(source):
-        saved = _open_weights if run else checkpoint.newest_params
-        weights, files = saved(source)[0], fetch_folder(as_path(source) / MODEL_FOLDER)
+        params, _ = checkpoint.newest_params(source)
+        newest = params.parent
+        weights = _open_weights(source)[0] if run else params
+        files = fetch_folder(as_path(source) / MODEL_FOLDER)
     else:
         weights = files = find_source(source)
     if is_first_process():
         texts = None
         # without it nobody knows how the run was trained
-        if is_run(source) and (path := as_path(source) / CONFIG_FILE).is_file():
+        if newest is not None and (path := as_path(source) / CONFIG_FILE).is_file():
             config = config_lib.load([path], [])
             tokenizer = Tokenizer.load(config.model.tokenizer or files)
-            texts = card.side_files(source, config, tokenizer, out)
+            texts = card.side_files(source, newest, config, tokenizer, out)
         with _transfer("export") as report:
             hf.export(weights, files, out, dtype, report, texts)
     # No process ends before the folder is there: the end of one would be taken for a failure.

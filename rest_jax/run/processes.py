@@ -100,8 +100,7 @@ class Peers:
         # The one way to the store of a running service; Orbax takes it, too.
         from jax._src import distributed
 
-        self.state: Any = distributed.global_state
-        self.client: Any = self.state.client
+        self.client: Any = distributed.global_state.client
         self.index, self.count, self.timeout = jax.process_index(), jax.process_count(), timeout
         self.seen: dict[str, tuple[str, float]] = {}  # of every process: heartbeat, when it was new
         self.leaving = threading.Event()
@@ -130,12 +129,6 @@ class Peers:
         self.thread.join(_FINISH)
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # there is nobody left to tell
             self.client.key_value_set(f"{_ALIVE}/{self.index}", _DONE, allow_overwrite=True)
-            if self.index == 0:
-                # All wait for each other here, and jax would end its service at once: a process that has not yet read that all
-                # are there takes it as lost, and aborts.
-                self.state.client, client = None, self.state.client
-                client.shutdown()
-                time.sleep(_SECONDS)
 
     def fault(self) -> str | None:
         """Which process is lost, and why as far as it is known; None: all live."""

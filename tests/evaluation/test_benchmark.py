@@ -11,6 +11,7 @@ from rest_jax.errors import UserError
 from rest_jax.evaluation import api_bank
 from rest_jax.evaluation.benchmark import (
     Completion,
+    _Kept,
     compare_results,
     describe,
     encode,
@@ -200,6 +201,44 @@ def test_the_command_writes_what_checks_its_figures(
     assert changed["checkpoint_sha256"] != result["checkpoint_sha256"]
     assert changed["template_sha256"] == result["template_sha256"]
     assert changed["prompts_sha256"] == result["prompts_sha256"]
+
+
+def test_an_evaluation_that_is_broken_off_goes_on(bank_model, bank, tmp_path, capsys, monkeypatch):
+    """Behind the completions that it has, one of them half written; the result is that of one go, and nothing else is left."""
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", str(bank_model), "--benchmark", "api_bank", "--data", str(bank)]
+    words += ["--max-response-tokens", "4", "mesh.data=1", "rollout.decode_slots=2", "--output"]
+    assert cli.main([*words, "whole.json"]) == 0
+    add, drawn = _Kept.add, []
+
+    def break_off(self, prompt, found):
+        if len(drawn) == 3:
+            with self.path.open("a") as file:
+                file.write('{"prompt": "ab')
+            raise KeyboardInterrupt
+        drawn.append(found)
+        add(self, prompt, found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Kept, "add", break_off)
+        assert cli.main([*words, "broken.json"]) == 130
+    assert not (tmp_path / "broken.json").exists()
+    capsys.readouterr()
+    assert cli.main([*words, "broken.json"]) == 0
+    whole, broken = read_result("whole.json"), read_result("broken.json")
+    assert (whole["resumed"], broken["resumed"]) == (0, 3)
+    assert "3 items were answered before" in capsys.readouterr().out
+    timed = ("seconds", "tokens_per_second", "resumed")
+    for result in (whole, broken):
+        for name in timed:
+            del result[name]
+    assert broken == whole
+    assert {path.name for path in tmp_path.glob("*")} == {
+        "model",
+        "whole.json",
+        "broken.json",
+        "bank",
+    }
 
 
 def test_models_that_cannot_answer_are_refused(model, bank_model, bank, tmp_path, capsys):

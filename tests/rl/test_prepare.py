@@ -9,7 +9,7 @@ import pytest
 
 from rest_jax.config import CurriculumConfig, LossConfig, WeightsConfig
 from rest_jax.rl import curriculum, loss, weights
-from rest_jax.rl.prepare import Recomputed, active_groups, prepare
+from rest_jax.rl.prepare import Recomputed, active_groups, group_signal, prepare
 from rest_jax.rl.rules import choose
 from rest_jax.rl.step import make_prepare
 from rest_jax.tool_calls import Region
@@ -155,7 +155,7 @@ def test_groups_of_one_kind_of_completions_can_be_left_out(scored, name):
     cfg = tiny.step_config(loss=LossConfig(advantage=name, group_filter="exact"))
     given = scored.replace(exact=exact)
     batch, metrics = prepared(cfg, given)
-    active = active_groups(cfg.signal(given), cfg)
+    active = active_groups(group_signal(given, cfg.loss), cfg)
     np.testing.assert_array_equal(np.flatnonzero(active), [0, 5])
     np.testing.assert_array_equal(batch.regulariser.any(axis=(1, 2)), active)
     np.testing.assert_array_equal(
