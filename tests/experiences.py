@@ -96,7 +96,7 @@ def experience_of(
     advantage = scored.reward - scored.reward.mean(axis=1, keepdims=True)
     logp = np.where(alive, rollout.logp - 0.5, 0) if trainer else None
     row = np.arange(len(records), dtype=np.int32)
-    made = Experience(scored, scores, records, row, 0.5, 0, SamplerStats(), {}, {})
+    made = Experience(scored, scores, records, row, row * 0, {}, 0.5, SamplerStats(), {})
     return made, TokenValues(weight, advantage, logp)
 
 
