@@ -4,7 +4,8 @@
 
 Prompts and responses have log-normal lengths, like those of rlla in Qwen tokens by default. The book-keeping is the product's own
 (`rollout.shard.Shard`); a response is drawn token by token until it has its length. `ideal_steps`: of shards whose slots are
-always busy; `prefill_use`: the share of prefilled positions that hold a token of a prompt.
+always busy; `steps_of_slots`: how many steps had so many decode slots a shard, which are removed at the end as in a rollout;
+`prefill_use`: the share of prefilled positions that hold a token of a prompt.
 """
 
 import argparse
@@ -75,6 +76,7 @@ def simulate(args: argparse.Namespace) -> dict[str, Any]:
     most = max(int(pages[own].sum()) for own in groups)
     width = prefill_width(int(pages.max()), most, settings.page)
     count = {"calls": 0, "steps": 0, "prefill_calls": 0, "dropped": 0}
+    steps_of_slots = dict.fromkeys(sizes.slot_counts, 0)
     drawn = np.zeros(args.prompts * args.group, int)
     started = time.perf_counter()
     while any(shard.waiting or shard.unstarted or shard.running for shard in shards):
@@ -86,12 +88,20 @@ def simulate(args: argparse.Namespace) -> dict[str, Any]:
             for response in shard.drop_youngest():
                 count["dropped"] += 1
                 drawn[shard.number(response)] = 0
+        if all(shard.nothing_waits for shard in shards):
+            busy = max(len(shard.running) for shard in shards)
+            slots = min(n for n in sizes.slot_counts if n >= busy)
+            for shard in shards:
+                if slots < shard.num_slots:
+                    shard.keep(slots)
         steps = [_draw(shard, responses.reshape(-1), drawn, settings.page) for shard in shards]
         count["calls"] += 1
         count["steps"] += max(steps)
+        steps_of_slots[shards[0].num_slots] += max(steps)
     ideal = responses.sum() / args.shards / sizes.slots
-    slot_steps = count["steps"] * args.shards * sizes.slots
+    slot_steps = args.shards * sum(slots * n for slots, n in steps_of_slots.items())
     return count | {
+        "steps_of_slots": {str(slots): n for slots, n in steps_of_slots.items() if n},
         "tokens": int(responses.sum()),
         "ideal_steps": round(ideal),
         "slot_use": round(int(responses.sum()) / slot_steps, 3),
