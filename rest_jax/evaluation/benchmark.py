@@ -332,7 +332,7 @@ def _answers(output: Location, about: Mapping[str, Any]) -> pathlib.Path:
 
 
 class _Kept:
-    """Completions of an evaluation that is not done, in a file: the same command goes on behind them."""
+    """Completions of an evaluation that is not done, in a file: the same command resumes behind them."""
 
     def __init__(self, path: pathlib.Path):
         self.path = path

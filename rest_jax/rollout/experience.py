@@ -202,15 +202,13 @@ class Collector:
             experience = self._read(saved, progress)
         else:
             draw = functools.partial(self._draw, params, rng, step - 1, progress)
-            experience = draw(0, np.ones(len(self.rows), bool))
+            experience = draw(0)
             if self.config.rollout.dynamic_sampling:
                 experience = self._replace_equal(experience, draw)
         experience.staleness, experience.means = staleness, self._means(experience)
         return experience
 
-    def _replace_equal(
-        self, experience: Experience, draw: Callable[[int, np.ndarray], Experience]
-    ) -> Experience:
+    def _replace_equal(self, experience: Experience, draw: Callable[..., Experience]) -> Experience:
         """Dynamic sampling: groups without advantage make room for those that have their places in the next batch of the data,
         until none is left or the bound is reached.
         """
@@ -236,9 +234,11 @@ class Collector:
         step: int,
         progress: float,
         number: int,
-        wanted: np.ndarray,
+        wanted: np.ndarray | None = None,
     ) -> Experience:
-        """The groups in the places bool [P] `wanted` of the next batch of the data, which is the `number`th of its step."""
+        """The groups of the next batch of the data, which is the `number`th of its step: those in the places bool [P] `wanted`,
+        by default all.
+        """
         started = time.monotonic()
         with jax.profiler.TraceAnnotation("data"):
             batch, records = next(self.batches)
@@ -254,9 +254,10 @@ class Collector:
             rollout = self.sampler(params, batch, rng, step, on_group, wanted=wanted).validate()
         sampled = time.monotonic()
         self.check()
-        if not wanted.all():
-            rollout = jax.tree.map(lambda x: x[wanted], rollout)
-        places = np.flatnonzero(wanted)
+        places = np.arange(len(records))
+        if wanted is not None:
+            places = np.flatnonzero(wanted)
+            rollout = jax.tree.map(lambda x: x[places], rollout)
         return self._finish(
             pending,
             rollout,

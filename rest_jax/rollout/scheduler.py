@@ -199,15 +199,13 @@ class _Rollout:
         self.own_rows[own] = np.arange(len(own))
         groups = deal_groups(self.length, self.mesh)
         self.sizes = self.settings.sizes(max(map(len, groups)), self.prompts.tokens.shape[1])
-        all_wanted = np.ones(len(self.prompts.length), bool)
-        asked = gather(all_wanted if wanted is None else wanted, self.mesh)
-        self.shards = [
-            Shard([group for group in own if asked[group]], self.length, self.settings, self.sizes)
-            for own in groups
-        ]
         pages = -(-self.length // self.settings.page)
         total = max(int(pages[own].sum()) for own in groups)
         self.width = prefill_width(int(pages.max()), total, self.settings.page)
+        if wanted is not None:
+            asked = gather(wanted, self.mesh)
+            groups = [[group for group in own if asked[group]] for own in groups]
+        self.shards = [Shard(own, self.length, self.settings, self.sizes) for own in groups]
         self.state: DecodeState = self.engine.empty_state(self.sizes)
 
     def refill(self) -> bool:

@@ -203,7 +203,7 @@ def test_the_command_writes_what_checks_its_figures(
     assert changed["prompts_sha256"] == result["prompts_sha256"]
 
 
-def test_an_evaluation_that_is_broken_off_goes_on(bank_model, bank, tmp_path, capsys, monkeypatch):
+def test_an_evaluation_that_is_broken_off_resumes(bank_model, bank, tmp_path, capsys, monkeypatch):
     """Behind the completions that it has, one of them half written; the result is that of one go, and nothing else is left."""
     monkeypatch.chdir(tmp_path)
     words = ["evaluate", str(bank_model), "--benchmark", "api_bank", "--data", str(bank)]

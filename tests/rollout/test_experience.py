@@ -36,6 +36,7 @@ class RandomSampler:
         return row % 2 == 0
 
     def __call__(self, params, prompts, rng, step, on_group, wanted) -> RolloutBatch:
+        wanted = np.ones(len(prompts.row), bool) if wanted is None else wanted
         self.asked.append(prompts.row[wanted].tolist())
         self.stats = SamplerStats(tokens=10 + step, slot_steps=20)
         random = np.random.default_rng((step, int(prompts.row[0])))
