@@ -139,7 +139,8 @@ def make_skipping_work(args: argparse.Namespace) -> Work:
 
 def gradient_difference(args: argparse.Namespace, scored: ScoredBatch, cfg: StepConfig) -> float:
     """Largest difference between the gradients with and without the groups that may be skipped, over the largest entry."""
-    gradients = []
+    gradients, trace = [], optax.trace(0.0)  # its state is the last gradient
+    tracer = Optimizer(trace.init, trace.update, optax.constant_schedule(0.0))
     every = plan_microbatches(
         BatchLengths.of(scored.rollout),
         assign_minibatches(len(scored.reward), 1),
@@ -148,7 +149,7 @@ def gradient_difference(args: argparse.Namespace, scored: ScoredBatch, cfg: Step
     )
     for plan in (None, every):
         policy = policies.load(args.model, args.vocab, args.remat, args.dtype)
-        updates = Updates(policy, optax.trace(0.0), cfg)  # its state is the last gradient
+        updates = Updates(policy, tracer, cfg)
         updates(scored, plan)
         gradients.append(updates.state.opt_state.trace)
     size = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradients[1]))

@@ -1,7 +1,9 @@
-"""Time one rollout, update, GRPO step or supervised step of PyTorch and transformers on the CPU.
+"""Time one rollout, update, GRPO step or supervised step of PyTorch and transformers, on the CPU or a GPU.
 
 In:  a case and its sizes on the command line; --model is a Hugging Face folder, or "model-a"
-     for a small random Qwen3.
+     for a small random Qwen3; with --random-weights the folder needs its config.json alone.
+     --dtype bfloat16: a rollout has weights of it; updates compute in it (autocast) with weights
+     and AdamW in float32.
 Out: one JSON line on stdout with the tokens of one call, the median CPU and wall seconds of a
      call, tokens per CPU second, the peak resident bytes and the warm-up seconds. Everything
      else goes to stderr. The caller pins the process to its cores.
@@ -48,10 +50,15 @@ import transformers
 CLIP = 0.2
 
 
-def load_model(args):
-    """Return the model in float32, with every generation default cleared."""
+def load_model(args, dtype=torch.float32):
+    """Return the model on its device, with every generation default cleared."""
+    torch.set_default_device(args.device)
     if args.model == "model-a":
         model = transformers.Qwen3ForCausalLM(model_a_config(args.vocab))
+    elif args.random_weights:
+        config = transformers.AutoConfig.from_pretrained(args.model, local_files_only=True)
+        config.dtype = torch.float32
+        model = transformers.AutoModelForCausalLM.from_config(config)
     elif pathlib.Path(args.model, "config.json").is_file():
         model = transformers.AutoModelForCausalLM.from_pretrained(
             args.model, dtype=torch.float32, local_files_only=True
@@ -61,7 +68,7 @@ def load_model(args):
     model.generation_config = transformers.GenerationConfig()
     if args.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.train()
+    return model.to(args.device, dtype).train()
 
 
 def model_a_config(vocab):
@@ -121,11 +128,12 @@ def sample(model, prompts, args):
     return rows.clone()
 
 
-def response_logprobs(model, rows, response):
+def response_logprobs(model, rows, response, args):
     """Return the log-probs of the last `response` tokens of every row."""
-    logits = model(rows, use_cache=False, logits_to_keep=response + 1).logits[:, :-1]
+    with torch.autocast(rows.device.type, torch.bfloat16, args.dtype == "bfloat16"):
+        logits = model(rows, use_cache=False, logits_to_keep=response + 1).logits[:, :-1]
     targets = rows[:, -response:]
-    return -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(
+    return -F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(
         targets.shape
     )
 
@@ -153,7 +161,7 @@ def update(model, optimizer, rows, args):
     optimizer.zero_grad(set_to_none=True)
     micro = args.micro_rows or args.rows
     for part, share in zip(rows.split(micro), advantages.split(micro), strict=True):
-        loss = clipped_loss(response_logprobs(model, part, response), share)
+        loss = clipped_loss(response_logprobs(model, part, response, args), share)
         (loss / (args.rows * response)).backward()
     optimizer.step()
 
@@ -165,7 +173,7 @@ def make_optimizer(model, args):
 
 def rollout_case(args):
     """Return (tokens, call) for a rollout."""
-    model = load_model(args)
+    model = load_model(args, getattr(torch, args.dtype))
     prompts = make_prompts(model, args)
     return args.rows * args.new_tokens, lambda: sample(model, prompts, args)
 
@@ -246,6 +254,12 @@ def serve_case(args):
     return args.rows * args.new_tokens, call
 
 
+def finish(args):
+    """Wait for what the device has still to do."""
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
 def measure(args):
     """Warm the case up, time its calls, and return the record to print."""
     cases = {"rollout": rollout_case, "update": update_case, "step": step_case, "sft": sft_case}
@@ -253,11 +267,14 @@ def measure(args):
     start = time.perf_counter()
     tokens, call = cases[args.case](args)
     call()
+    finish(args)
     warmup = time.perf_counter() - start
     cpu, wall = [], []
     for _ in range(args.repeats):
+        finish(args)
         cpu_start, wall_start = time.process_time(), time.perf_counter()
         made = call()
+        finish(args)
         cpu.append(time.process_time() - cpu_start)
         wall.append(time.perf_counter() - wall_start)
     cpu_seconds = statistics.median(cpu)
@@ -267,8 +284,10 @@ def measure(args):
         "tokens": tokens,
         "cpu_seconds": cpu_seconds,
         "wall_seconds": statistics.median(wall),
+        "tokens_per_second": tokens / statistics.median(wall),
         "tokens_per_cpu_second": tokens / cpu_seconds,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "device_peak_bytes": torch.cuda.max_memory_allocated() if args.device == "cuda" else None,
         "warmup_seconds": warmup,
         **(made if args.case == "serve" else {}),
     }
@@ -284,6 +303,9 @@ def parse_args():
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, help="default: --response-tokens, or 128")
     parser.add_argument("--response-tokens", type=int, help="default: --new-tokens, or 128")
+    parser.add_argument("--random-weights", action="store_true", help="of the folder's config")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--vocab", type=int, default=8192, help="model-a only")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic")
