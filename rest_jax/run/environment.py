@@ -2,11 +2,12 @@
 
 `configure()` sets environment variables. An entry point calls it once, before anything imports jax, which reads them when it
 starts; child processes inherit them. What the user has set always wins: JAX_COMPILATION_CACHE_DIR,
-JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS and XLA_FLAGS are jax's own, LIBTPU_INIT_ARGS is libtpu's, REST_JAX_CACHE is a folder
-for the cache, or "off".
+JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS and XLA_FLAGS are jax's own, LIBTPU_INIT_ARGS is libtpu's, MALLOC_ARENA_MAX and
+GLIBC_TUNABLES are glibc's, REST_JAX_CACHE is a folder for the cache, or "off".
 """
 
 import contextlib
+import ctypes
 import importlib.metadata
 import importlib.util
 import os
@@ -33,6 +34,11 @@ HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # and GPU, change nothing or hide less (docs/performance.md), so that none is set.
 LIBTPU_FLAGS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 LIBTPU_VARIABLE = "LIBTPU_INIT_ARGS"
+
+# Arenas from which glibc's malloc serves the threads of a process; its own choice is eight a core. Each keeps what its threads
+# have freed, so that a run of dozens of threads, which saves now and then, grows for thousands of steps (docs/reliability.md).
+ARENAS, ARENA_VARIABLE, ARENA_TUNABLE = 4, "MALLOC_ARENA_MAX", "glibc.malloc.arena_max"
+_M_ARENA_MAX = -8  # malloc.h
 
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 # A program that compiles faster than this many seconds is not worth a file.
@@ -67,6 +73,7 @@ def configure() -> None:
     """Sets the variables. A cache folder that cannot be made or written means no cache and one line on stderr."""
     # transformers says on every start that PyTorch is missing; only its tokenizers are used here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    limit_arenas()
     if flags := xla_flags(os.environ.get("XLA_FLAGS", "")):
         os.environ["XLA_FLAGS"] = flags
     os.environ[LIBTPU_VARIABLE] = libtpu_flags(os.environ.get(LIBTPU_VARIABLE, ""))
@@ -80,6 +87,15 @@ def configure() -> None:
             print(f"rest-jax: warning: no compilation cache: {error}", file=sys.stderr)
             return
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", _MIN_COMPILE_SECONDS)
+
+
+def limit_arenas() -> None:
+    """For this process, whose malloc has read the environment already, and its children. Only glibc has arenas."""
+    if ARENA_VARIABLE in os.environ or ARENA_TUNABLE in os.environ.get("GLIBC_TUNABLES", ""):
+        return
+    os.environ[ARENA_VARIABLE] = str(ARENAS)
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, ARENAS)
 
 
 def xla_flags(present: str) -> str:

@@ -1,6 +1,6 @@
 """A long run: its memory, threads and open files do not grow.
 
-REST_JAX_SOAK steps, 600 by default. With REST_JAX_SOAK_FOLDER the run and its log lie there: broken off, the same test resumes.
+REST_JAX_SOAK steps, 3,000 by default. With REST_JAX_SOAK_FOLDER the run and its log lie there: broken off, the same test resumes.
 """
 
 import json
@@ -33,13 +33,13 @@ def newest_step(metrics: pathlib.Path) -> int:
     return json.loads(lines[-1])["step"] if len(lines) > 1 else 0
 
 
-def watch(process: subprocess.Popen, run: pathlib.Path, log: pathlib.Path) -> None:
-    """Appends what the process holds to the log, until it ends."""
+def watch(process: subprocess.Popen, run: pathlib.Path, log: pathlib.Path, steps: int) -> None:
+    """Appends what the process holds to the log, until its last step: behind that it draws curves."""
     place, last = pathlib.Path(f"/proc/{process.pid}"), 0
     while process.poll() is None:
         time.sleep(1.0)
         step = newest_step(run / "metrics.jsonl")
-        if step < last + EVERY:
+        if step < last + EVERY or step == steps:
             continue
         last = step
         try:
@@ -59,7 +59,7 @@ def watch(process: subprocess.Popen, run: pathlib.Path, log: pathlib.Path) -> No
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").is_file(), reason="needs Linux")
 def test_a_long_run_holds_no_more_at_its_end(model, tmp_path, report):
-    steps = int(os.environ.get("REST_JAX_SOAK", "600"))
+    steps = int(os.environ.get("REST_JAX_SOAK", "3000"))
     folder = pathlib.Path(os.environ.get("REST_JAX_SOAK_FOLDER", tmp_path))
     folder.mkdir(parents=True, exist_ok=True)
     config, log = folder / "config.yaml", folder / "soak.jsonl"
@@ -79,7 +79,7 @@ def test_a_long_run_holds_no_more_at_its_end(model, tmp_path, report):
             stdout=out,
             stderr=out,
         )
-        watch(process, folder / "tiny", log)
+        watch(process, folder / "tiny", log, steps)
         assert process.wait() == 0, (folder / "out.txt").read_text()[-2000:]
     lines = read_lines(log)
     longest = max(

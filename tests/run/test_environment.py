@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -85,6 +87,19 @@ def test_what_the_user_set_is_kept(tmp_path):
     own["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "7"
     found, _ = run_program("show_environment.py", tmp_path, **own)
     assert {name: found[name] for name in own} == own
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="arenas are those of glibc")
+@pytest.mark.parametrize(
+    ("variables", "most"),
+    [({}, environment.ARENAS), ({"MALLOC_ARENA_MAX": "1"}, 1), ({"MALLOC_ARENA_MAX": "6"}, 6),
+     ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=2"}, 2)],
+)  # fmt: skip
+def test_threads_share_a_few_arenas(tmp_path, variables, most):
+    """However many cores there are: by itself it is eight to each."""
+    _, said = run_program("count_arenas.py", tmp_path, **variables)
+    found = len(re.findall(r"^Arena \d+:", said, re.MULTILINE))
+    assert 1 <= found <= most and (most == 1 or found > 1)
 
 
 # The flag
