@@ -762,7 +762,7 @@ def _explain(item: Any, model: type[pydantic.BaseModel]) -> str:
             f"{path}: unknown key{nearest(str(item['loc'][-1]), _known(model, item['loc'][:-1]))}"
         )
     if item["type"] == "missing":
-        return f"{path}: missing, and there is no default"
+        return f"{path}: missing, and there is no default; set it, or name a file that has it, such as scale/tiny"
     message = item["msg"].removeprefix("Value error, ")
     value = "" if item["type"] == "value_error" else f"{item['input']!r}: "
     return f"{path}: {value}{message}" if path else message

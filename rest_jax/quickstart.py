@@ -50,7 +50,7 @@ def quickstart(overrides: Sequence[str] = (), fresh: bool = False) -> int:
         f"\nExact calls on tools never seen in training: {first:.1f} % -> {last:.1f} % (the reloaded export: {again:.1f} %) "
         f"in {(time.monotonic() - started) / 60:.1f} minutes.\n"
         f"Completions: {folder / 'samples.jsonl'}\n"
-        f"Policy, ready for transformers: {exported}"
+        f"Policy, as a Hugging Face folder (transformers loads it with PyTorch): {exported}"
     )
     return 0
 

@@ -36,6 +36,6 @@ def write_new(kind: Kind, name: str, folder: pathlib.Path) -> str:
         path.write_text(source.read_text(encoding="utf-8").replace("NAME", name), encoding="utf-8")
     first, second = files
     return (
-        f"wrote {first} and {second}\ntry:  python -m pytest {second}\n"
+        f"wrote {first} and {second}\ntry:  python -m pytest {second}  (pip install pytest)\n"
         f"use:  rest-jax train FILES... {USES[kind].replace('NAME', name)}"
     )

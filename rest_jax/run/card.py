@@ -45,12 +45,15 @@ def side_files(
         files[CHAT_TEMPLATE] = trained(name, own, config.data.brief_prompt)
     if name == "toolrl":
         files[PARSER] = PLUGIN.read_text("utf-8")
-    command = vllm_command(config, tokenizer, list(files), pathlib.Path(out).name)
-    return files | {CARD: _model_card(run, newest, config, command)}
+    folder = pathlib.Path(out).name
+    command = vllm_command(config, tokenizer, list(files), folder)
+    return files | {CARD: _model_card(run, newest, config, folder, command, list(files))}
 
 
-def _model_card(run: Location, newest: epath.Path, config: Config, command: str) -> str:
-    """The card, in Markdown, of a run that this command serves."""
+def _model_card(
+    run: Location, newest: epath.Path, config: Config, folder: str, command: str, files: list[str]
+) -> str:
+    """The card, in Markdown, of a run that is exported as `folder`, beside these files, and that vLLM serves by `command`."""
     metrics = as_path(run) / METRICS_FILE
     lines = read_lines(metrics) if metrics.is_file() else []
     made_of = checkpoint.read_loader_state(newest).get(MADE_OF, {})
@@ -62,7 +65,9 @@ def _model_card(run: Location, newest: epath.Path, config: Config, command: str)
         f" `{config.data.template}` format.",
         "## Serve it",
         f"```\n{command}\n```",
-        f"`rest-jax serve` takes the same folder, with `{_options(config)}`.",
+        "`rest-jax serve` takes the same folder:",
+        f"```\nrest-jax serve {folder} {_options(config)}\n```",
+        *_for_transformers(folder, files),
         *_figures(run, lines),
         *_audit(run),
         "## Made of",
@@ -87,9 +92,29 @@ def vllm_command(config: Config, tokenizer: Tokenizer, files: list[str], folder:
     return " \\\n    ".join(words)
 
 
+def _for_transformers(folder: str, files: Sequence[str]) -> list[str]:
+    """How its prompts are made where the model's own chat template has no place for tools."""
+    if CHAT_TEMPLATE not in files:
+        return []
+    return [
+        f"In transformers the prompt of training needs `{CHAT_TEMPLATE}`; the tokenizer's own template tells of no tools:",
+        f"""```python
+template = open("{folder}/{CHAT_TEMPLATE}").read()
+prompt = tokenizer.apply_chat_template(
+    messages, tools=tools, chat_template=template, add_generation_prompt=True
+)
+```""",
+    ]
+
+
 def _options(config: Config) -> str:
-    brief = " data.brief_prompt=true" if config.data.brief_prompt else ""
-    return f"--template {config.data.template}{brief}"
+    """What of the run an HF folder does not say."""
+    data, answer = config.data, config.rollout.max_response_tokens
+    brief = " data.brief_prompt=true" if data.brief_prompt else ""
+    lengths = (
+        f"data.max_prompt_tokens={data.max_prompt_tokens} rollout.max_response_tokens={answer}"
+    )
+    return f"--template {data.template}{brief} {lengths}"
 
 
 def _method(config: Config, lines: Sequence[Mapping[str, Any]]) -> str:

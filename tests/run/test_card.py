@@ -45,7 +45,20 @@ vllm serve out --enable-auto-tool-choice \\
     --chat-template out/tool_chat_template.jinja{reasoning}
 ```
 
-`rest-jax serve` takes the same folder, with `--template toolrl`.
+`rest-jax serve` takes the same folder:
+
+```
+rest-jax serve out --template toolrl data.max_prompt_tokens=192 rollout.max_response_tokens=96
+```
+
+In transformers the prompt of training needs `tool_chat_template.jinja`; the tokenizer's own template tells of no tools:
+
+```python
+template = open("out/tool_chat_template.jinja").read()
+prompt = tokenizer.apply_chat_template(
+    messages, tools=tools, chat_template=template, add_generation_prompt=True
+)
+```
 
 ## Held-out records, greedy
 
@@ -107,7 +120,9 @@ def run(model, tmp_path):
 
 
 def test_the_card_says_how_to_serve_and_what_was_measured(run, tmp_path):
-    made = config("toolrl")
+    made = config("toolrl", max_prompt_tokens=192)
+    answers = made.rollout.model_copy(update={"max_response_tokens": 96})
+    made = made.model_copy(update={"rollout": answers})
     folder = run(made)
     writer = MetricsWriter(folder)
     writer.write(0, {"eval/exact": 0.25})

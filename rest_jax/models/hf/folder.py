@@ -4,6 +4,7 @@ A source is an HF folder (config.json + safetensors, one file or several with an
 (the same side files, `params/` and `rest_jax.json`), or a hub id.
 """
 
+import difflib
 import json
 import pathlib
 import re
@@ -139,10 +140,21 @@ def _snapshot(hub_id: str, local_files_only: bool = False) -> pathlib.Path:
     ) as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise ConversionError(
-            f"model {hub_id}: no such folder, and the hub did not give it ({reason}); "
+            f"model {hub_id}: no such folder{_nearest(hub_id)}, and the hub did not give it ({reason}); "
             "check the name and the network, or download the model and name its folder"
         ) from error
     return pathlib.Path(path)
+
+
+def _nearest(name: str) -> str:
+    """A hint at the folder beside it that is spelled most like it."""
+    beside = pathlib.Path(name).parent
+    try:
+        found = [path.name for path in beside.iterdir() if path.is_dir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(pathlib.Path(name).name, found, n=1)
+    return f" (nearest: {beside / close[0]})" if close else ""
 
 
 def scan(folder: pathlib.Path) -> dict[str, Stored]:

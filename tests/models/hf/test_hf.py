@@ -350,6 +350,22 @@ def test_an_unreachable_hub_is_one_line(monkeypatch):
         convert("some/where", "unused")
 
 
+def test_a_misspelt_folder_is_told_the_nearest(monkeypatch, tmp_path):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+
+    def offline(hub_id, **_):
+        raise huggingface_hub.errors.HFValidationError("no repository id")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ConversionError,
+        match=r"model runs/quikstart: no such folder \(nearest: runs/quickstart\), and",
+    ):
+        convert("runs/quikstart", "unused")
+
+
 def test_failed_write_leaves_nothing(folders, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError("disk full")
