@@ -96,7 +96,10 @@ def find_source(source: str) -> pathlib.Path:
             f"model {source}: a file; name the folder it lies in, or convert a GGUF file first (rest-jax convert)"
         )
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source):
-        raise ConversionError(f"model {source}: no such folder, and not a hub id (owner/name)")
+        near = _nearest(source)
+        raise ConversionError(
+            f"model {source}: no such folder{near}, and not a hub id (owner/name)"
+        )
     return _download(source)
 
 
