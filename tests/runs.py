@@ -63,6 +63,13 @@ def environment() -> dict[str, str]:
     }
 
 
+def write_config(raw: dict, folder: pathlib.Path) -> str:
+    """The path of its file in that folder."""
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return str(path)
+
+
 # One prompt each of the eight devices of the tests.
 WIDE = (
     "mesh.fsdp=1", "mesh.data=-1", "rollout.prompts_per_step=8", "train.prompts_per_update=4",
@@ -74,20 +81,17 @@ def launch(raw: dict, *words: str, command: str = "train") -> int:
     """`rest-jax COMMAND` in this process, over its eight devices; the exit code."""
     output = pathlib.Path(raw["output"])
     output.mkdir(exist_ok=True)
-    path = output / "config.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    return cli.main([command, str(path), *WIDE, *words])
+    return cli.main([command, write_config(raw, output), *WIDE, *words])
 
 
 def start(
     command: str, raw: dict, folder: pathlib.Path, *options: str, program: str | None = None
 ) -> subprocess.Popen:
     """`rest-jax COMMAND` on a config; `program`: a file of tests/programs that takes the place of the command line."""
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(raw))
+    path = write_config(raw, folder)
     words = ["-m", "rest_jax"] if program is None else [str(PROGRAMS / program)]
     return subprocess.Popen(
-        [sys.executable, *words, command, str(path), *options],
+        [sys.executable, *words, command, path, *options],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -19,14 +19,26 @@ from rest_jax.run.checkpoint import FOLDER, Checkpoints
 from rest_jax.run.folder import EVALUATION
 from rest_jax.run.metrics import read_lines
 from tests.programs.states import make_state
-from tests.runs import PROGRAMS, assert_same, environment, finish, lines, recipe, start, state
+from tests.runs import (
+    PROGRAMS,
+    assert_same,
+    environment,
+    finish,
+    lines,
+    recipe,
+    start,
+    start_processes,
+    state,
+    write_config,
+)
 
-pytestmark = pytest.mark.slow
 # SIGTERM before the run has asked for it, while Python and jax start, ends the process as usual.
 ENDS = {
     signal.SIGKILL: {-signal.SIGKILL},
     signal.SIGTERM: {UNFINISHED, -signal.SIGTERM},
 }
+# Done before it noticed, told by the loss of the second process, jax's abort at the loss of the first, killed.
+ENDS_OF_TWO = {0, 1, -signal.SIGABRT, -signal.SIGKILL}
 
 
 # With staleness 1 a checkpoint has the batch that was sampled ahead.
@@ -42,12 +54,10 @@ STALENESS = {
 }
 
 
-def config_of(model: pathlib.Path, output: pathlib.Path, rollout: dict) -> dict:
+def config_of(model: pathlib.Path, output: pathlib.Path, **changes) -> dict:
     """Twelve steps of two updates, five evaluations, six checkpoints."""
     train = {"steps": 12, "checkpoint_every": 2, "eval_every": 3}
-    return recipe(
-        model, output, seed=1, data={"max_prompt_tokens": 128}, train=train, rollout=rollout
-    )
+    return recipe(model, output, seed=1, data={"max_prompt_tokens": 128}, train=train, **changes)
 
 
 class Unbroken(NamedTuple):
@@ -57,10 +67,21 @@ class Unbroken(NamedTuple):
     rollout: dict
 
 
+def assert_equal_runs(run: pathlib.Path, whole: pathlib.Path) -> None:
+    """Bit for bit: metrics, samples, tokens and all of the newest checkpoint."""
+    assert lines(run) == lines(whole)
+    for name in ("samples.jsonl", "tokens.jsonl"):
+        assert read_lines(run / name) == read_lines(whole / name)
+    ended = state(run)
+    # Stopped within its last evaluation: what the last checkpoint says stays true.
+    ended[1].pop(EVALUATION, None)
+    assert_same(ended, state(whole))
+
+
 @pytest.fixture(scope="module", params=STALENESS)
 def unbroken(model, tmp_path_factory, request) -> Unbroken:
     output, rollout = tmp_path_factory.mktemp("unbroken"), STALENESS[request.param]
-    finish(start("train", config_of(model, output, rollout), output))
+    finish(start("train", config_of(model, output, rollout=rollout), output))
     return Unbroken(output / "tiny", rollout)
 
 
@@ -71,7 +92,7 @@ def count(run: pathlib.Path) -> int:
 
 
 def await_instant(process: subprocess.Popen, run: pathlib.Path, rng: np.random.Generator) -> None:
-    """An instant within the start of a process, or up to a second behind one of the next lines that it writes."""
+    """An instant within the start of a process, or up to a second behind one of the next lines of the run."""
     begun, more = count(run), int(rng.integers(0, 6))
     delay = rng.uniform(0, 1.0 if more else 12.0)
     while process.poll() is None and count(run) < begun + more:
@@ -80,6 +101,7 @@ def await_instant(process: subprocess.Popen, run: pathlib.Path, rng: np.random.G
         process.wait(delay)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", ENDS, ids=["SIGKILL", "SIGTERM"])
 def test_broken_at_any_instant_and_resumed_is_the_unbroken_run(
     model, unbroken, tmp_path, instants, report, number
@@ -94,7 +116,7 @@ def test_broken_at_any_instant_and_resumed_is_the_unbroken_run(
         output.mkdir()
         run, code = output / "tiny", None
         while code != 0:
-            process = start("train", config_of(model, output, rollout), output)
+            process = start("train", config_of(model, output, rollout=rollout), output)
             if len(at) < instants:
                 await_instant(process, run, rng)
                 if process.poll() is None:
@@ -105,13 +127,7 @@ def test_broken_at_any_instant_and_resumed_is_the_unbroken_run(
             codes[code] += 1
             assert code == 0 or code in ENDS[number], out
             assert "Traceback" not in out
-        assert lines(run) == lines(whole)
-        for name in ("samples.jsonl", "tokens.jsonl"):
-            assert read_lines(run / name) == read_lines(whole / name)
-        ended = state(run)
-        # Stopped within its last evaluation: what the last checkpoint says stays true.
-        ended[1].pop(EVALUATION, None)
-        assert_same(ended, state(whole))
+        assert_equal_runs(run, whole)
         runs += 1
     written = count(whole)
     inside = [n for n in at if 0 < n < written]
@@ -122,6 +138,61 @@ def test_broken_at_any_instant_and_resumed_is_the_unbroken_run(
     )
 
 
+@pytest.mark.slow
+@pytest.mark.multihost
+def test_two_processes_killed_at_any_instant_and_resumed_are_the_unbroken_run(
+    model, tmp_path, instants, report
+):
+    """One of the two, whose loss the other one notices, or both at once."""
+    changes = {
+        "mesh": {"data": 2, "fsdp": 1},
+        "distributed": {"heartbeat_timeout": 10, "initialization_timeout": 60},
+    }
+    config = write_config(config_of(model, tmp_path, **changes), tmp_path)
+    for process in start_processes(["train", config], 2):
+        finish(process)
+    whole = tmp_path / "tiny"
+    rng = np.random.default_rng(2)
+    at: list[int] = []  # lines that there were
+    killed = collections.Counter()
+    runs, recovery = 0, []
+    while len(at) < instants:
+        output = tmp_path / str(runs)
+        output.mkdir()
+        run, codes = output / "tiny", []
+        while set(codes) != {0}:
+            began, alone = time.monotonic(), False
+            processes = start_processes(["train", config, f"output={output}"], 2)
+            if len(at) < instants:
+                await_instant(processes[0], run, rng)
+                victims = [[0], [1], [0, 1]][int(rng.integers(3))]
+                if all(process.poll() is None for process in processes):
+                    at.append(count(run))
+                    killed[len(victims)] += 1
+                    alone, began = len(victims) == 1, time.monotonic()
+                    for i in victims:
+                        processes[i].kill()
+            codes = []
+            for process in processes:
+                out, _ = process.communicate(timeout=400)
+                codes.append(process.returncode)
+                assert "Traceback" not in out, out
+                assert process.returncode in ENDS_OF_TWO, out
+            if alone:
+                recovery.append(time.monotonic() - began)
+        assert_equal_runs(run, whole)
+        runs += 1
+    written = count(whole)
+    inside = [n for n in at if 0 < n < written]
+    report(
+        f"2 processes: SIGKILL of one at {killed[1]} instants, of both at {killed[2]}, over {runs} runs: {at.count(0)} before "
+        f"the first line, {len(inside)} within the {written} lines ({len(set(inside))} different ones), {at.count(written)} "
+        f"behind the last; all runs equal bit for bit; the other one ended within {max(recovery, default=0):.0f} s "
+        f"(median {np.median(recovery or [0]):.0f})"
+    )
+
+
+@pytest.mark.slow
 def test_killed_within_saves_again_and_again(tmp_path, instants, report):
     """The newest checkpoint is sound after each kill, and the next process continues behind it."""
     rng, steps = np.random.default_rng(0), [0]

@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import pytest
-import yaml
 
 from rest_jax.files import as_path
 from rest_jax.run.checkpoint import list_steps
@@ -23,6 +22,7 @@ from tests.runs import (
     start_command,
     start_processes,
     state,
+    write_config,
 )
 
 TIMES = int(os.environ.get("REST_JAX_PHASES", "1"))
@@ -35,12 +35,6 @@ def config_of(model: pathlib.Path, output: pathlib.Path, **changes) -> dict:
     """Steps of two updates and a checkpoint after each, more than the kills take."""
     train = {"steps": 20 * TIMES, "checkpoint_every": 1, "eval_every": 2}
     return recipe(model, output, seed=1, data={"max_prompt_tokens": 128}, train=train, **changes)
-
-
-def write_config(raw: dict, folder: pathlib.Path) -> str:
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    return str(path)
 
 
 @pytest.mark.slow
