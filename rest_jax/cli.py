@@ -95,12 +95,12 @@ def _fail(message: str, code: int) -> int:
     message = " ".join(printable(message).split())
     if len(message) > _MOST_SAID:  # names in files of strangers may be of any length
         message = f"{message[:_MOST_SAID]} .."
-    if message:
-        print_text(f"rest-jax: error: {message}", sys.stderr)
     if "rest_jax.run.processes" in sys.modules:
         from rest_jax.run import processes
 
-        processes.leave(message, code)
+        processes.leave(message, code)  # and a process of many ends here
+    if message:
+        print_text(f"rest-jax: error: {message}", sys.stderr)
     return code
 
 

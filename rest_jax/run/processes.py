@@ -20,7 +20,7 @@ import jax
 
 from rest_jax.config import DistributedConfig
 from rest_jax.errors import RunStopped, UserError
-from rest_jax.run.stop import end
+from rest_jax.run.stop import end, say_end
 
 AUTO = "auto"
 _WORLD = re.compile(r"(\d+)/(\d+)@([^@\s]+:\d+)")
@@ -166,10 +166,11 @@ class Peers:
 
 
 def leave(reason: str, code: int) -> None:
-    """Ends a process that fails, after it has printed why: without the wait for the others that jax makes at a normal end.
-    Does nothing in a process that is alone.
+    """Says why a process fails, tells the others, and ends it without the wait for them that jax makes at a normal end. Does
+    nothing in a process that is alone.
     """
     if _peers is not None:
+        say_end(reason)
         _peers.leave(reason)
         end("", code)
 

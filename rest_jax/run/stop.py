@@ -125,12 +125,23 @@ class StopRequest:
         return None
 
 
+_ending = threading.RLock()  # of the thread that ends the process, for good
+
+
+def say_end(message: str) -> None:
+    """Why the process ends, unless the message is empty. Several threads may find out at once: the first one is heard, and the
+    others wait here until it has ended the process.
+    """
+    _ending.acquire()
+    if message:
+        print(f"rest-jax: error: {message}", file=sys.stderr)
+
+
 def end(message: str, code: int) -> None:
     """Ends the process at once, without waiting for threads or other processes: there is no other way out of a wait. An empty
     message has been printed before.
     """
-    if message:
-        print(f"rest-jax: error: {message}", file=sys.stderr)
+    say_end(message)
     sys.stderr.flush()
     sys.stdout.flush()
     os._exit(code)

@@ -159,6 +159,39 @@ def test_a_second_signal_ends_the_process_at_once():
     assert "SIGINT after SIGTERM: the run ends unsaved" in line
 
 
+def test_threads_that_end_the_process_together_say_one_reason():
+    """The heartbeats' thread and the main thread may find the loss of another process at once."""
+    program = """
+import sys, threading, time
+from rest_jax.run.stop import end, say_end
+
+class Slow:
+    def write(self, text):
+        time.sleep(0.2)
+        sys.__stderr__.write(text)
+    def flush(self):
+        sys.__stderr__.flush()
+
+sys.stderr, barrier = Slow(), threading.Barrier(3)
+
+def lost():
+    barrier.wait()
+    end("process 1 of 2 is lost", 1)
+
+for _ in range(2):
+    threading.Thread(target=lost, daemon=True).start()
+barrier.wait()
+say_end("process 1 of 2 is lost")
+time.sleep(0.5)  # the others are told
+end("", 1)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr == "rest-jax: error: process 1 of 2 is lost\n"
+
+
 def test_sigterm_ends_a_run_whose_save_hangs(tmp_path):
     process = start(tmp_path, 600, 1)
     assert process.stdout is not None and process.stdout.readline() == "saving\n"
