@@ -7,6 +7,7 @@ of a store are one line (`store_errors`); those of local files are Python's own.
 
 import concurrent.futures
 import contextlib
+import difflib
 import errno
 import hashlib
 import io
@@ -48,6 +49,17 @@ _URL_FILE = ".url"  # of a folder that was left in the store: where it is
 for _scheme in (*STORES, "gcs"):
     # A listing kept in memory would hide what other processes have written.
     fsspec_config.setdefault(_scheme, {}).setdefault("use_listings_cache", False)
+
+
+def nearest_path(path: Location, folders: bool) -> str:
+    """What lies beside a path that is not there, folder or file, and is spelled most like it, in brackets; "" for none."""
+    beside = pathlib.Path(path).parent
+    try:
+        found = [one.name for one in beside.iterdir() if one.is_dir() == folders]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(pathlib.Path(path).name, found, n=1)
+    return f" (nearest: {beside / close[0]})" if close else ""
 
 
 def is_url(location: Location) -> bool:

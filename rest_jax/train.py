@@ -22,6 +22,7 @@ from rest_jax.analysis.closing import print_closing_table
 from rest_jax.config import Config, check_command
 from rest_jax.data.cache import load_prompts
 from rest_jax.data.loader import bucketed
+from rest_jax.data.records import gold
 from rest_jax.data.tokenize import Prepared
 from rest_jax.distributed import (
     activate,
@@ -302,7 +303,7 @@ def gather_lengths(
 
 
 def sample_lines(experience: Experience, policy: Policy, count: int) -> list[dict[str, Any]]:
-    """The first completion of the first `count` prompts, readable, with its score."""
+    """The first completion of the first `count` prompts, readable, with the gold answer and its score."""
     rollout, tokenizer = experience.scored.rollout, policy.tokenizer
     lines = []
     for i, record in enumerate(experience.records[:count]):
@@ -310,7 +311,8 @@ def sample_lines(experience: Experience, policy: Policy, count: int) -> list[dic
         prompt = rollout.prompt[i, : int(rollout.prompt_length[i])]
         texts = {"prompt": tokenizer.text(prompt), "response": tokenizer.text(completion)}
         score = dataclasses.asdict(experience.scores[i][0])
-        lines.append({"split": "train", "id": record.id, **texts, **score})
+        line = {"split": "train", "id": record.id, **texts, "gold": gold(record.target), **score}
+        lines.append(line)
     return lines
 
 

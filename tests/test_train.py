@@ -55,7 +55,11 @@ def test_a_run_leaves_what_it_says(unbroken):
     for region in ("tag", "think", "other"):
         assert f"region/{region}/weight_share" in steps[0]
     samples = read_lines(unbroken / "samples.jsonl")
-    assert all({"split", "id", "response", "reward"} <= sample.keys() for sample in samples)
+    shown = {"split", "id", "prompt", "gold", "response", "reward"}
+    assert all(shown <= sample.keys() for sample in samples)
+    # what is asked, and what was expected, can be read
+    assert all("<|im_start|>user" in sample["prompt"] for sample in samples)
+    assert all(sample["gold"]["calls"] or sample["gold"]["response"] for sample in samples)
     assert {sample["split"] for sample in samples} == {"train", "eval"}
     assert (unbroken / "curves.png").stat().st_size > 10_000
 

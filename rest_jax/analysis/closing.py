@@ -49,13 +49,13 @@ def evaluation_table(series: Mapping[str, Any], ends: Mapping[str, Any]) -> str:
     labels = [
         f"step {steps[i]}{' (best)' if i == best and len(chosen) > 1 else ''}" for i in chosen
     ]
-    rows = [["held out, 95 % interval", *labels]]
+    rows = [["held out, 95 % interval", *labels, "what it is"]]
     for name in names:
         of_step = dict(zip(series[name].steps, range(len(series[name].steps)), strict=True))
         cells = [
             _cell(name, series[name].values, ends.get(name), of_step.get(steps[i])) for i in chosen
         ]
-        rows.append([name, *cells])
+        rows.append([name, *cells, METRICS[name].meaning])
     return summary_table(rows)
 
 

@@ -30,7 +30,7 @@ from etils import epath
 
 from rest_jax.data import fields
 from rest_jax.data.fields import MAX_DEPTH, RecordError
-from rest_jax.files import Location, as_path, is_url, open_bytes, store_errors
+from rest_jax.files import Location, as_path, is_url, nearest_path, open_bytes, store_errors
 
 HEAD = 2**16  # bytes by which a file is known
 CHUNK = 2**16  # bytes read at once of a JSON document, and of an overlong line
@@ -85,8 +85,9 @@ def read_items(path: Location) -> Iterator[Item]:
     path = as_path(path)
     with store_errors(path):
         if not path.is_file():
-            what = "is a folder, a file is needed" if path.is_dir() else "no such file"
-            raise RecordError(f"data {path}: {what}")
+            if path.is_dir():
+                raise RecordError(f"data {path}: is a folder, a file is needed")
+            raise RecordError(f"data {path}: no such file{nearest_path(path, folders=False)}")
         if not is_url(path) and not stat.S_ISREG(os.stat(path).st_mode):
             raise RecordError(f"data {path}: a pipe or a device; write it to a file")
         with open_bytes(path) as file:

@@ -142,11 +142,16 @@ def from_json(raw: Any, where: str = "record") -> StepRecord:
     )
 
 
+def gold(target: Target) -> dict[str, Any]:
+    """What a completion is scored against, as plain JSON: {"calls": [{"name", "arguments"}], "response"}."""
+    calls = [{"name": call.name, "arguments": call.arguments} for call in target.calls]
+    return {"calls": calls, "response": target.response}
+
+
 def to_json(record: StepRecord) -> dict[str, Any]:
     """The plain JSON object of a record; `from_json` of it gives an equal record."""
     target: dict[str, Any] = {
-        "calls": [{"name": c.name, "arguments": c.arguments} for c in record.target.calls],
-        "response": record.target.response,
+        **gold(record.target),
     }
     for field in ("think", "text"):
         if (value := getattr(record.target, field)) is not None:

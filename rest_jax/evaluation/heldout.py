@@ -8,6 +8,7 @@ Rates: format (S_format), exact (format and all calls equal gold as multisets; f
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ import numpy as np
 from rest_jax.config import Config
 from rest_jax.data.cache import load_prompts
 from rest_jax.data.loader import bucketed, pad
-from rest_jax.data.records import StepRecord
+from rest_jax.data.records import StepRecord, gold
 from rest_jax.data.tokenize import Prepared, load_split, prepare
 from rest_jax.distributed import is_first_process, say
 from rest_jax.evaluation.benchmark import BENCHMARKS, completions, encode, load, score_items
@@ -154,17 +155,33 @@ class Evaluator:
             **{n: float(np.std([getattr(s, f) for (s,) in scores])) for n, f in _SPREADS.items()},
             **{f"eval/{name}": value for name, value in plugin_metrics(outcomes).items()},
         }
-        rows = zip(data.records, rollout.responses[:, 0], lengths, cut, scores, strict=True)
+        rows = zip(
+            data.records,
+            self._prompt_texts,
+            rollout.responses[:, 0],
+            lengths,
+            cut,
+            scores,
+            strict=True,
+        )
         return metrics, [
             {
                 "id": record.id,
+                "prompt": prompt,
+                "gold": gold(record.target),
                 "response": tokenizer.text(ids[:length]),
                 "response_tokens": int(length),
                 "truncated": bool(is_cut),
                 **dataclasses.asdict(score),
             }
-            for record, ids, length, is_cut, (score,) in rows
+            for record, prompt, ids, length, is_cut, (score,) in rows
         ]
+
+    @functools.cached_property
+    def _prompt_texts(self) -> list[str]:
+        """Of the held-out records, once for all evaluations: prompts are much longer than answers."""
+        data = self.examples.records
+        return [self.policy.tokenizer.text(ids) for ids in data.prompts] if data else []
 
     def _sample(self, params: Params) -> RolloutBatch:
         """Greedy completions of all."""

@@ -17,7 +17,7 @@ from etils import epath
 
 from rest_jax import config as config_lib
 from rest_jax.errors import UserError
-from rest_jax.files import Location, as_path, store_errors
+from rest_jax.files import Location, as_path, nearest_path, store_errors
 from rest_jax.run.lock import FILE as LOCK
 from rest_jax.run.lock import OWNER
 from rest_jax.run.metrics import CONFIG_FILE, METRICS_FILE, REGION_NAMES, read_lines, summary_table
@@ -31,7 +31,9 @@ def list_runs(folder: Location) -> str:
     place = as_path(folder)
     with store_errors(place):
         if not place.is_dir():
-            raise UserError(f"{folder}: no such folder")
+            raise UserError(
+                f"{folder}: no such folder{nearest_path(folder, folders=True)}; name the folder of your runs, such as runs"
+            )
         runs = [path for path in place.iterdir() if (path / CONFIG_FILE).is_file()]
     if not runs:
         raise UserError(f"{folder}: no runs in it (a run is a folder with {CONFIG_FILE})")

@@ -58,6 +58,8 @@ def read_chat(served: Served, request: ChatRequest) -> Asked:
             raise RecordError("tool_choice: a call is required, and there are no tools")
         if isinstance(choice, tuple) and choice[0] not in names:
             raise RecordError(f"tool_choice: {fields.shown(choice[0])} is not one of the tools")
+        if choice == "required" and len(names) == 1:
+            choice = (names[0],)
         offered = () if choice == "none" else tools
         ids = encode_chat(served.encoder, request.messages, offered)
     except UserError as error:

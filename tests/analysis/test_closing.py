@@ -36,7 +36,17 @@ def test_it_has_the_first_the_best_and_the_last_evaluation_once(tmp_run, capsys,
     fill(tmp_run, steps)
     print_closing_table(tmp_run)
     first, _, *rows = capsys.readouterr().out.strip().splitlines()
-    assert first.split() == ["held", "out,", "95", "%", "interval", *header.split()]
+    assert first.split() == [
+        "held",
+        "out,",
+        "95",
+        "%",
+        "interval",
+        *header.split(),
+        "what",
+        "it",
+        "is",
+    ]
     found = {line.split("  ")[0].strip(): " ".join(line.split()) for line in rows}
     # Wilson's interval of 50 of 100
     assert "50.0 % (40.4 to 59.6)" in found["eval/exact"]

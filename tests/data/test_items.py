@@ -310,5 +310,8 @@ def test_an_ending_that_the_content_denies(tmp_path):
 def test_no_file(tmp_path):
     with pytest.raises(RecordError, match="is a folder"):
         reading.read_items(tmp_path)
-    with pytest.raises(RecordError, match="no such file"):
+    with pytest.raises(RecordError, match=r"no such file$"):
         reading.read_items(tmp_path / "none")
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(RecordError, match=r"no such file \(nearest: .*/train\.jsonl\)$"):
+        reading.read_items(tmp_path / "trian.jsonl")

@@ -180,10 +180,11 @@ def test_what_is_taken(server, body):
 
 def test_a_required_call_is_begun_for_the_policy(client, stream):
     prompts = {}
+    both = [TOOL, {"type": "function", "function": TOOL["function"] | {"name": "multiply"}}]
     for choice in ("auto", "required", {"type": "function", "function": {"name": "add"}}):
         says(stream, ' "add", "arguments": {"a": 1}}\n</tool_call>' if choice == "required"
              else ' {"a": 1}}\n</tool_call>' if choice != "auto" else CALL)  # fmt: skip
-        (made,) = ask(client, tools=[TOOL], tool_choice=choice).choices
+        (made,) = ask(client, tools=both, tool_choice=choice).choices
         assert made.finish_reason == "tool_calls" and made.message.content is None
         assert made.message.tool_calls[0].function.arguments == '{"a": 1}'
         prompts[str(choice)[:4]] = stream.tokenizer.text(stream.seen[-1].ids)
@@ -191,6 +192,8 @@ def test_a_required_call_is_begun_for_the_policy(client, stream):
     assert prompts["{'ty"] == prompts["auto"] + '<tool_call>\n{"name": "add", "arguments":'
     says(stream, ' {"a": ')
     (cut,) = ask(client, tools=[TOOL], tool_choice="required").choices
+    only = stream.tokenizer.text(stream.seen[-1].ids)
+    assert only.endswith('<tool_call>\n{"name": "add", "arguments":')  # there is no other
     assert cut.message.tool_calls is None and cut.finish_reason == "stop"
 
 

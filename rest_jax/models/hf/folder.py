@@ -4,7 +4,6 @@ A source is an HF folder (config.json + safetensors, one file or several with an
 (the same side files, `params/` and `rest_jax.json`), or a hub id.
 """
 
-import difflib
 import json
 import pathlib
 import re
@@ -16,7 +15,7 @@ from typing import Any
 import jax
 
 from rest_jax.distributed import exchange
-from rest_jax.files import check_links, fetch_folder, is_url
+from rest_jax.files import check_links, fetch_folder, is_url, nearest_path
 from rest_jax.models.hf.config import ConversionError
 from rest_jax.models.hf.safetensors import Stored, scan_file
 
@@ -96,7 +95,7 @@ def find_source(source: str) -> pathlib.Path:
             f"model {source}: a file; name the folder it lies in, or convert a GGUF file first (rest-jax convert)"
         )
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source):
-        near = _nearest(source)
+        near = nearest_path(source, folders=True)
         raise ConversionError(
             f"model {source}: no such folder{near}, and not a hub id (owner/name)"
         )
@@ -143,21 +142,10 @@ def _snapshot(hub_id: str, local_files_only: bool = False) -> pathlib.Path:
     ) as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise ConversionError(
-            f"model {hub_id}: no such folder{_nearest(hub_id)}, and the hub did not give it ({reason}); "
+            f"model {hub_id}: no such folder{nearest_path(hub_id, folders=True)}, and the hub did not give it ({reason}); "
             "check the name and the network, or download the model and name its folder"
         ) from error
     return pathlib.Path(path)
-
-
-def _nearest(name: str) -> str:
-    """A hint at the folder beside it that is spelled most like it."""
-    beside = pathlib.Path(name).parent
-    try:
-        found = [path.name for path in beside.iterdir() if path.is_dir()]
-    except OSError:
-        return ""
-    close = difflib.get_close_matches(pathlib.Path(name).name, found, n=1)
-    return f" (nearest: {beside / close[0]})" if close else ""
 
 
 def scan(folder: pathlib.Path) -> dict[str, Stored]:
