@@ -1,4 +1,6 @@
-"""How often a fault is injected: REST_JAX_INSTANTS times, 30 by default. What came of it is printed (`pytest -s`)."""
+"""How often a fault is injected: REST_JAX_INSTANTS times, 30 by default, at instants that REST_JAX_SEED (0) decides. What came of
+it is printed (`pytest -s`).
+"""
 
 import os
 
@@ -8,6 +10,11 @@ import pytest
 @pytest.fixture
 def instants() -> int:
     return int(os.environ.get("REST_JAX_INSTANTS", "30"))
+
+
+@pytest.fixture
+def seed() -> int:
+    return int(os.environ.get("REST_JAX_SEED", "0"))
 
 
 @pytest.fixture

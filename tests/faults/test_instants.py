@@ -104,10 +104,10 @@ def await_instant(process: subprocess.Popen, run: pathlib.Path, rng: np.random.G
 @pytest.mark.slow
 @pytest.mark.parametrize("number", ENDS, ids=["SIGKILL", "SIGTERM"])
 def test_broken_at_any_instant_and_resumed_is_the_unbroken_run(
-    model, unbroken, tmp_path, instants, report, number
+    model, unbroken, tmp_path, instants, seed, report, number
 ):
     whole, rollout = unbroken
-    rng = np.random.default_rng(number)
+    rng = np.random.default_rng([seed, number])
     at: list[int] = []  # lines that there were
     codes = collections.Counter()
     runs = 0
@@ -141,7 +141,7 @@ def test_broken_at_any_instant_and_resumed_is_the_unbroken_run(
 @pytest.mark.slow
 @pytest.mark.multihost
 def test_two_processes_killed_at_any_instant_and_resumed_are_the_unbroken_run(
-    model, tmp_path, instants, report
+    model, tmp_path, instants, seed, report
 ):
     """One of the two, whose loss the other one notices, or both at once."""
     changes = {
@@ -152,7 +152,7 @@ def test_two_processes_killed_at_any_instant_and_resumed_are_the_unbroken_run(
     for process in start_processes(["train", config], 2):
         finish(process)
     whole = tmp_path / "tiny"
-    rng = np.random.default_rng(2)
+    rng = np.random.default_rng([seed, 2])
     at: list[int] = []  # lines that there were
     killed = collections.Counter()
     runs, recovery = 0, []
@@ -193,9 +193,9 @@ def test_two_processes_killed_at_any_instant_and_resumed_are_the_unbroken_run(
 
 
 @pytest.mark.slow
-def test_killed_within_saves_again_and_again(tmp_path, instants, report):
+def test_killed_within_saves_again_and_again(tmp_path, instants, seed, report):
     """The newest checkpoint is sound after each kill, and the next process continues behind it."""
-    rng, steps = np.random.default_rng(0), [0]
+    rng, steps = np.random.default_rng(seed), [0]
     like = make_state()
     run = tmp_path / "run"
     run.mkdir()
