@@ -5,6 +5,7 @@ named below; record modules (flax.struct) stay out, since tree operations rightl
 than arrays.
 """
 
+import gc
 import json
 import logging
 import os
@@ -55,6 +56,13 @@ jaxtyping.install_import_hook(CHECKED_MODULES, "beartype.beartype")
 # The same examples on every run: a failure is a change of the code, not luck.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_collection_finish():
+    """Python's collector took a tenth of the time: it need not look at modules and tests again and again, nor so often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 @pytest.fixture(autouse=True, scope="module")

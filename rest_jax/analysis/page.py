@@ -451,14 +451,16 @@ def _summary(
                 series[n].values[0],
                 series[n].values[-1],
                 series[n].values[-1] - series[n].values[0],
+                METRICS[n].meaning,
             ]
             for n in shown
         ]
-        return [["metric", "unit", "first", "last", "change"], *rows]
-    rows = [
-        [n, METRICS[n].unit, *(s[n].values[-1] if n in s else None for s in found)] for n in shown
-    ]
-    return [["last value of", "unit", *names], *rows]
+        return [["metric", "unit", "first", "last", "change", "what it is"], *rows]
+    rows = []
+    for n in shown:
+        last = [s[n].values[-1] if n in s else None for s in found]
+        rows.append([n, METRICS[n].unit, *last, METRICS[n].meaning])
+    return [["last value of", "unit", *names, "what it is"], *rows]
 
 
 def _write_table(table: Any, runs: Sequence[Location], names: Sequence[str]) -> None:

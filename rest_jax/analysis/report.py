@@ -97,12 +97,13 @@ def read_series(run_dir: Location) -> dict[str, Series]:
 
 def run_table(series: dict[str, Series]) -> str:
     """First and last value of the main metrics that a run has; then of the entropy, weight and weight share by region."""
-    rows: list[list[Any]] = [["metric", "unit", "first", "last", "change", "steps"]]
+    rows: list[list[Any]] = [["metric", "unit", "first", "last", "change", "steps", "what it is"]]
     for name in SHOWN:
         if name in series:
             steps, values = series[name]
             ends = [values[0], values[-1], values[-1] - values[0]]
-            rows.append([name, METRICS[name].unit, *ends, f"{steps[0]}-{steps[-1]}"])
+            of = f"{steps[0]}-{steps[-1]}"
+            rows.append([name, METRICS[name].unit, *ends, of, METRICS[name].meaning])
     header = [f"{kind} {end}" for kind in SHOWN_BY_REGION for end in ("first", "last")]
     by_region: list[list[Any]] = [["region", *header]]
     for region in REGION_NAMES:

@@ -101,7 +101,14 @@ def test_several_runs_have_names_of_their_own_and_their_differences(tmp_path):
     data = data_of(write_page(runs, tmp_path / "page.html"))
     assert [run["name"] for run in data["runs"]] == ["run (1)", "run (2)", "other"]
     assert data["differences"] == [["optimizer.learning_rate", "0.001", "0.001", "0.0001"]]
-    assert data["summary"][0] == ["last value of", "unit", "run (1)", "run (2)", "other"]
+    assert data["summary"][0] == [
+        "last value of",
+        "unit",
+        "run (1)",
+        "run (2)",
+        "other",
+        "what it is",
+    ]
     rows = list(csv.DictReader((tmp_path / "page.csv").open()))
     assert [(row["run"], row["step"], row["eval/exact"]) for row in rows[:4]] == [
         ("run (1)", "0", "0.25"), ("run (1)", "1", ""), ("run (1)", "2", ""), ("run (1)", "2", "0.5"),

@@ -98,7 +98,8 @@ function layout(panel) {
   const ink = style("--ink"), grid = style("--line");
   const axis = { gridcolor: grid, zerolinecolor: grid, linecolor: grid, automargin: true };
   const y = { ...axis, title: { text: panel.unit, font: { size: 11 } } };
-  if (panel.log) Object.assign(y, { type: "log", exponentformat: "power" });
+  y.exponentformat = "power";
+  if (panel.log) y.type = "log";
   const size = printWidth === null ? { autosize: true } : { width: printWidth, autosize: false };
   return { ...size, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: 11 }, margin: { l: 50, r: 12, t: 26, b: 34 },
     xaxis: { ...axis, title: { text: "step", font: { size: 11 }, standoff: 4 } }, yaxis: y, hovermode: "x unified",
