@@ -260,8 +260,9 @@ def _tickets(config: Config, name: str, options: Options) -> Iterator[Measure]:
             data = config.data
             encoder = Encoder(policy.tokenizer, TEMPLATES[data.template], data.brief_prompt)
             tasks = tau2.tasks(items, options.samples)
-            with contextlib.closing(Progress(len(tasks), unit="dialogue")) as progress:
-                at_once = _at_once(config, policy)
+            at_once = _at_once(config, policy)
+            progress = Progress(len(tasks), unit="dialogue", at_once=at_once)
+            with contextlib.closing(progress):
                 source = Dialogues(package.world, tasks, at_once, progress.update)
                 seconds = _answer_all(source, encoder, policy, config, sampling)
             lines = tau2.lines(items, source.finished, options.samples)

@@ -195,7 +195,7 @@ class Bfcl:
         )
         self.started = self._receive()
         total, self._answered = self.started["entries"], self.started["answered"]
-        progress = Progress(total, self._answered, unit="entry")
+        progress = Progress(total, self._answered, unit="entry", at_once=at_once)
         self._progress = self._stack.enter_context(contextlib.closing(progress))
 
     def poll(self, block: bool) -> list[tuple[Hashable, Query]] | None:

@@ -11,14 +11,25 @@ from rest_jax.texts import print_text, printable
 
 
 class Progress:
-    """Shows how many of `total` steps (or another `unit`) are done, and a text beside it. A resource."""
+    """Shows how many of `total` steps (or another `unit`) are done, and a text beside it. A resource.
 
-    def __init__(self, total: int, start: int = 0, file: TextIO | None = None, unit: str = "step"):
-        self.total, self.start, self.unit = total, start, unit
+    The time that is left is known from the second line on: the first step compiles. Where `at_once` of them are under way at a
+    time, half of each of these counts as done.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        start: int = 0,
+        file: TextIO | None = None,
+        unit: str = "step",
+        at_once: int = 1,
+    ):
+        self.total, self.start, self.unit, self.at_once = total, start, unit, at_once
         self.seconds = 10.0
         self.file = sys.stderr if file is None else file
         self._begun = self._shown = time.monotonic()
-        self._first = True
+        self._first: tuple[float, int] | None = None  # when the first were done, and how many
         self._bar = None
         if self.file.isatty():
             import tqdm
@@ -38,10 +49,24 @@ class Progress:
             self._bar.update(done - self._bar.n)
             return
         now = time.monotonic()
-        if self._first or done >= self.total or now - self._shown >= self.seconds:
-            self._first, self._shown = False, now
-            left = (now - self._begun) / max(done - self.start, 1) * (self.total - done)
-            self.message(f"{self.unit} {done}/{self.total}: {shown}, ETA {duration(left)}")
+        if self._first is None or done >= self.total or now - self._shown >= self.seconds:
+            left, self._shown = self._left(done, now), now
+            eta = "" if left is None else f", ETA {duration(left)}"
+            self.message(f"{self.unit} {done}/{self.total}: {shown}{eta}")
+        self._first = self._first or (now, done)
+
+    def _left(self, done: int, now: float) -> float | None:
+        """Seconds; None where it is not known yet."""
+        rest = self.total - done
+        since, before = self._begun, self.start
+        under_way = 0.0
+        if self.at_once > 1:
+            under_way = min(self.at_once, rest) / 2
+        elif self._first is not None:
+            since, before = self._first
+        elif rest:
+            return None
+        return (now - since) / (done - before + under_way) * (rest - under_way) if rest else 0.0
 
     def message(self, text: str) -> None:
         """One line that does not tear the bar."""

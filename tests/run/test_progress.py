@@ -18,11 +18,23 @@ def test_off_a_terminal_it_prints_the_first_the_due_and_the_last_line(monkeypatc
     shown.close()
     lines = file.getvalue().splitlines()
     assert lines == [
-        "step 5/10: reward 0.500, ETA 0:20",
+        "step 5/10: reward 0.500",
         "step 8/10: reward 0.500, ETA 0:08",
         "step 10/10: reward 0.500, ETA 0:00",
         "held out: 50 %",
     ]
+
+
+def test_what_is_under_way_counts_by_half(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    file = io.StringIO()
+    shown = Progress(total=40, file=file, unit="entry", at_once=16)
+    for done in (1, 36, 40):
+        now[0] += 90
+        shown.update(done, "x")
+    # 31 are left of what took 90 s for 9, then 2 of what took 180 s for 38
+    assert [line.split()[-1] for line in file.getvalue().splitlines()] == ["5:10", "0:09", "0:00"]
 
 
 def test_on_a_terminal_it_is_one_bar():
