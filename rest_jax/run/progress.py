@@ -58,15 +58,16 @@ class Progress:
     def _left(self, done: int, now: float) -> float | None:
         """Seconds; None where it is not known yet."""
         rest = self.total - done
-        since, before = self._begun, self.start
-        under_way = 0.0
+        if not rest:
+            return 0.0
         if self.at_once > 1:
-            under_way = min(self.at_once, rest) / 2
+            since, before, half = self._begun, self.start, min(self.at_once, rest) / 2
         elif self._first is not None:
-            since, before = self._first
-        elif rest:
+            (since, before), half = self._first, 0.0
+        else:
             return None
-        return (now - since) / (done - before + under_way) * (rest - under_way) if rest else 0.0
+        made = done - before + half
+        return (now - since) / made * (rest - half) if made else None
 
     def message(self, text: str) -> None:
         """One line that does not tear the bar."""
