@@ -84,9 +84,10 @@ def _lost_peer(error: Exception) -> str | None:
 
 def _usage(error: typer.TyperException) -> str:
     """What is wrong with the words, and where the right ones are listed; "" when the help itself has been printed."""
-    message = error.format_message().strip().rstrip(".")
+    message = error.format_message().strip().rstrip(".").replace("Value error, ", "", 1)
     faults = getattr(error.__cause__, "errors", list)()  # pydantic's, of a value
-    message += "".join(f", not {fault['input']!r}" for fault in faults)
+    inputs = (repr(fault["input"]) for fault in faults)
+    message += "".join(f", not {given}" for given in inputs if given not in message)
     context = getattr(error, "ctx", None)
     return f"{message}; see {context.command_path} --help" if message and context else message
 

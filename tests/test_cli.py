@@ -117,6 +117,10 @@ def test_a_group_without_a_command_prints_its_help(capsys):
         ("train x --profile 0", "'--profile': Input should be greater than or equal to 1, not '0'"),
         ("data inspect f --limit x", "'--limit': Input should be a valid integer"),
         ("export a b --dtype int8", "'int8' is not one of 'float32', 'bfloat16', 'float16'"),
+        (
+            "new rewrd x",
+            "'kind': 'rewrd' is not one of 'reward', 'judge', 'weight', 'advantage', 'loss'; see",
+        ),
         ("export x y z=1", "unexpected extra argument(s) (z=1)"),
         ("generate m", "exactly one of --prompt and --file is needed"),
         ("generate m --prompt a --file b", "exactly one of --prompt and --file is needed"),

@@ -163,7 +163,7 @@ def test_requests_draw_what_they_draw_alone(options):
 def test_a_dialogue_prefills_only_what_is_new():
     rng = np.random.default_rng(2)
     kept, ids = stream(), prompt(rng, 21)
-    total = 0
+    total, new = 0, ids
     for turn in range(5):
         request = Request(ids, 7, seed=turn)
         total += len(ids)
@@ -172,9 +172,8 @@ def test_a_dialogue_prefills_only_what_is_new():
         found = collect(kept)[number]
         same(found, alone(request))
         check_numbers(request, found)
-        if turn:
-            # the new turn and the last token drawn, at most
-            assert kept.stats.prefilled_tokens - before <= len(new) + 1
+        # the new turn and the last token drawn, at most
+        assert kept.stats.prefilled_tokens - before <= len(new) + 1
         new = prompt(rng, int(rng.integers(1, 9)))
         ids = np.concatenate([ids, found.ids, new])
     assert kept.stats.prompt_tokens == total
