@@ -331,6 +331,7 @@ def check_start(
     checkpoints that are gone, absent packages, a tracker that cannot be reached. Where a new fork of the run in the folder
     `fork_of` comes from.
     """
+    recorded = config.folder / CONFIG_FILE
     if is_first_process():
         check_free(config.folder)
     origin = None if fork_of is None else find_origin(fork_of, config, restart)
@@ -345,7 +346,8 @@ def check_start(
         check_history(config)
     check_packages(config)
     if is_first_process():
-        check_trackers(config)
+        resumes = origin is None and not restart and recorded.is_file()
+        check_trackers(config, config_lib.load([recorded]) if resumes else None)
     return origin
 
 

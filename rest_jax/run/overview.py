@@ -1,7 +1,7 @@
 """What there is on disk: the commands `rest-jax runs` and `rest-jax inspect`. Nothing is changed, and no model is loaded.
 
 list_runs(folder)              the runs in a folder: state, step, headline figure, host
-describe_checkpoint(path)      a checkpoint: step, curriculum, shapes, bytes, digest; `verify` reads all of it
+describe_checkpoint(path)      a checkpoint: step, curriculum, config, shapes, bytes, digest; `verify` reads all of it
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from typing import Any
 from etils import epath
 
 from rest_jax import config as config_lib
+from rest_jax.config import Config, ModelConfig
 from rest_jax.errors import UserError
 from rest_jax.files import Location, as_path, nearest_path, store_errors
 from rest_jax.run.lock import FILE as LOCK
@@ -140,5 +141,18 @@ def describe_checkpoint(source: Location, verify: bool = False) -> str:
     for name, shape in shapes.items():
         if name.startswith("params."):
             arrays.append([name, "x".join(map(str, shape)) or "scalar"])
-    tables = (summary_table(rows) for rows in (regions, arrays) if len(rows) > 1)
+    tables = (summary_table(rows) for rows in (regions, _set(place), arrays) if len(rows) > 1)
     return "\n\n".join(["\n".join(lines), *tables])
+
+
+def _set(place: epath.Path) -> list[list[Any]]:
+    """The values of the config of a checkpoint's run that are not the defaults; none where that file is not beside it."""
+    file = place.parent.parent / CONFIG_FILE
+    rows: list[list[Any]] = [["config", "value", "default"]]
+    if file.is_file():
+        config = config_lib.load([file])
+        plain = Config(name=config.name, model=ModelConfig(source=config.model.source))
+        rows.append(["model.source", config.model.source, "-"])
+        for path, default, value in config_lib.differences(plain, config):
+            rows.append([path, json.dumps(value), json.dumps(default)])
+    return rows

@@ -1,6 +1,6 @@
 """Where metrics go besides metrics.jsonl, on request: TensorBoard, Weights & Biases, Trackio.
 
-    check_trackers(config)              before a model is loaded: UserError for one that cannot be used
+    check_trackers(config, before)      before a model is loaded: UserError for one that cannot be used
     Trackers(config, folder)            those of a run; a resource
 
 Nothing that a tracker does reaches the run: one that fails, or does not answer, is given up with one warning on stderr.
@@ -168,9 +168,14 @@ def check_packages(config: Config) -> None:
             raise UserError(f"train.{key}: the package is missing: pip install {kind.package}")
 
 
-def check_trackers(config: Config) -> None:
-    """UserError for a tracker that cannot be used: no login, no answer. One process asks, the first."""
+def check_trackers(config: Config, before: Config | None = None) -> None:
+    """UserError for a tracker that cannot be used: no login, no answer. One process asks, the first.
+
+    Not asked is what a resumed run had `before`: it goes on without a tracker that is down, as it would have.
+    """
     for key, kind in wanted(config).items():
+        if before is not None and getattr(before.train, key) == getattr(config.train, key):
+            continue
         fault = _within(kind.check)
         if fault is not None:
             raise UserError(

@@ -3,7 +3,6 @@ bit. Checkpoints that are written when the process is killed: what is left is so
 """
 
 import collections
-import contextlib
 import pathlib
 import signal
 import subprocess
@@ -91,14 +90,28 @@ def count(run: pathlib.Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def await_instant(process: subprocess.Popen, run: pathlib.Path, rng: np.random.Generator) -> None:
-    """An instant within the start of a process, or up to a second behind one of the next lines of the run."""
+def await_instant(
+    process: subprocess.Popen, run: pathlib.Path, rng: np.random.Generator
+) -> float | None:
+    """An instant within the start of a process, or up to a second behind one of the next lines of the run. The seconds until the
+    first line that is new; None: there was none.
+    """
     begun, more = count(run), int(rng.integers(0, 6))
     delay = rng.uniform(0, 1.0 if more else 12.0)
-    while process.poll() is None and count(run) < begun + more:
+    started, first, due = time.monotonic(), None, None
+    while process.poll() is None and (due is None or time.monotonic() < due):
+        there, now = count(run), time.monotonic()
+        if first is None and there > begun:
+            first = now - started
+        if due is None and there >= begun + more:
+            due = now + delay
         time.sleep(0.01)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(delay)
+    return first
+
+
+def recovered(seconds: list[float]) -> str:
+    """Of launches behind a fault: when the run was further than before."""
+    return f"further than before {np.median(seconds or [0]):.0f} s after a launch, at most {max(seconds, default=0):.0f}"
 
 
 @pytest.mark.slow
@@ -110,7 +123,7 @@ def test_broken_at_any_instant_and_resumed_is_the_unbroken_run(
     rng = np.random.default_rng([seed, number])
     at: list[int] = []  # lines that there were
     codes = collections.Counter()
-    runs = 0
+    runs, seconds = 0, []
     while len(at) < instants:
         output = tmp_path / str(runs)
         output.mkdir()
@@ -118,7 +131,8 @@ def test_broken_at_any_instant_and_resumed_is_the_unbroken_run(
         while code != 0:
             process = start("train", config_of(model, output, rollout=rollout), output)
             if len(at) < instants:
-                await_instant(process, run, rng)
+                first = await_instant(process, run, rng)
+                seconds += [first] if first and code is not None else []
                 if process.poll() is None:
                     at.append(count(run))
                     process.send_signal(number)
@@ -134,7 +148,7 @@ def test_broken_at_any_instant_and_resumed_is_the_unbroken_run(
     report(
         f"{number.name}, staleness {rollout.get('staleness', 0)}: {len(at)} instants over {runs} runs, {at.count(0)} before the "
         f"first line, {len(inside)} within the {written} lines ({len(set(inside))} different ones), {at.count(written)} behind "
-        f"the last; all runs equal bit for bit; exit codes {dict(sorted(codes.items()))}"
+        f"the last; all runs equal bit for bit; exit codes {dict(sorted(codes.items()))}; {recovered(seconds)}"
     )
 
 
@@ -155,7 +169,7 @@ def test_two_processes_killed_at_any_instant_and_resumed_are_the_unbroken_run(
     rng = np.random.default_rng([seed, 2])
     at: list[int] = []  # lines that there were
     killed = collections.Counter()
-    runs, recovery = 0, []
+    runs, ends, seconds = 0, [], []
     while len(at) < instants:
         output = tmp_path / str(runs)
         output.mkdir()
@@ -164,7 +178,8 @@ def test_two_processes_killed_at_any_instant_and_resumed_are_the_unbroken_run(
             began, alone = time.monotonic(), False
             processes = start_processes(["train", config, f"output={output}"], 2)
             if len(at) < instants:
-                await_instant(processes[0], run, rng)
+                first = await_instant(processes[0], run, rng)
+                seconds += [first] if first and codes else []
                 victims = [[0], [1], [0, 1]][int(rng.integers(3))]
                 if all(process.poll() is None for process in processes):
                     at.append(count(run))
@@ -179,7 +194,7 @@ def test_two_processes_killed_at_any_instant_and_resumed_are_the_unbroken_run(
                 assert "Traceback" not in out, out
                 assert process.returncode in ENDS_OF_TWO, out
             if alone:
-                recovery.append(time.monotonic() - began)
+                ends.append(time.monotonic() - began)
         assert_equal_runs(run, whole)
         runs += 1
     written = count(whole)
@@ -187,8 +202,8 @@ def test_two_processes_killed_at_any_instant_and_resumed_are_the_unbroken_run(
     report(
         f"2 processes: SIGKILL of one at {killed[1]} instants, of both at {killed[2]}, over {runs} runs: {at.count(0)} before "
         f"the first line, {len(inside)} within the {written} lines ({len(set(inside))} different ones), {at.count(written)} "
-        f"behind the last; all runs equal bit for bit; the other one ended within {max(recovery, default=0):.0f} s "
-        f"(median {np.median(recovery or [0]):.0f})"
+        f"behind the last; all runs equal bit for bit; the other one ended within {max(ends, default=0):.0f} s "
+        f"(median {np.median(ends or [0]):.0f}); {recovered(seconds)}"
     )
 
 

@@ -26,14 +26,23 @@ from tests.runs import (
 )
 
 TIMES = int(os.environ.get("REST_JAX_PHASES", "1"))
-# A launch makes at least so many calls of each: one rollout, one group's rewards, one mini-batch, ..
-PHASES = {"rollout": 8, "reward": 12, "update": 6, "evaluation": 2, "save": 2}
+# What is killed, and at which calls of it, from 1: a launch makes as many at least. Two processes share rollouts and rewards. A
+# step has two mini-batches.
+PHASES = {
+    "rollout": ("rollout", range(1, 9)),
+    "reward": ("reward", range(1, 13)),
+    "first mini-batch": ("update", (1, 3, 5)),
+    "second mini-batch": ("update", (2, 4, 6)),
+    "evaluation": ("evaluation", (1, 2)),
+    "save": ("save", (1, 2)),
+    "end of a save": ("manifest", (1, 2)),
+}
 KILLER = str(PROGRAMS / "killed_in_phase.py")
 
 
 def config_of(model: pathlib.Path, output: pathlib.Path, **changes) -> dict:
     """Steps of two updates and a checkpoint after each, more than the kills take."""
-    train = {"steps": 20 * TIMES, "checkpoint_every": 1, "eval_every": 2}
+    train = {"steps": 24 * TIMES, "checkpoint_every": 1, "eval_every": 2}
     return recipe(model, output, seed=1, data={"max_prompt_tokens": 128}, train=train, **changes)
 
 
@@ -45,9 +54,9 @@ def test_killed_in_each_phase_and_resumed_is_the_unbroken_run(model, tmp_path, r
     unbroken = start("train", config_of(model, whole), whole)
     rng, words = np.random.default_rng(0), ["train", write_config(config_of(model, broken), broken)]
     finish(unbroken)
-    kills = [phase for phase in PHASES for _ in range(TIMES)]
-    for phase in kills:
-        number = int(rng.integers(1, PHASES[phase] + 1))
+    kills = [PHASES[phase] for phase in PHASES for _ in range(TIMES)]
+    for phase, numbers in kills:
+        number = int(rng.choice(numbers))
         process = start_program(KILLER, phase, str(number), "0", *words)
         assert "killed" in finish(process, -signal.SIGKILL), (phase, number)
     finish(start_command(*words))
@@ -82,11 +91,11 @@ def test_one_of_two_processes_is_killed_in_each_phase(model, tmp_path, report):
         finish(process)
     rng = np.random.default_rng(1)
     words = ["train", write_config(config_of(model, broken, **changes), broken)]
-    kills = [phase for phase in PHASES for _ in range(TIMES)]
-    for phase in kills:
-        # the first process writes the manifest
-        victim = 0 if phase == "save" else int(rng.integers(0, 2))
-        number = int(rng.integers(1, PHASES[phase] // 2 + 1))
+    kills = [PHASES[phase] for phase in PHASES for _ in range(TIMES)]
+    for i, (phase, numbers) in enumerate(kills):
+        victim = 0 if phase == "manifest" else i % 2
+        shared = phase in ("rollout", "reward")
+        number = int(rng.choice([n for n in numbers if not shared or n <= max(numbers) // 2]))
         program = (KILLER, phase, str(number), str(victim))
         processes = start_processes(words, 2, program=program)
         assert "killed" in finish(processes[victim], -signal.SIGKILL), (phase, number)
@@ -98,6 +107,25 @@ def test_one_of_two_processes_is_killed_in_each_phase(model, tmp_path, report):
     assert lines(broken / "tiny") == lines(whole / "tiny")
     assert_same(state(broken / "tiny"), state(whole / "tiny"))
     report(f"2 processes, {len(kills)} kills, {TIMES} in each phase: the run is equal bit for bit")
+
+
+@pytest.mark.multihost
+def test_an_export_of_two_processes_that_is_killed_leaves_nothing_under_its_name(
+    model, tmp_path, report
+):
+    out = tmp_path / "out"
+    words = ["export", str(model), str(out)]
+    for number in range(1, TIMES + 1):
+        processes = start_processes(words, 2, program=(KILLER, "export", str(number), "0"))
+        assert "killed" in finish(processes[0], -signal.SIGKILL)
+        said, _ = processes[1].communicate(timeout=400)
+        assert processes[1].returncode != 0 and "Traceback" not in said, said
+        assert not out.exists()
+    for process in start_processes(words, 2):
+        finish(process)
+    weights = (out / "model.safetensors").read_bytes()
+    assert weights == (model / "model.safetensors").read_bytes()
+    report(f"2 processes, {TIMES} kills within exports: nothing under the name")
 
 
 @pytest.mark.multihost

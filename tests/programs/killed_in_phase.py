@@ -25,7 +25,8 @@ PHASES = {
     "reward": (Collector, "_score"),
     "update": (Update, "__call__"),  # of a mini-batch
     "evaluation": (Evaluator, "_score"),
-    "save": (checkpoint, "write_manifest"),
+    "save": (checkpoint.Checkpoints, "save"),
+    "manifest": (checkpoint, "write_manifest"),  # the end of a save, in the first process
     "export": (Stored, "write"),
 }
 phase, number, process = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

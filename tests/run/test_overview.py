@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from rest_jax import cli
-from rest_jax.config import Config, dump
+from rest_jax.config import Config, dump, load
 from rest_jax.errors import UserError
 from rest_jax.rl.curriculum import Schedule, init
 from rest_jax.run.checkpoint import MANIFEST, Checkpoints
@@ -89,6 +89,9 @@ def run(tmp_path_factory):
         jnp.zeros(2),
         curriculum.replace(seen=seen, nu=jnp.float32(0.25)),
     )
+    folder.mkdir()
+    given = ["model.source=hf", "name=mine", "optimizer.learning_rate=1e-3"]
+    (folder / "config.yaml").write_text(dump(load([], given)))
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(3, later.replace(curriculum=curriculum), {})
         checkpoints.save(7, later, {MADE_OF: {"prompts": "abc"}})
@@ -108,6 +111,8 @@ def test_a_checkpoint_is_told_by_its_step_curriculum_shapes_and_digest(run, caps
     assert embed.split()[1] == "96x32"
     (name,) = (line for line in said.splitlines() if line.startswith("name "))
     assert name.split()[1] == "1"
+    (rate,) = (line for line in said.splitlines() if line.startswith("optimizer.learning_rate "))
+    assert rate.split()[1:] == ["0.001", "1e-06"]
     first = describe_checkpoint(run / "checkpoints" / "3")
     assert "step 3," in first and "nothing on record" in first and "name " not in first
 

@@ -66,6 +66,23 @@ def test_a_login_that_is_missing_is_one_line_before_a_folder_is_made(
     assert not config.folder.exists()
 
 
+def test_a_tracker_that_is_down_does_not_keep_a_run_from_resuming(tmp_path, monkeypatch, installed):
+    def login(verify: bool) -> None:
+        raise RuntimeError("no answer")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(login=login))
+    config = make_config(tmp_path, ALL[1])
+    config.folder.mkdir(parents=True)
+    recorded = config.folder / "config.yaml"
+    recorded.write_text(config_lib.dump(config))
+    check_start(config)
+    with pytest.raises(UserError, match="no answer"):
+        check_start(config, restart=True)
+    recorded.write_text(config_lib.dump(make_config(tmp_path)))  # it had none
+    with pytest.raises(UserError, match="no answer"):
+        check_start(config)
+
+
 def test_a_login_that_hangs_is_given_up(tmp_path, monkeypatch, installed):
     monkeypatch.setattr(trackers, "PATIENCE", 0.05)
     fake = types.SimpleNamespace(login=lambda verify: time.sleep(1))
