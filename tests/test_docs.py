@@ -156,6 +156,20 @@ def test_every_message_of_the_faq_is_one_that_the_package_says():
         assert parts and found, message
 
 
+def test_every_paper_that_is_named_has_its_row():
+    """Wherever its number stands: in the table of methods, in the package, in a config; and so has a paper without one."""
+    files = [*(REPOSITORY / "rest_jax").rglob("*.py"), *(REPOSITORY / "configs").rglob("*.yaml")]
+    named = [path.read_text() for path in (DOCS / "methods.md", DOCS / "models.md", *files)]
+    numbers = re.findall(r"(?<![\d.])\d{4}\.\d{5}(?!\d)", "".join(named))
+    events = re.findall(r"ACL 2026 (?:long|short|findings) \d+", "".join(named))
+    papers = (DOCS / "papers.md").read_text()
+    assert len(set(numbers)) > 30 and len(set(events)) >= 4
+    assert {
+        number for number in numbers if f"[{number}](https://arxiv.org/abs/{number})" not in papers
+    } == set()
+    assert {event for event in events if event not in papers} == set()
+
+
 @pytest.mark.services
 def test_the_site_builds_without_a_warning_and_asks_nobody(tmp_path):
     """Links, anchors, navigation, API pages; formulas become MathML."""
