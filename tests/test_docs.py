@@ -7,11 +7,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 
+import jax.numpy as jnp
 import pytest
 import typer
 
 from rest_jax import cli, config
+from rest_jax.rl.rules import Rule
+from rest_jax.rl.view import TokenView
 from tests.conftest import REPOSITORY
 from tests.gguf_files import write_gguf
 from tests.runs import environment
@@ -154,6 +158,41 @@ def test_every_message_of_the_faq_is_one_that_the_package_says():
         parts = [part for part in map(str.strip, message.split("…")) if re.search(r"\w", part)]
         found = [text for text in texts if all(part in text for part in parts)]
         assert parts and found, message
+
+
+def test_the_methods_are_listed_and_counted():
+    files = {path.stem for path in (REPOSITORY / "configs" / "method").glob("*.yaml")}
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|", (DOCS / "methods.md").read_text().split("## Scales")[0], re.M)  # fmt: skip
+    assert set(re.findall(r"`(\w+)`", " ".join(map(" ".join, rows)))) == files
+    (count,) = re.findall(r"lists the (\d+) methods", (REPOSITORY / "README.md").read_text())
+    assert int(count) == len(files)
+
+
+def test_the_files_that_pages_name_exist():
+    """But for those that a block of Python would make."""
+    for page in PAGES:
+        text = re.sub(r"```python\n.*?```", "", page.read_text(), flags=re.S)
+        for name in re.findall(
+            r"(?<![\w/])((?:rest_jax|tests|tools|benchmarks)/[\w/]+\.py)\b", text
+        ):
+            assert (REPOSITORY / name).is_file(), (page.name, name)
+
+
+def test_what_the_page_of_additions_names_exists():
+    """Tables, files, folders; and its rule is one."""
+    text = (DOCS / "extending.md").read_text()
+    source = "".join(path.read_text() for path in (REPOSITORY / "rest_jax").rglob("*.py"))
+    for table in re.findall(r"`([A-Z_]{4,})`", text):
+        assert re.search(rf"^{table}\b.* = ", source, re.M), table
+    for name in re.findall(r"`(?:python )?((?:\w+/)+[\w.]*)", text):
+        assert (REPOSITORY / name).exists() or (REPOSITORY / "rest_jax" / name).exists(), name
+    block = re.findall(r"```python\n(.*?)```", text, re.S)[0]
+    names = {"Section": config.Section, "NonNegativeFloat": config.NonNegativeFloat, "Rule": Rule,
+             "TokenView": TokenView, "jnp": jnp}  # fmt: skip
+    exec(block, names)
+    chosen = names["RULE"].options()
+    view = types.SimpleNamespace(logp=jnp.log(jnp.asarray([[[0.25, 1.0]]])))
+    assert names["RULE"].apply(view, chosen).tolist() == [[[0.25, 1.0]]]
 
 
 def test_every_paper_that_is_named_has_its_row():
