@@ -1,4 +1,4 @@
-"""Every command in README and docs: it parses, training passes a dry run, targets and scripts exist; the rest runs as written."""
+"""Every command in README and docs is of a kind (`KINDS`), which says what is made of it here; what else pages name exists."""
 
 import ast
 import json
@@ -7,11 +7,17 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
+import types
 
+import jax.numpy as jnp
 import pytest
 import typer
 
+from benchmarks import __main__ as benchmarks
 from rest_jax import cli, config
+from rest_jax.rl.rules import Rule
+from rest_jax.rl.view import TokenView
 from tests.conftest import REPOSITORY
 from tests.gguf_files import write_gguf
 from tests.runs import environment
@@ -24,19 +30,44 @@ HERE = ["model.source=configs/quickstart_policy", "data.train=synthetic:train", 
         "data.brief_prompt=true", "mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=1",
         "rollout.max_response_tokens=128"]  # fmt: skip
 PLACEHOLDER = re.compile(r"\b[A-Z]{2,}\b|\.\.\.|[\[\]]")
+ASSIGNED = r"(\w+=\S* )*"
+# The commands of the pages, by how they begin, and what a test makes of them.
+KINDS = {
+    rf"{ASSIGNED}rest-jax": "parsed; training passes a dry run; the rest runs as written (slow)",
+    "make": "the target exists",
+    rf"{ASSIGNED}(sbatch .*|python )?launch/": "passes a dry run",
+    rf"{ASSIGNED}python -m benchmarks": "parsed, and not run: it measures for minutes, and asks for a GPU",
+    r"python (benchmarks|tests|tools)/": "the file exists and has the options: it needs a GPU, or writes into the repository",
+    rf"{ASSIGNED}pytest": "its files, marker, words and variables exist; the tests are run by their marker",
+    # what is not run, and why
+    r"\.ci/run": "it runs the tests, this one among them",
+    r"(\w+/bin/)?pip install|python3 -m venv": "it fetches packages; extras of ours are looked up",
+    "docker (build|run)": "it needs a daemon: tests/launch/test_image.py builds the images where there is one",
+    r"\.venv/bin/mike": "it commits to another branch",
+    rf"{ASSIGNED}(bfcl|tau2)/bin/(bfcl|tau2) ": "a program of a benchmark, which asks a server of ours for hours",
+}  # fmt: skip
+
+
+def blocks(text: str) -> list[str]:
+    """The lines of fenced blocks without a language, which are commands, without comments."""
+    found = re.findall(r"^ *```(\w*)\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    joined = "".join(block for language, block in found if not language).replace("\\\n", " ")
+    return [line for one in joined.splitlines() if (line := re.sub(r"\s+#.*", "", one).strip())]
+
+
+WRITTEN = list(dict.fromkeys(line for page in PAGES for line in blocks(page.read_text())))
 
 
 def commands(pattern: str = r"(rest-jax|make|python|launch/)\b") -> list[str]:
-    """The lines of fenced blocks, without comments, that start so."""
-    found = []
-    for page in PAGES:
-        text = page.read_text()
-        for block in re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
-                line = re.sub(r"\s+#.*", "", line).strip()
-                if re.match(pattern, line):
-                    found.append(line)
-    return list(dict.fromkeys(found))
+    """Those that start so."""
+    return [line for line in WRITTEN if re.match(pattern, line)]
+
+
+def spans(pattern: str) -> list[str]:
+    """What stands in sentences and tables as code, and starts so."""
+    texts = [re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.M | re.S) for page in PAGES]
+    found = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", "\n".join(texts))
+    return list(dict.fromkeys(one for one in found if re.match(pattern, one)))
 
 
 def starting(*words: str) -> list[str]:
@@ -51,21 +82,130 @@ def test_the_pages_have_commands():
     assert len(TRAINING) > 8 and len(OTHER) > 8
 
 
+def test_every_command_is_of_one_kind():
+    """A new one in none fails: a test has to see it, or the table has to say why none does. A block of something else has a
+    language, and a command is in no block that is indented only.
+    """
+    for command in WRITTEN:
+        assert sum(bool(re.match(kind, command)) for kind in KINDS) == 1, command
+    for kind in KINDS:
+        assert any(re.match(kind, command) for command in WRITTEN), kind
+    for page in PAGES:
+        text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.M | re.S)
+        for line in re.findall(r"^ {4,}(\S.*)", text, re.M):
+            assert not any(re.match(kind, line) for kind in KINDS), (page.name, line)
+
+
+COMMAND_LINE = typer.main.get_command(cli.app)
+
+
+def find_command(words: list[str]):
+    """The command that these words begin with, which are taken away; a group where they name no more."""
+    parsed = COMMAND_LINE
+    while hasattr(parsed, "commands") and words:
+        parsed = parsed.commands[words.pop(0)]
+    return parsed
+
+
 @pytest.mark.parametrize("command", starting("rest-jax"))
 def test_a_command_parses(command):
-    words, parsed = shlex.split(command)[1:], typer.main.get_command(cli.app)
-    while hasattr(parsed, "commands"):
-        parsed = parsed.commands[words.pop(0)]
+    words = shlex.split(command)[1:]
+    parsed = find_command(words)
     parsed.make_context(parsed.name, words)
 
 
-@pytest.mark.parametrize("command", starting("make", "python", "launch"))
+@pytest.mark.parametrize("command", [c for c in commands(rf"{ASSIGNED}rest-jax") if PLACEHOLDER.search(c)])  # fmt: skip
+def test_a_command_with_placeholders_has_its_options(command):
+    assert_options(command)
+
+
+def test_commands_in_sentences_have_their_options():
+    found = [one for one in spans("rest-jax [a-z]") if not one.startswith("rest-jax …")]
+    assert len(found) > 50
+    for command in found:
+        assert_options(command)
+
+
+def assert_options(command: str) -> None:
+    """The command exists and has the options that are named."""
+    words = re.findall(r"[^\s\[\]]+", re.sub(r".*?rest-jax ", "", command, count=1))
+    parsed = find_command(words)
+    known = {name for option in parsed.params for name in option.opts}
+    assert {word for word in words if word.startswith("--")} <= known, command
+
+
+@pytest.mark.parametrize("command", starting("make", "launch"))
 def test_a_target_or_script_exists(command):
     words = shlex.split(command)
     if words[0] == "make":
         subprocess.run(["make", "-n", words[1]], cwd=REPOSITORY, check=True, capture_output=True)
     else:
-        assert (REPOSITORY / words[words[0] == "python"]).is_file()
+        assert (REPOSITORY / words[0]).is_file()
+
+
+def test_targets_in_sentences_exist():
+    targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.M)
+    for command in spans(rf"{ASSIGNED}make [a-z]"):
+        assert re.sub(r".*?make ", "", command, count=1).split()[0] in targets, command
+
+
+def test_programs_have_their_options():
+    for command in [
+        *commands(r"python (benchmarks|tests|tools)/"),
+        *spans(r"python (benchmarks|tests|tools)/"),
+    ]:
+        _, file, *words = shlex.split(command)
+        source = (REPOSITORY / file).read_text()
+        for word in words:
+            assert not word.startswith("--") or f'"{word}"' in source, (command, word)
+
+
+def test_benchmarks_parse():
+    parser = benchmarks.make_parser(benchmarks.load_cases())
+    for command in commands(rf"{ASSIGNED}python -m benchmarks "):
+        parser.parse_args(shlex.split(re.sub(r".*?-m benchmarks ", "", command, count=1)))
+    for module in spans(rf"{ASSIGNED}python -m benchmarks\."):
+        name = re.findall(r"-m benchmarks\.(\w+)", module)[0]
+        assert (REPOSITORY / f"benchmarks/{name}.py").is_file(), module
+
+
+PYTEST = rf"{ASSIGNED}pytest "
+
+
+@pytest.mark.parametrize("command", dict.fromkeys([*commands(PYTEST), *spans(PYTEST)]))
+def test_what_pytest_is_told_exists(command):
+    """Files, marker, a word of the name of a test, variables that tests read."""
+    variables, _, rest = re.fullmatch(r"((?:\w+=\S* )*)(pytest) (.*)", command).groups()
+    words, paths, marker, name = shlex.split(rest), [], None, None
+    while words:
+        word = words.pop(0)
+        if word == "-m":
+            marker = words.pop(0)
+        elif word == "-k":
+            name = words.pop(0)
+        elif word != "-s":
+            paths.append(REPOSITORY / word)
+    files = [file for path in paths or [REPOSITORY / "tests"]
+             for file in (path.rglob("*.py") if path.is_dir() else [path])]  # fmt: skip
+    sources = [file.read_text() for file in files]
+    assert sources
+    everything = "".join(sources)
+    assert marker is None or f"pytest.mark.{marker}" in everything
+    assert name is None or re.search(rf"def test_\w*{name}", everything)
+    conftests = "".join(path.read_text() for path in (REPOSITORY / "tests").rglob("conftest.py"))
+    for variable in re.findall(r"(\w+)=", variables):
+        assert f'"{variable}"' in everything + conftests, variable
+
+
+def test_extras_that_are_installed_exist():
+    """By pip, or into an image."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    known = set(project["optional-dependencies"])
+    text = "".join(page.read_text() for page in PAGES)
+    lists = re.findall(r'pip install "(?:\.|rest-jax)\[([\w,]+)\]"', text)
+    lists += re.findall(r"EXTRAS=([\w,]+)", text)
+    named = {extra for one in lists for extra in one.split(",")}
+    assert {"tpu", "cuda", "s3"} <= named <= known
 
 
 @pytest.mark.parametrize("command", commands(r"(\w+=\S+ )*(sbatch .*|python )?launch/\w"))
@@ -104,6 +244,7 @@ def test_training_passes_a_dry_run(command, tmp_path, capsys):
 def test_other_commands_run_as_written(tmp_path):
     """In a folder with the files that they name; what names a run, in a bucket too, finds a quickstart's, of two steps."""
     shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
+    shutil.copytree(DOCS / "study", tmp_path / "docs/study")
     chats = json.loads((REPOSITORY / "tests/data/convert/fixtures/openai.json").read_text())
     lines = "".join(json.dumps(chat) + "\n" for chat in chats)
     (tmp_path / "chats.jsonl").write_text(lines)
@@ -119,8 +260,12 @@ def test_other_commands_run_as_written(tmp_path):
 
     rest_jax(["quickstart", "train.steps=2", "train.eval_every=0", "data.eval_limit=8"])
     for command in OTHER:
-        if command.split()[1] not in ("quickstart", "sweep", "compare", "serve", "chat"):
+        if command.split()[1] not in ("quickstart", "serve", "chat"):  # tests of their own
             here = re.sub(r"(gs://my-bucket/)?runs/(tiny-rest|mine)\b", "runs/quickstart", command)
+            if command.startswith(
+                ("rest-jax sweep", "rest-jax compare")
+            ):  # hours; 0 trains nothing
+                here = re.sub(r" --workers \d+", "", here) + " --workers 0"
             rest_jax(shlex.split(here)[1:])
 
 
@@ -154,6 +299,55 @@ def test_every_message_of_the_faq_is_one_that_the_package_says():
         parts = [part for part in map(str.strip, message.split("…")) if re.search(r"\w", part)]
         found = [text for text in texts if all(part in text for part in parts)]
         assert parts and found, message
+
+
+def test_the_methods_are_listed_and_counted():
+    files = {path.stem for path in (REPOSITORY / "configs" / "method").glob("*.yaml")}
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|", (DOCS / "methods.md").read_text().split("## Scales")[0], re.M)  # fmt: skip
+    assert set(re.findall(r"`(\w+)`", " ".join(map(" ".join, rows)))) == files
+    (count,) = re.findall(r"lists the (\d+) methods", (REPOSITORY / "README.md").read_text())
+    assert int(count) == len(files)
+
+
+def test_the_files_that_pages_name_exist():
+    """But for those that a block of Python would make."""
+    for page in PAGES:
+        text = re.sub(r"```python\n.*?```", "", page.read_text(), flags=re.S)
+        for name in re.findall(
+            r"(?<![\w/])((?:rest_jax|tests|tools|benchmarks)/[\w/]+\.py)\b", text
+        ):
+            assert (REPOSITORY / name).is_file(), (page.name, name)
+
+
+def test_what_the_page_of_additions_names_exists():
+    """Tables, files, folders; and its rule is one."""
+    text = (DOCS / "extending.md").read_text()
+    source = "".join(path.read_text() for path in (REPOSITORY / "rest_jax").rglob("*.py"))
+    for table in re.findall(r"`([A-Z_]{4,})`", text):
+        assert re.search(rf"^{table}\b.* = ", source, re.M), table
+    for name in re.findall(r"`(?:python )?((?:\w+/)+[\w.]*)", text):
+        assert (REPOSITORY / name).exists() or (REPOSITORY / "rest_jax" / name).exists(), name
+    block = re.findall(r"```python\n(.*?)```", text, re.S)[0]
+    names = {"Section": config.Section, "NonNegativeFloat": config.NonNegativeFloat, "Rule": Rule,
+             "TokenView": TokenView, "jnp": jnp}  # fmt: skip
+    exec(block, names)
+    chosen = names["RULE"].options()
+    view = types.SimpleNamespace(logp=jnp.log(jnp.asarray([[[0.25, 1.0]]])))
+    assert names["RULE"].apply(view, chosen).tolist() == [[[0.25, 1.0]]]
+
+
+def test_every_paper_that_is_named_has_its_row():
+    """Wherever its number stands: in the table of methods, in the package, in a config; and so has a paper without one."""
+    files = [*(REPOSITORY / "rest_jax").rglob("*.py"), *(REPOSITORY / "configs").rglob("*.yaml")]
+    named = [path.read_text() for path in (DOCS / "methods.md", DOCS / "models.md", *files)]
+    numbers = re.findall(r"(?<![\d.])\d{4}\.\d{5}(?!\d)", "".join(named))
+    events = re.findall(r"ACL 2026 (?:long|short|findings) \d+", "".join(named))
+    papers = (DOCS / "papers.md").read_text()
+    assert len(set(numbers)) > 30 and len(set(events)) >= 4
+    assert {
+        number for number in numbers if f"[{number}](https://arxiv.org/abs/{number})" not in papers
+    } == set()
+    assert {event for event in events if event not in papers} == set()
 
 
 @pytest.mark.services

@@ -59,11 +59,11 @@ SECRETS = {
 
 
 def readable(content: bytes) -> bytes:
-    """With what is compressed in it."""
+    """With what is compressed in it: tokens.jsonl has zlib's first byte in base64, digests.jsonl a digest under that key."""
     found = content
     if content[:2] == b"\x1f\x8b":
         found += gzip.decompress(content)
-    for text in re.findall(rb'"tokens": "([A-Za-z0-9+/=]+)"', content):
+    for text in re.findall(rb'"tokens": "(e[A-P][A-Za-z0-9+/=]+)"', content):
         found += zlib.decompress(base64.b64decode(text))
     return found
 
@@ -73,6 +73,9 @@ def test_no_secret_of_the_environment_is_written(model, tmp_path):
     raw = recipe(model, tmp_path, seed=1, train={"steps": 1, "tensorboard": True})
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(raw))
+    space = tmp_path / "space.yaml"
+    tried = {"weights.w_max": {"choices": [2.0]}}
+    space.write_text(yaml.safe_dump({"trials": 1, "sampler": "random", "parameters": tried}))
     run, out = tmp_path / "tiny", tmp_path / "exported"
     said = ""
     with pytest.MonkeyPatch.context() as patch:
@@ -87,10 +90,15 @@ def test_no_secret_of_the_environment_is_written(model, tmp_path):
             ["evaluate", str(run), "synthetic:eval", "--limit", "2", "--output", str(tmp_path / "o.jsonl")],
             ["inspect", str(run)],
             ["doctor"],
+            ["convert", str(model), str(tmp_path / "converted")],
+            ["sweep", str(config), "--space", str(space), "--name", "searched"],
         ):  # fmt: skip
             said += finish(start_command(*words))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {"audit.json", "report.html", "README.md", "o.jsonl"} <= {path.name for path in files}
+    written = {"audit.json", "report.html", "README.md", "o.jsonl", "study.db", "trial-0000.log"}
+    assert written <= {path.name for path in files} and (tmp_path / "converted").is_dir()
+    tokens = (run / "tokens.jsonl").read_bytes()
+    assert len(readable(tokens)) > len(tokens)
     for path in files:
         content = readable(path.read_bytes())
         for name, secret in SECRETS.items():
