@@ -353,6 +353,12 @@ def generate(
     """Sample completions."""
     if (prompt is None) == (file is None):
         raise UserError("generate: exactly one of --prompt and --file is needed")
+    if file is not None and tools is not None:
+        raise UserError(
+            "generate: --tools belong to --prompt; the records of --file have their own"
+        )
+    if file is None and limit is not None:
+        raise UserError("generate: --limit belongs to --file")
     config = _load_model(model, overrides, distributed)
     from rest_jax.data.tokenize import load_split
     from rest_jax.distributed import say
@@ -497,7 +503,19 @@ def evaluate(
 ) -> None:
     """Score completions to held-out records (greedy), or to a public benchmark; compare two results."""
     if compare is not None:
-        if model is not None or benchmark is not None:
+        others = (
+            model,
+            benchmark,
+            data,
+            categories,
+            samples,
+            temperature,
+            max_response_tokens,
+            limit,
+            output,
+            distributed,
+        )
+        if any(other is not None for other in others) or words or plugins:
             raise UserError("evaluate --compare: takes two result files and nothing else")
         from rest_jax.evaluation.benchmark import compare_results
 
@@ -741,6 +759,8 @@ def schema(
     if output is None:
         print(text)
         return
+    if as_path(output).suffix != ".json":
+        raise UserError(f"schema --output {output}: a JSON schema; name a file that ends in .json")
     with atomic_write(as_path(output)) as partial:
         partial.write_text(f"{text}\n")
     print(f"schema: {output}; first line of a config: # yaml-language-server: $schema={output}")

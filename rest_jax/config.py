@@ -111,14 +111,18 @@ class DataConfig(Section):
     # what a `synthetic:` world asks for: one call or none, mixed tasks, mixed tasks that are thought through, calls whose tool
     # the thought does not name
     synthetic_level: Literal["single", "mixed", "reasoned", "inferred"] = "mixed"
-    synthetic_size: PositiveInt = 4096  # training records of a `synthetic:` world
+    synthetic_size: Annotated[int, pydantic.Field(gt=0, le=10**7)] = (
+        4096  # training records of a `synthetic:` world
+    )
 
 
 class RolloutConfig(Section):
     """How completions are sampled."""
 
-    prompts_per_step: PositiveInt = 512  # P, each sampled `group_size` times
-    group_size: Annotated[int, pydantic.Field(ge=2)] = 4  # G: completions of a prompt
+    prompts_per_step: Annotated[int, pydantic.Field(gt=0, le=10**7)] = (
+        512  # P, each sampled `group_size` times
+    )
+    group_size: Annotated[int, pydantic.Field(ge=2, le=10**5)] = 4  # G: completions of a prompt
     # most times a step samples other prompts in place of those whose group has no advantage (docs/methods.md); 0: never
     dynamic_sampling: NonNegativeInt = 0
     max_response_tokens: PositiveInt = 2048  # longer completions are cut off
@@ -270,9 +274,13 @@ class WeightsConfig(Section):
     def _ordered(self):
         if self.w_min > self.w_max:
             raise ValueError(f"w_min {self.w_min} is above w_max {self.w_max}")
-        if set(self.zero) == set(typing.get_args(RegionName)):
-            raise ValueError("zero: all regions, so that no token has a gradient; leave one out")
         zeros = [name for name in typing.get_args(RegionName) if getattr(self, name) == 0]
+        weightless = {*self.zero, *(zeros if self.rule == "constant" else ())}
+        # malformed output alone teaches nothing
+        if weightless >= set(typing.get_args(RegionName)) - {"other"}:
+            raise ValueError(
+                "zero: no region of an answer in the format has a gradient; leave one out"
+            )
         if zeros and not self.allow_zero_constants:
             raise ValueError(
                 f"{', '.join(zeros)}: 0 takes all gradient from these tokens; list them in weights.zero (an ablation), "
@@ -730,6 +738,21 @@ def _parse(overrides: Sequence[str]) -> dict[str, Any]:
     return typing.cast(dict[str, Any], OmegaConf.to_container(parsed))
 
 
+def _clash(trees: Sequence[Tree]) -> str | None:
+    """The path of a section that another tree has as something else."""
+    sections: dict[str, bool] = {}
+    for tree in trees:
+        stack = [("", tree)]
+        while stack:
+            path, value = stack.pop()
+            is_section = isinstance(value, Mapping)
+            if sections.setdefault(path, is_section) != is_section:
+                return path
+            if isinstance(value, Mapping):
+                stack += [(f"{path}.{key}".lstrip("."), below) for key, below in value.items()]
+    return None
+
+
 def _merge(*trees: Tree) -> dict[str, Any]:
     """The trees in one, later ones on top, with every `${...}` replaced."""
     for path, value in itertools.chain(*map(_leaves, trees)):
@@ -740,7 +763,8 @@ def _merge(*trees: Tree) -> dict[str, Any]:
         plain = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, TypeError) as fault:
         reason = str(fault).partition("\n")[0]
-        raise ConfigError(f"{getattr(fault, 'full_key', None) or 'config'}: {reason}") from fault
+        where = getattr(fault, "full_key", None) or _clash(trees) or "config"
+        raise ConfigError(f"{where}: {reason}") from fault
     return typing.cast(dict[str, Any], plain)
 
 

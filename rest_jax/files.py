@@ -51,6 +51,14 @@ for _scheme in (*STORES, "gcs"):
     fsspec_config.setdefault(_scheme, {}).setdefault("use_listings_cache", False)
 
 
+def check_output(output: Location, inputs: Iterable[Location]) -> None:
+    """UserError for an output that would take the place of one of these inputs, under whatever name."""
+    place = str(output) if is_url(output) else os.path.realpath(output)
+    for one in inputs:
+        if place == (str(one) if is_url(one) else os.path.realpath(one)):
+            raise UserError(f"--output {output}: is what is read, {one}; name another file")
+
+
 def nearest_path(path: Location, folders: bool) -> str:
     """What lies beside a path that is not there, folder or file, and is spelled most like it, in brackets; "" for none."""
     beside = pathlib.Path(path).parent

@@ -72,7 +72,7 @@ from rest_jax.run.contents import digests
 from rest_jax.run.folder import RL_FINITE, check_start, open_run
 from rest_jax.run.fork import Start, check_origin
 from rest_jax.run.load import load_trained
-from rest_jax.run.loop import Loop, PendingStep, total_steps
+from rest_jax.run.loop import Loop, PendingStep, check_profile, total_steps
 from rest_jax.run.preflight import check_store
 from rest_jax.run.record import launch, make_sums, recorded_arrays
 from rest_jax.run.throughput import Speed, mesh_peak_flops, reward_rates
@@ -109,6 +109,7 @@ def train(
     check_positions(policy.config, longest, config.rollout.max_response_tokens)
     examples = held_out(config, policy, keep)
     steps = total_steps(config, prompts.size, BATCH)
+    check_profile(profile, steps)
     setup = make_setup(config, policy, prompts, examples, steps)
     if is_first_process():
         print_fields(banner(setup, describe(config, prompts, examples, steps)))

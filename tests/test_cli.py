@@ -21,7 +21,7 @@ from rest_jax import cli
 from rest_jax.data.records import StepRecord, to_json
 from rest_jax.errors import RunStopped, UserError
 from rest_jax.run import environment
-from rest_jax.run.metrics import read_lines
+from rest_jax.run.metrics import MetricsWriter, read_lines
 from rest_jax.tool_calls import Target
 from tests import runs
 
@@ -123,6 +123,12 @@ def test_a_group_without_a_command_prints_its_help(capsys):
         ),
         ("export x y z=1", "unexpected extra argument(s) (z=1)"),
         ("generate m", "exactly one of --prompt and --file is needed"),
+        ("generate m --file b --tools c", "--tools belong to --prompt"),
+        ("generate m --prompt b --limit 3", "--limit belongs to --file"),
+        ("evaluate --compare a b --limit 3", "takes two result files and nothing else"),
+        ("schema --output mine.yaml", "name a file that ends in .json"),
+        ("new reward class", "new reward class: Python has that name for itself"),
+        ("new reward json", "new reward json: Python has that name for itself"),
         ("generate m --prompt a --file b", "exactly one of --prompt and --file is needed"),
         ("serve m --template other", "'other' is not one of 'toolrl', 'hermes', 'llama3'"),
         ("serve m --port 65536", "'--port': Input should be less than or equal to 65535"),
@@ -424,6 +430,25 @@ def test_export_and_convert_give_the_same_weights(printed, folder):
     exported = (folder / "quickstart" / "exported" / "model.safetensors").read_bytes()
     assert (folder / "first" / "model.safetensors").read_bytes() == exported
     assert (folder / "second" / "model.safetensors").read_bytes() == exported
+
+
+def test_what_is_read_is_not_overwritten(records, tmp_run, capsys):
+    fill = MetricsWriter(tmp_run)
+    fill.write(1, {"reward/mean": 1.0})
+    fill.close()
+    config_file = tmp_run / "config.yaml"
+    config_file.write_text("name: run\nmodel: {source: configs/quickstart_policy}\n")
+    link = tmp_run / "link.jsonl"
+    link.symlink_to(records)
+    before = {path: path.read_bytes() for path in (records, config_file, tmp_run / "metrics.jsonl")}
+    for words in (
+        ["evaluate", "configs/quickstart_policy", str(records), "--output", str(records)],
+        ["evaluate", "configs/quickstart_policy", str(records), "--output", str(link)],
+        ["evaluate", str(tmp_run), str(records), "--output", str(config_file)],
+        ["report", str(tmp_run), "--output", str(tmp_run / "metrics.jsonl")],
+    ):
+        assert "is what is read" in refused(capsys, *words), words
+    assert before == {path: path.read_bytes() for path in before}
 
 
 def test_report(printed, folder):

@@ -131,8 +131,20 @@ def test_every_fault_is_named_at_once_with_the_nearest_name(write):
         (["weights.think=0"], "weights.zero"),
         (
             ["weights.zero=[tag,scaffold,name,param,think,response,other]"],
-            "zero: all regions, so that no token has a gradient",
+            "zero: no region of an answer in the format has a gradient",
         ),
+        (["weights.zero=[tag,scaffold,name,param,think,response]"], "no region of an answer"),
+        (
+            ["weights.rule=constant", "weights.allow_zero_constants=true"]
+            + [
+                f"weights.{name}=0"
+                for name in ("tag", "scaffold", "name", "param", "think", "response")
+            ],
+            "no region of an answer",
+        ),
+        (["train=[1]"], "train: Cannot merge"),
+        (["data.synthetic_size=100000000000"], "data.synthetic_size"),
+        (["rollout.group_size=1000000000000"], "rollout.group_size"),
         (["weights.w_min=50"], "w_min 50.0 is above w_max 20.0"),
         (["curriculum.alpha_format=1.5"], "alpha_format 1.5: of target share it is a part of"),
         (["curriculum.freed_to=[0,0]"], "freed_to: 0 for PARAM and for THINK"),

@@ -24,7 +24,7 @@ from rest_jax.analysis.plotting import PALETTE, REGION_COLOURS
 from rest_jax.analysis.report import SHOWN, Series, read_series
 from rest_jax.errors import UserError
 from rest_jax.evaluation.statistics import rate_interval
-from rest_jax.files import Location, absolute, as_path, atomic_write, store_errors
+from rest_jax.files import Location, absolute, as_path, atomic_write, check_output, store_errors
 from rest_jax.rollout.tokens import read_record
 from rest_jax.run.folder import CONFIG_FILE
 from rest_jax.run.metrics import (
@@ -34,6 +34,7 @@ from rest_jax.run.metrics import (
     TOKENS_FILE,
     in_order,
     read_lines,
+    run_files,
 )
 from rest_jax.texts import csv_cell
 
@@ -264,6 +265,8 @@ def write_page(
     table = path.with_suffix(".csv")
     if table == path:
         raise UserError(f"--output {output}: the table of the page goes there; name an HTML file")
+    for written in (path, table):
+        check_output(written, [file for run in runs for file in run_files(run)])
     names = _names(runs)
     data = page_data(runs, names, found) | {"refresh": refresh}
     with store_errors(path), atomic_write(path) as partial:

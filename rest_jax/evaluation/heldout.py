@@ -24,7 +24,7 @@ from rest_jax.data.tokenize import Prepared, load_split, prepare
 from rest_jax.distributed import is_first_process, say
 from rest_jax.evaluation.benchmark import BENCHMARKS, completions, encode, load, score_items
 from rest_jax.evaluation.statistics import estimate, rate_interval
-from rest_jax.files import Location, as_path, atomic_write
+from rest_jax.files import Location, as_path, atomic_write, check_output
 from rest_jax.models.policy import Policy, check_positions
 from rest_jax.rewards.plugin import check_plugin
 from rest_jax.rewards.score import PluginScore
@@ -32,7 +32,7 @@ from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import plugin_metrics, score_records, summarise_scores, truncated
 from rest_jax.run.load import load_policy
-from rest_jax.run.metrics import METRICS_FILE, is_eval, read_lines, summary_table
+from rest_jax.run.metrics import METRICS_FILE, is_eval, read_lines, run_files, summary_table
 from rest_jax.templates import TEMPLATES
 from rest_jax.types import Params, PromptBatch, RolloutBatch, Sampling
 
@@ -225,6 +225,8 @@ def evaluate(
     data that cannot be used.
     """
     check_plugin(config.reward)
+    if output is not None:
+        check_output(output, [*data, *run_files(config.model.source)])
     sets = {spec: load_split(spec, config.data, limit) for spec in data}
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     template = TEMPLATES[config.data.template]

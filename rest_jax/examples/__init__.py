@@ -3,7 +3,9 @@
 They are the files of this folder, in which NAME stands for the name.
 """
 
+import keyword
 import pathlib
+import sys
 from typing import Literal, get_args
 
 from rest_jax.errors import UserError
@@ -28,6 +30,8 @@ def write_new(kind: Kind, name: str, folder: pathlib.Path) -> str:
     """
     if not name.isidentifier():
         raise UserError(f"new {kind} {name}: a name of letters, digits and _ is needed")
+    if keyword.iskeyword(name) or name in sys.stdlib_module_names:
+        raise UserError(f"new {kind} {name}: Python has that name for itself; choose another")
     here = pathlib.Path(__file__).parent
     files = {folder / f"{prefix}{name}.py": here / f"{prefix}{kind}.py" for prefix in ("", "test_")}
     if found := [path for path in files if path.exists()]:

@@ -355,7 +355,7 @@ def check_config(folder: epath.Path, config: Config) -> list[config_lib.Differen
     """The differences to the config that made `folder`, all of which may change. UserError that names those which may not."""
     path = folder / CONFIG_FILE
     with store_errors(path):
-        if not path.is_file():
+        if not path.is_file() or not _has_begun(folder):
             return []
     found = config_lib.differences(config_lib.load([path]), config)
     free = (*MAY_CHANGE, *config_lib.only_evaluated(config))
@@ -370,6 +370,13 @@ def check_config(folder: epath.Path, config: Config) -> list[config_lib.Differen
 
 def _named(found: Sequence[config_lib.Difference]) -> str:
     return "; ".join(f"{d.path}: {d.old!r} there, {d.new!r} now" for d in found)
+
+
+def _has_begun(folder: epath.Path) -> bool:
+    """Whether a run has anything to lose: a launch that ended before its first line, as for want of memory, has not."""
+    metrics = folder / METRICS_FILE
+    written = metrics.exists() and metrics.stat().length > 0
+    return written or (folder / SAVED_FILE).exists() or bool(list_steps(folder / CHECKPOINTS))
 
 
 def check_history(config: Config) -> None:

@@ -12,6 +12,7 @@ config.yaml, compared with the digest that the checkpoint has of them, and merge
 import contextlib
 import dataclasses
 import functools
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -160,7 +161,19 @@ def _lora_run(source: str) -> Config | None:
     if not path.is_file():
         return None
     run = config_lib.load([path], [])
-    return None if run.lora.rank is None else run
+    if run.lora.rank is None:
+        return None
+    found = {os.path.realpath(source)}
+    base = run
+    while is_run(base.model.source):
+        place = os.path.realpath(base.model.source)
+        if place in found:
+            raise UserError(
+                f"{path}: model.source leads back to {place}; name the weights that it began with"
+            )
+        found.add(place)
+        base = config_lib.load([as_path(place) / CONFIG_FILE], [])
+    return run
 
 
 def _lora_of(run: Config, cfg: DecoderConfig) -> Lora:

@@ -90,6 +90,10 @@ def _acquire(path: epath.Path) -> filelock.BaseFileLock:
         with contextlib.suppress(OSError, ValueError):  # it is about to be written
             owner = json.loads((path.parent / OWNER).read_text())
         raise _taken(path.parent, owner) from None
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be locked: {error.strerror or error}; a run needs a file system with locks (of NFS the lock daemon)"
+        ) from error
     return lock
 
 

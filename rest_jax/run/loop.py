@@ -107,6 +107,12 @@ def _readable(name: str, value: float) -> str:
     return f"{value:.1%}" if metric(name).unit == "fraction" else f"{value:.3f}"
 
 
+def check_profile(profile: int | None, steps: int) -> None:
+    """UserError for a step to trace that the run does not have."""
+    if profile is not None and profile > steps:
+        raise UserError(f"--profile {profile}: the run has {steps} steps; name one of them")
+
+
 def total_steps(config: Config, records: int, key: str) -> int:
     """`train.steps`, or the complete steps in `train.epochs`; the value `key` is the number of records of a step.
 

@@ -184,6 +184,11 @@ METRICS = {name: Metric(unit, meaning) for name, (unit, meaning) in _TABLE.items
 _is_part = re.compile(r"(?:reward|eval)/part/[A-Za-z0-9_.-]+").fullmatch
 
 
+def run_files(folder: Location) -> list[epath.Path]:
+    """What a run writes into its folder and reads again: no other output may take its place."""
+    return [as_path(folder) / name for name in (CONFIG_FILE, *FILES)]
+
+
 def metric(name: str) -> Metric:
     """What a name stands for. ValueError for one that runs do not write."""
     if _is_part(name):

@@ -61,6 +61,12 @@ def make_config(tmp_path: pathlib.Path, *overrides: str) -> Config:
     return config_lib.from_overrides(raw, overrides)
 
 
+def begin(config: Config, files: pathlib.Path) -> None:
+    """A run that has written a line."""
+    open_run(config, files).close()
+    (config.folder / METRICS_FILE).write_text('{"step": 1}\n')
+
+
 def abstract(state):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
 
@@ -75,7 +81,7 @@ def test_a_new_run_has_its_config_and_the_side_files_alone(config, files):
 
 
 def test_a_folder_of_another_config_is_refused_with_every_difference(config, files, tmp_path):
-    open_run(config, files).close()
+    begin(config, files)
     other = make_config(tmp_path, "seed=3", "loss.clip_low=0.1", "train.steps=7")
     for refuse in (lambda: check_config(other.folder, other), lambda: open_run(other, files)):
         with pytest.raises(
@@ -86,8 +92,19 @@ def test_a_folder_of_another_config_is_refused_with_every_difference(config, fil
         assert "train.steps" not in str(caught.value)
 
 
+def test_a_launch_that_ended_before_its_first_line_binds_nobody(config, files, tmp_path):
+    open_run(config, files).close()  # and then the memory was not enough
+    other = make_config(tmp_path, "rollout.group_size=2")
+    check_start(other)
+    open_run(other, files).close()
+    assert config_lib.load([other.folder / CONFIG_FILE]) == other
+    begin(other, files)
+    with pytest.raises(UserError, match="holds a run of another config"):
+        check_start(config)
+
+
 def test_a_run_resumes_under_what_does_not_change_its_result(config, files, tmp_path, capsys):
-    open_run(config, files).close()
+    begin(config, files)
     words = ["train.steps=7", "train.max_tokens_per_microbatch=64", "rollout.decode_slots=2", "model.remat=none",
              "mesh.fsdp=1", "train.tensorboard=true", "train.eval_every=1", "data.eval=null",
              "train.checkpoint_every=2", "rollout.cache_tokens=4096", "train.measure_noise=true"]  # fmt: skip
@@ -101,7 +118,7 @@ def test_a_run_resumes_under_what_does_not_change_its_result(config, files, tmp_
 
 def test_a_supervised_run_resumes_with_other_evaluations(config, files, tmp_path):
     supervised = ("sft.batch_size=4", "rollout.max_response_tokens=64")
-    open_run(make_config(tmp_path, *supervised), files).close()
+    begin(make_config(tmp_path, *supervised), files)
     changes = ("rollout.max_response_tokens=32", "rollout.group_size=2", "reward.coarse=true")
     check_start(make_config(tmp_path, *supervised, *changes))
     both = (*supervised, *changes, "rollout.prompts_per_step=8")  # `train` may read it, too

@@ -1,5 +1,6 @@
 """One run in a folder of a store at a time: a live owner is respected, a dead one replaced, a lost lock noticed."""
 
+import errno
 import json
 import os
 import re
@@ -23,6 +24,15 @@ code = cli.main(["train", "scale/tiny", "method/rest", "name=tiny", f"output={sy
 assert "jax" not in sys.modules
 sys.exit(code)
 """
+
+
+def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch):
+    def acquire(self, blocking):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    with pytest.raises(UserError, match=r"cannot be locked: No locks available; .* lock daemon"):
+        lock._acquire(as_path(tmp_path / ".lock"))
 
 
 def test_a_second_launch_is_refused_before_jax_is_imported(tmp_path):
