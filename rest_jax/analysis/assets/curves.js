@@ -13,8 +13,8 @@ function make(tag, text, ...classes) {
   return node;
 }
 
-function table(rows) {
-  const made = make("table");
+function table(rows, ...classes) {
+  const made = make("table", undefined, ...classes);
   rows.forEach((row, i) => {
     const line = made.appendChild(make("tr"));
     for (const cell of row) {
@@ -155,6 +155,7 @@ function begin() {
   DATA.sections.forEach((each, i) => {
     const made = byId("curves").appendChild(section(`section-${i}`, each.title));
     if (each.note) made.appendChild(make("p", each.note, "note"));
+    if (each.table.length) made.appendChild(table(each.table, "benchmarks"));
     const grid = made.appendChild(make("div", undefined, "grid"));
     for (const panel of each.panels) addPanel(grid, panel);
   });
