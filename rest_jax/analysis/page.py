@@ -44,6 +44,18 @@ MOST_BYTES = (
 )  # of tokens in a page, as they are in the file; of longer runs steps are left out evenly
 REFRESH = 20  # seconds between two pages while runs go on
 RESULTS = "Results"  # the section with the table of benchmarks
+# Black shows nothing on a dark page; this grey leaves text on it legible.
+DARK_COLOURS = REGION_COLOURS | {"other": "#A8A8A8"}
+# What tells a region without its colour: the dashes of its curve (Plotly), the lines at its tokens (CSS).
+REGION_MARKS = {
+    "tag": ("dot", "underline double"),
+    "scaffold": ("dashdot", "underline dotted"),
+    "name": ("solid", "underline solid"),
+    "param": ("dash", "underline dashed"),
+    "think": ("longdash", "none"),
+    "response": ("longdashdot", "underline wavy"),
+    "other": ("2px,2px,2px,2px,8px,2px", "underline overline solid"),
+}
 # Of how many each rate is, which gives it Wilson's interval.
 _COUNTS = {
     "eval/exact": "eval/prompts",
@@ -327,7 +339,8 @@ def page_data(
         "summary": _summary(names, found),
         "sections": sections,
         "metrics": METRICS,
-        "regions": REGION_COLOURS,
+        "regions": {"light": REGION_COLOURS, "dark": DARK_COLOURS},
+        "marks": REGION_MARKS,
         "region_names": REGION_NAMES,
         "palette": PALETTE,
     }

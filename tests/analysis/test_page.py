@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -10,11 +11,20 @@ import subprocess
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 
 from rest_jax import cli
 from rest_jax.analysis import page
-from rest_jax.analysis.page import config_differences, embedded, intervals, write_page
+from rest_jax.analysis.page import (
+    DARK_COLOURS,
+    REGION_MARKS,
+    config_differences,
+    embedded,
+    intervals,
+    write_page,
+)
+from rest_jax.analysis.plotting import REGION_COLOURS
 from rest_jax.analysis.report import Series
 from rest_jax.errors import UserError
 from rest_jax.evaluation.statistics import rate_interval
@@ -181,6 +191,48 @@ def test_a_run_with_results_of_benchmarks_alone_has_the_section(tmp_run):
     assert len(benchmarks_of(write_page([tmp_run]))) == 2
 
 
+# Of linear RGB: what people without cones for green, or for red, see (Machado et al. 2009, severity 1); RGB to XYZ over white.
+SIGHT = {
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+}  # fmt: skip
+XYZ = [[0.4339, 0.3762, 0.1899], [0.2126, 0.7152, 0.0722], [0.0177, 0.1094, 0.8729]]
+
+
+def lab(colours, sight, alpha: float, page: str) -> np.ndarray:
+    """CIE Lab [N, 3] of hexadecimal colours laid over a page."""
+    rgb, back = (
+        np.array([list(bytes.fromhex(c[1:])) for c in own]) / 255 for own in (colours, [page])
+    )
+    rgb = alpha * rgb + (1 - alpha) * back
+    linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    xyz = np.clip(linear @ np.transpose(sight), 0, 1) @ np.transpose(XYZ)
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116).T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+@pytest.mark.parametrize(
+    "colours, alpha, page, mark",
+    [
+        (REGION_COLOURS, 0.32, "#ffffff", 1), (DARK_COLOURS, 0.5, "#14181d", 1),
+        (REGION_COLOURS, 1, "#ffffff", 0), (DARK_COLOURS, 1, "#14181d", 0),
+    ],
+)  # fmt: skip
+def test_regions_differ_in_their_colours_or_in_their_marks(sight, colours, alpha, page, mark):
+    seen = dict(zip(colours, lab(colours.values(), SIGHT[sight], alpha, page), strict=True))
+    for a, b in itertools.combinations(colours, 2):
+        alike = np.linalg.norm(seen[a] - seen[b]) < 20
+        assert not alike or REGION_MARKS[a][mark] != REGION_MARKS[b][mark], (a, b)
+
+
+def test_the_colours_of_malformed_output_and_of_an_answer_differ_for_every_eye():
+    of = [REGION_COLOURS[name] for name in ("other", "response", "think")]
+    for sight in (np.eye(3), *SIGHT.values()):
+        other, *rest = lab(of, sight, 0.32, "#ffffff")
+        assert min(np.linalg.norm(other - x) for x in rest) > 12
+
+
 def test_the_table_does_not_take_the_place_of_the_page(tmp_run):
     write_run(tmp_run, GROUPS)
     with pytest.raises(UserError, match="name an HTML file"):
@@ -297,6 +349,7 @@ class TestInABrowser:
             GROUPS,
             "step=1&prompt=0&theme=light",
             """return { title: document.title, images: document.images.length, scripts: document.scripts.length,
+                 marks: [...document.querySelectorAll(".legend .token")].map((n) => n.style.textDecoration),
                  shown: texts(".tokens")[2], prompt: texts("#v-prompt-text")[0], turns: texts(".turn").length,
                  plots: document.querySelectorAll(".plot .main-svg").length > 0,
                  png: (await Plotly.toImage(document.querySelector(".plot"), { format: "png" })).slice(0, 15),
@@ -304,6 +357,7 @@ class TestInABrowser:
         )
         assert found["title"] == "run" and found["images"] == 0
         assert found["png"] == "data:image/png;"
+        assert len(set(found["marks"])) == len(REGION_COLOURS)
         assert "</script><script>document.title='taken'</script><img src=x" in found["shown"]
         assert (
             "⟨202E⟩gnp.exe⟨2069⟩⟨200B⟩⟨2028⟩" in found["shown"] and "\u202e" not in found["shown"]
