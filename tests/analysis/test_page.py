@@ -31,6 +31,7 @@ from rest_jax.evaluation.statistics import rate_interval
 from rest_jax.run.metrics import MetricsWriter
 from rest_jax.tool_calls import Target
 from tests.experiences import HOSTILE, RIGHT, WRONG, record, write_run
+from tests.runs import launch, recipe
 
 DIALOGUE = (
     {"role": "user", "content": "How is the weather in Zürich?"},
@@ -298,19 +299,18 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
-def browse(tmp_path_factory):
-    """(groups, address, actions) -> what the actions, JavaScript, return in the page."""
+def visit(tmp_path_factory):
+    """(run, address, actions) -> what the actions, JavaScript, return in the page of the run."""
     folder = tmp_path_factory.mktemp("page")
 
-    def run(groups, address: str, actions: str):
-        shutil.rmtree(folder / "run", ignore_errors=True)
-        write_run(folder / "run", groups)
-        path = write_page([folder / "run"])
+    def show(run, address: str, actions: str):
+        path = write_page([run], folder / "page.html")
         ending = f"""<script>(async () => {{
           const wait = (ms) => new Promise((go) => setTimeout(go, ms));
           const press = async (key, at = document.body) => {{
             at.dispatchEvent(new KeyboardEvent("keydown", {{ key, bubbles: true }})); await wait(300); }};
           const texts = (css) => [...document.querySelectorAll(css)].map((node) => node.textContent);
+          const computed = (css, name) => getComputedStyle(document.querySelector(css))[name];
           await wait(1000);
           let found;
           try {{ found = await (async () => {{ {actions} }})(); }} catch (error) {{ found = String(error); }}
@@ -332,7 +332,18 @@ def browse(tmp_path_factory):
         assert found, shown.stderr[-2000:]
         return json.loads(base64.b64decode(found[1]))
 
-    return run
+    return show
+
+
+@pytest.fixture
+def browse(visit, tmp_run):
+    """(groups, address, actions) -> what the actions return in the page of a run with that experience."""
+
+    def show(groups, address: str, actions: str):
+        write_run(tmp_run, groups)
+        return visit(tmp_run, address, actions)
+
+    return show
 
 
 needs_browser = [
@@ -403,6 +414,7 @@ class TestInABrowser:
             ("spurious", 2, 1),
             ("best", 4, 1),
             ("worst", 4, 3),
+            ("weight", 12, 3),
             ("mismatch", 12, 1),
         ],
     )
@@ -433,3 +445,60 @@ class TestInABrowser:
         ]
         assert wrong[3] == ["days", "2", '"2"', "✗"]
         assert "= 1.5 (format) + 1.25 (correctness)" in parts and "(names 1 + calls 2) / 4" in parts
+
+    @pytest.mark.parametrize("begin, then", [("light", "dark"), ("dark", "light")])
+    def test_themes_change_every_colour(self, browse, begin, then):
+        found = browse(
+            GROUPS,
+            f"step=1&prompt=0&theme={begin}",
+            """const seen = () => [document.documentElement.dataset.theme,
+                 computed("body", "backgroundColor"), computed("body", "color"),
+                 computed(".legend .token:last-child", "backgroundColor"), computed(".plot .xtick text", "fill"),
+                 location.hash.includes("theme=dark")];
+               const before = seen();
+               await press("t");
+               return [before, seen()];""",
+        )
+        black, white = "rgb(27, 31, 36)", "rgb(228, 232, 236)"
+        colours = {
+            "light": ["rgb(255, 255, 255)", black, "rgba(0, 0, 0, 0.32)", black, False],
+            "dark": ["rgb(20, 24, 29)", white, "rgba(168, 168, 168, 0.5)", white, True],
+        }
+        assert found == [[theme, *colours[theme]] for theme in (begin, then)]
+
+    def test_paper_has_a_light_page_without_buttons(self, browse):
+        rules, *seen = browse(
+            GROUPS,
+            "step=1&prompt=0&theme=dark",
+            """const rules = [...document.styleSheets].flatMap((s) => [...s.cssRules]).filter((r) => r.conditionText === "print")
+                 .flatMap((r) => [...r.cssRules]).map((r) => [r.selectorText, r.style.display, r.style.maxHeight]);
+               const at = () => [document.documentElement.dataset.theme, computed(".plot .main-svg", "width") === "320px"];
+               const seen = [at()];
+               for (const name of ["beforeprint", "afterprint"]) {
+                 window.dispatchEvent(new Event(name)); await wait(500); seen.push(at()); }
+               return [rules, ...seen];""",
+        )
+        assert seen == [["dark", False], ["light", True], ["dark", False]]
+        hidden = {name for name, display, _ in rules if display == "none"}
+        assert hidden == {".tools, nav, .bar button, .modebar"}
+        assert [".text, .tokens", "", "none"] in rules
+
+    def test_a_trained_run_is_shown(self, visit, configs_dir, tmp_path):
+        raw = recipe(configs_dir / "quickstart_policy", tmp_path)
+        raw["rollout"] |= {"max_response_tokens": 64, "recompute_logprobs": True}
+        assert launch(raw) == 0
+        write_result(tmp_path / "tiny", "api_bank", {"soft": {"<b>all</b>": HALF}})
+        found = visit(
+            tmp_path / "tiny",
+            "step=4&prompt=0&colour=region",
+            """const tokens = [...document.querySelectorAll(".tokens .token")], plots = [...document.querySelectorAll(".plot")];
+               await press("ArrowRight", document.querySelector(".tokens"));
+               return { step: byId("v-step-is").textContent, completions: texts(".completion").length, panels: texts(".panel h3"),
+                 drawn: plots.every((plot) => plot.querySelector(".scatterlayer path")), benchmarks: texts(".benchmarks td"),
+                 tip: byId("tip").textContent, marks: new Set(tokens.map((n) => n.style.textDecoration)).size };""",
+        )
+        assert found["step"] == "4 of 4" and found["completions"] == 4 and found["drawn"]
+        assert found["marks"] > 3
+        assert {"Reward", "Held out", "Curriculum", "Throughput"} <= set(found["panels"])
+        assert found["benchmarks"][-4:] == ["<b>all</b>", "4", "50.0%", "15.0% to 85.0%"]
+        assert re.search(r"trainer's log-prob less the sampler's: -?[0-9]", found["tip"])
