@@ -109,7 +109,7 @@ function layout(panel) {
     xaxis: { ...axis, title: { text: "step", font: { size: 11 }, standoff: 4 } }, yaxis: y, hovermode: "x unified",
     modebar: { bgcolor: "rgba(0,0,0,0)", color: style("--soft"), activecolor: ink },
     hoverlabel: { bgcolor: style("--box"), bordercolor: grid, font: { color: ink } },
-    legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, font: { size: 10.5 }, itemwidth: 42 }, showlegend: true };
+    legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, font: { size: 10.5 }, itemwidth: 35 }, showlegend: true };
 }
 
 const PANELS = [];
