@@ -36,6 +36,7 @@ from rest_jax.run.metrics import (
     read_lines,
     run_files,
 )
+from rest_jax.run.results import Rate, Result, read_results
 from rest_jax.texts import csv_cell
 
 PAGE_FILE, TABLE_FILE = "report.html", "report.csv"
@@ -43,6 +44,19 @@ MOST_BYTES = (
     2**24
 )  # of tokens in a page, as they are in the file; of longer runs steps are left out evenly
 REFRESH = 20  # seconds between two pages while runs go on
+RESULTS = "Results"  # the section with the table of benchmarks
+# Black shows nothing on a dark page; this grey leaves text on it legible.
+DARK_COLOURS = REGION_COLOURS | {"other": "#A8A8A8"}
+# What tells a region without its colour: the dashes of its curve (Plotly), the lines at its tokens (CSS).
+REGION_MARKS = {
+    "tag": ("dot", "underline double"),
+    "scaffold": ("dashdot", "underline dotted"),
+    "name": ("solid", "underline solid"),
+    "param": ("dash", "underline dashed"),
+    "think": ("longdash", "none"),
+    "response": ("longdashdot", "underline wavy"),
+    "other": ("2px,2px,2px,2px,8px,2px", "underline overline solid"),
+}
 # Of how many each rate is, which gives it Wilson's interval.
 _COUNTS = {
     "eval/exact": "eval/prompts",
@@ -69,7 +83,7 @@ def _by_region(kind: str, title: str, unit: str) -> Panel:
 
 SECTIONS: tuple[tuple[str, str, tuple[Panel, ...]], ...] = (
     (
-        "Results",
+        RESULTS,
         "Held-out values are of greedy completions. Bands and bars are 95 % intervals: of rates Wilson's, of means the "
         "normal one; completions of a prompt are a cluster. The band of a smoothed curve is smoothed alike.",
         (
@@ -314,10 +328,13 @@ def page_data(
         for run, name, series, config in zip(runs, names, found, configs, strict=True)
     ]
     present = {name for series in found for name in series}
+    benchmarks = benchmark_rows(names, [read_results(run) for run in runs])
     sections = [
-        {"title": title, "note": note, "panels": shown}
+        {"title": title, "note": note, "panels": shown, "table": table}
         for title, note, panels in SECTIONS
-        if (shown := [p._asdict() for p in panels if not present.isdisjoint(p.metrics)])
+        for shown in [[p._asdict() for p in panels if not present.isdisjoint(p.metrics)]]
+        for table in [benchmarks if title == RESULTS else []]
+        if shown or table
     ]
     return {
         "runs": own,
@@ -325,7 +342,8 @@ def page_data(
         "summary": _summary(names, found),
         "sections": sections,
         "metrics": METRICS,
-        "regions": REGION_COLOURS,
+        "regions": {"light": REGION_COLOURS, "dark": DARK_COLOURS},
+        "marks": REGION_MARKS,
         "region_names": REGION_NAMES,
         "palette": PALETTE,
     }
@@ -366,6 +384,38 @@ def intervals(
         ]
         around("reward/mean", [math.sqrt(x) for x in variances])
     return found
+
+
+def benchmark_rows(
+    names: Sequence[str], found: Sequence[Mapping[str, Result]]
+) -> list[list[str | int | None]]:
+    """The table of the results of benchmarks, a header and a row for each rate; empty where no run has a result.
+
+    Several runs have a column each: what stands side by side is of one file name, benchmark, harness, version, score and group.
+    """
+    rates: dict[tuple[str, ...], dict[str, Rate]] = {}
+    for name, results in zip(names, found, strict=True):
+        for file, result in results.items():
+            of = file, result.benchmark, result.harness, result.version
+            for score, group, rate in result.lines():
+                rates.setdefault((*of, score, group), {})[name] = rate
+    if not rates:
+        return []
+    head = ["file", "benchmark", "harness", "rest_jax", "score", "group"]
+    if len(names) == 1:
+        lines = [(of, x) for of, own in rates.items() for x in own.values()]
+        rows = [[*of, x.count, f"{x.rate:.1%}", x.interval] for of, x in lines]
+        return [[*head, "items", "rate", "95 % interval"], *rows]
+    rows = [[*of, *(_said(own.get(name)) for name in names)] for of, own in rates.items()]
+    return [[*head, *names], *rows]
+
+
+def _said(rate: Rate | None) -> str | None:
+    """A rate in one cell."""
+    if rate is None:
+        return None
+    items = "" if rate.count is None else f", {rate.count} items"
+    return f"{rate.rate:.1%} ({rate.interval}){items}"
 
 
 def config_differences(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -33,7 +33,7 @@ REGION_COLOURS = {
     "param": ORANGE,
     "think": PINK,
     "response": GREEN,
-    "other": GREY,
+    "other": BLACK,
 }
 
 

@@ -20,6 +20,7 @@ from rest_jax.run import checkpoint
 from rest_jax.run.contents import MADE_OF
 from rest_jax.run.metrics import METRICS_FILE, is_eval, metric, read_lines
 from rest_jax.run.record import CERTIFICATE_FILE, certificate_rows, file_digest
+from rest_jax.run.results import Result, read_results
 from rest_jax.templates import TEMPLATES
 from rest_jax.templates.chat_template import PLUGIN, trained
 
@@ -144,10 +145,8 @@ def _figures(run: Location, lines: Sequence[Mapping[str, Any]]) -> list[str]:
             f"| metric | step {first['step']} | step {last['step']} | |\n| --- | --- | --- | --- |"
         )
         found += ["## Held-out records, greedy", "\n".join([head, *rows])]
-    for file in sorted(as_path(run).glob("*.json")):
-        result = _result(file)
-        if result is not None:
-            found += [f"## {result['benchmark']}", _table(result)]
+    for result in read_results(run).values():
+        found += [f"## {result.benchmark}", _table(result)]
     return found
 
 
@@ -169,19 +168,9 @@ def _audit(run: Location) -> list[str]:
     return ["## Audit", said, "\n".join(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def _result(file: Any) -> dict[str, Any] | None:
-    try:
-        value = json.loads(file.read_text())
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) and {"benchmark", "rates"} <= value.keys() else None
-
-
-def _table(result: Mapping[str, Any]) -> str:
+def _table(result: Result) -> str:
     rows = ["| score | group | items | rate | 95 % interval |", "| --- | --- | --- | --- | --- |"]
-    for score, groups in result["rates"].items():
-        for group, x in groups.items():
-            rows.append(
-                f"| {score} | {group} | {x['count']} | {x['rate']:.1%} | {x['low']:.1%} to {x['high']:.1%} |"
-            )
+    for score, group, x in result.lines():
+        items = "" if x.count is None else x.count
+        rows.append(f"| {score} | {group} | {items} | {x.rate:.1%} | {x.interval} |")
     return "\n".join(rows)

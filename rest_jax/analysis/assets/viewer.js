@@ -43,12 +43,15 @@ function scales(prompt) {
   return most;
 }
 
+// Colour and lines of a region; undefined: of none.
+function paintRegion(node, name) {
+  if (!name) return;
+  node.style.background = rgba(regionColours()[name], Number(style("--alpha")));
+  node.style.textDecoration = DATA.marks[name][1];
+}
+
 function background(one, i, most) {
   const alpha = Number(style("--alpha")), kind = view.colour;
-  if (kind === "region") {
-    const name = DATA.region_names[one.tokens.region[i] - 1];
-    return name ? rgba(DATA.regions[name], alpha) : "transparent";
-  }
   const value = kind === "advantage" ? one.advantage : one.tokens[kind]?.[i];
   if (value === undefined || value === null || !most[kind]) return "transparent";
   const signed = kind === "advantage" || kind === "mismatch";
@@ -92,7 +95,8 @@ function tokenNodes(one, most) {
       if (n) { node.appendChild(make("i", "↵", "mark")); node.appendChild(document.createTextNode("\n")); }
       node.appendChild(document.createTextNode(part));
     });
-    node.style.background = background(one, i, most);
+    if (view.colour === "region") paintRegion(node, DATA.region_names[one.tokens.region[i] - 1]);
+    else node.style.background = background(one, i, most);
     node.addEventListener("mouseenter", () => showTip(node, tipText(one, i)));
     node.addEventListener("mouseleave", hideTip);
   });
@@ -207,10 +211,7 @@ function legend(most) {
   const box = byId("v-legend");
   box.replaceChildren(make("span", "colour:"));
   if (view.colour === "region") {
-    for (const name of DATA.region_names) {
-      const made = box.appendChild(make("span", name, "token"));
-      made.style.background = rgba(DATA.regions[name], Number(style("--alpha")));
-    }
+    for (const name of DATA.region_names) paintRegion(box.appendChild(make("span", name, "token")), name);
     return;
   }
   const top = Number(style("--alpha")) + 0.35, sided = view.colour === "advantage" || view.colour === "mismatch";
