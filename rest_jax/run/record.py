@@ -25,6 +25,7 @@ from rest_jax.config import Config
 from rest_jax.distributed import replicated
 from rest_jax.errors import UserError
 from rest_jax.files import store_errors
+from rest_jax.models.tokenizer import DATE
 from rest_jax.run.contents import MADE_OF, of_sums, sums_of_bits
 from rest_jax.run.environment import cpu_model, versions
 from rest_jax.run.fork import Origin, read_origin
@@ -35,8 +36,8 @@ CERTIFICATE_FILE = "audit.json"
 
 
 def launch(config: Config, mesh: Mesh, made_of: Mapping[str, str], command: str) -> dict[str, Any]:
-    """How this process trains: the command, the resolved config, digests of what the run is made of, versions, and the devices
-    with all that its bits may depend on.
+    """How this process trains: the command, the resolved config, digests of what the run is made of, the date that its chat
+    template is told, versions, and the devices with all that its bits may depend on.
     """
     device = mesh.devices.flat[0]
     devices = {
@@ -50,6 +51,7 @@ def launch(config: Config, mesh: Mesh, made_of: Mapping[str, str], command: str)
         "command": command,
         "config": config.model_dump(mode="json"),
         MADE_OF: dict(made_of),
+        "date": DATE.isoformat(),
         "versions": versions(),
         "devices": devices,
     }
