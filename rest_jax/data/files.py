@@ -23,7 +23,7 @@ from rest_jax.data import fields
 from rest_jax.data.convert import SOURCES, rlla
 from rest_jax.data.fields import RecordError
 from rest_jax.data.items import NESTED, read_items
-from rest_jax.data.records import StepRecord, from_json, to_json
+from rest_jax.data.records import StepRecord, from_json, not_offered, said_not_offered, to_json
 from rest_jax.files import Location, as_path, store_errors
 from rest_jax.texts import print_text
 
@@ -135,11 +135,21 @@ def _record(raw: Any, where: str, index: int, path: epath.Path) -> StepRecord:
                     f"rest-jax data prepare {source} {path} OUT"
                 )
     if keys & {"target", "history", "tools", "messages"} or not isinstance(raw, dict):
-        return from_json(raw, where)
+        return _own(raw, where)
     raise LayoutError(
         f"{where}: unknown layout with fields {', '.join(map(str, list(keys)[:6])) or 'none'}; known: our own (id, target, ...), "
         "rlla (instruction, input, output or prompt, reward_model), API-Bank (system, user, answer)"
     )
+
+
+def _own(raw: Any, where: str) -> StepRecord:
+    """A record of our own form. RecordError for one that calls a tool which is not among those that it lists. Not asked of the
+    published files of rlla and API-Bank, whose figures count such records, nor where none is listed: the prompt may name it.
+    """
+    record = from_json(raw, where)
+    if record.tools and (strange := not_offered(record)):
+        raise RecordError(f"{where}: record {record.id!r}: {said_not_offered(strange)}")
+    return record
 
 
 # --- writing records --------------------------------------------------------------------------------------------------

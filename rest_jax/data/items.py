@@ -60,7 +60,22 @@ _OTHERS = {
     b"SQLite format 3": "an SQLite database; write its rows as JSON lines",
     b"Obj\x01": "an Avro file; write it as Parquet or JSON lines",
     b"\x89HDF": "an HDF5 file; write it as Parquet or JSON lines",
-    b"\x80\x04": "a pickle, which is not read since it may run code; write it as JSON lines",
+    **dict.fromkeys(
+        (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
+        "a pickle, which is not read since it may run code; write it as JSON lines",
+    ),
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it",
+    b"Rar!\x1a\x07": "a RAR archive; unpack it",
+    b"MSCF": "a CAB archive; unpack it",
+    b"\x04\x22\x4d\x18": "compressed by LZ4; unpack it (lz4 -d)",
+    b"\x1f\x9d": "compressed by compress; unpack it (uncompress)",
+    b"\x5d\x00\x00": "compressed by LZMA without the header of xz; unpack it (unlzma)",
+    b"\x93NUMPY": "an array of NumPy; write it as JSON lines",
+    b"ORC": "an ORC file; write it as Parquet or JSON lines",
+    b"FEA1": "a Feather file; write it as Parquet or JSON lines",
+    b"GGUF": "a model in GGUF, no records",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
     b"%PDF": "a PDF",
     b"version https://git-lfs": "a pointer of Git LFS, not the file; fetch it (git lfs pull)",
     b"---": "YAML; write it as JSON lines",
@@ -106,6 +121,10 @@ def _check_text(start: bytes, path: epath.Path) -> None:
     """RecordError, which says what it is, for a file that is not text."""
     if start.startswith(b"PAR1"):
         raise RecordError(f"data {path}: a compressed Parquet file; unpack it")
+    if start.startswith(tuple(_COMPRESSED)):
+        raise RecordError(f"data {path}: compressed twice; unpack it once")
+    if start[257:262] == b"ustar" and b"\0" in start[:257]:
+        raise RecordError(f"data {path}: a tar archive; unpack it")
     for magic, what in _OTHERS.items():
         if start.startswith(magic):
             raise RecordError(f"data {path}: {what}")
@@ -114,7 +133,7 @@ def _check_text(start: bytes, path: epath.Path) -> None:
     needed = "JSON lines, a JSON list or Parquet are needed"
     if b"\0" in start[:512]:
         raise RecordError(f"data {path}: not UTF-8 text; {needed}")
-    if start.strip() and not _may_be_json(start):
+    if start.strip() and (not _may_be_json(start) or _section(start)):
         raise RecordError(f"data {path}: not JSON: {fields.shown(_said(start))}; {needed}")
 
 
@@ -169,6 +188,10 @@ class _Recoded(io.RawIOBase):
 _may_be_json = re.compile(
     rb'^\s*+(?:["{\[]|(?:null|true|false|-?\d[-+.eE\d]*+)\s*+$)', re.MULTILINE
 ).search
+# The header that TOML and INI begin with: a bare word in brackets, alone in its line.
+_section = re.compile(
+    rb"\s*+\[{1,2}[ \t]*+(?!(?:null|true|false)\b)[A-Za-z_][^\[\]{},\n]*+\]{1,2}[ \t]*+(?:[#;\r\n]|\Z)"
+).match
 _list_start = re.compile(rb"\s*\[").match
 _member = re.compile(r'\s*+[{,]\s*+"((?:[^"\\]|\\.)*+)"\s*+:\s*+(\[?)').match
 

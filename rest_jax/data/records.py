@@ -7,7 +7,7 @@ own calls and response as the target. `from_json` / `to_json` convert to and fro
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from rest_jax.data import fields
@@ -64,6 +64,29 @@ class StepRecord:
         return self.messages is not None and (
             not self.history or (template.name == "toolrl" and not brief)
         )
+
+
+def structured(record: StepRecord) -> bool:
+    """Whether tools and history say the prompt, so that it can be written anew from them."""
+    return record.messages is None or bool(record.tools and record.history)
+
+
+def not_offered(record: StepRecord) -> set[str]:
+    """Names that the record calls, in its history or its target, and does not offer; none where the tools are not known."""
+    if not structured(record):
+        return set()
+    calls = {*called(record), *(call.name for call in record.target.calls)}
+    return calls - {tool["name"] for tool in record.tools}
+
+
+def said_not_offered(names: Set[str]) -> str:
+    """Why a record that calls these is set aside."""
+    return f"calls {', '.join(map(fields.shown, sorted(names)))}, which is not among its tools"
+
+
+def called(record: StepRecord) -> list[str]:
+    """Names of the tools called in the history."""
+    return [call["name"] for turn in record.history for call in turn.get("calls") or ()]
 
 
 def decompose(

@@ -21,17 +21,25 @@ _call_as_text = re.compile(r"<tool_call>\s*[{\[]").search
 # How other formats begin a thought and end it.
 _THOUGHT_TAG = r"(?:<{0}(?:think|thinking|thought|reasoning)>|\[{0}THINK\]|◁{0}think▷)"
 _thought_start = re.compile(rf"\A\s*{_THOUGHT_TAG.format('')}", re.IGNORECASE)
+_thought_begin = re.compile(_THOUGHT_TAG.format(""), re.IGNORECASE).search
 _thought_end = re.compile(_THOUGHT_TAG.format("/"), re.IGNORECASE)
 # How other formats begin a call,
 _foreign_call = re.compile(
-    r"<(?:tool|function)_?calls?>\s*[{\[<]|<function=|<invoke name=|<start_function_call>|<\|(?:tool|function)_?calls?"
-    r"|\[TOOL_CALLS\]|<｜(?:tool▁calls?|DSML)|<\|channel\|>|✿FUNCTION✿|functools\s*\[|```tool_(?:code|call)",
+    r"<(?:tool|function)_?calls?>\s*[{\[<]|<function=|<invoke name=|<start_function_call>|<\|(?:tool|function)[_▁]?calls?"
+    r"|\[TOOL_CALLS\]|<｜(?:tool▁calls?|DSML)|<\|channel\|>|✿FUNCTION✿|functools\s*\[|```tool_(?:code|call)|<\|START_ACTION\|>"
+    r"|<\|python_(?:tag|start)\|>(?!\s*[{\[])|\bto=functions\.",
     re.IGNORECASE,
 ).search
-# and where one of a tool on offer is one: JSON, GLM's, ReAct's, and all of the text as code.
+# and where one of a tool on offer is one, by the name in it: a member of an object (JSON's or Python's), an element or an
+# attribute of markup, ReAct's, and code, behind the tag of a call or as all of the text.
+_NAMED = r"(?i:name|(?:tool|function|action|api|recipient)(?:_?name)?)"
+_CALL_TAG = r"<\|?[\w:▁-]{0,40}(?i:tool|function|call|action|invoke|python)[\w:▁-]{0,40}"
+_CODE = r"(?:(?:print\(|await\b|\w++\s*+=)\s*+)*+\[?\s*+(?:functions\.)?([\w.-]++)"
 _call_of = re.compile(
-    r'"name"\s*+:\s*+"([^"\\]++)"\s*+,\s*+"(?:arguments|parameters)"|<tool_call>\s*+([\w.-]++)|^Action:\s*+([\w.-]++)'
-    r"|\A\s*+(?:```\w*+\s++)?\[?\s*+([\w.-]++)\((?=.*\)[\]`\s]*\Z)",
+    rf"[{{,]\s*+[\"']{_NAMED}[\"']\s*+:\s*+[\"'](?:functions\.)?([^\"'\\]++)[\"']"
+    rf"|<{_NAMED}>\s*+([^<>\s]++)\s*+</|<([\w.-]++)>(?=\s*+[{{<])"
+    rf"|{_CALL_TAG}\s++(?:[^<>]*?\s)?name\s*+=\s*+[\"']([^\"'<>]++)|{_CALL_TAG}\|?>\s*+{_CODE}"
+    rf"|^Action:\s*+([\w.-]++)|\A\s*+(?:```\w*+\s++)?{_CODE}\((?=.*\)[\]`;\s]*\Z)",
     re.MULTILINE | re.DOTALL,
 ).finditer
 _may_be_bare = re.compile(r"\s*(?:<\|python_tag\|>|[{\[])").match
@@ -118,11 +126,10 @@ def _answer_in(content: str, tools: Collection[str]) -> Answer | None:
         for name in ("toolrl", "hermes"):
             answer = TEMPLATES[name].parse(data)
             if not {Block.BROKEN, Block.TEXT} & set(answer.blocks):
+                _check_plain(answer.response or "", tools)
                 return answer
         raise GoldError("its text has a thought or a call that cannot be read")
-    if _foreign_call(content):
-        raise GoldError("its text has a call that cannot be read")
-    if _may_be_bare(content):
+    if _may_be_bare(content) and not _foreign_call(content):
         answer = TEMPLATES["llama3"].parse(data)
         if (
             answer.calls
@@ -130,9 +137,19 @@ def _answer_in(content: str, tools: Collection[str]) -> Answer | None:
             and {c.name for c in answer.calls} <= set(tools)
         ):
             return answer
-    if any(name in tools for found in _call_of(content) for name in found.groups()):
-        raise GoldError("its text has a call that cannot be read")
+    _check_plain(content, tools)
     return None
+
+
+def _check_plain(text: str, tools: Collection[str]) -> None:
+    """GoldError for a text that still has a call in it, or a thought from its first tag to its last."""
+    if _foreign_call(text) or any(
+        name in tools for found in _call_of(text) for name in found.groups()
+    ):
+        raise GoldError("its text has a call that cannot be read")
+    begun = _thought_begin(text)
+    if begun is not None and _thought_end.search(text, begun.end()):
+        raise GoldError("its text has a thought that cannot be read")
 
 
 def _fault(target: Target, template: Template) -> str | None:

@@ -31,6 +31,8 @@ UNIONS = ("anyOf", "oneOf", "allOf")
 _FLAT = {"type", "properties", "required", "additionalProperties", "description", "title"}
 _FLAT |= {"$schema", "$id", "$comment", "strict", "examples"}
 DEFINITIONS = ("$defs", "definitions")
+_REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
+_DATA = ("enum", "const", "default", "examples")  # what they hold are values, not schemas
 _MAX_NODES = 4096  # of one tool with its references put in
 _MAX_TYPE = 200  # characters of a type
 
@@ -232,19 +234,20 @@ def _kind_of(value: Any) -> str:
 
 def _resolved(root: Mapping[str, Any]) -> dict[str, Any]:
     """The schema with its references replaced by what they point to, without definitions. As it is where a reference is
-    within itself or the result would be very long; a reference that points nowhere stays.
+    within itself, the result would be very long, or a reference is not followed (by `$id`, `$dynamicRef`) that may need the
+    definitions; without any, one that points nowhere stays.
     """
-    left = _MAX_NODES
+    left, dropped, unfollowed = _MAX_NODES, False, False
 
-    def resolve(value: Any, path: tuple[str, ...], names: bool = False) -> Any:
-        nonlocal left  # `names`: the keys are names of parameters
+    def resolve(value: Any, path: tuple[str, ...], names: bool = False, data: bool = False) -> Any:
+        nonlocal left, dropped, unfollowed  # `names`: the keys are names of parameters
         left -= 1
         if isinstance(value, list):
-            return [resolve(inner, path) for inner in value]
+            return [resolve(inner, path, data=data) for inner in value]
         if not isinstance(value, Mapping):
             return value
-        if names:
-            return {name: resolve(inner, path) for name, inner in value.items()}
+        if names or data:
+            return {name: resolve(inner, path, data=data) for name, inner in value.items()}
         pointer = value.get("$ref")
         target = pointed(pointer, root)
         if isinstance(pointer, str) and isinstance(target, Mapping):
@@ -252,17 +255,20 @@ def _resolved(root: Mapping[str, Any]) -> dict[str, Any]:
                 raise RecursionError
             beside = {key: inner for key, inner in value.items() if key != "$ref"}
             return resolve({**target, **beside}, (*path, pointer))
+        dropped = dropped or not value.keys().isdisjoint(DEFINITIONS)
+        unfollowed = unfollowed or any(isinstance(value.get(k), str) for k in _REFERENCES)
         hidden = (*DEFINITIONS, "$anchor")
         return {
-            k: resolve(inner, path, k == "properties")
+            k: resolve(inner, path, k == "properties", k in _DATA)
             for k, inner in value.items()
             if k not in hidden
         }
 
     try:
-        return resolve(root, ("#",))
+        resolved = resolve(root, ("#",))
     except RecursionError:
         return dict(root)
+    return dict(root) if dropped and unfollowed else resolved
 
 
 def pointed(pointer: Any, root: Any) -> Any:

@@ -50,6 +50,34 @@ def test_version_and_extra_are_in_the_file(tmp_path, ending):
         read_records(path)
 
 
+def test_a_record_that_calls_a_tool_it_does_not_offer_is_set_aside(tmp_path, capsys):
+    call, user = {"name": "zzz", "arguments": {}}, {"role": "user", "content": "go"}
+    history = [user, {"role": "assistant", "calls": [call]}, {"role": "tool", "content": "1"}]
+    tools, messages = [{"name": "f"}], [user]
+    kept = {
+        "good": {"tools": [*tools, {"name": "zzz"}], "history": [user]},
+        "none listed": {"history": history},
+        "as text": {"tools": tools, "history": [], "messages": messages},
+    }
+    aside = {
+        "target": {"tools": tools, "history": [user]},
+        "history": {"tools": tools, "history": history, "target": {"response": "hi"}},
+    }
+    path = tmp_path / "x.jsonl"
+    lines = [{"id": n, "target": {"calls": [call]}, **raw} for n, raw in (kept | aside).items()]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert [record.id for record in read_records(path)] == list(kept)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].endswith(": line 4: record 'target': calls 'zzz', which is not among its tools")
+    assert said[-1] == f"data {path}: 2 of 5 set aside"
+
+
+def test_published_records_are_kept_whatever_they_call(data_dir):
+    paths = [data_dir / "rlla" / name for name in ("rlla_sft.json", "test.parquet")]
+    paths += sorted((data_dir / "api_bank").glob("*.json"))
+    assert [len(read_records(path)) for path in paths] == [400, 80, 399, 67, 131]
+
+
 def test_rlla_and_its_gold_answers_survive_our_own_files(tmp_path, data_dir):
     records = read_records(data_dir / "rlla" / "rlla_sft.json", limit=20)
     for ending in ("jsonl", "parquet"):

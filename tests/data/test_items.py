@@ -5,10 +5,12 @@ import codecs
 import datetime
 import decimal
 import gzip
+import io
 import json
 import lzma
 import math
 import os
+import tarfile
 import tracemalloc
 
 import pyarrow
@@ -166,6 +168,15 @@ def _gzip(content: bytes) -> bytes:
     return gzip.compress(content, mtime=0)
 
 
+def _tar() -> bytes:
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as archive:
+        member = tarfile.TarInfo("x.jsonl")
+        member.size = 8
+        archive.addfile(member, io.BytesIO(b'{"a": 1}'))
+    return made.getvalue()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -179,7 +190,22 @@ def _gzip(content: bytes) -> bytes:
         (b"id,text\n1,hello\n", "not JSON: 'id,text"),
         (b"messages:\n- role: user\n", "not JSON: 'messages:"),
         (b"---\n- a: 1\n", "YAML"),
-        (b"\x80\x04\x95", "a pickle"),
+        *((b"\x80%c" % protocol, "a pickle") for protocol in (2, 3, 4, 5)),
+        (_tar(), "a tar archive; unpack it"),
+        (_gzip(_tar()), "a tar archive; unpack it"),
+        (_gzip(_gzip(b'{"a": 1}\n')), "compressed twice; unpack it once"),
+        (bz2.compress(_gzip(b'{"a": 1}\n')), "compressed twice"),
+        (b"7z\xbc\xaf\x27\x1c\0\4", "a 7z archive"),
+        (b"Rar!\x1a\x07\x00", "a RAR archive"),
+        (b"\x04\x22\x4d\x18d", "compressed by LZ4"),
+        (b"\x93NUMPY\x01\0v\0{'descr': '<f8'}", "an array of NumPy"),
+        (lzma.compress(b'{"a": 1}\n', lzma.FORMAT_ALONE), "compressed by LZMA"),
+        (b"ORC\x11", "an ORC file"),
+        (b"FEA1\0", "a Feather file"),
+        (b"\x89PNG\r\n\x1a\n", "an image"),
+        (b"[data]\na = 1\n", r"not JSON: '\[data\]"),
+        (b"\n[[data]]\na = 1\n", r"not JSON: '\[\[data\]\]"),
+        (b"[a.'b c'] ; said\r\nx=1\r\n", "not JSON: "),
         ('{"a": 1}'.encode("utf-16-le"), "not UTF-8 text"),
         (_gzip(b"PAR1...."), "a compressed Parquet file"),
         (_gzip(b'{"a": 1}\n' * 9000)[:-40], "damaged: "),
@@ -202,6 +228,12 @@ def test_a_pipe_is_refused_before_it_is_opened(tmp_path):
     os.mkfifo(tmp_path / "x.jsonl")
     with pytest.raises(RecordError, match="a pipe or a device; write it to a file"):
         reading.read_items(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize("text", ["[null]\n", "[[true]]", '["data"]\n', "[ ]\n", "[1]"])
+def test_a_list_of_one_value_is_no_header(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    assert values(tmp_path / "x.json") == json.loads(text)
 
 
 def test_an_object_with_lists_of_its_own_is_an_item(tmp_path):

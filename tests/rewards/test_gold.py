@@ -1,5 +1,6 @@
 """Every gold answer that is kept scores full marks as its own completion; what sources write as text is read."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -35,6 +36,33 @@ FOREIGN_CALLS = [
     '<｜DSML｜function_calls>\n<｜DSML｜invoke name="f">',
     '<|channel|>commentary to=functions.f<|message|>{"a": 1}<|call|>',
     "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Hello",
+    '```json\n{"arguments": {"a": 1}, "name": "f"}\n```',
+    '{"function": "f", "args": {"a": 1}}',
+    '{"name": "f", "input": {"a": 1}}',
+    'So: {"tool": "f", "args": {"a": 1}}.',
+    '{"tool_name": "f", "tool_args": {"a": 1}}',
+    '```\n{"action": "f", "action_input": {"a": 1}}\n```',
+    '{"recipient_name": "functions.f", "parameters": {"a": 1}}',
+    "{'name': 'f', 'arguments': {'a': 1}}",
+    "[{'arguments': {'a': True}, 'tool': \"f\"}]",
+    "<function_call>\nf(a=1)\n</function_call>",
+    "<tool_code>\nprint(f(a=1))\n</tool_code>",
+    '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "f", "parameters": {"a": 1}}]<|END_ACTION|>',
+    '<tool_use>\n<name>f</name>\n<arguments>{"a": 1}</arguments>\n</tool_use>',
+    '<tool_use>{"name": "f", "arguments": {"a": 1}}</tool_use>',
+    "<tool>f</tool><tool_input>1</tool_input>",
+    '<call id="0" name="f">1</call>',
+    "<longcat_tool_call>f\n<longcat_arg_key>a</longcat_arg_key>\n</longcat_tool_call>",
+    "<f>\n<a>1</a>\n</f>",
+    "<|python_start|>[f(a=1)]<|python_end|>",
+    "<|python_tag|>f.call(a=1)",
+    "<|tool▁call▁begin|>f",
+    'to=functions.f {"a": 1}',
+    "result = f(a=1)",
+    "print(f(a=1))",
+    # behind what is read, too
+    '<think>hm</think>\n```json\n{"name": "f", "input": {"a": 1}}\n```',
+    f"<think>hm</think>\n{BARE}",
 ]
 
 
@@ -98,6 +126,8 @@ def test_what_is_written_as_text_is_read(name, opened, given, read):
         (Target((), "<think> never closed"), "cannot be read"),
         (Target((), "<thinking> never closed"), "cannot be read"),
         *((Target((), text), "cannot be read") for text in FOREIGN_CALLS),
+        (Target((), "Let me see.\n<think>hm</think>\nHi"), "a thought that cannot be read"),
+        (Target((), "<think>hm</think>Hi\n<Thinking>hm</Thinking>"), "cannot be read"),
         (Target((), "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"), "cannot be read"),
         (Target((), '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}]'), "cannot be read"),
         (Target((Call("g", {}),), AS_TEXT), "other calls"),
@@ -128,6 +158,10 @@ def test_what_cannot_be_said_is_refused_with_its_reason(template, target, reason
         ('{"name": "not offered", "parameters": {}}', {"toolrl", "hermes"}),
         ('Like\n{"name": "g", "parameters": {}}', {"toolrl", "hermes"}),
         ("if (a) {\n  b\n}", {"toolrl", "hermes", "llama3"}),
+        ("I would use f (or g), the tool whose name: f says it.", {"toolrl", "hermes", "llama3"}),
+        ("The function f(a=1) has been called, and f is done.", {"toolrl", "hermes", "llama3"}),
+        ('{"name": "Ann", "likes": "f"}', {"toolrl", "hermes", "llama3"}),
+        ("See <b>f</b> and <tool>g</tool>.", {"toolrl", "hermes", "llama3"}),
     ],
 )
 def test_a_response_with_the_tags_of_a_format_is_set_aside_where_it_cannot_be_said(text, templates):
@@ -140,6 +174,17 @@ def test_a_response_with_the_tags_of_a_format_is_set_aside_where_it_cannot_be_sa
         assert target.response == text and is_exact(target, template)
         said.add(name)
     assert said == templates
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["<think>", "<tool", "<call ", "<a>", "{", '{"name": "', "f(", "a=", ")", " ", "<tool>print("],
+)
+def test_long_texts_are_looked_through_in_linear_time(piece):
+    began = time.perf_counter()
+    with contextlib.suppress(GoldError):
+        reachable(Target((), "x " + piece * 30_000), TEMPLATES["llama3"], {"f"})
+    assert time.perf_counter() - began < 5
 
 
 def test_tags_in_arguments_can_be_said_in_every_template():

@@ -237,6 +237,40 @@ def test_references_within_themselves_are_shown_with_their_definitions():
         assert _toolrl_parameters({"name": "f", "parameters": parameters}) == parameters
 
 
+@pytest.mark.parametrize("keyword", ["$defs", "definitions"])
+@pytest.mark.parametrize(
+    ("reference", "definition"),
+    [
+        ({"$ref": "U"}, {"$id": "U"}),
+        ({"$ref": "https://x/U"}, {"$id": "https://x/U"}),
+        ({"$ref": "#/$defs/Other"}, {}),
+        ({"$dynamicRef": "#u"}, {"$dynamicAnchor": "u"}),
+        ({"$recursiveRef": "#"}, {}),
+    ],
+)
+def test_references_that_are_not_followed_keep_their_definitions(keyword, reference, definition):
+    defined = {keyword: {"U": {**definition, "type": "integer"}}}
+    parameters = {"type": "object", "properties": {"n": reference}, **defined}
+    assert _toolrl_parameters({"name": "f", "parameters": parameters}) == parameters
+    inner = {"items": reference, **defined}
+    parameters = {"type": "object", "properties": {"n": inner}}
+    shown = _toolrl_parameters({"name": "f", "parameters": parameters})["n"]
+    assert {key: shown[key] for key in inner} == inner
+
+
+def test_values_that_look_like_schemas_stay():
+    values = [{"$defs": 1}, {"$ref": "#/$defs/U"}, {"$anchor": "u"}, {"definitions": {}}]
+    inner = {"enum": values, "const": values[0], "default": values[1], "examples": values}
+    parameters = {
+        "type": "object",
+        "properties": {"a": inner, "enum": {"$ref": "#/$defs/U"}},
+        "$defs": {"U": UNIT},
+    }
+    shown = _toolrl_parameters({"name": "f", "parameters": parameters})
+    assert {key: shown["a"][key] for key in inner} == inner
+    assert shown["enum"]["enum"] == UNIT["enum"]
+
+
 @pytest.mark.parametrize("brief", [False, True])
 @pytest.mark.parametrize("template", list(TEMPLATES))
 def test_no_letter_is_escaped(template, brief):

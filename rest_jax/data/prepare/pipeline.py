@@ -30,7 +30,7 @@ from rest_jax.data.convert.xlam import NO_CALL
 from rest_jax.data.fields import RecordError, shown
 from rest_jax.data.prepare import split, summary, transforms
 from rest_jax.data.prepare.settings import Settings, check
-from rest_jax.data.records import StepRecord, to_json
+from rest_jax.data.records import StepRecord, not_offered, said_not_offered, to_json
 from rest_jax.errors import UserError
 from rest_jax.files import atomic_write
 from rest_jax.rewards.gold import GoldError, reachable
@@ -126,9 +126,8 @@ def _records(work: _Work) -> Iterator[tuple[StepRecord, str]]:
             record = _with_new_id(record, work)
             if (record := _reachable(record, where, work)) is None:
                 continue
-            if strange := transforms.not_offered(record):
-                said = ", ".join(map(shown, sorted(strange)))
-                _set_aside(work, where, f"calls {said}, which is not among its tools", record)
+            if strange := not_offered(record):
+                _set_aside(work, where, said_not_offered(strange), record)
                 dropped["calls a tool that is not offered"] += 1
             elif not work.settings.keep_duplicates and _is_known(record, work.contents):
                 dropped["duplicate"] += 1

@@ -16,8 +16,8 @@ whose name says otherwise belongs to neither part. So a held-out tool is in trai
 import dataclasses
 from typing import Any, Literal
 
-from rest_jax.data.prepare.transforms import TEXT_ONLY, called, digest, draw, rewritten, structured
-from rest_jax.data.records import StepRecord
+from rest_jax.data.prepare.transforms import TEXT_ONLY, digest, draw, rewritten
+from rest_jax.data.records import StepRecord, called, structured
 
 Part = Literal["train", "eval"]
 Described = dict[int, bool]  # digest of a description -> whether its first name is held out

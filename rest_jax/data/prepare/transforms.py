@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rest_jax.data.convert.xlam import NO_CALL
-from rest_jax.data.records import StepRecord, to_json
+from rest_jax.data.records import StepRecord, called, structured, to_json
 from rest_jax.templates.rendering import DEFINITIONS, UNIONS, is_schema, pointed
 from rest_jax.tool_calls import Call, Target
 
@@ -45,27 +45,9 @@ def draw(seed: int, purpose: str, name: str) -> float:
     return digest(seed, purpose, name) / 2**64
 
 
-def structured(record: StepRecord) -> bool:
-    """Whether tools and history say the prompt, so that it can be written anew from them."""
-    return record.messages is None or bool(record.tools and record.history)
-
-
 def rewritten(record: StepRecord, **changes: Any) -> StepRecord:
     """The record with other tools, history or target, without its verbatim prompt and `extra`."""
     return dataclasses.replace(record, messages=None, extra={}, **changes)
-
-
-def not_offered(record: StepRecord) -> set[str]:
-    """Names that the record calls, in its history or its target, and does not offer; none where the tools are not known."""
-    if not structured(record):
-        return set()
-    calls = {*called(record), *(call.name for call in record.target.calls)}
-    return calls - {tool["name"] for tool in record.tools}
-
-
-def called(record: StepRecord) -> list[str]:
-    """Names of the tools called in the history."""
-    return [call["name"] for turn in record.history for call in turn.get("calls") or ()]
 
 
 # --- taking the right tools away -------------------------------------------------------------------------------------
