@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rest_jax.errors import RunStopped, UserError
-from rest_jax.files import Location
+from rest_jax.files import Location, local_path
 
 _TO_END = 10  # seconds a program has once its input has ended,
 _APART_TO_END = 0.5  # and one that may do anything
@@ -38,7 +38,7 @@ def find_python(
     when it has not, or is none; it says how to install the requirement, as pip understands it. `named`: what the folder is the
     value of.
     """
-    python = sys.executable if folder is None else str(pathlib.Path(folder) / "bin" / "python")
+    python = sys.executable if folder is None else str(local_path(named, folder) / "bin" / "python")
     place = "this Python" if folder is None else f"{named} {folder}"
     try:
         # Isolated: a folder of that name in the working directory is no package.

@@ -14,6 +14,7 @@ import types
 from typing import Any, NamedTuple
 
 from rest_jax.errors import UserError
+from rest_jax.files import local_path
 
 # Keys of a config that name a file.
 KEYS = ("reward.plugin", "weights.plugin", "loss.advantage_plugin", "loss.policy_plugin")
@@ -45,8 +46,9 @@ def split(word: str) -> tuple[str, str]:
 def read(word: str, key: str) -> Source:
     """The file of a word, as it was when it was first read; `key` opens the message of the UserError where it cannot be."""
     path, name = split(word)
+    place = local_path(key, path)
     try:
-        return Source(str(pathlib.Path(path).absolute()), name, pathlib.Path(path).read_bytes())
+        return Source(str(place.absolute()), name, place.read_bytes())
     except OSError as error:
         raise UserError(f"{key} {word}: {error.strerror}") from error
 

@@ -145,6 +145,8 @@ def test_a_group_without_a_command_prints_its_help(capsys):
             "plan scale/tiny --topology cpu:2 --output s3://b/x.png",
             "--output s3://b/x.png: a local path",
         ),
+        ("train scale/tiny reward.plugin=s3://b/x.py", "reward.plugin s3://b/x.py: a local path"),
+        ("data prepare openai ftp://b/in.jsonl o.jsonl", "ftp://b/in.jsonl: no such store as ftp"),
         ("compare quick --output s3://b/x", "--output s3://b/x: a local path is needed here"),
     ],
 )

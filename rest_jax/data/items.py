@@ -108,13 +108,19 @@ def read_items(path: Location) -> Iterator[Item]:
         with open_bytes(path) as file:
             start = file.read(64)
     if start.startswith(b"PAR1"):
-        return _parquet_rows(path)
+        return _read(path, _parquet_rows(path))
     if path.suffix == ".parquet":
         raise RecordError(f"data {path}: not a Parquet file (its first bytes are not)")
-    with _decoded(path) as (file, _):
+    with store_errors(path), _decoded(path) as (file, _):
         start = file.read(HEAD)
     _check_text(start, path)
-    return _items(path, *_layout(start))
+    return _read(path, _items(path, *_layout(start)))
+
+
+def _read(path: epath.Path, items: Iterator[Item]) -> Iterator[Item]:
+    """The items, with one line for what a store's package raises on the way."""
+    with store_errors(path):
+        yield from items
 
 
 def _check_text(start: bytes, path: epath.Path) -> None:

@@ -4,7 +4,6 @@
 that fill the decode slots; it yields their texts, without the token that ends the turn.
 """
 
-import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from rest_jax.data.records import StepRecord
 from rest_jax.data.tokenize import Encoder, encode, fitting, said_aside
 from rest_jax.distributed import num_data_shards
 from rest_jax.errors import UserError
+from rest_jax.files import as_path, store_errors
 from rest_jax.models.policy import check_positions
 from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
@@ -73,7 +73,8 @@ def prompt_record(prompt: str, tools: str | None) -> StepRecord:
 def read_tools(path: str) -> tuple[dict[str, Any], ...]:
     """The tools of a JSON file. UserError for a file that is no list of tools."""
     try:
-        text = pathlib.Path(path).read_text("utf-8-sig")
+        with store_errors(path):
+            text = as_path(path).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise UserError(f"tools {path}: {reason}") from error

@@ -24,6 +24,7 @@ from rest_jax import tool_calls
 from rest_jax.data import fields
 from rest_jax.errors import UserError
 from rest_jax.evaluation.tau2 import Tau2
+from rest_jax.files import local_path
 from rest_jax.rollout.generate import read_tools
 from rest_jax.templates.rendering import signature
 from rest_jax.texts import printable
@@ -236,7 +237,7 @@ def load_tools(path: str | None) -> Tools:
     if path is None:
         return Tools((), _no_tool)
     if pathlib.PurePath(path).suffix == ".py":
-        return _functions(path)
+        return _functions(local_path("tools", path))
     schemas = [signature(tool) for tool in read_tools(path)]
     return Tools(schemas, lambda name, _: input(f"the result of {name}: "))
 
@@ -282,7 +283,7 @@ def _no_tool(name: str, arguments: Mapping[str, Any]) -> str:
     raise LookupError(f"there is no tool {name}")
 
 
-def _functions(path: str) -> Tools:
+def _functions(path: pathlib.Path) -> Tools:
     """The public functions that a Python file defines."""
     from transformers.utils.chat_template_utils import get_json_schema
 
@@ -290,7 +291,7 @@ def _functions(path: str) -> Tools:
     try:
         found = {
             key: value
-            for key, value in runpy.run_path(path, run_name=name).items()
+            for key, value in runpy.run_path(str(path), run_name=name).items()
             if callable(value) and getattr(value, "__module__", "") == name and key[0] != "_"
         }
         schemas = [get_json_schema(function) for function in found.values()]

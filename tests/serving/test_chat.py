@@ -8,6 +8,7 @@ import pytest
 
 from rest_jax import cli
 from rest_jax.errors import UserError
+from rest_jax.files import as_path
 from rest_jax.serving.chat import load_tools
 from rest_jax.worlds.synthetic import Shop, tasks
 from tests.serving.servers import FakeStream, serving
@@ -169,6 +170,14 @@ def test_files_without_tools(tmp_path, name, content, says):
     with pytest.raises(UserError, match=says) as caught:
         load_tools(str(path))
     assert str(path) in str(caught.value)
+
+
+def test_tools_by_url_are_a_json_list(memory_store):
+    url = f"{memory_store}/tools.json"
+    as_path(url).write_text('[{"name": "f"}]')
+    assert load_tools(url).schemas[0]["function"]["name"] == "f"
+    with pytest.raises(UserError, match=r"^tools s3://b/t\.py: a local path is needed here"):
+        load_tools("s3://b/t.py")
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ item: they make their `convert` of the paths of all files. `READERS` are those w
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+from etils import epath
 
 from rest_jax.data import fields
 from rest_jax.data.convert import openai, rlla, sgd, tau2, toolace, xlam
@@ -47,8 +48,8 @@ SOURCES: dict[str, Convert] = {
     "rlla": _with_extra(rlla.convert, rlla.READ),
     "api_bank": _with_extra(rlla.convert_api_bank, rlla.READ_API_BANK),
 }
-OPENED: dict[str, Callable[[Sequence[pathlib.Path]], Convert]] = {
+OPENED: dict[str, Callable[[Sequence[epath.Path]], Convert]] = {
     "sgd": sgd.open_files,
     "tau2": lambda _: tau2.convert,
 }
-READERS: dict[str, Callable[[pathlib.Path], Iterator[Item]]] = {"tau2": tau2.read_tasks}
+READERS: dict[str, Callable[[epath.Path], Iterator[Item]]] = {"tau2": tau2.read_tasks}

@@ -8,7 +8,6 @@ values are written; a call with a value that stands nowhere before it and that t
 """
 
 import datetime
-import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from rest_jax.data import fields
 from rest_jax.data.fields import RecordError
 from rest_jax.data.records import StepRecord, decompose
 from rest_jax.errors import UserError
+from rest_jax.files import Location, as_path, store_errors
 
 # Every date of the data set is relative to this day, a Friday.
 TODAY = datetime.date(2019, 3, 1)
@@ -43,16 +43,19 @@ _times = re.compile(
 _thousands = re.compile(r"(?<=\d),(?=\d{3}\b)")
 
 
-def open_files(paths: Sequence[pathlib.Path]) -> "_Converter":
+def open_files(paths: Sequence[Location]) -> "_Converter":
     """The converter of these files of dialogues. UserError for a schema that is missing, cannot be read, or has a service that
     another one describes otherwise.
     """
     services: dict[str, list[dict[str, Any]]] = {}
-    for folder in dict.fromkeys(path.parent for path in paths):
+    for folder in dict.fromkeys(as_path(path).parent for path in paths):
         path = folder / "schema.json"
-        if not path.is_file():
-            raise UserError(f"data {path}: no such file; it comes with the dialogues of its folder")
-        text = path.read_text(encoding="utf-8", errors="replace")
+        with store_errors(path):
+            if not path.is_file():
+                raise UserError(
+                    f"data {path}: no such file; it comes with the dialogues of its folder"
+                )
+            text = path.read_bytes().decode("utf-8", "replace")
         listed = fields.json_text(text, f"data {path}")
         for i, raw in enumerate(fields.sequence(listed, f"data {path}")):
             name, tools = _service(raw, f"data {path}: [{i}]")

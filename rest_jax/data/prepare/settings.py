@@ -2,15 +2,18 @@
 
 import dataclasses
 import difflib
+import itertools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from etils import epath
 
 from rest_jax.data import files, items
 from rest_jax.data.convert import OPENED, READERS, SOURCES, Convert
 from rest_jax.data.records import StepRecord, from_json
 from rest_jax.errors import UserError
-from rest_jax.files import local_path
+from rest_jax.files import as_path, is_url, local_path
 
 SETTABLE = ("data.template", "data.brief_prompt")  # config values that preparing looks at
 
@@ -36,7 +39,12 @@ class Settings:
     overwrite: bool = False
 
     @property
-    def read(self) -> Callable[[pathlib.Path], Iterator[items.Item]]:
+    def places(self) -> list[epath.Path]:
+        """Where the inputs are: local paths or URLs."""
+        return list(map(as_path, self.inputs))
+
+    @property
+    def read(self) -> Callable[[epath.Path], Iterator[items.Item]]:
         """What gives the items of an input."""
         return READERS.get(self.source, items.read_items)
 
@@ -78,7 +86,7 @@ def check(settings: Settings) -> Convert:
     _check_files(settings)
     if settings.source in KNOWN:
         return KNOWN[settings.source]
-    return OPENED[settings.source](list(map(pathlib.Path, settings.inputs)))
+    return OPENED[settings.source](settings.places)
 
 
 def check_settings(overrides: Sequence[str], known: Sequence[str] = SETTABLE) -> None:
@@ -92,15 +100,14 @@ def check_settings(overrides: Sequence[str], known: Sequence[str] = SETTABLE) ->
 def _check_files(settings: Settings) -> None:
     out, paths = local_path("data", settings.out), settings.paths.values()
     files.check_path(out)
-    inputs = list(map(pathlib.Path, settings.inputs))
-    for path in inputs:
+    for path in settings.places:
         settings.read(path)  # refuses what is no file; reads nothing yet
     for path in filter(pathlib.Path.exists, paths):
         if path.is_dir():
             raise UserError(
                 f"data {path}: is a folder, the name of a file is needed; choose another OUT"
             )
-        if any(map(path.samefile, inputs)):
+        if any(map(path.samefile, itertools.filterfalse(is_url, settings.inputs))):
             raise UserError(f"data {path}: is an input too; choose another OUT")
         if not settings.overwrite:
             raise UserError(

@@ -2,7 +2,9 @@
 
 import dataclasses
 import errno
+import gzip
 import json
+import pathlib
 import re
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from rest_jax.data.prepare import pipeline, split, summary
 from rest_jax.data.records import from_json, to_json
 from rest_jax.data.synthetic import world as synthetic
 from rest_jax.errors import RunStopped, UserError
+from rest_jax.files import as_path
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.templates import TEMPLATES
 from tests.data.prepare.dialogues import REPOSITORY, dialogue, files_under, names, run, write
@@ -235,6 +238,31 @@ def test_calls_of_tools_that_are_not_offered_are_dropped(tmp_path, out):
     result = run(path, out, source="records", overwrite=True)
     assert [r.id for r in read_records(out)] == [record["id"], "t"]
     assert result.dropped == {"calls a tool that is not offered": 1}
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_inputs_may_be_urls(tmp_path, out, memory_store, compress):
+    path = pathlib.Path(write(tmp_path / "in.jsonl", [dialogue(0), dialogue(1)]))
+    url = f"{memory_store}/people/in.jsonl"
+    as_path(url).write_bytes(compress(path.read_bytes()))
+    run(str(path), out)
+    local = out.read_bytes()
+    result = run(url, out, overwrite=True)
+    assert out.read_bytes() == local and result.items == 2
+    with pytest.raises(UserError, match=f"^data {memory_store}/none.jsonl: no such file"):
+        run(f"{memory_store}/none.jsonl", out, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "url", "message"),
+    [
+        ("openai", "https://x/in.jsonl", "https://x/in.jsonl: no such store as https://; known: "),
+        ("tau2", "s3://x/venv", "data s3://x/venv: a local path is needed here, not a URL"),
+    ],
+)
+def test_a_url_that_cannot_be_an_input_is_named_as_it_was_given(out, source, url, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        run(url, out, source=source)
 
 
 def test_parquet_as_people_have_it(tmp_path, out):
