@@ -51,6 +51,32 @@ def render(template: str) -> str:
         "{{ ('x' * 1000000).replace('x', 'y' * 1000000) }}",
         "{{ ('x' * 1000000) | replace('x', 'y' * 1000000) }}",
         "{{ (['x' * 1000000] * 1000) | join }}",
+        "{{ (['x'] * 90000) | map('center', 1000000) | join }}",
+        "{{ ''.join((['x'] * 90000) | map('center', 1000000)) }}",
+        "{{ (['x' * 9] * 90000) | replace('x', 'y' * 1000000) }}",
+        "{{ 'x' | replace(new='y' * 10000000, old='x') }}{{ ('x' * 9) | replace(new='y' * 10000000, old='x') }}",
+        "{{ ('x\n' * 1000000) | indent(100000) }}",
+        "{{ ('x\n' * 1000000) | indent('y' * 100000) }}",
+        "{{ ([1] * 1000000) | tojson(indent=100000) }}",
+        "{{ ('\t' * 1000000).expandtabs(100000) }}",
+        "{{ ('x' * 1000000).translate({120: 'y' * 1000000}) }}",
+        "{{ ('{0}' * 1000000).format('x' * 1000000) }}",
+        "{{ ('%999999d' * 1000) % ((1,) * 1000) }}",
+        "{{ ('%(a)s' * 1000000) % {'a': 'x' * 1000000} }}",
+        "{{ 'x'.encode() * 10000000000 }}",
+        "{{ ('x' * 1000000).encode().replace('x'.encode(), ('y' * 1000000).encode()) }}",
+        "{{ (1).to_bytes(10000000000, 'big') }}",
+        # one step that is slow: of the square of the letters, or of many entries
+        "{{ ('x' * 5000000) | wordwrap(1) }}",
+        "{{ ('<>' * 5000000) | striptags }}",
+        "{{ (('http://' ~ '(' * 900000) ~ 'x' ~ (')' * 900000)) | urlize }}",
+        "{{ ('x' * 5000000).strip('y' * 5000000 ~ 'x') }}",
+        "{{ ('x' * 5000000).rfind('xy' ~ 'x' * 2500000) }}",
+        "{{ ([1] * 9000000) | sort | length }}",
+        MANY + "{{ r | select('in', r) | list }}",
+        MANY + "{{ r | reject('in', r) | list }}",
+        "{% set r = [1] * 9000000 %}{{ " + " or ".join(["2 in r"] * 100) + " }}",
+        "{% set r = [1] * 9000000 %}{{ " + " and ".join(["r[1:]"] * 100) + " }}",
     ],
 )
 def test_what_does_not_end_or_is_too_large_is_refused(template, monkeypatch):
@@ -89,6 +115,9 @@ def test_what_templates_do_is_left_alone():
         "{% if loop.last %}{% break %}{% endif %}{% endfor %}"
         "{% generation %}{{ n.text.split('r') | join(', ') }}{{ n.text.replace('user', 'me') | length * 3 }}{% endgeneration %}"
         "{% for name, text in messages[0].items() | list %}{% set pair = (name, [text]) %}{{ pair }}{% endfor %}"
+        "{{ messages[::-1] | length }}{{ 'hi' in messages[0].content and messages[0].role in ['user', 'tool'] }}"
+        "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | list }}{{ 'a\nb' | indent(2) }}"
+        "{{ m is defined }}{{ messages[0].role is in ['user'] }}{{ 3 < 4 <= 4 }}{{ ' x ' | trim }}{{ 'x--'.rstrip('-') }}"
         "{{ messages | map(attribute='role') | join('-') }}{{ 'a' | center(5) }}{{ [1] * 3 }}{{ messages[:1] + messages[1:] }}"
     )
     limited = render(template)
@@ -99,3 +128,12 @@ def test_what_templates_do_is_left_alone():
         expected, _ = chat_template_utils.render_jinja_template([CHAT], chat_template=template)
     chat_template_utils._compile_jinja_template.cache_clear()
     assert limited == expected[0] and "<|user|>hi1700000000" in limited
+
+
+def test_long_texts_of_a_chat_are_within_the_limits():
+    """Four million letters through what templates do with contents."""
+    template = (
+        "{% set c = 'x y\n' * 1000000 %}{{ c | trim | length }} {{ (c ~ '</t>').split('</t>')[0].rstrip('\n') | length }} "
+        "{{ c | replace('x', '') | length }} {{ c | tojson | length }} {{ c | indent(2) | length }}"
+    )
+    assert render(template) == "3999999 3999999 3000000 5000002 5999998"
