@@ -46,7 +46,7 @@ aot: $(RUNTIME) ## Compile the recipes for hardware that is not here into docs/p
 	  $(BIN)/rest-jax plan scale/$$name method/rest --topology $${plan#*=} --json docs/plans/$$name.json \
 	    --output docs/plans/$$name.png > docs/plans/$$name.txt || { cat docs/plans/$$name.txt; exit 1; }; done
 
-docs: $(RUNTIME) $(DOCS) ## Write docs/configuration.md anew and build the site into build/site; a broken link fails
+docs: $(DOCS) ## Write docs/configuration.md anew and build the site into build/site; a broken link fails
 	$(BIN)/python tools/make_configuration.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
@@ -75,8 +75,8 @@ $(BIN)/python:
 	  echo "$(PYTHON) is $$($(PYTHON) -V); Python >= 3.11 is needed: make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv .venv
 
-lock: $(DEV) ## Write requirements.lock anew, which .ci/run installs
-	echo "torch ; sys_platform == 'none'" | $(BIN)/uv pip compile requirements-dev.txt --quiet --universal --python-version 3.11 \
+lock: $(DEV) ## Write requirements.lock anew, for tests and site, which .ci/run installs
+	echo "torch ; sys_platform == 'none'" | $(BIN)/uv pip compile requirements-dev.txt requirements-docs.txt --quiet --universal --python-version 3.11 \
 	  --override - --no-emit-package torch --generate-hashes --no-annotate --no-header --upgrade --output-file requirements.lock
 
 bounds: $(DEV) ## A short run under the lowest and the newest versions that requirements.txt allows; one: BOUNDS=highest
@@ -84,7 +84,8 @@ bounds: $(DEV) ## A short run under the lowest and the newest versions that requ
 	  $(BIN)/uv pip install --quiet --python .venv-$$bound/bin/python --resolution $$bound -r requirements.txt pytest hypothesis beartype; \
 	  .venv-$$bound/bin/python -m pytest $(BOUNDS_TESTS); done
 
-# With LOCKED=1 the versions of requirements.lock; of torch, which it leaves to the machine, that of requirements-dev.txt.
+# With LOCKED=1 the versions of requirements.lock, for tests and site; of torch, which it leaves to the machine, that of
+# requirements-dev.txt.
 $(RUNTIME): requirements.txt pyproject.toml setup.py $(if $(LOCKED),requirements.lock) | $(BIN)/python
 	$(if $(LOCKED),$(BIN)/python -m pip install --no-deps --require-hashes -r requirements.lock)
 	$(BIN)/python -m pip install -r requirements.txt
@@ -96,7 +97,7 @@ $(DEV): requirements-dev.txt $(RUNTIME)
 	$(BIN)/python -m pip install --no-deps $(ASSETS)
 	touch $@
 
-$(DOCS): requirements-docs.txt | $(BIN)/python
+$(DOCS): requirements-docs.txt $(RUNTIME)
 	$(BIN)/python -m pip install -r requirements-docs.txt
 	touch $@
 

@@ -2,6 +2,8 @@
 
 import ast
 import json
+import os
+import pathlib
 import re
 import shlex
 import shutil
@@ -43,7 +45,7 @@ KINDS = {
     r"\.ci/run": "it runs the tests, this one among them",
     r"(\w+/bin/)?pip install|python3 -m venv": "it fetches packages; extras of ours are looked up",
     "docker (build|run)": "it needs a daemon: tests/launch/test_image.py builds the images where there is one",
-    r"\.venv/bin/mike": "it commits to another branch",
+    r"PATH=\S+ mike": "it commits to another branch: a slow test does so in a clone",
     rf"{ASSIGNED}(bfcl|tau2)/bin/(bfcl|tau2) ": "a program of a benchmark, which asks a server of ours for hours",
 }  # fmt: skip
 
@@ -377,3 +379,41 @@ def test_the_site_builds_without_a_warning_and_asks_nobody(tmp_path):
     assert fetched == []
     assert "<math" in pages["method.html"] and "arithmatex" not in pages["method.html"]
     assert "policy_token_loss" in pages["api.html"] and "make quickstart" in pages["index.html"]
+
+
+@pytest.mark.services
+def test_a_release_and_the_next_are_both_kept(tmp_path):
+    """With the commands of docs/development.md, on the branch of a clone."""
+    for package in ("mkdocs", "mike"):
+        pytest.importorskip(package, reason=f"{package} is missing: requirements-docs.txt")
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("not a clone: mike keeps versions on a branch")
+    clone, page = tmp_path / "clone", (DOCS / "development.md").read_text()
+    commands = re.findall(r"^PATH=\S+ mike (.+)$", page, re.MULTILINE)
+    assert any("deploy" in command and " 0.1 " in command for command in commands)
+    programs = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+    def run(*words: str) -> str:
+        done = subprocess.run(
+            words, cwd=clone, env=environment() | {"NO_MKDOCS_2_WARNING": "1", "PATH": programs}, capture_output=True, text=True
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    clone.mkdir()
+    run("git", "clone", "--quiet", str(REPOSITORY), ".")
+    run("git", "config", "user.name", "nobody")
+    run("git", "config", "user.email", "nobody@example.org")
+    for version in ("0.1", "0.2"):
+        for command in commands:
+            run("mike", *shlex.split(command.replace("0.1", version)))
+    versions = json.loads(run("git", "show", "gh-pages:versions.json"))
+    assert [(one["version"], one["aliases"]) for one in versions] == [
+        ("0.2", ["latest"]),
+        ("0.1", []),
+    ]
+    run("git", "checkout", "--quiet", "gh-pages")
+    assert "latest/" in (clone / "index.html").read_text()
+    for folder in ("0.1", "0.2", "latest"):
+        assert "make quickstart" in (clone / folder / "index.html").read_text()
+    assert (clone / "latest").resolve() == clone / "0.2"

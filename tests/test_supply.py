@@ -33,7 +33,7 @@ def locked() -> dict[str, str]:
     return dict(re.findall(r"^([a-z0-9-]+)(?:\[.*\])?==(\S+)", text, re.MULTILINE))
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+@pytest.mark.parametrize("name", sorted(path.name for path in REPOSITORY.glob("requirements*.txt")))
 def test_the_lock_has_an_allowed_version_of_every_requirement(name):
     versions = locked()
     for package, wanted in requirements(name).items():
