@@ -247,7 +247,7 @@ class Tokenizer:
         """The chat through the tokenizer's own template, up to where the assistant starts to write; `tools` are for it to list.
 
         A template that asks for the date (Llama 3.x) is told a fixed one: prompts of tomorrow are those of today. TemplateError
-        for whatever the template raises.
+        for whatever the template raises, and for a chat that takes it too much time or space.
         """
         if not self.hf.chat_template:
             raise TokenizerError(
@@ -418,8 +418,8 @@ def _render(
 ) -> str:
     """A chat through the tokenizer's template at a fixed date, with `prompt` up to where the assistant starts to write.
 
-    TokenizerError when the template takes too much time or space; TemplateError for whatever else it raises: it is a program, and
-    fails with errors of any class.
+    TemplateLimitError when the template takes too much time or space; TemplateError for whatever else it raises: it is a program,
+    and fails with errors of any class.
     """
     given = list(tools) or None
     try:
@@ -436,8 +436,6 @@ def _render(
                 tokenize=False,
                 chat_template=DATE_MACRO + template,
             )
-    except chat_sandbox.TemplateLimitError as error:
-        raise TokenizerError(f"tokenizer {hf.name_or_path}: {error}") from error
     except jinja2.TemplateError:
         raise
     except Exception as error:
@@ -447,9 +445,13 @@ def _render(
 def _probe(
     hf: Any, messages: Sequence[Message], tools: Sequence[Any] = (), prompt: bool = True
 ) -> str:
-    """What the chat template makes of a chat, "" where it cannot."""
+    """What the chat template makes of a chat, "" where it cannot. TokenizerError where this takes it too much: such a template is
+    of no use to any chat.
+    """
     try:
         return _render(hf, messages, tools, prompt) if hf.chat_template else ""
+    except chat_sandbox.TemplateLimitError as error:
+        raise TokenizerError(f"tokenizer {hf.name_or_path}: {error}") from error
     except jinja2.TemplateError:
         return ""
 

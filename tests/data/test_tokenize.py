@@ -11,8 +11,9 @@ import pytest
 
 from rest_jax.config import DataConfig, RewardConfig
 from rest_jax.data.records import StepRecord
-from rest_jax.data.tokenize import Encoder, prepare, prepare_supervised
+from rest_jax.data.tokenize import Encoder, prepare, prepare_supervised, tokenise
 from rest_jax.errors import UserError
+from rest_jax.models import chat_sandbox
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.rewards.score import score
 from rest_jax.rl.regions import label_tokens
@@ -146,6 +147,19 @@ def test_gold_answers_that_cannot_be_said_are_set_aside(tokenizer):
     )
     with pytest.raises(UserError, match=r"no records; 3 set aside \(2: the gold answer is empty"):
         prepare(records[3:], tokenizer, TEMPLATES["hermes"], CFG)
+
+
+def test_a_record_that_takes_the_chat_template_too_much_is_set_aside(tokenizer, monkeypatch):
+    long = [{"role": "user", "content": "go " * 10_000}]
+    records = [record(Target((CALL,)), name="a"), record(Target((CALL,)), long, name="long")]
+    encoder = Encoder(tokenizer, TEMPLATES["hermes"])
+    assert tokenise(records, encoder, 100_000).size == 2
+    monkeypatch.setattr(chat_sandbox, "MAX_CHARACTERS", 20_000)
+    made = tokenise(records, encoder, 100_000)
+    assert [r.id for r in made.records] == ["a"]
+    (reason,) = made.set_aside
+    assert reason.endswith("makes a text of more than 20,000 characters")
+    assert made.set_aside[reason] == ["long"]
 
 
 def _frozen(made: StepRecord):
