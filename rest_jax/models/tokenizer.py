@@ -68,8 +68,9 @@ _LETTERS = 'Ab 1,  {"x": [-2.5, "é中"]}'
 _tried: set[bytes] = set()  # digests
 
 # What a chat template is given to show what it makes of it.
-_QUESTION = ({"role": "user", "content": "x"},)
-_PROBE = "qAnswerq"
+_PROBE = "qProbeq"
+_QUESTION = ({"role": "user", "content": _PROBE},)
+_ANSWER = "qAnswerq"
 _PROBE_TOOL = "probe_of_tools"
 
 
@@ -186,8 +187,12 @@ class Tokenizer:
 
     @functools.cached_property
     def thought_open(self) -> bool:
-        """Whether prompts end in an opening think tag (Qwen3-Thinking-2507, R1 distillates), behind which completions begin."""
-        return _probe(self.hf, _QUESTION).rstrip().endswith("<think>")
+        """Whether prompts end in an opened thought (Qwen3-Thinking-2507, R1 distillates), also one with words in it already, behind
+        which completions begin.
+        """
+        # What is before the question may speak of the tags.
+        behind = _probe(self.hf, _QUESTION).rpartition(_PROBE)[2]
+        return behind.rfind("<think>") > behind.rfind("</think>")
 
     def _encode_masked(self, text: str) -> list[int]:
         """Ids of a text with marks; what is between two control tokens of the template is one plain text."""
@@ -458,8 +463,8 @@ def _probe(
 
 def _end_of_turn(hf: Any) -> int | None:
     """The id of the added token by which the chat template ends an assistant's turn; None where it writes none."""
-    chat = (*_QUESTION, {"role": "assistant", "content": _PROBE})
-    behind = _probe(hf, chat, prompt=False).rpartition(_PROBE)[2].lstrip()
+    chat = (*_QUESTION, {"role": "assistant", "content": _ANSWER})
+    behind = _probe(hf, chat, prompt=False).rpartition(_ANSWER)[2].lstrip()
     added = hf.backend_tokenizer.get_added_tokens_decoder()
     ends = {token.content: i for i, token in added.items() if behind.startswith(token.content)}
     return ends[max(ends, key=len)] if ends else None

@@ -31,10 +31,10 @@ class Template:
     # words by which a model's own chat template asks for calls in this form: it then lists the tools itself
     request: str | None = None
     bare: bool = False  # calls stand in the text, without tags
-    thought_open: bool = False  # prompts end in an opening think tag: answers go on behind it
+    thought_open: bool = False  # prompts end in an opened thought: answers go on within it
 
     def behind(self, thought_open: bool) -> "Template":
-        """The template for prompts that end in an opening think tag, or that do not."""
+        """The template for prompts that end in an opened thought, or that do not."""
         return dataclasses.replace(self, thought_open=thought_open)
 
     def render_answer(self, target: Target) -> str:
@@ -46,7 +46,7 @@ class Template:
             think = target.think or ""
             text = self._render_answer(dataclasses.replace(target, think=think, text=None))
         text = text.removeprefix("<think>")
-        return text[1:] if text[:1].isspace() else text  # the prompt has a line end there
+        return text[1:] if text[:1].isspace() else text  # the prompt has a line end there, or words
 
     def call_opening(self, name: str | None = None) -> str:
         """How an answer begins that calls this tool, or any: up to what is to be chosen, its arguments or its name."""

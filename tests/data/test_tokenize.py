@@ -43,12 +43,13 @@ def tokenizer(folder) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
-@pytest.fixture(scope="module")
-def opened(folder, tmp_path_factory) -> Tokenizer:
+@pytest.fixture(scope="module", params=["", "Okay, "], ids=["tag", "tag and words"])
+def opened(request, folder, tmp_path_factory) -> Tokenizer:
     """The same with prompts that end in an opened thought."""
     other = tmp_path_factory.mktemp("opened") / "tokenizer"
     shutil.copytree(folder, other)
-    template = CHAT_TEMPLATE.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+    start = f"assistant\n<think>\n{request.param}{{% endif"
+    template = CHAT_TEMPLATE.replace("assistant\n{% endif", start)
     (other / "chat_template.jinja").write_text(template)
     return Tokenizer.load(other)
 
@@ -61,7 +62,9 @@ def test_a_target_goes_on_behind_an_opened_thought(opened, template, think):
     made = prepare_supervised([gold], opened, TEMPLATES[template], CFG, 100_000)
     prompt, target = made.prompts[0], made.targets[0]
     text = opened.text(target[:-1])
-    assert opened.text(prompt).endswith("<|im_start|>assistant\n<think>\n")
+    assert opened.text(prompt).endswith(
+        ("<|im_start|>assistant\n<think>\n", "<|im_start|>assistant\n<think>\nOkay, ")
+    )
     assert "<think>" not in text and text.count("</think>") == 1
     form = Encoder(opened, TEMPLATES[template]).template
     answer = form.parse(text.encode())

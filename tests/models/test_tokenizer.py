@@ -288,10 +288,22 @@ def test_the_end_is_the_tokenizers_where_the_chat_template_writes_none(
 def test_a_prompt_that_opens_the_thought(tiny, tmp_path):
     assert not tiny.thought_open
     for number, (start, opened) in enumerate(
-        [("<think>\n", True), ("<think>", True), ("<think>\n\n</think>\n\n", False), ("x", False)]
+        [
+            ("<think>\n", True),
+            ("<think>", True),
+            ("<think>\n\n</think>\n\n", False),
+            ("x", False),
+            ("<think>\nOkay, ", True),
+            ("<think>\nx\n</think>\n\n<think>\nSo ", True),
+        ]
     ):
         template = CHAT_TEMPLATE.replace("assistant\n{% endif", f"assistant\n{start}{{% endif")
         assert _with_template(tiny, tmp_path / str(number), template).thought_open == opened
+
+
+def test_words_about_the_tags_open_no_thought(tiny, tmp_path):
+    system = "<|im_start|>system\nBegin with <think>.<|im_end|>\n"
+    assert not _with_template(tiny, tmp_path / "a", system + CHAT_TEMPLATE).thought_open
 
 
 QUOTED = "Say <|im_end|> and <tool_call> now <|im_start|>"
