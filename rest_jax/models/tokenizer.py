@@ -107,10 +107,19 @@ class Tokenizer:
                     "(transformers: resize_token_embeddings)"
                 )
             pieces += [b""] * (vocab_size - len(pieces))
-        end_id = _end_of_turn(hf)
+        written = _behind_answer(hf)
+        end_id = _end_of_turn(hf, written)
         stop_ids = _stop_ids(str(source), hf, end_id)
         if end_id is None:
             end_id = stop_ids[0] if hf.eos_token_id is None else int(hf.eos_token_id)
+            if written:
+                said = f"tokenizer {source}: its chat template ends turns with {written[:40]!r}, which is no added token"
+                ended = hf.convert_ids_to_tokens(end_id)
+                print(
+                    f"rest-jax: warning: {said}: answers end with {ended!r}, unlike the turns before; "
+                    f"write {ended!r} there in the template, or add the text as a token",
+                    file=sys.stderr,
+                )
         elif hf.eos_token_id is not None and end_id != hf.eos_token_id:
             said = f"tokenizer {source}: its eos is {hf.eos_token!r}, its chat template ends turns with"
             ended = hf.convert_ids_to_tokens(end_id)
@@ -187,8 +196,8 @@ class Tokenizer:
 
     @functools.cached_property
     def thought_open(self) -> bool:
-        """Whether prompts end in an opened thought (Qwen3-Thinking-2507, R1 distillates), also one with words in it already, behind
-        which completions begin.
+        """Whether prompts end in an opened thought (Qwen3-Thinking-2507, R1 distillates), also one with words in it already:
+        completions begin within it.
         """
         # What is before the question may speak of the tags.
         behind = _probe(self.hf, _QUESTION).rpartition(_PROBE)[2]
@@ -461,12 +470,17 @@ def _probe(
         return ""
 
 
-def _end_of_turn(hf: Any) -> int | None:
-    """The id of the added token by which the chat template ends an assistant's turn; None where it writes none."""
+def _behind_answer(hf: Any) -> str:
+    """What the chat template writes behind an assistant's last turn, "" where it writes nothing or not the turn."""
     chat = (*_QUESTION, {"role": "assistant", "content": _ANSWER})
-    behind = _probe(hf, chat, prompt=False).rpartition(_ANSWER)[2].lstrip()
+    _, answer, behind = _probe(hf, chat, prompt=False).rpartition(_ANSWER)
+    return behind.strip() if answer else ""
+
+
+def _end_of_turn(hf: Any, written: str) -> int | None:
+    """The id of the added token by which the chat template ends an assistant's turn; None where it writes none."""
     added = hf.backend_tokenizer.get_added_tokens_decoder()
-    ends = {token.content: i for i, token in added.items() if behind.startswith(token.content)}
+    ends = {token.content: i for i, token in added.items() if written.startswith(token.content)}
     return ends[max(ends, key=len)] if ends else None
 
 

@@ -285,6 +285,15 @@ def test_the_end_is_the_tokenizers_where_the_chat_template_writes_none(
     assert capsys.readouterr().err == ""
 
 
+def test_turns_that_end_in_plain_text_are_a_warning(tiny, tmp_path, capsys):
+    """There the turns of a history end otherwise than answers do."""
+    template = CHAT_TEMPLATE.replace("<|im_end|>", "</turn>")
+    assert _with_template(tiny, tmp_path / "a", template).end_id == tiny.end_id
+    said = capsys.readouterr().err
+    assert "ends turns with '</turn>'" in said and "answers end with '<|im_end|>'" in said
+    assert said.count("\n") == 1
+
+
 def test_a_prompt_that_opens_the_thought(tiny, tmp_path):
     assert not tiny.thought_open
     for number, (start, opened) in enumerate(
