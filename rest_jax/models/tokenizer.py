@@ -48,6 +48,22 @@ _looks_like_control = re.compile(r"[<\[].*[>\]]", re.DOTALL).fullmatch
 _MAX_IDS = 2**24
 _MAX_TEMPLATE = 2**17  # characters; the largest published ones have 30,000
 
+# Bytes of what transformers reads of a folder, all at once; a tokenizer.json of 262,144 words (Gemma 3) has 33 million.
+_MAX_BYTES = {
+    "*.jinja": 2**20,
+    "additional_chat_templates/*.jinja": 2**20,
+    "*config.json": 2**26,
+    "special_tokens_map.json": 2**26,
+    "added_tokens.json": 2**26,
+    "chat_template.json": 2**26,
+    "tokenizer*.json": 2**27,
+    "tekken.json": 2**27,
+    "vocab.*": 2**27,
+    "merges.txt": 2**27,
+    "*.model": 2**27,
+    "*.tiktoken": 2**27,
+}
+
 # A tokenizer.json has regular expressions and replacements, which may take for ever or fill the memory, in a library that no
 # signal stops. So it is first tried in another process, on runs of letters that make bad ones slow.
 _TRIAL_SECONDS, _TRIAL_BYTES = 30, 2**32
@@ -361,6 +377,9 @@ def _load_hf(source: str) -> Any:
     if not path.exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise TokenizerError(f"tokenizer {source}: no such folder")
     check_links(path)
+    for pattern, most in _MAX_BYTES.items():
+        for file in path.glob(pattern):
+            _check_file(source, file, most)
     chat_sandbox.install()
     with _one_line(source, "cannot be loaded"):
         if file := _file_of(source, "tokenizer.json"):
@@ -501,7 +520,20 @@ def _file_of(source: str, name: str) -> pathlib.Path | None:
     from transformers.utils.hub import cached_file
 
     path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-    return None if path is None else pathlib.Path(path)
+    if path is None:
+        return None
+    _check_file(source, pathlib.Path(path), _MAX_BYTES["tokenizer*.json"])
+    return pathlib.Path(path)
+
+
+def _check_file(source: str, file: pathlib.Path, most: int) -> None:
+    """TokenizerError for what is larger than any such file, or is none: a pipe would be waited for."""
+    if file.exists() and not file.is_file():
+        raise TokenizerError(f"tokenizer {source}: {file.name} is no file; put one in its place")
+    if file.exists() and (size := file.stat().st_size) > most:
+        raise TokenizerError(
+            f"tokenizer {source}: {file.name}: {size:,} bytes, more than {most:,}; put the model's own in its place"
+        )
 
 
 def _generation_eos(source: str) -> list[int]:

@@ -4,6 +4,7 @@ import base64
 import importlib.util
 import itertools
 import json
+import os
 import pathlib
 import shutil
 import time
@@ -485,6 +486,36 @@ def test_the_sizes_of_a_model_do_not_stop_a_tokenizer(tiny, tmp_path, values):
     folder = shutil.copytree(tiny.source, tmp_path / "a")
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen3", **values}))
     assert Tokenizer.load(folder).pieces == tiny.pieces
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "config.json",
+        "generation_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "additional_chat_templates/tool_use.jinja",
+    ],
+)
+@pytest.mark.parametrize("kind", ["large", "a pipe", "a folder"])
+def test_files_are_looked_at_before_they_are_read(tiny, tmp_path, name, kind):
+    folder = shutil.copytree(tiny.source, tmp_path / "a")
+    file = folder / name
+    file.unlink(missing_ok=True)
+    file.parent.mkdir(exist_ok=True)
+    if kind == "large":
+        with open(file, "wb") as sparse:
+            sparse.truncate(2**40)
+    elif kind == "a pipe":
+        os.mkfifo(file)
+    else:
+        file.mkdir()
+    said = "1,099,511,627,776 bytes, more than" if kind == "large" else "is no file"
+    with pytest.raises(TokenizerError, match=rf"{file.name}.*{said}"):
+        Tokenizer.load(folder)
 
 
 def test_links_out_of_a_tokenizer_folder_are_refused(tiny, tmp_path):
