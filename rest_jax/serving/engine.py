@@ -93,7 +93,8 @@ class Engine:
         self.seconds = 1.0  # that a request took lately
         self.failure: Exception | None = None  # of the stream
         self.ended: str | None = None  # why nothing is taken any more
-        self._commands: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        # no SimpleQueue: its timed get can wait without end (CPython 3.11)
+        self._commands: queue.Queue[tuple[Any, ...]] = queue.Queue()
         self.listening: set[Sampled] = set()  # that are not closed
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
