@@ -232,7 +232,7 @@ def test_the_launchers_that_pages_name_are_those_that_exist():
 
 @pytest.mark.parametrize("command", TRAINING)
 def test_training_passes_a_dry_run(command, tmp_path, capsys):
-    words = shlex.split(command)[1:]
+    words = [*shlex.split(command)[1:], "data.synthetic_size=512", "data.eval_limit=8"]
     if "scale/smollm2_135m" in words:
         words.append(
             "rollout.prompts_per_step=8"

@@ -2,6 +2,7 @@
 
 import threading
 import types
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ def test_a_call_waits_for_requests_that_come_right_after_others(tokenizer, patie
 
 
 def test_what_is_decoded_never_waits_for_the_next_request():
-    decoding = types.SimpleNamespace(pending=1)
+    decoding: Any = types.SimpleNamespace(pending=1)
 
     def asks() -> None:
         for _ in range(20_000):
