@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import scipy.stats
+import scipy
 from etils import epath
 
 from rest_jax.analysis import plotting

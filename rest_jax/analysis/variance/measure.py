@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
+import scipy
 
 from rest_jax.analysis.draws import make_draw, open_data
 from rest_jax.analysis.measured import plain, result_folder
