@@ -16,9 +16,13 @@ TPU_PLANS := qwen3_1p7b_v5e16=v5e:4x4 qwen3_4b_v6e16=v6e:4x4 qwen3_8b_v5p32=v5p:
   qwen3_32b_v5p128=v5p:4x4x4 qwen3_30b_a3b_v5p64=v5p:2x4x4 qwen3_235b_a22b_v5p512=v5p:4x8x8
 GPU_PLANS := llama3_2_3b_h100x8=h100:8 qwen3_8b_h100x8=h100:8 qwen3_32b_h100x32=h100:4x8
 PLANS ?= $(TPU_PLANS)
-# What `make bounds` tries, by uv's names of resolutions, and the tests that it runs: a run, checkpoints, data, tokenizers.
+# What `make bounds` tries: Pythons, by version or path, and uv's names of resolutions; the packages whose versions it prints;
+# tests that use what requirements.txt names: a run, checkpoints, data, tokenizers, GGUF, sweeps, the page of a run, commands.
+PYTHONS ?= 3.11 3.12 3.13
 BOUNDS ?= lowest-direct highest
-BOUNDS_TESTS := tests/data/test_loader.py tests/run/test_checkpoint.py tests/models/test_tokenizer.py tests/test_train.py
+BOUNDS_SHOWN := jax flax optax orbax-checkpoint transformers grain
+BOUNDS_TESTS := tests/data tests/run/test_checkpoint.py tests/models/test_tokenizer.py tests/models/gguf tests/test_train.py \
+  tests/experiments/test_search.py tests/analysis/test_report.py tests/serving/test_app.py tests/test_cli.py
 
 .PHONY: help quickstart test test-all bench study aot docs lint format types imports check lock bounds clean
 .DEFAULT_GOAL := help
@@ -79,10 +83,18 @@ lock: $(DEV) ## Write requirements.lock anew, for tests and site, which .ci/run 
 	echo "torch ; sys_platform == 'none'" | $(BIN)/uv pip compile requirements-dev.txt requirements-docs.txt --quiet --universal --python-version 3.11 \
 	  --override - --no-emit-package torch --generate-hashes --no-annotate --no-header --upgrade --output-file requirements.lock
 
-bounds: $(DEV) ## A short run under the lowest and the newest versions that requirements.txt allows; one: BOUNDS=highest
-	set -e; for bound in $(BOUNDS); do $(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-$$bound; \
-	  $(BIN)/uv pip install --quiet --python .venv-$$bound/bin/python --resolution $$bound -r requirements.txt pytest hypothesis beartype; \
-	  .venv-$$bound/bin/python -m pytest $(BOUNDS_TESTS); done
+# Pythons of pyenv are looked for where they are: its commands on PATH fail for those that are not chosen.
+bounds: UV = PATH="$$(printf '%s:' $${PYENV_ROOT:-$$HOME/.pyenv}/versions/*/bin)$$PATH" $(BIN)/uv --quiet --no-python-downloads
+bounds: $(DEV) ## A short run under the lowest and the newest versions that requirements.txt allows; one: PYTHONS=3.12 BOUNDS=highest
+	@for python in $(PYTHONS); do $(UV) python find --system $$python 2>/dev/null || { echo "Python $$python: not found;" \
+	  "install it (.venv/bin/uv python install $$python) or name those that are there: make bounds PYTHONS=3.12"; exit 2; }; done
+	@set -e; for python in $(PYTHONS); do for bound in $(BOUNDS); do venv=.venv-$$(basename $$python)-$$bound; \
+	  echo "Python $$python, $$bound"; $(UV) venv --clear --python $$python $$venv; \
+	  $(UV) pip install --python $$venv/bin/python --resolution $$bound -r requirements.txt -c requirements-dev.txt \
+	    pytest hypothesis beartype jsonschema openai httpx; \
+	  $$venv/bin/python -c 'import platform, sys; from importlib.metadata import version; \
+	    print("python", platform.python_version(), *(f"{name} {version(name)}" for name in sys.argv[1:]))' $(BOUNDS_SHOWN); \
+	  $$venv/bin/python -m pytest $(BOUNDS_TESTS); rm -r $$venv; done; done
 
 # With LOCKED=1 the versions of requirements.lock, for tests and site; of torch, which it leaves to the machine, that of
 # requirements-dev.txt.

@@ -75,7 +75,9 @@ resource.setrlimit(resource.RLIMIT_AS, (size, size))
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 import tokenizers
 texts = [run * 500 for run in ("x", "1", " ", "\n", ".", "é", "Ab 1,", "<x>")]
-tokenizers.Tokenizer.from_file(file).encode_batch(texts)
+tokenizer = tokenizers.Tokenizer.from_file(file)
+tokenizer.encode_batch(texts)
+print(max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1))
 """
 
 # What a tokenizer should give back.
@@ -330,12 +332,9 @@ def byte_table(hf: Any) -> list[bytes]:
         )
     added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
     vocab = backend.get_vocab(with_added_tokens=True)
-    size = max(vocab.values(), default=-1) + 1
-    if size > _MAX_IDS:
-        raise TokenizerError(
-            f"tokenizer {hf.name_or_path}: an id of {size - 1:,}; more than {_MAX_IDS:,} ids are not read"
-        )
-    table = [b""] * size
+    last = max(vocab.values(), default=-1)
+    _check_last(hf.name_or_path, last)
+    table = [b""] * (last + 1)
     for word, i in vocab.items():
         if i not in added:
             try:
@@ -345,6 +344,14 @@ def byte_table(hf: Any) -> list[bytes]:
     for i, content in added.items():
         table[i] = content.encode()
     return table
+
+
+def _check_last(source: str | pathlib.Path, last: int) -> None:
+    """TokenizerError for an id so large that a table of all would fill the memory."""
+    if last >= _MAX_IDS:
+        raise TokenizerError(
+            f"tokenizer {source}: an id of {last:,}; more than {_MAX_IDS:,} ids are not read"
+        )
 
 
 def byte_alphabet() -> dict[int, str]:
@@ -404,8 +411,8 @@ def _one_line(source: str, what: str) -> Iterator[None]:
 
 
 def _try_out(file: pathlib.Path) -> None:
-    """TokenizerError for a tokenizer.json that takes too long or too much memory; a content is tried once. What else is wrong
-    with it is seen when it is loaded.
+    """TokenizerError for a tokenizer.json that takes too long or too much memory, here or in transformers, which looks at every
+    id up to the last; a content is tried once. What else is wrong with it is seen when it is loaded.
     """
     digest = hashlib.sha256(file.read_bytes()).digest()
     if digest in _tried:
@@ -424,6 +431,8 @@ def _try_out(file: pathlib.Path) -> None:
             f"tokenizer {file.parent}: cannot be loaded: tokenizer.json fails on a few thousand letters, or needs more than "
             f"{_TRIAL_SECONDS} s or {_TRIAL_BYTES / 2**30:g} GiB for them"
         )
+    if done.returncode == 0:
+        _check_last(file.parent, int(done.stdout))
     _tried.add(digest)
 
 

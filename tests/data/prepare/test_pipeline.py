@@ -260,7 +260,9 @@ def test_inputs_may_be_urls(tmp_path, out, memory_store, compress):
         ("tau2", "s3://x/venv", "data s3://x/venv: a local path is needed here, not a URL"),
     ],
 )
-def test_a_url_that_cannot_be_an_input_is_named_as_it_was_given(out, source, url, message):
+def test_a_url_that_cannot_be_an_input_is_named_as_it_was_given(
+    out, memory_store, source, url, message
+):
     with pytest.raises(UserError, match=f"^{message}"):
         run(url, out, source=source)
 
