@@ -5,6 +5,7 @@ import gc
 import pathlib
 import shutil
 import signal
+import threading
 import time
 
 import jax
@@ -95,15 +96,17 @@ def test_a_run_leaves_the_tokens_of_its_first_groups(unbroken):
 def test_killed_and_restarted_is_the_unbroken_run(model, unbroken, tmp_path, moment):
     raw = tiny_run(model, tmp_path)
     process = start("train", raw, tmp_path)
+    said: list[str] = []  # read at once: a run waits when the pipe is full
+    reader = threading.Thread(target=lambda: said.extend(process.stdout or ()), daemon=True)
+    reader.start()
     metrics = tmp_path / "tiny" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (metrics.is_file() and metrics.read_text().count("update/loss") >= moment):
-        assert process.poll() is None and time.monotonic() < deadline, (
-            process.stdout and process.stdout.read()
-        )
+        assert process.poll() is None and time.monotonic() < deadline, said
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
+    reader.join()
     with metrics.open("a") as file:
         file.write('{"step": 3, "half of a li')  # what a kill within a write leaves
     finish(start("train", raw, tmp_path))
