@@ -36,8 +36,9 @@ ENDS = {
     signal.SIGKILL: {-signal.SIGKILL},
     signal.SIGTERM: {UNFINISHED, -signal.SIGTERM},
 }
-# Done before it noticed, told by the loss of the second process, jax's abort at the loss of the first, killed.
-ENDS_OF_TWO = {0, 1, -signal.SIGABRT, -signal.SIGKILL}
+# Done before it noticed, told by the loss of the second process, jax's abort at the loss of the first (one in some hundred
+# crashes while it writes its stack trace), killed.
+ENDS_OF_TWO = {0, 1, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGKILL}
 
 
 # With staleness 1 a checkpoint has the batch that was sampled ahead.
