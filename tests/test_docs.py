@@ -143,6 +143,14 @@ def test_a_command_with_placeholders_has_its_options(command):
     assert_options(command)
 
 
+def test_models_that_the_pages_write_are_left_out_of_version_control():
+    ignored = {line.strip("/") for line in (REPOSITORY / ".gitignore").read_text().splitlines()}
+    outs = [
+        shlex.split(c)[3] for c in OTHER if c.startswith(("rest-jax export", "rest-jax convert"))
+    ]
+    assert len(outs) > 3 and {out.partition("/")[0] for out in outs} <= ignored
+
+
 def test_commands_in_sentences_have_their_options():
     found = [one for one in spans("rest-jax [a-z]") if not one.startswith("rest-jax …")]
     assert len(found) > 50
