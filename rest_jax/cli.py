@@ -10,6 +10,7 @@ error is a defect and shows its traceback.
 import contextlib
 import json
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -591,10 +592,12 @@ def export(
 
     _load_model(model, [], distributed)
     from rest_jax.distributed import say
-    from rest_jax.run import load
+    from rest_jax.run import card, load
 
     load.export(locate(model), out, dtype, adapter)
     say(f"exported {model} to {out}")
+    if card.recorded_use(out):  # else it may need more words
+        say(f"serve it: rest-jax serve {shlex.quote(out)}")
 
 
 @app.command(rich_help_panel=_STUDY)

@@ -96,8 +96,11 @@ def finetune(
     examples = held_out(config, policy, keep=not dry_run)
     setup = make_setup(config, policy, data, examples, steps)
     described = [
-        ("train", f"{config.data.train}: {data.summary()}"),
-        ("held out", examples.summary() if examples else "none"),
+        (
+            "train",
+            f"{config.data.train}: {data.summary(config.data.train_limit, 'data.train_limit')}",
+        ),
+        ("held out", examples.summary(config) if examples else "none"),
         ("steps", f"{steps} steps of {config.sft.batch_size} records"),
     ]
     if is_first_process():

@@ -378,8 +378,11 @@ def describe(
     updates = r.prompts_per_step // minibatch_prompts(config)
     files = plugins.named(config).items()
     return [
-        ("train", f"{config.data.train}: {prompts.summary()}"),
-        ("held out", examples.summary() if examples else "none"),
+        (
+            "train",
+            f"{config.data.train}: {prompts.summary(config.data.train_limit, 'data.train_limit')}",
+        ),
+        ("held out", examples.summary(config) if examples else "none"),
         (
             "steps",
             f"{steps} steps of {r.prompts_per_step} prompts x {r.group_size} completions, {updates} update(s) a step",

@@ -18,6 +18,8 @@ import typer
 
 from benchmarks import __main__ as benchmarks
 from rest_jax import cli, config
+from rest_jax.config import DataConfig
+from rest_jax.data.tokenize import load_split
 from rest_jax.rl.rules import Rule
 from rest_jax.rl.view import TokenView
 from tests.conftest import REPOSITORY
@@ -98,6 +100,26 @@ def test_every_command_is_of_one_kind():
             assert not any(re.match(kind, line) for kind in KINDS), (page.name, line)
 
 
+def test_the_request_of_the_page_on_serving_is_one_of_the_quickstarts_world():
+    """Another one its policy does not answer."""
+    text = (DOCS / "serving.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)\nclient =", text, re.DOTALL)
+    (body,) = re.findall(r"-d '\n(.*?)'\n```", text, re.DOTALL)
+    said: dict = {}
+    exec(example.replace("import openai", ""), said)
+    records = {r.history[0]["content"]: r for r in load_split("synthetic:eval", DataConfig())}
+    for found in (said, json.loads(body)):
+        record = records[found["messages"][0]["content"]]
+        (call,) = record.target.calls
+        names = {each["name"]: list(each["parameters"]) for each in record.tools}
+        offered = [each["function"] for each in found["tools"]]
+        assert call.name in [each["name"] for each in offered]
+        for each in offered:
+            assert set(each["parameters"]["properties"]) <= set(names[each["name"]])
+        arguments = json.dumps(call.arguments)
+    assert f"{call.name} {arguments}" in text
+
+
 COMMAND_LINE = typer.main.get_command(cli.app)
 
 
@@ -119,6 +141,14 @@ def test_a_command_parses(command):
 @pytest.mark.parametrize("command", [c for c in commands(rf"{ASSIGNED}rest-jax") if PLACEHOLDER.search(c)])  # fmt: skip
 def test_a_command_with_placeholders_has_its_options(command):
     assert_options(command)
+
+
+def test_models_that_the_pages_write_are_left_out_of_version_control():
+    ignored = {line.strip("/") for line in (REPOSITORY / ".gitignore").read_text().splitlines()}
+    outs = [
+        shlex.split(c)[3] for c in OTHER if c.startswith(("rest-jax export", "rest-jax convert"))
+    ]
+    assert len(outs) > 3 and {out.partition("/")[0] for out in outs} <= ignored
 
 
 def test_commands_in_sentences_have_their_options():

@@ -5,7 +5,7 @@ from typing import Any
 
 from rest_jax import config as config_lib
 from rest_jax.distributed import is_first_process
-from rest_jax.files import Location, as_path
+from rest_jax.files import Location, as_path, is_url
 from rest_jax.run.metrics import CONFIG_FILE, METRICS, is_eval, summary_table
 from rest_jax.run.progress import duration
 from rest_jax.terminal import print_fields
@@ -34,7 +34,9 @@ def print_closing_table(folder: Location) -> None:
     config = config_lib.load([as_path(folder) / CONFIG_FILE])
     if any(map(is_eval, series)):
         print(f"\n{evaluation_table(series, intervals(series, config.model_dump()))}\n")
-    commands = f"rest-jax report {folder}, rest-jax export {folder} OUT, rest-jax chat {folder}"
+    # beside the run, where whatever keeps the runs out of version control keeps it out, too
+    out = "OUT" if is_url(folder) else f"{folder}-exported"
+    commands = f"rest-jax report {folder}, rest-jax export {folder} {out}, rest-jax chat {folder}"
     rows = [*_training(series), ("curves", str(write_curves(folder))), ("next", commands)]
     print_fields(rows)
 

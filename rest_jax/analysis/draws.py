@@ -78,7 +78,7 @@ def open_data(config: Config, data: str, limit: int | None, least: int = 1) -> O
             f"--prompts {least}: {data} has {prepared.size} that fit; lower it or raise --limit"
         )
     check_positions(policy.config, int(prepared.prompts.lengths.max()), r.max_response_tokens)
-    say(f"{data}: {prepared.summary()}")
+    say(f"{data}: {prepared.summary(limit, '--limit')}")
     return Opened(config, policy, prepared)
 
 

@@ -319,7 +319,8 @@ def page_data(
     own = [
         {
             "name": name,
-            "folder": str(absolute(run)),
+            # as it was typed: where a machine keeps its files is not for the readers of a page
+            "folder": str(run),
             "steps": f"{min(steps := _steps(series))} to {max(steps)}",
             "series": {n: [s.steps, [_short(x) for x in s.values]] for n, s in series.items()},
             "ends": intervals(series, config),

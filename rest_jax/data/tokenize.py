@@ -46,14 +46,18 @@ class Prepared:
         """Number of records kept."""
         return len(self.records)
 
-    def summary(self) -> str:
-        """One line: how many records, how many dropped and why, how long the prompts are."""
+    def summary(self, first: int | None = None, key: str = "") -> str:
+        """One line: how many records, how many dropped and why, how long the prompts are. `key` is what had the first so many
+        records read, which is said where they may not have been all.
+        """
+        read = self.size + self.dropped + sum(map(len, self.set_aside.values()))
+        limited = f" of the first {first} ({key})" if first is not None and read >= first else ""
         p50, p95, most = np.percentile(self.prompts.lengths, [50, 95, 100], method="higher")
         dropped = (
             f", {self.dropped} dropped (longer than {self.limit} tokens)" if self.dropped else ""
         )
         aside = f", {said}" if (said := said_aside(self.set_aside)) else ""
-        return f"{self.size} records{dropped}{aside}; prompt tokens: median {p50}, 95 % {p95}, most {most}"
+        return f"{self.size} records{limited}{dropped}{aside}; prompt tokens: median {p50}, 95 % {p95}, most {most}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,9 +72,11 @@ class Examples(NamedTuple):
         own = self.records.prompts if self.records is not None else []
         return [*own, *(ids for each in self.benchmarks for ids in each.prompts)]
 
-    def summary(self) -> str:
-        """One line."""
-        parts = [] if self.records is None else [self.records.summary()]
+    def summary(self, config: Config) -> str:
+        """One line; `config` is that of `held_out`."""
+        parts = []
+        if self.records is not None:
+            parts.append(self.records.summary(config.data.eval_limit, "data.eval_limit"))
         parts += [f"{each.name}: {len(each.items)} items" for each in self.benchmarks]
         return "; ".join(parts)
 
@@ -245,7 +247,7 @@ def evaluate(
             partial = stack.enter_context(atomic_write(output))
             file = stack.enter_context(partial.open("w", encoding="utf-8"))
         for spec, prepared in tokenised.items():
-            say(f"{spec}: {prepared.summary()}")
+            say(f"{spec}: {prepared.summary(limit, '--limit')}")
             rates, scored = Evaluator(config, policy, Examples(prepared))(policy.params)
             rates = {name: value for name, value in rates.items() if name not in _FOR_CURVES}
             rows = rows or [["data", *(name.removeprefix("eval/") for name in rates)]]

@@ -2,6 +2,7 @@
 
 tool_chat_template.jinja   OpenAI's messages and tools as the prompt of training
 toolrl_tool_parser.py      for vLLM, of runs in the toolrl format
+rest_jax_use.json          template and lengths of training, which `config_of` (load.py) takes as the config of the folder
 README.md                  the model card: how to serve it, figures of the run, what it was made of
 """
 
@@ -13,8 +14,9 @@ from typing import Any
 from etils import epath
 
 import rest_jax
-from rest_jax.config import Config, LossConfig, dump
-from rest_jax.files import Location, as_path
+from rest_jax.config import Config, LossConfig, dump, read_mapping
+from rest_jax.errors import UserError
+from rest_jax.files import Location, as_path, store_errors
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run import checkpoint
 from rest_jax.run.contents import MADE_OF
@@ -25,6 +27,15 @@ from rest_jax.templates import TEMPLATES
 from rest_jax.templates.chat_template import PLUGIN, trained
 
 CHAT_TEMPLATE, PARSER, CARD = "tool_chat_template.jinja", "toolrl_tool_parser.py", "README.md"
+# A name with .json, so that it is copied and downloaded with the other side files of a model.
+USE_FILE = "rest_jax_use.json"
+# What of a config says how the policy is asked. Nothing in such a file can name code: others may have made it.
+USE_KEYS = (
+    "data.template",
+    "data.brief_prompt",
+    "data.max_prompt_tokens",
+    "rollout.max_response_tokens",
+)
 _VLLM_PARSERS = {"toolrl": "toolrl", "hermes": "hermes", "llama3": "llama3_json"}
 
 
@@ -40,7 +51,7 @@ def side_files(
     One process alone calls it: nothing in here may wait for the others.
     """
     name = config.data.template
-    files = {}
+    files = {USE_FILE: json.dumps(_use(config), indent=2) + "\n"}
     if tokenizer.hf.chat_template and not tokenizer.lists_tools(TEMPLATES[name].request):
         own = tokenizer.hf.get_chat_template()
         files[CHAT_TEMPLATE] = trained(name, own, config.data.brief_prompt)
@@ -66,8 +77,8 @@ def _model_card(
         f" `{config.data.template}` format.",
         "## Serve it",
         f"```\n{command}\n```",
-        "`rest-jax serve` takes the same folder:",
-        f"```\nrest-jax serve {folder} {_options(config)}\n```",
+        f"`rest-jax serve` takes the same folder, with the template and the lengths of training from its `{USE_FILE}`:",
+        f"```\nrest-jax serve {folder}\n```",
         *_for_transformers(folder, files),
         *_figures(run, lines),
         *_audit(run),
@@ -108,14 +119,26 @@ prompt = tokenizer.apply_chat_template(
     ]
 
 
-def _options(config: Config) -> str:
-    """What of the run an HF folder does not say."""
-    data, answer = config.data, config.rollout.max_response_tokens
-    brief = " data.brief_prompt=true" if data.brief_prompt else ""
-    lengths = (
-        f"data.max_prompt_tokens={data.max_prompt_tokens} rollout.max_response_tokens={answer}"
-    )
-    return f"--template {data.template}{brief} {lengths}"
+def _use(config: Config) -> dict[str, Any]:
+    """The values of `USE_KEYS`."""
+    sections = config.model_dump(mode="json")
+    return {key: sections[section][name] for key in USE_KEYS for section, name in [key.split(".")]}
+
+
+def recorded_use(folder: Location) -> list[str]:
+    """What the folder of an export says of its use, as overrides ("key=value"); none where it has no such file. UserError for a
+    file with other keys.
+    """
+    path = as_path(folder) / USE_FILE
+    with store_errors(path):
+        if not path.is_file():
+            return []
+    found = read_mapping(path)
+    if unknown := sorted(found.keys() - set(USE_KEYS)):
+        raise UserError(
+            f"{path}: {unknown[0]}: not a key of this file (known: {', '.join(USE_KEYS)})"
+        )
+    return [f"{key}={json.dumps(value)}" for key, value in found.items()]
 
 
 def _method(config: Config, lines: Sequence[Mapping[str, Any]]) -> str:

@@ -264,7 +264,8 @@ def is_run(source: str) -> bool:
 
 
 def config_of(source: str, overrides: Sequence[str], plugins: bool = False) -> Config:
-    """The config to use a model under: the run's own, for anything else the defaults; `overrides` ("key=value") on top.
+    """The config to use a model under: the run's own, of an export what it has recorded (`card.USE_KEYS`), for anything else the
+    defaults; `overrides` ("key=value") on top.
 
     `model.source` is `source`. Whoever made a run chose its plug-ins, not who uses it: those that its own config names are left
     out, and said, unless `plugins` asks for them.
@@ -281,7 +282,8 @@ def config_of(source: str, overrides: Sequence[str], plugins: bool = False) -> C
         config = config_lib.load([path], [*left_out, *overrides])
     else:
         config = config_lib.from_overrides(
-            {"name": "command", "model": {"source": source}}, overrides
+            {"name": "command", "model": {"source": source}},
+            [*card.recorded_use(config_lib.locate(source)), *overrides],
         )
     model = config.model.model_copy(update={"source": config_lib.locate(source)})
     # A run's mesh is that of the machine it ran on; here it is what the overrides say, else all devices.

@@ -23,6 +23,8 @@ from rest_jax.run.lock import FILE as LOCK
 from rest_jax.run.lock import OWNER
 from rest_jax.run.metrics import CONFIG_FILE, METRICS_FILE, REGION_NAMES, read_lines, summary_table
 
+# of seconds in which a run on another host has written nothing: it is taken for stopped
+QUIET = 600
 # the metric that says most of a run, and its name in the table: the first that the run has
 HEADLINES = {"eval/exact": "exact", "reward/mean": "reward", "update/loss": "loss"}
 
@@ -60,11 +62,15 @@ def _run(path: epath.Path) -> dict[str, Any]:
         return run | {"state": f"unreadable: {error}"}
     if lines:
         run["step"], run["moved"] = lines[-1]["step"], metrics.stat().mtime
-    owner, alive = _owner(path)
+    owner, alive, written = _owner(path)
     run["host"] = owner.get("host", "-")
     run["of"] = config.train.steps or "-"
     finished = config.train.steps is not None and run["step"] >= config.train.steps
-    run["state"] = "training" if alive else "finished" if finished else "stopped"
+    if alive is None:  # its process is not to be seen from here
+        moves = time.time() - max(run["moved"], written) < QUIET
+        run["state"] = "finished" if finished else "training?" if moves else "stopped?"
+    else:
+        run["state"] = "training" if alive else "finished" if finished else "stopped"
     for name, label in HEADLINES.items():
         values = [line[name] for line in lines if line.get(name) is not None]
         if values:
@@ -73,21 +79,28 @@ def _run(path: epath.Path) -> dict[str, Any]:
     return run
 
 
-def _owner(path: epath.Path) -> tuple[dict[str, Any], bool]:
-    """The process that trained in the folder last, and whether it is alive, as far as this host can know."""
+def _owner(path: epath.Path) -> tuple[dict[str, Any], bool | None, float]:
+    """The process that trained in the folder last; whether it is alive, None where only another host knows; when it wrote that
+    last (at its start, in a store with every heartbeat).
+    """
     owner: dict[str, Any] = {}
+    written = 0.0
     for name in (OWNER, LOCK):  # of a local folder, of one in a store
         with contextlib.suppress(OSError, ValueError, TypeError):
-            owner = owner or dict(json.loads((path / name).read_text()))
-    if owner.get("host") != socket.gethostname() or not isinstance(owner.get("pid"), int):
-        return owner, False
+            if not owner:
+                owner = dict(json.loads((path / name).read_text()))
+                written = (path / name).stat().mtime
+    if not isinstance(owner.get("pid"), int):
+        return owner, False, written
+    if owner.get("host") != socket.gethostname():
+        return owner, None, written
     try:
         os.kill(owner["pid"], 0)
     except ProcessLookupError:
-        return owner, False
+        return owner, False, written
     except PermissionError:
         pass
-    return owner, True
+    return owner, True, written
 
 
 def _ago(seconds: float) -> str:

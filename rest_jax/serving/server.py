@@ -23,7 +23,7 @@ from rest_jax.data.tokenize import Encoder
 from rest_jax.distributed import num_data_shards
 from rest_jax.errors import RunStopped, UserError
 from rest_jax.files import absolute
-from rest_jax.models.policy import ROLLOUT_KEYS, check_positions
+from rest_jax.models.policy import ROLLOUT_KEYS, Policy, check_positions
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.rollout.requests import Request, make_stream
 from rest_jax.run.environment import handled
@@ -123,7 +123,7 @@ class Server(uvicorn.Server):
 def load(config: Config, options: Options) -> tuple[Served, Engine]:
     """The policy, and the engine that has not been started."""
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
-    template = template_of(config, policy.tokenizer)
+    template = _checked_template(config, policy)
     encoder = Encoder(policy.tokenizer, template, config.data.brief_prompt)
     encode_chat(encoder, [{"role": "user", "content": "x"}], ())
     served = Served(
@@ -132,7 +132,6 @@ def load(config: Config, options: Options) -> tuple[Served, Engine]:
         config.data.max_prompt_tokens,
         config.rollout.max_response_tokens,
     )
-    check_positions(policy.config, served.max_prompt_tokens, served.max_new_tokens)
     stream = make_stream(policy, config.rollout)
     longest = served.max_prompt_tokens + served.max_new_tokens
     if longest > stream.room:
@@ -145,6 +144,25 @@ def load(config: Config, options: Options) -> tuple[Served, Engine]:
         stream.step()
     slots = config.rollout.decode_slots * num_data_shards(policy.rollout_mesh)
     return served, Engine(stream, slots + options.max_queue)
+
+
+def _checked_template(config: Config, policy: Policy) -> Template:
+    """`template_of`, of lengths that the model has positions for. UserError tells all words that the command lacks at once."""
+    prompt, answer = config.data.max_prompt_tokens, config.rollout.max_response_tokens
+    half = policy.config.max_positions // 2
+    fit = f"data.max_prompt_tokens={half} rollout.max_response_tokens={half}"
+    template, faults = None, []
+    try:
+        template = template_of(config, policy.tokenizer)
+    except UserError as error:
+        faults.append(str(error))
+    try:
+        check_positions(policy.config, prompt, answer, f"{ROLLOUT_KEYS}, say {fit}")
+    except UserError as error:
+        faults.append(str(error))
+    if template is None or faults:
+        raise UserError("; and ".join(faults))
+    return template
 
 
 def template_of(config: Config, tokenizer: Tokenizer) -> Template:

@@ -57,6 +57,7 @@ def test_it_has_the_first_the_best_and_the_last_evaluation_once(tmp_run, capsys,
     assert f"{seconds // 60}:{seconds % 60:02d} (updates" in found["time"]
     assert found["tokens"] == f"tokens {1200 * trained:,} sampled"
     assert f"rest-jax report {tmp_run}" in found["next"]
+    assert f"rest-jax export {tmp_run} {tmp_run}-exported" in found["next"]
     assert (tmp_run / "curves.png").is_file()
 
 

@@ -234,6 +234,14 @@ def test_the_colours_of_malformed_output_and_of_an_answer_differ_for_every_eye()
         assert min(np.linalg.norm(other - x) for x in rest) > 12
 
 
+def test_folders_are_shown_as_they_were_typed(tmp_run, monkeypatch):
+    write_run(tmp_run, GROUPS)
+    monkeypatch.chdir(tmp_run.parent)
+    path = write_page(["./run/"])
+    assert data_of(path)["runs"][0]["folder"] == "./run/"
+    assert str(tmp_run.parent) not in path.read_text()
+
+
 def test_the_table_does_not_take_the_place_of_the_page(tmp_run):
     write_run(tmp_run, GROUPS)
     with pytest.raises(UserError, match="name an HTML file"):
@@ -406,6 +414,30 @@ class TestInABrowser:
         for name in ("region: tag", "weight: 1.125", "log-prob", "entropy", "advantage", "trainer"):
             assert name in tip
         assert "step=1" in address and "colour=weight" in address
+
+    @pytest.mark.parametrize("last, step, prompt", [(RIGHT, "1 of 2", "1"), (WRONG, "2 of 2", "0")])
+    def test_a_page_opens_at_a_group_whose_rewards_differ(self, visit, tmp_run, last, step, prompt):
+        same = [(record("same"), [RIGHT, RIGHT, RIGHT])] * 2
+        write_run(tmp_run, [same[0], (record("other"), [WRONG, RIGHT, RIGHT])], steps=1)
+        lines = (tmp_run / "tokens.jsonl").read_text()
+        write_run(tmp_run, [(record("same"), [last, RIGHT, RIGHT]), same[1]])
+        ended = (tmp_run / "tokens.jsonl").read_text().splitlines()[-1]
+        (tmp_run / "tokens.jsonl").write_text(f"{lines}{ended}\n")
+        shown = visit(
+            tmp_run, "", 'return [byId("v-step-is").textContent, byId("v-prompt").value];'
+        )
+        assert shown == [step, prompt]
+
+    def test_curves_that_coincide_are_both_seen(self, visit, tmp_run):
+        writer = MetricsWriter(tmp_run)
+        for i in range(10):
+            rates = {"reward/equal_groups": i / 10, "update/skipped_groups": i / 10}
+            writer.write(i, rates | {"reward/exact": i / 20, "reward/accuracy": 1 - i / 20})
+        writer.close()
+        widths = """const of = (title) => PANELS.find(([, panel]) => panel.title === title)[0].data.filter((t) => t.name)
+                      .map((t) => t.line.width);
+                    return [of("Groups without advantage"), of("Sampled completions")];"""
+        assert visit(tmp_run, "", widths) == [[5, 2], [2, 2]]
 
     @pytest.mark.parametrize(
         "name, count, first",

@@ -159,6 +159,10 @@ def test_long_prompts_are_dropped_and_counted(tokenizer):
     assert made.dropped == sum(n > limit for n in lengths) > 0
     assert max(map(len, made.prompts)) <= limit
     assert f"{made.dropped} dropped (longer than {limit} tokens)" in made.summary()
+    first = f"{made.size} records of the first 40 (data.eval_limit), {made.dropped} dropped"
+    assert made.summary(40, "data.eval_limit").startswith(first)
+    # there were no more
+    assert made.summary(41, "data.eval_limit") == made.summary()
 
 
 def test_nothing_fits(tokenizer):

@@ -117,7 +117,7 @@ def test_a_run_answers_benchmarks_in_the_same_rollout(evaluated, bank, monkeypat
         small, decoder=Decoder(dataclasses.replace(small.config, max_positions=4096))
     )
     examples = held_out(config, policy, keep=False)
-    assert examples is not None and "api_bank: 5 items" in examples.summary()
+    assert examples is not None and "api_bank: 5 items" in examples.summary(config)
     evaluator = Evaluator(config, policy, examples)
     said = [
         json.dumps({"name": item.gold.name, "parameters": item.gold.arguments})

@@ -8,8 +8,10 @@ import jax
 import pytest
 import transformers
 
+from rest_jax import cli
 from rest_jax.config import Config, MeshConfig, ModelConfig, dump
 from rest_jax.data.convert import SOURCES
+from rest_jax.errors import UserError
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run import card, load
 from rest_jax.run.checkpoint import Checkpoints
@@ -45,10 +47,10 @@ vllm serve out --enable-auto-tool-choice \\
     --chat-template out/tool_chat_template.jinja{reasoning}
 ```
 
-`rest-jax serve` takes the same folder:
+`rest-jax serve` takes the same folder, with the template and the lengths of training from its `rest_jax_use.json`:
 
 ```
-rest-jax serve out --template toolrl data.max_prompt_tokens=192 rollout.max_response_tokens=96
+rest-jax serve out
 ```
 
 In transformers the prompt of training needs `tool_chat_template.jinja`; the tokenizer's own template tells of no tools:
@@ -143,6 +145,39 @@ def test_the_card_says_how_to_serve_and_what_was_measured(run, tmp_path):
     assert expected.replace("{reasoning}", reasoning) in text
     assert text.endswith(f"```yaml\n{dump(made)}```\n")
     assert (tmp_path / "out" / card.PARSER).read_text() == card.PLUGIN.read_text()
+
+
+def test_an_export_is_used_as_it_was_trained(run, tmp_path, capsys):
+    made = config("hermes", brief_prompt=True, max_prompt_tokens=192)
+    answers = made.rollout.model_copy(update={"max_response_tokens": 96})
+    out = tmp_path / "the export"
+    folder = run(made.model_copy(update={"rollout": answers}))
+    assert cli.main(["export", str(folder), str(out)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"exported {folder} to {out}", f"serve it: rest-jax serve '{out}'"]
+    shutil.copytree(out, tmp_path / "again")
+    (tmp_path / "again" / card.USE_FILE).unlink()
+    assert cli.main(["export", str(tmp_path / "again"), str(tmp_path / "third")]) == 0
+    assert "serve it" not in capsys.readouterr().out
+    for source in (out, folder):
+        found = load.config_of(str(source), ["data.max_prompt_tokens=100"])
+        assert (found.data.template, found.data.brief_prompt) == ("hermes", True)
+        assert (found.data.max_prompt_tokens, found.rollout.max_response_tokens) == (100, 96)
+        assert "template" in found.data.model_fields_set
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"reward.plugin": "theirs.py:score"}', "reward.plugin: not a key of this file"),
+        ('{"data.template": "x"}', "data.template"),
+        ("[", f"{card.USE_FILE}: line 1"),
+    ],
+)
+def test_a_file_of_use_can_say_nothing_else(tmp_path, text, said):
+    (tmp_path / card.USE_FILE).write_text(text)
+    with pytest.raises(UserError, match=said):
+        load.config_of(str(tmp_path), [])
 
 
 def test_a_certificate_of_an_earlier_state_of_the_run_is_left_out(tmp_run):

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 
 import jax.numpy as jnp
 import pytest
@@ -19,7 +20,7 @@ from rest_jax.run.contents import MADE_OF
 from rest_jax.run.folder import CONFIG_FILE
 from rest_jax.run.lock import OWNER
 from rest_jax.run.metrics import MetricsWriter
-from rest_jax.run.overview import describe_checkpoint, list_runs
+from rest_jax.run.overview import QUIET, describe_checkpoint, list_runs
 from rest_jax.types import TrainState
 from tests import tiny
 
@@ -45,7 +46,8 @@ def test_runs_have_state_step_figure_and_host(tmp_path, capsys):
     gone.wait()
     make_run(tmp_path, "alive", owner={"host": here, "pid": os.getpid()}, **{"reward/mean": 1.5})
     make_run(tmp_path, "dead", owner={"host": here, "pid": gone.pid}, **{"update/loss": 0.25})
-    make_run(tmp_path, "other", owner={"host": "far", "pid": os.getpid()})
+    other = make_run(tmp_path, "other", owner={"host": "far", "pid": os.getpid()})
+    os.utime(other / OWNER, (1e9, 1e9))
     make_run(tmp_path, "done", done=4, **{"eval/exact": 0.5, "reward/mean": 9.0})
     broken = make_run(tmp_path, "broken")
     (broken / CONFIG_FILE).write_text("train: {step: 3}\n")
@@ -63,8 +65,20 @@ def test_runs_have_state_step_figure_and_host(tmp_path, capsys):
         ["alive", "training", "2", "4", "reward", "1.5"],
         ["dead", "stopped", "2", "4", "loss", "0.25"],
     ]
-    assert cells[1][-1] == here and cells[3][:5] == ["other", "stopped", "0", "4", "-"]
+    assert cells[1][-1] == here and cells[3][:5] == ["other", "stopped?", "0", "4", "-"]
     assert cells[3][-1] == "far" and cells[4][:2] == ["broken", "unreadable:"]
+
+
+@pytest.mark.parametrize(
+    ("file", "done"), [(OWNER, 2), ("metrics.jsonl", 2), (None, 2), (OWNER, 4)]
+)
+def test_a_run_on_another_host_is_judged_by_when_it_wrote_last(tmp_path, file, done):
+    path = make_run(tmp_path, "r", done=done, owner={"host": "far", "pid": 1}, **{"update/loss": 1})
+    for name in (OWNER, "metrics.jsonl", CONFIG_FILE):
+        age = time.time() - QUIET + (60 if name == file else -60)
+        os.utime(path / name, (age, age))
+    state = "finished" if done == 4 else "training?" if file else "stopped?"
+    assert list_runs(tmp_path).splitlines()[2].split()[1] == state
 
 
 @pytest.mark.parametrize(

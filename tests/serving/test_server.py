@@ -12,9 +12,10 @@ import httpx
 import pytest
 
 from rest_jax import cli
-from rest_jax.config import from_overrides
+from rest_jax.config import MeshConfig, from_overrides
 from rest_jax.data.tokenize import Encoder
 from rest_jax.errors import UserError
+from rest_jax.run.load import load_policy
 from rest_jax.serving import server
 from rest_jax.serving.engine import Engine
 from rest_jax.serving.prompts import Served
@@ -42,6 +43,17 @@ def test_the_format_is_read_off_the_chat_template(tokenizer, monkeypatch, chat, 
 def test_no_format_of_tools(tokenizer):
     with pytest.raises(UserError, match=r"model policy: .* --template toolrl \| hermes \| llama3"):
         template_of(config(), tokenizer)
+
+
+def test_all_words_that_are_missing_are_told_at_once(configs_dir, capsys):
+    folder = configs_dir / "quickstart_policy"
+    assert cli.main(["serve", str(folder), "--port", "0"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--template toolrl | hermes | llama3; and " in error
+    words = "data.max_prompt_tokens=512 rollout.max_response_tokens=512"
+    assert "exceeds the model's 1,024 positions" in error and words in error
+    loaded = load_policy(config().model.model_copy(update={"source": str(folder)}), MeshConfig())
+    assert server._checked_template(config("data.template=hermes", *words.split()), loaded)
 
 
 def test_a_port_in_use_is_one_line(capsys, tmp_path):

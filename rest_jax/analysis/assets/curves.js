@@ -86,6 +86,7 @@ function traces(panel) {
     }
     found.push(trace);
   }));
+  showCovered(found.filter((trace) => trace.name), panel.log);
   if (!many) return found;
   const key = (name, legendgroup, line) => found.push({ x: [null], y: [null], name: plain(name), legendgroup, line: { width: 2, ...line },
     mode: "lines", type: "scatter" });
@@ -96,6 +97,22 @@ function traces(panel) {
     if (metrics.length > 1) key(label, `metric ${m}`, regions ? { color: colours[label] } : { color: grey, dash: DASHES[m % DASHES.length] });
   });
   return found;
+}
+
+// Makes each curve paler, and broader by a margin for every later one that lies on it at most of its steps, so that it shows on
+// both sides of theirs, also where runs share the colour of a region. Some fifty steps of a curve are looked at: sliders redraw the page.
+function showCovered(curves, log) {
+  const at = log ? Math.log10 : (y) => y;
+  const values = curves.map((curve) => new Map(curve.x.map((x, i) => [x, at(curve.y[i])])));
+  let low = Infinity, high = -Infinity;
+  for (const own of values) for (const y of own.values()) if (Number.isFinite(y)) [low, high] = [Math.min(low, y), Math.max(high, y)];
+  const near = (y, other) => y === other || Math.abs(y - other) <= 0.005 * (high - low);
+  curves.forEach((curve, i) => {
+    const every = Math.ceil(curve.x.length / 50), seen = curve.x.filter((_, j) => j % every === 0);
+    const covers = (other) => seen.filter((x) => near(values[i].get(x), other.get(x))).length > seen.length / 2;
+    const covering = values.slice(i + 1).filter(covers).length;
+    if (covering) Object.assign(curve.line, { width: curve.line.width + 3 * covering, color: rgba(curve.line.color, 0.5) });
+  });
 }
 
 function layout(panel) {

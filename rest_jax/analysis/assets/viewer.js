@@ -216,7 +216,7 @@ function legend(most) {
   }
   const top = Number(style("--alpha")) + 0.35, sided = view.colour === "advantage" || view.colour === "mismatch";
   if (view.colour === "mismatch" && !most.mismatch) {
-    box.appendChild(make("span", "no mismatch: the trainer's log-probs are written with rollout.recompute_logprobs=true"));
+    box.appendChild(make("span", "no mismatch of tokens: the trainer's log-probs are written with rollout.recompute_logprobs=true"));
     return;
   }
   const bar = make("span", undefined, "scale"), low = sided ? rgba("#D55E00", top) : "transparent";
@@ -268,15 +268,26 @@ async function show() {
   document.documentElement.dataset.ready = "true";
 }
 
-// Completions [step, prompt, completion, reward, format, spurious, weight, mismatch] that the filter takes, best first.
-function find() {
-  const all = tokensOf().index, groups = new Map();
-  for (const row of all) {
+// The groups of completions whose rewards differ, as rows of the index.
+function unequal() {
+  const groups = new Map();
+  for (const row of tokensOf().index) {
     const key = `${row[0]}/${row[1]}`;
     groups.set(key, [...(groups.get(key) ?? []), row]);
   }
-  const extreme = (sign) => [...groups.values()].filter((g) => new Set(g.map((row) => row[3])).size > 1)
-    .map((g) => g.reduce((a, b) => (sign * b[3] > sign * a[3] ? b : a)));
+  return [...groups.values()].filter((g) => new Set(g.map((row) => row[3])).size > 1);
+}
+
+// [step, prompt] of the first group of the newest step that has one whose rewards differ; where none has, of the last step.
+function opening() {
+  const groups = unequal(), newest = groups.at(-1)?.[0][0];
+  return groups.find((g) => g[0][0] === newest)?.[0] ?? [tokensOf().steps.length - 1, 0];
+}
+
+// Completions [step, prompt, completion, reward, format, spurious, weight, mismatch] that the filter takes, best first.
+function find() {
+  const all = tokensOf().index;
+  const extreme = (sign) => unequal().map((g) => g.reduce((a, b) => (sign * b[3] > sign * a[3] ? b : a)));
   const by = (column) => all.filter((row) => row[column] !== null).sort((a, b) => b[column] - a[column]);
   const rules = { "": () => [], format: () => all.filter((row) => !row[4]), spurious: () => all.filter((row) => row[5]),
     weight: () => by(6), mismatch: () => by(7), best: () => extreme(1), worst: () => extreme(-1) };
@@ -384,9 +395,8 @@ function beginViewer() {
   view.run = Number(known(having, remembered("run"), having[0][0]));
   view.colour = known(COLOURS, remembered("colour"), "region");
   view.filter = byId("v-filter").value = known(FILTERS, remembered("find"), "");
-  view.prompt = Number(remembered("prompt") ?? 0) || 0;
   const tokens = tokensOf(), step = tokens.steps.indexOf(Number(remembered("step")));
-  view.step = step >= 0 ? step : tokens.steps.length - 1;
+  [view.step, view.prompt] = step >= 0 ? [step, Number(remembered("prompt") ?? 0) || 0] : opening();
   if (tokens.left_out) {
     byId("viewer").prepend(make("p", `${tokens.left_out} of the steps written are left out, evenly, to keep the page small.`, "note"));
   }
