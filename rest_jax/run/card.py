@@ -29,6 +29,7 @@ from rest_jax.templates.chat_template import PLUGIN, trained
 CHAT_TEMPLATE, PARSER, CARD = "tool_chat_template.jinja", "toolrl_tool_parser.py", "README.md"
 # A name with .json, so that it is copied and downloaded with the other side files of a model.
 USE_FILE = "rest_jax_use.json"
+_MAX_USE = 2**16  # bytes of it that are read
 # What of a config says how the policy is asked. Nothing in such a file can name code: others may have made it.
 USE_KEYS = (
     "data.template",
@@ -127,12 +128,14 @@ def _use(config: Config) -> dict[str, Any]:
 
 def recorded_use(folder: Location) -> list[str]:
     """What the folder of an export says of its use, as overrides ("key=value"); none where it has no such file. UserError for a
-    file with other keys.
+    file with other keys, or a large one.
     """
     path = as_path(folder) / USE_FILE
     with store_errors(path):
         if not path.is_file():
             return []
+        if (size := path.stat().length) > _MAX_USE:
+            raise UserError(f"{path}: {size:,} bytes, more than {_MAX_USE:,}; export the run again")
     found = read_mapping(path)
     if unknown := sorted(found.keys() - set(USE_KEYS)):
         raise UserError(
