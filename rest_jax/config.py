@@ -30,6 +30,8 @@ _PACKAGE = pathlib.Path(__file__).resolve().parent
 # The builtin files: in an installed wheel rest_jax/_configs, else configs/ of the repository.
 _INSTALLED = _PACKAGE / "_configs"
 _BUILTIN = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs"
+# of a file, and of its values within each other; those of strangers' runs may be of any size
+_MAX_BYTES, _DEEPEST = 2**18, 50
 
 
 class ConfigError(UserError):
@@ -671,8 +673,10 @@ def read_mapping(path: Location) -> dict[str, Any]:
     """The mapping that a YAML file holds; nothing but comments is an empty one. ConfigError names file and line."""
     try:
         with store_errors(path):
+            if (size := as_path(path).stat().length) > _MAX_BYTES:
+                raise ConfigError(f"{path}: {size:,} bytes, a config has {_MAX_BYTES:,} at most")
             text = as_path(path).read_text()
-        _check_numbers(text)
+        _check_yaml(text)
         found = OmegaConf.load(io.StringIO(text))
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as fault:
         said = " ".join(str(fault).split())
@@ -684,19 +688,28 @@ def read_mapping(path: Location) -> dict[str, Any]:
     return typing.cast(dict[str, Any], OmegaConf.to_container(found))
 
 
-class _BentNumber(yaml.MarkedYAMLError):
-    """A number that YAML takes for another one."""
+class _Refused(yaml.MarkedYAMLError):
+    """What YAML reads, and a config does not mean."""
 
 
-def _check_numbers(text: str) -> None:
-    """_BentNumber for what YAML 1.1 reads with another base: 010 is 8, and 1:30 is 90."""
+def _check_yaml(text: str) -> None:
+    """_Refused for what YAML 1.1 reads with another base (010 is 8, and 1:30 is 90), and for values that are nested so deeply
+    that reading them takes minutes.
+    """
+    depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
-        if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and _bent(event.value):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        problem = None
+        if depth > _DEEPEST:
+            problem = f"values within each other, more than {_DEEPEST} deep"
+        elif isinstance(event, yaml.ScalarEvent) and event.implicit[0] and _bent(event.value):
             number = yaml.safe_load(event.value)
-            raise _BentNumber(
-                problem=f"YAML takes {event.value} for {number}; write a decimal number, or a text in quotes",
-                problem_mark=event.start_mark,
-            )
+            problem = f"YAML takes {event.value} for {number}; write a decimal number, or a text in quotes"
+        if problem is not None:
+            raise _Refused(problem=problem, problem_mark=event.start_mark)
 
 
 _bent = re.compile(
@@ -729,9 +742,9 @@ def _parse(overrides: Sequence[str]) -> dict[str, Any]:
         if not value.strip():
             raise ConfigError(f"override {override!r}: a value is missing; null stands for none")
         try:
-            _check_numbers(value)
+            _check_yaml(value)
             parsed.merge_with_dotlist([override])
-        except _BentNumber as fault:
+        except _Refused as fault:
             raise ConfigError(f"override {override!r}: {fault.problem}") from fault
         except (yaml.YAMLError, OmegaConfBaseException) as fault:
             raise ConfigError(f"override {override!r}: the value cannot be read") from fault

@@ -182,6 +182,7 @@ def test_every_fault_is_named_at_once_with_the_nearest_name(write):
         (["output=''"], "output: '': "),
         (["data.train=''"], "data.train: '': "),
         (["train={steps: 1, steps: 2}"], "the value cannot be read"),
+        (["seed=" + "[" * 100], "values within each other, more than 50 deep"),
         (["data.workers=2"], "data.workers: unknown key"),
     ],
     ids=str,
@@ -201,7 +202,10 @@ def test_words_that_cannot_be(words, said):
         ("seed: 3\ntrain: {steps: 1, epochs: 010}", "line 2: YAML takes 010 for 8"),
         ("a: !!python/object:os.system x", "line 1: could not determine a constructor"),
         ("a: \x00", "special characters are not allowed"),
+        ("\nseed: " + "[" * 50_000, "line 2: values within each other, more than 50 deep"),
+        ("# " * 200_000, "400,000 bytes, a config has 262,144 at most"),
     ],
+    ids=range(10),
 )
 def test_files_that_cannot_be_read(write, text, said):
     path = write("bad", text)

@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 
 import rest_jax
-from rest_jax.config import Config, LossConfig, dump, read_mapping
+from rest_jax.config import Config, ConfigError, LossConfig, dump, from_overrides, read_mapping
 from rest_jax.errors import UserError
 from rest_jax.files import Location, as_path, store_errors
 from rest_jax.models.tokenizer import Tokenizer
@@ -29,7 +29,6 @@ from rest_jax.templates.chat_template import PLUGIN, trained
 CHAT_TEMPLATE, PARSER, CARD = "tool_chat_template.jinja", "toolrl_tool_parser.py", "README.md"
 # A name with .json, so that it is copied and downloaded with the other side files of a model.
 USE_FILE = "rest_jax_use.json"
-_MAX_USE = 2**16  # bytes of it that are read
 # What of a config says how the policy is asked. Nothing in such a file can name code: others may have made it.
 USE_KEYS = (
     "data.template",
@@ -128,20 +127,23 @@ def _use(config: Config) -> dict[str, Any]:
 
 def recorded_use(folder: Location) -> list[str]:
     """What the folder of an export says of its use, as overrides ("key=value"); none where it has no such file. UserError for a
-    file with other keys, or a large one.
+    file with other keys or values.
     """
     path = as_path(folder) / USE_FILE
     with store_errors(path):
         if not path.is_file():
             return []
-        if (size := path.stat().length) > _MAX_USE:
-            raise UserError(f"{path}: {size:,} bytes, more than {_MAX_USE:,}; export the run again")
     found = read_mapping(path)
-    if unknown := sorted(found.keys() - set(USE_KEYS)):
+    if unknown := sorted(set(map(str, found)) - set(USE_KEYS)):
         raise UserError(
             f"{path}: {unknown[0]}: not a key of this file (known: {', '.join(USE_KEYS)})"
         )
-    return [f"{key}={json.dumps(value)}" for key, value in found.items()]
+    words = [f"{key}={json.dumps(value)}" for key, value in found.items()]
+    try:
+        from_overrides({"name": "command", "model": {"source": str(folder)}}, words)
+    except ConfigError as error:
+        raise UserError(f"{path}: {error}") from error
+    return words
 
 
 def _method(config: Config, lines: Sequence[Mapping[str, Any]]) -> str:

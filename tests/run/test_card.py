@@ -172,7 +172,9 @@ def test_an_export_is_used_as_it_was_trained(run, tmp_path, capsys):
         ('{"reward.plugin": "theirs.py:score"}', "reward.plugin: not a key of this file"),
         ('{"data.template": "x"}', "data.template"),
         ("[", f"{card.USE_FILE}: line 1"),
-        (" " * 100_000, f"{card.USE_FILE}: 100,000 bytes, more than 65,536"),
+        ('{"data.max_prompt_tokens": -1}', f"{card.USE_FILE}: config: data.max_prompt_tokens: -1"),
+        ("{1: 2, x: 3}", f"{card.USE_FILE}: 1: not a key of this file"),
+        (" " * 300_000, f"{card.USE_FILE}: 300,000 bytes"),
     ],
 )
 def test_a_file_of_use_can_say_nothing_else(tmp_path, text, said):
