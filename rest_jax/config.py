@@ -47,6 +47,7 @@ def locate(source: str) -> str:
 
 
 PositiveInt = Annotated[int, pydantic.Field(gt=0)]
+Count = Annotated[int, pydantic.Field(gt=0, le=10**7)]  # of what is made in memory at once
 NonNegativeInt = Annotated[int, pydantic.Field(ge=0)]
 PositiveFloat = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
@@ -113,17 +114,13 @@ class DataConfig(Section):
     # what a `synthetic:` world asks for: one call or none, mixed tasks, mixed tasks that are thought through, calls whose tool
     # the thought does not name
     synthetic_level: Literal["single", "mixed", "reasoned", "inferred"] = "mixed"
-    synthetic_size: Annotated[int, pydantic.Field(gt=0, le=10**7)] = (
-        4096  # training records of a `synthetic:` world
-    )
+    synthetic_size: Count = 4096  # training records of a `synthetic:` world
 
 
 class RolloutConfig(Section):
     """How completions are sampled."""
 
-    prompts_per_step: Annotated[int, pydantic.Field(gt=0, le=10**7)] = (
-        512  # P, each sampled `group_size` times
-    )
+    prompts_per_step: Count = 512  # P, each sampled `group_size` times
     group_size: Annotated[int, pydantic.Field(ge=2, le=10**5)] = 4  # G: completions of a prompt
     # most times a step samples other prompts in place of those whose group has no advantage (docs/methods.md); 0: never
     dynamic_sampling: NonNegativeInt = 0

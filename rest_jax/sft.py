@@ -30,7 +30,7 @@ from rest_jax.distributed import (
     to_mesh,
 )
 from rest_jax.errors import UNFINISHED
-from rest_jax.evaluation.heldout import Evaluator, Examples, held_out
+from rest_jax.evaluation.heldout import Evaluator, Examples, describe_data, held_out
 from rest_jax.files import Location
 from rest_jax.models.policy import Policy, check_positions
 from rest_jax.planning.banner import banner
@@ -96,11 +96,7 @@ def finetune(
     examples = held_out(config, policy, keep=not dry_run)
     setup = make_setup(config, policy, data, examples, steps)
     described = [
-        (
-            "train",
-            f"{config.data.train}: {data.summary(config.data.train_limit, 'data.train_limit')}",
-        ),
-        ("held out", examples.summary(config) if examples else "none"),
+        *describe_data(config, data, examples),
         ("steps", f"{steps} steps of {config.sft.batch_size} records"),
     ]
     if is_first_process():

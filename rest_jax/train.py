@@ -35,7 +35,7 @@ from rest_jax.distributed import (
     rows_of_shards,
 )
 from rest_jax.errors import UNFINISHED, UserError
-from rest_jax.evaluation.heldout import Evaluator, Examples, held_out
+from rest_jax.evaluation.heldout import Evaluator, Examples, describe_data, held_out
 from rest_jax.files import Location
 from rest_jax.models.decoder import with_adapters
 from rest_jax.models.policy import Policy, check_positions
@@ -378,11 +378,7 @@ def describe(
     updates = r.prompts_per_step // minibatch_prompts(config)
     files = plugins.named(config).items()
     return [
-        (
-            "train",
-            f"{config.data.train}: {prompts.summary(config.data.train_limit, 'data.train_limit')}",
-        ),
-        ("held out", examples.summary(config) if examples else "none"),
+        *describe_data(config, prompts, examples),
         (
             "steps",
             f"{steps} steps of {r.prompts_per_step} prompts x {r.group_size} completions, {updates} update(s) a step",

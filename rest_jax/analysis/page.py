@@ -330,13 +330,12 @@ def page_data(
     ]
     present = {name for series in found for name in series}
     benchmarks = benchmark_rows(names, [read_results(run) for run in runs])
-    sections = [
-        {"title": title, "note": note, "panels": shown, "table": table}
-        for title, note, panels in SECTIONS
-        for shown in [[p._asdict() for p in panels if not present.isdisjoint(p.metrics)]]
-        for table in [benchmarks if title == RESULTS else []]
-        if shown or table
-    ]
+    sections = []
+    for title, note, panels in SECTIONS:
+        shown = [p._asdict() for p in panels if not present.isdisjoint(p.metrics)]
+        table = benchmarks if title == RESULTS else []
+        if shown or table:
+            sections.append({"title": title, "note": note, "panels": shown, "table": table})
     return {
         "runs": own,
         "differences": config_differences(configs),

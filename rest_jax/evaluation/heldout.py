@@ -81,6 +81,17 @@ class Examples(NamedTuple):
         return "; ".join(parts)
 
 
+def describe_data(
+    config: Config, records: Prepared, examples: Examples | None
+) -> list[tuple[str, str]]:
+    """What a run trains on and what it is evaluated on, as fields of its banner."""
+    read = records.summary(config.data.train_limit, "data.train_limit")
+    return [
+        ("train", f"{config.data.train}: {read}"),
+        ("held out", examples.summary(config) if examples else "none"),
+    ]
+
+
 def held_out(config: Config, policy: Policy, keep: bool) -> Examples | None:
     """What a run evaluates: its held-out records, tokenised and, if `keep`, kept beside the run, and its benchmarks. None without
     `data.eval` and `evaluation.benchmarks`. UserError when a prompt may outgrow the model.

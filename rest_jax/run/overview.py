@@ -11,6 +11,7 @@ import math
 import os
 import socket
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -62,15 +63,20 @@ def _run(path: epath.Path) -> dict[str, Any]:
         return run | {"state": f"unreadable: {error}"}
     if lines:
         run["step"], run["moved"] = lines[-1]["step"], metrics.stat().mtime
-    owner, alive, written = _owner(path)
+    owner, written = _owner(path)
+    alive = _alive(owner)
     run["host"] = owner.get("host", "-")
     run["of"] = config.train.steps or "-"
     finished = config.train.steps is not None and run["step"] >= config.train.steps
-    if alive is None:  # its process is not to be seen from here
+    if alive:
+        run["state"] = "training"
+    elif finished:
+        run["state"] = "finished"
+    elif alive is None:
         moves = time.time() - max(run["moved"], written) < QUIET
-        run["state"] = "finished" if finished else "training?" if moves else "stopped?"
+        run["state"] = "training?" if moves else "stopped?"
     else:
-        run["state"] = "training" if alive else "finished" if finished else "stopped"
+        run["state"] = "stopped"
     for name, label in HEADLINES.items():
         values = [line[name] for line in lines if line.get(name) is not None]
         if values:
@@ -79,28 +85,28 @@ def _run(path: epath.Path) -> dict[str, Any]:
     return run
 
 
-def _owner(path: epath.Path) -> tuple[dict[str, Any], bool | None, float]:
-    """The process that trained in the folder last; whether it is alive, None where only another host knows; when it wrote that
-    last (at its start, in a store with every heartbeat).
-    """
-    owner: dict[str, Any] = {}
-    written = 0.0
+def _owner(path: epath.Path) -> tuple[dict[str, Any], float]:
+    """The process that trained in the folder last, and when it wrote that last: at its start, in a store with every heartbeat."""
     for name in (OWNER, LOCK):  # of a local folder, of one in a store
         with contextlib.suppress(OSError, ValueError, TypeError):
-            if not owner:
-                owner = dict(json.loads((path / name).read_text()))
-                written = (path / name).stat().mtime
+            if owner := dict(json.loads((path / name).read_text())):
+                return owner, (path / name).stat().mtime
+    return {}, 0.0
+
+
+def _alive(owner: Mapping[str, Any]) -> bool | None:
+    """Whether that process is; None where only another host knows."""
     if not isinstance(owner.get("pid"), int):
-        return owner, False, written
+        return False
     if owner.get("host") != socket.gethostname():
-        return owner, None, written
+        return None
     try:
         os.kill(owner["pid"], 0)
     except ProcessLookupError:
-        return owner, False, written
+        return False
     except PermissionError:
         pass
-    return owner, True, written
+    return True
 
 
 def _ago(seconds: float) -> str:
