@@ -652,9 +652,8 @@ def builtin_file(name: Location, folder: str | None = None) -> epath.Path:
     if word not in known:
         if _is_key(str(name)):
             raise ConfigError(f"config {name}: a value is needed: {name}=VALUE")
-        close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-        said = f"(nearest: {', '.join(close) or 'none'}; known: {', '.join(known)})"
-        raise ConfigError(f"{folder or 'config'} {name}: no such file, nor a builtin one {said}")
+        said = nearest(str(name), list(known))
+        raise ConfigError(f"{folder or 'config'} {name}: no such file, nor a builtin one{said}")
     return as_path(known[word])
 
 

@@ -1,7 +1,7 @@
 """The quickstart: convert the builtin tiny policy, train it with ResT, export it, reload the export, say what improved.
 
-`quickstart(overrides, fresh)` trains the method `rest` on the scale `tiny`; everything lands in runs/<name>/. Interrupted,
-the same command resumes.
+`quickstart(overrides, fresh)` trains the method `rest` on the scale `tiny`; the run is runs/<name>/, its export
+runs/<name>-exported/, which is written anew. Interrupted, the same command resumes.
 """
 
 import pathlib
@@ -28,7 +28,7 @@ def quickstart(overrides: Sequence[str] = (), fresh: bool = False) -> int:
     source = config_lib.locate(config.model.source)
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
-    converted, exported = folder / "converted", folder / "exported"
+    converted, exported = folder / "converted", folder.with_name(f"{folder.name}-exported")
     if not converted.is_dir():
         convert(source, converted)
     print(f"[1/4] converted {source} to {converted}", flush=True)
@@ -45,12 +45,13 @@ def quickstart(overrides: Sequence[str] = (), fresh: bool = False) -> int:
     assert data is not None
     rates, _ = Evaluator(reloaded, policy, data)(policy.params)
     print(f"[4/4] reloaded {exported} and evaluated it", flush=True)
-    first, last, again = (100 * found["eval/exact"] for found in (lines[0], lines[-1], rates))
+    first, last, again = (f"{found['eval/exact']:.1%}" for found in (lines[0], lines[-1], rates))
     print(
-        f"\nExact calls on tools never seen in training: {first:.1f} % -> {last:.1f} % (the reloaded export: {again:.1f} %) "
+        f"\nExact calls on tools never seen in training: {first} -> {last} (the reloaded export: {again}) "
         f"in {(time.monotonic() - started) / 60:.1f} minutes.\n"
         f"Completions: {folder / 'samples.jsonl'}\n"
-        f"Policy, as a Hugging Face folder (transformers loads it with PyTorch): {exported}"
+        f"Policy, as a Hugging Face folder (transformers loads it with PyTorch): {exported}\n"
+        f"It answers OpenAI's protocol: rest-jax serve {exported}"
     )
     return 0
 

@@ -387,9 +387,13 @@ def records(tmp_path) -> pathlib.Path:
 
 
 def test_quickstart(printed, folder):
-    for name in ("converted", "exported", "curves.png", "samples.jsonl"):
-        assert (folder / "quickstart" / name).exists()
-    said = re.search(r"-> (\S+) % \(the reloaded export: (\S+) %\)", printed["quickstart"])
+    run, exported = folder / "quickstart", folder / "quickstart-exported"
+    for path in (run / "converted", exported, run / "curves.png", run / "samples.jsonl"):
+        assert path.exists()
+    # what the run names as a next step is what the quickstart then does
+    assert f"rest-jax export {run} {exported}," in printed["quickstart"]
+    assert f"[3/4] exported to {exported}" in printed["quickstart"]
+    said = re.search(r"-> (\S+%) \(the reloaded export: (\S+%)\)", printed["quickstart"])
     assert said and said[1] == said[2]
 
 
@@ -429,7 +433,7 @@ def test_evaluate(printed, folder):
 
 
 def test_export_and_convert_give_the_same_weights(printed, folder):
-    exported = (folder / "quickstart" / "exported" / "model.safetensors").read_bytes()
+    exported = (folder / "quickstart-exported" / "model.safetensors").read_bytes()
     assert (folder / "first" / "model.safetensors").read_bytes() == exported
     assert (folder / "second" / "model.safetensors").read_bytes() == exported
 

@@ -6,7 +6,7 @@ from typing import Any
 from rest_jax import config as config_lib
 from rest_jax.distributed import is_first_process
 from rest_jax.files import Location, as_path, is_url
-from rest_jax.run.metrics import CONFIG_FILE, METRICS, is_eval, summary_table
+from rest_jax.run.metrics import CONFIG_FILE, METRICS, is_eval, shown_value, summary_table
 from rest_jax.run.progress import duration
 from rest_jax.terminal import print_fields
 
@@ -62,14 +62,11 @@ def evaluation_table(series: Mapping[str, Any], ends: Mapping[str, Any]) -> str:
 
 
 def _cell(name: str, values: Any, ends: Any, i: int | None) -> str:
-    """A value with its interval, rates in per cent."""
-    if i is None:
-        return "-"
-    scale, form = (100, ".1f") if METRICS[name].unit == "fraction" else (1, ".4g")
-    around = (
-        "" if ends is None else " ({} to {})".format(*(f"{scale * end[i]:{form}}" for end in ends))
-    )
-    return f"{scale * values[i]:{form}}{' %' if scale == 100 else ''}{around}"
+    """A value with its interval."""
+    value = shown_value(name, None if i is None else values[i])
+    if i is None or ends is None:
+        return value
+    return f"{value} ({' to '.join(shown_value(name, end[i]) for end in ends)})"
 
 
 def _training(series: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -78,12 +75,9 @@ def _training(series: Mapping[str, Any]) -> list[tuple[str, str]]:
     for label, name in (("reward", "reward/mean"), ("loss", "update/loss")):
         if name in series:
             values = series[name].values
-            rows.append(
-                (
-                    label,
-                    f"{values[0]:.3f} in the first step, {values[-1]:.3f} in the last, of {len(values)}",
-                )
-            )
+            first, last = (shown_value(name, values[i]) for i in (0, -1))
+            said = f"{first} in the first step, {last} in the last, of {len(values)}, each on prompts of its own"
+            rows.append((label, said))
             break
     for name, what in (("rollout/tokens", "sampled"), ("update/tokens", "trained on")):
         if name in series:

@@ -32,7 +32,14 @@ from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import plugin_metrics, score_records, summarise_scores, truncated
 from rest_jax.run.load import load_policy
-from rest_jax.run.metrics import METRICS_FILE, is_eval, read_lines, run_files, summary_table
+from rest_jax.run.metrics import (
+    METRICS_FILE,
+    is_eval,
+    read_lines,
+    run_files,
+    shown_value,
+    summary_table,
+)
 from rest_jax.templates import TEMPLATES
 from rest_jax.types import Params, PromptBatch, RolloutBatch, Sampling
 
@@ -263,9 +270,9 @@ def evaluate(
             rates = {name: value for name, value in rates.items() if name not in _FOR_CURVES}
             rows = rows or [["data", *(name.removeprefix("eval/") for name in rates)]]
             ends = intervals(scored, prepared.records)
-            rows.append([spec, *rates.values()])
+            rows.append([spec, *(shown_value(name, value) for name, value in rates.items())])
             for i, end in enumerate(("95 % from", "95 % to")):
-                rows.append([end, *(ends.get(name, (None, None))[i] for name in rates)])
+                rows.append([end, *(shown_value(n, ends.get(n, (None, None))[i]) for n in rates)])
             if file is not None:
                 file.writelines(json.dumps({"data": spec, **line}) + "\n" for line in scored)
     return summary_table(rows) if is_first_process() else ""

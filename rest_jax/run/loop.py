@@ -30,7 +30,7 @@ from rest_jax.files import list_files, written_locally
 from rest_jax.rl.update import NOT_FINITE
 from rest_jax.run.folder import EVALUATION, Run, not_finite
 from rest_jax.run.fork import Start
-from rest_jax.run.metrics import metric
+from rest_jax.run.metrics import metric, shown_value
 from rest_jax.run.progress import Progress
 from rest_jax.run.stop import StopNow
 from rest_jax.run.symptoms import Watch
@@ -101,10 +101,6 @@ class Tracer:
             )
         else:
             say(f"no trace: step {self.wanted} was not among the steps run")
-
-
-def _readable(name: str, value: float) -> str:
-    return f"{value:.1%}" if metric(name).unit == "fraction" else f"{value:.3f}"
 
 
 def check_profile(profile: int | None, steps: int) -> None:
@@ -296,7 +292,7 @@ class Loop:
             for line in self._symptoms.look(values):
                 self.progress.message(f"step {p.step}: {line}")
             shown = [
-                f"{label} {_readable(name, values[name])}" for label, name in self.shown.items()
+                f"{label} {shown_value(name, values[name])}" for label, name in self.shown.items()
             ]
             rate = f"{values['time/tokens_per_second']:,.0f} tokens/s"
             self.progress.update(p.step, ", ".join([*shown, rate]))
@@ -354,11 +350,12 @@ class Loop:
         self.run.write(step, values | times, shown)
         self.evaluation_due = False
         rates = ", ".join(
-            f"{name.removeprefix('eval/').replace('/', ' ')} {value:.1%}"
+            f"{name.removeprefix('eval/').replace('/', ' ')} {shown_value(name, value)}"
             for name, value in values.items()
             if metric(name).unit == "fraction" and name not in _NOT_SAID
         )
-        reward = f", reward {values['eval/reward']:.3f}" if "eval/reward" in values else ""
+        found = values.get("eval/reward")
+        reward = "" if found is None else f", reward {shown_value('eval/reward', found)}"
         self.progress.message(f"held out at step {step}: {rates}{reward}")
 
     def _save(self, step: int) -> None:

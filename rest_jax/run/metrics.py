@@ -199,6 +199,13 @@ def metric(name: str) -> Metric:
     return METRICS[name]
 
 
+def shown_value(name: str, value: float | None) -> str:
+    """A value of that metric for people: fractions in per cent, others with four digits, None as "-"."""
+    if value is None:
+        return "-"
+    return f"{value:.1%}" if metric(name).unit == "fraction" else f"{value:.4g}"
+
+
 def in_order(names: Iterable[str]) -> list[str]:
     """The names in the order of METRICS, parts of a plug-in last; others are left out."""
     given = set(names)

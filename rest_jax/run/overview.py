@@ -22,7 +22,14 @@ from rest_jax.errors import UserError
 from rest_jax.files import Location, as_path, nearest_path, store_errors
 from rest_jax.run.lock import FILE as LOCK
 from rest_jax.run.lock import OWNER
-from rest_jax.run.metrics import CONFIG_FILE, METRICS_FILE, REGION_NAMES, read_lines, summary_table
+from rest_jax.run.metrics import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    REGION_NAMES,
+    read_lines,
+    shown_value,
+    summary_table,
+)
 
 # of seconds in which a run on another host has written nothing: it is taken for stopped
 QUIET = 600
@@ -80,7 +87,7 @@ def _run(path: epath.Path) -> dict[str, Any]:
     for name, label in HEADLINES.items():
         values = [line[name] for line in lines if line.get(name) is not None]
         if values:
-            run["figure"] = f"{label} {values[-1]:.3g}"
+            run["figure"] = f"{label} {shown_value(name, values[-1])}"
             break
     return run
 

@@ -33,6 +33,7 @@ from rest_jax.worlds.synthetic import Shop, tasks
 
 MAX_ROUNDS = 32  # answers with calls in a row
 _SHOWN = 2000  # characters of a result
+_NO_TOOLS = "no tools (--tools FILE or --world NAME offers some)"
 _HELP = "/new begins anew, Ctrl-C breaks off an answer, Ctrl-D ends"
 
 Call = Callable[[str, Mapping[str, Any]], str]
@@ -78,7 +79,8 @@ def chat(server: Server, tools: Tools, system: str | None, sampling: Mapping[str
     """The dialogue, until the input ends. `sampling`: fields of every request."""
     console = Console(highlight=False)
     _show(console, server.model, "bold")
-    console.print(f", {len(tools.schemas)} tools; {_HELP}", markup=False)
+    offered = f"{len(tools.schemas)} tools" if tools.schemas else _NO_TOOLS
+    console.print(f", {offered}; {_HELP}", markup=False)
     start = [] if system is None else [{"role": "system", "content": system}]
     messages = [*start, *_begin(console, tools)]
     while (text := _typed(console)) is not None:

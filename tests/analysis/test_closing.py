@@ -49,7 +49,7 @@ def test_it_has_the_first_the_best_and_the_last_evaluation_once(tmp_run, capsys,
     ]
     found = {line.split("  ")[0].strip(): " ".join(line.split()) for line in rows}
     # Wilson's interval of 50 of 100
-    assert "50.0 % (40.4 to 59.6)" in found["eval/exact"]
+    assert "50.0% (40.4% to 59.6%)" in found["eval/exact"]
     assert "1.5 (1.402 to 1.598)" in found["eval/reward"]
     assert "eval/prompts" not in found and "(" not in found["eval/spurious"]
     trained = len(steps.keys() - {0})
@@ -65,5 +65,7 @@ def test_a_supervised_run_without_evaluations_has_its_loss(tmp_run, capsys):
     fill(tmp_run, {1: None, 2: None}, supervised=True)
     print_closing_table(tmp_run)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "loss    2.000 in the first step, 1.000 in the last, of 2"
+    assert (
+        lines[0] == "loss    2 in the first step, 1 in the last, of 2, each on prompts of its own"
+    )
     assert lines[1] == "tokens  20 trained on"

@@ -1,7 +1,8 @@
 """A long run: its memory, threads and open files do not grow.
 
 REST_JAX_SOAK steps, 10,000 by default: there what grows by a megabyte stands out from what comes and goes. With
-REST_JAX_SOAK_FOLDER the run and its log lie there: broken off, the same test resumes.
+REST_JAX_SOAK_FOLDER the run and its log lie there: broken off, the same test resumes. REST_JAX_SOAK_SAVES says how many
+steps lie between two checkpoints, 100 by default.
 """
 
 import json
@@ -20,7 +21,7 @@ from tests.runs import environment, recipe
 
 pytestmark = pytest.mark.slow
 EVERY = 20  # steps between two lines of the log
-MOST = 1.0  # MB in a thousand steps
+MOST = 1.0  # MB in a thousand steps with ten saves; tensorstore leaks some 40 kB in each
 MOST_MORE = 4  # threads in the last quarter: pools fill up as they are used
 
 
@@ -70,7 +71,8 @@ def test_a_long_run_holds_no_more_at_its_end(model, tmp_path, report):
     elif source.is_symlink() and source.resolve() != model.resolve():
         source.unlink()
         source.symlink_to(model)
-    train = {"steps": steps, "checkpoint_every": 100, "eval_every": 500, "keep_checkpoints": 2}
+    every = int(os.environ.get("REST_JAX_SOAK_SAVES", "100"))
+    train = {"steps": steps, "checkpoint_every": every, "eval_every": 500, "keep_checkpoints": 2}
     data = {"max_prompt_tokens": 128}
     config.write_text(yaml.safe_dump(recipe(source, folder, seed=1, data=data, train=train)))
     with (folder / "out.txt").open("ab") as out:
@@ -100,8 +102,8 @@ def test_a_long_run_holds_no_more_at_its_end(model, tmp_path, report):
         f"files {first['files']} to {last['files']}"
     )
     threads, files = ([x[name] for x in held] for name in ("threads", "files"))
-    # A save has threads of its own for a moment, so that the largest count says how many saves were looked at.
+    # A save has threads and files of its own for a moment, so that the smallest count is the one to compare.
     for held, more in ((threads, MOST_MORE), (files, 0)):
         quarter = len(held) // 4
-        assert np.median(held[-quarter:]) <= np.median(held[:quarter]) + more
-    assert 1000 * slope < MOST
+        assert min(held[-quarter:]) <= min(held[:quarter]) + more
+    assert 1000 * slope < MOST * max(1, 100 / every)

@@ -61,7 +61,7 @@ def test_runs_have_state_step_figure_and_host(tmp_path, capsys):
     assert header.split() == ["run", "state", "step", "of", "figure", "moved", "host"]
     cells = [row.split() for row in rows]
     assert [row[:6] for row in cells[:3]] == [
-        ["done", "finished", "4", "4", "exact", "0.5"],
+        ["done", "finished", "4", "4", "exact", "50.0%"],
         ["alive", "training", "2", "4", "reward", "1.5"],
         ["dead", "stopped", "2", "4", "loss", "0.25"],
     ]

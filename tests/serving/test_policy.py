@@ -175,7 +175,7 @@ def test_a_chat_with_a_policy_that_is_loaded(model):
         timeout=200,
     )
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert done.stdout.startswith("hf, 0 tools") and done.stdout.count("\n> ") >= 3
+    assert done.stdout.startswith("hf, no tools (") and done.stdout.count("\n> ") >= 3
 
 
 @pytest.mark.parametrize(("words", "says"), [

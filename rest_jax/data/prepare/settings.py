@@ -1,7 +1,6 @@
 """What `rest-jax data prepare` is asked to do, and whether it can be: `check` looks before anything is read or written."""
 
 import dataclasses
-import difflib
 import itertools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from rest_jax.config import nearest
 from rest_jax.data import files, items
 from rest_jax.data.convert import OPENED, READERS, SOURCES, Convert
 from rest_jax.data.records import StepRecord, from_json
@@ -72,9 +72,7 @@ def check(settings: Settings) -> Convert:
     """The source's converter, when everything that can be known before reading is in order; else UserError."""
     known = sorted([*KNOWN, *OPENED])
     if settings.source not in known:
-        near = difflib.get_close_matches(settings.source, known, n=1)
-        hint = f"; nearest: {near[0]}" if near else ""
-        raise UserError(f"source {settings.source!r}: unknown{hint} (known: {', '.join(known)})")
+        raise UserError(f"source {settings.source!r}: unknown{nearest(settings.source, known)}")
     for option in ("mask_names", "irrelevance", "held_out"):
         if not 0 <= (value := getattr(settings, option)) <= 1:
             name = option.replace("_", "-")
@@ -114,6 +112,6 @@ def _check_files(settings: Settings) -> None:
                 f"data {path}: exists; --overwrite replaces or removes all that OUT stands for: "
                 f"{', '.join(file.name for file in paths)}"
             )
-    nearest = next(filter(pathlib.Path.exists, out.parents))
-    if not nearest.is_dir():
-        raise UserError(f"data {out}: {nearest} is a file, a folder is needed")
+    above = next(filter(pathlib.Path.exists, out.parents))
+    if not above.is_dir():
+        raise UserError(f"data {out}: {above} is a file, a folder is needed")

@@ -347,7 +347,7 @@ def test_long_records_are_dropped(tmp_path, source_file, out, tokenizer, templat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source": "opnai"}, r"source 'opnai': unknown; nearest: openai \(known: api_bank, "),
+        ({"source": "opnai"}, r"source 'opnai': unknown \(nearest: openai\)$"),
         ({"source": "?"}, r"source '\?': unknown \(known"),
         ({"mask_names": 1.5}, "--mask-names 1.5: a fraction from 0 to 1"),
         ({"irrelevance": -0.1}, "--irrelevance -0.1: a fraction"),
