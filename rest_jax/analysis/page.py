@@ -295,20 +295,29 @@ def write_page(
 
 
 def watch(runs: Sequence[Location], output: Location | None = None) -> Iterator[epath.Path]:
-    """Yields the path each time that the page was written anew, because a run has written; does not end. A run may have no
-    metrics yet; UserError where there is no folder.
+    """Yields the path each time that the page was written anew, because a run has written, or a benchmark of it has ended;
+    does not end. A run may have no metrics yet; UserError where there is no folder.
     """
-    seen = None
+    seen: list[Any] = []
     for run in runs:
         if not as_path(run).is_dir():
             raise UserError(f"{run}: no such folder; start the run first")
     while True:
-        files = [as_path(run) / METRICS_FILE for run in runs]
-        state = [f.read_bytes().count(b"\n") if f.is_file() else 0 for f in files]
-        if state != seen and all(state):
-            yield write_page(runs, output, REFRESH)
+        if (state := [_shown_files(run) for run in runs]) != seen:
+            metrics = [as_path(run) / METRICS_FILE for run in runs]
+            if all(file.is_file() and read_lines(file) for file in metrics):
+                yield write_page(runs, output, REFRESH)
             seen = state
         time.sleep(REFRESH)
+
+
+def _shown_files(run: Location) -> dict[str, tuple[Any, ...]]:
+    """Length and time of each file of a run that the page is made of, by its name."""
+    folder = as_path(run)
+    with store_errors(folder):
+        files = [*(folder / name for name in (METRICS_FILE, TOKENS_FILE)), *folder.glob("*.json")]
+        found = {file.name: file.stat() for file in files if file.is_file()}
+    return {name: (stat.length, stat.mtime) for name, stat in found.items()}
 
 
 def page_data(

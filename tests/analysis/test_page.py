@@ -290,6 +290,10 @@ def test_watching_writes_again_once_the_run_has_written(tmp_run, monkeypatch):
     writer.write(3, {"reward/mean": 7.0})
     writer.close()
     assert data_of(next(pages))["runs"][0]["series"]["reward/mean"][1][-1] == 7.0
+    rate = {"rate": 0.5, "low": 0.4, "high": 0.6, "count": 9}
+    found = {"benchmark": "api_bank", "rates": {"strict": {"all": rate}}}
+    (tmp_run / "api_bank.json").write_text(json.dumps(found))
+    assert "50.0%" in next(pages).read_text()
 
 
 def test_ctrl_c_ends_watching_with_a_page_that_no_longer_reloads(tmp_run, monkeypatch, capsys):
