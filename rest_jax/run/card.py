@@ -16,7 +16,8 @@ from etils import epath
 import rest_jax
 from rest_jax.config import Config, ConfigError, LossConfig, dump, from_overrides, read_mapping
 from rest_jax.errors import UserError
-from rest_jax.files import Location, as_path, store_errors
+from rest_jax.files import Location, as_path
+from rest_jax.models.hf.folder import small_file
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run import checkpoint
 from rest_jax.run.contents import MADE_OF
@@ -125,14 +126,13 @@ def _use(config: Config) -> dict[str, Any]:
     return {key: sections[section][name] for key in USE_KEYS for section, name in [key.split(".")]}
 
 
-def recorded_use(folder: Location) -> list[str]:
-    """What the folder of an export says of its use, as overrides ("key=value"); none where it has no such file. UserError for a
-    file with other keys or values.
+def recorded_use(source: Location) -> list[str]:
+    """What an export, a folder or a hub id, says of its use, as overrides ("key=value"); none where it has no such file.
+    UserError for a file with other keys or values.
     """
-    path = as_path(folder) / USE_FILE
-    with store_errors(path):
-        if not path.is_file():
-            return []
+    path = small_file(source, USE_FILE)
+    if path is None:
+        return []
     found = read_mapping(path)
     if unknown := sorted(set(map(str, found)) - set(USE_KEYS)):
         raise UserError(
@@ -140,7 +140,7 @@ def recorded_use(folder: Location) -> list[str]:
         )
     words = [f"{key}={json.dumps(value)}" for key, value in found.items()]
     try:
-        from_overrides({"name": "command", "model": {"source": str(folder)}}, words)
+        from_overrides({"name": "command", "model": {"source": str(source)}}, words)
     except ConfigError as error:
         raise UserError(f"{path}: {error}") from error
     return words

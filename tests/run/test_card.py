@@ -166,6 +166,23 @@ def test_an_export_is_used_as_it_was_trained(run, tmp_path, capsys):
         assert "template" in found.data.model_fields_set
 
 
+def test_an_export_on_the_hub_says_how_it_is_used(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    (tmp_path / card.USE_FILE).write_text('{"data.template": "hermes"}')
+    (tmp_path / "without").mkdir()
+
+    def give(hub_id, allow_patterns, **_):
+        assert allow_patterns == [card.USE_FILE]  # not yet the weights
+        if hub_id == "away/policy":
+            raise hub.errors.LocalEntryNotFoundError("no network")
+        return str(tmp_path if hub_id == "some/policy" else tmp_path / "without")
+
+    monkeypatch.setattr(hub, "snapshot_download", give)
+    assert load.config_of("some/policy", []).data.template == "hermes"
+    for other in ("some/other", "away/policy"):
+        assert "template" not in load.config_of(other, []).data.model_fields_set
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -9,13 +9,22 @@ import pathlib
 import re
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from etils import epath
 
 from rest_jax.distributed import exchange
-from rest_jax.files import check_links, fetch_folder, is_url, nearest_path
+from rest_jax.files import (
+    Location,
+    as_path,
+    check_links,
+    fetch_folder,
+    is_url,
+    nearest_path,
+    store_errors,
+)
 from rest_jax.models.hf.config import ConversionError
 from rest_jax.models.hf.safetensors import Stored, scan_file
 
@@ -40,6 +49,7 @@ _SIDE_PATTERNS = (
     "LICENSE*",
     "NOTICE*",
 )
+_PATTERNS = (*_SIDE_PATTERNS, "*.safetensors")
 
 
 def copy_side_files(source: pathlib.Path, out: pathlib.Path) -> None:
@@ -94,12 +104,30 @@ def find_source(source: str) -> pathlib.Path:
         raise ConversionError(
             f"model {source}: a file; name the folder it lies in, or convert a GGUF file first (rest-jax convert)"
         )
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source):
+    if not _is_hub_id(source):
         near = nearest_path(source, folders=True)
         raise ConversionError(
             f"model {source}: no such folder{near}, and not a hub id (owner/name)"
         )
     return _download(source)
+
+
+def _is_hub_id(source: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) is not None
+
+
+def small_file(source: Location, name: str) -> epath.Path | None:
+    """A file beside the weights of a model, by itself; of a hub id it is downloaded. None where there is none, or no hub: that
+    is for whoever wants the weights to say.
+    """
+    folder = as_path(source)
+    with store_errors(folder):
+        if not is_url(source) and not folder.exists() and _is_hub_id(str(source)):
+            try:
+                folder = epath.Path(_snapshot(str(source), [name]))
+            except ConversionError:
+                return None
+        return folder / name if (folder / name).is_file() else None
 
 
 def _download(hub_id: str) -> pathlib.Path:
@@ -125,14 +153,16 @@ def _download(hub_id: str) -> pathlib.Path:
     return snapshot
 
 
-def _snapshot(hub_id: str, local_files_only: bool = False) -> pathlib.Path:
+def _snapshot(
+    hub_id: str, patterns: Sequence[str] = _PATTERNS, local_files_only: bool = False
+) -> pathlib.Path:
+    """The folder with the files of these patterns. Not `hf_hub_download`, which without a network tries for half a minute."""
     import huggingface_hub
     from huggingface_hub import errors
 
-    patterns = [*_SIDE_PATTERNS, "*.safetensors"]
     try:
         path = huggingface_hub.snapshot_download(
-            hub_id, allow_patterns=patterns, local_files_only=local_files_only
+            hub_id, allow_patterns=list(patterns), local_files_only=local_files_only
         )
     except (
         errors.HfHubHTTPError,
