@@ -112,6 +112,16 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return [word for word in words if word not in overrides], overrides
 
 
+def _once(words: list[str] | None) -> list[str] | None:
+    """The words of a command line, each key among them with one value. UserError for a key that has two."""
+    given: dict[str, str] = {}
+    for word in split(words or [])[1]:
+        key, _, value = word.partition("=")
+        if given.setdefault(key, value) != value:
+            raise UserError(f"{key}: two values, {given[key]!r} and {value!r}; give one")
+    return words
+
+
 def _load(
     words: Sequence[str], world: str | None, fork: str | None
 ) -> "tuple[Config, Location | None]":
@@ -161,6 +171,7 @@ Configs = Annotated[
     Argument(
         metavar="FILE|KEY=VALUE",
         help="YAML files or builtin names, merged left to right, then single values",
+        callback=_once,
     ),
 ]
 Overrides = Annotated[
@@ -168,6 +179,7 @@ Overrides = Annotated[
     Argument(
         metavar="KEY=VALUE",
         help="config values, e.g. seed=1",
+        callback=_once,
         default_factory=list,
         show_default=False,
     ),
@@ -323,7 +335,11 @@ def reproduce(
     run: Run,
     words: Annotated[
         list[str] | None,
-        Argument(metavar="NEW_NAME|KEY=VALUE", help="default: <run>-reproduced, beside it"),
+        Argument(
+            metavar="NEW_NAME|KEY=VALUE",
+            help="default: <run>-reproduced, beside it",
+            callback=_once,
+        ),
     ] = None,
     strict: Annotated[bool, Option("--strict", help="refuse other versions and devices")] = False,
     plugins: Plugins = False,
@@ -466,7 +482,11 @@ def evaluate(
     ] = None,
     words: Annotated[
         list[str] | None,
-        Argument(metavar="DATA|KEY=VALUE", help="record files, or synthetic:eval; config values"),
+        Argument(
+            metavar="DATA|KEY=VALUE",
+            help="record files, or synthetic:eval; config values",
+            callback=_once,
+        ),
     ] = None,
     benchmark: Annotated[
         str | None,
@@ -829,6 +849,7 @@ def prepare(
         Argument(
             metavar="IN|OUT|KEY=VALUE",
             help="files to read, then the .jsonl or .parquet to make; data.template, data.brief_prompt",
+            callback=_once,
         ),
     ],
     seed: Annotated[int, Option(help="of all that is random")] = 0,
