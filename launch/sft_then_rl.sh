@@ -32,4 +32,10 @@ run_stage() {
 
 start=$scale-sft
 run_stage sft "scale/${scale}_sft" method/sft "${shared[@]}" "name=$start"
-run_stage train "scale/$scale" "method/$method" "${shared[@]}" "name=$start-$method" "$@" "model.source=$output/$start"
+# one command line gives a key one value: the last of these
+words=("${shared[@]}" "name=$start-$method" "$@" "model.source=$output/$start")
+given=()
+for ((i = 0; i < ${#words[@]}; i++)); do
+  case "$(printf ' %s' "${words[@]:i+1}")" in *" ${words[i]%%=*}="*) ;; *) given+=("${words[i]}") ;; esac
+done
+run_stage train "scale/$scale" "method/$method" "${given[@]}"

@@ -44,12 +44,17 @@ def said(tmp_path: pathlib.Path) -> list[list[str]]:
 
 
 def test_the_second_run_starts_from_the_first(start, tmp_path):
-    words = ("tiny", "rest_tuned", "output=/out", "data.eval_limit=8", "--", "seed=1", "name=mine")
+    shared = ("output=/out", "data.eval_limit=8", "seed=0")
+    words = ("tiny", "rest_tuned", *shared, "--", "seed=1", "name=mine")
     assert start(*words).wait(60) == 0
     first, second = said(tmp_path)
-    shared = ["output=/out", "data.eval_limit=8"]
     assert first == ["sft", "scale/tiny_sft", "method/sft", *shared, "name=tiny-sft"]
     assert second[:3] == ["train", "scale/tiny", "method/rest_tuned"]
+    # a command line gives a key one value
+    assert [word for word in second if word.startswith(("seed=", "name="))] == [
+        "seed=1",
+        "name=mine",
+    ]
     loaded = [config.load(words[1:3], words[3:]) for words in (first, second)]
     assert loaded[1].model.source == str(loaded[0].folder) == "/out/tiny-sft"
     assert (loaded[1].name, loaded[1].seed, loaded[0].seed) == ("mine", 1, 0)
