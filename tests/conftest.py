@@ -14,6 +14,8 @@ import resource
 import shutil
 import signal
 
+from rest_jax.run import environment
+
 _DEVICES = "--xla_force_host_platform_device_count"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
@@ -22,6 +24,8 @@ _CACHE = pathlib.Path("~/.cache/rest_jax/xla").expanduser()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# As the program does, so that a command that a test calls here changes nothing: XLA_FLAGS is part of the keys of the cache.
+environment.configure()
 # A shell's background job ignores Ctrl-C, and what it starts would do so too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

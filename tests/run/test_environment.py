@@ -102,6 +102,13 @@ def test_threads_share_a_few_arenas(tmp_path, variables, most):
     assert 1 <= found <= most and (most == 1 or found > 1)
 
 
+def test_commands_within_the_tests_change_nothing():
+    """Else what is compiled behind them has other keys in the cache, as XLA_FLAGS is part of them."""
+    before = dict(os.environ)
+    environment.configure()
+    assert dict(os.environ) == before
+
+
 # The flag
 
 
