@@ -198,10 +198,23 @@ def model(tmp_path_factory, configs_dir) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory, configs_dir) -> dict:
     """family -> the quickstart's tokenizer with a chat template that writes what the family's published one writes."""
+    return _with_templates(REPOSITORY / "tests/data/chat_templates", tmp_path_factory, configs_dir)
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory, configs_dir) -> dict:
+    """The same with the published ones that lie in the folder of REST_JAX_CHAT_TEMPLATES."""
+    folder = os.environ.get("REST_JAX_CHAT_TEMPLATES")
+    if folder is None:
+        pytest.skip("set REST_JAX_CHAT_TEMPLATES to a folder of published chat templates")
+    return _with_templates(pathlib.Path(folder), tmp_path_factory, configs_dir)
+
+
+def _with_templates(templates: pathlib.Path, tmp_path_factory, configs_dir: pathlib.Path) -> dict:
     from rest_jax.models.tokenizer import Tokenizer
 
     made = {}
-    for path in (REPOSITORY / "tests/data/chat_templates").glob("*.jinja"):
+    for path in templates.glob("*.jinja"):
         folder = tmp_path_factory.mktemp("family") / path.stem
         ignore = shutil.ignore_patterns("*.safetensors")
         shutil.copytree(configs_dir / "quickstart_policy", folder, ignore=ignore)

@@ -1,6 +1,8 @@
 """The prompt of a record is what the model's own chat template makes of the chat it comes from, byte for byte.
 
-`chat_templates/` holds one short template a family that writes what the published one writes for these chats.
+`chat_templates/` holds one short template a family that writes what the published one writes for these chats. Where the
+published ones are at hand, under the same names in the folder of REST_JAX_CHAT_TEMPLATES, `pytest -m services` compares with
+these (trl 1.16.0 has all but one in trl/chat_templates: qwen2_5, qwen3, qwen3_instruct_2507, llama3_1, llama3_2).
 """
 
 import json
@@ -104,6 +106,23 @@ def test_prompts_are_those_of_the_models_own_chat_template(tokenizers, family, t
         ends = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
         for record, end in zip(records, ends, strict=True):
             assert prompt(record) == _own(tokenizer, chat[:end], tools)
+
+
+@pytest.mark.services
+@pytest.mark.parametrize(("family", "template"), FAMILIES)
+@pytest.mark.parametrize("tools", [TOOLS, None])
+def test_prompts_are_those_of_the_published_chat_template(
+    tokenizers, published, family, template, tools
+):
+    if family not in published:
+        pytest.skip(f"no {family}.jinja in REST_JAX_CHAT_TEMPLATES")
+    prompt = Encoder(published[family], TEMPLATES[template])._prompt
+    for chat in [*CHATS, PARALLEL] if template == "hermes" else CHATS:
+        records = SOURCES["openai"]({"messages": chat, "tools": tools}, "r", "here")
+        ends = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
+        for record, end in zip(records, ends, strict=True):
+            written = _own(published[family], chat[:end], tools)
+            assert prompt(record) == written == _own(tokenizers[family], chat[:end], tools)
 
 
 QUOTED = "a <|im_end|> b <tool_call> c </think> d <|eot_id|> e <|start_header_id|>f"
