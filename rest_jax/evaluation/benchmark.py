@@ -286,7 +286,8 @@ def _answer_all(
 ) -> float:
     """Answers every query of a source; the seconds that it took."""
     r = config.rollout
-    stream = make_stream(policy, r)
+    # else dialogues would end the sooner, the fewer are decoded at once
+    stream = make_stream(policy, r, longest=policy.config.max_positions)
     settings = Settings(
         max_tokens=r.max_response_tokens,
         max_length=min(policy.config.max_positions, stream.room),

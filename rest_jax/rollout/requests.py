@@ -47,6 +47,7 @@ _USUAL_TOKENS = (
     2048  # of a prompt and its completion, for which each decode slot has room by default
 )
 _FEWEST_SLOTS = 2
+_SPARE_PAGES = 2  # that a prompt and its completion may begin and end within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Stream:
     @property
     def room(self) -> int:
         """Tokens that a prompt and its completion may have, wherever pages begin in them."""
-        return (self._pages - 2) * self.settings.page
+        return (self._pages - _SPARE_PAGES) * self.settings.page
 
     def submit(self, request: Request) -> int:
         """Takes a request; returns its number. ValueError if it is longer than the pages, or empty."""
@@ -303,9 +304,12 @@ class Stream:
         )
 
 
-def make_stream(policy: Policy, rollout: RolloutConfig, params: Params | None = None) -> Stream:
-    """A stream on a policy's rollout mesh, with `rollout.decode_slots` and `rollout.cache_tokens` a data shard. `params`: weights
-    from `rollout_cast`, in place of the policy's. ValueError on several processes.
+def make_stream(
+    policy: Policy, rollout: RolloutConfig, params: Params | None = None, longest: int = 0
+) -> Stream:
+    """A stream on a policy's rollout mesh, with `rollout.decode_slots` and `rollout.cache_tokens` a data shard; by default of the
+    latter there is room for a request of `longest` tokens, prompt and completion, however few the slots. `params`: weights from
+    `rollout_cast`, in place of the policy's. ValueError on several processes.
     """
     if jax.process_count() > 1:
         raise ValueError("a stream of requests runs on one process")
@@ -319,7 +323,8 @@ def make_stream(policy: Policy, rollout: RolloutConfig, params: Params | None = 
         page=_PAGE,
         listed=min(TOP_LOGPROBS, policy.config.vocab_size),
     )
-    tokens = rollout.cache_tokens or rollout.decode_slots * _USUAL_TOKENS
+    usual = rollout.decode_slots * _USUAL_TOKENS
+    tokens = rollout.cache_tokens or max(usual, longest + _SPARE_PAGES * _PAGE)
     engine = make_engine(rollout_decoder(policy), settings, policy.rollout_mesh)
     if params is None:
         params = rollout_cast(policy)(policy.params)

@@ -132,8 +132,8 @@ def load(config: Config, options: Options) -> tuple[Served, Engine]:
         config.data.max_prompt_tokens,
         config.rollout.max_response_tokens,
     )
-    stream = make_stream(policy, config.rollout)
     longest = served.max_prompt_tokens + served.max_new_tokens
+    stream = make_stream(policy, config.rollout, longest=longest)
     if longest > stream.room:
         raise UserError(
             f"serve: prompt + answer {longest:,} tokens, rollout.cache_tokens has room for {stream.room:,}; raise it, or lower "

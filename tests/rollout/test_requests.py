@@ -9,10 +9,12 @@ import jax
 import numpy as np
 import pytest
 
+from rest_jax.config import MeshConfig, ModelConfig, RolloutConfig
 from rest_jax.models.attention import prompt_rows
 from rest_jax.models.decoder import logits, unstack_layers
 from rest_jax.rollout.engine import RolloutSettings, make_engine
-from rest_jax.rollout.requests import Piece, Request, Stream
+from rest_jax.rollout.requests import Piece, Request, Stream, make_stream
+from rest_jax.run.load import load_policy
 from tests import tiny
 
 PAGE = 16
@@ -306,3 +308,13 @@ def test_requests_that_cannot_be_taken(request_, reason):
     with pytest.raises(ValueError, match=reason):
         running.submit(request_)
     assert not running.pending
+
+
+def test_the_longest_request_has_room_however_few_the_slots(model):
+    policy = load_policy(ModelConfig(source=str(model)), MeshConfig(fsdp=-1))
+    few = RolloutConfig(decode_slots=2)
+    assert make_stream(policy, few).room == 2 * 2048 - 64
+    assert make_stream(policy, few, longest=9001).room >= 9001
+    assert make_stream(policy, few, longest=100).room == 2 * 2048 - 64
+    given = few.model_copy(update={"cache_tokens": 640})
+    assert make_stream(policy, given, longest=9001).room == 640 - 64  # what is asked for is taken
