@@ -35,7 +35,7 @@ def test_the_builtin_configs_are_in_the_wheel(tmp_path):
     built = tmp_path / "lib" / "rest_jax" / "_configs"
     for path in (REPOSITORY / "configs").rglob("*"):
         assert (built / path.relative_to(REPOSITORY / "configs")).exists(), path
-    for path in ASSETS.iterdir():
+    for path in filter(pathlib.Path.is_file, ASSETS.iterdir()):  # nor what Python compiled
         assert (tmp_path / "lib" / "rest_jax" / path.relative_to(PACKAGE)).exists(), path
     code = "from rest_jax import config; print(config.load(['scale/tiny', 'method/rest']).model.source)"
     words = [sys.executable, "-c", code]

@@ -355,7 +355,7 @@ def test_measured_groups_go_one_by_one_and_the_update_is_the_same(partly_equal):
     assert len(micro_batches) == PROMPTS - len(EQUAL)
     measured, plain = (step(c, partly_equal)[0] for c in (cfg, tiny.step_config()))
     np.testing.assert_allclose(
-        flat(measured.opt_state), flat(plain.opt_state), rtol=1e-4, atol=1e-7
+        flat(measured.opt_state), flat(plain.opt_state), rtol=1e-4, atol=3e-7
     )
 
 
