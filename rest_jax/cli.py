@@ -8,6 +8,7 @@ error is a defect and shows its traceback.
 """
 
 import contextlib
+import io
 import json
 import re
 import shlex
@@ -41,10 +42,12 @@ _CANNOT_OPEN = (FileNotFoundError, FileExistsError, PermissionError, NotADirecto
 
 
 def entry() -> int:
-    """`main` as the console program: XLA is set up for the machine first."""
+    """`main` as the console program: XLA is set up for the machine first, and stdout for any text."""
     from rest_jax.run import environment
 
     environment.configure()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # None where it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is by itself
     return main()
 
 
