@@ -88,9 +88,8 @@ def test_successive_halving_stops_and_saves(recipe, write_space, engine, steps, 
         assert int((folder / row["trial"] / "checkpoint.txt").read_text()) == reached[-1]
 
 
-@pytest.mark.parametrize(
-    "how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_the_trial_of_a_lost_worker_resumes_in_its_folder(
     recipe, write_space, tmp_path, start, steps, until, how
 ):
