@@ -122,7 +122,7 @@ def finetune(
 def train_steps(trainer: "Trainer", loop: Loop) -> bool:
     """All steps of a loop, from where it resumes; whether it came to the last one."""
     config, policy, data, batches = trainer.config, trainer.policy, trainer.data, trainer.batches
-    mesh = policy.mesh
+    mesh, check = policy.mesh, loop.run.stop.check
     state, loader_state = loop.resume(
         trainer.fresh, trainer.abstract, policy.trained, trainer.start
     )
@@ -135,7 +135,7 @@ def train_steps(trainer: "Trainer", loop: Loop) -> bool:
             dispatched = time.monotonic()
             batch = trainer.prepare(gold)
             plan = plan_all_groups(lengths, config.train.max_tokens_per_microbatch, mesh)
-            state, totals = trainer.update(state, batch, plan, policy.frozen)
+            state, totals = trainer.update(state, batch, plan, policy.frozen, check)
             state = dataclasses.replace(state, step=trainer.advance(state.step))
             tokens, prompts = int(lengths.response_length.sum()), int(lengths.prompt_length.sum())
             host = packing_metrics([plan], len(lengths.prompt_length)) | {

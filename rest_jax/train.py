@@ -60,6 +60,7 @@ from rest_jax.rl.rules import check_rules
 from rest_jax.rl.step import (
     Step,
     abstract_state,
+    copy_to_host,
     init_state,
     make_step,
     plan_minibatches,
@@ -146,30 +147,31 @@ def train_steps(trainer: "Trainer", loop: Loop) -> bool:
         )
         collector.resume(loader_state)
         for step in loop.steps():
+            if cfg.updates > 1:
+                # The first update ends the state that a request to stop goes back to.
+                loop.keep(copy_to_host(state))
             # sample and score
             experience = collector.collect(trainer.rollout_params(state.params), state.rng, step)
             lengths, signal = gather_lengths(experience.scored, cfg, rollout_mesh)
             scored = move_rows(experience.scored, rollout_mesh, mesh)
-            # Behind the update the state that the step began with is gone.
-            check()
             dispatched = time.monotonic()
             with jax.profiler.TraceAnnotation("update"):
                 # advantages, token weights, global denominators
                 recomputed = logp_ref = None
                 if config.rollout.recompute_logprobs:
                     weights = with_adapters(state.params, policy.frozen)
-                    recomputed = rl.logprobs(weights, scored.rollout, lengths)
+                    recomputed = rl.logprobs(weights, scored.rollout, lengths, check)
                 if trainer.reference is not None:
                     # Its routers choose for themselves: a route belongs to the policy that sampled.
                     own = dataclasses.replace(scored.rollout, routes=None)
-                    logp_ref = rl.logprobs(trainer.reference, own, lengths).logp
+                    logp_ref = rl.logprobs(trainer.reference, own, lengths, check).logp
                 batch, curriculum, prepared, shown = rl.prepare(
                     scored, recomputed, logp_ref, minibatch, state.curriculum
                 )
                 # loss, gradient, optimiser
                 plan, updates = plan_minibatches(lengths, signal, cfg, mesh), []
                 for micro_batches in plan:
-                    state, totals = rl.update(state, batch, micro_batches, policy.frozen)
+                    state, totals = rl.update(state, batch, micro_batches, policy.frozen, check)
                     updates.append(totals)
             state = dataclasses.replace(state, step=rl.advance(state.step), curriculum=curriculum)
             # log the step before; keep the metrics of this one

@@ -5,8 +5,9 @@
         update(state, batch, micro_batches)          -> TrainState, Totals
 
 Everything is jitted here, with shardings in and out; the functions themselves are in `rl/prepare.py` and `rl/update.py`.
-The calls only dispatch: nothing waits for the device. A step is several programs, not one: how many micro-batches an update has
-depends on the lengths, rows have few lengths, and groups without advantage are in none.
+The calls only dispatch, but for the wait between two micro-batches, in which a request to stop is looked for. A step is several
+programs, not one: how many micro-batches an update has depends on the lengths, rows have few lengths, and groups without
+advantage are in none.
 """
 
 import dataclasses
@@ -61,12 +62,17 @@ from rest_jax.rl.update import (
 from rest_jax.types import CurriculumState, Params, RolloutBatch, TrainBatch, TrainState
 
 
+def _go_on() -> None:
+    """A `check` that never ends an update."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Update:
     """One optimiser update over the micro-batches of a mini-batch: `(state, batch, micro_batches) -> (state, Totals)`.
 
-    The state is donated. With LoRA `frozen` are the weights that the state's adapters belong to. Gradients are float32 in the
-    sharding of the parameters, metrics are replicated.
+    The state is donated, once the last micro-batch has been dispatched. Before each of them the ones before are waited for and
+    `check` is called: what it raises leaves the state as it was. With LoRA `frozen` are the weights that the state's adapters
+    belong to. Gradients are float32 in the sharding of the parameters, metrics are replicated.
     """
 
     zero: Callable[..., tuple[Params, Totals]]  # compiled `zero_gradient`
@@ -81,11 +87,15 @@ class Update:
         batch: Any,
         micro_batches: Sequence[MicroBatch],
         frozen: Params | None = None,
+        check: Callable[[], None] = _go_on,
     ) -> tuple[TrainState, Totals]:
-        total = self.zero(state.params, batch, frozen=frozen)
+        total, before = self.zero(state.params, batch, frozen=frozen), state.step
         for micro in micro_batches:
             rows = make_rows(micro, self.mesh)
+            jax.block_until_ready(before)
+            check()
             total = self.add(total, state.params, batch, rows, frozen=frozen)
+            before = total[1]
         return self.apply(state, *total)
 
 
@@ -115,19 +125,28 @@ def make_update(spec: UpdateSpec, state_shardings: TrainState) -> Update:
 @dataclasses.dataclass(frozen=True)
 class Logprobs:
     """(params, rollout, lengths) -> Recomputed: a forward pass over a rollout in micro-batches, for recomputed old values and
-    for the reference model. `lengths`: those of the global batch.
+    for the reference model. `lengths`: those of the global batch. `check` is called as in an `Update`.
     """
 
     add: Callable[..., Recomputed]  # compiled: the values so far, with those of a micro-batch
     max_tokens: int | None
     mesh: Mesh
 
-    def __call__(self, params: Params, rollout: RolloutBatch, lengths: BatchLengths) -> Recomputed:
-        shape, rows = rollout.responses.shape, batch_sharding(self.mesh)
-        zeros = (jnp.zeros(shape, jnp.float32, device=rows) for _ in range(3))
+    def __call__(
+        self,
+        params: Params,
+        rollout: RolloutBatch,
+        lengths: BatchLengths,
+        check: Callable[[], None] = _go_on,
+    ) -> Recomputed:
+        shape, where = rollout.responses.shape, batch_sharding(self.mesh)
+        zeros = (jnp.zeros(shape, jnp.float32, device=where) for _ in range(3))
         values = Recomputed(*zeros)
         for micro in plan_all_groups(lengths, self.max_tokens, self.mesh):
-            values = self.add(params, values, rollout, make_rows(micro, self.mesh))
+            rows = make_rows(micro, self.mesh)
+            jax.block_until_ready(values)
+            check()
+            values = self.add(params, values, rollout, rows)
         return values
 
 
@@ -271,6 +290,20 @@ def abstract_state(
         opt_state=optimiser_at,
     )
     return place(shapes, shardings), shardings
+
+
+def copy_to_host(state: TrainState) -> TrainState:
+    """A copy of the state in the memory of the hosts, from which it can be saved. It is made beside what the devices compute."""
+
+    def copy(x: jax.Array) -> jax.Array:
+        if not x.ndim:
+            return jnp.copy(x)
+        there = x.sharding.with_memory_kind(HOST_MEMORY)
+        if there == x.sharding:  # and so the same buffer, unless it goes by way of the device
+            x = jax.device_put(x, x.sharding.with_memory_kind("device"))
+        return jax.device_put(x, there)
+
+    return jax.tree.map(copy, state)
 
 
 def first_key(seed: int, sharding: Any) -> jax.Array:

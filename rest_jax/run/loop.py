@@ -249,6 +249,12 @@ class Loop:
         self.progress.close()
         self.tracer.report(self.progress.message)
 
+    def keep(self, state: TrainState) -> None:
+        """Takes a copy of the state that the step under way began with, whose own arrays are about to go: a request to stop saves
+        the copy.
+        """
+        self.state = state
+
     def end_step(
         self,
         step: int,

@@ -20,6 +20,7 @@ from rest_jax.rl.prepare import Recomputed, active_groups
 from rest_jax.rl.step import (
     abstract_state,
     combine_updates,
+    copy_to_host,
     init_state,
     make_advance,
     make_step,
@@ -334,6 +335,51 @@ def test_moments_in_host_memory_change_nothing(shape, scored):
         states[moments] = state
     identical(states["host"].params, states["device"].params)
     identical(states["host"].opt_state, states["device"].opt_state)
+
+
+class StopHere(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("moments", "shape"),
+    [("host", (1, 1, 1)), pytest.param("device", (2, 2, 2), marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_an_update_that_is_told_to_stop_leaves_its_state(moments, shape, full):
+    """Before each micro-batch; and the copy in host memory outlives an update that comes to its end."""
+    cfg, mesh = tiny.step_config(), tiny.mesh(*shape)
+    cut = dataclasses.replace(cfg, max_tokens_per_microbatch=GROUP_TOKENS)
+    tx = make_optimizer(OptimizerConfig(learning_rate=1e-2), 2)
+    policy = stand_in(mesh, jax.tree.map(lambda x: x.copy(), tiny.params()))
+    _, shardings = abstract_state(policy, tx, cfg.schedule, moments)
+    state = init_state(policy, tx, cfg.schedule, 5, shardings)
+    made = make_step(tiny.decoder(), tx, cut, mesh, shardings)
+    (plan,) = plan_of(full, cut, mesh)
+    batch, *_ = made.prepare(
+        jax.tree.map(jnp.asarray, full), None, None, np.zeros(8, np.int32), state.curriculum
+    )
+    left = 0
+
+    def check() -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise StopHere
+
+    assert len(plan) > 1
+    for n in range(len(plan)):
+        left = n
+        with pytest.raises(StopHere):
+            made.update(state, batch, plan, check=check)
+    kept, before = copy_to_host(state), jax.device_get((state.params, state.opt_state))
+    left = len(plan)
+    state, _ = made.update(state, batch, plan, check=check)
+    assert left == 0 and not np.array_equal(
+        *map(np.ravel, (state.params["embed"], before[0]["embed"]))
+    )
+    identical((kept.params, kept.opt_state), before)
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(kept.params)} == {"pinned_host"}
 
 
 def test_one_micro_batch_has_no_variance_and_is_refused():

@@ -11,6 +11,7 @@ import pytest
 
 from rest_jax.config import DistributedConfig
 from rest_jax.errors import UNFINISHED
+from rest_jax.run.folder import EVALUATION
 from rest_jax.run.metrics import read_lines
 from rest_jax.run.stop import SIGTERM_CODE, StopRequest
 from tests.runs import PROGRAMS, assert_same, environment, launch, lines, recipe, state
@@ -94,8 +95,8 @@ def test_stopped_at_any_moment_and_resumed_is_the_unbroken_run(
 ):
     raw = recipe(
         model, tmp_path / "unbroken", seed=1,
-        data={"max_prompt_tokens": 128}, train={"checkpoint_every": 3},
-        rollout={"decode_slots": 1},
+        data={"max_prompt_tokens": 128}, rollout={"decode_slots": 1},
+        train={"checkpoint_every": 3, "max_tokens_per_microbatch": 128},
     )  # fmt: skip
     moment = Moment(monkeypatch)
     assert launch(raw, command=command) == 0
@@ -113,7 +114,11 @@ def test_stopped_at_any_moment_and_resumed_is_the_unbroken_run(
     one, other = tmp_path / "broken" / "tiny", tmp_path / "unbroken" / "tiny"
     assert lines(one) == lines(other)
     assert read_lines(one / "samples.jsonl") == read_lines(other / "samples.jsonl")
-    assert_same(state(one), state(other))
+    ends = state(one), state(other)
+    for _, loader_state, _ in ends:
+        # Stopped in its last evaluation a run has saved that it is due; it is made again, and the step is not saved anew.
+        loader_state.pop(EVALUATION, None)
+    assert_same(*ends)
 
 
 def start(*words: object, program: str = "blocked_save.py") -> subprocess.Popen:
