@@ -39,6 +39,7 @@ from rest_jax.errors import UserError
 from rest_jax.models.attention import attend, valid_positions
 from rest_jax.models.cache import Cache, LayerCache, Layers, Layout, Pool, RowLayout
 from rest_jax.models.config import DecoderConfig
+from rest_jax.models.embedding import embed_tokens
 from rest_jax.models.moe import ExpertWeights, RouterRecord, mix_experts, record, route
 from rest_jax.models.products import float32_einsum
 from rest_jax.models.remat import checkpoint, keep
@@ -198,7 +199,7 @@ class Decoder(nn.Module):
         rope = rope_tables(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
         return_kv = return_kv or isinstance(cache, Cache)
         gather, scatter = _exchange(layout, cfg)
-        x = scatter(jnp.take(embed, tokens, axis=0).astype(cfg.dtype))
+        x = scatter(embed_tokens(embed, tokens, cfg.dtype))
         if cfg.layers == "scan":
             layers: Any = cache
             if isinstance(cache, Cache):

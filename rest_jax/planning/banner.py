@@ -5,7 +5,6 @@ weights and its pages of keys and values, the batch. Activations and other tempo
 """
 
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +27,7 @@ from rest_jax.planning.programs import (
 )
 from rest_jax.planning.setup import Setup
 from rest_jax.rollout.engine import PAGE, num_pages
+from rest_jax.run.environment import host_memory
 from rest_jax.run.trackers import wanted
 
 Fields = list[tuple[str, str]]
@@ -91,11 +91,15 @@ def _memory(setup: Setup) -> str:
     if limit is not None:
         of = f" of {_size(limit)}"
     elif platform(setup.policy.mesh) == "cpu":
-        of = f", the host has {_size(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}"
+        of = f", the host has {_size(host_memory())}"
     else:
         of = ""
-    on_host = _total_bytes(x for x in jax.tree.leaves(state) if _is_on_host(x))
-    kept = f"; on hosts: optimiser {_size(on_host)}" if on_host else ""
+    leaves = jax.tree.leaves(state)
+    on_host = {"optimiser": _total_bytes(x for x in leaves if _is_on_host(x))}
+    if setup.step is not None and setup.step.updates > 1:
+        on_host["copy of the state that a step begins with"] = _total_bytes(leaves)
+    named = ", ".join(f"{name} {_size(size)}" for name, size in on_host.items() if size)
+    kept = f"; on hosts: {named}" if named else ""
     return f"a device holds {_size(total)}{of}: {', '.join(shown)}{kept}; temporaries come on top"
 
 

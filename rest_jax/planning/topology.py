@@ -15,7 +15,7 @@ import re
 from typing import Any
 
 from rest_jax.errors import UserError
-from rest_jax.run.environment import LIBTPU_VARIABLE, libtpu_flags
+from rest_jax.run.environment import LIBTPU_VARIABLE, host_memory, libtpu_flags
 
 GIB = 2**30
 FORMS = (
@@ -82,7 +82,7 @@ def parse(name: str) -> Topology:
     shape = tuple(map(int, dims.split("x")))
     if kind not in CHIPS and kind != "cpu":
         raise UserError(f"--topology {name}: unknown hardware {kind}; write it as {FORMS}")
-    chip = CHIPS[kind] if kind != "cpu" else Chip("cpu", _host_memory() // (math.prod(shape) or 1))
+    chip = CHIPS[kind] if kind != "cpu" else Chip("cpu", host_memory() // (math.prod(shape) or 1))
     dimensions = {"v5p": (3,), "v5e": (2,), "v6e": (2,), "cpu": (1,)}.get(kind, (1, 2))
     if len(shape) not in dimensions or 0 in (slices, *shape):
         size = dims if slices else "of 0 slices"
@@ -151,7 +151,3 @@ def devices(topology: Topology) -> list[Any]:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--topology {topology.name}: {reason}") from error
     return list(found.devices)
-
-
-def _host_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

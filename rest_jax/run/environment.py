@@ -2,8 +2,8 @@
 
 `configure()` sets environment variables. An entry point calls it once, before anything imports jax, which reads them when it
 starts; child processes inherit them. What the user has set always wins: JAX_COMPILATION_CACHE_DIR,
-JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS and XLA_FLAGS are jax's own, LIBTPU_INIT_ARGS is libtpu's, MALLOC_ARENA_MAX and
-GLIBC_TUNABLES are glibc's, REST_JAX_CACHE is a folder for the cache, or "off".
+JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS, XLA_FLAGS and XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB are jax's own, LIBTPU_INIT_ARGS is
+libtpu's, MALLOC_ARENA_MAX and GLIBC_TUNABLES are glibc's, REST_JAX_CACHE is a folder for the cache, or "off".
 """
 
 import contextlib
@@ -40,6 +40,10 @@ LIBTPU_VARIABLE = "LIBTPU_INIT_ARGS"
 ARENAS, ARENA_VARIABLE, ARENA_TUNABLE = 4, "MALLOC_ARENA_MAX", "glibc.malloc.arena_max"
 _M_ARENA_MAX = -8  # malloc.h
 
+# The memory of the host that a process with GPUs may use beside them, for moments and for copies of the state. XLA's own limit of
+# 64 GB is less than the 12 bytes a parameter of an 8B model.
+HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 # A program that compiles faster than this many seconds is not worth a file.
 _MIN_COMPILE_SECONDS = "0.05"
@@ -74,6 +78,7 @@ def configure() -> None:
     # transformers says on every start that PyTorch is missing; only its tokenizers are used here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     limit_arenas()
+    os.environ.setdefault(HOST_LIMIT, str(host_memory() >> 30))
     if flags := xla_flags(os.environ.get("XLA_FLAGS", "")):
         os.environ["XLA_FLAGS"] = flags
     os.environ[LIBTPU_VARIABLE] = libtpu_flags(os.environ.get(LIBTPU_VARIABLE, ""))
@@ -87,6 +92,11 @@ def configure() -> None:
             print(f"rest-jax: warning: no compilation cache: {error}", file=sys.stderr)
             return
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", _MIN_COMPILE_SECONDS)
+
+
+def host_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def limit_arenas() -> None:
@@ -182,7 +192,7 @@ def diagnose() -> str:
     rows = [("python", f"{platform.python_version()} on {platform.platform()}")]
     rows += versions().items()
     rows += [("device", line) for line in _devices()]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    memory = host_memory() / 2**30
     kernel = HUGE_PAGES.read_text().strip() if HUGE_PAGES.is_file() else "unknown"
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
     usable = "://" in cache or os.access(cache, os.W_OK | os.X_OK)

@@ -49,6 +49,12 @@ def test_moments_on_hosts_take_no_memory_of_devices_and_trackers_are_named():
     assert shown["writes"].endswith("; TensorBoard; Weights & Biases")
 
 
+def test_the_copy_of_the_state_of_several_updates_is_named():
+    train = {"prompts_per_update": 1}
+    shown = dict(banner.banner(setups.setup(train=train), DATA))
+    assert "; on hosts: copy of the state that a step begins with " in shown["memory"]
+
+
 @pytest.mark.parametrize(
     ("size", "text"), [(100, "0.1 KiB"), (2**20, "1.0 MiB"), (5 * 2**29, "2.5 GiB"), (2**52, "4,096.0 TiB")]
 )  # fmt: skip

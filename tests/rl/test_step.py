@@ -1,6 +1,7 @@
 """The host side of a step: which groups are computed, consecutive mini-batches, metrics of several updates, log-probs."""
 
 import dataclasses
+import re
 import types
 
 import jax
@@ -11,11 +12,12 @@ import pytest
 
 from rest_jax import config as config_lib
 from rest_jax.config import CurriculumConfig, LossConfig, OptimizerConfig, WeightsConfig
+from rest_jax.distributed import activate
 from rest_jax.errors import UserError
 from rest_jax.rl import curriculum
 from rest_jax.rl.curriculum import Schedule
 from rest_jax.rl.optimizer import make_optimizer
-from rest_jax.rl.packing import BatchLengths, MicroBatch
+from rest_jax.rl.packing import BatchLengths, MicroBatch, make_rows
 from rest_jax.rl.prepare import Recomputed, active_groups
 from rest_jax.rl.step import (
     abstract_state,
@@ -30,7 +32,17 @@ from rest_jax.rl.update import Totals
 from rest_jax.train import check_sizes
 from rest_jax.types import ScoredBatch
 from tests import tiny
-from tests.rl.stepping import close, logprobs, plan_everything, plan_of, step
+from tests.rl.stepping import (
+    RECORD,
+    close,
+    fresh_state,
+    logprobs,
+    plan_everything,
+    plan_of,
+    prepare_of,
+    step,
+    update_of,
+)
 
 EQUAL = (1, 2, 4, 7)  # groups whose rewards are made equal
 GROUP_TOKENS = 16 + tiny.GROUP * tiny.TIME  # trunk positions of a padded group of `tiny.prompts`
@@ -335,6 +347,24 @@ def test_moments_in_host_memory_change_nothing(shape, scored):
         states[moments] = state
     identical(states["host"].params, states["device"].params)
     identical(states["host"].opt_state, states["device"].opt_state)
+
+
+@pytest.mark.parametrize("experts", [0, pytest.param(4, marks=pytest.mark.slow)])
+def test_no_sum_of_an_update_depends_on_its_order_on_a_gpu(full, experts):
+    """There a scatter adds atomically, unless it is said that no place is written twice."""
+    cfg, mesh = tiny.step_config(), tiny.mesh()
+    update, shardings = update_of(tiny.decoder(experts=experts), RECORD, cfg, mesh)
+    params = jax.tree.map(lambda x: x.copy(), tiny.params(experts))
+    state = jax.device_put(fresh_state(params, RECORD, cfg), shardings)
+    batch, *_ = prepare_of(cfg, mesh)(full, None, None, np.zeros(8, np.int32), state.curriculum)
+    rows = make_rows(plan_of(full, cfg, mesh)[0][0], mesh)
+    with activate(mesh):
+        traced = update.add.trace(update.zero(state.params, batch), state.params, batch, rows)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    scatters = re.findall(r'"stablehlo.scatter"\(.*?\}\) : ', text, re.DOTALL)
+    adding = [x for x in scatters if "stablehlo.add" in x and "unique_indices = false" in x]
+    # that of the router's probabilities: the experts of a token are different ones
+    assert scatters and len(adding) == (experts > 0)
 
 
 class StopHere(Exception):

@@ -40,6 +40,7 @@ def test_defaults(tmp_path):
     assert found["JAX_COMPILATION_CACHE_DIR"] == str(folder) and folder.is_dir()
     assert float(found["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]) == 0.05
     assert found.get("XLA_FLAGS", "") == environment.xla_flags("")
+    assert 0 < int(found[environment.HOST_LIMIT]) << 30 <= environment.host_memory()
     assert not warned
 
 
