@@ -522,7 +522,7 @@ def describe(result: Mapping[str, Any]) -> str:
             found = result["rates"][score][group]
             rows[-1] += [f"{found['rate']:.1%}", f"{found['low']:.1%} to {found['high']:.1%}"]
     drawn = round(result["seconds"] * result["tokens_per_second"])
-    cut = sum(x["truncated"] for x in items)
+    cut = sum(bool(x["truncated"]) for x in items)
     before = result.get("resumed", 0)
     return "\n".join(
         [
@@ -530,7 +530,7 @@ def describe(result: Mapping[str, Any]) -> str:
             *BENCHMARKS[result["benchmark"]].describe(result),
             *([f"{before} items were answered before"] if before else []),
             f"{drawn:,} tokens in {result['seconds']:.0f} s, {result['tokens_per_second']:.1f} tokens/s; "
-            f"{cut} completions cut at {result['sampling']['max_response_tokens']} tokens",
+            f"{cut} items with an answer cut at {result['sampling']['max_response_tokens']} tokens",
         ]
     )
 

@@ -82,7 +82,7 @@ def test_rates_are_of_each_level_and_of_all_items(bank):
     assert said[0].split()[:3] == ["api_bank", "items", "soft"]
     assert said[5].split()[:5] == ["all", "5", "80.0%", "37.6%", "to"]
     assert "gold beyond doubt in 1 of 5 items" in said[6]
-    assert "10 tokens in 2 s, 5.0 tokens/s; 0 completions cut" in said[7]
+    assert "10 tokens in 2 s, 5.0 tokens/s; 0 items with an answer cut" in said[7]
 
 
 def test_prompts_are_what_transformers_makes_of_the_messages(bank, configs_dir):
