@@ -71,6 +71,9 @@ class DecoderConfig:
     layers: Literal["scan", "unroll"] = "scan"
     # q, k, v and o are stored as plain matrices, [D, N*H] and [N*H, D], so that decoding changes no layout
     flat_heads: bool = False
+    # q, k and v are one matrix of so many parts (one a tensor device), as are gate and up: few large products are faster where
+    # the rows are few. 0: they are apart
+    joined: int = 0
     # what is kept for the backward pass, from everything to nothing but the inputs of blocks (`models/remat.py`)
     remat: Remat = "block"
     # of rows (`attention.KERNELS`): blocks in XLA's operations, small or large, or the kernels of TPUs or GPUs

@@ -9,7 +9,8 @@ around as plain nested dicts. The KV cache goes in and comes out as a pytree.
 Leaves: embed [V D], head [V D] (untied only), final_norm/scale [D]; under blocks:
 attention_norm/scale, mlp_norm/scale [L D]; attention/q [L D N H], k, v [L D K H], o [L N H D],
 q_bias [L N H], k_bias, v_bias [L K H], q_norm/scale, k_norm/scale [L H]; mlp/gate, up [L D F], down [L F D], or with
-experts mlp/router [L D E], gate, up [L E D F], down [L E F D].
+experts mlp/router [L D E], gate, up [L E D F], down [L E F D]. In rollouts with `joined` matrices (`join_matrices`) attention/qkv
+and, without experts, mlp/gate_up take the place of q, k, v and of gate, up.
 
 Adapters (`DecoderConfig.lora`) are a collection of their own, `lora`, in which a matrix is a pair {a, b}: blocks/attention/q/a
 [L D r], b [L r N H]; o/a [L N H r], b [L r D]; mlp/gate/a [L D r], b [L r F]. Functions that take parameters take them as
@@ -19,10 +20,12 @@ Adapters (`DecoderConfig.lora`) are a collection of their own, `lora`, in which 
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.nn.initializers import Initializer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -49,6 +52,8 @@ from rest_jax.types import Params
 KeysValues = tuple[Layers, Layers]  # a layer: [B T K H]
 
 _INIT = nn.initializers.normal(0.02)
+_HEAD_AXES = {"q": "heads", "k": "kv_heads", "v": "kv_heads"}
+_JOINED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 LORA = "lora"  # the collection of adapters
 
 
@@ -73,9 +78,15 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, cache, rope: Rope, layout: Layout):
         cfg = self.cfg
-        q = self._project(x, "q", "heads", cfg.n_heads)
-        k = self._project(x, "k", "kv_heads", cfg.n_kv_heads)
-        v = self._project(x, "v", "kv_heads", cfg.n_kv_heads)
+        heads = {"q": cfg.n_heads, "k": cfg.n_kv_heads, "v": cfg.n_kv_heads}
+        if cfg.joined:
+            widths = [n * cfg.head_dim for n in heads.values()]
+            products = _joined_products(self, x, "qkv", widths)
+        else:
+            products = [self._project(x, name, n) for name, n in heads.items()]
+        q, k, v = (
+            self._by_head(y, name, n) for y, (name, n) in zip(products, heads.items(), strict=True)
+        )
         if cfg.qk_norm:
             q = RMSNorm(cfg, name="q_norm")(q)
             k = RMSNorm(cfg, name="k_norm")(k)
@@ -93,19 +104,19 @@ class Attention(nn.Module):
         )
         return _times(out.reshape(*x.shape[:2], -1), o, cfg), kv
 
-    def _project(self, x, name: str, axis: str, heads: int):
+    def _project(self, x, name: str, heads: int):
         cfg = self.cfg
-        y = _times(
-            x,
-            _matrix(self, name, {"embed": cfg.d_model, axis: heads, "head_dim": cfg.head_dim}),
-            cfg,
-        )
-        if cfg.flat_heads:
-            # A product that is fused with what is done by head wants its matrix transposed, and libtpu copies that for it.
-            y = jax.lax.optimization_barrier(y)
-        y = y.reshape(*x.shape[:2], heads, cfg.head_dim)
+        axes = {"embed": cfg.d_model, _HEAD_AXES[name]: heads, "head_dim": cfg.head_dim}
+        y = _times(x, _matrix(self, name, axes), cfg)
+        # A product that is fused with what is done by head wants its matrix transposed, and libtpu copies that for it.
+        return jax.lax.optimization_barrier(y) if cfg.flat_heads else y
+
+    def _by_head(self, y, name: str, heads: int):
+        """A projection [B T N*H] as [B T N H], with its bias."""
+        cfg = self.cfg
+        y = y.reshape(*y.shape[:2], heads, cfg.head_dim)
         if cfg.qkv_bias:
-            shape, axes = (heads, cfg.head_dim), (axis, "head_dim")
+            shape, axes = (heads, cfg.head_dim), (_HEAD_AXES[name], "head_dim")
             bias = _param(self, f"{name}_bias", nn.initializers.zeros, shape, axes)
             # in float32, as the sum over tokens and devices that is its gradient
             y = (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(cfg.dtype)
@@ -121,9 +132,12 @@ class Mlp(nn.Module):
     def __call__(self, x):
         cfg = self.cfg
         wide = {"embed": cfg.d_model, "mlp": cfg.d_ff}
-        gate, up = (_matrix(self, name, wide) for name in ("gate", "up"))
+        if cfg.joined:
+            gate, up = _joined_products(self, x, "gate_up", [cfg.d_ff] * 2)
+        else:
+            gate, up = (_matrix(self, name, wide) for name in ("gate", "up"))
+            gate, up = (keep(_times(x, w, cfg)) for w in (gate, up))
         down = _matrix(self, "down", {"mlp": cfg.d_ff, "embed": cfg.d_model})
-        gate, up = (keep(_times(x, w, cfg)) for w in (gate, up))
         return _times(jax.nn.silu(gate) * up, down, cfg)
 
 
@@ -261,7 +275,7 @@ def unstack_layers(params: Params) -> Params:
             lambda x: x[i], params["blocks"], is_leaf=lambda x: isinstance(x, tuple)
         )
 
-    count = len(params["blocks"]["attention"]["q"])
+    count = len(params["blocks"]["attention"]["o"])
     return rest | {f"block_{i}": layer(i) for i in range(count)}
 
 
@@ -319,6 +333,36 @@ def _param(
     """A parameter with its logical axes, in its stored dtype."""
     boxed = nn.with_logical_partitioning(init, axes)
     return module.param(name, boxed, shape, module.cfg.param_dtype)
+
+
+def _joined_products(
+    module: Any, x: Float[Array, "B T D"], name: str, widths: Sequence[int]
+) -> list[jax.Array]:
+    """x times each of the matrices that `join_matrices` has joined, [B T width]."""
+    cfg = module.cfg
+    shape = x.shape[-1], cfg.joined, sum(widths) // cfg.joined
+    w = _param(module, name, _INIT, shape, ("embed", "mlp", "head_dim"))
+    w = w.reshape(shape[0], -1).astype(cfg.dtype)
+    y = jnp.matmul(x.reshape(-1, shape[0]), w, precision=cfg.precision)
+    # As of `_project`.
+    y = jax.lax.optimization_barrier(y).reshape(*x.shape[:2], *shape[1:])
+    ends = np.cumsum(widths)[:-1] // cfg.joined
+    return [part.reshape(*x.shape[:2], -1) for part in jnp.split(y, ends, axis=-1)]
+
+
+def join_matrices(matrices: Sequence[Float[Array, "*L D _"]], parts: int) -> jax.Array:
+    """Matrices [.. D N] with the same input as one [.. D parts M], in which each part has its columns of all of them."""
+    cut = [x.reshape(*x.shape[:-1], parts, -1) for x in matrices]
+    return jnp.concatenate(cut, axis=-1)
+
+
+def joined_names(cfg: DecoderConfig) -> dict[str, tuple[str, ...]]:
+    """The matrices that lie as one in the parameters, by the name of that one."""
+    return {
+        name: members
+        for name, members in _JOINED.items()
+        if cfg.joined and not (cfg.n_experts and name == "gate_up")
+    }
 
 
 class _Matrix(NamedTuple):
@@ -466,7 +510,7 @@ def param_shardings(
         return shardings
 
     def flat(path: tuple[Any, ...], sharding: NamedSharding) -> NamedSharding:
-        if axis := head_dim_axis(path):
+        if axis := head_dim_axis(path[-1].key):
             spec = [*sharding.spec]
             del spec[axis]
             return NamedSharding(mesh, PartitionSpec(*spec))
@@ -480,14 +524,14 @@ def adapter_shardings(cfg: DecoderConfig, mesh: Mesh) -> Params:
     return logical_shardings(abstract_adapters(cfg), mesh)
 
 
-def head_dim_axis(path: tuple[Any, ...]) -> int | None:
-    """The axis that flat heads join to the one before it, of a parameter in the tree; None: it has none."""
-    return {"q": -1, "k": -1, "v": -1, "o": -2}.get(path[-1].key)
+def head_dim_axis(name: str) -> int | None:
+    """The axis that flat heads join to the one before it, of a parameter of that name; None: it has none."""
+    return {"q": -1, "k": -1, "v": -1, "o": -2}.get(name)
 
 
-def flatten_heads(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-    """A parameter as it is with `flat_heads`."""
-    axis = head_dim_axis(path)
+def flatten_heads(name: str, x: jax.Array) -> jax.Array:
+    """A parameter of that name as it is with `flat_heads`."""
+    axis = head_dim_axis(name)
     if axis is None:
         return x
     end = x.ndim + axis

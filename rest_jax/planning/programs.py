@@ -47,7 +47,7 @@ from rest_jax.rl.prepare import Recomputed
 from rest_jax.rl.rules import find_phrases
 from rest_jax.rl.step import Logprobs, Update, abstract_state, make_step
 from rest_jax.rl.supervised import GoldBatch, make_prepare_gold, make_supervised_update
-from rest_jax.rollout.cast import cast_programs, rollout_cast, rollout_decoder
+from rest_jax.rollout.cast import cast_programs, group_members, rollout_cast, rollout_decoder
 from rest_jax.rollout.engine import (
     DecodeCall,
     Engine,
@@ -413,10 +413,12 @@ def _decode_call(engine: Engine, rollout: Rollout) -> DecodeCall:
 
 def _lower_cast(policy: Policy) -> Any:
     """Of the largest parameter: they are cast one after another."""
-    operands = pair_up(policy.params, policy.adapters)
-    given = jax.tree.leaves(operands, is_leaf=lambda x: isinstance(x, tuple))
+    operands = group_members(pair_up(policy.params, policy.adapters), rollout_decoder(policy).cfg)
+    given = jax.tree.leaves(operands, is_leaf=lambda x: isinstance(x, list))
     leaves = zip(jax.tree.leaves(cast_programs(policy)), given, strict=True)
-    program, largest = max(leaves, key=lambda pair: math.prod(pair[1][0].shape))
+    program, largest = max(
+        leaves, key=lambda pair: sum(math.prod(weights.shape) for weights, *_ in pair[1])
+    )
     return program.lower(*largest)
 
 
