@@ -29,7 +29,7 @@ def drawn(
 
 
 @pytest.mark.parametrize("sums", [sum_scattered, sum_sorted])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 50), (3, 17), (2, 64)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17)])
 @pytest.mark.parametrize(
     "vocabulary", [1, 4, V, 2 * V]
 )  # one id alone, repeated ones, all, some outside

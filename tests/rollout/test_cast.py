@@ -42,7 +42,7 @@ def rollout(policy):
     ("platform", "shape", "changes"),
     [
         ("gpu", (1, 1, 1), {}),
-        ("tpu", (1, 1, 2), {}),
+        pytest.param("tpu", (1, 1, 2), {}, marks=pytest.mark.slow),
         pytest.param("tpu", (1, 1, 1), {"experts": 4}, marks=pytest.mark.slow),
         pytest.param("gpu", (1, 1, 2), {"experts": 4}, marks=pytest.mark.slow),
         pytest.param("gpu", (2, 1, 2), {}, marks=pytest.mark.slow),
@@ -68,9 +68,11 @@ def test_a_tensor_axis_that_divides_no_kv_heads_leaves_them_apart(monkeypatch):
     assert cast.rollout_decoder(policy_of((1, 1, 8))).cfg.joined == 0  # of four kv heads
 
 
-@pytest.mark.parametrize("experts", [0, 4])
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_joined_matrices_lie_where_their_products_are(monkeypatch, experts, tensor):
+@pytest.mark.parametrize(
+    ("tensor", "experts"),
+    [(2, 0), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in [(1, 0), (1, 4), (2, 4)])],
+)
+def test_joined_matrices_lie_where_their_products_are(monkeypatch, tensor, experts):
     """The shard of a device has the columns that it has of each of them apart, and the sharding is that of `param_shardings`."""
     monkeypatch.setattr(cast, "platform", lambda mesh: "tpu")
     policy = policy_of((1, 1, tensor), experts)
