@@ -57,17 +57,10 @@ def group_members(weights: Any, cfg: DecoderConfig) -> Any:
     """A tree of weights as `pair_up` makes it, with a list of what each parameter of the rollout is made of."""
     if not isinstance(weights, dict):
         return [weights]
-    joined = {
-        name: [weights[member] for member in members]
-        for name, members in joined_names(cfg).items()
-        if members[0] in weights
-    }
-    apart = {
-        name: group_members(x, cfg)
-        for name, x in weights.items()
-        if not any(name in joined_names(cfg)[new] for new in joined)
-    }
-    return apart | joined
+    joined = {name: members for name, members in joined_names(cfg).items() if members[0] in weights}
+    taken = {member for members in joined.values() for member in members}
+    apart = {name: group_members(x, cfg) for name, x in weights.items() if name not in taken}
+    return apart | {name: [weights[m] for m in members] for name, members in joined.items()}
 
 
 def cast_programs(policy: Policy) -> Any:

@@ -1,7 +1,7 @@
 """The request to stop (SIGTERM, SIGINT, SIGHUP), and the end of a run that waits in vain: for a save, or for other processes.
 
-The request is looked for (`check`) between the calls of a rollout or an evaluation and before an update: what a step has sampled
-by then is thrown away, since the step is repeated exactly. Where the loop waits it says so (`waiting`).
+The request is looked for (`check`) between the calls of a rollout or an evaluation and between the micro-batches of an update:
+what a step has done by then is thrown away, since the step is repeated exactly. Where the loop waits it says so (`waiting`).
 
 A wait is often inside XLA, Orbax or a store's
 package, where no Python code of the main thread runs, neither a signal's handler nor an exception. So a thread of this module
