@@ -441,6 +441,9 @@ class TrainConfig(Section):
     measure_noise: bool = (
         False  # gradient variance, from micro-batches of one undivided group a data shard (slower)
     )
+    measure_change: bool = (
+        False  # what a step changes of the log-probs of its tokens (one more forward pass)
+    )
     eval_every: NonNegativeInt = 15  # 0: only before the first and after the last step
     eval_before: bool = True  # also before the first step
     checkpoint_every: PositiveInt = 15  # steps; the last is saved, too
@@ -630,8 +633,9 @@ def check_command(config: Config, supervised: bool) -> None:
             f"config {config.name}: {keys}: read by `rest-jax {other}`, not by `rest-jax {command}`; use that, or a scale and a "
             "method of this one, or give both rollout.prompts_per_step and sft.batch_size"
         )
-    if supervised and config.train.measure_noise:
-        raise ConfigError("train.measure_noise true: only `rest-jax train` measures it")
+    for key in ("measure_noise", "measure_change"):
+        if supervised and getattr(config.train, key):
+            raise ConfigError(f"train.{key} true: only `rest-jax train` measures it")
 
 
 def builtin_file(name: Location, folder: str | None = None) -> epath.Path:

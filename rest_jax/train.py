@@ -173,6 +173,10 @@ def train_steps(trainer: "Trainer", loop: Loop) -> bool:
                 for micro_batches in plan:
                     state, totals = rl.update(state, batch, micro_batches, policy.frozen, check)
                     updates.append(totals)
+                if config.train.measure_change:
+                    weights, rollout = with_adapters(state.params, policy.frozen), scored.rollout
+                    after = rl.logprobs(weights, rollout, lengths).logp
+                    prepared |= rl.change(after, batch, scored.region, rollout.mask)
             state = dataclasses.replace(state, step=rl.advance(state.step), curriculum=curriculum)
             # log the step before; keep the metrics of this one
             pending = PendingStep(

@@ -369,9 +369,10 @@ def test_adapters_of_a_folder_need_their_rank():
             config.load(["scale/tiny"], ["lora.rank=2", bad])
 
 
-def test_a_supervised_run_does_not_measure_noise():
-    loaded = config.load(["scale/tiny_sft"], ["train.measure_noise=true"])
-    with pytest.raises(ConfigError, match=r"train\.measure_noise true"):
+@pytest.mark.parametrize("key", ["train.measure_noise", "train.measure_change"])
+def test_a_supervised_run_does_not_measure_a_policy_gradient(key):
+    loaded = config.load(["scale/tiny_sft"], [f"{key}=true"])
+    with pytest.raises(ConfigError, match=f"{key} true"):
         config.check_command(loaded, supervised=True)
 
 

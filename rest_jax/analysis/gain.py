@@ -3,6 +3,8 @@
     gain(g) = <g, grad J> / |g|        the slope of the expected reward J along the unit step that plain gradient ascent takes
     of a first Adam step: the same of sign(g), which is what Adam makes of its first gradient
 
+    cosine     of g to the gradient of uniform weights of the same batch: whether a method takes another direction at all
+
 grad J is the leave-one-out REINFORCE gradient (1 / P G) sum_i (R_i - mean_j!=i R_j) grad log pi(y_i) of an independent, larger
 sample (Kool et al. 2019; unbiased). It is measured in parts, so that intervals hold its noise as well as that of the batches.
 
@@ -11,7 +13,7 @@ sample (Kool et al. 2019; unbiased). It is measured in parts, so that intervals 
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,17 +107,31 @@ def _along(gradient: Params, parts: list[Params]) -> tuple[jax.Array, jax.Array]
     return slope(gradient), slope(sign)
 
 
+@jax.jit
+def _cosine(one: Params, other: Params) -> jax.Array:
+    """float32; zero where a gradient is."""
+    norms = optax.tree.norm(one) * optax.tree.norm(other)
+    return jnp.where(norms > 0, optax.tree.vdot(one, other) / jnp.where(norms > 0, norms, 1.0), 0.0)
+
+
+class Measured(NamedTuple):
+    """Of each arm and batch."""
+
+    slopes: np.ndarray  # float64 [2 quantities, arms, batches, PARTS]
+    cosine: np.ndarray  # float64 [arms, batches], to the first arm
+
+
 def measure(
     ascend: Ascend,
     draw: Callable[[int, int], ScoredBatch],
     weigh: Callable[[ScoredBatch], np.ndarray],
     batches: int,
     size: int,
-) -> np.ndarray:
-    """Slopes, float64 [2 quantities, arms, batches, PARTS]. `draw(prompts, number)`: an independent batch; `weigh`: the
-    coefficients [arms, P, G, T] of one; `size`: prompts of the sample for grad J.
+) -> Measured:
+    """`draw(prompts, number)`: an independent batch; `weigh`: the coefficients [arms, P, G, T] of one; `size`: prompts of the
+    sample for grad J.
     """
-    parts, found = [], []
+    parts, slopes, cosines = [], [], []
     progress = Progress(PARTS + batches, unit="batch")
     for m in range(PARTS):
         scored = draw(-(-size // PARTS), m)
@@ -127,22 +143,32 @@ def measure(
     for b in range(batches):
         scored = draw(0, PARTS + b)
         coefficient = weigh(scored)
-        found.append([_along(gradient, parts) for gradient in ascend(coefficient, scored.rollout)])
+        first, along, cosine = None, [], []
+        for gradient in ascend(coefficient, scored.rollout):
+            first = gradient if first is None else first
+            along.append(_along(gradient, parts))
+            cosine.append(_cosine(first, gradient))
+        slopes.append(along)
+        cosines.append(cosine)
         progress.update(PARTS + b + 1, f"{len(coefficient)} arms")
     progress.close()
-    return np.array(jax.device_get(found), np.float64).transpose(2, 1, 0, 3)
+    slopes, cosines = jax.device_get((slopes, cosines))
+    return Measured(
+        np.array(slopes, np.float64).transpose(2, 1, 0, 3), np.array(cosines, np.float64).T
+    )
 
 
-def gain_rows(found: np.ndarray, names: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
+def gain_rows(found: Measured, names: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
     """Of each arm and quantity the mean slope and how it compares with that of the first arm, less one, with a 95 % interval
-    (bootstrap over batches and parts of grad J, both arms on the same resamples).
+    (bootstrap over batches and parts of grad J, both arms on the same resamples); the mean cosine to the first arm.
     """
-    _, _, batches, parts = found.shape
+    _, _, batches, parts = found.slopes.shape
     rng = np.random.default_rng(seed)
     b = rng.integers(0, batches, (_RESAMPLES, batches))
     m = rng.integers(0, parts, (_RESAMPLES, parts))
-    rows: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for quantity, values in zip(_QUANTITIES, found, strict=True):
+    cosines = zip(names, found.cosine.mean(axis=1), strict=True)
+    rows: dict[str, dict[str, Any]] = {name: {"cosine": cosine} for name, cosine in cosines}
+    for quantity, values in zip(_QUANTITIES, found.slopes, strict=True):
         mean = values.mean((1, 2))
         again = np.stack(
             [values[:, b[i]][:, :, m[i]].mean((1, 2)) for i in range(_RESAMPLES)], axis=1
@@ -198,7 +224,7 @@ def measure_gain(
     report = {"model": config.model.source, "data": data, "batches": batches, "prompts": prompts}
     report |= {"group_size": config.rollout.group_size, "reference": reference, "parts": PARTS}
     report["arms"] = gain_rows(found, [arm.name for arm in arms], config.seed)
-    report["slopes"] = found
+    report |= {"slopes": found.slopes, "cosines": found.cosine}
     if not any(row["gain"] for row in report["arms"].values()):
         raise UserError(
             f"no batch of {prompts} prompts has a group whose rewards differ, so there is no gradient to measure; raise "
@@ -225,7 +251,8 @@ def _drawer(opened: Opened, prompts: int) -> Callable[[int, int], ScoredBatch]:
 
 def table(report: dict[str, Any]) -> str:
     """Gains by arm as text, the largest first."""
-    rows: list[list[Any]] = [["arm", "gain", "against uniform", "95 %", "first Adam step", "95 %"]]
+    heads = ("arm", "gain", "against uniform", "95 %", "first Adam step", "95 %", "cosine")
+    rows: list[list[Any]] = [[*heads]]
 
     def percent(values: Sequence[float]) -> str:
         return " to ".join(f"{v:+.1%}" for v in values)
@@ -238,7 +265,7 @@ def table(report: dict[str, Any]) -> str:
                 f"{row[f'{quantity}_relative']:+.1%}",
                 percent(row[f"{quantity}_relative_interval"]),
             ]
-        rows.append(cells)
+        rows.append([*cells, f"{row['cosine']:.3f}"])
     return (
         f"{summary_table(rows)}\n\n{report['batches']} batches of {report['prompts']} x {report['group_size']} completions; "
         f"grad J from {report['reference']} x {report['group_size']}"

@@ -120,7 +120,7 @@ def update_programs(setup: Setup, rows: StepRows) -> dict[str, Program]:
     minibatch = place(_numbers((setup.groups,)), replicated(mesh))
     given = scored, recomputed, token if has_reference else None, minibatch, state.curriculum
     found, frozen = {}, setup.policy.frozen
-    if recomputed is not None:
+    if recomputed is not None or config.train.measure_change:
         own = with_adapters(state.params, frozen), scored.rollout
         found["logprobs"] = _logprobs(rl.logprobs, setup, rows.forward, own, state)
     if has_reference:

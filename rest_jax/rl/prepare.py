@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rest_jax.config import Config, LossConfig
 from rest_jax.rl import curriculum, masked, weights
 from rest_jax.rl.loss import AGGREGATIONS, MiniBatches, ratio
 from rest_jax.rl.placebo import PLACEBOS
 from rest_jax.rl.rules import Chosen, advantage_rule, choose_weight_rule
-from rest_jax.rl.view import TokenView, make_view, nonzero_advantage
+from rest_jax.rl.view import TokenView, make_view, nonzero_advantage, per_token
 from rest_jax.tool_calls import Region
 from rest_jax.types import (
     AnyArray,
@@ -151,6 +151,7 @@ def prepare(
             metrics["update/tis_weight_mean"] = masked.mean_over_mask(tis, mask)
             loss_weight = loss_weight * tis
     metrics["update/phantom_gradient"] = phantom_gradient(view, loss_weight)
+    metrics["update/effective_tokens"] = effective_tokens(view, loss_weight)
     active = nonzero_advantage(group_signal(scored, cfg.loss)) | cfg.all_groups_active
     counted = mask & active[:, None, None]
     batch = TrainBatch(
@@ -200,6 +201,35 @@ def phantom_gradient(view: TokenView, loss_weight: Float[Array, "P G T"]) -> Flo
     size = jnp.sum(jnp.abs(loss_weight * view.token_advantage), axis=(1, 2))
     without = ~jnp.any(view.exact, axis=1)
     return jnp.sum(jnp.where(without, size, 0.0)) / jnp.maximum(jnp.sum(size), 1e-30)
+
+
+def effective_tokens(view: TokenView, loss_weight: Float[Array, "P G T"]) -> Float[Array, ""]:
+    """Kish's effective sample size of the coefficients c = loss weight x advantage, (sum |c|)^2 / sum c^2, over the tokens."""
+    size = jnp.abs(loss_weight * view.token_advantage)
+    size = size / jnp.maximum(jnp.max(size), 1e-30)  # squares of tiny ones would vanish
+    effective = jnp.sum(size) ** 2 / jnp.maximum(jnp.sum(size**2), 1e-30)
+    return effective / jnp.maximum(jnp.sum(view.mask), 1)
+
+
+def change_metrics(
+    logp: Float[Array, "P G T"],
+    batch: TrainBatch,
+    region: Int[Array, "P G T"],
+    mask: Bool[Array, "P G T"],
+) -> Metrics:
+    """What a step changed: of each region the mean of the new `logp` less that of the batch, over the tokens of positive and
+    of negative advantage; 0 where there are none.
+    """
+    change, advantage = logp - batch.logp_old, per_token(batch.advantage)
+    signs = {"change_positive": advantage > 0, "change_negative": advantage < 0}
+    return {
+        f"region/{own.name.lower()}/{name}": masked.mean_over_mask(
+            change, mask & there & (region == own)
+        )
+        for name, there in signs.items()
+        for own in Region
+        if own is not Region.NONE
+    }
 
 
 def mismatch(logp: Float[Array, "P G T"], rollout: RolloutBatch) -> Metrics:

@@ -48,6 +48,7 @@ from rest_jax.rl.prepare import (
     StepConfig,
     TokenValues,
     active_groups,
+    change_metrics,
     prepare,
 )
 from rest_jax.rl.update import (
@@ -158,6 +159,7 @@ class Step:
     update: Update
     logprobs: Logprobs
     advance: Callable[[jax.Array], jax.Array]  # from one step index to the next
+    change: Callable[..., Metrics]  # compiled `change_metrics`
 
 
 def make_step(
@@ -173,6 +175,7 @@ def make_step(
         update=make_policy_update(decoder, tx, cfg, mesh, state_shardings),
         logprobs=make_logprobs(decoder, cfg, mesh),
         advance=make_advance(mesh),
+        change=jax.jit(change_metrics, out_shardings=replicated(mesh)),
     )
 
 

@@ -92,7 +92,7 @@ MAY_CHANGE = (
     "train.eval_",
     "train.checkpoint_every",
     "train.keep_checkpoints",
-    "train.measure_noise",
+    "train.measure_",
     "train.samples_per_step",
     *(f"train.{key}" for key in KINDS),
 )

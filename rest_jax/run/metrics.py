@@ -51,6 +51,11 @@ _OF_A_REGION = {
     "weight": ("", "mean weight of the tokens of the region, after normalisation"),
     "weight_share": ("fraction", "share of the region in the total weight"),
     "count": ("tokens", "tokens of the region in the batch"),
+    "change_positive": (
+        "nats",
+        "mean change of log-prob by the step, tokens of positive advantage (train.measure_change)",
+    ),
+    "change_negative": ("nats", "the same, tokens of negative advantage"),
 }
 
 REGION_NAMES = tuple(region.name.lower() for region in Region if region is not Region.NONE)
@@ -108,6 +113,10 @@ _TABLE = {
     "update/phantom_gradient": (
         "fraction",
         "sum of |weight x advantage| in groups without any exact completion",
+    ),
+    "update/effective_tokens": (
+        "fraction",
+        "effective sample size of weight x advantage, (sum |c|)^2 / sum c^2, over the tokens",
     ),
     "update/tis_weight_mean": ("", "mean truncated importance weight (rollout.tis_cap)"),
     "update/tokens": ("tokens", "tokens that carried loss"),

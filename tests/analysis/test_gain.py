@@ -12,7 +12,14 @@ from jax.flatten_util import ravel_pytree
 
 from rest_jax import cli
 from rest_jax.analysis.arms import make_arms
-from rest_jax.analysis.gain import _along, gain_rows, make_ascend, reinforce
+from rest_jax.analysis.gain import (
+    Measured,
+    _along,
+    _cosine,
+    gain_rows,
+    make_ascend,
+    reinforce,
+)
 from rest_jax.config import Config, ConfigError
 from rest_jax.rl.view import centre
 from rest_jax.types import RolloutBatch, ScoredBatch
@@ -122,12 +129,23 @@ def test_slopes():
     assert float(optax.tree.norm(part)) == 5
 
 
+def test_the_cosine_of_two_gradients():
+    one = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}
+    assert float(_cosine(one, jax.tree.map(lambda x: -2 * x, one))) == pytest.approx(-1)
+    other = {"a": jnp.array([0.0, 2.0]), "b": jnp.array([[2.0]])}
+    assert float(_cosine(one, other)) == pytest.approx(8 / (5 * np.sqrt(8)))
+    assert float(_cosine(one, jax.tree.map(jnp.zeros_like, one))) == 0
+
+
 def test_rows_compare_arms_on_the_same_resamples():
     """Of two arms that share the noise, one twice as large, the ratio is certain where neither slope is."""
     rng = np.random.default_rng(2)
     noise = 1 + 0.5 * rng.normal(size=(2, 20, 8))
     free = 1 + 0.5 * rng.normal(size=(2, 20, 8))
-    rows = gain_rows(np.stack([noise, 2 * noise, free], axis=1), ["one", "two", "free"], seed=0)
+    cosine = np.array([[1.0, 1.0], [0.9, 0.7], [0.0, -0.2]])
+    found = Measured(np.stack([noise, 2 * noise, free], axis=1), cosine)
+    rows = gain_rows(found, ["one", "two", "free"], seed=0)
+    assert [row["cosine"] for row in rows.values()] == pytest.approx([1, 0.8, -0.1])
     for quantity in ("gain", "adam"):
         assert rows["one"][f"{quantity}_relative"] == 0
         assert rows["two"][f"{quantity}_relative"] == pytest.approx(1)
@@ -148,6 +166,9 @@ def test_the_command(tmp_path):
     assert list(report["arms"]) == ["grpo", "rest, nu 0", "rest, nu 1", "hicra"]
     assert np.shape(report["slopes"]) == (2, 4, 2, 8) and (tmp_path / "gain.png").exists()
     assert report["arms"]["grpo"]["gain_relative"] == 0
+    cosine = {name: row["cosine"] for name, row in report["arms"].items()}
+    assert cosine["grpo"] == pytest.approx(1, abs=1e-5)
+    assert all(-1 <= cosine[f"rest, nu {n}"] < 0.9999 for n in (0, 1))
 
 
 def test_too_little_is_refused(capsys):

@@ -9,7 +9,13 @@ import pytest
 
 from rest_jax.config import CurriculumConfig, LossConfig, WeightsConfig
 from rest_jax.rl import curriculum, loss, weights
-from rest_jax.rl.prepare import Recomputed, active_groups, group_signal, prepare
+from rest_jax.rl.prepare import (
+    Recomputed,
+    active_groups,
+    change_metrics,
+    group_signal,
+    prepare,
+)
 from rest_jax.rl.rules import choose
 from rest_jax.rl.step import make_prepare
 from rest_jax.tool_calls import Region
@@ -144,6 +150,48 @@ def test_the_gradient_of_groups_without_an_exact_completion(scored):
     assert prepared(tiny.step_config(), scored.replace(exact=~exact))[1][
         "update/phantom_gradient"
     ] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("rule", [None, choose("weight", "top_entropy", (("share", 0.3),), "")])
+def test_the_effective_number_of_tokens(scored, rule):
+    """Of weight x advantage; with equal ones it is the number of tokens."""
+    batch, metrics = prepared(tiny.step_config(weight_rule=rule), scored)
+    size = np.abs(batch.loss_weight * batch.advantage[..., None]).astype(np.float64)
+    expected = size.sum() ** 2 / (size**2).sum() / mask_of(scored).sum()
+    assert metrics["update/effective_tokens"] == pytest.approx(expected, rel=1e-5)
+    assert 0 < expected < 1
+
+
+def test_equal_coefficients_have_all_tokens(scored):
+    even = np.where(np.arange(tiny.GROUP) % 2 == 0, 1.0, -1.0).astype(np.float32)
+    reward = np.broadcast_to(even, scored.reward.shape)
+    cfg = tiny.step_config(schedule=UNIFORM)
+    _, metrics = prepared(cfg, scored.replace(reward=reward))
+    assert metrics["update/effective_tokens"] == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "entropy"])
+def test_the_change_of_log_probs_by_region_and_sign(scored, advantage):
+    """Against sums token by token."""
+    batch, _ = prepared(tiny.step_config(loss=LossConfig(advantage=advantage)), scored)
+    mask = mask_of(scored)
+    logp = batch.logp_old + np.random.default_rng(0).normal(size=mask.shape).astype(np.float32)
+    found = jax.jit(change_metrics)(logp, batch, scored.region, mask)
+    sign = np.sign(batch.advantage if batch.advantage.ndim == 3 else batch.advantage[..., None])
+    sign = np.broadcast_to(sign, mask.shape)
+    for region in Region:
+        if region is Region.NONE:
+            continue
+        for name, wanted in (("change_positive", 1), ("change_negative", -1)):
+            there = [
+                logp[i] - batch.logp_old[i]
+                for i in zip(*np.nonzero(mask), strict=True)
+                if scored.region[i] == region and sign[i] == wanted
+            ]
+            expected = np.mean(there) if there else 0.0
+            value = found.pop(f"region/{region.name.lower()}/{name}")
+            assert value == pytest.approx(expected, abs=1e-6)
+    assert not found
 
 
 @pytest.mark.parametrize("name", ["grpo", "entropy", "reinforce_pp"])

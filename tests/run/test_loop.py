@@ -77,6 +77,7 @@ def stale(source: pathlib.Path, output: pathlib.Path) -> dict:
             "eval_every": 0,
             "checkpoint_every": SAVED,
             "max_tokens_per_microbatch": 1,
+            "measure_change": True,
         },
     )
     raw["data"] |= {"eval": None, "max_prompt_tokens": 128, "synthetic_size": 128}
@@ -123,6 +124,14 @@ def test_staleness_is_one_but_at_the_start(unbroken):
     old = np.array(staleness, bool)
     assert mismatch[~old].max() < 1e-5 and mismatch[old].min() > 1e-4
     assert all(line["update/grad_norm"] > 0 for line in found)
+
+
+def test_a_step_raises_what_was_better(unbroken):
+    """Log-probs rise more, or fall less, where the advantage is positive."""
+    for line in read_lines(unbroken[0] / "metrics.jsonl"):
+        for region in ("tag", "other"):  # what this start samples
+            rise, fall = (line[f"region/{region}/change_{s}"] for s in ("positive", "negative"))
+            assert rise > fall
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ REINFORCED = {
         "tis_cap": 2.0,
     },
     "loss": {"kl_coefficient": 0.01, "entropy_coefficient": 0.001},
-    "train": {"prompts_per_update": 2, "measure_noise": True},
+    "train": {"prompts_per_update": 2, "measure_noise": True, "measure_change": True},
 }
 # the policy has 1,024 positions
 SUPERVISED = {"sft": {"batch_size": 4}, "rollout": {"max_response_tokens": 24}}
