@@ -42,8 +42,8 @@ test-all: $(DEV) ## Every test, the slow ones included
 bench: $(DEV) $(PEERS)/tunix/.installed $(PEERS)/trl/.installed ## Every benchmark against its peer (2 hours); one: make bench ARGS="--case rollout-128"
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-study: $(RUNTIME) ## Seven methods on two levels, five seeds, into docs/study/ (2 hours on 2 cores; resumes where it stopped)
-	$(BIN)/rest-jax compare single reasoned tried $(ARGS)
+study: $(RUNTIME) ## Rules for token credit against GRPO and placebos, into docs/comparison/ (some 15 hours on 2 cores; resumes where it stopped)
+	$(BIN)/rest-jax compare credit --workers 2 --output docs/comparison $(ARGS)
 
 aot: $(RUNTIME) ## Compile the recipes for hardware that is not here into docs/plans; needs .[tpu]; GPU: PLANS='$(GPU_PLANS)', .[cuda]
 	@set -e; for plan in $(PLANS); do name=$${plan%%=*}; echo "$$plan"; \

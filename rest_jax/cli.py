@@ -642,16 +642,18 @@ def sweep(
 
 @app.command(rich_help_panel=_STUDY)
 def compare(
-    plans: Annotated[list[str], Argument(help="YAML files, or builtin names")],
+    plan: Annotated[str, Argument(help="YAML file, or a builtin name")],
     workers: Workers = 1,
     storage: Storage = None,
-    output: Annotated[str, Option(help="folder of the page")] = "docs/study",
+    output: Annotated[
+        str | None, Option(help="folder of the page; default: page/ beside the runs")
+    ] = None,
 ) -> None:
     """Compare methods over seeds, with intervals, tables and pictures."""
     from rest_jax.experiments import compare
     from rest_jax.experiments.worker import Engine
 
-    compare.compare(plans, output=output, engine=Engine(workers, storage))
+    compare.compare(plan, output=output, engine=Engine(workers, storage))
 
 
 @app.command(rich_help_panel=_STUDY)

@@ -275,7 +275,7 @@ def test_training_passes_a_dry_run(command, tmp_path, capsys):
 def test_other_commands_run_as_written(tmp_path):
     """In a folder with the files that they name; what names a run, in a bucket too, finds a quickstart's, of two steps."""
     shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
-    shutil.copytree(DOCS / "study", tmp_path / "docs/study")
+    shutil.copytree(DOCS / "comparison", tmp_path / "runs/comparisons/credit/page")
     chats = json.loads((REPOSITORY / "tests/data/convert/fixtures/openai.json").read_text())
     lines = "".join(json.dumps(chat) + "\n" for chat in chats)
     (tmp_path / "chats.jsonl").write_text(lines)

@@ -22,20 +22,17 @@ _LEAST_PAIRS = (
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """The mean of `count` values with its bootstrap and its t interval; the bounds of fewer than two are NaN."""
+    """The mean of `count` values with its bootstrap and its t interval, and the two-sided p-value of a t test that it is zero; of
+    fewer than two values they are NaN.
+    """
 
     mean: float
     low: float
     high: float
     t_low: float
     t_high: float
+    p: float
     count: int
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether both intervals lie on one side of zero. Two values may agree by chance: three are the least."""
-        outside = min(self.low, self.t_low) > 0 or max(self.high, self.t_high) < 0
-        return outside and self.count >= 3
 
 
 def estimate(values: Sequence[float], level: float = 0.95) -> Estimate:
@@ -44,16 +41,17 @@ def estimate(values: Sequence[float], level: float = 0.95) -> Estimate:
     if x.ndim != 1 or not x.size:
         raise ValueError(f"values of shape {x.shape}: a list of at least one is needed")
     if x.size < 2:
-        return Estimate(float(x.mean()), *[float("nan")] * 4, count=1)
+        return Estimate(float(x.mean()), *[float("nan")] * 5, count=1)
     with warnings.catch_warnings():
         # Values that are all equal, or that were not measured, have no spread to speak of.
         warnings.simplefilter("ignore", RuntimeWarning)
-        t = scipy.stats.ttest_1samp(x, 0.0).confidence_interval(level)
+        test = scipy.stats.ttest_1samp(x, 0.0)
+        t = test.confidence_interval(level)
         bounds = scipy.stats.bootstrap(
             (x,), np.mean, n_resamples=RESAMPLES, batch=-(-_DRAWN_AT_ONCE // x.size),
             confidence_level=level, method="percentile", rng=0,
         ).confidence_interval  # fmt: skip
-    ends = (float(end) for end in (bounds.low, bounds.high, t.low, t.high))
+    ends = (float(end) for end in (bounds.low, bounds.high, t.low, t.high, test.pvalue))
     return Estimate(float(x.mean()), *ends, count=x.size)
 
 
@@ -63,6 +61,36 @@ def paired(values: Mapping[Any, float], reference: Mapping[Any, float]) -> Estim
     if not shared:
         raise ValueError("nothing in common")
     return estimate([values[key] - reference[key] for key in shared])
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction (1979): with these all hypotheses of p <= alpha are rejected, and the probability of one false
+    rejection among them is at most alpha. NaN, of what could not be tested, counts as 1.
+    """
+    p = np.nan_to_num(np.asarray(p_values, np.float64), nan=1.0)
+    order = np.argsort(p, kind="stable")
+    steps = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p))))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(steps, 1.0)
+    return adjusted.tolist()
+
+
+def least_difference(
+    deviation: float, count: int, alpha: float = 0.05, power: float = 0.8
+) -> float:
+    """The least mean of `count` paired differences of this standard deviation that a two-sided t test at level `alpha` finds with
+    probability `power`. ValueError for fewer than two.
+    """
+    if count < 2:
+        raise ValueError(f"{count} differences: at least two are needed")
+    critical = scipy.stats.t.isf(alpha / 2, count - 1)
+
+    def missing(shift: float) -> float:
+        # rejections on the wrong side are too few to count
+        return scipy.stats.nct.sf(critical, count - 1, shift) - power
+
+    shift = scipy.optimize.root_scalar(missing, bracket=(1e-6, 4 * critical + 10)).root
+    return float(shift * deviation / count**0.5)
 
 
 def rate_interval(successes: int, count: int, level: float = 0.95) -> tuple[float, float]:

@@ -1,14 +1,16 @@
-"""A comparison: several methods, each over the same seeds, on one page with paired intervals. `rest-jax compare PLAN...`.
+"""A comparison: several arms, each over the same seeds, on one page with paired differences. `rest-jax compare PLAN`.
 
-In: plan files (`Plan`). Out: run folders <output>/<plan>/<method>-seed<seed>, and in the page's folder images/, the tables
-of results.py, and README.md, which is rendered of these tables, with run folders or without (page.md.jinja). All methods
-share policy, data, rollouts and optimiser: each is a config file merged over the same scale. Runs are ordered seed by
-seed, so that a comparison broken off has the same seeds of every method.
+In: a plan file (`Plan`). Out: run folders <output>/<plan>/<arm>-seed<seed>, and in the page's folder images/, the tables of
+results.py, and README.md, which is rendered of these tables, with run folders or without (page.md.jinja). All arms share
+policy, data, rollouts and optimiser: each is a config file merged over the same scale. Where the plan has learning rates,
+each arm first chooses one, on seeds of its own. Runs are ordered seed by seed, so that a comparison broken off has the same
+seeds of every arm.
 """
 
 import functools
+import itertools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, NamedTuple
 
 import jinja2
@@ -16,98 +18,140 @@ import pydantic
 from optuna.trial import Trial
 
 from rest_jax import config as config_lib
-from rest_jax.config import Config, NonNegativeInt, Section
+from rest_jax.config import Config, NonNegativeInt, PositiveFloat, Section
 from rest_jax.errors import RunStopped, UserError
 from rest_jax.experiments import results, storage
 from rest_jax.experiments.figures import write_figures
+from rest_jax.experiments.results import Difference, RateRun, Results, Run
 from rest_jax.experiments.worker import Engine, Experiment, Job, carry_out, is_finished
 from rest_jax.files import atomic_write, local_path
 
+_RATE = "optimizer.learning_rate"
+
+
+class Rates(Section):
+    """Learning rates of which each arm takes the best, by runs on these seeds."""
+
+    values: Annotated[tuple[PositiveFloat, ...], pydantic.Field(min_length=2)]
+    seeds: Annotated[tuple[NonNegativeInt, ...], pydantic.Field(min_length=1)]
+    overrides: dict[str, Any] = pydantic.Field(default_factory=dict)  # for these runs alone
+
 
 class Plan(Section):
-    """A plan file. `reference` is the method that the others are compared with; `pairs` are compared besides."""
+    """A plan file. An arm is a method of configs/method, or METHOD+PLACEBO (`weights.placebo`). All are compared with
+    `reference`, those with a placebo among the arms with it, and `pairs` besides.
+    """
 
     title: str
     about: str = ""  # a paragraph for the page: what this world and this start are
     scale: str
     start: tuple[str, ...] = ()  # files of a supervised run that all runs start from
-    methods: Annotated[tuple[str, ...], pydantic.Field(min_length=2)]
+    arms: Annotated[tuple[str, ...], pydantic.Field(min_length=2)]
     reference: str
     pairs: tuple[tuple[str, str], ...] = ()
     seeds: Annotated[tuple[NonNegativeInt, ...], pydantic.Field(min_length=1)]
+    rates: Rates | None = None  # None: that of the scale
     overrides: dict[str, Any] = pydantic.Field(default_factory=dict)
+    # what the page calls a policy -> the gain.json that `rest-jax gain` wrote of it, shown where there is one
+    gain: dict[str, pathlib.Path] = pydantic.Field(default_factory=dict)
     output: str = "runs/comparisons"
-    runs: str | None = None  # the plan whose run folders it shares
 
     @pydantic.model_validator(mode="after")
     def _consistent(self):
-        for name in (self.reference, *(name for pair in self.pairs for name in pair)):
-            if name not in self.methods:
-                raise ValueError(f"{name!r} of reference or pairs is not among the methods")
-        for name, values in (("methods", self.methods), ("seeds", self.seeds)):
+        for name in (self.reference, *itertools.chain(*self.pairs)):
+            if name not in self.arms:
+                raise ValueError(f"{name!r} of reference or pairs is not among the arms")
+        for name, values in (("arms", self.arms), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: {list(values)} names one twice")
+        if self.rates and (shared := set(self.rates.seeds) & set(self.seeds)):
+            raise ValueError(f"rates.seeds: {sorted(shared)} are among seeds; name others")
         return self
 
-    def jobs(self, name: str) -> dict[tuple[str, int], Job]:
-        """(method, seed) -> its run, seed by seed."""
-        folder = f"{self.output}/{self.runs or name}"
-        shared = self.overrides | {"output": folder}
-        if self.start:
-            shared["model.source"] = f"{folder}/start"
+    @property
+    def all_pairs(self) -> list[tuple[str, str]]:
+        """(arm, compared with)."""
+        placebos = [(arm.partition("+")[0], arm) for arm in self.arms if "+" in arm]
+        pairs = (
+            *((arm, self.reference) for arm in self.arms if arm != self.reference),
+            *(pair for pair in placebos if pair[0] in self.arms),
+            *self.pairs,
+        )
+        return list(dict.fromkeys(pairs))
+
+    def rate_jobs(self, name: str) -> dict[RateRun, Job]:
+        """The runs that the learning rates are chosen by."""
+        if self.rates is None:
+            return {}
         return {
-            (method, seed): Job("train", (self.scale, f"method/{method}")).with_values(
-                shared | {"seed": seed, "name": f"{method}-seed{seed}"}
+            (arm, rate, seed): self._job(
+                name, arm, seed, f"rate{rate:g}-", self.rates.overrides | {_RATE: rate}
             )
-            for seed in self.seeds
-            for method in self.methods
+            for seed in self.rates.seeds
+            for arm in self.arms
+            for rate in self.rates.values
         }
 
-    def comparisons(self, found: results.Results) -> list[tuple[str, str]]:
-        """The pairs (method, compared with) that share a seed."""
-        pairs = [*((m, self.reference) for m in self.methods if m != self.reference), *self.pairs]
-        seeds = {method: found.values(method, results.EXACT).keys() for method in self.methods}
-        return [(a, b) for a, b in pairs if seeds[a] & seeds[b]]
+    def jobs(self, name: str, rates: Mapping[str, float]) -> dict[Run, Job]:
+        """The runs, seed by seed. `rates`: the learning rate of each arm; empty for that of the scale."""
+        return {
+            (arm, seed): self._job(name, arm, seed, "", {_RATE: rates[arm]} if rates else {})
+            for seed in self.seeds
+            for arm in self.arms
+        }
+
+    def folder(self, name: str) -> str:
+        """Of the runs."""
+        return f"{self.output}/{name}"
+
+    def _job(self, name: str, arm: str, seed: int, prefix: str, values: Mapping[str, Any]) -> Job:
+        method, _, placebo = arm.partition("+")
+        run = f"{prefix}{arm.replace('+', '-')}-seed{seed}"
+        values = {
+            **self.overrides,
+            **values,
+            "output": self.folder(name),
+            "seed": seed,
+            "name": run,
+        }
+        if self.start:
+            values["model.source"] = f"{self.folder(name)}/start"
+        if placebo:
+            values["weights.placebo"] = placebo
+        return Job("train", (self.scale, f"method/{method}")).with_values(values)
 
 
 class Compared(NamedTuple):
-    """A plan, the config of its first run, what its runs measured, and which pairs of methods share a seed."""
+    """A plan, the config of its first run, what its runs measured, and which pairs of arms share a seed."""
 
     name: str
     plan: Plan
     config: Config
-    results: results.Results
+    results: Results
     pairs: list[tuple[str, str]]
 
 
-def compare(
-    plans: Sequence[str], *, output: str = "docs/study", engine: Engine | None = None
-) -> pathlib.Path:
-    """Carries out the runs of the plans, or helps to, and writes their page; its path.
+def compare(plan: str, *, output: str | None = None, engine: Engine | None = None) -> pathlib.Path:
+    """Carries out the runs of a plan, or helps to, and writes their page; its path. `output` None: page/ beside the runs.
 
     UserError before anything starts for input that cannot be used, and without any result; RunStopped when runs fail,
     after the page of the others is written.
     """
-    engine, folder = engine or Engine(), local_path("--output", output)
-    loaded = {}
-    for word in plans:
-        path = config_lib.builtin_file(word, "comparisons")
-        mapping = config_lib.read_mapping(path)
-        loaded[path.stem] = config_lib.validate_as(Plan, mapping, f"plan {path}")
-    for name, plan in loaded.items():
-        for config in (job.config() for job in plan.jobs(name).values()):
-            if config.train.steps is None:
-                raise UserError(f"plan {name}: train.steps must be set")
-            is_finished(config, results.EXACT)
-    failed = [
-        line for name in loaded if engine.workers for line in train(name, loaded[name], engine)
-    ]
-    found = [gather(name, plan, folder) for name, plan in loaded.items()]
-    if not any(each.results.runs for each in found):
-        raise UserError(f"{', '.join(loaded)}: no finished run, and no results in {folder}")
-    for name, plan, _, measured, _ in found:
-        if measured.runs:
-            write_figures(measured, name, plan.title, plan.reference, folder / "images")
+    engine, path = engine or Engine(), config_lib.builtin_file(plan, "comparisons")
+    loaded = config_lib.validate_as(Plan, config_lib.read_mapping(path), f"plan {path}")
+    name = path.stem
+    folder = local_path("--output", output or f"{loaded.folder(name)}/page")
+    rates = dict.fromkeys(loaded.arms, loaded.rates.values[0]) if loaded.rates else {}
+    for config in (job.config() for job in loaded.jobs(name, rates).values()):
+        if config.train.steps is None:
+            raise UserError(f"plan {name}: train.steps must be set")
+    _finished(loaded.rate_jobs(name))
+    failed = train(name, loaded, engine) if engine.workers else []
+    found = gather(name, loaded, folder)
+    if not found.results.runs and not found.results.rates:
+        raise UserError(f"{name}: no finished run, and no results in {folder}")
+    if found.results.runs:
+        write_figures(found.results, name, loaded, folder / "images")
     page = write_page(found, folder)
     sentences = [line for line in page.read_text().splitlines() if line.startswith("- ")]
     print("\n".join([*sentences, f"page: {page}"]), flush=True)
@@ -117,23 +161,32 @@ def compare(
 
 
 def train(name: str, plan: Plan, engine: Engine) -> list[str]:
-    """Carries out the runs of a plan, its supervised start first; why runs failed. RunStopped when told to stop."""
-    jobs = {f"{method}-seed{seed}": job for (method, seed), job in plan.jobs(name).items()}
-    folder, stages = local_path("output", plan.output) / (plan.runs or name), {name: jobs}
+    """Carries out the runs of a plan, its supervised start first, then those for the learning rates; why runs failed. RunStopped
+    when told to stop.
+    """
+    carry = functools.partial(_carry_out, folder=local_path("output", plan.folder(name)), engine=engine)  # fmt: skip
     if plan.start:
-        start = Job("sft", plan.start).with_values({"name": "start", "output": str(folder)})
-        stages = {f"{name}-start": {"start": start}} | stages
-    for stage, runs in stages.items():
-        draw = functools.partial(planned, runs)
-        experiment = Experiment(stage, folder, {run: {} for run in runs}, draw, results.EXACT)
-        trials = storage.current(carry_out(experiment, engine))
-        states = {run: storage.state(trial) for run, trial in trials.items()}
-        if any(state in ("waiting", "running", "lost") for state, _ in states.values()):
-            raise RunStopped(f"{stage}: stopped; the same command resumes it")
-        failed = [f"{run}: {why}" for run, (state, why) in states.items() if state != "complete"]
-        if failed:
+        values = {"name": "start", "output": plan.folder(name)}
+        if failed := carry(f"{name}-start", [Job("sft", plan.start).with_values(values)]):
             return failed
-    return []
+    if plan.rates and (failed := carry(f"{name}-rates", plan.rate_jobs(name).values())):
+        return failed
+    rates = results.chosen_rates(_summaries(_finished(plan.rate_jobs(name))))
+    return carry(name, plan.jobs(name, rates).values())
+
+
+def _carry_out(
+    stage: str, jobs: Iterable[Job], *, folder: pathlib.Path, engine: Engine
+) -> list[str]:
+    """Why runs failed."""
+    runs = {job.config().name: job for job in jobs}
+    draw = functools.partial(planned, runs)
+    experiment = Experiment(stage, folder, {run: {} for run in runs}, draw, results.EXACT)
+    trials = storage.current(carry_out(experiment, engine))
+    states = {run: storage.state(trial) for run, trial in trials.items()}
+    if any(state in ("waiting", "running", "lost") for state, _ in states.values()):
+        raise RunStopped(f"{stage}: stopped; the same command resumes it")
+    return [f"{run}: {why}" for run, (state, why) in states.items() if state != "complete"]
 
 
 def planned(jobs: Mapping[str, Job], _: Trial, run: str) -> Job:
@@ -146,31 +199,77 @@ def gather(name: str, plan: Plan, folder: pathlib.Path) -> Compared:
 
     A seed without the reference is left out: nothing could be paired with it.
     """
-    configs = {key: job.config() for key, job in plan.jobs(name).items()}
-    finished = {
-        key: local_path("output", c.folder)
-        for key, c in configs.items()
-        if is_finished(c, results.EXACT)
-    }
+    of_rates = _finished(plan.rate_jobs(name))
+    stored = results.read(name, folder)
+    rates = results.chosen_rates(_summaries(of_rates) or stored.rates)
+    complete = not plan.rates or len(of_rates or stored.rates) == len(plan.rate_jobs(name))
+    jobs = plan.jobs(name, rates) if complete else {}
+    finished = _finished(jobs)
     paired = {key: run for key, run in finished.items() if (plan.reference, key[1]) in finished}
-    if paired:
-        results.store(paired, name, folder)
+    gains = {label: path for label, path in plan.gain.items() if path.is_file()}
+    results.store(paired, of_rates, gains, name, folder)
     found = results.read(name, folder)
-    return Compared(name, plan, next(iter(configs.values())), found, plan.comparisons(found))
+    seeds = {arm: {s for a, s in found.runs if a == arm} for arm in plan.arms}
+    pairs = [(a, b) for a, b in plan.all_pairs if seeds[a] & seeds[b]]
+    config = next(iter(plan.jobs(name, {}).values())).config()
+    return Compared(name, plan, config, found, pairs)
 
 
-def write_page(found: Sequence[Compared], folder: pathlib.Path) -> pathlib.Path:
-    """Renders page.md.jinja to README.md. Notes in tried.md beside it are linked."""
+def _finished(jobs: Mapping[Any, Job]) -> dict[Any, pathlib.Path]:
+    """The folders of those that are. UserError when one is another config's."""
+    configs = {key: job.config() for key, job in jobs.items()}
+    return {
+        key: local_path("output", config.folder)
+        for key, config in configs.items()
+        if is_finished(config, results.EXACT)
+    }
+
+
+def _summaries(folders: Mapping[RateRun, pathlib.Path]) -> dict[RateRun, dict[str, float]]:
+    return {key: results.summarise(results.read_run(run)) for key, run in folders.items()}
+
+
+def verdict(
+    differences: Mapping[tuple[str, str, str], Difference], arm: str, reference: str
+) -> str:
+    """What the corrected comparisons say of an arm: better only where it is better than its placebo, too."""
+
+    def signs(other: str) -> set[bool]:
+        """Whether it is better, of the endpoints in which a difference is shown."""
+        found = (differences[arm, other, name] for name in results.ENDPOINTS)
+        return {each.estimate.mean > 0 for each in found if each.found}
+
+    placebos = {b for a, b, _ in differences if a == arm and b.startswith(f"{arm}+")}
+    shown = signs(reference)
+    if not shown:
+        return "No difference is shown."
+    if len(shown) > 1:
+        return "Better in one endpoint, worse in the other."
+    if shown == {False}:
+        return "Worse."
+    if not placebos:
+        return "Better; against a placebo it was not run."
+    if all(signs(placebo) == {True} for placebo in placebos):
+        return "Better, than its placebo too."
+    return "Better, but not shown to be better than its placebo: the rule's choice of tokens is not what helps."
+
+
+def write_page(found: Compared, folder: pathlib.Path) -> pathlib.Path:
+    """Renders page.md.jinja to README.md."""
     loader = jinja2.PackageLoader("rest_jax.experiments", "")
     environment = jinja2.Environment(
         loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    notes = (folder / "tried.md").is_file()
+    measured, reference = found.results, found.plan.reference
+    against = [pair for pair in found.pairs if pair[1] == reference]
+    differences = measured.differences(found.pairs) if found.pairs else {}
     text = environment.get_template("page.md.jinja").render(
-        compared=found, notes=notes, exact=results.EXACT, sampled=results.SAMPLED, noise=results.NOISE,
-        last_steps=results.LAST_STEPS,
+        **found._asdict(), module=results, rates=results.chosen_rates(measured.rates), against=against,
+        differences=differences, power=[measured.power(against, name) for name in results.ENDPOINTS],
+        verdicts={arm: verdict(differences, arm, reference) for arm, _ in against},
     )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "README.md") as partial:
         partial.write_text(text, encoding="utf-8")
     return folder / "README.md"

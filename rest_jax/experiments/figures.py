@@ -1,111 +1,107 @@
-"""The figures of a comparison: rates and paired differences; learning curves; entropy by region; weights by region.
+"""The figures of a comparison: endpoints of every arm; held-out curves against the reference's; weight shares by region."""
 
-A method has the same colour and line in every figure; the reference is black.
-"""
-
+import math
 import pathlib
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
+import scipy
 
 from rest_jax.analysis import plotting
 from rest_jax.evaluation.statistics import Estimate
-from rest_jax.experiments.results import EXACT, Curve, Results
+from rest_jax.experiments.results import AREA, ENDPOINTS, EXACT, REGIONS, Results
 
-_REGIONS = ("tag", "scaffold", "name", "param", "think")
-_WINDOW = 5  # steps of the running mean
 _DPI = 90
-_CURVES = {
-    "reward/mean": ("Sampled reward (a dynamic scale moves)", ""),
-    "reward/exact": ("Exact answers, sampled", "fraction"),
-    EXACT: ("Exact answers, held out, greedy", "fraction"),
-    "update/grad_noise": ("Gradient variance / squared norm", ""),
-    "update/grad_norm": ("Norm of the gradient", ""),
-    "rollout/response_tokens": ("Length of sampled answers", "tokens"),
-    "rollout/entropy": ("Entropy of the policy", "nats"),
-    "time/cpu": ("CPU time of a step", "s"),
-}
-_ENTROPIES = {f"region/{region}/entropy": (region, "entropy, nats") for region in _REGIONS}
-_WEIGHTS = {f"region/{region}/weight": (region, "mean weight") for region in _REGIONS}
+_COLUMNS = 5  # of small panels
+_LABELS = {AREA: "mean over the first half", EXACT: "at the end"}
 
 
-def write_figures(
-    results: Results, name: str, title: str, reference: str, folder: pathlib.Path
-) -> None:
-    """Draws <name>_rates.png, _curves.png, _entropy.png and _weights.png into the folder."""
-    styles: dict[str, Any] = {reference: {"color": "black", "linestyle": "-"}}
-    for i, method in enumerate(method for method in results.curves if method != reference):
-        round_, place = divmod(i, len(plotting.PALETTE))
-        line = plotting.LINE_STYLES[(place + round_) % len(plotting.LINE_STYLES)]
-        styles[method] = {"color": plotting.PALETTE[place], "linestyle": line}
+def write_figures(results: Results, name: str, plan: Any, folder: pathlib.Path) -> None:
+    """Draws <name>_endpoints.png, _curves.png and _shares.png of a `compare.Plan` into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    smoothed = f"{title}: means over seeds, running mean of {_WINDOW} steps"
     for kind, figure in (
-        ("rates", _rates(results, reference, styles)),
-        ("curves", _panels(results, _CURVES, styles)),
-        ("entropy", _panels(results, _ENTROPIES, styles)),
-        ("weights", _panels(results, _WEIGHTS, styles)),
+        ("endpoints", _endpoints(results, plan.reference)),
+        ("curves", _curves(results, plan.reference)),
+        ("shares", _shares(results)),
     ):
-        intervals = f"{title}: mean over seeds; thick: 95 % bootstrap, thin: 95 % t interval"
-        figure.suptitle(intervals if kind == "rates" else smoothed)
         plotting.save(figure, folder / f"{name}_{kind}.png", _DPI)
 
 
-def _rates(results: Results, reference: str, styles: dict[str, Any]) -> Figure:
-    """Left: the held-out exact rate of each method, a dot for each seed; right: paired differences to the reference."""
-    figure = plotting.new_figure(11, 0.5 * len(results.curves) + 1.8)
-    left, right = figure.subplots(1, 2, sharey=True)
-    for y, method in enumerate(results.curves):
-        colour = styles[method]["color"]
-        values = np.multiply(100, list(results.values(method, EXACT).values()))
-        left.plot(values, [y + 0.22] * len(values), ".", color=colour, alpha=0.6)
-        _interval(left, results.mean(method, EXACT), y, colour)
-        if method != reference:
-            _interval(right, results.difference(method, reference, EXACT), y, colour)
-    left.set_yticks(range(len(results.curves)), list(results.curves))
-    left.invert_yaxis()
-    left.set_xlabel("held-out exact answers, greedy, %")
-    right.axvline(0, color="black", linewidth=0.8)
-    right.set_xlabel(f"difference to {reference}, paired by seed, points")
-    plotting.tidy(left)
-    plotting.tidy(right)
+def _endpoints(results: Results, reference: str) -> Any:
+    """The paired difference of each arm to the reference in both endpoints, a dot for each seed."""
+    arms = [arm for arm in results.arms if arm != reference]
+    figure = plotting.new_figure(11, 0.34 * max(len(arms), 3) + 1.4)
+    for axes, name in zip(figure.subplots(1, 2, sharey=True), ENDPOINTS, strict=True):
+        base = results.values(reference, name)
+        for y, arm in enumerate(arms):
+            colour = plotting.GREY if "+" in arm else plotting.BLUE
+            own = results.values(arm, name)
+            points = [100 * (own[seed] - base[seed]) for seed in own.keys() & base.keys()]
+            axes.plot(points, [y] * len(points), ".", color=colour, alpha=0.25, markersize=4)
+            _interval(axes, results.difference(arm, reference, name), y, colour)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_xlabel(f"exact answers, held out, {_LABELS[name]}: less {reference}, points")
+        plotting.tidy(axes)
+    figure.axes[0].set_yticks(range(len(arms)), arms)
+    figure.axes[0].invert_yaxis()
+    figure.suptitle("Differences paired by seed; bars: 95 % t intervals; grey: placebos")
     return figure
 
 
 def _interval(axes: Any, found: Estimate, y: int, colour: str) -> None:
     axes.plot(100 * found.mean, y, "o", color=colour)
     if found.count > 1:
-        axes.plot([100 * found.t_low, 100 * found.t_high], [y] * 2, color=colour, linewidth=1)
-        axes.plot([100 * found.low, 100 * found.high], [y] * 2, color=colour, linewidth=3.5)
+        axes.plot([100 * found.t_low, 100 * found.t_high], [y] * 2, color=colour, linewidth=2)
 
 
-def _panels(results: Results, shown: dict[str, Any], styles: dict[str, Any]) -> Figure:
-    """One panel for each metric, one line for each method."""
-    rows = 2 if len(shown) > len(_REGIONS) else 1
-    figure = plotting.new_figure(16 if rows > 1 else 13, 3.6 * rows)
-    for axes, (name, (title, unit)) in zip(
-        figure.subplots(rows, len(shown) // rows).flat, shown.items(), strict=True
-    ):
-        for method, curves in results.curves.items():
-            if name in curves:
-                steps, values = smooth(curves[name], 1 if name.startswith("eval/") else _WINDOW)
-                marker = "o" if len(steps) < 10 else ""
-                axes.plot(
-                    steps, values, label=method, marker=marker, markersize=3, **styles[method]
-                )
-        plotting.label_steps(axes, title, unit)
-        if shown is not _CURVES:
-            axes.set_ylim(bottom=0)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(len(labels), 7), frameon=False
-    )
+def _panels(arms: list[str]) -> tuple[Any, dict[str, Any]]:
+    """A figure with a small panel for each arm."""
+    rows = math.ceil(len(arms) / _COLUMNS)
+    figure = plotting.new_figure(14, 2.1 * rows + 0.8)
+    grid = np.atleast_2d(figure.subplots(rows, _COLUMNS, sharex=True, sharey=True)).ravel()
+    for axes in grid[len(arms) :]:
+        axes.set_visible(False)
+    return figure, dict(zip(arms, grid, strict=False))
+
+
+def _curves(results: Results, reference: str) -> Any:
+    """The held-out curve of each arm over that of the reference, means over the seeds that both have, with t intervals."""
+    figure, panels = _panels(results.arms)
+    base = results.by_seed(reference, EXACT)
+    for arm, axes in panels.items():
+        own = results.by_seed(arm, EXACT)
+        seeds = sorted(own.keys() & base.keys())
+        for curves, colour in ((base, plotting.BLACK), (own, plotting.BLUE)):
+            if curves is own and arm == reference:
+                continue
+            steps = sorted(set.intersection(*(set(curves[seed]) for seed in seeds)))
+            values = 100 * np.array([[curves[seed][step] for step in steps] for seed in seeds])
+            mean = values.mean(axis=0)
+            axes.plot(steps, mean, color=colour, linewidth=1.5, marker=".", markersize=4)
+            if len(seeds) > 1:
+                half = scipy.stats.t.isf(0.025, len(seeds) - 1) * values.std(axis=0, ddof=1)
+                half /= len(seeds) ** 0.5
+                axes.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.15)
+        plotting.label_steps(axes, arm, "")
+    said = f"Exact answers, held out, %; black: {reference}"
+    figure.suptitle(f"{said}; bands: 95 % t intervals of the mean over seeds")
     return figure
 
 
-def smooth(curve: Curve, window: int) -> tuple[list[int], np.ndarray]:
-    """(steps, centred running mean); at the ends the mean is over what there is."""
-    values, half = np.array(list(curve.values())), window // 2
-    means = [values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))]
-    return list(curve), np.array(means)
+def _shares(results: Results) -> Any:
+    """Share of each region in the total weight of a step, means over seeds, one upon the other."""
+    figure, panels = _panels(results.arms)
+    for arm, axes in panels.items():
+        layers = []
+        for region in REGIONS:
+            curves = list(results.by_seed(arm, f"region/{region}/weight_share").values())
+            steps = sorted(set.intersection(*map(set, curves)))
+            layers.append([100 * np.mean([curve[step] for curve in curves]) for step in steps])
+        colours = [plotting.REGION_COLOURS[region] for region in REGIONS]
+        axes.stackplot(steps, layers, labels=REGIONS, colors=colours, linewidth=0)
+        axes.set_ylim(0, 100)
+        plotting.label_steps(axes, arm, "")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(REGIONS), frameon=False)
+    figure.suptitle("Share in the total token weight, %; above: responses and other tokens")
+    return figure

@@ -1,138 +1,298 @@
-"""What the runs of a comparison measured: a summary of each run, mean curves of each method, estimates over seeds.
+"""What the runs of a comparison measured: a summary and the curves of each run, and what follows from them.
 
-`store` reads run folders and leaves <plan>_runs.csv and <plan>_curves.csv.gz beside the page; `read` makes the `Results`
-of a page of these two. Two runs of one seed see the same prompts in the same order, which is why differences are paired
-by seed. Seeds are few (five is usual). The percentile bootstrap is too narrow then; Student's t is wider and holds its
-level better. A difference counts as found only where both 95 % intervals exclude zero.
+`store` reads run folders and leaves <plan>_runs.csv, <plan>_rates.csv, <plan>_gain.csv and <plan>_curves.csv.gz beside the
+page; `read` makes the `Results` of a page of these. Two runs of one seed see the same prompts in the same order, which is
+why differences are paired by seed.
 """
 
 import csv
 import dataclasses
 import gzip
 import io
+import itertools
+import json
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rest_jax.analysis.report import read_series
-from rest_jax.evaluation.statistics import Estimate, estimate, paired
+from rest_jax.evaluation.statistics import Estimate, estimate, holm, least_difference, paired
 from rest_jax.files import atomic_write
 
-EXACT, SAMPLED, NOISE = COMPARED = "eval/exact", "sampled/exact", "early/grad_noise"
+EXACT, AREA = "eval/exact", "area/exact"
+# What arms are compared by, fixed before any run: the mean of the held-out curve over the first half of the steps, in which
+# policies still differ, and the rate at the end.
+ENDPOINTS = (AREA, EXACT)
+REGIONS = ("tag", "scaffold", "name", "param", "think")
+SIGNS = ("positive", "negative")
+NOISE, SAMPLED = "early/grad_noise", "late/exact"
 _FINAL = (
     EXACT,
     *(f"eval/{n}" for n in ("accuracy", "format", "spurious", "reward", "response_tokens")),
 )
-LAST_STEPS = 10  # training steps whose sampled rate is averaged
-_COMPILING_STEPS = 3  # left out of step times
+_MEANS = (
+    "update/effective_tokens",
+    *(f"region/{r}/weight_share" for r in REGIONS),
+    *(f"region/{r}/change_{sign}" for r in REGIONS for sign in SIGNS),
+)
+# kept of every step; all of an evaluation is
+_CURVES = (
+    *_MEANS,
+    *(f"region/{r}/entropy" for r in REGIONS),
+    *("reward/mean", "reward/exact", "rollout/entropy", "rollout/response_tokens"),
+    *("update/grad_norm", "update/grad_noise"),
+)
+LATE = 10  # training steps whose sampled rate is averaged
 
 Curve = Mapping[int, float]  # step -> value
+Run = tuple[str, int]  # arm, seed
+RateRun = tuple[str, float, int]  # arm, learning rate, seed
+Values = Mapping[str, float]  # by name
+
+
+class Difference(NamedTuple):
+    """Of an arm less another in an endpoint. `p`: of no difference, two-sided, t test over seeds, after Holm's correction for all
+    comparisons of the page.
+    """
+
+    estimate: Estimate
+    p: float
+
+    @property
+    def found(self) -> bool:
+        """Whether it is shown at 5 %."""
+        return self.p < 0.05
+
+
+class Power(NamedTuple):
+    """What a comparison can find with probability 80 %: `single` as the only one at 5 %, `first` with all others at Holm's first
+    step. `deviation`: median standard deviation of a paired difference over the arms.
+    """
+
+    deviation: float
+    seeds: int
+    single: float
+    first: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """`runs`: (method, seed) -> summary values by name. `curves`: method -> metric -> means over seeds."""
+    """Summaries and curves of the runs, the summaries of those that learning rates were chosen by, and what one step of each
+    method gains at some policies.
+    """
 
-    runs: Mapping[tuple[str, int], Mapping[str, float]]
-    curves: Mapping[str, Mapping[str, Curve]]
+    runs: Mapping[Run, Values]
+    curves: Mapping[Run, Mapping[str, Curve]]
+    rates: Mapping[RateRun, Values]
+    gain: Mapping[tuple[str, str], Values]  # (method as `rest-jax gain` calls it, policy)
 
-    def values(self, method: str, name: str) -> dict[int, float]:
-        """A summary value of a method by seed."""
-        return {seed: values[name] for (m, seed), values in self.runs.items() if m == method}
+    @property
+    def arms(self) -> list[str]:
+        """Those with a run, in the order of the plan."""
+        return list(dict.fromkeys(arm for arm, _ in self.runs))
 
-    def mean(self, method: str, name: str) -> Estimate:
+    def values(self, arm: str, name: str) -> dict[int, float]:
+        """A summary value of an arm by seed."""
+        return {seed: values[name] for (a, seed), values in self.runs.items() if a == arm}
+
+    def mean(self, arm: str, name: str) -> Estimate:
         """Over seeds."""
-        return estimate(list(self.values(method, name).values()))
+        return estimate(list(self.values(arm, name).values()))
 
-    def difference(self, method: str, other: str, name: str) -> Estimate:
-        """Of `method` less `other`, paired by seed."""
-        return paired(self.values(method, name), self.values(other, name))
+    def difference(self, arm: str, other: str, name: str) -> Estimate:
+        """Of `arm` less `other`, paired by seed."""
+        return paired(self.values(arm, name), self.values(other, name))
 
-    def sampled_share(self, region: str) -> float:
-        """Share of a region among all sampled tokens."""
-        counts = {
-            name: sum(sum(curves[name].values()) for curves in self.curves.values())
-            for name in next(iter(self.curves.values()))
-            if name.startswith("region/") and name.endswith("/count")
+    def differences(
+        self, pairs: Sequence[tuple[str, str]]
+    ) -> dict[tuple[str, str, str], Difference]:
+        """(arm, other, endpoint) -> difference, all corrected together."""
+        keys = list(itertools.product(pairs, ENDPOINTS))
+        found = [self.difference(*pair, name) for pair, name in keys]
+        adjusted = holm([each.p for each in found])
+        return {
+            (*pair, name): Difference(each, p)
+            for (pair, name), each, p in zip(keys, found, adjusted, strict=True)
         }
-        return counts[f"region/{region}/count"] / sum(counts.values())
 
+    def power(self, pairs: Sequence[tuple[str, str]], name: str) -> Power | None:
+        """Of an endpoint, by the spread that these pairs have; None with fewer than three seeds."""
+        shared = [self._paired_values(*pair, name) for pair in pairs]
+        spread = [np.std(values, ddof=1) for values in shared if len(values) >= 3]
+        if not spread:
+            return None
+        deviation, seeds = float(np.median(spread)), max(map(len, shared))
+        comparisons = len(pairs) * len(ENDPOINTS)
+        single, first = (least_difference(deviation, seeds, 0.05 / n) for n in (1, comparisons))
+        return Power(deviation, seeds, single, first)
 
-def store(runs: Mapping[tuple[str, int], pathlib.Path], name: str, folder: pathlib.Path) -> None:
-    """Writes the summaries and the curves of finished runs, given as (method, seed) -> run folder."""
-    found: dict[str, dict[int, Mapping[str, Curve]]] = {}
-    for (method, seed), run in runs.items():
-        curves = {n: dict(zip(*series, strict=True)) for n, series in read_series(run).items()}
-        found.setdefault(method, {})[seed] = curves
-    rows = [{"method": m, "seed": seed, **summarise(found[m][seed])} for m, seed in runs]
-    points = [
-        {"method": method, "metric": metric, "step": step, "mean": value}
-        for method, seeds in found.items()
-        for metric, curve in mean_curves(list(seeds.values())).items()
-        for step, value in curve.items()
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / f"{name}_runs.csv", rows)
-    _write(folder / f"{name}_curves.csv.gz", points)
+    def _paired_values(self, arm: str, other: str, name: str) -> list[float]:
+        own, others = self.values(arm, name), self.values(other, name)
+        return [own[seed] - others[seed] for seed in own.keys() & others.keys()]
+
+    def of_rate(self, arm: str, rate: float) -> list[float]:
+        """Both endpoints of an arm at a learning rate, means over the seeds that it was chosen by; NaN without any."""
+        own = [v for (a, r, _), v in self.rates.items() if (a, r) == (arm, rate)]
+        return [float(np.mean([v[name] for v in own] or [np.nan])) for name in ENDPOINTS]
+
+    def by_seed(self, arm: str, metric: str) -> dict[int, Curve]:
+        """seed -> curve."""
+        return {
+            seed: curves[metric]
+            for (a, seed), curves in self.curves.items()
+            if a == arm and metric in curves
+        }
+
+    @property
+    def hours(self) -> float:
+        """Of the runs, those for the rates included, from their first step to their last evaluation."""
+        every = (*self.runs.values(), *self.rates.values())
+        return sum(values["time/total"] for values in every) / 3600
 
 
 def summarise(curves: Mapping[str, Curve]) -> dict[str, float]:
-    """Final held-out values; the start's exact rate; the sampled exact rate of the last steps; the gradient's noise in the
-    first quarter (later it is nearly all noise under every method); seconds of a step. NaN for what was not measured.
+    """Endpoints, other final held-out values, the start's rate, the sampled rate of the last steps, the gradient's noise in the
+    first quarter (later it is nearly all noise under every arm), means over the steps, seconds. NaN for what was not measured.
     """
 
     def values(name: str) -> list[float]:
         return list(curves.get(name, {0: float("nan")}).values())
 
     noise = values("update/grad_noise")
-    summary = {name: values(name)[-1] for name in _FINAL} | {
+    return {
+        AREA: area(curves.get(EXACT, {0: float("nan")})),
+        **{name: values(name)[-1] for name in _FINAL},
         "start/exact": values(EXACT)[0],
-        SAMPLED: float(np.mean(values("reward/exact")[-LAST_STEPS:])),
+        SAMPLED: float(np.mean(values("reward/exact")[-LATE:])),
         NOISE: float(np.mean(noise[: max(1, len(noise) // 4)])),
+        "end/entropy": float(np.mean(values("rollout/entropy")[-LATE:])),
+        **{f"mean/{name}": float(np.mean(values(name))) for name in _MEANS},
         "rollout/tokens": float(sum(values("rollout/tokens"))),
+        "time/total": float(np.nansum([*values("time/step"), *values("time/eval")])),
     }
-    for name in ("time/step", "time/cpu"):
-        summary[name] = float(np.median(values(name)[_COMPILING_STEPS:] or values(name)))
-    return summary
 
 
-def mean_curves(runs: Sequence[Mapping[str, Curve]]) -> dict[str, Curve]:
-    """The mean of each metric over the runs that have it, at the steps that all of these have."""
-    means = {}
-    for name in sorted(set().union(*runs)):
-        curves = [run[name] for run in runs if name in run]
-        steps = sorted(set.intersection(*map(set, curves)))
-        if steps and name != "time/elapsed":
-            means[name] = {
-                step: float(np.mean([curve[step] for curve in curves])) for step in steps
-            }
-    return means
+def area(curve: Curve) -> float:
+    """The mean of a curve over the first half of its steps, straight between its points."""
+    steps, values = np.array(list(curve), float), np.array(list(curve.values()))
+    half = steps[-1] / 2
+    if not half:
+        return float(values[0])
+    inner = (steps > steps[0]) & (steps < half)
+    x = np.array([steps[0], *steps[inner], half])
+    return float(np.trapezoid(np.interp(x, steps, values), x) / (half - steps[0]))
+
+
+def chosen_rates(rates: Mapping[RateRun, Values]) -> dict[str, float]:
+    """The learning rate of each arm with the greatest mean area over seeds; of equal ones the lowest."""
+    by_arm: dict[str, dict[float, list[float]]] = {}
+    for (arm, rate, _), values in sorted(rates.items()):
+        by_arm.setdefault(arm, {}).setdefault(rate, []).append(values[AREA])
+    return {
+        arm: max(found, key=lambda rate, found=found: float(np.mean(found[rate])))
+        for arm, found in by_arm.items()
+    }
+
+
+def read_run(folder: pathlib.Path) -> dict[str, dict[int, float]]:
+    """metric -> step -> value."""
+    return {n: dict(zip(*series, strict=True)) for n, series in read_series(folder).items()}
+
+
+def store(
+    runs: Mapping[Run, pathlib.Path],
+    rates: Mapping[RateRun, pathlib.Path],
+    gains: Mapping[str, pathlib.Path],
+    name: str,
+    folder: pathlib.Path,
+) -> None:
+    """Writes the tables of finished runs, given by their folders, and of measured gains, given by their files."""
+    if runs or rates or gains:
+        folder.mkdir(parents=True, exist_ok=True)
+    found = {key: read_run(run) for key, run in runs.items()}
+    if gains:
+        _write(folder / f"{name}_gain.csv", _gain_rows(gains))
+    if rates:
+        rows = (
+            {"arm": arm, "rate": rate, "seed": seed, **summarise(read_run(run))}
+            for (arm, rate, seed), run in rates.items()
+        )
+        _write(folder / f"{name}_rates.csv", rows)
+    if found:
+        rows = ({"arm": a, "seed": s, **summarise(curves)} for (a, s), curves in found.items())
+        _write(folder / f"{name}_runs.csv", rows)
+        _write(folder / f"{name}_curves.csv.gz", _points(found))
+
+
+def _points(found: Mapping[Run, Mapping[str, Curve]]) -> Iterable[dict[str, Any]]:
+    """A row for each run and step."""
+    every = set().union(*found.values())
+    names = [*sorted(n for n in every if n.startswith("eval/")), *sorted(every & {*_CURVES})]
+    for (arm, seed), curves in found.items():
+        for step in sorted(set().union(*(curves.get(n, ()) for n in names))):
+            values = {n: curves.get(n, {}).get(step, "") for n in names}
+            yield {"arm": arm, "seed": seed, "step": step, **values}
+
+
+def _gain_rows(gains: Mapping[str, pathlib.Path]) -> Iterable[dict[str, Any]]:
+    """A row for each policy and method."""
+    for policy, path in gains.items():
+        for method, row in json.loads(path.read_text())["arms"].items():
+            values = {"cosine": row["cosine"]}
+            for quantity in ("gain", "adam"):
+                low, high = row[f"{quantity}_relative_interval"]
+                found = row[f"{quantity}_relative"], low, high
+                names = (quantity, f"{quantity}_low", f"{quantity}_high")
+                values |= dict(zip(names, found, strict=True))
+            yield {"method": method, "policy": policy, **values}
 
 
 def read(name: str, folder: pathlib.Path) -> Results:
     """What `store` left in the folder; empty without it."""
-    if not (folder / f"{name}_runs.csv").is_file():
-        return Results({}, {})
-    with (folder / f"{name}_runs.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    runs = {(row.pop("method"), int(row.pop("seed"))): row for row in rows}
-    curves: dict[str, dict[str, dict[int, float]]] = {}
-    with gzip.open(folder / f"{name}_curves.csv.gz", "rt", newline="") as file:
-        for row in csv.DictReader(file):
-            curve = curves.setdefault(row["method"], {}).setdefault(row["metric"], {})
-            curve[int(row["step"])] = float(row["mean"])
-    numbers = {key: {n: float(v or "nan") for n, v in row.items()} for key, row in runs.items()}
-    return Results(numbers, curves)
+    runs = {
+        (row.pop("arm"), int(row.pop("seed"))): _numbers(row)
+        for row in _rows(folder / f"{name}_runs.csv")
+    }
+    rates = {
+        (row.pop("arm"), float(row.pop("rate")), int(row.pop("seed"))): _numbers(row)
+        for row in _rows(folder / f"{name}_rates.csv")
+    }
+    gain = {
+        (row.pop("method"), row.pop("policy")): _numbers(row)
+        for row in _rows(folder / f"{name}_gain.csv")
+    }
+    curves: dict[Run, dict[str, dict[int, float]]] = {}
+    for row in _rows(folder / f"{name}_curves.csv.gz"):
+        own = curves.setdefault((row.pop("arm"), int(row.pop("seed"))), {})
+        step = int(row.pop("step"))
+        for metric, value in _numbers(row).items():
+            if value == value:
+                own.setdefault(metric, {})[step] = value
+    return Results(runs, curves, rates, gain)
 
 
-def _write(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def _rows(path: pathlib.Path) -> list[dict[str, str]]:
+    """Of a table; none where there is no file."""
+    if not path.is_file():
+        return []
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _numbers(row: Mapping[str, str]) -> dict[str, float]:
+    return {name: float(value or "nan") for name, value in row.items()}
+
+
+def _write(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Six digits of every number; the same bytes for the same rows."""
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(rows[0])
-    for row in rows:
+    for i, row in enumerate(rows):
+        if not i:
+            writer.writerow(row)
         writer.writerow(f"{x:.6g}" if isinstance(x, float) else x for x in row.values())
     content = text.getvalue().encode()
     with atomic_write(path) as partial:

@@ -1,24 +1,30 @@
-"""Comparisons: fair plans, runs carried out once, tables and sentences that follow from the numbers, pages from tables."""
+"""Comparisons: fair plans, learning rates, runs carried out once, claims that follow from the numbers, pages from tables."""
 
 import csv
+import itertools
+import json
 import pathlib
 import shutil
 import sys
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import yaml
 
 from rest_jax import config as config_lib
 from rest_jax.errors import RunStopped, UserError
-from rest_jax.evaluation.statistics import estimate
-from rest_jax.experiments import figures, results
+from rest_jax.evaluation.statistics import estimate, holm
+from rest_jax.experiments import results
 from rest_jax.experiments.compare import Plan, compare, gather, write_page
 from rest_jax.experiments.worker import Engine
 from tests.programs.pretend_train import finish
 
-RATES = {"grpo": (0.50, 0.52, 0.54), "rest": (0.60, 0.63, 0.64), "rest_mass": (0.45, 0.60, 0.53)}
+ENDS = {
+    "grpo": (0.50, 0.52, 0.54, 0.51),
+    "rest": (0.60, 0.63, 0.64, 0.60),
+    "rest+shuffle": (0.51, 0.52, 0.53, 0.52),
+    "rest_mass": (0.45, 0.60, 0.53, 0.50),
+}
 PAGE_ONLY = Engine(workers=0)
 
 
@@ -30,10 +36,10 @@ def plan_file(tmp_path):
         plan = {
             "title": "A tiny comparison",
             "scale": "scale/tiny_single",
-            "methods": list(RATES),
+            "arms": list(ENDS),
             "reference": "grpo",
             "pairs": [["rest_mass", "rest"]],
-            "seeds": [0, 1, 2],
+            "seeds": [0, 1, 2, 3],
             "overrides": {"train.steps": 6, "train.eval_every": 2, "train.checkpoint_every": 3},
             "output": str(tmp_path / "runs"),
         }
@@ -48,33 +54,43 @@ def load(path: str) -> Plan:
     return config_lib.validate_as(Plan, config_lib.read_mapping(path), f"plan {path}")
 
 
-@pytest.mark.parametrize("name", ["single", "reasoned", "tried"])
-def test_builtin_plans_are_fair(name):
-    """Within a seed nothing differs but what the method is; seeds differ in nothing but the seed."""
-    plan = load(str(config_lib.builtin_file(name, "comparisons")))
-    configs = {key: job.config() for key, job in plan.jobs(name).items()}
+def test_the_builtin_plan_is_fair():
+    """Within a seed nothing differs but what the arm is and the learning rate; seeds differ in nothing but the seed."""
+    plan = load(str(config_lib.builtin_file("credit", "comparisons")))
+    rates = {arm: 1e-4 * (1 + i) for i, arm in enumerate(plan.arms)}
+    configs = {key: job.config() for key, job in plan.jobs("credit", rates).items()}
     assert len({config.folder for config in configs.values()}) == len(configs)
-    assert len(configs) == len(plan.methods) * 5
-    method_parts, by_method = ("weights", "curriculum", "loss", "reward"), {}
-    for (method, seed), config in configs.items():
+    assert len(configs) == len(plan.arms) * 20
+    own, by_arm = ("weights", "curriculum", "loss", "reward", "optimizer"), {}
+    for (arm, seed), config in configs.items():
         same, other = next(iter(configs.values())).model_dump(), config.model_dump()
-        for part in ("name", "seed", *method_parts):
+        for part in ("name", "seed", *own):
             same.pop(part), other.pop(part)
         assert same == other and config.seed == seed
-        parts = {part: getattr(config, part) for part in method_parts}
-        assert by_method.setdefault(method, parts) == parts
+        assert config.optimizer.learning_rate == rates[arm]
+        parts = {part: getattr(config, part) for part in own}
+        assert by_arm.setdefault(arm, parts) == parts
+        assert config.weights.placebo == (arm.partition("+")[2] or "none")
     assert [seed for _, seed in configs] == sorted(seed for _, seed in configs)
+    assert ("rest", "rest+shuffle") in plan.all_pairs and ("hicra", "grpo") in plan.all_pairs
+    for (arm, rate, seed), job in plan.rate_jobs("credit").items():
+        config = job.config()
+        assert config.optimizer.learning_rate == rate and config.seed == seed not in plan.seeds
+        assert config.weights == by_arm[arm]["weights"]
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"reference": "sft"}, "'sft' of reference or pairs is not among the methods"),
+        ({"reference": "sft"}, "'sft' of reference or pairs is not among the arms"),
         ({"pairs": [["rest", "sft"]]}, "'sft' of reference or pairs"),
-        ({"pairs": [], "methods": ["grpo", "grpo"]}, "names one twice"),
+        ({"pairs": [], "arms": ["grpo", "grpo"]}, "names one twice"),
         ({"seeds": []}, "seeds"),
         ({"speed": 3}, "speed: unknown key (nearest: seeds)"),
-        ({"pairs": [], "methods": ["grpo", "grop"]}, "method/grop: no such file"),
+        ({"pairs": [], "arms": ["grpo", "grop"]}, "method/grop: no such file"),
+        ({"pairs": [], "arms": ["grpo", "rest+sugar"]}, "weights.placebo: 'sugar'"),
+        ({"rates": {"values": [1e-4, 2e-4], "seeds": [9, 1]}}, "rates.seeds: [1] are among seeds"),
+        ({"rates": {"values": [1e-4], "seeds": [9]}}, "rates.values"),
         ({"scale": "nowhere"}, "nowhere"),
         ({"overrides": {"train.steps": None}}, "train.steps must be set"),
         ({"overrides": {"train.stps": 1}}, "train.stps: unknown key (nearest: steps)"),
@@ -82,22 +98,22 @@ def test_builtin_plans_are_fair(name):
 )
 def test_bad_plans_are_refused(plan_file, tmp_path, changes, words):
     with pytest.raises(UserError) as caught:
-        compare([plan_file(**changes)], output=str(tmp_path / "page"), engine=PAGE_ONLY)
+        compare(plan_file(**changes), output=str(tmp_path / "page"), engine=PAGE_ONLY)
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "page").exists()
 
 
 def test_unknown_plan():
     with pytest.raises(UserError, match="comparisons nothing: no such file"):
-        compare(["nothing"], engine=PAGE_ONLY)
+        compare("nothing", engine=PAGE_ONLY)
 
 
 @pytest.fixture
 def finished(plan_file):
     """A plan whose runs are finished: rest clearly above grpo, rest_mass not clearly anything."""
     path = plan_file()
-    for (method, seed), job in load(path).jobs("tiny").items():
-        finish(job.config(), RATES[method][seed])
+    for (arm, seed), job in load(path).jobs("tiny", {}).items():
+        finish(job.config(), ENDS[arm][seed])
     return path
 
 
@@ -115,94 +131,151 @@ def drawn():
 
 @pytest.fixture
 def page(finished, tmp_path) -> pathlib.Path:
-    return compare([finished], output=str(tmp_path / "page"), engine=PAGE_ONLY)
+    return compare(finished, output=str(tmp_path / "page"), engine=PAGE_ONLY)
 
 
 def test_differences_are_paired(finished, tmp_path):
-    folders = {key: job.config().folder for key, job in load(finished).jobs("tiny").items()}
-    results.store(folders, "tiny", tmp_path)
+    folders = {key: job.config().folder for key, job in load(finished).jobs("tiny", {}).items()}
+    results.store(folders, {}, {}, "tiny", tmp_path)
     found = results.read("tiny", tmp_path)
     difference, expected = (
         found.difference("rest", "grpo", "eval/exact"),
-        estimate([0.10, 0.11, 0.10]),
+        estimate([0.10, 0.11, 0.10, 0.09]),
     )
     assert (difference.mean, difference.t_low) == pytest.approx((expected.mean, expected.t_low))
-    assert found.mean("grpo", "eval/exact").mean == pytest.approx(0.52)
-    assert found.mean("grpo", "time/cpu").mean == 2.0  # compiling steps left out
+    assert found.mean("grpo", "eval/exact").mean == pytest.approx(0.5175)
     assert found.runs["rest", 0]["start/exact"] == 0.4
+    # the held-out curve goes straight from 0.4 to its end
+    assert found.runs["rest", 0]["area/exact"] == pytest.approx(0.45)
+    assert found.hours == pytest.approx(16 * 6 * 9 / 3600)
+    assert found.by_seed("rest", "eval/exact") == {
+        seed: {0: 0.4, 6: end} for seed, end in enumerate(ENDS["rest"])
+    }
 
 
-def test_the_page_says_what_the_intervals_say(drawn, page):
+@pytest.mark.parametrize(
+    ("curve", "expected"),
+    [
+        ({0: 0.2, 4: 0.4, 8: 0.9}, 0.3),  # whatever comes after the half
+        ({0: 0.2, 2: 0.4, 4: 0.4, 8: 0.0}, 0.35),
+        ({0: 0.0, 3: 0.3, 9: 0.9}, 0.225),  # the half lies between two evaluations
+        ({0: 0.7}, 0.7),
+    ],
+)
+def test_the_area_is_of_the_first_half(curve, expected):
+    assert results.area(curve) == pytest.approx(expected)
+
+
+def test_all_comparisons_are_corrected_together(finished, tmp_path):
+    found = gather("tiny", load(finished), tmp_path)
+    assert len(found.pairs) == 5
+    differences = found.results.differences(found.pairs)
+    plain = [found.results.difference(*key) for key in differences]
+    assert [each.p for each in differences.values()] == holm([each.p for each in plain])
+    assert differences["rest", "grpo", "eval/exact"].found
+    assert not differences["rest_mass", "grpo", "eval/exact"].found
+
+
+def test_the_page_says_what_the_numbers_say(drawn, page):
     written = page.read_text()
-    assert (
-        "- `rest` against `grpo`: held-out exact answers +10.3 points (95 % CI +8.9 to +11.8).\n"
-        in written
-    )
-    (line,) = (x for x in written.splitlines() if x.startswith("- `rest_mass` against `grpo`"))
-    assert line.endswith("The held-out difference is not significant.")
-    assert "- `rest_mass` against `rest`: " in written
-    assert "of which 40% are reasoning" in written and "an exact rate of 40.0%" in written
-    assert "not finished" not in written and "tried.md" not in written
-    pictures = [x.split("(")[1].rstrip(")") for x in written.splitlines() if x.startswith("![")]
-    assert len(pictures) == 4
+    lines = written.splitlines()
+    assert "- `rest`: Better, than its placebo too." in lines
+    assert "- `rest_mass`: No difference is shown." in lines
+    (row,) = (x for x in lines if x.startswith("| rest | 4 |"))
+    assert "| +10.0 [+8.7, +11.3] | **" in row
+    (row,) = (x for x in lines if x.startswith("| rest - rest+shuffle |"))
+    assert "+9.7 [+7.4, +12.1]" in row
+    assert "an exact rate" not in written and "The start has 40.0% exact answers" in written
+    assert "not finished" not in written and "learning rate" not in written.split("## ")[1]
+    pictures = [x.split("(")[1].rstrip(")") for x in lines if x.startswith("![")]
+    assert len(pictures) == 3
     assert all((page.parent / x).read_bytes().startswith(b"\x89PNG") for x in pictures)
+    # tables are whole: every row of one has as many cells as its head
+    for head, rule in itertools.pairwise(lines):
+        if rule.startswith("| ---"):
+            assert head.count("|") == rule.count("|"), head
+    tables = [x for x in lines if x.startswith("|")]
+    assert all(x.endswith("|") for x in tables)
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ((0.62, 0.63, 0.64, 0.63), "Better, but not shown to be better than its placebo"),
+        ((0.50, 0.52, 0.54, 0.51), "Better, than its placebo too."),
+    ],
+)
+def test_a_rule_is_better_only_against_its_placebo(plan_file, tmp_path, ends, said):
+    path = plan_file()
+    for (arm, seed), job in load(path).jobs("tiny", {}).items():
+        finish(job.config(), ends[seed] if arm == "rest+shuffle" else ENDS[arm][seed])
+    written = compare(path, output=str(tmp_path / "page"), engine=PAGE_ONLY).read_text()
+    (line,) = (x for x in written.splitlines() if x.startswith("- `rest`: "))
+    assert said in line
+
+
+def test_what_one_step_gains_is_shown(plan_file, finished, tmp_path):
+    row = {"cosine": 0.9, "gain_relative": 0.47, "gain_relative_interval": [0.36, 0.57]}
+    row |= {"adam_relative": -0.05, "adam_relative_interval": [-0.1, 0.01]}
+    path = tmp_path / "gain.json"
+    path.write_text(json.dumps({"arms": {"grpo": row, "rest, nu 0": row}}))
+    plan = plan_file(gain={"the start": str(path), "later": str(tmp_path / "none.json")})
+    page = compare(plan, output=str(tmp_path / "page"), engine=PAGE_ONLY)
+    (line,) = (x for x in page.read_text().splitlines() if x.startswith("| rest, nu 0 |"))
+    assert line == "| rest, nu 0 | +47 [+36, +57] | -5 [-10, +1] | 0.90 |"
+    before = page.read_text()
+    path.unlink()
+    compare(plan, output=str(page.parent), engine=PAGE_ONLY)
+    assert page.read_text() == before
 
 
 def test_tables_hold_every_run_and_render_the_same_page(finished, page, tmp_path):
     folder = page.parent
     with (folder / "tiny_runs.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 9
-    assert {(r["method"], r["seed"], r["eval/exact"]) for r in rows} >= {("rest", "1", "0.63")}
+    assert len(rows) == 16
+    assert {(r["arm"], r["seed"], r["eval/exact"]) for r in rows} >= {("rest", "1", "0.63")}
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     shutil.rmtree(tmp_path / "runs")
     page.write_text("")
-    compare([finished], output=str(folder), engine=PAGE_ONLY)
+    compare(finished, output=str(folder), engine=PAGE_ONLY)
     after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     changed = [path.name for path in before if before[path] != after.get(path)]
     assert changed == [] and after.keys() == before.keys()
 
 
 def test_the_page_of_the_repository_follows_from_its_tables(tmp_path, configs_dir, monkeypatch):
-    """docs/study is what the command makes of the results stored in it."""
+    """docs/comparison is what the command makes of the results stored in it."""
     monkeypatch.chdir(tmp_path)  # without run folders
-    source = configs_dir.parent / "docs" / "study"
-    names = ["single", "reasoned", "tried"]
-    plans = {name: load(str(config_lib.builtin_file(name, "comparisons"))) for name in names}
-    (tmp_path / "tried.md").touch()
-    written = write_page([gather(name, plan, source) for name, plan in plans.items()], tmp_path)
+    source = configs_dir.parent / "docs" / "comparison"
+    plan = load(str(config_lib.builtin_file("credit", "comparisons")))
+    written = write_page(gather("credit", plan, source), tmp_path)
     assert written.read_text() == (source / "README.md").read_text()
-
-
-def test_notes_are_linked_where_they_are(finished, page):
-    (page.parent / "tried.md").write_text("# Tried\n")
-    compare([finished], output=str(page.parent), engine=PAGE_ONLY)
-    assert "[tried.md](tried.md)" in page.read_text()
 
 
 def test_an_unfinished_comparison_says_so(plan_file, tmp_path):
     path = plan_file()
-    jobs = list(load(path).jobs("tiny").values())
+    jobs = list(load(path).jobs("tiny", {}).values())
     for job in jobs[:2]:
         finish(job.config(), 0.5)
     half = jobs[1].config().folder / "metrics.jsonl"
-    written = compare([path], output=str(tmp_path / "page"), engine=PAGE_ONLY).read_text()
-    assert "**7 of 9 runs are not finished.**" in written and "(one seed)" in written
+    written = compare(path, output=str(tmp_path / "page"), engine=PAGE_ONLY).read_text()
+    assert "**14 of 16 runs are not finished; claims wait for all of them.**" in written
     half.write_text("\n".join(half.read_text().splitlines()[:-1]) + "\n")  # its last evaluation
-    written = compare([path], output=str(tmp_path / "page"), engine=PAGE_ONLY).read_text()
-    assert "**8 of 9 runs are not finished.**" in written
+    written = compare(path, output=str(tmp_path / "page"), engine=PAGE_ONLY).read_text()
+    assert "**15 of 16 runs are not finished" in written
 
 
 def test_nothing_to_show(plan_file, tmp_path):
     with pytest.raises(UserError, match="no finished run, and no results in"):
-        compare([plan_file()], output=str(tmp_path / "page"), engine=PAGE_ONLY)
+        compare(plan_file(), output=str(tmp_path / "page"), engine=PAGE_ONLY)
     assert not (tmp_path / "page").exists()
 
 
 def test_another_config_in_a_folder_is_refused(plan_file, finished, tmp_path):
     changed = plan_file(overrides={"train.steps": 6, "optimizer.learning_rate": 0.5})
     with pytest.raises(UserError, match=r"optimizer\.learning_rate"):
-        compare([changed], output=str(tmp_path / "page"), engine=PAGE_ONLY)
+        compare(changed, output=str(tmp_path / "page"), engine=PAGE_ONLY)
 
 
 @pytest.fixture
@@ -214,33 +287,64 @@ def pretending(engine) -> Engine:
 
 def test_runs_are_trained_once_the_start_before_them(plan_file, pretending, tmp_path, capsys):
     start = ["scale/tiny_sft", "method/sft"]
-    changes = {"start": start, "seeds": [0], "methods": ["grpo", "rest"], "pairs": []}
+    changes = {"start": start, "seeds": [0], "arms": ["grpo", "rest"], "pairs": []}
     path, page = plan_file(**changes), str(tmp_path / "page")
-    for job in list(load(path).jobs("tiny").values())[:1]:
+    for job in list(load(path).jobs("tiny", {}).values())[:1]:
         finish(job.config(), 0.6)
-    compare([path], output=page, engine=pretending)
+    compare(path, output=page, engine=pretending)
     shown = capsys.readouterr().out
     trained_runs = (tmp_path / "runs" / "trained.txt").read_text().split()
     assert trained_runs == ["sft:start", "train:rest-seed0"]
     assert shown.index("tiny-start start: complete") < shown.index("tiny grpo-seed0: complete")
-    # A second comparison shares the run that both have.
-    changes |= {"runs": "tiny", "methods": ["grpo", "dr_grpo"]}
-    compare([path, plan_file("more", **changes)], output=page, engine=pretending)
-    trained_runs = (tmp_path / "runs" / "trained.txt").read_text().split()
-    assert trained_runs == ["sft:start", "train:rest-seed0", "train:dr_grpo-seed0"]
+    compare(path, output=page, engine=pretending)
+    assert (tmp_path / "runs" / "trained.txt").read_text().split() == trained_runs
+
+
+def test_every_arm_chooses_its_learning_rate_first(plan_file, pretending, tmp_path):
+    """On seeds of its own, by the first endpoint; then the runs have it, and a second start trains nothing."""
+    rates = {"values": [1e-4, 2e-4, 4e-4], "seeds": [8, 9], "overrides": {"data.eval_limit": 7}}
+    path = plan_file(seeds=[0, 1], arms=["grpo", "rest"], pairs=[], rates=rates)
+    plan, page = load(path), tmp_path / "page"
+    best = {"grpo": 2e-4, "rest": 4e-4}
+    for (arm, rate, seed), job in plan.rate_jobs("tiny").items():
+        config = job.config()
+        assert config.data.eval_limit == 7
+        # one seed alone would mislead
+        finish(config, 0.6 if rate == best[arm] else 0.45 + 0.2 * (rate == 1e-4 and seed == 8))
+    written = compare(path, output=str(page), engine=PAGE_ONLY).read_text()
+    assert "| rest | 0.0004 |" in written and "**4 of 4 runs are not finished" in written
+    compare(path, output=str(page), engine=pretending)
+    folder = tmp_path / "runs" / "tiny"
+    trained_runs = (folder.parent / "trained.txt").read_text().split()
+    assert trained_runs == [f"train:{arm}-seed{seed}" for seed in (0, 1) for arm in ("grpo", "rest")]  # fmt: skip
+    for arm, rate in best.items():
+        config = config_lib.load([folder / f"{arm}-seed1" / "config.yaml"])
+        assert config.optimizer.learning_rate == rate and config.data.eval_limit != 7
+    before = {file.name: file.read_bytes() for file in page.iterdir() if file.is_file()}
+    shutil.rmtree(folder)
+    compare(path, output=str(page), engine=PAGE_ONLY)
+    assert {f.name: f.read_bytes() for f in page.iterdir() if f.is_file()} == before
+
+
+def test_without_all_runs_for_the_rates_no_rate_is_taken(plan_file, tmp_path):
+    rates = {"values": [1e-4, 2e-4], "seeds": [8]}
+    path = plan_file(seeds=[0], arms=["grpo", "rest"], pairs=[], rates=rates)
+    for job in list(load(path).rate_jobs("tiny").values())[:3]:
+        finish(job.config(), 0.5)
+    written = compare(path, output=str(tmp_path / "page"), engine=PAGE_ONLY).read_text()
+    assert "**1 of 4 runs for the learning rates are not finished.**" in written
+    assert "## Endpoints" not in written
 
 
 def test_failures_are_named_after_the_page(plan_file, pretending, tmp_path, monkeypatch):
     monkeypatch.setenv("FAIL_AT", "rest-seed0")
-    path = plan_file(seeds=[0], methods=["grpo", "rest"], pairs=[])
+    path = plan_file(seeds=[0], arms=["grpo", "rest"], pairs=[])
     with pytest.raises(
         RunStopped, match=r"1 runs failed; the first: rest-seed0: exit code 1: it broke"
     ):
-        compare([path], output=str(tmp_path / "page"), engine=pretending)
-    assert "**1 of 2 runs are not finished.**" in (tmp_path / "page" / "README.md").read_text()
+        compare(path, output=str(tmp_path / "page"), engine=pretending)
+    assert "**1 of 2 runs are not finished" in (tmp_path / "page" / "README.md").read_text()
 
 
-def test_running_mean():
-    steps, values = figures.smooth({2: 1.0, 4: 2.0, 6: 3.0, 8: 10.0}, 3)
-    assert steps == [2, 4, 6, 8]
-    np.testing.assert_allclose(values, [1.5, 2, 5, 6.5])
+def test_the_page_is_beside_the_runs_unless_told(plan_file, finished, tmp_path):
+    assert compare(finished, engine=PAGE_ONLY) == tmp_path / "runs/tiny/page/README.md"

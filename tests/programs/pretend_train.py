@@ -39,12 +39,17 @@ def held(exact: float) -> dict[str, float]:
 
 
 def trained(step: int) -> dict[str, float]:
-    kinds = {"weight": 1.0, "weight_share": 1 / 7, "entropy": 0.1, "count": 10}
+    kinds = {
+        "weight_share": 1 / 7,
+        "entropy": 0.1,
+        "change_positive": 0.01,
+        "change_negative": -0.02,
+    }
     regions = {f"region/{r}/{kind}": value for r in REGIONS for kind, value in kinds.items()}
     return regions | {
-        "region/think/count": 40, "reward/mean": 0.1 * step, "reward/exact": 0.05 * step,
-        "rollout/tokens": 100, "rollout/response_tokens": 25, "rollout/entropy": 0.2,
-        "update/grad_noise": 0.9, "time/step": 9.0, "time/cpu": 100.0 if step <= 3 else 2.0,
+        "reward/mean": 0.1 * step, "reward/exact": 0.05 * step, "rollout/tokens": 100,
+        "rollout/response_tokens": 25, "rollout/entropy": 0.2, "update/grad_noise": 0.9,
+        "update/effective_tokens": 0.5, "time/step": 9.0,
     }  # fmt: skip
 
 
