@@ -520,7 +520,10 @@ def evaluate(
     ] = None,
     compare: Annotated[
         tuple[str, str] | None,
-        Option(metavar="FIRST SECOND", help="result files of --benchmark, item by item; no model"),
+        Option(
+            metavar="FIRST SECOND",
+            help="result files, or those of --output, item by item; no model",
+        ),
     ] = None,
     plugins: Plugins = False,
     distributed: Distributed = None,
@@ -862,6 +865,7 @@ def prepare(
     irrelevance: Annotated[float, _fraction("of records whose right tool is taken away")] = 0.0,
     irrelevance_response: Annotated[str | None, Option(help="the answer to those")] = None,
     held_out: Annotated[float, _fraction("of tools that only OUT's .eval twin has")] = 0.0,
+    responses: Annotated[float, _fraction("of records without a call that are kept")] = 1.0,
     keep_duplicates: Annotated[bool, Option("--keep-duplicates", help="else dropped")] = False,
     tokenizer: Tokenizer = None,
     max_tokens: Annotated[int | None, Option(min=1, help="longer records are dropped")] = None,

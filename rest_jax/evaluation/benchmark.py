@@ -68,6 +68,8 @@ from rest_jax.worlds.records import Source
 BENCHMARKS: dict[str, Any] = {"api_bank": api_bank, **bfcl.VERSIONS, "tau2": tau2}
 FORMAT = 1  # of result files
 ALL = "all"  # the group of all items
+# what completions of records are compared by -> the field of their lines
+_OF_RECORDS = {"exact": "exact", "format": "format_score"}
 # of a comparison; `gained` and `lost` count the items that only the second, or only the first, has right
 _COLUMNS = (
     *("score", "items", "first", "second", "difference", "95 % interval"),
@@ -505,7 +507,8 @@ def read_result(path: Location) -> dict[str, Any]:
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path}: no result file of `rest-jax evaluate --benchmark`, format {FORMAT}"
+            f"{path}: neither a result file of `rest-jax evaluate --benchmark`, format {FORMAT}, nor what `rest-jax evaluate "
+            "--output` writes of records"
         ) from error
     return result
 
@@ -535,15 +538,42 @@ def describe(result: Mapping[str, Any]) -> str:
     )
 
 
+def read_compared(path: Location) -> dict[str, Any]:
+    """What a comparison needs of a result file, or of the scored completions of records that `rest-jax evaluate --output` wrote.
+    UserError for anything else.
+    """
+    try:
+        with store_errors(path):
+            lines = [json.loads(line) for line in as_path(path).read_text().splitlines()]
+        items = [_record_item(i, line) for i, line in enumerate(lines)]
+        if not items:
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return read_result(path)
+    asked = [(line["data"], line["id"], line["prompt"]) for line in lines]
+    digests = {"benchmark": "records", "prompts_sha256": _digest(asked)}
+    return digests | {
+        "items": items,
+        "rates": {score: rates(items, score) for score in _OF_RECORDS},
+    }
+
+
+def _record_item(number: int, line: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a scored completion. KeyError or TypeError for a line that is none."""
+    kind = "with a call" if line["gold"]["calls"] else "without a call"
+    scores = {score: float(line[field]) for score, field in _OF_RECORDS.items()}
+    return {"id": number, "group": f"{line['data']} {kind}", **scores}
+
+
 def compare_results(first: Location, second: Location) -> str:
     """The table of differences, `second` less `first`, item by item. UserError for files that did not answer the same items."""
-    a, b = read_result(first), read_result(second)
+    a, b = read_compared(first), read_compared(second)
     ids, others = ({line["id"] for line in result["items"]} for result in (a, b))
     if a["prompts_sha256"] != b["prompts_sha256"] or ids != others:
         said = (f"{x['benchmark']} with {len(x['items'])} items" for x in (a, b))
         raise UserError(
             f"--compare {first} {second}: not the same items ({', '.join(said)}); "
-            "evaluate both with the same --benchmark, --data and --limit"
+            "evaluate both on the same data or --benchmark, with the same --limit"
         )
     rows: list[list[Any]] = [list(_COLUMNS)]
     for score in (score for score in a["rates"] if score in b["rates"]):

@@ -16,6 +16,7 @@ from rest_jax.evaluation.benchmark import (
     describe,
     encode,
     load,
+    read_compared,
     read_result,
     scored,
 )
@@ -142,8 +143,45 @@ def test_only_results_of_the_same_items_are_compared(bank, tmp_path):
         json.dumps(damaged),
     ):
         (tmp_path / "other.json").write_text(content, encoding="latin-1")
-        with pytest.raises(UserError, match=r"other.json: no result file of `rest-jax evaluate"):
-            read_result(tmp_path / "other.json")
+        with pytest.raises(UserError, match=r"other.json: neither a result file of `rest-jax"):
+            read_compared(tmp_path / "other.json")
+
+
+def scored_lines(right: list[bool], data: str = "held.jsonl") -> str:
+    """What `rest-jax evaluate --output` writes of records, every other one without a call; these exact."""
+    return "".join(
+        json.dumps(
+            {
+                "data": data,
+                "id": "the same",  # other people's ids may repeat
+                "prompt": f"prompt {i}",
+                "gold": {"calls": [{"name": "f", "arguments": {}}] * (i % 2), "response": None},
+                "exact": exact,
+                "format_score": 1.0,
+            }
+        )
+        + "\n"
+        for i, exact in enumerate(right)
+    )
+
+
+def test_completions_of_records_are_compared_item_by_item(tmp_path, capsys):
+    first, second, other = (tmp_path / f"{name}.jsonl" for name in ("first", "second", "other"))
+    first.write_text(scored_lines([False, False, True, True, False, False]))
+    second.write_text(scored_lines([True, True, False, True, True, True]))
+    other.write_text(scored_lines([True] * 6, data="more.jsonl"))
+    assert cli.main(["evaluate", "--compare", str(first), str(second)]) == 0
+    rows = {x.split("  ")[0]: x.split()[-10:] for x in capsys.readouterr().out.splitlines()}
+    assert rows["exact, all"][:3] == ["33.3%", "83.3%", "+50.0%"]
+    assert rows["exact, all"][-4:-1] == ["4", "1", "0.375"]
+    assert rows["exact, held.jsonl with a call"][:3] == ["33.3%", "100.0%", "+66.7%"]
+    assert rows["exact, held.jsonl without a call"][:3] == ["33.3%", "66.7%", "+33.3%"]
+    assert rows["format, all"][:3] == ["100.0%", "100.0%", "+0.0%"]
+    assert cli.main(["evaluate", "--compare", str(first), str(other)]) == 2
+    assert "not the same items (records with 6 items, records with 6" in capsys.readouterr().err
+    first.write_text(first.read_text()[:-30])
+    assert cli.main(["evaluate", "--compare", str(first), str(second)]) == 2
+    assert "first.jsonl: neither a result file" in capsys.readouterr().err
 
 
 @pytest.fixture

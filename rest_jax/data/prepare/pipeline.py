@@ -202,6 +202,10 @@ def content_hash(record: StepRecord) -> bytes:
 def _place(record: StepRecord, work: _Work) -> tuple[StepRecord, str] | None:
     """(record, its part), None where it belongs to none."""
     settings = work.settings
+    kept = transforms.draw(settings.seed, "responses", record.id) < settings.responses
+    if not (record.target.calls or kept):
+        work.result.dropped["calls nothing, and was not drawn (--responses)"] += 1
+        return None
     if not settings.held_out:
         return record, "train"
     placed = split.place(record, settings.held_out, settings.seed, work.described)

@@ -30,6 +30,7 @@ class Settings:
     irrelevance: float = 0.0  # share of records whose right tools are taken away
     irrelevance_response: str | None = None  # the target then; None: `xlam.NO_CALL`
     held_out: float = 0.0  # share of tools that are for evaluation alone
+    responses: float = 1.0  # share of the records whose target calls nothing that is kept
     keep_duplicates: bool = False
     tokenizer: str | None = None
     max_tokens: int | None = None  # prompt and target together
@@ -73,7 +74,7 @@ def check(settings: Settings) -> Convert:
     known = sorted([*KNOWN, *OPENED])
     if settings.source not in known:
         raise UserError(f"source {settings.source!r}: unknown{nearest(settings.source, known)}")
-    for option in ("mask_names", "irrelevance", "held_out"):
+    for option in ("mask_names", "irrelevance", "held_out", "responses"):
         if not 0 <= (value := getattr(settings, option)) <= 1:
             name = option.replace("_", "-")
             raise UserError(f"--{name} {value:g}: a fraction from 0 to 1 is needed")

@@ -179,6 +179,22 @@ def test_irrelevance(source_file, out):
     assert result.unchanged == {"irrelevance: it calls no tool": 40}
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.5])
+def test_answers_in_words_are_thinned_out(source_file, out, fraction):
+    """By the seed and the id alone; records that call stay."""
+    result = run(source_file, out, responses=fraction)
+    kept = read_records(out)
+    assert sum(bool(record.target.calls) for record in kept) == 40
+    words = sum(not record.target.calls for record in kept)
+    assert words == 0 if fraction == 0 else 8 < words < 32
+    assert result.dropped == {"calls nothing, and was not drawn (--responses)": 40 - words}
+    run(source_file, out, responses=fraction, overwrite=True)
+    assert read_records(out) == kept
+    ids = {record.id for record in kept}
+    run(source_file, out, responses=0.9, overwrite=True)
+    assert ids <= {record.id for record in read_records(out)}  # more of the same draw
+
+
 def test_a_prompt_that_is_only_text_is_counted_and_left(tmp_path, out):
     message = {"role": "user", "content": "x"}
     raw = {"id": "a", "target": {"response": "y"}, "messages": [message]}
@@ -351,6 +367,7 @@ def test_long_records_are_dropped(tmp_path, source_file, out, tokenizer, templat
         ({"source": "?"}, r"source '\?': unknown \(known"),
         ({"mask_names": 1.5}, "--mask-names 1.5: a fraction from 0 to 1"),
         ({"irrelevance": -0.1}, "--irrelevance -0.1: a fraction"),
+        ({"responses": 2}, "--responses 2: a fraction"),
         ({"held_out": float("nan")}, "--held-out nan: a fraction"),
         ({"max_tokens": 5}, "--max-tokens 5: needs --tokenizer"),
         ({"tokenizer": "/no/such"}, "tokenizer /no/such: no such folder"),
