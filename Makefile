@@ -24,7 +24,7 @@ BOUNDS_SHOWN := jax flax optax orbax-checkpoint transformers grain
 BOUNDS_TESTS := tests/data tests/run/test_checkpoint.py tests/models/test_tokenizer.py tests/models/gguf tests/test_train.py \
   tests/experiments/test_search.py tests/analysis/test_report.py tests/serving/test_app.py tests/test_cli.py
 
-.PHONY: help quickstart test test-all bench study aot docs lint format types imports check lock bounds clean
+.PHONY: help quickstart test test-all bench study real aot docs lint format types imports check lock bounds clean
 .DEFAULT_GOAL := help
 
 help: ## This list
@@ -44,6 +44,10 @@ bench: $(DEV) $(PEERS)/tunix/.installed $(PEERS)/trl/.installed ## Every benchma
 
 study: $(RUNTIME) ## Rules for token credit against GRPO and placebos, into docs/comparison/ (10 hours on 2 cores; resumes where it stopped)
 	$(BIN)/rest-jax compare credit --workers 2 --output docs/comparison $(ARGS)
+
+real: $(RUNTIME) ## SmolLM2-135M on real dialogues: make real SGD=FOLDER of Schema-Guided Dialogue (4 hours on 2 cores; resumes where it stopped)
+	@[ -n "$(SGD)" ] || { echo "make real: name the folder of Schema-Guided Dialogue: make real SGD=FOLDER"; exit 2; }
+	PATH="$(CURDIR)/$(BIN):$$PATH" launch/real.sh "$(SGD)"
 
 aot: $(RUNTIME) ## Compile the recipes for hardware that is not here into docs/plans; needs .[tpu]; GPU: PLANS='$(GPU_PLANS)', .[cuda]
 	@set -e; for plan in $(PLANS); do name=$${plan%%=*}; echo "$$plan"; \

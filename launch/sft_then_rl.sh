@@ -19,16 +19,9 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
 done
 [ $# -eq 0 ] || shift
 
-# A run that is stopped saves and ends with 75, or with 0 after its last step; the next must not begin then.
-stopped='' child=''
-trap 'stopped=1; kill -TERM "$child" 2>/dev/null || true' TERM INT
-run_stage() {
-  rest-jax "$@" &
-  child=$!
-  while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
-  wait "$child"
-  [ -z "$stopped" ] || exit 0
-}
+here=$(cd "$(dirname "$0")" && pwd)
+# shellcheck source=launch/stage.bash
+source "$here/stage.bash"
 
 start=$scale-sft
 run_stage sft "scale/${scale}_sft" method/sft "${shared[@]}" "name=$start"
