@@ -19,6 +19,7 @@ Adapters (`DecoderConfig.lora`) are a collection of their own, `lora`, in which 
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -520,8 +521,23 @@ def param_shardings(
 
 
 def adapter_shardings(cfg: DecoderConfig, mesh: Mesh) -> Params:
-    """NamedSharding of every adapter: each is split as its matrix is on its side, the rank never."""
-    return logical_shardings(abstract_adapters(cfg), mesh)
+    """NamedSharding of every adapter: each is split as its matrix is on its side, and over fsdp besides where that side is not.
+    The rank never is.
+    """
+    boxed = abstract_adapters(cfg)
+
+    def over_fsdp(where: NamedSharding, box: Any) -> NamedSharding:
+        spec = [part if isinstance(part, tuple) else (part,) if part else () for part in where.spec]
+        if "fsdp" in itertools.chain(*spec):
+            return where
+        for i, (axis, size) in enumerate(zip(box.names, box.value.shape, strict=True)):
+            ways = math.prod(mesh.shape[name] for name in (*spec[i], "fsdp"))
+            if axis not in ("layers", "rank") and size % ways == 0:
+                spec[i] = (*spec[i], "fsdp")
+                break
+        return NamedSharding(mesh, PartitionSpec(*(part or None for part in spec)))
+
+    return jax.tree.map(over_fsdp, logical_shardings(boxed, mesh), boxed)
 
 
 def head_dim_axis(name: str) -> int | None:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from rest_jax.config import LoraConfig
 from rest_jax.distributed import activate
@@ -15,6 +17,7 @@ from rest_jax.models.cache import RowLayout
 from rest_jax.models.config import Lora
 from rest_jax.models.decoder import (
     Decoder,
+    abstract_adapters,
     adapter_shardings,
     apply_routed,
     init_adapters,
@@ -137,16 +140,33 @@ def test_bfloat16_computes_with_float32_adapters():
     jax.tree.map(np.testing.assert_array_equal, gradient, same)
 
 
-def test_adapters_are_split_as_their_matrices():
-    decoder, mesh = adapted(), tiny.mesh(fsdp=2, tensor=2)
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"fsdp": 4, "tensor": 1}])
+def test_adapters_are_split_as_their_matrices(sizes):
+    """And over fsdp where the matrix's side is not."""
+    decoder, mesh = adapted(), tiny.mesh(**sizes)
     found = adapter_shardings(decoder.cfg, mesh)["blocks"]
     weights = param_shardings(decoder.cfg, mesh)["blocks"]
+    shapes = nn.meta.unbox(abstract_adapters(decoder.cfg))["blocks"]
+
+    def axes(part) -> tuple:
+        return part if isinstance(part, tuple) else (part,) if part else ()
+
     for part, names in (("attention", "qkvo"), ("mlp", ("gate", "up", "down"))):
         for name in names:
             layers, *split = weights[part][name].spec
             a, b = (tuple(found[part][name][key].spec) for key in "ab")
-            assert (a[:-1], a[-1], b[:2]) == ((layers, *split[: len(a) - 2]), None, (layers, None))
-            assert b[2:] == tuple(split[len(a) - 2 :])
+            assert (a[0], a[-1], b[:2]) == (layers, None, (layers, None))
+            for own, side in (
+                (a[1:-1], split[: len(a) - 2]),
+                (b[2:], split[len(a) - 2 :]),
+            ):
+                joined = [axis for dimension in own for axis in axes(dimension)]
+                of_matrix = [axis for dimension in side for axis in axes(dimension)]
+                assert [axis for axis in joined if axis in of_matrix] == of_matrix
+                assert "fsdp" in joined and len(joined) == len(set(joined))
+            for key in "ab":
+                shape, where = shapes[part][name][key].shape, found[part][name][key]
+                assert math.prod(where.shard_shape(shape)) * mesh.shape["fsdp"] <= math.prod(shape)
 
 
 def test_several_devices_compute_what_one_does():
