@@ -9,7 +9,7 @@ from etils import epath
 
 from rest_jax.config import Config
 from rest_jax.files import Location, as_path, atomic_write, make_folder
-from rest_jax.run.load import is_run
+from rest_jax.run.load import result_place
 
 
 def plain(value: Any) -> Any:
@@ -25,10 +25,9 @@ def plain(value: Any) -> Any:
 
 def result_folder(config: Config, output: str | None, name: str) -> epath.Path:
     """`output`; without one, `name` in the folder of the run, for other models in the config's output folder."""
-    source = config.model.source
-    return (
-        as_path(output) if output else as_path(source if is_run(source) else config.output) / name
-    )
+    if output:
+        return as_path(output)
+    return result_place(config.model.source, name) or as_path(config.output) / name
 
 
 def write_result(report: dict[str, Any], folder: Location, name: str) -> epath.Path:

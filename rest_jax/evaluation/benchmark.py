@@ -56,7 +56,7 @@ from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import truncated
 from rest_jax.run import checkpoint
 from rest_jax.run.environment import user_cache
-from rest_jax.run.load import is_run, load_policy
+from rest_jax.run.load import is_run, load_policy, result_place
 from rest_jax.run.metrics import summary_table
 from rest_jax.run.progress import Progress
 from rest_jax.templates import TEMPLATES
@@ -160,7 +160,7 @@ def evaluate_benchmark(
     source, r = config.model.source, config.rollout
     if output is None:
         place = absolute(source)
-        output = place / f"{name}.json" if is_run(source) else f"{place.name}-{name}.json"
+        output = result_place(source, f"{name}.json") or f"{place.name}-{name}.json"
     sampling = Sampling(r.temperature, r.top_k, r.top_p, greedy)
     _check_options(name, options, sampling)
     with contextlib.ExitStack() as stack:

@@ -19,7 +19,6 @@ Adapters (`DecoderConfig.lora`) are a collection of their own, `lora`, in which 
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -527,8 +526,10 @@ def adapter_shardings(cfg: DecoderConfig, mesh: Mesh) -> Params:
     boxed = abstract_adapters(cfg)
 
     def over_fsdp(where: NamedSharding, box: Any) -> NamedSharding:
-        spec = [part if isinstance(part, tuple) else (part,) if part else () for part in where.spec]
-        if "fsdp" in itertools.chain(*spec):
+        spec: list[tuple[str, ...]] = [
+            part if isinstance(part, tuple) else (part,) if part else () for part in where.spec
+        ]
+        if any("fsdp" in part for part in spec):
             return where
         for i, (axis, size) in enumerate(zip(box.names, box.value.shape, strict=True)):
             ways = math.prod(mesh.shape[name] for name in (*spec[i], "fsdp"))

@@ -28,6 +28,7 @@ from rest_jax.errors import RunStopped, UserError, full_disk
 from rest_jax.files import (
     Location,
     absolute,
+    as_path,
     find_damage,
     fingerprints,
     is_url,
@@ -205,8 +206,15 @@ def list_steps(folder: epath.Path) -> list[int]:
     ]
 
 
+def run_of(source: Location) -> epath.Path:
+    """The folder of a run that is given by its folder, or by that of one of its checkpoints (RUN/checkpoints/STEP)."""
+    path = as_path(source)
+    return path.parents[1] if path.name.isdigit() and path.parent.name == FOLDER else path
+
+
 def newest_params(run_dir: Location) -> tuple[epath.Path, int]:
-    """Where the parameters of the newest sound checkpoint of a run are (an Orbax checkpoint), and its step.
+    """Where the parameters of the newest sound checkpoint of a run are (an Orbax checkpoint), and its step; or those of the
+    checkpoint that is given in place of a run.
 
     Changes nothing on disk; the optimiser's state is not verified. Every process calls it and verifies its share of the files.
     """
@@ -216,10 +224,21 @@ def newest_params(run_dir: Location) -> tuple[epath.Path, int]:
 
 def newest(run_dir: Location, items: Sequence[str] = _ITEMS) -> epath.Path:
     """The newest checkpoint of a run of which `items` are sound; the rest as for `newest_params`."""
-    folder = checkpoint_path(absolute(run_dir) / FOLDER)
+    given, run = absolute(run_dir), absolute(run_of(run_dir))
+    folder = checkpoint_path(run / FOLDER)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; is {run_dir} the folder of a run?")
-    return folder / str(_newest_sound(folder, items)[0])
+    if given == run:
+        return folder / str(_newest_sound(folder, items)[0])
+    path, there = folder / given.name, list_steps(folder)
+    if int(given.name) not in there:
+        shown = ", ".join(map(str, sorted(there))) or "none"
+        raise UserError(f"{path}: no such checkpoint; there are {shown}")
+    try:
+        verify(path, items)
+    except DamagedError as error:
+        raise UserError(f"{path}: damaged: {error}") from error
+    return path
 
 
 def read(path: epath.Path, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]]:

@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 
 from rest_jax import config as config_lib
 from rest_jax.config import Config, Dtype, MeshConfig, ModelConfig
 from rest_jax.distributed import any_process, is_first_process, make_mesh, with_tensor
 from rest_jax.errors import UserError
-from rest_jax.files import as_path, fetch_folder, is_url, store_errors
+from rest_jax.files import absolute, as_path, fetch_folder, is_url, store_errors
 from rest_jax.models.config import DecoderConfig, Lora
 from rest_jax.models.decoder import Decoder, adapter_shardings, init_adapters, param_shardings
 from rest_jax.models.hf import peft
@@ -116,7 +117,7 @@ def _load_weights(source: str, mesh: Mesh, dtype: jnp.dtype, report: Report) -> 
     if not is_run(source):
         return _Loaded(*load_model(source, mesh, jnp.float32, "block", report, dtype))
     saved, _ = checkpoint.newest_params(source)
-    files = fetch_folder(as_path(source) / MODEL_FOLDER)
+    files = fetch_folder(checkpoint.run_of(source) / MODEL_FOLDER)
     cfg, run = read_config(files), _lora_run(source)
     if run is None:
         weights = open_weights(saved, cfg)
@@ -141,7 +142,7 @@ def _open_weights(source: str) -> tuple[list[Weights], Callable[[Any], str]]:
         opened = open_weights(folder, read_config(folder))
         return opened, functools.partial(digest_opened, opened)
     saved, _ = checkpoint.newest_params(source)
-    cfg = read_config(fetch_folder(as_path(source) / MODEL_FOLDER))
+    cfg = read_config(fetch_folder(checkpoint.run_of(source) / MODEL_FOLDER))
     run = _lora_run(source)
     if run is None:
         opened = open_weights(saved, cfg)
@@ -157,16 +158,16 @@ def _open_weights(source: str) -> tuple[list[Weights], Callable[[Any], str]]:
 
 def _lora_run(source: str) -> Config | None:
     """The config of a run whose checkpoints hold adapters; None for another one."""
-    path = as_path(source) / CONFIG_FILE
+    path = checkpoint.run_of(source) / CONFIG_FILE
     if not path.is_file():
         return None
     run = config_lib.load([path], [])
     if run.lora.rank is None:
         return None
-    found = {os.path.realpath(source)}
+    found = {os.path.realpath(checkpoint.run_of(source))}
     base = run
     while is_run(base.model.source):
-        place = os.path.realpath(base.model.source)
+        place = os.path.realpath(checkpoint.run_of(base.model.source))
         if place in found:
             raise UserError(
                 f"{path}: model.source leads back to {place}; name the weights that it began with"
@@ -190,7 +191,7 @@ def _naming_base(source: str, run: Config) -> Iterator[None]:
     except UserError as error:
         raise UserError(
             f"{source}: its checkpoints are adapters of {run.model.source}: {error}; put that back, or say in "
-            f"{as_path(source) / CONFIG_FILE} where it is (model.source)"
+            f"{checkpoint.run_of(source) / CONFIG_FILE} where it is (model.source)"
         ) from error
 
 
@@ -212,16 +213,16 @@ def export(
         params, _ = checkpoint.newest_params(source)
         newest = params.parent
         weights = _open_weights(source)[0] if run else params
-        files = fetch_folder(as_path(source) / MODEL_FOLDER)
+        files = fetch_folder(checkpoint.run_of(source) / MODEL_FOLDER)
     else:
         weights = files = find_source(source)
     if is_first_process():
         texts = None
         # without it nobody knows how the run was trained
-        if newest is not None and (path := as_path(source) / CONFIG_FILE).is_file():
+        if newest is not None and (path := checkpoint.run_of(source) / CONFIG_FILE).is_file():
             config = config_lib.load([path], [])
             tokenizer = Tokenizer.load(config.model.tokenizer or files)
-            texts = card.side_files(source, newest, config, tokenizer, out)
+            texts = card.side_files(str(checkpoint.run_of(source)), newest, config, tokenizer, out)
         with _transfer("export") as report:
             hf.export(weights, files, out, dtype, report, texts)
     # No process ends before the folder is there: the end of one would be taken for a failure.
@@ -235,7 +236,7 @@ def _export_adapter(
         raise UserError(f"export --adapter {source}: not a run with LoRA (lora.rank)")
     saved, _ = checkpoint.newest_params(source)
     if is_first_process():
-        cfg = read_config(fetch_folder(as_path(source) / MODEL_FOLDER))
+        cfg = read_config(fetch_folder(checkpoint.run_of(source) / MODEL_FOLDER))
         cfg = dataclasses.replace(cfg, lora=_lora_of(run, cfg))
         peft.write_adapter(open_adapters(saved, cfg), cfg, run.model.source, out, dtype)
     any_process(False)
@@ -255,12 +256,21 @@ def _transfer(label: str) -> contextlib.AbstractContextManager[Report]:
 
 
 def is_run(source: str) -> bool:
-    """Whether a path or URL is the folder of a run."""
-    folder = as_path(source)
+    """Whether a path or URL is the folder of a run, or of one of its checkpoints."""
+    folder = checkpoint.run_of(source)
     with store_errors(folder):
         # In a store a folder without files does not exist.
         begun = is_url(folder) or (folder / checkpoint.FOLDER).is_dir()
         return begun and (folder / MODEL_FOLDER).is_dir()
+
+
+def result_place(source: str, name: str) -> epath.Path | None:
+    """Where a result on a run belongs: `name` in its folder, with the step in it for a checkpoint. None for other models."""
+    if not is_run(source):
+        return None
+    run, path = absolute(checkpoint.run_of(source)), absolute(source)
+    stem, dot, suffix = name.partition(".")
+    return run / name if run == path else run / f"{stem}-step{path.name}{dot}{suffix}"
 
 
 def config_of(source: str, overrides: Sequence[str], plugins: bool = False) -> Config:
@@ -270,7 +280,7 @@ def config_of(source: str, overrides: Sequence[str], plugins: bool = False) -> C
     `model.source` is `source`. Whoever made a run chose its plug-ins, not who uses it: those that its own config names are left
     out, and said, unless `plugins` asks for them.
     """
-    path = as_path(source) / CONFIG_FILE
+    path = checkpoint.run_of(source) / CONFIG_FILE
     if is_run(source) and path.is_file():
         found = {} if plugins else named(config_lib.load([path]))
         for key, word in found.items():

@@ -60,6 +60,42 @@ def test_a_run_is_exported_without_a_policy(run, model, tmp_path, monkeypatch):
     )
 
 
+def test_a_checkpoint_of_a_run_is_a_model(model, tmp_path):
+    """The one that is named and not the newest; its results are told apart from those of the run."""
+    folder = tmp_path / "run"
+    shutil.copytree(model, folder / MODEL_FOLDER, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = Config.model_validate({"name": "mine", "model": {"source": str(model)}})
+    (folder / "config.yaml").write_text(dump(config))
+    policy = load.load_policy(ModelConfig(source=str(model)), MeshConfig(fsdp=-1))
+    with Checkpoints(folder) as checkpoints:
+        none = jax.numpy.zeros(())
+        for step in (1, 2):
+            params = jax.tree.map(lambda x, step=step: x + step, policy.params)
+            checkpoints.save(step, TrainState(none, params, none, none, none), {})
+    first, newest = str(folder / "checkpoints/1"), str(folder)
+    for source, step in ((first, 1), (newest, 2), (str(folder / "checkpoints/2"), 2)):
+        found = load.load_policy(ModelConfig(source=source), MeshConfig(fsdp=-1)).params
+        jax.tree.map(lambda x, y, s=step: np.testing.assert_array_equal(x, y + s), found, policy.params)  # fmt: skip
+    assert load.config_of(first, []).name == "mine"
+    assert load.result_place(first, "gain") == folder / "gain-step1"
+    assert load.result_place(first, "api_bank.json") == folder / "api_bank-step1.json"
+    assert load.result_place(newest, "api_bank.json") == folder / "api_bank.json"
+    assert load.result_place(str(model), "gain") is None
+    load.export(first, tmp_path / "out", "float32")
+    again = load.load_policy(ModelConfig(source=str(tmp_path / "out")), MeshConfig(fsdp=-1))
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y + 1), again.params, policy.params)
+    with pytest.raises(UserError, match="checkpoints/3: no such checkpoint; there are 1, 2"):
+        load.load_policy(ModelConfig(source=str(folder / "checkpoints/3")), MeshConfig(fsdp=-1))
+    (file,) = sorted((folder / "checkpoints/1/params").rglob("*"), key=lambda p: -p.stat().st_size)[
+        :1
+    ]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="checkpoints/1: damaged"):
+        load.load_policy(ModelConfig(source=first), MeshConfig(fsdp=-1))
+
+
 @pytest.mark.parametrize(("data", "fsdp", "tensor"), [(1, 8, 1), (4, 1, 2), (1, 2, 4)])
 def test_a_run_is_loaded_exactly_on_another_mesh(run, data, fsdp, tensor):
     folder, params = run
