@@ -57,10 +57,15 @@ def estimate(values: Sequence[float], level: float = 0.95) -> Estimate:
 
 def paired(values: Mapping[Any, float], reference: Mapping[Any, float]) -> Estimate:
     """The mean difference over the keys (seeds, items) that both have. ValueError when they share none."""
-    shared = sorted(values.keys() & reference.keys())
-    if not shared:
+    differences = paired_differences(values, reference)
+    if not differences:
         raise ValueError("nothing in common")
-    return estimate([values[key] - reference[key] for key in shared])
+    return estimate(differences)
+
+
+def paired_differences(values: Mapping[Any, float], reference: Mapping[Any, float]) -> list[float]:
+    """Of the keys that both have, in their order."""
+    return [values[key] - reference[key] for key in sorted(values.keys() & reference.keys())]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

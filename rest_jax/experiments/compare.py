@@ -61,7 +61,10 @@ class Plan(Section):
         for name in (self.reference, *itertools.chain(*self.pairs)):
             if name not in self.arms:
                 raise ValueError(f"{name!r} of reference or pairs is not among the arms")
-        for name, values in (("arms", self.arms), ("seeds", self.seeds)):
+        unique = {"arms": self.arms, "seeds": self.seeds}
+        if self.rates:
+            unique |= {"rates.values": self.rates.values, "rates.seeds": self.rates.seeds}
+        for name, values in (*unique.items(), *(("pairs", pair) for pair in self.pairs)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: {list(values)} names one twice")
         if self.rates and (shared := set(self.rates.seeds) & set(self.seeds)):
@@ -79,6 +82,11 @@ class Plan(Section):
         )
         return list(dict.fromkeys(pairs))
 
+    @property
+    def comparisons(self) -> int:
+        """Of all pairs in all endpoints."""
+        return len(self.all_pairs) * len(results.ENDPOINTS)
+
     def rate_jobs(self, name: str) -> dict[RateRun, Job]:
         """The runs that the learning rates are chosen by."""
         if self.rates is None:
@@ -93,12 +101,17 @@ class Plan(Section):
         }
 
     def jobs(self, name: str, rates: Mapping[str, float]) -> dict[Run, Job]:
-        """The runs, seed by seed. `rates`: the learning rate of each arm; empty for that of the scale."""
+        """The runs, seed by seed. `rates`: the learning rate of each arm, which a plan without any does not read."""
         return {
-            (arm, seed): self._job(name, arm, seed, "", {_RATE: rates[arm]} if rates else {})
+            (arm, seed): self._job(name, arm, seed, "", {_RATE: rates[arm]} if self.rates else {})
             for seed in self.seeds
             for arm in self.arms
         }
+
+    @property
+    def first_rates(self) -> dict[str, float]:
+        """Each arm at the first of the learning rates, to look at configs with; empty without any."""
+        return dict.fromkeys(self.arms, self.rates.values[0]) if self.rates else {}
 
     def folder(self, name: str) -> str:
         """Of the runs."""
@@ -122,11 +135,11 @@ class Plan(Section):
 
 
 class Compared(NamedTuple):
-    """A plan, the config of its first run, what its runs measured, and which pairs of arms share a seed."""
+    """A plan, the config of each arm, what its runs measured, and which pairs of arms share a seed."""
 
     name: str
     plan: Plan
-    config: Config
+    configs: dict[str, Config]
     results: Results
     pairs: list[tuple[str, str]]
 
@@ -141,14 +154,19 @@ def compare(plan: str, *, output: str | None = None, engine: Engine | None = Non
     loaded = config_lib.validate_as(Plan, config_lib.read_mapping(path), f"plan {path}")
     name = path.stem
     folder = local_path("--output", output or f"{loaded.folder(name)}/page")
-    rates = dict.fromkeys(loaded.arms, loaded.rates.values[0]) if loaded.rates else {}
-    for config in (job.config() for job in loaded.jobs(name, rates).values()):
+    for config in (job.config() for job in loaded.jobs(name, loaded.first_rates).values()):
         if config.train.steps is None:
             raise UserError(f"plan {name}: train.steps must be set")
-    _finished(loaded.rate_jobs(name))
+        if config.data.eval is None:
+            raise UserError(
+                f"plan {name}: data.eval must be set: arms are compared by held-out records"
+            )
+    _finished(loaded.rate_jobs(name) if loaded.rates else loaded.jobs(name, {}))
     failed = train(name, loaded, engine) if engine.workers else []
     found = gather(name, loaded, folder)
     if not found.results.runs and not found.results.rates:
+        if failed:
+            raise RunStopped(f"{len(failed)} runs failed; the first: {failed[0]}")
         raise UserError(f"{name}: no finished run, and no results in {folder}")
     if found.results.runs:
         write_figures(found.results, name, loaded, folder / "images")
@@ -171,8 +189,15 @@ def train(name: str, plan: Plan, engine: Engine) -> list[str]:
             return failed
     if plan.rates and (failed := carry(f"{name}-rates", plan.rate_jobs(name).values())):
         return failed
-    rates = results.chosen_rates(_summaries(_finished(plan.rate_jobs(name))))
-    return carry(name, plan.jobs(name, rates).values())
+    for_rates = _finished(plan.rate_jobs(name))
+    if missing := len(plan.rate_jobs(name)) - len(for_rates):
+        raise UserError(
+            f"plan {name}: {missing} finished runs for the learning rates are not in {plan.folder(name)}; workers on several "
+            "machines need the folder on a shared file system"
+        )
+    jobs = plan.jobs(name, results.chosen_rates(_summaries(for_rates)))
+    _finished(jobs)
+    return carry(name, jobs.values())
 
 
 def _carry_out(
@@ -195,24 +220,27 @@ def planned(jobs: Mapping[str, Job], _: Trial, run: str) -> Job:
 
 
 def gather(name: str, plan: Plan, folder: pathlib.Path) -> Compared:
-    """What the finished runs measured or, where there are none, what is stored beside the page.
+    """What the finished runs measured or, where more is stored beside the page, that: tables do not shrink.
 
     A seed without the reference is left out: nothing could be paired with it.
     """
-    of_rates = _finished(plan.rate_jobs(name))
-    stored = results.read(name, folder)
-    rates = results.chosen_rates(_summaries(of_rates) or stored.rates)
-    complete = not plan.rates or len(of_rates or stored.rates) == len(plan.rate_jobs(name))
-    jobs = plan.jobs(name, rates) if complete else {}
-    finished = _finished(jobs)
-    paired = {key: run for key, run in finished.items() if (plan.reference, key[1]) in finished}
+    stored, for_rates = results.read(name, folder), _finished(plan.rate_jobs(name))
+    if len(for_rates) < len(stored.rates):
+        for_rates = {}
+    known = _summaries(for_rates) or stored.rates
+    complete = len(known) == len(plan.rate_jobs(name))
+    finished = _finished(plan.jobs(name, results.chosen_rates(known))) if complete else {}
+    runs = {key: run for key, run in finished.items() if (plan.reference, key[1]) in finished}
+    if len(runs) < len(stored.runs):
+        runs = {}
     gains = {label: path for label, path in plan.gain.items() if path.is_file()}
-    results.store(paired, of_rates, gains, name, folder)
+    results.store(runs, for_rates, gains, name, folder)
     found = results.read(name, folder)
     seeds = {arm: {s for a, s in found.runs if a == arm} for arm in plan.arms}
     pairs = [(a, b) for a, b in plan.all_pairs if seeds[a] & seeds[b]]
-    config = next(iter(plan.jobs(name, {}).values())).config()
-    return Compared(name, plan, config, found, pairs)
+    jobs = plan.jobs(name, plan.first_rates)
+    configs = {arm: jobs[arm, plan.seeds[0]].config() for arm in plan.arms}
+    return Compared(name, plan, configs, found, pairs)
 
 
 def _finished(jobs: Mapping[Any, Job]) -> dict[Any, pathlib.Path]:
@@ -230,28 +258,29 @@ def _summaries(folders: Mapping[RateRun, pathlib.Path]) -> dict[RateRun, dict[st
 
 
 def verdict(
-    differences: Mapping[tuple[str, str, str], Difference], arm: str, reference: str
+    found: Compared, differences: Mapping[tuple[str, str, str], Difference], arm: str
 ) -> str:
-    """What the corrected comparisons say of an arm: better only where it is better than its placebo, too."""
+    """What the corrected comparisons say of an arm; with token weights it is better only where it is better than its placebos."""
 
-    def signs(other: str) -> set[bool]:
-        """Whether it is better, of the endpoints in which a difference is shown."""
-        found = (differences[arm, other, name] for name in results.ENDPOINTS)
-        return {each.estimate.mean > 0 for each in found if each.found}
+    def shown(other: str, better: bool) -> set[str]:
+        """The endpoints in which it is shown to be better, or worse."""
+        each = {name: differences[arm, other, name] for name in results.ENDPOINTS}
+        return {name for name, d in each.items() if d.shown and (d.estimate.mean > 0) == better}
 
+    reference, weights = found.plan.reference, found.configs[arm].weights
+    above, below = shown(reference, True), shown(reference, False)
     placebos = {b for a, b, _ in differences if a == arm and b.startswith(f"{arm}+")}
-    shown = signs(reference)
-    if not shown:
-        return "No difference is shown."
-    if len(shown) > 1:
+    if not above:
+        return "Worse." if below else "No difference is shown."
+    if below:
         return "Better in one endpoint, worse in the other."
-    if shown == {False}:
-        return "Worse."
+    if weights.rule == "uniform" and weights.plugin is None:
+        return "Better."
     if not placebos:
-        return "Better; against a placebo it was not run."
-    if all(signs(placebo) == {True} for placebo in placebos):
+        return f"Above {reference}; whether the choice of tokens does it is open, since no placebo was run."
+    if above & set.intersection(*(shown(placebo, True) for placebo in placebos)):
         return "Better, than its placebo too."
-    return "Better, but not shown to be better than its placebo: the rule's choice of tokens is not what helps."
+    return f"Above {reference}, but not shown to be above its placebo: the choice of tokens is not what helps."
 
 
 def write_page(found: Compared, folder: pathlib.Path) -> pathlib.Path:
@@ -263,11 +292,13 @@ def write_page(found: Compared, folder: pathlib.Path) -> pathlib.Path:
     )  # fmt: skip
     measured, reference = found.results, found.plan.reference
     against = [pair for pair in found.pairs if pair[1] == reference]
-    differences = measured.differences(found.pairs) if found.pairs else {}
+    comparisons = found.plan.comparisons
+    differences = measured.differences(found.pairs, comparisons)
     text = environment.get_template("page.md.jinja").render(
         **found._asdict(), module=results, rates=results.chosen_rates(measured.rates), against=against,
-        differences=differences, power=[measured.power(against, name) for name in results.ENDPOINTS],
-        verdicts={arm: verdict(differences, arm, reference) for arm, _ in against},
+        config=found.configs[reference], differences=differences,
+        power=[measured.power(against, name, comparisons) for name in results.ENDPOINTS],
+        verdicts={arm: verdict(found, differences, arm) for arm, _ in against if "+" not in arm},
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "README.md") as partial:

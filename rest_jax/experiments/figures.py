@@ -8,7 +8,7 @@ import numpy as np
 import scipy
 
 from rest_jax.analysis import plotting
-from rest_jax.evaluation.statistics import Estimate
+from rest_jax.evaluation.statistics import Estimate, paired_differences
 from rest_jax.experiments.results import AREA, ENDPOINTS, EXACT, REGIONS, Results
 
 _DPI = 90
@@ -35,8 +35,7 @@ def _endpoints(results: Results, reference: str) -> Any:
         base = results.values(reference, name)
         for y, arm in enumerate(arms):
             colour = plotting.GREY if "+" in arm else plotting.BLUE
-            own = results.values(arm, name)
-            points = [100 * (own[seed] - base[seed]) for seed in own.keys() & base.keys()]
+            points = 100 * np.array(paired_differences(results.values(arm, name), base))
             axes.plot(points, [y] * len(points), ".", color=colour, alpha=0.25, markersize=4)
             _interval(axes, results.difference(arm, reference, name), y, colour)
         axes.axvline(0, color="black", linewidth=0.8)

@@ -18,7 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rest_jax.analysis.report import read_series
-from rest_jax.evaluation.statistics import Estimate, estimate, holm, least_difference, paired
+from rest_jax.evaluation.statistics import (
+    Estimate,
+    estimate,
+    holm,
+    least_difference,
+    paired,
+    paired_differences,
+)
 from rest_jax.files import atomic_write
 
 EXACT, AREA = "eval/exact", "area/exact"
@@ -30,7 +37,10 @@ SIGNS = ("positive", "negative")
 NOISE, SAMPLED = "early/grad_noise", "late/exact"
 _FINAL = (
     EXACT,
-    *(f"eval/{n}" for n in ("accuracy", "format", "spurious", "reward", "response_tokens")),
+    *(
+        f"eval/{n}"
+        for n in ("accuracy", "format", "spurious", "reward", "response_tokens", "prompts")
+    ),
 )
 _MEANS = (
     "update/effective_tokens",
@@ -54,15 +64,15 @@ Values = Mapping[str, float]  # by name
 
 class Difference(NamedTuple):
     """Of an arm less another in an endpoint. `p`: of no difference, two-sided, t test over seeds, after Holm's correction for all
-    comparisons of the page.
+    comparisons of the plan.
     """
 
     estimate: Estimate
     p: float
 
     @property
-    def found(self) -> bool:
-        """Whether it is shown at 5 %."""
+    def shown(self) -> bool:
+        """At 5 %."""
         return self.p < 0.05
 
 
@@ -101,36 +111,36 @@ class Results:
         """Over seeds."""
         return estimate(list(self.values(arm, name).values()))
 
+    def average(self, arm: str, name: str) -> float:
+        """The mean over seeds, without an interval."""
+        return float(np.mean(list(self.values(arm, name).values())))
+
     def difference(self, arm: str, other: str, name: str) -> Estimate:
         """Of `arm` less `other`, paired by seed."""
         return paired(self.values(arm, name), self.values(other, name))
 
     def differences(
-        self, pairs: Sequence[tuple[str, str]]
+        self, pairs: Sequence[tuple[str, str]], comparisons: int
     ) -> dict[tuple[str, str, str], Difference]:
-        """(arm, other, endpoint) -> difference, all corrected together."""
+        """(arm, other, endpoint) -> difference, corrected for so many comparisons, those to come among them."""
         keys = list(itertools.product(pairs, ENDPOINTS))
         found = [self.difference(*pair, name) for pair, name in keys]
-        adjusted = holm([each.p for each in found])
+        to_come = [1.0] * (comparisons - len(keys))
+        adjusted = holm([*(each.p for each in found), *to_come])
         return {
             (*pair, name): Difference(each, p)
-            for (pair, name), each, p in zip(keys, found, adjusted, strict=True)
+            for (pair, name), each, p in zip(keys, found, adjusted, strict=False)
         }
 
-    def power(self, pairs: Sequence[tuple[str, str]], name: str) -> Power | None:
+    def power(self, pairs: Sequence[tuple[str, str]], name: str, comparisons: int) -> Power | None:
         """Of an endpoint, by the spread that these pairs have; None with fewer than three seeds."""
-        shared = [self._paired_values(*pair, name) for pair in pairs]
+        shared = [paired_differences(self.values(a, name), self.values(b, name)) for a, b in pairs]
         spread = [np.std(values, ddof=1) for values in shared if len(values) >= 3]
         if not spread:
             return None
         deviation, seeds = float(np.median(spread)), max(map(len, shared))
-        comparisons = len(pairs) * len(ENDPOINTS)
         single, first = (least_difference(deviation, seeds, 0.05 / n) for n in (1, comparisons))
         return Power(deviation, seeds, single, first)
-
-    def _paired_values(self, arm: str, other: str, name: str) -> list[float]:
-        own, others = self.values(arm, name), self.values(other, name)
-        return [own[seed] - others[seed] for seed in own.keys() & others.keys()]
 
     def of_rate(self, arm: str, rate: float) -> list[float]:
         """Both endpoints of an arm at a learning rate, means over the seeds that it was chosen by; NaN without any."""
@@ -155,13 +165,14 @@ class Results:
 def summarise(curves: Mapping[str, Curve]) -> dict[str, float]:
     """Endpoints, other final held-out values, the start's rate, the sampled rate of the last steps, the gradient's noise in the
     first quarter (later it is nearly all noise under every arm), means over the steps, seconds. NaN for what was not measured.
+    Six digits, as they are stored, so that a choice made of them is the same of both.
     """
 
     def values(name: str) -> list[float]:
         return list(curves.get(name, {0: float("nan")}).values())
 
     noise = values("update/grad_noise")
-    return {
+    found = {
         AREA: area(curves.get(EXACT, {0: float("nan")})),
         **{name: values(name)[-1] for name in _FINAL},
         "start/exact": values(EXACT)[0],
@@ -172,6 +183,7 @@ def summarise(curves: Mapping[str, Curve]) -> dict[str, float]:
         "rollout/tokens": float(sum(values("rollout/tokens"))),
         "time/total": float(np.nansum([*values("time/step"), *values("time/eval")])),
     }
+    return {name: float(f"{value:.6g}") for name, value in found.items()}
 
 
 def area(curve: Curve) -> float:

@@ -520,8 +520,8 @@ def param_shardings(
 
 
 def adapter_shardings(cfg: DecoderConfig, mesh: Mesh) -> Params:
-    """NamedSharding of every adapter: each is split as its matrix is on its side, and over fsdp besides where that side is not.
-    The rank never is.
+    """NamedSharding of every adapter: each is split as its matrix is on its side, and over fsdp besides where that side is not
+    and fsdp divides it. The rank never is.
     """
     boxed = abstract_adapters(cfg)
 

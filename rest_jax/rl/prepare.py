@@ -218,7 +218,8 @@ def change_metrics(
     mask: Bool[Array, "P G T"],
 ) -> Metrics:
     """What a step changed: of each region the mean of the new `logp` less that of the batch, over the tokens of positive and
-    of negative advantage; 0 where there are none.
+    of negative advantage; 0 where there are none. The batch's is the sampler's unless it was recomputed, so that what sampler and
+    trainer differ by (`rollout/logp_mismatch`) is in it.
     """
     change, advantage = logp - batch.logp_old, per_token(batch.advantage)
     signs = {"change_positive": advantage > 0, "change_negative": advantage < 0}

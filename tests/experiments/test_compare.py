@@ -15,7 +15,7 @@ from rest_jax import config as config_lib
 from rest_jax.errors import RunStopped, UserError
 from rest_jax.evaluation.statistics import estimate, holm
 from rest_jax.experiments import results
-from rest_jax.experiments.compare import Plan, compare, gather, write_page
+from rest_jax.experiments.compare import Plan, compare, gather, verdict, write_page
 from rest_jax.experiments.worker import Engine
 from tests.programs.pretend_train import finish
 
@@ -93,6 +93,9 @@ def test_the_builtin_plan_is_fair():
         ({"rates": {"values": [1e-4], "seeds": [9]}}, "rates.values"),
         ({"scale": "nowhere"}, "nowhere"),
         ({"overrides": {"train.steps": None}}, "train.steps must be set"),
+        ({"overrides": {"train.steps": 6, "data.eval": None}}, "data.eval must be set"),
+        ({"rates": {"values": [1e-4, 1e-4], "seeds": [9]}}, "rates.values: [0.0001, 0.0001] names"),
+        ({"pairs": [["rest", "rest"]]}, "pairs: ['rest', 'rest'] names one twice"),
         ({"overrides": {"train.stps": 1}}, "train.stps: unknown key (nearest: steps)"),
     ],
 )
@@ -169,11 +172,17 @@ def test_the_area_is_of_the_first_half(curve, expected):
 def test_all_comparisons_are_corrected_together(finished, tmp_path):
     found = gather("tiny", load(finished), tmp_path)
     assert len(found.pairs) == 5
-    differences = found.results.differences(found.pairs)
+    differences = found.results.differences(found.pairs, found.plan.comparisons)
     plain = [found.results.difference(*key) for key in differences]
     assert [each.p for each in differences.values()] == holm([each.p for each in plain])
-    assert differences["rest", "grpo", "eval/exact"].found
-    assert not differences["rest_mass", "grpo", "eval/exact"].found
+    assert differences["rest", "grpo", "eval/exact"].shown
+    assert not differences["rest_mass", "grpo", "eval/exact"].shown
+    # those to come count from the beginning
+    early = found.results.differences(found.pairs[:1], found.plan.comparisons)
+    for key, difference in early.items():
+        assert difference.p >= min(1, 9 * found.results.difference(*key).p)
+    power, alone = (found.results.power(found.pairs, "eval/exact", n) for n in (10, 1))
+    assert power.single == alone.single == alone.first < power.first
 
 
 def test_the_page_says_what_the_numbers_say(drawn, page):
@@ -181,6 +190,7 @@ def test_the_page_says_what_the_numbers_say(drawn, page):
     lines = written.splitlines()
     assert "- `rest`: Better, than its placebo too." in lines
     assert "- `rest_mass`: No difference is shown." in lines
+    assert not any(line.startswith("- `rest+shuffle`") for line in lines)
     (row,) = (x for x in lines if x.startswith("| rest | 4 |"))
     assert "| +10.0 [+8.7, +11.3] | **" in row
     (row,) = (x for x in lines if x.startswith("| rest - rest+shuffle |"))
@@ -201,7 +211,7 @@ def test_the_page_says_what_the_numbers_say(drawn, page):
 @pytest.mark.parametrize(
     ("ends", "said"),
     [
-        ((0.62, 0.63, 0.64, 0.63), "Better, but not shown to be better than its placebo"),
+        ((0.62, 0.63, 0.64, 0.63), "Above grpo, but not shown to be above its placebo"),
         ((0.50, 0.52, 0.54, 0.51), "Better, than its placebo too."),
     ],
 )
@@ -212,6 +222,43 @@ def test_a_rule_is_better_only_against_its_placebo(plan_file, tmp_path, ends, sa
     written = compare(path, output=str(tmp_path / "page"), engine=PAGE_ONLY).read_text()
     (line,) = (x for x in written.splitlines() if x.startswith("- `rest`: "))
     assert said in line
+
+
+def test_a_rule_without_a_placebo_is_not_said_to_be_better(plan_file, tmp_path):
+    """Advantages, which have no token weights and so no placebo, are."""
+    ends = {"grpo": ENDS["grpo"], "rest": ENDS["rest"], "gdpo": ENDS["rest"]}
+    path = plan_file(arms=list(ends), pairs=[])
+    for (arm, seed), job in load(path).jobs("tiny", {}).items():
+        finish(job.config(), ends[arm][seed])
+    lines = compare(path, output=str(tmp_path / "page"), engine=PAGE_ONLY).read_text().splitlines()
+    (said,) = (line for line in lines if line.startswith("- `rest`: "))
+    assert said.startswith("- `rest`: Above grpo; whether the choice of tokens does it is open")
+    assert "- `gdpo`: Better." in lines
+
+
+def test_better_in_one_endpoint_than_the_reference_and_in_another_than_the_placebo_is_not_better(finished, tmp_path):  # fmt: skip
+    found = gather("tiny", load(finished), tmp_path)
+
+    def difference(mean: float, shown: bool) -> results.Difference:
+        return results.Difference(estimate([mean, mean]), 0.01 if shown else 0.5)
+
+    area, end = results.ENDPOINTS
+    shown = {("grpo", area): True, ("grpo", end): False}
+    shown |= {("rest+shuffle", area): False, ("rest+shuffle", end): True}
+    differences = {("rest", *key): difference(0.1, is_shown) for key, is_shown in shown.items()}
+    assert "not shown to be above its placebo" in verdict(found, differences, "rest")
+    differences["rest", "rest+shuffle", area] = difference(0.1, True)
+    assert verdict(found, differences, "rest") == "Better, than its placebo too."
+    differences["rest", "grpo", end] = difference(-0.1, True)
+    assert verdict(found, differences, "rest").startswith("Better in one endpoint, worse")
+
+
+def test_tables_do_not_shrink(plan_file, finished, page, tmp_path):
+    """A machine with fewer run folders leaves the page as it is."""
+    before = page.read_text()
+    shutil.rmtree(tmp_path / "runs" / "tiny" / "rest-seed1")
+    compare(finished, output=str(page.parent), engine=PAGE_ONLY)
+    assert page.read_text() == before
 
 
 def test_what_one_step_gains_is_shown(plan_file, finished, tmp_path):
@@ -262,7 +309,7 @@ def test_an_unfinished_comparison_says_so(plan_file, tmp_path):
     written = compare(path, output=str(tmp_path / "page"), engine=PAGE_ONLY).read_text()
     assert "**14 of 16 runs are not finished; claims wait for all of them.**" in written
     half.write_text("\n".join(half.read_text().splitlines()[:-1]) + "\n")  # its last evaluation
-    written = compare(path, output=str(tmp_path / "page"), engine=PAGE_ONLY).read_text()
+    written = compare(path, output=str(tmp_path / "other"), engine=PAGE_ONLY).read_text()
     assert "**15 of 16 runs are not finished" in written
 
 
@@ -334,6 +381,26 @@ def test_without_all_runs_for_the_rates_no_rate_is_taken(plan_file, tmp_path):
     written = compare(path, output=str(tmp_path / "page"), engine=PAGE_ONLY).read_text()
     assert "**1 of 4 runs for the learning rates are not finished.**" in written
     assert "## Endpoints" not in written
+
+
+def test_runs_for_the_rates_that_are_elsewhere_are_missed(plan_file, pretending, tmp_path):
+    """The database says that they are done, and no folder has them."""
+    rates = {"values": [1e-4, 2e-4], "seeds": [8]}
+    path = plan_file(seeds=[0], arms=["grpo", "rest"], pairs=[], rates=rates)
+    compare(path, output=str(tmp_path / "page"), engine=pretending)
+    shutil.rmtree(tmp_path / "runs" / "tiny" / "rate0.0002-rest-seed8")
+    with pytest.raises(
+        UserError, match=r"1 finished runs for the learning rates are not in .*tiny"
+    ):
+        compare(path, output=str(tmp_path / "page"), engine=pretending)
+
+
+def test_a_failure_before_any_result_is_said(plan_file, pretending, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIL_AT", "start")
+    start = ["scale/tiny_sft", "method/sft"]
+    path = plan_file(seeds=[0], arms=["grpo", "rest"], pairs=[], start=start)
+    with pytest.raises(RunStopped, match="1 runs failed; the first: start: exit code 1: it broke"):
+        compare(path, output=str(tmp_path / "page"), engine=pretending)
 
 
 def test_failures_are_named_after_the_page(plan_file, pretending, tmp_path, monkeypatch):
