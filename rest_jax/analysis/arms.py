@@ -69,7 +69,7 @@ def make_arms(
         for placebo in kinds:
             weights = made.weights.model_copy(update={"placebo": placebo})
             cfg = _of_batch(made.model_copy(update={"weights": weights}), groups)
-            said = name if placebo == "none" else f"{name}, {placebo}"
+            said = name if placebo == "none" else f"{name}+{placebo}"
             for progress in (0, 1) if moves else (0,):
                 title = f"{said}, nu {progress}" if moves else said
                 arms.append(Arm(title, cfg, progress, find_phrases(made)))

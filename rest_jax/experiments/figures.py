@@ -63,6 +63,15 @@ def _panels(arms: list[str]) -> tuple[Any, dict[str, Any]]:
     return figure, dict(zip(arms, grid, strict=False))
 
 
+def _label_lowest(panels: dict[str, Any]) -> None:
+    """Steps stand below the lowest panel of each column alone."""
+    for i, axes in enumerate(panels.values()):
+        lowest = i + _COLUMNS >= len(panels)
+        axes.tick_params(labelbottom=lowest)
+        if not lowest:
+            axes.set_xlabel("")
+
+
 def _curves(results: Results, reference: str) -> Any:
     """The held-out curve of each arm over that of the reference, means over the seeds that both have, with t intervals."""
     figure, panels = _panels(results.arms)
@@ -82,6 +91,7 @@ def _curves(results: Results, reference: str) -> Any:
                 half /= len(seeds) ** 0.5
                 axes.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.15)
         plotting.label_steps(axes, arm, "")
+    _label_lowest(panels)
     said = f"Exact answers, held out, %; black: {reference}"
     figure.suptitle(f"{said}; bands: 95 % t intervals of the mean over seeds")
     return figure
@@ -100,6 +110,7 @@ def _shares(results: Results) -> Any:
         axes.stackplot(steps, layers, labels=REGIONS, colors=colours, linewidth=0)
         axes.set_ylim(0, 100)
         plotting.label_steps(axes, arm, "")
+    _label_lowest(panels)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(REGIONS), frameon=False)
     figure.suptitle("Share in the total token weight, %; above: responses and other tokens")

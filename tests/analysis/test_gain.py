@@ -76,11 +76,11 @@ def test_coefficients_of_grpo_are_advantages_over_tokens(config, scored):
 
 def test_a_method_with_a_curriculum_has_two_arms_and_a_placebo_more(config, scored):
     arms = make_arms(config, ["grpo", "rest"], ["shuffle"], groups=4)
-    names = ["grpo", *(f"rest{kind}, nu {n}" for kind in ("", ", shuffle") for n in (0, 1))]
+    names = ["grpo", *(f"rest{kind}, nu {n}" for kind in ("", "+shuffle") for n in (0, 1))]
     assert [arm.name for arm in arms] == names
     weight = {arm.name: arm(scored, TOKENIZER)[0] for arm in arms}
     assert np.abs(weight["rest, nu 1"] - weight["rest, nu 0"]).max() > 0.01
-    for own, other in ((weight["rest, nu 0"], weight["rest, shuffle, nu 0"]),):
+    for own, other in ((weight["rest, nu 0"], weight["rest+shuffle, nu 0"]),):
         np.testing.assert_allclose(np.sort(own, axis=-1), np.sort(other, axis=-1), rtol=1e-6)
 
 
