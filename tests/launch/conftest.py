@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -107,3 +109,39 @@ def alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+@dataclasses.dataclass
+class Stages:
+    """A folder in which scripts run a rest-jax that only notes its words (tests/programs/fake_rest_jax.sh)."""
+
+    folder: pathlib.Path
+
+    def start(
+        self, script: str, *words: str, seconds: float = 0, code: int = 0
+    ) -> subprocess.Popen[str]:
+        """Starts launch/<script>, each of whose commands takes so long and ends with that code."""
+        environment = os.environ | {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}"}
+        environment |= {"LOG": str(self.folder / "log")}
+        environment |= {"SECONDS_EACH": str(seconds), "CODE": str(code)}
+        # Where the tests run in the background, Ctrl-C is ignored, and a shell cannot trap what it inherits as ignored.
+        return subprocess.Popen(
+            [str(REPOSITORY / "launch" / script), *words], cwd=self.folder, env=environment,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
+
+    def said(self) -> list[list[str]]:
+        """The words of each command so far."""
+        path = self.folder / "log"
+        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture
+def stages(tmp_path) -> Stages:
+    """For scripts that run one command after the other."""
+    fake = tmp_path / "bin" / "rest-jax"
+    fake.parent.mkdir()
+    shutil.copy(REPOSITORY / "tests" / "programs" / "fake_rest_jax.sh", fake)
+    fake.chmod(0o755)
+    return Stages(tmp_path)
