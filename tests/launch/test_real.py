@@ -22,12 +22,12 @@ def start(stages, tmp_path):
 
 def test_the_stages(start, stages):
     assert start("sgd").wait(60) == 0
-    stages = stages.said()
-    assert [words[0] for words in stages] == [
+    commands = stages.said()
+    assert [words[0] for words in commands] == [
         *("data", "evaluate", "sft", "evaluate", "train", "evaluate", "train", "evaluate"),
         *("report", "evaluate", "evaluate", "evaluate", "evaluate"),
     ]
-    runs = [config.load(words[1:3], words[3:]) for words in stages if words[0] in ("sft", "train")]
+    runs = [config.load(words[1:3], words[3:]) for words in commands if words[0] in ("sft", "train")]
     sft, *trained = runs
     assert [run.name for run in trained] == ["grpo", "rest"]
     for run in trained:
@@ -38,9 +38,9 @@ def test_the_stages(start, stages):
             trained[0].rollout,
             trained[0].data,
         )
-    prepared = stages[0]
+    prepared = commands[0]
     assert sft.data.train in prepared and "data.brief_prompt=true" in prepared
-    outputs = [words[words.index("--output") + 1] for words in stages if "--output" in words]
+    outputs = [words[words.index("--output") + 1] for words in commands if "--output" in words]
     assert outputs == [*(f"runs/real/{name}.jsonl" for name in EVALUATED), "runs/real/report.html"]
 
 
@@ -51,9 +51,9 @@ def test_what_is_done_is_not_done_again(start, stages, tmp_path):
     for name in ("sgd", *EVALUATED[:2]):
         (folder / f"{name}.jsonl").touch()
     assert start("sgd").wait(60) == 0
-    stages = stages.said()
-    assert stages[0][0] == "sft"
-    outputs = [words[words.index("--output") + 1] for words in stages if "--output" in words]
+    commands = stages.said()
+    assert commands[0][0] == "sft"
+    outputs = [words[words.index("--output") + 1] for words in commands if "--output" in words]
     assert outputs[:2] == ["runs/real/grpo.jsonl", "runs/real/rest.jsonl"]
 
 
