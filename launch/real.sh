@@ -37,7 +37,7 @@ evaluate before models/smollm2 data.template=toolrl data.brief_prompt=true data.
 run_stage sft scale/smollm2_135m_sgd_sft method/sft name=sft output=$out
 evaluate sft $out/sft
 for method in grpo rest; do
-  run_stage train scale/smollm2_135m_sgd "method/$method" "name=$method" output=$out
+  run_stage train scale/smollm2_135m_sgd "method/$method" "name=$method" output=$out model.source=$out/sft
   evaluate "$method" "$out/$method"
 done
 

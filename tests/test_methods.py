@@ -27,6 +27,8 @@ ELSEWHERE = {
     "qwen3_1p7b_sft": [*HERE, "data.synthetic_size=64"],
     "smollm2_135m": [*HERE, "rollout.prompts_per_step=8", "data.synthetic_size=64"],
     "smollm2_135m_sft": [*HERE, "sft.batch_size=8", "data.synthetic_size=64"],
+    "smollm2_135m_sgd": [*HERE, "data.synthetic_size=64"],
+    "smollm2_135m_sgd_sft": [*HERE, "data.synthetic_size=64"],
     "tiny_reasoned_sft": ["data.synthetic_size=64"],
     "tiny_inferred_sft": ["data.synthetic_size=64"],
 }

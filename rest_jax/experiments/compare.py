@@ -150,6 +150,8 @@ def compare(plan: str, *, output: str | None = None, engine: Engine | None = Non
     UserError before anything starts for input that cannot be used, and without any result; RunStopped when runs fail,
     after the page of the others is written.
     """
+    if output is not None:
+        local_path("--output", output)
     engine, path = engine or Engine(), config_lib.builtin_file(plan, "comparisons")
     loaded = config_lib.validate_as(Plan, config_lib.read_mapping(path), f"plan {path}")
     name = path.stem

@@ -225,7 +225,8 @@ def test_a_mini_batch_of_any_groups_is_an_update_of_these_alone(full, max_tokens
     last, metrics = step(both, full, plan, minibatch=minibatch)
     alone = [step(cfg, jax.tree.map(lambda x, i=i: x[minibatch == i], full)) for i in (0, 1)]
     close(last.opt_state, alone[1][0].opt_state)
-    of_step = {"update/phantom_gradient"}  # a share of all groups together, not a mean over updates
+    # of all groups together, not means over updates
+    of_step = {"update/phantom_gradient", "update/effective_tokens"}
     for name in {name for name in metrics if name.startswith("update/")} - of_step:
         values = [found[name] for _, found in alone]
         expected = max(values) if name == "update/ratio_max" else np.mean(values)
