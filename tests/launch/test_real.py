@@ -27,7 +27,9 @@ def test_the_stages(start, stages):
         *("data", "evaluate", "sft", "evaluate", "train", "evaluate", "train", "evaluate"),
         *("report", "evaluate", "evaluate", "evaluate", "evaluate"),
     ]
-    runs = [config.load(words[1:3], words[3:]) for words in commands if words[0] in ("sft", "train")]
+    runs = [
+        config.load(words[1:3], words[3:]) for words in commands if words[0] in ("sft", "train")
+    ]
     sft, *trained = runs
     assert [run.name for run in trained] == ["grpo", "rest"]
     for run in trained:
