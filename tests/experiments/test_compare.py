@@ -57,6 +57,7 @@ def load(path: str) -> Plan:
 def test_the_builtin_plan_is_fair():
     """Within a seed nothing differs but what the arm is and the learning rate; seeds differ in nothing but the seed."""
     plan = load(str(config_lib.builtin_file("credit", "comparisons")))
+    plan = plan.model_copy(update={"seeds": plan.seeds[:2]})  # loading configs takes seconds
     rates = {arm: 1e-4 * (1 + i) for i, arm in enumerate(plan.arms)}
     configs = {key: job.config() for key, job in plan.jobs("credit", rates).items()}
     assert len({config.folder for config in configs.values()}) == len(configs)
