@@ -532,8 +532,8 @@ def adapter_shardings(cfg: DecoderConfig, mesh: Mesh) -> Params:
         if any("fsdp" in part for part in spec):
             return where
         for i, (axis, size) in enumerate(zip(box.names, box.value.shape, strict=True)):
-            ways = math.prod(mesh.shape[name] for name in (*spec[i], "fsdp"))
-            if axis not in ("layers", "rank") and size % ways == 0:
+            devices = math.prod(mesh.shape[name] for name in (*spec[i], "fsdp"))
+            if axis not in ("layers", "rank") and size % devices == 0:
                 spec[i] = (*spec[i], "fsdp")
                 break
         return NamedSharding(mesh, PartitionSpec(*(part or None for part in spec)))
