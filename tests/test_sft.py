@@ -8,6 +8,7 @@ import pytest
 
 from rest_jax import cli
 from rest_jax.data.loader import TargetBatch
+from rest_jax.experiments import results
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run.metrics import read_lines
 from rest_jax.sft import label_regions
@@ -51,6 +52,8 @@ def test_the_times_of_the_steps_sum_to_the_length_of_the_run(supervised):
 def test_its_folder_is_a_start_for_reinforcement(supervised, tmp_path):
     finish(start("train", recipe(supervised, tmp_path, train={"steps": 1}), tmp_path))
     assert lines(tmp_path / "tiny")[-1]["step"] == 1
+    ended, begun = results.trained_weights(supervised), results.read_made_of(tmp_path / "tiny")
+    assert ended and ended == begun.weights
 
 
 def test_noise_is_not_measured(model, tmp_path, capsys):

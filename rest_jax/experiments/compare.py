@@ -10,7 +10,7 @@ seeds of every arm.
 import functools
 import itertools
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Mapping
 from typing import Annotated, Any, NamedTuple
 
 import jinja2
@@ -22,7 +22,7 @@ from rest_jax.config import Config, NonNegativeInt, PositiveFloat, Section
 from rest_jax.errors import RunStopped, UserError
 from rest_jax.experiments import results, storage
 from rest_jax.experiments.figures import write_figures
-from rest_jax.experiments.results import Difference, RateRun, Results, Run
+from rest_jax.experiments.results import Difference, MadeOf, RateRun, Results, Run
 from rest_jax.experiments.worker import Engine, Experiment, Job, carry_out, is_finished
 from rest_jax.files import atomic_write, local_path
 
@@ -163,8 +163,8 @@ def compare(plan: str, *, output: str | None = None, engine: Engine | None = Non
             raise UserError(
                 f"plan {name}: data.eval must be set: arms are compared by held-out records"
             )
-    _finished(loaded.rate_jobs(name) if loaded.rates else loaded.jobs(name, {}))
-    failed = train(name, loaded, engine) if engine.workers else []
+    gather(name, loaded, folder)
+    failed = train(name, loaded, folder, engine) if engine.workers else []
     found = gather(name, loaded, folder)
     if not found.results.runs and not found.results.rates:
         if failed:
@@ -180,37 +180,48 @@ def compare(plan: str, *, output: str | None = None, engine: Engine | None = Non
     return page
 
 
-def train(name: str, plan: Plan, engine: Engine) -> list[str]:
-    """Carries out the runs of a plan, its supervised start first, then those for the learning rates; why runs failed. RunStopped
-    when told to stop.
+def train(name: str, plan: Plan, folder: pathlib.Path, engine: Engine) -> list[str]:
+    """Carries out the runs of a plan that the tables in `folder` do not have, its supervised start first, then those for the
+    learning rates; why runs failed. RunStopped when told to stop.
     """
-    carry = functools.partial(_carry_out, folder=local_path("output", plan.folder(name)), engine=engine)  # fmt: skip
+    stored = results.read(name, folder)
+    done = {*stored.runs, *stored.rates}
+
+    def carry(stage: str, jobs: Mapping[Any, Job]) -> list[str]:
+        place = local_path("output", plan.folder(name))
+        return _carry_out(f"{name}{stage}", jobs, done, place, engine)
+
+    rate_jobs = plan.rate_jobs(name)
+    planned = itertools.product(plan.arms, plan.seeds)
+    if done >= {*rate_jobs, *planned}:
+        return []
     if plan.start:
-        values = {"name": "start", "output": plan.folder(name)}
-        if failed := carry(f"{name}-start", [Job("sft", plan.start).with_values(values)]):
+        job = Job("sft", plan.start).with_values({"name": "start", "output": plan.folder(name)})
+        if failed := carry("-start", {"start": job}):
             return failed
-    if plan.rates and (failed := carry(f"{name}-rates", plan.rate_jobs(name).values())):
+        weights = results.trained_weights(local_path("output", job.config().folder))
+        results.check_weights({**stored.made_of, ("start",): MadeOf("", weights)})
+    if failed := carry("-rates", rate_jobs):
         return failed
-    for_rates = _finished(plan.rate_jobs(name))
-    if missing := len(plan.rate_jobs(name)) - len(for_rates):
+    rates = gather(name, plan, folder).results.rates
+    if missing := len(rate_jobs) - len(rates):
         raise UserError(
             f"plan {name}: {missing} finished runs for the learning rates are not in {plan.folder(name)}; workers on several "
             "machines need the folder on a shared file system"
         )
-    jobs = plan.jobs(name, results.chosen_rates(_summaries(for_rates)))
-    _finished(jobs)
-    return carry(name, jobs.values())
+    return carry("", plan.jobs(name, results.chosen_rates(rates)))
 
 
 def _carry_out(
-    stage: str, jobs: Iterable[Job], *, folder: pathlib.Path, engine: Engine
+    stage: str, jobs: Mapping[Any, Job], done: Container[Any], folder: pathlib.Path, engine: Engine
 ) -> list[str]:
-    """Why runs failed."""
-    runs = {job.config().name: job for job in jobs}
+    """Those that are not done; why runs failed."""
+    runs = {job.config().name: job for job in jobs.values()}
+    missing = {job.config().name: {} for key, job in jobs.items() if key not in done}
     draw = functools.partial(planned, runs)
-    experiment = Experiment(stage, folder, {run: {} for run in runs}, draw, results.EXACT)
+    experiment = Experiment(stage, folder, missing, draw, results.EXACT)
     trials = storage.current(carry_out(experiment, engine))
-    states = {run: storage.state(trial) for run, trial in trials.items()}
+    states = {run: storage.state(trial) for run, trial in trials.items() if run in missing}
     if any(state in ("waiting", "running", "lost") for state, _ in states.values()):
         raise RunStopped(f"{stage}: stopped; the same command resumes it")
     return [f"{run}: {why}" for run, (state, why) in states.items() if state != "complete"]
@@ -222,27 +233,38 @@ def planned(jobs: Mapping[str, Job], _: Trial, run: str) -> Job:
 
 
 def gather(name: str, plan: Plan, folder: pathlib.Path) -> Compared:
-    """What the finished runs measured or, where more is stored beside the page, that: tables do not shrink.
+    """Adds what the finished runs measured to the tables beside the page, and reads from these what the plan asks for.
 
-    A seed without the reference is left out: nothing could be paired with it.
+    UserError when a run is another config's than the plan's, or began with other weights than the others. A seed without the
+    reference is left out: nothing could be paired with it.
     """
-    stored, for_rates = results.read(name, folder), _finished(plan.rate_jobs(name))
-    if len(for_rates) < len(stored.rates):
-        for_rates = {}
-    known = _summaries(for_rates) or stored.rates
-    complete = len(known) == len(plan.rate_jobs(name))
-    finished = _finished(plan.jobs(name, results.chosen_rates(known))) if complete else {}
-    runs = {key: run for key, run in finished.items() if (plan.reference, key[1]) in finished}
-    if len(runs) < len(stored.runs):
-        runs = {}
+    rate_jobs = plan.rate_jobs(name)
+    for_rates = _finished(rate_jobs)
+    results.store({}, for_rates, {}, name, folder)
+    known = results.read(name, folder).restricted(rate_jobs).rates
+    complete = len(known) == len(rate_jobs)
+    jobs = plan.jobs(name, results.chosen_rates(known)) if complete else {}
     gains = {label: path for label, path in plan.gain.items() if path.is_file()}
-    results.store(runs, for_rates, gains, name, folder)
-    found = results.read(name, folder)
+    results.store(_finished(jobs), {}, gains, name, folder)
+    stored = results.read(name, folder)
+    paired = [key for key in jobs if (plan.reference, key[1]) in stored.runs]
+    found = stored.restricted([*rate_jobs, *paired])
+    _check_configs(found, {**rate_jobs, **jobs}, folder)
     seeds = {arm: {s for a, s in found.runs if a == arm} for arm in plan.arms}
     pairs = [(a, b) for a, b in plan.all_pairs if seeds[a] & seeds[b]]
-    jobs = plan.jobs(name, plan.first_rates)
-    configs = {arm: jobs[arm, plan.seeds[0]].config() for arm in plan.arms}
+    shown = plan.jobs(name, plan.first_rates)
+    configs = {arm: shown[arm, plan.seeds[0]].config() for arm in plan.arms}
     return Compared(name, plan, configs, found, pairs)
+
+
+def _check_configs(found: Results, jobs: Mapping[Any, Job], folder: pathlib.Path) -> None:
+    """UserError for a stored run that is another config's than the plan's now."""
+    for key, made in found.made_of.items():
+        if made.config != results.config_digest(jobs[key].config()):
+            raise UserError(
+                f"{folder}: its tables have run {jobs[key].config().name} of another config than the plan's; "
+                "restore the plan, or write the tables to another folder"
+            )
 
 
 def _finished(jobs: Mapping[Any, Job]) -> dict[Any, pathlib.Path]:
@@ -253,10 +275,6 @@ def _finished(jobs: Mapping[Any, Job]) -> dict[Any, pathlib.Path]:
         for key, config in configs.items()
         if is_finished(config, results.EXACT)
     }
-
-
-def _summaries(folders: Mapping[RateRun, pathlib.Path]) -> dict[RateRun, dict[str, float]]:
-    return {key: results.summarise(results.read_run(run)) for key, run in folders.items()}
 
 
 def verdict(

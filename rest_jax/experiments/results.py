@@ -1,13 +1,14 @@
 """What the runs of a comparison measured: a summary and the curves of each run, and what follows from them.
 
-`store` reads run folders and leaves <plan>_runs.csv, <plan>_rates.csv, <plan>_gain.csv and <plan>_curves.csv.gz beside the
-page; `read` makes the `Results` of a page of these. Two runs of one seed see the same prompts in the same order, which is
-why differences are paired by seed.
+`store` adds run folders to <plan>_runs.csv, <plan>_rates.csv, <plan>_gain.csv and <plan>_curves.csv.gz beside the page; `read`
+makes the `Results` of a page of these. A run that stands there is done, wherever it was carried out: what it was made of
+stands beside it. Two runs of one seed see the same prompts in the same order, which is why differences are paired by seed.
 """
 
 import csv
 import dataclasses
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -17,7 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rest_jax import config as config_lib
 from rest_jax.analysis.report import read_series
+from rest_jax.config import Config
+from rest_jax.errors import UserError
 from rest_jax.evaluation.statistics import (
     Estimate,
     estimate,
@@ -27,6 +31,7 @@ from rest_jax.evaluation.statistics import (
     paired_differences,
 )
 from rest_jax.files import atomic_write
+from rest_jax.run.metrics import CONFIG_FILE, DIGESTS_FILE, read_lines
 
 EXACT, AREA = "eval/exact", "area/exact"
 # What arms are compared by, fixed before any run: the mean of the held-out curve over the first half of the steps, in which
@@ -54,12 +59,24 @@ _CURVES = (
     *("reward/mean", "reward/exact", "rollout/entropy", "rollout/response_tokens"),
     *("update/grad_norm", "update/grad_noise"),
 )
+# How config keys begin that may differ between two machines that carry out the same run.
+_MAY_DIFFER = (
+    *("name", "output", "mesh.", "distributed.", "model.source", "model.tokenizer", "model.remat"),
+    *("train.checkpoint_every", "train.keep_checkpoints", "train.samples_per_step"),
+)
 LATE = 10  # training steps whose sampled rate is averaged
 
 Curve = Mapping[int, float]  # step -> value
 Run = tuple[str, int]  # arm, seed
 RateRun = tuple[str, float, int]  # arm, learning rate, seed
 Values = Mapping[str, float]  # by name
+
+
+class MadeOf(NamedTuple):
+    """Digests of what a run was made of: `config_digest`, and the weights that it began with, "" where it recorded none."""
+
+    config: str
+    weights: str
 
 
 class Difference(NamedTuple):
@@ -89,14 +106,25 @@ class Power(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """Summaries and curves of the runs, the summaries of those that learning rates were chosen by, and what one step of each
-    method gains at some policies.
+    """Summaries and curves of the runs, the summaries of those that learning rates were chosen by, what all of them were made of,
+    and what one step of each method gains at some policies.
     """
 
     runs: Mapping[Run, Values]
     curves: Mapping[Run, Mapping[str, Curve]]
     rates: Mapping[RateRun, Values]
     gain: Mapping[tuple[str, str], Values]  # (method as `rest-jax gain` calls it, policy)
+    made_of: Mapping[Run | RateRun, MadeOf]
+
+    def restricted(self, keep: Iterable[Run | RateRun]) -> "Results":
+        """To some of the runs, in their order."""
+        keep = list(keep)
+
+        def picked(values: Mapping[Any, Any]) -> dict[Any, Any]:
+            return {key: values[key] for key in keep if key in values}
+
+        runs, curves, rates = picked(self.runs), picked(self.curves), picked(self.rates)
+        return Results(runs, curves, rates, self.gain, picked(self.made_of))
 
     @property
     def arms(self) -> list[str]:
@@ -208,9 +236,38 @@ def chosen_rates(rates: Mapping[RateRun, Values]) -> dict[str, float]:
     }
 
 
+def config_digest(config: Config) -> str:
+    """Of all that may change what a run measures, defaults apart: a key of a later version leaves it as it is."""
+    found = config_lib.differences({}, config.model_dump(mode="json", exclude_defaults=True))
+    kept = {one.path: one.new for one in found if not one.path.startswith(_MAY_DIFFER)}
+    text = json.dumps(kept, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def read_run(folder: pathlib.Path) -> dict[str, dict[int, float]]:
     """metric -> step -> value."""
     return {n: dict(zip(*series, strict=True)) for n, series in read_series(folder).items()}
+
+
+def read_made_of(folder: pathlib.Path) -> MadeOf:
+    """Of a finished run."""
+    # Imports jax, which a run is to do for itself.
+    from rest_jax.run.contents import MADE_OF
+
+    config = config_lib.load([folder / CONFIG_FILE])
+    recorded = _digests(folder)
+    first = next((line["launch"][MADE_OF] for line in recorded if "launch" in line), {})
+    return MadeOf(config_digest(config), first.get("weights", ""))
+
+
+def trained_weights(folder: pathlib.Path) -> str:
+    """The digest of the weights that a run ended with; "" where it recorded none."""
+    return next((x["params"] for x in reversed(_digests(folder)) if "params" in x), "")
+
+
+def _digests(folder: pathlib.Path) -> list[dict[str, Any]]:
+    path = folder / DIGESTS_FILE
+    return read_lines(path) if path.is_file() else []
 
 
 def store(
@@ -220,22 +277,45 @@ def store(
     name: str,
     folder: pathlib.Path,
 ) -> None:
-    """Writes the tables of finished runs, given by their folders, and of measured gains, given by their files."""
-    if runs or rates or gains:
-        folder.mkdir(parents=True, exist_ok=True)
-    found = {key: read_run(run) for key, run in runs.items()}
+    """Adds finished runs, given by their folders, to the tables, and measured gains, given by their files. A run that stands
+    there already is written again. UserError for runs that did not all begin with the same weights.
+    """
+    stored = read(name, folder)
+    folders = {**runs, **rates}
+    new = {key: read_run(run) for key, run in folders.items()}
+    made_of = {**stored.made_of, **{key: read_made_of(run) for key, run in folders.items()}}
+    check_weights(made_of)
+    summaries = {key: summarise(curves) for key, curves in new.items()}
+
+    def write(table: str, columns: tuple[str, ...], old: Mapping[Any, Values], keys: Iterable[Any]):
+        found = {**old, **{key: summaries[key] for key in keys}}
+        rows = (
+            {**dict(zip(columns, key, strict=True)), **made_of[key]._asdict(), **found[key]}
+            for key in sorted(found)
+        )
+        if found:
+            _write(folder / f"{name}_{table}.csv", rows)
+
     if gains:
         _write(folder / f"{name}_gain.csv", _gain_rows(gains))
-    if rates:
-        rows = (
-            {"arm": arm, "rate": rate, "seed": seed, **summarise(read_run(run))}
-            for (arm, rate, seed), run in rates.items()
+    write("rates", ("arm", "rate", "seed"), stored.rates, rates)
+    write("runs", ("arm", "seed"), stored.runs, runs)
+    if curves := {**stored.curves, **{key: new[key] for key in runs}}:
+        _write(folder / f"{name}_curves.csv.gz", _points(dict(sorted(curves.items()))))
+
+
+def check_weights(made_of: Mapping[Any, MadeOf]) -> None:
+    """UserError for runs that did not all begin with the same weights, as far as they recorded them."""
+    first: dict[str, str] = {}
+    for key, made in made_of.items():
+        if made.weights:
+            first.setdefault(made.weights, "/".join(map(str, key)))
+    if len(first) > 1:
+        (one, run), (other, another), *_ = first.items()
+        raise UserError(
+            f"run {run} began with the weights {one}, run {another} with {other}: they cannot be compared; put the start of the "
+            "stored runs in place, or write the tables to another folder"
         )
-        _write(folder / f"{name}_rates.csv", rows)
-    if found:
-        rows = ({"arm": a, "seed": s, **summarise(curves)} for (a, s), curves in found.items())
-        _write(folder / f"{name}_runs.csv", rows)
-        _write(folder / f"{name}_curves.csv.gz", _points(found))
 
 
 def _points(found: Mapping[Run, Mapping[str, Curve]]) -> Iterable[dict[str, Any]]:
@@ -263,14 +343,17 @@ def _gain_rows(gains: Mapping[str, pathlib.Path]) -> Iterable[dict[str, Any]]:
 
 def read(name: str, folder: pathlib.Path) -> Results:
     """What `store` left in the folder; empty without it."""
-    runs = {
-        (row.pop("arm"), int(row.pop("seed"))): _numbers(row)
-        for row in _rows(folder / f"{name}_runs.csv")
-    }
-    rates = {
-        (row.pop("arm"), float(row.pop("rate")), int(row.pop("seed"))): _numbers(row)
-        for row in _rows(folder / f"{name}_rates.csv")
-    }
+    made_of: dict[Run | RateRun, MadeOf] = {}
+    runs: dict[Run, Values] = {}
+    rates: dict[RateRun, Values] = {}
+    for row in _rows(folder / f"{name}_runs.csv"):
+        run = row.pop("arm"), int(row.pop("seed"))
+        made_of[run] = MadeOf(row.pop("config"), row.pop("weights"))
+        runs[run] = _numbers(row)
+    for row in _rows(folder / f"{name}_rates.csv"):
+        rate_run = row.pop("arm"), float(row.pop("rate")), int(row.pop("seed"))
+        made_of[rate_run] = MadeOf(row.pop("config"), row.pop("weights"))
+        rates[rate_run] = _numbers(row)
     gain = {
         (row.pop("method"), row.pop("policy")): _numbers(row)
         for row in _rows(folder / f"{name}_gain.csv")
@@ -282,7 +365,7 @@ def read(name: str, folder: pathlib.Path) -> Results:
         for metric, value in _numbers(row).items():
             if value == value:
                 own.setdefault(metric, {})[step] = value
-    return Results(runs, curves, rates, gain)
+    return Results(runs, curves, rates, gain, made_of)
 
 
 def _rows(path: pathlib.Path) -> list[dict[str, str]]:
@@ -307,5 +390,6 @@ def _write(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
             writer.writerow(row)
         writer.writerow(f"{x:.6g}" if isinstance(x, float) else x for x in row.values())
     content = text.getvalue().encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
         partial.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)

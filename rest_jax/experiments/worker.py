@@ -10,6 +10,7 @@ its standard input is closed, so that a worker that is killed takes its run alon
 
 import contextlib
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -43,13 +44,18 @@ class Job:
     overrides: tuple[str, ...] = ()
 
     def config(self) -> Config:
-        """Its resolved config. ConfigError."""
-        return config_lib.load(self.files, self.overrides)
+        """Its resolved config, loaded once. ConfigError."""
+        return _load(self)
 
     def with_values(self, values: Mapping[str, Any]) -> "Job":
         """The same run with other config values, by dotted key."""
         words = (f"{key}={json.dumps(value)}" for key, value in values.items())
         return dataclasses.replace(self, overrides=(*self.overrides, *words))
+
+
+@functools.cache
+def _load(job: Job) -> Config:
+    return config_lib.load(job.files, job.overrides)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -262,6 +262,61 @@ def test_tables_do_not_shrink(plan_file, finished, page, tmp_path):
     assert page.read_text() == before
 
 
+def test_what_stands_in_the_tables_is_not_run_again(plan_file, pretending, tmp_path, monkeypatch):
+    """Another machine takes over a comparison, or adds an arm to it."""
+    start = ["scale/tiny_sft", "method/sft"]
+    changes = {"start": start, "pairs": [], "seeds": [0, 1]}
+    rates = {"values": [1e-4, 2e-4], "seeds": [8]}
+    first = plan_file(**changes, arms=["grpo", "rest"], rates=rates)
+    page = tmp_path / "page"
+    compare(first, output=str(page), engine=pretending)
+    shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "runs").mkdir()
+    before = page.joinpath("README.md").read_text()
+    compare(first, output=str(page), engine=pretending)
+    assert not (tmp_path / "runs" / "trained.txt").exists()  # nor its start
+    assert page.joinpath("README.md").read_text() == before
+
+    more = plan_file(**changes, arms=["grpo", "rest", "ar"], rates=rates)
+    assert "| ar | 2 |" in compare(more, output=str(page), engine=pretending).read_text()
+    runs = ["rate0.0001-ar-seed8", "rate0.0002-ar-seed8", "ar-seed0", "ar-seed1"]
+    trained_runs = (tmp_path / "runs" / "trained.txt").read_text().split()
+    assert trained_runs == ["sft:start", *(f"train:{run}" for run in runs)]
+    with (page / "tiny_runs.csv").open() as file:
+        assert {row["weights"] for row in csv.DictReader(file)} == {"a1"}
+
+    # a start with other bits, as of another kind of processor, is found before any run
+    shutil.rmtree(tmp_path / "runs" / "tiny")
+    monkeypatch.setenv("WEIGHTS", "b2")
+    most = plan_file(**changes, arms=["grpo", "rest", "ar", "less"], rates=rates)
+    with pytest.raises(UserError, match=r"weights a1, run start with b2: they cannot be compared"):
+        compare(most, output=str(page), engine=pretending)
+    assert (tmp_path / "runs" / "trained.txt").read_text().split() == [*trained_runs, "sft:start"]
+
+
+def test_a_stored_run_of_another_config_is_refused(plan_file, finished, page, tmp_path):
+    shutil.rmtree(tmp_path / "runs")
+    before = {path: path.read_bytes() for path in page.parent.rglob("*") if path.is_file()}
+    changed = plan_file(overrides={"train.steps": 6, "optimizer.learning_rate": 0.5})
+    with pytest.raises(UserError, match="have run grpo-seed0 of another config than the plan's"):
+        compare(changed, output=str(page.parent), engine=PAGE_ONLY)
+    assert {path: path.read_bytes() for path in before} == before
+    # where it lies and how often it saves is not what it measures
+    overrides = {"train.steps": 6, "train.eval_every": 2, "train.checkpoint_every": 2}
+    elsewhere = plan_file(overrides=overrides, output=str(tmp_path / "other"))
+    compare(elsewhere, output=str(page.parent), engine=PAGE_ONLY)
+
+
+def test_runs_from_different_weights_are_not_paired(plan_file, tmp_path, monkeypatch):
+    path = plan_file()
+    for i, job in enumerate(load(path).jobs("tiny", {}).values()):
+        monkeypatch.setenv("WEIGHTS", "b2" if i == 3 else "a1")
+        finish(job.config(), 0.5)
+    with pytest.raises(UserError, match=r"run grpo/0 began with the weights a1, run rest_mass/0"):
+        compare(path, output=str(tmp_path / "page"), engine=PAGE_ONLY)
+    assert not (tmp_path / "page").exists()
+
+
 def test_what_one_step_gains_is_shown(plan_file, finished, tmp_path):
     row = {"cosine": 0.9, "gain_relative": 0.47, "gain_relative_interval": [0.36, 0.57]}
     row |= {"adam_relative": -0.05, "adam_relative_interval": [-0.1, 0.01]}
@@ -343,7 +398,7 @@ def test_runs_are_trained_once_the_start_before_them(plan_file, pretending, tmp_
     shown = capsys.readouterr().out
     trained_runs = (tmp_path / "runs" / "trained.txt").read_text().split()
     assert trained_runs == ["sft:start", "train:rest-seed0"]
-    assert shown.index("tiny-start start: complete") < shown.index("tiny grpo-seed0: complete")
+    assert shown.index("tiny-start start: complete") < shown.index("tiny rest-seed0: complete")
     compare(path, output=page, engine=pretending)
     assert (tmp_path / "runs" / "trained.txt").read_text().split() == trained_runs
 
@@ -385,11 +440,12 @@ def test_without_all_runs_for_the_rates_no_rate_is_taken(plan_file, tmp_path):
 
 
 def test_runs_for_the_rates_that_are_elsewhere_are_missed(plan_file, pretending, tmp_path):
-    """The database says that they are done, and no folder has them."""
+    """The database says that they are done, and neither a folder nor the tables have them."""
     rates = {"values": [1e-4, 2e-4], "seeds": [8]}
     path = plan_file(seeds=[0], arms=["grpo", "rest"], pairs=[], rates=rates)
     compare(path, output=str(tmp_path / "page"), engine=pretending)
     shutil.rmtree(tmp_path / "runs" / "tiny" / "rate0.0002-rest-seed8")
+    shutil.rmtree(tmp_path / "page")
     with pytest.raises(
         UserError, match=r"1 finished runs for the learning rates are not in .*tiny"
     ):

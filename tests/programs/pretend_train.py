@@ -1,6 +1,7 @@
 """Leaves the folder of a finished run, with made-up metrics: `train|sft FILES... key=value`.
 
-Each start adds a line to <output>/../trained.txt. A run named by FAIL_AT fails.
+Each start adds a line to <output>/../trained.txt. A run named by FAIL_AT fails. WEIGHTS is the digest of what every run begins
+and ends with.
 """
 
 import json
@@ -30,7 +31,10 @@ def finish(config: config_lib.Config, exact: float) -> None:
     steps = config.train.steps or 0
     lines = [{"step": 0, **held(0.4)}, *({"step": s, **trained(s)} for s in range(1, steps + 1))]
     lines.append({"step": steps, **held(exact)})
-    (config.folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    weights = os.environ.get("WEIGHTS", "a1")
+    digests = [{"step": 0, "launch": {"made_of": {"weights": weights}}}, {"step": steps, "params": weights}]  # fmt: skip
+    for file, content in (("metrics.jsonl", lines), ("digests.jsonl", digests)):
+        (config.folder / file).write_text("".join(json.dumps(line) + "\n" for line in content))
 
 
 def held(exact: float) -> dict[str, float]:
