@@ -192,8 +192,7 @@ def train(name: str, plan: Plan, folder: pathlib.Path, engine: Engine) -> list[s
         return _carry_out(f"{name}{stage}", jobs, done, place, engine)
 
     rate_jobs = plan.rate_jobs(name)
-    planned = itertools.product(plan.arms, plan.seeds)
-    if done >= {*rate_jobs, *planned}:
+    if done >= {*rate_jobs, *itertools.product(plan.arms, plan.seeds)}:
         return []
     if plan.start:
         job = Job("sft", plan.start).with_values({"name": "start", "output": plan.folder(name)})

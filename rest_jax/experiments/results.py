@@ -382,13 +382,12 @@ def _numbers(row: Mapping[str, str]) -> dict[str, float]:
 
 
 def _write(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Six digits of every number; the same bytes for the same rows."""
-    text = io.StringIO()
-    writer = csv.writer(text)
-    for i, row in enumerate(rows):
-        if not i:
-            writer.writerow(row)
-        writer.writerow(f"{x:.6g}" if isinstance(x, float) else x for x in row.values())
+    """Six digits of every number, nothing where a row has no such column; the same bytes for the same rows."""
+    rows, text = list(rows), io.StringIO()
+    writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({n: f"{x:.6g}" if isinstance(x, float) else x for n, x in row.items()})
     content = text.getvalue().encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:

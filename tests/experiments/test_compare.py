@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import math
 import pathlib
 import shutil
 import sys
@@ -292,6 +293,27 @@ def test_what_stands_in_the_tables_is_not_run_again(plan_file, pretending, tmp_p
     with pytest.raises(UserError, match=r"weights a1, run start with b2: they cannot be compared"):
         compare(most, output=str(page), engine=pretending)
     assert (tmp_path / "runs" / "trained.txt").read_text().split() == [*trained_runs, "sft:start"]
+
+
+def test_tables_of_another_version_are_added_to(finished, tmp_path):
+    """One that measured less, or in another order."""
+    folders = {key: job.config().folder for key, job in load(finished).jobs("tiny", {}).items()}
+    results.store(folders, {}, {}, "tiny", tmp_path)
+    whole, path = results.read("tiny", tmp_path), tmp_path / "tiny_runs.csv"
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    names = [name for name in reversed(rows[0]) if name != "late/exact"]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    again = ("grpo", 0)
+    results.store({again: folders[again]}, {}, {}, "tiny", tmp_path)
+    found = results.read("tiny", tmp_path)
+    assert found.runs[again] == pytest.approx(whole.runs[again], nan_ok=True)
+    other = dict(whole.runs["rest", 1])
+    assert math.isnan(found.runs["rest", 1]["late/exact"]) and other.pop("late/exact") > 0
+    assert {n: found.runs["rest", 1][n] for n in other} == pytest.approx(other, nan_ok=True)
 
 
 def test_a_stored_run_of_another_config_is_refused(plan_file, finished, page, tmp_path):
