@@ -45,7 +45,7 @@ bench: $(DEV) $(PEERS)/tunix/.installed $(PEERS)/trl/.installed ## Every benchma
 study: $(RUNTIME) ## Rules for token credit against GRPO and placebos, into docs/comparison/ (10 hours on 2 cores; resumes where it stopped)
 	$(BIN)/rest-jax compare credit --workers 2 --output docs/comparison $(ARGS)
 
-real: $(RUNTIME) ## SmolLM2-135M on real dialogues: make real SGD=FOLDER of Schema-Guided Dialogue (4 hours on 2 cores; resumes where it stopped)
+real: $(RUNTIME) ## SmolLM2-135M on real dialogues: make real SGD=FOLDER of Schema-Guided Dialogue (2.5 hours on 2 cores; resumes where it stopped)
 	@[ -n "$(SGD)" ] || { echo "make real: name the folder of Schema-Guided Dialogue: make real SGD=FOLDER"; exit 2; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/real.sh "$(SGD)"
 

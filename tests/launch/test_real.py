@@ -24,7 +24,7 @@ def test_the_stages(start, stages):
     assert start("sgd").wait(60) == 0
     commands = stages.said()
     assert [words[0] for words in commands] == [
-        *("data", "evaluate", "sft", "evaluate", "train", "evaluate", "train", "evaluate"),
+        *("data", "data", "evaluate", "sft", "evaluate", "train", "evaluate", "train", "evaluate"),
         *("report", "evaluate", "evaluate", "evaluate", "evaluate"),
     ]
     runs = [
@@ -32,16 +32,24 @@ def test_the_stages(start, stages):
     ]
     sft, *trained = runs
     assert [run.name for run in trained] == ["grpo", "rest"]
+    # the same records are held out of both, so that the start has not seen what the methods are judged by
+    first, calls = commands[:2]
+    assert sft.data.train in first and trained[0].data.train in calls
+    same = [word for word in first if word not in (sft.data.train, "0.25")]
+    assert same == [word for word in calls if word not in (trained[0].data.train, "0", "0.25")]
+    assert first[first.index("--held-out") + 1] == calls[calls.index("--held-out") + 1] == "0.25"
+    judged = trained[0].data.train.replace(".jsonl", ".eval.jsonl")
+    scored = [words for words in commands if words[0] == "evaluate" and "--output" in words]
+    assert len(scored) == 4 and all(words[2] == judged for words in scored)
     for run in trained:
-        assert run.model.source == str(sft.folder) and run.data.train == sft.data.train
+        assert run.model.source == str(sft.folder)
         # the seed and the sizes decide which prompts a step has
         assert (run.seed, run.rollout, run.data) == (
             trained[0].seed,
             trained[0].rollout,
             trained[0].data,
         )
-    prepared = commands[0]
-    assert sft.data.train in prepared and "data.brief_prompt=true" in prepared
+    assert "data.brief_prompt=true" in first
     outputs = [words[words.index("--output") + 1] for words in commands if "--output" in words]
     assert outputs == [*(f"runs/real/{name}.jsonl" for name in EVALUATED), "runs/real/report.html"]
 
@@ -50,7 +58,7 @@ def test_what_is_done_is_not_done_again(start, stages, tmp_path):
     """Runs are told again, since they know themselves that they are done."""
     folder = tmp_path / "runs/real"
     folder.mkdir(parents=True)
-    for name in ("sgd", *EVALUATED[:2]):
+    for name in ("sgd", "calls", *EVALUATED[:2]):
         (folder / f"{name}.jsonl").touch()
     assert start("sgd").wait(60) == 0
     commands = stages.said()
