@@ -2,7 +2,8 @@
 # A real model on real dialogues, on a laptop: launch/real.sh SGD_FOLDER (docs/real.md; `make real SGD=FOLDER`).
 # SmolLM2-135M-Instruct is trained on Schema-Guided Dialogue, supervised on calls and answers, then with GRPO and with ResT from the
 # same start on equal prompts that ask for a call, and evaluated on calls of services that no training record has.
-# SGD_FOLDER holds the published files: train/dialogues_*.json and train/schema.json of https://github.com/google-research-datasets/dstc8-schema-guided-dialogue, all of them or some.
+# SGD_FOLDER holds the published files: train/dialogues_*.json and train/schema.json of
+# https://github.com/google-research-datasets/dstc8-schema-guided-dialogue, all of them or some.
 # Two and a half hours on 2 CPU cores, 8 GB. Stopped at any point, the same command resumes; a stage that is done is not done again.
 set -euo pipefail
 if [ $# -ne 1 ]; then

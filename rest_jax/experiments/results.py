@@ -287,20 +287,24 @@ def store(
     check_weights(made_of)
     summaries = {key: summarise(curves) for key, curves in new.items()}
 
-    def write(table: str, columns: tuple[str, ...], old: Mapping[Any, Values], keys: Iterable[Any]):
+    def write(
+        table: str, columns: tuple[str, ...], old: Mapping[Any, Values], keys: Mapping[Any, Any]
+    ):
+        if not keys:
+            return
         found = {**old, **{key: summaries[key] for key in keys}}
         rows = (
             {**dict(zip(columns, key, strict=True)), **made_of[key]._asdict(), **found[key]}
             for key in sorted(found)
         )
-        if found:
-            _write(folder / f"{name}_{table}.csv", rows)
+        _write(folder / f"{name}_{table}.csv", rows)
 
     if gains:
         _write(folder / f"{name}_gain.csv", _gain_rows(gains))
     write("rates", ("arm", "rate", "seed"), stored.rates, rates)
     write("runs", ("arm", "seed"), stored.runs, runs)
-    if curves := {**stored.curves, **{key: new[key] for key in runs}}:
+    if runs:
+        curves = {**stored.curves, **{key: new[key] for key in runs}}
         _write(folder / f"{name}_curves.csv.gz", _points(dict(sorted(curves.items()))))
 
 
