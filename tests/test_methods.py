@@ -29,7 +29,6 @@ ELSEWHERE = {
     "smollm2_135m_sft": [*HERE, "sft.batch_size=8", "data.synthetic_size=64"],
     "smollm2_135m_sgd": [*HERE, "data.synthetic_size=64"],
     "smollm2_135m_sgd_sft": [*HERE, "data.synthetic_size=64"],
-    "tiny_reasoned_sft": ["data.synthetic_size=64"],
     "tiny_inferred_sft": ["data.synthetic_size=64"],
 }
 SCALES = sorted(path.stem for path in (REPOSITORY / "configs" / "scale").glob("*.yaml"))
@@ -73,6 +72,18 @@ def test_every_scale_passes_a_dry_run(scale, tmp_path, capsys):
     files = [f"scale/{scale}", "method/sft" if supervised else "method/rest"]
     words = [*ELSEWHERE.get(scale, []), f"output={tmp_path}", "data.eval_limit=8"]
     begin(config.load(files, words), supervised, dry_run=True)
+    assert "steps of" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("recipe", ["quickstart_sft", "reasoned_sft"])
+def test_the_recipes_of_the_builtin_policies_pass_a_dry_run(recipe, tmp_path, capsys):
+    words = [
+        "model.source=configs/quickstart_policy",
+        "data.synthetic_size=64",
+        "data.eval_limit=8",
+    ]
+    loaded = config.load([REPOSITORY / "tools" / f"{recipe}.yaml"], [*words, f"output={tmp_path}"])
+    begin(loaded, supervised=True, dry_run=True)
     assert "steps of" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
 
 

@@ -64,7 +64,6 @@ _MAY_DIFFER = (
     *("name", "output", "mesh.", "distributed.", "model.source", "model.tokenizer", "model.remat"),
     *("train.checkpoint_every", "train.keep_checkpoints", "train.samples_per_step"),
 )
-LATE = 10  # training steps whose sampled rate is averaged
 
 Curve = Mapping[int, float]  # step -> value
 Run = tuple[str, int]  # arm, seed
@@ -191,22 +190,25 @@ class Results:
 
 
 def summarise(curves: Mapping[str, Curve]) -> dict[str, float]:
-    """Endpoints, other final held-out values, the start's rate, the sampled rate of the last steps, the gradient's noise in the
-    first quarter (later it is nearly all noise under every arm), means over the steps, seconds. NaN for what was not measured.
-    Six digits, as they are stored, so that a choice made of them is the same of both.
+    """Endpoints, other final held-out values, the start's rate, the gradient's noise in the first quarter (later it is nearly
+    all noise under every arm), sampled rate and entropy in the last, means over the steps, seconds. NaN for what was not
+    measured. Six digits, as they are stored, so that a choice made of them is the same of both.
     """
 
     def values(name: str) -> list[float]:
         return list(curves.get(name, {0: float("nan")}).values())
 
-    noise = values("update/grad_noise")
+    def quarter(name: str, last: bool) -> float:
+        count = max(1, len(values(name)) // 4)
+        return float(np.mean(values(name)[-count:] if last else values(name)[:count]))
+
     found = {
         AREA: area(curves.get(EXACT, {0: float("nan")})),
         **{name: values(name)[-1] for name in _FINAL},
         "start/exact": values(EXACT)[0],
-        SAMPLED: float(np.mean(values("reward/exact")[-LATE:])),
-        NOISE: float(np.mean(noise[: max(1, len(noise) // 4)])),
-        "end/entropy": float(np.mean(values("rollout/entropy")[-LATE:])),
+        SAMPLED: quarter("reward/exact", last=True),
+        NOISE: quarter("update/grad_noise", last=False),
+        "end/entropy": quarter("rollout/entropy", last=True),
         **{f"mean/{name}": float(np.mean(values(name))) for name in _MEANS},
         "rollout/tokens": float(sum(values("rollout/tokens"))),
         "time/total": float(np.nansum([*values("time/step"), *values("time/eval")])),
