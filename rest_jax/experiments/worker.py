@@ -192,8 +192,8 @@ class Worker:
         except ConfigError as error:
             # A pruned trial and not a failed one: TPE learns from it.
             raise optuna.TrialPruned(f"{storage.INVALID}: {error}") from error
-        again = "resumes: " if storage.attempts(chosen) > 1 else ""
-        self._say(run, again + " ".join(f"{k}={shown(v)}" for k, v in trial.params.items()))
+        verb = "resumes" if storage.attempts(chosen) > 1 else "begins"
+        self._say(run, " ".join((verb, *(f"{k}={shown(v)}" for k, v in trial.params.items()))))
         reported = set(chosen.intermediate_values)
         if not is_finished(config, self.experiment.metric):
             log = self.experiment.folder / "logs" / f"{run}.log"

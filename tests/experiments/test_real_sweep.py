@@ -39,7 +39,7 @@ def test_a_killed_sweep_is_the_unbroken_one(
     second = start(base, space, kind="real")
     out, _ = second.communicate(timeout=900)
     assert second.returncode == 0, out
-    assert "trial-0000: resumes: " in out and out.count("complete at step 4;") == 2, out
+    assert "trial-0000: resumes " in out and out.count("complete at step 4;") == 2, out
     # The same trial as an ordinary run that nothing interrupted.
     words = [folder / "trial-0000" / "config.yaml", f"output={tmp_path / 'alone'}"]
     subprocess.run([sys.executable, "-m", "rest_jax", "train", *map(str, words)], check=True)

@@ -106,7 +106,7 @@ def test_the_trial_of_a_lost_worker_resumes_in_its_folder(
         assert first.returncode == 0 and "stopped and saved; free for any worker" in out
     second = start(recipe, space, 0.0)
     out, _ = second.communicate(timeout=120)
-    assert second.returncode == 0 and "trial-0000: resumes: " in out, out
+    assert second.returncode == 0 and "trial-0000: resumes " in out, out
     saved = {signal.SIGKILL: 3, signal.SIGTERM: len(trained)}[how]
     assert steps(trial) == [*trained, *range(saved + 1, 9)]
     found = [(row["state"], row["attempts"]) for row in table(folder)]
