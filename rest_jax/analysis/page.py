@@ -449,8 +449,7 @@ def tokens_of(run: Location, most: int) -> dict[str, Any]:
     weight, largest mismatch (None where it is not known).
     """
     path = as_path(run) / TOKENS_FILE
-    with store_errors(path):
-        lines = read_lines(path) if path.is_file() else []
+    lines = read_lines(path, missing_ok=True)
     every = max(1, math.ceil(sum(len(line["tokens"]) for line in lines) / most))
     kept = lines[::-1][::every][::-1]
     index = []

@@ -268,8 +268,7 @@ def trained_weights(folder: pathlib.Path) -> str:
 
 
 def _digests(folder: pathlib.Path) -> list[dict[str, Any]]:
-    path = folder / DIGESTS_FILE
-    return read_lines(path) if path.is_file() else []
+    return read_lines(folder / DIGESTS_FILE, missing_ok=True)
 
 
 def store(

@@ -267,8 +267,7 @@ def _running(words: Sequence[str], log: pathlib.Path) -> Iterator[subprocess.Pop
 
 def evaluations(config: Config, metric: str) -> dict[int, float]:
     """step -> value of a held-out metric of a run so far, in order; empty before the first."""
-    path = config.folder / METRICS_FILE
-    lines = read_lines(path) if path.is_file() else []
+    lines = read_lines(config.folder / METRICS_FILE, missing_ok=True)
     return {line["step"]: line[metric] for line in lines if line.get(metric) is not None}
 
 

@@ -67,8 +67,7 @@ def _model_card(
     run: Location, newest: epath.Path, config: Config, folder: str, command: str, files: list[str]
 ) -> str:
     """The card, in Markdown, of a run that is exported as `folder`, beside these files, and that vLLM serves by `command`."""
-    metrics = as_path(run) / METRICS_FILE
-    lines = read_lines(metrics) if metrics.is_file() else []
+    lines = read_lines(as_path(run) / METRICS_FILE, missing_ok=True)
     made_of = checkpoint.read_loader_state(newest).get(MADE_OF, {})
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [tool-use, function-calling, rest_jax]\n---",

@@ -331,14 +331,16 @@ class MetricsWriter:
             self.sync()
 
 
-def read_lines(path: Location) -> list[dict[str, Any]]:
+def read_lines(path: Location, missing_ok: bool = False) -> list[dict[str, Any]]:
     """The lines of a JSONL file written by `MetricsWriter`; a half-written last line is left out.
 
-    UserError when the file is missing or another line is not a JSON object.
+    UserError when another line is not a JSON object, or when the file is missing; with `missing_ok` that is no line.
     """
     path = as_path(path)
     with store_errors(path):
         if not path.is_file():
+            if missing_ok:
+                return []
             raise UserError(f"{path}: no such file; is {path.parent} the folder of a run?")
         lines = path.read_bytes().split(b"\n")
     found = []

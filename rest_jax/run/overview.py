@@ -65,7 +65,7 @@ def _run(path: epath.Path) -> dict[str, Any]:
     try:
         config = config_lib.load([path / CONFIG_FILE])
         metrics = path / METRICS_FILE
-        lines = read_lines(metrics) if metrics.is_file() else []
+        lines = read_lines(metrics, missing_ok=True)
     except UserError as error:
         return run | {"state": f"unreadable: {error}"}
     if lines:

@@ -140,7 +140,7 @@ def read_files(folder: epath.Path) -> dict[str, dict[int, list[dict[str, Any]]]]
     """The lines of a run's files by name and step, without times."""
     found: dict[str, dict[int, list[dict[str, Any]]]] = {name: {} for name in FILES}
     for name, steps in found.items():
-        for line in read_lines(folder / name) if (folder / name).is_file() else []:
+        for line in read_lines(folder / name, missing_ok=True):
             kept = {key: value for key, value in line.items() if not key.startswith("time/")}
             steps.setdefault(kept["step"], []).append(kept)
     return found

@@ -112,6 +112,7 @@ def test_reading_leaves_out_the_half_line_and_names_a_broken_one(tmp_run):
         read_lines(path)
     with pytest.raises(UserError, match="no such file"):
         read_lines(tmp_run / "other.jsonl")
+    assert read_lines(tmp_run / "other.jsonl", missing_ok=True) == []
 
 
 def test_summary_table_aligns_and_refuses_ragged_rows():
