@@ -159,8 +159,7 @@ def train_steps(trainer: "Trainer", loop: Loop) -> bool:
 
 def method(config: Config, steps: int) -> tuple[Optimizer, Schedule]:
     """The optimiser of a run, and the schedule of the weights, which its state has as that of `train.py` does."""
-    schedule = Schedule(config.weights, config.curriculum, steps)
-    return make_optimizer(config.optimizer, steps), schedule
+    return make_optimizer(config.optimizer, steps), Schedule.of(config, steps)
 
 
 def make_setup(

@@ -191,7 +191,7 @@ def state(run: Location):
     mesh = {"mesh": config_lib.MeshConfig(fsdp=-1)}
     policy = load_trained(config.model_copy(update=mesh))
     tx = make_optimizer(config.optimizer, STEPS * 2)
-    schedule = Schedule(config.weights, config.curriculum, STEPS)
+    schedule = Schedule.of(config, STEPS)
     abstract, _ = abstract_state(policy, tx, schedule)
     with Checkpoints(run, 9) as checkpoints:
         return checkpoints.restore(abstract)

@@ -31,6 +31,7 @@ ELSEWHERE = {
     "smollm2_135m_sgd_sft": [*HERE, "data.synthetic_size=64"],
     "tiny_inferred_sft": ["data.synthetic_size=64"],
 }
+ALL_METHODS = sorted(path.stem for path in (REPOSITORY / "configs" / "method").glob("*.yaml"))
 SCALES = sorted(path.stem for path in (REPOSITORY / "configs" / "scale").glob("*.yaml"))
 # The recipes for real machines (`make aot`) are of the same kind.
 ELSEWHERE |= {s: ELSEWHERE["qwen3_1p7b"] for s in SCALES if re.search(r"_(v\d\w|h100x)\d+$", s)}
@@ -73,6 +74,16 @@ def test_every_scale_passes_a_dry_run(scale, tmp_path, capsys):
     words = [*ELSEWHERE.get(scale, []), f"output={tmp_path}", "data.eval_limit=8"]
     begin(config.load(files, words), supervised, dry_run=True)
     assert "steps of" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_every_method_passes_a_dry_run(method, tmp_path, capsys):
+    """Those of one rule too, which have no golden numbers."""
+    supervised = method in SUPERVISED
+    files = ["scale/tiny_sft" if supervised else "scale/tiny", f"method/{method}"]
+    words = ["data.synthetic_size=64", "data.eval=null", f"output={tmp_path}"]
+    begin(config.load(files, words), supervised, dry_run=True)
+    assert "steps of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("recipe", ["quickstart_sft", "reasoned_sft"])

@@ -224,7 +224,7 @@ def _rows(row: Row, mesh: Mesh) -> Rows:
 
 def train_state(setup: Setup) -> tuple[TrainState, TrainState]:
     """(abstract state, shardings); how long the schedule of the weights is changes no program."""
-    schedule = Schedule(setup.config.weights, setup.config.curriculum, 1)
+    schedule = Schedule.of(setup.config, 1)
     return abstract_state(setup.policy, setup.tx, schedule, setup.config.optimizer.moments)
 
 

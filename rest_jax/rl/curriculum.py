@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from rest_jax.config import CurriculumConfig, WeightsConfig
+from rest_jax.config import Config, CurriculumConfig, WeightsConfig
 from rest_jax.rl import weights
 from rest_jax.rl.masked import EPS
 from rest_jax.tool_calls import NUM_REGIONS, Region
@@ -34,6 +34,11 @@ class Schedule:
     weights: WeightsConfig
     curriculum: CurriculumConfig
     run_steps: int
+
+    @classmethod
+    def of(cls, config: Config, steps: int) -> "Schedule":
+        """That of a run of so many steps; a rule of single tokens leaves all regions at 1."""
+        return cls(config.weights.of_regions, config.curriculum, steps)
 
     @property
     def steps(self) -> int:

@@ -79,7 +79,7 @@ def check_trace(
 
 def _of_view(config: Config, rule: Chosen) -> Any:
     """What a rule of a view gives for a step of which only the shapes are known."""
-    schedule = curriculum.Schedule(config.weights.of_regions, config.curriculum, 2)
+    schedule = curriculum.Schedule.of(config, 2)
     shape = _shape(config)
 
     def array(dims: tuple[int, ...], kind: Any = jnp.float32) -> Any:

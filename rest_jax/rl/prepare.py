@@ -78,7 +78,7 @@ def step_config(config: Config, steps: int) -> StepConfig:
     groups = minibatch_prompts(config)
     return StepConfig(
         loss=config.loss,
-        schedule=curriculum.Schedule(config.weights.of_regions, config.curriculum, steps),
+        schedule=curriculum.Schedule.of(config, steps),
         sampling=Sampling(rollout.temperature, rollout.top_k, rollout.top_p),
         updates=rollout.prompts_per_step // groups,
         fixed_length=rollout.max_response_tokens,
