@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import re
 import runpy
 import signal
 import subprocess
@@ -281,10 +282,11 @@ def is_finished(config: Config, metric: str) -> bool:
 
 
 def how_it_failed(code: int, log: pathlib.Path) -> str:
-    """Exit code and last words of a process."""
+    """Exit code and last words of a process: its error's, which jax's remark on tracebacks may follow."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines[-200:] if line.startswith("rest-jax: error: ")]
-    last = [*(errors or lines or ["no output"])][-1].removeprefix("rest-jax: error: ")
+    raised = [line for line in lines[-10:] if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    last = (errors or raised or lines or ["no output"])[-1].removeprefix("rest-jax: error: ")
     ended = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     return f"{ended}: {last[:300]} (log: {log})"
 

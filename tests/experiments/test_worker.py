@@ -189,5 +189,9 @@ def test_last_words_of_a_process(tmp_path):
     log = tmp_path / "log"
     log.write_text("step 1\nrest-jax: error: too large\nWARNING: bye\n\n")
     assert worker.how_it_failed(2, log) == f"exit code 2: too large (log: {log})"
+    log.write_text(
+        "Traceback:\nKeyError: 'a rule'\n-----\nFor simplicity, JAX has removed its frames.\n"
+    )
+    assert worker.how_it_failed(1, log) == f"exit code 1: KeyError: 'a rule' (log: {log})"
     log.write_text("")
     assert worker.how_it_failed(-9, log) == f"killed by signal 9: no output (log: {log})"
