@@ -228,10 +228,10 @@ def area(curve: Curve) -> float:
 
 
 def chosen_rates(rates: Mapping[RateRun, Values]) -> dict[str, float]:
-    """The learning rate of each arm with the greatest mean area over seeds; of equal ones the lowest."""
+    """The learning rate of each arm with the greatest mean of both endpoints over seeds; of equal ones the lowest."""
     by_arm: dict[str, dict[float, list[float]]] = {}
     for (arm, rate, _), values in sorted(rates.items()):
-        by_arm.setdefault(arm, {}).setdefault(rate, []).append(values[AREA])
+        by_arm.setdefault(arm, {}).setdefault(rate, []).extend(values[name] for name in ENDPOINTS)
     return {
         arm: max(found, key=lambda rate, found=found: float(np.mean(found[rate])))
         for arm, found in by_arm.items()

@@ -426,7 +426,7 @@ def test_runs_are_trained_once_the_start_before_them(plan_file, pretending, tmp_
 
 
 def test_every_arm_chooses_its_learning_rate_first(plan_file, pretending, tmp_path):
-    """On seeds of its own, by the first endpoint; then the runs have it, and a second start trains nothing."""
+    """On seeds of its own; then the runs have it, and a second start trains nothing."""
     rates = {"values": [1e-4, 2e-4, 4e-4], "seeds": [8, 9], "overrides": {"data.eval_limit": 7}}
     path = plan_file(seeds=[0, 1], arms=["grpo", "rest"], pairs=[], rates=rates)
     plan, page = load(path), tmp_path / "page"
@@ -449,6 +449,13 @@ def test_every_arm_chooses_its_learning_rate_first(plan_file, pretending, tmp_pa
     shutil.rmtree(folder)
     compare(path, output=str(page), engine=PAGE_ONLY)
     assert {f.name: f.read_bytes() for f in page.iterdir() if f.is_file()} == before
+
+
+def test_a_rate_is_chosen_by_both_endpoints():
+    """A rate that rises fast and ends low is not the best one; of equal ones the lowest is."""
+    of = {1e-4: (0.50, 0.56), 2e-4: (0.54, 0.63), 4e-4: (0.56, 0.57), 8e-4: (0.57, 0.60)}
+    rates = {("grpo", rate, 3): dict(zip(results.ENDPOINTS, of[rate], strict=True)) for rate in of}
+    assert results.chosen_rates(rates) == {"grpo": 2e-4}
 
 
 def test_without_all_runs_for_the_rates_no_rate_is_taken(plan_file, tmp_path):
