@@ -14,7 +14,7 @@ import yaml
 
 from rest_jax import config, sft, train
 from tests.conftest import REPOSITORY
-from tests.programs.golden_steps import GOLDEN, METHODS, SMALL, SUPERVISED, golden_lines
+from tests.programs.golden_steps import FILES, GOLDEN, METHODS, SMALL, SUPERVISED, golden_lines
 from tests.runs import environment
 
 REGIONS = ("tag", "scaffold", "name", "param", "think", "response", "other")
@@ -31,7 +31,6 @@ ELSEWHERE = {
     "smollm2_135m_sgd_sft": [*HERE, "data.synthetic_size=64"],
     "tiny_inferred_sft": ["data.synthetic_size=64"],
 }
-ALL_METHODS = sorted(path.stem for path in (REPOSITORY / "configs" / "method").glob("*.yaml"))
 SCALES = sorted(path.stem for path in (REPOSITORY / "configs" / "scale").glob("*.yaml"))
 # The recipes for real machines (`make aot`) are of the same kind.
 ELSEWHERE |= {s: ELSEWHERE["qwen3_1p7b"] for s in SCALES if re.search(r"_(v\d\w|h100x)\d+$", s)}
@@ -76,7 +75,7 @@ def test_every_scale_passes_a_dry_run(scale, tmp_path, capsys):
     assert "steps of" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("method", ALL_METHODS)
+@pytest.mark.parametrize("method", [path.stem for path in FILES])
 def test_every_method_passes_a_dry_run(method, tmp_path, capsys):
     """Those of one rule too, which have no golden numbers."""
     supervised = method in SUPERVISED

@@ -94,4 +94,4 @@ def test_four_workers_of_which_one_is_killed(
         assert trained[broken_off:] == list(range(broken_off // 3 * 3 + 1, 9))
         held = [x["step"] for x in read_lines(run / "metrics.jsonl") if "eval/reward" in x]
         assert held == [0, 2, 4, 6, 8]
-    assert sum("resumes" in out for out in outs) == 1
+    assert sum(": resumes" in out for out in outs) == 1
