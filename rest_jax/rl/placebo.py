@@ -1,8 +1,9 @@
 """Controls of token weights (`weights.placebo`): the same weights, or as large ones, on the wrong tokens.
 
     shuffle          a random order of the weights within each completion, another one in each step
-    shuffle_regions  the weights of one region go to the tokens of another: of the regions that a completion has, in an order
-                     drawn once for the run, each hands its weights to the one before it (what is too much goes further)
+    shuffle_regions  the weights of one region go to the tokens of another: with a completion's tokens in order of their regions,
+                     an order drawn once for the run, weights move on by as many tokens as the largest region has, so that no
+                     region keeps its own but for what the others together have no room for
     random           uniform in the range of the weights of the batch's tokens (the control of DelTA, arXiv:2605.21467)
 
 The first two keep the weights of every completion as they are, so that neither normalisers nor denominators change. Numbers are
@@ -31,12 +32,11 @@ def _shuffle(weight: Float[Array, "P G T"], view: TokenView, seed: int) -> Float
 def _shuffle_regions(weight: Float[Array, "P G T"], view: TokenView, seed: int):
     """Over the wrong regions."""
     order = jax.random.permutation(jax.random.key(seed), NUM_REGIONS)
-    place = order[view.region.astype(jnp.int32)]  # [P G T]
-    there = (place[..., None] == jnp.arange(NUM_REGIONS)) & view.mask[..., None]
-    there = jnp.any(there, axis=2)  # [P G R]
-    own = jnp.take_along_axis(jnp.cumsum(there, axis=-1) - 1, place, axis=-1)
-    count = jnp.maximum(jnp.sum(there, axis=-1, keepdims=True), 1)
-    return _hand_out(weight, view, own, (own + 1) % count)
+    place = jnp.where(view.mask, order[view.region.astype(jnp.int32)], NUM_REGIONS)  # [P G T]
+    line = jnp.argsort(jnp.argsort(place, axis=-1, stable=True), axis=-1)
+    tokens = jnp.sum(place[..., None] == jnp.arange(NUM_REGIONS), axis=2)  # [P G R]
+    largest, total = (f(tokens, axis=-1, keepdims=True) for f in (jnp.max, jnp.sum))
+    return _hand_out(weight, view, line, (line - largest) % jnp.maximum(total, 1))
 
 
 def _random(weight: Float[Array, "P G T"], view: TokenView, seed: int) -> Float[Array, "P G T"]:

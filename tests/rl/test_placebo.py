@@ -84,6 +84,22 @@ def test_regions_get_the_weights_of_others(view, weight):
     np.testing.assert_array_equal(found, of("shuffle_regions", weight, make(mask, region, step=9)))
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_as_few_tokens_as_possible_keep_a_weight_of_their_region(seed):
+    """Also where one region has most of the tokens, or a completion only one."""
+    lengths = {1: [6, 13, 3, 13, 68], 2: [5, 4, 4, 0, 0], 3: [0, 0, 7, 0, 0], 4: [0] * 5}
+    region = np.zeros((1, len(lengths), 103), int)
+    mask = np.zeros(region.shape, bool)
+    rng = np.random.default_rng(seed)
+    for row, sizes in enumerate(lengths.values()):
+        own = rng.permutation(np.repeat(range(5), sizes))
+        region[0, row, : len(own)], mask[0, row, : len(own)] = own, True
+    weight = np.where(mask, region + 1.0, 0).astype(np.float32)
+    kept = (of("shuffle_regions", weight, make(mask, region), seed) == weight) & mask
+    least = [max(0, 2 * max(sizes) - sum(sizes)) for sizes in lengths.values()]
+    np.testing.assert_array_equal(kept.sum(-1), [least])
+
+
 def test_random_weights_have_the_range_of_the_batch(view, weight):
     found, mask = of("random", weight, view), np.asarray(view.mask)
     low, high = weight[mask].min(), weight[mask].max()
