@@ -104,23 +104,37 @@ def test_hicra_raises_planning_in_the_thought(view):
 
 
 def test_optimal_baseline(view):
-    """Squared scores: 2 - 2 x 0.5 - 0.5 = 0.5 a token, and 0.1. The baseline is 4/3 as long as both go on."""
-    logp = np.full((1, 2, 3), np.log(0.5))
-    gini = [[[0.5] * 3, [0.9] * 3]]
-    seen = view(logp=logp, gini=gini, reward=[[1, 3]], length=[[2, 3]])
-    expected = [[[-1 / 3, -1 / 3, 0], [5 / 3, 5 / 3, 0]]]
-    np.testing.assert_allclose(advantage("optimal_baseline", seen), expected, rtol=1e-4, atol=1e-6)
-    # the second completion's first token is certain, and then W is 0.0 and 0.1
+    """Squared scores: 2 - 2 x 0.5 - 0.5 = 0.5 a token, and 0.3. The baseline is 7/4 as long as both continue."""
     half = np.log(0.5)
+    logp = np.full((1, 2, 3), half)
+    gini = [[[0.5] * 3, [0.7] * 3]]
+    seen = view(logp=logp, gini=gini, reward=[[1, 3]], length=[[2, 3]])
+    expected = [[[-3 / 4, -3 / 4, 0], [5 / 4, 5 / 4, 0]]]
+    np.testing.assert_allclose(advantage("optimal_baseline", seen), expected, rtol=1e-4, atol=1e-6)
+    # the second completion's first token is certain, and then W is 0.0 and 0.3
     sure = view(
         logp=[[[half] * 3, [0, half, 0]]],
-        gini=[[[0.5] * 3, [0, 0.9, 0]]],
+        gini=[[[0.5] * 3, [0, 0.7, 0]]],
         reward=[[1, 3]],
         length=[[2, 2]],
     )
     found = advantage("optimal_baseline", sure)
     np.testing.assert_allclose(found[0, :, 0], [0, 2], atol=1e-6)
-    np.testing.assert_allclose(found[0, 1, 1], 3 - (1 * 1 + 3 * 0.1) / 1.1, rtol=1e-4)
+    np.testing.assert_allclose(found[0, 1, 1], 3 - (1 * 1 + 3 * 0.3) / 1.3, rtol=1e-4)
+
+
+def test_optimal_baseline_of_tokens_that_were_certain(view):
+    """Their squared scores are far below what rounding leaves in a Gini: never negative, and the mean where all are zero."""
+    reward, noise = [[4, 3, 2, 1]], np.array([[[2e-6], [-2e-6], [1e-6], [0]]])
+    certain = view(logp=np.zeros((1, 4, 1)), gini=noise, reward=reward)
+    expected = [[[1.5], [0.5], [-0.5], [-1.5]]]
+    np.testing.assert_allclose(advantage("optimal_baseline", certain), expected, atol=1e-6)
+    nearly = np.array([[[1e-5], [2e-5], [1e-5], [1e-6]]])  # 1 - p
+    seen = view(logp=np.log1p(-nearly), gini=2 * nearly + noise, reward=reward)
+    found = np.asarray(advantage("optimal_baseline", seen))[0, :, 0]
+    # somewhere between the rewards, as for any squared scores within a factor of two of (1 - p)^2
+    low, high = (np.average(reward[0], weights=w) for w in ([1, 8, 2, 0], [2, 4, 1, 0]))
+    assert low < 4 - found[0] < high and np.ptp(found + [0, 1, 2, 3]) < 1e-5
 
 
 def test_advantages_are_float32(view):
