@@ -23,7 +23,7 @@ _LEAST_PAIRS = (
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """The mean of `count` values with its bootstrap and its t interval, and the two-sided p-value of a t test that it is zero; of
-    fewer than two values they are NaN.
+    fewer than two values they are NaN, and the t interval and p of values that are all equal, whose spread is not known.
     """
 
     mean: float
@@ -43,9 +43,11 @@ def estimate(values: Sequence[float], level: float = 0.95) -> Estimate:
     if x.size < 2:
         return Estimate(float(x.mean()), *[float("nan")] * 5, count=1)
     with warnings.catch_warnings():
-        # Values that are all equal, or that were not measured, have no spread to speak of.
+        # of values that were not measured
         warnings.simplefilter("ignore", RuntimeWarning)
-        test = scipy.stats.ttest_1samp(x, 0.0)
+        # Two seeds may well have the same difference of two counts: that is no proof of it.
+        spread = np.ptp(x) > 1e-9 * np.max(np.abs(x))
+        test = scipy.stats.ttest_1samp(x if spread else np.full(2, np.nan), 0.0)
         t = test.confidence_interval(level)
         bounds = scipy.stats.bootstrap(
             (x,), np.mean, n_resamples=RESAMPLES, batch=-(-_DRAWN_AT_ONCE // x.size),

@@ -142,6 +142,7 @@ class Compared(NamedTuple):
     configs: dict[str, Config]
     results: Results
     pairs: list[tuple[str, str]]
+    stored: int  # runs of the plan in the tables, those of a seed without the reference among them
 
 
 def compare(plan: str, *, output: str | None = None, engine: Engine | None = None) -> pathlib.Path:
@@ -162,6 +163,11 @@ def compare(plan: str, *, output: str | None = None, engine: Engine | None = Non
         if config.data.eval is None:
             raise UserError(
                 f"plan {name}: data.eval must be set: arms are compared by held-out records"
+            )
+        if not 0 < config.train.eval_every <= config.train.steps / 2:
+            raise UserError(
+                f"plan {name}: train.eval_every {config.train.eval_every} of {config.train.steps} steps: the first half of the "
+                "steps must have an evaluation, since its mean is an endpoint"
             )
     gather(name, loaded, folder)
     failed = train(name, loaded, folder, engine) if engine.workers else []
@@ -253,7 +259,7 @@ def gather(name: str, plan: Plan, folder: pathlib.Path) -> Compared:
     pairs = [(a, b) for a, b in plan.all_pairs if seeds[a] & seeds[b]]
     shown = plan.jobs(name, plan.first_rates)
     configs = {arm: shown[arm, plan.seeds[0]].config() for arm in plan.arms}
-    return Compared(name, plan, configs, found, pairs)
+    return Compared(name, plan, configs, found, pairs, len(jobs.keys() & stored.runs.keys()))
 
 
 def _check_configs(found: Results, jobs: Mapping[Any, Job], folder: pathlib.Path) -> None:
@@ -279,27 +285,36 @@ def _finished(jobs: Mapping[Any, Job]) -> dict[Any, pathlib.Path]:
 def verdict(
     found: Compared, differences: Mapping[tuple[str, str, str], Difference], arm: str
 ) -> str:
-    """What the corrected comparisons say of an arm; with token weights it is better only where it is better than its placebos."""
+    """What the corrected comparisons say of an arm, and in which endpoint; with token weights it is better only where it is better
+    than its placebos.
+    """
 
     def shown(other: str, better: bool) -> set[str]:
         """The endpoints in which it is shown to be better, or worse."""
         each = {name: differences[arm, other, name] for name in results.ENDPOINTS}
         return {name for name, d in each.items() if d.shown and (d.estimate.mean > 0) == better}
 
+    def where(endpoints: set[str]) -> str:
+        both = len(endpoints) == len(results.ENDPOINTS)
+        return "in both endpoints" if both else results.ENDPOINTS[next(iter(endpoints))]
+
     reference, weights = found.plan.reference, found.configs[arm].weights
     above, below = shown(reference, True), shown(reference, False)
     placebos = {b for a, b, _ in differences if a == arm and b.startswith(f"{arm}+")}
     if not above:
-        return "Worse." if below else "No difference is shown."
+        return f"Worse {where(below)}." if below else "No difference is shown."
     if below:
-        return "Better in one endpoint, worse in the other."
+        return f"Better {where(above)}, worse {where(below)}."
     if weights.rule == "uniform" and weights.plugin is None:
-        return "Better."
+        return f"Better {where(above)}."
+    is_open = "whether the choice of tokens does it is open"
     if not placebos:
-        return f"Above {reference}; whether the choice of tokens does it is open, since no placebo was run."
-    if above & set.intersection(*(shown(placebo, True) for placebo in placebos)):
-        return "Better, than its placebo too."
-    return f"Above {reference}, but not shown to be above its placebo: the choice of tokens is not what helps."
+        return f"Above {reference} {where(above)}; {is_open}, since no placebo was run."
+    if beyond := above & set.intersection(*(shown(placebo, True) for placebo in placebos)):
+        return f"Better {where(beyond)}, than its placebo{'s' * (len(placebos) > 1)} too."
+    return (
+        f"Above {reference} {where(above)}, but not shown to be above its placebo there: {is_open}."
+    )
 
 
 def write_page(found: Compared, folder: pathlib.Path) -> pathlib.Path:

@@ -39,7 +39,7 @@ def _endpoints(results: Results, reference: str) -> Any:
             axes.plot(points, [y] * len(points), ".", color=colour, alpha=0.25, markersize=4)
             _interval(axes, results.difference(arm, reference, name), y, colour)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_xlabel(f"exact answers, held out, {_LABELS[name]}: less {reference}, points")
+        axes.set_xlabel(f"exact completions, held out, {_LABELS[name]}: less {reference}, points")
         plotting.tidy(axes)
     figure.axes[0].set_yticks(range(len(arms)), arms)
     figure.axes[0].invert_yaxis()
@@ -93,7 +93,7 @@ def _curves(results: Results, reference: str) -> Any:
         plotting.label_steps(axes, arm, "")
     _label_lowest(panels)
     said = f"Exact answers, held out, %; black: {reference}"
-    figure.suptitle(f"{said}; bands: 95 % t intervals of the mean over seeds")
+    figure.suptitle(f"{said}; bands: 95 % t intervals of the mean over seeds, not paired")
     return figure
 
 

@@ -34,9 +34,9 @@ from rest_jax.files import atomic_write
 from rest_jax.run.metrics import CONFIG_FILE, DIGESTS_FILE, read_lines
 
 EXACT, AREA = "eval/exact", "area/exact"
-# What arms are compared by, fixed before any run: the mean of the held-out curve over the first half of the steps, in which
-# policies still differ, and the rate at the end.
-ENDPOINTS = (AREA, EXACT)
+# What arms are compared by, fixed before any run: the mean of the held-out curve over the first half of the steps, and the
+# rate at the end. With each how a page says where something is shown.
+ENDPOINTS = {AREA: "in the mean over the first half", EXACT: "at the end"}
 REGIONS = ("tag", "scaffold", "name", "param", "think")
 SIGNS = ("positive", "negative")
 NOISE, SAMPLED = "early/grad_noise", "late/exact"
@@ -182,6 +182,11 @@ class Results:
             if a == arm and metric in curves
         }
 
+    def at_an_edge(self, arm: str, rate: float) -> bool:
+        """Whether a learning rate is the least or the greatest of those that the arm was tried with."""
+        tried = {r for a, r, _ in self.rates if a == arm}
+        return rate in (min(tried), max(tried))
+
     @property
     def hours(self) -> float:
         """Of the runs, those for the rates included, from their first step to their last evaluation."""
@@ -225,6 +230,12 @@ def area(curve: Curve) -> float:
     inner = (steps > steps[0]) & (steps < half)
     x = np.array([steps[0], *steps[inner], half])
     return float(np.trapezoid(np.interp(x, steps, values), x) / (half - steps[0]))
+
+
+def held_out_records(found: Iterable[Values]) -> str:
+    """How many the runs were evaluated on."""
+    counts = sorted({values["eval/prompts"] for values in found})
+    return " or ".join(f"{count:.0f}" for count in counts)
 
 
 def chosen_rates(rates: Mapping[RateRun, Values]) -> dict[str, float]:

@@ -98,6 +98,8 @@ def test_the_builtin_plan_is_fair():
         ({"overrides": {"train.steps": 6, "data.eval": None}}, "data.eval must be set"),
         ({"rates": {"values": [1e-4, 1e-4], "seeds": [9]}}, "rates.values: [0.0001, 0.0001] names"),
         ({"pairs": [["rest", "rest"]]}, "pairs: ['rest', 'rest'] names one twice"),
+        ({"overrides": {"train.steps": 6, "train.eval_every": 4}}, "train.eval_every 4 of 6 steps"),
+        ({"overrides": {"train.steps": 6, "train.eval_every": 0}}, "the first half of the steps"),
         ({"overrides": {"train.stps": 1}}, "train.stps: unknown key (nearest: steps)"),
     ],
 )
@@ -190,14 +192,14 @@ def test_all_comparisons_are_corrected_together(finished, tmp_path):
 def test_the_page_says_what_the_numbers_say(drawn, page):
     written = page.read_text()
     lines = written.splitlines()
-    assert "- `rest`: Better, than its placebo too." in lines
+    assert "- `rest`: Better in both endpoints, than its placebo too." in lines
     assert "- `rest_mass`: No difference is shown." in lines
     assert not any(line.startswith("- `rest+shuffle`") for line in lines)
     (row,) = (x for x in lines if x.startswith("| rest | 4 |"))
     assert "| +10.0 [+8.7, +11.3] | **" in row
     (row,) = (x for x in lines if x.startswith("| rest - rest+shuffle |"))
     assert "+9.7 [+7.4, +12.1]" in row
-    assert "an exact rate" not in written and "The start has 40.0% exact answers" in written
+    assert "an exact rate" not in written and "The start has 40.0% exact completions" in written
     assert "not finished" not in written and "learning rate" not in written.split("## ")[1]
     pictures = [x.split("(")[1].rstrip(")") for x in lines if x.startswith("![")]
     assert len(pictures) == 3
@@ -213,8 +215,11 @@ def test_the_page_says_what_the_numbers_say(drawn, page):
 @pytest.mark.parametrize(
     ("ends", "said"),
     [
-        ((0.62, 0.63, 0.64, 0.63), "Above grpo, but not shown to be above its placebo"),
-        ((0.50, 0.52, 0.54, 0.51), "Better, than its placebo too."),
+        (
+            (0.62, 0.63, 0.64, 0.63),
+            "Above grpo in both endpoints, but not shown to be above its placebo there",
+        ),
+        ((0.50, 0.52, 0.54, 0.515), "Better in both endpoints, than its placebo too."),
     ],
 )
 def test_a_rule_is_better_only_against_its_placebo(plan_file, tmp_path, ends, said):
@@ -234,8 +239,8 @@ def test_a_rule_without_a_placebo_is_not_said_to_be_better(plan_file, tmp_path):
         finish(job.config(), ends[arm][seed])
     lines = compare(path, output=str(tmp_path / "page"), engine=PAGE_ONLY).read_text().splitlines()
     (said,) = (line for line in lines if line.startswith("- `rest`: "))
-    assert said.startswith("- `rest`: Above grpo; whether the choice of tokens does it is open")
-    assert "- `gdpo`: Better." in lines
+    assert said.startswith("- `rest`: Above grpo in both endpoints; whether the choice of tokens")
+    assert "- `gdpo`: Better in both endpoints." in lines
 
 
 def test_better_in_one_endpoint_than_the_reference_and_in_another_than_the_placebo_is_not_better(finished, tmp_path):  # fmt: skip
@@ -248,11 +253,26 @@ def test_better_in_one_endpoint_than_the_reference_and_in_another_than_the_place
     shown = {("grpo", area): True, ("grpo", end): False}
     shown |= {("rest+shuffle", area): False, ("rest+shuffle", end): True}
     differences = {("rest", *key): difference(0.1, is_shown) for key, is_shown in shown.items()}
-    assert "not shown to be above its placebo" in verdict(found, differences, "rest")
+    assert verdict(found, differences, "rest") == (
+        "Above grpo in the mean over the first half, but not shown to be above its placebo there: whether the choice of tokens "
+        "does it is open."
+    )
     differences["rest", "rest+shuffle", area] = difference(0.1, True)
-    assert verdict(found, differences, "rest") == "Better, than its placebo too."
+    better = "Better in the mean over the first half, than its placebo too."
+    assert verdict(found, differences, "rest") == better
     differences["rest", "grpo", end] = difference(-0.1, True)
-    assert verdict(found, differences, "rest").startswith("Better in one endpoint, worse")
+    worse = "Better in the mean over the first half, worse at the end."
+    assert verdict(found, differences, "rest") == worse
+
+
+def test_two_seeds_with_the_same_difference_show_nothing(plan_file, tmp_path):
+    path = plan_file(arms=["grpo", "gdpo"], pairs=[], seeds=[0, 1])
+    for (arm, seed), job in load(path).jobs("tiny", {}).items():
+        finish(job.config(), 0.5 + 0.1 * seed + 0.2 * (arm == "gdpo"))
+    lines = compare(path, output=str(tmp_path / "page"), engine=PAGE_ONLY).read_text().splitlines()
+    assert "- `gdpo`: No difference is shown." in lines
+    (row,) = (line for line in lines if line.startswith("| gdpo | 2 |"))
+    assert row.count("| +20.0 | - |") == 1 and "nan" not in row
 
 
 def test_tables_do_not_shrink(plan_file, finished, page, tmp_path):
@@ -319,7 +339,9 @@ def test_tables_of_another_version_are_added_to(finished, tmp_path):
 def test_a_stored_run_of_another_config_is_refused(plan_file, finished, page, tmp_path):
     shutil.rmtree(tmp_path / "runs")
     before = {path: path.read_bytes() for path in page.parent.rglob("*") if path.is_file()}
-    changed = plan_file(overrides={"train.steps": 6, "optimizer.learning_rate": 0.5})
+    changed = plan_file(
+        overrides={"train.steps": 6, "train.eval_every": 2, "optimizer.learning_rate": 0.5}
+    )
     with pytest.raises(UserError, match="have run grpo-seed0 of another config than the plan's"):
         compare(changed, output=str(page.parent), engine=PAGE_ONLY)
     assert {path: path.read_bytes() for path in before} == before
@@ -391,6 +413,16 @@ def test_an_unfinished_comparison_says_so(plan_file, tmp_path):
     assert "**15 of 16 runs are not finished" in written
 
 
+def test_runs_of_a_seed_without_the_reference_are_finished_and_left_out(plan_file, tmp_path):
+    path = plan_file()
+    for key, job in load(path).jobs("tiny", {}).items():
+        if key in (("rest", 0), ("grpo", 1), ("rest", 1)):
+            finish(job.config(), 0.5)
+    written = compare(path, output=str(tmp_path / "page"), engine=PAGE_ONLY).read_text()
+    assert "**13 of 16 runs are not finished; claims wait for all of them.** 1 that are" in written
+    assert "| rest | 1 |" in written
+
+
 def test_nothing_to_show(plan_file, tmp_path):
     with pytest.raises(UserError, match="no finished run, and no results in"):
         compare(plan_file(), output=str(tmp_path / "page"), engine=PAGE_ONLY)
@@ -398,7 +430,9 @@ def test_nothing_to_show(plan_file, tmp_path):
 
 
 def test_another_config_in_a_folder_is_refused(plan_file, finished, tmp_path):
-    changed = plan_file(overrides={"train.steps": 6, "optimizer.learning_rate": 0.5})
+    changed = plan_file(
+        overrides={"train.steps": 6, "train.eval_every": 2, "optimizer.learning_rate": 0.5}
+    )
     with pytest.raises(UserError, match=r"optimizer\.learning_rate"):
         compare(changed, output=str(tmp_path / "page"), engine=PAGE_ONLY)
 
@@ -437,7 +471,8 @@ def test_every_arm_chooses_its_learning_rate_first(plan_file, pretending, tmp_pa
         # one seed alone would mislead
         finish(config, 0.6 if rate == best[arm] else 0.45 + 0.2 * (rate == 1e-4 and seed == 8))
     written = compare(path, output=str(page), engine=PAGE_ONLY).read_text()
-    assert "| rest | 0.0004 |" in written and "**4 of 4 runs are not finished" in written
+    assert "| rest | *0.0004* |" in written and "| grpo | 0.0002 |" in written
+    assert "**4 of 4 runs are not finished" in written
     compare(path, output=str(page), engine=pretending)
     folder = tmp_path / "runs" / "tiny"
     trained_runs = (folder.parent / "trained.txt").read_text().split()

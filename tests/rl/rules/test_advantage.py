@@ -134,7 +134,7 @@ def test_optimal_baseline_of_tokens_that_were_certain(view):
     found = np.asarray(advantage("optimal_baseline", seen))[0, :, 0]
     # somewhere between the rewards, as for any squared scores within a factor of two of (1 - p)^2
     low, high = (np.average(reward[0], weights=w) for w in ([1, 8, 2, 0], [2, 4, 1, 0]))
-    assert low < 4 - found[0] < high and np.ptp(found + [0, 1, 2, 3]) < 1e-5
+    assert low < 4 - found[0] < high and np.ptp(found + np.arange(4)) < 1e-5
 
 
 def test_advantages_are_float32(view):
