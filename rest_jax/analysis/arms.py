@@ -64,7 +64,8 @@ def make_arms(
         made = with_method(config, method)
         name = method.rpartition("/")[2].removesuffix(".yaml")
         uniform = made.weights.plugin is None and made.weights.rule == "uniform"
-        moves = made.curriculum.shape != "constant" and not uniform
+        # an adaptive curriculum is where the format scores of the batch put it
+        moves = made.curriculum.shape not in ("constant", "adaptive") and not uniform
         kinds = ["none", *(() if uniform else placebos)]
         for placebo in kinds:
             weights = made.weights.model_copy(update={"placebo": placebo})

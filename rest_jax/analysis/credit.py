@@ -41,7 +41,7 @@ from rest_jax.types import PromptBatch, RolloutBatch, Sampling, ScoredBatch
 CERTAIN = 1e-4  # 1 - sum p^2 of a token that decides nothing; what it could decide is at most that share of the reward's range
 JSON_FILE, PICTURE = "credit.json", "credit.png"
 _AT_ONCE = 256  # states that are continued in one rollout
-_RESAMPLES = 2000  # of the prompts, for intervals
+_RESAMPLES = 200  # of the prompts, for intervals of correlations
 END = -1  # the state behind which nothing is decided
 
 
@@ -91,6 +91,9 @@ class Credit:
 
     credit: np.ndarray
     uncertain: np.ndarray  # bool
+    value: (
+        np.ndarray
+    )  # the mean reward of the continuations from before an uncertain token; NaN of others
     error: np.ndarray  # standard error: of the continuations alone
     halves: np.ndarray  # [2, P, G, T]: from each half of the continuations
 
@@ -108,8 +111,10 @@ def credit(states: States, rewards: np.ndarray) -> Credit:
     halves = [_variance(half) for half in np.array_split(rewards, 2, axis=1)]
     square = np.append(_variance_error(rewards) ** 2, 0.0)
     known = states.before != END
+    value = np.append(rewards.mean(axis=1, dtype=np.float64), np.nan)[states.before]
     error = np.sqrt(np.where(known, square[states.before] + square[states.after], 0.0))
-    return Credit(decided(_variance(rewards)), known, error, np.stack([decided(x) for x in halves]))
+    halves = np.stack([decided(x) for x in halves])
+    return Credit(decided(_variance(rewards)), known, value, error, halves)
 
 
 def _variance(x: np.ndarray) -> np.ndarray:
@@ -124,23 +129,25 @@ def _variance_error(x: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(fourth - square**2 * (k - 3) / (k - 1), 0.0) / k)
 
 
-def region_rows(found: Credit, region: np.ndarray, seed: int) -> dict[str, dict[str, Any]]:
-    """By region: `tokens`, the `share` of the decided variance with its standard error and 95 % interval (bootstrap over
-    prompts), and how many times the mean a token of it decides (`per_token`).
+def region_rows(found: Credit, region: np.ndarray) -> dict[str, dict[str, Any]]:
+    """By region: `tokens`, the `share` of the decided variance with its standard error and 95 % interval (jackknife over
+    prompts, Student's t), and how many times the mean a token of it decides (`per_token`).
     """
     parts = np.stack([np.where(region == r, found.credit, 0.0).sum((1, 2)) for r in Region])
-    drawn = _resamples(len(region), seed)
+    prompts, total = parts.shape[1], parts.sum()
+    tokens = np.bincount(region.ravel(), minlength=NUM_REGIONS)
     with np.errstate(divide="ignore", invalid="ignore"):
-        share = parts.sum(1) / parts.sum()
-        resampled = parts[:, drawn].sum(-1) / parts.sum(0)[drawn].sum(-1)
-        tokens = np.bincount(region.ravel(), minlength=NUM_REGIONS)
+        share = parts.sum(1) / total
+        without = (parts.sum(1, keepdims=True) - parts) / (total - parts.sum(0))
         each = share / (tokens / tokens[Region.NONE + 1 :].sum())
+    error = np.sqrt((prompts - 1) * without.var(axis=1))
+    reach = scipy.stats.t.ppf(0.975, prompts - 1) * error
     return {
         r.name.lower(): {
             "tokens": int(tokens[r]),
             "share": share[r],
-            "share_error": np.nanstd(resampled[r], ddof=1),
-            "share_interval": _ends(resampled[r]),
+            "share_error": error[r],
+            "share_interval": [share[r] - reach[r], share[r] + reach[r]],
             "per_token": each[r],
         }
         for r in weights.POLICY_REGIONS
@@ -149,11 +156,14 @@ def region_rows(found: Credit, region: np.ndarray, seed: int) -> dict[str, dict[
 
 
 def totals(found: Credit, reward: np.ndarray) -> dict[str, Any]:
-    """The variance of the reward of a prompt: `decided`, the sum of a completion's credits, and `direct`, that of the
-    completions' own rewards [P, G], which are other draws; means over prompts with standard errors, and their `difference`.
+    """Two checks, as means over prompts with standard errors. The variance of the reward of a prompt: `decided`, the sum of a
+    completion's credits, and `direct`, that of the completions' own rewards [P, G], which are other draws, with their
+    `difference`. And `continued`, the rewards of the continuations of a completion's states less its own.
     """
     own = found.credit.sum(-1).mean(1)
     direct = _variance(reward)
+    states = np.maximum(found.uncertain.sum(-1), 1)
+    continued = np.where(found.uncertain, found.value - reward[..., None], 0.0).sum(-1) / states
 
     def mean(x: np.ndarray) -> dict[str, float]:
         return {"mean": float(x.mean()), "error": float(x.std(ddof=1) / np.sqrt(len(x)))}
@@ -162,37 +172,48 @@ def totals(found: Credit, reward: np.ndarray) -> dict[str, Any]:
         "decided": mean(own),
         "direct": mean(direct),
         "difference": mean(own - direct),
+        "continued": mean(continued.mean(1)),
     }
 
 
 def rank_rows(
     found: Credit, region: np.ndarray, rules: Mapping[str, np.ndarray], seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Spearman's rank correlation of each rule's token weights [P, G, T] with the credits, over all tokens, with its 95 %
-    interval (bootstrap over prompts); rules that weigh all tokens alike have none. `between halves` is that of the credits
-    from both halves of the continuations: more cannot be seen through the noise. A credit belongs to the token that was
-    drawn, so no rule that only sees its state can get there.
+    """Spearman's rank correlation of each rule's token weights [P, G, T] with the credits, over all tokens and over the uncertain
+    ones (`uncertain`), with 95 % intervals (bootstrap over prompts); rules that weigh all tokens alike have none.
+
+    `between halves` is that of the credits from both halves of the continuations, r. `perfect` is about what weights equal to the
+    true credits would have, sqrt(2 r / (1 + r)) (Spearman and Brown, 1910). A credit belongs to the token that was drawn, so
+    no rule that only sees its state can get there.
     """
-    mask = region != Region.NONE
-    drawn = _resamples(len(region), seed)[: _RESAMPLES // 10]
+    drawn = _resamples(len(region), seed)
+    masks = {"correlation": region != Region.NONE, "uncertain": found.uncertain}
 
     def correlation(a: np.ndarray, b: np.ndarray, where: np.ndarray) -> float:
         x, y = a[where], b[where]
-        if np.ptp(x) == 0 or np.ptp(y) == 0:
+        if not x.size or np.ptp(x) == 0 or np.ptp(y) == 0:
             return np.nan
         return float(np.corrcoef(scipy.stats.rankdata(x), scipy.stats.rankdata(y))[0, 1])
 
-    differ = (item for item in rules.items() if np.ptp(item[1][mask]) > 0)
+    def perfect(r: float) -> float:
+        return float(np.sqrt(max(2 * r / (1 + r), 0.0))) if r > -1 else 0.0
+
+    differ = (item for item in rules.items() if np.ptp(item[1][masks["correlation"]]) > 0)
     pairs = {name: (weight, found.credit) for name, weight in differ}
+    rows: dict[str, dict[str, Any]] = {name: {} for name in (*pairs, "between halves", "perfect")}
     pairs["between halves"] = (found.halves[0], found.halves[1])
-    rows = {}
-    for name, (a, b) in pairs.items():
-        again = [correlation(a[index], b[index], mask[index]) for index in drawn]
-        rows[name] = {"correlation": correlation(a, b, mask), "interval": _ends(np.array(again))}
+    for over, mask in masks.items():
+        for name, (a, b) in pairs.items():
+            again = [correlation(a[index], b[index], mask[index]) for index in drawn]
+            found_here = correlation(a, b, mask), _ends(np.array(again))
+            rows[name] |= dict(zip((over, f"{over}_interval"), found_here, strict=True))
+        half, ends = (rows["between halves"][key] for key in (over, f"{over}_interval"))
+        rows["perfect"] |= {over: perfect(half), f"{over}_interval": [perfect(x) for x in ends]}
     return rows
 
 
 def _resamples(groups: int, seed: int) -> np.ndarray:
+    """[resamples, P]: the prompts of each."""
     return np.random.default_rng(seed).integers(0, groups, (_RESAMPLES, groups))
 
 
@@ -316,7 +337,7 @@ def summarise(
         "variance": totals(found, np.asarray(scored.reward, np.float64)),
         "tokens": int(scored.rollout.response_length.sum()),
         "uncertain": int(found.uncertain.sum()),
-        "regions": region_rows(found, scored.region, seed),
+        "regions": region_rows(found, scored.region),
         "rules": rank_rows(found, scored.region, rules, seed),
     }
 
@@ -350,17 +371,24 @@ def tables(report: Mapping[str, Any]) -> str:
         by_region.append(
             [name, row["tokens"], f"{row['share']:.1%}", error, ends, row["per_token"]]
         )
-    by_rule: list[list[Any]] = [["rule", "rank correlation", "95 %"]]
+    by_rule: list[list[Any]] = [["rule", "rank correlation", "95 %", "of uncertain tokens", "95 %"]]
     for name, row in report["rules"].items():
-        low, high = row["interval"]
-        by_rule.append([name, row["correlation"], f"{low:.3f} to {high:.3f}"])
-    v = report["variance"]
-    sums = "; ".join(f"{key} {v[key]['mean']:.4g} +- {v[key]['error']:.2g}" for key in v)
+        cells = []
+        for over in ("correlation", "uncertain"):
+            low, high = row[f"{over}_interval"]
+            cells += [row[over], f"{low:.3f} to {high:.3f}"]
+        by_rule.append([name, *cells])
+    sums = {
+        key: f"{value['mean']:.4g} +- {value['error']:.2g}"
+        for key, value in report["variance"].items()
+    }
+    continued = sums.pop("continued")
     return "\n\n".join(
         [
             summary_table(by_region),
             summary_table(by_rule),
-            f"variance of the reward of a prompt: {sums}\n"
+            f"variance of the reward of a prompt: {'; '.join(f'{key} {value}' for key, value in sums.items())}\n"
+            f"rewards of the continuations of a completion's states less its own: {continued}\n"
             f"{report['uncertain']} of {report['tokens']} tokens were uncertain; {report['states']} states x "
             f"{report['continuations']} continuations",
         ]

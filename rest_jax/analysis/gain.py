@@ -109,9 +109,8 @@ def _along(gradient: Params, parts: list[Params]) -> tuple[jax.Array, jax.Array]
 
 @jax.jit
 def _cosine(one: Params, other: Params) -> jax.Array:
-    """float32; zero where a gradient is."""
-    norms = optax.tree.norm(one) * optax.tree.norm(other)
-    return jnp.where(norms > 0, optax.tree.vdot(one, other) / jnp.where(norms > 0, norms, 1.0), 0.0)
+    """float32; NaN where a gradient is zero."""
+    return optax.tree.vdot(one, other) / (optax.tree.norm(one) * optax.tree.norm(other))
 
 
 class Measured(NamedTuple):
@@ -160,27 +159,33 @@ def measure(
 
 def gain_rows(found: Measured, names: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
     """Of each arm and quantity the mean slope and how it compares with that of the first arm, less one, with a 95 % interval
-    (bootstrap over batches and parts of grad J, both arms on the same resamples); the mean cosine to the first arm.
+    (bootstrap over batches and parts of grad J, both arms on the same resamples); the mean cosine to the first arm over the
+    batches in which both have a gradient. NaN where the first arm's own slope is not shown to be above zero, or where there is
+    no such batch.
     """
     _, _, batches, parts = found.slopes.shape
     rng = np.random.default_rng(seed)
     b = rng.integers(0, batches, (_RESAMPLES, batches))
     m = rng.integers(0, parts, (_RESAMPLES, parts))
-    cosines = zip(names, found.cosine.mean(axis=1), strict=True)
+    known = np.isfinite(found.cosine)
+    with np.errstate(invalid="ignore"):
+        cosine = np.where(known, found.cosine, 0.0).sum(axis=1) / known.sum(axis=1)
+    cosines = zip(names, cosine, strict=True)
     rows: dict[str, dict[str, Any]] = {name: {"cosine": cosine} for name, cosine in cosines}
     for quantity, values in zip(_QUANTITIES, found.slopes, strict=True):
         mean = values.mean((1, 2))
         again = np.stack(
             [values[:, b[i]][:, :, m[i]].mean((1, 2)) for i in range(_RESAMPLES)], axis=1
         )  # [arms, resamples]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            relative, resampled = mean / mean[0] - 1, again / again[0] - 1
+        upwards = np.quantile(again[0], 0.025) > 0
+        first = (mean[0], again[0]) if upwards else (np.nan, np.nan)
+        relative, resampled = mean / first[0] - 1, again / first[1] - 1
         for k, name in enumerate(names):
             rows[name] |= {
                 quantity: mean[k],
                 f"{quantity}_interval": np.quantile(again[k], [0.025, 0.975]),
                 f"{quantity}_relative": relative[k],
-                f"{quantity}_relative_interval": np.nanquantile(resampled[k], [0.025, 0.975]),
+                f"{quantity}_relative_interval": np.quantile(resampled[k], [0.025, 0.975]),
             }
     return rows
 
@@ -254,28 +259,29 @@ def table(report: dict[str, Any]) -> str:
     heads = ("arm", "gain", "against uniform", "95 %", "first Adam step", "95 %", "cosine")
     rows: list[list[Any]] = [[*heads]]
 
-    def percent(values: Sequence[float]) -> str:
-        return " to ".join(f"{v:+.1%}" for v in values)
+    def percent(*values: float) -> str:
+        return "-" if np.isnan(values).any() else " to ".join(f"{v:+.1%}" for v in values)
 
-    ordered = sorted(report["arms"].items(), key=lambda item: -item[1]["gain_relative"])
+    ordered = sorted(report["arms"].items(), key=lambda item: -item[1]["gain"])
     for name, row in ordered:
         cells = [name, f"{row['gain']:.4g}"]
         for quantity in _QUANTITIES:
-            cells += [
-                f"{row[f'{quantity}_relative']:+.1%}",
-                percent(row[f"{quantity}_relative_interval"]),
-            ]
+            relative = f"{quantity}_relative"
+            cells += [percent(row[relative]), percent(*row[f"{relative}_interval"])]
         rows.append([*cells, f"{row['cosine']:.3f}"])
+    unknown = ""
+    if np.isnan(ordered[0][1]["gain_relative"]):
+        unknown = "\nthat uniform weights lead upwards is not shown, so nothing is compared with them; raise --batches"
     return (
         f"{summary_table(rows)}\n\n{report['batches']} batches of {report['prompts']} x {report['group_size']} completions; "
-        f"grad J from {report['reference']} x {report['group_size']}"
+        f"grad J from {report['reference']} x {report['group_size']}{unknown}"
     )
 
 
 def write(report: dict[str, Any], folder: Location) -> list[epath.Path]:
     """Writes both files, each atomically, over those of an earlier measurement; returns their paths."""
     path = write_result(report, folder, JSON_FILE)
-    arms = dict(sorted(report["arms"].items(), key=lambda item: item[1]["gain_relative"]))
+    arms = dict(sorted(report["arms"].items(), key=lambda item: item[1]["gain"]))
     figure = plotting.new_figure(9, 1.2 + 0.28 * len(arms))
     axes = figure.subplots()
     for quantity, colour, shift, label in (

@@ -285,8 +285,8 @@ def _finished(jobs: Mapping[Any, Job]) -> dict[Any, pathlib.Path]:
 def verdict(
     found: Compared, differences: Mapping[tuple[str, str, str], Difference], arm: str
 ) -> str:
-    """What the corrected comparisons say of an arm, and in which endpoint; with token weights it is better only where it is better
-    than its placebos.
+    """What the corrected comparisons say of an arm, and in which endpoint; with token weights it is better only where it is
+    better than its placebos.
     """
 
     def shown(other: str, better: bool) -> set[str]:

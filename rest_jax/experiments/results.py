@@ -345,7 +345,7 @@ def _points(found: Mapping[Run, Mapping[str, Curve]]) -> Iterable[dict[str, Any]
 
 
 def _gain_rows(gains: Mapping[str, pathlib.Path]) -> Iterable[dict[str, Any]]:
-    """A row for each policy and method."""
+    """A row for each policy and method; what was not measured (None) is left empty."""
     for policy, path in gains.items():
         for method, row in json.loads(path.read_text())["arms"].items():
             values = {"cosine": row["cosine"]}

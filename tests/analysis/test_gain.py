@@ -19,6 +19,7 @@ from rest_jax.analysis.gain import (
     gain_rows,
     make_ascend,
     reinforce,
+    table,
 )
 from rest_jax.config import Config, ConfigError
 from rest_jax.rl.view import centre
@@ -134,7 +135,7 @@ def test_the_cosine_of_two_gradients():
     assert float(_cosine(one, jax.tree.map(lambda x: -2 * x, one))) == pytest.approx(-1)
     other = {"a": jnp.array([0.0, 2.0]), "b": jnp.array([[2.0]])}
     assert float(_cosine(one, other)) == pytest.approx(8 / (5 * np.sqrt(8)))
-    assert float(_cosine(one, jax.tree.map(jnp.zeros_like, one))) == 0
+    assert np.isnan(_cosine(one, jax.tree.map(jnp.zeros_like, one)))
 
 
 def test_rows_compare_arms_on_the_same_resamples():
@@ -142,7 +143,7 @@ def test_rows_compare_arms_on_the_same_resamples():
     rng = np.random.default_rng(2)
     noise = 1 + 0.5 * rng.normal(size=(2, 20, 8))
     free = 1 + 0.5 * rng.normal(size=(2, 20, 8))
-    cosine = np.array([[1.0, 1.0], [0.9, 0.7], [0.0, -0.2]])
+    cosine = np.array([[1.0, np.nan, 1.0], [0.9, np.nan, 0.7], [0.0, np.nan, -0.2]])
     found = Measured(np.stack([noise, 2 * noise, free], axis=1), cosine)
     rows = gain_rows(found, ["one", "two", "free"], seed=0)
     assert [row["cosine"] for row in rows.values()] == pytest.approx([1, 0.8, -0.1])
@@ -154,6 +155,23 @@ def test_rows_compare_arms_on_the_same_resamples():
         assert low < 0 < high
         low, high = rows["one"][f"{quantity}_interval"]
         assert low < 1 < high
+
+
+def test_nothing_is_compared_with_a_slope_that_may_be_zero():
+    """A ratio to it would change its sign between resamples."""
+    slopes = 0.01 + np.random.default_rng(3).normal(size=(2, 2, 16, 8))
+    rows = gain_rows(Measured(slopes, np.ones((2, 16))), ["grpo", "rest"], seed=0)
+    for row in rows.values():
+        assert np.isnan([row["gain_relative"], *row["adam_relative_interval"]]).all()
+        assert np.isfinite([row["gain"], *row["gain_interval"]]).all()
+    report = {"arms": rows, "batches": 16, "prompts": 2, "group_size": 2, "reference": 8}
+    assert "is not shown, so nothing is compared with them" in table(report)
+    assert "nan" not in table(report)
+
+
+def test_an_adaptive_curriculum_is_where_the_batch_puts_it(config):
+    names = [arm.name for arm in make_arms(config, ["grpo", "rest_adaptive"], groups=4)]
+    assert names == ["grpo", "rest_adaptive"]
 
 
 @pytest.mark.slow

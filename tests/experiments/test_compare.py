@@ -365,11 +365,13 @@ def test_what_one_step_gains_is_shown(plan_file, finished, tmp_path):
     row = {"cosine": 0.9, "gain_relative": 0.47, "gain_relative_interval": [0.36, 0.57]}
     row |= {"adam_relative": -0.05, "adam_relative_interval": [-0.1, 0.01]}
     path = tmp_path / "gain.json"
-    path.write_text(json.dumps({"arms": {"grpo": row, "rest, nu 0": row}}))
+    unknown = row | {"cosine": None, "gain_relative": None, "gain_relative_interval": [None, None]}
+    path.write_text(json.dumps({"arms": {"grpo": unknown, "rest, nu 0": row}}))
     plan = plan_file(gain={"the start": str(path), "later": str(tmp_path / "none.json")})
     page = compare(plan, output=str(tmp_path / "page"), engine=PAGE_ONLY)
     (line,) = (x for x in page.read_text().splitlines() if x.startswith("| rest, nu 0 |"))
     assert line == "| rest, nu 0 | +47 [+36, +57] | -5 [-10, +1] | 0.90 |"
+    assert "| grpo | - | -5 [-10, +1] | - |" in page.read_text().splitlines()
     before = page.read_text()
     path.unlink()
     compare(plan, output=str(page.parent), engine=PAGE_ONLY)
