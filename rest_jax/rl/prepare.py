@@ -61,8 +61,7 @@ class StepConfig:
         """Whether groups without advantage have a gradient all the same."""
         loss = self.loss
         terms = loss.kl_coefficient, loss.entropy_coefficient, loss.load_balance_coefficient
-        unfiltered = loss.group_filter == "none" and self.advantage_rule.rule.signal is None
-        return max(terms) > 0 or unfiltered
+        return max(terms) > 0 or every_group_has_advantage(loss)
 
 
 def group_signal(scored: ScoredBatch, loss: LossConfig) -> AnyArray:
@@ -70,6 +69,11 @@ def group_signal(scored: ScoredBatch, loss: LossConfig) -> AnyArray:
     if loss.group_filter == "exact":
         return scored.exact
     return getattr(scored, advantage_rule(loss).rule.signal or "reward")
+
+
+def every_group_has_advantage(loss: LossConfig) -> bool:
+    """Whether completions need not differ within a group for an advantage."""
+    return loss.group_filter == "none" and advantage_rule(loss).rule.signal is None
 
 
 def step_config(config: Config, steps: int) -> StepConfig:
@@ -138,6 +142,9 @@ def prepare(
     view = dataclasses.replace(view, advantage=advantage)
     weight = weigh_tokens(view, new.weight, cfg)
     metrics = reward_metrics(scored) | rollout_metrics(rollout)
+    if scored.marked is not None:
+        marked = scored.marked.astype(jnp.float32)
+        metrics["rollout/marked"] = masked.mean_over_mask(marked, rollout.mask)
     metrics |= curriculum_metrics(scored, weight, stats, new)
 
     minibatches = MiniBatches(minibatch, cfg.updates)

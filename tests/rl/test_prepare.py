@@ -194,6 +194,15 @@ def test_the_change_of_log_probs_by_region_and_sign(scored, advantage):
     assert not found
 
 
+def test_the_share_of_marked_tokens_is_a_metric_of_rules_that_read_them(scored):
+    cfg = tiny.step_config(loss=LossConfig(advantage="hicra"))
+    marked = np.zeros(scored.region.shape, bool)
+    marked[0, 0, :2] = True
+    _, metrics = prepared(cfg, scored.replace(marked=marked))
+    assert metrics["rollout/marked"] == pytest.approx(2 / scored.rollout.mask.sum())
+    assert "rollout/marked" not in prepared(tiny.step_config(), scored)[1]
+
+
 @pytest.mark.parametrize("name", ["grpo", "entropy", "reinforce_pp"])
 def test_groups_of_one_kind_of_completions_can_be_left_out(scored, name):
     """Whatever their rewards; host and device agree, and no gradient is left without an exact completion."""

@@ -182,3 +182,17 @@ def test_groups_without_advantage_make_room_for_those_of_the_next_batches(open_c
         left = ~nonzero_advantage(found.scored.reward)
         assert left.tolist() == [alike(row) for row in expected]
     assert replaced
+
+
+def test_groups_whose_completions_need_not_differ_stay(open_collector):
+    """REINFORCE++ centres over the batch: equal completions have an advantage."""
+    collector = open_collector(False, staleness=0, dynamic_sampling=2)
+    loss = config_lib.LossConfig(advantage="reinforce_pp")
+    collector.config = collector.config.model_copy(update={"loss": loss})
+    found = collect(collector, 1)
+    assert len(collector.sampler.asked) == 1
+    assert not nonzero_advantage(found.scored.reward).all()
+    filtered = loss.model_copy(update={"group_filter": "exact"})
+    collector.config = collector.config.model_copy(update={"loss": filtered})
+    collect(collector, 2)
+    assert len(collector.sampler.asked) > 2

@@ -8,9 +8,11 @@ import pytest
 
 from rest_jax import config
 from rest_jax.config import ConfigError, CurriculumConfig, LossConfig, WeightsConfig, rule_names
+from rest_jax.data.synthetic.world import world
 from rest_jax.rl import curriculum
 from rest_jax.rl.loss import policy_rule
 from rest_jax.rl.prepare import active_groups, compute_advantage, group_signal, weigh_tokens
+from rest_jax.rl.regions import mark_phrases
 from rest_jax.rl.rules import check_rules, choose, choose_weight_rule, find_phrases, load_rule
 from rest_jax.rl.view import make_view
 from tests import tiny
@@ -153,6 +155,16 @@ def test_phrases_are_those_of_the_rules_in_use():
     words = ["loss.advantage_options.phrases=[so then, let us see]"]
     loaded = config.load(["scale/tiny", "method/hicra"], words)
     assert find_phrases(loaded) == ("so then", "let us see")
+
+
+@pytest.mark.parametrize("level", ["single", "mixed", "reasoned", "inferred"])
+def test_phrases_of_planning_occur_in_the_synthetic_world(level):
+    """Else HICRA would be GRPO there."""
+    phrases = find_phrases(config.load(["scale/tiny", "method/hicra"]))
+    thoughts = [record.target.think for record in world("train", 0, 50, level)]
+    texts = [thought.encode() for thought in thoughts if thought]
+    token_bytes = np.ones((len(texts), max(map(len, texts))), np.int32)
+    assert mark_phrases(texts, token_bytes, phrases).any(axis=1).mean() > 0.5
 
 
 def test_a_chosen_rule_is_static():

@@ -25,7 +25,7 @@ class HicraOptions(Section):
         "let me think",
         "let me check",
         "let me see",
-        "i need to",
+        "need to",
         "i should first",
         "the user wants",
         "the best tool",
