@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One run on a Cloud TPU slice that is there: launch/tpu_vm.sh NAME ZONE train FILE ... [key=value ...]
 # Starts the same command on every host; jax finds the others by itself. `output=` must be a bucket, or a folder all hosts share.
-# INSTALL=WHEEL or INSTALL='rest-jax[tpu] @ git+https://HOST/REPOSITORY@REF' installs it first, into ~/rest_jax of every host.
+# INSTALL=WHEEL or INSTALL='rest-jax[tpu,gcs] @ git+https://HOST/REPOSITORY@REF' installs it first, into ~/rest_jax of every host; a
+# wheel with the extras EXTRAS (tpu,gcs: gs:// needs the latter).
 # A run that an earlier call left behind, when its connection broke, saves and ends first. Exit code: that of the run, but 143
 # when a host was told to shut down, and 1 or 255 when one cannot be reached. DRY_RUN=1 prints the commands.
 set -euo pipefail
@@ -23,7 +24,7 @@ if [ -n "${INSTALL:-}" ]; then
   package=$INSTALL
   if [ -f "$INSTALL" ]; then
     run gcloud compute tpus tpu-vm scp "$INSTALL" "$name:" --zone="$zone" --worker=all
-    package="./${INSTALL##*/}[tpu]"
+    package="./${INSTALL##*/}[${EXTRAS:-tpu,gcs}]"
   fi
   # The images' own Python may be older than 3.11.
   printf -v quoted '%q' "$package"

@@ -13,7 +13,7 @@ NODE = {
     "SKYPILOT_NUM_NODES": "2",
     "SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.8",
 }
-OUTPUT = "gs://bucket/a b"
+OUTPUT, DATA = "gs://bucket/a b", "gs://bucket/c d"
 
 
 @pytest.fixture
@@ -22,8 +22,8 @@ def task() -> dict:
 
 
 def variables(task: dict) -> dict[str, str]:
-    assert task["envs"]["OUTPUT"] is None  # SkyPilot asks for it
-    return {**task["envs"], "OUTPUT": OUTPUT, **NODE}
+    assert task["envs"]["OUTPUT"] is None and task["envs"]["DATA"] is None  # SkyPilot asks for them
+    return {**task["envs"], "OUTPUT": OUTPUT, "DATA": DATA, **NODE}
 
 
 def test_a_node_joins_the_first(fakes, task):
@@ -31,7 +31,9 @@ def test_a_node_joins_the_first(fakes, task):
     (call,) = fakes.calls()
     assert call[:2] == ["rest-jax", "train"]
     assert call[-3:] == [f"output={OUTPUT}", "--distributed", "1/2@10.0.0.7:8476"]
-    config.load(call[2:-3], [])
+    files, data = call[2:-5], call[-5:-3]
+    assert data == [f"data.train={DATA}/train.parquet", f"data.eval={DATA}/test.parquet"]
+    config.load(files, data)
 
 
 def test_tpu_slices_find_out(fakes, task):
@@ -65,4 +67,4 @@ def test_the_installation(fakes, task):
     home = str(fakes.folder / "rest_jax")
     environment, install = fakes.calls("uv")
     assert environment[-1] == home
-    assert install[-3:] == ["--python", f"{home}/bin/python", ".[cuda]"]
+    assert install[-3:] == ["--python", f"{home}/bin/python", ".[cuda,gcs]"]

@@ -1,6 +1,7 @@
 """The launchers of sweeps name what there is, and ask their scheduler for time to save."""
 
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -29,11 +30,13 @@ def test_kubernetes():
     assert pod["terminationGracePeriodSeconds"] >= 60
     (container,) = pod["containers"]
     (script,) = container["args"]
-    (command,) = (line for line in script.splitlines() if line.startswith("rest-jax"))
+    lines = script.replace("\\\n", " ").splitlines()
+    (command,) = (line for line in lines if line.startswith("rest-jax"))
     understood(shlex.split(command.removesuffix("&")))
     assert [variable["name"] for variable in container["env"]] == ["STORAGE"]
     mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    assert f"output={mounted['sweeps']}" in script
+    for key in ("output", "data.train", "data.eval"):
+        assert re.search(rf" {key}={mounted['sweeps']}\b", command), key
     assert {volume["name"] for volume in pod["volumes"]} == mounted.keys()
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.launch.conftest import alive
 
 VM, QUEUED = "launch/tpu_vm.sh", "launch/tpu_queued.sh"
-SOURCE = "rest-jax[tpu] @ git+https://host/rest_jax@main"
+SOURCE = "rest-jax[tpu,gcs] @ git+https://host/rest_jax@main"
 INSTALL = (
     "gcloud compute tpus tpu-vm ssh {node} --zone=z --worker=all '--command=curl -LsSf https://astral.sh/uv/install.sh | sh"
     " && ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 ~/rest_jax"
@@ -22,7 +22,7 @@ RUN = (
     " trap '\\''kill -TERM $!; wait $!; exit 143'\\'' TERM;"
     " ~/rest_jax/bin/rest-jax {words} --distributed auto & echo $! > ~/.rest_jax.pid; wait $!'\n"
 )
-PACKAGE = r"rest-jax\[tpu\]\ @\ git+https://host/rest_jax@main"
+PACKAGE = r"rest-jax\[tpu\,gcs\]\ @\ git+https://host/rest_jax@main"
 READY = ("tpu-vm describe", [{"out": "READY\n"}])
 
 
@@ -45,7 +45,15 @@ def test_dry_run_with_a_wheel(fakes):
         True
     )
     assert copy == f"gcloud compute tpus tpu-vm scp {wheel} pod: --zone=z --worker=all\n"
-    assert install == INSTALL.format(node="pod", package=r"./rest_jax-1-py3-none-any.whl\[tpu\]")
+    package = r"./rest_jax-1-py3-none-any.whl\[tpu\,gcs\]"
+    assert install == INSTALL.format(node="pod", package=package)
+
+
+def test_the_extras_of_a_wheel_are_the_users(fakes):
+    wheel = fakes.folder / "rest_jax-1-py3-none-any.whl"
+    wheel.touch()
+    printed = fakes.dry_run(VM, "pod", "z", "train", "x", INSTALL=str(wheel), EXTRAS="tpu")
+    assert INSTALL.format(node="pod", package=r"./rest_jax-1-py3-none-any.whl\[tpu\]") in printed
 
 
 def test_words_reach_the_host(fakes, words):
