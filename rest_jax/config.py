@@ -137,7 +137,7 @@ class RolloutConfig(Section):
     )
     prompt_cache_entries: PositiveInt | None = None  # None: 4 x decode_slots / group_size
     # keys and values kept at once on each data shard; None: up to 1,024 for each prompt and response; of a server and of a
-    # benchmark's dialogues 2,048 for each slot, and room for the longest
+    # benchmark's dialogues 2,048 for each slot, and enough for the longest
     cache_tokens: PositiveInt | None = None
     replay_routing: bool = False  # the update takes the experts that the sampler's routers chose
     staleness: Literal[0, 1] = 0  # 1: step s + 1 is sampled before update s; needs tis_cap
@@ -156,7 +156,7 @@ class RewardConfig(Section):
     count_extra_calls: bool = True  # superfluous calls enter the union of r_name
     extra_call_penalty: NonNegativeFloat = 0.5  # x (extra / gold) of S_acc
     penalise_spurious_calls: bool = True  # gold without calls: a call earns the lower end
-    strict_match: bool = False  # ToolRL options, off by default
+    strict_match: bool = False  # r_name and r_param are 1 where all names are right, else 0
     coarse: bool = False  # S_acc is 1 for exactly the gold calls, else 0
     length_weight: NonNegativeFloat = 0.0  # most that is earned by length; 0: nothing
     length_target_tokens: PositiveInt = 512  # a completion that long earns all of it
@@ -221,7 +221,8 @@ Options = Annotated[
     tuple[tuple[str, Any], ...],
     pydantic.BeforeValidator(_freeze),
     pydantic.PlainSerializer(dict),
-    pydantic.WithJsonSchema({"type": "object", "additionalProperties": True, "default": {}}),
+    pydantic.WithJsonSchema({"type": "object", "additionalProperties": True}),
+    pydantic.Field(json_schema_extra={"default": {}}),  # as it is written, not the pairs
 ]
 
 
@@ -364,7 +365,7 @@ class LossConfig(Section):
     kl_coefficient: NonNegativeFloat = 0.0  # of the KL term to the starting policy; 0: none
     kl_estimator: Literal["k2", "k3"] = "k3"  # k2: (log r)^2 / 2; k3: r - 1 - log r
     entropy_coefficient: NonNegativeFloat = 0.0  # of the entropy bonus; 0: none
-    load_balance_coefficient: NonNegativeFloat = 0.0  # of the experts, within each group
+    load_balance_coefficient: NonNegativeFloat = 0.0  # of the experts, within each completion
     vocab_chunk: PositiveInt = 256  # positions of a device whose logits exist at once
 
 
@@ -493,7 +494,7 @@ class SftConfig(Section):
 class Config(Section):
     """Everything that a run is made of. Its folder is <output>/<name>/."""
 
-    # The name of the run's folder: neither "..", nor hidden as `.tokenised` is. Default: the names of its files.
+    # The name of the run's folder: neither "..", nor hidden as `.tokenised` is.
     name: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=200)]
     output: Path = "runs"  # the folder of the folders of runs; a path or a URL (gs://, s3://)
     seed: Seed = 0  # of the data's order and of sampling

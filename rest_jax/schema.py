@@ -72,14 +72,18 @@ def _table(prefix: str, kind: type[Section], shape: Mapping[str, Any]) -> Iterat
     yield "| --- | --- | --- | --- |"
     for key, value in shape["properties"].items():
         if "$ref" not in value:
-            default = "" if key in shape.get("required", ()) else f"`{_value(value['default'])}`"
             cells = (
                 f"`{prefix}{key}`",
                 _values(value),
-                default or "none: give one",
+                f"`{_value(value['default'])}`" if "default" in value else _made(prefix + key),
                 descriptions(kind)[key],
             )
             yield f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+
+
+def _made(key: str) -> str:
+    """The default of a key without one of its own: `config.load` names a run."""
+    return "the names of its files" if key == "name" else "none: give one"
 
 
 def _values(shape: Mapping[str, Any]) -> str:

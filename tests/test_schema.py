@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 from typing import Annotated, Literal
 
 import pydantic
@@ -9,9 +11,10 @@ import pytest
 import yaml
 
 from rest_jax import cli
-from rest_jax.config import Config, Section
+from rest_jax.config import Config, Section, from_overrides
 from rest_jax.schema import descriptions, reference, schema
 from tests.conftest import REPOSITORY
+from tests.runs import environment
 
 FILES = sorted(
     itertools.chain(*((REPOSITORY / "configs" / f).glob("*.yaml") for f in ("scale", "method")))
@@ -46,6 +49,25 @@ def test_the_page_is_up_to_date():
         for field in Config.model_fields.values()
     )
     assert page.count("\n| `") == leaves
+
+
+def test_the_default_of_a_mapping_is_one_that_a_config_takes():
+    made = from_overrides({"name": "a", "model": {"source": "m"}}, ["loss.policy_options={}"])
+    assert made.loss.policy_options == Config.model_fields["loss"].default.policy_options
+    for section, key in (("WeightsConfig", "options"), ("LossConfig", "advantage_options"), ("LossConfig", "policy_options")):  # fmt: skip
+        assert schema()["$defs"][section]["properties"][key]["default"] == {}
+    assert "| mapping | `{}` |" in reference() and "| mapping | `[]` |" not in reference()
+
+
+@pytest.mark.parametrize("tool", ["make_configuration.py"])
+def test_a_tool_that_writes_a_page_takes_no_words(tool):
+    page = REPOSITORY / "docs" / "configuration.md"
+    before = page.stat().st_mtime_ns
+    for word, code in (("--help", 0), ("OTHER.md", 2)):
+        command = [sys.executable, f"tools/{tool}", word]
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True)
+        assert done.returncode == code
+    assert page.stat().st_mtime_ns == before
 
 
 class Example(Section):
