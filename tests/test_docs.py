@@ -20,8 +20,6 @@ from benchmarks import __main__ as benchmarks
 from rest_jax import cli, config
 from rest_jax.config import DataConfig
 from rest_jax.data.tokenize import load_split
-from rest_jax.rl.rules import Rule
-from rest_jax.rl.view import TokenView
 from tests.conftest import REPOSITORY
 from tests.gguf_files import write_gguf
 from tests.runs import environment
@@ -359,9 +357,8 @@ def test_what_the_page_of_additions_names_exists():
     for name in re.findall(r"`(?:python )?((?:\w+/)+[\w.]*)", text):
         assert (REPOSITORY / name).exists() or (REPOSITORY / "rest_jax" / name).exists(), name
     block = re.findall(r"```python\n(.*?)```", text, re.S)[0]
-    names = {"Section": config.Section, "NonNegativeFloat": config.NonNegativeFloat, "Rule": Rule,
-             "TokenView": TokenView, "jnp": jnp}  # fmt: skip
-    exec(block, names)
+    names: dict = {}
+    exec(block, names)  # as it is printed, imports included
     chosen = names["RULE"].options()
     view = types.SimpleNamespace(logp=jnp.log(jnp.asarray([[[0.25, 1.0]]])))
     assert names["RULE"].apply(view, chosen).tolist() == [[[0.25, 1.0]]]

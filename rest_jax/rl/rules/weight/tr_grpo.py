@@ -1,4 +1,4 @@
-"""TR-GRPO: a weight that rises with the probability of the token, without the floor of `ar`.
+"""TR-GRPO: a weight that rises with the probability of the token.
 
     w = 2 sigmoid(slope (p - centre))
 
