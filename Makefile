@@ -11,7 +11,7 @@ PEERS := benchmarks/peers/.venv
 tunix := google-tunix==0.1.7
 trl := trl==1.16.0 torch==2.13.0
 
-# Recipes of configs/scale and the hardware they are for: what `make aot` proves to fit.
+# Scales of configs/scale and the hardware they are for: what `make aot` proves to fit.
 TPU_PLANS := qwen3_1p7b_v5e16=v5e:4x4 qwen3_4b_v6e16=v6e:4x4 qwen3_8b_v5p32=v5p:2x2x4 qwen3_14b_v5p64=v5p:2x4x4 \
   qwen3_32b_v5p128=v5p:4x4x4 qwen3_30b_a3b_v5p64=v5p:2x4x4 qwen3_235b_a22b_v5p512=v5p:4x8x8
 GPU_PLANS := llama3_2_3b_h100x8=h100:8 qwen3_8b_h100x8=h100:8 qwen3_32b_h100x32=h100:4x8
@@ -49,13 +49,14 @@ real: $(RUNTIME) ## SmolLM2-135M on real dialogues: make real SGD=FOLDER of Sche
 	@[ -n "$(SGD)" ] || { echo "make real: name the folder of Schema-Guided Dialogue: make real SGD=FOLDER"; exit 2; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/real.sh "$(SGD)"
 
-aot: $(RUNTIME) ## Compile the recipes for hardware that is not here into docs/plans; needs .[tpu]; GPU: PLANS='$(GPU_PLANS)', .[cuda]
+aot: $(RUNTIME) ## Compile the scales for hardware that is not here into docs/plans; needs .[tpu]; GPU: PLANS='$(GPU_PLANS)', .[cuda]
 	@set -e; for plan in $(PLANS); do name=$${plan%%=*}; echo "$$plan"; \
 	  $(BIN)/rest-jax plan scale/$$name method/rest --topology $${plan#*=} --json docs/plans/$$name.json \
 	    --output docs/plans/$$name.png > docs/plans/$$name.txt || { cat docs/plans/$$name.txt; exit 1; }; done
 
-docs: $(DOCS) ## Write docs/configuration.md anew and build the site into build/site; a broken link fails
+docs: $(DOCS) ## Write docs/configuration.md and docs/metrics.md anew and build the site into build/site; a broken link fails
 	$(BIN)/python tools/make_configuration.py
+	$(BIN)/python tools/make_metrics.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 lint: $(DEV) ## ruff: rules and format
@@ -69,7 +70,7 @@ format: $(DEV) ## Apply what lint asks for, where ruff can
 types: $(DEV) ## pyright
 	$(BIN)/pyright
 
-imports: $(DEV) ## Which room may import which (import-linter)
+imports: $(DEV) ## Which module may import which (import-linter)
 	$(BIN)/lint-imports
 
 check: lint types imports ## All but the tests

@@ -84,7 +84,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--data-dir",
         default=os.environ.get("REST_JAX_DATA", str(REPOSITORY.parent / "shared" / "data")),
-        help="folder with rlla/ and api_bank/ (default: $REST_JAX_DATA, else ../shared/data)",
+        help="folder with rlla/ and api_bank/ (default: $REST_JAX_DATA, else one beside the checkout)",
     )
 
 

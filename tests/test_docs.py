@@ -27,7 +27,7 @@ from tests.runs import environment
 DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", *sorted(DOCS.glob("*.md"))]
 PAGES.remove(DOCS / "newcomer.md")  # has what was typed once, wrong commands and errors among it
-# What a reader has and this machine has not: a hub, its data. The words of a command stay, these win over them.
+# What a reader has and a test has not: a hub, its data. The words of a command stay, these win over them.
 HERE = ["model.source=configs/quickstart_policy", "data.train=synthetic:train", "data.eval=synthetic:eval",
         "data.brief_prompt=true", "mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=1",
         "rollout.max_response_tokens=128"]  # fmt: skip

@@ -54,17 +54,19 @@ def test_the_page_is_up_to_date():
 def test_the_default_of_a_mapping_is_one_that_a_config_takes():
     made = from_overrides({"name": "a", "model": {"source": "m"}}, ["loss.policy_options={}"])
     assert made.loss.policy_options == Config.model_fields["loss"].default.policy_options
-    for section, key in (("WeightsConfig", "options"), ("LossConfig", "advantage_options"), ("LossConfig", "policy_options")):  # fmt: skip
-        assert schema()["$defs"][section]["properties"][key]["default"] == {}
+    found = schema()["$defs"]
+    assert found["WeightsConfig"]["properties"]["options"]["default"] == {}
+    for key in ("advantage_options", "policy_options"):
+        assert found["LossConfig"]["properties"][key]["default"] == {}
     assert "| mapping | `{}` |" in reference() and "| mapping | `[]` |" not in reference()
 
 
-@pytest.mark.parametrize("tool", ["make_configuration.py"])
-def test_a_tool_that_writes_a_page_takes_no_words(tool):
-    page = REPOSITORY / "docs" / "configuration.md"
+@pytest.mark.parametrize("name", ["configuration", "metrics"])
+def test_a_tool_that_writes_a_page_takes_no_words(name):
+    page = REPOSITORY / "docs" / f"{name}.md"
     before = page.stat().st_mtime_ns
     for word, code in (("--help", 0), ("OTHER.md", 2)):
-        command = [sys.executable, f"tools/{tool}", word]
+        command = [sys.executable, f"tools/make_{name}.py", word]
         done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True)
         assert done.returncode == code
     assert page.stat().st_mtime_ns == before
