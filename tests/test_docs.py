@@ -20,6 +20,8 @@ from benchmarks import __main__ as benchmarks
 from rest_jax import cli, config
 from rest_jax.config import DataConfig
 from rest_jax.data.tokenize import load_split
+from rest_jax.models.tokenizer import Tokenizer
+from rest_jax.run import card
 from tests.conftest import REPOSITORY
 from tests.gguf_files import write_gguf
 from tests.runs import environment
@@ -116,6 +118,13 @@ def test_the_request_of_the_page_on_serving_is_one_of_the_quickstarts_world():
             assert set(each["parameters"]["properties"]) <= set(names[each["name"]])
         arguments = json.dumps(call.arguments)
     assert f"{call.name} {arguments}" in text
+
+
+def test_the_line_for_vllm_is_that_of_the_export():
+    (line,) = re.findall(r"```bash\n(vllm .*?)\n```", (DOCS / "serving.md").read_text(), re.DOTALL)
+    run = config.load(["scale/tiny", "method/rest"])
+    tokenizer = Tokenizer.load(str(REPOSITORY / "configs" / "quickstart_policy"))
+    assert line == card.vllm_command(run, tokenizer, [card.PARSER, card.CHAT_TEMPLATE], "runs/mine")
 
 
 COMMAND_LINE = typer.main.get_command(cli.app)

@@ -14,38 +14,30 @@ from rest_jax.run.metrics import METRICS, REGION_NAMES
 # What a prefix is about; every one has a section, in the order of the lines.
 PREFIXES = {
     "data": "The training records.",
-    "reward": """Rewards of the completions of the step ([the method](method.md#6-rewards)), at the scale that is in
-force there. Every step has
-prompts of its own: to see whether a policy improves, look at `eval/`. A reward of your own adds `reward/part/NAME`
-for each of its
-parts, the mean of the part ([plug-ins](plugins.md#reward)).""",
+    "reward": """Rewards of the completions of the step ([the method](method.md#6-rewards)), at the scale that is in force
+there. Every step has prompts of its own: to see whether a policy improves, look at `eval/`. A reward of your own adds
+`reward/part/NAME` for each of its parts, the mean of the part ([plug-ins](plugins.md#reward)).""",
     "rollout": "What was sampled, and by which policy.",
     "update": "The optimiser updates of the step: means over them, of maxima the largest.",
     "router": "Of models with experts alone ([mixture of experts](models.md#mixture-of-experts)).",
     "region": "For each region: NAME is one of {regions} ([regions](method.md#2-regions)).",
     "curriculum": "The curriculum ([the method](method.md#5-curriculum)).",
-    "eval": """Held-out prompts, greedy, in the line of each step with an evaluation, and in one before the first
-step (`train.eval_before`).
-Rewards are at the end of the scale, so that they can be compared over a run. A reward of your own adds `eval/part/NAME`;
-`eval/api_bank/` needs `evaluation.benchmarks` ([evaluation](evaluation.md#while-a-run-trains)).""",
+    "eval": """Held-out prompts, greedy, in the line of each step with an evaluation, and in one before the first step
+(`train.eval_before`). Rewards are at the end of the scale, so that they can be compared over a run. A reward of your own
+adds `eval/part/NAME`; `eval/api_bank/` needs `evaluation.benchmarks` ([evaluation](evaluation.md#while-a-run-trains)).""",
     "time": """Values of the clock and of the memory, the only ones in which a run and its repetition differ. Of many
-processes they are those
-of the slowest.""",
+processes they are those of the slowest.""",
 }
 
 _HEAD = """# Metrics
 
 Every name that a run writes, made from the table in `rest_jax/run/metrics.py` by `python tools/make_metrics.py`.
 
-`metrics.jsonl` in the folder of a run has one JSON object a line: `step`, then values by name. A run writes those
-that it has: a
-supervised one no rewards but those of evaluations, one without experts no `router/`. Values are of the global batch,
-whatever the
-number of devices and processes. NaN and infinities are `null`. A fraction is between 0 and 1; what has no unit is a
-pure number.
-`rest-jax report` makes curves of them, and [trackers](trackers.md) get the same lines. What does not begin with
-`time/` is the same,
-bit for bit, in a run that was interrupted and resumed.
+`metrics.jsonl` in the folder of a run has one JSON object a line: `step`, then values by name. A run writes those that it has:
+a supervised one no rewards but those of evaluations, one without experts no `router/`. Values are of the global batch, whatever
+the number of devices and processes. NaN and infinities are `null`. A fraction is between 0 and 1; what has no unit is a pure
+number. `rest-jax report` makes curves of them, and [trackers](trackers.md) get the same lines. What does not begin with `time/`
+is the same, bit for bit, in a run that was interrupted and resumed.
 """
 
 
