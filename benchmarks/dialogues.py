@@ -124,7 +124,7 @@ def run(
     policy: Policy, args: argparse.Namespace, stream: Stream, at_once: int
 ) -> tuple[StreamStats, Mapping[Hashable, Conversation], float]:
     """(counts of the stream, the dialogues in tokens, seconds)."""
-    settings = Settings(args.tokens, min(policy.config.max_positions, stream.room), 1.0)
+    settings = Settings(args.tokens, min(policy.config.max_positions, stream.capacity), 1.0)
     stream.stats = StreamStats()
     begun = time.perf_counter()
     with asked(args, at_once) as (source, template):

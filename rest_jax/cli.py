@@ -196,7 +196,7 @@ Fork = Annotated[
     str | None,
     Option(
         metavar="NEW_NAME",
-        help="go on from the newest checkpoint of the run in the folder, under this name and config",
+        help="continue from the newest checkpoint of the run in the folder, under this name and config",
     ),
 ]
 Distributed = Annotated[
@@ -445,7 +445,7 @@ def chat(
     ] = None,
     system: Annotated[str | None, Option(help="what the model is told first")] = None,
     temperature: Annotated[float, Option(min=0, max=2, help="0: greedy")] = 1.0,
-    seed: Annotated[int | None, Option(help="of every answer")] = None,
+    seed: Annotated[int | None, Option(help="of every completion")] = None,
     name: Annotated[str | None, Option(help="of the model at the URL; default: its first")] = None,
     api_key: Annotated[str | None, Option(envvar="REST_JAX_API_KEY", help="for the URL")] = None,
 ) -> None:
@@ -733,7 +733,7 @@ def report(
         str | None, Option(help="HTML file; default: report.html of the first run")
     ] = None,
     watch: Annotated[
-        bool, Option("--watch", help="write the page anew while runs go on, until Ctrl-C")
+        bool, Option("--watch", help="write the page anew while runs train, until Ctrl-C")
     ] = False,
 ) -> None:
     """Write a page with the curves and tokens of runs, and print their tables."""

@@ -92,7 +92,7 @@ def train(
     fork_of: Location | None = None,
 ) -> int:
     """Trains, and writes a trace of step `profile`; `restart` forgets the run in the folder first, `fork_of` is the folder of
-    another run to go on from. 0 at the end, UNFINISHED when told to stop before it. UserError for input that cannot be used;
+    another run to continue from. 0 at the end, UNFINISHED when told to stop before it. UserError for input that cannot be used;
     RunStopped on NaN.
     """
     check_command(config, supervised=False)

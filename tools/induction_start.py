@@ -2,7 +2,7 @@
 
 Copying a name never seen before takes an induction circuit: a head that tells each token which tokens came before it, and a
 later head that finds a position where the same tokens came before, and says what followed there. A model of a million parameters
-finds it by gradient descent only after hours on a CPU, so the recipe writes it into the first two layers, noise elsewhere:
+finds it by gradient descent only after hours on a CPU, so this writes it into the first two layers, noise elsewhere:
 
     residual  dim 0: a constant | 52 dims: the token itself | 3 x 25 dims: the tokens 1, 2 and 3 positions back
     layer 0   heads 0-2 attend 1, 2, 3 positions back (a constant query and key, set apart by rotary phase) and fill those dims

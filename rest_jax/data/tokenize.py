@@ -72,7 +72,7 @@ class Encoder:
     supervised: bool = False
 
     def __post_init__(self):
-        # targets go on where the prompts of the chat template end
+        # targets continue where the prompts of the chat template end
         opened = self.template.behind(self.tokenizer.thought_open)
         object.__setattr__(self, "template", opened)
 

@@ -292,7 +292,7 @@ def _answer_all(
     stream = make_stream(policy, r, longest=policy.config.max_positions)
     settings = Settings(
         max_tokens=r.max_response_tokens,
-        max_length=min(policy.config.max_positions, stream.room),
+        max_length=min(policy.config.max_positions, stream.capacity),
         temperature=0.0 if sampling.greedy else sampling.temperature,
         top_p=sampling.top_p,
         seed=config.seed,

@@ -41,7 +41,7 @@ _MULTI_TURN = tuple(
 _AGENTIC = {
     **dict.fromkeys(("web_search_base", "web_search_no_snippet"), "it needs the network"),
     **dict.fromkeys(
-        ("memory_kv", "memory_rec_sum"), "its entries go on from files that earlier ones write"
+        ("memory_kv", "memory_rec_sum"), "its entries begin with files that earlier ones write"
     ),
     "memory_vector": "it needs a model of embeddings",
     "format_sensitivity": "it varies the package's own prompt, which is not used",
@@ -222,7 +222,9 @@ class Bfcl:
         """`Source.reply`. Every call that can be read is made."""
         self.tokens += len(reply.ids)
         if not len(reply.ids):
-            reason = f"the prompt of {reply.prompt_tokens:,} tokens leaves no room for an answer"
+            reason = (
+                f"the prompt of {reply.prompt_tokens:,} tokens leaves no token for a completion"
+            )
             self._child.send({"key": key, "error": reason})
             return
         calls = [call for call in reply.answer.calls if not self._declines(call)]

@@ -1,4 +1,4 @@
-"""Rule-based reward of one answer: format part + correctness part (+ length part, off by default) (+ that of a plug-in).
+"""Rule-based reward of one completion: format part + correctness part (+ length part, off by default) (+ that of a plug-in).
 
 Host code without jax. The parts are scores in [0, 1] mapped onto bounds that move linearly with progress mu in [0, 1]:
 format hi 2 -> 1, correctness hi 2 -> 3, lo = -hi; static (an ablation): format [0, 1], correctness [-3, 3].
@@ -22,7 +22,7 @@ _LETTER = {
     Block.BROKEN: "x",
 }
 
-# (gold has calls, gold has a response) -> all blocks of a well-formed answer
+# (gold has calls, gold has a response) -> all blocks of a well-formed completion
 _TOOLRL = {(True, False): "TC", (False, True): "TR", (True, True): "TCR", (False, False): "T"}
 _PROSE = {(True, False): "T?C+", (False, True): "T?R", (True, True): "T?RC+", (False, False): "T"}
 
@@ -32,7 +32,7 @@ PARTS = ("format_part", "correctness_part", "length_part", "plugin_part")
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """The reward of one answer and what it was made of."""
+    """The reward of one completion and what it was made of."""
 
     reward: float  # sum of the parts
     format_part: float
@@ -41,7 +41,7 @@ class Score:
     accuracy: float  # S_acc in [0, 1]; without gold calls: 1, or 0 if a tool was called
     # the format is right, and its reference reader reads the gold calls, in any order, and no others
     exact: bool
-    spurious: bool  # gold has no calls, the answer calls a tool or tries to
+    spurious: bool  # gold has no calls, the completion calls a tool or tries to
     length_part: float = 0.0  # off by default
     plugin_part: float = 0.0
 
@@ -81,7 +81,7 @@ def score(
     progress: float,
     tokens: int = 0,
 ) -> Score:
-    """Scores one answer at `progress` mu in [0, 1]. `tokens`: length of the response, for the length part."""
+    """Scores one parsed completion at `progress` mu in [0, 1]. `tokens`: length of the completion, for the length part."""
     s_format = format_score(answer, target, template_name, cfg.strict_format)
     bounds = correctness_bounds(cfg, progress)
     spurious = not target.calls and bool(answer.calls or answer.broken_calls)

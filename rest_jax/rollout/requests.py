@@ -105,7 +105,7 @@ class Stream:
         return len(self._owners)
 
     @property
-    def room(self) -> int:
+    def capacity(self) -> int:
         """Tokens that a prompt and its completion may have, wherever pages begin in them."""
         return (self._pages - _SPARE_PAGES) * self.settings.page
 
@@ -118,7 +118,7 @@ class Stream:
             raise ValueError(f"{request.top_logprobs} log-probs, at most {self.settings.listed}")
         if shard.pages_needed(request) > self._pages:
             raise ValueError(
-                f"prompt + completion {len(request.ids):,} + {request.max_tokens:,} tokens, there is room for {self.room:,}"
+                f"prompt + completion {len(request.ids):,} + {request.max_tokens:,} tokens, at most {self.capacity:,} together"
             )
         sequence = Sequence(next(self._numbers), request, request.ids[:0], [])
         shard.waiting.append(sequence)
@@ -308,7 +308,7 @@ def make_stream(
     policy: Policy, rollout: RolloutConfig, params: Params | None = None, longest: int = 0
 ) -> Stream:
     """A stream on a policy's rollout mesh, with `rollout.decode_slots` and `rollout.cache_tokens` a data shard; by default of the
-    latter there is room for a request of `longest` tokens, prompt and completion, however few the slots. `params`: weights from
+    latter it takes a request of `longest` tokens, prompt and completion, however few the slots. `params`: weights from
     `rollout_cast`, in place of the policy's. ValueError on several processes.
     """
     if jax.process_count() > 1:

@@ -150,7 +150,7 @@ def score_records(
 
 def share_outcomes(asked: Mapping[int, Sequence[Future[Outcome]]]) -> dict[int, list[Outcome]]:
     """row -> what a plug-in makes of its completions, for the rows of all processes, from what each has asked; every process must
-    call it. Where several have the same row, the first one's outcome is that of all, so that they go on with the same reward.
+    call it. Where several have the same row, the first one's outcome is that of all, so that they continue with the same reward.
     """
     own = {row: [future.result() for future in futures] for row, futures in asked.items()}
     found: dict[int, list[Outcome]] = {}

@@ -51,7 +51,7 @@ class Options:
 
 
 def serve(config: Config, options: Options) -> None:
-    """Serves the policy that `config.model` names, with prompts and answers as long as the config says. UserError for a model
+    """Serves the policy that `config.model` names, with prompts and completions as long as the config says. UserError for a model
     that cannot be served and an address that cannot be taken; RunStopped when the engine fails.
     """
     with listen(options.host, options.port) as listener:
@@ -59,7 +59,7 @@ def serve(config: Config, options: Options) -> None:
         server = Server(served, engine, options)
         print(
             f"{served.name} at {url(listener)}/v1: template {served.encoder.template.name}, prompts of up to "
-            f"{served.max_prompt_tokens:,} tokens, answers of up to {served.max_new_tokens:,}; Ctrl-C ends it",
+            f"{served.max_prompt_tokens:,} tokens, completions of up to {served.max_new_tokens:,}; Ctrl-C ends it",
             flush=True,
         )
         # uvicorn raises the signals again that have ended it
@@ -134,9 +134,9 @@ def load(config: Config, options: Options) -> tuple[Served, Engine]:
     )
     longest = served.max_prompt_tokens + served.max_new_tokens
     stream = make_stream(policy, config.rollout, longest=longest)
-    if longest > stream.room:
+    if longest > stream.capacity:
         raise UserError(
-            f"serve: prompt + answer {longest:,} tokens, rollout.cache_tokens has room for {stream.room:,}; raise it, or lower "
+            f"serve: prompt + completion {longest:,} tokens, rollout.cache_tokens holds {stream.capacity:,}; raise it, or lower "
             f"{ROLLOUT_KEYS}"
         )
     stream.submit(Request(np.array([served.tokenizer.end_id], np.int32), 1))

@@ -31,7 +31,7 @@ class Template:
     # words by which a model's own chat template asks for calls in this form: it then lists the tools itself
     request: str | None = None
     bare: bool = False  # calls stand in the text, without tags
-    thought_open: bool = False  # prompts end in an opened thought: answers go on within it
+    thought_open: bool = False  # prompts end in an opened thought: completions continue it
 
     def behind(self, thought_open: bool) -> "Template":
         """The template for prompts that end in an opened thought, or that do not."""

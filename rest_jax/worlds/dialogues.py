@@ -55,12 +55,12 @@ class Dialogues:
     def reply(self, key: Hashable, reply: Reply) -> None:
         """`Source.reply`. A turn that was cut, or has a call that cannot be read, makes no calls: it is something said.
 
-        A dialogue without room for a turn is over. UserError where there is none for the first.
+        A dialogue without a token left for a turn is over. UserError where there is none for the first.
         """
         dialogue = self._open[key]
         if not len(reply.ids) and not dialogue.turns:
             raise UserError(
-                f"dialogue {key}: its first prompt has {reply.prompt_tokens:,} tokens, which leaves no room for a completion; "
+                f"dialogue {key}: its first prompt has {reply.prompt_tokens:,} tokens, which leaves no token for a completion; "
                 "raise rollout.cache_tokens, or use a model with more positions (max_position_embeddings)"
             )
         dialogue.truncated = dialogue.truncated or reply.truncated

@@ -315,7 +315,7 @@ def test_a_prompt_without_room_is_no_answer(tmp_path):
         source.reply(key, nothing)
         assert source.poll(block=True) is None
     (item,) = scored_dialogues(source)["items"]
-    assert item["error"] == "the prompt of 7 tokens leaves no room for an answer"
+    assert item["error"] == "the prompt of 7 tokens leaves no token for a completion"
     assert not item["correct"] and item["completions"] == []
     again = run(V4, tmp_path, Truth(V4, "hermes"), categories="simple_python", limit=1)
     assert wrong(again) == set() and again["resumed"] == 0
@@ -475,7 +475,7 @@ def test_categories_are_those_that_can_be_run():
             "multiturn",
             "--categories multiturn: unknown category of bfcl_v3 (nearest: multi_turn",
         ),
-        (V4, "live,memory_kv", "--categories memory_kv: not run: its entries go on from files"),
+        (V4, "live,memory_kv", "--categories memory_kv: not run: its entries begin with files"),
         (V4, "web_search_base", "not run: it needs the network"),
         (V4, "format_sensitivity", "not run: it varies the package's own prompt"),
         (V3, "", "--categories : unknown category"),

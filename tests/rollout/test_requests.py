@@ -186,9 +186,9 @@ def test_a_dialogue_prefills_only_what_is_new():
 def test_what_has_room_is_taken(length):
     running = stream(pages=8)
     ids = prompt(np.random.default_rng(4), length)
-    running.submit(Request(ids, running.room - length))
-    with pytest.raises(ValueError, match=f"there is room for {running.room}"):
-        running.submit(Request(ids, running.room + 3 * PAGE))
+    running.submit(Request(ids, running.capacity - length))
+    with pytest.raises(ValueError, match=f"at most {running.capacity} together"):
+        running.submit(Request(ids, running.capacity + 3 * PAGE))
 
 
 def test_completions_of_one_prompt_share_its_pages():
@@ -298,7 +298,7 @@ def test_other_weights_forget_former_prompts():
     [
         (Request(np.zeros(0, np.int32), 5), "needs a prompt"),
         (Request(np.ones(3, np.int32), 0), "one token at least"),
-        (Request(np.ones(80, np.int32), 20), r"80 \+ 20 tokens, there is room for 64"),
+        (Request(np.ones(80, np.int32), 20), r"80 \+ 20 tokens, at most 64 together"),
         (Request(np.ones(3, np.int32), 5, top_logprobs=6), "at most 5"),
     ],
     ids=["empty", "nothing to draw", "too long", "too many log-probs"],
@@ -313,8 +313,9 @@ def test_requests_that_cannot_be_taken(request_, reason):
 def test_the_longest_request_has_room_however_few_the_slots(model):
     policy = load_policy(ModelConfig(source=str(model)), MeshConfig(fsdp=-1))
     few = RolloutConfig(decode_slots=2)
-    assert make_stream(policy, few).room == 2 * 2048 - 64
-    assert make_stream(policy, few, longest=9001).room >= 9001
-    assert make_stream(policy, few, longest=100).room == 2 * 2048 - 64
+    assert make_stream(policy, few).capacity == 2 * 2048 - 64
+    assert make_stream(policy, few, longest=9001).capacity >= 9001
+    assert make_stream(policy, few, longest=100).capacity == 2 * 2048 - 64
     given = few.model_copy(update={"cache_tokens": 640})
-    assert make_stream(policy, given, longest=9001).room == 640 - 64  # what is asked for is taken
+    # what is asked for is taken
+    assert make_stream(policy, given, longest=9001).capacity == 640 - 64

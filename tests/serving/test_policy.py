@@ -180,7 +180,7 @@ def test_a_chat_with_a_policy_that_is_loaded(model):
 
 @pytest.mark.parametrize(("words", "says"), [
     (SIZES[:4], "asks for tool calls in no known format; name the one that it was trained on: --template"),
-    ([*SIZES[:3], "rollout.cache_tokens=128", *SIZES[4:]], "rollout.cache_tokens has room for 64; raise it"),
+    ([*SIZES[:3], "rollout.cache_tokens=128", *SIZES[4:]], "rollout.cache_tokens holds 64; raise it"),
     (["data.template=hermes"], "exceeds the model's 1,024 positions"),
 ])  # fmt: skip
 def test_policies_that_cannot_be_served(model, words, says):

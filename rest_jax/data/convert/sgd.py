@@ -4,7 +4,7 @@ In: a dialogue of a file `dialogues_*.json`; `open_files` reads the `schema.json
 observation are the results of the service, and for each thing that the system says.
 
 Calls have canonical values ("2019-03-08") where people say others ("next Friday"). `RULE` opens every dialogue and says how
-values are written; a call with a value that stands nowhere before it and that the rule does not give is no record.
+values are written; a call with a value that is nowhere before it and that the rule does not give is no record.
 """
 
 import datetime
@@ -152,7 +152,7 @@ def _unknown(record: StepRecord, where: str) -> RecordError | None:
             listed = properties.get(name, {}).get("enum", ())
             if value not in listed and not _follows(str(value), said):
                 return RecordError(
-                    f"{where}: the value {value!r} of {name!r} stands nowhere before the call"
+                    f"{where}: the value {value!r} of {name!r} is nowhere before the call"
                 )
     return None
 

@@ -79,7 +79,7 @@ def _unknown(record: StepRecord, where: str) -> RecordError | None:
         for value in _values(call.arguments):
             if value not in listed and not fields.stands_in(str(value), said):
                 return RecordError(
-                    f"{where}: a value of the call of {call.name!r} stands nowhere before it: {value!r}"
+                    f"{where}: a value of the call of {call.name!r} is nowhere before it: {value!r}"
                 )
     return None
 

@@ -145,7 +145,7 @@ def test_a_value_stands_there_or_follows_by_the_rule(folder, value, text, known)
     if known:
         assert booked.target.calls == (Call("Tables_1.Book", {"day": value}),)
     else:
-        assert str(booked) == f"here: the value {value!r} of 'day' stands nowhere before the call"
+        assert str(booked) == f"here: the value {value!r} of 'day' is nowhere before the call"
 
 
 def test_prepare_counts_what_nobody_could_know(folder, capsys):
@@ -155,7 +155,7 @@ def test_prepare_counts_what_nobody_could_know(folder, capsys):
     settings = Settings("sgd", [str(folder / "dialogues_001.json")], str(folder / "out.jsonl"))
     result = pipeline.prepare(settings)
     assert (result.converted, result.kept) == (8, 7)
-    assert result.dropped == {"the value '...' of '...' stands nowhere before the call": 1}
+    assert result.dropped == {"the value '...' of '...' is nowhere before the call": 1}
     (line,) = (folder / "out.jsonl.rejected.jsonl").read_text().splitlines()
     assert json.loads(line)["reason"].startswith("the value 'San Jose' of 'city'")
 

@@ -71,7 +71,7 @@ def test_each_gold_call_is_a_record_behind_those_before():
     [
         ({"id": "#W2"}, "'#W2'"),
         ({"id": "#W"}, "'#W'"),
-        ({"id": "#W1", "n": 3}, "stands nowhere before it: 3"),
+        ({"id": "#W1", "n": 3}, "is nowhere before it: 3"),
         ({"id": ["#W1", {"x": "Policies"}]}, "'Policies'"),
     ],
     ids=str,
