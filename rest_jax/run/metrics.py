@@ -91,6 +91,7 @@ _TABLE = {
     "rollout/logp": ("nats", "mean log-probability of the sampled tokens"),
     "rollout/logp_mismatch": ("nats", "mean |log-prob of the sampler - of the trainer|"),
     "rollout/ratio_max": ("", "greatest ratio of the two probabilities, either way"),
+    "rollout/marked": ("fraction", "tokens of the phrases that a rule looks for (method/hicra)"),
     "rollout/decode_slot_utilisation": (
         "fraction",
         "mean share of the decode slots that drew a token",

@@ -67,6 +67,7 @@ def test_the_table_is_what_runs_write(tmp_path, configs_dir, expert_model):
     assert parts < written
     written -= parts
     refilled = {"rollout": REINFORCED["rollout"] | {"dynamic_sampling": 1}}
+    refilled["loss"] = {"advantage": "hicra"}
     written |= names_of("train", REINFORCED | refilled, tmp_path / "refilled", source)
     written |= names_of("sft", SUPERVISED, tmp_path / "sft", source)
     written |= names_of("train", EXPERTS, tmp_path / "experts", expert_model)
