@@ -21,7 +21,7 @@ from typer import Argument, Option
 
 from rest_jax import __version__
 from rest_jax.errors import RunStopped, UserError, full_disk
-from rest_jax.texts import print_text, printable
+from rest_jax.texts import one_line, print_text
 
 if TYPE_CHECKING:
     from rest_jax.config import Config
@@ -37,7 +37,6 @@ data_app = typer.Typer(help="Prepare training records, look at them.", no_args_i
 # How `rest-jax --help` groups the commands.
 _TRAIN, _MODEL, _STUDY, _LOOK = "Train", "Use a model", "Experiments", "Data and reports"
 _STATUS = re.compile(r"[A-Z_]{5,}: ")  # what begins an error of XLA
-_MOST_SAID = 4000  # characters of a line
 _CANNOT_OPEN = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError)
 
 
@@ -97,9 +96,7 @@ def _usage(error: typer.TyperException) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    message = " ".join(printable(message).split())
-    if len(message) > _MOST_SAID:  # names in files of strangers may be of any length
-        message = f"{message[:_MOST_SAID]} .."
+    message = one_line(message)
     if "rest_jax.run.processes" in sys.modules:
         from rest_jax.run import processes
 
@@ -788,13 +785,15 @@ def schema(
 
     text = json.dumps(schema(), indent=2)
     if output is None:
-        print(text)
+        print_text(text)
         return
     if as_path(output).suffix != ".json":
         raise UserError(f"schema --output {output}: a JSON schema; name a file that ends in .json")
     with atomic_write(as_path(output)) as partial:
         partial.write_text(f"{text}\n")
-    print(f"schema: {output}; first line of a config: # yaml-language-server: $schema={output}")
+    print_text(
+        f"schema: {output}; first line of a config: # yaml-language-server: $schema={output}"
+    )
 
 
 @app.command(rich_help_panel=_STUDY)
@@ -810,7 +809,7 @@ def new(
 
     from rest_jax.examples import write_new
 
-    print(write_new(kind, name, pathlib.Path()))
+    print_text(write_new(kind, name, pathlib.Path()))
 
 
 @config_app.command()

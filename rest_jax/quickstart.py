@@ -15,6 +15,7 @@ from rest_jax.config import Config
 from rest_jax.evaluation.heldout import Evaluator, evaluations, held_out
 from rest_jax.files import local_path
 from rest_jax.run.load import convert, export, load_policy
+from rest_jax.texts import print_text
 
 
 def quickstart(overrides: Sequence[str] = (), fresh: bool = False) -> int:
@@ -31,22 +32,22 @@ def quickstart(overrides: Sequence[str] = (), fresh: bool = False) -> int:
     converted, exported = folder / "converted", folder.with_name(f"{folder.name}-exported")
     if not converted.is_dir():
         convert(source, converted)
-    print(f"[1/4] converted {source} to {converted}", flush=True)
-    print("[2/4] training with ResT", flush=True)
+    print_text(f"[1/4] converted {source} to {converted}")
+    print_text("[2/4] training with ResT")
     if code := train.train(_with_source(config, converted)):
         return code  # the same command resumes
     lines = evaluations(folder)
     shutil.rmtree(exported, ignore_errors=True)
     export(str(folder), exported)
-    print(f"[3/4] exported to {exported}", flush=True)
+    print_text(f"[3/4] exported to {exported}")
     reloaded = _with_source(config, exported)
     policy = load_policy(reloaded.model, reloaded.mesh)
     data = held_out(reloaded, policy, keep=True)
     assert data is not None
     rates, _ = Evaluator(reloaded, policy, data)(policy.params)
-    print(f"[4/4] reloaded {exported} and evaluated it", flush=True)
+    print_text(f"[4/4] reloaded {exported} and evaluated it")
     first, last, again = (f"{found['eval/exact']:.1%}" for found in (lines[0], lines[-1], rates))
-    print(
+    print_text(
         f"\nExact calls on tools never seen in training: {first} -> {last} (the reloaded export: {again}) "
         f"in {(time.monotonic() - started) / 60:.1f} minutes.\n"
         f"Completions: {folder / 'samples.jsonl'}\n"

@@ -10,7 +10,7 @@ from rest_jax.texts import printable
 
 def print_fields(rows: Sequence[tuple[str, str]]) -> None:
     """Prints `fields` on stdout."""
-    print(fields(rows), flush=True)
+    print(fields(rows), flush=True)  # noqa: T201
 
 
 def fields(rows: Sequence[tuple[str, str]]) -> str:

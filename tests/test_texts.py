@@ -13,7 +13,7 @@ from rest_jax.analysis import page
 from rest_jax.config import dump, from_overrides
 from rest_jax.run.metrics import MetricsWriter
 from rest_jax.run.progress import Progress
-from rest_jax.texts import csv_cell, print_text, printable
+from rest_jax.texts import csv_cell, one_line, print_text, printable, warn
 from tests.runs import environment
 
 HARMFUL = {
@@ -47,6 +47,24 @@ def test_an_error_and_a_warning_that_quote_it_are_harmless(name, tmp_path, capsy
     said = capsys.readouterr()
     # a progress bar has carriage returns of its own
     assert "rest-jax: error: " in said.err and text not in said.out + said.err
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("storage postgresql://me:p@ss@host:1/d: no", "storage postgresql://me:***@host:1/d: no"),
+        ("https://token@hub.example/x", "https://***@hub.example/x"),
+        ("redis://:secret@host", "redis://:***@host"),
+        ("'unknown url type: h:80/?write_token=secret'", "'unknown url type: h:80/?write_token=***'"),
+        ("http://h/p?a=1&key=s%20e; say so", "http://h/p?a=***&key=*** say so"),
+        ("s3://bucket/a@b: no such user: me@host?", "s3://bucket/a@b: no such user: me@host?"),
+        ("first\nsecond\x1b[2J", "first second[2J"),
+    ],
+)  # fmt: skip
+def test_errors_and_warnings_are_one_line_without_secrets(text, shown, capsys):
+    assert one_line(text) == shown
+    warn(text)
+    assert capsys.readouterr().err == f"rest-jax: warning: {shown}\n"
 
 
 def test_a_progress_line_is_harmless():

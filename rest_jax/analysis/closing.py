@@ -9,6 +9,7 @@ from rest_jax.files import Location, as_path, is_url
 from rest_jax.run.metrics import CONFIG_FILE, METRICS, is_eval, shown_value, summary_table
 from rest_jax.run.progress import duration
 from rest_jax.terminal import print_fields
+from rest_jax.texts import print_text
 
 # An evaluation is better when the first of these that it has is greater.
 _HEADLINES = ("eval/exact", "eval/api_bank/strict", "eval/reward")
@@ -33,7 +34,7 @@ def print_closing_table(folder: Location) -> None:
     series = read_series(folder)
     config = config_lib.load([as_path(folder) / CONFIG_FILE])
     if any(map(is_eval, series)):
-        print(f"\n{evaluation_table(series, intervals(series, config.model_dump()))}\n")
+        print_text(f"\n{evaluation_table(series, intervals(series, config.model_dump()))}\n")
     # beside the run, where whatever keeps the runs out of version control keeps it out, too
     out = "OUT" if is_url(folder) else f"{folder}-exported"
     commands = f"rest-jax report {folder}, rest-jax export {folder} {out}, rest-jax chat {folder}"

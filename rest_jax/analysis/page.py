@@ -37,7 +37,7 @@ from rest_jax.run.metrics import (
     run_files,
 )
 from rest_jax.run.results import Rate, Result, read_results
-from rest_jax.texts import csv_cell
+from rest_jax.texts import csv_cell, printable
 
 PAGE_FILE, TABLE_FILE = "report.html", "report.csv"
 MOST_BYTES = (
@@ -488,7 +488,7 @@ def _render(data: Mapping[str, Any], title: str) -> str:
     )
     read = functools.partial(loader.get_source, environment)
     return environment.get_template("page.html.jinja").render(
-        title=title,
+        title=printable(title),
         version=__version__,
         css=read("page.css")[0],
         curves=read("curves.js")[0],

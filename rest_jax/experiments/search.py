@@ -238,8 +238,8 @@ def write_results(study: optuna.Study, space: Space, folder: pathlib.Path) -> li
     _plot(study, space, folder)
     if rows[0]["state"] == "complete":
         best = " ".join(f"{key}={shown(rows[0][key])}" for key in space.parameters)
-        print(f"best: {rows[0]['trial']}, {space.metric} {rows[0][space.metric]:.4g}: {best}")
-    print(f"results: {folder}", flush=True)
+        print_text(f"best: {rows[0]['trial']}, {space.metric} {rows[0][space.metric]:.4g}: {best}")
+    print_text(f"results: {folder}")
     return rows
 
 

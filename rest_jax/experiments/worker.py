@@ -34,6 +34,7 @@ from rest_jax.errors import UNFINISHED, RunStopped, UserError
 from rest_jax.experiments import storage
 from rest_jax.run.environment import end_when_closed, handled
 from rest_jax.run.metrics import METRICS_FILE, read_lines
+from rest_jax.texts import one_line, print_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +241,7 @@ class Worker:
         return step
 
     def _say(self, run: str, text: str) -> None:
-        print(f"{self.experiment.name} {run}: {text}", flush=True)
+        print_text(f"{self.experiment.name} {run}: {one_line(text)}")
 
 
 @contextlib.contextmanager
@@ -313,7 +314,7 @@ def _work_on_share(experiment: Experiment, engine: Engine, index: int) -> None:
     try:
         Worker(experiment, engine).work()
     except (UserError, RunStopped) as error:
-        sys.exit(f"rest-jax: error: {' '.join(str(error).split())}")
+        sys.exit(f"rest-jax: error: {one_line(str(error))}")
 
 
 if __name__ == "__main__":

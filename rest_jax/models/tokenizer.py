@@ -26,6 +26,7 @@ import numpy as np
 from rest_jax.errors import UserError
 from rest_jax.files import check_links
 from rest_jax.models import chat_sandbox
+from rest_jax.texts import warn
 
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
 
@@ -133,15 +134,14 @@ class Tokenizer:
             if written:
                 said = f"tokenizer {source}: its chat template ends turns with {written[:40]!r}, which is no added token"
                 ended = hf.convert_ids_to_tokens(end_id)
-                print(
-                    f"rest-jax: warning: {said}: answers end with {ended!r}, unlike the turns before; "
-                    f"write {ended!r} there in the template, or add the text as a token",
-                    file=sys.stderr,
+                warn(
+                    f"{said}: answers end with {ended!r}, unlike the turns before; "
+                    f"write {ended!r} there in the template, or add the text as a token"
                 )
         elif hf.eos_token_id is not None and end_id != hf.eos_token_id:
             said = f"tokenizer {source}: its eos is {hf.eos_token!r}, its chat template ends turns with"
             ended = hf.convert_ids_to_tokens(end_id)
-            print(f"rest-jax: warning: {said} {ended!r}: turns end with that", file=sys.stderr)
+            warn(f"{said} {ended!r}: turns end with that")
         made = cls(
             source=str(source),
             hf=hf,
@@ -155,10 +155,8 @@ class Tokenizer:
             made.encode_all([_LETTERS])[0]
         ).strip()  # SentencePiece puts a space before
         if said != _LETTERS:
-            print(
-                f"rest-jax: warning: tokenizer {source}: {_LETTERS!r} comes back as {said!r}: what it loses can neither be "
-                "learned nor sampled",
-                file=sys.stderr,
+            warn(
+                f"tokenizer {source}: {_LETTERS!r} comes back as {said!r}: what it loses can neither be learned nor sampled"
             )
         return made
 
@@ -562,5 +560,5 @@ def _generation_eos(source: str) -> list[int]:
         eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
         if all(type(i) is int and 0 <= i < _MAX_IDS for i in eos):
             return eos
-    print(f"rest-jax: warning: {source}/{name}: {fault}; its eos ids are unknown", file=sys.stderr)
+    warn(f"{source}/{name}: {fault}; its eos ids are unknown")
     return []

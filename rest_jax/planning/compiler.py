@@ -24,6 +24,7 @@ from rest_jax.planning import estimate, fit, hlo, topology
 from rest_jax.planning.estimate import Calls, Cost
 from rest_jax.planning.measure import Measured, Rates, Sizes, Work, measure
 from rest_jax.run.environment import LIBTPU_VARIABLE, end_when_closed, user_cache
+from rest_jax.texts import print_text
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
 
@@ -117,9 +118,8 @@ def compile_program(
     started = time.monotonic()
     compiled = compile_or_measure(lowered)
     seconds = time.monotonic() - started
-    print(
-        f"plan: {program.name} compiled in {seconds:.0f} s", flush=True
-    )  # on the stderr of the command
+    # on the stderr of the command
+    print_text(f"plan: {program.name} compiled in {seconds:.0f} s")
     if isinstance(compiled, int):
         found, text = Compiled(compiled, "", seconds), ""
     else:

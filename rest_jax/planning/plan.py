@@ -21,6 +21,7 @@ from rest_jax.files import atomic_write, local_path
 from rest_jax.planning import fit, report, topology
 from rest_jax.planning.compiler import versions
 from rest_jax.run.environment import LIBTPU_VARIABLE, user_cache
+from rest_jax.texts import print_text
 
 FULL = 0.9  # of the memory: what is above is left to fragments and to the runtime
 
@@ -43,7 +44,7 @@ def plan(config: Config, options: Options) -> int:
         if file and local_path(option, file).is_dir():
             raise UserError(f"{option} {file}: is a folder, the name of a file is needed")
     made = make_plan(config, options)
-    print(report.table(made))
+    print_text(report.table(made))
     if options.json:
         with atomic_write(options.json) as partial:
             partial.write_text(json.dumps(made, indent=1) + "\n")

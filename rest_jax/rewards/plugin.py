@@ -24,6 +24,7 @@ from rest_jax.child import Child, NoAnswer
 from rest_jax.config import RewardConfig
 from rest_jax.errors import RunStopped, UserError
 from rest_jax.rewards.score import Outcome
+from rest_jax.texts import warn
 from rest_jax.tool_calls import Answer
 
 KEY = "reward.plugin"
@@ -111,11 +112,7 @@ class RewardPlugin:
             _warned.add(self.name)
         if first:
             left = "the builtin reward alone" if self.cfg.builtin else "reward 0"
-            print(
-                f"warning: {said}; such a completion has {left}, and .../plugin_failures counts them",
-                file=sys.stderr,
-                flush=True,
-            )
+            warn(f"{said}; such a completion has {left}, and .../plugin_failures counts them")
         return outcome
 
     def _answer(self, question: Mapping[str, Any]) -> Outcome:

@@ -12,7 +12,6 @@ import dataclasses
 import itertools
 import json
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -39,6 +38,7 @@ from rest_jax.files import (
 )
 from rest_jax.models.hf import store
 from rest_jax.models.hf.remote import ATOMICITY, checkpoint_path, is_complete
+from rest_jax.texts import warn
 from rest_jax.types import Params, TrainState
 
 FOLDER = "checkpoints"
@@ -343,8 +343,7 @@ def _newest_sound(folder: epath.Path, items: Sequence[str]) -> tuple[int, list[i
         except DamagedError as error:
             damaged.append(step)
             if is_first_process():
-                said = f"warning: checkpoint {path} is damaged and not used: {error}"
-                print(said, file=sys.stderr)
+                warn(f"checkpoint {path} is damaged and not used: {error}")
     if not damaged:
         raise UserError(f"{folder}: there is no checkpoint")
     names = ", ".join(map(str, damaged))

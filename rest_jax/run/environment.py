@@ -21,6 +21,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from rest_jax.texts import warn
+
 # XLA aborts the process on a flag it does not know: this one was tried with the jaxlib named here. XLA's own choice is 256.
 CHECKED_JAXLIB = "0.10."
 VECTOR_WIDTH = "xla_cpu_prefer_vector_width"
@@ -89,7 +91,7 @@ def configure() -> None:
         try:
             os.environ[_CACHE] = _writable(chosen)
         except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
-            print(f"rest-jax: warning: no compilation cache: {error}", file=sys.stderr)
+            warn(f"no compilation cache: {error}")
             return
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", _MIN_COMPILE_SECONDS)
 

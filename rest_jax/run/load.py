@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -52,6 +51,7 @@ from rest_jax.run import card, checkpoint
 from rest_jax.run.contents import digest_merged, digest_opened, digest_params, find_base
 from rest_jax.run.folder import CONFIG_FILE, MODEL_FOLDER
 from rest_jax.run.progress import Transfer
+from rest_jax.texts import warn
 from rest_jax.types import Params
 
 
@@ -285,8 +285,9 @@ def config_of(source: str, overrides: Sequence[str], plugins: bool = False) -> C
         found = {} if plugins else named(config_lib.load([path]))
         for key, word in found.items():
             # Not `say`: the processes have not joined yet.
-            said = f"{source}: its config names {key} {word}; it is not run unless --plugins asks for it"
-            print(said, file=sys.stderr)
+            warn(
+                f"{source}: its config names {key} {word}; it is not run unless --plugins asks for it"
+            )
         left_out = [f"{key}=null" for key in found]
         left_out += ["reward.builtin=true"] if "reward.plugin" in found else []
         config = config_lib.load([path], [*left_out, *overrides])

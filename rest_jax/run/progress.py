@@ -107,10 +107,9 @@ class Transfer:
             self._shown = now
             speed = self._done / (now - self._begun)
             left = duration((total - self._done) / speed)
-            print(
+            print_text(
                 f"{self.label}: {self._done / 1e9:.1f}/{total / 1e9:.1f} GB, {speed / 1e6:,.0f} MB/s, ETA {left}",
-                file=self.file,
-                flush=True,
+                self.file,
             )
 
     def __enter__(self) -> "Transfer":

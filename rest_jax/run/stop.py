@@ -23,6 +23,7 @@ from typing import Any
 from rest_jax.config import DistributedConfig
 from rest_jax.distributed import any_process
 from rest_jax.run.environment import handled
+from rest_jax.texts import one_line, print_text
 
 SIGTERM_CODE = 128 + signal.SIGTERM
 # A signal that was ignored when the program began (nohup, a shell's background job) stays so.
@@ -134,7 +135,7 @@ def say_end(message: str) -> None:
     """
     _ending.acquire()
     if message:
-        print(f"rest-jax: error: {message}", file=sys.stderr)
+        print_text(f"rest-jax: error: {one_line(message)}", sys.stderr)
 
 
 def end(message: str, code: int) -> None:

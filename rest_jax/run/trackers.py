@@ -9,7 +9,6 @@ Nothing that a tracker does reaches the run: one that fails, or does not answer,
 import importlib.util
 import os
 import pathlib
-import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from typing import NamedTuple, Protocol
 
 from rest_jax.config import Config
 from rest_jax.errors import UserError
-from rest_jax.texts import printable
+from rest_jax.texts import one_line, warn
 
 PATIENCE = 60.0  # seconds for a tracker to begin, and to take what is left at the end
 _ANSWER = 10.0  # seconds for a server to answer before a run
@@ -215,10 +214,7 @@ class Trackers:
         fault = _within(act) if waits else _fault(act)
         if fault is not None:
             self._open.pop(title, None)
-            print(
-                f"rest-jax: warning: {title} is given up: {_reason(fault)}; metrics.jsonl has every line",
-                file=sys.stderr,
-            )
+            warn(f"{title} is given up: {_reason(fault)}; metrics.jsonl has every line")
 
 
 def _fault(act: Callable[[], object]) -> Exception | None:
@@ -244,5 +240,5 @@ def _within(act: Callable[[], object]) -> Exception | None:
 
 def _reason(error: Exception) -> str:
     """One line of an error's text."""
-    text = " ".join(printable(str(error)).split())[:300].rstrip(".")
+    text = one_line(str(error))[:300].rstrip(".")
     return text or type(error).__name__

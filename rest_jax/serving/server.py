@@ -10,7 +10,6 @@ import dataclasses
 import math
 import signal
 import socket
-import sys
 import threading
 import traceback
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from rest_jax.serving.app import Access, make_app
 from rest_jax.serving.engine import Engine
 from rest_jax.serving.prompts import Served, encode_chat
 from rest_jax.templates import TEMPLATES, Template
+from rest_jax.texts import print_text, warn
 
 _LAST_WORDS = 5  # seconds for clients to be told that the time is over
 _KEEP_ALIVE = 65  # seconds, longer than clients keep a connection that they do not use
@@ -57,10 +57,9 @@ def serve(config: Config, options: Options) -> None:
     with listen(options.host, options.port) as listener:
         served, engine = load(config, options)
         server = Server(served, engine, options)
-        print(
+        print_text(
             f"{served.name} at {url(listener)}/v1: template {served.encoder.template.name}, prompts of up to "
-            f"{served.max_prompt_tokens:,} tokens, completions of up to {served.max_new_tokens:,}; Ctrl-C ends it",
-            flush=True,
+            f"{served.max_prompt_tokens:,} tokens, completions of up to {served.max_new_tokens:,}; Ctrl-C ends it"
         )
         # uvicorn raises the signals again that have ended it
         with handled(lambda *_: None, signal.SIGTERM, signal.SIGINT):
@@ -113,9 +112,8 @@ class Server(uvicorn.Server):
 
     def _cut_off(self) -> None:
         if self._engine.active:
-            print(
-                f"rest-jax: warning: {self._engine.active} completions did not end in {self._drain} s and are cut off",
-                file=sys.stderr,
+            warn(
+                f"{self._engine.active} completions did not end in {self._drain} s and are cut off"
             )
         self._engine.end("the server ends")
 
@@ -196,7 +194,7 @@ def listen(host: str, port: int) -> socket.socket:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"serve: {host}:{port}: {reason}; name another --host or --port") from error
     if host not in _LOCAL:
-        print(f"rest-jax: warning: {host} may be reached from other machines", file=sys.stderr)
+        warn(f"{host} may be reached from other machines")
     return listener
 
 

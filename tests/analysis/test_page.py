@@ -394,6 +394,20 @@ class TestInABrowser:
             and not any("loud" in b or "tudio" in b for b in buttons)
         ), buttons
 
+    def test_names_and_faults_turn_no_text(self, browse):
+        found = browse(
+            [(record("id\u202e", history=DIALOGUE), [RIGHT, WRONG])],
+            "step=1&prompt=0",
+            """Object.assign(view.data.prompts[0].completions[0].score, { plugin_fault: "fault\\u202e" });
+               Object.assign(view.data.prompts[0].completions[1].score, { plugin_part: 1, plugin_parts: { "part\\u202e": 1 } });
+               draws();
+               return { body: document.querySelector("main").textContent, summary: texts("summary"),
+                 options: texts("#v-prompt option") };""",
+        )
+        assert "\u202e" not in found["body"]
+        assert "id⟨202E⟩" in found["summary"][0] and "id⟨202E⟩" in found["options"][0]
+        assert "fault⟨202E⟩" in found["body"] and "part⟨202E⟩ 1" in found["body"]
+
     def test_keys_move_colour_and_single_out(self, browse):
         found = browse(
             GROUPS,

@@ -62,6 +62,8 @@ def score(completion, text, record, target):
         return {name: 1.0 for name in os.environ if "SECRET" in name}
     if text == "seen":
         open(record["extra"]["into"], "w").write(json.dumps([completion, record, target]))
+    if text.startswith("quote"):
+        raise ValueError("cannot judge " + text)
     return {
         "nan": float("nan"), "inf": -float("inf"), "huge": 1e30, "text": "1", "none": None, "list": [1.0],
         "name": {"a b": 1.0}, "many": {str(i): 0 for i in range(99)}, "parts": {"length": 0.25, "style": 1},
@@ -145,6 +147,16 @@ def test_whatever_it_does_costs_its_own_part_alone(file, capfd):
     out, err = capfd.readouterr()
     assert "noise" not in out + err and "worse" not in err
     assert err.count("warning: ") == 1 and "reward.plugin" in err and "record r: " in err
+
+
+def test_what_a_fault_quotes_is_harmless_in_a_terminal(file, capfd):
+    record = RECORD | {"id": "r\x1b[31m"}
+    text = "quote \x1b]0;title\x07\nrest-jax: error: y"
+    (outcome,) = ask(RewardConfig(plugin=file), text, record=record)
+    assert text.split()[-1] in str(outcome.fault)
+    (said,) = capfd.readouterr().err.splitlines()
+    assert said.startswith("rest-jax: warning: reward.plugin ") and "]0;title rest-jax" in said
+    assert said.isprintable() and "record r[31m: " in said
 
 
 def test_what_hangs_costs_its_own_part_alone_and_what_it_forked_is_gone(file, tmp_path):

@@ -6,9 +6,15 @@ const byId = (id) => document.getElementById(id);
 const SET = ["curriculum/nu", "update/learning_rate"];
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
 
+// Control characters, and those without width or that turn the direction of text, are named; a line end is marked and kept.
+function visible(text) {
+  return String(text).replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g,
+    (c) => `⟨${c.codePointAt(0).toString(16).padStart(4, "0").toUpperCase()}⟩`);
+}
+
 function make(tag, text, ...classes) {
   const node = document.createElement(tag);
-  if (text !== undefined && text !== null) node.textContent = text;
+  if (text !== undefined && text !== null) node.textContent = visible(text);
   node.classList.add(...classes);
   return node;
 }
@@ -45,7 +51,7 @@ function rgba(hex, alpha) {
 }
 
 // Plotly reads tags and entities in labels.
-const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+const plain = (text) => visible(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 
 function style(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();

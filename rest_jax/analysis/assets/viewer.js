@@ -21,12 +21,6 @@ async function inflate(text) {
 
 const tokensOf = () => DATA.runs[view.run].tokens;
 
-// Control characters, and those without width or that turn the direction of text, are named; a line end is marked and kept.
-function visible(text) {
-  return text.replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g,
-    (c) => `⟨${c.codePointAt(0).toString(16).padStart(4, "0").toUpperCase()}⟩`);
-}
-
 function option(select, pairs) {
   select.replaceChildren(...pairs.map(([value, text]) => { const made = make("option", text); made.value = value; return made; }));
 }
@@ -162,7 +156,7 @@ function callsNode(one, prompt) {
   const made = make("table", undefined, "calls");
   const line = (cells, right, ...classes) => {
     const row = made.appendChild(make("tr", undefined, ...classes));
-    cells.forEach((cell, i) => row.appendChild(make("td", cell === null ? "–" : visible(cell), ...(i ? [] : ["key"]))));
+    cells.forEach((cell, i) => row.appendChild(make("td", cell ?? "–", ...(i ? [] : ["key"]))));
     row.appendChild(make("td", right ? "✓" : "✗", "mark-cell", right ? "good" : "bad")).title = right ? "right" : "wrong";
     if (!right) row.children[2].classList.add("bad");
   };
@@ -203,7 +197,7 @@ function promptNodes(text) {
   let turn = box;
   for (const part of text.split(/(<\|[^|<>\s]{1,40}\|>)/)) {
     if (/^<\|(im_start|start_header_id)\|>$/.test(part)) turn = box.appendChild(make("div", undefined, "turn"));
-    if (part) turn.appendChild(make("span", visible(part), ...(/^<\|[^|]+\|>$/.test(part) ? ["control"] : [])));
+    if (part) turn.appendChild(make("span", part, ...(/^<\|[^|]+\|>$/.test(part) ? ["control"] : [])));
   }
 }
 
@@ -236,11 +230,11 @@ function draws() {
   hideTip();
   legend(most);
   byId("v-prompt-box").querySelector("summary").textContent =
-    `prompt ${prompt.id} (${prompt.prompt_tokens} tokens)${prompt.gold_response === null ? "" : " and gold response"}`;
+    `prompt ${visible(prompt.id)} (${prompt.prompt_tokens} tokens)${prompt.gold_response === null ? "" : " and gold response"}`;
   promptNodes(prompt.prompt);
   if (prompt.gold_response !== null) {
     const gold = byId("v-prompt-text").appendChild(make("div", undefined, "turn"));
-    gold.append(make("span", "gold response\n", "control"), make("span", visible(prompt.gold_response)));
+    gold.append(make("span", "gold response\n", "control"), make("span", prompt.gold_response));
   }
   group.classList.toggle("solo", view.alone !== null);
   group.replaceChildren(...shown.map((j) => completionNode(prompt, j, most)));

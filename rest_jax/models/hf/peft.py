@@ -6,7 +6,6 @@ such a folder asks for and the decoder does not compute is refused by name. (htt
 
 import pathlib
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from rest_jax.models.hf.placement import Weights
 from rest_jax.models.hf.read import in_hf_files, tensor_faults
 from rest_jax.models.hf.safetensors import DTYPES, scan_file
 from rest_jax.models.hf.table import adapter_table
+from rest_jax.texts import warn
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Keys of adapter_config.json under which the product would be another one, or other parameters would be trained; true, or what
@@ -129,4 +129,4 @@ def _check_base(folder: pathlib.Path, named: Any, source: str) -> None:
     if all(on_hub):
         raise ConversionError(f"{said}; set model.source={named}")
     if pathlib.Path(str(named)).name != pathlib.Path(source).name and is_first_process():
-        print(f"warning: {said}", file=sys.stderr)
+        warn(said)
