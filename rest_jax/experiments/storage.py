@@ -68,13 +68,33 @@ def open_storage(url: str, heartbeat: int) -> RDBStorage:
             reason = str(getattr(cause, "orig", None) or cause)
             # Workers that start together all find no tables, and only one of them can make each.
             if attempt + 1 == _OPEN_TRIES or not _CREATED_MEANWHILE.search(reason):
-                hint = '; pip install "rest-jax[postgres]"' if "psycopg" in reason else ""
-                shown = re.sub(r"//([^:@/]*):[^@]*@", r"//\1@", url)
-                raise UserError(f"storage {shown}: {reason}{hint}") from error
+                raise UserError(_without_password(url, reason)) from error
             time.sleep(random.uniform(0.1, 1.0))
     if sqlite:
         _lock_at_begin(found.engine)
     return found
+
+
+def _without_password(url: str, reason: str) -> str:
+    """Why a database cannot be used. Of a URL that is read otherwise than it was meant, the scheme alone is told: its parts,
+    which the reason names, may be the password's.
+    """
+    scheme, is_url, _ = url.partition("://")
+    try:
+        read = sqlalchemy.make_url(url)
+        misread = not url.startswith("sqlite:") and "@" in f"{read.host}{read.port}{read.database}"
+    except (ValueError, SQLAlchemyError):
+        read, misread = None, True
+    if read is None or misread:
+        return (
+            f"storage {scheme}{is_url}: cannot be read; write sqlite:///FILE or DIALECT://USER:PASSWORD@HOST:PORT/DATABASE, in "
+            "the password %40 for @, %2F for / and so on"
+        )
+    hint = '; pip install "rest-jax[postgres]"' if "psycopg" in reason else ""
+    secrets = [v for name, v in read.query.items() if re.search("pass|secret|token|key", name)]
+    for secret in filter(None, [read.password, *secrets]):
+        reason = reason.replace(str(secret), "***")
+    return f"storage {read.set(query={}).render_as_string()}: {reason}{hint}"
 
 
 @contextlib.contextmanager

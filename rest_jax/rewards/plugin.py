@@ -24,7 +24,7 @@ from rest_jax.child import Child, NoAnswer
 from rest_jax.config import RewardConfig
 from rest_jax.errors import RunStopped, UserError
 from rest_jax.rewards.score import Outcome
-from rest_jax.texts import warn
+from rest_jax.texts import warn, without_secrets
 from rest_jax.tool_calls import Answer
 
 KEY = "reward.plugin"
@@ -104,6 +104,8 @@ class RewardPlugin:
         outcome = self._answer(question)
         if outcome.fault is None or self._ending:
             return outcome
+        # it is kept with the completion, and may be of an address
+        outcome = outcome._replace(fault=without_secrets(outcome.fault))
         said = f"{self.name}: record {name}: {outcome.fault}"
         if self.cfg.plugin_errors == "stop":
             raise RunStopped(f"{said}; reward.plugin_errors=count continues without it")

@@ -104,8 +104,13 @@ def test_a_storage_that_fails_later_is_one_line(study):
     ("url", "said"),
     [
         ("mysterydb://x/y", "storage mysterydb://x/y: "),
-        ("study.db", "storage study.db: "),
-        ("postgresql+psycopg://me:secret@localhost:1/x", "storage postgresql+psycopg://me@localhost:1/x: "),
+        ("study.db", "storage study.db: cannot be read"),
+        ("postgresql+psycopg://me:secret@localhost:1/x", "storage postgresql+psycopg://me:***@localhost:1/x: "),
+        ("postgresql+psycopg://localhost:1/x?user=me&password=secret", "storage postgresql+psycopg://localhost:1/x: "),
+        ("postgresql+psycopg://me:p@secret@localhost:1/x", "storage postgresql+psycopg://: cannot be read"),
+        ("postgresql+psycopg://me:p@s/secret@localhost:1/x", "storage postgresql+psycopg://: cannot be read"),
+        ("postgresql+psycopg://me:p@localhost:secret/x", "storage postgresql+psycopg://: cannot be read"),
+        ("mysterydb://me:secret@x/y?token=secret", "storage mysterydb://me:***@x/y: "),
     ],
 )  # fmt: skip
 def test_a_storage_that_cannot_be_used(url, said):

@@ -195,6 +195,14 @@ def test_one_that_is_lost_is_one_warning_and_the_run_goes_on(
     assert said.startswith("rest-jax: warning: ") and "is given up: the network is gone;" in said
 
 
+def test_a_token_in_an_address_is_not_told(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRACKIO_SPACE_ID", raising=False)
+    monkeypatch.setenv("TRACKIO_SERVER_URL", "localhost/?write_token=secret")
+    with pytest.raises(UserError, match=r"unknown url type: .localhost/") as stop:
+        trackers.check_trackers(make_config(tmp_path, "train.trackio_project=tools"))
+    assert "secret" not in str(stop.value)
+
+
 def test_one_that_does_not_end_is_not_waited_for(tmp_path, tmp_run, monkeypatch, capsys):
     monkeypatch.setattr(trackers, "PATIENCE", 0.05)
     fake = Fake()
