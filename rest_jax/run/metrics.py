@@ -15,6 +15,7 @@ import math
 import os
 import pathlib
 import re
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 TOKENS_FILE = "tokens.jsonl"
 DIGESTS_FILE = "digests.jsonl"
+_MAX_STEP = 2**53  # what curves can be drawn over
 FILES = (METRICS_FILE, SAMPLES_FILE, TOKENS_FILE, DIGESTS_FILE)
 
 
@@ -335,7 +337,8 @@ class MetricsWriter:
 def read_lines(path: Location, missing_ok: bool = False) -> list[dict[str, Any]]:
     """The lines of a JSONL file written by `MetricsWriter`; a half-written last line is left out.
 
-    UserError when another line is not a JSON object, or when the file is missing; with `missing_ok` that is no line.
+    UserError when another line is not a JSON object, when a metric is no finite number (a run writes null for those), or when
+    the file is missing; with `missing_ok` that is no line.
     """
     path = as_path(path)
     with store_errors(path):
@@ -349,6 +352,11 @@ def read_lines(path: Location, missing_ok: bool = False) -> list[dict[str, Any]]
         record = _parse(line)
         if record is None:
             raise UserError(f"{path}, line {number}: not a JSON object with a step")
+        if path.name == METRICS_FILE:
+            for name, value in record.items():
+                if not (value is None or _is_finite(value)):
+                    said = f"{name} is {str(value)[:80]!r}, and not a finite number or null"
+                    raise UserError(f"{path}, line {number}: {said}, as a run writes them")
         found.append(record)
     return found
 
@@ -388,9 +396,14 @@ def is_eval(metric: str) -> bool:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    step = record.get("step") if isinstance(record, dict) else None
+    return record if type(step) is int and abs(step) < _MAX_STEP else None
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def _cell(value: Any) -> str:

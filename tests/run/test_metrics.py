@@ -115,6 +115,25 @@ def test_reading_leaves_out_the_half_line_and_names_a_broken_one(tmp_run):
     assert read_lines(tmp_run / "other.jsonl", missing_ok=True) == []
 
 
+@pytest.mark.parametrize("value", ['"12"', "NaN", "-Infinity", "1e400", "1" * 400, "[1.0]", "{}"])
+def test_a_metric_that_no_run_writes_is_named_with_its_line(tmp_run, value):
+    path = tmp_run / METRICS_FILE
+    path.write_text(f'{{"step": 1, "reward/max": null}}\n{{"step": 2, "reward/mean": {value}}}\n')
+    with pytest.raises(UserError, match=r"line 2: reward/mean is .* not a finite number") as stop:
+        read_lines(path)
+    assert len(str(stop.value)) < 400 and "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"step": true}', '{"step": %s}' % ("9" * 400)])
+def test_a_line_without_a_step_that_can_be_is_named(tmp_run, line):
+    path = tmp_run / METRICS_FILE
+    path.write_text(f'{line}\n{{"step": 2}}\n')
+    with pytest.raises(UserError, match="line 1: not a JSON object with a step"):
+        read_lines(path)
+    with_writer(tmp_run, lambda w: w.truncate_after(1))
+    assert path.read_text() == f"{line}\n"
+
+
 def test_summary_table_aligns_and_refuses_ragged_rows():
     rows = [["name", "first", "last"], ["long name", 0.123456, None], ["b", 12, 1e-9]]
     assert metrics.summary_table(rows).splitlines() == [
