@@ -4,16 +4,23 @@ The colours are those of Okabe and Ito, which people with any kind of colour bli
 """
 
 import os
+import re
+import warnings
 from typing import Any, TypeVar
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from rest_jax.files import atomic_write
+from rest_jax.texts import printable
 
 PathT = TypeVar("PathT", bound=os.PathLike[str])
 DPI = 110
+_POWER = re.compile(
+    r"\$\\mathdefault\{[-\d.^{}\\times]*\}\$"
+)  # a label of a logarithmic axis, by matplotlib
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PINK, SKY, YELLOW, GREY, BLACK, LIGHT = (
     "#CC79A7",
@@ -61,7 +68,17 @@ def tidy(axes: Any) -> None:
 
 
 def save(figure: Figure, path: PathT, dpi: int = DPI, **options: Any) -> PathT:
-    """Writes the figure as PNG; returns the path. `options` are matplotlib's."""
-    with atomic_write(path) as partial:
+    """Writes the figure as PNG; returns the path. `options` are matplotlib's. Names in it (of folders, of methods) are no
+    formulas, and may have letters that its font lacks.
+    """
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        axis.get_ticklabels()  # makes them
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        text.set_text(printable(text.get_text()))
+        if not _POWER.fullmatch(text.get_text()):
+            text.set_parse_math(False)
+    with atomic_write(path) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(partial, format="png", dpi=dpi, **options)
     return path

@@ -4,7 +4,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from rest_jax.analysis.plotting import REGION_COLOURS
+from rest_jax.analysis.plotting import REGION_COLOURS, new_figure, save
 from rest_jax.analysis.report import read_series, run_table, write_curves, write_report
 from rest_jax.errors import UserError
 from rest_jax.run.metrics import FILES, REGION_NAMES, MetricsWriter
@@ -47,6 +47,28 @@ def test_curves_are_drawn_for_runs_of_any_length(tmp_run, steps):
         assert tuple(bytes.fromhex(colour[1:])) in shown
     names = sorted(p.name for p in tmp_run.iterdir())
     assert names == sorted(["curves.png", *FILES])
+
+
+@pytest.mark.parametrize(
+    "name", ["a$_$b", "$\\frac", "日本 👍🏽", "a\x1bb\udcff", "$\\mathdefault{$"]
+)
+def test_a_name_is_drawn_as_it_is(tmp_path, name, recwarn):
+    run = tmp_path / name
+    fill(run, 1, regions=False)
+    assert write_curves(run).read_bytes().startswith(b"\x89PNG")
+    assert not [str(w.message) for w in recwarn if "Glyph" in str(w.message)]
+
+
+def test_names_at_ticks_are_no_formulas_and_powers_of_ten_are(tmp_path):
+    figure = new_figure(4, 3)
+    axes = figure.subplots()
+    axes.plot([1, 1e5], [0, 1], label="$_$")
+    axes.set_xscale("log")
+    axes.set_yticks([0, 1], ["a$_$b", "\udcff"])
+    axes.legend(title="$^$")
+    save(figure, tmp_path / "drawn.png")
+    labels = axes.get_xticklabels()
+    assert any(t.get_text() == r"$\mathdefault{10^{2}}$" and t.get_parse_math() for t in labels)
 
 
 def test_a_supervised_run_has_its_own_report(tmp_run):
