@@ -8,6 +8,7 @@ error is a defect and shows its traceback.
 """
 
 import contextlib
+import errno
 import io
 import json
 import re
@@ -37,7 +38,13 @@ data_app = typer.Typer(help="Prepare training records, look at them.", no_args_i
 # How `rest-jax --help` groups the commands.
 _TRAIN, _MODEL, _STUDY, _LOOK = "Train", "Use a model", "Experiments", "Data and reports"
 _STATUS = re.compile(r"[A-Z_]{5,}: ")  # what begins an error of XLA
-_CANNOT_OPEN = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError)
+_CANNOT_OPEN = (
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    NotADirectoryError,
+    IsADirectoryError,
+)
 
 
 def entry() -> int:
@@ -60,16 +67,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(_usage(error), error.exit_code)
     except UserError as error:
         return _fail(str(error), 2)
-    except (*_CANNOT_OPEN, IsADirectoryError) as error:
-        name = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{name}{error.strerror or error}", 2)
     except RunStopped as error:
         return _fail(str(error), 1)
     except Exception as error:
+        if fault := _unusable_file(error):
+            return _fail(fault, 2)
         if fault := _lost_peer(error):
             return _fail(fault, 1)
         raise
     return _fail("interrupted", code) if code == 130 else code
+
+
+def _unusable_file(error: Exception) -> str | None:
+    """What the system says of a file that cannot be opened, made or written; None for a disk that fails and for other errors."""
+    if not isinstance(error, OSError):
+        return None
+    names_file = error.filename is not None and error.errno not in (None, errno.EIO)
+    if not (names_file or isinstance(error, _CANNOT_OPEN)):
+        return None
+    return f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
 
 
 def _lost_peer(error: Exception) -> str | None:
@@ -153,10 +169,16 @@ def _load_model(
     return loaded
 
 
-def _load_measured(options: dict[str, Any]) -> "Config":
-    """`_load_model` of the options of a measurement, which are taken out of them."""
+def _load_measured(name: str, options: dict[str, Any]) -> "Config":
+    """`_load_model` of the options of a measurement, which are taken out of them. UserError for a folder that its results cannot
+    be written to.
+    """
     names = ("model", "overrides", "distributed", "plugins")
-    return _load_model(*(options.pop(name, None) for name in names))
+    config = _load_model(*(options.pop(name, None) for name in names))
+    from rest_jax.analysis.measured import check_result_folder
+
+    check_result_folder(config, options["output"], name)
+    return config
 
 
 def _join(world: str | None, config: "Config") -> None:
@@ -670,7 +692,7 @@ def variance(
 ) -> int:
     """Measure gradient variance under each weight rule, and check the theory."""
     options = locals()
-    config = _load_measured(options)
+    config = _load_measured("variance", options)
     from rest_jax.analysis.variance.measure import measure_variance
 
     return measure_variance(config, options.pop("data"), **options)
@@ -690,7 +712,7 @@ def credit(
 ) -> int:
     """Measure which tokens decide the reward, and how well weight rules rank them."""
     options = locals()
-    config = _load_measured(options)
+    config = _load_measured("credit", options)
     options["methods"] = methods.split(",")
     from rest_jax.analysis.credit import measure_credit
 
@@ -715,7 +737,7 @@ def gain(
 ) -> int:
     """Measure how far one step of each method leads towards a higher reward."""
     options = locals()
-    config = _load_measured(options)
+    config = _load_measured("gain", options)
     options["methods"] = methods.split(",")
     options["placebos"] = [name for name in placebos.split(",") if name]
     from rest_jax.analysis.gain import measure_gain

@@ -268,6 +268,13 @@ def test_overrides_stand_on_both_sides_of_options(config, capsys):
             "a/b: No such file or directory",
         ),
         (PermissionError(13, "Permission denied", "c"), 2, "c: Permission denied"),
+        (OSError(30, "Read-only file system", "c"), 2, "c: Read-only file system"),
+        (OSError(36, "File name too long", "c"), 2, "c: File name too long"),
+        (
+            OSError(40, "Too many levels of symbolic links", "c"),
+            2,
+            "c: Too many levels of symbolic links",
+        ),
         (RunStopped("step 3: loss nan"), 1, "step 3: loss nan"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
@@ -280,13 +287,53 @@ def test_exit_codes(monkeypatch, capsys, error, code, line):
     assert refused(capsys, "report", "run", code=code) == f"rest-jax: error: {line}\n"
 
 
-def test_a_defect_keeps_its_traceback(monkeypatch):
+@pytest.mark.parametrize(
+    "error", [ValueError("a defect"), OSError("a defect"), OSError(5, "a defect", "of a disk")]
+)
+def test_a_defect_keeps_its_traceback(monkeypatch, error):
     def fail(*words):
-        raise ValueError("a defect")
+        raise error
 
     monkeypatch.setattr("rest_jax.analysis.page.write_page", fail)
-    with pytest.raises(ValueError, match="a defect"):
+    with pytest.raises(type(error), match="a defect"):
         cli.main(["report", "run"])
+
+
+def test_a_name_that_no_file_can_have(capsys):
+    name = f"{'x' * 300}.json"
+    assert f"{name}" in refused(capsys, "schema", "--output", name)
+    assert "File name too long" in refused(capsys, "report", name)
+
+
+@pytest.mark.parametrize(
+    ("words", "output"),
+    [
+        *((["variance", "configs/quickstart_policy", "synthetic:eval"], out) for out in ("a/b", "{file}", "{file}/b")),
+        (["credit", "configs/quickstart_policy", "synthetic:eval"], "{file}"),
+        (["gain", "configs/quickstart_policy", "synthetic:train"], "/proc/x"),
+        (["plan", "scale/tiny", "--topology", "cpu:8"], "/proc/x.png"),
+        (["plan", "scale/tiny", "--topology", "cpu:8", "--json", "{file}"], "{file}"),
+    ],
+)  # fmt: skip
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured(
+    words, output, tmp_path, monkeypatch, capsys
+):
+    def measure(*words, **options):
+        pytest.fail("measured")
+
+    for name in (
+        *("analysis.variance.measure.measure_variance", "analysis.credit.measure_credit"),
+        *("analysis.gain.measure_gain", "planning.plan.make_plan"),
+    ):
+        monkeypatch.setattr(f"rest_jax.{name}", measure)
+    file = tmp_path / "file"
+    file.write_text("kept")
+    (tmp_path / "a").symlink_to("a")
+    words = [word.format(file=file) for word in [*words, "--output", output]]
+    if not os.path.isabs(words[-1]):
+        words[-1] = str(tmp_path / words[-1])
+    assert words[-1] in refused(capsys, *words)
+    assert file.read_text() == "kept" and len(list(tmp_path.iterdir())) == 2
 
 
 # Every command succeeds

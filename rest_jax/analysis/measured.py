@@ -2,13 +2,24 @@
 
 import json
 import math
+import tempfile
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from rest_jax.config import Config
-from rest_jax.files import Location, as_path, atomic_write, make_folder
+from rest_jax.distributed import is_first_process
+from rest_jax.errors import UserError
+from rest_jax.files import (
+    Location,
+    as_path,
+    atomic_write,
+    folder_while_used,
+    is_url,
+    make_folder,
+    store_errors,
+)
 from rest_jax.run.load import result_place
 
 
@@ -21,6 +32,22 @@ def plain(value: Any) -> Any:
     if isinstance(value, float | np.floating):
         return float(value) if math.isfinite(value) else None
     return int(value) if isinstance(value, np.integer) else value
+
+
+def check_result_folder(config: Config, output: str | None, name: str) -> None:
+    """UserError, before anything is measured, for a `result_folder` that cannot be made or written."""
+    folder = result_folder(config, output, name)
+    try:
+        with store_errors(folder):
+            if is_url(folder):
+                folder.exists()
+            elif is_first_process():  # which writes
+                with folder_while_used(folder), tempfile.TemporaryFile(dir=folder):
+                    pass
+    except OSError as error:
+        raise UserError(
+            f"output {folder}: cannot be written ({error.strerror}); name a folder that can: --output"
+        ) from error
 
 
 def result_folder(config: Config, output: str | None, name: str) -> epath.Path:

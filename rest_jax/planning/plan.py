@@ -4,6 +4,7 @@
 change that makes the config fit, if it does not. The same plan is made once: it is kept in the user's cache folder.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -40,16 +41,24 @@ class Options:
 
 def plan(config: Config, options: Options) -> int:
     """Prints the plan and writes its files; 0 when the config fits, 1 when it does not. UserError for bad input."""
-    for option, file in (("--json", options.json), ("--output", options.output)):
-        if file and local_path(option, file).is_dir():
+    given = (("--json", options.json), ("--output", options.output))
+    asked = {option: local_path(option, file) for option, file in given if file}
+    for option, file in asked.items():
+        if file.is_dir():
             raise UserError(f"{option} {file}: is a folder, the name of a file is needed")
-    made = make_plan(config, options)
-    print_text(report.table(made))
-    if options.json:
-        with atomic_write(options.json) as partial:
-            partial.write_text(json.dumps(made, indent=1) + "\n")
-    if options.output:
-        report.draw(made, pathlib.Path(options.output))
+    if len(set(map(os.path.realpath, asked.values()))) < len(asked):
+        raise UserError(f"--json and --output {options.output}: name two files")
+    with contextlib.ExitStack() as stack:
+        written = {}
+        for option, file in asked.items():
+            written[option] = stack.enter_context(atomic_write(file))
+            written[option].touch()  # that it can be written is known before anything is compiled
+        made = make_plan(config, options)
+        print_text(report.table(made))
+        if options.json:
+            written["--json"].write_text(json.dumps(made, indent=1) + "\n")
+        if options.output:
+            report.draw(made, written["--output"])
     return 0 if made["fits"] else 1
 
 
