@@ -85,7 +85,9 @@ def _unusable_file(error: Exception) -> str | None:
     names_file = error.filename is not None and error.errno not in (None, errno.EIO)
     if not (names_file or isinstance(error, _CANNOT_OPEN)):
         return None
-    return f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
+    # What is written beside a file is about that file.
+    name = re.sub(r"\.\d+\.partial$", "", str(error.filename or ""))
+    return f"{name}: {error.strerror or error}".removeprefix(": ")
 
 
 def _lost_peer(error: Exception) -> str | None:

@@ -680,7 +680,10 @@ def read_mapping(path: Location) -> dict[str, Any]:
             text = as_path(path).read_text()
         _check_yaml(text)
         found = OmegaConf.load(io.StringIO(text))
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as fault:
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as fault:
+        if isinstance(fault, UserError):
+            raise
+        # ValueError: no UTF-8, or a number of thousands of digits
         said = " ".join(str(fault).split())
         if isinstance(fault, yaml.MarkedYAMLError) and fault.problem_mark is not None:
             said = f"line {fault.problem_mark.line + 1}: {fault.problem}"
@@ -748,7 +751,7 @@ def _parse(overrides: Sequence[str]) -> dict[str, Any]:
             parsed.merge_with_dotlist([override])
         except _Refused as fault:
             raise ConfigError(f"override {override!r}: {fault.problem}") from fault
-        except (yaml.YAMLError, OmegaConfBaseException) as fault:
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError) as fault:
             raise ConfigError(f"override {override!r}: the value cannot be read") from fault
     return typing.cast(dict[str, Any], OmegaConf.to_container(parsed))
 

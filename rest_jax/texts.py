@@ -39,9 +39,12 @@ def warn(text: str) -> None:
 
 
 def one_line(text: str) -> str:
-    """What errors and warnings say of a text: on one line, without secrets, its end left out where it is very long."""
+    """What errors and warnings say of a text: on one line, without secrets; of a very long one, which quotes something, its
+    begin and its end.
+    """
     line = without_secrets(" ".join(printable(text).split()))
-    return line if len(line) <= _MOST_SAID else f"{line[:_MOST_SAID]} .."
+    half = _MOST_SAID // 2
+    return line if len(line) <= _MOST_SAID else f"{line[:half]} .. {line[-half:]}"
 
 
 def without_secrets(text: str) -> str:

@@ -203,6 +203,7 @@ def test_impossible_division_names_both_numbers(config, capsys):
         ("=3", "'=3'"),
         ("train.steps=[1", "'train.steps=[1'"),
         ("name.x=1", "name: {'x': 1}"),
+        (f"seed={'9' * 5000}", "the value cannot be read"),
         ("steps", "config steps: no such file"),
     ],
 )
@@ -215,6 +216,8 @@ def test_broken_yaml_and_a_list_at_the_top(config, capsys):
     assert "line 2: " in refused(capsys, "train", str(config))
     config.write_text("- 1\n")
     assert "mapping" in refused(capsys, "train", str(config))
+    config.write_text(f"seed: {'9' * 5000}\n")
+    assert f"{config}: " in refused(capsys, "train", str(config))
 
 
 def test_missing_model_leaves_no_run_folder(config, capsys, tmp_path):
@@ -261,7 +264,7 @@ def test_overrides_stand_on_both_sides_of_options(config, capsys):
     ("error", "code", "line"),
     [
         (UserError("two\nlines"), 2, "two lines"),
-        (UserError("x" * 9999), 2, "x" * 4000 + " .."),
+        (UserError(f"a{'x' * 9999}: b"), 2, f"a{'x' * 1999} .. {'x' * 1997}: b"),
         (
             FileNotFoundError(2, "No such file or directory", "a/b"),
             2,
@@ -299,10 +302,15 @@ def test_a_defect_keeps_its_traceback(monkeypatch, error):
         cli.main(["report", "run"])
 
 
+def test_an_output_without_a_name(records, tmp_path, capsys):
+    words = ["data", "prepare", "records", str(records), ""]
+    assert "the output has no name" in refused(capsys, *words)
+
+
 def test_a_name_that_no_file_can_have(capsys):
     name = f"{'x' * 300}.json"
-    assert f"{name}" in refused(capsys, "schema", "--output", name)
-    assert "File name too long" in refused(capsys, "report", name)
+    assert f"{name}: File name too long" in refused(capsys, "schema", "--output", name)
+    assert "/proc/x.json: No such file" in refused(capsys, "schema", "--output", "/proc/x.json")
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,8 @@ MOST_BYTES = (
 )  # of tokens in a page, as they are in the file; of longer runs steps are left out evenly
 REFRESH = 20  # seconds between two pages while runs go on
 RESULTS = "Results"  # the section with the table of benchmarks
+# What reading the tokens of a step raises where they are not as a run writes them.
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error)
 # Black shows nothing on a dark page; this grey leaves text on it legible.
 DARK_COLOURS = REGION_COLOURS | {"other": "#A8A8A8"}
 # What tells a region without its colour: the dashes of its curve (Plotly), the lines at its tokens (CSS).
@@ -66,6 +68,7 @@ _COUNTS = {
     "eval/api_bank/soft": "eval/api_bank/items",
     "eval/api_bank/strict": "eval/api_bank/items",
 }
+_SIZES = ("prompts_per_step", "group_size")  # keys of rollout
 
 
 class Panel(NamedTuple):
@@ -275,7 +278,7 @@ def write_page(
     page asks its own file again. UserError for a run without metrics.
     """
     found = [read_series(run) for run in runs]
-    path = as_path(output) if output is not None else as_path(runs[0]) / PAGE_FILE
+    path = as_path(output) if output else as_path(runs[0]) / PAGE_FILE
     table = path.with_suffix(".csv")
     if table == path:
         raise UserError(f"--output {output}: the table of the page goes there; name an HTML file")
@@ -375,19 +378,24 @@ def intervals(
         return all(n in series and series[n].steps == series[names[0]].steps for n in names)
 
     for name, counted in _COUNTS.items():
+        if not given(name, counted):
+            continue
+        pairs = list(zip(series[name].values, series[counted].values, strict=True))
         # without a prompt that should have no call nothing can be spurious
-        if given(name, counted) and min(series[counted].values) > 0:
-            pairs = zip(series[name].values, series[counted].values, strict=True)
+        if all(0 <= rate <= 1 and 1 <= n < 2**53 for rate, n in pairs):
             ends = [rate_interval(round(rate * n), round(n)) for rate, n in pairs]
             found[name] = [[_short(end[i]) for end in ends] for i in (0, 1)]
     for name in ("eval/reward", "eval/accuracy"):
         if given(name, spread := f"{name}_std", "eval/prompts"):
             pairs = zip(series[spread].values, series["eval/prompts"].values, strict=True)
-            around(name, [std / math.sqrt(n) for std, n in pairs])
-    rollout = config.get("rollout") or {}
-    prompts, group = rollout.get("prompts_per_step"), rollout.get("group_size")
-    if prompts and group and given("reward/mean", "reward/std", "reward/group_std"):
+            around(name, [std / math.sqrt(max(n, 1)) for std, n in pairs])
+    rollout = config.get("rollout")
+    sizes = [rollout.get(k) for k in _SIZES] if isinstance(rollout, Mapping) else []
+    # a file that is no config may say anything
+    sizes = [size for size in sizes if isinstance(size, int) and size > 0]
+    if len(sizes) == 2 and given("reward/mean", "reward/std", "reward/group_std"):
         pairs = zip(series["reward/std"].values, series["reward/group_std"].values, strict=True)
+        prompts, group = sizes
         variances = [
             max(std**2 - own**2, 0) / prompts + own**2 / (prompts * group) for std, own in pairs
         ]
@@ -450,26 +458,35 @@ def tokens_of(run: Location, most: int) -> dict[str, Any]:
     """
     path = as_path(run) / TOKENS_FILE
     lines = read_lines(path, missing_ok=True)
+    for line in lines:
+        if not isinstance(line.get("tokens"), str):
+            raise UserError(f"{path}: step {line['step']} cannot be read: it has no tokens")
     every = max(1, math.ceil(sum(len(line["tokens"]) for line in lines) / most))
     kept = lines[::-1][::every][::-1]
     index = []
     for number, line in enumerate(kept):
         try:
-            prompts = read_record(line)["prompts"]
-        except (ValueError, KeyError, zlib.error) as error:
+            index += [[number, *row] for row in _index(read_record(line)["prompts"])]
+        except _UNREADABLE as error:
             raise UserError(f"{path}: step {line['step']} cannot be read: {error}") from error
-        for i, prompt in enumerate(prompts):
-            for j, one in enumerate(prompt["completions"]):
-                tokens, score = one["tokens"], one["score"]
-                largest = [_largest(tokens.get(kind)) for kind in ("weight", "mismatch")]
-                score = score["reward"], score["format_score"], int(score["spurious"])
-                index.append([number, i, j, *score, *largest])
     return {
         "steps": [line["step"] for line in kept],
         "data": [line["tokens"] for line in kept],
         "index": index,
         "left_out": len(lines) - len(kept),
     }
+
+
+def _index(prompts: Sequence[Mapping[str, Any]]) -> Iterator[list[Any]]:
+    """The rows of one step, without its number."""
+    for i, prompt in enumerate(prompts):
+        for j, one in enumerate(prompt["completions"]):
+            tokens, score = one["tokens"], one["score"]
+            largest = [_largest(tokens.get(kind)) for kind in ("weight", "mismatch")]
+            row = [i, j, score["reward"], score["format_score"], int(score["spurious"]), *largest]
+            if not all(x is None or math.isfinite(x) for x in row):
+                raise ValueError("a number is not finite")
+            yield row
 
 
 def embedded(data: Any) -> str:

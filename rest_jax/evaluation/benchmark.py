@@ -505,7 +505,7 @@ def read_result(path: Location) -> dict[str, Any]:
         whole = complete and result["items"] and result["prompts_sha256"]
         if result["format"] != FORMAT or not whole:
             raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path}: neither a result file of `rest-jax evaluate --benchmark`, format {FORMAT}, nor what `rest-jax evaluate "
             "--output` writes of records"
@@ -548,7 +548,7 @@ def read_compared(path: Location) -> dict[str, Any]:
         items = [_record_item(i, line) for i, line in enumerate(lines)]
         if not items:
             raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return read_result(path)
     asked = [(line["data"], line["id"], line["prompt"]) for line in lines]
     digests = {"benchmark": "records", "prompts_sha256": _digest(asked)}

@@ -74,7 +74,9 @@ def ask(prompt: str, model: str) -> str:
         "seed": 0,
         "max_tokens": 16,
     }
-    key = os.environ.get("JUDGE_API_KEY")
+    key = os.environ.get(
+        "JUDGE_API_KEY", ""
+    ).strip()  # a line end would be quoted by the error of its header
     request = urllib.request.Request(
         f"{os.environ['JUDGE_URL'].rstrip('/')}/chat/completions",
         json.dumps(question).encode(),

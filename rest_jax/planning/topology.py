@@ -50,6 +50,9 @@ CHIPS = {
     "v6e": Chip("tpu", int(31.25 * GIB), 1640e9, clock=1.75e9, link=180e9, network=12.5e9),
     "h100": Chip("gpu", int(79.1 * GIB), 3350e9, link=450e9, network=50e9),
 }
+_MOST = (
+    2**16
+)  # devices; XLA cannot count, or takes hours for, what is far above the largest machines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Topology:
 
 def parse(name: str) -> Topology:
     """The topology of a name such as `v5p:2x2x4` or `2xv5e:4x4`; UserError names the forms there are."""
-    found = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)", name.strip().lower())
+    found = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)", name.strip().lower(), re.ASCII)
     if not found:
         raise UserError(f"--topology {name}: not a topology; write it as {FORMS}")
     slices, kind, dims = int(found[1] or 1), found[2], found[3]
@@ -87,6 +90,8 @@ def parse(name: str) -> Topology:
     if len(shape) not in dimensions or 0 in (slices, *shape):
         size = dims if slices else "of 0 slices"
         raise UserError(f"--topology {name}: {kind} has no shape {size}; write it as {FORMS}")
+    if slices * math.prod(shape) > _MOST:
+        raise UserError(f"--topology {name}: more than {_MOST:,} devices; name a smaller one")
     if slices > 1 and chip.platform != "tpu":
         raise UserError(f"--topology {name}: only TPUs come in slices; write it as {FORMS}")
     before = f"{slices}x" if slices > 1 else ""

@@ -298,7 +298,7 @@ def verify(
         _compare_files(folder, items, thorough)
     except DamagedError as error:
         failure = error
-    except (FileNotFoundError, ValueError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, TypeError, AttributeError, RecursionError) as error:
         failure = DamagedError(" ".join(str(error).split())[:200])
     except OSError as error:
         failure = DamagedError(" ".join(str(error).split())[:200])

@@ -15,7 +15,6 @@ import math
 import os
 import pathlib
 import re
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -35,7 +34,7 @@ METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 TOKENS_FILE = "tokens.jsonl"
 DIGESTS_FILE = "digests.jsonl"
-_MAX_STEP = 2**53  # what curves can be drawn over
+_MAX_STEP, _MAX_VALUE = 2**53, 1e150  # what curves and intervals can be made of
 FILES = (METRICS_FILE, SAMPLES_FILE, TOKENS_FILE, DIGESTS_FILE)
 
 
@@ -354,8 +353,8 @@ def read_lines(path: Location, missing_ok: bool = False) -> list[dict[str, Any]]
             raise UserError(f"{path}, line {number}: not a JSON object with a step")
         if path.name == METRICS_FILE:
             for name, value in record.items():
-                if not (value is None or _is_finite(value)):
-                    said = f"{name} is {str(value)[:80]!r}, and not a finite number or null"
+                if not (value is None or _is_value(value)):
+                    said = f"{name} is {json.dumps(value)[:80]}, and not a finite number or null"
                     raise UserError(f"{path}, line {number}: {said}, as a run writes them")
         found.append(record)
     return found
@@ -402,8 +401,9 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if type(step) is int and abs(step) < _MAX_STEP else None
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+def _is_value(value: Any) -> bool:
+    """Whether it is a number whose square is finite; a run measures no greater ones."""
+    return isinstance(value, int | float) and abs(value) < _MAX_VALUE
 
 
 def _cell(value: Any) -> str:

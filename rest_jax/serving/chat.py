@@ -64,6 +64,10 @@ class ServerFault(Exception):
 
 def connect(url: str, model: str | None, api_key: str | None) -> Server:
     """The server at a URL, with or without /v1. UserError when none answers."""
+    if api_key and not (api_key.isascii() and api_key.isprintable()):
+        raise UserError(
+            "--api-key (REST_JAX_API_KEY): it has characters that no key has; see to line ends"
+        )
     base = url.rstrip("/").removesuffix("/v1")
     try:
         with _open(Server(base, "", api_key), "models") as got:
@@ -297,7 +301,7 @@ def _functions(path: pathlib.Path) -> Tools:
             if callable(value) and getattr(value, "__module__", "") == name and key[0] != "_"
         }
         schemas = [get_json_schema(function) for function in found.values()]
-    except Exception as error:  # the file is a program
+    except (Exception, SystemExit) as error:  # the file is a program
         raise UserError(f"tools {path}: {type(error).__name__}: {error}") from error
     if not found:
         raise UserError(f"tools {path}: no function is defined there")

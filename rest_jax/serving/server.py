@@ -190,7 +190,7 @@ def listen(host: str, port: int) -> socket.socket:
         except OSError:
             listener.close()
             raise
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"serve: {host}:{port}: {reason}; name another --host or --port") from error
     if host not in _LOCAL:

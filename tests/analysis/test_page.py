@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import zlib
 
 import hypothesis
 import hypothesis.strategies as st
@@ -42,6 +43,12 @@ GROUPS = [
     (record("hostile", history=DIALOGUE), [RIGHT, WRONG, HOSTILE]),
     (record("none", Target(response="Hello.")), [RIGHT, "<response>Hi</response>", "日本 👍🏽"]),
 ]
+
+
+def packed(values) -> str:
+    """A line of tokens.jsonl."""
+    text = base64.b64encode(zlib.compress(json.dumps(values).encode())).decode()
+    return json.dumps({"step": 3, "tokens": text})
 
 
 def data_of(path) -> dict:
@@ -266,6 +273,32 @@ def test_tokens_that_cannot_be_read_are_named(tmp_run):
     (tmp_run / "tokens.jsonl").write_text('{"step": 3, "tokens": "AAAA"}\n')
     with pytest.raises(UserError, match=r"tokens.jsonl: step 3 cannot be read"):
         write_page([tmp_run])
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"step": 3}', '{"step": 3, "tokens": 4}', *(packed(x) for x in ([], {"prompts": 3}, {"prompts": [{"completions": [{}]}]}))],
+)  # fmt: skip
+def test_tokens_of_another_shape_are_named(tmp_run, line):
+    write_run(tmp_run, GROUPS)
+    (tmp_run / "tokens.jsonl").write_text(f"{line}\n")
+    with pytest.raises(UserError, match=r"tokens.jsonl: step 3 cannot be read"):
+        write_page([tmp_run])
+
+
+@pytest.mark.parametrize(
+    "text", ["rollout: 3", "rollout: {prompts_per_step: x, group_size: y}", "rollout: {prompts_per_step: -1, group_size: 2}"]
+)  # fmt: skip
+def test_a_config_that_is_none_and_counts_that_are_none_have_no_intervals(tmp_run, text):
+    writer = MetricsWriter(tmp_run)
+    large = {"reward/mean": 1e149, "reward/std": 1e149, "reward/group_std": 1.0}
+    rates = {"eval/exact": 0.5, "eval/prompts": 0.5, "eval/reward": 1.0, "eval/reward_std": 1.0}
+    writer.write(1, large | rates)
+    writer.write(2, {"reward/mean": -1e149, "eval/exact": 7, "eval/prompts": 1e100})
+    writer.close()
+    (tmp_run / "config.yaml").write_text(f"{text}\nnope: 1\n")
+    ends = data_of(write_page([tmp_run]))["runs"][0]["ends"]
+    assert "reward/mean" not in ends and "eval/exact" not in ends
 
 
 def test_a_run_without_tokens_has_a_page(tmp_run):

@@ -140,6 +140,7 @@ def test_only_results_of_the_same_items_are_compared(bank, tmp_path):
         "{",
         '{"format": 1, "benchmark": "api_bank"}',
         "\xff",
+        "[" * 100_000,
         json.dumps(damaged),
     ):
         (tmp_path / "other.json").write_text(content, encoding="latin-1")

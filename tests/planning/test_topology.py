@@ -29,12 +29,18 @@ def test_a_name_says_how_many_devices_of_which_kind(name, size, platform):
 @pytest.mark.parametrize(
     "name",
     ["v5p", "v5p:2x2", "v5e:2x2x4", "v9:2x2", "h100:2x2x2", "v5e:0x4", "8", "v5e:4x4x2", "0xv5e:4x4", "2xh100:8",
-     "2xcpu:4", "v5e:0x4", "cpu:0", "xv5e:4x4"],
+     "2xcpu:4", "v5e:0x4", "cpu:0", "xv5e:4x4", "v5e:４x４"],
 )  # fmt: skip
 def test_a_wrong_name_is_one_line_with_the_forms(name):
     with pytest.raises(UserError, match=f"--topology {name}: .*v5p:2x2x4") as caught:
         topology.parse(name)
     assert "\n" not in str(caught.value)
+
+
+def test_more_devices_than_there_are(capsys):
+    for name in ("cpu:99999999999", "h100:9999x8"):
+        with pytest.raises(UserError, match=f"--topology {name}: more than 65,536 devices"):
+            topology.parse(name)
 
 
 def test_slices_are_a_part_of_the_name_where_there_are_several():

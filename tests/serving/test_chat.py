@@ -155,11 +155,19 @@ def test_a_key(talk, capsys, monkeypatch):
     assert "an API key is needed" in capsys.readouterr().err
 
 
+def test_a_key_that_is_none_is_not_told(capsys):
+    for key in ("secret\n", "secr\x1bet", "secreté"):
+        assert cli.main(["chat", "http://127.0.0.1:9", "--api-key", key]) == 2
+        error = capsys.readouterr().err
+        assert "secr" not in error and "--api-key" in error
+
+
 @pytest.mark.parametrize(("name", "content", "says"), [
     ("t.py", "def f(:", "SyntaxError"),
     ("t.py", "x = 1", "no function is defined there"),
     ("t.py", "def f(x): pass", "docstring"),
     ("t.py", "import no_such_module", "no_such_module"),
+    ("t.py", "import sys; sys.exit(3)", "SystemExit: 3"),
     ("t.json", "{", "not JSON"),
     ("none.json", None, "No such file"),
 ])  # fmt: skip

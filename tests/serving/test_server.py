@@ -66,6 +66,12 @@ def test_a_port_in_use_is_one_line(capsys, tmp_path):
     assert f"127.0.0.1:{port}: Address already in use" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("host", ["x" * 300, "\udcff", "no host"])
+def test_an_address_that_is_none_is_one_line(host):
+    with pytest.raises(UserError, match="name another --host or --port"):
+        listen(host, 0)
+
+
 @pytest.mark.parametrize(
     "failure", [None, RuntimeError("out of memory")], ids=["signal", "failure"]
 )

@@ -71,6 +71,8 @@ KNOWN: dict[str, Convert] = {**SOURCES, "records": _from_own}
 
 def check(settings: Settings) -> Convert:
     """The source's converter, when everything that can be known before reading is in order; else UserError."""
+    if not settings.out:
+        raise UserError("data prepare: the output has no name")
     known = sorted([*KNOWN, *OPENED])
     if settings.source not in known:
         raise UserError(f"source {settings.source!r}: unknown{nearest(settings.source, known)}")
