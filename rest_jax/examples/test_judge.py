@@ -38,7 +38,7 @@ def judge(monkeypatch):
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("JUDGE_URL", f"http://127.0.0.1:{server.server_port}/v1")
     monkeypatch.setenv("JUDGE_MODEL", "judge")
-    monkeypatch.setenv("JUDGE_API_KEY", "key")
+    monkeypatch.setenv("JUDGE_API_KEY", "key\n")
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.delenv("JUDGE_CACHE", raising=False)
     yield replies, requests

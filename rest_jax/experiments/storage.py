@@ -87,13 +87,13 @@ def _without_password(url: str, reason: str) -> str:
         read, misread = None, True
     if read is None or misread:
         return (
-            f"storage {scheme}{is_url}: cannot be read; write sqlite:///FILE or DIALECT://USER:PASSWORD@HOST:PORT/DATABASE, in "
-            "the password %40 for @, %2F for / and so on"
+            f"storage {scheme}{is_url}: cannot be read; write sqlite:///FILE, or a URL of SQLAlchemy's, with %40 for @ in its "
+            "password, %2F for / and so on"
         )
     hint = '; pip install "rest-jax[postgres]"' if "psycopg" in reason else ""
     secrets = [v for name, v in read.query.items() if re.search("pass|secret|token|key", name)]
     for secret in filter(None, [read.password, *secrets]):
-        reason = reason.replace(str(secret), "***")
+        reason = re.sub(rf"(?<!\w){re.escape(str(secret))}(?!\w)", "***", reason)
     return f"storage {read.set(query={}).render_as_string()}: {reason}{hint}"
 
 

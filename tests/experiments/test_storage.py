@@ -110,6 +110,7 @@ def test_a_storage_that_fails_later_is_one_line(study):
         ("postgresql+psycopg://me:p@secret@localhost:1/x", "storage postgresql+psycopg://: cannot be read"),
         ("postgresql+psycopg://me:p@s/secret@localhost:1/x", "storage postgresql+psycopg://: cannot be read"),
         ("postgresql+psycopg://me:p@localhost:secret/x", "storage postgresql+psycopg://: cannot be read"),
+        ("mysql://me:b@x/y?token=secret", "storage mysql://me:***@x/y: No module named 'MySQLdb'"),
         ("mysterydb://me:secret@x/y?token=secret", "storage mysterydb://me:***@x/y: "),
     ],
 )  # fmt: skip

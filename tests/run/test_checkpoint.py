@@ -326,6 +326,14 @@ def test_a_manifest_that_forgets_an_item_is_not_sound(saved, tmp_path, capfd):
     assert "does not describe the items" in capfd.readouterr().err
 
 
+def test_a_manifest_that_is_nested_too_deeply_is_not_sound(saved, tmp_path, capfd):
+    run = shutil.copytree(saved, tmp_path / "run")
+    (run / FOLDER / "2" / MANIFEST).write_text("[" * 100_000)
+    with Checkpoints(run) as checkpoints:
+        assert checkpoints.restore(abstract(make_state()))[2] == 1
+    assert "is damaged and not used" in capfd.readouterr().err
+
+
 def test_typed_keys_of_another_generator_come_back(tmp_run):
     state = dataclasses.replace(make_state(), rng=jax.random.key(3, impl="rbg"))
     with Checkpoints(tmp_run) as checkpoints:
