@@ -25,6 +25,7 @@ from rest_jax.experiments.figures import write_figures
 from rest_jax.experiments.results import Difference, MadeOf, RateRun, Results, Run
 from rest_jax.experiments.worker import Engine, Experiment, Job, carry_out, is_finished
 from rest_jax.files import atomic_write, local_path
+from rest_jax.texts import print_text
 
 _RATE = "optimizer.learning_rate"
 
@@ -180,7 +181,7 @@ def compare(plan: str, *, output: str | None = None, engine: Engine | None = Non
         write_figures(found.results, name, loaded, folder / "images")
     page = write_page(found, folder)
     sentences = [line for line in page.read_text().splitlines() if line.startswith("- ")]
-    print("\n".join([*sentences, f"page: {page}"]), flush=True)
+    print_text("\n".join([*sentences, f"page: {page}"]))
     if failed:
         raise RunStopped(f"{len(failed)} runs failed; the first: {failed[0]}")
     return page
