@@ -15,26 +15,28 @@ from rest_jax.config import Config
 from rest_jax.evaluation.heldout import Evaluator, evaluations, held_out
 from rest_jax.files import local_path
 from rest_jax.run.load import convert, export, load_policy
+from rest_jax.run.lock import check_free
 from rest_jax.texts import print_text
 
 
 def quickstart(overrides: Sequence[str] = (), fresh: bool = False) -> int:
     """Carries out the stages; 0, or the exit code of a training that was told to stop.
 
-    `overrides` ("key=value") change the config; `fresh` forgets an earlier run.
+    `overrides` ("key=value") change the config; `fresh` forgets an earlier run. UserError when it goes on in another process.
     """
     started = time.monotonic()
     config = load_config(overrides)
     folder = local_path("output", config.folder)
     source = config_lib.locate(config.model.source)
-    if fresh:
-        shutil.rmtree(folder, ignore_errors=True)
     converted, exported = folder / "converted", folder.with_name(f"{folder.name}-exported")
+    if fresh:
+        check_free(config.folder)
+        shutil.rmtree(converted, ignore_errors=True)
     if not converted.is_dir():
         convert(source, converted)
     print_text(f"[1/4] converted {source} to {converted}")
     print_text("[2/4] training with ResT")
-    if code := train.train(_with_source(config, converted)):
+    if code := train.train(_with_source(config, converted), restart=fresh):
         return code  # the same command resumes
     lines = evaluations(folder)
     shutil.rmtree(exported, ignore_errors=True)
