@@ -51,12 +51,15 @@ for _scheme in (*STORES, "gcs"):
     fsspec_config.setdefault(_scheme, {}).setdefault("use_listings_cache", False)
 
 
-def check_output(output: Location, inputs: Iterable[Location]) -> None:
-    """UserError for an output that would take the place of one of these inputs, under whatever name."""
-    place = str(output) if is_url(output) else os.path.realpath(output)
+def check_output(output: Location, inputs: Iterable[Location], option: str = "--output") -> None:
+    """UserError for an output that would take the place of one of these inputs, or of a file in one that is a folder, under
+    whatever name.
+    """
+    place = absolute(output)
     for one in inputs:
-        if place == (str(one) if is_url(one) else os.path.realpath(one)):
-            raise UserError(f"--output {output}: is what is read, {one}; name another file")
+        if place == absolute(one) or absolute(one) in place.parents:
+            where = "is" if place == absolute(one) else "lies in"
+            raise UserError(f"{option} {output}: {where} what is read, {one}; name another file")
 
 
 def nearest_path(path: Location, folders: bool) -> str:

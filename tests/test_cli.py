@@ -507,13 +507,19 @@ def test_what_is_read_is_not_overwritten(records, tmp_run, capsys):
     link = tmp_run / "link.jsonl"
     link.symlink_to(records)
     before = {path: path.read_bytes() for path in (records, config_file, tmp_run / "metrics.jsonl")}
+    benchmark = ["evaluate", str(tmp_run), "--benchmark", "api_bank", "--data", str(records.parent)]
     for words in (
         ["evaluate", "configs/quickstart_policy", str(records), "--output", str(records)],
         ["evaluate", "configs/quickstart_policy", str(records), "--output", str(link)],
         ["evaluate", str(tmp_run), str(records), "--output", str(config_file)],
         ["report", str(tmp_run), "--output", str(tmp_run / "metrics.jsonl")],
+        ["report", str(tmp_run), "--output", str(tmp_run / "model" / "config.json")],
+        [*benchmark, "--output", str(tmp_run / "metrics.jsonl")],
+        [*benchmark, "--output", str(records)],
+        ["plan", str(config_file), "--topology", "cpu:8", "--json", str(config_file)],
+        ["plan", str(config_file), "--topology", "cpu:8", "--output", str(config_file)],
     ):
-        assert "is what is read" in refused(capsys, *words), words
+        assert "what is read" in refused(capsys, *words), words
     assert before == {path: path.read_bytes() for path in before}
 
 

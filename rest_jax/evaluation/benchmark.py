@@ -43,6 +43,7 @@ from rest_jax.files import (
     absolute,
     as_path,
     atomic_write,
+    check_output,
     fingerprints,
     is_url,
     list_files,
@@ -56,7 +57,7 @@ from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import truncated
 from rest_jax.run import checkpoint
 from rest_jax.run.environment import user_cache
-from rest_jax.run.load import is_run, load_policy, result_place
+from rest_jax.run.load import is_run, load_policy, model_files, result_place
 from rest_jax.run.metrics import summary_table
 from rest_jax.run.progress import Progress
 from rest_jax.templates import TEMPLATES
@@ -163,6 +164,7 @@ def evaluate_benchmark(
         output = result_place(source, f"{name}.json") or f"{place.name}-{name}.json"
     sampling = Sampling(r.temperature, r.top_k, r.top_p, greedy)
     _check_options(name, options, sampling)
+    check_output(output, [*model_files(source), *filter(None, [options.folder])])
     with contextlib.ExitStack() as stack:
         # Whatever can be wrong is found before hours of sampling: the data, and the folder of the file.
         measure = stack.enter_context(_PREPARE[name](config, name, options))

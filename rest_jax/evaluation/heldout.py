@@ -31,13 +31,11 @@ from rest_jax.rewards.score import PluginScore
 from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import plugin_metrics, score_records, summarise_scores, truncated
-from rest_jax.run.checkpoint import run_of
-from rest_jax.run.load import load_policy
+from rest_jax.run.load import load_policy, model_files
 from rest_jax.run.metrics import (
     METRICS_FILE,
     is_eval,
     read_lines,
-    run_files,
     shown_value,
     summary_table,
 )
@@ -247,7 +245,7 @@ def evaluate(
     """
     check_plugin(config.reward)
     if output is not None:
-        check_output(output, [*data, *run_files(run_of(config.model.source))])
+        check_output(output, [*data, *model_files(config.model.source)])
     sets = {spec: load_split(spec, config.data, limit) for spec in data}
     policy = load_policy(config.model, config.mesh, config.rollout.tensor)
     template = TEMPLATES[config.data.template]

@@ -50,6 +50,7 @@ from rest_jax.plugins import named
 from rest_jax.run import card, checkpoint
 from rest_jax.run.contents import digest_merged, digest_opened, digest_params, find_base
 from rest_jax.run.folder import CONFIG_FILE, MODEL_FOLDER
+from rest_jax.run.metrics import run_files
 from rest_jax.run.progress import Transfer
 from rest_jax.texts import warn
 from rest_jax.types import Params
@@ -253,6 +254,11 @@ def convert(source: str, out: str | pathlib.Path) -> None:
 def _transfer(label: str) -> contextlib.AbstractContextManager[Report]:
     """Progress of the first process; the others are silent."""
     return Transfer(label) if is_first_process() else contextlib.nullcontext(silent)
+
+
+def model_files(source: str) -> list[epath.Path]:
+    """What a command that is given a model reads: no output of it may lie there."""
+    return run_files(checkpoint.run_of(source)) if is_run(source) else [as_path(source)]
 
 
 def is_run(source: str) -> bool:

@@ -36,6 +36,8 @@ TOKENS_FILE = "tokens.jsonl"
 DIGESTS_FILE = "digests.jsonl"
 _MAX_STEP, _MAX_VALUE = 2**53, 1e150  # what curves and intervals can be made of
 FILES = (METRICS_FILE, SAMPLES_FILE, TOKENS_FILE, DIGESTS_FILE)
+# of `run.fork`, `run.record`, `run.folder` and `run.checkpoint`
+_OF_OTHERS = ("fork.json", "audit.json", "model", "checkpoints")
 
 
 class Metric(NamedTuple):
@@ -196,8 +198,8 @@ _is_part = re.compile(r"(?:reward|eval)/part/[A-Za-z0-9_.-]+").fullmatch
 
 
 def run_files(folder: Location) -> list[epath.Path]:
-    """What a run writes into its folder and reads again: no other output may take its place."""
-    return [as_path(folder) / name for name in (CONFIG_FILE, *FILES)]
+    """What a run, or an audit, writes into its folder and reads again, files and folders: no other output may take its place."""
+    return [as_path(folder) / name for name in (CONFIG_FILE, *FILES, *_OF_OTHERS)]
 
 
 def metric(name: str) -> Metric:

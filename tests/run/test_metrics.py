@@ -9,7 +9,7 @@ import pytest
 
 from rest_jax.errors import UserError
 from rest_jax.files import as_path
-from rest_jax.run import metrics
+from rest_jax.run import checkpoint, folder, fork, metrics, record
 from rest_jax.run.metrics import (
     DIGESTS_FILE,
     FILES,
@@ -186,3 +186,8 @@ def test_the_files_of_a_store_are_put_whole_at_a_sync_and_continued(memory_store
     assert [line["text"] for line in read_lines(run / SAMPLES_FILE)] == ["a", "b"]
     with pytest.raises(UserError, match=r"s3://bucket/none/metrics\.jsonl: no such file"):
         read_lines(f"{memory_store}/none/{METRICS_FILE}")
+
+
+def test_all_that_a_run_reads_again_is_no_output():
+    names = {path.name for path in metrics.run_files("runs/x")}
+    assert names > {fork.FILE, record.CERTIFICATE_FILE, folder.MODEL_FOLDER, checkpoint.FOLDER}
