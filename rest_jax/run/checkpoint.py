@@ -194,15 +194,15 @@ class Checkpoints:
         self._manager.reload()
 
 
-def list_steps(folder: epath.Path) -> list[int]:
-    """The steps of which there is a checkpoint, damaged or not, in the folder of a run's checkpoints."""
+def list_steps(folder: epath.Path, damaged: bool = False) -> list[int]:
+    """The steps of which there is a checkpoint in the folder of a run's checkpoints; `damaged`: also those put aside."""
     if not folder.is_dir():
         return []
     found = {path: path.name.partition(DAMAGED) for path in folder.iterdir()}
     return [
         int(step)
-        for path, (step, damaged, _) in found.items()
-        if step.isdigit() and (damaged or is_complete(path))
+        for path, (step, aside, _) in found.items()
+        if step.isdigit() and (damaged if aside else is_complete(path))
     ]
 
 
@@ -320,13 +320,23 @@ def _one_chunk_a_layer(params: Params) -> Any:
 
 def _compare_files(folder: epath.Path, items: Sequence[str], thorough: bool) -> None:
     """DamagedError when this process's share of the files is not what the manifest says."""
-    content = json.loads((folder / MANIFEST).read_text())
-    if {name.split("/")[0] for name in content} - {AHEAD} != set(_ITEMS):
-        raise DamagedError(f"{MANIFEST} does not describe the items {', '.join(_ITEMS)}")
+    content = read_manifest(folder)
     names = [name for name in content if name.split("/")[0] in items]
     own = names[jax.process_index() :: jax.process_count()]
     if name := find_damage(folder, {name: content[name] for name in own}, thorough):
         raise DamagedError(f"{name} is not what was saved")
+
+
+def read_manifest(folder: epath.Path) -> dict[str, Any]:
+    """The fingerprint of every file of the items in `folder`. DamagedError when it is not what was written."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text())
+        items = {name.split("/")[0] for name, (_, _, *_) in content.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{MANIFEST}: {error}") from error
+    if items - {AHEAD} != set(_ITEMS):
+        raise DamagedError(f"{MANIFEST} does not describe the items {', '.join(_ITEMS)}")
+    return content
 
 
 def _newest_sound(folder: epath.Path, items: Sequence[str]) -> tuple[int, list[int]]:

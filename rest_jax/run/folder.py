@@ -376,7 +376,8 @@ def _has_begun(folder: epath.Path) -> bool:
     """Whether a run has anything to lose: a launch that ended before its first line, as for want of memory, has not."""
     metrics = folder / METRICS_FILE
     written = metrics.exists() and metrics.stat().length > 0
-    return written or (folder / SAVED_FILE).exists() or bool(list_steps(folder / CHECKPOINTS))
+    saved = (folder / SAVED_FILE).exists() or list_steps(folder / CHECKPOINTS, damaged=True)
+    return written or bool(saved)
 
 
 def check_history(config: Config) -> None:
@@ -388,6 +389,8 @@ def check_history(config: Config) -> None:
             return
         # A run that ended before its first checkpoint may begin again. Its folder of checkpoints is there all the same.
         gone = (folder / SAVED_FILE).exists() or not (is_url(folder) or checkpoints.is_dir())
+        # One was put aside because another was sound, and that is gone.
+        gone = gone or bool(list_steps(checkpoints, damaged=True))
         # Where that file is not, either: a run that was killed in its first save has left a part of it.
         emptied = not (checkpoints.is_dir() and any(checkpoints.iterdir()))
         lines = read_lines(metrics)

@@ -138,13 +138,13 @@ def describe_checkpoint(source: Location, verify: bool = False) -> str:
         if not steps:
             raise UserError(f"{source}: neither a checkpoint nor a run with one")
         place = place / checkpoint.FOLDER / str(max(steps))
-    if verify:
-        try:
+    try:
+        files = checkpoint.read_manifest(place)
+        if verify:
             checkpoint.verify(place, thorough=True)
-        except checkpoint.DamagedError as error:
-            raise UserError(f"{place}: damaged: {error}") from error
+    except checkpoint.DamagedError as error:
+        raise UserError(f"{place}: damaged: {error}") from error
     manifest = (place / checkpoint.MANIFEST).read_bytes()
-    files = json.loads(manifest)
     shapes, loader = checkpoint.shapes(place), checkpoint.read_loader_state(place)
     curriculum = {name: value.tolist() for name, value in checkpoint.curriculum(place).items()}
     made_of = ", ".join(f"{name} {digest}" for name, digest in loader.get(MADE_OF, {}).items())

@@ -140,12 +140,23 @@ def saved(config, files) -> Config:
     return config
 
 
-@pytest.mark.parametrize("loss", ["all steps", "the folder", "all steps and what is hidden"])
+LOSSES = (
+    "all",
+    "the folder",
+    "all, hidden",
+    "all but one put aside",
+    "all but one put aside, hidden",
+)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(saved, files, loss):
     checkpoints = saved.folder / "checkpoints"
     shutil.rmtree(checkpoints)
     if loss != "the folder":
         checkpoints.mkdir()
+    if "aside" in loss:
+        (checkpoints / "2.damaged").mkdir()
     if "hidden" in loss:
         (saved.folder / SAVED_FILE).unlink()
     before = (saved.folder / METRICS_FILE).read_bytes()

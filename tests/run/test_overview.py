@@ -140,6 +140,13 @@ def test_a_damaged_checkpoint_is_named(run, tmp_path, capsys):
     assert cli.main(["inspect", str(folder), "--verify"]) == 2
     said = capsys.readouterr().err
     assert "damaged" in said and file.name in said and len(said.splitlines()) == 1
+    for content in ("", "{}", "[1]", '{"params/x": 0}'):
+        (folder / MANIFEST).write_text(content)
+        with pytest.raises(UserError, match=r"7: damaged: manifest\.json"):
+            describe_checkpoint(folder)
+    folder.rename(folder.with_name("7.damaged"))
+    assert "step 3," in describe_checkpoint(folder.parents[1])
+    folder.with_name("7.damaged").rename(folder)
     (folder / MANIFEST).unlink()
     with pytest.raises(UserError, match="neither a checkpoint nor a run with one"):
         describe_checkpoint(folder)
