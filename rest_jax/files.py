@@ -13,8 +13,11 @@ import hashlib
 import io
 import os
 import pathlib
+import re
 import shutil
 import tempfile
+import time
+import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -31,6 +34,7 @@ from rest_jax.errors import UserError, full_disk
 
 Location = str | os.PathLike[str]
 _PART = 2**20  # bytes of a file that are read at once
+_LEFT = 86_400.0  # seconds that nobody has written to what a writer has begun: it is dead
 
 # scheme -> the extra of the package that brings its file system, and how to say who one is
 STORES = {
@@ -207,8 +211,8 @@ def atomic_write(location: Location) -> Iterator[pathlib.Path]:
     """A local path to write a file to; it becomes the file at `location` when the block ends well.
 
     When it does not, the path is removed, and what was there before is untouched. A local file is written beside its
-    place, under a name with the process in it, so that two writers do not meet; the file of a URL is put in one request.
-    RunStopped when the disk is full.
+    place, under a name of its own, so that two writers do not meet, and is on the disk before it gets its name: a power cut
+    leaves the old one or the new one. The file of a URL is put in one request. RunStopped when the disk is full.
     """
     if is_url(location):
         with tempfile.TemporaryDirectory() as folder:
@@ -227,7 +231,9 @@ def atomic_write(location: Location) -> Iterator[pathlib.Path]:
     try:
         with full_disk(path):
             yield partial
+            flush(partial)
         os.replace(partial, path)
+        flush(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -253,13 +259,15 @@ def atomic_folder(location: Location, last: str = "config.json") -> Iterator[pat
         raise UserError(f"output {path}: exists and is not empty; name a new folder or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(path)
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         with full_disk(path):
             yield partial
+            for one in (*partial.rglob("*"), partial):
+                flush(one)
         # An empty folder at `path` is replaced, too.
         os.replace(partial, path)
+        flush(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -387,5 +395,27 @@ def follow(folder: pathlib.Path) -> epath.Path:
     return as_path(url.read_text()) if left else absolute(folder)
 
 
+def flush(path: Location) -> None:
+    """Forces a local file to the disk, or the names in a folder, where the file system has a way to."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError:
+        if not os.path.isdir(path):
+            raise
+    finally:
+        os.close(number)
+
+
 def _beside(path: pathlib.Path) -> pathlib.Path:
-    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+    """A new name beside a path to write under; what writers that were killed have left there is removed, a day later.
+
+    The process in it says to people whose it is; containers that share a disk have the same numbers.
+    """
+    is_partial = re.compile(rf"{re.escape(path.name)}\.\d+(\.[0-9a-f]+)?\.partial").fullmatch
+    for left in filter(lambda one: is_partial(one.name), path.parent.iterdir()):
+        with contextlib.suppress(OSError):  # another process removes it, too
+            written = max(one.stat().st_mtime for one in (left, *left.rglob("*")))
+            if time.time() - written > _LEFT:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return path.with_name(f"{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial")

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import sys
+import time
 
 import pytest
 from fsspec.registry import _registry
@@ -78,13 +79,60 @@ def test_a_folder_that_holds_something_is_refused_before_anything_is_done(tmp_pa
     assert sorted(os.listdir(tmp_path)) == ["file", "full"]
 
 
-def test_what_a_killed_process_of_this_number_left_is_removed(tmp_path):
-    leftover = tmp_path / f"out.{os.getpid()}.partial"
-    leftover.mkdir()
-    (leftover / "old").write_text("")
-    with files.atomic_folder(tmp_path / "out") as partial:
-        (partial / "a").write_text("")
+def test_two_writers_of_one_number_do_not_meet(tmp_path):
+    """As in two containers that share a disk: the last to end has the name."""
+    path = tmp_path / "a.csv"
+    with files.atomic_write(path) as first, files.atomic_write(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first" and os.listdir(tmp_path) == ["a.csv"]
+    with files.atomic_folder(tmp_path / "out") as first:
+        (first / "a").write_text("")
+        with pytest.raises(ValueError), files.atomic_folder(tmp_path / "out"):
+            raise ValueError
     assert os.listdir(tmp_path / "out") == ["a"]
+
+
+def test_what_killed_writers_left_is_removed_a_day_later(tmp_path):
+    """Of the same name alone, and by what was written last within a folder."""
+    old, hour = time.time() - 25 * 3600, time.time() - 3600
+    for name, written in (
+        ("out.7.0123abcd.partial", old),
+        ("out.8.partial", old),
+        ("out.9.0123abcd.partial", hour),
+        ("out.mine.partial", old),
+        ("other.7.0123abcd.partial", old),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("")
+        os.utime(tmp_path / name / "weights", (written, written))
+        os.utime(tmp_path / name, (old, old))
+    (tmp_path / "out.6.0123abcd.partial").write_text("")
+    os.utime(tmp_path / "out.6.0123abcd.partial", (old, old))
+    with files.atomic_folder(tmp_path / "out"):
+        pass
+    left = ["other.7.0123abcd.partial", "out", "out.9.0123abcd.partial", "out.mine.partial"]
+    assert sorted(os.listdir(tmp_path)) == left
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_what_gets_a_name_is_on_the_disk(what, tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda number: done.append(os.fstat(number).st_ino))
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *names: (done.append("named"), replace(*names)))
+    if what == "file":
+        with files.atomic_write(tmp_path / "a") as partial:
+            partial.write_text("a")
+        written = [tmp_path / "a"]
+    else:
+        with files.atomic_folder(tmp_path / "a") as partial:
+            (partial / "sub").mkdir()
+            (partial / "sub" / "b").write_text("b")
+        written = [tmp_path / "a" / "sub" / "b", tmp_path / "a" / "sub", tmp_path / "a"]
+    *before, named, after = done
+    assert {path.stat().st_ino for path in written} == {*before} and named == "named"
+    assert after == tmp_path.stat().st_ino
 
 
 def test_a_location_is_a_path_or_a_known_url(tmp_path, memory_store):

@@ -30,6 +30,7 @@ from rest_jax.files import (
     as_path,
     find_damage,
     fingerprints,
+    flush,
     is_url,
     list_files,
     make_folder,
@@ -284,6 +285,8 @@ def write_manifest(folder: epath.Path) -> None:
     """Writes the fingerprint of every file of the items in `folder`."""
     content = fingerprints(folder, sorted(name for name in list_files(folder) if "/" in name))
     (folder / MANIFEST).write_text(json.dumps(content, indent=1))
+    if not is_url(folder):
+        flush(folder / MANIFEST)
 
 
 def verify(

@@ -346,7 +346,9 @@ def check_start(
         check_history(config)
     check_packages(config)
     if is_first_process():
-        resumes = origin is None and not restart and recorded.is_file()
+        resumes = (
+            origin is None and not restart and recorded.is_file() and _has_begun(config.folder)
+        )
         check_trackers(config, config_lib.load([recorded]) if resumes else None)
     return origin
 
@@ -357,6 +359,11 @@ def check_config(folder: epath.Path, config: Config) -> list[config_lib.Differen
     with store_errors(path):
         if not path.is_file() or not _has_begun(folder):
             return []
+        if not path.stat().length:
+            raise UserError(
+                f"{path}: is empty, as a lost machine may leave a file; put it back (`rest-jax config show` prints that of your "
+                "words), or forget the run with --restart"
+            )
     found = config_lib.differences(config_lib.load([path]), config)
     free = (*MAY_CHANGE, *config_lib.only_evaluated(config))
     refused = [d for d in found if not d.path.startswith(free)]

@@ -98,9 +98,14 @@ def test_a_launch_that_ended_before_its_first_line_binds_nobody(config, files, t
     check_start(other)
     open_run(other, files).close()
     assert config_lib.load([other.folder / CONFIG_FILE]) == other
+    (other.folder / CONFIG_FILE).write_text("")  # and then the power was cut
+    check_start(other)
     begin(other, files)
     with pytest.raises(UserError, match="holds a run of another config"):
         check_start(config)
+    (other.folder / CONFIG_FILE).write_text("")
+    with pytest.raises(UserError, match=r"config\.yaml: is empty, .* put it back"):
+        check_start(other)
 
 
 def test_a_run_resumes_under_what_does_not_change_its_result(config, files, tmp_path, capsys):
