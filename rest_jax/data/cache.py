@@ -5,11 +5,12 @@
   records-I-of-N.jsonl  those records, a line each
   index-I-of-N.npz      of each: `number` in the data, `bytes` of its line, `tokens` of each column; and `set_aside`, the
                         reason and the id of each record whose gold answer or prompt a template cannot say
-  complete.json         put last: how many parts and records there are, the bytes of every file
+  complete.json         put last: how many parts and records there are, the fingerprint of every file (`files.fingerprints`)
 
 Every process reads the data and tokenises its share of the chunks. The digest is of all that decides the result: the data's
 content, the tokenizer, the template, and the code that reads and renders; a run that finds a complete folder reads from it,
-so that neither memory nor the time to start grows with the data. Such a folder may be removed at any time between runs.
+so that neither memory nor the time to start grows with the data, but for the sums over the files (a run that begins or resumes
+compares them once: one bit that is another would train another model). Such a folder may be removed at any time between runs.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ import json
 import pathlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 import jax
@@ -49,6 +50,8 @@ from rest_jax.files import (
     as_path,
     atomic_write,
     fetch_folder,
+    find_damage,
+    fingerprints,
     folder_while_used,
     is_url,
     list_files,
@@ -122,7 +125,7 @@ def _kept(
     folder = home / digest[:16]
     with store_errors(folder):
         # The others do not look before the files are there: a network file system remembers that they were not.
-        if not any_process(is_first_process() and _is_sound(folder)):
+        if not any_process(is_first_process() and _is_sound(folder, keep)):
             if not keep:
                 return None
             with folder_while_used(folder):
@@ -130,18 +133,32 @@ def _kept(
         return *_open(folder), _set_aside(folder)
 
 
-def _is_sound(folder: epath.Path) -> bool:
-    """Whether the folder is complete, and every file as long as it was written; says so of one that is damaged."""
+def _is_sound(folder: epath.Path, read: bool) -> bool:
+    """Whether the folder is complete, and every file as long as it was written; `read`: and as it was. Says so of one that is
+    damaged.
+    """
     if not (folder / COMPLETE).exists():
         return False
-    wanted = json.loads((folder / COMPLETE).read_text())["bytes"]
+    damage = _damage(folder, read)
+    if damage is not None:
+        say(f"{folder / damage}; the data is tokenised anew")
+    return damage is None
+
+
+def _damage(folder: epath.Path, read: bool) -> str | None:
+    """The first file of a folder that is not what was written, and how."""
+    try:
+        written = json.loads((folder / COMPLETE).read_text())["files"]
+        sizes = {name: size for name, (size, *_) in written.items()}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return f"{COMPLETE}: cannot be read"
     found = {name: info["size"] for name, info in list_files(folder).items()}
-    for name, size in wanted.items():
+    for name, size in sizes.items():
         if found.get(name) != size:
             what = "is missing" if name not in found else f"has {found[name]} bytes, not {size}"
-            say(f"{folder / name}: {what}; the data is tokenised anew")
-            return False
-    return True
+            return f"{name}: {what}"
+    name = find_damage(fetch_folder(folder), written) if read else None
+    return name and f"{name}: is not what was written"
 
 
 def _digest(source: Source) -> str:
@@ -184,14 +201,14 @@ def _code() -> str:
 
 def _write(source: Source, folder: epath.Path) -> None:
     """Writes the part of this process, and the file that says that all parts are there."""
-    total, sizes = _write_part(source, folder, jax.process_index(), jax.process_count())
-    sizes = {
-        name: size
-        for said in exchange(json.dumps(sizes), _TIMEOUT)
-        for name, size in json.loads(said).items()
+    total, files = _write_part(source, folder, jax.process_index(), jax.process_count())
+    files = {
+        name: fingerprint
+        for said in exchange(json.dumps(files), _TIMEOUT)
+        for name, fingerprint in json.loads(said).items()
     }
     if is_first_process():
-        content = {"parts": jax.process_count(), "records": total, "bytes": sizes}
+        content = {"parts": jax.process_count(), "records": total, "files": files}
         with atomic_write(folder / COMPLETE) as partial:
             partial.write_text(json.dumps(content, indent=1))
     exchange("written", _TIMEOUT)
@@ -200,8 +217,8 @@ def _write(source: Source, folder: epath.Path) -> None:
 
 def _write_part(
     source: Source, folder: epath.Path, process: int, processes: int
-) -> tuple[int, dict[str, int]]:
-    """(records of all processes, file -> bytes of this one). RecordError as for `read_records`."""
+) -> tuple[int, dict[str, list[Any]]]:
+    """(records of all processes, file -> fingerprint of this one). RecordError as for `read_records`."""
     kinds = _part(process, processes)
     numbers, text_bytes, lengths, total = [], [], [], 0
     aside: list[tuple[str, str]] = []
@@ -232,8 +249,12 @@ def _write_part(
             tokens=_joined(lengths),
             set_aside=np.array(aside, np.str_).reshape(-1, 2),
         )
-        files = {"tokens": tokens, "records": text, "index": index}
-        return total, {kinds[kind]: file.tell() for kind, file in files.items()}
+        for file in (tokens, text, index):
+            file.close()
+        return total, {
+            kinds[kind]: fingerprints(path.parent, [path.name])[path.name]
+            for kind, path in partial.items()
+        }
 
 
 def _part(process: int, processes: int) -> dict[str, str]:

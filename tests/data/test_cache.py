@@ -110,12 +110,12 @@ def test_processes_share_the_chunks(config, tokenizer, processes):
     source = cache.Source(config.data.train, None, Encoder(tokenizer, TEMPLATE, True, True))
     folder = as_path(config.output) / "parts"
     folder.mkdir(parents=True)
-    sizes = {}
+    files = {}
     for process in range(processes):
         total, written = cache._write_part(source, folder, process, processes)
         assert total == 23
-        sizes |= written
-    content = {"parts": processes, "records": 23, "bytes": sizes}
+        files |= written
+    content = {"parts": processes, "records": 23, "files": files}
     (folder / COMPLETE).write_text(json.dumps(content))
     records, columns = cache._open(folder)
     assert list(records) == RECORDS
@@ -133,10 +133,10 @@ def test_what_a_chat_template_refuses_is_set_aside_alone(config, tokenizer, proc
     source = cache.Source(config.data.train, None, Encoder(strict, TEMPLATE, brief=True))
     folder = as_path(config.output) / "parts"
     folder.mkdir(parents=True)
-    sizes = {}
+    files = {}
     for process in range(processes):
-        sizes |= cache._write_part(source, folder, process, processes)[1]
-    content = {"parts": processes, "records": 23, "bytes": sizes}
+        files |= cache._write_part(source, folder, process, processes)[1]
+    content = {"parts": processes, "records": 23, "files": files}
     (folder / COMPLETE).write_text(json.dumps(content))
     left = [record for record in RECORDS if record not in refused]
     records, (prompts,) = cache._open(folder)
@@ -201,7 +201,7 @@ def test_what_was_begun_is_made_anew(config, tokenizer, monkeypatch):
     _assert_same(_load(config, tokenizer), prepare(RECORDS, tokenizer, TEMPLATE, config.data))
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "flipped"])
 def test_what_is_damaged_is_made_anew(config, tokenizer, damage, capsys):
     expected = prepare(RECORDS, tokenizer, TEMPLATE, config.data)
     _load(config, tokenizer)
@@ -212,6 +212,11 @@ def test_what_is_damaged_is_made_anew(config, tokenizer, damage, capsys):
         with path.open("r+b") as file:
             file.truncate(size - 4)
         said = f"has {size - 4} bytes, not {size}; the data is tokenised anew"
+    elif damage == "flipped":
+        content = bytearray(path.read_bytes())
+        content[size // 2] ^= 1
+        path.write_bytes(content)
+        said = "tokens-0-of-1.bin: is not what was written; the data is tokenised anew"
     else:
         path.unlink()
         said = "tokens-0-of-1.bin: is missing; the data is tokenised anew"
@@ -219,6 +224,18 @@ def test_what_is_damaged_is_made_anew(config, tokenizer, damage, capsys):
     assert said in capsys.readouterr().out
     _load(config, tokenizer)
     assert said not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"files": {"index-0-of-1.npz": 7}}'])
+def test_data_whose_last_file_cannot_be_read_is_made_anew(config, tokenizer, content, capsys):
+    expected = prepare(RECORDS, tokenizer, TEMPLATE, config.data)
+    _load(config, tokenizer)
+    (path,) = pathlib.Path(config.output, FOLDER).glob(f"*/{COMPLETE}")
+    written = path.read_text()
+    path.write_text(content)
+    _assert_same(_load(config, tokenizer), expected)
+    assert f"{path}: cannot be read; the data is tokenised anew\n" in capsys.readouterr().out
+    assert path.read_text() == written
 
 
 @pytest.mark.parametrize("content", [None, ""])
