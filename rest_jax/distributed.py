@@ -11,6 +11,7 @@ place their own.
 import collections
 import contextlib
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
@@ -479,6 +480,14 @@ def exchange(text: str, timeout: int = 1800) -> list[str]:
             f"process {here} of {jax.process_count()}: the others gave no answer within {timeout} s ({reason})"
         ) from error
     return [found[index] for index in range(jax.process_count())]
+
+
+def agree(fault: UserError | RunStopped | None) -> None:
+    """Raises the fault of the first process that has found one, in all of them. Every process must call it."""
+    for said in exchange("" if fault is None else json.dumps([type(fault).__name__, str(fault)])):
+        if said:
+            kind, text = json.loads(said)
+            raise {"UserError": UserError, "RunStopped": RunStopped}.get(kind, UserError)(text)
 
 
 def is_first_process() -> bool:

@@ -151,7 +151,8 @@ def list_files(folder: Location) -> dict[str, dict[str, Any]]:
 def make_folder(path: epath.Path) -> None:
     """Makes a local folder and its parents; in a store a folder is but the beginning of names."""
     if not is_url(path):
-        path.mkdir(parents=True, exist_ok=True)
+        with full_disk(path):
+            path.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from rest_jax import distributed as sharding
 from rest_jax.config import MeshConfig
-from rest_jax.errors import UserError
+from rest_jax.errors import RunStopped, UserError
 from rest_jax.models.attention import prompt_rows
 from rest_jax.models.config import DecoderConfig
 from rest_jax.models.decoder import Decoder, abstract_params, logits, param_shardings
@@ -419,3 +419,16 @@ def test_optimiser_state_follows_the_parameters():
     assert adam.count.spec == PartitionSpec()
     whole = sharding.tree_shardings_like({"params": params, "step": jnp.zeros(())}, params, placed)
     assert whole["params"] == placed and whole["step"].spec == PartitionSpec()
+
+
+@pytest.mark.parametrize("kind", [UserError, RunStopped])
+def test_a_fault_of_one_process_is_that_of_all(kind, monkeypatch):
+    said = []
+    monkeypatch.setattr(sharding, "exchange", lambda text: said.append(text) or [text])
+    with pytest.raises(kind, match="one"):
+        sharding.agree(kind("one"))
+    monkeypatch.setattr(sharding, "exchange", lambda text: [text, said[0]])
+    with pytest.raises(kind, match="one"):
+        sharding.agree(None)
+    monkeypatch.undo()
+    sharding.agree(None)

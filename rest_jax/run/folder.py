@@ -22,7 +22,7 @@ from etils import epath
 from rest_jax import config as config_lib
 from rest_jax.config import Config
 from rest_jax.distributed import is_first_process, say
-from rest_jax.errors import RunStopped, UserError
+from rest_jax.errors import RunStopped, UserError, full_disk
 from rest_jax.files import (
     Location,
     as_path,
@@ -213,7 +213,7 @@ class Run:
     def _mark_saved(self) -> None:
         """Leaves a file once a checkpoint is complete, so that the loss of them all is seen."""
         if not self.marked and self.metrics is not None and self.checkpoints.has_complete():
-            with store_errors(self.folder):
+            with full_disk(self.folder / SAVED_FILE), store_errors(self.folder):
                 (self.folder / SAVED_FILE).write_text("")
             self.marked = True
 

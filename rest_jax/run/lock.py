@@ -14,6 +14,7 @@ on a busy machine, is imported by `locked` alone.
 import contextlib
 import json
 import os
+import pathlib
 import socket
 import threading
 import time
@@ -25,8 +26,8 @@ import filelock
 import fsspec
 from etils import epath
 
-from rest_jax.errors import RunStopped, UserError
-from rest_jax.files import is_url, store_errors
+from rest_jax.errors import RunStopped, UserError, full_disk
+from rest_jax.files import atomic_write, is_url, store_errors
 
 FILE = ".lock"
 OWNER = ".owner"  # beside a file lock: whose it is
@@ -37,21 +38,20 @@ SETTLE = 2.0
 
 @contextlib.contextmanager
 def locked(folder: epath.Path) -> Iterator[Callable[[], None]]:
-    """The first process holds the folder's lock, the others go by its word. UserError when another process trains in it.
+    """The first process holds the folder's lock, the others go by its word. UserError when another process trains in it,
+    RunStopped when the disk is full.
 
     Yields what raises RunStopped, in all processes, once the lock is lost; all must call it.
     """
-    from rest_jax.distributed import exchange, is_first_process
+    from rest_jax.distributed import agree, exchange, is_first_process
 
-    lock = None
-    fault = ""
+    lock = fault = None
     if is_first_process():
         try:
             lock = _StoreLock(folder / FILE) if is_url(folder) else _file_lock(folder / FILE)
-        except UserError as error:
-            fault = str(error)
-    if said := exchange(fault)[0]:
-        raise UserError(said)
+        except (UserError, RunStopped) as error:
+            fault = error
+    agree(fault)
 
     def check() -> None:
         # The system takes no file lock away.
@@ -76,7 +76,8 @@ def check_free(folder: epath.Path) -> None:
 
 def _file_lock(path: epath.Path) -> filelock.BaseFileLock:
     lock = _acquire(path)
-    (path.parent / OWNER).write_text(json.dumps(_this_process()))
+    with atomic_write(path.parent / OWNER) as partial:
+        partial.write_text(json.dumps(_this_process()))
     return lock
 
 
@@ -84,12 +85,10 @@ def _acquire(path: epath.Path) -> filelock.BaseFileLock:
     """UserError that names the owner of a lock that is another's."""
     lock = filelock.FileLock(path)
     try:
-        lock.acquire(blocking=False)
+        with full_disk(path):
+            lock.acquire(blocking=False)
     except filelock.Timeout:
-        owner = {}
-        with contextlib.suppress(OSError, ValueError):  # it is about to be written
-            owner = json.loads((path.parent / OWNER).read_text())
-        raise _taken(path.parent, owner) from None
+        raise _taken(path.parent, read_owner(path.parent / OWNER)) from None
     except OSError as error:
         raise UserError(
             f"{path}: cannot be locked: {error.strerror or error}; a run needs a file system with locks (of NFS the lock daemon)"
@@ -99,7 +98,24 @@ def _acquire(path: epath.Path) -> filelock.BaseFileLock:
 
 def _this_process() -> dict[str, object]:
     """This process, as the owner of a lock."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "pid": pid, "begun": begun(pid), "since": time.time()}
+
+
+def begun(pid: int) -> str | None:
+    """When a process of this host began, in ticks of a boot: no other of its number has that. None for none, or without /proc."""
+    with contextlib.suppress(OSError):
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        # Behind the name, which may hold anything, the 22nd field is the 20th.
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return f"{boot}/{fields[19]}"
+
+
+def read_owner(path: epath.Path) -> dict[str, Any]:
+    """What a file says of the process that wrote it last; nothing where it is about to be written."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return dict(json.loads(path.read_text()))
+    return {}
 
 
 def _taken(folder: epath.Path, owner: dict[str, Any]) -> UserError:

@@ -244,9 +244,10 @@ class MetricsWriter:
                     if (self._url / file).exists():
                         download(self._url / file, pathlib.Path(run_dir, file))
         self._folder = run_dir = pathlib.Path(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._trackers = None if config is None else Trackers(config, run_dir)
-        self._files = {name: (run_dir / name).open("a", encoding="utf-8") for name in FILES}
+        with full_disk(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._trackers = None if config is None else Trackers(config, run_dir)
+            self._files = {name: (run_dir / name).open("a", encoding="utf-8") for name in FILES}
 
     def write(
         self,

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import socket
 import time
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from rest_jax.config import Config, ModelConfig
 from rest_jax.errors import UserError
 from rest_jax.files import Location, as_path, nearest_path, store_errors
 from rest_jax.run.lock import FILE as LOCK
-from rest_jax.run.lock import OWNER
+from rest_jax.run.lock import OWNER, begun, read_owner
 from rest_jax.run.metrics import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -95,25 +94,19 @@ def _run(path: epath.Path) -> dict[str, Any]:
 def _owner(path: epath.Path) -> tuple[dict[str, Any], float]:
     """The process that trained in the folder last, and when it wrote that last: at its start, in a store with every heartbeat."""
     for name in (OWNER, LOCK):  # of a local folder, of one in a store
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            if owner := dict(json.loads((path / name).read_text())):
+        with contextlib.suppress(OSError):
+            if owner := read_owner(path / name):
                 return owner, (path / name).stat().mtime
     return {}, 0.0
 
 
 def _alive(owner: Mapping[str, Any]) -> bool | None:
-    """Whether that process is; None where only another host knows."""
+    """Whether that process is; None where only another host knows, or nothing was written of when it began."""
     if not isinstance(owner.get("pid"), int):
         return False
-    if owner.get("host") != socket.gethostname():
+    if owner.get("host") != socket.gethostname() or not owner.get("begun"):
         return None
-    try:
-        os.kill(owner["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+    return begun(owner["pid"]) == owner["begun"]
 
 
 def _ago(seconds: float) -> str:

@@ -16,8 +16,8 @@ import jax
 from etils import epath
 
 from rest_jax.config import Config
-from rest_jax.distributed import exchange
-from rest_jax.errors import UserError
+from rest_jax.distributed import agree, exchange
+from rest_jax.errors import RunStopped, UserError, full_disk
 from rest_jax.files import as_path, folder_while_used, is_url, store_errors
 
 DEADLINE = 25  # seconds for a store to answer
@@ -25,47 +25,44 @@ _PATIENCE = 8.0  # seconds in which a shared file system shows what another host
 
 
 def check_store(config: Config) -> None:
-    """UserError, the same in every process, for a run folder that not all can use, or a URL that cannot be read."""
-    _agree(_fault(lambda: _check_readable(config)))
+    """UserError, the same in every process, for a run folder that not all can use, or a URL that cannot be read; RunStopped for
+    a disk that is full.
+    """
+    agree(_fault(lambda: _check_readable(config)))
     folder = config.folder
     nonce = exchange(uuid.uuid4().hex)[0]
     me, processes = jax.process_index(), jax.process_count()
     with contextlib.ExitStack() as stack:
         own = _token(folder, nonce, me)
-        _agree(_fault(lambda: stack.enter_context(_written(own, nonce))))
+        agree(_fault(lambda: stack.enter_context(_written(own, nonce))))
         wanted = [_token(folder, nonce, index) for index in range(processes)]
         # No process removes its token, at the end of the block, before all have looked for it.
-        _agree(_fault(lambda: _check_shared(folder, wanted, nonce)))
+        agree(_fault(lambda: _check_shared(folder, wanted, nonce)))
 
 
 def _token(folder: epath.Path, nonce: str, process: int) -> epath.Path:
     return folder / f".shared-{nonce[:12]}-{process}"
 
 
-def _agree(fault: str) -> None:
-    """UserError of the first process that has found a fault, in all of them."""
-    for said in exchange(fault):
-        if said:
-            raise UserError(said)
-
-
-def _fault(check: Callable[[], object]) -> str:
-    """What is wrong, "" when nothing is. A store that does not answer is given up: its packages may try for minutes."""
-    said = [
-        f"output: the store gave no answer within {DEADLINE} s; check its address and the network"
+def _fault(check: Callable[[], object]) -> UserError | RunStopped | None:
+    """What is wrong, None when nothing is. A store that does not answer is given up: its packages may try for minutes."""
+    found: list[UserError | RunStopped | None] = [
+        UserError(
+            f"output: the store gave no answer within {DEADLINE} s; check its address and the network"
+        )
     ]
 
     def run() -> None:
         try:
             check()
-            said[0] = ""
-        except UserError as error:
-            said[0] = str(error)
+            found[0] = None
+        except (UserError, RunStopped) as error:
+            found[0] = error
 
     thread = threading.Thread(target=run, daemon=True, name="preflight")
     thread.start()
     thread.join(DEADLINE)
-    return said[0]
+    return found[0]
 
 
 def _check_readable(config: Config) -> None:
@@ -82,7 +79,7 @@ def _written(token: epath.Path, content: str) -> Iterator[None]:
     """The token is there within the block."""
     with contextlib.ExitStack() as stack:
         try:
-            with store_errors(token.parent):
+            with full_disk(token.parent), store_errors(token.parent):
                 stack.enter_context(folder_while_used(token.parent))
                 stack.callback(_remove, token)
                 token.write_text(content)

@@ -54,6 +54,28 @@ def test_of_an_owner_on_another_host_it_is_said_how_to_remove_its_lock(tmp_path)
             lock.check_free(folder)
 
 
+@pytest.mark.parametrize("name", [lock.FILE, lock.OWNER])
+def test_a_full_disk_is_named_with_its_file(name, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    where = "filelock.FileLock.acquire" if name == lock.FILE else "pathlib.Path.write_text"
+    monkeypatch.setattr(where, full)
+    with (
+        pytest.raises(RunStopped, match=rf"{tmp_path}/{name}: No space left on device; make room"),
+        lock.locked(as_path(tmp_path)),
+    ):
+        pytest.fail("locked")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[1]", '"x"', "{"])
+def test_an_owner_that_cannot_be_read_is_nobody(content, tmp_path):
+    with lock.locked(as_path(tmp_path)):
+        (tmp_path / lock.OWNER).write_text(content)
+        with pytest.raises(UserError, match="another process trains this run"):
+            lock.check_free(as_path(tmp_path))
+
+
 @pytest.fixture
 def folder(memory_store, monkeypatch):
     monkeypatch.setattr(lock, "HEARTBEAT", 0.05)

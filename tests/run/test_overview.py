@@ -14,11 +14,12 @@ import pytest
 from rest_jax import cli
 from rest_jax.config import Config, dump, load
 from rest_jax.errors import UserError
+from rest_jax.files import as_path
 from rest_jax.rl.curriculum import Schedule, init
 from rest_jax.run.checkpoint import MANIFEST, Checkpoints
 from rest_jax.run.contents import MADE_OF
 from rest_jax.run.folder import CONFIG_FILE
-from rest_jax.run.lock import OWNER
+from rest_jax.run.lock import OWNER, begun, locked
 from rest_jax.run.metrics import MetricsWriter
 from rest_jax.run.overview import QUIET, describe_checkpoint, list_runs
 from rest_jax.types import TrainState
@@ -44,8 +45,9 @@ def test_runs_have_state_step_figure_and_host(tmp_path, capsys):
     here = socket.gethostname()
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    make_run(tmp_path, "alive", owner={"host": here, "pid": os.getpid()}, **{"reward/mean": 1.5})
-    make_run(tmp_path, "dead", owner={"host": here, "pid": gone.pid}, **{"update/loss": 0.25})
+    owner = {"host": here, "pid": os.getpid(), "begun": begun(os.getpid())}
+    make_run(tmp_path, "alive", owner=owner, **{"reward/mean": 1.5})
+    make_run(tmp_path, "dead", owner=owner | {"pid": gone.pid}, **{"update/loss": 0.25})
     other = make_run(tmp_path, "other", owner={"host": "far", "pid": os.getpid()})
     os.utime(other / OWNER, (1e9, 1e9))
     make_run(tmp_path, "done", done=4, **{"eval/exact": 0.5, "reward/mean": 9.0})
@@ -79,6 +81,19 @@ def test_a_run_on_another_host_is_judged_by_when_it_wrote_last(tmp_path, file, d
         os.utime(path / name, (age, age))
     state = "finished" if done == 4 else "training?" if file else "stopped?"
     assert list_runs(tmp_path).splitlines()[2].split()[1] == state
+
+
+@pytest.mark.parametrize(("done", "state"), [(2, "stopped"), (4, "finished")])
+@pytest.mark.parametrize(
+    "other", [{"begun": "of a boot before/7"}, {"pid": 10**30}, {"pid": -1}], ids=str
+)
+def test_a_run_is_not_that_of_another_process_of_its_number(tmp_path, other, done, state):
+    """As in a container, where a name and a number come again; with the lock of this process it is."""
+    with locked(as_path(make_run(tmp_path, "r", done=done, **{"update/loss": 1}))):
+        assert list_runs(tmp_path).splitlines()[2].split()[1] == "training"
+        owner = json.loads((tmp_path / "r" / OWNER).read_text())
+        (tmp_path / "r" / OWNER).write_text(json.dumps(owner | other))
+        assert list_runs(tmp_path).splitlines()[2].split()[1] == state
 
 
 @pytest.mark.parametrize(

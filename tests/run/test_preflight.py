@@ -1,13 +1,16 @@
 """The store is tried before anything else: what is wrong with it is one line, soon, and nothing is left behind."""
 
+import errno
+import os
 import pathlib
 import time
 
 import pytest
 
 from rest_jax import config as config_lib
+from rest_jax import distributed
 from rest_jax.config import Config
-from rest_jax.errors import UserError
+from rest_jax.errors import RunStopped, UserError
 from rest_jax.files import list_files
 from rest_jax.run import preflight
 
@@ -40,6 +43,18 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     assert f"output {tmp_path}/file/tiny: cannot be written (Not a directory)" in said
 
 
+@pytest.mark.parametrize("call", ["write_text", "mkdir"])
+def test_a_full_disk_is_no_wrong_folder(call, tmp_path, monkeypatch):
+    """Making room helps, and a launcher may try again: exit code 1, not 2."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(type(preflight.as_path(tmp_path)), call, full)
+    with pytest.raises(RunStopped, match="runs/tiny: No space left on device; make room"):
+        preflight.check_store(make_config(tmp_path / "runs"))
+
+
 @pytest.mark.parametrize("value", ["output", "model.source", "data.train"])
 def test_a_store_that_refuses(value, memory_store, tmp_path, monkeypatch):
     def refuse(*_, **__):
@@ -64,7 +79,8 @@ def test_a_token_that_others_do_not_see_is_a_folder_that_is_not_shared(tmp_path,
     monkeypatch.setattr(preflight, "_PATIENCE", 0.1)
     # what the second of two processes wrote elsewhere
     monkeypatch.setattr(preflight.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(preflight, "exchange", lambda text: [text, text])
+    for module in (preflight, distributed):
+        monkeypatch.setattr(module, "exchange", lambda text: [text, text])
     said = refusal(make_config(tmp_path))
     assert "not shared by all processes: process 0" in said and "process 1 wrote" in said
     assert "gs://" in said and not list(pathlib.Path(tmp_path).iterdir())
