@@ -32,8 +32,9 @@ from rest_jax import config as config_lib
 from rest_jax.config import Config, ConfigError
 from rest_jax.errors import UNFINISHED, RunStopped, UserError
 from rest_jax.experiments import storage
+from rest_jax.files import open_bytes, store_errors
 from rest_jax.run.environment import end_when_closed, handled
-from rest_jax.run.metrics import METRICS_FILE, read_lines
+from rest_jax.run.metrics import METRICS_FILE, parse_lines
 from rest_jax.texts import one_line, print_text
 
 
@@ -196,19 +197,20 @@ class Worker:
             raise optuna.TrialPruned(f"{storage.INVALID}: {error}") from error
         verb = "resumes" if storage.attempts(chosen) > 1 else "begins"
         self._say(run, " ".join((verb, *(f"{k}={shown(v)}" for k, v in trial.params.items()))))
+        evaluations = Evaluations(config, self.experiment.metric)
         reported = set(chosen.intermediate_values)
         if not is_finished(config, self.experiment.metric):
             log = self.experiment.folder / "logs" / f"{run}.log"
             words = [*self.engine.program, job.command, *job.files, *job.overrides]
             with _running(words, log) as child:
                 while child.poll() is None:
-                    self._look(trial, config, reported)
+                    self._look(trial, evaluations, reported)
                     time.sleep(self.engine.poll)
-            self._check_end(config, child.returncode, log)
-        self._report(trial, config, reported)
-        return evaluations(config, self.experiment.metric)
+            self._check_end(evaluations, child.returncode, log)
+        self._report(trial, evaluations, reported)
+        return evaluations.read()
 
-    def _look(self, trial: Trial, config: Config, reported: set[int]) -> None:
+    def _look(self, trial: Trial, evaluations: "Evaluations", reported: set[int]) -> None:
         """Reports what is new. Raises, which ends the run, when the trial is pruned, is to stop, or is not ours."""
         if self.stopping:
             trial.set_user_attr(storage.STOPS, trial.user_attrs.get(storage.STOPS, 0) + 1)
@@ -216,13 +218,14 @@ class Worker:
         # UpdateFinishedTrialError when another worker took the trial.
         seconds = trial.user_attrs.get(storage.SECONDS, 0.0) + self.engine.poll
         trial.set_user_attr(storage.SECONDS, seconds)
-        step = self._report(trial, config, reported)
-        if step is not None and step != config.train.steps and trial.should_prune():
+        step = self._report(trial, evaluations, reported)
+        last = evaluations.config.train.steps
+        if step is not None and step != last and trial.should_prune():
             raise optuna.TrialPruned(f"pruned at step {step}")
 
-    def _check_end(self, config: Config, code: int, log: pathlib.Path) -> None:
+    def _check_end(self, evaluations: "Evaluations", code: int, log: pathlib.Path) -> None:
         """Raises _Failed when the run did, and _Lost when it was stopped before its last step."""
-        found, steps = evaluations(config, self.experiment.metric), config.train.steps
+        found, steps = evaluations.read(), evaluations.config.train.steps
         early = code == 0 and steps is not None and max(found, default=steps) < steps
         if code in (-signal.SIGTERM, UNFINISHED) or early:
             raise _Lost("its run was stopped; free for any worker")
@@ -231,10 +234,10 @@ class Worker:
         if not found:
             raise _Failed(f"no {self.experiment.metric} in its metrics")
 
-    def _report(self, trial: Trial, config: Config, reported: set[int]) -> int | None:
+    def _report(self, trial: Trial, evaluations: "Evaluations", reported: set[int]) -> int | None:
         """Reports the evaluations that are new; the step of the last one, None without any."""
         step = None
-        found = evaluations(config, self.experiment.metric)
+        found = evaluations.read()
         for step in sorted(found.keys() - reported):
             trial.report(found[step], step)
             reported.add(step)
@@ -267,10 +270,38 @@ def _running(words: Sequence[str], log: pathlib.Path) -> Iterator[subprocess.Pop
             process.kill()
 
 
-def evaluations(config: Config, metric: str) -> dict[int, float]:
-    """step -> value of a held-out metric of a run so far, in order; empty before the first."""
-    lines = read_lines(config.folder / METRICS_FILE, missing_ok=True)
-    return {line["step"]: line[metric] for line in lines if line.get(metric) is not None}
+class Evaluations:
+    """The values of a held-out metric of a run, which goes on: what is new is read alone, whatever the lines before it."""
+
+    def __init__(self, config: Config, metric: str):
+        self.config, self.metric = config, metric
+        self._path = config.folder / METRICS_FILE
+        self._begin()
+
+    def _begin(self) -> None:
+        self._found: dict[int, float] = {}
+        self._lines = self._offset = 0
+        self._last = b""  # the line that ends at the offset
+
+    def read(self) -> dict[int, float]:
+        """step -> value so far, in order; empty before the first. UserError for a line that is none of a run."""
+        with store_errors(self._path):
+            if not self._path.is_file():
+                return {}
+            with open_bytes(self._path) as file:
+                file.seek(self._offset - len(self._last))
+                if file.read(len(self._last)) != self._last:  # a resumed run has cut its file
+                    self._begin()
+                    file.seek(0)
+                *lines, _ = file.read().split(b"\n")
+        for line in parse_lines(self._path, lines, first=self._lines + 1):
+            if line.get(self.metric) is not None:
+                self._found[line["step"]] = line[self.metric]
+        if lines:
+            self._lines += len(lines)
+            self._offset += sum(len(line) + 1 for line in lines)
+            self._last = lines[-1] + b"\n"
+        return dict(self._found)
 
 
 def is_finished(config: Config, metric: str) -> bool:
@@ -279,7 +310,7 @@ def is_finished(config: Config, metric: str) -> bool:
     from rest_jax.run.folder import check_config
 
     check_config(config.folder, config)
-    return config.train.steps in evaluations(config, metric)
+    return config.train.steps in Evaluations(config, metric).read()
 
 
 def how_it_failed(code: int, log: pathlib.Path) -> str:

@@ -349,8 +349,13 @@ def read_lines(path: Location, missing_ok: bool = False) -> list[dict[str, Any]]
                 return []
             raise UserError(f"{path}: no such file; is {path.parent} the folder of a run?")
         lines = path.read_bytes().split(b"\n")
+    return parse_lines(path, lines[:-1])
+
+
+def parse_lines(path: Location, lines: Iterable[bytes], first: int = 1) -> list[dict[str, Any]]:
+    """Lines of such a file, the first of which has that number. UserError as for `read_lines`."""
     found = []
-    for number, line in enumerate(lines[:-1], start=1):
+    for number, line in enumerate(lines, start=first):
         record = _parse(line)
         if record is None:
             raise UserError(f"{path}, line {number}: not a JSON object with a step")

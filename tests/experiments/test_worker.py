@@ -1,6 +1,7 @@
 """Workers over runs without a model: results, pruning, failures, and what is left when workers are killed or stopped."""
 
 import csv
+import json
 import os
 import pathlib
 import signal
@@ -11,7 +12,8 @@ from dataclasses import replace
 import optuna
 import pytest
 
-from rest_jax.errors import RunStopped
+from rest_jax.config import load
+from rest_jax.errors import RunStopped, UserError
 from rest_jax.experiments import worker
 from rest_jax.experiments.search import sweep
 from rest_jax.run.metrics import read_lines
@@ -195,3 +197,33 @@ def test_last_words_of_a_process(tmp_path):
     assert worker.how_it_failed(1, log) == f"exit code 1: KeyError: 'a rule' (log: {log})"
     log.write_text("")
     assert worker.how_it_failed(-9, log) == f"killed by signal 9: no output (log: {log})"
+
+
+def test_what_a_run_has_written_is_parsed_once(tmp_path, monkeypatch):
+    config = load([], [f"output={tmp_path}", "name=r", "model.source=m"])
+    parsed, parse = [], worker.parse_lines
+    monkeypatch.setattr(
+        worker, "parse_lines", lambda path, lines, first: parsed.append((first, len(lines))) or parse(path, lines, first)
+    )  # fmt: skip
+    evaluations, lines = worker.Evaluations(config, "eval/exact"), []
+
+    def read(*steps: int, kept: int | None = None, half: str = "") -> dict[int, float]:
+        lines[kept:] = [json.dumps({"step": n, "eval/exact": n / 8} if n % 2 == 0 else {"step": n}) for n in steps]  # fmt: skip
+        path.write_text("".join(f"{line}\n" for line in lines) + half)
+        return evaluations.read()
+
+    assert evaluations.read() == {}
+    config.folder.mkdir()
+    path = pathlib.Path(config.folder / "metrics.jsonl")
+    assert read(half='{"ste') == {}
+    assert read(0, 1, 2, kept=9) == {0: 0.0, 2: 0.25}
+    assert read(3, 4, kept=9, half='{"step": 5') == {0: 0.0, 2: 0.25, 4: 0.5}
+    assert parsed == [(1, 0), (1, 3), (4, 2)]
+    # cut by a run that resumes, and shorter, or as long as before and longer by now
+    assert read(kept=2) == {0: 0.0}
+    assert read(2, 3, 4, 5, 6, kept=1) == {0: 0.0, 2: 0.25, 4: 0.5, 6: 0.75}
+    assert read(kept=9) == {0: 0.0, 2: 0.25, 4: 0.5, 6: 0.75}
+    assert parsed[3:] == [(1, 2), (1, 6), (7, 0)]
+    path.write_text(path.read_text() + "no line\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 7: not a JSON object"):
+        evaluations.read()
