@@ -10,6 +10,7 @@ compared by tolerance.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import tempfile
 import types
@@ -33,8 +34,16 @@ from rest_jax.models.hf.remote import checkpoint_path
 from rest_jax.models.policy import Policy
 from rest_jax.rollout.tokens import read_record
 from rest_jax.run import checkpoint
-from rest_jax.run.contents import MADE_OF, STARTS, changed, check_same, digests, of_sums
-from rest_jax.run.folder import EVALUATION, Run
+from rest_jax.run.contents import (
+    MADE_OF,
+    STARTS,
+    changed,
+    check_same,
+    digests,
+    kept_contents,
+    of_sums,
+)
+from rest_jax.run.folder import EVALUATION, MAY_CHANGE, Run
 from rest_jax.run.fork import Start
 from rest_jax.run.load import load_trained
 from rest_jax.run.lock import check_free
@@ -58,6 +67,7 @@ from rest_jax.run.record import (
     file_digest,
     launch,
     launch_digest,
+    line_faults,
     read_files,
     read_recorded,
 )
@@ -152,6 +162,7 @@ def examine(
     folder, launches = recorded.folder, [one for _, one in recorded.launches]
     written = config_lib.load([folder / CONFIG_FILE]).model_dump(mode="json")
     findings = differences(launches[-1]["config"], written, path=CONFIG_FILE)
+    findings += line_faults(recorded) + launch_faults(recorded)
     begins = recorded.origin is not None or repeaters.of(launches[0]).has_start
     kept = checkpoint.list_steps(folder / checkpoint.FOLDER)
     while True:
@@ -180,12 +191,40 @@ def examine(
         "seed": seed,
         "steps": found,
         "findings": findings,
-        "recorded": recorded.last - recorded.begin,
+        "recorded": len(recorded.steps),
         "repeatable": len(possible),
         "metrics": file_digest(folder / METRICS_FILE),
-        MADE_OF: launches[-1][MADE_OF],
-        "recorded_by": computed_by(launches[-1]),
+        # All launches have the same, but for adapters that a run which resumed had no use for.
+        MADE_OF: launches[0][MADE_OF],
+        "recorded_by": computed_by(recorded.launch_of(recorded.last)),
         "repeated_by": computed_by(here.here),
+    }
+
+
+def launch_faults(recorded: Recorded) -> list[str]:
+    """Where a launch differs from the one before it in what `folder.check_config` or `contents.check_same` would refuse."""
+    found = []
+    for (_, before), (step, one) in itertools.pairwise(recorded.launches):
+        supervised = one["command"] == "sft"
+        keys = (*MAY_CHANGE, *(config_lib.OF_EVALUATIONS if supervised else ()))
+        free = tuple(f"config.{key}" for key in keys)
+        found += [
+            f"launch behind step {step}: {x.path}: {x.old!r} before, {x.new!r} then"
+            for x in config_lib.differences(_bound(before), _bound(one))
+            if not x.path.startswith(free)
+        ]
+    return found
+
+
+def _bound(launch: Mapping[str, Any]) -> dict[str, Any]:
+    """What the launches of a run have in common."""
+    config = config_lib.from_overrides(
+        launch["config"]
+    )  # with the defaults of keys that were added
+    return {
+        "command": launch["command"],
+        "config": config.model_dump(mode="json"),
+        MADE_OF: kept_contents(launch),
     }
 
 
@@ -204,7 +243,7 @@ def bases(recorded: Recorded, kept: Sequence[int], begins: bool) -> dict[int, Ba
     begun = [recorded.launches[first][0] for first in firsts]
     for first, begin, end in zip(firsts, begun, [*begun[1:], recorded.last], strict=True):
         ahead = recorded.launches[first][1]["config"]["rollout"]["staleness"]
-        for step in range(begin + 1, end + 1):
+        for step in (step for step in recorded.steps if begin < step <= end):
             near = [c for c in kept if begin <= c < step - (ahead if c > recorded.begin else 0)]
             if near:
                 found[step] = Base(first, max(near))

@@ -609,11 +609,15 @@ def is_supervised(config: Config) -> bool:
     return bool(config.sft.model_fields_set)
 
 
+# How keys begin that `rest-jax sft` reads for evaluations alone, or never.
+OF_EVALUATIONS = ("rollout.", "reward.", "weights.", "curriculum.")
+
+
 def only_evaluated(config: Config) -> tuple[str, ...]:
-    """How keys begin that `rest-jax sft` reads for evaluations alone, or never; none for a config that `train` may read."""
+    """`OF_EVALUATIONS` of a supervised config; none of one that `train` may read."""
     if not is_supervised(config) or "prompts_per_step" in config.rollout.model_fields_set:
         return ()
-    return ("rollout.", "reward.", "weights.", "curriculum.")
+    return OF_EVALUATIONS
 
 
 def check_command(config: Config, supervised: bool) -> None:

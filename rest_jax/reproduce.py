@@ -16,7 +16,14 @@ from rest_jax.run.contents import MADE_OF, check_same, digests
 from rest_jax.run.fork import FILE as FORK_FILE
 from rest_jax.run.fork import write_origin
 from rest_jax.run.metrics import CONFIG_FILE, DIGESTS_FILE, METRICS_FILE, SAMPLES_FILE, TOKENS_FILE
-from rest_jax.run.record import Lines, Recorded, differences, launch, read_recorded
+from rest_jax.run.record import (
+    Lines,
+    Recorded,
+    differences,
+    launch,
+    line_faults,
+    read_recorded,
+)
 
 _FILES = (METRICS_FILE, DIGESTS_FILE, SAMPLES_FILE, TOKENS_FILE)
 
@@ -33,7 +40,7 @@ def reproduce(
     """
     folder = absolute(run)
     recorded = read_recorded(folder)
-    newest = recorded.launches[-1][1]
+    newest = recorded.launch_of(recorded.last)
     told = override(config_lib.load([folder / CONFIG_FILE]), overrides, "reproduce")
     plugins.check_asked(told, run_plugins, "reproduce")
     config = beside(told, recorded, name)
@@ -70,29 +77,31 @@ def beside(config: Config, recorded: Recorded, name: str | None) -> Config:
 
 
 def compare(recorded: Recorded, made: Recorded, computed_otherwise: bool) -> list[str]:
-    """What came of it, as lines: one if the runs are equal."""
-    last = min(recorded.last, made.last)
-    head = f"{recorded.folder} and {made.folder}: steps {recorded.begin + 1} to {last}"
-    first = first_difference(recorded.lines, made.lines, last, None)
-    if first is None:
-        return [f"{head} are equal"]
-    found = [f"{head} differ", f"first at {first}"]
+    """What came of it, as lines: one if all that is recorded was made again."""
+    head = f"{recorded.folder} and {made.folder}: steps {recorded.begin + 1} to {recorded.last}"
+    first, faults = first_difference(recorded, made.lines, None), line_faults(recorded)
+    if first is None and not faults:
+        further = f"; the second has steps to {made.last}" if made.last > recorded.last else ""
+        return [f"{head} are equal{further}"]
+    found = [f"{head} differ", *faults, *([] if first is None else [f"first at {first}"])]
     if computed_otherwise:
-        beyond = first_difference(recorded.lines, made.lines, last, TOLERANCE)
+        beyond = first_difference(recorded, made.lines, TOLERANCE)
         said = "nothing" if beyond is None else f"first {beyond}"
         found.append(f"beyond the tolerance of other devices and versions: {said}")
     return found
 
 
 def first_difference(
-    there: Lines, here: Lines, last: int, tolerance: tuple[float, float] | None
+    recorded: Recorded, here: Lines, tolerance: tuple[float, float] | None
 ) -> str | None:
-    """Step, file, name and values of the first difference up to a step; with a tolerance, of the metrics alone."""
-    steps = {step for lines in (there, here) for name in _FILES for step in lines[name]}
-    for step in sorted(step for step in steps if step <= last):
+    """Step, file, name and values of the first difference in what is recorded; with a tolerance, of the metrics alone."""
+    there = recorded.lines
+    further = {step for name in _FILES for step in here[name] if step <= recorded.last}
+    for step in sorted({step for name in _FILES for step in there[name]} | further):
         for name in _FILES if tolerance is None else (METRICS_FILE,):
-            pair = ([dict(line) for line in lines[name].get(step, [])] for lines in (there, here))
-            own = ([{**line, "of": ""} for line in lines] for lines in pair)
+            pair = (lines[name].get(step, []) for lines in (there, here))
+            # but for "of": they were launched otherwise
+            own = ([{key: line[key] for key in line if key != "of"} for line in x] for x in pair)
             if name == TOKENS_FILE:
                 own = map(read_tokens, own)
             if found := differences(*own, tolerance=tolerance, path=name):

@@ -14,7 +14,17 @@ import pytest
 import yaml
 
 from rest_jax import cli
-from rest_jax.audit import SAMPLED, Base, bases, choose, compare, override
+from rest_jax.audit import (
+    SAMPLED,
+    Base,
+    Repeaters,
+    bases,
+    choose,
+    compare,
+    examine,
+    launch_faults,
+    override,
+)
 from rest_jax.config import from_overrides
 from rest_jax.errors import UserError
 from rest_jax.files import as_path
@@ -26,6 +36,7 @@ from rest_jax.run.record import (
     Recorded,
     differences,
     launch_digest,
+    line_faults,
     read_recorded,
 )
 from tests.runs import PROGRAMS, environment, finish, launch, recipe, start
@@ -164,9 +175,117 @@ def test_a_run_without_digests_is_told_in_a_line(tmp_run):
     (tmp_run / METRICS_FILE).write_text("")
     with pytest.raises(UserError, match=r"it has no digests.jsonl"):
         read_recorded(as_path(tmp_run))
-    (tmp_run / DIGESTS_FILE).write_text('{"step": 0, "launch": {}}\n')
+    (tmp_run / DIGESTS_FILE).write_text(json.dumps({"step": 0, "launch": a_launch()}) + "\n")
     with pytest.raises(UserError, match=r"no step is recorded"):
         read_recorded(as_path(tmp_run))
+
+
+def a_launch(**changes) -> dict:
+    config = from_overrides({"name": "x", "model": {"source": "m"}}).model_dump(mode="json")
+    devices = {"kind": "EPYC", "mesh": {"data": 1}}
+    return {"command": "train", "config": config, "made_of": {"weights": "aa"}, "versions": {}} | {
+        "devices": devices,
+        **changes,
+    }
+
+
+NO_DIGESTS = {
+    "an empty launch": ({"step": 1, "launch": {}}, "launch.command: Field required"),
+    "a launch that is none": ({"step": 1, "launch": 5}, "launch: Input should be"),
+    "a launch of no config": (
+        {"step": 1, "launch": a_launch(config={"rollout": {"staleness": 0}})},
+        "launch: config: name: missing",
+    ),
+    "no contents": ({"step": 1, "launch": a_launch(made_of=None)}, "launch.made_of: Input"),
+    "no parameters": ({"step": 2, "of": "aa"}, "neither a launch nor the digests of a step"),
+    "a digest that is none": ({"step": 2, "of": "a", "params": "b", "ids": 5}, "neither a launch"),
+}
+
+
+@pytest.mark.parametrize("case", NO_DIGESTS)
+def test_digests_of_another_form_are_told_by_their_line(tmp_run, case):
+    line, said = NO_DIGESTS[case]
+    (tmp_run / "config.yaml").write_text("name: x")
+    (tmp_run / METRICS_FILE).write_text("")
+    found = [{"step": 0, "launch": a_launch()}, {"step": 1, "of": "aa", "params": "bb"}, line]
+    (tmp_run / DIGESTS_FILE).write_text("".join(json.dumps(one) + "\n" for one in found))
+    with pytest.raises(UserError, match=f"{DIGESTS_FILE}, line 3: no run writes that: {said}"):
+        read_recorded(as_path(tmp_run))
+
+
+def test_lines_of_no_recorded_step_are_found():
+    run = recorded_run(3, (0, {}))
+    assert line_faults(run) == []
+    run.lines[METRICS_FILE][0] = []  # type: ignore[index]  the evaluation before the first step
+    assert line_faults(run) == []
+    for name in (METRICS_FILE, SAMPLES_FILE, TOKENS_FILE):
+        for step in (-1, 5):
+            run = recorded_run(3, (0, {}))
+            run.lines[name][step] = []  # type: ignore[index]
+            assert line_faults(run) == [f"{name}: lines of step {step}, which is no recorded step"]
+    run = recorded_run(9, (5, {}), begin=5)
+    run.lines[METRICS_FILE][4] = []  # type: ignore[index]
+    assert len(line_faults(run)) == 1
+    (text,) = line_faults(recorded_run(3, (0, {}), (7, {})))
+    assert text == f"{DIGESTS_FILE}: lines of step 7, which is no recorded step"
+
+
+def test_of_a_killed_run_it_is_said_that_it_can_be_resumed():
+    """It writes the metrics of a step before the digests."""
+    run = recorded_run(3, (0, {}))
+    run.lines[METRICS_FILE][4] = []  # type: ignore[index]
+    assert line_faults(run) == [
+        f"{METRICS_FILE}: lines of step 4, which is no recorded step; was the run killed? resume it first"
+    ]
+
+
+def test_steps_that_are_missing_are_found():
+    run = recorded_run(4, (0, {}))
+    del run.lines[METRICS_FILE][2]  # type: ignore[attr-defined]
+    assert line_faults(run) == [f"{METRICS_FILE}: no line of step 2"]
+    run = recorded_run(4, (0, {}))
+    for name in FILES:
+        del run.lines[name][2]  # type: ignore[attr-defined]
+    assert line_faults(run) == [f"{DIGESTS_FILE}: 1 of the steps 1 to 4 are missing"]
+    assert base_steps(run, [2], True) == {1: None, 3: 2, 4: 2}
+
+
+def config_with(**changes) -> dict:
+    raw = {"name": "x", "model": {"source": "m"}} | changes
+    return from_overrides(raw).model_dump(mode="json")
+
+
+MAY_DIFFER = {
+    "where it computes": a_launch(config=config_with(mesh={"fsdp": 2}), versions={"jax": "9"}),
+    "how long": a_launch(config=config_with(train={"steps": 9})),
+    "adapters that it began with": a_launch(made_of={"weights": "aa", "adapters": "bb"}),
+}
+MUST_NOT = {
+    "config.optimizer.learning_rate: 1e-06 before, 0.1 then": a_launch(
+        config=config_with(optimizer={"learning_rate": 0.1})
+    ),
+    "config.rollout.group_size: 4 before, 2 then": a_launch(
+        config=config_with(rollout={"group_size": 2})
+    ),
+    "made_of.weights: 'aa' before, 'bb' then": a_launch(made_of={"weights": "bb"}),
+    "made_of.records: None before, 'bb' then": a_launch(made_of={"weights": "aa", "records": "bb"}),
+    "command: 'train' before, 'sft' then": a_launch(command="sft"),
+}
+
+
+def launched(first: dict, second: dict) -> Recorded:
+    return Recorded(as_path("runs/a"), {}, [(0, first), (3, second)], None)
+
+
+def test_a_run_is_resumed_under_what_may_change_alone():
+    for other in MAY_DIFFER.values():
+        assert launch_faults(launched(a_launch(), other)) == []
+    for said, other in MUST_NOT.items():
+        assert launch_faults(launched(a_launch(), other)) == [f"launch behind step 3: {said}"]
+    # what a supervised run reads for its evaluations alone
+    sampled = config_with(rollout={"group_size": 2})
+    first, second = a_launch(command="sft"), a_launch(command="sft", config=sampled)
+    assert launch_faults(launched(first, second)) == []
 
 
 AHEAD = {"staleness": 1, "recompute_logprobs": True, "tis_cap": 2.0}
@@ -274,6 +393,67 @@ def test_a_checkpoint_whose_parameters_are_of_another_step_is_found(run, tmp_pat
     write_manifest(as_path(last))
     assert cli.main(["audit", str(other), "--at", "4"]) == 1
     assert certificate(other)["steps"][0]["differences"][0].startswith("checkpoint 3: params: ")
+
+
+def add(path: pathlib.Path, *lines: dict) -> None:
+    with path.open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def a_line_behind_the_last_step(run: pathlib.Path) -> None:
+    add(run / METRICS_FILE, {"step": 5, "eval/exact": 0.999})
+
+
+def a_line_before_the_first_step(run: pathlib.Path) -> None:
+    text = json.dumps({"step": -1, "eval/exact": 0.999}) + "\n"
+    (run / METRICS_FILE).write_text(text + (run / METRICS_FILE).read_text())
+
+
+def samples_of_a_step_that_was_not_made(run: pathlib.Path) -> None:
+    add(run / SAMPLES_FILE, {"step": 9, "split": "eval", "completion": "right"})
+
+
+def digests_that_end_before(run: pathlib.Path) -> None:
+    lines = (run / DIGESTS_FILE).read_text().splitlines(keepends=True)
+    (run / DIGESTS_FILE).write_text("".join(x for x in lines if json.loads(x)["step"] < 4))
+
+
+def steps_in_another_order(run: pathlib.Path) -> None:
+    lines = (run / METRICS_FILE).read_text().splitlines(keepends=True)
+    (run / METRICS_FILE).write_text("".join(lines[-1:] + lines[:-1]))
+
+
+def a_launch_that_made_no_step(run: pathlib.Path) -> None:
+    (_, first), *_ = read_recorded(as_path(run)).launches
+    config = first["config"] | {"optimizer": first["config"]["optimizer"] | {"learning_rate": 0.5}}
+    made_of = first["made_of"] | {"weights": "0000000000000000"}
+    add(
+        run / DIGESTS_FILE,
+        {"step": 4, "launch": first | {"config": config, "made_of": made_of}},
+    )
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+FORGED = {
+    a_line_behind_the_last_step: f"{METRICS_FILE}: lines of step 5",
+    a_line_before_the_first_step: f"{METRICS_FILE}: lines of step -1",
+    samples_of_a_step_that_was_not_made: f"{SAMPLES_FILE}: lines of step 9",
+    digests_that_end_before: f"{METRICS_FILE}: lines of step 4",
+    steps_in_another_order: f"{METRICS_FILE}: its steps do not ascend",
+    a_launch_that_made_no_step: "launch behind step 4: config.optimizer.learning_rate: 0.001 before, 0.5",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_what_belongs_to_no_step_that_is_repeated_is_found_as_well(run, tmp_path):
+    repeaters = Repeaters()
+    for forge, said in FORGED.items():
+        other = shutil.copytree(run, tmp_path / forge.__name__)
+        forge(other)
+        found = examine(read_recorded(as_path(other)), 1, 0, [3], repeaters)
+        assert found["result"] == "failed" and found["steps"][0]["result"] == "equal", forge
+        assert found["findings"][0].startswith(said), found["findings"]
+        assert found["made_of"]["weights"] != "0000000000000000"
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 import json
 import pathlib
 import shutil
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ from tests.runs import launch, recipe
 
 def made(**changes) -> Recorded:
     """Three steps; `changes`: of the reward of a step, by its number."""
+    lines: dict[str, dict[int, list[dict[str, Any]]]]
     lines = {name: {step: [{"step": step}] for step in (1, 2, 3)} for name in FILES}
     for step in (1, 2, 3):
         reward = changes.get(f"step_{step}", 0.5)
@@ -32,6 +35,29 @@ def test_the_first_difference_is_named_with_its_values():
     ]
     found = compare(made(), made(step_2=0.25, step_3=1.0), False)
     assert found[1:] == ["first at step 2: metrics.jsonl[0].reward/mean: 0.5 recorded, 0.25 here"]
+
+
+def longer(run: Recorded, **steps: Sequence[int]) -> Recorded:
+    """With further steps in the files of these names."""
+    for name, more in steps.items():
+        own = {step: [{"step": step}] for step in more}
+        run.lines[f"{name}.jsonl"].update(own)  # type: ignore[attr-defined]
+    return run
+
+
+def test_all_that_is_recorded_must_have_been_made_again():
+    every = dict.fromkeys(("metrics", "samples", "tokens", "digests"), (4, 5))
+    found = compare(longer(made(), **every), made(), False)
+    assert found[0].endswith("steps 1 to 5 differ") and found[1].startswith("first at step 4: ")
+    found = compare(longer(made(), metrics=[9]), made(), False)
+    assert found[1:] == [
+        f"{METRICS_FILE}: lines of step 9, which is no recorded step",
+        f'first at step 9: {METRICS_FILE}: [{{"step": 9}}] recorded, [] here',
+    ]
+    # a run that was stopped is made again to its end
+    assert compare(made(), longer(made(), **every), False) == [
+        "/runs/a and /runs/a: steps 1 to 3 are equal; the second has steps to 5"
+    ]
 
 
 def test_on_other_devices_it_is_also_said_what_is_beyond_the_tolerance():

@@ -63,6 +63,12 @@ def digests(
     return first
 
 
+def kept_contents(launch: Mapping[str, Any]) -> dict[str, str]:
+    """The digests of a launch that its checkpoints keep, which have adapters of their own; empty where it has none."""
+    made_of = launch.get(MADE_OF, {})
+    return {name: digest for name, digest in made_of.items() if name != ADAPTERS}
+
+
 def check_same(saved: Mapping[str, str], found: Mapping[str, str], where: Any) -> None:
     """UserError that names the contents that are not those of a checkpoint."""
     other = changed(saved, found)

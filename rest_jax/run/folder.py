@@ -36,7 +36,7 @@ from rest_jax.files import (
 from rest_jax.models.hf.folder import copy_side_files
 from rest_jax.run.checkpoint import FOLDER as CHECKPOINTS
 from rest_jax.run.checkpoint import Checkpoints, list_steps
-from rest_jax.run.contents import ADAPTERS, BASE, MADE_OF, changed, check_same, refuse_base
+from rest_jax.run.contents import BASE, MADE_OF, changed, check_same, kept_contents, refuse_base
 from rest_jax.run.fork import FILE as FORK_FILE
 from rest_jax.run.fork import (
     Origin,
@@ -129,11 +129,8 @@ class Run:
 
     @property
     def made_of(self) -> Mapping[str, str]:
-        """Those of `contents.digests` that a checkpoint is compared by, which has adapters of its own; empty where there is no
-        record of them.
-        """
-        made_of = self.launch.get(MADE_OF, {})
-        return {name: digest for name, digest in made_of.items() if name != ADAPTERS}
+        """Those of `contents.digests` that a checkpoint is compared by."""
+        return kept_contents(self.launch)
 
     def resume(
         self,

@@ -11,17 +11,20 @@ device: they depend neither on the mesh nor on the number of processes.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
+import pydantic
 from etils import epath
 from jax.sharding import Mesh
 
-from rest_jax.config import Config
+from rest_jax import config as config_lib
+from rest_jax.config import Config, ConfigError
 from rest_jax.distributed import replicated
 from rest_jax.errors import UserError
 from rest_jax.files import store_errors
@@ -89,6 +92,30 @@ def launch_digest(launch: Mapping[str, Any]) -> str:
 # Of a run's files, by name and step, without times.
 Lines = Mapping[str, Mapping[int, list[dict[str, Any]]]]
 _MOST_SHOWN = 60  # characters of a value that differs
+_MOST_STEPS = 5  # that a line names
+
+
+class _Rollout(pydantic.BaseModel):
+    staleness: int
+
+
+class _Recorded(pydantic.BaseModel):
+    rollout: _Rollout
+
+
+class _Devices(pydantic.BaseModel):
+    kind: str
+    mesh: dict[str, int]
+
+
+class _Launch(pydantic.BaseModel):
+    """What is read of a `launch`."""
+
+    command: Literal["train", "sft"]
+    config: _Recorded
+    made_of: dict[str, str]
+    versions: dict[str, str]
+    devices: _Devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +126,17 @@ class Recorded:
     lines: Lines
     launches: Sequence[tuple[int, dict[str, Any]]]  # the step that each began behind, `launch`
     origin: Origin | None  # of a fork
+    unordered: Sequence[str] = ()  # the files whose steps do not ascend
 
     @property
     def begin(self) -> int:
         """The step that the run began behind."""
         return 0 if self.origin is None else self.origin.step
+
+    @property
+    def steps(self) -> list[int]:
+        """Those that have digests."""
+        return sorted(step for step in self.lines[DIGESTS_FILE] if step > self.begin)
 
     @property
     def last(self) -> int:
@@ -116,33 +149,99 @@ class Recorded:
 
 
 def read_recorded(folder: epath.Path) -> Recorded:
-    """What the run in a folder has written. UserError when it has recorded no step."""
+    """What the run in a folder has written. UserError when it has recorded no step, or what no run records."""
     for name in (CONFIG_FILE, METRICS_FILE, DIGESTS_FILE):
         with store_errors(folder):
             if not (folder / name).is_file():
                 raise UserError(
                     f"{folder}: it has no {name}; a run that recorded its digests is needed"
                 )
-    lines, launches = read_files(folder), []
-    for step, found in lines[DIGESTS_FILE].items():
-        launches += [(step, line["launch"]) for line in found if "launch" in line]
-    steps = {
-        step: kept
-        for step, found in lines[DIGESTS_FILE].items()
-        if (kept := [line for line in found if "launch" not in line])
-    }
-    if not steps or not launches or min(steps) <= launches[0][0]:
+    files = _read(folder)
+    for number, line in enumerate(files[DIGESTS_FILE], start=1):
+        if fault := _fault(line):
+            raise UserError(f"{folder / DIGESTS_FILE}, line {number}: no run writes that: {fault}")
+    unordered = [
+        name
+        for name, found in files.items()
+        if any(b["step"] < a["step"] for a, b in itertools.pairwise(found))
+    ]
+    launches = [(x["step"], x["launch"]) for x in files[DIGESTS_FILE] if "launch" in x]
+    files[DIGESTS_FILE] = [line for line in files[DIGESTS_FILE] if "launch" not in line]
+    lines, origin = _by_step(files), read_origin(folder)
+    found = Recorded(folder, lines, launches, origin, unordered)
+    if not found.steps or not launches or found.steps[0] <= launches[0][0]:
         raise UserError(f"{folder / DIGESTS_FILE}: no step is recorded, or no launch before it")
-    return Recorded(folder, {**lines, DIGESTS_FILE: steps}, launches, read_origin(folder))
+    return found
+
+
+def _fault(line: Mapping[str, Any]) -> str:
+    """What a line of the digests lacks; "" for a launch or the digests of a step."""
+    if "launch" not in line:
+        texts = {name for name, value in line.items() if isinstance(value, str)}
+        complete = {"of", "params"} <= texts and texts | {"step"} == line.keys()
+        return "" if complete else "neither a launch nor the digests of a step"
+    try:
+        _Launch.model_validate(line["launch"])
+        config_lib.from_overrides(line["launch"]["config"])
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, ('launch', *first['loc'])))}: {first['msg']}"
+    except ConfigError as error:
+        return f"launch: {error}"
+    return ""
+
+
+def line_faults(recorded: Recorded) -> list[str]:
+    """Why its lines cannot be all that a run has written, and no more: steps that do not ascend, steps that are missing, lines of
+    others than those that have digests.
+    """
+    steps, begin, last = set(recorded.steps), recorded.begin, recorded.last
+    found = [f"{name}: its steps do not ascend" for name in recorded.unordered]
+    if missing := last - begin - len(steps):
+        found.append(f"{DIGESTS_FILE}: {missing} of the steps {begin + 1} to {last} are missing")
+    if unwritten := steps - recorded.lines[METRICS_FILE].keys():
+        found.append(f"{METRICS_FILE}: no line of step {_some(unwritten)}")
+    own = {name: set(lines) - {begin} for name, lines in recorded.lines.items()}
+    own[DIGESTS_FILE] = set(recorded.lines[DIGESTS_FILE])
+    own[DIGESTS_FILE] |= {behind for behind, _ in recorded.launches if behind != begin}
+    for name, there in own.items():
+        if extra := there - steps:
+            # The metrics of a step are written before its digests.
+            killed = name != DIGESTS_FILE and extra == {last + 1}
+            remedy = "; was the run killed? resume it first" if killed else ""
+            found.append(f"{name}: lines of step {_some(extra)}, which is no recorded step{remedy}")
+    return found
+
+
+def _some(steps: Iterable[int]) -> str:
+    """The first of these steps."""
+    shown = sorted(steps)
+    return ", ".join(map(str, shown[:_MOST_STEPS])) + (", .." if shown[_MOST_STEPS:] else "")
 
 
 def read_files(folder: epath.Path) -> dict[str, dict[int, list[dict[str, Any]]]]:
     """The lines of a run's files by name and step, without times."""
-    found: dict[str, dict[int, list[dict[str, Any]]]] = {name: {} for name in FILES}
-    for name, steps in found.items():
-        for line in read_lines(folder / name, missing_ok=True):
-            kept = {key: value for key, value in line.items() if not key.startswith("time/")}
-            steps.setdefault(kept["step"], []).append(kept)
+    return _by_step(_read(folder))
+
+
+def _read(folder: epath.Path) -> dict[str, list[dict[str, Any]]]:
+    """The lines of a run's files by name, without times."""
+    return {
+        name: [
+            {key: value for key, value in line.items() if not key.startswith("time/")}
+            for line in read_lines(folder / name, missing_ok=True)
+        ]
+        for name in FILES
+    }
+
+
+def _by_step(
+    files: Mapping[str, Sequence[dict[str, Any]]],
+) -> dict[str, dict[int, list[dict[str, Any]]]]:
+    found: dict[str, dict[int, list[dict[str, Any]]]] = {name: {} for name in files}
+    for name, lines in files.items():
+        for line in lines:
+            found[name].setdefault(line["step"], []).append(line)
     return found
 
 
