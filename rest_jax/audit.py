@@ -15,7 +15,7 @@ import json
 import tempfile
 import types
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,8 +29,8 @@ from rest_jax.data.tokenize import Prepared
 from rest_jax.distributed import activate, any_process, is_first_process, say
 from rest_jax.errors import UserError
 from rest_jax.evaluation.heldout import Evaluator, held_out
-from rest_jax.files import Location, absolute, as_path, atomic_write
-from rest_jax.models.hf.remote import checkpoint_path
+from rest_jax.files import Location, absolute, as_path, atomic_write, store_errors
+from rest_jax.models.hf.remote import checkpoint_path, is_complete
 from rest_jax.models.policy import Policy
 from rest_jax.rollout.tokens import read_record
 from rest_jax.run import checkpoint
@@ -47,7 +47,7 @@ from rest_jax.run.folder import EVALUATION, MAY_CHANGE, Run
 from rest_jax.run.fork import Start
 from rest_jax.run.load import load_trained
 from rest_jax.run.lock import check_free
-from rest_jax.run.loop import Loop, total_steps
+from rest_jax.run.loop import Loop, PendingStep, total_steps
 from rest_jax.run.metrics import (
     CONFIG_FILE,
     DIGESTS_FILE,
@@ -323,13 +323,19 @@ class Repeater:
         found = []
         for step in wanted if is_first_process() else ():
             result, others = compare(recorded, repeated, step, not self.others)
-            others = [*loop.faults, *others]
+            # Other completions make other parameters.
+            saved = loop.saved.get(step, []) if result != SAMPLED else []
+            others = [*loop.faults, *others, *saved]
+            covered = step in loop.saved and result != SAMPLED and not others
             found.append(
                 {
                     "step": step,
                     "result": OTHER if others else result,
                     "from": "the start" if base is None else f"checkpoint {base}",
                     "replayed": step - begin,
+                    "checkpoint": checkpoint.manifest_digest(_checkpoint(recorded, step))
+                    if covered
+                    else None,
                     "differences": others[:_MOST_NAMED],
                 }
             )
@@ -377,8 +383,11 @@ class Replay(Loop):
         run.marked = True  # no checkpoint will be there
         super().__init__(run, repeater.total, repeater.evaluate, repeater.module.SHOWN)
         self.recorded, self.base, self.wanted, self.last = recorded, base, wanted, max(wanted)
-        self.sums = repeater.trainer.sums
-        self.faults: list[str] = []  # of the checkpoint
+        self.sums, self.exact = repeater.trainer.sums, not repeater.others
+        self.faults: list[str] = []  # of the checkpoint that it begins with
+        self.saved: dict[
+            int, list[str]
+        ] = {}  # those of the checkpoints that are kept of wanted steps
 
     def resume(
         self, fresh: Any, abstract: TrainState, params: Params, start: Start
@@ -389,19 +398,31 @@ class Replay(Loop):
             state, loader_state = fresh(), self.run.first_loader_state(start.loader_state)
         else:
             jax.tree.map(lambda x: x.delete(), params)
-            if self.base is None and origin is not None:
+            if self.base is None:
+                assert origin is not None
                 state, loader_state = self.run.begin_fork(origin, abstract, start)
             else:
-                state, loader_state = checkpoint.read(
-                    _checkpoint(self.recorded, self.base), abstract
-                )
-                loader_state.pop(MADE_OF, None)
+                path = _checkpoint(self.recorded, self.base)
+                state, loader_state = checkpoint.read(path, abstract)
+                made_of = loader_state.pop(MADE_OF, {})
+                self.faults += contents_faults(self.recorded, self.base, made_of)
                 self._compare_params(state.params)
         self.state, self.start = state, self.recorded.begin if self.base is None else self.base
         self.done = self.start
         self.evaluation_due = loader_state.pop(EVALUATION, False)
         self.progress = Progress(self.last, self.start)
         return state, loader_state
+
+    def end_step(
+        self,
+        step: int,
+        pending: PendingStep,
+        state: TrainState,
+        loader_state: Callable[[], dict[str, Any]],
+    ) -> None:
+        super().end_step(step, pending, state, loader_state)
+        if step in self.wanted and _is_kept(self.recorded, step):
+            self.saved[step] = compare_checkpoint(self.recorded, step, state.params, self.exact)
 
     def _compare_params(self, params: Params) -> None:
         """The parameters of a checkpoint must be those behind its step, where that is recorded."""
@@ -446,6 +467,34 @@ def compare(recorded: Recorded, repeated: Lines, step: int, exact: bool) -> tupl
     return EQUAL if exact else CLOSE if same else SAMPLED, found
 
 
+def compare_checkpoint(recorded: Recorded, step: int, params: Params, exact: bool) -> list[str]:
+    """What is wrong with the checkpoint of a step behind which the parameters are these: it is what `export` writes. Every
+    process calls it.
+    """
+    path = _checkpoint(recorded, step)
+    try:
+        checkpoint.verify(path, thorough=True)
+    except checkpoint.DamagedError as error:
+        return [f"checkpoint {step}: damaged: {error}"]
+    try:
+        unequal, distance = checkpoint.params_distance(path, params)
+    except UserError as error:
+        return [f"checkpoint {step}: {error}"]
+    found = contents_faults(recorded, step, checkpoint.read_loader_state(path).get(MADE_OF, {}))
+    if unequal and (exact or distance > TOLERANCE[0]):
+        found.append(
+            f"checkpoint {step}: params: {unequal:,} values are not those behind the repeated step, at a relative distance of "
+            f"{distance:.2g}"
+        )
+    return found
+
+
+def contents_faults(recorded: Recorded, step: int, made_of: Mapping[str, str]) -> list[str]:
+    """The differences in what a checkpoint says that its run was made of."""
+    own = kept_contents(recorded.launch_of(max(step, recorded.begin + 1)))
+    return differences(own, made_of, path=f"checkpoint {step}: {MADE_OF}")
+
+
 def describe(certificate: Mapping[str, Any]) -> str:
     """The certificate, readable."""
     rows = [["step", "result", "from", "replayed"], *certificate_rows(certificate)]
@@ -482,6 +531,12 @@ def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def _checkpoint(recorded: Recorded, step: int | None) -> Any:
     return checkpoint_path(recorded.folder / checkpoint.FOLDER) / str(step)
+
+
+def _is_kept(recorded: Recorded, step: int) -> bool:
+    path = _checkpoint(recorded, step)
+    with store_errors(path):
+        return path.is_dir() and is_complete(path)
 
 
 def _sound(recorded: Recorded, step: int) -> bool:

@@ -28,7 +28,8 @@ from rest_jax.audit import (
 from rest_jax.config import from_overrides
 from rest_jax.errors import UserError
 from rest_jax.files import as_path
-from rest_jax.run.checkpoint import write_manifest
+from rest_jax.run.checkpoint import manifest_digest, write_manifest
+from rest_jax.run.contents import MADE_OF
 from rest_jax.run.fork import Origin
 from rest_jax.run.metrics import DIGESTS_FILE, FILES, METRICS_FILE, SAMPLES_FILE, TOKENS_FILE
 from rest_jax.run.record import (
@@ -381,6 +382,7 @@ def test_on_another_mesh_numbers_are_compared_by_tolerance(run):
     found = certificate(run)
     assert found["comparison"].startswith("by tolerance, since other: devices.mesh.")
     assert [one["result"] for one in found["steps"]] == ["within tolerance"]
+    assert found["steps"][0]["checkpoint"] is not None
 
 
 @pytest.mark.slow
@@ -393,6 +395,46 @@ def test_a_checkpoint_whose_parameters_are_of_another_step_is_found(run, tmp_pat
     write_manifest(as_path(last))
     assert cli.main(["audit", str(other), "--at", "4"]) == 1
     assert certificate(other)["steps"][0]["differences"][0].startswith("checkpoint 3: params: ")
+
+
+def other_parameters(last: pathlib.Path) -> None:
+    shutil.rmtree(last / "params")
+    shutil.copytree(last.parent / "2" / "params", last / "params")
+
+
+def other_contents(last: pathlib.Path) -> None:
+    (path,) = (x for x in (last / "loader").iterdir() if MADE_OF in x.read_text())
+    tree = json.loads(path.read_text())
+    tree[MADE_OF]["weights"] = "0000000000000000"
+    path.write_text(json.dumps(tree))
+
+
+SWAPPED = {
+    other_parameters: "checkpoint 4: params: ",
+    other_contents: "checkpoint 4: made_of.weights: ",
+}
+
+
+@pytest.mark.slow
+def test_the_checkpoint_behind_a_step_is_that_of_the_step(run, tmp_path):
+    """Export writes the newest, which no step is repeated from."""
+    repeaters, path = Repeaters(), run / "checkpoints" / "4"
+    found = examine(read_recorded(as_path(run)), 1, 0, [4], repeaters)
+    assert found["result"] == "passed"
+    assert found["steps"][0]["checkpoint"] == manifest_digest(as_path(path))
+    for swap, said in SWAPPED.items():
+        other = shutil.copytree(run, tmp_path / swap.__name__)
+        swap(other / "checkpoints" / "4")
+        (found,) = examine(read_recorded(as_path(other)), 1, 0, [4], repeaters)["steps"]
+        assert found["differences"][0].startswith("checkpoint 4: damaged: ")
+        write_manifest(as_path(other / "checkpoints" / "4"))
+        (found,) = examine(read_recorded(as_path(other)), 1, 0, [4], repeaters)["steps"]
+        (text,) = found["differences"]
+        assert text.startswith(said) and found["checkpoint"] is None, text
+    other = shutil.copytree(run, tmp_path / "gone")
+    shutil.rmtree(other / "checkpoints" / "4")
+    (found,) = examine(read_recorded(as_path(other)), 1, 0, [4], repeaters)["steps"]
+    assert found["result"] == "equal" and found["checkpoint"] is None
 
 
 def add(path: pathlib.Path, *lines: dict) -> None:

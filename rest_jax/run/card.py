@@ -22,7 +22,7 @@ from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run import checkpoint
 from rest_jax.run.contents import MADE_OF
 from rest_jax.run.metrics import METRICS_FILE, is_eval, metric, read_lines
-from rest_jax.run.record import CERTIFICATE_FILE, certificate_rows, file_digest
+from rest_jax.run.record import certificate_rows, file_digest, read_certificate
 from rest_jax.run.results import Result, read_results
 from rest_jax.templates import TEMPLATES
 from rest_jax.templates.chat_template import PLUGIN, trained
@@ -81,7 +81,7 @@ def _model_card(
         f"```\nrest-jax serve {folder}\n```",
         *_for_transformers(folder, files),
         *_figures(run, lines),
-        *_audit(run),
+        *_audit(run, newest),
         "## Made of",
         "\n".join(f"- {name}: `{value}`" for name, value in made_of.items()),
         "```yaml\n" + dump(config) + "```",
@@ -177,13 +177,11 @@ def _figures(run: Location, lines: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
-def _audit(run: Location) -> list[str]:
-    """What `rest-jax audit` found, if it was of this state of the run."""
+def _audit(run: Location, exported: epath.Path) -> list[str]:
+    """What `rest-jax audit` found, if it was of this state of the run, and whether of the checkpoint that is exported."""
     folder = as_path(run)
-    if not (folder / CERTIFICATE_FILE).is_file():
-        return []
-    found = json.loads((folder / CERTIFICATE_FILE).read_text())
-    if found["metrics"] != file_digest(folder / METRICS_FILE):
+    found = read_certificate(folder)
+    if found is None or found["metrics"] != file_digest(folder / METRICS_FILE):
         return []
     by = found["repeated_by"]
     rows = [["step", "result", "from", "steps replayed"], ["---"] * 4, *certificate_rows(found)]
@@ -192,7 +190,10 @@ def _audit(run: Location) -> list[str]:
         f"{by['devices']['kind']} with jaxlib {by['versions']['jaxlib']} (seed {found['seed']}) and compared "
         f"{found['comparison']}."
     )
-    return ["## Audit", said, "\n".join(f"| {' | '.join(row)} |" for row in rows)]
+    own = [one["checkpoint"] for one in found["steps"]]
+    among = "" if checkpoint.manifest_digest(exported) in own else "not "
+    weights = f"The weights here, those behind step {int(exported.name):,}, were {among}among what was compared."
+    return ["## Audit", f"{said} {weights}", "\n".join(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def _table(result: Result) -> str:

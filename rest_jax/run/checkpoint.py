@@ -9,9 +9,11 @@ not match its manifest is named on stderr, and the one before it is used.
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import flatten_dict
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from rest_jax.distributed import any_process, is_first_process
+from rest_jax.distributed import any_process, exchange, is_first_process
 from rest_jax.errors import RunStopped, UserError, full_disk
 from rest_jax.files import (
     Location,
@@ -279,6 +282,34 @@ def check_params(path: epath.Path, params: Params) -> None:
     """UserError unless the parameters of a checkpoint have the names, shapes and types of these."""
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
         _compare(path, _named(handler.metadata(path / "params").tree), _named(params))
+
+
+def params_distance(path: epath.Path, params: Params) -> tuple[int, float]:
+    """How many values of the parameters of a sound checkpoint are not those of `params`, and the distance of the two relative to
+    the norm of `params`. Each process reads its shards. UserError as of `check_params`.
+    """
+    check_params(path, params)
+    unequal, apart, size = 0, 0.0, 0.0
+    arrays: dict[Any, Any] = dict(flatten_dict(params))
+    for name, array in arrays.items():
+        stored = store.open_array(path / "params", name)
+        for shard in array.addressable_shards:
+            if shard.replica_id == 0:
+                here = np.asarray(shard.data)
+                there = store.read(path / "params", name, stored, shard.index)
+                size += float(np.linalg.norm(here)) ** 2
+                if count := int(np.count_nonzero(there != here)):
+                    unequal += count
+                    apart += float(np.linalg.norm(there - here)) ** 2
+    own = map(json.loads, exchange(json.dumps([unequal, apart, size])))
+    unequal, apart, size = map(sum, zip(*own, strict=True))
+    return int(unequal), math.sqrt(apart / size) if size else math.inf if unequal else 0.0
+
+
+def manifest_digest(path: epath.Path) -> str:
+    """The SHA-256 digest, in hex, of a checkpoint's manifest, which has the digest of every file."""
+    with store_errors(path):
+        return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
 
 
 def write_manifest(folder: epath.Path) -> None:

@@ -7,7 +7,6 @@ size and with the same seed; else it begins anew. `fork.json` in its folder says
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -31,7 +30,7 @@ class Origin:
 
     run: str  # the folder of the other run
     step: int  # of its checkpoint
-    digest: str  # SHA-256, in hex, of the checkpoint's manifest, which has the digest of every file
+    digest: str  # `checkpoint.manifest_digest` of it
 
     @property
     def checkpoint(self) -> epath.Path:
@@ -72,7 +71,7 @@ def find_origin(source: Location, config: Config, restart: bool) -> Origin | Non
             f"--fork {config.name}: {run} has no checkpoint to go on from; the config's name and output say which run that is"
         )
     path = checkpoint.newest(run)
-    return Origin(str(run), int(path.name), _digest(path))
+    return Origin(str(run), int(path.name), checkpoint.manifest_digest(path))
 
 
 def read_origin(folder: epath.Path) -> Origin | None:
@@ -106,7 +105,7 @@ def first_state(
     """
     with store_errors(origin.checkpoint):
         path = origin.checkpoint / checkpoint.MANIFEST
-        if not path.is_file() or _digest(path.parent) != origin.digest:
+        if not path.is_file() or checkpoint.manifest_digest(path.parent) != origin.digest:
             raise UserError(
                 f"{origin.checkpoint}: gone, or not what it was when this run was forked from it; fork anew with --restart"
             )
@@ -121,7 +120,3 @@ def first_state(
 def same_order(saved: Mapping[str, Any], start: Mapping[str, Any]) -> bool:
     """Whether two loader states are of as many records, in batches of the same size and with the same seed."""
     return all(saved.get(name) == value for name, value in start.items() if name != "grain")
-
-
-def _digest(path: epath.Path) -> str:
-    return hashlib.sha256((path / checkpoint.MANIFEST).read_bytes()).hexdigest()

@@ -279,6 +279,47 @@ def file_digest(path: epath.Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+class _Step(pydantic.BaseModel):
+    step: int
+    result: str
+    base: str = pydantic.Field(alias="from")
+    replayed: int
+    checkpoint: str | None
+
+
+class _Versions(pydantic.BaseModel):
+    jaxlib: str
+
+
+class _ComputedBy(pydantic.BaseModel):
+    versions: _Versions
+    devices: _Devices
+
+
+class _Certificate(pydantic.BaseModel):
+    """What is read of a certificate."""
+
+    result: str
+    comparison: str
+    seed: int
+    recorded: int
+    metrics: str
+    steps: list[_Step]
+    repeated_by: _ComputedBy
+
+
+def read_certificate(folder: epath.Path) -> dict[str, Any] | None:
+    """The newest certificate of the run in a folder; None where there is none, or one that is cut or of another form."""
+    with store_errors(folder):
+        path = folder / CERTIFICATE_FILE
+        text = path.read_bytes() if path.is_file() else b""
+    try:
+        _Certificate.model_validate_json(text)
+    except pydantic.ValidationError:
+        return None
+    return json.loads(text)
+
+
 def certificate_rows(certificate: Mapping[str, Any]) -> list[list[str]]:
     """The steps of a certificate of `rest-jax audit`: step, result, where it was repeated from, steps replayed."""
     names = ("step", "result", "from", "replayed")

@@ -12,9 +12,10 @@ from rest_jax import cli
 from rest_jax.config import Config, MeshConfig, ModelConfig, dump
 from rest_jax.data.convert import SOURCES
 from rest_jax.errors import UserError
+from rest_jax.files import as_path
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run import card, load
-from rest_jax.run.checkpoint import Checkpoints
+from rest_jax.run.checkpoint import Checkpoints, manifest_digest
 from rest_jax.run.contents import MADE_OF
 from rest_jax.run.folder import CONFIG_FILE, MODEL_FOLDER
 from rest_jax.run.metrics import METRICS_FILE, MetricsWriter
@@ -76,11 +77,12 @@ prompt = tokenizer.apply_chat_template(
 
 ## Audit
 
-`rest-jax audit` passed: 1 of 7 steps were repeated on EPYC with jaxlib 0.10.2 (seed 3) and compared bit for bit.
+`rest-jax audit` passed: 1 of 7 steps were repeated on EPYC with jaxlib 0.10.2 (seed 3) and compared bit for bit. The weights \
+here, those behind step 7, were {among}among what was compared.
 
 | step | result | from | steps replayed |
 | --- | --- | --- | --- |
-| 5 | equal | checkpoint 4 | 1 |
+| 7 | equal | checkpoint 4 | 3 |
 
 ## Made of
 
@@ -88,12 +90,13 @@ prompt = tokenizer.apply_chat_template(
 """
 
 
-def certify(folder: pathlib.Path, metrics: str) -> None:
-    """Leaves the certificate of an audit of a run whose metrics had that digest."""
-    step = {"step": 5, "result": "equal", "from": "checkpoint 4", "replayed": 1, "differences": []}
-    by = {"versions": {"jaxlib": "0.10.2"}, "devices": {"kind": "EPYC"}}
-    found = {"result": "passed", "steps": [step], "recorded": 7, "seed": 3, "metrics": metrics}
+def certify(folder: pathlib.Path, metrics: str, checkpoint: str | None = None) -> None:
+    """Leaves the certificate of an audit of a run whose metrics, and the checkpoint of whose step, had that digest."""
+    step = {"step": 7, "result": "equal", "from": "checkpoint 4", "replayed": 3, "differences": []}
+    by = {"versions": {"jaxlib": "0.10.2"}, "devices": {"kind": "EPYC", "mesh": {"data": 1}}}
+    found = {"result": "passed", "recorded": 7, "seed": 3, "metrics": metrics}
     found |= {"comparison": "bit for bit", "repeated_by": by}
+    found["steps"] = [step | {"checkpoint": checkpoint}]
     (folder / CERTIFICATE_FILE).write_text(json.dumps(found))
 
 
@@ -134,14 +137,15 @@ def test_the_card_says_how_to_serve_and_what_was_measured(run, tmp_path):
     rate = {"count": 4, "rate": 0.5, "low": 0.15, "high": 0.85}
     result = {"benchmark": "api_bank", "rates": {"soft": {"all": rate}}}
     (folder / "api_bank.json").write_text(json.dumps(result))
-    certify(folder, file_digest(folder / METRICS_FILE))
+    newest = as_path(folder / "checkpoints" / "7")
+    certify(folder, file_digest(folder / METRICS_FILE), manifest_digest(newest))
     (folder / "fork.json").write_text('{"of": "x"}')
     (folder / "broken.json").write_text("{")
     load.export(str(folder), tmp_path / "out")
     text = (tmp_path / "out" / card.CARD).read_text()
     tags = Tokenizer.load(tmp_path / "out").hf.get_vocab().keys() >= {"<think>", "</think>"}
     reasoning = " \\\n    --reasoning-parser deepseek_r1" if tags else ""
-    expected = CARD.replace("{version}", card.rest_jax.__version__)
+    expected = CARD.replace("{version}", card.rest_jax.__version__).replace("{among}", "")
     assert expected.replace("{reasoning}", reasoning) in text
     assert text.endswith(f"```yaml\n{dump(made)}```\n")
     assert (tmp_path / "out" / card.PARSER).read_text() == card.PLUGIN.read_text()
@@ -200,12 +204,28 @@ def test_a_file_of_use_can_say_nothing_else(tmp_path, text, said):
         load.config_of(str(tmp_path), [])
 
 
-def test_a_certificate_of_an_earlier_state_of_the_run_is_left_out(tmp_run):
+def test_a_certificate_says_nothing_of_another_state_or_of_other_weights(tmp_run):
+    newest = as_path(tmp_run / "checkpoints" / "7")
+    newest.mkdir(parents=True)
+    (newest / "manifest.json").write_text("{}")
     (tmp_run / METRICS_FILE).write_text("")
-    certify(tmp_run, file_digest(tmp_run / METRICS_FILE))
-    assert "## Audit" in card._audit(tmp_run)
+    metrics = file_digest(tmp_run / METRICS_FILE)
+    for checkpoint, said in (
+        (manifest_digest(newest), "step 7, were among what was compared"),
+        ("that of other weights", "step 7, were not among what was compared"),
+        (None, "step 7, were not among what was compared"),
+    ):
+        certify(tmp_run, metrics, checkpoint)
+        assert said in card._audit(tmp_run, newest)[1]
     (tmp_run / METRICS_FILE).write_text('{"step": 8}\n')
-    assert card._audit(tmp_run) == []
+    assert card._audit(tmp_run, newest) == []
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"result": "passed"}'])
+def test_a_certificate_that_is_cut_is_left_out(tmp_run, text):
+    (tmp_run / METRICS_FILE).write_text("")
+    (tmp_run / CERTIFICATE_FILE).write_text(text)
+    assert card._audit(tmp_run, as_path(tmp_run)) == []
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
