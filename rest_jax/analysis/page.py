@@ -36,7 +36,7 @@ from rest_jax.run.metrics import (
     read_lines,
     run_files,
 )
-from rest_jax.run.results import Rate, Result, read_results
+from rest_jax.run.results import Rate, Result, read_results, steps_of_results
 from rest_jax.texts import csv_cell, printable
 
 PAGE_FILE, TABLE_FILE = "report.html", "report.csv"
@@ -341,7 +341,8 @@ def page_data(
         for run, name, series, config in zip(runs, names, found, configs, strict=True)
     ]
     present = {name for series in found for name in series}
-    benchmarks = benchmark_rows(names, [read_results(run) for run in runs])
+    results = [read_results(run) for run in runs]
+    benchmarks = benchmark_rows(names, results, [steps_of_results(run) for run in runs])
     sections = []
     for title, note, panels in SECTIONS:
         shown = [p._asdict() for p in panels if not present.isdisjoint(p.metrics)]
@@ -404,35 +405,41 @@ def intervals(
 
 
 def benchmark_rows(
-    names: Sequence[str], found: Sequence[Mapping[str, Result]]
+    names: Sequence[str],
+    found: Sequence[Mapping[str, Result]],
+    steps: Sequence[Mapping[str, int]],
 ) -> list[list[str | int | None]]:
-    """The table of the results of benchmarks, a header and a row for each rate; empty where no run has a result.
+    """The table of the results of benchmarks, a header and a row for each rate; empty where no run has a result. `steps` as of
+    `steps_of_results`: of a checkpoint that is gone the step is unknown.
 
     Several runs have a column each: what stands side by side is of one file name, benchmark, harness, version, score and group.
     """
-    rates: dict[tuple[str, ...], dict[str, Rate]] = {}
-    for name, results in zip(names, found, strict=True):
+    rates: dict[tuple[str, ...], dict[str, tuple[Rate, int | None]]] = {}
+    for name, results, kept in zip(names, found, steps, strict=True):
         for file, result in results.items():
             of = file, result.benchmark, result.harness, result.version
+            step = kept.get(result.checkpoint_sha256)
             for score, group, rate in result.lines():
-                rates.setdefault((*of, score, group), {})[name] = rate
+                rates.setdefault((*of, score, group), {})[name] = rate, step
     if not rates:
         return []
     head = ["file", "benchmark", "harness", "rest_jax", "score", "group"]
     if len(names) == 1:
-        lines = [(of, x) for of, own in rates.items() for x in own.values()]
-        rows = [[*of, x.count, f"{x.rate:.1%}", x.interval] for of, x in lines]
-        return [[*head, "items", "rate", "95 % interval"], *rows]
+        lines = [(of, *x) for of, own in rates.items() for x in own.values()]
+        rows = [[*of, step, x.count, f"{x.rate:.1%}", x.interval] for of, x, step in lines]
+        return [[*head, "step", "items", "rate", "95 % interval"], *rows]
     rows = [[*of, *(_said(own.get(name)) for name in names)] for of, own in rates.items()]
     return [[*head, *names], *rows]
 
 
-def _said(rate: Rate | None) -> str | None:
-    """A rate in one cell."""
-    if rate is None:
+def _said(found: tuple[Rate, int | None] | None) -> str | None:
+    """A rate, and the step that it is of, in one cell."""
+    if found is None:
         return None
+    rate, step = found
     items = "" if rate.count is None else f", {rate.count} items"
-    return f"{rate.rate:.1%} ({rate.interval}){items}"
+    at = "unknown" if step is None else step
+    return f"{rate.rate:.1%} ({rate.interval}){items}, step {at}"
 
 
 def config_differences(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:

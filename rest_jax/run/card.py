@@ -23,7 +23,7 @@ from rest_jax.run import checkpoint
 from rest_jax.run.contents import MADE_OF
 from rest_jax.run.metrics import METRICS_FILE, is_eval, metric, read_lines
 from rest_jax.run.record import certificate_rows, file_digest, read_certificate
-from rest_jax.run.results import Result, read_results
+from rest_jax.run.results import Result, checkpoint_digest, read_results
 from rest_jax.templates import TEMPLATES
 from rest_jax.templates.chat_template import PLUGIN, trained
 
@@ -80,7 +80,7 @@ def _model_card(
         f"`rest-jax serve` takes the same folder, with the template and the lengths of training from its `{USE_FILE}`:",
         f"```\nrest-jax serve {folder}\n```",
         *_for_transformers(folder, files),
-        *_figures(run, lines),
+        *_figures(run, newest, lines),
         *_audit(run, newest),
         "## Made of",
         "\n".join(f"- {name}: `{value}`" for name, value in made_of.items()),
@@ -160,8 +160,8 @@ def _method(config: Config, lines: Sequence[Mapping[str, Any]]) -> str:
     return f"{own}GRPO with token weights by the rule `{rule}`, {''.join(changed)}{size} completions a prompt"
 
 
-def _figures(run: Location, lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Tables of the evaluations and of the benchmarks in the folder of the run, if there are any."""
+def _figures(run: Location, exported: epath.Path, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Tables of the evaluations, and of the benchmarks that the checkpoint which is exported was asked, if there are any."""
     found = []
     evaluated = [line for line in lines if any(map(is_eval, line))]
     if evaluated:
@@ -172,8 +172,12 @@ def _figures(run: Location, lines: Sequence[Mapping[str, Any]]) -> list[str]:
             f"| metric | step {first['step']} | step {last['step']} | |\n| --- | --- | --- | --- |"
         )
         found += ["## Held-out records, greedy", "\n".join([head, *rows])]
-    for result in read_results(run).values():
-        found += [f"## {result.benchmark}", _table(result)]
+    own, results = checkpoint_digest(exported), read_results(run)
+    results = {name: x for name, x in results.items() if x.checkpoint_sha256 == own}
+    asked = [result.benchmark for result in results.values()]
+    for name, result in results.items():
+        which = f" ({name})" if asked.count(result.benchmark) > 1 else ""
+        found += [f"## {result.benchmark}{which}", _table(result)]
     return found
 
 

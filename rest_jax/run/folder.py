@@ -55,7 +55,8 @@ from rest_jax.run.metrics import (
     MetricsWriter,
     read_lines,
 )
-from rest_jax.run.record import step_line
+from rest_jax.run.record import CERTIFICATE_FILE, step_line
+from rest_jax.run.results import read_results
 from rest_jax.run.stop import SIGTERM_CODE, StopRequest, end
 from rest_jax.run.trackers import KINDS, check_packages, check_trackers
 from rest_jax.types import Params, TrainState
@@ -312,12 +313,13 @@ def _copy_model_files(files: pathlib.Path, folder: epath.Path) -> None:
 
 
 def _forget(folder: epath.Path) -> None:
-    """Removes what a run has made of its folder, the lock apart."""
+    """Removes what a run has made of its folder, the lock apart, and what was measured of its weights and steps."""
+    measured = [*read_results(folder), CERTIFICATE_FILE]
     with store_errors(folder):
         for name in (CHECKPOINTS, MODEL_FOLDER):
             if (folder / name).is_dir():
                 (folder / name).rmtree()
-        for name in (SAVED_FILE, *FILES, FORK_FILE):
+        for name in (SAVED_FILE, *FILES, FORK_FILE, *measured):
             (folder / name).unlink(missing_ok=True)
 
 

@@ -1,14 +1,19 @@
 """Results of benchmarks that `rest-jax evaluate RUN --benchmark NAME` left in the folder of a run, for model card and page.
 
-read_results(run)   those of the folder, by the names of their files; JSON files that are no results are passed over
+read_results(run)          those of the folder, by the names of their files; JSON files that are no results are passed over
+checkpoint_digest(path)    what a result has of the checkpoint that it is of: a run may have trained on since
 """
 
+import hashlib
+import json
 from collections.abc import Iterator
 from typing import Annotated
 
 import pydantic
+from etils import epath
 
-from rest_jax.files import Location, as_path, store_errors
+from rest_jax.files import Location, as_path, fingerprints, store_errors
+from rest_jax.run import checkpoint
 
 
 class Rate(pydantic.BaseModel):
@@ -33,6 +38,7 @@ class Result(pydantic.BaseModel):
     """
 
     benchmark: str
+    checkpoint_sha256: str = ""  # `checkpoint_digest`
     version: str = ""
     release: str | None = None
     rates: dict[str, Groups]  # by score and group
@@ -65,3 +71,18 @@ def read_results(run: Location) -> dict[str, Result]:
                 except pydantic.ValidationError:
                     continue
     return found
+
+
+def checkpoint_digest(path: epath.Path) -> str:
+    """What `rest-jax evaluate` writes of the checkpoint of a run that it asked."""
+    found = fingerprints(path, [checkpoint.MANIFEST])
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def steps_of_results(run: Location) -> dict[str, int]:
+    """The steps of the checkpoints that are kept, by `checkpoint_digest`."""
+    folder = as_path(run) / checkpoint.FOLDER
+    with store_errors(folder):
+        paths = [folder / str(step) for step in checkpoint.list_steps(folder)]
+        found = [path for path in paths if (path / checkpoint.MANIFEST).is_file()]
+        return {checkpoint_digest(path): int(path.name) for path in found}

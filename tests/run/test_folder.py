@@ -1,6 +1,7 @@
 """A run's folder: one process at a time, one config, complete side files, strict NaN guard, lines before checkpoints."""
 
 import contextlib
+import json
 import math
 import os
 import pathlib
@@ -32,6 +33,7 @@ from rest_jax.run.folder import (
 )
 from rest_jax.run.fork import Start
 from rest_jax.run.metrics import METRICS, METRICS_FILE, SAMPLES_FILE, read_lines
+from rest_jax.run.record import CERTIFICATE_FILE
 from rest_jax.types import TrainState
 from tests.programs.states import make_state
 
@@ -174,6 +176,12 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(saved, files, loss)
 
 def test_restart_forgets_the_run_in_the_folder(saved, files, tmp_path):
     fresh, other = make_state(), make_config(tmp_path, "seed=3")
+    rate = {"rate": 0.5, "low": 0.1, "high": 0.9}
+    result = {"benchmark": "api_bank", "rates": {"soft": {"all": rate}}}
+    measured = [saved.folder / name for name in ("api_bank-step1.json", CERTIFICATE_FILE)]
+    for path in measured:
+        path.write_text(json.dumps(result))
+    (saved.folder / "notes.json").write_text("{}")
     check_start(other, restart=True)
     with contextlib.closing(open_run(other, files, restart=True)) as run:
         assert run.resume(lambda: fresh, abstract(fresh), {}, START) == (
@@ -182,6 +190,8 @@ def test_restart_forgets_the_run_in_the_folder(saved, files, tmp_path):
             0,
         )
     assert read_lines(saved.folder / METRICS_FILE) == read_lines(saved.folder / SAMPLES_FILE) == []
+    assert [path.exists() for path in measured] == [False, False]
+    assert (saved.folder / "notes.json").exists()
     # Nothing of the old run refuses the new one.
     open_run(other, files).close()
 
