@@ -1,6 +1,6 @@
 """Whether the steps of a run are what they say: `rest-jax audit` repeats some of them and compares, bit for bit.
 
-    audit(run, steps, ...)    prints a certificate and writes it as <run>/audit.json
+    audit(run, steps, ...)    prints a certificate and writes it as <run>/audit.json, or where it is told to
 
 A step is repeated by the loop that made it (`train_steps` of `train` and of `sft`), from the nearest checkpoint before it:
 what it writes into a temporary folder must be what the run has recorded (`run.record`), times apart. Which steps, the digest of
@@ -12,14 +12,16 @@ import contextlib
 import hashlib
 import itertools
 import json
+import pathlib
 import tempfile
 import types
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 
 from rest_jax import config as config_lib
 from rest_jax import plugins, sft, train
@@ -29,7 +31,7 @@ from rest_jax.data.tokenize import Prepared
 from rest_jax.distributed import activate, any_process, is_first_process, say
 from rest_jax.errors import UserError
 from rest_jax.evaluation.heldout import Evaluator, held_out
-from rest_jax.files import Location, absolute, as_path, atomic_write, store_errors
+from rest_jax.files import Location, absolute, as_path, atomic_write, check_output, store_errors
 from rest_jax.models.hf.remote import checkpoint_path, is_complete
 from rest_jax.models.policy import Policy
 from rest_jax.rollout.tokens import read_record
@@ -55,6 +57,7 @@ from rest_jax.run.metrics import (
     SAMPLES_FILE,
     TOKENS_FILE,
     MetricsWriter,
+    run_files,
     summary_table,
 )
 from rest_jax.run.progress import Progress
@@ -124,20 +127,41 @@ def audit(
     at: Sequence[int] = (),
     overrides: Sequence[str] = (),
     run_plugins: bool = False,
+    output: Location | None = None,
 ) -> int:
-    """Repeats `steps` steps of a run, or those of `at`, prints the certificate and writes it. 0 when nothing differs, else 1.
-    UserError for a run, or a step, that cannot be repeated, and for one with plug-ins unless they may run.
+    """Repeats `steps` steps of a run, or those of `at`, prints the certificate and writes it, by default into the run's folder. 0
+    when nothing differs, else 1. UserError for a run, or a step, that cannot be repeated, for one with plug-ins unless they may
+    run, and for a certificate that cannot be written.
     """
     folder = absolute(run)
     if is_first_process():
         check_free(folder)
     recorded = read_recorded(folder)
-    certificate = examine(recorded, steps, seed, at, Repeaters(overrides, run_plugins))
-    if is_first_process():
-        with atomic_write(folder / CERTIFICATE_FILE) as partial:
+    with contextlib.ExitStack() as stack:
+        partial = None
+        if is_first_process():
+            partial = stack.enter_context(certificate_file(folder, output))
+        certificate = examine(recorded, steps, seed, at, Repeaters(overrides, run_plugins))
+        say(describe(certificate))
+        if partial is not None:
             partial.write_text(json.dumps(certificate, indent=1) + "\n")
-    say(describe(certificate))
     return int(any_process(certificate["result"] != "passed"))
+
+
+@contextlib.contextmanager
+def certificate_file(folder: epath.Path, output: Location | None) -> Iterator[pathlib.Path]:
+    """A path to write the certificate to, as of `atomic_write`. UserError, before the steps are repeated, when it cannot be."""
+    place = folder / CERTIFICATE_FILE if output is None else as_path(output)
+    check_output(place, run_files(folder))
+    with contextlib.ExitStack() as stack:
+        try:
+            partial = stack.enter_context(atomic_write(place))
+            partial.touch()
+        except OSError as error:
+            raise UserError(
+                f"{place}: cannot be written ({error.strerror}); --output FILE writes the certificate elsewhere"
+            ) from error
+        yield partial
 
 
 class Repeaters:

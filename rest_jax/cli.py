@@ -349,6 +349,9 @@ def audit(
     at: Annotated[
         list[int] | None, Option("--at", metavar="STEP", help="this step instead; may be repeated")
     ] = None,
+    output: Annotated[
+        str | None, Option(metavar="FILE", help="the certificate; default: audit.json of the run")
+    ] = None,
     plugins: Plugins = False,
     distributed: Distributed = None,
 ) -> int:
@@ -356,7 +359,7 @@ def audit(
     _load_model(run, [], distributed)
     from rest_jax.audit import audit
 
-    return audit(run, steps, seed, at or (), overrides, plugins)
+    return audit(run, steps, seed, at or (), overrides, plugins, output)
 
 
 @app.command(rich_help_panel=_TRAIN)

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import copy
+import errno
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ import sys
 import pytest
 import yaml
 
-from rest_jax import cli
+from rest_jax import audit, cli
 from rest_jax.audit import (
     SAMPLED,
     Base,
@@ -212,6 +213,46 @@ def test_digests_of_another_form_are_told_by_their_line(tmp_run, case):
     (tmp_run / DIGESTS_FILE).write_text("".join(json.dumps(one) + "\n" for one in found))
     with pytest.raises(UserError, match=f"{DIGESTS_FILE}, line 3: no run writes that: {said}"):
         read_recorded(as_path(tmp_run))
+
+
+def write_recorded(folder: pathlib.Path) -> None:
+    """A run of one step, as far as it is read before anything is repeated."""
+    (folder / "config.yaml").write_text("name: x")
+    (folder / METRICS_FILE).write_text('{"step": 1}\n')
+    lines = [{"step": 0, "launch": a_launch()}, {"step": 1, "of": "aa", "params": "bb"}]
+    (folder / DIGESTS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_it_is_seen_at_once_that_the_certificate_cannot_be_written(tmp_run, monkeypatch):
+    write_recorded(tmp_run)
+    monkeypatch.setattr(audit, "examine", lambda *_: pytest.fail("repeated"))
+    with pytest.raises(UserError, match=r"metrics.jsonl: is what is read"):
+        audit.audit(tmp_run, output=tmp_run / METRICS_FILE)
+    with pytest.raises(UserError, match=r"a.json: cannot be written \(No such file"):
+        audit.audit(tmp_run, output=tmp_run / "gone" / "a.json")
+
+    def touch(self):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("pathlib.Path.touch", touch)
+    said = r"audit.json: cannot be written \(Read-only file system\); --output FILE writes"
+    with pytest.raises(UserError, match=said):
+        audit.audit(tmp_run)
+
+
+def test_the_certificate_is_printed_before_it_is_written(tmp_run, tmp_path, monkeypatch):
+    write_recorded(tmp_run)
+    found = {"result": "passed", "steps": []}
+    monkeypatch.setattr(audit, "examine", lambda *_: found)
+    monkeypatch.setattr(audit, "describe", lambda _: "the certificate")
+    output = tmp_path / "elsewhere.json"
+
+    def say(text):
+        assert text == "the certificate" and not output.exists()
+
+    monkeypatch.setattr(audit, "say", say)
+    assert audit.audit(tmp_run, output=output) == 0
+    assert json.loads(output.read_text()) == found and not (tmp_run / CERTIFICATE_FILE).exists()
 
 
 def test_lines_of_no_recorded_step_are_found():

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import pydantic
 from etils import epath
 
 from rest_jax.config import Config
@@ -56,8 +57,10 @@ def find_origin(source: Location, config: Config, restart: bool) -> Origin | Non
     if folder == run:
         raise UserError(f"--fork {config.name}: the run itself has that name; choose another one")
     with store_errors(folder):
-        # A process that is about to use the folder may have hidden files there.
-        exists = folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())
+        # A process that is about to use the folder may have hidden files there, one that was killed a part of FILE.
+        exists = folder.is_dir() and any(
+            path.name[0] != "." and path.suffix != ".partial" for path in folder.iterdir()
+        )
     if exists and not restart:
         origin = read_origin(folder)
         if origin is not None and origin.run == str(run):
@@ -75,10 +78,18 @@ def find_origin(source: Location, config: Config, restart: bool) -> Origin | Non
 
 
 def read_origin(folder: epath.Path) -> Origin | None:
-    """Where the run in a folder came from; None for one that is no fork."""
+    """Where the run in a folder came from; None for one that is no fork. UserError when that cannot be read."""
+    path = folder / FILE
     with store_errors(folder):
-        path = folder / FILE
-        return Origin(**json.loads(path.read_text())) if path.is_file() else None
+        if not path.is_file():
+            return None
+        text = path.read_bytes()
+    try:
+        return pydantic.TypeAdapter(Origin).validate_json(text)
+    except pydantic.ValidationError as error:
+        raise UserError(
+            f"{path}: does not say where the run was forked from; put it back, or fork anew with --restart"
+        ) from error
 
 
 def write_origin(folder: epath.Path, origin: Origin) -> None:
@@ -99,7 +110,8 @@ def check_origin(origin: Origin, params: Params, steps: int) -> None:
 def first_state(
     origin: Origin, seed: int, abstract: TrainState, start: Start
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The state and the loader state of the checkpoint with the fork's own random key and schedule. UserError when it is gone.
+    """The state and the loader state of the checkpoint with the fork's own random key and schedule. UserError when it is gone, or
+    is not what it was. Every process calls it.
 
     What the other run had sampled ahead is sampled anew.
     """
@@ -109,6 +121,12 @@ def first_state(
             raise UserError(
                 f"{origin.checkpoint}: gone, or not what it was when this run was forked from it; fork anew with --restart"
             )
+    try:
+        checkpoint.verify(origin.checkpoint, thorough=True)
+    except checkpoint.DamagedError as error:
+        raise UserError(
+            f"{origin.checkpoint}: damaged: {error}; put it back, or fork anew with --restart"
+        ) from error
     state, loader_state = checkpoint.read(origin.checkpoint, abstract)
     loader_state.pop(checkpoint.AHEAD, None)
     updates = origin.step * start.updates

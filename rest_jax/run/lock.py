@@ -12,6 +12,7 @@ on a busy machine, is imported by `locked` alone.
 """
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -67,11 +68,13 @@ def locked(folder: epath.Path) -> Iterator[Callable[[], None]]:
 
 
 def check_free(folder: epath.Path) -> None:
-    """UserError when a process trains in a local folder: `locked` would say so only when a model is loaded. For the first
-    process: two that look at once would take each other for the owner.
+    """UserError when a process trains in a local folder: `locked` would say so only when a model is loaded. A lock that cannot
+    be written, as on a disk that is only read, keeps nobody from reading. For the first process: two that look at once would
+    take each other for the owner.
     """
     if not is_url(folder) and (folder / FILE).exists():
-        _acquire(folder / FILE).release()
+        with contextlib.suppress(_ReadOnlyError):
+            _acquire(folder / FILE).release()
 
 
 def _file_lock(path: epath.Path) -> filelock.BaseFileLock:
@@ -79,6 +82,10 @@ def _file_lock(path: epath.Path) -> filelock.BaseFileLock:
     with atomic_write(path.parent / OWNER) as partial:
         partial.write_text(json.dumps(_this_process()))
     return lock
+
+
+class _ReadOnlyError(UserError):
+    """A lock that this process may not write."""
 
 
 def _acquire(path: epath.Path) -> filelock.BaseFileLock:
@@ -90,6 +97,8 @@ def _acquire(path: epath.Path) -> filelock.BaseFileLock:
     except filelock.Timeout:
         raise _taken(path.parent, read_owner(path.parent / OWNER)) from None
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise _ReadOnlyError(f"{path}: cannot be written: {error.strerror}") from error
         raise UserError(
             f"{path}: cannot be locked: {error.strerror or error}; a run needs a file system with locks (of NFS the lock daemon)"
         ) from error

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+from collections.abc import Callable
 
 import pytest
 
@@ -95,7 +96,19 @@ def something_there(output: pathlib.Path) -> list[str]:
     return []
 
 
+def what_cannot_be_read(text: str) -> Callable[[pathlib.Path], list[str]]:
+    def write(output: pathlib.Path) -> list[str]:
+        (output / "new").mkdir()
+        (output / "new" / FILE).write_text(text)
+        return []
+
+    return write
+
+
 REFUSED = {
+    "an empty origin": (what_cannot_be_read(""), "fork.json: does not say where"),
+    "a part of an origin": (what_cannot_be_read('{"run": "a"}'), "fork.json: does not say where"),
+    "an origin of another form": (what_cannot_be_read("[1]"), "fork.json: does not say where"),
     "no checkpoint": (no_checkpoint, "has no checkpoint to go on from"),
     "no run": (lambda _: [], "has no checkpoint to go on from"),
     "a folder that exists": (something_there, "exists and is no fork of"),
@@ -138,9 +151,27 @@ def test_a_fork_killed_before_its_first_checkpoint_is_made_by_the_same_command(
     raw = config_of(model, output)
     assert launch(raw, "--fork", "new") == 0
     wanted = lines(output / "new")
-    for name in ("checkpoints", ".saved", "metrics.jsonl", "config.yaml"):
-        path = output / "new" / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    forget_all_but_the_origin(output / "new")
     assert launch(raw, "name=new") == 0  # without the option, too
     assert lines(output / "new") == wanted
     assert read_lines(output / "new" / "samples.jsonl")
+    # Its origin is verified on this path, too.
+    forget_all_but_the_origin(output / "new")
+    file = next(x for x in (output / "tiny/checkpoints/2/params").rglob("*") if x.is_file())
+    content = file.read_bytes()
+    file.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    assert launch(raw, "name=new") == 2
+    assert "checkpoints/2: damaged: params/" in capsys.readouterr().err
+    # Killed a moment before: a part of the file that says where it comes from.
+    file.write_bytes(content)
+    shutil.rmtree(output / "new")
+    (output / "new").mkdir()
+    (output / "new" / f"{FILE}.123.partial").write_text("{")
+    assert launch(raw, "--fork", "new") == 0
+    assert lines(output / "new") == wanted
+
+
+def forget_all_but_the_origin(run: pathlib.Path) -> None:
+    for name in ("checkpoints", ".saved", "metrics.jsonl", "config.yaml"):
+        path = run / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -35,6 +35,21 @@ def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch):
         lock._acquire(as_path(tmp_path / ".lock"))
 
 
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_a_lock_that_may_not_be_written_keeps_nobody_from_reading(tmp_path, monkeypatch, code):
+    def acquire(self, blocking):
+        raise OSError(code, os.strerror(code))
+
+    (tmp_path / ".lock").touch()
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    lock.check_free(as_path(tmp_path))
+    with (
+        pytest.raises(UserError, match=f"cannot be written: {os.strerror(code)}$"),
+        lock.locked(as_path(tmp_path)),
+    ):
+        pytest.fail("locked")
+
+
 def test_a_second_launch_is_refused_before_jax_is_imported(tmp_path):
     folder = as_path(tmp_path / "tiny")
     folder.mkdir()
