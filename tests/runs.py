@@ -81,7 +81,9 @@ def launch(raw: dict, *words: str, command: str = "train") -> int:
     """`rest-jax COMMAND` in this process, over its eight devices; the exit code."""
     output = pathlib.Path(raw["output"])
     output.mkdir(exist_ok=True)
-    return cli.main([command, write_config(raw, output), *WIDE, *words])
+    given = {word.partition("=")[0] for word in words}
+    wide = [word for word in WIDE if word.partition("=")[0] not in given]
+    return cli.main([command, write_config(raw, output), *wide, *words])
 
 
 def start(
