@@ -110,7 +110,8 @@ def _along(gradient: Params, parts: list[Params]) -> tuple[jax.Array, jax.Array]
 @jax.jit
 def _cosine(one: Params, other: Params) -> jax.Array:
     """float32; NaN where a gradient is zero."""
-    return optax.tree.vdot(one, other) / (optax.tree.norm(one) * optax.tree.norm(other))
+    norms = optax.tree.norm(one) * optax.tree.norm(other)
+    return jnp.divide(optax.tree.vdot(one, other), norms)
 
 
 class Measured(NamedTuple):

@@ -359,7 +359,7 @@ def parse_lines(path: Location, lines: Iterable[bytes], first: int = 1) -> list[
         record = _parse(line)
         if record is None:
             raise UserError(f"{path}, line {number}: not a JSON object with a step")
-        if path.name == METRICS_FILE:
+        if as_path(path).name == METRICS_FILE:
             for name, value in record.items():
                 if not (value is None or _is_value(value)):
                     said = f"{name} is {json.dumps(value)[:80]}, and not a finite number or null"
