@@ -242,9 +242,8 @@ def launch_faults(recorded: Recorded) -> list[str]:
 
 def _bound(launch: Mapping[str, Any]) -> dict[str, Any]:
     """What the launches of a run have in common."""
-    config = config_lib.from_overrides(
-        launch["config"]
-    )  # with the defaults of keys that were added
+    # with the defaults of keys that were added
+    config = config_lib.from_overrides(launch["config"])
     return {
         "command": launch["command"],
         "config": config.model_dump(mode="json"),
