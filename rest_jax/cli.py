@@ -85,8 +85,10 @@ def _unusable_file(error: Exception) -> str | None:
     names_file = error.filename is not None and error.errno not in (None, errno.EIO)
     if not (names_file or isinstance(error, _CANNOT_OPEN)):
         return None
+    from rest_jax.files import PARTIAL
+
     # What is written beside a file is about that file.
-    name = re.sub(r"\.\d+\.partial$", "", str(error.filename or ""))
+    name = PARTIAL.sub("", str(error.filename or ""))
     return f"{name}: {error.strerror or error}".removeprefix(": ")
 
 

@@ -34,6 +34,8 @@ from rest_jax.errors import UserError, full_disk
 
 Location = str | os.PathLike[str]
 _PART = 2**20  # bytes of a file that are read at once
+# what is behind the name of a file that is being written: the process, and what is random
+PARTIAL = re.compile(r"\.\d+(\.[0-9a-f]+)?\.partial$")
 _LEFT = 86_400.0  # seconds that nobody has written to what a writer has begun: it is dead
 
 # scheme -> the extra of the package that brings its file system, and how to say who one is
@@ -397,15 +399,13 @@ def follow(folder: pathlib.Path) -> epath.Path:
 
 
 def flush(path: Location) -> None:
-    """Forces a local file to the disk, or the names in a folder, where the file system has a way to."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    except OSError:
-        if not os.path.isdir(path):
-            raise
-    finally:
-        os.close(number)
+    """Forces a local file to the disk, or the names in a folder, where the file system and its rights have a way to."""
+    with contextlib.suppress(*([OSError] if os.path.isdir(path) else [])):
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def _beside(path: pathlib.Path) -> pathlib.Path:
@@ -413,8 +413,10 @@ def _beside(path: pathlib.Path) -> pathlib.Path:
 
     The process in it says to people whose it is; containers that share a disk have the same numbers.
     """
-    is_partial = re.compile(rf"{re.escape(path.name)}\.\d+(\.[0-9a-f]+)?\.partial").fullmatch
-    for left in filter(lambda one: is_partial(one.name), path.parent.iterdir()):
+    begun = []
+    with contextlib.suppress(OSError):  # a folder may be written to and not be listed
+        begun = [one for one in path.parent.iterdir() if PARTIAL.search(one.name)]
+    for left in (one for one in begun if PARTIAL.sub("", one.name) == path.name):
         with contextlib.suppress(OSError):  # another process removes it, too
             written = max(one.stat().st_mtime for one in (left, *left.rglob("*")))
             if time.time() - written > _LEFT:

@@ -135,6 +135,27 @@ def test_what_gets_a_name_is_on_the_disk(what, tmp_path, monkeypatch):
     assert after == tmp_path.stat().st_ino
 
 
+def test_a_folder_that_cannot_be_read_can_be_written_to(tmp_path, monkeypatch):
+    def refuse(what, plain):
+        def call(path, *rest):
+            if pathlib.Path(path) == tmp_path:
+                raise PermissionError(what)
+            return plain(path, *rest)
+
+        return call
+
+    for name in ("open", "listdir", "scandir"):
+        monkeypatch.setattr(os, name, refuse(name, getattr(os, name)))
+    with files.atomic_write(tmp_path / "a") as partial:
+        partial.write_text("a")
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == ["a"]
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("lost")))
+    files.flush(tmp_path)
+    with pytest.raises(OSError, match="lost"):
+        files.flush(tmp_path / "a")
+
+
 def test_a_location_is_a_path_or_a_known_url(tmp_path, memory_store):
     assert files.as_path(tmp_path) == tmp_path and files.as_path("a/b").parts == ("a", "b")
     url = files.as_path(f"{memory_store}/a") / "b"
