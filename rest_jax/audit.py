@@ -152,7 +152,7 @@ def audit(
 def certificate_file(folder: epath.Path, output: Location | None) -> Iterator[pathlib.Path]:
     """A path to write the certificate to, as of `atomic_write`. UserError, before the steps are repeated, when it cannot be."""
     place = folder / CERTIFICATE_FILE if output is None else as_path(output)
-    check_output(place, run_files(folder))
+    check_output(place, [one for one in run_files(folder) if one.name != CERTIFICATE_FILE])
     with contextlib.ExitStack() as stack:
         try:
             partial = stack.enter_context(atomic_write(place))

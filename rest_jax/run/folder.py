@@ -345,9 +345,9 @@ def check_start(
         check_history(config)
     check_packages(config)
     if is_first_process():
-        resumes = (
-            origin is None and not restart and recorded.is_file() and _has_begun(config.folder)
-        )
+        # It is empty where a machine was lost as it was written.
+        launched = recorded.is_file() and recorded.stat().length > 0
+        resumes = launched and origin is None and not restart
         check_trackers(config, config_lib.load([recorded]) if resumes else None)
     return origin
 
