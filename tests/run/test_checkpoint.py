@@ -20,6 +20,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rest_jax.errors import RunStopped, UserError
+from rest_jax.files import as_path
 from rest_jax.run.checkpoint import (
     DAMAGED,
     FOLDER,
@@ -27,6 +28,7 @@ from rest_jax.run.checkpoint import (
     Checkpoints,
     newest,
     newest_params,
+    params_distance,
     read,
 )
 from tests.programs.states import make_state
@@ -69,6 +71,29 @@ def saved(tmp_path_factory) -> pathlib.Path:
         for step in (1, 2):
             checkpoints.save(step, make_state(step), {"seen": step * 10})
     return run
+
+
+def test_parameters_are_compared_value_by_value(tmp_path):
+    """Also of a checkpoint that has taken the place of another one within a process."""
+    first, second = make_state(1), make_state(2)
+    path = as_path(tmp_path / "checkpoints" / "1")
+    for own, other in ((first, second), (second, first)):
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(1, own, {})
+        assert params_distance(path, own.params) == (0, 0.0)
+        unequal, distance = params_distance(path, other.params)
+        assert 8 * 16 < unequal <= 8 * 16 + 32 * 64 and 1 < distance < 2
+        shutil.rmtree(tmp_path / "checkpoints")
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
+    split = NamedSharding(mesh, PartitionSpec("a"))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, first, {})
+    params = jax.device_put(first.params, split)
+    assert params_distance(path, params) == (0, 0.0)
+    params["layers"]["scale"] = params["layers"]["scale"].at[15].add(1e-6)
+    assert params_distance(path, params)[0] == 1
+    with pytest.raises(UserError, match=r"only the checkpoint has head"):
+        params_distance(path, {"layers": params["layers"]})
 
 
 def test_round_trip_is_bit_for_bit(saved):

@@ -5,6 +5,7 @@ path (`blocks.mlp.gate`), in the one OCDBT database of the folder (a run's check
 converted model, where several writers could work side by side and a chunk is a plain file).
 """
 
+import functools
 import math
 import pathlib
 from collections.abc import Mapping
@@ -27,7 +28,9 @@ Folder = pathlib.Path | epath.Path
 
 # Nodes of an OCDBT database are looked up for every chunk. Files are not forced to disk one by one: a folder that is not
 # complete never gets its name, and safetensors are not forced either.
-_CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 2**26}, "file_io_sync": False})
+_SETTINGS = {"cache_pool": {"total_bytes_limit": 2**26}, "file_io_sync": False}
+_CONTEXT = ts.Context(_SETTINGS)
+_DATABASE = "manifest.ocdbt"
 
 
 def create(
@@ -57,9 +60,20 @@ def create(
 def open_array(folder: Folder, path: Path) -> Any:
     """The array `path` of a checkpoint, to be read. ConversionError when there is none."""
     try:
-        return ts.open(_spec(folder, path), context=_CONTEXT, open=True).result()
+        return ts.open(_spec(folder, path), context=_context(folder), open=True).result()
     except _ERRORS as error:
         raise _unreadable(folder, path, error) from error
+
+
+def _context(folder: Folder) -> ts.Context:
+    """That of the database in a folder: what tensorstore keeps of one is wrong for another that has taken its place."""
+    manifest = folder / _DATABASE
+    return _context_of(manifest.read_bytes()) if manifest.exists() else _CONTEXT
+
+
+@functools.lru_cache(maxsize=8)
+def _context_of(manifest: bytes) -> ts.Context:
+    return ts.Context(_SETTINGS)
 
 
 def read(folder: Folder, path: Path, array: Any, index: tuple[slice, ...]) -> np.ndarray:
@@ -86,7 +100,7 @@ def _chunk(x: jax.ShapeDtypeStruct, stacked: int) -> list[int]:
 def _spec(folder: Folder, path: Path) -> dict[str, Any]:
     """Missing chunks are errors, and chunks of zeros are written, so that a part that was lost never reads as zeros."""
     base, name = kvstore(folder), ".".join(path)
-    if (folder / "manifest.ocdbt").exists():
+    if (folder / _DATABASE).exists():
         base["path"] += "/"
         where = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
     else:
