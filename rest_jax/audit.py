@@ -151,8 +151,9 @@ def audit(
 @contextlib.contextmanager
 def certificate_file(folder: epath.Path, output: Location | None) -> Iterator[pathlib.Path]:
     """A path to write the certificate to, as of `atomic_write`. UserError, before the steps are repeated, when it cannot be."""
-    place = folder / CERTIFICATE_FILE if output is None else as_path(output)
-    check_output(place, [one for one in run_files(folder) if one.name != CERTIFICATE_FILE])
+    own = folder / CERTIFICATE_FILE
+    place = own if output is None else as_path(output)
+    check_output(place, [path for path in run_files(folder) if path != own])
     with contextlib.ExitStack() as stack:
         try:
             partial = stack.enter_context(atomic_write(place))
@@ -242,8 +243,9 @@ def launch_faults(recorded: Recorded) -> list[str]:
 
 def _bound(launch: Mapping[str, Any]) -> dict[str, Any]:
     """What the launches of a run have in common."""
-    # with the defaults of keys that were added
-    config = config_lib.from_overrides(launch["config"])
+    config = config_lib.from_overrides(
+        launch["config"]
+    )  # with the defaults of keys that were added
     return {
         "command": launch["command"],
         "config": config.model_dump(mode="json"),

@@ -159,8 +159,9 @@ def test_the_card_says_how_to_serve_and_what_was_measured(run, tmp_path):
 def test_two_results_of_one_benchmark_are_told_by_their_files(run):
     folder = as_path(run(config("hermes")))
     newest = folder / "checkpoints" / "7"
-    result = {"benchmark": "api_bank", "checkpoint_sha256": checkpoint_digest(newest)}
-    result["rates"] = {"soft": {"all": {"rate": 0.5, "low": 0.15, "high": 0.85}}}
+    rates = {"soft": {"all": {"rate": 0.5, "low": 0.15, "high": 0.85}}}
+    own = {"benchmark": "api_bank", "checkpoint_sha256": checkpoint_digest(newest)}
+    result = own | {"rates": rates}
     for name in ("api_bank.json", "api_bank-step7.json"):
         (folder / name).write_text(json.dumps(result))
     heads = card._figures(folder, newest, [])[::2]
