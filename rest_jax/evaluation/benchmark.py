@@ -44,7 +44,6 @@ from rest_jax.files import (
     as_path,
     atomic_write,
     check_output,
-    fingerprints,
     is_url,
     list_files,
     store_errors,
@@ -60,6 +59,7 @@ from rest_jax.run.environment import user_cache
 from rest_jax.run.load import is_run, load_policy, model_files, result_place
 from rest_jax.run.metrics import summary_table
 from rest_jax.run.progress import Progress
+from rest_jax.run.results import files_digest
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Target
 from rest_jax.types import PromptBatch, RolloutBatch, Sampling
@@ -175,7 +175,7 @@ def evaluate_benchmark(
         policy = load_policy(config.model, config.mesh, r.tensor)
         about = {
             "model": source,
-            "checkpoint_sha256": checkpoint_digest(source, policy),
+            "checkpoint_sha256": _model_digest(source, policy),
             "template_sha256": policy.tokenizer.digest(),
             "sampling": dataclasses.asdict(sampling)
             | {"max_response_tokens": r.max_response_tokens, "seed": config.seed},
@@ -488,13 +488,13 @@ def encode(tokenizer: Tokenizer, prompts: Sequence[Messages]) -> list[np.ndarray
     return ids
 
 
-def checkpoint_digest(source: str, policy: Policy) -> str:
-    """SHA-256, in hex, over the digests of the files that the model was read from. Every process calls it."""
+def _model_digest(source: str, policy: Policy) -> str:
+    """`checkpoint_digest`, or that of the folder that the model was read from. Every process calls it."""
     if is_run(source):
         folder, names = checkpoint.newest_params(source)[0].parent, [checkpoint.MANIFEST]
     else:
         folder, names = policy.files, sorted(list_files(policy.files))
-    return _digest(fingerprints(folder, names)) if is_first_process() else ""
+    return files_digest(folder, names) if is_first_process() else ""
 
 
 def read_result(path: Location) -> dict[str, Any]:

@@ -6,7 +6,7 @@ checkpoint_digest(path)    what a result has of the checkpoint that it is of: a 
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import pydantic
@@ -74,9 +74,13 @@ def read_results(run: Location) -> dict[str, Result]:
 
 
 def checkpoint_digest(path: epath.Path) -> str:
-    """What `rest-jax evaluate` writes of the checkpoint of a run that it asked."""
-    found = fingerprints(path, [checkpoint.MANIFEST])
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+    """That of the checkpoint of a run, whose manifest has the digest of every file."""
+    return files_digest(path, [checkpoint.MANIFEST])
+
+
+def files_digest(folder: Location, names: Sequence[str]) -> str:
+    """SHA-256, in hex, over the digests of files of a folder: of the model that a result is of."""
+    return hashlib.sha256(json.dumps(fingerprints(folder, names)).encode()).hexdigest()
 
 
 def steps_of_results(run: Location) -> dict[str, int]:
