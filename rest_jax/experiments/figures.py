@@ -28,22 +28,28 @@ def write_figures(results: Results, name: str, plan: Any, folder: pathlib.Path) 
 
 
 def _endpoints(results: Results, reference: str) -> Any:
-    """The paired difference of each arm to the reference in both endpoints, a dot for each seed."""
+    """The paired difference of each arm to the reference in both endpoints, a dot for each seed; intervals of few seeds go beyond
+    the figure.
+    """
     arms = [arm for arm in results.arms if arm != reference]
     figure = plotting.new_figure(11, 0.34 * max(len(arms), 3) + 1.4)
     for axes, name in zip(figure.subplots(1, 2, sharey=True), ENDPOINTS, strict=True):
-        base = results.values(reference, name)
+        base, seen = results.values(reference, name), [0.0]
         for y, arm in enumerate(arms):
             colour = plotting.GREY if "+" in arm else plotting.BLUE
             points = 100 * np.array(paired_differences(results.values(arm, name), base))
             axes.plot(points, [y] * len(points), ".", color=colour, alpha=0.25, markersize=4)
             _interval(axes, results.difference(arm, reference, name), y, colour)
+            seen += points.tolist()
+        axes.set_xlim(min(seen) - 1, max(seen) + 1)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_xlabel(f"exact completions, held out, {_LABELS[name]}: less {reference}, points")
+        axes.set_xlabel(f"{_LABELS[name]}: less {reference}, points")
         plotting.tidy(axes)
     figure.axes[0].set_yticks(range(len(arms)), arms)
     figure.axes[0].invert_yaxis()
-    figure.suptitle("Differences paired by seed; bars: 95 % t intervals; grey: placebos")
+    figure.suptitle(
+        "Exact completions, held out: differences paired by seed; bars: 95 % t intervals; grey: placebos"
+    )
     return figure
 
 
@@ -64,7 +70,7 @@ def _panels(arms: list[str]) -> tuple[Any, dict[str, Any]]:
 
 
 def _label_lowest(panels: dict[str, Any]) -> None:
-    """Steps stand below the lowest panel of each column alone."""
+    """Steps are below the lowest panel of each column alone."""
     for i, axes in enumerate(panels.values()):
         lowest = i + _COLUMNS >= len(panels)
         axes.tick_params(labelbottom=lowest)
@@ -73,9 +79,11 @@ def _label_lowest(panels: dict[str, Any]) -> None:
 
 
 def _curves(results: Results, reference: str) -> Any:
-    """The held-out curve of each arm over that of the reference, means over the seeds that both have, with t intervals."""
+    """The held-out curve of each arm over that of the reference, means over the seeds that both have, with t intervals, which
+    of few seeds go beyond the figure.
+    """
     figure, panels = _panels(results.arms)
-    base = results.by_seed(reference, EXACT)
+    base, seen = results.by_seed(reference, EXACT), []
     for arm, axes in panels.items():
         own = results.by_seed(arm, EXACT)
         seeds = sorted(own.keys() & base.keys())
@@ -85,14 +93,16 @@ def _curves(results: Results, reference: str) -> Any:
             steps = sorted(set.intersection(*(set(curves[seed]) for seed in seeds)))
             values = 100 * np.array([[curves[seed][step] for step in steps] for seed in seeds])
             mean = values.mean(axis=0)
+            seen += values.ravel().tolist()
             axes.plot(steps, mean, color=colour, linewidth=1.5, marker=".", markersize=4)
             if len(seeds) > 1:
                 half = scipy.stats.t.isf(0.025, len(seeds) - 1) * values.std(axis=0, ddof=1)
                 half /= len(seeds) ** 0.5
                 axes.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.15)
         plotting.label_steps(axes, arm, "")
+    figure.axes[0].set_ylim(min(seen) - 1, max(seen) + 1)  # of all: they share it
     _label_lowest(panels)
-    said = f"Exact answers, held out, %; black: {reference}"
+    said = f"Exact completions, held out, %; black: {reference}"
     figure.suptitle(f"{said}; bands: 95 % t intervals of the mean over seeds, not paired")
     return figure
 
