@@ -16,7 +16,7 @@ import pathlib
 import tempfile
 import types
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +31,15 @@ from rest_jax.data.tokenize import Prepared
 from rest_jax.distributed import activate, any_process, is_first_process, say
 from rest_jax.errors import UserError
 from rest_jax.evaluation.heldout import Evaluator, held_out
-from rest_jax.files import Location, absolute, as_path, atomic_write, check_output, store_errors
+from rest_jax.files import (
+    Location,
+    absolute,
+    as_path,
+    atomic_write,
+    check_output,
+    file_digest,
+    store_errors,
+)
 from rest_jax.models.hf.remote import checkpoint_path, is_complete
 from rest_jax.models.policy import Policy
 from rest_jax.rollout.tokens import read_record
@@ -49,7 +57,7 @@ from rest_jax.run.folder import EVALUATION, MAY_CHANGE, Run
 from rest_jax.run.fork import Start
 from rest_jax.run.load import load_trained
 from rest_jax.run.lock import check_free
-from rest_jax.run.loop import Loop, PendingStep, total_steps
+from rest_jax.run.loop import Loop, total_steps
 from rest_jax.run.metrics import (
     CONFIG_FILE,
     DIGESTS_FILE,
@@ -67,7 +75,6 @@ from rest_jax.run.record import (
     Recorded,
     certificate_rows,
     differences,
-    file_digest,
     launch,
     launch_digest,
     line_faults,
@@ -243,9 +250,8 @@ def launch_faults(recorded: Recorded) -> list[str]:
 
 def _bound(launch: Mapping[str, Any]) -> dict[str, Any]:
     """What the launches of a run have in common."""
-    config = config_lib.from_overrides(
-        launch["config"]
-    )  # with the defaults of keys that were added
+    # with the defaults of keys that were added
+    config = config_lib.from_overrides(launch["config"])
     return {
         "command": launch["command"],
         "config": config.model_dump(mode="json"),
@@ -410,9 +416,8 @@ class Replay(Loop):
         self.recorded, self.base, self.wanted, self.last = recorded, base, wanted, max(wanted)
         self.sums, self.exact = repeater.trainer.sums, not repeater.others
         self.faults: list[str] = []  # of the checkpoint that it begins with
-        self.saved: dict[
-            int, list[str]
-        ] = {}  # those of the checkpoints that are kept of wanted steps
+        # those of the checkpoints that are kept of wanted steps
+        self.saved: dict[int, list[str]] = {}
 
     def resume(
         self, fresh: Any, abstract: TrainState, params: Params, start: Start
@@ -438,16 +443,11 @@ class Replay(Loop):
         self.progress = Progress(self.last, self.start)
         return state, loader_state
 
-    def end_step(
-        self,
-        step: int,
-        pending: PendingStep,
-        state: TrainState,
-        loader_state: Callable[[], dict[str, Any]],
-    ) -> None:
-        super().end_step(step, pending, state, loader_state)
+    def end_step(self, step: int, *rest: Any) -> None:
+        super().end_step(step, *rest)
         if step in self.wanted and _is_kept(self.recorded, step):
-            self.saved[step] = compare_checkpoint(self.recorded, step, state.params, self.exact)
+            params = self.state.params
+            self.saved[step] = compare_checkpoint(self.recorded, step, params, self.exact)
 
     def _compare_params(self, params: Params) -> None:
         """The parameters of a checkpoint must be those behind its step, where that is recorded."""

@@ -275,6 +275,12 @@ def atomic_folder(location: Location, last: str = "config.json") -> Iterator[pat
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def file_digest(path: epath.Path) -> str:
+    """The SHA-256 digest, in hex, of a file."""
+    with store_errors(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def fetch_folder(location: Location, leave: Sequence[str] = ()) -> pathlib.Path:
     """A local copy of a folder of a store; a local folder as it is. UserError for a URL with no files.
 

@@ -22,7 +22,8 @@ from rest_jax.texts import print_text
 def quickstart(overrides: Sequence[str] = (), fresh: bool = False) -> int:
     """Carries out the stages; 0, or the exit code of a training that was told to stop.
 
-    `overrides` ("key=value") change the config; `fresh` forgets an earlier run. UserError when it goes on in another process.
+    `overrides` ("key=value") change the config; `fresh` forgets an earlier run. UserError when another process trains in its
+    folder.
     """
     started = time.monotonic()
     config = load_config(overrides)

@@ -1,8 +1,7 @@
 """Writes docs/metrics.md, the page of every metric that a run writes: python tools/make_metrics.py
 
 Names, units and meanings are those of the table in `rest_jax/run/metrics.py`, to which runs are held: a name that it
-does not have
-is refused when it is written, and a slow test has every name written by some run (tests/run/test_metric_names.py).
+does not have is refused when it is written, and a slow test has every name written by some run (tests/run/test_metric_names.py).
 """
 
 import argparse

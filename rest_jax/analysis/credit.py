@@ -50,12 +50,10 @@ class States(NamedTuple):
 
     prompt: np.ndarray  # int [N]
     prefix: list[np.ndarray]  # int32 [n] each: the tokens drawn so far
-    before: (
-        np.ndarray
-    )  # int [P, G, T]: of an uncertain token, the state it was drawn in; END of others
-    after: (
-        np.ndarray
-    )  # int [P, G, T]: the state before the next uncertain token; END where there is none
+    # int [P, G, T]: of an uncertain token, the state it was drawn in; END of others
+    before: np.ndarray
+    # int [P, G, T]: the state before the next uncertain token; END where there is none
+    after: np.ndarray
 
 
 # continuations of states -> their rewards [N, K]
@@ -91,9 +89,8 @@ class Credit:
 
     credit: np.ndarray
     uncertain: np.ndarray  # bool
-    value: (
-        np.ndarray
-    )  # the mean reward of the continuations from before an uncertain token; NaN of others
+    # the mean reward of the continuations from before an uncertain token; NaN of others
+    value: np.ndarray
     error: np.ndarray  # standard error: of the continuations alone
     halves: np.ndarray  # [2, P, G, T]: from each half of the continuations
 

@@ -18,9 +18,8 @@ from rest_jax.texts import printable
 
 PathT = TypeVar("PathT", bound=os.PathLike[str])
 DPI = 110
-_POWER = re.compile(
-    r"\$\\mathdefault\{[-\d.^{}\\times]*\}\$"
-)  # a label of a logarithmic axis, by matplotlib
+# a label of a logarithmic axis, by matplotlib
+_POWER = re.compile(r"\$\\mathdefault\{[-\d.^{}\\times]*\}\$")
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PINK, SKY, YELLOW, GREY, BLACK, LIGHT = (
     "#CC79A7",

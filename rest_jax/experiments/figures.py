@@ -9,11 +9,10 @@ import scipy
 
 from rest_jax.analysis import plotting
 from rest_jax.evaluation.statistics import Estimate, paired_differences
-from rest_jax.experiments.results import AREA, ENDPOINTS, EXACT, REGIONS, Results
+from rest_jax.experiments.results import ENDPOINTS, EXACT, REGIONS, Results
 
 _DPI = 90
 _COLUMNS = 5  # of small panels
-_LABELS = {AREA: "mean over the first half", EXACT: "at the end"}
 
 
 def write_figures(results: Results, name: str, plan: Any, folder: pathlib.Path) -> None:
@@ -43,7 +42,7 @@ def _endpoints(results: Results, reference: str) -> Any:
             seen += points.tolist()
         axes.set_xlim(min(seen) - 1, max(seen) + 1)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_xlabel(f"{_LABELS[name]}: less {reference}, points")
+        axes.set_xlabel(f"{ENDPOINTS[name]}: less {reference}, points")
         plotting.tidy(axes)
     figure.axes[0].set_yticks(range(len(arms)), arms)
     figure.axes[0].invert_yaxis()

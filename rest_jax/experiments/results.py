@@ -35,7 +35,7 @@ from rest_jax.run.metrics import CONFIG_FILE, DIGESTS_FILE, read_lines
 
 EXACT, AREA = "eval/exact", "area/exact"
 # What arms are compared by, fixed before any run: the mean of the held-out curve over the first half of the steps, and the
-# rate at the end. With each how a page says where something is shown.
+# rate at the end. With each how pages and figures say where something is shown.
 ENDPOINTS = {AREA: "in the mean over the first half", EXACT: "at the end"}
 REGIONS = ("tag", "scaffold", "name", "param", "think")
 SIGNS = ("positive", "negative")

@@ -271,7 +271,7 @@ def _running(words: Sequence[str], log: pathlib.Path) -> Iterator[subprocess.Pop
 
 
 class Evaluations:
-    """The values of a held-out metric of a run, which goes on: what is new is read alone, whatever the lines before it."""
+    """The values of a held-out metric of a run that trains: what is new is read alone, whatever the lines before it."""
 
     def __init__(self, config: Config, metric: str):
         self.config, self.metric = config, metric

@@ -50,9 +50,7 @@ CHIPS = {
     "v6e": Chip("tpu", int(31.25 * GIB), 1640e9, clock=1.75e9, link=180e9, network=12.5e9),
     "h100": Chip("gpu", int(79.1 * GIB), 3350e9, link=450e9, network=50e9),
 }
-_MOST = (
-    2**16
-)  # devices; XLA cannot count, or takes hours for, what is far above the largest machines
+_MOST = 2**16  # devices; XLA cannot count, or takes hours for, far more than there are
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,9 +56,8 @@ class Piece:
 
     request: int
     ids: np.ndarray  # int32 [n]; the last one may be the stop id
-    logp: (
-        np.ndarray
-    )  # float32 [n] nats, of the model's own distribution: temperature 1, full support
+    # float32 [n] nats, of the model's own distribution: temperature 1, full support
+    logp: np.ndarray
     entropy: np.ndarray  # float32 [n] nats, of the same
     top: tuple[np.ndarray, np.ndarray] | None  # likeliest words, int32 [n k], and their log-probs
     finish: str | None  # None: more comes; "stop": the last id is a stop id; "length"

@@ -16,13 +16,13 @@ from etils import epath
 import rest_jax
 from rest_jax.config import Config, ConfigError, LossConfig, dump, from_overrides, read_mapping
 from rest_jax.errors import UserError
-from rest_jax.files import Location, as_path
+from rest_jax.files import Location, as_path, file_digest
 from rest_jax.models.hf.folder import small_file
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run import checkpoint
 from rest_jax.run.contents import MADE_OF
 from rest_jax.run.metrics import METRICS_FILE, is_eval, metric, read_lines
-from rest_jax.run.record import certificate_rows, file_digest, read_certificate
+from rest_jax.run.record import certificate_rows, read_certificate
 from rest_jax.run.results import Result, checkpoint_digest, read_results
 from rest_jax.templates import TEMPLATES
 from rest_jax.templates.chat_template import PLUGIN, trained

@@ -9,7 +9,6 @@ not match its manifest is named on stderr, and the one before it is used.
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import logging
@@ -31,6 +30,7 @@ from rest_jax.files import (
     Location,
     absolute,
     as_path,
+    file_digest,
     find_damage,
     fingerprints,
     flush,
@@ -308,8 +308,7 @@ def params_distance(path: epath.Path, params: Params) -> tuple[int, float]:
 
 def manifest_digest(path: epath.Path) -> str:
     """The SHA-256 digest, in hex, of a checkpoint's manifest, which has the digest of every file."""
-    with store_errors(path):
-        return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
+    return file_digest(path / MANIFEST)
 
 
 def write_manifest(folder: epath.Path) -> None:

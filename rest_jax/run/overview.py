@@ -5,7 +5,6 @@ describe_checkpoint(path)      a checkpoint: step, curriculum, config, shapes, b
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import socket
@@ -137,7 +136,6 @@ def describe_checkpoint(source: Location, verify: bool = False) -> str:
             checkpoint.verify(place, thorough=True)
     except checkpoint.DamagedError as error:
         raise UserError(f"{place}: damaged: {error}") from error
-    manifest = (place / checkpoint.MANIFEST).read_bytes()
     shapes, loader = checkpoint.shapes(place), checkpoint.read_loader_state(place)
     curriculum = {name: value.tolist() for name, value in checkpoint.curriculum(place).items()}
     made_of = ", ".join(f"{name} {digest}" for name, digest in loader.get(MADE_OF, {}).items())
@@ -147,7 +145,7 @@ def describe_checkpoint(source: Location, verify: bool = False) -> str:
         f"checkpoint {place}" + (": every file is what was saved" if verify else ""),
         f"step {int(place.name)}, {values / 1e6:,.1f} M parameters",
         f"{len(shapes)} arrays in {len(files)} files, {size / 1e6:,.1f} MB",
-        f"digest {hashlib.sha256(manifest).hexdigest()}",
+        f"digest {checkpoint.manifest_digest(place)}",
         f"made of {made_of or 'nothing on record'}",
         f"curriculum: update {curriculum['step']}, nu {curriculum['nu']:.4g}, format score {curriculum['format_score']:.4g}",
     ]

@@ -273,12 +273,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}.."
 
 
-def file_digest(path: epath.Path) -> str:
-    """The SHA-256 digest, in hex, of a file."""
-    with store_errors(path):
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 class _Step(pydantic.BaseModel):
     step: int
     result: str

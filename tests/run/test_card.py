@@ -12,14 +12,14 @@ from rest_jax import cli
 from rest_jax.config import Config, MeshConfig, ModelConfig, dump
 from rest_jax.data.convert import SOURCES
 from rest_jax.errors import UserError
-from rest_jax.files import as_path
+from rest_jax.files import as_path, file_digest
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run import card, load
 from rest_jax.run.checkpoint import Checkpoints, manifest_digest
 from rest_jax.run.contents import MADE_OF
 from rest_jax.run.folder import CONFIG_FILE, MODEL_FOLDER
 from rest_jax.run.metrics import METRICS_FILE, MetricsWriter
-from rest_jax.run.record import CERTIFICATE_FILE, file_digest
+from rest_jax.run.record import CERTIFICATE_FILE
 from rest_jax.run.results import checkpoint_digest
 from rest_jax.templates import TEMPLATES
 from rest_jax.types import TrainState
