@@ -92,8 +92,7 @@ def attend(
         return attend_prefixed(q, kv, layout, cache)
     if not isinstance(cache, LayerCache):
         raise ValueError("attend: DecodeLayout needs a cache")
-    out = attend_cache(_by_kv_head(q, cfg.n_kv_heads), kv, layout, cache)
-    return out.reshape(q.shape).astype(q.dtype)
+    return attend_cache(q, kv, layout, cache)
 
 
 def attend_rows(
@@ -173,23 +172,26 @@ def attend_prefixed(
 
 
 def attend_cache(
-    q: Float[Array, "W N K R H"],
-    own: tuple[Float[Array, "W N K H"], Float[Array, "W N K H"]] | None,
+    q: Float[Array, "W B N H"],
+    own: tuple[Float[Array, "W B K H"], Float[Array, "W B K H"]] | None,
     layout: DecodeLayout,
     cache: LayerCache,
-) -> Float[Array, "W N K R H"]:
-    """New tokens against their prompt, their response's earlier tokens and themselves.
+) -> Float[Array, "W B N H"]:
+    """The new tokens of B decode slots against their prompt, their response's earlier tokens and themselves, in q's dtype.
 
     `own` holds their keys and values; None: `recent` has them already. Queries are brought together by prompt, so that the keys
     of a prompt are read once for all its responses.
     """
     if isinstance(layout.keys, PagedKeys):
+        if own is None or cache.layer is None:
+            raise ValueError("attend: the kernels take stacked layers, and new tokens apart")
         return _on_devices(_attend_pages, q, own, layout, cache)
-    k, v = cache.pool
-    together = _by_prompt(q, layout)
+    by_head = _by_kv_head(q, cache.recent_k.shape[2])
+    together, (k, v) = _by_prompt(by_head, layout), cache.pool
     shared: Any = attend_part(together, k, v, layout.keys.prompts[:, :, None, None])  # type: ignore[arg-type]
-    shared = Partial(*(_back_to_rows(x, layout, q.shape[3]) for x in shared))
-    return normalise(join(shared, _attend_recent(q, own, layout, cache)))
+    shared = Partial(*(_back_to_rows(x, layout, by_head.shape[3]) for x in shared))
+    out = normalise(join(shared, _attend_recent(by_head, own, layout, cache)))
+    return out.reshape(q.shape).astype(q.dtype)
 
 
 def _on_devices(function: Callable[..., jax.Array], q, own, layout: DecodeLayout, cache):
@@ -199,7 +201,7 @@ def _on_devices(function: Callable[..., jax.Array], q, own, layout: DecodeLayout
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function(q, own, layout, cache)
-    heads = "tensor" if q.shape[2] % mesh.shape["tensor"] == 0 else None
+    heads = "tensor" if own[0].shape[2] % mesh.shape["tensor"] == 0 else None
     everywhere, rows = PartitionSpec(), PartitionSpec(BATCH_AXES)
     by_head = PartitionSpec(BATCH_AXES, None, heads)
     pages = PartitionSpec(None, BATCH_AXES, None, heads)
@@ -216,14 +218,11 @@ def _on_devices(function: Callable[..., jax.Array], q, own, layout: DecodeLayout
 
 def _attend_pages(q, own, layout: DecodeLayout, cache: LayerCache):
     """`attend_cache` by kernels, of one data shard."""
-    if own is None or cache.layer is None:
-        raise ValueError("attend: the kernels take stacked layers, and new tokens apart")
-    assert isinstance(layout.keys, PagedKeys)
-    pages = cache.pool, cache.layer
+    assert isinstance(layout.keys, PagedKeys) and cache.layer is not None
+    q, pages = q * q.shape[-1] ** -0.5, (cache.pool, cache.layer)
     with jax.named_scope("prompt_pages"):
-        shared = attend_prompts(_by_prompt(q, layout), *pages, layout.keys.prompts)
-    prompt = (_back_to_rows(x, layout, q.shape[3]) for x in shared)
-    response = Response(cache.recent_k, cache.recent_v, *own, *prompt)
+        prompt = attend_prompts(q, *pages, layout)
+    response = Response(cache.recent_k, cache.recent_v, own[0], own[1], prompt[0], prompt[1])
     with jax.named_scope("response_pages"):
         return attend_responses(q, *pages, layout.keys.responses, response)
 

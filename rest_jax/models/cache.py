@@ -84,7 +84,6 @@ class Visits(NamedTuple):
     end: Int[Array, " Wn"]
     recent: Int[Array, " Wn"]  # 1: not the page, but the sequence's rows of `recent`
     count: Int[Array, " W"]
-    visited: Bool[Array, " WB"]  # which sequences have a visit
 
 
 class GatheredKeys(NamedTuple):

@@ -1,11 +1,17 @@
 """Attention over keys in pages against dense attention: ragged tables with holes, many queries; garbage is not read."""
 
+import importlib.util
+import json
+import subprocess
+import sys
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rest_jax.models.cache import PageTable, Pool
+from rest_jax.models.cache import DecodeLayout, PagedKeys, PageTable, Pool
 from rest_jax.models.paged_attention import (
     Partial,
     Response,
@@ -17,7 +23,9 @@ from rest_jax.models.paged_attention import (
     list_visits,
     normalise,
 )
+from rest_jax.planning import topology
 from tests import tiny
+from tests.conftest import REPOSITORY
 from tests.models.rows import assert_close, normal
 
 LAYERS, LAYER, SHARDS, SEQUENCES, SIZE, WIDTH = 3, jnp.int32(1), 2, 5, 4, 8
@@ -71,14 +79,41 @@ def each_sequence(attend):
     )
 
 
+class Slots(NamedTuple):
+    """Where the responses are that ask the prompts: as in a `DecodeLayout`."""
+
+    members: jax.Array
+    entry: jax.Array
+    member: jax.Array
+
+
+def make_slots(group: int, seed: int = 30) -> Slots:
+    """One slot more than responses, of which each prompt has some or none. The last holds what is left of one whose place another
+    has taken, and what is not used of `members` names any slot.
+    """
+    rng = np.random.default_rng(seed)
+    places = np.stack(np.divmod(np.arange(SEQUENCES * group), group), axis=1)
+    count = 2 * len(places) // 3
+    members = rng.integers(0, count + 1, (SHARDS, SEQUENCES, group))
+    own = np.zeros((SHARDS, count + 1, 2), int)
+    for w in range(SHARDS):
+        own[w, :count] = rng.permutation(places)[:count]
+        own[w, count] = own[w, 0]
+        for slot, place in enumerate(own[w, :count]):
+            members[w, *place] = slot
+    return Slots(*(jnp.asarray(x, jnp.int32) for x in (members, own[..., 0], own[..., 1])))
+
+
 @jax.jit
-def prompts(q, pool, table):
+def prompts(q, pool, table, slots):
     """`attend_prompts`, one data shard after another."""
 
     def one(w: int):
         pages = jax.tree.map(lambda x: x[:, w : w + 1], pool)
-        own = jax.tree.map(lambda x: x[w : w + 1], table)
-        return attend_prompts(q[w : w + 1], pages, LAYER, list_visits(own))
+        own, places = jax.tree.map(lambda x: x[w : w + 1], (table, slots))
+        visits = list_visits(own)
+        layout = DecodeLayout(PagedKeys(visits, visits), jnp.int32(0), **places._asdict())
+        return attend_prompts(q[w : w + 1], pages, LAYER, layout)
 
     return jax.tree.map(lambda *x: jnp.concatenate(x), *map(one, range(SHARDS)))
 
@@ -96,21 +131,30 @@ def responses(q, pool, table, recent, response):
     return jnp.concatenate([one(w) for w in range(SHARDS)])
 
 
-@pytest.mark.parametrize(("heads", "queries"), [(2, 1), (2, 2), (1, 16), (1, 130), (3, 3)])
-def test_prompts_equal_dense_attention(heads, queries):
-    table, pool = make_table(), make_pool(heads)
-    q = normal(3, SHARDS, SEQUENCES, heads, queries, WIDTH)
-    out, lse = prompts(q, pool, table)
-    expected = each_sequence(lambda w, b: dense(q[w, b], *keys_of(pool, table, w, b)))
-    assert out.dtype == lse.dtype == jnp.float32
-    assert np.all(np.asarray(out)[:, 1] == 0) and np.all(np.asarray(lse)[:, 1] < -1e29)
-    some = [0, 2, 3, 4]  # sequence 1 has no keys
-    assert_close([x[:, some] for x in (out, lse)], [x[:, some] for x in expected])
+@pytest.mark.parametrize(
+    ("heads", "repeats", "group"), [(2, 1, 1), (2, 2, 3), (1, 4, 8), (1, 26, 5), (3, 3, 2)]
+)
+def test_prompts_equal_dense_attention(heads, repeats, group):
+    table, pool, slots = make_table(), make_pool(heads), make_slots(group)
+    count = slots.entry.shape[1]
+    q = normal(3, SHARDS, count, heads * repeats, WIDTH)
+    out, lse = (np.asarray(x) for x in prompts(q, pool, table, slots))
+    assert out.dtype == lse.dtype == np.float32
+    assert np.all(lse == lse[..., :1])
+    for w, n in np.ndindex(SHARDS, count):
+        entry = int(slots.entry[w, n])
+        if n == count - 1 or entry == 1:  # what is left of one; a prompt without pages
+            assert np.all(out[w, n] == 0) and np.all(lse[w, n] < -1e29)
+            continue
+        by_head = q[w, n].reshape(heads, repeats, WIDTH)
+        expected = dense(by_head, *keys_of(pool, table, w, entry))
+        found = out[w, n].reshape(by_head.shape), lse[w, n, :, 0].reshape(heads, repeats)
+        assert_close(found, expected)
 
 
 def make_response(heads: int, queries: int):
-    """(rows begin and end of `recent`, Response, keys and values [W N K n H] that its attention to the prompt is over). A slot
-    has no recent rows, one no prompt.
+    """(q [W N A H], rows begin and end of `recent`, Response, keys and values [W N K n H] that its attention to the prompt is
+    over). A slot has no recent rows, one no prompt.
     """
     recent = [normal(i, LAYERS, SHARDS, SEQUENCES, heads, SIZE, WIDTH) for i in (20, 21)]
     own = [normal(i, SHARDS, SEQUENCES, heads, WIDTH) for i in (22, 23)]
@@ -121,8 +165,10 @@ def make_response(heads: int, queries: int):
     out, lse = each_sequence(lambda w, b: dense(q[w, b], *(x[w, b] for x in prompt)))
     out[:, 4], lse[:, 4] = 0, -1e30
     prompt = [x.at[:, 4].set(jnp.nan) for x in prompt]
-    attended = (jnp.asarray(x, jnp.float32) for x in (out, lse))
-    return q, (begin, end), Response(*recent, *own, *attended), prompt
+    q, out = (jnp.asarray(x, jnp.float32).reshape(SHARDS, SEQUENCES, -1, WIDTH) for x in (q, out))
+    lse = jnp.asarray(lse, jnp.float32).reshape(*q.shape[:3], 1)
+    lse = jnp.broadcast_to(lse, (*q.shape[:3], 128))
+    return q, (begin, end), Response(*recent, *own, out, lse), prompt
 
 
 def dense_response(q, pool, table, recent, response: Response, prompt) -> np.ndarray:
@@ -137,7 +183,8 @@ def dense_response(q, pool, table, recent, response: Response, prompt) -> np.nda
             parts = [np.asarray(prompt[i][w, b])] if b != 4 else []
             parts += [pages[i], drawn, np.asarray(own[w, b])[:, None]]
             keys.append(np.concatenate(parts, axis=1))
-        return dense(q[w, b], *keys)[0]
+        by_head = q[w, b].reshape(len(keys[0]), -1, WIDTH)
+        return dense(by_head, *keys)[0].reshape(q[w, b].shape)
 
     return each_sequence(one)
 
@@ -152,9 +199,11 @@ def test_responses_equal_dense_attention(heads, queries):
 
 def assert_same_attention(table: PageTable, pool: Pool, other: Pool) -> None:
     """To prompts and by responses, bit for bit."""
-    q, recent, response, _ = make_response(2, 2)
-    for a, b in zip(prompts(q, pool, table), prompts(q, other, table), strict=True):
+    q, slots = normal(3, SHARDS, 7, 4, WIDTH), make_slots(2)
+    both = (prompts(q, pages, table, slots) for pages in (pool, other))
+    for a, b in zip(*both, strict=True):
         np.testing.assert_array_equal(a, b)
+    q, recent, response, _ = make_response(2, 2)
     np.testing.assert_array_equal(
         responses(q, pool, table, recent, response), responses(q, other, table, recent, response)
     )
@@ -199,14 +248,12 @@ def test_visits_are_the_pages_in_use_in_order():
         for part in (first, second)
     ]
     assert found == [[[0, 0, 2], [5, 6, 1], [1, 0, 0], [4, 2, 3]], [[1, 1], [4, 9], [0, 0], [4, 1]]]
-    assert first.visited.tolist() == [True, False, True]
-    assert second.visited.tolist() == [False, True, False]
     assert not np.any(listed.recent)
 
     rows = jnp.array([[0, 1, 2], [2, 0, 1]], jnp.int32)
     listed = list_visits(table, (rows, rows + 1))
     first, second = (jax.tree.map(lambda x, w=w: x.reshape(2, -1)[w], listed) for w in (0, 1))
-    assert (first.count, second.count) == (6, 5) and np.all(listed.visited)
+    assert (first.count, second.count) == (6, 5)
     assert first.sequence[:6].tolist() == [0, 0, 0, 1, 2, 2]
     assert first.recent[:6].tolist() == [0, 0, 1, 1, 0, 1]
     assert (first.begin[:6].tolist(), first.end[:6].tolist()) == (
@@ -269,3 +316,18 @@ def test_rollouts_with_the_kernel_equal_those_of_gathered_pages(options):
     for name in ("logp", "entropy", "gini"):
         a, b = getattr(flash, name), getattr(blocks, name)
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1"])
+def test_kernels_compile_for_tpus(name, tmp_path):
+    """In the shapes of several models, under fsdp 2 x tensor 2: two kernels, each of which says what a visit reads, and
+    no gather of queries or results around them.
+    """
+    command = [sys.executable, "-m", "tests.programs.compiled_decoding", name]
+    environment = topology.child_environment(topology.parse(name), tmp_path)
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for shape, found in json.loads(done.stdout).items():
+        assert found == {"pages": [1, 1], "gathers": 0}, shape
