@@ -331,7 +331,7 @@ def _prompt_kernel(group: int, _, *refs) -> None:
     """One matrix of queries for every kv head: those of the prompt's responses, one after another."""
     at, (members, entry, member) = _visit(*refs[:6]), refs[6:9]
     q_ref, k_ref, v_ref, out_ref, lse_ref, queries_ref, *sums = refs[9:]
-    found, kv_heads = _Sums(*sums), k_ref.shape[2]
+    found, kv_heads = _Sums._make(sums), k_ref.shape[2]
     repeats = q_ref.shape[1] // kv_heads
 
     def rows(i: int):
@@ -383,7 +383,7 @@ def _response_kernel(_, *refs) -> None:
     at = _visit(*refs[:6])
     own_rows_ref, q_ref, k_ref, v_ref, recent_k_ref, recent_v_ref, own_k_ref, own_v_ref = refs[6:14]
     prompt_ref, prompt_lse_ref, out_ref, *sums = refs[14:]
-    found, q = _Sums(*sums), q_ref[0]
+    found, q = _Sums._make(sums), q_ref[0]
 
     def of_all_heads(ref):
         return ref[0, 0].reshape(-1, ref.shape[-1])
