@@ -398,7 +398,8 @@ def _response_kernel(_, *refs) -> None:
         first = kv_head * (shape[0] // shape[1])
         seen = (head >= first) & (head < first + shape[0] // shape[1])
         # in float32: Mosaic does not compile a product of bfloat16 with the only row of a lone kv head
-        found.add(*(x.astype(jnp.float32) for x in (q, own_k_ref[0], own_v_ref[0])), seen)
+        k, v = (ref[0].astype(jnp.float32) for ref in (own_k_ref, own_v_ref))
+        found.add(q.astype(jnp.float32), k, v, seen)
 
     def add(k_ref, v_ref) -> None:
         row = own_rows_ref[...]
