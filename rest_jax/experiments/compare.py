@@ -27,6 +27,7 @@ from rest_jax.experiments.worker import Engine, Experiment, Job, carry_out, is_f
 from rest_jax.files import atomic_write, local_path
 from rest_jax.texts import print_text
 
+PAGE = "README.md"
 _RATE = "optimizer.learning_rate"
 
 
@@ -158,6 +159,8 @@ def compare(plan: str, *, output: str | None = None, engine: Engine | None = Non
     loaded = config_lib.validate_as(Plan, config_lib.read_mapping(path), f"plan {path}")
     name = path.stem
     folder = local_path("--output", output or f"{loaded.folder(name)}/page")
+    if (folder / PAGE).exists() and not results.are_in(folder, name):
+        raise UserError(f"--output {folder}: its {PAGE} is no page of {name}; name another folder")
     for config in (job.config() for job in loaded.jobs(name, loaded.first_rates).values()):
         if config.train.steps is None:
             raise UserError(f"plan {name}: train.steps must be set")
@@ -336,6 +339,6 @@ def write_page(found: Compared, folder: pathlib.Path) -> pathlib.Path:
         verdicts={arm: verdict(found, differences, arm) for arm, _ in against if "+" not in arm},
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / "README.md") as partial:
+    with atomic_write(folder / PAGE) as partial:
         partial.write_text(text, encoding="utf-8")
-    return folder / "README.md"
+    return folder / PAGE

@@ -431,6 +431,19 @@ def test_nothing_to_show(plan_file, tmp_path):
     assert not (tmp_path / "page").exists()
 
 
+def test_a_page_of_something_else_is_not_replaced(finished, tmp_path):
+    """What a folder of documents has; the page of these tables is."""
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "README.md").write_text("# Ours\n")
+    with pytest.raises(UserError, match=r"docs: its README\.md is no page of tiny; name another"):
+        compare(finished, output=str(folder), engine=PAGE_ONLY)
+    assert [path.name for path in folder.iterdir()] == ["README.md"]
+    (folder / "README.md").unlink()
+    for _ in range(2):
+        assert "# Ours" not in compare(finished, output=str(folder), engine=PAGE_ONLY).read_text()
+
+
 def test_another_config_in_a_folder_is_refused(plan_file, finished, tmp_path):
     changed = plan_file(
         overrides={"train.steps": 6, "train.eval_every": 2, "optimizer.learning_rate": 0.5}
