@@ -20,6 +20,7 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "intermediate
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """A user's cache folder of its own; nothing that is compiled here runs, so it need not be fast."""
+    jax.devices()  # jax reads XLA_FLAGS, which say how many there are, when it is first asked
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("XDG_CACHE_HOME", str(folder))
