@@ -24,7 +24,7 @@ from rest_jax.experiments import results, storage
 from rest_jax.experiments.figures import write_figures
 from rest_jax.experiments.results import Difference, MadeOf, RateRun, Results, Run
 from rest_jax.experiments.worker import Engine, Experiment, Job, carry_out, is_finished
-from rest_jax.files import atomic_write, local_path
+from rest_jax.files import atomic_write, local_path, store_errors
 from rest_jax.texts import print_text
 
 PAGE = "README.md"
@@ -159,8 +159,7 @@ def compare(plan: str, *, output: str | None = None, engine: Engine | None = Non
     loaded = config_lib.validate_as(Plan, config_lib.read_mapping(path), f"plan {path}")
     name = path.stem
     folder = local_path("--output", output or f"{loaded.folder(name)}/page")
-    if (folder / PAGE).exists() and not results.are_in(folder, name):
-        raise UserError(f"--output {folder}: its {PAGE} is no page of {name}; name another folder")
+    check_page(folder / PAGE, name)
     for config in (job.config() for job in loaded.jobs(name, loaded.first_rates).values()):
         if config.train.steps is None:
             raise UserError(f"plan {name}: train.steps must be set")
@@ -188,6 +187,16 @@ def compare(plan: str, *, output: str | None = None, engine: Engine | None = Non
     if failed:
         raise RunStopped(f"{len(failed)} runs failed; the first: {failed[0]}")
     return page
+
+
+def check_page(page: pathlib.Path, name: str) -> None:
+    """UserError for a file that is there and that `write_page` did not write for that comparison."""
+    if not page.exists():
+        return
+    with store_errors(page):
+        text = page.read_text(errors="replace")
+    if f"`rest-jax compare {name}` writes this page" not in text:
+        raise UserError(f"{page}: is no page of {name}; name another folder: --output")
 
 
 def train(name: str, plan: Plan, folder: pathlib.Path, engine: Engine) -> list[str]:

@@ -357,11 +357,6 @@ def _gain_rows(gains: Mapping[str, pathlib.Path]) -> Iterable[dict[str, Any]]:
             yield {"method": method, "policy": policy, **values}
 
 
-def are_in(folder: pathlib.Path, name: str) -> bool:
-    """Whether a folder has tables of that comparison."""
-    return any((folder / f"{name}_{table}.csv").is_file() for table in ("runs", "rates"))
-
-
 def read(name: str, folder: pathlib.Path) -> Results:
     """What `store` left in the folder; empty without it."""
     made_of: dict[Run | RateRun, MadeOf] = {}

@@ -172,12 +172,13 @@ def attend_prefixed(
 
 
 def attend_cache(
-    q: Float[Array, "W B N H"],
-    own: tuple[Float[Array, "W B K H"], Float[Array, "W B K H"]] | None,
+    q: Float[Array, "W N A H"],
+    own: tuple[Float[Array, "W N K H"], Float[Array, "W N K H"]] | None,
     layout: DecodeLayout,
     cache: LayerCache,
-) -> Float[Array, "W B N H"]:
-    """The new tokens of B decode slots against their prompt, their response's earlier tokens and themselves, in q's dtype.
+) -> Float[Array, "W N A H"]:
+    """The new tokens of N decode slots, with A heads, against their prompt, their response's earlier tokens and themselves, in
+    q's dtype.
 
     `own` holds their keys and values; None: `recent` has them already. Queries are brought together by prompt, so that the keys
     of a prompt are read once for all its responses.

@@ -78,7 +78,7 @@ class PageTable(NamedTuple):
 class Visits(NamedTuple):
     """Pages for a kernel to visit, sequence by sequence; behind `count` nothing is meant. Data shards one after another."""
 
-    sequence: Int[Array, " Wn"]  # int32, as all but the last
+    sequence: Int[Array, " Wn"]  # int32, as all
     page: Int[Array, " Wn"]
     begin: Int[Array, " Wn"]  # begin <= row < end are keys of the sequence
     end: Int[Array, " Wn"]

@@ -13,6 +13,7 @@ A `Partial` is joined with those of other keys in one softmax (`join`, `normalis
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -115,8 +116,9 @@ def attend_prompts(
     kv_heads, rows = pool.k.shape[-3], group * heads // pool.k.shape[-3]  # type: ignore[union-attr]
     queries, *results = (_all_of((count, heads, w)) for w in (width, width, _LANES))
     out_shape = [jax.ShapeDtypeStruct((count, heads, w), jnp.float32) for w in (width, _LANES)]
-    held = 2 * count * heads * (-(-width // _LANES) * (q.dtype.itemsize + 4) + 4) * _LANES
-    sums = [pltpu.VMEM((kv_heads, rows, w), jnp.float32) for w in (width, 1, 1)]
+    scratch = [((kv_heads, rows, w), jnp.float32) for w in (width, width, 1, 1)]
+    blocks = [((count, heads, width), q.dtype), *((x.shape, x.dtype) for x in out_shape)]
+    held = sum(_tiled_bytes(*x) for x in scratch) + 2 * sum(_tiled_bytes(*x) for x in blocks)
     found = _visit_pages(
         "attend_prompts",
         functools.partial(_prompt_kernel, group),
@@ -125,8 +127,9 @@ def attend_prompts(
         [x.reshape(-1) for x in slots],
         [(q[0], queries), *_pages(pool)],
         (out_shape, results),
-        [pltpu.VMEM((kv_heads, rows, width), jnp.float32), *sums],
+        [pltpu.VMEM(*x) for x in scratch],
         _cost(pool, rows),
+        # half of the usual for the pages and what a visit computes
         max(_USUAL_MEMORY, _USUAL_MEMORY // 2 + held),
     )
     return found[0][None], found[1][None]
@@ -167,7 +170,7 @@ def attend_responses(
         arrays,
         out,
         sums,
-        _cost(pool, heads),
+        _cost(pool, heads // kv_heads),
     )
     return found[None]
 
@@ -222,8 +225,16 @@ def _pages(layers: Pool, of_sequence: bool = False) -> list[tuple[jax.Array, pl.
     return [(x[:, 0], pl.BlockSpec((1, 1, *x.shape[3:]), index)) for x in layers]  # type: ignore[call-overload, union-attr]
 
 
+def _tiled_bytes(shape: tuple[int, ...], dtype: Any) -> int:
+    """What an array takes on the chip, in tiles of 32 bytes x 128 lanes."""
+    *outer, rows, lanes = shape
+    item = jnp.dtype(dtype).itemsize
+    tiles = -(-rows // (32 // item)) * -(-lanes // _LANES)
+    return math.prod(outer) * tiles * 32 * _LANES
+
+
 def _cost(pool: Pool, queries: int) -> pl.CostEstimate:
-    """Of one visit, with so many queries of every kv head: how many there are, only the values say."""
+    """Of one visit, with so many queries of every kv head that see the page: how many visits there are, only the values say."""
     heads, size, width = pool.k.shape[-3:]  # type: ignore[union-attr]
     return pl.CostEstimate(
         flops=4 * heads * queries * size * width,
@@ -362,6 +373,9 @@ def _prompt_kernel(group: int, _, *refs) -> None:
 
     @pl.when(at.last)
     def _():
+        total = found.total[...]
+        found.out[...] = found.out[...] / total
+        found.peak[...] = found.peak[...] + jnp.log(total)
         for m in range(group):
             slot = members[at.sequence * group + m]
 
@@ -369,11 +383,9 @@ def _prompt_kernel(group: int, _, *refs) -> None:
             @pl.when((entry[slot] == at.sequence) & (member[slot] == m))
             def _(m=m, slot=slot):
                 for head in range(kv_heads):
-                    out, total, peak = (ref[head, rows(m)] for ref in found)
-                    out_ref[slot, rows(head)] = out / total
-                    lse_ref[slot, rows(head)] = jnp.broadcast_to(
-                        peak + jnp.log(total), (repeats, _LANES)
-                    )
+                    out_ref[slot, rows(head)] = found.out[head, rows(m)]
+                    lse = found.peak[head, rows(m)]
+                    lse_ref[slot, rows(head)] = jnp.broadcast_to(lse, (repeats, _LANES))
 
 
 def _response_kernel(_, *refs) -> None:

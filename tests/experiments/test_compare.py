@@ -432,13 +432,15 @@ def test_nothing_to_show(plan_file, tmp_path):
 
 
 def test_a_page_of_something_else_is_not_replaced(finished, tmp_path):
-    """What a folder of documents has; the page of these tables is."""
+    """What a folder of documents has, and the page of another comparison; its own is."""
     folder = tmp_path / "docs"
     folder.mkdir()
-    (folder / "README.md").write_text("# Ours\n")
-    with pytest.raises(UserError, match=r"docs: its README\.md is no page of tiny; name another"):
-        compare(finished, output=str(folder), engine=PAGE_ONLY)
-    assert [path.name for path in folder.iterdir()] == ["README.md"]
+    for text in ("# Ours\n", "`rest-jax compare tiny2` writes this page; do not edit it.\n"):
+        (folder / "README.md").write_text(text)
+        with pytest.raises(UserError, match=r"README\.md: is no page of tiny; name another folder"):
+            compare(finished, output=str(folder), engine=PAGE_ONLY)
+        assert [path.name for path in folder.iterdir()] == ["README.md"]
+        assert (folder / "README.md").read_text() == text
     (folder / "README.md").unlink()
     for _ in range(2):
         assert "# Ours" not in compare(finished, output=str(folder), engine=PAGE_ONLY).read_text()

@@ -11,7 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rest_jax.models.cache import DecodeLayout, PagedKeys, PageTable, Pool
+from rest_jax.distributed import activate
+from rest_jax.models.attention import attend_cache
+from rest_jax.models.cache import (
+    DecodeLayout,
+    GatheredKeys,
+    LayerCache,
+    PagedKeys,
+    PageTable,
+    Pool,
+)
 from rest_jax.models.paged_attention import (
     Partial,
     Response,
@@ -189,6 +198,59 @@ def dense_response(q, pool, table, recent, response: Response, prompt) -> np.nda
     return each_sequence(one)
 
 
+def rounded(tree):
+    """In bfloat16."""
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+
+
+def test_in_bfloat16_products_are_of_rounded_numbers_and_sums_are_not():
+    """Two kv heads with two queries each; prompts and responses, against dense attention to the rounded keys."""
+    table, pool, slots = make_table(1), rounded(make_pool(2)), make_slots(2)
+    q = rounded(normal(3, SHARDS, slots.entry.shape[1], 4, WIDTH))
+    out, _ = prompts(q, pool, table, slots)
+    assert out.dtype == jnp.float32
+    for w, n in np.ndindex(SHARDS, slots.entry.shape[1] - 1):
+        if (entry := int(slots.entry[w, n])) != 1:
+            expected = dense(q[w, n].reshape(2, 2, WIDTH), *keys_of(pool, table, w, entry))[0]
+            assert_close(out[w, n].reshape(expected.shape), expected, tolerance=1e-2)
+    q, recent, response, prompt = make_response(2, 2)
+    q, response = rounded(q), Response(*rounded(response[:4]), *response[4:])
+    out = responses(q, pool, table, recent, response)
+    assert out.dtype == jnp.bfloat16
+    expected = dense_response(q, pool, table, recent, response, prompt)
+    assert_close(out.astype(jnp.float32), expected, tolerance=2e-2)
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_new_tokens_over_a_mesh(heads, repeats):
+    """Of two data shards on four devices each, which share four kv heads and each have both of two; as over gathered pages."""
+    table, pool, slots = make_table(), make_pool(heads), make_slots(2)
+    count = slots.entry.shape[1]
+    q = normal(3, SHARDS, count, heads * repeats, WIDTH)
+    own = tuple(normal(i, SHARDS, count, heads, WIDTH) for i in (4, 5))
+    recent = [normal(i, LAYERS, SHARDS, count, heads, SIZE, WIDTH) for i in (6, 7)]
+    end = jnp.asarray(np.random.default_rng(8).integers(0, SIZE + 1, (SHARDS, count)), jnp.int32)
+    nothing = PageTable(*(jnp.zeros((SHARDS, count, 1), jnp.int32),) * 3)
+
+    def by_kernels(q, own, pool, recent):
+        drawn = list_visits(nothing, (jnp.zeros_like(end), end))
+        layout = DecodeLayout(PagedKeys(list_visits(table), drawn), jnp.int32(0), **slots._asdict())
+        return attend_cache(q, own, layout, LayerCache(pool, LAYER, *recent))
+
+    def by_gathering(q, own, pool, recent):
+        keys = GatheredKeys(table.rows(SIZE), jnp.arange(SIZE) < end[..., None])
+        layout = DecodeLayout(keys, jnp.int32(0), **slots._asdict())
+        gathered = Pool(*(gather_pages(x, table)[LAYER] for x in pool))
+        return attend_cache(q, own, layout, LayerCache(gathered, None, *(x[LAYER] for x in recent)))
+
+    with activate(tiny.mesh(data=2, tensor=4)):
+        found = jax.jit(by_kernels)(q, own, pool, recent)
+    expected = jax.jit(by_gathering)(q, own, pool, recent)
+    # the last slot is not that of its response any more
+    assert_close(found[:, :-1], expected[:, :-1])
+
+
 @pytest.mark.parametrize(("heads", "queries"), [(1, 1), (2, 7), (3, 2)])
 def test_responses_equal_dense_attention(heads, queries):
     table, pool = make_table(1), make_pool(heads)
@@ -302,7 +364,7 @@ def test_parts_of_the_keys_are_joined_in_one_softmax():
     [
         pytest.param({"decode_slots": 3}, marks=pytest.mark.slow),
         pytest.param({"decode_slots": 5, "shape": (1, 2, 2)}, marks=pytest.mark.slow),
-        # fewer kv heads than devices that share them
+        # a kv head a device
         pytest.param({"decode_slots": 3, "shape": (1, 1, 4)}, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -329,5 +391,7 @@ def test_kernels_compile_for_tpus(name, tmp_path):
     environment = topology.child_environment(topology.parse(name), tmp_path)
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for shape, found in json.loads(done.stdout).items():
+    made = json.loads(done.stdout)
+    assert len(made) == 5
+    for shape, found in made.items():
         assert found == {"pages": [1, 1], "gathers": 0}, shape

@@ -1,6 +1,6 @@
 """compiled_decoding.py TOPOLOGY: attention of new tokens to a paged cache for four chips of it, in the shapes of several models.
 
-Prints, as JSON, the kernels of each compiled program with their visits' bytes, and how many gathers XLA makes.
+Prints, as JSON, the pages that a visit of each kernel of a compiled program reads, and how many gathers of floats XLA makes.
 """
 
 import functools
@@ -67,8 +67,8 @@ def measure(heads, kv_heads, width, slots, prompts, group, dtype):
     used = [use.instruction for use in hlo.uses(hlo.parse(text))]
     page = 2 * kv_heads // 2 * SIZE * width * jnp.dtype(dtype).itemsize
     found = [kernel_bytes(one) / page for one in used if is_kernel(one)]
-    wide = [one for one in used if one.opcode == "gather" and one.outputs[0].shape[-1] == width]
-    return {"pages": found, "gathers": len(wide)}
+    floats = [one for one in used if one.opcode == "gather" and "f" in one.outputs[0].dtype]
+    return {"pages": found, "gathers": len(floats)}
 
 
 print(json.dumps({name: measure(*shape) for name, shape in SHAPES.items()}))
