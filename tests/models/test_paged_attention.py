@@ -366,12 +366,17 @@ def test_parts_of_the_keys_are_joined_in_one_softmax():
         pytest.param({"decode_slots": 5, "shape": (1, 2, 2)}, marks=pytest.mark.slow),
         # a kv head a device
         pytest.param({"decode_slots": 3, "shape": (1, 1, 4)}, marks=pytest.mark.slow),
+        # the place of a prompt is taken by another
+        pytest.param({"decode_slots": 3, "prompt_cache_entries": 2}, marks=pytest.mark.slow),
+        # slots are removed at the end
+        pytest.param({"decode_slots": 32, "prompts": 16}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
 def test_rollouts_with_the_kernel_equal_those_of_gathered_pages(options):
     """Responses that begin anywhere in a page, and end."""
-    batch = tiny.prompts(4, 8)
+    options = dict(options)
+    batch = tiny.prompts(options.pop("prompts", 4), 8)
     blocks = tiny.rollout(batch, group=2)
     flash = tiny.rollout(batch, group=2, page=4, attention="flash", **options)
     np.testing.assert_array_equal(flash.responses, blocks.responses)
