@@ -190,12 +190,12 @@ def compare(plan: str, *, output: str | None = None, engine: Engine | None = Non
 
 
 def check_page(page: pathlib.Path, name: str) -> None:
-    """UserError for a file that is there and that `write_page` did not write for that comparison."""
+    """UserError for a file that holds something that `write_page` did not write for that comparison."""
     if not page.exists():
         return
     with store_errors(page):
         text = page.read_text(errors="replace")
-    if f"`rest-jax compare {name}` writes this page" not in text:
+    if text.strip() and f"`rest-jax compare {name}` writes this page" not in text:
         raise UserError(f"{page}: is no page of {name}; name another folder: --output")
 
 
