@@ -111,22 +111,20 @@ def attend_prompts(
     The kernel brings the queries of a prompt together and its results back, since XLA would copy and pad them for that.
     """
     assert isinstance(layout.keys, PagedKeys)
-    visits, slots = layout.keys.prompts, (layout.members[0], layout.entry[0], layout.member[0])
     (count, heads, width), group = q.shape[1:], layout.members.shape[2]
     kv_heads, rows = pool.k.shape[-3], group * heads // pool.k.shape[-3]  # type: ignore[union-attr]
-    queries, *results = (_all_of((count, heads, w)) for w in (width, width, _LANES))
-    out_shape = [jax.ShapeDtypeStruct((count, heads, w), jnp.float32) for w in (width, _LANES)]
     scratch = [((kv_heads, rows, w), jnp.float32) for w in (width, width, 1, 1)]
-    blocks = [((count, heads, width), q.dtype), *((x.shape, x.dtype) for x in out_shape)]
-    held = sum(_tiled_bytes(*x) for x in scratch) + 2 * sum(_tiled_bytes(*x) for x in blocks)
+    results = [((count, heads, w), jnp.float32) for w in (width, _LANES)]
+    whole = [(q.shape[1:], q.dtype), *results]
+    held = sum(_tiled_bytes(*x) for x in scratch) + 2 * sum(_tiled_bytes(*x) for x in whole)
     found = _visit_pages(
         "attend_prompts",
         functools.partial(_prompt_kernel, group),
-        visits,
+        layout.keys.prompts,
         layer,
-        [x.reshape(-1) for x in slots],
-        [(q[0], queries), *_pages(pool)],
-        (out_shape, results),
+        [x.reshape(-1) for x in (layout.members, layout.entry, layout.member)],
+        [(q[0], _all_of(q.shape[1:])), *_pages(pool)],
+        ([jax.ShapeDtypeStruct(*x) for x in results], [_all_of(shape) for shape, _ in results]),
         [pltpu.VMEM(*x) for x in scratch],
         _cost(pool, rows),
         # half of the usual for the pages and what a visit computes
