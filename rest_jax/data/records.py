@@ -216,11 +216,12 @@ def restored(raw: Mapping[str, Any]) -> StepRecord:
 def target_from_json(raw: Any, where: str) -> Target:
     """A gold answer from {"calls": [...], "response", "think", "text"}."""
     _check_keys(mapping(raw, where), ("calls", "response", "think", "text"), where)
+    calls = tuple(Call(**call) for call in _calls(raw, where))
     return Target(
-        calls=tuple(Call(**call) for call in _calls(raw, where)),
-        response=_optional_text(raw, "response", where),
-        think=_optional_text(raw, "think", where),
-        text=_optional_text(raw, "text", where),
+        calls=calls,
+        response=_said(_optional_text(raw, "response", where), calls),
+        think=_optional_text(raw, "think", where) or None,
+        text=_optional_text(raw, "text", where) or None,
     )
 
 
@@ -247,7 +248,8 @@ def _check_keys(raw: Mapping[str, Any], known: Sequence[str], where: str) -> Non
 
 def _check_version(raw: Mapping[str, Any], where: str) -> None:
     version = raw.get("version")
-    if version is not None and (isinstance(version, bool) or version not in range(1, VERSION + 1)):
+    known = isinstance(version, int) and version in range(1, VERSION + 1)
+    if fields.is_given(version) and (isinstance(version, bool) or not known):
         raise RecordError(
             f"{where}: version: {fields.shown(version)} is not known here, {VERSION} is the newest; update rest_jax"
         )
@@ -259,13 +261,15 @@ def _history(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
         place = f"{where}: history[{i}]"
         turn = dict(mapping(item, place))
         fields.one_of(turn.get("role"), ROLES, f"{place}: role")
-        if calls := _calls(turn, place):
-            turn["calls"] = calls
-        if (content := _optional_text(turn, "content", place)) is None and not calls:
+        calls = _calls(turn, place)
+        content = _optional_text(turn, "content", place)
+        if content is None and not calls:
             raise RecordError(f"{place}: neither content nor calls")
         if content is None and turn["role"] != "assistant":
             raise RecordError(f"{place}: content: text is needed, found nothing")
-        _optional_text(turn, "think", place)
+        think = _optional_text(turn, "think", place) or None
+        read = {"calls": calls, "content": _said(content, calls), "think": think}
+        turn |= {key: value for key, value in read.items() if turn.get(key) is not None}
         turns.append(turn)
     return tuple(turns)
 
@@ -295,3 +299,8 @@ def _text(raw: Mapping[str, Any], key: str, where: str, default: str | None = No
 
 def _optional_text(raw: Mapping[str, Any], key: str, where: str) -> str | None:
     return None if raw.get(key) is None else _text(raw, key, where)
+
+
+def _said(text: str | None, calls: Sequence[Any]) -> str | None:
+    """What an answer says to the user: beside calls, an empty text is nothing."""
+    return None if calls and not text else text

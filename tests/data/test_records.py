@@ -78,6 +78,44 @@ def test_columns_of_the_users_own_are_kept_and_nothing_is_added_without_them():
     assert restored(json.loads(to_bytes(record))) == record == from_json(to_json(record))
 
 
+def _told(history, **target):
+    """A record of one tool, after a question."""
+    tool = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+    history = [{"role": "user", "content": "u"}, *history]
+    raw = {"id": "a", "tools": [tool], "history": history, "target": target}
+    return from_json({"version": "", **raw})
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_a_default_is_one_however_it_is_written(template):
+    """Null, an empty text, a text of an empty list and an absent field make the same record, and the same prompt."""
+    calls = [{"name": "f", "arguments": {"x": 1}}]
+    result = {"role": "tool", "content": ""}
+    plain = {"role": "assistant", "content": None, "calls": calls}
+    prompt = _told([plain, result], response="x").prompt_messages(template)
+    for turn in (
+        {**plain, "content": ""},
+        {**plain, "think": ""},
+        {**plain, "think": None, "calls": json.dumps(calls)},
+        {"role": "assistant", "calls": calls},
+    ):
+        assert _told([turn, result], response="x").prompt_messages(template) == prompt
+    said = {"role": "assistant", "content": "x"}
+    next_one = {"role": "user", "content": "y"}
+    prompt = _told([said, next_one], response="x").prompt_messages(template)
+    for calls in ("[]", " ", [], None):
+        record = _told([{**said, "calls": calls}, next_one], response="x")
+        assert record.prompt_messages(template) == prompt
+        assert from_json(to_json(record)) == record
+
+
+def test_an_empty_text_beside_calls_is_no_answer():
+    calls = [{"name": "f", "arguments": {}}]
+    record = _told([], calls=calls, response="", think="", text="")
+    assert record.target == Target(calls=(Call("f", {}),))
+    assert _told([], calls="[]", response="").target.response == ""
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
