@@ -76,3 +76,5 @@ class Answer:
     span_regions: np.ndarray
     # whether the format's reference reader reads `calls`, given their layout (docs/method.md section 6)
     executable: bool = True
+    # (start, end) in bytes, in order, of what has the form of calls and is none of `calls`
+    unread: tuple[tuple[int, int], ...] = ()

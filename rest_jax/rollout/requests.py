@@ -65,19 +65,19 @@ class Piece:
 
 @dataclasses.dataclass
 class StreamStats:
-    """Counts since the stream was made."""
+    """Counts since the stream was made; none ever falls."""
 
-    prompt_tokens: int = 0
-    prefilled_tokens: int = 0  # of them; the others were in pages
+    prefilled_tokens: int = 0  # of prompts
+    reused_tokens: int = 0  # of prompts that are prefilled: those that were in pages
     tokens: int = 0  # drawn
     slot_steps: int = 0  # decode steps x decode slots
     prefill_calls: int = 0
     calls: int = 0
 
     @property
-    def reused_tokens(self) -> int:
-        """Prompt tokens that were in pages. Those of requests that wait count once they are prefilled."""
-        return self.prompt_tokens - self.prefilled_tokens
+    def prompt_tokens(self) -> int:
+        """Of all prompts, as far as they are in pages."""
+        return self.prefilled_tokens + self.reused_tokens
 
 
 class Stream:
@@ -122,14 +122,12 @@ class Stream:
         sequence = Sequence(next(self._numbers), request, request.ids[:0], [])
         shard.waiting.append(sequence)
         self._owners[sequence.number] = sequence, shard
-        self.stats.prompt_tokens += len(request.ids)
         return sequence.number
 
     def cancel(self, number: int) -> None:
         """Ends a request before its time; one that has ended is none."""
         if number in self._owners:
             sequence, shard = self._owners.pop(number)
-            self.stats.prompt_tokens -= sequence.prompt_left
             shard.cancel(sequence)
 
     def clear(self, params: Params) -> None:
@@ -212,6 +210,7 @@ class Stream:
                     entries[w, i], last[w, i] = sequence.entry, at.stop - 1
                     lengths[w, i] = len(sequence.request.ids)
                 self.stats.prefilled_tokens += part.count
+                self.stats.reused_tokens += part.held
         rows: Any = PromptRows(tokens, until, position, pages, entries, last, lengths)
         prefix = PageTable(*before) if size else None
         rows, prefix = to_mesh((rows, prefix), self.mesh)

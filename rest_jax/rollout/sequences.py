@@ -58,6 +58,7 @@ class Part(NamedTuple):
     start: int  # position in the row
     first: int  # position in the prompt
     count: int
+    held: int  # tokens before, if it is the first part: others had them in pages
     before: list[Rows]  # what they continue
     pages: list[int]  # where they go
 
@@ -112,7 +113,7 @@ class SequenceShard:
         sequence = self.waiting[0]
         held = len(sequence.ids)
         if sequence.entry is None:
-            donor, held = self.match(sequence.request.ids)
+            donor, held = self._beginning(sequence)
             if not self._has_room(sequence, donor, held):
                 return None
         return held > 0, len(sequence.request.ids) - held
@@ -126,9 +127,9 @@ class SequenceShard:
         for sequence in self.waiting[: _LOOK_AHEAD * self.num_slots]:
             if used == width:
                 break
-            ids = sequence.request.ids
+            ids, held = sequence.request.ids, 0
             if sequence.entry is None:
-                donor, held = self.match(ids, parts)
+                donor, held = self._beginning(sequence, parts)
                 beside = (common(part.sequence.request.ids, ids) for part in parts)
                 if max(beside, default=0) >= held + self.page:
                     continue  # soon there is more of it in pages
@@ -139,13 +140,30 @@ class SequenceShard:
                 self._admit(sequence, donor, held)
             elif size is None:
                 continue
-            part = self._part(sequence, used, size or width - used)
+            part = self._part(sequence, used, size or width - used, held)
             parts.append(part)
             used += size or len(part.pages) * self.page
             if part.completes:
                 self.waiting.remove(sequence)
                 self.ready.append(sequence)
         return parts
+
+    def _beginning(
+        self, sequence: Sequence, row: Iterable[Part] = ()
+    ) -> tuple[Sequence | None, int]:
+        """`match`; nothing for the first that waits, where it has room in that way alone.
+
+        Turns leave pages that are partly filled: what is held of a long dialogue may take more of them than its tokens need.
+        """
+        donor, held = self.match(sequence.request.ids, row)
+        if (
+            held
+            and sequence is self.waiting[0]
+            and not self._has_room(sequence, donor, held)
+            and self._has_room(sequence, None, 0)
+        ):
+            return None, 0
+        return donor, held
 
     def _has_room(self, sequence: Sequence, donor: Sequence | None, held: int) -> bool:
         """An entry, and pages for all that a sequence may need."""
@@ -168,7 +186,7 @@ class SequenceShard:
         if donor is not None and donor.number in self.kept:
             self.kept[donor.number] = self.kept.pop(donor.number)
 
-    def _part(self, sequence: Sequence, start: int, room: int) -> Part:
+    def _part(self, sequence: Sequence, start: int, room: int, held: int) -> Part:
         """Puts as much of a prompt as there is room for into new pages."""
         first, before = len(sequence.ids), list(sequence.rows)
         count = min(sequence.prompt_left, room)
@@ -177,7 +195,7 @@ class SequenceShard:
             self._hold(sequence, Rows(page, 0, min(count - i * self.page, self.page)))
         sequence.ids = sequence.request.ids[: first + count]
         sequence.prompt_rows = len(sequence.rows)
-        return Part(sequence, start, first, count, before, pages)
+        return Part(sequence, start, first, count, held, before, pages)
 
     def next_pages(self) -> dict[int, int]:
         """By decode slot, the page that takes what it draws in the next call: of those that run, and of those that may start."""

@@ -5,9 +5,11 @@ as their schemas; of a JSON list of tools the user types the results; a world ma
 wants something of it. Calls and results are shown.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import http.client
+import inspect
 import json
 import pathlib
 import re
@@ -298,7 +300,7 @@ def _functions(path: pathlib.Path) -> Tools:
         found = {
             key: value
             for key, value in runpy.run_path(str(path), run_name=name).items()
-            if callable(value) and getattr(value, "__module__", "") == name and key[0] != "_"
+            if inspect.isfunction(value) and value.__module__ == name and key[0] != "_"
         }
         schemas = [get_json_schema(function) for function in found.values()]
     except (Exception, SystemExit) as error:  # the file is a program
@@ -308,6 +310,8 @@ def _functions(path: pathlib.Path) -> Tools:
 
     def call(name: str, arguments: Mapping[str, Any]) -> str:
         result = found.get(name, lambda **_: _no_tool(name, {}))(**arguments)
+        if inspect.iscoroutine(result):
+            result = asyncio.run(result)
         return (
             result
             if isinstance(result, str)

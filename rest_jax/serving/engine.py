@@ -46,16 +46,19 @@ class Sampled:
         self._engine = engine
         self._pieces: asyncio.Queue[tuple[int, Piece] | Exception] = asyncio.Queue()
         self._open = set(range(count))
+        self._cancelled: set[int] = set()
         self.begun = time.monotonic()
 
     async def next(self) -> tuple[int, Piece]:
         """(number of the request, its next piece). EngineEnded when no more will come, ValueError when the stream cannot take a
         request.
         """
-        got = await self._pieces.get()
-        if isinstance(got, Exception):
-            raise got
-        return got
+        while True:
+            got = await self._pieces.get()
+            if isinstance(got, Exception):
+                raise got
+            if got[0] not in self._cancelled:  # else it was drawn before that was known
+                return got
 
     def put(self, got: tuple[int, Piece] | Exception) -> None:
         """What the engine has for it."""
@@ -67,7 +70,8 @@ class Sampled:
                 self._forget(got[0])
 
     def cancel(self, number: int) -> None:
-        """No more pieces of this request."""
+        """No more pieces of this request, nor those that wait."""
+        self._cancelled.add(number)
         if number in self._open:
             self._engine.tell(("cancel", self, number))
             self._forget(number)

@@ -83,6 +83,7 @@ def read_chat(served: Served, request: ChatRequest) -> Asked:
             opening=opening.encode(),
         ),
         "messages",
+        request.limit,
     )
 
 
@@ -108,7 +109,7 @@ def read_completion(served: Served, request: CompletionRequest) -> Asked:
             raise ApiError(400, f"prompt: the id {most} is above the vocabulary's {size}", "prompt")
         prompts.append(np.asarray(prompt, np.int32))
     stops = [stop.encode() for stop in request.stop]
-    return _checked(served, Asked(prompts, request.max_tokens, stops), "prompt")
+    return _checked(served, Asked(prompts, request.max_tokens, stops), "prompt", request.limit)
 
 
 def completion(
@@ -120,7 +121,7 @@ def completion(
     return Completion(served.tokenizer, reading, asked.stops, asked.opening)
 
 
-def _checked(served: Served, asked: Asked, field: str) -> Asked:
+def _checked(served: Served, asked: Asked, field: str, limit: str) -> Asked:
     lengths = [len(prompt) for prompt in asked.prompts]
     if not min(lengths):
         raise ApiError(400, f"{field}: a prompt without tokens", field)
@@ -134,7 +135,7 @@ def _checked(served: Served, asked: Asked, field: str) -> Asked:
     if asked.max_tokens > served.max_new_tokens:
         raise ApiError(
             400,
-            f"max_tokens: {asked.max_tokens:,}, at most {served.max_new_tokens:,} are given",
-            "max_tokens",
+            f"{limit}: {asked.max_tokens:,}, at most {served.max_new_tokens:,} are given",
+            limit,
         )
     return asked

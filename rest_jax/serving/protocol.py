@@ -126,9 +126,9 @@ class CompletionRequest(_Sampled):
         raise ValueError("a text, token ids, or a list of one of these is needed")
 
     @property
-    def max_new_tokens(self) -> int | None:
-        """Tokens of an answer."""
-        return self.max_tokens
+    def limit(self) -> str:
+        """The field that says how many tokens an answer has at most."""
+        return "max_tokens"
 
     @property
     def top(self) -> int | None:
@@ -169,9 +169,14 @@ class ChatRequest(_Sampled):
         return value
 
     @property
+    def limit(self) -> str:
+        """The field that says how many tokens an answer has at most."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
     def max_new_tokens(self) -> int | None:
         """Tokens of an answer; None: as many as the server gives."""
-        return self.max_completion_tokens or self.max_tokens
+        return getattr(self, self.limit)
 
     @property
     def top(self) -> int | None:

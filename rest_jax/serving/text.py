@@ -229,10 +229,19 @@ class Turn:
         return joint + piece.decode("utf-8", "replace")
 
     def _spans(self, answer: Answer, end: int) -> list[tuple[int, int, str]]:
-        """(start, stop, role) of the parts of the first `end` bytes, neighbours of one role as one."""
-        ends = [0, *np.minimum(answer.span_ends, end).tolist()]
-        regions = [Region(r) for r in answer.span_regions.tolist()]
-        roles = [_ROLES[region] for region in regions]
+        """(start, stop, role) of the parts of the first `end` bytes, neighbours of one role as one. What is no call though it has
+        the form of one is text.
+        """
+        unread = list(itertools.chain.from_iterable(answer.unread))
+        ends = sorted({0, *(min(cut, end) for cut in (*answer.span_ends.tolist(), *unread))})
+        within, inside = (
+            np.searchsorted(cuts, ends[:-1], side="right") for cuts in (answer.span_ends, unread)
+        )
+        regions = [Region(r) for r in answer.span_regions[within].tolist()]
+        roles = [
+            _TEXT if odd else _ROLES[region]
+            for region, odd in zip(regions, (inside % 2).tolist(), strict=True)
+        ]
         if self.calls == 0:  # then the text of a call is text, tags apart
             for is_call, run in itertools.groupby(
                 range(len(regions)), lambda i: regions[i] in _OF_A_CALL

@@ -103,6 +103,7 @@ class _Writer:
         self.blocks: list[Block] = []
         self.calls: list[Call] = []
         self.broken_calls = 0
+        self.unread: list[tuple[int, int]] = []
         self.executable = True
         self.think: str | None = None
         self.responses: list[str] = []
@@ -152,13 +153,17 @@ class _Writer:
         call = read_call(self.data, start, scan)
         if call is None:
             self.broken_calls += 1
+            self.unread.append((start, scan.end))
             return False
         self.calls.append(call)
         self.executable &= scan.key == key
         return True
 
-    def drop_calls(self, first: int) -> None:
-        """Turns the calls from number `first` on into unreadable ones."""
+    def drop_calls(self, first: int, start: int, end: int) -> None:
+        """Turns the calls from number `first` on, all between these bytes, into unreadable ones."""
+        while self.unread and self.unread[-1][0] >= start:
+            self.unread.pop()
+        self.unread.append((start, end))
         self.broken_calls += len(self.calls) - first
         del self.calls[first:]
 
@@ -172,6 +177,7 @@ class _Writer:
             span_ends=np.array(self.ends, np.int64),
             span_regions=np.array(self.regions, np.int8),
             executable=self.executable,
+            unread=tuple(self.unread),
         )
 
 
@@ -301,7 +307,7 @@ def _call_block(out: _Writer, grammar: Tagged) -> None:
     listed = separators[0].strip(_JSON_SPACE) == b"["
     unreadable = out.broken_calls > broken
     if junk or not _set_apart(separators, grammar.lines) or (listed and unreadable):
-        out.drop_calls(first)
+        out.drop_calls(first, begin, start)
         out.broken_calls += not spans  # an attempt, of no object
     out.executable &= not listed and (
         _one_a_line(data, spans) if grammar.lines else len(spans) == 1
@@ -379,11 +385,12 @@ def _bare_block(out: _Writer, found: Objects, end: int) -> None:
     if not calls or (listed and data[end - 1 : end] != b"]"):
         _broken_bare(out, end)
         return
+    start = out.end
     readable = [out.call(brace, scan, b"parameters") for brace, scan in found]
     out.put(end, SCAFFOLD)
     out.executable &= not listed
     if not all(readable):
-        out.drop_calls(first)
+        out.drop_calls(first, start, end)
     out.blocks.append(Block.CALLS if all(readable) else Block.BROKEN)
 
 

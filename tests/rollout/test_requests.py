@@ -191,6 +191,29 @@ def test_what_has_room_is_taken(length):
         running.submit(Request(ids, running.capacity + 3 * PAGE))
 
 
+def test_a_dialogue_that_has_room_ends_however_its_turns_fill_the_pages():
+    """Turns that leave every page partly filled: what is held of them takes more pages than the prompt needs."""
+    rng = np.random.default_rng(0)
+    running = stream(pages=20)
+    ids, waits = prompt(rng, 18), prompt(rng, 5)
+    turns = 0
+    while len(ids) + 18 <= running.capacity:
+        numbers = [
+            running.submit(Request(asked, n, seed=turns)) for asked, n in ((ids, 18), (waits, 3))
+        ]
+        found: dict[int, list[Piece]] = {}
+        for _ in range(20):
+            for piece in running.step():
+                found.setdefault(piece.request, []).append(piece)
+        assert not running.pending
+        answer = as_one(found[numbers[0]])
+        same(answer, alone(Request(ids, 18, seed=turns)))
+        ids = np.concatenate([ids, answer.ids, prompt(rng, 18)])
+        turns += 1
+    assert turns > 5
+    assert running.stats.reused_tokens > 0.3 * running.stats.prompt_tokens
+
+
 def test_completions_of_one_prompt_share_its_pages():
     ids = prompt(np.random.default_rng(3), 40)
     running = stream()
@@ -246,8 +269,11 @@ def test_a_cancelled_request_frees_its_place_and_changes_nothing():
     for number in (*long, long[0], 12345):
         running.cancel(number)
     assert running.pending == 1
+    counted = running.stats.prompt_tokens
     found = collect(running, pieces)
     assert found.keys() == {last}
+    # what has left was prefilled, and a count never falls
+    assert counted == 18 and running.stats.prompt_tokens == counted + len(waits.ids)
     same(found[last], alone(waits))
     later = Request(prompt(rng, 12), 8)
     number = running.submit(later)

@@ -46,7 +46,7 @@ class FakeStream:
 
     def submit(self, request: Request) -> int:
         self.seen.append(request)
-        self.stats.prompt_tokens += len(request.ids)
+        self.stats.prefilled_tokens += len(request.ids)
         number = next(self._numbers)
         self._waiting[number] = request
         return number

@@ -242,6 +242,7 @@ def test_many_at_once_are_answered_as_one_after_the_other(client, server, stream
     ({"messages": USER, "stop": "a" * 1001}, 400, "stop"),
     ({"messages": USER, "max_tokens": 0}, 400, "max_tokens"),
     ({"messages": USER, "max_tokens": 129}, 400, "max_tokens"),
+    ({"messages": USER, "max_tokens": 9, "max_completion_tokens": 129}, 400, "max_completion_tokens"),
     ({"messages": USER, "top_logprobs": 2}, 400, "top_logprobs"),
     ({"messages": USER, "logit_bias": {"1": 2}}, 400, "logit_bias"),
     ({"messages": USER, "tool_choice": "required"}, 400, "tool_choice"),

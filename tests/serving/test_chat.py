@@ -162,6 +162,31 @@ def test_a_key_that_is_none_is_not_told(capsys):
         assert "secr" not in error and "--api-key" in error
 
 
+def test_classes_are_no_tools_and_coroutines_are_run(tmp_path):
+    path = tmp_path / "tools.py"
+    path.write_text(
+        '''import dataclasses, enum
+class Unit(enum.Enum):
+    C = 1
+@dataclasses.dataclass
+class Place:
+    """A place."""
+    name: str
+async def weather(city: str) -> str:
+    """
+    The weather.
+
+    Args:
+        city: where
+    """
+    return f"rain in {city}"
+'''
+    )
+    tools = load_tools(str(path))
+    assert [schema["function"]["name"] for schema in tools.schemas] == ["weather"]
+    assert tools.call is not None and tools.call("weather", {"city": "Rome"}) == "rain in Rome"
+
+
 @pytest.mark.parametrize(("name", "content", "says"), [
     ("t.py", "def f(:", "SyntaxError"),
     ("t.py", "x = 1", "no function is defined there"),

@@ -1,12 +1,15 @@
 """The engine's thread: which requests it takes in before a call."""
 
+import asyncio
 import threading
 import types
 from typing import Any
 
+import numpy as np
 import pytest
 
-from rest_jax.serving.engine import Engine
+from rest_jax.rollout.requests import Piece
+from rest_jax.serving.engine import Engine, Sampled
 from tests.serving.servers import FakeStream
 
 
@@ -31,3 +34,28 @@ def test_what_is_decoded_never_waits_for_the_next_request():
     thread.start()
     thread.join(30)
     assert not thread.is_alive()
+
+
+def test_pieces_that_wait_are_dropped_with_their_request(tokenizer):
+    """A stop string ends one completion while pieces of it and of another wait to be read."""
+
+    def piece(number: int, finish: str | None = None) -> tuple[int, Piece]:
+        drawn = np.ones(1, np.float32)
+        return number, Piece(number, np.ones(1, np.int32), drawn, drawn, None, finish)
+
+    async def read() -> list[tuple[int, str | None]]:
+        engine = Engine(FakeStream(tokenizer), 4)
+        engine.active = 2
+        sampled = Sampled(engine, 2)
+        for got in (piece(0), piece(0), piece(1), piece(0, "stop"), piece(1, "length")):
+            sampled.put(got)
+        first = await sampled.next()
+        sampled.cancel(0)
+        rest = [await sampled.next(), await sampled.next()]
+        sampled.cancel(1)
+        assert engine.active == 0
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(sampled.next(), 0.05)
+        return [(number, drawn.finish) for number, drawn in (first, *rest)]
+
+    assert asyncio.run(read()) == [(0, None), (1, None), (1, "length")]

@@ -24,7 +24,7 @@ TURNS = [
      "hm <tool_call> x", "Hi é.", (F, G)),
     ("hermes", f"one\n{HERMES[1]}\ntwo", "", "one\ntwo", (G,)),
     ("hermes", '<tool_call>\n{"name": "f", "argu', "", '{"name": "f", "argu', ()),
-    ("hermes", '<tool_call>\n{"name": "f"} no\n</tool_call> so', "", '{"name": "f"}\nno\nso', ()),
+    ("hermes", '<tool_call>\n{"name": "f"} no\n</tool_call> so', "", '{"name": "f"} no\nso', ()),
     ("hermes", "<think>\nnever ends", "never ends", "", ()),
     ("toolrl", f"<think> a b </think>\n{TOOLRL}\n<response> hi  there </response>", "a b", "hi  there",
      (F, G)),
@@ -163,6 +163,33 @@ def test_offsets_count_characters(tokenizer):
 
 PARTS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</response>", "\n", " ", "a", "é",
          '{"name": "f", ', '"arguments": {"a": 1}}', '"parameters": {}}', "[", "]", ";", "<|python_tag|>", "{"]  # fmt: skip
+
+
+DEEP = f'{{"a": {"[" * 40}{"]" * 40}}}'
+UNREAD = ['{"a": NaN}', '{"a": 1e999}', '{"a": 1, "a": 2}', '{"a": 007}', '{"a": "\\d"}', DEEP]
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+@pytest.mark.parametrize("size", [1, 5, 10_000])
+def test_what_has_the_form_of_a_call_and_is_none_is_text(name, size):
+    """Word for word, between sound calls that are told as calls."""
+    key = "arguments" if name == "hermes" else "parameters"
+    one = f'{{"name": "g", "{key}": {{}}}}'
+    told = [f'{{"name": "f", "{key}": {arguments}}}' for arguments in UNREAD]
+    told.append('{"name": "f", "parameters": {}, "arguments": {}}')
+    if name == "hermes":
+        told += [f"{one}\n{one}", f"{one}, {one}"]
+    if name == "toolrl":
+        told += [f"{one} {one}", f"{one}, {one}"]
+    if name != "llama3":
+        told += [f"{one} done", f"ok {one}", f"{one}}}", f"[{one}", f"{one}\n[", f"{told[0]} {one}"]
+
+    def block(text: str) -> str:
+        return text if name == "llama3" else f"<tool_call>\n{text}\n</tool_call>"
+
+    for text in told:
+        for whole, calls in ((block(text), ()), (f"{block(one)}\n{block(text)}", (G,))):
+            assert joined(in_parts(Turn(TEMPLATES[name], None), whole, size)) == ("", text, calls)
 
 
 @settings(max_examples=200)
