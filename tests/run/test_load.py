@@ -355,6 +355,17 @@ def test_a_run_begins_with_the_adapters_of_a_peft_folder(adapted, peft_folder):
         ({"rank_pattern": {"q_proj": 8}}, {}, "rank_pattern"),
         ({"use_rslora": True, "alpha_pattern": {"x": 1}}, {}, "use_rslora True; alpha_pattern"),
         ({"peft_type": "IA3"}, {}, "peft_type IA3"),
+        (
+            {"init_lora_weights": "pissa_niter_16"},
+            {},
+            "init_lora_weights pissa_niter_16, which changes",
+        ),
+        (
+            {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+            {},
+            "loftq_config .*init_lora_weights loftq",
+        ),
+        ({"init_lora_weights": ["olora"]}, {}, "init_lora_weights .'olora'."),
         ({}, {"rank": 4}, "lora.rank=3"),
         ({}, {"alpha": 8}, "lora.alpha=6"),
         ({}, {"targets": "q"}, r"lora.targets=\["),

@@ -29,8 +29,11 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _REFUSED = (
     "use_dora", "use_rslora", "use_qalora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern",
     "layers_to_transform", "layer_replication", "trainable_token_indices", "target_parameters", "fan_in_fan_out",
-    "alora_invocation_tokens", "arrow_config", "megatron_config",
+    "alora_invocation_tokens", "arrow_config", "megatron_config", "loftq_config", "corda_config", "lora_ga_config",
+    "use_bdlora",
 )  # fmt: skip
+# Under the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) the weights of the model are changed, too, and the folder has not those.
+_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def open_adapter(folder: pathlib.Path, cfg: DecoderConfig, source: str) -> list[Weights]:
@@ -101,6 +104,11 @@ def _check_config(folder: pathlib.Path, config: dict[str, Any], lora: Lora) -> N
     refused += [f"{key} {str(config[key])[:80]}" for key in _REFUSED if config.get(key)]
     if config.get("bias", "none") != "none":
         refused.append(f"bias {str(config['bias'])[:80]}")
+    if (begun := config.get("init_lora_weights")) not in _BEGINNINGS:
+        refused.append(
+            f"init_lora_weights {str(begun)[:80]}, which changes the model besides (peft saves it as plain adapters with "
+            f"save_pretrained(path_initial_model_for_weight_conversion=...))"
+        )
     if refused:
         raise ConversionError(f"{folder / CONFIG} asks for {'; '.join(refused)}: not supported")
     # peft's own defaults
