@@ -26,6 +26,7 @@ from rest_jax.files import Location, local_path
 
 _TO_END = 10  # seconds a program has once its input has ended,
 _APART_TO_END = 0.5  # and one that may do anything
+_TO_READ = 2  # what it has written, once it has ended; what it has started may hold its outputs for ever
 _LINES = 20  # of its standard error that are kept
 _HAS_MODULE = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
 _ENDED = None  # in the queue: the program has closed its output
@@ -131,9 +132,8 @@ class Child:
             process.wait()
         if self._apart:
             self._kill_group()
-        for thread, pipe in zip(self._threads, (process.stdout, process.stderr), strict=True):
-            thread.join(_TO_END)
-            pipe.close()  # type: ignore[union-attr]
+        for thread in self._threads:
+            thread.join(_TO_READ)
 
     def kill(self) -> None:
         """Ends the program at once, with `apart` all of its group."""
@@ -147,16 +147,20 @@ class Child:
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def _read(self) -> None:
-        for line in self._process.stdout:  # type: ignore[union-attr]
-            with contextlib.suppress(ValueError):
-                if isinstance(message := json.loads(line), dict):
-                    self._received.put(message)
-                    continue
-            self._said.append(line)
+        assert self._process.stdout is not None
+        with self._process.stdout as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    if isinstance(message := json.loads(line), dict):
+                        self._received.put(message)
+                        continue
+                self._said.append(line)
         self._received.put(_ENDED)
 
     def _listen(self) -> None:
-        self._said.extend(self._process.stderr)  # type: ignore[arg-type]
+        assert self._process.stderr is not None
+        with self._process.stderr as lines:
+            self._said.extend(lines)
 
     def _fail(self) -> None:
         self.close()

@@ -1,7 +1,9 @@
 """A program of another Python: objects are sent and received, its end is noticed, its package is looked for."""
 
 import os
+import signal
 import sys
+import time
 
 import pytest
 
@@ -47,6 +49,19 @@ def test_closing_ends_a_program_that_still_works():
     assert program.receive() == {}
     program.close()
     assert program._process.returncode == 0
+
+
+def test_closing_does_not_wait_for_what_a_program_leaves_behind(monkeypatch):
+    """It holds the program's outputs for as long as it lives."""
+    monkeypatch.setattr("rest_jax.child._TO_READ", 0.2)
+    left = "subprocess.Popen(['sleep', '60'], start_new_session=True)"
+    program = child(f"import json, subprocess; print(json.dumps({{'pid': {left}.pid}}))")
+    message = program.receive()
+    assert message is not None
+    begun = time.monotonic()
+    program.close()
+    os.kill(message["pid"], signal.SIGKILL)
+    assert time.monotonic() - begun < 30
 
 
 def test_finds_the_python_that_has_a_module(tmp_path):
