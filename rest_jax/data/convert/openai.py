@@ -2,11 +2,12 @@
 
 Calls stand in `tool_calls`, or in the content as text; results in messages of role "tool" with the id of their call. The older
 `functions`, `function_call` and role "function", the items of the Responses API under `input`, Anthropic's blocks of calls and
-results, and ShareGPT's {"conversations": [{"from", "value"}]} are read too. A record has no ids: results are put in the order of
-their calls, and a call without a result is refused where the dialogue continues. Assistant messages of weight 0 are history, not
-targets. How fields are read, and what the default is, is said in `data.fields`.
+results, and ShareGPT's {"conversations": [{"from", "value"}]} are read too. A record has no ids: results are put in the order
+of their calls, and a call without a result is refused where the dialogue continues, unless it is text. Assistant messages of
+weight 0 are history, not targets. How fields are read, and what the default is, is said in `data.fields`.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,12 +29,19 @@ _ROLES = {
 }
 
 
+# Of a text that holds all results: blocks with no such tag in them.
+_block = r"<tool_response>((?:(?!</?tool_response>).)*+)</tool_response>\s*+"
+_blocks_only = re.compile(rf"\s*+(?:{_block})++", re.DOTALL).fullmatch
+_blocks_of = re.compile(_block, re.DOTALL).findall
+
+
 class _Waiting(NamedTuple):
     """A call of the last action."""
 
     name: str
     id: str | None
-    where: str | None  # None for one written as text, whose result may be text, too
+    where: str
+    as_text: bool = False  # its result may be text, too
 
 
 class _Result(NamedTuple):
@@ -94,8 +102,7 @@ def _turns(
     last = max((i for i, m in enumerate(messages) if _role(m) == "assistant"), default=-1)
 
     def close_action() -> None:
-        if results or any(call.where for call in calls):
-            turns.extend(_in_order(calls, results))
+        turns.extend(_in_order(calls, results))
         weights.extend([False] * len(results))
         calls.clear()
         results.clear()
@@ -107,7 +114,7 @@ def _turns(
         if role == "tool":
             if not calls:
                 raise RecordError(f"{place}: a tool result without a call before it")
-            results.append(_result(message, place))
+            results += _results(message, any(call.id is not None for call in calls), place)
             continue
         if role != "assistant":
             thought = None
@@ -190,23 +197,25 @@ def _message(raw: Any, where: str) -> dict[str, Any]:
     return message
 
 
-def _result(message: Mapping[str, Any], where: str) -> _Result:
+def _results(message: Mapping[str, Any], by_id: bool, where: str) -> list[_Result]:
+    """The result of a message; of one that is nothing but `<tool_response>` blocks, as Hermes writes results, one a block. A
+    message with an id is one result where the calls have ids (`by_id`), whatever its text.
+    """
     key, said = fields.first_given(message, ("content", "output", "result"))
-    turn = {"role": "tool", "content": fields.result(said, f"{where}: {key}")}
+    texts = [fields.result(said, f"{where}: {key}")]
+    number = fields.call_id(message, where, ("tool_call_id", "tool_use_id", "call_id", "id"))
+    if not (by_id and number is not None) and _blocks_only(texts[0]):
+        texts = [text.strip() for text in _blocks_of(texts[0])]
     name = message.get("name")
-    return _Result(
-        turn,
-        fields.call_id(message, where, ("tool_call_id", "tool_use_id", "call_id", "id")),
-        fields.text(name, f"{where}: name") if fields.is_given(name) else None,
-        where,
-    )
+    name = fields.text(name, f"{where}: name") if fields.is_given(name) else None
+    return [_Result({"role": "tool", "content": text}, number, name, where) for text in texts]
 
 
 def _in_order(calls: Sequence[_Waiting], results: Sequence[_Result]) -> list[dict[str, Any]]:
     """The results in the order of the calls that they answer: bound by id, else by the name of the tool, else by their order;
     so are those of calls that share an id.
 
-    RecordError for a call without a result, and for a result without a call.
+    RecordError for a call without a result, unless it was written as text, and for a result without a call.
     """
     answers: dict[int, dict[str, Any]] = {}
     by_id = [result for result in results if result.id is not None]
@@ -229,12 +238,12 @@ def _in_order(calls: Sequence[_Waiting], results: Sequence[_Result]) -> list[dic
             raise RecordError(f"{result.where}: a tool result without a call before it")
         answers[fitting[0]] = result.turn
     for i, call in enumerate(calls):
-        if i not in answers:
+        if i not in answers and not call.as_text:
             said = f" (id {fields.shown(call.id)})" if call.id is not None else ""
             raise RecordError(
                 f"{call.where}: the call of {fields.shown(call.name)}{said} has no result"
             )
-    return [answers[i] for i in range(len(calls))]
+    return [answers[i] for i in sorted(answers)]
 
 
 def _assistant(
@@ -253,7 +262,8 @@ def _assistant(
         turn["think"] = think
     turn = read_turn(turn, tools)
     if not waiting:
-        waiting = [_Waiting(call["name"], None, None) for call in turn.get("calls") or ()]
+        place = f"{where}: content"
+        waiting = [_Waiting(call["name"], None, place, True) for call in turn.get("calls") or ()]
     return turn, waiting
 
 

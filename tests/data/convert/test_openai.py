@@ -209,6 +209,38 @@ def test_a_call_as_text_may_have_its_result_as_text():
     assert record.target == Target(response="done")
 
 
+def block(text):
+    return f"<tool_response>\n{text}\n</tool_response>"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (f"{block('one')}\n{block('two')}", ["one", "two"]),
+        (f" {block('')}{block('{}')} \n", ["", "{}"]),
+        (block("one"), ["one"]),
+        (f"{block('one')} and", [f"{block('one')} and"]),
+        (block("a <tool_response> b"), [block("a <tool_response> b")]),
+        ("one", ["one"]),
+    ],
+)
+def test_the_results_of_calls_as_text_may_be_blocks_of_one_message(content, expected):
+    asked = SAID | {"content": f"{AS_TEXT}\n{AS_TEXT}"}
+    assert seen([user("go"), asked, {"role": "tool", "content": content}, SAID]) == expected
+    assert seen([user("go"), asked, result(content, "m1"), SAID]) == expected
+    last = {"role": "tool", "content": content}
+    history = openai.history([user("go"), asked, last], (TOOL,), "here")
+    assert [turn["content"] for turn in history[2:]] == expected
+
+
+def test_a_result_with_the_id_of_its_call_is_its_text():
+    text = f"{block('one')}\n{block('two')}"
+    assert seen([user("go"), calls(call(1, "x")), result(text, "x"), SAID]) == [text]
+    assert seen([user("go"), calls(call(1), call(2)), result(text), SAID]) == ["one", "two"]
+    with pytest.raises(RecordError, match=r"^here: messages\[2\]: a tool result without a call"):
+        convert([user("go"), SAID | {"content": AS_TEXT}, result(text), SAID])
+
+
 @pytest.mark.parametrize(
     "message",
     [
