@@ -42,6 +42,10 @@ NESTED = ("tools", "history", "target", "messages", "extra")  # JSON strings in 
 _LISTS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval"}
 _LISTS |= {"data", "dataset", "records", "rows", "items", "examples", "samples", "instances"}
 _LISTS |= {"dialogues", "dialogs"}
+# The fields by which an object is an item itself, whatever lists it has beside them.
+_ITEMS = ({"messages"}, {"conversations"}, {"conversation"}, {"input", "tools"}, {"id", "target"})
+_ITEMS += ({"query", "answers"}, {"instruction", "input", "output"}, {"prompt", "reward_model"})
+_ITEMS += ({"system", "user", "answer"},)
 _COMPRESSED: dict[bytes, Callable[..., Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
@@ -209,12 +213,41 @@ def _layout(start: bytes) -> tuple[int, int]:
     """
     if (found := _list_start(start)) is not None:
         return found.end(), 1
-    if start.lstrip().startswith(b"{") and (end := _pass_members(start)[1]) is not None:
+    first, ended, others = start.lstrip().partition(b"\n")
+    if not first.startswith(b"{") or _are_lines(first, others):
+        return 0, -1
+    if (end := _pass_members(start)[1]) is not None and not _is_item(start):
         return end, 2
-    first, ended, _ = start.lstrip().partition(b"\n")
-    if ended and first.startswith(b"{") and _is_open(first):
-        return 0, 0
-    return 0, -1
+    return 0, 0 if ended and _is_open(first) else -1
+
+
+def _are_lines(first: bytes, others: bytes) -> bool:
+    """Whether lines are items, as the first two of them say: two objects, or a second one that nothing of the first goes on
+    behind, so that the first was cut.
+    """
+    second, _, third = others.lstrip().partition(b"\n")
+    if _is_object(first):
+        return second.startswith(b"{")
+    return _is_object(second) and not third.lstrip().startswith((b",", b"]", b"}"))
+
+
+def _is_object(line: bytes) -> bool:
+    """Whether a line of JSON is one object from its beginning to its end."""
+    scanner = Scanner(0)
+    found = list(scanner.feed(line.strip()))
+    return line.startswith(b"{") and len(found) == 1 and not scanner.depth and not scanner.begun
+
+
+def _is_item(text: bytes) -> bool:
+    """Whether an object has the fields of an item, as far as the text goes."""
+    said, at, keys = text.decode("latin-1"), 0, set()
+    while (member := _member(said, at)) is not None:
+        keys.add(member[1])
+        try:
+            at = fields.ITEM_DECODER.raw_decode(said, member.start(2))[1]
+        except (ValueError, RecursionError):
+            break
+    return any(keys >= needed for needed in _ITEMS)
 
 
 def _pass_members(text: bytes) -> tuple[int, int | None]:

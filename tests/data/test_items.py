@@ -242,6 +242,46 @@ def test_an_object_with_lists_of_its_own_is_an_item(tmp_path):
     assert values(tmp_path / "x.jsonl") == [item, item]
 
 
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"items": ["a", "b"], "query": "q", "tools": "[]", "answers": "[]"},
+        {"id": "1", "examples": [], "messages": [{"role": "user", "content": "x" * 2**17}]},
+        {"id": "1", "data": [{"a": 1}], "target": {"calls": []}},
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_object_with_the_fields_of_an_item_is_one(tmp_path, item, indent):
+    for count in (1, 2):
+        (tmp_path / "x").write_text(f"{json.dumps(item, indent=indent)}\n" * count)
+        assert values(tmp_path / "x") == [item] * count
+
+
+def test_lines_that_each_have_a_list_are_lines(tmp_path):
+    items = [{"data": [1, 2], "id": i} for i in range(3)]
+    (tmp_path / "x").write_text("\r\n\n".join(map(json.dumps, items)))
+    assert values(tmp_path / "x") == items
+
+
+@pytest.mark.parametrize(
+    "cut", ['{"messages": [{"role": "user",', '{"data": [', '{"target":', '{"a": {']
+)
+def test_a_first_line_that_was_cut_is_one_bad_line(tmp_path, cut):
+    (tmp_path / "x").write_text(f'{cut}\n\n{{"a": 1}}\n{{"a": 2}}\n')
+    first, *others = read(tmp_path / "x")
+    assert first.fault.startswith("not JSON") and first.raw == cut
+    assert [item.raw for item in others] == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize("end", ["\n]}", "\n, 2\n]}", " ,\n2]}"])
+def test_an_object_alone_in_a_line_may_be_part_of_another(tmp_path, end):
+    for name in ("data", "a"):
+        text = f'{{"{name}": [\n{{"a": 1}}{end}'
+        (tmp_path / "x").write_text(text)
+        whole = json.loads(text)
+        assert values(tmp_path / "x") == whole.get("data", [whole])
+
+
 def test_a_byte_order_mark_is_passed_over(tmp_path):
     for name, text in (("list", '[{"a": 1}]'), ("lines", '{"a": 1}\n')):
         path = tmp_path / name
