@@ -542,7 +542,8 @@ def describe(result: Mapping[str, Any]) -> str:
 
 def read_compared(path: Location) -> dict[str, Any]:
     """What a comparison needs of a result file, or of the scored completions of records that `rest-jax evaluate --output` wrote.
-    UserError for anything else.
+    Records are the same by their order, ids and gold answers; the path of a data set and the prompt differ between two machines
+    and two chat templates. UserError for anything else.
     """
     try:
         with store_errors(path):
@@ -552,9 +553,11 @@ def read_compared(path: Location) -> dict[str, Any]:
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return read_result(path)
-    asked = [(line["data"], line["id"], line["prompt"]) for line in lines]
-    digests = {"benchmark": "records", "prompts_sha256": _digest(asked)}
-    return digests | {
+    sets = {spec: number for number, spec in enumerate(dict.fromkeys(x["data"] for x in lines))}
+    asked = [(sets[line["data"]], line["id"], line["gold"]) for line in lines]
+    return {
+        "benchmark": "records",
+        "prompts_sha256": _digest(asked),
         "items": items,
         "rates": {score: rates(items, score) for score in _OF_RECORDS},
     }
@@ -577,6 +580,9 @@ def compare_results(first: Location, second: Location) -> str:
             f"--compare {first} {second}: not the same items ({', '.join(said)}); "
             "evaluate both on the same data or --benchmark, with the same --limit"
         )
+    # groups of records have the names of their data sets
+    groups = {line["id"]: line["group"] for line in a["items"]}
+    b["items"] = [line | {"group": groups[line["id"]]} for line in b["items"]]
     rows: list[list[Any]] = [list(_COLUMNS)]
     for score in (score for score in a["rates"] if score in b["rates"]):
         found = [rates(result["items"], score) for result in (a, b)]

@@ -148,15 +148,21 @@ def test_only_results_of_the_same_items_are_compared(bank, tmp_path):
             read_compared(tmp_path / "other.json")
 
 
-def scored_lines(right: list[bool], data: str = "held.jsonl") -> str:
-    """What `rest-jax evaluate --output` writes of records, every other one without a call; these exact."""
+def scored_lines(right: list[bool], *data: str, prompt: str = "", answer: str = "") -> str:
+    """What `rest-jax evaluate --output` writes of records, every other one without a call; these exact. Of several data sets each
+    has as many.
+    """
+    data = data or ("held.jsonl",)
     return "".join(
         json.dumps(
             {
-                "data": data,
+                "data": data[i * len(data) // len(right)],
                 "id": "the same",  # other people's ids may repeat
-                "prompt": f"prompt {i}",
-                "gold": {"calls": [{"name": "f", "arguments": {}}] * (i % 2), "response": None},
+                "prompt": f"{prompt}prompt {i}",
+                "gold": {
+                    "calls": [{"name": "f", "arguments": {}}] * (i % 2),
+                    "response": f"{answer}{i}",
+                },
                 "exact": exact,
                 "format_score": 1.0,
             }
@@ -170,7 +176,7 @@ def test_completions_of_records_are_compared_item_by_item(tmp_path, capsys):
     first, second, other = (tmp_path / f"{name}.jsonl" for name in ("first", "second", "other"))
     first.write_text(scored_lines([False, False, True, True, False, False]))
     second.write_text(scored_lines([True, True, False, True, True, True]))
-    other.write_text(scored_lines([True] * 6, data="more.jsonl"))
+    other.write_text(scored_lines([True] * 6, answer="another "))
     assert cli.main(["evaluate", "--compare", str(first), str(second)]) == 0
     rows = {x.split("  ")[0]: x.split()[-10:] for x in capsys.readouterr().out.splitlines()}
     assert rows["exact, all"][:3] == ["33.3%", "83.3%", "+50.0%"]
@@ -183,6 +189,18 @@ def test_completions_of_records_are_compared_item_by_item(tmp_path, capsys):
     first.write_text(first.read_text()[:-30])
     assert cli.main(["evaluate", "--compare", str(first), str(second)]) == 2
     assert "first.jsonl: neither a result file" in capsys.readouterr().err
+
+
+def test_the_same_records_are_those_of_one_order_under_any_path_and_in_any_template(tmp_path):
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    first.write_text(scored_lines([False] * 6, "a.jsonl", "b.jsonl", prompt="<|im_start|>"))
+    second.write_text(scored_lines([True] * 6, "/there/a.jsonl", "/there/b.jsonl", prompt="[INST]"))
+    rows = {x.split("  ")[0]: x.split()[-10:] for x in compare_results(first, second).splitlines()}
+    assert "exact, b.jsonl with a call" in rows and "exact, /there/b.jsonl with a call" not in rows
+    assert rows["exact, all"][-4:-1] == ["6", "0", "0.03125"]
+    second.write_text(scored_lines([True] * 6, "a.jsonl"))
+    with pytest.raises(UserError, match="not the same items"):
+        compare_results(first, second)
 
 
 @pytest.fixture
