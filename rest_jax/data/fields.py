@@ -78,8 +78,20 @@ def shown(value: Any) -> str:
 
 def others(raw: Mapping[str, Any], read: Iterable[str]) -> dict[str, Any]:
     """What an item says besides the fields that are read, without nulls and NaN, for `StepRecord.extra`."""
-    kept = {str(k): v for k, v in raw.items() if k not in read and v is not None}
-    return {k: v for k, v in kept.items() if not isinstance(v, float) or math.isfinite(v)}
+    return finite({str(k): v for k, v in raw.items() if k not in read and v is not None})
+
+
+def finite(value: Any) -> Any:
+    """A JSON value without NaN and infinities at any depth: fields of objects that are one are left out, items of lists null."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items() if not _is_no_number(v)}
+    if isinstance(value, list):
+        return [None if _is_no_number(v) else finite(v) for v in value]
+    return value
+
+
+def _is_no_number(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def is_given(value: Any) -> bool:

@@ -161,7 +161,7 @@ def from_json(raw: Any, where: str = "record") -> StepRecord:
         history=_history(raw, where),
         target=target_from_json(raw.get("target"), f"{where}: target"),
         messages=_messages(messages, where) if fields.is_given(messages) else None,
-        extra={**others, **extra},
+        extra={**others, **fields.finite(dict(extra))},
     )
 
 

@@ -72,6 +72,11 @@ def test_parameters_is_another_word_for_arguments():
 def test_columns_of_the_users_own_are_kept_and_nothing_is_added_without_them():
     raw = to_json(RECORD)
     assert "extra" not in to_json(from_json(raw | {"difficulty": None, "share": float("nan")}))
+    nan = float("nan")
+    deep = {"meta": {"score": nan, "rows": [1, nan, {"s": [nan], "t": -float("inf")}]}, "n": None}
+    kept = {"rows": [1, None, {"s": [None]}]}
+    assert to_json(from_json(raw | deep))["extra"] == {"meta": kept}
+    assert to_json(from_json(raw | {"extra": deep}))["extra"] == {"meta": kept, "n": None}
     own = {"difficulty": 3, "rubric": {"a": [1, "é"]}, "extra": {"seen": True, "difficulty": 4}}
     record = from_json(raw | own)
     assert record.extra == {"difficulty": 4, "rubric": {"a": [1, "é"]}, "seen": True}

@@ -287,6 +287,12 @@ def test_weights_count_for_the_turns_that_are_kept():
     assert [record.id for record in records] == ["r/1"]
 
 
+def test_nothing_that_is_no_number_is_kept_of_what_an_item_says_besides():
+    messages = [user("go"), SAID]
+    (record,) = convert(messages, meta={"score": float("nan"), "by": [float("inf"), "me"]})
+    assert record.extra == {"meta": {"by": [None, "me"]}}
+
+
 def test_a_history_is_all_before_the_next_turn():
     """Every result has its call, in the order of the calls; a turn that says nothing is left out."""
     chat = [
