@@ -46,16 +46,17 @@ def convert(raw: Any, name: str, where: str) -> list[StepRecord]:
 
 
 def _tool_list(system: str, where: str) -> tuple[int, int, list[Any]]:
-    """(start, end, value) of the JSON list in the text."""
+    """(start, end, value) of the JSON list in the text. It is found by its brackets and then read strictly, so that no list
+    within one that cannot be read is taken for it.
+    """
     for count, found in enumerate(_list_open(system)):
         if count == _MAX_LISTS:
             break
         try:
-            value, end = json.JSONDecoder().raw_decode(system, found.start())
+            _, end = json.JSONDecoder().raw_decode(system, found.start())
         except (ValueError, RecursionError):
             continue
-        fields.check_depth(value, where)
-        return found.start(), end, value
+        return found.start(), end, fields.json_text(system[found.start() : end], f"{where}: tools")
     raise RecordError(f"{where}: no JSON list of tools")
 
 

@@ -399,6 +399,21 @@ def test_toolace_an_answer_meant_as_calls_is_no_text(said):
         SOURCES["toolace"](_toolace(said), "r", "here")
 
 
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        ('"name": "later"', "an object has the same key twice: 'name'"),
+        ('"enum": [], "max": NaN', "NaN is not a JSON number"),
+        ('"enum": [], "max": 1e999', "1e999 is too large a number"),
+    ],
+)
+def test_toolace_tools_are_read_strictly(member, message):
+    raw = _toolace("[now()]")
+    raw["system"] = raw["system"].replace('"name": "now"', f'"name": "now", {member}')
+    with pytest.raises(RecordError, match=f"here: system: tools: not JSON: {message}"):
+        SOURCES["toolace"](raw, "r", "here")
+
+
 @pytest.mark.parametrize("said", ["[now(zone='UTC'), ]", "[now(zone='UTC'),]"])
 def test_toolace_a_comma_behind_the_last_call(said):
     raw = _toolace(said)
