@@ -2,7 +2,8 @@
 
 `trained(name, own, brief)` puts a Jinja preamble before a model's own chat template. The preamble makes of OpenAI's messages and
 tools the messages of `TEMPLATES[name].render_prompt` and hides the tools. Equal to it letter for letter, but references within a
-JSON schema (`$ref`) are shown as they are.
+JSON schema (`$ref`) and the names of its types are shown as they are, and hermes and llama3 show the flat form of parameters
+as it is, where training makes a schema of it (`rendering.schema_parameters`): give them schemas.
 """
 
 import json

@@ -55,6 +55,20 @@ TOOLS = [
     function("patterned", "x", type="object", patternProperties={"^a": {}}, properties={}),
 ]
 
+FLAT = [
+    function(
+        "flat",
+        "x",
+        town={"description": 'A "town"', "type": "str, optional", "default": ""},
+        type={"type": "List[int]", "minItems": 1},
+        properties={"description": "P", "type": "str"},
+        none=None,
+        any={},
+    ),
+    function("typed", "x", properties={"a": {"type": "string"}, "b": None}, required=["a"]),
+    function("python", "x", type="Dict", properties={"a": {"type": "string"}}),
+]
+
 
 def call(name, arguments, as_text=False):
     shown = json.dumps(arguments, ensure_ascii=False) if as_text else arguments
@@ -132,6 +146,15 @@ def tokenizer(tmp_path_factory, configs_dir):
     ids=["toolrl", "brief toolrl", "hermes", "llama3"],
 )
 def test_a_chat_becomes_the_prompt_of_training(tokenizer, name, brief, tools):
+    check_prompts(tokenizer, name, brief, tools)
+
+
+@pytest.mark.parametrize("brief", [False, True])
+def test_tools_in_the_flat_form_are_those_of_training(tokenizer, brief):
+    check_prompts(tokenizer, "toolrl", brief, FLAT)
+
+
+def check_prompts(tokenizer, name, brief, tools):
     made = tokenizer("smollm2")
     exported = trained(name, made.hf.chat_template, brief)
     for label, chat in CHATS.items():
