@@ -25,7 +25,7 @@ from rest_jax.run.metrics import METRICS_FILE, is_eval, metric, read_lines
 from rest_jax.run.record import certificate_rows, read_certificate
 from rest_jax.run.results import Result, checkpoint_digest, read_results
 from rest_jax.templates import TEMPLATES
-from rest_jax.templates.chat_template import PLUGIN, trained
+from rest_jax.templates.chat_template import trained, vllm_parser
 
 CHAT_TEMPLATE, PARSER, CARD = "tool_chat_template.jinja", "toolrl_tool_parser.py", "README.md"
 # A name with .json, so that it is copied and downloaded with the other side files of a model.
@@ -57,7 +57,7 @@ def side_files(
         own = tokenizer.hf.get_chat_template()
         files[CHAT_TEMPLATE] = trained(name, own, config.data.brief_prompt)
     if name == "toolrl":
-        files[PARSER] = PLUGIN.read_text("utf-8")
+        files[PARSER] = vllm_parser(tokenizer.thought_open and not _reads_thoughts(tokenizer))
     folder = pathlib.Path(out).name
     command = vllm_command(config, tokenizer, list(files), folder)
     return files | {CARD: _model_card(run, newest, config, folder, command, list(files))}
@@ -97,11 +97,14 @@ def vllm_command(config: Config, tokenizer: Tokenizer, files: list[str], folder:
         words.append(f"--tool-parser-plugin {folder}/{PARSER}")
     if CHAT_TEMPLATE in files:
         words.append(f"--chat-template {folder}/{CHAT_TEMPLATE}")
-    # vLLM's parsers of thoughts ask for tags that are one token each.
-    vocabulary = tokenizer.hf.get_vocab()
-    if {"<think>", "</think>"} <= vocabulary.keys():
+    if _reads_thoughts(tokenizer):
         words.append("--reasoning-parser deepseek_r1")
     return " \\\n    ".join(words)
+
+
+def _reads_thoughts(tokenizer: Tokenizer) -> bool:
+    """Whether vLLM's parsers of thoughts can be used: they ask for tags that are one token each."""
+    return {"<think>", "</think>"} <= tokenizer.hf.get_vocab().keys()
 
 
 def _for_transformers(folder: str, files: Sequence[str]) -> list[str]:

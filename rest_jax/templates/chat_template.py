@@ -12,13 +12,19 @@ import pathlib
 from rest_jax.templates import hermes, llama3, toolrl
 
 _FOLDER = pathlib.Path(__file__).parent / "chat"
-PLUGIN = _FOLDER / "vllm_toolrl.py"  # the tool parser of vLLM
+_PLUGIN = _FOLDER / "vllm_toolrl.py"
 _WORDS = {
     "toolrl": {"introduction": toolrl.INTRODUCTION, "rules": toolrl.RULES, "header": toolrl.HEADER},
     "hermes": {"before": hermes.BEFORE_TOOLS, "after": hermes.AFTER_TOOLS},
     "llama3": {"before": llama3.BEFORE_TOOLS},
 }
 _BRIEF = {"introduction": "", "rules": toolrl.BRIEF_FORMAT, "header": ""}
+
+
+def vllm_parser(thought_opened: bool) -> str:
+    """The file of the tool parser for vLLM. `thought_opened`: prompts end in an opened thought that no reasoning parser takes."""
+    text = _PLUGIN.read_text("utf-8")
+    return text.replace("THOUGHT_OPENED = False", f"THOUGHT_OPENED = {thought_opened}")
 
 
 def trained(name: str, own: str, brief: bool = False) -> str:

@@ -22,6 +22,7 @@ from rest_jax.run.metrics import METRICS_FILE, MetricsWriter
 from rest_jax.run.record import CERTIFICATE_FILE
 from rest_jax.run.results import checkpoint_digest
 from rest_jax.templates import TEMPLATES
+from rest_jax.templates.chat_template import vllm_parser
 from rest_jax.types import TrainState
 
 CHAT = [
@@ -153,7 +154,19 @@ def test_the_card_says_how_to_serve_and_what_was_measured(run, tmp_path):
     assert expected.replace("{reasoning}", reasoning) in text
     assert text.count("## api_bank") == 1
     assert text.endswith(f"```yaml\n{dump(made)}```\n")
-    assert (tmp_path / "out" / card.PARSER).read_text() == card.PLUGIN.read_text()
+    assert (tmp_path / "out" / card.PARSER).read_text() == vllm_parser(False)
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+def test_opened_thoughts_are_left_to_the_parser_that_can_read_them(
+    run, tokenizers, monkeypatch, tokens
+):
+    folder, tokenizer = run(config("toolrl")), tokenizers["qwen3_thinking_2507"]
+    monkeypatch.setattr(card, "_reads_thoughts", lambda _: tokens)
+    newest = as_path(folder / "checkpoints" / "7")
+    files = card.side_files(folder, newest, config("toolrl"), tokenizer, "out")
+    assert files[card.PARSER] == vllm_parser(not tokens)
+    assert ("--reasoning-parser" in files[card.CARD]) == tokens
 
 
 def test_two_results_of_one_benchmark_are_told_by_their_files(run):

@@ -13,6 +13,7 @@ import pytest
 
 import rest_jax.templates
 from rest_jax.templates import TEMPLATES
+from rest_jax.templates.chat_template import vllm_parser
 from rest_jax.tool_calls import Call, Target
 
 FILE = pathlib.Path(rest_jax.templates.__file__).parent / "chat" / "vllm_toolrl.py"
@@ -154,7 +155,8 @@ CASES = {
 @pytest.mark.parametrize("opened", [False, True], ids=["", "thought opened"])
 @pytest.mark.parametrize("case", CASES)
 def test_answers_are_read_as_the_trainer_reads_them(monkeypatch, case, opened):
-    parser, _ = load(monkeypatch)
+    parser, module = load(monkeypatch)
+    monkeypatch.setattr(module, "THOUGHT_OPENED", opened)
     template = TEMPLATES["toolrl"].behind(opened)
     text = template.render_answer(CASES[case])
     answer = template.parse(text.encode())
@@ -162,10 +164,38 @@ def test_answers_are_read_as_the_trainer_reads_them(monkeypatch, case, opened):
     whole = parser(None).extract_tool_calls(text, None)
     assert calls_of(whole.tool_calls) == expected and whole.tools_called == bool(expected)
     assert (whole.content or "") == (CASES[case].response or "")
-    if not opened:
-        for seed in range(20):
-            content, calls = stream(parser, text, random.Random(seed))
-            assert calls == expected and content == (CASES[case].response or "")
+    for seed in range(20):
+        content, calls = stream(parser, text, random.Random(seed))
+        assert calls == expected and content == (CASES[case].response or "")
+
+
+CALL = '<tool_call>\n{"name": "f", "parameters": {}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        (f"I say <think> and <tool_call>. </think>\n{CALL}", "", [("f", {})]),
+        (f"I never close it\n{CALL}\n<response> Hi </response>", "Hi", [("f", {})]),
+        ("I never\n<response> close it", "close it", []),
+        ("I never answer", "", []),
+    ],
+)
+def test_a_thought_that_the_prompt_has_opened_is_no_content(monkeypatch, text, content, calls):
+    parser, module = load(monkeypatch)
+    monkeypatch.setattr(module, "THOUGHT_OPENED", True)
+    whole = parser(None).extract_tool_calls(text, None)
+    assert (whole.content or "", calls_of(whole.tool_calls)) == (content, calls)
+    # of a stream nobody knows that it has ended
+    expected = (content, calls) if "</" in text else ("", [])
+    for seed in range(20):
+        assert stream(parser, text, random.Random(seed)) == expected
+
+
+def test_the_file_says_whether_prompts_open_the_thought():
+    assert vllm_parser(False) == FILE.read_text()
+    opened = vllm_parser(True).splitlines()
+    assert "THOUGHT_OPENED = True" in opened and len(opened) == len(vllm_parser(False).splitlines())
 
 
 def test_real_answers_are_read_as_the_trainer_reads_them(monkeypatch, data_dir):

@@ -3,6 +3,9 @@
 A completion is `<think> .. </think>`, `<tool_call>` with one call a line, `{"name": .., "parameters": {..}}`, `</tool_call>`,
 `<response> .. </response>`. The text of the response, and what is outside of all blocks, is the content; thoughts are left to
 `--reasoning-parser`, and without one they are left out. A line that is no call is none.
+
+A thought that the prompt has opened looks like content until it is closed. Behind a reasoning parser no thought comes here;
+without one THOUGHT_OPENED is to be True, so that a stream keeps back what may be a thought.
 """
 
 import json
@@ -35,17 +38,21 @@ except ImportError:  # before vLLM 0.14
         ToolCall,
     )
 
+# Whether prompts end in an opened thought that no reasoning parser takes. An export sets it where the tags are no tokens, so that
+# none can.
+THOUGHT_OPENED = False
+
 _TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</response>")
 _TAG = re.compile("|".join(map(re.escape, _TAGS)))
+_BLOCK = re.compile("<tool_call>|<response>")
+_BLOCK_END = re.compile("</tool_call>|</response>")
 
 
 def read(text: str, ended: bool) -> tuple[str, list[tuple[str, str]]]:
     """(content, calls as names and JSON of arguments) of a completion. Not `ended`: what more text could still change is left
     out.
     """
-    block, content, calls, at = "", [], "", 0
-    if "</think>" in text and "<think>" not in text.partition("</think>")[0]:
-        at = text.index("</think>") + len("</think>")  # the prompt has opened the thought
+    block, content, calls, at = "", [], "", _begin(text, ended)
     for tag in [*_TAG.finditer(text, at), None]:
         part = text[at : tag.start()] if tag else text[at:]
         if tag is None and not ended:
@@ -70,6 +77,19 @@ def read(text: str, ended: bool) -> tuple[str, list[tuple[str, str]]]:
             calls += "\n"
         at = tag.end()
     return "".join(content).strip(), list(_calls(calls))
+
+
+def _begin(text: str, ended: bool) -> int:
+    """Where the answer begins behind a thought that the prompt has opened. One that is never closed lasts until a block."""
+    close = text.find("</think>")
+    if close >= 0 and (THOUGHT_OPENED or "<think>" not in text[:close]):
+        return close + len("</think>")
+    if not THOUGHT_OPENED:
+        return 0
+    block = _BLOCK.search(text)
+    if block is None or not (ended or _BLOCK_END.search(text, block.end())):
+        return len(text)
+    return block.start()
 
 
 def _certain(text: str) -> str:
