@@ -26,7 +26,9 @@ from rest_jax.files import Location, local_path
 
 _TO_END = 10  # seconds a program has once its input has ended,
 _APART_TO_END = 0.5  # and one that may do anything
-_TO_READ = 2  # what it has written, once it has ended; what it has started may hold its outputs for ever
+_TO_READ = (
+    2  # what it has written, once it has ended; what it has started may hold its outputs for ever
+)
 _LINES = 20  # of its standard error that are kept
 _HAS_MODULE = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
 _ENDED = None  # in the queue: the program has closed its output
