@@ -95,7 +95,11 @@ class Plan(Section):
             return {}
         return {
             (arm, rate, seed): self._job(
-                name, arm, seed, f"rate{rate:g}-", self.rates.overrides | {_RATE: rate}
+                name,
+                arm,
+                seed,
+                f"rate{results.as_key(rate)}-",
+                self.rates.overrides | {_RATE: rate},
             )
             for seed in self.rates.seeds
             for arm in self.arms

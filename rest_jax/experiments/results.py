@@ -306,7 +306,11 @@ def store(
             return
         found = {**old, **{key: summaries[key] for key in keys}}
         rows = (
-            {**dict(zip(columns, key, strict=True)), **made_of[key]._asdict(), **found[key]}
+            {
+                **dict(zip(columns, map(as_key, key), strict=True)),
+                **made_of[key]._asdict(),
+                **found[key],
+            }
             for key in sorted(found)
         )
         _write(folder / f"{name}_{table}.csv", rows)
@@ -318,6 +322,12 @@ def store(
     if runs:
         curves = {**stored.curves, **{key: new[key] for key in runs}}
         _write(folder / f"{name}_curves.csv.gz", _points(dict(sorted(curves.items()))))
+
+
+def as_key(value: Any) -> str:
+    """A part of a key as text that is read back equal: a learning rate with six digits, or with all where these are not it."""
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return repr(value) if isinstance(value, float) and float(short) != value else short
 
 
 def check_weights(made_of: Mapping[Any, MadeOf]) -> None:
@@ -398,7 +408,7 @@ def _numbers(row: Mapping[str, str]) -> dict[str, float]:
 
 
 def _write(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Six digits of every number, nothing where a row has no such column; the same bytes for the same rows."""
+    """Six digits of every float, nothing where a row has no such column; the same bytes for the same rows."""
     rows, text = list(rows), io.StringIO()
     writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
     writer.writeheader()

@@ -503,6 +503,20 @@ def test_every_arm_chooses_its_learning_rate_first(plan_file, pretending, tmp_pa
     assert {f.name: f.read_bytes() for f in page.iterdir() if f.is_file()} == before
 
 
+def test_rates_that_differ_behind_the_sixth_digit_are_two(plan_file, tmp_path):
+    """In the tables and as folders; names and tables of rates that six digits tell apart are as short as they were."""
+    values = [3.1622776601683795e-05, 3.1622779e-05, 1e-4]
+    path = plan_file(arms=["grpo", "rest"], pairs=[], rates={"values": values, "seeds": [8]})
+    jobs = load(path).rate_jobs("tiny")
+    for job in jobs.values():
+        finish(job.config(), 0.5)
+    folders = {key: job.config().folder for key, job in jobs.items()}
+    results.store({}, folders, {}, "tiny", tmp_path)
+    assert results.read("tiny", tmp_path).rates.keys() == jobs.keys()
+    assert folders["rest", 1e-4, 8].name == "rate0.0001-rest-seed8"
+    assert "\ngrpo,0.0001,8," in (tmp_path / "tiny_rates.csv").read_text()
+
+
 def test_a_rate_is_chosen_by_both_endpoints():
     """A rate that rises fast and ends low is not the best one; of equal ones the lowest is."""
     of = {1e-4: (0.50, 0.56), 2e-4: (0.54, 0.63), 4e-4: (0.56, 0.57), 8e-4: (0.57, 0.60)}
