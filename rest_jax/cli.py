@@ -308,7 +308,10 @@ def plan(
     response_tokens: Annotated[int | None, Option(min=1, help="of every response")] = None,
     supervised: Annotated[
         bool | None,
-        Option("--sft/--train", help="which command; default: sft if the config sets a key of sft"),
+        Option(
+            "--sft/--train",
+            help="which command; default: that of the run whose config it is; sft if the config sets a key of sft",
+        ),
     ] = None,
     json: Annotated[str | None, Option(metavar="FILE", help="write everything as JSON")] = None,
     output: Annotated[str | None, Option(metavar="FILE", help="draw the memory, as PNG")] = None,
@@ -324,7 +327,7 @@ def plan(
             check_output(written, map(config.builtin_file, files), option)
     loaded = config.load(files, overrides)
     if supervised is None:
-        supervised = config.is_supervised(loaded)
+        supervised = plan.is_supervised(loaded, files)
     options = plan.Options(topology, supervised, prompt_tokens, response_tokens, json, output)
     return plan.plan(loaded, options)
 

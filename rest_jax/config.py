@@ -605,8 +605,19 @@ _OF_TRAIN = {
 
 
 def is_supervised(config: Config) -> bool:
-    """Whether it is a config of `rest-jax sft`: a value of section `sft` is given."""
+    """Whether it is a config of `rest-jax sft`: a value of section `sft` is given. ConfigError for one of both commands."""
+    if _gives_both_sizes(config):
+        raise ConfigError(
+            f"config {config.name}: gives rollout.prompts_per_step and sft.batch_size, so that `rest-jax train` and "
+            "`rest-jax sft` take it; say which is meant: --train or --sft"
+        )
     return bool(config.sft.model_fields_set)
+
+
+def _gives_both_sizes(config: Config) -> bool:
+    """So that it is for both commands, as what a run writes as its config is."""
+    of_train, of_sft = config.rollout.model_fields_set, config.sft.model_fields_set
+    return "prompts_per_step" in of_train and "batch_size" in of_sft
 
 
 # How keys begin that `rest-jax sft` reads for evaluations alone, or never.
@@ -615,9 +626,8 @@ OF_EVALUATIONS = ("rollout.", "reward.", "weights.", "curriculum.")
 
 def only_evaluated(config: Config) -> tuple[str, ...]:
     """`OF_EVALUATIONS` of a supervised config; none of one that `train` may read."""
-    if not is_supervised(config) or "prompts_per_step" in config.rollout.model_fields_set:
-        return ()
-    return OF_EVALUATIONS
+    of_train = "prompts_per_step" in config.rollout.model_fields_set
+    return () if of_train or not is_supervised(config) else OF_EVALUATIONS
 
 
 def check_command(config: Config, supervised: bool) -> None:
@@ -631,7 +641,7 @@ def check_command(config: Config, supervised: bool) -> None:
     ]
     of_sft = [f"sft.{key}" for key in sorted(config.sft.model_fields_set)]
     foreign = of_train if supervised else of_sft
-    if foreign and not {"rollout.prompts_per_step", "sft.batch_size"} <= {*of_train, *of_sft}:
+    if foreign and not _gives_both_sizes(config):
         command, other = ("sft", "train") if supervised else ("train", "sft")
         keys = f"{', '.join(foreign[:3])}{', ..' if len(foreign) > 3 else ''}"
         raise ConfigError(

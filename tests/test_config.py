@@ -344,7 +344,11 @@ BOTH = ["rollout.prompts_per_step=16", "sft.batch_size=8"]
 def test_a_config_is_for_the_command_whose_values_it_gives(tmp_path, words, train, sft):
     files = [word for word in words if "=" not in word]
     loaded = config.load(files, words[len(files) :])
-    assert config.is_supervised(loaded) == any("sft" in word for word in words)
+    if train and sft:
+        with pytest.raises(ConfigError, match=r"say which is meant: --train or --sft"):
+            config.is_supervised(loaded)
+    else:
+        assert config.is_supervised(loaded) == any("sft" in word for word in words)
     for supervised, fits in ((False, train), (True, sft)):
         with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match="read by"):
             config.check_command(loaded, supervised)

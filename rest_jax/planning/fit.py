@@ -116,9 +116,9 @@ def _share(value: int, moving: float, left: float) -> int:
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
-    """The config with other values at these dotted keys."""
-    tree = config.model_dump(mode="json")
+    """The config with other values at these dotted keys, which alone count as given besides those that were."""
+    tree = config.model_dump(mode="json", exclude_unset=True)
     for key, value in values.items():
         section, name = key.split(".")
-        tree[section][name] = value
+        tree.setdefault(section, {})[name] = value
     return Config.model_validate(tree)

@@ -14,14 +14,17 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
-from rest_jax.config import Config
+from rest_jax import config as config_lib
+from rest_jax.config import Config, builtin_file
 from rest_jax.errors import UserError
-from rest_jax.files import atomic_write, local_path
+from rest_jax.files import Location, atomic_write, local_path
 from rest_jax.planning import fit, report, topology
 from rest_jax.planning.compiler import versions
 from rest_jax.run.environment import LIBTPU_VARIABLE, user_cache
+from rest_jax.run.metrics import CONFIG_FILE, DIGESTS_FILE, read_lines
 from rest_jax.texts import print_text
 
 FULL = 0.9  # of the memory: what is above is left to fragments and to the runtime
@@ -37,6 +40,19 @@ class Options:
     response_tokens: int | None = None
     json: str | None = None
     output: str | None = None
+
+
+def is_supervised(config: Config, files: Sequence[Location]) -> bool:
+    """Whether a config, made of these files, is one of `rest-jax sft`. The config.yaml of a run gives the keys of both commands:
+    it is for that which trained the run. ConfigError where nothing says which command is meant.
+    """
+    for path in map(builtin_file, reversed(files)):
+        if path.name == CONFIG_FILE:
+            lines = read_lines(path.parent / DIGESTS_FILE, missing_ok=True)
+            launches = [line["launch"] for line in lines if isinstance(line.get("launch"), dict)]
+            if launches:
+                return launches[-1].get("command") == "sft"
+    return config_lib.is_supervised(config)
 
 
 def plan(config: Config, options: Options) -> int:
@@ -119,7 +135,8 @@ def compile_plan(
     config: Config, where: topology.Topology, request: dict[str, Any]
 ) -> dict[str, Any]:
     """What `planning.compiler` finds out of a config, from the cache where it is known."""
-    request = request | {"config": config.model_dump(mode="json")}
+    # without defaults: the keys that are given say which command the config is for
+    request = request | {"config": config.model_dump(mode="json", exclude_unset=True)}
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", LIBTPU_VARIABLE)]
     known = json.dumps([request, versions(), flags, _sources()], sort_keys=True)
     path = user_cache() / "plans" / f"{hashlib.sha256(known.encode()).hexdigest()}.json"

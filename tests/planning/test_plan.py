@@ -119,7 +119,7 @@ def test_a_supervised_plan_has_the_update_and_the_evaluations(cache, recipe, cap
     """As many useful FLOPs as three passes over the gold responses take, and no rollout but that of the evaluations."""
     words = [str(recipe), "sft.batch_size=16", "sft.max_tokens=96", "data.eval=synthetic:eval"]
     file = tmp_path / "plan.json"
-    assert cli.main(["plan", *words, "--topology", "cpu:8", "--json", str(file)]) == 0
+    assert cli.main(["plan", *words, "--sft", "--topology", "cpu:8", "--json", str(file)]) == 0
     made = json.loads(file.read_text())
     assert "rest-jax sft" in capsys.readouterr().out and made["command"] == "sft"
     assert made["lengths"] == {"prompt": 48, "response": 48}
@@ -166,6 +166,41 @@ def test_what_a_run_refuses_a_plan_refuses(recipe, supervised, word):
     request, key = {"config": raw, "supervised": supervised}, word.partition("=")[0]
     with pytest.raises(UserError, match=f"{key} 6 does not divide over 4 data shards"):
         compiler.make_setup(request, topology.parse("cpu:8"), jax.devices())
+
+
+@pytest.mark.parametrize("where", ["cpu:1", "h100:2x4"])  # with several nodes `mesh.data` is set
+@pytest.mark.parametrize(
+    ("files", "supervised", "said"),
+    [
+        (["scale/tiny_sft", "method/sft"], False, "sft.batch_size, .* read by `rest-jax sft`"),
+        (["scale/tiny", "method/rest"], True, "rollout.group_size, .* read by `rest-jax train`"),
+    ],
+)
+def test_a_config_of_the_other_command_is_refused(
+    cache, monkeypatch, where, files, supervised, said
+):
+    def compile_here(request, where):
+        return compiler.make_setup(json.loads(json.dumps(request)), where, jax.devices())
+
+    monkeypatch.setattr(plan, "_run_compiler", compile_here)
+    with pytest.raises(UserError, match=said):
+        plan.compile_plan(config.load(files), topology.parse(where), {"supervised": supervised})
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_the_config_of_a_run_is_planned_as_what_trained_it(tmp_path, monkeypatch, capsys, command):
+    """It gives every key, those of the other command too."""
+    file = tmp_path / "config.yaml"
+    file.write_text(config.dump(config.load(["scale/tiny", "method/rest"])))
+    asked = []
+    monkeypatch.setattr(plan, "plan", lambda _, options: asked.append(options.supervised) or 0)
+    words = ["plan", str(file), "--topology", "cpu:1"]
+    assert cli.main(words) == 2
+    assert "say which is meant: --train or --sft" in capsys.readouterr().err
+    lines = ({"step": 0, "launch": {"command": command}}, {"step": 1, "params": "a1"})
+    (tmp_path / "digests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert cli.main(words) == 0 and cli.main([*words, "--sft"]) == 0
+    assert asked == [command == "sft", True]
 
 
 @pytest.mark.slow
