@@ -103,17 +103,20 @@ def make_plan(config: Config, options: Options) -> dict[str, Any]:
 
 
 def _lengths(config: Config, options: Options) -> tuple[int, int] | None:
-    """The lengths asked for; of one alone the other is the longest beside it."""
+    """The lengths asked for; of one alone the other is the longest beside it, a token at least."""
     prompt, response = options.prompt_tokens, options.response_tokens
     if prompt is None and response is None:
         return None
     if options.supervised:
         most = config.sft.max_tokens
-        prompt = prompt or max(1, min(config.data.max_prompt_tokens, most - (response or 0)))
+        lengths = {"--prompt-tokens": prompt, "--response-tokens": response}
+        given = {option: count for option, count in lengths.items() if count is not None}
+        key, room = (
+            ("sft.max_tokens", most) if len(given) == 2 else ("sft.max_tokens - 1 =", most - 1)
+        )
+        limits = [(" + ".join(given), sum(given.values()), key, room)]
+        prompt = prompt or max(1, min(config.data.max_prompt_tokens, most - (response or 1)))
         response = response or most - prompt
-        limits = [
-            ("--prompt-tokens + --response-tokens", prompt + response, "sft.max_tokens", most)
-        ]
     else:
         longest = (config.data.max_prompt_tokens, config.rollout.max_response_tokens)
         prompt, response = prompt or longest[0], response or longest[1]

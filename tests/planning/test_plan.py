@@ -149,13 +149,24 @@ def test_lengths_above_the_configs_are_refused(recipe, capsys):
     words = ["plan", str(recipe), "--topology", "cpu:8"]
     assert cli.main([*words, "--prompt-tokens", "65"]) == 2
     assert "--prompt-tokens 65 is above data.max_prompt_tokens 64" in capsys.readouterr().err
-    for lengths in (
-        ["--response-tokens", "97"],
-        ["--prompt-tokens", "50", "--response-tokens", "48"],
+    for lengths, said in (
+        ("--prompt-tokens 96", "--prompt-tokens 96 is above sft.max_tokens - 1 = 95"),
+        ("--response-tokens 97", "--response-tokens 97 is above sft.max_tokens - 1 = 95"),
+        (
+            "--prompt-tokens 50 --response-tokens 48",
+            "--prompt-tokens + --response-tokens 98 is above sft.max_tokens 96",
+        ),
     ):
-        assert cli.main([*words, *lengths, "sft.max_tokens=96"]) == 2
-        said = "--prompt-tokens + --response-tokens 98 is above sft.max_tokens 96; lower it"
-        assert said in capsys.readouterr().err
+        assert cli.main([*words, *lengths.split(), "sft.max_tokens=96"]) == 2
+        assert f"error: {said}; lower it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("asked", "lengths"), [((95, None), (95, 1)), ((None, 95), (1, 95)), ((None, 40), (56, 40))]
+)
+def test_of_one_length_the_other_is_the_longest_beside_it(recipe, asked, lengths):
+    options = plan.Options("cpu:8", True, *asked)
+    assert plan._lengths(config.load([recipe], ["sft.max_tokens=96"]), options) == lengths
 
 
 @pytest.mark.parametrize(
