@@ -14,6 +14,7 @@ import numpy as np
 
 from rest_jax import config as config_lib
 from rest_jax.config import Config, ConfigError
+from rest_jax.files import absolute
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.rl import curriculum
 from rest_jax.rl.prepare import StepConfig, prepare, step_config
@@ -57,12 +58,11 @@ def make_arms(
     groups: int = 1,
 ) -> list[Arm]:
     """The arms of methods, for batches of `groups` prompts: a method with a curriculum has two. A placebo makes another arm of
-    every one whose tokens differ in weight. ConfigError for a method that is none, or is supervised.
+    every one whose tokens differ in weight. ConfigError for a method that is none, or is supervised, and for two of one name.
     """
     arms = []
-    for method in methods:
+    for name, method in _by_name(methods).items():
         made = with_method(config, method)
-        name = method.rpartition("/")[2].removesuffix(".yaml")
         uniform = made.weights.plugin is None and made.weights.rule == "uniform"
         # an adaptive curriculum is where the format scores of the batch put it
         moves = made.curriculum.shape not in ("constant", "adaptive") and not uniform
@@ -75,6 +75,17 @@ def make_arms(
                 title = f"{said}, nu {progress}" if moves else said
                 arms.append(Arm(title, cfg, progress, find_phrases(made)))
     return arms
+
+
+def _by_name(methods: Sequence[str]) -> dict[str, str]:
+    """name -> method, each file once. ConfigError for two files of one name, by which results are known."""
+    found: dict[str, str] = {}
+    for method in methods:
+        path = absolute(config_lib.builtin_file(method, "method"))
+        first = found.setdefault(path.stem, method)
+        if absolute(config_lib.builtin_file(first, "method")) != path:
+            raise ConfigError(f"methods {first}, {method}: two of the name {path.stem}; rename one")
+    return found
 
 
 def with_method(config: Config, method: str) -> Config:

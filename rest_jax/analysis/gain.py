@@ -215,8 +215,7 @@ def measure_gain(
     for name, value in (("--batches", batches), ("--prompts", prompts)):
         if value < 2:
             raise UserError(f"{name} {value}: an interval needs at least 2")
-    names = [UNIFORM, *(method for method in methods if method != UNIFORM)]
-    arms = make_arms(config, names, placebos, prompts)
+    arms = make_arms(config, [UNIFORM, *methods], placebos, prompts)
     opened = open_data(config, data, limit, max(prompts, -(-reference // PARTS)))
     # all devices compute one row together, which is not how the attention kernel is split
     decoder = Decoder(dataclasses.replace(opened.policy.config, attention="blocks"))

@@ -91,6 +91,18 @@ def test_what_is_no_method_of_reinforcement_learning_is_refused(config, method):
         make_arms(config, [method])
 
 
+def test_methods_have_names_of_their_own(config, tmp_path):
+    """Results are known by them; the same file under another word is the same method."""
+    words = ["grpo", "rest", "method/rest", "configs/method/grpo.yaml", "rest"]
+    names = [arm.name for arm in make_arms(config, words)]
+    assert names == ["grpo", "rest, nu 0", "rest, nu 1"]
+    own = tmp_path / "rest.yaml"
+    own.write_text("weights: {rule: constant}\n")
+    assert [arm.name for arm in make_arms(config, [str(own)])] == ["rest, nu 0", "rest, nu 1"]
+    with pytest.raises(ConfigError, match=rf"methods rest, {own}: two of the name rest; rename"):
+        make_arms(config, ["rest", str(own)])
+
+
 @pytest.mark.slow
 def test_gradients_do_not_depend_on_micro_batches(config, scored):
     """Of every arm at once, and whatever rows hold: the sum of what each group has alone."""
