@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rest_jax import config as config_lib
-from rest_jax.config import Config, ConfigError
+from rest_jax.config import Config, ConfigError, WeightsConfig
 from rest_jax.files import absolute
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.rl import curriculum
@@ -58,8 +58,11 @@ def make_arms(
     groups: int = 1,
 ) -> list[Arm]:
     """The arms of methods, for batches of `groups` prompts: a method with a curriculum has two. A placebo makes another arm of
-    every one whose tokens differ in weight. ConfigError for a method that is none, or is supervised, and for two of one name.
+    every one whose tokens differ in weight. ConfigError for a method that is none, or is supervised, for two of one name,
+    and for a placebo that is none.
     """
+    for placebo in placebos:
+        config_lib.validate_as(WeightsConfig, {"placebo": placebo}, "placebos")
     arms = []
     for name, method in _by_name(methods).items():
         made = with_method(config, method)
@@ -67,7 +70,7 @@ def make_arms(
         # an adaptive curriculum is where the format scores of the batch put it
         moves = made.curriculum.shape not in ("constant", "adaptive") and not uniform
         kinds = ["none", *(() if uniform else placebos)]
-        for placebo in kinds:
+        for placebo in dict.fromkeys(kinds):
             weights = made.weights.model_copy(update={"placebo": placebo})
             cfg = _of_batch(made.model_copy(update={"weights": weights}), groups)
             said = name if placebo == "none" else f"{name}+{placebo}"

@@ -91,11 +91,17 @@ def test_what_is_no_method_of_reinforcement_learning_is_refused(config, method):
         make_arms(config, [method])
 
 
+@pytest.mark.parametrize("methods", [["rest"], ["grpo"]])
+def test_what_is_no_placebo_is_refused(config, methods):
+    with pytest.raises(ConfigError, match="placebo: 'shufle': Input should be 'none', 'shuffle'"):
+        make_arms(config, methods, ["shuffle", "shufle"])
+
+
 def test_methods_have_names_of_their_own(config, tmp_path):
     """Results are known by them; the same file under another word is the same method."""
     words = ["grpo", "rest", "method/rest", "configs/method/grpo.yaml", "rest"]
-    names = [arm.name for arm in make_arms(config, words)]
-    assert names == ["grpo", "rest, nu 0", "rest, nu 1"]
+    names = [arm.name for arm in make_arms(config, words, ["random", "none", "random"])]
+    assert names == ["grpo", *(f"rest{kind}, nu {n}" for kind in ("", "+random") for n in (0, 1))]
     own = tmp_path / "rest.yaml"
     own.write_text("weights: {rule: constant}\n")
     assert [arm.name for arm in make_arms(config, [str(own)])] == ["rest, nu 0", "rest, nu 1"]
