@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import functools
 import itertools
+import math
 import pathlib
 import random
 import warnings
@@ -39,6 +40,7 @@ PRUNERS = {
     "hyperband": pruners.HyperbandPruner,
 }
 _STATES = ("complete", "pruned", "running", "waiting", "lost", "invalid", "failed")
+_MOST_TRIALS = 10**5
 _ENOUGH = 8  # complete trials before importances mean anything
 
 
@@ -60,7 +62,13 @@ class Parameter(Section):
             raise ValueError("give choices, or low and high")
         if self.integer and any(x and x % 1 for x in (self.low, self.high, self.step)):
             raise ValueError("int: low, high and step must be whole numbers")
-        self.suggest(optuna.create_study().ask(), "")
+        try:
+            self.suggest(optuna.create_study().ask(), "")
+        except ArithmeticError as error:  # of what Optuna calculates with the ends
+            ends = f"low {self.low}, high {self.high}, step {self.step}"
+            raise ValueError(
+                f"{ends}: no number can be drawn; take ends that are nearer"
+            ) from error
         return self
 
     def suggest(self, trial: Trial, key: str) -> Any:
@@ -72,15 +80,27 @@ class Parameter(Section):
             return trial.suggest_int(key, low, high, step=step or 1, log=self.log)
         return trial.suggest_float(key, low, high, step=step, log=self.log)
 
+    @property
+    def _range(self) -> tuple[float, float, float]:
+        """(low, high, step); a step of 0: there are values between any two."""
+        low, high = cast(Any, (self.low, self.high))
+        return low, high, self.step or (1 if self.integer and not self.log else 0)
+
+    @property
+    def count(self) -> float:
+        """Of its values; infinite for a range that has no end of them."""
+        if self.choices is not None:
+            return len(self.choices)
+        low, high, step = self._range
+        count = (high - low) / step + 1e-9 if step else math.inf
+        return float(math.floor(count)) + 1 if math.isfinite(count) else math.inf
+
     def grid(self) -> tuple[Scalar, ...]:
-        """All values; empty for a range that has no end of them."""
+        """All values, of which `count` must be finite."""
         if self.choices is not None:
             return self.choices
-        step = self.step or (1 if self.integer and not self.log else None)
-        if step is None or self.low is None or self.high is None:
-            return ()
-        count = int((self.high - self.low) / step + 1e-9) + 1
-        values = (round(self.low + i * step, 12) for i in range(count))
+        low, _, step = self._range
+        values = (round(low + i * step, 12) for i in range(int(self.count)))
         return tuple(int(value) if self.integer else value for value in values)
 
 
@@ -91,7 +111,8 @@ class Space(Section):
     direction: Literal["maximize", "minimize"] = "maximize"
     sampler: Literal["grid", "random", "tpe"] = "tpe"
     seed: NonNegativeInt = 0
-    trials: PositiveInt | None = None  # None: the whole grid
+    # None: the whole grid
+    trials: Annotated[PositiveInt, pydantic.Field(le=_MOST_TRIALS)] | None = None
     pruner: dict[str, dict[str, Any]] = pydantic.Field(default_factory=dict)
     overrides: dict[str, Any] = pydantic.Field(default_factory=dict)
     parameters: Annotated[dict[str, Parameter], pydantic.Field(min_length=1)]
@@ -107,9 +128,15 @@ class Space(Section):
                 raise ValueError(f"{name}: every trial has its own, so it cannot be set")
         for name in self.parameters.keys() & self.overrides.keys():
             raise ValueError(f"{name}: in parameters and in overrides")
-        endless = [name for name, parameter in self.parameters.items() if not parameter.grid()]
+        counts = {name: parameter.count for name, parameter in self.parameters.items()}
+        endless = [name for name, count in counts.items() if math.isinf(count)]
         if self.sampler == "grid" and endless:
             raise ValueError(f"sampler grid: {', '.join(endless)}: give choices or step")
+        if self.sampler == "grid" and (points := math.prod(counts.values())) > _MOST_TRIALS:
+            raise ValueError(
+                f"sampler grid: {points:,.0f} points, at most {_MOST_TRIALS:,} can be tried; give fewer values or take sampler "
+                "random"
+            )
         if self.sampler != "grid" and self.trials is None:
             raise ValueError(f"trials: sampler {self.sampler} needs a number of them")
         self.make_pruner()

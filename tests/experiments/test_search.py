@@ -11,6 +11,7 @@ from rest_jax.experiments.search import Space, draw, shared_job, sweep
 from rest_jax.experiments.worker import Job
 
 ALPHA = {"curriculum.alpha_format": {"low": 0.0, "high": 1.0}}
+SEEDS = {"low": 0, "high": 4294967295, "int": True}
 RANDOM = {"sampler": "random", "trials": 3, "parameters": ALPHA}
 
 
@@ -49,6 +50,9 @@ def refused(function, *args) -> str:
         ({"parameters": {"name": {"choices": ["x"]}}}, "name: every trial has its own"),
         ({"overrides": {"curriculum.alpha_format": 1}}, "and in overrides"),
         ({"sampler": "grid"}, "sampler grid: curriculum.alpha_format: give choices or step"),
+        ({"sampler": "grid", "parameters": {"seed": SEEDS}}, "grid: 4,294,967,296 points, at most 100,000"),
+        ({"parameters": {"seed": {"low": 0, "high": 1e300, "step": 1e-300}}}, "seed: low 0.0, high 1e+300"),
+        ({"trials": 10**12}, "trials: 1000000000000: Input should be less than or equal to 100000"),
     ],
 )  # fmt: skip
 def test_what_a_space_file_may_not_say(write_space, values, said):
@@ -106,6 +110,12 @@ def test_a_grid_is_every_combination_once(write_space):
     assert {point["curriculum.alpha_format"] for point in points.values()} == {0.1, 0.3, 0.5}
     assert {type(point["curriculum.stages"]) for point in points.values()} == {int}
     assert len(load(write_space(parameters=parameters, trials=5)).points()) == 5
+
+
+def test_a_range_that_is_drawn_from_may_have_any_number_of_values(write_space):
+    for sampler in ("random", "tpe"):
+        space = load(write_space(sampler=sampler, trials=2, parameters={"seed": SEEDS}))
+        assert len(space.points()) == 2
 
 
 def test_random_points_are_the_same_for_all_workers(recipe, write_space, tmp_path):
