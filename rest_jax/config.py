@@ -265,6 +265,11 @@ class WeightsConfig(Section):
     allow_zero_constants: bool = False  # zeros of the released preset; with rule `constant`
 
     @property
+    def is_uniform(self) -> bool:
+        """Whether all tokens weigh alike."""
+        return self.rule == "uniform" and self.plugin is None and not self.zero
+
+    @property
     def of_regions(self) -> "WeightsConfig":
         """Without a rule of single tokens, under which all regions weigh 1 but for those in `zero`."""
         if self.plugin is None and self.rule in typing.get_args(RegionRule):

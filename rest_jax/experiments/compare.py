@@ -18,7 +18,7 @@ import pydantic
 from optuna.trial import Trial
 
 from rest_jax import config as config_lib
-from rest_jax.config import Config, NonNegativeInt, PositiveFloat, Section
+from rest_jax.config import Config, NonNegativeInt, PositiveFloat, Section, check_command
 from rest_jax.errors import RunStopped, UserError
 from rest_jax.experiments import results, storage
 from rest_jax.experiments.figures import write_figures
@@ -71,6 +71,9 @@ class Plan(Section):
                 raise ValueError(f"{name}: {list(values)} names one twice")
         if self.rates and (shared := set(self.rates.seeds) & set(self.seeds)):
             raise ValueError(f"rates.seeds: {sorted(shared)} are among seeds; name others")
+        for arm in self.arms:
+            if "+" in arm and arm.partition("+")[2] in ("", "none"):
+                raise ValueError(f"arms: {arm}: name a placebo behind the +, such as shuffle")
         return self
 
     @property
@@ -164,18 +167,9 @@ def compare(plan: str, *, output: str | None = None, engine: Engine | None = Non
     name = path.stem
     folder = local_path("--output", output or f"{loaded.folder(name)}/page")
     check_page(folder / PAGE, name)
-    for config in (job.config() for job in loaded.jobs(name, loaded.first_rates).values()):
-        if config.train.steps is None:
-            raise UserError(f"plan {name}: train.steps must be set")
-        if config.data.eval is None:
-            raise UserError(
-                f"plan {name}: data.eval must be set: arms are compared by held-out records"
-            )
-        if not 0 < config.train.eval_every <= config.train.steps / 2:
-            raise UserError(
-                f"plan {name}: train.eval_every {config.train.eval_every} of {config.train.steps} steps: the first half of the "
-                "steps must have an evaluation, since its mean is an endpoint"
-            )
+    compared = loaded.jobs(name, loaded.first_rates)
+    for (arm, *_), job in (*loaded.rate_jobs(name).items(), *compared.items()):
+        check_run(job.config(), arm, f"plan {name}")
     gather(name, loaded, folder)
     failed = train(name, loaded, folder, engine) if engine.workers else []
     found = gather(name, loaded, folder)
@@ -191,6 +185,25 @@ def compare(plan: str, *, output: str | None = None, engine: Engine | None = Non
     if failed:
         raise RunStopped(f"{len(failed)} runs failed; the first: {failed[0]}")
     return page
+
+
+def check_run(config: Config, arm: str, plan: str) -> None:
+    """UserError for a run that is none of `rest-jax train` or would have no endpoints, and for a placebo that changes nothing."""
+    check_command(config, supervised=False)
+    said = f"{plan}: run {config.name}"
+    if config.train.steps is None:
+        raise UserError(f"{said}: train.steps must be set")
+    if config.data.eval is None:
+        raise UserError(f"{said}: data.eval must be set: arms are compared by held-out records")
+    if not 0 < config.train.eval_every <= config.train.steps / 2:
+        raise UserError(
+            f"{said}: train.eval_every {config.train.eval_every} of {config.train.steps} steps: the first half of the steps must "
+            "have an evaluation, since its mean is an endpoint"
+        )
+    if "+" in arm and config.weights.is_uniform:
+        raise UserError(
+            f"{plan}: arm {arm}: all tokens of the method weigh alike, so that a placebo changes nothing; take it out"
+        )
 
 
 def check_page(page: pathlib.Path, name: str) -> None:
@@ -315,14 +328,14 @@ def verdict(
         both = len(endpoints) == len(results.ENDPOINTS)
         return "in both endpoints" if both else results.ENDPOINTS[next(iter(endpoints))]
 
-    reference, weights = found.plan.reference, found.configs[arm].weights
+    reference = found.plan.reference
     above, below = shown(reference, True), shown(reference, False)
     placebos = {b for a, b, _ in differences if a == arm and b.startswith(f"{arm}+")}
     if not above:
         return f"Worse {where(below)}." if below else "No difference is shown."
     if below:
         return f"Better {where(above)}, worse {where(below)}."
-    if weights.rule == "uniform" and weights.plugin is None:
+    if found.configs[arm].weights.is_uniform:
         return f"Better {where(above)}."
     is_open = "whether the choice of tokens does it is open"
     if not placebos:

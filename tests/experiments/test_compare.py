@@ -81,6 +81,10 @@ def test_the_builtin_plan_is_fair():
         assert config.weights == by_arm[arm]["weights"]
 
 
+def rates_with(overrides: dict) -> dict:
+    return {"rates": {"values": [1e-4, 2e-4], "seeds": [9], "overrides": overrides}}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -101,6 +105,15 @@ def test_the_builtin_plan_is_fair():
         ({"overrides": {"train.steps": 6, "train.eval_every": 4}}, "train.eval_every 4 of 6 steps"),
         ({"overrides": {"train.steps": 6, "train.eval_every": 0}}, "the first half of the steps"),
         ({"overrides": {"train.stps": 1}}, "train.stps: unknown key (nearest: steps)"),
+        (rates_with({"data.eval": None}), "run rate0.0001-grpo-seed9: data.eval must be set"),
+        (rates_with({"train.eval_every": 4}), "grpo-seed9: train.eval_every 4 of 6 steps"),
+        ({"pairs": [], "arms": ["grpo", "sft"]}, "sft-seed0: sft.reasoning_weight, sft.tool_call"),
+        ({"pairs": [], "arms": ["grpo", "rest+"]}, "arms: rest+: name a placebo behind the +"),
+        ({"pairs": [], "arms": ["grpo", "rest+none"]}, "arms: rest+none: name a placebo"),
+        (
+            {"pairs": [], "arms": ["grpo", "grpo+shuffle"]},
+            "arm grpo+shuffle: all tokens of",
+        ),
     ],
 )
 def test_bad_plans_are_refused(plan_file, tmp_path, changes, words):
