@@ -78,8 +78,8 @@ def _label_lowest(panels: dict[str, Any]) -> None:
 
 
 def _curves(results: Results, reference: str) -> Any:
-    """The held-out curve of each arm over that of the reference, means over the seeds that both have, with t intervals, which
-    of few seeds go beyond the figure.
+    """The held-out curve of each arm over that of the reference, means over the seeds whose curves both have, with t intervals,
+    which of few seeds go beyond the figure.
     """
     figure, panels = _panels(results.arms)
     base, seen = results.by_seed(reference, EXACT), []
@@ -87,7 +87,7 @@ def _curves(results: Results, reference: str) -> Any:
         own = results.by_seed(arm, EXACT)
         seeds = sorted(own.keys() & base.keys())
         for curves, colour in ((base, plotting.BLACK), (own, plotting.BLUE)):
-            if curves is own and arm == reference:
+            if (curves is own and arm == reference) or not seeds:
                 continue
             steps = sorted(set.intersection(*(set(curves[seed]) for seed in seeds)))
             values = 100 * np.array([[curves[seed][step] for step in steps] for seed in seeds])
@@ -99,7 +99,8 @@ def _curves(results: Results, reference: str) -> Any:
                 half /= len(seeds) ** 0.5
                 axes.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.15)
         plotting.label_steps(axes, arm, "")
-    figure.axes[0].set_ylim(min(seen) - 1, max(seen) + 1)  # of all: they share it
+    if seen:
+        figure.axes[0].set_ylim(min(seen) - 1, max(seen) + 1)  # of all: they share it
     _label_lowest(panels)
     said = f"Exact completions, held out, %; black: {reference}"
     figure.suptitle(f"{said}; bands: 95 % t intervals of the mean over seeds, not paired")
@@ -107,20 +108,26 @@ def _curves(results: Results, reference: str) -> Any:
 
 
 def _shares(results: Results) -> Any:
-    """Share of each region in the total weight of a step, means over seeds, one upon the other."""
+    """Share of each region in the total weight of a step, means over the seeds with curves, one upon the other."""
     figure, panels = _panels(results.arms)
+    legend = {}
     for arm, axes in panels.items():
-        layers = []
-        for region in REGIONS:
-            curves = list(results.by_seed(arm, f"region/{region}/weight_share").values())
-            steps = sorted(set.intersection(*map(set, curves)))
-            layers.append([100 * np.mean([curve[step] for curve in curves]) for step in steps])
-        colours = [plotting.REGION_COLOURS[region] for region in REGIONS]
-        axes.stackplot(steps, layers, labels=REGIONS, colors=colours, linewidth=0)
+        shares = [results.by_seed(arm, f"region/{region}/weight_share") for region in REGIONS]
+        if all(shares):
+            steps = sorted(set.intersection(*(set(c) for own in shares for c in own.values())))
+            layers = [
+                [100 * np.mean([curve[step] for curve in own.values()]) for step in steps]
+                for own in shares
+            ]
+            colours = [plotting.REGION_COLOURS[region] for region in REGIONS]
+            areas = axes.stackplot(steps, layers, colors=colours, linewidth=0)
+            legend = dict(zip(REGIONS, areas, strict=True))
         axes.set_ylim(0, 100)
         plotting.label_steps(axes, arm, "")
     _label_lowest(panels)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(REGIONS), frameon=False)
+    figure.legend(
+        list(legend.values()), list(legend), loc="outside lower center", ncols=len(REGIONS),
+        frameon=False,
+    )  # fmt: skip
     figure.suptitle("Share in the total token weight, %; above: responses and other tokens")
     return figure

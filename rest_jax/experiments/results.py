@@ -12,8 +12,10 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -355,56 +357,109 @@ def _points(found: Mapping[Run, Mapping[str, Curve]]) -> Iterable[dict[str, Any]
 
 
 def _gain_rows(gains: Mapping[str, pathlib.Path]) -> Iterable[dict[str, Any]]:
-    """A row for each policy and method; what was not measured (None) is left empty."""
+    """A row for each policy and method. UserError for a file that is none of `rest-jax gain`."""
     for policy, path in gains.items():
-        for method, row in json.loads(path.read_text())["arms"].items():
-            values = {"cosine": row["cosine"]}
-            for quantity in ("gain", "adam"):
-                low, high = row[f"{quantity}_relative_interval"]
-                found = row[f"{quantity}_relative"], low, high
-                names = (quantity, f"{quantity}_low", f"{quantity}_high")
-                values |= dict(zip(names, found, strict=True))
-            yield {"method": method, "policy": policy, **values}
+        try:
+            arms = json.loads(path.read_text())["arms"]
+            rows = [{"method": name, "policy": policy, **_gain_row(arms[name])} for name in arms]
+            if not rows:
+                raise ValueError("no arms")
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(
+                f"gain {policy}: {path}: not what `rest-jax gain` writes; measure it anew, or take it out of the plan"
+            ) from error
+        yield from rows
+
+
+def _gain_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What was not measured (None) is left empty."""
+    values = {"cosine": row["cosine"]}
+    for quantity in ("gain", "adam"):
+        low, high = row[f"{quantity}_relative_interval"]
+        found = row[f"{quantity}_relative"], low, high
+        names = (quantity, f"{quantity}_low", f"{quantity}_high")
+        values |= dict(zip(names, found, strict=True))
+    return {name: None if value is None else float(value) for name, value in values.items()}
+
+
+class _Table(NamedTuple):
+    """Columns that a table must have: how the cells of a row's key are read, texts, and numbers that are known of every row."""
+
+    key: Mapping[str, Callable[[str], Any]]
+    texts: tuple[str, ...] = ()
+    known: tuple[str, ...] = ()
+
+
+_RUN = {"arm": str, "seed": int}
+_RUNS = _Table(_RUN, MadeOf._fields, tuple(ENDPOINTS))
+_RATES = _Table({"arm": str, "rate": float, "seed": int}, MadeOf._fields, tuple(ENDPOINTS))
+_GAINS = _Table({"method": str, "policy": str})
+_POINTS = _Table({**_RUN, "step": int})
 
 
 def read(name: str, folder: pathlib.Path) -> Results:
-    """What `store` left in the folder; empty without it."""
+    """What `store` left in the folder; empty without it. UserError for a table that is damaged: a run whose row is cut would
+    count as carried out.
+    """
     made_of: dict[Run | RateRun, MadeOf] = {}
     runs: dict[Run, Values] = {}
     rates: dict[RateRun, Values] = {}
-    for row in _rows(folder / f"{name}_runs.csv"):
-        run = row.pop("arm"), int(row.pop("seed"))
-        made_of[run] = MadeOf(row.pop("config"), row.pop("weights"))
-        runs[run] = _numbers(row)
-    for row in _rows(folder / f"{name}_rates.csv"):
-        rate_run = row.pop("arm"), float(row.pop("rate")), int(row.pop("seed"))
-        made_of[rate_run] = MadeOf(row.pop("config"), row.pop("weights"))
-        rates[rate_run] = _numbers(row)
-    gain = {
-        (row.pop("method"), row.pop("policy")): _numbers(row)
-        for row in _rows(folder / f"{name}_gain.csv")
-    }
+    unknown = summarise({})  # of a version that measured less
+    for table, columns, found in (("runs", _RUNS, runs), ("rates", _RATES, rates)):
+        for key, texts, numbers in _rows(folder / f"{name}_{table}.csv", columns):
+            made_of[key], found[key] = MadeOf(*texts), unknown | numbers
+    gain = {key: numbers for key, _, numbers in _rows(folder / f"{name}_gain.csv", _GAINS)}
     curves: dict[Run, dict[str, dict[int, float]]] = {}
-    for row in _rows(folder / f"{name}_curves.csv.gz"):
-        own = curves.setdefault((row.pop("arm"), int(row.pop("seed"))), {})
-        step = int(row.pop("step"))
-        for metric, value in _numbers(row).items():
+    for (arm, seed, step), _, numbers in _rows(folder / f"{name}_curves.csv.gz", _POINTS):
+        own = curves.setdefault((arm, seed), {})
+        for metric, value in numbers.items():
             if value == value:
                 own.setdefault(metric, {})[step] = value
     return Results(runs, curves, rates, gain, made_of)
 
 
-def _rows(path: pathlib.Path) -> list[dict[str, str]]:
-    """Of a table; none where there is no file."""
+def _rows(
+    path: pathlib.Path, table: _Table
+) -> Iterator[tuple[tuple[Any, ...], list[str], dict[str, float]]]:
+    """(key, texts, numbers) of the rows of a table; none where there is no file. UserError for a line that `_write` does not
+    write.
+    """
     if not path.is_file():
-        return []
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", newline="") as file:
-        return list(csv.DictReader(file))
+        return
+    text = _text(path)
+    reader, seen = csv.reader(io.StringIO(text, newline="")), set()
+    try:
+        header = next(reader, [])
+        for name in (*table.key, *table.texts, *table.known):
+            if name not in header:
+                raise ValueError(f"no column {name}")
+        for cells in filter(None, reader):
+            if len(cells) != len(header):
+                raise ValueError(f"{len(cells)} cells of {len(header)}")
+            row = dict(zip(header, cells, strict=True))
+            key = tuple(cell(row.pop(name)) for name, cell in table.key.items())
+            texts = [row.pop(name) for name in table.texts]
+            numbers = {name: float(value or "nan") for name, value in row.items()}
+            if unknown := [name for name in table.known if not math.isfinite(numbers[name])]:
+                raise ValueError(f"no value of {unknown[0]}")
+            if key in seen:
+                raise ValueError(f"a second one of {'/'.join(map(str, key))}")
+            seen.add(key)
+            yield key, texts, numbers
+        if not text.endswith("\n"):
+            raise ValueError("the file ends within it")
+    except (ValueError, csv.Error) as error:
+        where = f"{path}, line {max(1, reader.line_num)}"
+        raise UserError(f"{where}: no row of a comparison: {error}; restore the file") from error
 
 
-def _numbers(row: Mapping[str, str]) -> dict[str, float]:
-    return {name: float(value or "nan") for name, value in row.items()}
+def _text(path: pathlib.Path) -> str:
+    """UserError for a file that is cut, or none of its kind."""
+    content = path.read_bytes()
+    try:
+        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: no table of a comparison: {error}; restore the file") from error
 
 
 def _write(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:

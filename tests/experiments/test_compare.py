@@ -1,6 +1,7 @@
 """Comparisons: fair plans, learning rates, runs carried out once, claims that follow from the numbers, pages from tables."""
 
 import csv
+import gzip
 import itertools
 import json
 import math
@@ -349,6 +350,67 @@ def test_tables_of_another_version_are_added_to(finished, tmp_path):
     assert {n: found.runs["rest", 1][n] for n in other} == pytest.approx(other, nan_ok=True)
 
 
+def cut(columns: int):
+    return lambda text: "".join(",".join(line.split(",")[:columns]) + "\n" for line in text.split())
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: "", "line 1: no row of a comparison: no column arm"),
+        (lambda text: "<<<<<<< HEAD\n" + text, "line 1: no row of a comparison: no column arm"),
+        (lambda text: text.replace("rest,1,", "=======\nrest,1,"), "line 7: .*: 1 cells of"),
+        (lambda text: text[:-30], "line 17: no row of a comparison: .* cells of"),
+        (lambda text: text[:-3], "line 17: no row of a comparison: the file ends within it"),
+        (lambda text: text.replace("rest,1,", '"' + 2 * 10**5 * "x"), "line 7: .*: field larger"),
+        (cut(5), "line 1: no row of a comparison: no column eval/exact"),
+        (lambda text: text.replace("rest,1,", "rest,x,"), "line 7: .*'x'"),
+        (lambda text: text.replace("rest,1,", "rest,0,"), "line 7: .*: a second one of rest/0"),
+        (lambda text: text.replace(",0.63,", ",,"), "line 7: .*: no value of eval/exact"),
+    ],
+)
+def test_a_table_that_is_damaged_is_refused(finished, page, damage, said):
+    """A run whose row is cut does not count as carried out, and no line is taken for another's."""
+    table = page.parent / "tiny_runs.csv"
+    table.write_text(damaged := damage(table.read_text()))
+    with pytest.raises(UserError, match=rf"tiny_runs\.csv, {said}.*; restore the file"):
+        compare(finished, output=str(page.parent), engine=PAGE_ONLY)
+    assert table.read_text() == damaged
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:500], lambda content: b"version 1"])
+def test_curves_that_are_cut_are_refused(finished, page, damage):
+    """A pointer of Git LFS in the place of the file, too."""
+    curves = page.parent / "tiny_curves.csv.gz"
+    curves.write_bytes(damage(curves.read_bytes()))
+    with pytest.raises(UserError, match=r"tiny_curves\.csv\.gz: no table of a comparison: "):
+        compare(finished, output=str(page.parent), engine=PAGE_ONLY)
+
+
+def test_runs_without_curves_are_in_the_tables(drawn, finished, page, tmp_path):
+    """Where the folder is gone with them; figures leave such runs out."""
+    curves, written = page.parent / "tiny_curves.csv.gz", page.read_text()
+    shutil.rmtree(tmp_path / "runs")
+    for arms in (["grpo", "rest"], []):
+        with gzip.open(curves, "rt", newline="") as file:
+            head, *lines = file
+        with gzip.open(curves, "wt", newline="") as file:
+            file.writelines([head, *(line for line in lines if line.split(",")[0] in arms)])
+        compare(finished, output=str(page.parent), engine=PAGE_ONLY)
+    assert page.read_text() == written.replace(", [curves by seed](tiny_curves.csv.gz)", "")
+    curves.unlink()
+    compare(finished, output=str(page.parent), engine=PAGE_ONLY)
+
+
+def test_a_column_that_an_earlier_version_did_not_write_is_unknown(finished, page, tmp_path):
+    shutil.rmtree(tmp_path / "runs")
+    table = page.parent / "tiny_runs.csv"
+    table.write_text(cut(6)(table.read_text()))
+    assert (
+        "| rest | 4 |" in compare(finished, output=str(page.parent), engine=PAGE_ONLY).read_text()
+    )
+
+
 def test_a_stored_run_of_another_config_is_refused(plan_file, finished, page, tmp_path):
     shutil.rmtree(tmp_path / "runs")
     before = {path: path.read_bytes() for path in page.parent.rglob("*") if path.is_file()}
@@ -389,6 +451,17 @@ def test_what_one_step_gains_is_shown(plan_file, finished, tmp_path):
     path.unlink()
     compare(plan, output=str(page.parent), engine=PAGE_ONLY)
     assert page.read_text() == before
+
+
+@pytest.mark.parametrize(
+    "text", ["not json", "[]", '{"regions": {}}', '{"arms": {}}', '{"arms": {"grpo": {"gain": 1}}}']
+)
+def test_a_file_that_is_no_measurement_of_gain_is_refused(plan_file, pretending, tmp_path, text):
+    (tmp_path / "gain.json").write_text(text)
+    path = plan_file(gain={"the start": str(tmp_path / "gain.json")})
+    with pytest.raises(UserError, match=r"gain the start: .*gain\.json: not what `rest-jax gain`"):
+        compare(path, output=str(tmp_path / "page"), engine=pretending)
+    assert not (tmp_path / "runs" / "trained.txt").exists() and not (tmp_path / "page").exists()
 
 
 def test_tables_hold_every_run_and_render_the_same_page(finished, page, tmp_path):
