@@ -16,9 +16,12 @@ PREFIXES = {
     "reward": """Rewards of the completions of the step ([the method](method.md#6-rewards)), at the scale that is in force
 there. Every step has prompts of its own: to see whether a policy improves, look at `eval/`. A reward of your own adds
 `reward/part/NAME` for each of its parts, the mean of the part ([plug-ins](plugins.md#reward)).""",
-    "rollout": "What was sampled, and by which policy.",
-    "update": "The optimiser updates of the step: means over them, of maxima the largest.",
-    "router": "Of models with experts alone ([mixture of experts](models.md#mixture-of-experts)).",
+    "rollout": """What was sampled, and by which policy. Where log-probabilities are not recomputed, the first update of the step
+measures `rollout/logp_mismatch` and `rollout/ratio_max`; where none of its groups has advantage, they are absent.""",
+    "update": """The optimiser updates of the step: means over them, of maxima the largest. Means over tokens (entropy, KL,
+ratios, clips) are over the updates that computed any; they are absent where no group of the step has advantage.""",
+    "router": """Of models with experts alone ([mixture of experts](models.md#mixture-of-experts)), of the updates that computed
+any token.""",
     "region": "For each region: NAME is one of {regions} ([regions](method.md#2-regions)).",
     "curriculum": "The curriculum ([the method](method.md#5-curriculum)).",
     "eval": """Held-out prompts, greedy, in the line of each step with an evaluation, and in one before the first step

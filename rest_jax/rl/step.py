@@ -10,6 +10,7 @@ programs, not one: how many micro-batches an update has depends on the lengths, 
 advantage are in none.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -73,7 +74,8 @@ class Update:
 
     The state is donated, once the last micro-batch has been dispatched. Before each of them the ones before are waited for and
     `check` is called: what it raises leaves the state as it was. With LoRA `frozen` are the weights that the state's adapters
-    belong to. Gradients are float32 in the sharding of the parameters, metrics are replicated.
+    belong to. Gradients are float32 in the sharding of the parameters, metrics are replicated; without micro-batches there are
+    none of tokens.
     """
 
     zero: Callable[..., tuple[Params, Totals]]  # compiled `zero_gradient`
@@ -97,7 +99,8 @@ class Update:
             check()
             total = self.add(total, state.params, batch, rows, frozen=frozen)
             before = total[1]
-        return self.apply(state, *total)
+        state, totals = self.apply(state, *total)
+        return state, totals if micro_batches else totals.without_tokens()
 
 
 def make_update(spec: UpdateSpec, state_shardings: TrainState) -> Update:
@@ -217,19 +220,26 @@ def plan_minibatches(
 
 
 def combine_updates(updates: Sequence[Totals]) -> dict[str, Any]:
-    """On the host: the mean of the updates' metrics, or the largest of their maxima."""
-    first = updates[0]
-    means = {name: sum(u.sums[name] for u in updates) / len(updates) for name in first.sums}
-    return means | {name: max(u.maxima[name] for u in updates) for name in first.maxima}
+    """On the host: of each metric the mean over the updates that have it, or the largest of its maxima."""
+    sums, maxima = collections.defaultdict(list), collections.defaultdict(list)
+    for update in updates:
+        for name, value in update.sums.items():
+            sums[name].append(value)
+        for name, value in update.maxima.items():
+            maxima[name].append(value)
+    means = {name: sum(values) / len(values) for name, values in sums.items()}
+    return means | {name: max(values) for name, values in maxima.items()}
 
 
 def policy_metrics(prepared: Metrics, updates: Sequence[Totals]) -> dict[str, Any]:
     """On the host: the metrics of a step, from those of `prepare` and of its updates."""
     metrics = prepared | combine_updates(updates)
-    if "rollout/logp_mismatch" not in prepared:
-        # Before the first update the trainer's policy is the sampler's: what differs then is numerics.
-        metrics["rollout/logp_mismatch"] = updates[0].sums["update/logp_difference"]
-        metrics["rollout/ratio_max"] = updates[0].maxima["update/ratio_max"]
+    first = updates[0]
+    if "rollout/logp_mismatch" not in prepared and "update/logp_difference" in first.sums:
+        # Before the first update the trainer's policy is the sampler's: what differs then is numerics. A later one does not
+        # tell it, where the first had no tokens: moments and weight decay have moved the policy.
+        metrics["rollout/logp_mismatch"] = first.sums["update/logp_difference"]
+        metrics["rollout/ratio_max"] = first.maxima["update/ratio_max"]
     return metrics
 
 

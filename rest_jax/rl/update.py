@@ -56,6 +56,10 @@ class Totals:
         """With the parts of `gradient_noise` among the sums."""
         return dataclasses.replace(self, sums=self.sums | {SQUARES: squares, COUNTS: counts})
 
+    def without_tokens(self) -> "Totals":
+        """Of an update that computed none: no mean over tokens and no greatest of them has been measured."""
+        return Totals({name: self.sums[name] for name in self.sums if name in OF_ANY_UPDATE}, {})
+
 
 LossFn = Callable[[Params, Any, Rows], tuple[jax.Array, Totals]]  # (params, batch, rows)
 
@@ -214,6 +218,21 @@ def apply_with_host_moments(
 
 
 NOT_FINITE = "update/not_finite"  # 1 for an update that was skipped
+# What is true of an update without any token as well: losses, which are sums, and what its gradient and the optimiser give.
+OF_ANY_UPDATE = frozenset(
+    {
+        "update/loss",
+        "update/policy_loss",
+        "update/balance_loss",
+        "update/grad_norm",
+        "update/grad_variance",
+        "update/grad_noise",
+        "update/update_norm",
+        "update/param_norm",
+        "update/learning_rate",
+        NOT_FINITE,
+    }
+)
 SQUARES, COUNTS = "noise/squares", "noise/counts"
 
 

@@ -139,7 +139,7 @@ def decayed(tx_cfg: OptimizerConfig, params):
 
 
 def test_without_any_advantage_the_optimiser_still_moves(scored):
-    """No micro-batch at all: the update counts, decays the weights, and its metrics are finite."""
+    """No micro-batch at all: the update counts, decays the weights, its metrics are finite, and it has none of tokens."""
     tx_cfg = OptimizerConfig(learning_rate=1e-2, weight_decay=0.5, max_grad_norm=1.0)
     cfg = tiny.step_config(updates=2)
     flat = with_equal(scored, range(8))
@@ -147,7 +147,11 @@ def test_without_any_advantage_the_optimiser_still_moves(scored):
     new, metrics = step(cfg, flat, tx=make_optimizer(tx_cfg, 10))
     forced, computed = step(cfg, flat, plan_everything(flat, cfg), tx=make_optimizer(tx_cfg, 10))
     identical(new.params, forced.params)
-    assert metrics.keys() == computed.keys()
+    means = {"entropy", "logp_difference", "approx_kl", "ratio_mean", "ratio_max", "clip_fraction"}
+    means |= {f"{side}_fraction" for side in ("clip_low", "clip_high", "dual_clip")}
+    missing = {f"update/{name}" for name in means}
+    missing |= {"rollout/logp_mismatch", "rollout/ratio_max"}
+    assert (computed.keys() - metrics.keys(), metrics.keys() - computed.keys()) == (missing, set())
     assert int(optax.tree.get(new.opt_state, "count", filtering=is_adam)) == 2
     expected = decayed(tx_cfg, decayed(tx_cfg, tiny.params()))
     jax.tree.map(
@@ -177,6 +181,8 @@ def test_a_mini_batch_without_advantage_among_others(full, empty):
     assert int(optax.tree.get(new.opt_state, "count", filtering=is_adam)) == 2
     assert all(np.isfinite(value) for value in metrics.values()), metrics
     assert metrics["update/grad_norm"] > 0
+    assert metrics["update/ratio_mean"] == pytest.approx(1, abs=0.2)
+    assert ("rollout/logp_mismatch" in metrics) == (empty == 1)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (4, 1, 1)], ids=str)
@@ -244,6 +250,15 @@ def test_metrics_of_several_updates():
     updates.append(totals(loss=6.0, ratio_max=3.0))
     found = combine_updates(updates)
     assert found == {"update/loss": 3.0, "update/ratio_max": 9.0}
+
+
+def test_updates_without_tokens_are_in_no_mean_over_tokens():
+    computed = totals(loss=1.0, ratio_mean=1.5, ratio_max=1.5)
+    empty = totals(loss=0.0, ratio_mean=0.0, ratio_max=0.0).without_tokens()
+    expected = {"update/loss": 0.5, "update/ratio_mean": 1.5, "update/ratio_max": 1.5}
+    assert combine_updates([empty, computed]) == expected
+    assert policy_metrics({}, [empty, computed]) == expected
+    assert policy_metrics({}, [empty]) == {"update/loss": 0.0}
 
 
 def test_the_first_update_tells_how_far_the_sampler_is_from_the_trainer():
