@@ -85,6 +85,15 @@ def test_reinforce_pp_standardises_over_tokens(view):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("baseline", ["none", "group"])
+@pytest.mark.parametrize("reward", [-2.9666667, 0.8, 3.1333333])
+def test_reinforce_pp_of_a_batch_of_equal_rewards_is_zero(view, reward, baseline):
+    """Whatever their mean is rounded to."""
+    length = np.arange(3, 131).reshape(16, 8)
+    seen = view(logp=np.zeros((16, 8, 130)), reward=np.full((16, 8), reward), length=length)
+    assert not np.any(advantage("reinforce_pp", seen, baseline=baseline))
+
+
 def test_entropy_bonus_never_turns_the_sign(view):
     entropy = [[[1.0, 0.1], [1.0, 0.1]]]
     region = [[[Region.THINK, Region.NAME]] * 2]
