@@ -600,9 +600,23 @@ def origins(files: Sequence[Location], overrides: Sequence[str] = ()) -> dict[st
     return found
 
 
-# What `rest-jax train` alone reads.
+# What `rest-jax train` alone reads: evaluations, too, are greedy, of one completion a prompt, at the end of the scale.
 _OF_TRAIN = {
-    "rollout": {"prompts_per_step", "group_size"},
+    "rollout": {
+        "prompts_per_step",
+        "group_size",
+        "dynamic_sampling",
+        "temperature",
+        "top_k",
+        "top_p",
+        "allow_truncated_support",
+        "recompute_logprobs",
+        "tis_cap",
+        "replay_routing",
+        "staleness",
+    },
+    "reward": {"progress_steps", "format_scale_start", "correctness_scale_start"},
+    "train": {"prompts_per_update"},
     "weights": set(WeightsConfig.model_fields),
     "curriculum": set(CurriculumConfig.model_fields),
     "loss": LossConfig.model_fields.keys() - {"vocab_chunk", "load_balance_coefficient"},
