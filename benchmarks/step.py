@@ -16,7 +16,7 @@ from benchmarks.process import Work
 from rest_jax.config import RewardConfig
 from rest_jax.distributed import activate
 from rest_jax.rl.packing import BatchLengths
-from rest_jax.rl.prepare import group_signal
+from rest_jax.rl.prepare import active_groups
 from rest_jax.rl.step import plan_minibatches
 from rest_jax.rollout.cast import rollout_cast
 from rest_jax.rollout.scoring import score_rollout
@@ -49,7 +49,7 @@ def make_work(args: argparse.Namespace) -> Work:
             sampled = sampler(params, prompts, updates.state.rng, number)
         scored = with_advantage(score(sampled, policy))
         plan = plan_minibatches(
-            BatchLengths.of(scored.rollout), group_signal(scored, cfg.loss), cfg, policy.mesh
+            BatchLengths.of(scored.rollout), active_groups(scored, cfg), cfg, policy.mesh
         )
         rows = [row for micro in plan[0] for row in micro.rows]
         if len({piece.group for row in rows for piece in row}) != args.prompts:

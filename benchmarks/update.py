@@ -39,7 +39,7 @@ from rest_jax.rl.packing import (
     assign_minibatches,
     plan_microbatches,
 )
-from rest_jax.rl.prepare import StepConfig
+from rest_jax.rl.prepare import StepConfig, active_groups
 from rest_jax.rl.step import abstract_state, init_state, make_step, plan_minibatches, policy_metrics
 from rest_jax.run.throughput import update_flops
 from rest_jax.types import RolloutBatch, Sampling, ScoredBatch
@@ -78,7 +78,7 @@ class Updates:
         minibatch = assign_minibatches(len(scored.reward), self.cfg.updates)
         if plan is None:
             lengths = BatchLengths.of(scored.rollout)
-            plan = plan_minibatches(lengths, scored.reward, self.cfg, self.mesh)
+            plan = plan_minibatches(lengths, active_groups(scored, self.cfg), self.cfg, self.mesh)
         with activate(self.mesh):
             batch, curriculum, prepared, _ = self.step.prepare(
                 scored, None, None, minibatch, self.state.curriculum

@@ -52,7 +52,6 @@ from rest_jax.rl.prepare import (
     StepConfig,
     TokenValues,
     active_groups,
-    group_signal,
     minibatch_prompts,
     step_config,
 )
@@ -152,7 +151,7 @@ def train_steps(trainer: "Trainer", loop: Loop) -> bool:
                 loop.keep(copy_to_host(state))
             # sample and score
             experience = collector.collect(trainer.rollout_params(state.params), state.rng, step)
-            lengths, signal = gather_lengths(experience.scored, cfg, rollout_mesh)
+            lengths, active = gather_lengths(experience.scored, cfg, rollout_mesh)
             scored = move_rows(experience.scored, rollout_mesh, mesh)
             dispatched = time.monotonic()
             with jax.profiler.TraceAnnotation("update"):
@@ -169,7 +168,7 @@ def train_steps(trainer: "Trainer", loop: Loop) -> bool:
                     scored, recomputed, logp_ref, minibatch, state.curriculum
                 )
                 # loss, gradient, optimiser
-                plan, updates = plan_minibatches(lengths, signal, cfg, mesh), []
+                plan, updates = plan_minibatches(lengths, active, cfg, mesh), []
                 for micro_batches in plan:
                     state, totals = rl.update(state, batch, micro_batches, policy.frozen, check)
                     updates.append(totals)
@@ -183,9 +182,7 @@ def train_steps(trainer: "Trainer", loop: Loop) -> bool:
                 device=(prepared, updates),
                 read=policy_metrics,
                 host=trainer.host.of_step(experience, lengths, plan),
-                rates=functools.partial(
-                    trainer.host.rates, experience, lengths, active_groups(signal, cfg)
-                ),
+                rates=functools.partial(trainer.host.rates, experience, lengths, active),
                 must_be_finite=RL_FINITE,
                 batch=experience.arrays(),
                 dispatched=dispatched,
@@ -301,12 +298,12 @@ def copy_reference(config: Config, policy: Policy) -> Params | None:
 def gather_lengths(
     scored: ScoredBatch, cfg: StepConfig, mesh: Mesh
 ) -> tuple[BatchLengths, np.ndarray]:
-    """Lengths and `group_signal` of the batch of all processes."""
+    """Lengths and `active_groups` of the batch of all processes."""
     own = BatchLengths.of(scored.rollout)
-    prompts, responses, signal = gather(
-        (own.prompt_length, own.response_length, np.asarray(group_signal(scored, cfg.loss))), mesh
+    prompts, responses, active = gather(
+        (own.prompt_length, own.response_length, np.asarray(active_groups(scored, cfg))), mesh
     )
-    return BatchLengths(prompts, responses, own.widths), signal
+    return BatchLengths(prompts, responses, own.widths), active
 
 
 def sample_lines(experience: Experience, policy: Policy, count: int) -> list[dict[str, Any]]:

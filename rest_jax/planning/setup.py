@@ -190,9 +190,8 @@ def micro_batches(setup: Setup, lengths: Lengths) -> list[MicroBatch]:
     """The micro-batches of one update in which all groups are active and as long as `lengths`."""
     if setup.step is None:
         return all_groups(setup, lengths)
-    reward = np.zeros((setup.groups, setup.group_size), np.float32)
-    reward[:, 0] = 1
-    return plan_minibatches(_batch(setup, lengths), reward, setup.step, setup.policy.mesh)[0]
+    active = np.ones(setup.groups, bool)
+    return plan_minibatches(_batch(setup, lengths), active, setup.step, setup.policy.mesh)[0]
 
 
 def all_groups(setup: Setup, lengths: Lengths) -> list[MicroBatch]:

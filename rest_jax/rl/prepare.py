@@ -61,19 +61,17 @@ class StepConfig:
         """Whether groups without advantage have a gradient all the same."""
         loss = self.loss
         terms = loss.kl_coefficient, loss.entropy_coefficient, loss.load_balance_coefficient
-        return max(terms) > 0 or every_group_has_advantage(loss)
+        return max(terms) > 0
 
 
-def group_signal(scored: ScoredBatch, loss: LossConfig) -> AnyArray:
-    """[P G] or [P G K]: what must differ within a group for it to have an advantage."""
-    if loss.group_filter == "exact":
-        return scored.exact
-    return getattr(scored, advantage_rule(loss).rule.signal or "reward")
-
-
-def every_group_has_advantage(loss: LossConfig) -> bool:
-    """Whether completions need not differ within a group for an advantage."""
-    return loss.group_filter == "none" and advantage_rule(loss).rule.signal is None
+def has_advantage(scored: ScoredBatch, loss: LossConfig) -> Bool[AnyArray, " P"]:
+    """The groups with an advantage: their completions differ in what the rule asks for (`rules.Signal`), and pass the filter."""
+    signal = advantage_rule(loss).rule.signal
+    found = np.ones(len(scored.reward), bool)
+    for name in (signal, "exact" if loss.group_filter == "exact" else None):
+        if name is not None:
+            found = found & nonzero_advantage(getattr(scored, name))
+    return found
 
 
 def step_config(config: Config, steps: int) -> StepConfig:
@@ -118,9 +116,9 @@ class TokenValues:
     logp: Float[AnyArray, "n G T"] | None  # by the trainer; None where it was not recomputed
 
 
-def active_groups(signal: np.ndarray, cfg: StepConfig) -> np.ndarray:
-    """bool [P]: the groups that must be computed, from `group_signal`; the others have no gradient."""
-    return nonzero_advantage(signal) | cfg.all_groups_active
+def active_groups(scored: ScoredBatch, cfg: StepConfig) -> Bool[AnyArray, " P"]:
+    """The groups that must be computed; the others have no gradient."""
+    return has_advantage(scored, cfg.loss) | cfg.all_groups_active
 
 
 @jax.named_scope("prepare")
@@ -159,8 +157,7 @@ def prepare(
             loss_weight = loss_weight * tis
     metrics["update/phantom_gradient"] = phantom_gradient(view, loss_weight)
     metrics["update/effective_tokens"] = effective_tokens(view, loss_weight)
-    active = nonzero_advantage(group_signal(scored, cfg.loss)) | cfg.all_groups_active
-    counted = mask & active[:, None, None]
+    counted = mask & active_groups(scored, cfg)[:, None, None]
     batch = TrainBatch(
         prompt=rollout.prompt,
         prompt_length=rollout.prompt_length,

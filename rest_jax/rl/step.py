@@ -48,7 +48,6 @@ from rest_jax.rl.prepare import (
     Recomputed,
     StepConfig,
     TokenValues,
-    active_groups,
     change_metrics,
     prepare,
 )
@@ -208,15 +207,13 @@ def make_prepare(
 
 
 def plan_minibatches(
-    lengths: BatchLengths, signal: np.ndarray, cfg: StepConfig, mesh: Mesh
+    lengths: BatchLengths, active: np.ndarray, cfg: StepConfig, mesh: Mesh
 ) -> list[list[MicroBatch]]:
-    """The micro-batches of each mini-batch, with the groups that must be computed; of the global batch. `signal`: see
-    `active_groups`.
-    """
-    minibatch = assign_minibatches(len(signal), cfg.updates)
+    """The micro-batches of each mini-batch, with its `active_groups` bool [P]; of the global batch."""
+    minibatch = assign_minibatches(len(active), cfg.updates)
     single = cfg.noise_groups is not None
     packing = Packing(num_data_shards(mesh), cfg.max_tokens_per_microbatch, single)
-    return plan_microbatches(lengths, minibatch, active_groups(signal, cfg), packing)
+    return plan_microbatches(lengths, minibatch, active, packing)
 
 
 def combine_updates(updates: Sequence[Totals]) -> dict[str, Any]:

@@ -25,9 +25,8 @@ from rest_jax.distributed import gather, local_shards, rows_of_shards
 from rest_jax.models.policy import Policy
 from rest_jax.rewards.plugin import open_plugin
 from rest_jax.rewards.score import Outcome, Score
-from rest_jax.rl.prepare import every_group_has_advantage, group_signal
+from rest_jax.rl.prepare import has_advantage
 from rest_jax.rl.rules import find_phrases
-from rest_jax.rl.view import nonzero_advantage
 from rest_jax.rollout.scheduler import SamplerStats, make_sampler, rows_of_group
 from rest_jax.rollout.scoring import (
     Scoring,
@@ -219,9 +218,7 @@ class Collector:
             known = rollout.prompt_length, rollout.response_length, experience.scored.exact, equal
             *fields, new = gather(known, mesh)
             sampled.append([np.asarray(x)[new] for x in fields])
-            signal = group_signal(experience.scored, self.config.loss)
-            equal = ~nonzero_advantage(np.asarray(signal))
-            equal &= not every_group_has_advantage(self.config.loss)
+            equal = ~np.asarray(has_advantage(experience.scored, self.config.loss))
             if number > self.config.rollout.dynamic_sampling or not gather(equal, mesh).any():
                 break
             experience = experience.replace(np.flatnonzero(equal), draw(number, equal))

@@ -22,7 +22,7 @@ from rest_jax.rl.packing import (
     plan_microbatches,
     row_length,
 )
-from rest_jax.rl.prepare import Recomputed, StepConfig, group_signal
+from rest_jax.rl.prepare import Recomputed, StepConfig, active_groups
 from rest_jax.rl.step import (
     Update,
     make_logprobs,
@@ -44,9 +44,8 @@ RECORD = Optimizer(
 
 def plan_of(scored: ScoredBatch, cfg: StepConfig, mesh) -> list[list[MicroBatch]]:
     """The plan of a step."""
-    return plan_minibatches(
-        BatchLengths.of(scored.rollout), group_signal(scored, cfg.loss), cfg, mesh
-    )
+    lengths = BatchLengths.of(scored.rollout)
+    return plan_minibatches(lengths, active_groups(scored, cfg), cfg, mesh)
 
 
 def plan_everything(

@@ -13,7 +13,6 @@ from rest_jax.rl.prepare import (
     Recomputed,
     active_groups,
     change_metrics,
-    group_signal,
     prepare,
 )
 from rest_jax.rl.rules import choose
@@ -205,15 +204,16 @@ def test_the_share_of_marked_tokens_is_a_metric_of_rules_that_read_them(scored):
 
 @pytest.mark.parametrize("name", ["grpo", "entropy", "reinforce_pp"])
 def test_groups_of_one_kind_of_completions_can_be_left_out(scored, name):
-    """Whatever their rewards; host and device agree, and no gradient is left without an exact completion."""
+    """Beside those that the rule leaves out; host and device agree, and no gradient is left without an exact completion."""
     exact = np.zeros(scored.reward.shape, bool)
     exact[0, 1], exact[3] = True, True
-    exact[5, :2] = True
+    exact[5, :2] = exact[7, 0] = True  # the seventh's rewards are equal
     cfg = tiny.step_config(loss=LossConfig(advantage=name, group_filter="exact"))
     given = scored.replace(exact=exact)
     batch, metrics = prepared(cfg, given)
-    active = active_groups(group_signal(given, cfg.loss), cfg)
-    np.testing.assert_array_equal(np.flatnonzero(active), [0, 5])
+    active = active_groups(given, cfg)
+    left = [0, 5, 7] if name == "reinforce_pp" else [0, 5]
+    np.testing.assert_array_equal(np.flatnonzero(active), left)
     np.testing.assert_array_equal(batch.regulariser.any(axis=(1, 2)), active)
     np.testing.assert_array_equal(
         batch.advantage.any(axis=tuple(range(1, batch.advantage.ndim))), active
@@ -226,13 +226,13 @@ def test_groups_of_one_kind_of_completions_can_be_left_out(scored, name):
 def test_active_groups(scored):
     """The host's plan and the device's denominators are of the same groups."""
     cfg = tiny.step_config()
-    active = active_groups(scored.reward, cfg)
+    active = active_groups(scored, cfg)
     np.testing.assert_array_equal(active, ~np.isin(np.arange(8), EQUAL))
     batch, _ = prepared(cfg, scored)
     np.testing.assert_array_equal(batch.regulariser.any(axis=(1, 2)), active)
     np.testing.assert_array_equal(batch.advantage.any(axis=1), active)
     for changes in ({"kl_coefficient": 0.1}, {"entropy_coefficient": 0.1}):
-        assert active_groups(scored.reward, tiny.step_config(loss=LossConfig(**changes))).all()
+        assert active_groups(scored, tiny.step_config(loss=LossConfig(**changes))).all()
 
 
 def test_the_fields_of_the_rollout_are_handed_on(scored):

@@ -119,7 +119,7 @@ def test_skipping_adds_no_more_than_exact_zeros(scored):
 )
 def test_a_kl_term_or_entropy_bonus_needs_every_group(scored, changes):
     cfg = tiny.step_config(loss=LossConfig(vocab_chunk=5, **changes))
-    assert active_groups(scored.reward, cfg).all()
+    assert active_groups(scored, cfg).all()
     assert picked(plan_of(scored, cfg, tiny.mesh())) == list(range(8))
     flat = with_equal(scored, range(8))  # nothing but the other term is left
     reference = flat.rollout.logp - 0.5 if "kl_coefficient" in changes else None

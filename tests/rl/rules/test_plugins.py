@@ -1,5 +1,8 @@
 """Rules in files of the user's own: they are those of a step, take options, and fail in one line before a run begins."""
 
+import types
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ from rest_jax import config, plugins
 from rest_jax.config import ConfigError
 from rest_jax.errors import UserError
 from rest_jax.rl.plugins import check_traces
-from rest_jax.rl.prepare import active_groups, step_config
+from rest_jax.rl.prepare import has_advantage, step_config
 from rest_jax.rl.rules import advantage_rule, check_rules, choose_weight_rule, policy_rule
 
 FUNCTION = """
@@ -69,11 +72,11 @@ def test_a_rule_says_which_groups_have_no_gradient_and_a_function_leaves_none_ou
     check_traces(loaded)
     seen = view(logp=np.zeros((1, 2, 1)), reward=[[0.0, 1.0]])
     np.testing.assert_allclose(advantage_rule(loaded.loss)(seen), [[-1.5, 1.5]])
-    signal = np.array([[1.0, 1.0], [0.0, 1.0]])
-    assert active_groups(signal, step_config(loaded, 2)).tolist() == [False, True]
+    scored: Any = types.SimpleNamespace(reward=np.array([[1.0, 1.0], [0.0, 1.0]]))
+    assert has_advantage(scored, loaded.loss).tolist() == [False, True]
     function = load(f"loss.advantage_plugin={loaded.loss.advantage_plugin}:scaled", "loss.advantage_options.scale=3")  # fmt: skip
     np.testing.assert_allclose(advantage_rule(function.loss)(seen), [[-1.5, 1.5]])
-    assert step_config(function, 2).all_groups_active
+    assert has_advantage(scored, function.loss).all()
     with pytest.raises(ConfigError, match=r"of rule .*mine\.py: scal: unknown key \(nearest: sc"):
         check_rules(load(f"loss.advantage_plugin={loaded.loss.advantage_plugin}", "loss.advantage_options.scal=3"))  # fmt: skip
 

@@ -11,7 +11,7 @@ from rest_jax.config import ConfigError, CurriculumConfig, LossConfig, WeightsCo
 from rest_jax.data.synthetic.world import world
 from rest_jax.rl import curriculum
 from rest_jax.rl.loss import policy_rule
-from rest_jax.rl.prepare import active_groups, compute_advantage, group_signal, weigh_tokens
+from rest_jax.rl.prepare import active_groups, compute_advantage, weigh_tokens
 from rest_jax.rl.regions import mark_phrases
 from rest_jax.rl.rules import check_rules, choose, choose_weight_rule, find_phrases, load_rule
 from rest_jax.rl.view import make_view
@@ -80,7 +80,7 @@ def test_the_rule_says_which_groups_have_no_gradient(scored, results):
     """The host leaves them out, so on the device their advantage is exactly zero."""
     for name, found in results[0].items():
         cfg = step_config(loss=LossConfig(advantage=name))
-        active = active_groups(group_signal(scored, cfg.loss), cfg)
+        active = active_groups(scored, cfg)
         assert not found[~active].any(), name
         assert active[[1, 4]].all() == (load_rule("advantage", name).signal is None), name
         assert active.sum() >= 4, name
