@@ -57,24 +57,40 @@ def check_traces(config: Config) -> None:
 def check_trace(
     kind: str, word: str, shapes: list[tuple[int, ...]], trace: Callable[[], Any]
 ) -> None:
-    """UserError unless `trace` gives a floating-point array of one of the shapes, of a loss a `PolicyLoss` of one."""
+    """UserError unless `trace` gives a floating-point array of one of the shapes, of a loss a `PolicyLoss` of one, whose clips
+    are bool of its shape or None.
+    """
     key = PLUGIN_KEYS[kind]
     path = plugins.read(word, key).path
     try:
         found = trace()
     except Exception as error:
         raise UserError(f"{key} {word}: {plugins.describe(error, path)}") from error
+    cuts = {}
     if kind == "loss":
         if not isinstance(found, PolicyLoss):
             raise UserError(f"{key} {word}: a PolicyLoss is needed, not a {type(found).__name__}")
+        cuts = {name: cut for name, cut in found._asdict().items() if name != "loss"}
         found = found.loss
-    kind_of, shape = getattr(found, "dtype", type(found).__name__), getattr(found, "shape", None)
+    kind_of, shape = _kind_and_shape(found)
     if shape not in shapes or not jnp.issubdtype(kind_of, jnp.floating):
         names = " or ".join("[P G T]" if len(s) == 3 else "[P G]" for s in shapes)
         raise UserError(
             f"{key} {word}: floating-point numbers {names} are needed, here {' or '.join(map(str, shapes))}, found {kind_of} "
             f"{shape if shape is not None else ''}"
         )
+    for name, cut in cuts.items():
+        if cut is not None and _kind_and_shape(cut) != (jnp.bool_, shape):
+            kind_of, other = _kind_and_shape(cut)
+            raise UserError(
+                f"{key} {word}: {name} of its PolicyLoss: bool {shape}, where that clip cuts, or None is needed, found {kind_of} "
+                f"{other if other is not None else ''}"
+            )
+
+
+def _kind_and_shape(found: Any) -> tuple[Any, tuple[int, ...] | None]:
+    """Of an array; of anything else the name of its type and None."""
+    return getattr(found, "dtype", type(found).__name__), getattr(found, "shape", None)
 
 
 def _of_view(config: Config, rule: Chosen) -> Any:

@@ -11,6 +11,7 @@ the options as a config section, and ends with a `RULE`. `docs/methods.md` has a
 
 import functools
 import importlib
+import typing
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -29,7 +30,8 @@ from rest_jax.config import (
 from rest_jax.errors import UserError
 
 # What must differ between the completions of a group for it to have a gradient. None: nothing, so all groups are computed.
-Signal = Literal["reward", "parts", "exact"] | None
+SignalName = Literal["reward", "parts", "exact"]
+Signal = SignalName | None
 
 
 class NoOptions(Section):
@@ -83,7 +85,7 @@ PLUGIN_KEYS = {
 @functools.cache
 def load_plugin(kind: str, word: str) -> Rule:
     """The rule in a file of the user's own, loaded once: a `Rule`, or a function, which may take any options and of which nothing
-    is known, so that no group is left out. UserError names the line of the file that fails.
+    is known, so that no group is left out. UserError names the line of the file that fails, or the field that is none of a Rule.
     """
     key = PLUGIN_KEYS[kind]
     source = plugins.read(word, key)
@@ -93,13 +95,54 @@ def load_plugin(kind: str, word: str) -> Rule:
         if isinstance(error, KeyboardInterrupt):
             raise
         raise UserError(f"{key} {word}: {plugins.describe(error, source.path)}") from error
-    if isinstance(found, Rule):
-        return found
-    if not callable(found):
+    if not isinstance(found, Rule):
+        if not callable(found):
+            raise UserError(
+                f"{key} {word}: {source.name} is a {type(found).__name__}; a Rule or a function is needed"
+            )
+        found = Rule(found, AnyOptions, signal=None)
+    return _checked(found, f"{key} {word}", source.path)
+
+
+def _checked(rule: Rule, named: str, path: str) -> Rule:
+    """A rule of the user's own whose phrases are checked, too, once they are asked for; `named` opens the message of the
+    UserError.
+    """
+    signals = typing.get_args(SignalName)
+    options = isinstance(rule.options, type) and issubclass(rule.options, Section)
+    needed = {
+        "apply": (callable(rule.apply), "a function"),
+        "options": (options, "a subclass of rest_jax.config.Section"),
+        "signal": (rule.signal in (*signals, None), f"{', '.join(signals)} or None"),
+        "phrases": (
+            rule.phrases is None or callable(rule.phrases),
+            "a function of the options, or None",
+        ),
+        "reads_sequence": (isinstance(rule.reads_sequence, bool), "True or False"),
+    }
+    for field, (fits, what) in needed.items():
+        if not fits:
+            raise UserError(f"{named}: {field} {_shown(getattr(rule, field))}: {what} is needed")
+    if rule.phrases is None:
+        return rule
+    return rule._replace(phrases=functools.partial(_texts, rule.phrases, named, path))
+
+
+def _texts(phrases: Callable[[Any], Any], named: str, path: str, options: Section) -> Any:
+    try:
+        found = phrases(options)
+    except Exception as error:
+        raise UserError(f"{named}: phrases: {plugins.describe(error, path)}") from error
+    texts = isinstance(found, tuple | list) and all(isinstance(x, str) and x.strip() for x in found)
+    if not texts or not found:
         raise UserError(
-            f"{key} {word}: {source.name} is a {type(found).__name__}; a Rule or a function is needed"
+            f"{named}: phrases {_shown(found)}: texts that are not blank, at least one, are needed"
         )
-    return Rule(found, AnyOptions, signal=None)
+    return tuple(found)
+
+
+def _shown(value: Any) -> str:
+    return " ".join(repr(value).split())[:80]
 
 
 def choose(kind: str, name: str, options: Options, key: str) -> Chosen:
@@ -135,16 +178,22 @@ def policy_rule(loss: LossConfig) -> Chosen:
 
 
 def check_rules(config: Config) -> tuple[Chosen, ...]:
-    """The rules of a run. ConfigError for options that they do not have."""
+    """The rules of a run. ConfigError for options that they do not have, UserError for phrases that are none."""
     weight = choose_weight_rule(config)
     advantage, policy = advantage_rule(config.loss), policy_rule(config.loss)
-    return (advantage, policy) if weight is None else (weight, advantage, policy)
+    rules = (advantage, policy) if weight is None else (weight, advantage, policy)
+    _phrases(rules)
+    return rules
 
 
 def find_phrases(config: Config) -> tuple[str, ...]:
     """The texts that the host marks for the rules of a run."""
+    return _phrases(check_rules(config))
+
+
+def _phrases(rules: tuple[Chosen, ...]) -> tuple[str, ...]:
     found: list[str] = []
-    for rule, options in check_rules(config):
+    for rule, options in rules:
         if rule.phrases is not None:
             found += rule.phrases(options)
     return tuple(dict.fromkeys(found))

@@ -93,6 +93,10 @@ def test_a_policy_loss(write):
 
 
 KEY = "weights.plugin"
+CUT = (
+    "from rest_jax.rl.loss import PolicyLoss\ndef f(s, x, c, o): return PolicyLoss(x.advantage, {})"
+)
+A_RULE = "from rest_jax.rl.rules import Rule\nf = Rule(lambda view, options: view.logp, {})"
 BAD = {
     "import": (KEY, "import nothing_like_it", "line 1: ModuleNotFoundError: No module named 'no"),
     "exit": (KEY, "raise SystemExit(3)", "line 1: SystemExit: 3"),
@@ -107,6 +111,18 @@ BAD = {
     "integers": (KEY, "def f(v, o): return v.responses", "found int32"),
     "groups": ("loss.advantage_plugin", "def f(v, o): return v.reward[0]", "\\[P G\\] or \\[P G T\\]"),
     "loss": ("loss.policy_plugin", "def f(s, x, c, o): return x.advantage", "a PolicyLoss is needed"),
+    "cut as numbers": ("loss.policy_plugin", CUT.format("x.advantage"), "low of its PolicyLoss: bool .* found float32"),
+    "cut of all": ("loss.policy_plugin", CUT.format("(x.advantage > 0).any()"), "or None is needed, found bool \\(\\)"),
+    "signal": ("loss.advantage_plugin", A_RULE.format("signal='rewards'"), "signal 'rewards': reward, parts, exact or None is"),
+    "apply": (KEY, "from rest_jax.rl.rules import Rule\nf = Rule(3)", "apply 3: a function is needed"),
+    "options": (KEY, A_RULE.format("options={'x': 1}"), "options {'x': 1}: a subclass of rest_jax.config.Section is"),
+    "sequence": (KEY, A_RULE.format("reads_sequence=1"), "reads_sequence 1: True or False is needed"),
+    "phrases": (KEY, A_RULE.format("phrases=('so',)"), "phrases \\('so',\\): a function of the options, or None is"),
+    "phrases raise": (KEY, A_RULE.format("phrases=lambda o: o.words"), "phrases: line 2: AttributeError"),
+    "letters": (KEY, A_RULE.format("phrases=lambda o: 'so'"), "phrases 'so': texts that are not blank, at least one, are"),
+    "no texts": (KEY, A_RULE.format("phrases=lambda o: (3,)"), "phrases \\(3,\\): texts"),
+    "blank": (KEY, A_RULE.format("phrases=lambda o: ['so', ' ']"), "phrases \\['so', ' '\\]: texts"),
+    "no phrases": (KEY, A_RULE.format("phrases=lambda o: ()"), "phrases \\(\\): texts"),
 }  # fmt: skip
 
 
