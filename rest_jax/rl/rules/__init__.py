@@ -178,22 +178,33 @@ def policy_rule(loss: LossConfig) -> Chosen:
 
 
 def check_rules(config: Config) -> tuple[Chosen, ...]:
-    """The rules of a run. ConfigError for options that they do not have, UserError for phrases that are none."""
-    weight = choose_weight_rule(config)
-    advantage, policy = advantage_rule(config.loss), policy_rule(config.loss)
-    rules = (advantage, policy) if weight is None else (weight, advantage, policy)
+    """The rules of a run. ConfigError for options that they do not have, and for two whose phrases are marked; UserError for
+    phrases that are none.
+    """
+    rules = _rules(config)
     _phrases(rules)
-    return rules
+    return tuple(rules.values())
 
 
 def find_phrases(config: Config) -> tuple[str, ...]:
-    """The texts that the host marks for the rules of a run."""
-    return _phrases(check_rules(config))
+    """The texts that the host marks for the rule of a run that reads marks. Errors as of `check_rules`."""
+    return _phrases(_rules(config))
 
 
-def _phrases(rules: tuple[Chosen, ...]) -> tuple[str, ...]:
-    found: list[str] = []
-    for rule, options in rules:
-        if rule.phrases is not None:
-            found += rule.phrases(options)
-    return tuple(dict.fromkeys(found))
+def _rules(config: Config) -> dict[str, Chosen]:
+    """The rules of a run by their kind."""
+    found = {
+        "weight": choose_weight_rule(config),
+        "advantage": advantage_rule(config.loss),
+        "loss": policy_rule(config.loss),
+    }
+    return {kind: rule for kind, rule in found.items() if rule is not None}
+
+
+def _phrases(rules: dict[str, Chosen]) -> tuple[str, ...]:
+    found = {kind: rule.phrases(options) for kind, (rule, options) in rules.items() if rule.phrases}
+    if len(found) > 1:
+        raise ConfigError(
+            f"the rules of {' and '.join(found)} have phrases, and tokens are marked for those of one alone; leave one rule out"
+        )
+    return tuple(dict.fromkeys(text for texts in found.values() for text in texts))

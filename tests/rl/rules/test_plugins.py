@@ -12,7 +12,13 @@ from rest_jax.config import ConfigError
 from rest_jax.errors import UserError
 from rest_jax.rl.plugins import check_traces
 from rest_jax.rl.prepare import has_advantage, step_config
-from rest_jax.rl.rules import advantage_rule, check_rules, choose_weight_rule, policy_rule
+from rest_jax.rl.rules import (
+    advantage_rule,
+    check_rules,
+    choose_weight_rule,
+    find_phrases,
+    policy_rule,
+)
 
 FUNCTION = """
 import jax.numpy as jnp
@@ -90,6 +96,13 @@ def test_a_policy_loss(write):
     inputs = TokenInputs(jnp.log(two), two, two, two, yes, None)
     found = policy_rule(loaded.loss)(TokenStats(jnp.log(3 * two), two, yes), inputs, loaded.loss)
     np.testing.assert_allclose(found.loss, [-6.0], rtol=1e-6)
+
+
+def test_tokens_are_marked_for_the_phrases_of_one_rule(write):
+    word = write(A_RULE.format("phrases=lambda o: ['so', 'so']")) + ":f"
+    assert find_phrases(load(f"weights.plugin={word}")) == ("so",)
+    with pytest.raises(ConfigError, match="rules of weight and advantage have phrases"):
+        check_rules(load(f"weights.plugin={word}", "loss.advantage=hicra"))
 
 
 KEY = "weights.plugin"
