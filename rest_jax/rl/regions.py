@@ -65,18 +65,28 @@ def mark_phrases(
     """bool [B, T]: the tokens that hold a byte of one of the phrases, as complete words, in small letters or capitals, with any
     white space between their words.
 
-    texts: the bytes of each row's tokens of text; token_bytes: bytes of each id.
+    texts: the bytes of each row's tokens of text; token_bytes: bytes of each id. ValueError for a phrase without a word.
     """
-    words = (rb"\s+".join(re.escape(w.encode()) for w in phrase.split()) for phrase in phrases)
-    pattern = re.compile(rb"(?<!\w)(?:" + b"|".join(words) + rb")(?!\w)", re.IGNORECASE)
+    words = [r"\s+".join(map(re.escape, phrase.split())) for phrase in phrases]
+    if not all(words):
+        raise ValueError(f"mark_phrases: {list(phrases)}: a phrase is blank")
+    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)", re.IGNORECASE)
     marked = np.zeros(token_bytes.shape, bool)
     end = np.cumsum(token_bytes, axis=1, dtype=np.int64)
     for row, text in enumerate(texts):
-        for found in pattern.finditer(text):
-            first = np.searchsorted(end[row], found.start(), side="right")
-            last = np.searchsorted(end[row], found.end() - 1, side="right")
+        # As characters, since a byte does not tell whether it is part of a letter; what is no UTF-8 borders on any word.
+        said = text.decode("utf-8", "surrogateescape")
+        for found in pattern.finditer(said):
+            begin = _size(said[: found.start()])
+            first = np.searchsorted(end[row], begin, side="right")
+            last = np.searchsorted(end[row], begin + _size(found[0]) - 1, side="right")
             marked[row, first : last + 1] = True
     return marked
+
+
+def _size(text: str) -> int:
+    """In bytes, of a part of a text that was decoded."""
+    return len(text.encode("utf-8", "surrogateescape"))
 
 
 def _label_text(

@@ -140,6 +140,31 @@ def test_phrases_mark_the_tokens_that_hold_a_byte_of_them(size):
         np.testing.assert_array_equal(found[row], expected)
 
 
+@pytest.mark.parametrize(
+    ("text", "phrase", "marked"),
+    [
+        ("größe", "e", ""),
+        ("größe", "gr", ""),
+        ("größe", "größe", "größe"),
+        ("so “let me see” so", "let me see", "let me see"),
+        ("so—na ja", "na\tja", "na ja"),
+    ],
+    ids=ascii,
+)
+def test_a_letter_of_several_bytes_is_no_border_of_a_word(text, phrase, marked):
+    data, at = text.encode(), text.encode().find(marked.encode())
+    found = mark_phrases([data], np.ones((1, len(data)), int), [phrase])[0]
+    assert np.flatnonzero(found).tolist() == list(range(at, at + len(marked.encode())))
+
+
+def test_phrases_are_found_beside_bytes_that_are_no_text():
+    found = mark_phrases([b"\xc3 so \xff"], np.ones((1, 6), int), ["so"])[0]
+    assert np.flatnonzero(found).tolist() == [2, 3]
+    for blank in ("", " "):
+        with pytest.raises(ValueError, match="a phrase is blank"):
+            mark_phrases([b"so"], np.ones((1, 2), int), ["so", blank])
+
+
 def test_a_phrase_is_no_pattern():
     assert (
         mark_phrases([b"a.c abc"], np.ones((1, 7), int), ["a.c"])[0].tolist()

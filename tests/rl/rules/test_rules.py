@@ -141,6 +141,8 @@ def test_options_come_from_files_and_words(tmp_path):
         (["weights.rule=ar", "weights.options.alpha=true"], "alpha: True: "),
         (["loss.advantage_options.eps=1"], "loss.advantage_options of rule grpo: eps: unknown"),
         (["loss.policy=sapo", "loss.policy_options.tau=1"], "(nearest: tau_"),
+        (["loss.advantage=hicra", "loss.advantage_options={phrases: []}"], "at least 1 item"),
+        (["loss.advantage=hicra", "loss.advantage_options={phrases: ['so', ' ']}"], "phrases"),
     ],
     ids=str,
 )
