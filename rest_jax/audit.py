@@ -53,7 +53,7 @@ from rest_jax.run.contents import (
     kept_contents,
     of_sums,
 )
-from rest_jax.run.folder import EVALUATION, MAY_CHANGE, Run
+from rest_jax.run.folder import EVALUATION, Run, may_change
 from rest_jax.run.fork import Start
 from rest_jax.run.load import load_trained
 from rest_jax.run.lock import check_free
@@ -238,7 +238,8 @@ def launch_faults(recorded: Recorded) -> list[str]:
     found = []
     for (_, before), (step, one) in itertools.pairwise(recorded.launches):
         supervised = one["command"] == "sft"
-        keys = (*MAY_CHANGE, *(config_lib.OF_EVALUATIONS if supervised else ()))
+        configs = (config_lib.from_overrides(own["config"]) for own in (before, one))
+        keys = (*may_change(*configs), *(config_lib.OF_EVALUATIONS if supervised else ()))
         free = tuple(f"config.{key}" for key in keys)
         found += [
             f"launch behind step {step}: {x.path}: {x.old!r} before, {x.new!r} then"
@@ -321,10 +322,14 @@ class Repeater:
         starts = {name: contents.pop(name) for name in STARTS if name in contents}
         self.has_start = not changed(starts, made_of)
         check_same(contents, made_of, f"{config.model.source}, {config.data.train}")
-        if config.loss.kl_coefficient > 0 and self.policy.frozen is None and not self.has_start:
+        adapted = there.refers_to_adapters or config.refers_to_adapters
+        refers = config.loss.kl_coefficient > 0 and (self.policy.frozen is None or adapted)
+        if refers and not self.has_start:
+            start = f"model.source {config.model.source}: not the weights"
+            if adapted:
+                start = f"lora.adapter {config.lora.adapter}: not the adapters"
             raise UserError(
-                f"model.source {config.model.source}: not the weights that the run began with, to which its KL term refers; "
-                "name the folder that has them"
+                f"{start} that the run began with, to which its KL term refers; name the folder that has them"
             )
         self.here = launch(config, self.policy.mesh, made_of, self.command)
         others = differences(computed_by(recorded), computed_by(self.here))

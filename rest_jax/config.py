@@ -523,6 +523,11 @@ class Config(Section):
         """The folder of the run: a local one, or a URL (gs://, s3://)."""
         return as_path(self.output) / self.name
 
+    @property
+    def refers_to_adapters(self) -> bool:
+        """Whether the policy that a KL term refers to has the adapters of a folder, with which the run begins."""
+        return self.lora.adapter is not None and self.loss.kl_coefficient > 0
+
     def renamed(self, name: str, option: str) -> "Config":
         """The same under another name, which an option of the command line gives. Raises ConfigError."""
         return validate_as(

@@ -287,12 +287,14 @@ class HostMetrics:
 
 
 def copy_reference(config: Config, policy: Policy) -> Params | None:
-    """The starting policy, which the KL term refers to: a second copy of the weights, or with LoRA the frozen ones themselves.
-    None without that term.
+    """The starting policy, which the KL term refers to: a second copy of the weights, or with LoRA the frozen ones themselves,
+    with a copy of the adapters of a folder; fresh ones add nothing. None without that term.
     """
     if config.loss.kl_coefficient == 0:
         return None
-    return policy.frozen or jax.tree.map(jnp.copy, policy.params)
+    if policy.frozen is not None and not config.refers_to_adapters:
+        return policy.frozen
+    return with_adapters(jax.tree.map(jnp.copy, policy.trained), policy.frozen)
 
 
 def gather_lengths(

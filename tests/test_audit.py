@@ -302,6 +302,7 @@ MAY_DIFFER = {
     "how long": a_launch(config=config_with(train={"steps": 9})),
     "adapters that it began with": a_launch(made_of={"weights": "aa", "adapters": "bb"}),
 }
+WITH_KL = {"lora": {"rank": 2, "adapter": "x"}, "loss": {"kl_coefficient": 0.1}}
 MUST_NOT = {
     "config.optimizer.learning_rate: 1e-06 before, 0.1 then": a_launch(
         config=config_with(optimizer={"learning_rate": 0.1})
@@ -324,6 +325,20 @@ def test_a_run_is_resumed_under_what_may_change_alone():
         assert launch_faults(launched(a_launch(), other)) == []
     for said, other in MUST_NOT.items():
         assert launch_faults(launched(a_launch(), other)) == [f"launch behind step 3: {said}"]
+    # the policy that a KL term refers to, wherever it is
+    first, moved, other, gone = (
+        a_launch(made_of={"adapters": name}, config=config_with(**WITH_KL | {"lora": lora}))
+        for name, lora in (
+            ("aa", WITH_KL["lora"]),
+            ("aa", {"rank": 2, "adapter": "y"}),
+            ("bb", WITH_KL["lora"]),
+            ("aa", {"rank": 2}),
+        )
+    )
+    assert launch_faults(launched(first, moved)) == []
+    (said,) = launch_faults(launched(first, other))
+    assert said.endswith("made_of.adapters: 'aa' before, 'bb' then")
+    assert "config.lora.adapter: 'x' before, None then" in launch_faults(launched(first, gone))[0]
     # what a supervised run reads for its evaluations alone
     sampled = config_with(rollout={"group_size": 2})
     first, second = a_launch(command="sft"), a_launch(command="sft", config=sampled)
@@ -366,24 +381,28 @@ def supervised(model, output) -> pathlib.Path:
     return output / "tiny"
 
 
-def with_adapters(model, output) -> pathlib.Path:
-    """Whose KL term refers to the base; the folder of the adapters that it began with is what no resumed run needs."""
+def with_adapters(model, output, kl: float = 0.0) -> pathlib.Path:
+    """Whose KL term refers to the adapters that it began with; without one no resumed run needs their folder."""
     folder = output / "adapter"
     lora = {"rank": 2, "alpha": 4, "targets": ["q", "down"]}
     first = simple(model, output, lora=lora, train={"steps": 1})
     assert cli.main(["export", str(first), str(folder), "--adapter"]) == 0
     shutil.rmtree(first)
-    changes = {"lora": lora | {"adapter": str(folder)}, "loss": {"kl_coefficient": 0.01}}
+    changes = {"lora": lora | {"adapter": str(folder)}, "loss": {"kl_coefficient": kl}}
     run = simple(model, output, **changes)
     shutil.rmtree(run / "checkpoints" / "4")
     raw = yaml.safe_load((output / "config.yaml").read_text())
-    assert launch(raw, "lora.adapter=null") == 0
+    assert launch(raw, "lora.adapter=null") == (2 if kl else 0)
+    if kl:
+        moved = shutil.copytree(folder, output / "moved")
+        assert launch(raw, f"lora.adapter={moved}") == 0
     return run
 
 
 RUNS = {
     "unbroken": simple,
     "adapters": with_adapters,
+    "adapters, KL": lambda *places: with_adapters(*places, kl=0.01),
     "ahead, KL": lambda *places: simple(*places, rollout=AHEAD, loss={"kl_coefficient": 0.01}),
     "resumed": resumed,
     "forked": forked,

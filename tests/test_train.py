@@ -7,19 +7,23 @@ import shutil
 import signal
 import threading
 import time
+import types
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from rest_jax import cli
+from rest_jax import cli, config
 from rest_jax.errors import UNFINISHED
 from rest_jax.rollout.experience import Collector
 from rest_jax.rollout.tokens import read_record
 from rest_jax.run.checkpoint import Checkpoints
 from rest_jax.run.metrics import REGION_NAMES, read_lines
+from rest_jax.train import copy_reference
 from tests.runs import STEPS, assert_same, finish, launch, lines, recipe, start, state
 
 
@@ -141,6 +145,21 @@ def test_nothing_is_on_the_devices_when_a_checkpoint_is_read(
         cli.main(["train", str(path), "mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2"])
     live, params = caught.value.args
     assert live - before < params / 20
+
+
+def test_the_kl_term_refers_to_the_policy_that_a_run_begins_with():
+    trained, frozen = {"a": jnp.ones(2)}, {"w": jnp.zeros(2)}
+    policy: Any = types.SimpleNamespace(trained=trained, frozen=frozen)
+
+    def reference(*words: str):
+        return copy_reference(config.load(["scale/tiny"], ["lora.rank=2", *words]), policy)
+
+    assert reference("lora.adapter=there") is None
+    assert reference("loss.kl_coefficient=0.1") is frozen
+    found = reference("loss.kl_coefficient=0.1", "lora.adapter=there")
+    trained["a"].delete()  # as an update does
+    assert found is not None and found["w"] is frozen["w"]
+    np.testing.assert_array_equal(found["lora"]["a"], 1)
 
 
 LORA = {"rank": 4, "alpha": 8, "targets": ["q", "o", "down"]}

@@ -124,7 +124,8 @@ def update_programs(setup: Setup, rows: StepRows) -> dict[str, Program]:
         own = with_adapters(state.params, frozen), scored.rollout
         found["logprobs"] = _logprobs(rl.logprobs, setup, rows.forward, own, state)
     if has_reference:
-        own = frozen or state.params, dataclasses.replace(scored.rollout, routes=None)
+        weights = with_adapters(state.params, frozen) if _reference(setup, state) else frozen
+        own = weights, dataclasses.replace(scored.rollout, routes=None)
         program = _logprobs(rl.logprobs, setup, rows.forward, own, state)
         found["reference logprobs"] = dataclasses.replace(program, name="reference logprobs")
     found["prepare"] = _prepare(setup, rl.prepare, given, scored, state)
@@ -229,9 +230,11 @@ def train_state(setup: Setup) -> tuple[TrainState, TrainState]:
 
 
 def _reference(setup: Setup, state: TrainState) -> dict[str, Tree]:
-    """The starting policy, which a KL term keeps on the devices; with LoRA that is the base, which is there anyway."""
+    """The starting policy, which a KL term keeps on the devices; with LoRA that is the base, which is there anyway, with the
+    adapters of a folder if it begins with those.
+    """
     kept = setup.step is not None and setup.config.loss.kl_coefficient > 0
-    kept = kept and setup.policy.frozen is None
+    kept = kept and (setup.policy.frozen is None or setup.config.refers_to_adapters)
     return {"reference": state.params} if kept else {}
 
 

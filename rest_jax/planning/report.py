@@ -135,7 +135,7 @@ def draw(plan: Mapping[str, Any], path: pathlib.Path) -> None:
 
     programs, limit = plan["memory"]["programs"], plan["memory"]["limit"]
     greys = plotting.GREY, plotting.BLACK, plotting.LIGHT
-    # a plan has one of the two
+    # a plan has one of the two, or a small reference beside the base
     alike = {"base": "reference"}
     names = [name for name in NAMES if name not in alike]
     colours = dict(zip(names, (*plotting.PALETTE, *greys), strict=True))

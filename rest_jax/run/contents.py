@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from rest_jax.config import from_overrides
 from rest_jax.data.ragged import StoredRecords, to_bytes
 from rest_jax.data.tokenize import Prepared
 from rest_jax.distributed import exchange, is_first_process
@@ -64,9 +65,13 @@ def digests(
 
 
 def kept_contents(launch: Mapping[str, Any]) -> dict[str, str]:
-    """The digests of a launch that its checkpoints keep, which have adapters of their own; empty where it has none."""
-    made_of = launch.get(MADE_OF, {})
-    return {name: digest for name, digest in made_of.items() if name != ADAPTERS}
+    """The digests of a launch that its checkpoints keep; empty where it has none. They have adapters of their own: those that the
+    run began with are needed where its KL term refers to them.
+    """
+    made_of = dict(launch.get(MADE_OF, {}))
+    if ADAPTERS in made_of and not from_overrides(launch["config"]).refers_to_adapters:
+        del made_of[ADAPTERS]
+    return made_of
 
 
 def check_same(saved: Mapping[str, str], found: Mapping[str, str], where: Any) -> None:

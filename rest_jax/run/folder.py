@@ -363,8 +363,9 @@ def check_config(folder: epath.Path, config: Config) -> list[config_lib.Differen
                 f"{path}: is empty, as a lost machine may leave a file; put it back (`rest-jax config show` prints that of your "
                 "words), or forget the run with --restart"
             )
-    found = config_lib.differences(config_lib.load([path]), config)
-    free = (*MAY_CHANGE, *config_lib.only_evaluated(config))
+    there = config_lib.load([path])
+    found = config_lib.differences(there, config)
+    free = (*may_change(there, config), *config_lib.only_evaluated(config))
     refused = [d for d in found if not d.path.startswith(free)]
     if refused:
         raise UserError(
@@ -372,6 +373,14 @@ def check_config(folder: epath.Path, config: Config) -> list[config_lib.Differen
             f"checkpoint, model.source={folder} with another name starts from its weights, --restart forgets that run"
         )
     return found
+
+
+def may_change(before: Config, now: Config) -> tuple[str, ...]:
+    """How the keys begin in which a run may resume under another config: those of MAY_CHANGE, but that no adapters are put under
+    a KL term's reference, or taken from it.
+    """
+    same = before.refers_to_adapters == now.refers_to_adapters
+    return MAY_CHANGE if same else tuple(key for key in MAY_CHANGE if key != "lora.adapter")
 
 
 def _named(found: Sequence[config_lib.Difference]) -> str:

@@ -50,6 +50,10 @@ def test_with_lora_gradient_and_moments_are_those_of_the_adapters():
     # the base is the reference of a KL term
     assert "reference" not in update.resident and "reference logprobs" in found
     assert "base" in found["apply"].resident and "base" in found["prepare"].resident
+    # but for adapters that it begins with
+    begun = setup(lora={"rank": 2, "adapter": "there"}, loss={"kl_coefficient": 0.1})
+    found = programs.update_programs(begun, rows_at(begun, Lengths(96, 64)))
+    assert programs.device_bytes(found["update"].resident["reference"]) == own
     narrow = setup(lora={"rank": 2, "base_dtype": "bfloat16"}).policy.params
     assert 0.5 <= programs.device_bytes(narrow) / programs.device_bytes(base) < 0.51
 

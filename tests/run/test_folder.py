@@ -94,6 +94,14 @@ def test_a_folder_of_another_config_is_refused_with_every_difference(config, fil
         assert "train.steps" not in str(caught.value)
 
 
+def test_adapters_of_a_kl_term_s_reference_may_move_but_neither_come_nor_go(files, tmp_path):
+    lora, kl = "lora.rank=2", "loss.kl_coefficient=0.1"
+    begin(begun := make_config(tmp_path, lora, kl, "lora.adapter=here"), files)
+    check_config(begun.folder, make_config(tmp_path, lora, kl, "lora.adapter=moved"))
+    with pytest.raises(UserError, match=r"lora\.adapter: 'here' there, None now"):
+        check_config(begun.folder, make_config(tmp_path, lora, kl))
+
+
 def test_a_launch_that_ended_before_its_first_line_binds_nobody(config, files, tmp_path):
     open_run(config, files).close()  # and then the memory was not enough
     other = make_config(tmp_path, "rollout.group_size=2")
