@@ -413,9 +413,8 @@ class Replay(Loop):
     ):
         config, folder = repeater.config, recorded.folder
         stop = StopRequest(config.distributed)
-        no_checkpoints: Any = None
-        resources = contextlib.ExitStack()
-        run = Run(config, folder, writer, no_checkpoints, stop, lambda: None, resources)
+        files, resources = repeater.policy.files, contextlib.ExitStack()
+        run = Run(config, folder, files, stop, lambda: None, resources, metrics=writer)
         run.marked = True  # no checkpoint will be there
         super().__init__(run, repeater.total, repeater.evaluate, repeater.module.SHOWN)
         self.recorded, self.base, self.wanted, self.last = recorded, base, wanted, max(wanted)

@@ -3,8 +3,10 @@
 runs/<name>/  config.yaml  metrics.jsonl  samples.jsonl  tokens.jsonl  digests.jsonl  checkpoints/  curves.png
               model/ (HF side files)  fork.json (of a fork)
 
-Both loops use it. Order within a step: metrics lines are stored before the checkpoint of the same step is begun, so that
-whatever checkpoint a restarted run finds, the lines up to it are there; those after it are dropped and written again.
+Both loops use it. `open_run` takes the lock and reads; `Run.begin`, behind all that may refuse a launch, is the first to write,
+so that a launch which is refused leaves the folder as it was. Order within a step: metrics lines are stored before the
+checkpoint of the same step is begun, so that whatever checkpoint a restarted run finds, the lines up to it are there; those
+after it are dropped and written again.
 The folder is a local one, or a URL of an object store (docs/storage.md).
 """
 
@@ -21,10 +23,11 @@ from etils import epath
 
 from rest_jax import config as config_lib
 from rest_jax.config import Config
-from rest_jax.distributed import is_first_process, say
+from rest_jax.distributed import agree, is_first_process, say
 from rest_jax.errors import RunStopped, UserError, full_disk
 from rest_jax.files import (
     Location,
+    absolute,
     as_path,
     atomic_folder,
     atomic_write,
@@ -62,6 +65,10 @@ from rest_jax.run.trackers import KINDS, check_packages, check_trackers
 from rest_jax.types import Params, TrainState
 
 MODEL_FOLDER = "model"
+# What else `--restart` removes, beside the files that the run writes line by line and what was measured of it: `run.trackers`,
+# `run.loop` and `analysis.report` write these.
+_MADE_FOLDERS = ("tensorboard", "profile")
+_MADE_FILES = ("curves.png", "nan_step_*.npz")
 
 # What a run may resume under: where it computes and lies, how much at once, how long, how closely it is watched. Paths of what
 # it is made of may change: `contents` sees to it that what they lead to does not.
@@ -114,17 +121,18 @@ def not_finite(values: Mapping[str, float], names: Sequence[str]) -> str:
 
 @dataclasses.dataclass
 class Run:
-    """An open run: the resources that the loop writes to. `close` waits for the last checkpoint."""
+    """An open run: the resources that the loop writes to, from `begin` on. `close` waits for the last checkpoint."""
 
     config: Config
     folder: epath.Path
-    # In the first process only.
-    metrics: MetricsWriter | None
-    checkpoints: Checkpoints
+    files: pathlib.Path  # the folder with the model's HF side files
     stop: StopRequest
     check_lock: Callable[[], None]  # RunStopped when another process has taken the folder
     resources: contextlib.ExitStack
+    restart: bool = False  # what the folder holds is to be forgotten
     origin: Origin | None = None  # of a fork
+    metrics: MetricsWriter | None = None  # in the first process only
+    checkpoints: Checkpoints = dataclasses.field(init=False, repr=False)
     marked: bool = False  # SAVED_FILE is there
     launch: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # `record.launch`
 
@@ -141,33 +149,78 @@ class Run:
         start: Start,
     ) -> tuple[TrainState, dict[str, Any], int]:
         """(state, loader state, step) of the newest sound checkpoint; without one what the run begins with. UserError when the
-        run was made of something else. `params`, the weights that a fresh state begins with, are deleted before a checkpoint is
-        read: there need not be room for both.
+        run was made of something else: that is the last refusal of a launch, behind which it begins. `params`, the weights that a
+        fresh state begins with, are deleted before a checkpoint is read: there need not be room for both.
 
         The loader state has EVALUATION if the evaluation that is due after the step is still to be made; what lines there are of
         it are dropped.
         """
-        begun = self.checkpoints.latest() is not None
-        if not begun and self.origin is None:
-            state, step = fresh(), 0
-            loader_state = self.first_loader_state(start.loader_state)
+        if not self.restart and list_steps(self.folder / CHECKPOINTS):
+            jax.tree.map(lambda x: x.delete(), params)
+            # One is complete, so that what a killed save has left, which this removes, is of no use.
+            self._open_checkpoints()
+            state, loader_state, step = self._restore(abstract)
+            self.begin(step, EVALUATION not in loader_state)
+        elif self.origin is None:
+            state, loader_state = fresh(), self.first_loader_state(start.loader_state)
+            step = 0
+            self.begin()
         else:
             jax.tree.map(lambda x: x.delete(), params)
-            if not begun and self.origin is not None:
-                forked, saved = self.begin_fork(self.origin, abstract, start)
-                self.save(self.origin.step, forked, saved)
-                self.wait()
-                del forked
-            with self._in_time("restoring the checkpoint"):
-                state, loader_state, step = self.checkpoints.restore(abstract)
-            where = f"{self.folder}: checkpoint {step}"
-            check_same(loader_state.pop(MADE_OF, {}), self.made_of, where)
-        if self.metrics is not None:
-            evaluated = EVALUATION not in loader_state
-            self.metrics.truncate_after(step if self.checkpoints.latest() else -1, evaluated)
-            if self.launch:
-                self.metrics.write_launch(step, self.launch)
+            forked, saved = self.begin_fork(self.origin, abstract, start)
+            self.begin()
+            self.save(self.origin.step, forked, saved)
+            self.wait()
+            del forked
+            state, loader_state, step = self._restore(abstract)
+        if self.metrics is not None and self.launch:
+            self.metrics.write_launch(step, self.launch)
         return state, loader_state, step
+
+    def _restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any], int]:
+        with self._in_time("restoring the checkpoint"):
+            state, loader_state, step = self.checkpoints.restore(abstract)
+        where = f"{self.folder}: checkpoint {step}"
+        check_same(loader_state.pop(MADE_OF, {}), self.made_of, where)
+        return state, loader_state, step
+
+    def begin(self, step: int | None = None, evaluated: bool = True) -> None:
+        """Makes the folder that of this launch, which nothing refuses any more, and opens what the loop writes to. Every process
+        calls it; killed within it, the same command begins again.
+
+        `step`: of the checkpoint that is continued behind, and whether it was `evaluated`; None: there is none, and no line is
+        kept.
+        """
+        fault = None
+        if is_first_process():
+            try:
+                self._write_begin(step, evaluated)
+            except (UserError, RunStopped) as error:
+                fault = error
+        agree(fault)
+        if step is None:
+            # Behind the cut of the metrics, since this removes what a save that was killed has left: lines without it are those
+            # of a run that has lost its checkpoints (`check_history`).
+            self._open_checkpoints()
+
+    def _write_begin(self, step: int | None, evaluated: bool) -> None:
+        if self.restart:
+            _forget(self.folder)
+        # Before anything else is there: the same command takes a folder with it for its fork.
+        if step is None and self.origin is not None:
+            write_origin(self.folder, self.origin)
+        self.metrics = MetricsWriter(self.folder, self.config)
+        self.metrics.truncate_after(-1 if step is None else step, evaluated)
+        # Before the config: lines that are to go are judged by the one they were written under.
+        self.metrics.sync()
+        with atomic_write(self.folder / CONFIG_FILE) as partial:
+            partial.write_text(config_lib.dump(self.config))
+        _copy_model_files(self.files, self.folder / MODEL_FOLDER, anew=step is None)
+
+    def _open_checkpoints(self) -> None:
+        keep, timeout = self.config.train.keep_checkpoints, self.config.distributed.save_timeout
+        self.checkpoints = self.resources.enter_context(Checkpoints(self.folder, keep, timeout))
+        self.resources.callback(self.wait)
 
     def begin_fork(
         self, origin: Origin, abstract: TrainState, start: Start
@@ -242,11 +295,12 @@ class Run:
     def close(self) -> None:
         """Waits for the last checkpoint; until then SIGTERM only sets the flag."""
         with self._in_time(f"{self.folder}: the last checkpoint"):
-            try:
-                self.checkpoints.wait()
-                self._mark_saved()
-            finally:
-                self.resources.close()
+            self.resources.close()
+
+    def close_metrics(self) -> None:
+        """The files and trackers, if they were opened."""
+        if self.metrics is not None:
+            self.metrics.close()
 
     @contextlib.contextmanager
     def _in_time(self, what: str) -> Iterator[None]:
@@ -267,8 +321,9 @@ class Run:
 def open_run(
     config: Config, files: pathlib.Path, restart: bool = False, origin: Origin | None = None
 ) -> Run:
-    """Makes or reopens the folder. UserError when another process trains in it, it holds a run of another config, or its
-    checkpoints are gone; with `restart` the run that it holds is forgotten. `origin`: where a new fork comes from.
+    """Takes the folder, which is made, and changes nothing in it: that is for `Run.begin`. UserError when another process trains
+    in it, it holds a run of another config, or its checkpoints are gone; with `restart` the run that it holds is to be forgotten.
+    `origin`: where a new fork comes from.
 
     `files` is the folder with the model's HF side files; they are copied so that the run can be exported on its own.
     """
@@ -279,48 +334,53 @@ def open_run(
     make_folder(folder)
     with contextlib.ExitStack() as stack:
         check_lock = stack.enter_context(locked(folder))
-        metrics = None
-        if is_first_process():
-            if restart:
-                _forget(folder)
-            if origin is not None:
-                write_origin(folder, origin)
-            with atomic_write(folder / CONFIG_FILE) as partial:
-                partial.write_text(config_lib.dump(config))
-            _copy_model_files(files, folder / MODEL_FOLDER)
-            metrics = MetricsWriter(folder, config)
-            stack.callback(metrics.close)
-        # Before the checkpoints, since resources are closed last to first.
+        if origin is None and not restart:
+            origin = read_origin(folder)
         stop = StopRequest(config.distributed)
+        run = Run(config, folder, files, stop, check_lock, stack, restart, origin)
+        # Resources are closed last to first: signals are caught until the last checkpoint is there, and no longer.
+        stack.callback(run.close_metrics)
         stack.enter_context(stop.watched())
-        keep, timeout = config.train.keep_checkpoints, config.distributed.save_timeout
-        checkpoints = stack.enter_context(Checkpoints(folder, keep, timeout))
-        # Every process has come past the making of the checkpoints: what the first wrote before is there.
-        origin = origin or read_origin(folder)
-        return Run(config, folder, metrics, checkpoints, stop, check_lock, stack.pop_all(), origin)
+        run.resources = stack.pop_all()
+        return run
 
 
-def _copy_model_files(files: pathlib.Path, folder: epath.Path) -> None:
-    """Copies the side files of a model, once. In a store they are complete when config.json, put last, is there."""
+def _copy_model_files(files: pathlib.Path, folder: epath.Path, anew: bool) -> None:
+    """Copies the side files of a model, once, or `anew` in place of another launch's. In a store they are complete when
+    config.json, put last, is there.
+    """
+    if anew and absolute(files) == absolute(folder):
+        return  # a run that starts from its own weights, and forgets them
     if is_url(folder):
         with store_errors(folder):
-            if not (folder / "config.json").exists():
+            mark = folder / "config.json"
+            if anew and mark.exists():
+                mark.unlink()
+                folder.rmtree()
+            if not mark.exists():
                 with written_locally(folder, last="config.json") as partial:
                     copy_side_files(files, partial)
-    elif not folder.exists():
+        return
+    if anew and folder.exists():
+        folder.rmtree()
+    if not folder.exists():
         with atomic_folder(folder) as partial:
             copy_side_files(files, partial)
 
 
 def _forget(folder: epath.Path) -> None:
-    """Removes what a run has made of its folder, the lock apart, and what was measured of its weights and steps."""
-    measured = [*read_results(folder), CERTIFICATE_FILE]
+    """Removes what a run has made of its folder, the lock and the model's files apart, and what was measured of its weights and
+    steps. The metrics go last: until then a launch that does not restart is told what is missing, or resumes.
+    """
     with store_errors(folder):
-        for name in (CHECKPOINTS, MODEL_FOLDER):
+        for name in (CHECKPOINTS, *_MADE_FOLDERS):
             if (folder / name).is_dir():
                 (folder / name).rmtree()
-        for name in (SAVED_FILE, *FILES, FORK_FILE, *measured):
-            (folder / name).unlink(missing_ok=True)
+        files = [path for pattern in _MADE_FILES for path in folder.glob(pattern)]
+        others = [name for name in FILES if name != METRICS_FILE]
+        named = (FORK_FILE, *others, *read_results(folder), CERTIFICATE_FILE, SAVED_FILE)
+        for path in (*files, *(folder / name for name in (*named, METRICS_FILE))):
+            path.unlink(missing_ok=True)
 
 
 def check_start(

@@ -32,6 +32,7 @@ raw = {"name": "run", "output": run, "model": {"source": "hf"}}
 limits = {"save_timeout": int(save_timeout), "stop_timeout": int(stop_timeout)}
 config = config_lib.from_overrides(raw | {"distributed": limits})
 with contextlib.closing(open_run(config, files)) as opened:
+    opened.begin()
     mesh = Mesh(np.array(jax.devices()), ("data",))
     opened.save(1, jax.tree.map(lambda x: place(x, mesh), make_state(1)), {})
     print("saving", flush=True)

@@ -19,19 +19,24 @@ import pytest
 from rest_jax import config as config_lib
 from rest_jax.config import Config
 from rest_jax.errors import UserError
+from rest_jax.files import Location
+from rest_jax.run import folder
 from rest_jax.run.checkpoint import Checkpoints
+from rest_jax.run.contents import MADE_OF
 from rest_jax.run.folder import (
     CONFIG_FILE,
     EVALUATION,
     RL_FINITE,
     SAVED_FILE,
     SUPERVISED_FINITE,
+    Run,
     check_config,
     check_start,
     not_finite,
     open_run,
 )
-from rest_jax.run.fork import Start
+from rest_jax.run.fork import Origin, Start
+from rest_jax.run.lock import FILE, OWNER
 from rest_jax.run.metrics import METRICS, METRICS_FILE, SAMPLES_FILE, read_lines
 from rest_jax.run.record import CERTIFICATE_FILE
 from rest_jax.types import TrainState
@@ -63,9 +68,22 @@ def make_config(tmp_path: pathlib.Path, *overrides: str) -> Config:
     return config_lib.from_overrides(raw, overrides)
 
 
+def begun(config: Config, files: pathlib.Path, restart: bool = False) -> Run:
+    """An open run behind all that could refuse it."""
+    run = open_run(config, files, restart)
+    run.begin()
+    return run
+
+
+def content(run: Location) -> dict[str, bytes]:
+    """Every file in a run's folder but those of its lock, by path."""
+    files = (path for path in pathlib.Path(run).rglob("*") if path.is_file())
+    return {str(x): x.read_bytes() for x in files if x.name not in (FILE, OWNER)}
+
+
 def begin(config: Config, files: pathlib.Path) -> None:
     """A run that has written a line."""
-    open_run(config, files).close()
+    begun(config, files).close()
     (config.folder / METRICS_FILE).write_text('{"step": 1}\n')
 
 
@@ -74,12 +92,70 @@ def abstract(state):
 
 
 def test_a_new_run_has_its_config_and_the_side_files_alone(config, files):
-    with contextlib.closing(open_run(config, files)) as run:
+    with contextlib.closing(begun(config, files)) as run:
         assert config_lib.load([run.folder / CONFIG_FILE]) == config
         names = {path.name for path in (run.folder / "model").iterdir()}
         assert names == {"config.json", "tokenizer.json", "chat_template.jinja", "LICENSE"}
-    with contextlib.closing(open_run(config, files / "gone")):
-        pass  # what is there is not copied again
+        run.save(1, make_state(), {})
+    fresh = make_state()
+    with contextlib.closing(open_run(config, files / "gone")) as run:
+        run.resume(lambda: fresh, abstract(fresh), {}, START)  # what is there is not copied again
+    assert {path.name for path in (config.folder / "model").iterdir()} == names
+
+
+def test_a_run_that_has_not_begun_has_the_model_of_its_newest_launch(config, files):
+    begun(config, files).close()  # and then there was no room for its first step
+    (files / "tokenizer.json").write_text("another")
+    (files / "LICENSE").unlink()
+    begun(config, files).close()
+    copied = config.folder / "model"
+    assert (copied / "tokenizer.json").read_text() == "another" and not (
+        copied / "LICENSE"
+    ).exists()
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_launch_that_is_refused_changes_nothing(saved, files, tmp_path, restart):
+    """By what is known only when the model is loaded, as its memory is, or when a checkpoint is read."""
+    before = content(saved.folder)
+    words = ("train.checkpoint_every=1", "train.steps=9", *(["seed=3"] if restart else []))
+    other, fresh = make_config(tmp_path, *words), make_state()
+    (files / "tokenizer.json").write_text("another")
+    open_run(other, files, restart).close()
+    assert content(saved.folder) == before
+    if not restart:
+        with contextlib.closing(open_run(other, files)) as run:
+            run.launch = {MADE_OF: {"prompts": "others"}}
+            with pytest.raises(UserError, match="was made of other prompts"):
+                run.resume(lambda: fresh, abstract(fresh), {}, START)
+        assert content(saved.folder) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["read_results", "write_origin", "MetricsWriter", "_copy_model_files", "Checkpoints"]
+)
+def test_a_restart_that_is_torn_is_made_by_the_same_command(
+    saved, files, tmp_path, name, monkeypatch
+):
+    other, fresh = make_config(tmp_path, "seed=3"), make_state()
+    origin = Origin(str(tmp_path), 1, "") if name == "write_origin" else None
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, name, torn)
+        with (
+            contextlib.closing(open_run(other, files, True, origin)) as run,
+            pytest.raises(KeyboardInterrupt),
+        ):
+            run.begin()
+    check_start(other, restart=True)
+    with contextlib.closing(open_run(other, files, restart=True)) as run:
+        assert run.resume(lambda: fresh, abstract(fresh), {}, START)[2] == 0
+        run.write(1, {"reward/mean": 1.0})
+    assert config_lib.load([other.folder / CONFIG_FILE]) == other
+    assert [line["step"] for line in read_lines(other.folder / METRICS_FILE)] == [1]
+
+
+def torn(*_, **__) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_folder_of_another_config_is_refused_with_every_difference(config, files, tmp_path):
@@ -103,10 +179,10 @@ def test_adapters_of_a_kl_term_s_reference_may_move_but_neither_come_nor_go(file
 
 
 def test_a_launch_that_ended_before_its_first_line_binds_nobody(config, files, tmp_path):
-    open_run(config, files).close()  # and then the memory was not enough
+    begun(config, files).close()  # and then the memory was not enough
     other = make_config(tmp_path, "rollout.group_size=2")
     check_start(other)
-    open_run(other, files).close()
+    begun(other, files).close()
     assert config_lib.load([other.folder / CONFIG_FILE]) == other
     (other.folder / CONFIG_FILE).write_text("")  # and then the power was cut
     check_start(other)
@@ -127,7 +203,7 @@ def test_a_run_resumes_under_what_does_not_change_its_result(config, files, tmp_
     check_start(other)
     said = capsys.readouterr().out
     assert all(word.partition("=")[0] in said for word in words) and said.count("\n") == 1
-    open_run(other, files).close()
+    begun(other, files).close()
     assert config_lib.load([other.folder / CONFIG_FILE]) == other
 
 
@@ -148,7 +224,8 @@ def saved(config, files) -> Config:
     config = config.model_copy(
         update={"train": config.train.model_copy(update={"checkpoint_every": 1})}
     )
-    with contextlib.closing(open_run(config, files)) as run:
+    with contextlib.closing(begun(config, files)) as run:
+        run.launch = {MADE_OF: {"prompts": "these"}}
         for step in (1, 2):
             run.write(step, {"reward/mean": 1.0}, [{"text": "a"}])
             run.save(step, make_state(step), {"seen": step})
@@ -189,6 +266,11 @@ def test_restart_forgets_the_run_in_the_folder(saved, files, tmp_path):
     measured = [saved.folder / name for name in ("api_bank-step1.json", CERTIFICATE_FILE)]
     for path in measured:
         path.write_text(json.dumps(result))
+    made = ("tensorboard/events", "profile/trace", "curves.png", "nan_step_3.0.npz")
+    measured += [saved.folder / name for name in made]
+    for path in measured[-4:]:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("of the run before")
     (saved.folder / "notes.json").write_text("{}")
     check_start(other, restart=True)
     with contextlib.closing(open_run(other, files, restart=True)) as run:
@@ -198,7 +280,7 @@ def test_restart_forgets_the_run_in_the_folder(saved, files, tmp_path):
             0,
         )
     assert read_lines(saved.folder / METRICS_FILE) == read_lines(saved.folder / SAMPLES_FILE) == []
-    assert [path.exists() for path in measured] == [False, False]
+    assert not any(path.exists() for path in measured)
     assert (saved.folder / "notes.json").exists()
     # Nothing of the old run refuses the new one.
     open_run(other, files).close()
@@ -301,7 +383,7 @@ def test_a_checkpoint_is_read_when_the_weights_it_replaces_are_gone(saved, files
 
 def test_a_run_without_a_checkpoint_begins_with_empty_files(config, files):
     fresh = make_state()
-    with contextlib.closing(open_run(config, files)) as run:
+    with contextlib.closing(begun(config, files)) as run:
         run.write(0, {"reward/mean": 1.0})
     with contextlib.closing(open_run(config, files)) as run:
         run.resume(lambda: fresh, abstract(fresh), {}, START)
@@ -310,7 +392,7 @@ def test_a_run_without_a_checkpoint_begins_with_empty_files(config, files):
 
 def test_lines_are_on_disk_before_the_checkpoint_is_begun(config, files, monkeypatch):
     order = []
-    with contextlib.closing(open_run(config, files)) as run:
+    with contextlib.closing(begun(config, files)) as run:
         assert run.metrics is not None
         monkeypatch.setattr(run.metrics, "sync", lambda: order.append("sync"))
         monkeypatch.setattr(run.checkpoints, "save", lambda *_: order.append("save"))
@@ -320,7 +402,7 @@ def test_lines_are_on_disk_before_the_checkpoint_is_begun(config, files, monkeyp
 
 def test_sigterm_is_caught_until_the_last_checkpoint_is_on_disk(config, files, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
-    run = open_run(config, files)
+    run = begun(config, files)
     assert not run.stop.received and not run.stop.agreed()
     plain = run.checkpoints._manager.wait_until_finished
     monkeypatch.setattr(
