@@ -54,7 +54,7 @@ from rest_jax.run.contents import (
     of_sums,
 )
 from rest_jax.run.folder import EVALUATION, Run, may_change
-from rest_jax.run.fork import Start
+from rest_jax.run.fork import Start, is_there
 from rest_jax.run.load import load_trained
 from rest_jax.run.lock import check_free
 from rest_jax.run.loop import Loop, total_steps
@@ -195,7 +195,7 @@ def examine(
     written = config_lib.load([folder / CONFIG_FILE]).model_dump(mode="json")
     findings = differences(launches[-1]["config"], written, path=CONFIG_FILE)
     findings += line_faults(recorded) + launch_faults(recorded)
-    begins = recorded.origin is not None or repeaters.of(launches[0]).has_start
+    begins = has_start(recorded, repeaters)
     kept = checkpoint.list_steps(folder / checkpoint.FOLDER)
     while True:
         possible = bases(recorded, kept, begins)
@@ -231,6 +231,13 @@ def examine(
         "recorded_by": computed_by(recorded.launch_of(recorded.last)),
         "repeated_by": computed_by(here.here),
     }
+
+
+def has_start(recorded: Recorded, repeaters: Repeaters) -> bool:
+    """Whether what the run began with is still there: the starting weights, or the checkpoint that a fork came from."""
+    if recorded.origin is not None:
+        return is_there(recorded.origin)
+    return repeaters.of(recorded.launches[0][1]).has_start
 
 
 def launch_faults(recorded: Recorded) -> list[str]:

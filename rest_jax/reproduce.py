@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from rest_jax import config as config_lib
 from rest_jax import plugins, sft, train
 from rest_jax.audit import TOLERANCE, computed_by, load, override, read_tokens
-from rest_jax.config import Config
+from rest_jax.config import Config, TrainConfig
 from rest_jax.distributed import is_first_process, say
 from rest_jax.errors import UserError
-from rest_jax.files import Location, absolute, make_folder
+from rest_jax.files import Location, absolute
 from rest_jax.run.contents import MADE_OF, check_same, digests
-from rest_jax.run.fork import FILE as FORK_FILE
-from rest_jax.run.fork import write_origin
 from rest_jax.run.metrics import CONFIG_FILE, DIGESTS_FILE, METRICS_FILE, SAMPLES_FILE, TOKENS_FILE
 from rest_jax.run.record import (
     Lines,
@@ -24,6 +22,7 @@ from rest_jax.run.record import (
     line_faults,
     read_recorded,
 )
+from rest_jax.run.trackers import KINDS
 
 _FILES = (METRICS_FILE, DIGESTS_FILE, SAMPLES_FILE, TOKENS_FILE)
 
@@ -55,11 +54,8 @@ def reproduce(
         say(f"not what made {folder.name}, so that bits may differ: {text}")
     if len({str(one["config"]) for _, one in recorded.launches}) > 1:
         say(f"{folder.name} was resumed under other configs; it is made again under the newest one")
-    if recorded.origin is not None and is_first_process():
-        make_folder(config.folder)
-        if not (config.folder / FORK_FILE).exists():
-            write_origin(config.folder, recorded.origin)
-    code = {"train": train.train, "sft": sft.finetune}[newest["command"]](config)
+    make = {"train": train.train, "sft": sft.finetune}[newest["command"]]
+    code = make(config, fork_of=recorded.origin)
     if code or not is_first_process():
         return code
     found = compare(recorded, read_recorded(config.folder), bool(others))
@@ -68,11 +64,13 @@ def reproduce(
 
 
 def beside(config: Config, recorded: Recorded, name: str | None) -> Config:
-    """The config of a run beside the recorded one."""
+    """The config of a run beside the recorded one, which no tracker gets: the projects are those of whoever made that one."""
     folder = recorded.folder
     if name == folder.name:
         raise UserError(f"reproduce: {name}: the run itself has that name; choose another one")
-    moved = config.model_copy(update={"output": str(folder.parent)})
+    untracked = {key: TrainConfig.model_fields[key].default for key in KINDS}
+    section = config.train.model_copy(update=untracked)
+    moved = config.model_copy(update={"output": str(folder.parent), "train": section})
     return moved.renamed(name or f"{folder.name}-reproduced", "reproduce")
 
 

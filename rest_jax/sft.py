@@ -59,7 +59,7 @@ from rest_jax.rl.supervised import (
 )
 from rest_jax.run.contents import digests
 from rest_jax.run.folder import SUPERVISED_FINITE, check_start, open_run
-from rest_jax.run.fork import Start, check_origin
+from rest_jax.run.fork import Origin, Start, check_origin
 from rest_jax.run.load import load_trained
 from rest_jax.run.loop import Loop, PendingStep, total_steps
 from rest_jax.run.preflight import check_store
@@ -76,10 +76,10 @@ def finetune(
     config: Config,
     dry_run: bool = False,
     restart: bool = False,
-    fork_of: Location | None = None,
+    fork_of: Location | Origin | None = None,
 ) -> int:
-    """Trains, with `restart` anew, with `fork_of` from a checkpoint of the run in that folder on; 0 at the end, UNFINISHED when
-    told to stop before it. UserError for input that cannot be used; RunStopped on NaN.
+    """Trains, with `restart` anew, with `fork_of` (the folder of another run, or a checkpoint of it) from there on; 0 at the end,
+    UNFINISHED when told to stop before it. UserError for input that cannot be used; RunStopped on NaN.
     """
     check_command(config, supervised=True)
     check_plugin(config.reward)

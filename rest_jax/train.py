@@ -70,7 +70,7 @@ from rest_jax.rollout.experience import Collector, Experience
 from rest_jax.rollout.tokens import is_shown, token_record
 from rest_jax.run.contents import digests
 from rest_jax.run.folder import RL_FINITE, check_start, open_run
-from rest_jax.run.fork import Start, check_origin
+from rest_jax.run.fork import Origin, Start, check_origin
 from rest_jax.run.load import load_trained
 from rest_jax.run.loop import Loop, PendingStep, check_profile, total_steps
 from rest_jax.run.preflight import check_store
@@ -88,11 +88,11 @@ def train(
     dry_run: bool = False,
     profile: int | None = None,
     restart: bool = False,
-    fork_of: Location | None = None,
+    fork_of: Location | Origin | None = None,
 ) -> int:
     """Trains, and writes a trace of step `profile`; `restart` forgets the run in the folder first, `fork_of` is the folder of
-    another run to continue from. 0 at the end, UNFINISHED when told to stop before it. UserError for input that cannot be used;
-    RunStopped on NaN.
+    another run to continue from, or a checkpoint of it. 0 at the end, UNFINISHED when told to stop before it. UserError for input
+    that cannot be used; RunStopped on NaN.
     """
     check_command(config, supervised=False)
     check_rules(config)

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import copy
+import dataclasses
 import errno
 import json
 import os
@@ -23,13 +24,14 @@ from rest_jax.audit import (
     choose,
     compare,
     examine,
+    has_start,
     launch_faults,
     override,
 )
 from rest_jax.config import from_overrides
 from rest_jax.errors import UserError
 from rest_jax.files import as_path
-from rest_jax.run.checkpoint import manifest_digest, write_manifest
+from rest_jax.run.checkpoint import MANIFEST, manifest_digest, write_manifest
 from rest_jax.run.contents import MADE_OF
 from rest_jax.run.fork import Origin
 from rest_jax.run.metrics import DIGESTS_FILE, FILES, METRICS_FILE, SAMPLES_FILE, TOKENS_FILE
@@ -68,6 +70,16 @@ def test_a_step_is_repeated_from_the_nearest_checkpoint_before_it():
     assert base_steps(run, [2, 4], True) == {1: None, 2: None, 3: 2, 4: 2, 5: 4, 6: 4}
     # the starting weights are others now
     assert base_steps(run, [2, 4], False) == {3: 2, 4: 2, 5: 4, 6: 4}
+
+
+def test_a_fork_begins_where_it_came_from_while_that_is_there(tmp_path):
+    run, there = recorded_run(6, (4, {}), begin=4), tmp_path / "checkpoints" / "4"
+    assert not has_start(run, Repeaters())
+    there.mkdir(parents=True)
+    (there / MANIFEST).write_text("{}")
+    origin = Origin(str(tmp_path), 4, manifest_digest(as_path(there)))
+    assert has_start(dataclasses.replace(run, origin=origin), Repeaters())
+    assert not has_start(dataclasses.replace(run, origin=Origin(str(tmp_path), 4, "")), Repeaters())
 
 
 def test_a_batch_sampled_ahead_is_sampled_again():

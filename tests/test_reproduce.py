@@ -72,6 +72,9 @@ def test_a_run_is_made_again_beside_it_under_another_name():
     assert beside(config, made(), "b").folder == as_path("/runs/b")
     with pytest.raises(UserError, match="a: the run itself has that name"):
         beside(config, made(), "a")
+    words = ["train.tensorboard=true", "train.wandb_project=theirs", "train.trackio_project=theirs"]
+    theirs = from_overrides(config.model_dump(mode="json"), words)
+    assert beside(theirs, made(), "b") == beside(config, made(), "b")
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +123,7 @@ def test_a_fork_begins_where_the_recorded_one_did(run, capsys):
     assert launch(raw, "--fork", "forked") == 0
     assert cli.main(["reproduce", str(run.parent / "forked")]) == 0
     assert "steps 5 to 6 are equal" in capsys.readouterr().out
+    # into no run that began otherwise
+    assert cli.main(["reproduce", str(run.parent / "forked"), "tiny"]) == 2
+    assert "tiny exists and is no fork of" in capsys.readouterr().err
+    assert not (run / "fork.json").exists()

@@ -384,22 +384,22 @@ def _forget(folder: epath.Path) -> None:
 
 
 def check_start(
-    config: Config, restart: bool = False, fork_of: Location | None = None
+    config: Config, restart: bool = False, fork_of: Location | Origin | None = None
 ) -> Origin | None:
     """All that can be refused before a model is loaded and a folder is made: another process or another config there,
-    checkpoints that are gone, absent packages, a tracker that cannot be reached. Where a new fork of the run in the folder
-    `fork_of` comes from.
+    checkpoints that are gone, absent packages, a tracker that cannot be reached. Where a new fork comes from, of the run in the
+    folder `fork_of` or of a checkpoint, as another fork did that is made again.
     """
     recorded = config.folder / CONFIG_FILE
     if is_first_process():
         check_free(config.folder)
     origin = None if fork_of is None else find_origin(fork_of, config, restart)
-    if origin is not None:
+    if origin is not None and origin is not fork_of:
         theirs = config_lib.load([as_path(origin.run) / CONFIG_FILE])
         say(
             f"{config.folder} forks {origin} under another config: {_named(config_lib.differences(theirs, config))}"
         )
-    elif not restart:
+    elif origin is None and not restart:
         if found := check_config(config.folder, config):
             say(f"{config.folder} resumes under another config: {_named(found)}")
         check_history(config)

@@ -23,6 +23,7 @@ from rest_jax.run import checkpoint
 from rest_jax.types import Params, TrainState
 
 FILE = "fork.json"
+_GONE = "gone, or not what it was when this run was forked from it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +50,14 @@ class Start(NamedTuple):
     updates: int  # optimiser updates of a step
 
 
-def find_origin(source: Location, config: Config, restart: bool) -> Origin | None:
-    """The newest sound checkpoint of the run in the folder `source`; None when the folder of `config` holds a fork of that run
-    already, which then resumes. UserError for a folder that holds something else, and when there is no such checkpoint.
+def find_origin(source: Location | Origin, config: Config, restart: bool) -> Origin | None:
+    """The newest sound checkpoint of the run in the folder `source`, or that of a fork which is made again; None when the folder
+    of `config` holds a fork of it already, which then resumes. UserError for a folder that holds something else, and when there
+    is no such checkpoint.
     """
-    folder, run = absolute(config.folder), absolute(source)
-    if folder == run:
+    again, folder = isinstance(source, Origin), absolute(config.folder)
+    run = as_path(source.run) if isinstance(source, Origin) else absolute(source)
+    if folder == run and not again:
         raise UserError(f"--fork {config.name}: the run itself has that name; choose another one")
     with store_errors(folder):
         # A process that is about to use the folder may have hidden files there, one that was killed a part of FILE.
@@ -63,12 +66,20 @@ def find_origin(source: Location, config: Config, restart: bool) -> Origin | Non
         )
     if exists and not restart:
         origin = read_origin(folder)
-        if origin is not None and origin.run == str(run):
+        if origin is not None and (origin == source if again else origin.run == str(run)):
             return None
+        if again:
+            raise UserError(
+                f"reproduce {config.name}: {folder} exists and is no fork of {source}; choose another name"
+            )
         raise UserError(
             f"--fork {config.name}: {folder} exists and is no fork of {run}; choose another name, or forget what it holds with "
             "--restart"
         )
+    if isinstance(source, Origin):
+        if not is_there(source):
+            raise UserError(f"{source.checkpoint}: {_GONE}; put it back")
+        return source
     if not (run / checkpoint.FOLDER).is_dir() or not checkpoint.list_steps(run / checkpoint.FOLDER):
         raise UserError(
             f"--fork {config.name}: {run} has no checkpoint to go on from; the config's name and output say which run that is"
@@ -98,6 +109,13 @@ def write_origin(folder: epath.Path, origin: Origin) -> None:
         partial.write_text(json.dumps(dataclasses.asdict(origin), indent=1))
 
 
+def is_there(origin: Origin) -> bool:
+    """Whether the checkpoint is what it was when the run was forked from it, by its manifest."""
+    path = origin.checkpoint / checkpoint.MANIFEST
+    with store_errors(path):
+        return path.is_file() and checkpoint.manifest_digest(path.parent) == origin.digest
+
+
 def check_origin(origin: Origin, params: Params, steps: int) -> None:
     """UserError when a run of these parameters and of so many steps cannot go on from the checkpoint."""
     checkpoint.check_params(origin.checkpoint, params)
@@ -115,12 +133,8 @@ def first_state(
 
     What the other run had sampled ahead is sampled anew.
     """
-    with store_errors(origin.checkpoint):
-        path = origin.checkpoint / checkpoint.MANIFEST
-        if not path.is_file() or checkpoint.manifest_digest(path.parent) != origin.digest:
-            raise UserError(
-                f"{origin.checkpoint}: gone, or not what it was when this run was forked from it; fork anew with --restart"
-            )
+    if not is_there(origin):
+        raise UserError(f"{origin.checkpoint}: {_GONE}; fork anew with --restart")
     try:
         checkpoint.verify(origin.checkpoint, thorough=True)
     except checkpoint.DamagedError as error:

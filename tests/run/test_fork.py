@@ -7,7 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
-from rest_jax.run.fork import FILE
+from rest_jax import config as config_lib
+from rest_jax.errors import UserError
+from rest_jax.files import as_path
+from rest_jax.run.checkpoint import MANIFEST, manifest_digest
+from rest_jax.run.fork import FILE, Origin, find_origin, is_there, write_origin
 from rest_jax.run.metrics import read_lines
 from tests.runs import STEPS, assert_same, launch, lines, recipe, state
 
@@ -169,6 +173,32 @@ def test_a_fork_killed_before_its_first_checkpoint_is_made_by_the_same_command(
     (output / "new" / f"{FILE}.123.partial").write_text("{")
     assert launch(raw, "--fork", "new") == 0
     assert lines(output / "new") == wanted
+
+
+def test_a_fork_is_made_again_where_nothing_else_is(tmp_path):
+    raw = {"name": "again", "output": str(tmp_path), "model": {"source": "m"}}
+    config = config_lib.from_overrides(raw)
+    there = tmp_path / "tiny" / "checkpoints" / "2"
+    there.mkdir(parents=True)
+    (there / MANIFEST).write_text("{}")
+    origin = Origin(str(tmp_path / "tiny"), 2, manifest_digest(as_path(there)))
+    assert find_origin(origin, config, restart=False) == origin
+    config.folder.mkdir()
+    for content in (None, Origin(origin.run, 1, origin.digest)):
+        if content is None:
+            (config.folder / "metrics.jsonl").write_text("")
+        else:
+            write_origin(config.folder, content)
+        with pytest.raises(
+            UserError, match=r"reproduce again: .* exists and is no fork of .* at step 2"
+        ):
+            find_origin(origin, config, restart=False)
+    write_origin(config.folder, origin)
+    assert find_origin(origin, config, restart=False) is None
+    (there / MANIFEST).write_text("[]")
+    assert not is_there(origin)
+    with pytest.raises(UserError, match="gone, or not what it was"):
+        find_origin(origin, config.renamed("other", "name"), restart=False)
 
 
 def forget_all_but_the_origin(run: pathlib.Path) -> None:
