@@ -17,7 +17,7 @@ from etils import epath
 from rest_jax import config as config_lib
 from rest_jax.config import Config, ModelConfig
 from rest_jax.errors import UserError
-from rest_jax.files import Location, as_path, nearest_path, store_errors
+from rest_jax.files import Location, absolute, as_path, nearest_path, store_errors
 from rest_jax.run.lock import FILE as LOCK
 from rest_jax.run.lock import OWNER, begun, read_owner
 from rest_jax.run.metrics import (
@@ -28,6 +28,7 @@ from rest_jax.run.metrics import (
     shown_value,
     summary_table,
 )
+from rest_jax.texts import one_line
 
 # of seconds in which a run on another host has written nothing: it is taken for stopped
 QUIET = 600
@@ -124,7 +125,7 @@ def describe_checkpoint(source: Location, verify: bool = False) -> str:
     from rest_jax.run import checkpoint
     from rest_jax.run.contents import MADE_OF
 
-    place = checkpoint_path(as_path(source))
+    place = checkpoint_path(absolute(source))
     if not (place / checkpoint.MANIFEST).is_file():
         steps = checkpoint.list_steps(place / checkpoint.FOLDER)
         if not steps:
@@ -134,16 +135,21 @@ def describe_checkpoint(source: Location, verify: bool = False) -> str:
         files = checkpoint.read_manifest(place)
         if verify:
             checkpoint.verify(place, thorough=True)
-    except checkpoint.DamagedError as error:
-        raise UserError(f"{place}: damaged: {error}") from error
-    shapes, loader = checkpoint.shapes(place), checkpoint.read_loader_state(place)
-    curriculum = {name: value.tolist() for name, value in checkpoint.curriculum(place).items()}
+        with store_errors(place):
+            shapes, loader = checkpoint.shapes(place), checkpoint.read_loader_state(place)
+            state = checkpoint.curriculum(place)
+    except (UserError, PermissionError):
+        raise  # which say nothing about the checkpoint
+    # What Orbax and TensorStore raise over files that are cut has no kind in common.
+    except (checkpoint.DamagedError, ValueError, OSError, KeyError, TypeError) as error:
+        raise UserError(f"{place}: damaged: {one_line(str(error))[:200]}") from error
+    curriculum = {name: value.tolist() for name, value in state.items()}
     made_of = ", ".join(f"{name} {digest}" for name, digest in loader.get(MADE_OF, {}).items())
     size = sum(length for length, *_ in files.values())
     values = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("params."))
     lines = [
         f"checkpoint {place}" + (": every file is what was saved" if verify else ""),
-        f"step {int(place.name)}, {values / 1e6:,.1f} M parameters",
+        f"{_step(place)}, {values / 1e6:,.1f} M parameters",
         f"{len(shapes)} arrays in {len(files)} files, {size / 1e6:,.1f} MB",
         f"digest {checkpoint.manifest_digest(place)}",
         f"made of {made_of or 'nothing on record'}",
@@ -160,6 +166,11 @@ def describe_checkpoint(source: Location, verify: bool = False) -> str:
             arrays.append([name, "x".join(map(str, shape)) or "scalar"])
     tables = (summary_table(rows) for rows in (regions, _set(place), arrays) if len(rows) > 1)
     return "\n\n".join(["\n".join(lines), *tables])
+
+
+def _step(place: epath.Path) -> str:
+    """What the name of a checkpoint's folder says; that of a copy may be another one."""
+    return f"step {int(place.name)}" if place.name.isdigit() else place.name
 
 
 def _set(place: epath.Path) -> list[list[Any]]:

@@ -146,6 +146,29 @@ def test_a_checkpoint_is_told_by_its_step_curriculum_shapes_and_digest(run, caps
     assert "step 3," in first and "nothing on record" in first and "name " not in first
 
 
+@pytest.mark.parametrize("name", ["7", "best", "7.damaged"])
+def test_a_checkpoint_is_shown_wherever_it_is_and_whatever_its_name(
+    run, tmp_path, monkeypatch, name
+):
+    shutil.copytree(run / "checkpoints" / "7", tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    said = describe_checkpoint(name)
+    assert said.startswith(f"checkpoint {tmp_path / name}\n{'step 7' if name == '7' else name}, ")
+    assert "nu 0.25" in said
+
+
+@pytest.mark.parametrize(
+    "file", ["params/_METADATA", "rest/_METADATA", "rest/manifest.ocdbt", "loader/metadata"]
+)
+@pytest.mark.parametrize("content", [b"", b"\0" * 9, None])
+def test_a_file_that_is_cut_is_damage(run, tmp_path, file, content):
+    folder = shutil.copytree(run / "checkpoints" / "7", tmp_path / "7")
+    (folder / file).unlink() if content is None else (folder / file).write_bytes(content)
+    with pytest.raises(UserError, match="7: damaged: ") as told:
+        describe_checkpoint(folder)
+    assert len(str(told.value)) < 400 and "\n" not in str(told.value)
+
+
 def test_a_damaged_checkpoint_is_named(run, tmp_path, capsys):
     folder = shutil.copytree(run, tmp_path / "copy") / "checkpoints" / "7"
     file = max(folder.glob("params/**/d/*"), key=lambda path: path.stat().st_size)
