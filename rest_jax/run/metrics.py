@@ -288,19 +288,21 @@ class MetricsWriter:
 
     def truncate_after(self, step: int, evaluated: bool = True) -> None:
         """Cuts all files before the first line of a later step (or of the evaluation of this one, unless `evaluated`), and
-        before a half-written last line: a resumed run writes them again.
+        before what nobody can read in front of it or at the end, as a lost machine leaves it: a resumed run writes them again.
         """
         for file in self._files.values():
-            kept = 0
+            kept = end = 0
             # What follows the last line end is a half-written line.
             for line in pathlib.Path(file.name).read_bytes().split(b"\n")[:-1]:
+                end += len(line) + 1
                 record = _parse(line)
-                if record is not None and (
-                    record["step"] > step
-                    or (record["step"] == step and not evaluated and _is_evaluation(record))
+                if record is None:
+                    continue
+                if record["step"] > step or (
+                    record["step"] == step and not evaluated and _is_evaluation(record)
                 ):
                     break
-                kept += len(line) + 1
+                kept = end
             file.truncate(kept)
 
     def sync(self) -> None:

@@ -133,7 +133,20 @@ def test_a_line_without_a_step_that_can_be_is_named(tmp_run, line):
     with pytest.raises(UserError, match="line 1: not a JSON object with a step"):
         read_lines(path)
     with_writer(tmp_run, lambda w: w.truncate_after(1))
-    assert path.read_text() == f"{line}\n"
+    assert path.read_text() == ""
+    path.write_text(f'{line}\n{{"step": 1}}\n')
+    with_writer(tmp_run, lambda w: w.truncate_after(1))
+    assert path.read_text() == f'{line}\n{{"step": 1}}\n'  # one that was synced: it is told
+
+
+@pytest.mark.parametrize("behind", ["", '{"step": 4}\n', '{"step": 4}\n{"st'])
+def test_a_page_that_was_never_written_is_cut_with_what_was_to_go(tmp_run, behind):
+    """As a power cut leaves it: a part of a file in zeros, and lines behind it."""
+    for name in FILES:
+        (tmp_run / name).write_text('{"step": 1}\n{"step": 2}\n' + "\0" * 40 + f": 1.0}}\n{behind}")
+    with_writer(tmp_run, lambda w: w.truncate_after(2))
+    for name in FILES:
+        assert (tmp_run / name).read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_summary_table_aligns_and_refuses_ragged_rows():
