@@ -215,7 +215,8 @@ def atomic_write(location: Location) -> Iterator[pathlib.Path]:
 
     When it does not, the path is removed, and what was there before is untouched. A local file is written beside its
     place, under a name of its own, so that two writers do not meet, and is on the disk before it gets its name: a power cut
-    leaves the old one or the new one. The file of a URL is put in one request. RunStopped when the disk is full.
+    leaves the old one or the new one. A link stays, and what it leads to is that file; into a pipe or a device the bytes are
+    written. The file of a URL is put in one request. RunStopped when the disk is full.
     """
     if is_url(location):
         with tempfile.TemporaryDirectory() as folder:
@@ -228,6 +229,15 @@ def atomic_write(location: Location) -> Iterator[pathlib.Path]:
     # At once, not when all is written; of a folder that is missing, its name and not that of the file beside.
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            partial = pathlib.Path(folder) / path.name
+            yield partial
+            with full_disk(path), partial.open("rb") as made, path.open("wb") as out:
+                shutil.copyfileobj(made, out)
+        return
+    if path.is_symlink():
+        path = pathlib.Path(os.path.realpath(path))
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
     partial = _beside(path)

@@ -33,6 +33,33 @@ def test_a_file_that_cannot_be_written_is_told_before_the_block(tmp_path):
         assert told.value.filename == str(named)
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_and_what_it_leads_to_is_written(there, tmp_path):
+    real = tmp_path / "elsewhere" / "real"
+    real.parent.mkdir()
+    if there:
+        real.write_text("old")
+    (tmp_path / "link").symlink_to("elsewhere/real")
+    with files.atomic_write(tmp_path / "link") as partial:
+        partial.write_text("new")
+        assert partial.parent == real.parent
+    assert (tmp_path / "link").is_symlink() and real.read_text() == "new"
+    assert os.listdir(real.parent) == ["real"]
+
+
+def test_into_a_pipe_the_bytes_are_written(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+        with files.atomic_write(tmp_path / name) as partial:
+            partial.write_text("new")
+        assert os.read(reader, 9) == b"new"
+        os.close(reader)
+        assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("before", [None, "old"])
 def test_a_failure_leaves_what_was_there(error, before, tmp_path):
