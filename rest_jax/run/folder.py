@@ -56,7 +56,7 @@ from rest_jax.run.metrics import (
     FILES,
     METRICS_FILE,
     MetricsWriter,
-    read_lines,
+    last_step,
 )
 from rest_jax.run.record import CERTIFICATE_FILE, step_line
 from rest_jax.run.results import read_results
@@ -401,7 +401,7 @@ def check_start(
         )
     elif origin is None and not restart:
         if found := check_config(config.folder, config):
-            say(f"{config.folder} resumes under another config: {_named(found)}")
+            say(f"{config.folder} resumes under another config: {_named(found)}{_of_length(found)}")
         check_history(config)
     check_packages(config)
     if is_first_process():
@@ -447,6 +447,13 @@ def _named(found: Sequence[config_lib.Difference]) -> str:
     return "; ".join(f"{d.path}: {d.old!r} there, {d.new!r} now" for d in found)
 
 
+def _of_length(found: Sequence[config_lib.Difference]) -> str:
+    """What follows from a change of the run's length, to be said with it; "" for others."""
+    if not any(d.path in ("train.steps", "train.epochs") for d in found):
+        return ""
+    return "; what takes its length from that of the run (learning rate, curriculum, reward.dynamic) continues by the new one"
+
+
 def _has_begun(folder: epath.Path) -> bool:
     """Whether a run has anything to lose: a launch that ended before its first line, as for want of memory, has not."""
     metrics = folder / METRICS_FILE
@@ -468,8 +475,11 @@ def check_history(config: Config) -> None:
         gone = gone or bool(list_steps(checkpoints, damaged=True))
         # Where that file is not, either: a run that was killed in its first save has left a part of it.
         emptied = not (checkpoints.is_dir() and any(checkpoints.iterdir()))
-        lines = read_lines(metrics)
-    if gone or (emptied and lines and lines[-1]["step"] > config.train.checkpoint_every):
+        # By the config that the lines were written under: that of now may ask for a checkpoint sooner.
+        written = folder / CONFIG_FILE
+        wrote = config_lib.load([written]) if written.is_file() else config
+        lost = emptied and last_step(metrics) > wrote.train.checkpoint_every
+    if gone or lost:
         raise UserError(
             f"{checkpoints}: no checkpoint is left of the run whose metrics are in {metrics}; put them back (is a disk not "
             "mounted?), or forget that run with --restart"

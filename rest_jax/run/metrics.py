@@ -354,6 +354,12 @@ def read_lines(path: Location, missing_ok: bool = False) -> list[dict[str, Any]]
     return parse_lines(path, lines[:-1])
 
 
+def last_step(path: Location) -> int:
+    """The step of the last line of such a file that can be read, whatever the others are; -1 where none can."""
+    lines = map(_parse, reversed(as_path(path).read_bytes().split(b"\n")[:-1]))
+    return next((line["step"] for line in lines if line is not None), -1)
+
+
 def parse_lines(path: Location, lines: Iterable[bytes], first: int = 1) -> list[dict[str, Any]]:
     """Lines of such a file, the first of which has that number. UserError as for `read_lines`."""
     found = []

@@ -259,6 +259,47 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(saved, files, loss)
     assert (saved.folder / METRICS_FILE).read_bytes() == before
 
 
+def early(config: Config, files: pathlib.Path, tmp_path: pathlib.Path, last: int) -> Config:
+    """A run with a checkpoint at every tenth step, whose last line is of step `last`; a config that asks for them sooner."""
+    late = make_config(tmp_path, "train.checkpoint_every=10")
+    begun(late, files).close()
+    lines = [json.dumps({"step": step}) + "\n" for step in range(1, last + 1)]
+    (late.folder / METRICS_FILE).write_text(
+        "\0\n".join(lines)
+    )  # and no line in front of them can be read
+    return make_config(tmp_path, "train.checkpoint_every=5")
+
+
+def test_a_run_lost_before_its_first_checkpoint_begins_again_under_another_config(
+    config, files, tmp_path
+):
+    sooner, fresh = early(config, files, tmp_path, 8), make_state()
+    check_start(sooner)
+    with contextlib.closing(open_run(sooner, files)) as run:
+        assert run.resume(lambda: fresh, abstract(fresh), {}, START)[2] == 0
+    sooner = early(config, files, tmp_path, 12)
+    with pytest.raises(UserError, match="no checkpoint is left"):
+        check_start(sooner)
+
+
+def test_a_run_killed_in_its_first_save_begins_again_also_behind_a_launch_that_did_not(
+    config, files, tmp_path, monkeypatch
+):
+    sooner, fresh = early(config, files, tmp_path, 12), make_state()
+    part = sooner.folder / "checkpoints" / "10.orbax-checkpoint-tmp"
+    part.mkdir()
+    open_run(sooner, files).close()  # refused, as for its memory
+    check_start(sooner)
+    with contextlib.closing(open_run(sooner, files)) as run, monkeypatch.context() as patch:
+        patch.setattr(Run, "_open_checkpoints", torn)  # killed as it begins
+        with pytest.raises(KeyboardInterrupt):
+            run.begin()
+    check_start(sooner)
+    with contextlib.closing(open_run(sooner, files)) as run:
+        assert run.resume(lambda: fresh, abstract(fresh), {}, START)[2] == 0
+    assert not part.exists()
+
+
 def test_restart_forgets_the_run_in_the_folder(saved, files, tmp_path):
     fresh, other = make_state(), make_config(tmp_path, "seed=3")
     rate = {"rate": 0.5, "low": 0.1, "high": 0.9}
