@@ -12,6 +12,7 @@ The folder is a local one, or a URL of an object store (docs/storage.md).
 
 import contextlib
 import dataclasses
+import json
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,6 +56,7 @@ from rest_jax.run.metrics import (
     CONFIG_FILE,
     FILES,
     METRICS_FILE,
+    STEPS_FILE,
     MetricsWriter,
     last_step,
 )
@@ -134,6 +136,8 @@ class Run:
     metrics: MetricsWriter | None = None  # in the first process only
     checkpoints: Checkpoints = dataclasses.field(init=False, repr=False)
     marked: bool = False  # SAVED_FILE is there
+    total: int | None = None  # steps in all, which the loop knows
+    complete: bool = False  # and has done, with the evaluation of the last one
     launch: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # `record.launch`
 
     @property
@@ -215,12 +219,13 @@ class Run:
         self.metrics.sync()
         with atomic_write(self.folder / CONFIG_FILE) as partial:
             partial.write_text(config_lib.dump(self.config))
+        self._write_steps(step is not None and step >= (self.total or 0) and evaluated)
         _copy_model_files(self.files, self.folder / MODEL_FOLDER, anew=step is None)
 
     def _open_checkpoints(self) -> None:
         keep, timeout = self.config.train.keep_checkpoints, self.config.distributed.save_timeout
         self.checkpoints = self.resources.enter_context(Checkpoints(self.folder, keep, timeout))
-        self.resources.callback(self.wait)
+        self.resources.callback(self._end)
 
     def begin_fork(
         self, origin: Origin, abstract: TrainState, start: Start
@@ -260,6 +265,17 @@ class Run:
         with self._in_time(f"{self.folder}: the last checkpoint"):
             self.checkpoints.wait()
             self._mark_saved()
+
+    def _end(self) -> None:
+        self.wait()
+        if self.complete and self.metrics is not None:
+            self._write_steps(True)
+
+    def _write_steps(self, complete: bool) -> None:
+        """For `rest-jax runs`: a config may count in epochs, and the last line is written before its step is saved."""
+        if self.total is not None:
+            with atomic_write(self.folder / STEPS_FILE) as partial:
+                partial.write_text(json.dumps({"steps": self.total, "complete": complete}))
 
     def _mark_saved(self) -> None:
         """Leaves a file once a checkpoint is complete, so that the loss of them all is seen."""
@@ -378,7 +394,14 @@ def _forget(folder: epath.Path) -> None:
                 (folder / name).rmtree()
         files = [path for pattern in _MADE_FILES for path in folder.glob(pattern)]
         others = [name for name in FILES if name != METRICS_FILE]
-        named = (FORK_FILE, *others, *read_results(folder), CERTIFICATE_FILE, SAVED_FILE)
+        named = (
+            FORK_FILE,
+            *others,
+            *read_results(folder),
+            CERTIFICATE_FILE,
+            SAVED_FILE,
+            STEPS_FILE,
+        )
         for path in (*files, *(folder / name for name in (*named, METRICS_FILE))):
             path.unlink(missing_ok=True)
 

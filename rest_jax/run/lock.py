@@ -31,7 +31,7 @@ from rest_jax.errors import RunStopped, UserError, full_disk
 from rest_jax.files import atomic_write, is_url, store_errors
 
 FILE = ".lock"
-OWNER = ".owner"  # beside a file lock: whose it is
+OWNER = ".owner"  # beside a file lock: whose it is, or, without a process, on which host it was
 HEARTBEAT = 10.0  # seconds
 STALE = 45.0
 SETTLE = 2.0
@@ -63,6 +63,8 @@ def locked(folder: epath.Path) -> Iterator[Callable[[], None]]:
     try:
         yield check
     finally:
+        if isinstance(lock, filelock.BaseFileLock):
+            _leave(folder / OWNER)
         if lock is not None:
             lock.release()
 
@@ -82,6 +84,13 @@ def _file_lock(path: epath.Path) -> filelock.BaseFileLock:
     with atomic_write(path.parent / OWNER) as partial:
         partial.write_text(json.dumps(_this_process()))
     return lock
+
+
+def _leave(path: epath.Path) -> None:
+    """Says that this process, which may live on, is the owner no more; the host stays."""
+    left = {name: value for name, value in _this_process().items() if name not in ("pid", "begun")}
+    with contextlib.suppress(OSError, RunStopped), atomic_write(path) as partial:
+        partial.write_text(json.dumps(left))
 
 
 class _ReadOnlyError(UserError):
@@ -128,6 +137,8 @@ def read_owner(path: epath.Path) -> dict[str, Any]:
 
 
 def _taken(folder: epath.Path, owner: dict[str, Any]) -> UserError:
+    if "pid" not in owner:
+        owner = {}  # of the run before: this one's is about to be written
     age = max(0, round(time.time() - owner.get("since", time.time())))
     said = f" ({owner.get('host')}, process {owner.get('pid')}, for {age} s)" if owner else ""
     elsewhere = owner.get("host", socket.gethostname()) != socket.gethostname()

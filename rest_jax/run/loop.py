@@ -170,6 +170,7 @@ class Loop:
         the progress line. `profile`: a step to trace.
         """
         self.run, self.total, self.evaluate, self.shown = run, total, evaluate, shown
+        run.total = total
         self.tracer = Tracer(run.folder, profile)
         self.pending: PendingStep | None = None
         self.last = total  # the step to end at
@@ -246,6 +247,7 @@ class Loop:
                     f"{self.run.stop.name}: {saved}; run the same command to resume"
                 )
         self._flush()
+        self.run.complete = self.finished
         self.progress.close()
         self.tracer.report(self.progress.message)
 

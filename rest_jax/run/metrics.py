@@ -34,6 +34,9 @@ METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 TOKENS_FILE = "tokens.jsonl"
 DIGESTS_FILE = "digests.jsonl"
+STEPS_FILE = (
+    ".steps"  # {"steps": of the run in all, "complete": whether they are done, evaluated and saved}
+)
 _MAX_STEP, _MAX_VALUE = 2**53, 1e150  # what curves and intervals can be made of
 FILES = (METRICS_FILE, SAMPLES_FILE, TOKENS_FILE, DIGESTS_FILE)
 # of `run.fork`, `run.record`, `run.folder` and `run.checkpoint`

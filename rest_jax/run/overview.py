@@ -24,6 +24,7 @@ from rest_jax.run.metrics import (
     CONFIG_FILE,
     METRICS_FILE,
     REGION_NAMES,
+    STEPS_FILE,
     read_lines,
     shown_value,
     summary_table,
@@ -72,8 +73,11 @@ def _run(path: epath.Path) -> dict[str, Any]:
     owner, written = _owner(path)
     alive = _alive(owner)
     run["host"] = owner.get("host", "-")
-    run["of"] = config.train.steps or "-"
-    finished = config.train.steps is not None and run["step"] >= config.train.steps
+    length = _length(path)
+    if length is None:  # by a run of before that file: the config, which may count in epochs
+        length = config.train.steps, bool(config.train.steps and run["step"] >= config.train.steps)
+    steps, finished = length
+    run["of"] = steps or "-"
     if alive:
         run["state"] = "training"
     elif finished:
@@ -89,6 +93,14 @@ def _run(path: epath.Path) -> dict[str, Any]:
             run["figure"] = f"{label} {shown_value(name, values[-1])}"
             break
     return run
+
+
+def _length(path: epath.Path) -> tuple[int, bool] | None:
+    """The steps of a run in all, and whether they are done; None where it has not written that."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        found = json.loads((path / STEPS_FILE).read_text())
+        return int(found["steps"]), bool(found["complete"])
+    return None
 
 
 def _owner(path: epath.Path) -> tuple[dict[str, Any], float]:

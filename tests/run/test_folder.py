@@ -37,7 +37,7 @@ from rest_jax.run.folder import (
 )
 from rest_jax.run.fork import Origin, Start
 from rest_jax.run.lock import FILE, OWNER
-from rest_jax.run.metrics import METRICS, METRICS_FILE, SAMPLES_FILE, read_lines
+from rest_jax.run.metrics import METRICS, METRICS_FILE, SAMPLES_FILE, STEPS_FILE, read_lines
 from rest_jax.run.record import CERTIFICATE_FILE
 from rest_jax.types import TrainState
 from tests.programs.states import make_state
@@ -439,6 +439,26 @@ def test_lines_are_on_disk_before_the_checkpoint_is_begun(config, files, monkeyp
         monkeypatch.setattr(run.checkpoints, "save", lambda *_: order.append("save"))
         run.save(1, make_state(), {})
         assert order == ["sync", "save"]
+
+
+def test_a_run_is_complete_when_its_last_checkpoint_is(config, files):
+    def written() -> dict:
+        return json.loads((config.folder / STEPS_FILE).read_text())
+
+    fresh = make_state()
+    for done, complete in ((1, False), (2, True)):
+        with contextlib.closing(open_run(config, files)) as run:
+            run.total = 2
+            run.resume(lambda: fresh, abstract(fresh), {}, START)
+            assert written() == {"steps": 2, "complete": False}
+            run.save(done, make_state(done), {"seen": done})
+            run.complete = complete
+        assert written() == {"steps": 2, "complete": complete}
+    for total in (2, 3):  # at once, also where it is killed then
+        with contextlib.closing(open_run(config, files)) as run:
+            run.total = total
+            run.resume(lambda: fresh, abstract(fresh), {}, START)
+            assert written() == {"steps": total, "complete": total == 2}
 
 
 def test_sigterm_is_caught_until_the_last_checkpoint_is_on_disk(config, files, monkeypatch):

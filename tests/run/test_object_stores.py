@@ -16,7 +16,7 @@ from rest_jax.files import as_path, list_files
 from rest_jax.models.hf.remote import COMMIT_FILE
 from rest_jax.run.checkpoint import Checkpoints, newest_params
 from rest_jax.run.folder import SAVED_FILE
-from rest_jax.run.metrics import FILES
+from rest_jax.run.metrics import FILES, STEPS_FILE
 from tests.programs.states import make_state
 from tests.runs import (
     PROGRAMS,
@@ -115,7 +115,7 @@ def test_a_killed_and_resumed_run_equals_the_unbroken_local_one(trained):
     assert_same(state(remote), state(local))
     names = {name.partition("/")[0] for name in list_files(remote)}
     files = {"config.yaml", "curves.png", *FILES}
-    assert names == files | {"checkpoints", "model", SAVED_FILE}
+    assert names == files | {"checkpoints", "model", SAVED_FILE, STEPS_FILE}
 
 
 def test_a_run_in_a_store_is_audited(trained):

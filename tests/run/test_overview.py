@@ -20,7 +20,7 @@ from rest_jax.run.checkpoint import MANIFEST, Checkpoints
 from rest_jax.run.contents import MADE_OF
 from rest_jax.run.folder import CONFIG_FILE
 from rest_jax.run.lock import OWNER, begun, locked
-from rest_jax.run.metrics import MetricsWriter
+from rest_jax.run.metrics import STEPS_FILE, MetricsWriter
 from rest_jax.run.overview import QUIET, describe_checkpoint, list_runs
 from rest_jax.types import TrainState
 from tests import tiny
@@ -81,6 +81,21 @@ def test_a_run_on_another_host_is_judged_by_when_it_wrote_last(tmp_path, file, d
         os.utime(path / name, (age, age))
     state = "finished" if done == 4 else "training?" if file else "stopped?"
     assert list_runs(tmp_path).splitlines()[2].split()[1] == state
+
+
+@pytest.mark.parametrize(("complete", "state"), [(True, "finished"), (False, "stopped")])
+def test_a_run_that_says_so_is_finished(tmp_path, complete, state):
+    """Whatever the config and the last line say: it may count in epochs, and be killed in its last save."""
+    for name, steps in (("epochs", None), ("steps", 4)):
+        path = make_run(tmp_path, name, steps=steps, done=4, **{"update/loss": 1})
+        (path / STEPS_FILE).write_text(json.dumps({"steps": 6, "complete": complete}))
+        with locked(as_path(path)):
+            assert "training" in list_runs(tmp_path)
+    # This process, which lives on, trains them no more.
+    for row in list_runs(tmp_path).splitlines()[2:]:
+        assert row.split()[1:4] == [state, "4", "6"] and row.endswith(socket.gethostname())
+    (path / STEPS_FILE).write_text("[]")
+    assert list_runs(tmp_path).count("finished") == 1 + complete
 
 
 @pytest.mark.parametrize(("done", "state"), [(2, "stopped"), (4, "finished")])
