@@ -34,6 +34,8 @@ from rest_jax.errors import UserError, full_disk
 
 Location = str | os.PathLike[str]
 _PART = 2**20  # bytes of a file that are read at once
+# what the system says of a place that may only be read
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 # what is behind the name of a file that is being written: the process, and what is random
 PARTIAL = re.compile(r"\.\d+(\.[0-9a-f]+)?\.partial$")
 _LEFT = 86_400.0  # seconds that nobody has written to what a writer has begun: it is dead

@@ -17,7 +17,7 @@ from rest_jax.analysis.plotting import (
     save,
 )
 from rest_jax.errors import UserError
-from rest_jax.files import Location, absolute, as_path
+from rest_jax.files import READ_ONLY, Location, absolute, as_path
 from rest_jax.run.metrics import METRICS, METRICS_FILE, REGION_NAMES, read_lines, summary_table
 
 SHOWN = (
@@ -115,11 +115,17 @@ def run_table(series: dict[str, Series]) -> str:
 
 
 def write_report(run_dir: Location) -> str:
-    """Redraws `<run>/curves.png` and returns the table of the run, with the path of the figure as its last line.
+    """Redraws `<run>/curves.png` and returns the table of the run, with the path of the figure as its last line, or why it was
+    not drawn: a run may be another's, of which the page goes elsewhere.
 
     UserError when the folder has no metrics.
     """
-    figure = write_curves(run_dir)
+    try:
+        figure = str(write_curves(run_dir))
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+        figure = f"not drawn, since the folder may only be read ({error.strerror})"
     return f"{run_table(read_series(run_dir))}\n\ncurves: {figure}"
 
 

@@ -12,7 +12,6 @@ on a busy machine, is imported by `locked` alone.
 """
 
 import contextlib
-import errno
 import json
 import os
 import pathlib
@@ -28,7 +27,7 @@ import fsspec
 from etils import epath
 
 from rest_jax.errors import RunStopped, UserError, full_disk
-from rest_jax.files import atomic_write, is_url, store_errors
+from rest_jax.files import READ_ONLY, atomic_write, is_url, store_errors
 
 FILE = ".lock"
 OWNER = ".owner"  # beside a file lock: whose it is, or, without a process, on which host it was
@@ -106,7 +105,7 @@ def _acquire(path: epath.Path) -> filelock.BaseFileLock:
     except filelock.Timeout:
         raise _taken(path.parent, read_owner(path.parent / OWNER)) from None
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in READ_ONLY:
             raise _ReadOnlyError(f"{path}: cannot be written: {error.strerror}") from error
         raise UserError(
             f"{path}: cannot be locked: {error.strerror or error}; a run needs a file system with locks (of NFS the lock daemon)"

@@ -1,9 +1,13 @@
 """The report of a run: a real PNG for runs of any length and kind, tables with the right ends."""
 
+import errno
+import os
+
 import matplotlib.image
 import numpy as np
 import pytest
 
+from rest_jax.analysis import report
 from rest_jax.analysis.plotting import REGION_COLOURS, new_figure, save
 from rest_jax.analysis.report import read_series, run_table, write_curves, write_report
 from rest_jax.errors import UserError
@@ -47,6 +51,18 @@ def test_curves_are_drawn_for_runs_of_any_length(tmp_run, steps):
         assert tuple(bytes.fromhex(colour[1:])) in shown
     names = sorted(p.name for p in tmp_run.iterdir())
     assert names == sorted(["curves.png", *FILES])
+
+
+def test_of_a_run_that_may_only_be_read_the_table_is_printed(tmp_run, monkeypatch):
+    fill(tmp_run, 1)
+
+    def refuse(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(report, "save", refuse)
+    table, last = write_report(tmp_run).rsplit("\n", 1)
+    assert "reward/mean" in table
+    assert last == "curves: not drawn, since the folder may only be read (Read-only file system)"
 
 
 @pytest.mark.parametrize(
