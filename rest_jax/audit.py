@@ -421,7 +421,7 @@ class Replay(Loop):
         config, folder = repeater.config, recorded.folder
         stop = StopRequest(config.distributed)
         files, resources = repeater.policy.files, contextlib.ExitStack()
-        run = Run(config, folder, files, stop, lambda: None, resources, metrics=writer)
+        run = Run(config, folder, files, None, stop, lambda: None, resources, metrics=writer)
         run.marked = True  # no checkpoint will be there
         super().__init__(run, repeater.total, repeater.evaluate, repeater.module.SHOWN)
         self.recorded, self.base, self.wanted, self.last = recorded, base, wanted, max(wanted)

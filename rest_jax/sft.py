@@ -106,7 +106,9 @@ def finetune(
     if dry_run:
         return 0
     with (
-        contextlib.closing(open_run(config, policy.files, restart, origin)) as run,
+        contextlib.closing(
+            open_run(config, policy.files, restart, origin, policy.tokenizer)
+        ) as run,
         activate(policy.mesh),
     ):
         check_memory(lambda: memory_programs(setup, setup.widths), policy.mesh)

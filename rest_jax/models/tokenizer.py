@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -64,6 +65,9 @@ _MAX_BYTES = {
     "*.model": 2**27,
     "*.tiktoken": 2**27,
 }
+
+# What of a folder is its tokenizer's, chat templates among it.
+_FILES = tuple(pattern for pattern in _MAX_BYTES if pattern != "*config.json")
 
 # A tokenizer.json has regular expressions and replacements, which may take for ever or fill the memory, in a library that no
 # signal stops. So it is first tried in another process, on runs of letters that make bad ones slow.
@@ -159,6 +163,22 @@ class Tokenizer:
                 f"tokenizer {source}: {_LETTERS!r} comes back as {said!r}: what it loses can neither be learned nor sampled"
             )
         return made
+
+    def write_files(self, folder: pathlib.Path) -> None:
+        """Puts its files, chat templates among them, into a folder in the place of another tokenizer's: as they are, or, of a hub
+        id, as transformers writes them. UserError for links that lead out of its own folder.
+        """
+        for file in _files_of(folder):
+            file.unlink()
+        own = pathlib.Path(self.source)
+        if not own.is_dir():
+            self.hf.save_pretrained(folder)
+            return
+        check_links(own)
+        for file in _files_of(own):
+            target = folder / file.relative_to(own)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
 
     @property
     def vocab_size(self) -> int:
@@ -371,6 +391,12 @@ def _decoder_kinds(backend: Any) -> set[str]:
     state = json.loads(backend.decoder.__getstate__())
     stages = state.get("decoders", [state])
     return {stage["type"] for stage in stages}
+
+
+def _files_of(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of the tokenizer in a model folder."""
+    found = {file for pattern in _FILES for file in folder.glob(pattern) if file.is_file()}
+    return sorted(found)
 
 
 def _load_hf(source: str) -> Any:

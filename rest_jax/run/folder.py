@@ -38,6 +38,7 @@ from rest_jax.files import (
     written_locally,
 )
 from rest_jax.models.hf.folder import copy_side_files
+from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run.checkpoint import FOLDER as CHECKPOINTS
 from rest_jax.run.checkpoint import Checkpoints, list_steps
 from rest_jax.run.contents import BASE, MADE_OF, changed, check_same, kept_contents, refuse_base
@@ -128,6 +129,7 @@ class Run:
     config: Config
     folder: epath.Path
     files: pathlib.Path  # the folder with the model's HF side files
+    tokenizer: Tokenizer | None  # in the place of the one there
     stop: StopRequest
     check_lock: Callable[[], None]  # RunStopped when another process has taken the folder
     resources: contextlib.ExitStack
@@ -220,7 +222,27 @@ class Run:
         with atomic_write(self.folder / CONFIG_FILE) as partial:
             partial.write_text(config_lib.dump(self.config))
         self._write_steps(step is not None and step >= (self.total or 0) and evaluated)
-        _copy_model_files(self.files, self.folder / MODEL_FOLDER, anew=step is None)
+        self._copy_model_files(self.folder / MODEL_FOLDER, anew=step is None)
+
+    def _copy_model_files(self, folder: epath.Path, anew: bool) -> None:
+        """Copies the side files of the model, once, or `anew` in place of another launch's. In a store they are complete when
+        config.json, put last, is there.
+        """
+        if anew and absolute(self.files) == absolute(folder):
+            return  # a run that starts from its own weights, and forgets them
+        with store_errors(folder):
+            mark = folder / "config.json" if is_url(folder) else folder
+            if anew and is_url(folder):
+                mark.unlink(missing_ok=True)
+            if anew and folder.is_dir():
+                folder.rmtree()
+            if mark.exists():
+                return
+            write = written_locally if is_url(folder) else atomic_folder
+            with write(folder, last="config.json") as partial:
+                copy_side_files(self.files, partial)
+                if self.tokenizer is not None:
+                    self.tokenizer.write_files(partial)
 
     def _open_checkpoints(self) -> None:
         keep, timeout = self.config.train.keep_checkpoints, self.config.distributed.save_timeout
@@ -335,13 +357,18 @@ class Run:
 
 
 def open_run(
-    config: Config, files: pathlib.Path, restart: bool = False, origin: Origin | None = None
+    config: Config,
+    files: pathlib.Path,
+    restart: bool = False,
+    origin: Origin | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Run:
     """Takes the folder, which is made, and changes nothing in it: that is for `Run.begin`. UserError when another process trains
     in it, it holds a run of another config, or its checkpoints are gone; with `restart` the run that it holds is to be forgotten.
     `origin`: where a new fork comes from.
 
-    `files` is the folder with the model's HF side files; they are copied so that the run can be exported on its own.
+    `files` is the folder with the model's HF side files; they are copied so that the run can be exported on its own, with the
+    files of `tokenizer` where the config names one (`model.tokenizer`).
     """
     folder = config.folder
     if not restart:
@@ -353,35 +380,14 @@ def open_run(
         if origin is None and not restart:
             origin = read_origin(folder)
         stop = StopRequest(config.distributed)
-        run = Run(config, folder, files, stop, check_lock, stack, restart, origin)
+        if config.model.tokenizer is None:
+            tokenizer = None  # that of `files`
+        run = Run(config, folder, files, tokenizer, stop, check_lock, stack, restart, origin)
         # Resources are closed last to first: signals are caught until the last checkpoint is there, and no longer.
         stack.callback(run.close_metrics)
         stack.enter_context(stop.watched())
         run.resources = stack.pop_all()
         return run
-
-
-def _copy_model_files(files: pathlib.Path, folder: epath.Path, anew: bool) -> None:
-    """Copies the side files of a model, once, or `anew` in place of another launch's. In a store they are complete when
-    config.json, put last, is there.
-    """
-    if anew and absolute(files) == absolute(folder):
-        return  # a run that starts from its own weights, and forgets them
-    if is_url(folder):
-        with store_errors(folder):
-            mark = folder / "config.json"
-            if anew and mark.exists():
-                mark.unlink()
-                folder.rmtree()
-            if not mark.exists():
-                with written_locally(folder, last="config.json") as partial:
-                    copy_side_files(files, partial)
-        return
-    if anew and folder.exists():
-        folder.rmtree()
-    if not folder.exists():
-        with atomic_folder(folder) as partial:
-            copy_side_files(files, partial)
 
 
 def _forget(folder: epath.Path) -> None:

@@ -222,8 +222,9 @@ def export(
         # without it nobody knows how the run was trained
         if newest is not None and (path := checkpoint.run_of(source) / CONFIG_FILE).is_file():
             config = config_lib.load([path], [])
-            tokenizer = Tokenizer.load(config.model.tokenizer or files)
-            texts = card.side_files(str(checkpoint.run_of(source)), newest, config, tokenizer, out)
+            texts = card.side_files(
+                str(checkpoint.run_of(source)), newest, config, Tokenizer.load(files), out
+            )
         with _transfer("export") as report:
             hf.export(weights, files, out, dtype, report, texts)
     # No process ends before the folder is there: the end of one would be taken for a failure.

@@ -20,7 +20,7 @@ from rest_jax import config as config_lib
 from rest_jax.config import Config
 from rest_jax.errors import UserError
 from rest_jax.files import Location
-from rest_jax.run import folder
+from rest_jax.run import folder, lock
 from rest_jax.run.checkpoint import Checkpoints
 from rest_jax.run.contents import MADE_OF
 from rest_jax.run.folder import (
@@ -114,6 +114,20 @@ def test_a_run_that_has_not_begun_has_the_model_of_its_newest_launch(config, fil
     ).exists()
 
 
+def test_in_a_store_it_has_it_too(files, tmp_path, memory_store, monkeypatch):
+    monkeypatch.setattr(lock, "SETTLE", 0)
+    config = make_config(tmp_path, f"output={memory_store}")
+    copied = config.folder / "model"
+    with contextlib.closing(open_run(config, files)) as run:
+        for anew, names in ((True, {"a.json"}), (False, {"b.json"}), (True, {"c.json"})):
+            for file in files.glob("?.json"):
+                file.unlink()
+            (files / min(names)).write_text("{}")
+            run._copy_model_files(copied, anew)
+            found = {path.name for path in copied.iterdir()}
+            assert found & {"a.json", "b.json", "c.json"} == (names if anew else {"a.json"})
+
+
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_launch_that_is_refused_changes_nothing(saved, files, tmp_path, restart):
     """By what is known only when the model is loaded, as its memory is, or when a checkpoint is read."""
@@ -132,7 +146,7 @@ def test_a_launch_that_is_refused_changes_nothing(saved, files, tmp_path, restar
 
 
 @pytest.mark.parametrize(
-    "name", ["read_results", "write_origin", "MetricsWriter", "_copy_model_files", "Checkpoints"]
+    "name", ["read_results", "write_origin", "MetricsWriter", "copy_side_files", "Checkpoints"]
 )
 def test_a_restart_that_is_torn_is_made_by_the_same_command(
     saved, files, tmp_path, name, monkeypatch

@@ -1,5 +1,7 @@
 """Export from a run: layer by layer from its checkpoint. Runs with LoRA and adapters of peft. Memory of convert and export."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,16 +15,18 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from rest_jax import config as config_lib
 from rest_jax.config import Config, MeshConfig, ModelConfig, dump
 from rest_jax.errors import UserError
 from rest_jax.models.attention import prompt_rows
 from rest_jax.models.decoder import apply_routed, logits, with_adapters
 from rest_jax.models.hf import peft, store
 from rest_jax.models.lora import pair_up
+from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run import load
 from rest_jax.run.checkpoint import Checkpoints
 from rest_jax.run.contents import BASE, MADE_OF, digest_params
-from rest_jax.run.folder import MODEL_FOLDER
+from rest_jax.run.folder import MODEL_FOLDER, open_run
 from rest_jax.types import TrainState
 from tests.runs import PROGRAMS, ROOT, environment
 
@@ -58,6 +62,33 @@ def test_a_run_is_exported_without_a_policy(run, model, tmp_path, monkeypatch):
     jax.tree.map(
         lambda a, b: np.testing.assert_array_equal(np.asarray(a), b), policy.params, params
     )
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a hub id"])
+def test_a_run_is_exported_with_the_tokenizer_of_its_training(model, tmp_path, kind):
+    source, other = tmp_path / "model", tmp_path / "other"
+    shutil.copytree(model, source)
+    shutil.copytree(model, other, ignore=shutil.ignore_patterns("*.safetensors"))
+    template = (other / "chat_template.jinja").read_text() + "{# other #}"
+    (other / "chat_template.jinja").write_text(template)
+    (other / "generation_config.json").write_text('{"_from": "another model"}')
+    words = [f"model.source={source}", f"model.tokenizer={other}", f"output={tmp_path}", "name=run"]
+    config = config_lib.load([], words)
+    policy = load.load_policy(config.model, MeshConfig(fsdp=-1))
+    tokenizer = policy.tokenizer
+    if kind == "a hub id":
+        tokenizer = dataclasses.replace(tokenizer, source="owner/name")
+    none = jax.numpy.zeros(())
+    with contextlib.closing(open_run(config, policy.files, tokenizer=tokenizer)) as run:
+        run.begin()
+        run.save(1, TrainState(none, policy.params, none, none, none), {})
+    shutil.rmtree(other)
+    load.export(str(tmp_path / "run"), tmp_path / "out")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == template
+    own = (source / "generation_config.json").read_bytes()
+    assert (tmp_path / "out" / "generation_config.json").read_bytes() == own
+    again = Tokenizer.load(tmp_path / "out", vocab_size=policy.config.vocab_size)
+    assert again.pieces == tokenizer.pieces and again.stop_ids == tokenizer.stop_ids
 
 
 def test_a_checkpoint_of_a_run_is_a_model(model, tmp_path):
