@@ -1,6 +1,8 @@
 """Every command in README and docs is of a kind (`KINDS`), which says what is made of it here; what else pages name exists."""
 
 import ast
+import importlib
+import inspect
 import json
 import os
 import pathlib
@@ -371,6 +373,17 @@ def test_what_the_page_of_additions_names_exists():
     chosen = names["RULE"].options()
     view = types.SimpleNamespace(logp=jnp.log(jnp.asarray([[[0.25, 1.0]]])))
     assert names["RULE"].apply(view, chosen).tolist() == [[[0.25, 1.0]]]
+
+
+def test_every_member_of_the_page_of_the_api_exists():
+    """mkdocs leaves out what is not there, and says so in a warning at most."""
+    page = (DOCS / "api.md").read_text()
+    found = re.findall(r"^::: (\S+)(?:\n +options: \{members: \[(.*)\]\})?", page, re.M)
+    assert len(found) == page.count(":::") > 20
+    for name, members in found:
+        module = importlib.import_module(name)
+        for member in filter(None, members.split(", ")):
+            assert inspect.getdoc(getattr(module, member)), (name, member)
 
 
 def test_every_paper_that_is_named_has_its_row():
