@@ -105,7 +105,7 @@ class ScoredBatch:
     reward: Float[AnyArray, "P G"]  # float32, the sum of the scaled parts
     format_score: Float[AnyArray, "P G"]  # float32, S_format in [0, 1]
     parts: Float[AnyArray, "P G K"]  # float32, scaled
-    exact: Bool[AnyArray, "P G"]  # the calls are exactly the gold ones
+    exact: Bool[AnyArray, "P G"]  # in the format, with exactly the gold calls
     # tokens of the phrases that a rule asks for; None: no rule does
     marked: Bool[AnyArray, "P G Tr"] | None = None
 

@@ -9,7 +9,7 @@ jax: jnp instead of numpy, and no `if` on values. Nothing is differentiated thro
     logp, entropy, gini   [P G T]  nats, nats and 1 - sum p^2, of the policy that sampled
     region, mask          [P G T]  `rest_jax.tool_calls.Region` of each token; False behind the end, where all values are 0
     responses             [P G T]  ids
-    reward, exact         [P G]    the reward, and whether the calls are exactly the gold ones
+    reward, exact         [P G]    the reward, and whether it is in the format with exactly the gold calls
     advantage             [P G] or [P G T]; view.token_advantage is one that broadcasts against tokens
     curriculum.nu         progress of the run, 0 to 1; key: of the step, for rules that draw (jax.random)
 """

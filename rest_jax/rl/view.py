@@ -27,7 +27,7 @@ class TokenView:
     marked: Bool[Array, "P G T"] | None  # tokens of the rule's phrases; None: it has none
     reward: Float[Array, "P G"]
     parts: Float[Array, "P G K"]  # what the reward is the sum of, see rewards.score.PARTS
-    exact: Bool[Array, "P G"]  # the calls are exactly the gold ones
+    exact: Bool[Array, "P G"]  # in the format, with exactly the gold calls
     curriculum: CurriculumState
     key: Key[Array, ""]  # of the run and the step
     advantage: Float[Array, "P G *T"] | None = None

@@ -82,7 +82,10 @@ _TABLE = {
     "reward/plugin_failures": ("completions", "those that reward.plugin has failed for"),
     "reward/format_score": ("fraction", "completions in the required format"),
     "reward/accuracy": ("", "mean match of the calls with the gold ones (S_acc), in [0, 1]"),
-    "reward/exact": ("fraction", "completions whose calls are exactly the gold ones"),
+    "reward/exact": (
+        "fraction",
+        "completions in the format with exactly the gold calls (none where gold has none); texts are not compared",
+    ),
     "reward/exact_sampled": ("fraction", "the same of all groups sampled in the step"),
     "reward/spurious": ("fraction", "completions with a call where none is right"),
     "reward/progress": ("", "progress mu of the dynamic reward scale, in [0, 1]"),
@@ -154,7 +157,10 @@ _TABLE = {
     "curriculum/format_score": ("", "moving average of the format score"),
     "eval/reward": ("", "mean reward on held-out prompts, greedy, at the final scale"),
     "eval/format": ("fraction", "held-out completions in the required format"),
-    "eval/exact": ("fraction", "held-out completions whose calls are exactly the gold ones"),
+    "eval/exact": (
+        "fraction",
+        "held-out completions in the format with exactly the gold calls (none where gold has none); texts are not compared",
+    ),
     "eval/spurious": ("fraction", "held-out prompts without gold calls that got one"),
     "eval/accuracy": ("", "mean match of their calls with the gold ones (S_acc), in [0, 1]"),
     "eval/response_tokens": ("tokens", "mean length of the held-out completions"),

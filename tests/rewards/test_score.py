@@ -6,6 +6,7 @@ import pytest
 
 from rest_jax.config import RewardConfig
 from rest_jax.rewards.score import correctness_bounds, format_bounds, scale, score
+from rest_jax.run.metrics import METRICS
 from rest_jax.templates import TEMPLATES
 from rest_jax.tool_calls import Call, Target
 
@@ -71,6 +72,18 @@ def test_gold_without_calls():
     assert reward(RIGHT, target, RELEASED).correctness_part == 0.0
     tried = reward("<think> t </think><tool_call>{</tool_call>", target, cfg)
     assert (tried.spurious, tried.correctness_part) == (True, -3.0)
+
+
+@pytest.mark.parametrize("name", ["reward/exact", "eval/exact"])
+def test_exact_asks_for_the_format_and_compares_no_texts(name):
+    other_words = reward(TALK.replace(" hi ", " no "), Target(response="hi"), RewardConfig())
+    called = Target(TARGET.calls, response="hi")
+    both = reward(f"{RIGHT}\n<response> no </response>", called, RewardConfig())
+    no_thought = reward(RIGHT.removeprefix("<think> t </think>\n"), TARGET, RewardConfig())
+    assert other_words.exact and both.exact
+    assert no_thought.accuracy == 1.0 and not no_thought.exact
+    meaning = METRICS[name].meaning
+    assert "in the format" in meaning and meaning.endswith("texts are not compared")
 
 
 def test_fifty_copies_of_the_right_call_score_low():

@@ -69,7 +69,8 @@ prompt = tokenizer.apply_chat_template(
 
 | metric | step 0 | step 7 | |
 | --- | --- | --- | --- |
-| eval/exact | 0.25 | 0.5 | held-out completions whose calls are exactly the gold ones |
+| eval/exact | 0.25 | 0.5 | held-out completions in the format with exactly the gold calls (none where gold has \
+none); texts are not compared |
 
 ## api_bank
 
