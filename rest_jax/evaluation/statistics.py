@@ -110,7 +110,7 @@ def mean_rate(values: Sequence[float]) -> tuple[float, float, float]:
     """The mean of the rates of items, each 0 to 1, with its interval: Wilson's where each is 0 or 1, else the bootstrap's (0 to 1
     for a single one). ValueError without a value.
     """
-    if all(value in (0, 1) for value in values):
+    if len(values) and all(value in (0, 1) for value in values):
         right = int(sum(values))
         return right / len(values), *rate_interval(right, len(values))
     found = estimate(values)

@@ -131,7 +131,7 @@ def format_score(answer: Answer, target: Target, template_name: str, strict: boo
 
 
 def format_bounds(cfg: RewardConfig, progress: float) -> tuple[float, float]:
-    """(lo, hi) of the format part at `progress` mu; ValueError below 0, 1 from 1 on."""
+    """(lo, hi) of the format part at progress mu = min(1, `progress`); ValueError below 0 where the scale is dynamic."""
     if not cfg.dynamic:
         return 0.0, 1.0
     high = _between(cfg.format_scale_start, cfg.format_scale_end, progress)
@@ -139,7 +139,7 @@ def format_bounds(cfg: RewardConfig, progress: float) -> tuple[float, float]:
 
 
 def correctness_bounds(cfg: RewardConfig, progress: float) -> tuple[float, float]:
-    """(lo, hi) of the correctness part at `progress` mu; ValueError below 0, 1 from 1 on."""
+    """(lo, hi) of the correctness part at progress mu = min(1, `progress`); ValueError below 0 where the scale is dynamic."""
     if not cfg.dynamic:
         return -3.0, 3.0
     high = _between(cfg.correctness_scale_start, cfg.correctness_scale_end, progress)

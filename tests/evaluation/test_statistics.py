@@ -122,6 +122,8 @@ def test_a_mean_of_rates_has_wilsons_interval_where_each_item_is_right_or_wrong(
     found = estimate(shares)
     assert mean_rate(shares) == (found.mean, found.low, found.high)
     assert mean_rate([0.25]) == (0.25, 0.0, 1.0)
+    with pytest.raises(ValueError, match="at least one"):
+        mean_rate([])
 
 
 def test_mcnemar_is_the_two_sided_sign_test():

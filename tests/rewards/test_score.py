@@ -38,9 +38,10 @@ def test_bounds_move_with_progress():
 
 
 @pytest.mark.parametrize("progress", [-0.1, float("nan")])
-def test_progress_outside_its_range_is_refused(progress):
+def test_progress_outside_its_range_is_refused_where_the_scale_moves(progress):
     with pytest.raises(ValueError, match="reward progress"):
         reward(RIGHT, TARGET, RewardConfig(), progress)
+    assert reward(RIGHT, TARGET, STATIC, progress).reward == 4.0  # which has no progress
 
 
 def test_best_and_worst():
