@@ -7,7 +7,7 @@
 `replay` and `answers` make such runs without training, OUT/METHOD/metrics.jsonl. `replay` takes the token counts and entropies
 of every step from a run of any method; normalisers within a completion count as `batch` there. For `answers` gold answers
 of DATA are the batch of every step, under the entropies that MODEL has on them (OUT/answers.npz, computed once), while
-progress goes from 0 to 1.
+progress goes from 0 to 1; prompts are in the brief form.
 """
 
 import argparse
