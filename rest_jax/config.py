@@ -157,7 +157,8 @@ class RewardConfig(Section):
     extra_call_penalty: NonNegativeFloat = 0.5  # x (extra / gold) of S_acc
     penalise_spurious_calls: bool = True  # gold without calls: a call earns the lower end
     strict_match: bool = False  # r_name and r_param are 1 where all names are right, else 0
-    coarse: bool = False  # S_acc is 1 for exactly the gold calls, else 0
+    # S_acc is 1 for exactly the gold calls, else 0; the keys of extra calls and strict_match keep their defaults then
+    coarse: bool = False
     length_weight: NonNegativeFloat = 0.0  # most that is earned by length; 0: nothing
     length_target_tokens: PositiveInt = 512  # a completion that long earns all of it
     # False: the parts above are left out of the reward; format and exactness are measured all the same
@@ -178,6 +179,16 @@ class RewardConfig(Section):
             raise ValueError(f"plugin {self.plugin!r}: write it as FILE.py:FUNCTION")
         if not self.builtin and self.plugin is None:
             raise ValueError("builtin false: no reward is left; name reward.plugin")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _parts_have_effect(self):
+        for key in ("count_extra_calls", "extra_call_penalty", "strict_match"):
+            value, default = getattr(self, key), type(self).model_fields[key].default
+            if self.coarse and value != default:
+                raise ValueError(
+                    f"coarse true: {key} {value} has no effect, since S_acc is all or nothing; leave {key} at {default}"
+                )
         return self
 
 

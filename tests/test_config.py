@@ -368,6 +368,23 @@ def test_a_config_that_gives_neither_is_for_both_commands(write):
     config.check_command(loaded, supervised=True)
 
 
+@pytest.mark.parametrize(
+    ("word", "default"),
+    [("extra_call_penalty=1.0", "0.5"), ("count_extra_calls=false", "True"), ("strict_match=true", "False")],
+)  # fmt: skip
+def test_a_part_of_a_score_that_has_none_is_refused(word, default, tmp_path):
+    words = ["model.source=x", f"reward.{word}"]
+    config.from_overrides({"name": "r"}, words)
+    key = word.partition("=")[0]
+    said = f"reward: coarse true: {key} .* has no effect, .*; leave {key} at {default}"
+    with pytest.raises(ConfigError, match=said):
+        config.from_overrides({"name": "r"}, [*words, "reward.coarse=true"])
+    (tmp_path / "all.yaml").write_text(
+        config.dump(config.from_overrides({"name": "r"}, [words[0], "reward.coarse=true"]))
+    )
+    assert config.load([tmp_path / "all.yaml"]).reward.coarse  # which names every key
+
+
 def test_adapters_of_a_folder_need_their_rank():
     with pytest.raises(ConfigError, match=r"lora: adapter there: set lora\.rank to the r of"):
         config.load(["scale/tiny"], ["lora.adapter=there"])

@@ -80,8 +80,12 @@ def starting(*words: str) -> list[str]:
     return [c for c in commands() if c.startswith(words) and not PLACEHOLDER.search(c)]
 
 
-TRAINING = starting("rest-jax train", "rest-jax sft")
-OTHER = [c for c in starting("rest-jax") if c not in TRAINING]
+# Pages whose commands build on each other: a test of each has them in order.
+IN_ORDER = ("own_reward.md",)
+STEPS = {page: blocks((DOCS / page).read_text()) for page in IN_ORDER}
+FOLLOWED = {command for steps in STEPS.values() for command in steps}
+TRAINING = [c for c in starting("rest-jax train", "rest-jax sft") if c not in FOLLOWED]
+OTHER = [c for c in starting("rest-jax") if c not in FOLLOWED.union(TRAINING)]
 
 
 def test_the_pages_have_commands():
@@ -278,6 +282,16 @@ def test_training_passes_a_dry_run(command, tmp_path, capsys):
     given = {word.partition("=")[0] for word in ours}  # a command line gives a key one value
     words = [word for word in words if "=" not in word or word.partition("=")[0] not in given]
     assert cli.main([*words, *ours, "--dry-run"]) == 0, capsys.readouterr().err
+
+
+def test_the_page_of_rewards_can_be_followed(tmp_path, monkeypatch, capsys):
+    """Its commands in their order; training passes a dry run."""
+    monkeypatch.chdir(tmp_path)
+    for command in STEPS["own_reward.md"]:
+        words = shlex.split(command)[1:]
+        if words[0] == "train":
+            words += ["data.eval_limit=8", "data.synthetic_size=64", "--dry-run"]
+        assert cli.main(words) == 0, (command, capsys.readouterr().err)
 
 
 @pytest.mark.slow
