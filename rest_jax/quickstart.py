@@ -51,8 +51,8 @@ def quickstart(overrides: Sequence[str] = (), fresh: bool = False) -> int:
     print_text(f"[4/4] reloaded {exported} and evaluated it")
     first, last, again = (f"{found['eval/exact']:.1%}" for found in (lines[0], lines[-1], rates))
     print_text(
-        f"\nExact calls on tools never seen in training: {first} -> {last} (the reloaded export: {again}) "
-        f"in {(time.monotonic() - started) / 60:.1f} minutes.\n"
+        f"\nExact calls on tools whose pair of verb and thing is in no training prompt: {first} -> {last} "
+        f"(the reloaded export: {again}) in {(time.monotonic() - started) / 60:.1f} minutes.\n"
         f"Completions: {folder / 'samples.jsonl'}\n"
         f"Policy, as a Hugging Face folder (transformers loads it with PyTorch): {exported}\n"
         f"It answers OpenAI's protocol: rest-jax serve {exported}"

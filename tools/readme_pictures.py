@@ -210,7 +210,7 @@ def draw_learning_curve(series: dict[str, Series], path: pathlib.Path) -> None:
     left, right = figure.subplots(1, 2)
     rate = series["eval/exact"]
     left.plot(rate.steps, np.multiply(100, rate.values), "o-", color=plotting.BLUE)
-    plotting.label_steps(left, "Exact tool calls, on tools never seen in training", "% of prompts")
+    plotting.label_steps(left, "Exact tool calls on held-out tools", "% of prompts")
     left.set_ylim(0, 100)
     for name, label, style in (
         ("reward/mean", "sampled", {"color": plotting.ORANGE, "linewidth": 1}),

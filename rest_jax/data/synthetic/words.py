@@ -1,7 +1,7 @@
 """The words of the synthetic tool world: actions, objects, parameters with their values, masked names.
 
 A tool is an (action, object) pair. `split_of` decides by a hash of the pair alone whether it is a training or a held-out tool:
-no seed enters, so a held-out tool never occurs in any training set, while every single word occurs in both.
+no seed enters, so a held-out pair never occurs in any training set, while every single word occurs in both, and so do names.
 """
 
 import dataclasses

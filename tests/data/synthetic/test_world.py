@@ -11,6 +11,7 @@ from rest_jax.data.synthetic import world as synthetic
 from rest_jax.data.synthetic.words import ACTIONS, OBJECTS, PARAMETER_TYPES, pairs, split_of
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.templates import TEMPLATES
+from tests.conftest import REPOSITORY
 from tools.tiny_tokenizer import train_tokenizer
 
 SIZE = 1500
@@ -77,6 +78,18 @@ def test_splits_share_every_word_but_no_tool():
     for split in (train, held_out):
         assert {a for a, _ in split} == set(ACTIONS) and {o for _, o in split} == set(OBJECTS)
     assert 0.15 < len(held_out) / (len(train) + len(held_out)) < 0.25
+
+
+def test_the_page_of_results_says_what_is_new_of_held_out_tools():
+    """Of the quickstart: the pairs alone, whose words and names training has too."""
+    train = synthetic.world("train", 0, 2048)
+    called = [c.name for r in synthetic.world("eval", 0, 192) for c in r.target.calls]
+    names = {tool["name"] for record in train for tool in record.tools}
+    recur = sum(name in names for name in called)
+    page = (REPOSITORY / "docs" / "results.md").read_text()
+    assert f"{recur} of the {len(called)} gold calls of the first 192 held-out records" in page
+    for text in (page, (REPOSITORY / "README.md").read_text()):
+        assert "never seen" not in text and "unseen" not in text
 
 
 def test_calls_are_of_offered_tools_with_typed_arguments(records):
