@@ -901,6 +901,9 @@ def prepare(
     irrelevance: Annotated[float, _fraction("of records whose right tool is taken away")] = 0.0,
     irrelevance_response: Annotated[str | None, Option(help="the answer to those")] = None,
     held_out: Annotated[float, _fraction("of tools that only OUT's .eval twin has")] = 0.0,
+    held_out_dialogues: Annotated[
+        float, _fraction("of dialogues that only it has, where tools are few")
+    ] = 0.0,
     responses: Annotated[float, _fraction("of records without a call that are kept")] = 1.0,
     keep_duplicates: Annotated[bool, Option("--keep-duplicates", help="else dropped")] = False,
     tokenizer: Tokenizer = None,

@@ -25,6 +25,7 @@ from rest_jax.data.tokenize import load_split
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run import card
 from tests.conftest import REPOSITORY
+from tests.data.prepare.dialogues import chats, write
 from tests.gguf_files import write_gguf
 from tests.runs import environment
 
@@ -81,7 +82,7 @@ def starting(*words: str) -> list[str]:
 
 
 # Pages whose commands build on each other: a test of each has them in order.
-IN_ORDER = ("own_reward.md",)
+IN_ORDER = ("own_data.md", "own_reward.md")
 STEPS = {page: blocks((DOCS / page).read_text()) for page in IN_ORDER}
 FOLLOWED = {command for steps in STEPS.values() for command in steps}
 TRAINING = [c for c in starting("rest-jax train", "rest-jax sft") if c not in FOLLOWED]
@@ -158,9 +159,7 @@ def test_a_command_with_placeholders_has_its_options(command):
 
 def test_models_that_the_pages_write_are_left_out_of_version_control():
     ignored = {line.strip("/") for line in (REPOSITORY / ".gitignore").read_text().splitlines()}
-    outs = [
-        shlex.split(c)[3] for c in OTHER if c.startswith(("rest-jax export", "rest-jax convert"))
-    ]
+    outs = [shlex.split(c)[3] for c in starting("rest-jax export", "rest-jax convert")]
     assert len(outs) > 3 and {out.partition("/")[0] for out in outs} <= ignored
 
 
@@ -282,6 +281,57 @@ def test_training_passes_a_dry_run(command, tmp_path, capsys):
     given = {word.partition("=")[0] for word in ours}  # a command line gives a key one value
     words = [word for word in words if "=" not in word or word.partition("=")[0] not in given]
     assert cli.main([*words, *ours, "--dry-run"]) == 0, capsys.readouterr().err
+
+
+def test_the_example_of_the_page_of_own_data_can_be_prepared(tmp_path, capsys):
+    (example,) = re.findall(r"```json\n(.*?)\n```", (DOCS / "own_data.md").read_text(), re.DOTALL)
+    (tmp_path / "chats.jsonl").write_text(f"{example}\n")
+    prepare = shlex.split(STEPS["own_data.md"][0])[1:-2]  # one dialogue is on one side
+    words = [word.replace("chats", f"{tmp_path}/chats") for word in prepare[:-1]]
+    assert cli.main([*words, f"{tmp_path}/mine.jsonl"]) == 0, capsys.readouterr().err
+    assert len((tmp_path / "mine.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_page_of_own_data_can_be_followed(tmp_path, monkeypatch, capsys):
+    """Its commands in their order, over dialogues as logs have them, up to training, which passes a dry run. It keeps nearly all
+    records, with the tokenizer that needs most tokens.
+    """
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "chats.jsonl", chats(100))
+    trained = 0
+    for command in STEPS["own_data.md"]:
+        words = shlex.split(command)[1:]
+        if words[0] == "data":
+            assert cli.main(words) == 0, (command, capsys.readouterr().err)
+        elif words[0] in ("sft", "train"):
+            words = [word for word in words if not word.startswith("model.source=")]
+            words = [*words, HERE[0], "--dry-run"] if "--dry-run" not in words else words
+            assert cli.main(words) == 0, (command, capsys.readouterr().err)
+            said = capsys.readouterr().out
+            assert "keeps" not in said and "data.eval=mine.eval.jsonl" in command, said
+            trained += 1
+    assert trained == 5
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_of_own_data_run(tmp_path):
+    """All of them but the two that fetch and convert a model, for which there is the quickstart's, and the server."""
+    write(tmp_path / "chats.jsonl", chats(100))
+    shutil.copytree(REPOSITORY / "configs" / "quickstart_policy", tmp_path / "models" / "smollm2")
+    for command in STEPS["own_data.md"]:
+        words = shlex.split(command)[1:]
+        if words[0] in ("install", "convert", "serve"):
+            continue
+        if words[0] in ("sft", "train"):
+            small = ["train.steps=1", "train.eval_every=0", "data.eval_limit=8"]
+            given = {word.partition("=")[0] for word in small}
+            words = [word for word in words if word.partition("=")[0] not in given] + small
+        done = subprocess.run(
+            [sys.executable, "-m", "rest_jax", *words], cwd=tmp_path, env=environment(), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900,
+        )  # fmt: skip
+        assert done.returncode == 0, (words, done.stdout)
+    assert (tmp_path / "models" / "mine" / "config.json").is_file()
 
 
 def test_the_page_of_rewards_can_be_followed(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -158,7 +159,11 @@ def test_long_prompts_are_dropped_and_counted(tokenizer):
     assert made.records == [r for r, n in zip(records, lengths, strict=True) if n <= limit]
     assert made.dropped == sum(n > limit for n in lengths) > 0
     assert max(map(len, made.prompts)) <= limit
-    assert f"{made.dropped} dropped (longer than {limit} tokens)" in made.summary()
+    assert f"{made.dropped} dropped (longer than {limit} tokens; data.max_" in made.summary()
+    (key, value) = re.findall(r"; ([\w.]+)=(\d+) keeps \d+%\)", made.summary())[0]
+    enough = CFG.model_copy(update={key.removeprefix("data."): int(value)})
+    nearly_all = prepare(records, tokenizer, TEMPLATE, enough)
+    assert nearly_all.size >= 38 and "keeps" not in nearly_all.summary()
     first = f"{made.size} records of the first 40 (data.eval_limit), {made.dropped} dropped"
     assert made.summary(40, "data.eval_limit").startswith(first)
     # there were no more
@@ -169,7 +174,8 @@ def test_nothing_fits(tokenizer):
     cfg = CFG.model_copy(update={"max_prompt_tokens": 5})
     with pytest.raises(
         ValueError,
-        match=r"max_prompt_tokens 5: every one of the 3 records is longer \(shortest: \d+",
+        match=r"max_prompt_tokens 5: every one of the 3 records is longer \(shortest: \d+ tokens\); "
+        r"raise it: data\.max_prompt_tokens=\d+ keeps 100%",
     ):
         prepare(synthetic.world("train", 0, 3), tokenizer, TEMPLATE, cfg)
     with pytest.raises(ValueError, match="no records"):
@@ -208,6 +214,7 @@ def test_supervised_records_that_are_too_long(tokenizer):
     totals = [sum(map(len, _supervised(r, tokenizer))) for r in records]
     limit = int(np.median(totals))
     made = prepare_supervised(records, tokenizer, TEMPLATE, CFG, max_tokens=limit)
+    assert "; sft.max_tokens=" in made.summary()
     assert made.size == sum(n <= limit for n in totals) and made.dropped == len(records) - made.size
 
 

@@ -68,7 +68,7 @@ def prepare(settings: Settings) -> summary.Summary:
         encoder = summary.encoder(settings.tokenizer, settings.template, settings.brief)
         template, count_tokens = encoder.template, functools.partial(summary.count_tokens, encoder)
     paths = settings.paths
-    parts = ("train", "eval") if settings.held_out else ("train",)
+    parts = ("train", "eval") if settings.splits else ("train",)
     result = summary.Summary(settings, parts={name: summary.Tally() for name in parts})
     paths["train"].parent.mkdir(parents=True, exist_ok=True)
     # OUT is the first partial file, and so the last to appear: where it is, everything is
@@ -87,7 +87,7 @@ def prepare(settings: Settings) -> summary.Summary:
             raise UserError(f"{error}; see {paths['rejected']}") from error
         told = partial.enter_context(atomic_write(paths["summary"]))
         told.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="ascii")
-        if not settings.held_out:
+        if not settings.splits:
             paths["eval"].unlink(missing_ok=True)
         if work.rejected is None:
             paths["rejected"].unlink(missing_ok=True)
@@ -207,7 +207,8 @@ def _place(record: StepRecord, work: _Work) -> tuple[StepRecord, str] | None:
         work.result.dropped["calls nothing, and was not drawn (--responses)"] += 1
         return None
     if not settings.held_out:
-        return record, "train"
+        apart = split.in_held_out_dialogue(record.id, settings.held_out_dialogues, settings.seed)
+        return record, "eval" if apart else "train"
     placed = split.place(record, settings.held_out, settings.seed, work.described)
     if placed.part is None:
         work.result.dropped[placed.reason] += 1
@@ -220,7 +221,7 @@ def _place(record: StepRecord, work: _Work) -> tuple[StepRecord, str] | None:
 def _transform(record: StepRecord, part: str, work: _Work) -> StepRecord:
     """The record with the right tools taken away and names masked, where it was drawn for that and allows it.
 
-    One for evaluation keeps a held-out tool on offer: without any it would measure nothing that is held out.
+    One for evaluation on held-out tools keeps one of them on offer: without any it would measure nothing that is held out.
     """
     settings, result = work.settings, work.result
     if transforms.draw(settings.seed, "irrelevance", record.id) < settings.irrelevance:
@@ -228,8 +229,10 @@ def _transform(record: StepRecord, part: str, work: _Work) -> StepRecord:
         without = transforms.remove_right_tools(record, NO_CALL if response is None else response)
         if without is None:
             result.unchanged[f"irrelevance: {transforms.unremovable(record)}"] += 1
-        elif part == "eval" and not split.offers_held_out(
-            without, settings.held_out, settings.seed, work.described
+        elif (
+            part == "eval"
+            and settings.held_out
+            and not split.offers_held_out(without, settings.held_out, settings.seed, work.described)
         ):
             result.unchanged["irrelevance: no held-out tool would stay on offer"] += 1
         else:
@@ -300,13 +303,17 @@ def _check_left(result: summary.Summary) -> None:
     s = result.settings
     if not result.items:
         raise UserError(f"data {', '.join(s.inputs)}: no records")
+    # of few tools all may be on one side, however the fraction is
+    other = ", or split by dialogues: --held-out-dialogues" if s.held_out else ""
     for name, tally in result.parts.items():
         if not tally.records:
             reasons = (result.rejected + result.dropped).most_common(1)
             why = f"; most often: {reasons[0][0]} ({reasons[0][1]})" if reasons else ""
-            what = "none for evaluation (raise --held-out)" if name == "eval" else "none left"
-            if name == "train" and s.held_out:
-                what = "none left for training (lower --held-out)"
+            what = "none left"
+            if name == "eval":
+                what = f"none for evaluation (raise {s.splits}{other})"
+            elif s.splits:
+                what = f"none left for training (lower {s.splits}{other})"
             raise UserError(
                 f"data {', '.join(s.inputs)}: of {result.items} items of source {s.source} {what}{why}"
             )

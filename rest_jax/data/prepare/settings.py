@@ -30,6 +30,7 @@ class Settings:
     irrelevance: float = 0.0  # share of records whose right tools are taken away
     irrelevance_response: str | None = None  # the target then; None: `xlam.NO_CALL`
     held_out: float = 0.0  # share of tools that are for evaluation alone
+    held_out_dialogues: float = 0.0  # share of dialogues that are, whatever their tools
     responses: float = 1.0  # share of the records whose target calls nothing that is kept
     keep_duplicates: bool = False
     tokenizer: str | None = None
@@ -48,6 +49,13 @@ class Settings:
     def read(self) -> Callable[[epath.Path], Iterator[items.Item]]:
         """What gives the items of an input."""
         return READERS.get(self.source, items.read_items)
+
+    @property
+    def splits(self) -> str | None:
+        """The option by which records are set apart for evaluation; None: by none."""
+        if self.held_out:
+            return "--held-out"
+        return "--held-out-dialogues" if self.held_out_dialogues else None
 
     @property
     def paths(self) -> dict[str, pathlib.Path]:
@@ -76,10 +84,15 @@ def check(settings: Settings) -> Convert:
     known = sorted([*KNOWN, *OPENED])
     if settings.source not in known:
         raise UserError(f"source {settings.source!r}: unknown{nearest(settings.source, known)}")
-    for option in ("mask_names", "irrelevance", "held_out", "responses"):
+    for option in ("mask_names", "irrelevance", "held_out", "held_out_dialogues", "responses"):
         if not 0 <= (value := getattr(settings, option)) <= 1:
             name = option.replace("_", "-")
             raise UserError(f"--{name} {value:g}: a fraction from 0 to 1 is needed")
+    if settings.held_out and settings.held_out_dialogues:
+        raise UserError(
+            f"--held-out-dialogues {settings.held_out_dialogues:g}: --held-out {settings.held_out:g} sets tools apart already; "
+            "give one of them"
+        )
     if settings.max_tokens is not None and settings.tokenizer is None:
         raise UserError(f"--max-tokens {settings.max_tokens}: needs --tokenizer to count with")
     if settings.irrelevance_response is not None and not settings.irrelevance:

@@ -11,9 +11,12 @@ whose name says otherwise belongs to neither part. So a held-out tool is in trai
 | calls held-out tools and others | nowhere |
 | calls none, and all tools it offers are held out | to evaluation, as it is |
 | any other | to training, without the held-out tools it offers |
+
+`in_held_out_dialogue` splits by dialogues instead, for data whose tools are few or always offered together.
 """
 
 import dataclasses
+import re
 from typing import Any, Literal
 
 from rest_jax.data.prepare.transforms import TEXT_ONLY, digest, draw, rewritten
@@ -74,6 +77,12 @@ def place(record: StepRecord, fraction: float, seed: int, described: Described) 
         return Placement(None, record, reason="no tool that it offers is for training")
     removed = len(record.tools) - len(kept)
     return Placement("train", rewritten(record, tools=kept) if removed else record, removed)
+
+
+def in_held_out_dialogue(name: str, fraction: float, seed: int) -> bool:
+    """Whether the record of that id is of a dialogue that is for evaluation: all its steps are."""
+    dialogue = re.sub(r"/\d+(#\d+)?$", "", name)
+    return draw(seed, "dialogue", dialogue) < fraction
 
 
 def offers_held_out(record: StepRecord, fraction: float, seed: int, described: Described) -> bool:

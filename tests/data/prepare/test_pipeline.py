@@ -239,6 +239,20 @@ def test_records_for_evaluation_keep_a_held_out_tool_on_offer(tmp_path, out, fra
     assert result.unchanged["irrelevance: no held-out tool would stay on offer"] > 0
 
 
+def test_dialogues_are_held_out_with_all_their_steps(source_file, out):
+    """Of data whose tools are in every dialogue; the same again over what was made of it."""
+    result = run(source_file, out, held_out_dialogues=0.25, irrelevance=0.5)
+    train, held = read_records(out), read_records(out.with_name("out.eval.jsonl"))
+    assert len(train) + len(held) == result.kept == 80 and 10 < len(held) < 30
+    dialogues = [{record.id.partition("/")[0] for record in part} for part in (train, held)]
+    assert not dialogues[0] & dialogues[1] and len(dialogues[1]) == len(held) / 2
+    assert NO_CALL in {record.target.response for record in held}
+    whole, again = out.with_name("whole.jsonl"), out.with_name("again.jsonl")
+    run(source_file, whole)
+    run(str(whole), again, source="records", held_out_dialogues=0.25)
+    assert [record.id for record in read_records(again)] == [record.id for record in train]
+
+
 def test_calls_of_tools_that_are_not_offered_are_dropped(tmp_path, out):
     stranger, nothing = dialogue(1, call="gamma"), dialogue(2)
     del nothing["tools"]
@@ -371,8 +385,15 @@ def test_long_records_are_dropped(tmp_path, source_file, out, tokenizer, templat
         ({"held_out": float("nan")}, "--held-out nan: a fraction"),
         ({"max_tokens": 5}, "--max-tokens 5: needs --tokenizer"),
         ({"tokenizer": "/no/such"}, "tokenizer /no/such: no such folder"),
-        ({"held_out": 1e-9}, r"none for evaluation \(raise --held-out\)"),
-        ({"held_out": 1.0}, r"none left for training \(lower --held-out\)"),
+        (
+            {"held_out": 1e-9},
+            r"none for evaluation \(raise --held-out, or .* --held-out-dialogues\)",
+        ),
+        ({"held_out": 1.0}, r"none left for training \(lower --held-out, or"),
+        ({"held_out_dialogues": 2}, "--held-out-dialogues 2: a fraction"),
+        ({"held_out_dialogues": 1e-9}, r"none for evaluation \(raise --held-out-dialogues\)"),
+        ({"held_out_dialogues": 1.0}, r"none left for training \(lower --held-out-dialogues\)"),
+        ({"held_out_dialogues": 0.5, "held_out": 0.5}, "--held-out 0.5 sets tools apart already"),
     ],
 )
 def test_refusals_leave_nothing(tmp_path, source_file, out, options, message):
