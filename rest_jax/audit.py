@@ -234,9 +234,15 @@ def examine(
 
 
 def has_start(recorded: Recorded, repeaters: Repeaters) -> bool:
-    """Whether what the run began with is still there: the starting weights, or the checkpoint that a fork came from."""
+    """Whether what the run began with is still there: the starting weights, or the checkpoint that a fork came from. False where
+    that cannot be asked, as of a store without credentials: the other steps can be repeated all the same.
+    """
     if recorded.origin is not None:
-        return is_there(recorded.origin)
+        try:
+            return is_there(recorded.origin)
+        except (UserError, OSError) as error:
+            say(f"warning: {recorded.origin} cannot be read and is not used: {error}")
+            return False
     return repeaters.of(recorded.launches[0][1]).has_start
 
 

@@ -482,9 +482,12 @@ def exchange(text: str, timeout: int = 1800) -> list[str]:
     return [found[index] for index in range(jax.process_count())]
 
 
-def agree(fault: UserError | RunStopped | None) -> None:
-    """Raises the fault of the first process that has found one, in all of them. Every process must call it."""
-    for said in exchange("" if fault is None else json.dumps([type(fault).__name__, str(fault)])):
+def agree(fault: UserError | RunStopped | None, timeout: int = 1800) -> None:
+    """Raises the fault of the first process that has found one, in all of them. Every process must call it; RunStopped as of
+    `exchange`.
+    """
+    said_here = "" if fault is None else json.dumps([type(fault).__name__, str(fault)])
+    for said in exchange(said_here, timeout):
         if said:
             kind, text = json.loads(said)
             raise {"UserError": UserError, "RunStopped": RunStopped}.get(kind, UserError)(text)

@@ -72,7 +72,7 @@ def test_a_step_is_repeated_from_the_nearest_checkpoint_before_it():
     assert base_steps(run, [2, 4], False) == {3: 2, 4: 2, 5: 4, 6: 4}
 
 
-def test_a_fork_begins_where_it_came_from_while_that_is_there(tmp_path):
+def test_a_fork_begins_where_it_came_from_while_that_is_there(tmp_path, capsys):
     run, there = recorded_run(6, (4, {}), begin=4), tmp_path / "checkpoints" / "4"
     assert not has_start(run, Repeaters())
     there.mkdir(parents=True)
@@ -80,6 +80,9 @@ def test_a_fork_begins_where_it_came_from_while_that_is_there(tmp_path):
     origin = Origin(str(tmp_path), 4, manifest_digest(as_path(there)))
     assert has_start(dataclasses.replace(run, origin=origin), Repeaters())
     assert not has_start(dataclasses.replace(run, origin=Origin(str(tmp_path), 4, "")), Repeaters())
+    unknown = Origin("ftp://runs", 4, "")
+    assert not has_start(dataclasses.replace(run, origin=unknown), Repeaters())
+    assert "ftp://runs" in capsys.readouterr().out
 
 
 def test_a_batch_sampled_ahead_is_sampled_again():

@@ -424,10 +424,10 @@ def test_optimiser_state_follows_the_parameters():
 @pytest.mark.parametrize("kind", [UserError, RunStopped])
 def test_a_fault_of_one_process_is_that_of_all(kind, monkeypatch):
     said = []
-    monkeypatch.setattr(sharding, "exchange", lambda text: said.append(text) or [text])
+    monkeypatch.setattr(sharding, "exchange", lambda text, _: said.append(text) or [text])
     with pytest.raises(kind, match="one"):
         sharding.agree(kind("one"))
-    monkeypatch.setattr(sharding, "exchange", lambda text: [text, said[0]])
+    monkeypatch.setattr(sharding, "exchange", lambda text, _: [text, said[0]])
     with pytest.raises(kind, match="one"):
         sharding.agree(None)
     monkeypatch.undo()

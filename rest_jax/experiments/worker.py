@@ -11,6 +11,7 @@ its standard input is closed, so that a worker that is killed takes its run alon
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -284,7 +285,9 @@ class Evaluations:
         self._last = b""  # the line that ends at the offset
 
     def read(self) -> dict[int, float]:
-        """step -> value so far, in order; empty before the first. UserError for a line that is none of a run."""
+        """step -> value so far, in order; empty before the first. A line that cannot be read ends them, as a power cut may have
+        left one: the run drops it when it resumes, or is refused for it.
+        """
         with store_errors(self._path):
             if not self._path.is_file():
                 return {}
@@ -294,7 +297,13 @@ class Evaluations:
                     self._begin()
                     file.seek(0)
                 *lines, _ = file.read().split(b"\n")
-        for line in parse_lines(self._path, lines, first=self._lines + 1):
+        first = self._lines + 1
+        try:
+            found = parse_lines(self._path, lines, first=first)
+        except UserError:
+            lines = list(itertools.takewhile(self._is_readable, lines))
+            found = parse_lines(self._path, lines, first=first)
+        for line in found:
             if line.get(self.metric) is not None:
                 self._found[line["step"]] = line[self.metric]
         if lines:
@@ -302,6 +311,12 @@ class Evaluations:
             self._offset += sum(len(line) + 1 for line in lines)
             self._last = lines[-1] + b"\n"
         return dict(self._found)
+
+    def _is_readable(self, line: bytes) -> bool:
+        try:
+            return bool(parse_lines(self._path, [line]))
+        except UserError:
+            return False
 
 
 def is_finished(config: Config, metric: str) -> bool:

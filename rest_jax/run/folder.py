@@ -15,6 +15,8 @@ import dataclasses
 import json
 import math
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -38,9 +40,10 @@ from rest_jax.files import (
     written_locally,
 )
 from rest_jax.models.hf.folder import copy_side_files
+from rest_jax.models.hf.remote import checkpoint_path
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run.checkpoint import FOLDER as CHECKPOINTS
-from rest_jax.run.checkpoint import Checkpoints, list_steps
+from rest_jax.run.checkpoint import Checkpoints, list_steps, read_loader_state
 from rest_jax.run.contents import BASE, MADE_OF, changed, check_same, kept_contents, refuse_base
 from rest_jax.run.fork import FILE as FORK_FILE
 from rest_jax.run.fork import (
@@ -162,6 +165,7 @@ class Run:
         it are dropped.
         """
         if not self.restart and list_steps(self.folder / CHECKPOINTS):
+            self._check_newest()
             jax.tree.map(lambda x: x.delete(), params)
             # One is complete, so that what a killed save has left, which this removes, is of no use.
             self._open_checkpoints()
@@ -183,6 +187,19 @@ class Run:
             self.metrics.write_launch(step, self.launch)
         return state, loader_state, step
 
+    def _check_newest(self) -> None:
+        """UserError when the run was made of something else, by the newest checkpoint of which that can be read: before anything
+        of them is removed or put aside.
+        """
+        folder = checkpoint_path(absolute(self.folder) / CHECKPOINTS)
+        for step in sorted(list_steps(folder), reverse=True):
+            try:
+                saved = read_loader_state(folder / str(step)).get(MADE_OF, {})
+            except (ValueError, OSError):
+                continue  # damaged, which is told when it is restored
+            check_same(saved, self.made_of, f"{self.folder}: checkpoint {step}")
+            return
+
     def _restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any], int]:
         with self._in_time("restoring the checkpoint"):
             state, loader_state, step = self.checkpoints.restore(abstract)
@@ -197,19 +214,27 @@ class Run:
         `step`: of the checkpoint that is continued behind, and whether it was `evaluated`; None: there is none, and no line is
         kept.
         """
-        fault = None
-        if is_first_process():
-            try:
-                self._write_begin(step, evaluated)
-            except (UserError, RunStopped) as error:
-                fault = error
-        agree(fault)
+        self.check_lock()  # compiling took minutes, in which another may have taken a folder in a store
+        fault, timeout = None, self.config.distributed.save_timeout
+        with self._in_time(f"{self.folder}: the beginning of the run"):
+            if is_first_process():
+                try:
+                    self._write_begin(step, evaluated)
+                except (UserError, RunStopped) as error:
+                    fault = error
+            agree(fault, timeout)
         if step is None:
             # Behind the cut of the metrics, since this removes what a save that was killed has left: lines without it are those
             # of a run that has lost its checkpoints (`check_history`).
             self._open_checkpoints()
 
     def _write_begin(self, step: int | None, evaluated: bool) -> None:
+        with tempfile.TemporaryDirectory() as staged:
+            # What cannot be read is refused before anything is forgotten.
+            self._stage_model_files(pathlib.Path(staged))
+            self._write_folder(step, evaluated, pathlib.Path(staged))
+
+    def _write_folder(self, step: int | None, evaluated: bool, staged: pathlib.Path) -> None:
         if self.restart:
             _forget(self.folder)
         # Before anything else is there: the same command takes a folder with it for its fork.
@@ -222,27 +247,12 @@ class Run:
         with atomic_write(self.folder / CONFIG_FILE) as partial:
             partial.write_text(config_lib.dump(self.config))
         self._write_steps(step is not None and step >= (self.total or 0) and evaluated)
-        self._copy_model_files(self.folder / MODEL_FOLDER, anew=step is None)
+        _put_model_files(staged, self.folder / MODEL_FOLDER, anew=step is None)
 
-    def _copy_model_files(self, folder: epath.Path, anew: bool) -> None:
-        """Copies the side files of the model, once, or `anew` in place of another launch's. In a store they are complete when
-        config.json, put last, is there.
-        """
-        if anew and absolute(self.files) == absolute(folder):
-            return  # a run that starts from its own weights, and forgets them
-        with store_errors(folder):
-            mark = folder / "config.json" if is_url(folder) else folder
-            if anew and is_url(folder):
-                mark.unlink(missing_ok=True)
-            if anew and folder.is_dir():
-                folder.rmtree()
-            if mark.exists():
-                return
-            write = written_locally if is_url(folder) else atomic_folder
-            with write(folder, last="config.json") as partial:
-                copy_side_files(self.files, partial)
-                if self.tokenizer is not None:
-                    self.tokenizer.write_files(partial)
+    def _stage_model_files(self, staged: pathlib.Path) -> None:
+        copy_side_files(self.files, staged)
+        if self.tokenizer is not None:
+            self.tokenizer.write_files(staged)
 
     def _open_checkpoints(self) -> None:
         keep, timeout = self.config.train.keep_checkpoints, self.config.distributed.save_timeout
@@ -388,6 +398,23 @@ def open_run(
         stack.enter_context(stop.watched())
         run.resources = stack.pop_all()
         return run
+
+
+def _put_model_files(staged: pathlib.Path, folder: epath.Path, anew: bool) -> None:
+    """Puts the side files of the model into their folder, once, or `anew` in place of another launch's. In a store they are
+    complete when config.json, put last, is there.
+    """
+    with store_errors(folder):
+        mark = folder / "config.json" if is_url(folder) else folder
+        if anew and is_url(folder):
+            mark.unlink(missing_ok=True)
+        if anew and folder.is_dir():
+            folder.rmtree()
+        if mark.exists():
+            return
+        write = written_locally if is_url(folder) else atomic_folder
+        with write(folder, last="config.json") as partial:
+            shutil.copytree(staged, partial, dirs_exist_ok=True)
 
 
 def _forget(folder: epath.Path) -> None:

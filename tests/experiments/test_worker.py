@@ -13,7 +13,7 @@ import optuna
 import pytest
 
 from rest_jax.config import load
-from rest_jax.errors import RunStopped, UserError
+from rest_jax.errors import RunStopped
 from rest_jax.experiments import worker
 from rest_jax.experiments.search import sweep
 from rest_jax.run.metrics import read_lines
@@ -224,6 +224,18 @@ def test_what_a_run_has_written_is_parsed_once(tmp_path, monkeypatch):
     assert read(2, 3, 4, 5, 6, kept=1) == {0: 0.0, 2: 0.25, 4: 0.5, 6: 0.75}
     assert read(kept=9) == {0: 0.0, 2: 0.25, 4: 0.5, 6: 0.75}
     assert parsed[3:] == [(1, 2), (1, 6), (7, 0)]
-    path.write_text(path.read_text() + "no line\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 7: not a JSON object"):
-        evaluations.read()
+
+
+def test_what_a_power_cut_has_torn_ends_what_is_read_until_the_run_has_dropped_it(tmp_path):
+    config = load([], [f"output={tmp_path}", "name=r", "model.source=m"])
+    evaluations = worker.Evaluations(config, "eval/exact")
+    config.folder.mkdir()
+    path = pathlib.Path(config.folder / "metrics.jsonl")
+    first, later = (json.dumps({"step": n, "eval/exact": n / 8}) + "\n" for n in (2, 4))
+    path.write_text(first + "\0" * 20 + "\n" + later)
+    for _ in range(2):
+        assert evaluations.read() == {2: 0.25}
+    path.write_text(first)  # by the run that resumes
+    assert evaluations.read() == {2: 0.25}
+    path.write_text(first + later)
+    assert evaluations.read() == {2: 0.25, 4: 0.5}

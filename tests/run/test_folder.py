@@ -118,14 +118,13 @@ def test_in_a_store_it_has_it_too(files, tmp_path, memory_store, monkeypatch):
     monkeypatch.setattr(lock, "SETTLE", 0)
     config = make_config(tmp_path, f"output={memory_store}")
     copied = config.folder / "model"
-    with contextlib.closing(open_run(config, files)) as run:
-        for anew, names in ((True, {"a.json"}), (False, {"b.json"}), (True, {"c.json"})):
-            for file in files.glob("?.json"):
-                file.unlink()
-            (files / min(names)).write_text("{}")
-            run._copy_model_files(copied, anew)
-            found = {path.name for path in copied.iterdir()}
-            assert found & {"a.json", "b.json", "c.json"} == (names if anew else {"a.json"})
+    for anew, names in ((True, {"a.json"}), (False, {"b.json"}), (True, {"c.json"})):
+        for file in files.glob("?.json"):
+            file.unlink()
+        (files / min(names)).write_text("{}")
+        folder._put_model_files(files, copied, anew)
+        found = {path.name for path in copied.iterdir()}
+        assert found & {"a.json", "b.json", "c.json"} == (names if anew else {"a.json"})
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -143,6 +142,48 @@ def test_a_launch_that_is_refused_changes_nothing(saved, files, tmp_path, restar
             with pytest.raises(UserError, match="was made of other prompts"):
                 run.resume(lambda: fresh, abstract(fresh), {}, START)
         assert content(saved.folder) == before
+
+
+def test_a_launch_that_is_refused_puts_no_checkpoint_aside(saved, files, tmp_path):
+    """Nor does it remove what a killed save has left: whoever named other data may still mend them."""
+    folder, fresh = pathlib.Path(saved.folder / "checkpoints"), make_state()
+    newest = max(map(int, (path.name for path in folder.iterdir() if path.name.isdigit())))
+    (folder / f"{newest + 1}.orbax-checkpoint-tmp-1").mkdir()
+    cut = next(path for path in (folder / str(newest) / "params").rglob("*") if path.is_file())
+    cut.write_bytes(b"")
+    before = content(saved.folder)
+    with contextlib.closing(open_run(saved, files)) as run:
+        run.launch = {MADE_OF: {"prompts": "others"}}
+        with pytest.raises(UserError, match="was made of other prompts"):
+            run.resume(lambda: fresh, abstract(fresh), {}, START)
+    assert content(saved.folder) == before
+    assert (folder / f"{newest + 1}.orbax-checkpoint-tmp-1").is_dir()
+
+
+@pytest.mark.parametrize("fault", ["lock", "files"])
+def test_what_is_refused_as_a_run_begins_has_forgotten_nothing(saved, files, monkeypatch, fault):
+    """The lock of a store may be lost while a launch compiles; side files are read now."""
+    before = content(saved.folder)
+    with contextlib.closing(open_run(saved, files, restart=True)) as run:
+        if fault == "lock":
+            monkeypatch.setattr(run, "check_lock", torn)
+        else:
+            (files / "NOTICE").symlink_to("/etc/hostname")
+        with pytest.raises(
+            (UserError, KeyboardInterrupt), match="NOTICE" if fault == "files" else None
+        ):
+            run.begin()
+    assert content(saved.folder) == before
+
+
+def test_the_beginning_of_a_run_has_an_end(config, files, monkeypatch):
+    """What it waits for is named to whoever stops the run, as for a save."""
+    waited = []
+    with contextlib.closing(open_run(config, files)) as run:
+        waiting = run.stop.waiting
+        monkeypatch.setattr(run.stop, "waiting", lambda what: waited.append(what) or waiting(what))
+        run.begin()
+    assert waited[0] == f"{config.folder}: the beginning of the run"
 
 
 @pytest.mark.parametrize(
