@@ -352,6 +352,7 @@ def test_a_run_killed_in_its_first_save_begins_again_also_behind_a_launch_that_d
     check_start(sooner)
     with contextlib.closing(open_run(sooner, files)) as run:
         assert run.resume(lambda: fresh, abstract(fresh), {}, START)[2] == 0
+        run.save(1, make_state(), {})  # waits for what Orbax removes in a thread of its own
     assert not part.exists()
 
 
