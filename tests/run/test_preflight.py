@@ -80,7 +80,7 @@ def test_a_token_that_others_do_not_see_is_a_folder_that_is_not_shared(tmp_path,
     # what the second of two processes wrote elsewhere
     monkeypatch.setattr(preflight.jax, "process_count", lambda: 2)
     for module in (preflight, distributed):
-        monkeypatch.setattr(module, "exchange", lambda text: [text, text])
+        monkeypatch.setattr(module, "exchange", lambda text, *_: [text, text])
     said = refusal(make_config(tmp_path))
     assert "not shared by all processes: process 0" in said and "process 1 wrote" in said
     assert "gs://" in said and not list(pathlib.Path(tmp_path).iterdir())
