@@ -222,7 +222,7 @@ def _layout(start: bytes) -> tuple[int, int]:
 
 
 def _are_lines(first: bytes, others: bytes) -> bool:
-    """Whether lines are items, as the first two of them say: two objects, or a second one that nothing of the first goes on
+    """Whether lines are items, as the first two of them say: two objects, or a second one that nothing of the first continues
     behind, so that the first was cut.
     """
     second, _, third = others.lstrip().partition(b"\n")

@@ -231,7 +231,8 @@ class Run:
     def _write_begin(self, step: int | None, evaluated: bool) -> None:
         with tempfile.TemporaryDirectory() as staged:
             # What cannot be read is refused before anything is forgotten.
-            self._stage_model_files(pathlib.Path(staged))
+            if step is None or not _has_model_files(self.folder / MODEL_FOLDER):
+                self._stage_model_files(pathlib.Path(staged))
             self._write_folder(step, evaluated, pathlib.Path(staged))
 
     def _write_folder(self, step: int | None, evaluated: bool, staged: pathlib.Path) -> None:
@@ -404,17 +405,21 @@ def _put_model_files(staged: pathlib.Path, folder: epath.Path, anew: bool) -> No
     """Puts the side files of the model into their folder, once, or `anew` in place of another launch's. In a store they are
     complete when config.json, put last, is there.
     """
+    if not anew and _has_model_files(folder):
+        return
     with store_errors(folder):
-        mark = folder / "config.json" if is_url(folder) else folder
         if anew and is_url(folder):
-            mark.unlink(missing_ok=True)
+            (folder / "config.json").unlink(missing_ok=True)
         if anew and folder.is_dir():
             folder.rmtree()
-        if mark.exists():
-            return
         write = written_locally if is_url(folder) else atomic_folder
         with write(folder, last="config.json") as partial:
             shutil.copytree(staged, partial, dirs_exist_ok=True)
+
+
+def _has_model_files(folder: epath.Path) -> bool:
+    with store_errors(folder):
+        return (folder / "config.json" if is_url(folder) else folder).exists()
 
 
 def _forget(folder: epath.Path) -> None:

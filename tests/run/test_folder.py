@@ -98,6 +98,9 @@ def test_a_new_run_has_its_config_and_the_side_files_alone(config, files):
         assert names == {"config.json", "tokenizer.json", "chat_template.jinja", "LICENSE"}
         run.save(1, make_state(), {})
     fresh = make_state()
+    (files / "NOTICE").symlink_to("/etc/hostname")  # which would be refused
+    with contextlib.closing(open_run(config, files)) as run:
+        run.resume(lambda: fresh, abstract(fresh), {}, START)
     with contextlib.closing(open_run(config, files / "gone")) as run:
         run.resume(lambda: fresh, abstract(fresh), {}, START)  # what is there is not copied again
     assert {path.name for path in (config.folder / "model").iterdir()} == names
