@@ -283,7 +283,7 @@ def gather(name: str, plan: Plan, folder: pathlib.Path) -> Compared:
     results.store(_finished(jobs), {}, gains, name, folder)
     stored = results.read(name, folder)
     paired = [key for key in jobs if (plan.reference, key[1]) in stored.runs]
-    found = stored.restricted([*rate_jobs, *paired])
+    found = stored.restricted([*rate_jobs, *paired], plan.gain)
     _check_configs(found, {**rate_jobs, **jobs}, folder)
     seeds = {arm: {s for a, s in found.runs if a == arm} for arm in plan.arms}
     pairs = [(a, b) for a, b in plan.all_pairs if seeds[a] & seeds[b]]

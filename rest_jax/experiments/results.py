@@ -117,15 +117,16 @@ class Results:
     gain: Mapping[tuple[str, str], Values]  # (method as `rest-jax gain` calls it, policy)
     made_of: Mapping[Run | RateRun, MadeOf]
 
-    def restricted(self, keep: Iterable[Run | RateRun]) -> "Results":
-        """To some of the runs, in their order."""
+    def restricted(self, keep: Iterable[Run | RateRun], policies: Iterable[str] = ()) -> "Results":
+        """To some of the runs and the gains at some policies, in their order."""
         keep = list(keep)
 
         def picked(values: Mapping[Any, Any]) -> dict[Any, Any]:
             return {key: values[key] for key in keep if key in values}
 
         runs, curves, rates = picked(self.runs), picked(self.curves), picked(self.rates)
-        return Results(runs, curves, rates, self.gain, picked(self.made_of))
+        gain = {key: row for name in policies for key, row in self.gain.items() if key[1] == name}
+        return Results(runs, curves, rates, gain, picked(self.made_of))
 
     @property
     def arms(self) -> list[str]:
@@ -291,8 +292,8 @@ def store(
     name: str,
     folder: pathlib.Path,
 ) -> None:
-    """Adds finished runs, given by their folders, to the tables, and measured gains, given by their files. A run that stands
-    there already is written again. UserError for runs that did not all begin with the same weights.
+    """Adds finished runs, given by their folders, to the tables, and measured gains, given by their files. A run or a policy that
+    stands there already is written again. UserError for runs that did not all begin with the same weights.
     """
     stored = read(name, folder)
     folders = {**runs, **rates}
@@ -318,7 +319,9 @@ def store(
         _write(folder / f"{name}_{table}.csv", rows)
 
     if gains:
-        _write(folder / f"{name}_gain.csv", _gain_rows(gains))
+        kept = {key: row for key, row in stored.gain.items() if key[1] not in gains}
+        rows = ({"method": key[0], "policy": key[1], **row} for key, row in kept.items())
+        _write(folder / f"{name}_gain.csv", (*rows, *_gain_rows(gains)))
     write("rates", ("arm", "rate", "seed"), stored.rates, rates)
     write("runs", ("arm", "seed"), stored.runs, runs)
     if runs:

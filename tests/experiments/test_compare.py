@@ -46,7 +46,7 @@ def plan_file(tmp_path):
             "output": str(tmp_path / "runs"),
         }
         path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(plan | changes))
+        path.write_text(yaml.safe_dump(plan | changes, sort_keys=False))
         return str(path)
 
     return write
@@ -439,18 +439,33 @@ def test_runs_from_different_weights_are_not_paired(plan_file, tmp_path, monkeyp
 def test_what_one_step_gains_is_shown(plan_file, finished, tmp_path):
     row = {"cosine": 0.9, "gain_relative": 0.47, "gain_relative_interval": [0.36, 0.57]}
     row |= {"adam_relative": -0.05, "adam_relative_interval": [-0.1, 0.01]}
-    path = tmp_path / "gain.json"
+    start, later = tmp_path / "start.json", tmp_path / "later.json"
     unknown = row | {"cosine": None, "gain_relative": None, "gain_relative_interval": [None, None]}
-    path.write_text(json.dumps({"arms": {"grpo": unknown, "rest, nu 0": row}}))
-    plan = plan_file(gain={"the start": str(path), "later": str(tmp_path / "none.json")})
-    page = compare(plan, output=str(tmp_path / "page"), engine=PAGE_ONLY)
-    (line,) = (x for x in page.read_text().splitlines() if x.startswith("| rest, nu 0 |"))
-    assert line == "| rest, nu 0 | +47 [+36, +57] | -5 [-10, +1] | 0.90 |"
-    assert "| grpo | - | -5 [-10, +1] | - |" in page.read_text().splitlines()
-    before = page.read_text()
-    path.unlink()
-    compare(plan, output=str(page.parent), engine=PAGE_ONLY)
-    assert page.read_text() == before
+
+    def shown(*, method: str) -> list[str]:
+        page = compare(plan, output=str(tmp_path / "page"), engine=PAGE_ONLY).read_text()
+        return [line for line in page.splitlines() if line.startswith(f"| {method} |")][-3:]
+
+    later.write_text(json.dumps({"arms": {"grpo": unknown, "rest, nu 0": row}}))
+    plan = plan_file(gain={"the start": str(start), "later": str(later)})
+    gain, adam, cosine = shown(method="rest, nu 0")
+    assert gain == "| rest, nu 0 | +47 [+36, +57] |"
+    assert (adam, cosine) == ("| rest, nu 0 | -5 [-10, +1] |", "| rest, nu 0 | 0.90 |")
+    assert shown(method="grpo") == ["| grpo | - |", "| grpo | -5 [-10, +1] |", "| grpo | - |"]
+
+    # a second policy, measured where the first one's file is not: both are there, in the plan's order
+    later.unlink()
+    start.write_text(json.dumps({"arms": {"grpo": row}}))
+    assert shown(method="grpo")[0] == "| grpo | +47 [+36, +57] | - |"
+    assert shown(method="rest, nu 0")[0] == "| rest, nu 0 |  | +47 [+36, +57] |"
+    start.unlink()
+    assert shown(method="grpo")[0] == "| grpo | +47 [+36, +57] | - |"
+    # one that is measured again is written again
+    start.write_text(json.dumps({"arms": {"grpo": row | {"gain_relative": 0.5}}}))
+    assert shown(method="grpo")[0] == "| grpo | +50 [+36, +57] | - |"
+    # and one that the plan has no more is not shown
+    plan = plan_file(gain={"later": str(later)})
+    assert shown(method="grpo")[0] == "| grpo | - |"
 
 
 @pytest.mark.parametrize(
