@@ -22,7 +22,7 @@ from etils import epath
 from rest_jax.analysis import plotting
 from rest_jax.analysis.arms import make_arms
 from rest_jax.analysis.draws import Opened, Prompts, make_draw, open_data
-from rest_jax.analysis.measured import result_folder, write_result
+from rest_jax.analysis.measured import in_words, result_folder, write_result
 from rest_jax.config import Config
 from rest_jax.data.loader import bucketed, pad
 from rest_jax.distributed import is_first_process, say
@@ -257,6 +257,11 @@ def measure_credit(
     say(f"sampling {continuations} continuations of each of {len(states.prefix)} states")
     rewards = make_continue(opened, chosen, continuations, jax.random.fold_in(key, 1))(states)
     found = credit(states, rewards)
+    if not found.credit.any():
+        raise UserError(
+            f"all {continuations} continuations of each of {len(states.prefix)} states have the same reward, so no token decides "
+            "anything; raise --prompts or --continuations, or take a policy with a format of its own"
+        )
     report = {"model": config.model.source, "data": data, "prompts": prompts}
     report |= {"group_size": config.rollout.group_size, "continuations": continuations}
     weight = {arm.name: arm(scored, opened.policy.tokenizer)[0] for arm in arms}
@@ -362,18 +367,14 @@ def tables(report: Mapping[str, Any]) -> str:
     """Shares by region and rank correlations of rules as text, with what they rest on."""
     by_region: list[list[Any]] = [["region", "tokens", "share", "+-", "95 %", "a token / mean"]]
     for name, row in report["regions"].items():
-        low, high = row["share_interval"]
-        ends = f"{low:.1%} to {high:.1%}"
-        error = f"{row['share_error']:.1%}"
-        by_region.append(
-            [name, row["tokens"], f"{row['share']:.1%}", error, ends, row["per_token"]]
-        )
+        share, error = (in_words("{:.1%}", row[key]) for key in ("share", "share_error"))
+        ends = in_words("{:.1%} to {:.1%}", *row["share_interval"])
+        by_region.append([name, row["tokens"], share, error, ends, row["per_token"]])
     by_rule: list[list[Any]] = [["rule", "rank correlation", "95 %", "of uncertain tokens", "95 %"]]
     for name, row in report["rules"].items():
         cells = []
         for over in ("correlation", "uncertain"):
-            low, high = row[f"{over}_interval"]
-            cells += [row[over], f"{low:.3f} to {high:.3f}"]
+            cells += [row[over], in_words("{:.3f} to {:.3f}", *row[f"{over}_interval"])]
         by_rule.append([name, *cells])
     sums = {
         key: f"{value['mean']:.4g} +- {value['error']:.2g}"

@@ -58,10 +58,12 @@ class Opened(NamedTuple):
         )
 
 
-def open_data(config: Config, data: str, limit: int | None, least: int = 1) -> Opened:
+def open_data(
+    config: Config, data: str, limit: int | None, least: int = 1, option: str = "--prompts"
+) -> Opened:
     """The policy of `config`, and those of the first `limit` records of `data` whose prompts fit. UserError for sampling other
-    than from the policy itself, of which the measurements speak, for fewer than `least` prompts, and for prompts that leave
-    no room for a completion.
+    than from the policy itself, of which the measurements speak, for fewer than `least` prompts, which `option` asks for, and for
+    prompts that leave no room for a completion.
     """
     r = config.rollout
     if Sampling(r.temperature, r.top_k, r.top_p) != Sampling():
@@ -75,7 +77,7 @@ def open_data(config: Config, data: str, limit: int | None, least: int = 1) -> O
     prepared = prepare(records, policy.tokenizer, TEMPLATES[config.data.template], config.data)
     if prepared.size < least:
         raise UserError(
-            f"--prompts {least}: {data} has {prepared.size} that fit; lower it or raise --limit"
+            f"{option}: {least} prompts are needed; {data} has {prepared.size} that fit; lower it or raise --limit"
         )
     check_positions(policy.config, int(prepared.prompts.lengths.max()), r.max_response_tokens)
     say(f"{data}: {prepared.summary(limit, '--limit')}")

@@ -24,7 +24,7 @@ from etils import epath
 from rest_jax.analysis import plotting
 from rest_jax.analysis.arms import UNIFORM, make_arms
 from rest_jax.analysis.draws import Opened, make_draw, open_data
-from rest_jax.analysis.measured import result_folder, write_result
+from rest_jax.analysis.measured import in_words, result_folder, write_result
 from rest_jax.config import Config
 from rest_jax.distributed import is_first_process, say
 from rest_jax.errors import UserError
@@ -216,7 +216,10 @@ def measure_gain(
         if value < 2:
             raise UserError(f"{name} {value}: an interval needs at least 2")
     arms = make_arms(config, [UNIFORM, *methods], placebos, prompts)
-    opened = open_data(config, data, limit, max(prompts, -(-reference // PARTS)))
+    least, option = max(
+        (prompts, "--prompts"), (-(-reference // PARTS), f"--reference {reference}")
+    )
+    opened = open_data(config, data, limit, least, option)
     # all devices compute one row together, which is not how the attention kernel is split
     decoder = Decoder(dataclasses.replace(opened.policy.config, attention="blocks"))
     ascend = make_ascend(decoder, opened.policy.params, config)
@@ -259,16 +262,14 @@ def table(report: dict[str, Any]) -> str:
     heads = ("arm", "gain", "against uniform", "95 %", "first Adam step", "95 %", "cosine")
     rows: list[list[Any]] = [[*heads]]
 
-    def percent(*values: float) -> str:
-        return "-" if np.isnan(values).any() else " to ".join(f"{v:+.1%}" for v in values)
-
     ordered = sorted(report["arms"].items(), key=lambda item: -item[1]["gain"])
     for name, row in ordered:
         cells = [name, f"{row['gain']:.4g}"]
         for quantity in _QUANTITIES:
             relative = f"{quantity}_relative"
-            cells += [percent(row[relative]), percent(*row[f"{relative}_interval"])]
-        rows.append([*cells, f"{row['cosine']:.3f}"])
+            ends = in_words("{:+.1%} to {:+.1%}", *row[f"{relative}_interval"])
+            cells += [in_words("{:+.1%}", row[relative]), ends]
+        rows.append([*cells, in_words("{:.3f}", row["cosine"])])
     unknown = ""
     if np.isnan(ordered[0][1]["gain_relative"]):
         unknown = "\nthat uniform weights lead upwards is not shown, so nothing is compared with them; raise --batches"

@@ -34,6 +34,11 @@ def plain(value: Any) -> Any:
     return int(value) if isinstance(value, np.integer) else value
 
 
+def in_words(form: str, *values: float) -> str:
+    """Of a cell: the values in the form of `str.format`, "-" where one is not known."""
+    return "-" if any(map(math.isnan, values)) else form.format(*values)
+
+
 def check_result_folder(config: Config, output: str | None, name: str) -> None:
     """UserError, before anything is measured, for a `result_folder` that cannot be made or written."""
     folder = result_folder(config, output, name)

@@ -183,3 +183,14 @@ def test_too_few_are_refused(capsys):
     words = ["credit", "configs/quickstart_policy", "synthetic:eval", "--continuations", "2"]
     assert cli.main(words) == 2
     assert "--continuations 2: four are the least" in capsys.readouterr().err
+
+
+def test_rewards_that_are_all_equal_are_refused(tmp_path, capsys):
+    plugin = tmp_path / "rewards.py"
+    plugin.write_text("def score(completion, record):\n    return {'same': 1.0}\n")
+    words = [f"reward.plugin={plugin}:score", "reward.builtin=false", "data.brief_prompt=true"]
+    words += ["rollout.group_size=2", "rollout.max_response_tokens=6", "--limit", "8"]
+    words += ["--prompts", "2", "--continuations", "4", "--output", str(tmp_path / "out")]
+    assert cli.main(["credit", "configs/quickstart_policy", "synthetic:eval", *words]) == 2
+    assert "states have the same reward, so no token decides anything" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*"))

@@ -1,6 +1,7 @@
 """One-step gain: coefficients by hand, gradients however they are packed, slopes, intervals, the command."""
 
 import json
+import math
 from typing import Any
 
 import jax
@@ -211,3 +212,16 @@ def test_too_little_is_refused(capsys):
     words = ["gain", "configs/quickstart_policy", "synthetic:eval", "--batches", "1"]
     assert cli.main(words) == 2
     assert "--batches 1: an interval needs at least 2" in capsys.readouterr().err
+    words = ["gain", "configs/quickstart_policy", "synthetic:eval", "--limit", "40"]
+    assert cli.main(words) == 2
+    said = "--reference 512: 64 prompts are needed; synthetic:eval has 40 that fit; lower it or raise --limit"
+    assert said in capsys.readouterr().err
+
+
+def test_what_is_not_known_is_a_line_in_the_table():
+    row = {"gain": 0.0, "cosine": math.nan}
+    for name in ("gain_relative", "adam_relative"):
+        row |= {name: math.nan, f"{name}_interval": np.array([math.nan] * 2)}
+    report = {"arms": {"hicra": row}, "batches": 2, "prompts": 2, "group_size": 2, "reference": 8}
+    line = table(report).splitlines()[2]
+    assert line.split() == ["hicra", "0", "-", "-", "-", "-", "-"]

@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy
 
 from rest_jax.analysis.draws import make_draw, open_data
 from rest_jax.analysis.measured import plain, result_folder
@@ -274,15 +273,9 @@ def relative_intervals(gram: np.ndarray, seed: int) -> np.ndarray:
 
     Resamples of one and the same group, which say nothing of a variance, are left out.
     """
-    groups = np.arange(gram.shape[1])
-
-    def relative(drawn: np.ndarray, axis: int) -> np.ndarray:
-        count = np.count_nonzero(drawn[..., None] == groups, axis=-2)
-        own = np.stack([gram_noise(g, count).share for g in gram])
-        return own / own[0]
-
-    found = scipy.stats.bootstrap(
-        (groups,), relative, n_resamples=RESAMPLES, vectorized=True, batch=256,
-        method="percentile", rng=np.random.default_rng(seed),
-    )  # fmt: skip
-    return np.moveaxis(np.nanquantile(found.bootstrap_distribution, [0.025, 0.975], axis=-1), 0, -1)
+    groups = gram.shape[1]
+    drawn = np.random.default_rng(seed).integers(0, groups, (RESAMPLES, groups))
+    count = np.stack([np.bincount(each, minlength=groups) for each in drawn])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.stack([gram_noise(g, count).share for g in gram])
+        return np.nanquantile(share / share[0], [0.025, 0.975], axis=-1).T

@@ -158,6 +158,12 @@ def test_intervals_of_two_groups_leave_out_the_resamples_of_one():
     assert relative_intervals(gram, 0)[1].tolist() == pytest.approx([ratio] * 2)
 
 
+@pytest.mark.filterwarnings("error")
+def test_intervals_of_few_groups_say_nothing_on_the_terminal():
+    g = np.random.default_rng(1).normal(size=(2, 3, 2))
+    assert relative_intervals(np.einsum("kpn,kqn->kpq", g, g), 0).shape == (2, 2)
+
+
 # one batch
 
 
