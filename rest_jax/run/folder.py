@@ -67,7 +67,7 @@ from rest_jax.run.metrics import (
 from rest_jax.run.record import CERTIFICATE_FILE, step_line
 from rest_jax.run.results import read_results
 from rest_jax.run.stop import SIGTERM_CODE, StopRequest, end
-from rest_jax.run.trackers import KINDS, check_packages, check_trackers
+from rest_jax.run.trackers import KINDS, NAME_FILE, check_packages, check_trackers
 from rest_jax.types import Params, TrainState
 
 MODEL_FOLDER = "model"
@@ -439,6 +439,7 @@ def _forget(folder: epath.Path) -> None:
             CERTIFICATE_FILE,
             SAVED_FILE,
             STEPS_FILE,
+            NAME_FILE,
         )
         for path in (*files, *(folder / name for name in (*named, METRICS_FILE))):
             path.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from etils import epath
 from rest_jax.config import Config, nearest
 from rest_jax.errors import UserError, full_disk
 from rest_jax.files import Location, as_path, download, is_url, store_errors, upload
-from rest_jax.run.trackers import Trackers
+from rest_jax.run.trackers import Trackers, lasting_name, wanted
 from rest_jax.texts import printable
 from rest_jax.tool_calls import Region
 
@@ -255,7 +255,12 @@ class MetricsWriter:
         self._folder = run_dir = pathlib.Path(run_dir)
         with full_disk(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
-            self._trackers = None if config is None else Trackers(config, run_dir)
+            self._trackers = None
+            if config is not None and wanted(config):
+                metrics = run_dir / METRICS_FILE
+                begun = metrics.exists() and metrics.stat().st_size > 0
+                name = lasting_name(config, self._url or run_dir, begun)
+                self._trackers = Trackers(config, run_dir, name)
             self._files = {name: (run_dir / name).open("a", encoding="utf-8") for name in FILES}
 
     def write(
@@ -386,7 +391,7 @@ def parse_lines(path: Location, lines: Iterable[bytes], first: int = 1) -> list[
 
 
 def summary_table(rows: Sequence[Sequence[Any]]) -> str:
-    """Text table; the first row is the header. Numbers are right-aligned with 4 digits, None is shown as "-"."""
+    """Text table; the first row is the header. Numbers are right-aligned with 4 digits, what is not known (None, NaN) is "-"."""
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     left = [all(isinstance(v, str) for v in column) for column in zip(*rows, strict=True)]
@@ -432,7 +437,7 @@ def _is_value(value: Any) -> bool:
 
 
 def _cell(value: Any) -> str:
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     return (
         f"{value:.4g}" if isinstance(value, float) else " ".join(printable(str(value)).split("\n"))

@@ -1,7 +1,8 @@
 """Where metrics go besides metrics.jsonl, on request: TensorBoard, Weights & Biases, Trackio.
 
     check_trackers(config, before)      before a model is loaded: UserError for one that cannot be used
-    Trackers(config, folder)            those of a run; a resource
+    lasting_name(config, folder, begun) by what they know a run, however often it is started
+    Trackers(config, folder, name)      those of a run; a resource
 
 Nothing that a tracker does reaches the run: one that fails, or does not answer, is given up with one warning on stderr.
 """
@@ -9,16 +10,19 @@ Nothing that a tracker does reaches the run: one that fails, or does not answer,
 import importlib.util
 import os
 import pathlib
+import secrets
 import threading
 import urllib.request
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from rest_jax.config import Config
 from rest_jax.errors import UserError
+from rest_jax.files import Location, as_path, atomic_write, store_errors
 from rest_jax.texts import one_line, warn
 
 PATIENCE = 60.0  # seconds for a tracker to begin, and to take what is left at the end
+NAME_FILE = ".tracked"  # in the folder of a run: `lasting_name`
 _ANSWER = 10.0  # seconds for a server to answer before a run
 
 Line = Mapping[str, int | float | None]
@@ -37,7 +41,7 @@ class Log(Protocol):
 class TensorBoard:
     """Event files in <run>/tensorboard."""
 
-    def __init__(self, config: Config, folder: pathlib.Path):
+    def __init__(self, config: Config, folder: pathlib.Path, name: str):
         from tensorboard.summary import Writer
 
         self._writer = Writer(str(folder / "tensorboard"))
@@ -60,12 +64,11 @@ class TensorBoard:
 class Wandb:
     """A run of the project `train.wandb_project`."""
 
-    def __init__(self, config: Config, folder: pathlib.Path):
+    def __init__(self, config: Config, folder: pathlib.Path, name: str):
         import wandb  # pyright: ignore[reportMissingImports]
 
-        # The same id on every start: a resumed run continues its curves.
         self._run = wandb.init(
-            project=config.train.wandb_project, id=config.name, name=config.name, dir=str(folder), resume="allow",
+            project=config.train.wandb_project, id=name, name=config.name, dir=str(folder), resume="allow",
             config=config.model_dump(mode="json"),
         )  # fmt: skip
 
@@ -84,11 +87,11 @@ class Wandb:
 class Trackio:
     """A run of the project `train.trackio_project`: on this machine, or where TRACKIO_SERVER_URL or TRACKIO_SPACE_ID says."""
 
-    def __init__(self, config: Config, folder: pathlib.Path):
+    def __init__(self, config: Config, folder: pathlib.Path, name: str):
         import trackio  # pyright: ignore[reportMissingImports]
 
         self._run = trackio.init(
-            project=str(config.train.trackio_project), name=config.name, resume="allow", embed=False,
+            project=str(config.train.trackio_project), name=name, resume="allow", embed=False,
             auto_log_gpu=False, auto_log_cpu=False, config=config.model_dump(mode="json"),
         )  # fmt: skip
 
@@ -136,7 +139,7 @@ class Kind(NamedTuple):
 
     title: str
     package: str
-    open: Callable[[Config, pathlib.Path], Log]
+    open: Callable[[Config, pathlib.Path, str], Log]
     check: Callable[[], object]  # raises whatever speaks against it
     remedy: str
 
@@ -175,23 +178,41 @@ def check_trackers(config: Config, before: Config | None = None) -> None:
     for key, kind in wanted(config).items():
         if before is not None and getattr(before.train, key) == getattr(config.train, key):
             continue
-        fault = _within(kind.check)
+        _, fault = _within(kind.check)
         if fault is not None:
             raise UserError(
                 f"train.{key}: {kind.title} cannot be used: {_reason(fault)}; {kind.remedy}"
             ) from fault
 
 
+def lasting_name(config: Config, folder: Location, begun: bool) -> str:
+    """The same on every start of a run, which continues its curves; another for a run that is made anew, or has the same name in
+    another folder: W&B would leave out the lines of steps that it has. Written to its folder. `begun`: it has lines; by
+    a version without that file, it is known by the name in its config.
+    """
+    file = as_path(folder) / NAME_FILE
+    with store_errors(file):
+        if file.exists():
+            return file.read_text().strip()
+        name = config.name if begun else f"{config.name}-{secrets.token_hex(3)}"
+        with atomic_write(file) as partial:
+            partial.write_text(name + "\n")
+    return name
+
+
 class Trackers:
     """The trackers of a run, in its first process."""
 
-    def __init__(self, config: Config, folder: pathlib.Path):
+    def __init__(self, config: Config, folder: pathlib.Path, name: str):
         self._open: dict[str, Log] = {}
         for kind in wanted(config).values():
-            self._try(kind.title, lambda kind=kind: self._begin(kind, config, folder))
-
-    def _begin(self, kind: Kind, config: Config, folder: pathlib.Path) -> None:
-        self._open[kind.title] = kind.open(config, folder)
+            opened, fault = _within(
+                lambda kind=kind: kind.open(config, folder, name), lambda log: log.close()
+            )
+            if fault is None:
+                self._open[kind.title] = opened
+            else:
+                self._give_up(kind.title, fault)
 
     def write(self, step: int, line: Line) -> None:
         """The values of a line of the metrics."""
@@ -211,30 +232,45 @@ class Trackers:
 
     def _try(self, title: str, act: Callable[[], object], waits: bool = True) -> None:
         """Acts; one that fails is given up. `waits`: it may wait for a network, and so has a thread and a limit."""
-        fault = _within(act) if waits else _fault(act)
+        _, fault = _within(act) if waits else _attempt(act)
         if fault is not None:
             self._open.pop(title, None)
-            warn(f"{title} is given up: {_reason(fault)}; metrics.jsonl has every line")
+            self._give_up(title, fault)
+
+    def _give_up(self, title: str, fault: Exception) -> None:
+        warn(f"{title} is given up: {_reason(fault)}; metrics.jsonl has every line")
 
 
-def _fault(act: Callable[[], object]) -> Exception | None:
+def _attempt(act: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """What an action returns, and what it raises."""
     try:
-        act()
+        return act(), None
     except Exception as error:  # of strangers' packages: whatever it is, the run matters more
-        return error
-    return None
+        return None, error
 
 
-def _within(act: Callable[[], object]) -> Exception | None:
-    """What an action raises; TimeoutError when it takes longer than PATIENCE, and it is left to itself."""
-    said: list[Exception | None] = [TimeoutError(f"no answer within {PATIENCE:g} s")]
+def _within(
+    act: Callable[[], Any], late: Callable[[Any], object] = lambda _: None
+) -> tuple[Any, Exception | None]:
+    """The same in a thread; TimeoutError when it takes longer than PATIENCE. It is left to itself then, and `late` gets what it
+    returns after all.
+    """
+    said: list[tuple[Any, Exception | None]] = []
+    first = threading.Lock()  # whoever gets it decides whether there was an answer in time
 
     def run() -> None:
-        said[0] = _fault(act)
+        found, fault = _attempt(act)
+        if first.acquire(blocking=False):
+            said.append((found, fault))
+        elif fault is None:
+            _attempt(lambda: late(found))
 
     thread = threading.Thread(target=run, daemon=True, name="tracker")
     thread.start()
     thread.join(PATIENCE)
+    if first.acquire(blocking=False):
+        return None, TimeoutError(f"no answer within {PATIENCE:g} s")
+    thread.join()
     return said[0]
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import sqlite3
 import subprocess
 import sys
@@ -13,10 +14,12 @@ import time
 import types
 
 import pytest
+from etils import epath
 
 from rest_jax import config as config_lib
 from rest_jax.config import Config
 from rest_jax.errors import UserError
+from rest_jax.run import folder as run_folder
 from rest_jax.run import trackers
 from rest_jax.run.folder import check_start
 from rest_jax.run.metrics import METRICS_FILE, MetricsWriter, read_lines
@@ -178,9 +181,49 @@ def test_each_gets_the_lines_a_lasting_name_and_the_config(tmp_path, tmp_run, mo
     assert fakes["wandb"].seen == [(step, line | {"reward/max": None}) for step in (3, 4)] + ["end"]
     assert fakes["trackio"].seen == [(3, line), (4, line), "end"]
     for fake in fakes.values():
-        assert (fake.started["project"], fake.started["name"]) == ("tools", "tiny")
-        assert fake.started["resume"] == "allow" and fake.started["config"]["seed"] == 0
-    assert fakes["wandb"].started["id"] == "tiny"
+        assert fake.started["project"] == "tools" and fake.started["resume"] == "allow"
+        assert fake.started["config"]["seed"] == 0
+    name = fakes["trackio"].started["name"]
+    assert re.fullmatch("tiny-[0-9a-f]{6}", name)
+    assert (fakes["wandb"].started["id"], fakes["wandb"].started["name"]) == (name, "tiny")
+
+
+def test_a_run_keeps_its_name_until_it_is_made_anew(tmp_path, tmp_run, monkeypatch):
+    config = make_config(tmp_path, ALL[2])
+
+    def named(folder: pathlib.Path) -> str:
+        monkeypatch.setitem(sys.modules, "trackio", fake := Fake())
+        write(config, folder)
+        return fake.started["name"]
+
+    first = named(tmp_run)
+    assert named(tmp_run) == first
+    others = {named(tmp_run.parent / "elsewhere"), first}
+    run_folder._forget(epath.Path(tmp_run))
+    others.add(named(tmp_run))
+    assert len(others) == 3
+    # one that was begun before names were kept
+    (tmp_run / trackers.NAME_FILE).unlink()
+    assert named(tmp_run) == "tiny"
+
+
+def test_what_opens_after_it_was_given_up_is_closed_and_gets_nothing(
+    tmp_path, tmp_run, monkeypatch, capsys
+):
+    monkeypatch.setattr(trackers, "PATIENCE", 0.05)
+    opens, fake = threading.Event(), Fake()
+    init = fake.init
+    fake.init = lambda **options: opens.wait(10) and init(**options)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    writer = MetricsWriter(tmp_run, make_config(tmp_path, ALL[1]))
+    assert "is given up: no answer within 0.05 s" in capsys.readouterr().err
+    opens.set()
+    for thread in threading.enumerate():
+        if thread.name == "tracker":
+            thread.join(10)
+    writer.write(3, {"reward/mean": 0.5})
+    writer.close()
+    assert fake.seen == ["end"]
 
 
 @pytest.mark.parametrize("key", ["wandb", "trackio"])
@@ -248,14 +291,15 @@ def test_trackio_itself(tmp_run, monkeypatch):
     with sqlite3.connect(home / "tools.db") as database:
         found = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id")
         logged = [(run, step, json.loads(values)) for run, step, values in found]
-    assert logged == 2 * [("tiny", step, {"reward/mean": 0.5}) for step in (3, 4)]
+    name = (tmp_run / trackers.NAME_FILE).read_text().strip()
+    assert logged == 2 * [(name, step, {"reward/mean": 0.5}) for step in (3, 4)]
 
 
 @pytest.mark.services
 def test_wandb_itself(tmp_run):
     pytest.importorskip("wandb")
     track(tmp_run, ALL[1], WANDB_MODE="offline")
-    (kept,) = tmp_run.glob("wandb/offline-run-*/run-tiny.wandb")
+    (kept,) = tmp_run.glob("wandb/offline-run-*/run-tiny-*.wandb")
     assert b"reward/mean" in kept.read_bytes()
 
 
