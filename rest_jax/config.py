@@ -590,6 +590,16 @@ def load(files: Sequence[Location], overrides: Sequence[str] = ()) -> Config:
     return validate_as(Config, tree, " ".join(map(str, files)) or "config")
 
 
+def read_recorded(path: Location) -> dict[str, Any]:
+    """A recorded config, to be shown: a mapping with the defaults of what it does not say; as it is where the run is of a version
+    with other keys. ConfigError when it is no config.
+    """
+    try:
+        return load([path]).model_dump(mode="json")
+    except ConfigError:
+        return read_mapping(path)
+
+
 def from_overrides(mapping: Tree, overrides: Sequence[str] = ()) -> Config:
     """The config of a mapping with `a.b=value` overrides on top. Raises ConfigError."""
     return validate_as(Config, _merge(mapping, _parse(overrides)), "config")
@@ -602,17 +612,17 @@ def dump(config: Config) -> str:
 
 def differences(old: Section | Tree, new: Section | Tree) -> list[Difference]:
     """The leaves in which two configs (or plain mappings) differ; a leaf that is absent counts as None."""
-    there, here = dict(_leaves(old)), dict(_leaves(new))
+    there, here = dict(leaves(old)), dict(leaves(new))
     found = (Difference(path, there.get(path), here.get(path)) for path in there | here)
     return [one for one in found if one.old != one.new]
 
 
 def origins(files: Sequence[Location], overrides: Sequence[str] = ()) -> dict[str, str]:
     """Where each leaf of the config comes from, by dotted path: a file's name, "command line" or "default"."""
-    found = {path: "default" for path, _ in _leaves(load(files, overrides))}
+    found = {path: "default" for path, _ in leaves(load(files, overrides))}
     layers = [(str(file), read_mapping(builtin_file(file))) for file in files]
     for origin, tree in [*layers, ("command line", _parse(overrides))]:
-        found |= {path: origin for path, _ in _leaves(tree) if path in found}
+        found |= {path: origin for path, _ in leaves(tree) if path in found}
     return found
 
 
@@ -822,7 +832,7 @@ def _clash(trees: Sequence[Tree]) -> str | None:
 
 def _merge(*trees: Tree) -> dict[str, Any]:
     """The trees in one, later ones on top, with every `${...}` replaced."""
-    for path, value in itertools.chain(*map(_leaves, trees)):
+    for path, value in itertools.chain(*map(leaves, trees)):
         if value == "???":  # OmegaConf would keep what an earlier tree says
             raise ConfigError(f"{path}: ??? stands for a value that is missing; write one")
     try:
@@ -835,13 +845,13 @@ def _merge(*trees: Tree) -> dict[str, Any]:
     return typing.cast(dict[str, Any], plain)
 
 
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted path, value) of everything in a config or plain mapping that is not a mapping itself."""
     if isinstance(tree, Section):
         tree = tree.model_dump(mode="json")
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

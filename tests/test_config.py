@@ -265,7 +265,7 @@ def test_origins_name_the_file_of_each_value(write):
         ["scale/tiny", own], ["seed=4", "train={steps: 2}", "name=a-${seed}", "loss.clip_low=0.1"]
     )
     loaded = config.load(["scale/tiny", own])
-    assert found.keys() == dict(config._leaves(loaded)).keys()
+    assert found.keys() == dict(config.leaves(loaded)).keys()
     expected = {
         "model.source": "scale/tiny",
         "train.eval_every": "scale/tiny",
@@ -405,7 +405,7 @@ def test_a_supervised_run_does_not_measure_a_policy_gradient(key):
 @functools.cache
 def said_by(name: str) -> set[str]:
     """The keys of a builtin file."""
-    return set(dict(config._leaves(config.read_mapping(BUILTIN / f"{name}.yaml"))))
+    return set(dict(config.leaves(config.read_mapping(BUILTIN / f"{name}.yaml"))))
 
 
 loaded_once = functools.cache(lambda *files: config.load(files))

@@ -557,6 +557,7 @@ def _write_table(table: Any, runs: Sequence[Location], names: Sequence[str]) -> 
     ]
     present = set().union(*(line for _, line in lines)) - {"step"}
     columns = in_order(present)
+    columns += sorted(present - {*columns})  # of other versions
     table.writerow(["run", "step", *columns])
     for name, line in lines:
         table.writerow([csv_cell(name), line["step"], *(line.get(column) for column in columns)])
@@ -576,15 +577,12 @@ def _steps(series: Mapping[str, Series]) -> list[int]:
 
 
 def _config(run: Location) -> dict[str, Any]:
-    """The config of a run, with the defaults of what it does not say; as it is where it has keys that are no longer known."""
+    """Of a run; empty where it has none."""
     path = as_path(run) / CONFIG_FILE
     with store_errors(path):
         if not path.is_file():
             return {}
-    try:
-        return config_lib.load([path]).model_dump(mode="json")
-    except config_lib.ConfigError:
-        return config_lib.read_mapping(path)
+    return config_lib.read_recorded(path)
 
 
 def _largest(values: Sequence[float | None] | None) -> float | None:

@@ -49,25 +49,26 @@ def list_runs(folder: Location) -> str:
     if not runs:
         raise UserError(f"{folder}: no runs in it (a run is a folder with {CONFIG_FILE})")
     found = sorted(map(_run, runs), key=lambda run: -run["moved"])
+    faults = [f"{run['name']}: {run['fault']}" for run in found if "fault" in run]
     rows: list[list[Any]] = [["run", "state", "step", "of", "figure", "moved", "host"]]
     for run in found:
         ago = _ago(time.time() - run["moved"])
         rows.append(
             [run[key] for key in ("name", "state", "step", "of", "figure")] + [ago, run["host"]]
         )
-    return summary_table(rows)
+    return "\n".join([summary_table(rows), *map(one_line, faults)])
 
 
 def _run(path: epath.Path) -> dict[str, Any]:
-    """One run, as the cells of its row. What cannot be read is said in its state."""
+    """One run, as the cells of its row; with a `fault` where it cannot be read."""
     run: dict[str, Any] = {"name": path.name, "step": 0, "of": "-", "figure": "-", "host": "-"}
     run["moved"] = (path / CONFIG_FILE).stat().mtime
     try:
-        config = config_lib.load([path / CONFIG_FILE])
+        config = config_lib.read_recorded(path / CONFIG_FILE)
         metrics = path / METRICS_FILE
         lines = read_lines(metrics, missing_ok=True)
     except UserError as error:
-        return run | {"state": f"unreadable: {error}"}
+        return run | {"state": "unreadable", "fault": str(error)}
     if lines:
         run["step"], run["moved"] = lines[-1]["step"], metrics.stat().mtime
     owner, written = _owner(path)
@@ -75,7 +76,8 @@ def _run(path: epath.Path) -> dict[str, Any]:
     run["host"] = owner.get("host", "-")
     length = _length(path)
     if length is None:  # by a run of before that file: the config, which may count in epochs
-        length = config.train.steps, bool(config.train.steps and run["step"] >= config.train.steps)
+        told = dict(config_lib.leaves(config)).get("train.steps")
+        length = told, isinstance(told, int) and 0 < told <= run["step"]
     steps, finished = length
     run["of"] = steps or "-"
     if alive:
@@ -190,9 +192,12 @@ def _set(place: epath.Path) -> list[list[Any]]:
     file = place.parent.parent / CONFIG_FILE
     rows: list[list[Any]] = [["config", "value", "default"]]
     if file.is_file():
-        config = config_lib.load([file])
-        plain = Config(name=config.name, model=ModelConfig(source=config.model.source))
-        rows.append(["model.source", config.model.source, "-"])
-        for path, default, value in config_lib.differences(plain, config):
-            rows.append([path, json.dumps(value), json.dumps(default)])
+        told = dict(config_lib.leaves(config_lib.read_recorded(file)))
+        source = told.get("model.source")
+        plain = Config(name=str(told.get("name")), model=ModelConfig(source=str(source)))
+        rows.append(["model.source", source, "-"])
+        for path, default in config_lib.leaves(plain.model_dump(mode="json")):
+            if (value := told.pop(path, default)) != default:
+                rows.append([path, json.dumps(value), json.dumps(default)])
+        rows += [[path, json.dumps(value), "-"] for path, value in told.items()]
     return rows

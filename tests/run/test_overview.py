@@ -52,14 +52,14 @@ def test_runs_have_state_step_figure_and_host(tmp_path, capsys):
     os.utime(other / OWNER, (1e9, 1e9))
     make_run(tmp_path, "done", done=4, **{"eval/exact": 0.5, "reward/mean": 9.0})
     broken = make_run(tmp_path, "broken")
-    (broken / CONFIG_FILE).write_text("train: {step: 3}\n")
+    (broken / CONFIG_FILE).write_text("train: {step: 3\n")
     (tmp_path / "no run").mkdir()
     for age, name in enumerate(("done", "alive", "dead", "other", "broken")):
         for file in ("metrics.jsonl", CONFIG_FILE):
             if (tmp_path / name / file).exists():
                 os.utime(tmp_path / name / file, (1e9 - age, 1e9 - age))
     assert cli.main(["runs", str(tmp_path)]) == 0
-    header, _, *rows = capsys.readouterr().out.splitlines()
+    header, _, *rows, fault = capsys.readouterr().out.splitlines()
     assert header.split() == ["run", "state", "step", "of", "figure", "moved", "host"]
     cells = [row.split() for row in rows]
     assert [row[:6] for row in cells[:3]] == [
@@ -68,7 +68,17 @@ def test_runs_have_state_step_figure_and_host(tmp_path, capsys):
         ["dead", "stopped", "2", "4", "loss", "0.25"],
     ]
     assert cells[1][-1] == here and cells[3][:5] == ["other", "stopped?", "0", "4", "-"]
-    assert cells[3][-1] == "far" and cells[4][:2] == ["broken", "unreadable:"]
+    assert cells[3][-1] == "far" and cells[4][:2] == ["broken", "unreadable"]
+    assert fault.startswith(f"broken: {broken / CONFIG_FILE}: line 2: ")
+
+
+def test_a_run_of_a_version_with_other_keys_is_listed(tmp_path):
+    """Its config is shown, not used."""
+    path = make_run(tmp_path, "old", done=4, **{"eval/exact": 0.5})
+    with (path / CONFIG_FILE).open("a") as file:
+        file.write("gone: {key: 3}\n")
+    (row,) = list_runs(tmp_path).splitlines()[2:]
+    assert row.split()[:6] == ["old", "finished", "4", "4", "exact", "50.0%"]
 
 
 @pytest.mark.parametrize(
@@ -159,6 +169,14 @@ def test_a_checkpoint_is_told_by_its_step_curriculum_shapes_and_digest(run, caps
     assert rate.split()[1:] == ["0.001", "1e-06"]
     first = describe_checkpoint(run / "checkpoints" / "3")
     assert "step 3," in first and "nothing on record" in first and "name " not in first
+
+
+def test_a_checkpoint_of_a_version_with_other_keys_is_told(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "old")
+    with (folder / CONFIG_FILE).open("a") as file:
+        file.write("gone: {key: 3}\n")
+    shown = [" ".join(line.split()) for line in describe_checkpoint(folder).splitlines()]
+    assert {"model.source hf -", "optimizer.learning_rate 0.001 1e-06", "gone.key 3 -"} <= {*shown}
 
 
 @pytest.mark.parametrize("name", ["7", "best", "7.damaged"])
