@@ -24,9 +24,10 @@ ratios, clips) are over the updates that computed any; they are absent where no 
 any token.""",
     "region": "For each region: NAME is one of {regions} ([regions](method.md#2-regions)).",
     "curriculum": "The curriculum ([the method](method.md#5-curriculum)).",
-    "eval": """Held-out prompts, greedy, in the line of each step with an evaluation, and in one before the first step
-(`train.eval_before`). Rewards are at the end of the scale, so that they can be compared over a run. A reward of your own
-adds `eval/part/NAME`; `eval/api_bank/` needs `evaluation.benchmarks` ([evaluation](evaluation.md#while-a-run-trains)).""",
+    "eval": """Held-out prompts, greedy, in a line of their own behind that of the step, which has the same `step`, and in one
+before the first step (`train.eval_before`). Rewards are at the end of the scale, so that they can be compared over a run. A
+reward of your own adds `eval/part/NAME`; `eval/api_bank/` needs `evaluation.benchmarks`
+([evaluation](evaluation.md#while-a-run-trains)).""",
     "time": """Values of the clock and of the memory, the only ones in which a run and its repetition differ. Of many
 processes they are those of the slowest.""",
 }

@@ -268,6 +268,15 @@ def test_the_table_does_not_take_the_place_of_the_page(tmp_run):
         write_page([tmp_run], tmp_run / "page.csv")
 
 
+def test_the_table_has_metrics_of_other_versions_too(tmp_run):
+    write_run(tmp_run, GROUPS)
+    with (tmp_run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, "update/gone": 0.5}) + "\n")
+    write_page([tmp_run])
+    rows = list(csv.DictReader((tmp_run / "report.csv").open()))
+    assert [row["update/gone"] for row in rows[-2:]] == ["", "0.5"]
+
+
 def test_a_key_that_one_run_has_alone_is_a_difference():
     assert config_differences([{"a": 1}, {"a": 1, "b": {"c": 2}}]) == [["b.c", "None", "2"]]
     assert config_differences([{"name": "x", "a": 1}, {"name": "y", "a": 1}]) == []
@@ -542,6 +551,67 @@ class TestInABrowser:
         assert wrong[3] == ["days", "2", '"2"', "✗"]
         assert "= 1.5 (format) + 1.25 (correctness)" in parts and "(names 1 + calls 2) / 4" in parts
 
+    def test_a_page_that_is_loaded_again_shows_the_same(self, browse):
+        shown = """const shown = () => [texts(".completion").length, view.alone, byId("smoothing").value,
+                     document.querySelector("#any select").value, byId("v-filter").value, view.hit];"""
+        found = browse(
+            GROUPS,
+            "step=1&prompt=0",
+            f"""{shown}
+                await press("2");
+                for (const [id, value] of [["smoothing", "0.2"], ["v-filter", "worst"]]) {{
+                  byId(id).value = value; byId(id).dispatchEvent(new Event("change")); await wait(300); }}
+                const metric = document.querySelector("#any select");
+                metric.value = "reward/mean"; metric.dispatchEvent(new Event("change"));
+                await press("n"); await press("n");
+                return [shown(), location.hash.slice(1)];""",
+        )
+        before, address = found
+        assert before[1:5] == [2, "0.2", "reward/mean", "worst"] and before[5] == 2
+        assert browse(GROUPS, address, f"{shown} return shown();") == before
+
+    def test_keys_reach_what_was_found_from_the_filter(self, browse):
+        found = browse(
+            GROUPS,
+            "step=1&prompt=0&find=worst",
+            """const box = byId("v-filter"), hits = [view.hit];
+               box.focus();
+               for (const key of ["n", "n", "p"]) { await press(key, box); hits.push(view.hit); }
+               view.hit = -1; await press("p"); hits.push(view.hit);
+               return hits;""",
+        )
+        assert found == [0, 1, 2, 1, 3]
+
+    def test_a_page_without_tokens_changes_its_theme(self, visit, tmp_run):
+        writer = MetricsWriter(tmp_run)
+        writer.write(1, {"update/loss": 1.0})
+        writer.close()
+        theme = "document.documentElement.dataset.theme"
+        actions = f'const before = {theme}; await press("t"); return [before, {theme}];'
+        assert visit(tmp_run, "theme=light", actions) == ["light", "dark"]
+
+    def test_each_of_many_runs_has_a_look_of_its_own(self, visit, tmp_run):
+        write_run(tmp_run, GROUPS)
+        looks = """const first = DATA.runs[0];
+                   DATA.runs = Array.from({ length: 20 }, (_, i) => ({ ...first, name: `r${i}` }));
+                   const of = (metric) => traces({ metrics: metric, log: false }).filter((t) => t.hovertemplate)
+                     .map((t) => `${t.line.color} ${t.marker?.symbol}`);
+                   const regions = DATA.runs.map((_, r) => JSON.stringify(look(r, true)));
+                   return [of({ "reward/mean": "mean" }), new Set(regions).size];"""
+        curves, regions = visit(tmp_run, "step=1&prompt=0", looks)
+        assert len(curves) == len({*curves}) == regions == 20
+
+    def test_bounds_are_named_where_the_part_is_the_score_on_them(self, browse):
+        called, none = browse(
+            GROUPS,
+            "step=1&prompt=0",
+            """const rows = (score) => rewardNode({ ...view.data.prompts[0].completions[0], score }).textContent;
+               const score = { ...view.data.prompts[0].completions[0].score };
+               return [rows(score), rows({ ...score, correctness_part: 0, accuracy: 1 })];""",
+        )
+        assert "on [-2.5, 2.5]" in called and "S_format 1 on [-1.5, 1.5]" in none
+        assert "S_acc 1" in none and "on [-2.5, 2.5]" not in none
+
     @pytest.mark.parametrize("begin, then", [("light", "dark"), ("dark", "light")])
     def test_themes_change_every_colour(self, browse, begin, then):
         found = browse(
@@ -596,5 +666,6 @@ class TestInABrowser:
         assert found["step"] == "4 of 4" and found["completions"] == 4 and found["drawn"]
         assert found["marks"] > 3
         assert {"Reward", "Held out", "Curriculum", "Throughput"} <= set(found["panels"])
-        assert found["benchmarks"][-4:] == ["<b>all</b>", "4", "50.0%", "15.0% to 85.0%"]
+        of_no_checkpoint = ["<b>all</b>", "–", "4", "50.0%", "15.0% to 85.0%"]
+        assert found["benchmarks"][-5:] == of_no_checkpoint
         assert re.search(r"trainer's log-prob less the sampler's: -?[0-9]", found["tip"])

@@ -5,6 +5,8 @@ const byId = (id) => document.getElementById(id);
 // What is set, not measured: nothing to smooth.
 const SET = ["curriculum/nu", "update/learning_rate"];
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
+// At some points of the curves of runs that have the colour, or the dashes, of an earlier one.
+const SYMBOLS = [null, "square", "diamond", "cross", "x", "triangle-up", "star", "hexagon"];
 
 // Control characters, and those without width or that turn the direction of text, are named; a line end is marked and kept.
 function visible(text) {
@@ -60,6 +62,13 @@ function style(name) {
 // The colours of the regions in the theme that is shown.
 const regionColours = () => DATA.regions[document.documentElement.dataset.theme];
 
+// How run `r` of several differs from the others: by its colour, in panels of regions by its dashes; where there are more runs than
+// these, by symbols besides.
+function look(r, ofRegions) {
+  const kinds = ofRegions ? DASHES : DATA.palette, symbol = SYMBOLS[Math.floor(r / kinds.length) % SYMBOLS.length];
+  return { kind: kinds[r % kinds.length], symbol: DATA.runs.length > 1 ? symbol : null };
+}
+
 // The lines of a panel: one run has a colour for each metric, several runs have a colour each; regions keep theirs. The dashes of
 // one run tell the regions; those of several the metrics, or the runs where the colours tell the regions. The legend of
 // several runs names the runs and the metrics once each, not every pair of them.
@@ -70,14 +79,18 @@ function traces(panel) {
     const series = run.series[metric];
     if (!series) return;
     const [steps, values] = series, region = colours[label];
-    const colour = region ?? DATA.palette[(many ? r : m) % DATA.palette.length];
-    const dash = many ? DASHES[(region ? r : m) % DASHES.length] : region ? DATA.marks[label][0] : "solid";
+    const own = look(r, Boolean(region));
+    const colour = region ?? (many ? own.kind : DATA.palette[m % DATA.palette.length]);
+    const dash = many ? (region ? own.kind : DASHES[m % DASHES.length]) : region ? DATA.marks[label][0] : "solid";
     const held = metric.startsWith("eval/"), ends = run.ends[metric], factor = held || SET.includes(metric) ? 0 : smoothing;
     const name = plain(many ? `${run.name}: ${label}` : label), group = many ? `run ${r}` : name;
     const line = { color: colour, width: 2, dash };
     const trace = { x: steps, y: smooth(values, factor), name, line, legendgroup: group, mode: "lines", type: "scatter",
       showlegend: !many, hovertemplate: "%{y:.4g}", connectgaps: true };
-    if (held || steps.length < 3) Object.assign(trace, { mode: "lines+markers", marker: { color: colour, size: 6 } });
+    if (held || steps.length < 3 || own.symbol) {
+      const marker = { color: colour, size: own.symbol ? 8 : 6, symbol: own.symbol ?? "circle", maxdisplayed: held ? 0 : 12 };
+      Object.assign(trace, { mode: "lines+markers", marker });
+    }
     if (held && ends) {
       trace.error_y = { type: "data", symmetric: false, thickness: 1, width: 3, color: colour,
         array: ends[1].map((x, i) => x - values[i]), arrayminus: ends[0].map((x, i) => values[i] - x) };
@@ -94,11 +107,13 @@ function traces(panel) {
   }));
   showCovered(found.filter((trace) => trace.name), panel.log);
   if (!many) return found;
-  const key = (name, legendgroup, line) => found.push({ x: [null], y: [null], name: plain(name), legendgroup, line: { width: 2, ...line },
-    mode: "lines", type: "scatter" });
+  const key = (name, legendgroup, line, symbol) => found.push({ x: [null], y: [null], name: plain(name), legendgroup,
+    line: { width: 2, ...line }, mode: symbol ? "lines+markers" : "lines", marker: { symbol: symbol ?? "circle", size: 8 }, type: "scatter" });
   const regions = metrics.every(([, label]) => colours[label]), grey = style("--soft");
-  DATA.runs.forEach((run, r) => key(run.name, `run ${r}`,
-    regions ? { color: grey, dash: DASHES[r % DASHES.length] } : { color: DATA.palette[r % DATA.palette.length] }));
+  DATA.runs.forEach((run, r) => {
+    const { kind, symbol } = look(r, regions);
+    key(run.name, `run ${r}`, regions ? { color: grey, dash: kind } : { color: kind }, symbol);
+  });
   metrics.forEach(([, label], m) => {
     if (metrics.length > 1) key(label, `metric ${m}`, regions ? { color: colours[label] } : { color: grey, dash: DASHES[m % DASHES.length] });
   });
@@ -191,6 +206,7 @@ function begin() {
   const choice = any.appendChild(make("select"));
   const names = [...new Set(DATA.runs.flatMap((run) => Object.keys(run.series)))].sort();
   for (const name of names) choice.appendChild(make("option", name));
+  if (names.includes(remembered("metric"))) choice.value = remembered("metric");
   const chosen = { title: names[0], unit: "", metrics: {} };
   const plot = addPanel(any.appendChild(make("div", undefined, "grid")), chosen);
   const choose = () => {
@@ -198,16 +214,22 @@ function begin() {
     chosen.unit = DATA.metrics[choice.value]?.[0] ?? "";
     plot.previousSibling.textContent = DATA.metrics[choice.value]?.[1] ?? choice.value;
   };
-  choice.addEventListener("change", () => { choose(); Plotly.react(plot, traces(chosen), layout(chosen), CONFIG); });
+  choice.addEventListener("change", () => { remember("metric", choice.value); choose(); Plotly.react(plot, traces(chosen), layout(chosen), CONFIG); });
   choose();
   for (const each of document.querySelectorAll("section")) {
     const link = document.querySelector("nav").appendChild(make("a", each.querySelector("h2").textContent));
     link.href = `#${each.id}`;
     link.addEventListener("click", (event) => { event.preventDefault(); each.scrollIntoView(); });
   }
-  byId("smoothing").addEventListener("input", draw);
+  const smoothing = byId("smoothing"), most = Number(smoothing.max), told = Number.parseFloat(remembered("smoothing"));
+  if (told >= 0 && told <= most) smoothing.value = told;
+  smoothing.addEventListener("input", draw);
+  smoothing.addEventListener("change", () => remember("smoothing", smoothing.value));
   const other = () => (document.documentElement.dataset.theme === "dark" ? "light" : "dark");
   byId("theme").addEventListener("click", () => { remember("theme", other()); setTheme(other()); });
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "t" && !modified(event) && !typing(event)) { byId("theme").click(); event.preventDefault(); }
+  });
   let before = null;
   window.addEventListener("beforeprint", () => {
     before = document.documentElement.dataset.theme;
@@ -219,6 +241,10 @@ function begin() {
   setTheme(remembered("theme") ?? (dark ? "dark" : "light"));
 }
 
+// Whether a key goes to the browser, or to a field.
+const modified = (event) => event.ctrlKey || event.altKey || event.metaKey;
+const typing = (event) => event.target.closest("input, select, textarea") !== null;
+
 // What the page remembers is in its address, so that a reload (--watch) and a copied link show the same.
 function remembered(key) {
   return new URLSearchParams(location.hash.slice(1)).get(key);
@@ -226,7 +252,8 @@ function remembered(key) {
 
 function remember(key, value) {
   const all = new URLSearchParams(location.hash.slice(1));
-  all.set(key, value);
+  if (value === null) all.delete(key);
+  else all.set(key, value);
   history.replaceState(null, "", `#${all}`);
 }
 

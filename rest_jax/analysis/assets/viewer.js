@@ -132,7 +132,9 @@ function rewardNode(one) {
   if (s.plugin_fault) add("plug-in", `failed: ${s.plugin_fault}`, "bad");
   else if ("plugin_parts" in s)
     add("plug-in", Object.entries(s.plugin_parts).map(([name, x]) => `${name} ${short(x)}`).join(", "));
-  add("format", `${s.format_score ? "right" : "failed"}: S_format ${short(s.format_score)} on ${bounds(step.format_bounds)}`,
+  // where the part is not the score on these bounds, by rule or without the builtin reward, they say nothing of it
+  const on = (score, part, ends) => (Math.abs(ends[0] + (ends[1] - ends[0]) * score - part) < 1e-6 ? ` on ${bounds(ends)}` : "");
+  add("format", `${s.format_score ? "right" : "failed"}: S_format ${short(s.format_score)}${on(s.format_score, s.format_part, step.format_bounds)}`,
     s.format_score ? "good" : "bad");
   const parameters = one.calls.reduce((n, row) => n + row.parameters.filter((p) => p[1] !== null).length, 0);
   let sum = "";
@@ -143,7 +145,8 @@ function rewardNode(one) {
     if (Math.abs(gained / possible - s.accuracy) < 1e-3) sum = ` = ${parts}`;
     else if (superfluous && s.accuracy < gained / possible) sum = ` = ${parts}, less what superfluous calls cost,`;
   }
-  add("correctness", `S_acc ${short(s.accuracy)}${sum} on ${bounds(step.correctness_bounds)}`, s.accuracy === 1 ? "good" : "bad");
+  add("correctness", `S_acc ${short(s.accuracy)}${sum}${on(s.accuracy, s.correctness_part, step.correctness_bounds)}`,
+    s.accuracy === 1 ? "good" : "bad");
   add("exact", s.exact ? "yes" : "no", s.exact ? "good" : "bad");
   if (s.spurious) add("spurious call", "yes: the gold answer has no call", "bad");
   if (one.broken_calls) add("unreadable calls", String(one.broken_calls), "bad");
@@ -256,7 +259,8 @@ async function show() {
   byId("v-prompt").value = view.prompt;
   byId("v-colour").value = view.colour;
   draws();
-  const kept = { run: view.run, step: tokens.steps[view.step], prompt: view.prompt, colour: view.colour };
+  const kept = { run: view.run, step: tokens.steps[view.step], prompt: view.prompt, colour: view.colour,
+    alone: view.alone === null ? null : view.alone + 1 };
   for (const [key, value] of Object.entries(kept)) remember(key, value);
   markFound();
   document.documentElement.dataset.ready = "true";
@@ -337,21 +341,33 @@ function nextOf(pairs, value) {
 
 function setRun(run) {
   Object.assign(view, { run, alone: null });
-  byId("v-run").value = run;
+  enterRun();
+}
+
+// What of the page is of the run that is shown.
+function enterRun() {
+  byId("v-run").value = view.run;
+  const leftOut = tokensOf().left_out, note = byId("v-left-out");
+  note.hidden = !leftOut;
+  note.textContent = `${leftOut} of the steps written are left out, evenly, to keep the page small.`;
   find();
+  view.hit = view.found.findIndex(([step, prompt, j]) =>
+    step === view.step && prompt === view.prompt && (view.alone === null || view.alone === j));
   show();
 }
 
 function keyed(event) {
-  if (event.ctrlKey || event.altKey || event.metaKey) return;
-  if (event.target.closest("input, select, textarea")) {
+  if (modified(event)) return;
+  // no choice of the filter begins with these
+  const passes = event.target === byId("v-filter") && ["n", "p"].includes(event.key);
+  if (typing(event) && !passes) {
     if (event.key === "Escape") event.target.blur();
     return;
   }
   const move = (field, by) => () => { view[field] += by; show(); };
   const actions = { ArrowLeft: move("step", -1), ArrowRight: move("step", 1), ArrowUp: move("prompt", -1), ArrowDown: move("prompt", 1),
     c: () => setColour(nextOf(COLOURS, view.colour)), f: () => byId("v-filter").focus(), n: () => goHit(view.hit + 1),
-    p: () => goHit(view.hit - 1), t: () => byId("theme").click(), 0: () => { view.alone = null; show(); },
+    p: () => goHit(view.hit < 0 ? -1 : view.hit - 1), 0: () => { view.alone = null; show(); },
     Escape: () => { view.alone = null; show(); }, "?": () => { byId("v-help").hidden = !byId("v-help").hidden; } };
   // arrows scroll the page until the viewer is on the screen
   const box = byId("tokens").getBoundingClientRect();
@@ -391,10 +407,8 @@ function beginViewer() {
   view.filter = byId("v-filter").value = known(FILTERS, remembered("find"), "");
   const tokens = tokensOf(), step = tokens.steps.indexOf(Number(remembered("step")));
   [view.step, view.prompt] = step >= 0 ? [step, Number(remembered("prompt") ?? 0) || 0] : opening();
-  if (tokens.left_out) {
-    byId("viewer").prepend(make("p", `${tokens.left_out} of the steps written are left out, evenly, to keep the page small.`, "note"));
-  }
-  setRun(view.run);
+  view.alone = step >= 0 && /^[1-9][0-9]*$/.test(remembered("alone")) ? Number(remembered("alone")) - 1 : null;
+  enterRun();
 }
 
 beginViewer();
