@@ -137,7 +137,7 @@ class RolloutConfig(Section):
     )
     prompt_cache_entries: PositiveInt | None = None  # None: 4 x decode_slots / group_size
     # keys and values kept at once on each data shard; None: up to 1,024 for each prompt and response; of a server and of a
-    # benchmark's dialogues 2,048 for each slot, and enough for the longest
+    # benchmark 2,048 for each slot, and enough for the longest
     cache_tokens: PositiveInt | None = None
     replay_routing: bool = False  # the update takes the experts that the sampler's routers chose
     staleness: Literal[0, 1] = 0  # 1: step s + 1 is sampled before update s; needs tis_cap

@@ -414,8 +414,12 @@ class Completer:
     ) -> list[Completion]:
         r, sampling, tokenizer = self.config.rollout, self.sampling, self.policy.tokenizer
         longest = max(map(len, ids)) + r.max_response_tokens
-        tokens = r.cache_tokens or max(longest, 1024) * r.decode_slots
-        stream = make_stream(self.policy, r.model_copy(update={"cache_tokens": tokens}))
+        stream = make_stream(self.policy, r, longest=longest)
+        if longest > stream.capacity:
+            raise UserError(
+                f"evaluate: prompt + completion {longest:,} tokens, rollout.cache_tokens holds {stream.capacity:,}; raise it, or "
+                "lower --max-response-tokens"
+            )
         temperature = 0.0 if sampling.greedy else sampling.temperature
         found = dict(before)
         drawn: dict[int, list[Piece]] = {}

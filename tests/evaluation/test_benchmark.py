@@ -7,9 +7,11 @@ import shutil
 import pytest
 
 from rest_jax import __version__, cli
+from rest_jax.config import Config
 from rest_jax.errors import UserError
 from rest_jax.evaluation import api_bank
 from rest_jax.evaluation.benchmark import (
+    Completer,
     Completion,
     _Kept,
     compare_results,
@@ -21,6 +23,8 @@ from rest_jax.evaluation.benchmark import (
     scored,
 )
 from rest_jax.models.tokenizer import Tokenizer
+from rest_jax.run.load import load_policy
+from rest_jax.types import Sampling
 
 RUN = {"seconds": 2.0, "tokens_per_second": 5.0, "sampling": {"max_response_tokens": 9}}
 
@@ -296,6 +300,23 @@ def test_an_evaluation_that_is_broken_off_resumes(bank_model, bank, tmp_path, ca
         "broken.json",
         "bank",
     }
+
+
+def completer(source: pathlib.Path, **rollout: int) -> Completer:
+    """Of four tokens each on one device."""
+    raw = {"name": "test", "model": {"source": str(source)}, "mesh": {"data": 1}}
+    config = Config.model_validate(raw | {"rollout": {"max_response_tokens": 4, **rollout}})
+    sampling = Sampling(top_k=config.rollout.top_k, greedy=not config.rollout.top_k)
+    return Completer(config, load_policy(config.model, config.mesh), sampling)
+
+
+def test_one_decode_slot_has_room_for_the_longest_prompt(bank_model):
+    """And the room changes no completion."""
+    prompts = [[{"role": "user", "content": "é" * 1000}]]
+    found = completer(bank_model, decode_slots=1)(prompts)
+    assert found == completer(bank_model, decode_slots=1, cache_tokens=8192)(prompts)
+    with pytest.raises(UserError, match=r"cache_tokens holds 960; raise it, or lower --max-resp"):
+        completer(bank_model, cache_tokens=1024)(prompts)
 
 
 def test_models_that_cannot_answer_are_refused(model, bank_model, bank, tmp_path, capsys):
