@@ -35,6 +35,7 @@ from rest_jax.run.load import load_policy, model_files
 from rest_jax.run.metrics import (
     METRICS_FILE,
     is_eval,
+    is_part,
     read_lines,
     shown_value,
     summary_table,
@@ -64,6 +65,14 @@ class BenchmarkPrompts(NamedTuple):
     name: str
     items: Sequence[Any]
     prompts: Sequence[np.ndarray]
+
+
+class _Measured(NamedTuple):
+    """What the table of held-out records says of a data set."""
+
+    data: str
+    rates: Mapping[str, float]
+    ends: Mapping[str, tuple[float | None, float | None]]  # of their intervals
 
 
 class Examples(NamedTuple):
@@ -256,7 +265,7 @@ def evaluate(
     for prepared in tokenised.values():
         longest = int(prepared.prompts.lengths.max())
         check_positions(policy.config, longest, config.rollout.max_response_tokens)
-    rows: list[list[Any]] = []
+    measured: list[_Measured] = []
     with contextlib.ExitStack() as stack:
         file = None
         # Opened first: a folder that is missing is known before hours of sampling.
@@ -267,14 +276,24 @@ def evaluate(
             say(f"{spec}: {prepared.summary(limit, '--limit')}")
             rates, scored = Evaluator(config, policy, Examples(prepared))(policy.params)
             rates = {name: value for name, value in rates.items() if name not in _FOR_CURVES}
-            rows = rows or [["data", *(name.removeprefix("eval/") for name in rates)]]
-            ends = intervals(scored, prepared.records)
-            rows.append([spec, *(shown_value(name, value) for name, value in rates.items())])
-            for i, end in enumerate(("95 % from", "95 % to")):
-                rows.append([end, *(shown_value(n, ends.get(n, (None, None))[i]) for n in rates)])
+            measured.append(_Measured(spec, rates, intervals(scored, prepared.records)))
             if file is not None:
                 file.writelines(json.dumps({"data": spec, **line}) + "\n" for line in scored)
-    return summary_table(rows) if is_first_process() else ""
+    return _table(measured) if is_first_process() else ""
+
+
+def _table(measured: Sequence[_Measured]) -> str:
+    """Each data set in a row, and the ends of its intervals in two."""
+    # A plug-in may name other parts for each set; one that has none of a part has 0 of it.
+    zeros = {name: 0.0 for each in measured for name in each.rates if is_part(name)}
+    names = [*(name for name in measured[0].rates if name not in zeros), *sorted(zeros)]
+    rows: list[list[Any]] = [["data", *(name.removeprefix("eval/") for name in names)]]
+    for spec, rates, ends in measured:
+        values = {**zeros, **rates}
+        rows.append([spec, *(shown_value(name, values[name]) for name in names)])
+        for i, end in enumerate(("95 % from", "95 % to")):
+            rows.append([end, *(shown_value(n, ends.get(n, (None, None))[i]) for n in names)])
+    return summary_table(rows)
 
 
 def evaluations(folder: Location) -> list[dict[str, Any]]:

@@ -203,7 +203,8 @@ _TABLE = {
 }
 
 METRICS = {name: Metric(unit, meaning) for name, (unit, meaning) in _TABLE.items()}
-_is_part = re.compile(r"(?:reward|eval)/part/[A-Za-z0-9_.-]+").fullmatch
+# whether a metric is of a part of what a plug-in adds
+is_part = re.compile(r"(?:reward|eval)/part/[A-Za-z0-9_.-]+").fullmatch
 
 
 def run_files(folder: Location) -> list[epath.Path]:
@@ -213,7 +214,7 @@ def run_files(folder: Location) -> list[epath.Path]:
 
 def metric(name: str) -> Metric:
     """What a name stands for. ValueError for one that runs do not write."""
-    if _is_part(name):
+    if is_part(name):
         return Metric("", "mean of this part of what reward.plugin adds")
     if name not in METRICS:
         known = nearest(name, list(METRICS))
@@ -231,7 +232,7 @@ def shown_value(name: str, value: float | None) -> str:
 def in_order(names: Iterable[str]) -> list[str]:
     """The names in the order of METRICS, parts of a plug-in last; others are left out."""
     given = set(names)
-    return [name for name in METRICS if name in given] + sorted(filter(_is_part, given))
+    return [name for name in METRICS if name in given] + sorted(filter(is_part, given))
 
 
 class MetricsWriter:

@@ -12,9 +12,10 @@ import pytest
 from rest_jax import config as builtin
 from rest_jax.config import Config
 from rest_jax.errors import UserError
-from rest_jax.evaluation import api_bank
+from rest_jax.evaluation import api_bank, heldout
 from rest_jax.evaluation.heldout import (
     Evaluator,
+    evaluate,
     held_out,
     intervals,
 )
@@ -27,11 +28,10 @@ from rest_jax.run.metrics import METRICS
 from rest_jax.types import RolloutBatch
 
 
-@pytest.fixture(scope="module")
-def evaluated():
-    """(metrics, samples) of the quickstart policy on six records, in completions of at most 48 tokens."""
+def quickstart_config() -> Config:
+    """Six records, in completions of at most 48 tokens."""
     source = builtin.locate("configs/quickstart_policy")
-    config = Config.model_validate(
+    return Config.model_validate(
         {
             "name": "test",
             "model": {"source": str(source)},
@@ -39,6 +39,12 @@ def evaluated():
             "rollout": {"max_response_tokens": 48},
         }
     )
+
+
+@pytest.fixture(scope="module")
+def evaluated():
+    """(metrics, samples) of the quickstart policy."""
+    config = quickstart_config()
     policy = load_policy(config.model, config.mesh)
     data = held_out(config, policy, keep=False)
     assert data is not None
@@ -85,6 +91,27 @@ def test_each_metric_has_its_interval(evaluated):
     alone = intervals(samples[:1], evaluator.examples.records.records[:1])
     assert alone["eval/reward"] == (None, None)
     assert alone["eval/exact"] == rate_interval(int(samples[0]["exact"]), 1)
+
+
+def test_each_part_of_a_plugin_has_its_column_whichever_data_set_has_it(evaluated, monkeypatch):
+    """Completions of one token each, so that nothing is sampled."""
+
+    def sample(self, params):
+        shape = (self.size, 1, 1)
+        ids = np.full(shape, self.policy.tokenizer.stop_ids[0], np.int32)
+        nothing = np.zeros((self.size, 1), np.int32)
+        numbers = np.zeros(shape, np.float32)
+        return RolloutBatch(nothing, nothing[:, 0], ids, nothing + 1, numbers, numbers, numbers)
+
+    parts = iter([{"part/calls": 0.25, "plugin_part": 0.25}, {"part/a": 0.5, "plugin_part": 0.5}])
+    monkeypatch.setattr(Evaluator, "_sample", sample)
+    monkeypatch.setattr(heldout, "plugin_metrics", lambda outcomes: next(parts))
+    monkeypatch.setattr(heldout, "load_policy", lambda *_: evaluated[1].policy)
+    said = evaluate(quickstart_config(), ["synthetic:eval", "synthetic:train"], limit=2)
+    rows = [line.split()[-4:] for line in said.splitlines()]
+    assert rows[0] == ["prompts", "plugin_part", "part/a", "part/calls"]
+    assert (rows[2], rows[5]) == (["2", "0.25", "0", "0.25"], ["2", "0.5", "0.5", "0"])
+    assert rows[3] == rows[4] == rows[6] == ["-"] * 4
 
 
 def test_a_run_may_have_no_held_out_records():
