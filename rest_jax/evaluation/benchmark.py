@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,9 +34,11 @@ from rest_jax.errors import UserError
 from rest_jax.evaluation import api_bank, bfcl, tau2
 from rest_jax.evaluation.dialogues import Settings, answer_all
 from rest_jax.evaluation.statistics import (
+    estimate,
+    least_difference,
     mcnemar,
     mean_rate,
-    paired,
+    paired_differences,
     resolvable_difference,
 )
 from rest_jax.files import (
@@ -71,7 +74,8 @@ FORMAT = 1  # of result files
 ALL = "all"  # the group of all items
 # what completions of records are compared by -> the field of their lines
 _OF_RECORDS = {"exact": "exact", "format": "format_score"}
-# of a comparison; `gained` and `lost` count the items that only the second, or only the first, has right
+# of a comparison; `gained` and `lost` count the items that only the second, or only the first, has right, and of shares
+# those that have risen or fallen
 _COLUMNS = (
     *("score", "items", "first", "second", "difference", "95 % interval"),
     *("gained", "lost", "p", "resolvable"),
@@ -597,7 +601,8 @@ def compare_results(first: Location, second: Location) -> str:
             rows.append([f"{score}, {group}", len(members), *both, *cells])
     return (
         f"first: {first}\nsecond: {second}\n{summary_table(rows)}\n"
-        "p: McNemar's exact test; resolvable: the least difference that it finds in 80 % of samples of this size"
+        "p: McNemar's exact test, of shares Student's t test; resolvable: the least difference that it finds in 80 % of samples "
+        "of this size"
     )
 
 
@@ -607,15 +612,22 @@ def _compared(
     """The cells of one comparison, from the difference on."""
     gained = sum(second[i] > first[i] for i in ids)
     lost = sum(second[i] < first[i] for i in ids)
-    found = paired({i: second[i] for i in ids}, first)
-    least = resolvable_difference(len(ids), gained + lost)
+    differences = paired_differences({i: second[i] for i in ids}, first)
+    found = estimate(differences)
+    p = least = None
+    if all(values[i] in (0, 1) for values in (first, second) for i in ids):
+        p, least = mcnemar(gained, lost), resolvable_difference(len(ids), gained + lost)
+    elif not math.isnan(found.p):
+        # McNemar's test would take every share that differs for a whole item.
+        p, least = found.p, least_difference(float(np.std(differences, ddof=1)), len(ids))
     return [
         f"{found.mean:+.1%}",
         "-" if len(ids) < 2 else f"{found.low:+.1%} to {found.high:+.1%}",
         gained,
         lost,
-        mcnemar(gained, lost),
-        "-" if least is None else f"{least:.1%}",
+        p,
+        # a t test of a few items would find none that rates can have
+        "-" if least is None or least > 1 else f"{least:.1%}",
     ]
 
 

@@ -2,7 +2,8 @@
 
 Rates have Wilson's interval, which holds its level near 0 and 1 and for few items; means have the percentile bootstrap and,
 for the few seeds of a comparison, Student's t. Two models that answered the same items are compared by the items on which they
-differ: McNemar's exact test. All intervals are of 95 % unless `level` says otherwise.
+differ: McNemar's exact test; where items have shares, by Student's t test of the differences. All intervals are of 95 % unless
+`level` says otherwise.
 """
 
 import dataclasses

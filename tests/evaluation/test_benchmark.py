@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 
 from rest_jax import __version__, cli
@@ -22,6 +23,7 @@ from rest_jax.evaluation.benchmark import (
     read_result,
     scored,
 )
+from rest_jax.evaluation.statistics import estimate, least_difference
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.run.load import load_policy
 from rest_jax.types import Sampling
@@ -205,6 +207,29 @@ def test_the_same_records_are_those_of_one_order_under_any_path_and_in_any_templ
     second.write_text(scored_lines([True] * 6, "a.jsonl"))
     with pytest.raises(UserError, match="not the same items"):
         compare_results(first, second)
+
+
+def test_shares_are_compared_by_one_test_of_their_differences(tmp_path):
+    """Of 114 tasks with four samples each 40 gain a sample and 10 lose one; of the last group all gain one, of which no spread is
+    known.
+    """
+    changes = [0.25] * 40 + [-0.25] * 10 + [0.0] * 59 + [0.25] * 5
+    result = {"benchmark": "tau2", "format": 1, "prompts_sha256": "x", "rates": {"pass^1": {}}}
+    groups = ["mms"] * 109 + ["service"] * 5
+    paths = [tmp_path / "first.json", tmp_path / "second.json"]
+    for path, factor in zip(paths, (0, 1), strict=True):
+        shares = [0.5 + factor * change for change in changes]
+        items = [
+            {"id": i, "group": group, "pass^1": share}
+            for i, (group, share) in enumerate(zip(groups, shares, strict=True))
+        ]
+        path.write_text(json.dumps(result | {"items": items}))
+    said = compare_results(*paths)
+    rows = {line.split("  ")[0]: line.split()[-4:] for line in said.splitlines()}
+    least = least_difference(float(np.std(changes, ddof=1)), 114)
+    assert rows["pass^1, all"] == ["45", "10", f"{estimate(changes).p:.4g}", f"{least:.1%}"]
+    assert 0.03 < least < 0.05
+    assert rows["pass^1, service"] == ["5", "0", "-", "-"]
 
 
 @pytest.fixture

@@ -139,6 +139,7 @@ def test_results_have_rates_of_tasks_and_are_compared(toy, script, encoder, tmp_
     compared = compare_results(*paths).splitlines()
     rows = {line.split("  ")[0]: line.split() for line in compared}
     assert rows["pass^1, all"][2:6] == ["2", "75.0%", "0.0%", "-75.0%"]
+    assert rows["pass^1, all"][-1] == "-"
     assert rows["pass^2, service"][-3:] == ["0", "1", "-"]
 
 
