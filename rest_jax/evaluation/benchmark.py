@@ -13,7 +13,6 @@ item.
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import pathlib
@@ -402,7 +401,7 @@ class Completer:
             found = (
                 self._by_stream(ids, keys, before, progress)
                 if streams
-                else self._by_sampler(ids, progress)
+                else self._by_sampler(ids, keys, before, progress)
             )
         self.seconds += time.monotonic() - begun
         self.resumed += len(before)
@@ -449,26 +448,41 @@ class Completer:
                     continue
                 tokens = np.concatenate([one.ids for one in drawn.pop(row)])
                 found[row] = completion(tokens, piece.finish == "length", tokenizer)
-                if self.kept is not None:
-                    self.kept.add(keys[row], found[row])
+                self._keep(keys[row], found[row])
                 progress.update(len(found), f"{len(tokens)} tokens")
         return [found[row] for row in range(len(ids))]
 
-    def _by_sampler(self, ids: Sequence[np.ndarray], progress: Progress) -> list[Completion]:
-        policy = self.policy
-        sampler = make_sampler(policy, self.config.rollout, 1, self.sampling)
-        padded = pad(ids, bucketed(ids), policy.tokenizer.pad_id)
-        batch = PromptBatch(*padded, np.arange(len(ids), dtype=np.int32))
-        params = rollout_cast(policy)(policy.params)
-        rng, done = jax.random.key(self.config.seed), itertools.count(1)
+    def _by_sampler(
+        self,
+        ids: Sequence[np.ndarray],
+        keys: Sequence[str],
+        before: Mapping[int, Completion],
+        progress: Progress,
+    ) -> list[Completion]:
+        policy, found = self.policy, dict(before)
+        left = [row for row in range(len(ids)) if row not in before]
+        if left:
+            sampler = make_sampler(policy, self.config.rollout, 1, self.sampling)
+            # as wide as all prompts, which is how the completions before were drawn
+            padded = pad([ids[row] for row in left], bucketed(ids), policy.tokenizer.pad_id)
+            batch = PromptBatch(*padded, np.array(left, np.int32))
+            params = rollout_cast(policy)(policy.params)
 
-        def show(_: int, rows: RolloutBatch) -> None:
-            progress.update(next(done), f"{int(rows.response_length[0, 0])} tokens")
+            def keep(index: int, rows: RolloutBatch) -> None:
+                row = left[index]
+                (found[row],) = completions(rows, policy.tokenizer)
+                self._keep(keys[row], found[row])
+                progress.update(len(found), f"{found[row].tokens} tokens")
 
-        # Of several processes none knows of the others' completions.
-        on_group = show if jax.process_count() == 1 else None
-        out = sampler.sample_all(params, batch, rng, on_group)
-        return completions(out, policy.tokenizer)
+            # Of several processes none knows of the others' completions.
+            on_group = keep if jax.process_count() == 1 else None
+            out = sampler.sample_all(params, batch, jax.random.key(self.config.seed), on_group)
+            found |= dict(zip(left, completions(out, policy.tokenizer), strict=True))
+        return [found[row] for row in range(len(ids))]
+
+    def _keep(self, key: str, one: Completion) -> None:
+        if self.kept is not None:
+            self.kept.add(key, one)
 
 
 def completion(ids: np.ndarray, cut: bool, tokenizer: Tokenizer) -> Completion:

@@ -344,6 +344,20 @@ def test_one_decode_slot_has_room_for_the_longest_prompt(bank_model):
         completer(bank_model, cache_tokens=1024)(prompts)
 
 
+def test_completions_cut_off_by_top_k_are_kept_as_well(bank_model, tmp_path):
+    prompts = [[{"role": "user", "content": text}] for text in ("one", "two", "three")]
+    path = tmp_path / "completions.jsonl"
+    complete = completer(bank_model, decode_slots=2, top_k=5, allow_truncated_support=True)
+    complete.kept = _Kept(path)
+    whole = complete(prompts)
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == 3
+    path.write_text("".join(lines[1:]))
+    for resumed in (2, 2 + 3):
+        complete.kept = _Kept(path)
+        assert complete(prompts) == whole and complete.resumed == resumed
+
+
 def test_models_that_cannot_answer_are_refused(model, bank_model, bank, tmp_path, capsys):
     words = ["--benchmark", "api_bank", "--data", str(bank), "--output", str(tmp_path / "x.json")]
     said = refused(capsys, str(model), *words)
