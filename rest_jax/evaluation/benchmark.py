@@ -346,7 +346,6 @@ class _Kept:
     def __init__(self, path: pathlib.Path):
         self.path = path
         self.found: dict[str, Completion] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         for line in text.splitlines():
             with contextlib.suppress(json.JSONDecodeError):  # one half written
@@ -361,6 +360,8 @@ class _Kept:
         self._append(json.dumps({"prompt": prompt, **dataclasses.asdict(found)}))
 
     def _append(self, line: str) -> None:
+        # Each time: the same command at another terminal removes the folder when it is done.
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(f"{line}\n")
 

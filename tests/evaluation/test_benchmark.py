@@ -358,6 +358,16 @@ def test_completions_cut_off_by_top_k_are_kept_as_well(bank_model, tmp_path):
         assert complete(prompts) == whole and complete.resumed == resumed
 
 
+def test_of_two_evaluations_at_once_the_first_to_end_leaves_the_other_its_folder(tmp_path):
+    first, second = (_Kept(tmp_path / "answers" / "x" / "completions.jsonl") for _ in range(2))
+    first.add("a", Completion("one"))
+    first.remove()
+    second.add("b", Completion("two"))
+    assert _Kept(second.path).found == {"b": Completion("two")}
+    second.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_models_that_cannot_answer_are_refused(model, bank_model, bank, tmp_path, capsys):
     words = ["--benchmark", "api_bank", "--data", str(bank), "--output", str(tmp_path / "x.json")]
     said = refused(capsys, str(model), *words)
