@@ -32,5 +32,5 @@ if [ -n "${INSTALL:-}" ]; then
 fi
 
 printf -v words ' %q' "$@" --distributed auto
-# rest-jax ends with 75 after a save on SIGTERM; the shell around it makes that 143.
-on_every_host "while pkill -F ~/.rest_jax.pid -x rest-jax 2>/dev/null; do sleep 1; done; trap 'kill -TERM \$!; wait \$!; exit 143' TERM; ~/rest_jax/bin/rest-jax$words & echo \$! > ~/.rest_jax.pid; wait \$!"
+# rest-jax ends with 75 after a save on SIGTERM; the shell around it makes that 143. A second SIGTERM would end it unsaved.
+on_every_host "pkill -F ~/.rest_jax.pid -x rest-jax 2>/dev/null && while pgrep -F ~/.rest_jax.pid -x rest-jax >/dev/null; do sleep 1; done; trap 'kill -TERM \$!; wait \$!; exit 143' TERM; ~/rest_jax/bin/rest-jax$words & echo \$! > ~/.rest_jax.pid; wait \$!"

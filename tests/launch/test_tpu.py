@@ -18,7 +18,8 @@ INSTALL = (
 )
 RUN = (
     "gcloud compute tpus tpu-vm ssh {node} --zone=z --worker=all"
-    " '--command=while pkill -F ~/.rest_jax.pid -x rest-jax 2>/dev/null; do sleep 1; done;"
+    " '--command=pkill -F ~/.rest_jax.pid -x rest-jax 2>/dev/null"
+    " && while pgrep -F ~/.rest_jax.pid -x rest-jax >/dev/null; do sleep 1; done;"
     " trap '\\''kill -TERM $!; wait $!; exit 143'\\'' TERM;"
     " ~/rest_jax/bin/rest-jax {words} --distributed auto & echo $! > ~/.rest_jax.pid; wait $!'\n"
 )
@@ -82,8 +83,9 @@ def test_a_host_that_is_told_to_stop_saves_and_says_so(fakes):
 
 
 def test_an_earlier_run_saves_first(fakes):
-    """One whose connection is lost: its host keeps running."""
-    fakes.answer(("gcloud", [{"run": "command"}]), ("rest-jax", [{"seconds": 60}, {}]))
+    """One whose connection is lost: its host keeps running. Its save takes longer than the launcher waits between looks."""
+    slow = {"seconds": 60, "save_seconds": 1.5}
+    fakes.answer(("gcloud", [{"run": "command"}]), ("rest-jax", [slow, {}]))
     fakes.start(VM, "pod", "z", "train", "first")
     earlier = fakes.process("rest-jax", "train", "first")
     fakes.run(VM, "pod", "z", "train", "second")

@@ -2,8 +2,9 @@
 
 $FAKES is a folder. calls.jsonl gets a line [process id, name, word, ...]. answers.json is a list of [part, answers]: the first
 part that occurs in the words, joined by spaces, has the answer, the next one at each call until one is left. An answer may have
-`out` (text), `seconds` (to take; SIGTERM in them makes it note "saved" and end with 0), `run` ("command": the value of
---command in a shell; "words": the words after the options) and `code` (the exit code).
+`out` (text), `seconds` (to take; SIGTERM in them makes it note "saved" and end with 0), `save_seconds` (before that; another
+SIGTERM in them makes it note "killed" and end with 143), `run` ("command": the value of --command in a shell; "words": the
+words after the options) and `code` (the exit code).
 """
 
 import fcntl
@@ -18,7 +19,7 @@ def main() -> None:
     name, words = os.path.basename(sys.argv[0]), sys.argv[1:]
     answer = next_answer(" ".join([name, *words]))
     if answer.get("seconds"):
-        signal.signal(signal.SIGTERM, lambda *_: (note(name, "saved"), os._exit(0)))
+        signal.signal(signal.SIGTERM, lambda *_: save(name, answer.get("save_seconds", 0)))
     note(name, *words)
     sys.stdout.write(answer.get("out", ""))
     sys.stdout.flush()
@@ -31,6 +32,13 @@ def main() -> None:
             words.pop(0)
         os.execvp(words[0], words)
     sys.exit(answer.get("code", 0))
+
+
+def save(name: str, seconds: float) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: (note(name, "killed"), os._exit(143)))
+    time.sleep(seconds)
+    note(name, "saved")
+    os._exit(0)
 
 
 def next_answer(line: str) -> dict:
