@@ -81,7 +81,8 @@ acquire() {
   done
 }
 
-# The command on all slices at once; the highest of their exit codes. Each has a process group, so that a signal can end it.
+# The command on all slices at once; 2 if one refuses its input, else the highest of their exit codes. Each has a process group, so
+# that a signal can end it.
 processes=''
 run_slices() {
   local node process result code=0
@@ -95,7 +96,7 @@ run_slices() {
   for process in $processes; do
     result=0
     wait "$process" || result=$?
-    [ "$result" -le "$code" ] || code=$result
+    [ "$code" = 2 ] || { [ "$result" != 2 ] && [ "$result" -le "$code" ]; } || code=$result
   done
   return "$code"
 }
@@ -111,8 +112,8 @@ while :; do
   run_slices || code=$?
   [ "$code" != 0 ] || break
   sleep "$poll"
-  # Lost slices and hosts that were told to stop are no failures of the run.
-  if [ "$(state)" = ACTIVE ] && [ "$code" != 143 ]; then
+  # Lost slices and hosts that were told to stop (143), themselves or with another (75), are no failures of the run.
+  if [ "$(state)" = ACTIVE ] && [ "$code" != 143 ] && [ "$code" != 75 ]; then
     if [ "$code" = 2 ] || [ "$left" = 0 ]; then break; fi
     left=$((left - 1))
   fi

@@ -3,8 +3,9 @@
 # Starts the same command on every host; jax finds the others by itself. `output=` must be a bucket, or a folder all hosts share.
 # INSTALL=WHEEL or INSTALL='rest-jax[tpu,gcs] @ git+https://HOST/REPOSITORY@REF' installs it first, into ~/rest_jax of every host; a
 # wheel with the extras EXTRAS (tpu,gcs: gs:// needs the latter).
-# A run that an earlier call left behind, when its connection broke, saves and ends first. Exit code: that of the run, but 143
-# when a host was told to shut down, and 1 or 255 when one cannot be reached. DRY_RUN=1 prints the commands.
+# A run that an earlier call left behind, when its connection broke, saves and ends first. Exit code: that of the first host in
+# order that did not end with 0: the run's, 143 when that host was told to shut down (75 when another was), 1 or 255 when it cannot
+# be reached. DRY_RUN=1 prints the commands.
 set -euo pipefail
 if [ $# -lt 3 ]; then
   echo "usage: $0 NAME ZONE train FILE ... [key=value ...]" >&2

@@ -54,7 +54,7 @@ def test_bad_input_ends_the_job(fakes, task):
     fakes.answer(("rest-jax", [{"code": 2}]))
     fakes.run("bash", "-c", task["run"], code=2, **variables(task))
     recovery = task["resources"]["job_recovery"]
-    assert 2 not in recovery["recover_on_exit_codes"]
+    assert recovery["recover_on_exit_codes"] == [143, 75]
     assert "max_restarts_on_errors" not in recovery
 
 

@@ -214,6 +214,12 @@ def test_bad_input_is_not_tried_again(fakes):
     assert asked.count("vm ssh") == 1 and asked[-1] == "delete"
 
 
+def test_bad_input_of_one_slice_is_seen_beside_the_failure_of_another(fakes):
+    hosts = [("uv pip", [{}]), ("ssh pod-0", [{"code": 2}]), ("ssh pod-1", [{"code": 255}])]
+    fakes.answer(states("ACTIVE"), READY, *hosts)
+    assert queued(fakes, 2, SLICES="2").count("vm ssh") == 2
+
+
 def test_a_failure_is_tried_again_so_often(fakes):
     fakes.answer(states("ACTIVE"), READY, ("pkill", [{"code": 1}]))
     asked = queued(fakes, 1, RETRIES="2", KEEP="1")
@@ -222,7 +228,8 @@ def test_a_failure_is_tried_again_so_often(fakes):
 
 
 def test_hosts_that_were_told_to_stop_are_no_failure(fakes):
-    fakes.answer(states("ACTIVE"), READY, ("pkill", [{"code": 143}, {"code": 143}, {}]))
+    """143: the first of them; 75: another one, with which it has saved."""
+    fakes.answer(states("ACTIVE"), READY, ("pkill", [{"code": 143}, {"code": 75}, {}]))
     assert queued(fakes, RETRIES="0").count("vm ssh") == 3
 
 
