@@ -49,10 +49,20 @@ if [ -n "${DRY_RUN:-}" ]; then
   exit
 fi
 
-# ACTIVE when every node is ready too; SUSPENDED as soon as one is lost, which the resource itself says later.
+fault=$(mktemp) released=''
+trap '
+  rm -f "$fault"
+  [ -n "$released" ] || echo "$name may still be there; to end it: ${release[*]}" >&2
+' EXIT
+
+# ACTIVE when every node is ready too; SUSPENDED as soon as one is lost, which the resource itself says later; ABSENT only when
+# gcloud says so: UNKNOWN when it fails otherwise, as without a network.
 state() {
   local found node
-  found=$(gcloud compute tpus queued-resources describe "$name" --zone="$zone" --format='value(state.state)' 2>/dev/null) || found=ABSENT
+  if ! found=$(gcloud compute tpus queued-resources describe "$name" --zone="$zone" --format='value(state.state)' 2>"$fault"); then
+    found=ABSENT
+    grep -q NOT_FOUND "$fault" || { found=UNKNOWN; cat "$fault" >&2; }
+  fi
   [ "$found" = ACTIVE ] || { echo "$found"; return; }
   for node in "${nodes[@]}"; do
     case $(gcloud compute tpus tpu-vm describe "$node" --zone="$zone" --format='value(state)' 2>/dev/null) in
@@ -103,7 +113,6 @@ run_slices() {
 
 trap '
   for process in $processes; do kill -TERM -- "-$process" 2>/dev/null || true; done
-  echo "$name is still there; to end it: ${release[*]}" >&2
   exit 130
 ' INT TERM
 while :; do
@@ -119,5 +128,8 @@ while :; do
   fi
   echo "$name: exit code $code; the same command again" >&2
 done
-[ -n "${KEEP:-}" ] || run "${release[@]}"
+if [ -z "${KEEP:-}" ]; then
+  run "${release[@]}"
+  released=1
+fi
 exit "$code"

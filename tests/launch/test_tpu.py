@@ -150,9 +150,15 @@ def queued(fakes, code: int = 0, **variables: str) -> list[str]:
     return asked
 
 
-def states(*found: str | None) -> tuple[str, list[dict]]:
+ABSENT = {"code": 1, "err": "ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND\n"}
+NO_NETWORK = {"code": 1, "err": "ERROR: gcloud crashed (TransportError)\n"}
+
+
+def states(*found: str | dict | None) -> tuple[str, list[dict]]:
     """What the queued resource says, call by call; None: there is none."""
-    answers = [{"code": 1} if state is None else {"out": f"{state}\n"} for state in found]
+    answers = [
+        {"out": f"{state}\n"} if isinstance(state, str) else state or ABSENT for state in found
+    ]
     return ("queued-resources describe", answers)
 
 
@@ -201,6 +207,23 @@ def test_a_look_that_fails_deletes_nothing(fakes):
         "vm install",
         "vm ssh",
     ]
+
+
+def test_a_watcher_without_a_network_waits_for_it(fakes):
+    """Whether the slice is there it cannot know: it neither requests it again nor uses up a try."""
+    outage = (NO_NETWORK,) * 3
+    fakes.answer(states("ACTIVE", *outage, "ACTIVE"), READY, ("pkill", [{"code": 255}, {}]))
+    assert [verb for verb in queued(fakes, RETRIES="0") if "describe" not in verb] == [
+        "vm install", "vm ssh", "vm install", "vm ssh", "delete",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", ["", "1"])
+def test_what_may_still_be_there_is_said(fakes, kept):
+    fakes.answer(states("ACTIVE"), READY, ("pkill", [{"code": 2}]))
+    words = (QUEUED, "pod", "z", "v5p-32", "train", "x")
+    said = fakes.run(*words, code=2, INSTALL=SOURCE, POLL="0", KEEP=kept)
+    assert (f"pod may still be there; to end it: {DELETE}" in said) == bool(kept)
 
 
 def test_a_request_that_is_refused_is_made_again_so_often(fakes):

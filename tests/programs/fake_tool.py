@@ -2,9 +2,9 @@
 
 $FAKES is a folder. calls.jsonl gets a line [process id, name, word, ...]. answers.json is a list of [part, answers]: the first
 part that occurs in the words, joined by spaces, has the answer, the next one at each call until one is left. An answer may have
-`out` (text), `seconds` (to take; SIGTERM in them makes it note "saved" and end with 0), `save_seconds` (before that; another
-SIGTERM in them makes it note "killed" and end with 143), `run` ("command": the value of --command in a shell; "words": the
-words after the options) and `code` (the exit code).
+`out` and `err` (texts), `seconds` (to take; SIGTERM in them makes it note "saved" and end with 0), `save_seconds` (before that;
+another SIGTERM in them makes it note "killed" and end with 143), `run` ("command": the value of --command in a shell; "words":
+the words after the options) and `code` (the exit code).
 """
 
 import fcntl
@@ -23,6 +23,7 @@ def main() -> None:
     note(name, *words)
     sys.stdout.write(answer.get("out", ""))
     sys.stdout.flush()
+    sys.stderr.write(answer.get("err", ""))
     time.sleep(answer.get("seconds", 0))
     if answer.get("run") == "command":
         (command,) = (word.partition("=")[2] for word in words if word.startswith("--command="))
