@@ -77,11 +77,25 @@ class Section(pydantic.BaseModel):
     def _flags_are_no_numbers(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         """Python, and so pydantic, takes true for 1 and 1 for true."""
         kind = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and kind not in (bool, Any):
+        alone = isinstance(value, bool) and kind not in (bool, Any)
+        if alone or (_has_flags(value) and not _takes_flags(kind)):
             raise ValueError(f"{value}: true and false are no values of it")
         if kind is bool and not isinstance(value, bool) and str(value).strip(" .01") == "":
             raise ValueError(f"{value!r}: true or false is needed")
         return value
+
+
+def _has_flags(value: Any) -> bool:
+    """Whether it is true or false, or has one within."""
+    if isinstance(value, Mapping | list | tuple):
+        return any(map(_has_flags, value.values() if isinstance(value, Mapping) else value))
+    return isinstance(value, bool)
+
+
+def _takes_flags(kind: Any) -> bool:
+    """Whether a value of this type may have them within; a record looks at its own fields."""
+    is_record = isinstance(kind, type) and issubclass(kind, pydantic.BaseModel)
+    return kind in (bool, Any) or is_record or any(map(_takes_flags, typing.get_args(kind)))
 
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -776,6 +790,16 @@ def _check_yaml(text: str) -> None:
             raise _Refused(problem=problem, problem_mark=event.start_mark)
 
 
+def _has_comment(text: str) -> bool:
+    """Whether YAML leaves some of it out as a comment: between its tokens there is nothing else that has a `#`."""
+    end = 0
+    for token in yaml.scan(text, yaml.SafeLoader):
+        if "#" in text[end : token.start_mark.index]:
+            return True
+        end = token.end_mark.index
+    return False
+
+
 _bent = re.compile(
     r"[-+]?(?:0[0-7_]*[1-7][0-7_]*|[0-9_]+(?::[0-5]?[0-9])+(?:\.[0-9_]*)?)"
 ).fullmatch
@@ -807,6 +831,8 @@ def _parse(overrides: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"override {override!r}: a value is missing; null stands for none")
         try:
             _check_yaml(value)
+            if _has_comment(value):
+                raise _Refused(problem="` #` begins a comment; put the value in quotes of its own")
             parsed.merge_with_dotlist([override])
         except _Refused as fault:
             raise ConfigError(f"override {override!r}: {fault.problem}") from fault

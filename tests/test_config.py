@@ -163,6 +163,7 @@ def test_every_fault_is_named_at_once_with_the_nearest_name(write):
         (["optimizer.learning_rate=.inf"], "optimizer.learning_rate: inf"),
         (["trainer=sft"], "trainer: unknown key (nearest: train)"),
         (["train.steps=true"], "train.steps: True: true and false are no values of it"),
+        (["curriculum.freed_to=[true,false]"], "freed_to: [True, False]: true and false are no"),
         (["optimizer.learning_rate=true"], "optimizer.learning_rate: True: "),
         (["rollout.staleness=true"], "rollout.staleness: True: "),
         (["mesh.data=false"], "mesh.data: False: "),
@@ -181,6 +182,12 @@ def test_every_fault_is_named_at_once_with_the_nearest_name(write):
         (["name=a/b"], "name: 'a/b': "),
         (["output=''"], "output: '': "),
         (["data.train=''"], "data.train: '': "),
+        (
+            ["output=/mnt/disk #2/runs"],
+            "override 'output=/mnt/disk #2/runs': ` #` begins a comment",
+        ),
+        (["output=#2"], "` #` begins a comment; put the value in quotes of its own"),
+        (["train={steps: 1} # or 2"], "` #` begins a comment"),
         (["train={steps: 1, steps: 2}"], "the value cannot be read"),
         (["seed=" + "[" * 100], "values within each other, more than 50 deep"),
         (["data.workers=2"], "data.workers: unknown key"),
@@ -213,6 +220,11 @@ def test_files_that_cannot_be_read(write, text, said):
     assert line.startswith(f"{path}: ") and said in line
     with pytest.raises(ConfigError, match="bad"):
         config.read_mapping(path)
+
+
+def test_a_value_with_a_hash_that_is_no_comment():
+    for word in ("output=/mnt/disk#2", "output='/mnt/disk #2'", 'output="/mnt/disk #2"'):
+        assert config.load(["scale/tiny"], [word]).output == word.partition("=")[2].strip("'\"")
 
 
 def test_comments_alone_are_an_empty_mapping(write):
