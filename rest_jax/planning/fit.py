@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from rest_jax.config import Config
+from rest_jax.config import Config, validate_as
 from rest_jax.errors import UserError
 from rest_jax.models.config import Remat
 
@@ -92,13 +92,16 @@ def candidates(
         if fewer >= _FEWEST_TOKENS:
             yield {"train.max_tokens_per_microbatch": fewer}
     mesh = config.mesh
+    shared = config.rollout.tensor or mesh.tensor
     if program in ROLLOUT:
-        yield {"rollout.tensor": 2 * (config.rollout.tensor or mesh.tensor)}
+        if shared > 0:  # how many -1 is, the devices decide
+            yield {"rollout.tensor": 2 * shared}
     elif mesh.data is None:  # one part a slice
-        yield {"mesh.data": 1, "mesh.fsdp": -1}
+        free = {} if -1 in (mesh.tensor, mesh.expert) else {"mesh.fsdp": -1}
+        yield {"mesh.data": 1, **free}
     elif mesh.data > 1:
         yield {"mesh.data": mesh.data // 2, "mesh.fsdp": mesh.fsdp * 2 if mesh.fsdp > 0 else -1}
-    if mesh.fsdp == -1 or mesh.fsdp % 2 == 0:
+    if mesh.tensor > 0 and (mesh.fsdp == -1 or mesh.fsdp % 2 == 0):
         yield {
             "mesh.tensor": mesh.tensor * 2,
             "mesh.fsdp": -1 if mesh.fsdp == -1 else mesh.fsdp // 2,
@@ -116,9 +119,11 @@ def _share(value: int, moving: float, left: float) -> int:
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
-    """The config with other values at these dotted keys, which alone count as given besides those that were."""
+    """The config with other values at these dotted keys, which alone count as given besides those that were. Raises
+    ConfigError.
+    """
     tree = config.model_dump(mode="json", exclude_unset=True)
     for key, value in values.items():
         section, name = key.split(".")
         tree.setdefault(section, {})[name] = value
-    return Config.model_validate(tree)
+    return validate_as(Config, tree, f"config {config.name}")

@@ -30,6 +30,10 @@ from rest_jax.texts import print_text
 FULL = 0.9  # of the memory: what is above is left to fragments and to the runtime
 
 
+class CompilerEnded(UserError):
+    """The compiler's process ended without a result, as one does that the system kills: whether the config fits is not known."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What a plan is for: `rest-jax train` or `rest-jax sft` on a topology. Lengths None: the longest that the config allows."""
@@ -91,10 +95,18 @@ def make_plan(config: Config, options: Options) -> dict[str, Any]:
     limit = FULL * where.chip.memory
     needs = made["memory"]["programs"]
     found = {"name": config.name, "fits": fit.largest(needs)[1] <= limit, **made}
-    found["change"] = None
+    found |= {"change": None, "not_compiled": []}  # why what was tried is not known to fit
     if found["fits"]:
         return found
-    compile = functools.partial(_needs, where=where, request=request | {"memory_only": True})
+
+    def compile(tried: Config) -> fit.Needs:
+        try:
+            made = compile_plan(tried, where, request | {"memory_only": True})
+        except CompilerEnded as error:
+            found["not_compiled"].append(str(error))
+            raise
+        return made["memory"]["programs"]
+
     change = fit.smallest_change(config, needs, limit, compile)
     if change is None:
         return found
@@ -128,10 +140,6 @@ def _lengths(config: Config, options: Options) -> tuple[int, int] | None:
         if asked > most:
             raise UserError(f"{option} {asked} is above {key} {most}; lower it")
     return prompt, response
-
-
-def _needs(config: Config, where: topology.Topology, request: dict[str, Any]) -> fit.Needs:
-    return compile_plan(config, where, request)["memory"]["programs"]
 
 
 def compile_plan(
@@ -178,7 +186,7 @@ def _run_compiler(request: dict[str, Any], where: topology.Topology) -> dict[str
             lines = [line for line in log.read().splitlines() if line.strip()]
         if done.returncode or not result.is_file():
             said = lines[-1] if lines else "nothing"
-            raise UserError(
+            raise CompilerEnded(
                 f"plan: the compiler of {where.name} ended with exit code {done.returncode}: {said}"
             )
         return json.loads(result.read_text())

@@ -107,7 +107,12 @@ def verdict(plan: Mapping[str, Any]) -> str:
     said = f"{name} needs the most, {programs[name]['total'] / GIB:.2f} GiB, {share:.0f} % of the limit"
     if plan["fits"]:
         return f"it fits: {said}"
-    change = plan["change"]
+    change, not_compiled = plan["change"], plan["not_compiled"]
+    if change is None and not_compiled:
+        return (
+            f"it does not fit: {said}; {len(not_compiled)} of the changes that were tried could not be compiled, and no other "
+            f"does: {not_compiled[-1]}"
+        )
     if change is None:
         return f"it does not fit: {said}; nothing that was tried does: take more devices"
     needs = change["memory"]["programs"]

@@ -1,6 +1,8 @@
 """The search for the smallest change, with a compiler that knows the memory of a config by a formula."""
 
-from rest_jax.config import Config
+import pytest
+
+from rest_jax.config import Config, ConfigError
 from rest_jax.errors import UserError
 from rest_jax.planning import fit
 
@@ -78,6 +80,30 @@ def test_keeping_less_comes_before_smaller_microbatches():
     needs = {"temporaries": 8, "total": 10}
     tried = list(fit.candidates(config(model={"source": "a", "remat": "dots"}), "update", needs, 6))
     assert tried[:2] == [{"model.remat": "block"}, {"train.max_tokens_per_microbatch": 8192}]
+
+
+@pytest.mark.parametrize("program", ["decode", "update", "apply"])
+@pytest.mark.parametrize(
+    "mesh",
+    [{"tensor": -1}, {"expert": -1}, {"data": -1}, {"tensor": -1, "data": 4}, {"fsdp": -1}],
+    ids=str,
+)
+def test_what_is_left_of_the_devices_is_left_on_one_axis(mesh, program):
+    """How many -1 is, the devices decide: no change is computed from it, and none has it twice."""
+    start = config(mesh={"fsdp": 2, **mesh})
+    changes = list(fit.candidates(start, program, {"temporaries": 8, "total": 10}, 6))
+    assert all(fit.with_values(start, change) for change in changes)
+
+
+def test_one_data_part_leaves_the_rest_to_the_axis_that_has_it():
+    for mesh, change in (({"tensor": -1, "fsdp": 2}, {}), ({}, {"mesh.fsdp": -1})):
+        changes = fit.candidates(config(mesh=mesh), "update", {"total": 10}, 6)
+        assert {"mesh.data": 1, **change} in changes
+
+
+def test_a_value_that_cannot_be_is_one_line():
+    with pytest.raises(ConfigError, match="config x: mesh: mesh sizes"):
+        fit.with_values(config(), {"mesh.tensor": -2})
 
 
 def test_nothing_helps_is_said():

@@ -227,6 +227,23 @@ def test_what_does_not_fit_ends_with_the_smallest_change(monkeypatch, cache, rec
     assert "it does not fit" in said and "it fits with " in said
 
 
+def test_a_compiler_that_is_killed_is_no_verdict(monkeypatch, recipe):
+    """The system kills it in every try, for its own memory: more devices need not help."""
+    where = topology.parse("cpu:8")
+    needs = {"decode": {"cache": 2**50, "total": 2**50}}
+
+    def compile_first(config, where, request):
+        if request["memory_only"]:
+            raise plan.CompilerEnded("plan: the compiler of cpu:8 ended with exit code -9: nothing")
+        return {"memory": {"limit": where.chip.memory, "programs": needs}}
+
+    monkeypatch.setattr(plan, "compile_plan", compile_first)
+    made = plan.make_plan(config.load([recipe]), plan.Options(where.name))
+    said = report.verdict(made)
+    assert made["change"] is None and said.endswith("ended with exit code -9: nothing")
+    assert "could not be compiled" in said and "more devices" not in said
+
+
 @pytest.mark.aot
 @on_tpu
 def test_slices_reduce_the_gradient_over_the_network_between_them(cache, recipe, tmp_path):
