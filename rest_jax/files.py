@@ -30,6 +30,7 @@ import fsspec
 from etils import epath
 from fsspec.config import conf as fsspec_config
 
+from rest_jax.cache_folder import user_cache
 from rest_jax.errors import UserError, full_disk
 
 Location = str | os.PathLike[str]
@@ -309,19 +310,13 @@ def fetch_folder(location: Location, leave: Sequence[str] = ()) -> pathlib.Path:
             raise UserError(f"{url}: no such folder, or it has no files")
         listing = repr((os.fspath(url), sorted(leave), sorted(found.items())))
         digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
-        copy = _fetched() / f"{url.name}-{digest}"
+        copy = user_cache() / "fetched" / f"{url.name}-{digest}"
         copy.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{copy}.lock"):
             if not copy.is_dir():
                 with atomic_folder(copy) as partial:
                     _download(url, sorted(found), partial, leave)
     return copy
-
-
-def _fetched() -> pathlib.Path:
-    """Where folders of stores are kept."""
-    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return base / "rest_jax" / "fetched"
 
 
 def _download(
@@ -412,7 +407,7 @@ def _read_through(
 def follow(folder: pathlib.Path) -> epath.Path:
     """A folder that `fetch_folder` may have left in the store: where it is. Other folders lead nowhere else."""
     url = folder.with_name(f"{folder.name}{_URL_FILE}")
-    left = url.is_file() and folder.parent.parent.resolve() == _fetched().resolve()
+    left = url.is_file() and folder.parent.parent.resolve() == (user_cache() / "fetched").resolve()
     return as_path(url.read_text()) if left else absolute(folder)
 
 

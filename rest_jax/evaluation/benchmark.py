@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from rest_jax import __version__
+from rest_jax.cache_folder import user_cache
 from rest_jax.config import Config, nearest
 from rest_jax.data.loader import bucketed, pad
 from rest_jax.data.records import StepRecord
@@ -57,7 +58,6 @@ from rest_jax.rollout.requests import Piece, Request, make_stream
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import truncated
 from rest_jax.run import checkpoint
-from rest_jax.run.environment import user_cache
 from rest_jax.run.load import is_run, load_policy, model_files, result_place
 from rest_jax.run.metrics import summary_table
 from rest_jax.run.progress import Progress

@@ -19,11 +19,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rest_jax.errors import UserError
-from rest_jax.files import atomic_write
-from rest_jax.planning import estimate, fit, hlo, topology
+from rest_jax.planning import cache, estimate, fit, hlo, topology
 from rest_jax.planning.estimate import Calls, Cost
 from rest_jax.planning.measure import Measured, Rates, Sizes, Work, measure
-from rest_jax.run.environment import LIBTPU_VARIABLE, end_when_closed, user_cache
+from rest_jax.run.environment import LIBTPU_VARIABLE, end_when_closed
 from rest_jax.texts import print_text
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
@@ -109,9 +108,9 @@ def compile_program(
         lowered = program.lower()
     ids = [device.id for device in setup.policy.mesh.devices.flat]
     given = json.dumps([lowered.as_text(), where.name, ids, compiler_flags(where), versions()])
-    path = _cache() / f"{hashlib.sha256(given.encode()).hexdigest()}.json.gz"
-    if path.is_file():
-        kept = json.loads(gzip.decompress(path.read_bytes()))
+    name = f"{hashlib.sha256(given.encode()).hexdigest()}.json.gz"
+    if (packed := cache.read(name)) is not None:
+        kept = json.loads(gzip.decompress(packed))
         found = kept["allocation"]
         found = found if isinstance(found, int) else Allocation(**found)
         return Compiled(found, kept["text"], kept["seconds"])
@@ -127,10 +126,7 @@ def compile_program(
         found = Compiled(Allocation.of(compiled), text, seconds)
     for file in dump.rglob("*.txt"):
         file.unlink()
-    kept = dataclasses.asdict(found)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as partial:
-        partial.write_bytes(gzip.compress(json.dumps(kept).encode()))
+    cache.write(name, gzip.compress(json.dumps(dataclasses.asdict(found)).encode()))
     return found
 
 
@@ -280,10 +276,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _cache() -> pathlib.Path:
-    return user_cache() / "plans"
 
 
 def main() -> int:

@@ -21,9 +21,9 @@ from rest_jax import config as config_lib
 from rest_jax.config import Config, builtin_file
 from rest_jax.errors import UserError
 from rest_jax.files import Location, atomic_write, local_path
-from rest_jax.planning import fit, report, topology
+from rest_jax.planning import cache, fit, report, topology
 from rest_jax.planning.compiler import versions
-from rest_jax.run.environment import LIBTPU_VARIABLE, user_cache
+from rest_jax.run.environment import LIBTPU_VARIABLE
 from rest_jax.run.metrics import CONFIG_FILE, DIGESTS_FILE, read_lines
 from rest_jax.texts import print_text
 
@@ -145,20 +145,20 @@ def _lengths(config: Config, options: Options) -> tuple[int, int] | None:
 def compile_plan(
     config: Config, where: topology.Topology, request: dict[str, Any]
 ) -> dict[str, Any]:
-    """What `planning.compiler` finds out of a config, from the cache where it is known."""
+    """What `planning.compiler` finds out of a config, from the cache where it is known. CompilerEnded, and UserError for a config
+    that cannot be used.
+    """
     # without defaults: the keys that are given say which command the config is for
     request = request | {"config": config.model_dump(mode="json", exclude_unset=True)}
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", LIBTPU_VARIABLE)]
     known = json.dumps([request, versions(), flags, _sources()], sort_keys=True)
-    path = user_cache() / "plans" / f"{hashlib.sha256(known.encode()).hexdigest()}.json"
-    if path.is_file():
-        return json.loads(path.read_text())
+    name = f"{hashlib.sha256(known.encode()).hexdigest()}.json"
+    if (kept := cache.read(name)) is not None:
+        return json.loads(kept)
     found = _run_compiler(request, where)
     if "error" in found:
         raise UserError(found["error"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as partial:
-        partial.write_text(json.dumps(found))
+    cache.write(name, json.dumps(found).encode())
     return found
 
 

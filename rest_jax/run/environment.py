@@ -21,6 +21,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from rest_jax.cache_folder import user_cache
+from rest_jax.errors import UserError
 from rest_jax.texts import warn
 
 # XLA aborts the process on a flag it does not know: this one was tried with the jaxlib named here. XLA's own choice is 256.
@@ -90,7 +92,7 @@ def configure() -> None:
             return
         try:
             os.environ[_CACHE] = _writable(chosen)
-        except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
+        except (OSError, RuntimeError, UserError) as error:  # RuntimeError: ~ and no home folder
             warn(f"no compilation cache: {error}")
             return
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", _MIN_COMPILE_SECONDS)
@@ -128,12 +130,6 @@ def libtpu_flags(present: str) -> str:
     """`present` (LIBTPU_INIT_ARGS as it is) with `LIBTPU_FLAGS`, those that it names excepted."""
     ours = (f"--{name}={value}" for name, value in LIBTPU_FLAGS.items() if name not in present)
     return " ".join([present, *ours]).strip()
-
-
-def user_cache() -> pathlib.Path:
-    """The folder of this package in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(base, "rest_jax").expanduser().absolute()
 
 
 def _writable(chosen: str | None) -> str:

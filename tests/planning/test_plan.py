@@ -114,6 +114,19 @@ def test_the_same_plan_is_found_and_compiles_nothing(cache, made, recipe, monkey
     assert plan.make_plan(config.load([recipe]), plan.Options("cpu:8")) == made
 
 
+def test_a_cache_that_cannot_be_used_is_one_warning(recipe, monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    asked = []
+    monkeypatch.setattr(plan, "_run_compiler", lambda request, _: asked.append(1) or {"made": 1})
+    for steps in (1, 2):
+        loaded = config.load([recipe], [f"train.steps={steps}"])
+        assert plan.compile_plan(loaded, topology.parse("cpu:8"), {}) == {"made": 1}
+    said = capsys.readouterr().err
+    assert asked == [1, 1] and said.count("what is compiled is not kept") == 1
+    assert f"{tmp_path}/file/rest_jax/plans: Not a directory" in said
+
+
 @pytest.mark.slow
 def test_a_supervised_plan_has_the_update_and_the_evaluations(cache, recipe, capsys, tmp_path):
     """As many useful FLOPs as three passes over the gold responses take, and no rollout but that of the evaluations."""

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import platform
+import pwd
 import re
 import signal
 import subprocess
@@ -11,6 +12,8 @@ import sys
 
 import pytest
 
+from rest_jax.cache_folder import user_cache
+from rest_jax.errors import UserError
 from rest_jax.run import environment
 
 PROGRAMS = pathlib.Path(__file__).parent.parent / "programs"
@@ -81,6 +84,17 @@ def test_a_folder_that_cannot_be_made_is_a_warning_and_no_cache(tmp_path):
     assert "JAX_COMPILATION_CACHE_DIR" not in found
     assert len(warned.splitlines()) == 1
     assert "no compilation cache" in warned and str(home) in warned
+
+
+def test_a_user_without_a_home_is_told_to_name_a_cache(monkeypatch):
+    def nobody(_):
+        raise KeyError
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    with pytest.raises(UserError, match="no home folder; set XDG_CACHE_HOME"):
+        user_cache()
 
 
 def test_what_the_user_set_is_kept(tmp_path):
