@@ -168,6 +168,7 @@ def _load_model(
     """The config to use a model under, once this process has joined the others; with the `plugins` that a run names itself."""
     from rest_jax.run.load import config_of
 
+    _once(list(overrides))  # some of them options of the command line
     loaded = config_of(model, overrides, plugins)
     _join(world, loaded)
     return loaded
@@ -341,8 +342,9 @@ def quickstart(
     """Train, evaluate and export a tiny policy on CPU, in minutes."""
     from rest_jax import quickstart
 
-    chosen = [] if seed is None else [f"seed={seed}"]
-    return quickstart.quickstart([*chosen, *overrides], fresh)
+    words = [*([] if seed is None else [f"seed={seed}"]), *overrides]
+    _once(words)
+    return quickstart.quickstart(words, fresh)
 
 
 @app.command(rich_help_panel=_TRAIN)

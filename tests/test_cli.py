@@ -141,6 +141,13 @@ def test_a_group_without_a_command_prints_its_help(capsys):
         ("evaluate m synthetic:eval seed=1 seed=2", "seed: two values"),
         ("reproduce m new seed=1 seed=2", "seed: two values"),
         ("serve m seed=1 seed=2", "seed: two values"),
+        (
+            "evaluate m synthetic:eval rollout.max_response_tokens=8 --max-response-tokens 9",
+            "rollout.max_response_tokens: two values, '8' and '9'; give one",
+        ),
+        ("serve m --template hermes data.template=toolrl", "data.template: two values"),
+        ("chat m --template hermes data.template=toolrl", "data.template: two values"),
+        ("quickstart --seed 1 seed=2", "seed: two values, '1' and '2'"),
         ("data prepare openai a b data.template=x data.template=y", "data.template: two values"),
         ("train scale/tiny train.steps=", "override 'train.steps=': a value is missing"),
         ("train scale/tiny_sft", "read by `rest-jax sft`, not by `rest-jax train`"),
