@@ -13,6 +13,7 @@ and batch/v1.
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import yaml
@@ -30,6 +31,17 @@ PORT = 8476
 STOPPABLE = 'trap \'kill -TERM $!; wait $!; exit 143\' TERM; "$0" "$@" & wait $!'
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """What reads a whole number, that or more; of another word argparse makes its error."""
+
+    def read(word: str) -> int:
+        if not word.isdecimal() or int(word) < least:
+            raise argparse.ArgumentTypeError(f"{word}: a whole number, {least} or more, is needed")
+        return int(word)
+
+    return read
+
+
 def main() -> None:
     """Reads the command line, prints the manifest."""
     parser = argparse.ArgumentParser(description="Prints a JobSet for kubectl apply -f -")
@@ -42,17 +54,17 @@ def main() -> None:
     kind.add_argument(
         "--tpu", metavar="TYPE:TOPOLOGY", help=f"a slice; types: {', '.join(ACCELERATORS)}"
     )
-    kind.add_argument("--gpus", type=int, help="GPUs of a node")
-    parser.add_argument("--slices", type=int, default=1, help="TPU slices")
+    kind.add_argument("--gpus", type=at_least(1), help="GPUs of a node")
+    parser.add_argument("--slices", type=at_least(1), default=1, help="TPU slices")
     parser.add_argument(
-        "--chips", type=int, help="of a TPU host; default: 4, or all of a smaller slice"
+        "--chips", type=at_least(1), help="of a TPU host; default: 4, or all of a smaller slice"
     )
-    parser.add_argument("--nodes", type=int, default=1, help="GPU nodes")
+    parser.add_argument("--nodes", type=at_least(1), default=1, help="GPU nodes")
     parser.add_argument("--gpu-type", help="value of the label cloud.google.com/gke-accelerator")
     parser.add_argument("--spot", action="store_true", help="on spot nodes of GKE")
-    parser.add_argument("--restarts", type=int, default=20, help="at most")
+    parser.add_argument("--restarts", type=at_least(0), default=20, help="at most")
     parser.add_argument(
-        "--grace", type=int, default=300, help="seconds to save when a pod is told to stop"
+        "--grace", type=at_least(0), default=300, help="seconds to save when a pod is told to stop"
     )
     parser.add_argument("--service-account", help="of the pods, with access to the bucket")
     parser.add_argument(
@@ -72,7 +84,7 @@ def tpu_slices(
     """Fields of the replicated job, the pod and the container; one pod a host of each slice."""
     kind, _, topology = options.tpu.partition(":")
     sides = topology.split("x")
-    if kind not in ACCELERATORS or not all(side.isdigit() for side in sides):
+    if kind not in ACCELERATORS or not all(side.isdecimal() and int(side) for side in sides):
         raise ValueError(
             f"--tpu {options.tpu}: not TYPE:TOPOLOGY such as v5p:2x2x4; types: {', '.join(ACCELERATORS)}"
         )

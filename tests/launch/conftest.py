@@ -118,16 +118,16 @@ class Stages:
     folder: pathlib.Path
 
     def start(
-        self, script: str, *words: str, seconds: float = 0, code: int = 0
+        self, script: str, *words: str, seconds: float = 0, code: int = 0, **variables: str
     ) -> subprocess.Popen[str]:
         """Starts launch/<script>, each of whose commands takes so long and ends with that code."""
         environment = os.environ | {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}"}
         environment |= {"LOG": str(self.folder / "log")}
-        environment |= {"SECONDS_EACH": str(seconds), "CODE": str(code)}
+        environment |= {"SECONDS_EACH": str(seconds), "CODE": str(code), **variables}
         # Where the tests run in the background, Ctrl-C is ignored, and a shell cannot trap what it inherits as ignored.
         return subprocess.Popen(
             [str(REPOSITORY / "launch" / script), *words], cwd=self.folder, env=environment,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 

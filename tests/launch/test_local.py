@@ -36,6 +36,15 @@ def test_too_few_gpus(fakes):
     assert "CUDA_VISIBLE_DEVICES=5,3 has fewer than 3 GPUs" in said
 
 
+@pytest.mark.parametrize("count", ["0", "-1", "x", "1+1", "a[0]"])
+def test_a_count_that_is_none(fakes, count):
+    assert "usage: " in fakes.run(SCRIPT, count, "train", "x", code=2)
+
+
+def test_a_count_with_a_zero_is_decimal(fakes):
+    assert len(fakes.dry_run(SCRIPT, "08", "train", "x", CUDA_VISIBLE_DEVICES="").splitlines()) == 8
+
+
 def test_words_survive(fakes, words):
     expected = [["rest-jax", *words, "--distributed", f"{i}/2@127.0.0.1:8476"] for i in range(2)]
     fakes.run("bash", "-c", fakes.dry_run(SCRIPT, "2", *words))

@@ -54,6 +54,20 @@ def test_the_stages(start, stages):
     assert outputs == [*(f"runs/real/{name}.jsonl" for name in EVALUATED), "runs/real/report.html"]
 
 
+def test_dry_run(start, stages, tmp_path):
+    """It prints what is left, the installation too, and makes nothing."""
+    (tmp_path / "models/smollm2").rmdir()
+    process = start("sgd", DRY_RUN="1")
+    printed = [line for line in process.communicate(timeout=60)[0].splitlines() if line]
+    assert process.returncode == 0 and printed[0] == "mkdir -p runs/real"
+    assert printed[1].startswith("python -m pip install ")
+    assert [line.split()[1] for line in printed[2:]] == [
+        *("convert", "data", "data", "evaluate", "sft", "evaluate", "train", "evaluate", "train"),
+        *("evaluate", "report", "evaluate", "evaluate", "evaluate", "evaluate"),
+    ]
+    assert stages.said() == [] and not (tmp_path / "runs").exists()
+
+
 def test_what_is_done_is_not_done_again(start, stages, tmp_path):
     """Runs are told again, since they know themselves that they are done."""
     folder = tmp_path / "runs/real"

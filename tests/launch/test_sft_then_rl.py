@@ -39,6 +39,15 @@ def test_the_folders_without_words(start, stages):
     assert second.name == "tiny-sft-grpo"
 
 
+def test_dry_run(start, stages):
+    printed, _ = start("tiny", "grpo", "output=/a b", DRY_RUN="1").communicate(timeout=60)
+    assert printed == (
+        "rest-jax sft scale/tiny_sft method/sft 'output=/a b' name=tiny-sft\n"
+        "rest-jax train scale/tiny method/grpo 'output=/a b' name=tiny-sft-grpo 'model.source=/a b/tiny-sft'\n"
+    )
+    assert stages.said() == []
+
+
 def test_usage(start, stages):
     process = start("tiny")
     assert "usage: " in process.communicate(timeout=60)[1] and process.returncode == 2
