@@ -858,13 +858,11 @@ def show(words: Configs) -> None:
 
     files, overrides = split(words)
     origins = config.origins(files, overrides)
-    lines = config.dump(config.load(files, overrides)).splitlines()
-    width = max(map(len, lines))
-    section = ""
-    for line in lines:
-        key = line.partition(":")[0]
-        section = section if line.startswith(" ") else key
-        origin = origins.get(key if section == key else f"{section}.{key.strip()}")
+    text = config.dump(config.load(files, overrides))
+    places = {line: origins.get(path) for line, path in config.lines(text)}
+    width = max(map(len, text.splitlines()))
+    for number, line in enumerate(text.splitlines()):
+        origin = places.get(number)
         print_text(line if origin is None else f"{line:<{width}}  # {origin}")
 
 

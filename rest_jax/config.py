@@ -624,6 +624,21 @@ def dump(config: Config) -> str:
     return OmegaConf.to_yaml(config.model_dump(mode="json"))
 
 
+def lines(text: str) -> Iterator[tuple[int, str]]:
+    """(number from 0, dotted path) of each line of a dumped config behind which a comment on that path may stand: the last one of
+    a text, which may be broken, the first one of anything else.
+    """
+    stack = [("", yaml.compose(text, yaml.SafeLoader))]
+    while stack:
+        prefix, node = stack.pop()
+        for key, value in node.value:
+            path = f"{prefix}{key.value}"
+            is_text = isinstance(value, yaml.ScalarNode)
+            yield (value.end_mark if is_text else key.start_mark).line, path
+            if isinstance(value, yaml.MappingNode):
+                stack.append((f"{path}.", value))
+
+
 def differences(old: Section | Tree, new: Section | Tree) -> list[Difference]:
     """The leaves in which two configs (or plain mappings) differ; a leaf that is absent counts as None."""
     there, here = dict(leaves(old)), dict(leaves(new))

@@ -549,6 +549,17 @@ def test_config_show_says_where_values_come_from(tmp_path):
     assert shown["rollout"]["group_size"] == 4 and shown["weights"]["zero"] == ["tag", "name"]
 
 
+def test_config_show_knows_values_of_options_and_texts_of_several_lines():
+    """`tag` is an option and a key of its section; a line of YAML is broken where a text is long."""
+    data = "/a b/" + "c " * 60 + "tag: d"
+    words = ("weights.options={share: 0.1, tag: 5}", f"data.train='{data}'")
+    said = succeed("config", "show", "scale/tiny", "method/top_entropy", *words)
+    lines = [(line.split(":")[0], line.partition("# ")[2]) for line in said.splitlines()]
+    assert ("    share", "command line") in lines and ("    tag", "command line") in lines
+    assert ("  tag", "default") in lines
+    assert yaml.safe_load(said)["data"]["train"] == data
+
+
 def test_doctor(monkeypatch):
     said = succeed("doctor").splitlines()
     lines = {line.split("  ")[0]: line for line in said}
