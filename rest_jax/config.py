@@ -419,6 +419,7 @@ class OptimizerConfig(Section):
 
 
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down", "all"]
+_PROJECTION = {"type": "string", "enum": list(typing.get_args(Projection))}
 
 
 class LoraConfig(Section):
@@ -431,6 +432,9 @@ class LoraConfig(Section):
         tuple[Projection, ...],
         pydantic.Field(min_length=1),
         pydantic.BeforeValidator(lambda given: (given,) if isinstance(given, str) else given),
+        pydantic.WithJsonSchema(
+            {"anyOf": [{"type": "array", "items": _PROJECTION, "minItems": 1}, _PROJECTION]}
+        ),
     ] = ("all",)
     # of the frozen matrices; auto: that of the computation, which reads them in it anyway
     base_dtype: Dtype = "auto"

@@ -36,8 +36,11 @@ def test_it_holds_for_the_builtin_files_and_refuses_what_a_config_refuses():
     for file in FILES:
         checker.validate(yaml.load(file.read_text(), yaml.SafeLoader))
     checker.validate({"seed": "${rollout.group_size}", "train": {"steps": None}})
+    for targets in ("q", ["q", "up"], "${name}"):
+        checker.validate({"lora": {"targets": targets}})
     for wrong in ({"sed": 1}, {"rollout": {"group_size": 1}}, {"loss": {"advantage": "ppo"}},
-                  {"train": {"steps": "many"}}, {"data": {"shuffle": 3}}):  # fmt: skip
+                  {"lora": {"targets": []}}, {"lora": {"targets": "w"}}, {"train": {"steps": "many"}},
+                  {"data": {"shuffle": 3}}):  # fmt: skip
         assert not checker.is_valid(wrong), wrong
 
 
