@@ -56,14 +56,14 @@ trap '
 ' EXIT
 
 # ACTIVE when every node is ready too; SUSPENDED as soon as one is lost, which the resource itself says later; ABSENT only when
-# gcloud says so: UNKNOWN when it fails otherwise, as without a network.
+# gcloud says so: UNKNOWN, and a return code of 1, when it fails otherwise, as without a network.
 state() {
-  local found node
+  local found node failed=0
   if ! found=$(gcloud compute tpus queued-resources describe "$name" --zone="$zone" --format='value(state.state)' 2>"$fault"); then
     found=ABSENT
-    grep -q NOT_FOUND "$fault" || { found=UNKNOWN; cat "$fault" >&2; }
+    grep -q NOT_FOUND "$fault" || { found=UNKNOWN failed=1; cat "$fault" >&2; }
   fi
-  [ "$found" = ACTIVE ] || { echo "$found"; return; }
+  [ "$found" = ACTIVE ] || { echo "$found"; return "$failed"; }
   for node in "${nodes[@]}"; do
     case $(gcloud compute tpus tpu-vm describe "$node" --zone="$zone" --format='value(state)' 2>/dev/null) in
       READY) ;;
@@ -79,9 +79,12 @@ use_up_a_try() {
   left=$((left - 1))
 }
 
+# An outage is waited out; what has not answered once has no login, no network or no gcloud.
+answered=''
 acquire() {
   local now
-  while now=$(state); [ "$now" != ACTIVE ]; do
+  while now=$(state) || [ -n "$answered" ] || { released=1; exit 1; }; [ "$now" != ACTIVE ]; do
+    answered=1
     echo "$name: $now" >&2
     case $now in
       ABSENT) run "${request[@]}" || use_up_a_try $? ;;
@@ -89,6 +92,7 @@ acquire() {
     esac
     sleep "$poll"
   done
+  answered=1
 }
 
 # The command on all slices at once; 2 if one refuses its input, else the highest of their exit codes. Each has a process group, so

@@ -218,6 +218,15 @@ def test_a_watcher_without_a_network_waits_for_it(fakes):
     ]  # fmt: skip
 
 
+def test_what_has_never_answered_is_not_waited_for(fakes):
+    """No login, no network or no gcloud: nothing was requested."""
+    fakes.answer(states(NO_NETWORK))
+    words = (QUEUED, "pod", "z", "v5p-32", "train", "x")
+    said = fakes.run(*words, code=1, INSTALL=SOURCE, POLL="0")
+    assert "TransportError" in said and "may still be there" not in said
+    assert len(fakes.calls("gcloud")) == 1
+
+
 @pytest.mark.parametrize("kept", ["", "1"])
 def test_what_may_still_be_there_is_said(fakes, kept):
     fakes.answer(states("ACTIVE"), READY, ("pkill", [{"code": 2}]))
