@@ -41,6 +41,7 @@ _BACKWARDS = frozenset(
     ("strip", "lstrip", "rstrip", "trim", "rfind", "rindex", "rpartition", "rsplit")
 )
 _deadline: ContextVar[float] = ContextVar("deadline", default=float("inf"))
+_date: ContextVar[Callable[[str], str] | None] = ContextVar("date", default=None)
 
 
 class TemplateLimitError(jinja2.TemplateRuntimeError):
@@ -51,13 +52,19 @@ def install() -> None:
     """Makes transformers compile chat templates in the limited environment."""
     from transformers.utils import chat_template_utils
 
-    chat_template_utils.ImmutableSandboxedEnvironment = LimitedEnvironment  # pyright: ignore[reportPrivateImportUsage]
+    if chat_template_utils.ImmutableSandboxedEnvironment is not LimitedEnvironment:  # pyright: ignore[reportPrivateImportUsage]
+        chat_template_utils.ImmutableSandboxedEnvironment = LimitedEnvironment  # pyright: ignore[reportPrivateImportUsage]
+        # What is compiled already has no limits.
+        chat_template_utils._compile_jinja_template.cache_clear()
 
 
 @contextlib.contextmanager
-def rendering() -> Iterator[None]:
-    """The limits hold within the block. All that is raised in it is a jinja2.TemplateError."""
+def rendering(date: Callable[[str], str] | None = None) -> Iterator[None]:
+    """The limits hold within the block. All that is raised in it is a jinja2.TemplateError. `date` writes the date in the format
+    that a template asks for, None: today's.
+    """
     token = _deadline.set(time.thread_time() + SECONDS)
+    dated = _date.set(date)
     try:
         yield
     except jinja2.TemplateError:
@@ -67,6 +74,7 @@ def rendering() -> Iterator[None]:
         raise jinja2.TemplateRuntimeError(said) from error
     finally:
         _deadline.reset(token)
+        _date.reset(dated)
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
@@ -105,6 +113,10 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         if obj is _tick or obj is _measured:
             return obj(*args)
         _tick()
+        date = _date.get()
+        if date is not None and obj is self.globals.get("strftime_now"):
+            # Not a value given to the template: transformers makes plain data of those.
+            obj = date
         method = getattr(obj, "__wrapped__", obj)  # jinja2 wraps `format`
         owner = getattr(method, "__self__", None)
         if isinstance(owner, str | bytes | int):

@@ -33,12 +33,22 @@ Message = Mapping[str, str]  # {"role": ..., "content": ...}
 
 # What a template that asks for the date is told; Llama 3's falls back on it.
 DATE = datetime.date(2024, 7, 26)
-# Hides the function by which transformers tells a template the date.
-DATE_MACRO = (
-    "{% macro strftime_now(format) %}{{ format"
-    + "".join(f" | replace('%{c}', '{DATE:%{c}}')" for c in "aAbBdeFHIjmMpSTyY")
-    + " }}{% endmacro %}"
-)
+# What of it would be other words under another locale, or another number in another time zone.
+_DATE_WORDS = {
+    "%a": "Fri",
+    "%A": "Friday",
+    "%b": "Jul",
+    "%B": "July",
+    "%c": "Fri Jul 26 00:00:00 2024",
+    "%h": "Jul",
+    "%p": "AM",
+    "%P": "am",
+    "%r": "12:00:00 AM",
+    "%s": "1721952000",
+    "%x": "07/26/24",
+    "%X": "00:00:00",
+}
+_MAX_FORMAT = 1000  # characters; the C library pads to widths, in up to 256 for each
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes a space as this
@@ -479,6 +489,16 @@ def _kind_of_model(file: pathlib.Path) -> Any:
     return None
 
 
+def date_text(format: str) -> str:
+    """DATE in a format of strftime's. TemplateLimitError for one that is too long."""
+    if len(format) > _MAX_FORMAT:
+        raise chat_sandbox.TemplateLimitError(
+            f"the chat template writes a date in a format of {len(format):,} characters, more than {_MAX_FORMAT:,}"
+        )
+    known = re.sub("%.", lambda found: _DATE_WORDS.get(found[0], found[0]), format)
+    return DATE.strftime(known)
+
+
 def _render(
     hf: Any, messages: Sequence[Message], tools: Sequence[Any] = (), prompt: bool = True
 ) -> str:
@@ -489,7 +509,7 @@ def _render(
     """
     given = list(tools) or None
     try:
-        with chat_sandbox.rendering():
+        with chat_sandbox.rendering(date_text):
             template = hf.get_chat_template(tools=given)
             if len(template) > _MAX_TEMPLATE:
                 raise chat_sandbox.TemplateLimitError(
@@ -500,7 +520,7 @@ def _render(
                 tools=given,
                 add_generation_prompt=prompt,
                 tokenize=False,
-                chat_template=DATE_MACRO + template,
+                chat_template=template,
             )
     except jinja2.TemplateError:
         raise

@@ -14,7 +14,8 @@ import transformers
 from rest_jax.data.convert import SOURCES
 from rest_jax.data.fields import RecordError
 from rest_jax.data.tokenize import Encoder
-from rest_jax.models.tokenizer import DATE_MACRO, Tokenizer
+from rest_jax.models.chat_sandbox import rendering
+from rest_jax.models.tokenizer import DATE, Tokenizer, date_text
 from rest_jax.templates import TEMPLATES
 
 HERMES = ("qwen2.5", "qwen3", "qwen3_2507", "qwen3_thinking_2507")
@@ -87,13 +88,10 @@ PARALLEL = [
 
 def _own(tokenizer, chat, tools):
     """What transformers writes for the chat and its tools."""
-    return tokenizer.hf.apply_chat_template(
-        chat,
-        tools=tools,
-        add_generation_prompt=True,
-        tokenize=False,
-        chat_template=DATE_MACRO + tokenizer.hf.chat_template,
-    )
+    with rendering(date_text):
+        return tokenizer.hf.apply_chat_template(
+            chat, tools=tools, add_generation_prompt=True, tokenize=False
+        )
 
 
 @pytest.mark.parametrize(("family", "template"), FAMILIES)
@@ -240,7 +238,21 @@ def test_whatever_a_chat_template_raises_is_a_fault_of_the_record(tokenizers, ex
         Encoder(tokenizer, TEMPLATES["hermes"])([record])
 
 
-def test_every_format_of_the_date_is_frozen(tokenizers):
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ("%Y-%m-%d %H:%M, %A %d %B %y", "2024-07-26 00:00, Friday 26 July 24"),
+        ("%B %-d, week %V, 100%%d", "July 26, week 30, 100%d"),
+        ("%s", "1721952000"),
+    ],
+)
+def test_every_format_of_the_date_is_frozen(tokenizers, written, text):
     tokenizer = Tokenizer.load(tokenizers["smollm2"].source)
-    tokenizer.hf.chat_template = "{{ strftime_now('%Y-%m-%d %H:%M, %A %d %B %y') }}"
-    assert tokenizer.render_prompt([_user("x")]) == "2024-07-26 00:00, Friday 26 July 24"
+    tokenizer.hf.chat_template = f"{{{{ strftime_now('{written}') }}}}"
+    assert tokenizer.render_prompt([_user("x")]) == text
+
+
+def test_the_words_of_the_date_are_those_of_no_locale():
+    letters = "aAbBcdDeFgGhHIjmMnpPrRSTuUVwWxXyY"
+    for each in (f"%{letter}" for letter in letters):
+        assert date_text(each) == DATE.strftime(each), each

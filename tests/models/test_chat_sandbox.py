@@ -8,6 +8,7 @@ from transformers.utils import chat_template_utils
 
 from rest_jax.models import chat_sandbox
 from rest_jax.models.chat_sandbox import TemplateLimitError, rendering
+from rest_jax.models.tokenizer import date_text
 
 CHAT = [{"role": "user", "content": "hi", "sent": 1_700_000_000}] * 2
 AGAIN = "{% set n = namespace(x='ab') %}{% for i in range(60) %}"
@@ -137,3 +138,30 @@ def test_long_texts_of_a_chat_are_within_the_limits():
         "{{ c | replace('x', '') | length }} {{ c | tojson | length }} {{ c | indent(2) | length }}"
     )
     assert render(template) == "3999999 3999999 3000000 5000002 5999998"
+
+
+def test_the_date_is_written_in_a_format_of_bounded_length():
+    """The C library pads to any width."""
+    chat_sandbox.install()
+    with rendering(date_text):
+        texts, _ = chat_template_utils.render_jinja_template(
+            [CHAT], chat_template="{{ strftime_now('%9999999999d') | length < 10000 }}"
+        )
+        assert texts == ["True"]
+        with pytest.raises(TemplateLimitError, match="format of 4,000,000 characters"):
+            chat_template_utils.render_jinja_template(
+                [CHAT], chat_template="{{ strftime_now('%999d' * 800000) }}"
+            )
+
+
+def test_what_was_compiled_before_has_the_limits_as_well():
+    chat_sandbox.install()
+    template = "{{ strftime_now('%Y') }}"
+    plain = chat_sandbox.ImmutableSandboxedEnvironment
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_template_utils, "ImmutableSandboxedEnvironment", plain)
+        chat_template_utils.render_jinja_template([CHAT], chat_template=template)
+        chat_sandbox.install()
+    with rendering(date_text):
+        texts, _ = chat_template_utils.render_jinja_template([CHAT], chat_template=template)
+    assert texts == ["2024"]

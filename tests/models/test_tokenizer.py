@@ -1,6 +1,7 @@
 """Bytes of ids: every text comes back exactly, whatever the alphabet of the tokenizer."""
 
 import base64
+import datetime
 import importlib.util
 import itertools
 import json
@@ -172,6 +173,24 @@ def test_templates_that_ask_for_the_date_are_told_a_fixed_one(tiny, tmp_path):
     )
     text = Tokenizer.load(folder).render_prompt([{"role": "user", "content": "hi"}])
     assert text == "Today Date: 26 Jul 2024\nhi"
+
+
+@pytest.mark.parametrize("before", ["\n", "  ", "\n\n  ", "{# x #}\n"])
+def test_a_template_writes_what_transformers_makes_of_it(tiny, before):
+    """What it begins with is not cut, nor kept where the settings of transformers cut it."""
+    hf = Tokenizer.load(tiny.source).hf
+    hf.chat_template = before + "{% for m in messages %}{{ m.content }}{% endfor %}"
+    chat = [{"role": "user", "content": "hi"}]
+    expected = hf.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert tokenizer_lib._render(hf, chat) == expected
+
+
+def test_outside_of_prompts_templates_are_told_the_day(tiny, tmp_path):
+    """transformers is that of the whole process."""
+    made = _with_template(tiny, tmp_path / "a", "{{ strftime_now('%Y') }}")
+    chat = [{"role": "user", "content": "hi"}]
+    assert made.hf.apply_chat_template(chat, tokenize=False) == f"{datetime.date.today():%Y}"
+    assert made.render_prompt(chat) == "2024"
 
 
 def test_tags_are_single_words(tiny):

@@ -7,7 +7,8 @@ import shutil
 import pytest
 
 from rest_jax.data.convert import SOURCES
-from rest_jax.models.tokenizer import DATE_MACRO, Tokenizer
+from rest_jax.models.chat_sandbox import rendering
+from rest_jax.models.tokenizer import Tokenizer, date_text
 from rest_jax.templates import TEMPLATES
 from rest_jax.templates.chat_template import trained
 
@@ -146,26 +147,34 @@ def tokenizer(tmp_path_factory, configs_dir):
     ids=["toolrl", "brief toolrl", "hermes", "llama3"],
 )
 def test_a_chat_becomes_the_prompt_of_training(tokenizer, name, brief, tools):
-    check_prompts(tokenizer, name, brief, tools)
+    check_prompts(tokenizer("smollm2"), name, brief, tools)
 
 
 @pytest.mark.parametrize("brief", [False, True])
 def test_tools_in_the_flat_form_are_those_of_training(tokenizer, brief):
-    check_prompts(tokenizer, "toolrl", brief, FLAT)
+    check_prompts(tokenizer("smollm2"), "toolrl", brief, FLAT)
 
 
-def check_prompts(tokenizer, name, brief, tools):
+@pytest.mark.parametrize("name", ["toolrl", "hermes", "llama3"])
+def test_what_a_template_begins_with_is_kept(tokenizer, name):
     made = tokenizer("smollm2")
+    made.hf.chat_template = "\n  {% set x = 1 %}" + made.hf.chat_template
+    assert made.render_prompt([user("x")]).startswith("\n<|im_start|>")
+    check_prompts(made, name, False, TOOLS)
+
+
+def check_prompts(made, name, brief, tools):
     exported = trained(name, made.hf.chat_template, brief)
     for label, chat in CHATS.items():
         answered = [*chat, {"role": "assistant", "content": "end"}]
         record = SOURCES["openai"]({"messages": answered, "tools": tools}, "r", "here")[-1]
         expected = made.render_prompt(record.prompt_messages(TEMPLATES[name], brief))
-        found = made.hf.apply_chat_template(
-            chat,
-            tools=tools or None,
-            add_generation_prompt=True,
-            tokenize=False,
-            chat_template=DATE_MACRO + exported,
-        )
+        with rendering(date_text):
+            found = made.hf.apply_chat_template(
+                chat,
+                tools=tools or None,
+                add_generation_prompt=True,
+                tokenize=False,
+                chat_template=exported,
+            )
         assert found == expected, label
