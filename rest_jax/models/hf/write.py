@@ -122,8 +122,8 @@ def export(
             (work / name).write_text(text, encoding="utf-8")
         if dtype is not None:
             hf = read_json(work / "config.json")
-            key = "torch_dtype" if "torch_dtype" in hf else "dtype"
-            write_json(work / "config.json", {**hf, key: dtype})
+            keys = [key for key in ("torch_dtype", "dtype") if key in hf] or ["dtype"]
+            write_json(work / "config.json", hf | dict.fromkeys(keys, dtype))
         placed = lay_out(work, _tensor_types(cfg, dtypes), MAX_SHARD_BYTES)
         write_index(work, placed)
         total = sum(tensor.nbytes for tensor in placed.values())

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -335,6 +336,19 @@ def test_side_files_without_weights_name_the_dtype_themselves(folders, tmp_path)
     del params["embed"]
     with pytest.raises(ConversionError, match="parameter embed is missing"):
         export(params, folders["qwen3-tied"], tmp_path / "again")
+
+
+@pytest.mark.parametrize("keys", [["torch_dtype"], ["dtype"], ["torch_dtype", "dtype"], []])
+def test_the_dtype_of_an_export_is_told_wherever_a_reader_looks(folders, tmp_path, keys):
+    source = folders["llama-tied"]
+    raw = json.loads((source / "config.json").read_text())
+    others = {key: value for key, value in raw.items() if key not in ("torch_dtype", "dtype")}
+    files = shutil.copytree(source, tmp_path / "files")
+    (files / "config.json").write_text(json.dumps(others | dict.fromkeys(keys, "float32")))
+    export(files, files, tmp_path / "out", dtype="bfloat16")
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert found == others | dict.fromkeys(keys or ["dtype"], "bfloat16")
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 
 def test_an_unreachable_hub_is_one_line(monkeypatch):
