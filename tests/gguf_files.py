@@ -67,7 +67,7 @@ def write_gguf(
         f"{family}.attention.layer_norm_rms_epsilon": 1e-5,
         f"{family}.rope.freq_base": 10_000.0,
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.pre": "qwen2" if family == "qwen2" else "smollm",
         "tokenizer.ggml.tokens": words,
         "tokenizer.ggml.merges": merges,
         "tokenizer.ggml.token_type": types,

@@ -50,6 +50,8 @@ _KINDS = {
     "qwen2": _Kind(_split(""), composes=True),
     "smollm": _Kind(Sequence([Digits(individual_digits=True), _GPT2])),
 }
+# The pre-tokenizer by which transformers cuts all texts for a family, whatever its tokenizer.json says.
+_OF_FAMILY = {"qwen2": "qwen2"}
 
 
 def special_ids(file: GgufFile) -> dict[str, int]:
@@ -101,6 +103,11 @@ def _backend(file: GgufFile, words: list[str], bos: str | None) -> Tokenizer:
     pre = file.get(f"{_PREFIX}pre", str)
     if pre not in _KINDS:
         raise file.fault(f"{_PREFIX}pre {shown(pre)} is not supported; known: {', '.join(_KINDS)}")
+    family = file.get("general.architecture", str)
+    if (only := _OF_FAMILY.get(family, pre)) != pre:
+        raise file.fault(
+            f"{_PREFIX}pre {shown(pre)} is not supported for architecture {family}; known: {only}"
+        )
     kind = _KINDS[pre]
     types = file.get(f"{_PREFIX}token_type", list, [1] * len(words))
     if len(types) != len(words):

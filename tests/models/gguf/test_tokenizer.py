@@ -15,8 +15,9 @@ from tests.gguf_files import vocabulary, write_gguf
 WORDS, MERGES, TYPES = vocabulary()
 
 
-def make(folder: pathlib.Path, changes: dict) -> Tokenizer:
-    write_gguf(folder / "m.gguf", changes={f"tokenizer.{k}": v for k, v in changes.items()})
+def make(folder: pathlib.Path, changes: dict, family: str = "llama") -> Tokenizer:
+    named = {f"tokenizer.{k}": v for k, v in changes.items()}
+    write_gguf(folder / "m.gguf", family, changes=named)
     read_model(folder / "m.gguf").write_side_files(folder)
     return Tokenizer.load(folder)
 
@@ -44,9 +45,17 @@ PIECES = {
 }
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("pre", PIECES)
-def test_pieces_are_those_of_the_published_tokenizers(tmp_path, pre):
-    made = make(tmp_path, {"ggml.pre": pre})
+def test_pieces_are_those_of_the_published_tokenizers(tmp_path, family, pre):
+    if family == "qwen2" != pre:
+        with pytest.raises(
+            ConversionError,
+            match=f"pre '{pre}' is not supported for architecture qwen2; known: qwen2",
+        ):
+            make(tmp_path, {"ggml.pre": pre}, family)
+        return
+    made = make(tmp_path, {"ggml.pre": pre}, family)
     backend = made.hf.backend_tokenizer
     text = "x it's 2024   é!?\n"
     found = [text[a:b] for _, (a, b) in backend.pre_tokenizer.pre_tokenize_str(text)]
