@@ -78,6 +78,7 @@ _MAX_BYTES = {
 
 # What of a folder is its tokenizer's, chat templates among it.
 _FILES = tuple(pattern for pattern in _MAX_BYTES if pattern != "*config.json")
+_GENERATION = "generation_config.json"
 
 # A tokenizer.json has regular expressions and replacements, which may take for ever or fill the memory, in a library that no
 # signal stops. So it is first tried in another process, on runs of letters that make bad ones slow.
@@ -189,6 +190,19 @@ class Tokenizer:
             target = folder / file.relative_to(own)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)
+
+    def generation_config(self, folder: pathlib.Path) -> dict[str, str]:
+        """The generation_config.json of a model folder with `stop_ids` as its eos ids, other keys kept, as a text by the name of
+        the file; empty where it tells them already. By these transformers and vLLM end a text, and not by the chat template.
+        """
+        file = folder / _GENERATION
+        found = _read_generation(file) if file.is_file() else {}
+        found = found if isinstance(found, dict) else {}
+        if set(_eos_ids(found) or ()) == set(self.stop_ids):
+            return {}
+        return {
+            _GENERATION: json.dumps(found | {"eos_token_id": list(self.stop_ids)}, indent=2) + "\n"
+        }
 
     @property
     def vocab_size(self) -> int:
@@ -591,20 +605,33 @@ def _check_file(source: str, file: pathlib.Path, most: int) -> None:
 
 def _generation_eos(source: str) -> list[int]:
     """The eos ids of generation_config.json, the only thing that is needed of it; a warning when it cannot tell them."""
-    name = "generation_config.json"
     path = None
     with contextlib.suppress(OSError):
-        path = _file_of(source, name)
+        path = _file_of(source, _GENERATION)
     if path is None:
         return []
-    try:
-        eos = json.loads(path.read_bytes()).get("eos_token_id")
-    except (ValueError, AttributeError, RecursionError, OSError) as error:
-        fault = f"not a JSON object ({' '.join(str(error).split())[:100]})"
+    found = _read_generation(path)
+    if isinstance(found, dict):
+        if (ids := _eos_ids(found)) is not None:
+            return ids
+        fault = f"eos_token_id {str(found['eos_token_id'])[:100]!r} is no id and no list of ids"
     else:
-        fault = f"eos_token_id {str(eos)[:100]!r} is no id and no list of ids"
-        eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        if all(type(i) is int and 0 <= i < _MAX_IDS for i in eos):
-            return eos
-    warn(f"{source}/{name}: {fault}; its eos ids are unknown")
+        fault = f"not a JSON object ({found})"
+    warn(f"{source}/{_GENERATION}: {fault}; its eos ids are unknown")
     return []
+
+
+def _read_generation(path: pathlib.Path) -> dict[str, Any] | str:
+    """The JSON object of a generation_config.json, or what is wrong with it."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, OSError) as error:
+        return " ".join(str(error).split())[:100]
+    return found if isinstance(found, dict) else type(found).__name__
+
+
+def _eos_ids(found: Mapping[str, Any]) -> list[int] | None:
+    """The eos ids of a generation_config.json; None for what is no id and no list of ids."""
+    eos = found.get("eos_token_id")
+    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    return eos if all(type(i) is int and 0 <= i < _MAX_IDS for i in eos) else None

@@ -200,8 +200,9 @@ def export(
     source: str, out: str | pathlib.Path, dtype: str | None = None, adapter: bool = False
 ) -> None:
     """Writes a run, a converted folder or an HF folder as the HF folder `out`, which must not exist yet. `dtype` None: as
-    the source has it. A run's has the side files of `card.py`, too. `adapter`: the adapters of a run with LoRA alone, as a folder
-    of peft's. UserError for a source that cannot be used.
+    the source has it. A run's has the side files of `card.py`, too, and its generation_config.json names the ids that ended its
+    completions. `adapter`: the adapters of a run with LoRA alone, as a folder of peft's. UserError for a source that cannot be
+    used.
 
     It needs no accelerator and little memory. Of several processes, which all call it, the first writes.
     """
@@ -218,13 +219,15 @@ def export(
     else:
         weights = files = find_source(source)
     if is_first_process():
-        texts = None
-        # without it nobody knows how the run was trained
-        if newest is not None and (path := checkpoint.run_of(source) / CONFIG_FILE).is_file():
-            config = config_lib.load([path], [])
-            texts = card.side_files(
-                str(checkpoint.run_of(source)), newest, config, Tokenizer.load(files), out
-            )
+        texts = {}
+        if newest is not None:
+            tokenizer = Tokenizer.load(files)
+            texts = tokenizer.generation_config(files)
+            # without it nobody knows how the run was trained
+            if (path := checkpoint.run_of(source) / CONFIG_FILE).is_file():
+                config = config_lib.load([path], [])
+                run_folder = str(checkpoint.run_of(source))
+                texts |= card.side_files(run_folder, newest, config, tokenizer, out)
         with _transfer("export") as report:
             hf.export(weights, files, out, dtype, report, texts)
     # No process ends before the folder is there: the end of one would be taken for a failure.

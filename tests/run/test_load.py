@@ -91,6 +91,38 @@ def test_a_run_is_exported_with_the_tokenizer_of_its_training(model, tmp_path, k
     assert again.pieces == tokenizer.pieces and again.stop_ids == tokenizer.stop_ids
 
 
+@pytest.mark.parametrize(
+    ("before", "kept"),
+    [
+        ('{"eos_token_id": 0, "temperature": 0.5}', {"temperature": 0.5}),
+        ('{"eos_token_id": "x"}', {}),
+        ("[]", {}),
+        (None, {}),
+    ],
+)
+@pytest.mark.parametrize("config", [True, False])
+def test_an_export_ends_elsewhere_as_in_training(run, tmp_path, before, kept, config):
+    """Where the model's own eos is another than the chat template's, as in Qwen2.5 base."""
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    files = folder / MODEL_FOLDER
+    _change(files / "tokenizer_config.json", eos_token="<|endoftext|>")
+    (files / "generation_config.json").unlink(missing_ok=True)
+    if before is not None:
+        (files / "generation_config.json").write_text(before)
+    if config:
+        (folder / "config.yaml").write_text(dump(config_lib.load([], ["name=x", "model.source=x"])))
+    trained = Tokenizer.load(files)
+    load.export(str(folder), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written == {**kept, "eos_token_id": [0, 2]} and trained.stop_ids == (0, 2)
+    again = Tokenizer.load(tmp_path / "out")
+    assert (again.stop_ids, again.end_id) == (trained.stop_ids, trained.end_id) == ((0, 2), 2)
+
+
+def _change(path: pathlib.Path, **values) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 def test_a_checkpoint_of_a_run_is_a_model(model, tmp_path):
     """The one that is named and not the newest; its results are told apart from those of the run."""
     folder = tmp_path / "run"
