@@ -176,33 +176,66 @@ class Tokenizer:
         return made
 
     def write_files(self, folder: pathlib.Path) -> None:
-        """Puts its files, chat templates among them, into a folder in the place of another tokenizer's: as they are, or, of a hub
-        id, as transformers writes them. UserError for links that lead out of its own folder.
+        """Puts its files, chat templates among them, into a model folder in the place of another tokenizer's: as they are, or, of
+        a hub id, as transformers writes them; and its ids into generation_config.json. UserError for links that lead out of its
+        own folder, and where the config.json that is there makes another tokenizer of the files.
         """
         for file in _files_of(folder):
             file.unlink()
         own = pathlib.Path(self.source)
-        if not own.is_dir():
+        if own.is_dir():
+            check_links(own)
+            for file in _files_of(own):
+                target = folder / file.relative_to(own)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
+        else:
             self.hf.save_pretrained(folder)
-            return
-        check_links(own)
-        for file in _files_of(own):
-            target = folder / file.relative_to(own)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
+        for name, text in self.generation_config(folder, own=False).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        if other := self._differences(folder):
+            kind = getattr(_kind_of_model(folder / "config.json"), "model_type", "other")
+            raise TokenizerError(
+                f"tokenizer {self.source}: in the folder of a {kind} model transformers reads it {other}: nobody could use "
+                "the run as it was trained; leave model.tokenizer out, or name one made for this kind of model"
+            )
 
-    def generation_config(self, folder: pathlib.Path) -> dict[str, str]:
+    def _differences(self, folder: pathlib.Path) -> str:
+        """With what that decides the ids of a chat the files of this tokenizer are read in a model folder, as it is not here; ""
+        when all is the same. The config.json there tells transformers the class, and some put their own in the files' place.
+        """
+        try:
+            hf = _load_hf(str(folder))
+        except TokenizerError as error:
+            return f"not at all ({str(error).removeprefix(f'tokenizer {folder}: ')})"
+        # A class may have some that the files do not name; no chat template writes these two.
+        own = self.hf.special_tokens_map.items()
+        own = {name: token for name, token in own if name not in ("pad_token", "unk_token")}
+        stop_ids = _stop_ids(str(folder), hf, _end_of_turn(hf, _behind_answer(hf)))
+        same = {
+            "other pieces or words": _backend_state(hf) == _backend_state(self.hf),
+            "another chat template": hf.chat_template == self.hf.chat_template,
+            "other special tokens": hf.special_tokens_map == hf.special_tokens_map | own,
+            "other ids that end a turn": stop_ids == self.stop_ids,
+        }
+        other = ", ".join(what for what, is_same in same.items() if not is_same)
+        return other and f"with {other}"
+
+    def generation_config(self, folder: pathlib.Path, own: bool = True) -> dict[str, str]:
         """The generation_config.json of a model folder with `stop_ids` as its eos ids, other keys kept, as a text by the name of
         the file; empty where it tells them already. By these transformers and vLLM end a text, and not by the chat template.
+        Where the tokenizer is not the model's `own`, the ids of beginning and padding are not kept either.
         """
         file = folder / _GENERATION
         found = _read_generation(file) if file.is_file() else {}
         found = found if isinstance(found, dict) else {}
-        if set(_eos_ids(found) or ()) == set(self.stop_ids):
-            return {}
-        return {
-            _GENERATION: json.dumps(found | {"eos_token_id": list(self.stop_ids)}, indent=2) + "\n"
-        }
+        told = set(_eos_ids(found) or ()) == set(self.stop_ids)
+        ids = {} if told else {"eos_token_id": list(self.stop_ids)}
+        if not own:
+            others = {"bos_token_id": self.hf.bos_token_id, "pad_token_id": self.pad_id}
+            ids |= {key: i for key, i in others.items() if key in found}
+        made = found | ids
+        return {} if made == found else {_GENERATION: json.dumps(made, indent=2) + "\n"}
 
     @property
     def vocab_size(self) -> int:
@@ -415,6 +448,14 @@ def _decoder_kinds(backend: Any) -> set[str]:
     state = json.loads(backend.decoder.__getstate__())
     stages = state.get("decoders", [state])
     return {stage["type"] for stage in stages}
+
+
+def _backend_state(hf: Any) -> dict[str, Any]:
+    """What of a tokenizer.json decides ids and bytes; an absent value and an empty one of its model are the same."""
+    state = json.loads(hf.backend_tokenizer.to_str())
+    model = {key: value for key, value in state["model"].items() if value}
+    kept = ("normalizer", "pre_tokenizer", "decoder", "added_tokens")
+    return {"model": model} | {key: state[key] for key in kept}
 
 
 def _files_of(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -1,6 +1,7 @@
 """Bytes of ids: every text comes back exactly, whatever the alphabet of the tokenizer."""
 
 import base64
+import dataclasses
 import datetime
 import importlib.util
 import itertools
@@ -17,7 +18,9 @@ import pytest
 from rest_jax.errors import UserError
 from rest_jax.models import chat_sandbox
 from rest_jax.models import tokenizer as tokenizer_lib
+from rest_jax.models.gguf.model import read_model
 from rest_jax.models.tokenizer import Tokenizer, TokenizerError, byte_alphabet, byte_table
+from tests.gguf_files import write_gguf
 from tools.tiny_tokenizer import CHAT_TEMPLATE, TAGS, train_tokenizer
 
 TEXTS = [
@@ -210,6 +213,79 @@ def test_stop_ids_from_generation_config(tiny, tmp_path):
     loaded = Tokenizer.load(tmp_path)
     assert loaded.stop_ids == (2, 7)
     assert (loaded.end_id, loaded.pad_id) == (2, 0)
+
+
+FOLDERS = {
+    "another family": ({"model_type": "llama"}, {}),
+    "no class named": ({"model_type": "llama"}, {"tokenizer_class": None}),
+    "Qwen's class": ({"model_type": "qwen3"}, {}),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+@pytest.mark.parametrize("kind", ["a folder", "a hub id"])
+def test_in_the_folder_of_another_model_it_is_the_same(tiny, tmp_path, case, kind):
+    """Its ids are those that end a turn and fill up, not the model's, which are words of another vocabulary."""
+    config, named = FOLDERS[case]
+    own = _with_template(tiny, tmp_path / "own", CHAT_TEMPLATE, **named)
+    if kind == "a hub id":
+        own = dataclasses.replace(own, source="owner/name")
+    folder = _model_folder(tmp_path, config)
+    own.write_files(folder)
+    again = Tokenizer.load(folder)
+    assert again.pieces == own.pieces and again.stop_ids == own.stop_ids == (2,)
+    assert all(np.array_equal(again.encode(text), own.encode(text)) for text in TEXTS)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation == {
+        "bos_token_id": None,
+        "eos_token_id": [2],
+        "pad_token_id": 0,
+        "temperature": 0.5,
+    }
+
+
+def _model_folder(tmp_path, config) -> pathlib.Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    ids = {"bos_token_id": 5, "eos_token_id": 7, "pad_token_id": 6, "temperature": 0.5}
+    (folder / "generation_config.json").write_text(json.dumps(ids))
+    return folder
+
+
+def test_a_model_whose_class_reads_it_otherwise_is_refused(tiny, tmp_path):
+    folder = _model_folder(tmp_path, {"model_type": "qwen2"})
+    said = "in the folder of a qwen2 model transformers reads it with other pieces or words"
+    with pytest.raises(TokenizerError, match=said) as caught:
+        tiny.write_files(folder)
+    assert str(tiny.source) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_model_whose_class_cannot_read_it_is_refused(tiny, tmp_path, monkeypatch):
+    folder = _model_folder(tmp_path, {"model_type": "llama"})
+
+    def refuse(source):
+        raise TokenizerError(f"tokenizer {source}: cannot be loaded: why")
+
+    monkeypatch.setattr(tokenizer_lib, "_load_hf", refuse)
+    said = r"of a llama model transformers reads it not at all \(cannot be loaded: why\)"
+    with pytest.raises(TokenizerError, match=said):
+        tiny.write_files(folder)
+
+
+@pytest.mark.parametrize("families", [(None, "qwen2"), ("qwen2", "qwen3"), ("qwen2", "llama")])
+def test_the_class_alone_makes_no_other_tokenizer(tmp_path, families):
+    """Qwen's writes an absent prefix as an empty one, and names a token for unknown words; all give the same ids."""
+    write_gguf(tmp_path / "m.gguf", "qwen2")
+    own, folder = tmp_path / "own", _model_folder(tmp_path, {"model_type": families[1]})
+    own.mkdir()
+    read_model(tmp_path / "m.gguf").write_side_files(own)
+    (own / "config.json").write_text(json.dumps({"model_type": families[0]}))
+    made = Tokenizer.load(own)
+    made.write_files(folder)
+    again = Tokenizer.load(folder)
+    assert type(again.hf) is not type(made.hf) and again.digest() != made.digest()
+    assert all(np.array_equal(again.encode(text), made.encode(text)) for text in TEXTS)
 
 
 def test_loading_what_was_saved_gives_the_same_ids(tiny, tmp_path):

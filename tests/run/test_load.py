@@ -91,6 +91,20 @@ def test_a_run_is_exported_with_the_tokenizer_of_its_training(model, tmp_path, k
     assert again.pieces == tokenizer.pieces and again.stop_ids == tokenizer.stop_ids
 
 
+def test_a_run_whose_model_folder_would_be_read_otherwise_does_not_begin(model, tmp_path):
+    """transformers reads every tokenizer in the folder of a qwen2 model with Qwen's pieces."""
+    files = shutil.copytree(model, tmp_path / "model")
+    _change(files / "config.json", model_type="qwen2")
+    words = [f"model.source={files}", f"model.tokenizer={model}", f"output={tmp_path}", "name=run"]
+    opened = open_run(config_lib.load([], words), files, tokenizer=Tokenizer.load(model))
+    with (
+        contextlib.closing(opened) as run,
+        pytest.raises(UserError, match="reads it with other pieces"),
+    ):
+        run.begin()
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 @pytest.mark.parametrize(
     ("before", "kept"),
     [
