@@ -66,14 +66,18 @@ class Talk(synthetic.Shop):
         self._left = turns
 
     def call(self, calls: Sequence[Call]) -> list[str]:
+        self._end_turn()
         return [self._orders_now() for _ in calls]
 
     def say(self, text: str) -> list[Message]:
+        self._end_turn()
         return [{"role": "user", "content": f"These are the orders now: {self._orders_now()}"}]
 
-    def _orders_now(self) -> str:
+    def _end_turn(self) -> None:
         self._left -= 1
         self.done = self._left <= 0
+
+    def _orders_now(self) -> str:
         some = list(self._task.orders.items())[self._left % 5 :][:2]
         return json.dumps(dict(some))
 

@@ -162,7 +162,7 @@ def parse_args():
     parser.add_argument("--learning-rate", type=float, default=1e-6)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.set_defaults(device="cpu", dtype="float32", random_weights=False)
+    parser.set_defaults(device="cpu", dtype="float32", random_weights=False, requests=None)
     args = parser.parse_args()
     args.response_tokens, args.checkpointing, args.records = args.new_tokens, False, None
     problem = torch_bench.find_problem(args)

@@ -3,12 +3,15 @@
 import argparse
 import dataclasses
 import json
+import sys
+import types
 
 import pytest
 
 from benchmarks import __main__ as ours
 from benchmarks import policies, process, sft
 from benchmarks.cases import CASES, Case, Check, lognormal_lengths, our_arguments, peer_arguments
+from tests.benchmarks.conftest import PEERS
 
 TINY = dataclasses.replace(
     policies.MODEL_A, vocab_size=300, d_model=32, n_layers=2, n_heads=4, head_dim=8, d_ff=64
@@ -131,10 +134,21 @@ def test_arguments_of_the_cases(case: Case, tmp_path):
             assert given.rows == str(rows)
 
 
+@pytest.mark.parametrize("case", [c for c in CASES.values() if c.peer in ("torch", "trl")], ids=str)
+def test_peers_take_the_arguments_of_the_cases(case: Case, load_peer, monkeypatch):
+    for name in ("datasets", "trl"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.syspath_prepend(str(PEERS))
+    file = "x.json" if case.lognormal or case.kind == "serve" else None
+    words = [*peer_arguments(case, case.folder, file), "--repeats", "3"]
+    monkeypatch.setattr("sys.argv", ["peer", *words])
+    assert load_peer(f"{case.peer}_bench").parse_args().repeats == 3
+
+
 def test_lognormal_lengths():
     lengths = lognormal_lengths(512)
     assert lengths == lognormal_lengths(512)
-    assert (min(lengths), max(lengths)) >= (1, 300) and max(lengths) <= 512
+    assert min(lengths) >= 1 and 300 <= max(lengths) <= 512
     assert 55 < sum(lengths) / 512 < 70
 
 

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from benchmarks import dialogues
+from rest_jax.tool_calls import Call
+from rest_jax.worlds import synthetic
 
 SMALL = ["--dialogues", "3", "--turns", "3", "--tokens", "8", "--decode-slots", "2"]
 
@@ -25,3 +27,12 @@ def test_bad_arguments_are_one_line(capsys):
         dialogues.main(["--turns", "0"])
     assert ended.value.code == 2
     assert "0: an integer of at least 1" in capsys.readouterr().err
+
+
+def test_a_turn_is_one_however_many_calls_it_has():
+    talk, turns = dialogues.Talk(6), 0
+    talk.reset(next(iter(synthetic.tasks(0, 1))))
+    while not talk.done:
+        assert len(talk.call([Call("f", {}), Call("g", {})])) == 2
+        turns += 1
+    assert turns == 6

@@ -28,7 +28,6 @@ class FakeCompiler:
         cache = self.slot * config.rollout.decode_slots
         group = 4096  # the least a micro-batch can hold
         temporaries = self.token * max(group, config.train.max_tokens_per_microbatch or 65_536)
-        temporaries //= 1 if config.model.remat == "block" else config.mesh.tensor * 0 or 1
         return {
             "decode": {"rollout weights": rollout, "cache": cache, "total": rollout + cache},
             "update": {
