@@ -436,36 +436,46 @@ def test_runs_from_different_weights_are_not_paired(plan_file, tmp_path, monkeyp
     assert not (tmp_path / "page").exists()
 
 
+GAIN = {
+    "cosine": 0.9,
+    **{"gain_relative": 0.47, "gain_relative_interval": [0.36, 0.57]},
+    **{"adam_relative": -0.05, "adam_relative_interval": [-0.1, 0.01]},
+}
+
+
 def test_what_one_step_gains_is_shown(plan_file, finished, tmp_path):
-    row = {"cosine": 0.9, "gain_relative": 0.47, "gain_relative_interval": [0.36, 0.57]}
-    row |= {"adam_relative": -0.05, "adam_relative_interval": [-0.1, 0.01]}
-    start, later = tmp_path / "start.json", tmp_path / "later.json"
-    unknown = row | {"cosine": None, "gain_relative": None, "gain_relative_interval": [None, None]}
-
-    def shown(*, method: str) -> list[str]:
-        page = compare(plan, output=str(tmp_path / "page"), engine=PAGE_ONLY).read_text()
-        return [line for line in page.splitlines() if line.startswith(f"| {method} |")][-3:]
-
-    later.write_text(json.dumps({"arms": {"grpo": unknown, "rest, nu 0": row}}))
-    plan = plan_file(gain={"the start": str(start), "later": str(later)})
-    gain, adam, cosine = shown(method="rest, nu 0")
+    path = tmp_path / "gain.json"
+    nothing = {"cosine": None, "gain_relative": None, "gain_relative_interval": [None, None]}
+    path.write_text(json.dumps({"arms": {"grpo": GAIN | nothing, "rest, nu 0": GAIN}}))
+    plan = plan_file(gain={"the start": str(path), "later": str(tmp_path / "none.json")})
+    page = compare(plan, output=str(tmp_path / "page"), engine=PAGE_ONLY)
+    lines = page.read_text().splitlines()
+    gain, adam, cosine = (line for line in lines if line.startswith("| rest, nu 0 |"))
     assert gain == "| rest, nu 0 | +47 [+36, +57] |"
     assert (adam, cosine) == ("| rest, nu 0 | -5 [-10, +1] |", "| rest, nu 0 | 0.90 |")
-    assert shown(method="grpo") == ["| grpo | - |", "| grpo | -5 [-10, +1] |", "| grpo | - |"]
+    assert lines.count("| grpo | - |") == 2 and "| grpo | -5 [-10, +1] |" in lines
 
-    # a second policy, measured where the first one's file is not: both are there, in the plan's order
+
+def test_gains_stay_where_their_files_do_not(plan_file, finished, tmp_path):
+    start, later = tmp_path / "start.json", tmp_path / "later.json"
+
+    def shown(*policies: pathlib.Path) -> dict[tuple[str, str], float]:
+        plan = load(plan_file(gain={path.stem: str(path) for path in policies}))
+        gain = gather("tiny", plan, tmp_path).results.gain
+        return {key: row["gain"] for key, row in gain.items()}
+
+    later.write_text(json.dumps({"arms": {"grpo": GAIN}}))
+    assert shown(start, later) == {("grpo", "later"): 0.47}
     later.unlink()
-    start.write_text(json.dumps({"arms": {"grpo": row}}))
-    assert shown(method="grpo")[0] == "| grpo | +47 [+36, +57] | - |"
-    assert shown(method="rest, nu 0")[0] == "| rest, nu 0 |  | +47 [+36, +57] |"
-    start.unlink()
-    assert shown(method="grpo")[0] == "| grpo | +47 [+36, +57] | - |"
+    start.write_text(json.dumps({"arms": {"rest, nu 0": GAIN}}))
+    # in the order of the plan
+    assert list(shown(start, later)) == [("rest, nu 0", "start"), ("grpo", "later")]
     # one that is measured again is written again
-    start.write_text(json.dumps({"arms": {"grpo": row | {"gain_relative": 0.5}}}))
-    assert shown(method="grpo")[0] == "| grpo | +50 [+36, +57] | - |"
+    start.write_text(json.dumps({"arms": {"rest, nu 0": GAIN | {"gain_relative": 0.5}}}))
+    assert shown(start, later)["rest, nu 0", "start"] == 0.5
+    start.unlink()
     # and one that the plan has no more is not shown
-    plan = plan_file(gain={"later": str(later)})
-    assert shown(method="grpo")[0] == "| grpo | - |"
+    assert shown(later) == {("grpo", "later"): 0.47}
 
 
 @pytest.mark.parametrize(
