@@ -38,9 +38,8 @@ else
 fi
 release=(gcloud compute tpus queued-resources delete "$name" --zone="$zone" --force --quiet)
 
-run() {
-  if [ -z "${DRY_RUN:-}" ]; then "$@"; else (PS4=''; set -x; : "$@") 2>&1 | sed '1s/^: //'; fi
-}
+# shellcheck source=launch/run.bash
+source "$here/run.bash"
 
 if [ -n "${DRY_RUN:-}" ]; then
   run "${request[@]}"

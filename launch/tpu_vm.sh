@@ -14,9 +14,8 @@ fi
 name=$1 zone=$2
 shift 2
 
-run() {
-  if [ -z "${DRY_RUN:-}" ]; then "$@"; else (PS4=''; set -x; : "$@") 2>&1 | sed '1s/^: //'; fi
-}
+# shellcheck source=launch/run.bash
+source "$(dirname "$0")/run.bash"
 on_every_host() {
   run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"
 }
