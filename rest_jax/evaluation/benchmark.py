@@ -54,7 +54,7 @@ from rest_jax.files import (
 from rest_jax.models.policy import Policy, check_positions
 from rest_jax.models.tokenizer import Tokenizer
 from rest_jax.rollout.cast import rollout_cast
-from rest_jax.rollout.requests import Piece, Request, make_stream
+from rest_jax.rollout.requests import Piece, Request, check_capacity, make_stream
 from rest_jax.rollout.scheduler import make_sampler
 from rest_jax.rollout.scoring import truncated
 from rest_jax.run import checkpoint
@@ -419,11 +419,7 @@ class Completer:
         r, sampling, tokenizer = self.config.rollout, self.sampling, self.policy.tokenizer
         longest = max(map(len, ids)) + r.max_response_tokens
         stream = make_stream(self.policy, r, longest=longest)
-        if longest > stream.capacity:
-            raise UserError(
-                f"evaluate: prompt + completion {longest:,} tokens, rollout.cache_tokens holds {stream.capacity:,}; raise it, or "
-                "lower --max-response-tokens"
-            )
+        check_capacity(stream, longest, "evaluate", "--max-response-tokens")
         temperature = 0.0 if sampling.greedy else sampling.temperature
         found = dict(before)
         drawn: dict[int, list[Piece]] = {}

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from rest_jax.config import RolloutConfig
 from rest_jax.distributed import activate, num_data_shards, replicated, to_host, to_mesh
+from rest_jax.errors import UserError
 from rest_jax.models.cache import PageTable
 from rest_jax.models.policy import Policy
 from rest_jax.rollout.cast import rollout_cast, rollout_decoder
@@ -299,6 +300,15 @@ class Stream:
             running,
             free,
             np.zeros(shards, np.int32),
+        )
+
+
+def check_capacity(stream: Stream, longest: int, command: str, keys: str) -> None:
+    """UserError, in the name of a command, for requests of more tokens than a cache holds; the `keys` are what shortens them."""
+    if longest > stream.capacity:
+        raise UserError(
+            f"{command}: prompt + completion {longest:,} tokens, rollout.cache_tokens holds {stream.capacity:,}; raise it, or "
+            f"lower {keys}"
         )
 
 

@@ -24,7 +24,7 @@ from rest_jax.errors import RunStopped, UserError
 from rest_jax.files import absolute
 from rest_jax.models.policy import ROLLOUT_KEYS, Policy, check_positions
 from rest_jax.models.tokenizer import Tokenizer
-from rest_jax.rollout.requests import Request, make_stream
+from rest_jax.rollout.requests import Request, check_capacity, make_stream
 from rest_jax.run.environment import handled
 from rest_jax.run.load import load_policy
 from rest_jax.serving.app import Access, make_app
@@ -132,11 +132,7 @@ def load(config: Config, options: Options) -> tuple[Served, Engine]:
     )
     longest = served.max_prompt_tokens + served.max_new_tokens
     stream = make_stream(policy, config.rollout, longest=longest)
-    if longest > stream.capacity:
-        raise UserError(
-            f"serve: prompt + completion {longest:,} tokens, rollout.cache_tokens holds {stream.capacity:,}; raise it, or lower "
-            f"{ROLLOUT_KEYS}"
-        )
+    check_capacity(stream, longest, "serve", ROLLOUT_KEYS)
     stream.submit(Request(np.array([served.tokenizer.end_id], np.int32), 1))
     while stream.pending:  # compiles what a short request needs
         stream.step()
