@@ -42,7 +42,7 @@ test-all: $(DEV) ## Every test, the slow ones included
 bench: $(DEV) $(PEERS)/tunix/.installed $(PEERS)/trl/.installed ## Every benchmark against its peer (2 hours); one: make bench ARGS="--case rollout-128"
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-study: $(RUNTIME) ## Rules for token credit against GRPO and placebos, into docs/comparison/ (9 hours on 2 cores; resumes where it stopped)
+study: $(RUNTIME) ## Rules for token credit against GRPO and placebos, into docs/comparison/ (11 hours on 2 cores; resumes where it stopped)
 	$(BIN)/rest-jax compare credit --workers 2 --output docs/comparison $(ARGS)
 
 real: $(RUNTIME) ## SmolLM2-135M on real dialogues: make real SGD=FOLDER of Schema-Guided Dialogue (2.5 hours on 2 cores; resumes where it stopped)
