@@ -152,6 +152,7 @@ def audit(
         say(describe(certificate))
         if partial is not None:
             partial.write_text(json.dumps(certificate, indent=1) + "\n")
+    say(f"certificate: {folder / CERTIFICATE_FILE if output is None else output}")
     return int(any_process(certificate["result"] != "passed"))
 
 

@@ -97,6 +97,10 @@ def finetune(
     setup = make_setup(config, policy, data, examples, steps)
     described = [
         *describe_data(config, data, examples),
+        (
+            "method",
+            f"supervised: tool calls weigh {config.sft.tool_call_weight:g}, reasoning {config.sft.reasoning_weight:g}",
+        ),
         ("steps", f"{steps} steps of {config.sft.batch_size} records"),
     ]
     if is_first_process():

@@ -386,9 +386,22 @@ def describe(
     files = plugins.named(config).items()
     return [
         *describe_data(config, prompts, examples),
+        ("method", describe_method(config)),
         (
             "steps",
             f"{steps} steps of {r.prompts_per_step} prompts x {r.group_size} completions, {updates} update(s) a step",
         ),
         *((key, f"{word}: SHA-256 {plugins.read(word, key).digest}") for key, word in files),
     ]
+
+
+def describe_method(config: Config) -> str:
+    """The rules of a run: of the advantage, the token weights and the loss."""
+    weights, loss = config.weights, config.loss
+    rule = weights.plugin or weights.rule
+    placebo = "" if weights.placebo == "none" else f", placebo {weights.placebo}"
+    moved = "" if rule == "uniform" else f" (curriculum {config.curriculum.shape}{placebo})"
+    return (
+        f"advantage {loss.advantage_plugin or loss.advantage}, token weights {rule}{moved}, "
+        f"loss {loss.policy_plugin or loss.policy}"
+    )

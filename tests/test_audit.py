@@ -440,7 +440,8 @@ def test_every_step_is_repeated_bit_for_bit(model, tmp_path, capsys, kind):
     assert [one["step"] for one in found["steps"]] == steps
     assert {one["result"] for one in found["steps"]} == {"equal"}
     assert found["steps"][0]["from"] == "the start"
-    assert "passed" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "passed" in said and said.endswith(f"certificate: {run / CERTIFICATE_FILE}\n")
     # it only reads
     after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert {path for path in after if after[path] != before.get(path)} == {run / CERTIFICATE_FILE}

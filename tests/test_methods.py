@@ -82,7 +82,25 @@ def test_every_method_passes_a_dry_run(method, tmp_path, capsys):
     files = ["scale/tiny_sft" if supervised else "scale/tiny", f"method/{method}"]
     words = ["data.synthetic_size=64", "data.eval=null", f"output={tmp_path}"]
     begin(config.load(files, words), supervised, dry_run=True)
-    assert "steps of" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "steps of" in said and "\nmethod    " in said
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "said"),
+    [
+        ("rest", [], "advantage grpo, token weights inverse_bound (curriculum linear), loss clip"),
+        ("gspo", [], "advantage grpo, token weights uniform, loss gspo"),
+        ("gdpo", [], "advantage gdpo, token weights uniform, loss clip"),
+        (
+            "rest",
+            ["weights.placebo=shuffle", "loss.policy_plugin=own.py:loss"],
+            "advantage grpo, token weights inverse_bound (curriculum linear, placebo shuffle), loss own.py:loss",
+        ),
+    ],
+)
+def test_a_run_says_which_rules_it_follows(method, words, said):
+    assert train.describe_method(config.load(["scale/tiny", f"method/{method}"], words)) == said
 
 
 @pytest.mark.parametrize("recipe", ["quickstart_sft", "reasoned_sft"])

@@ -129,7 +129,7 @@ SECTIONS: tuple[tuple[str, str, tuple[Panel, ...]], ...] = (
     ),
     (
         "The method at a glance",
-        "Under ResT regions with low entropy get high weights, and the curriculum moves weights from the calls to the thoughts.",
+        "Under ResT regions of low entropy weigh more; the curriculum moves weight from the format to parameters and reasoning.",
         (
             _by_region("entropy", "Entropy by region", "nats"),
             _by_region("base", "Weight in force by region, before normalisation", "weight"),

@@ -169,7 +169,9 @@ def describe_checkpoint(source: Location, verify: bool = False) -> str:
         f"made of {made_of or 'nothing on record'}",
         f"curriculum: update {curriculum['step']}, nu {curriculum['nu']:.4g}, format score {curriculum['format_score']:.4g}",
     ]
-    regions: list[list[Any]] = [["region", "weight", "entropy", "gini", "tokens a batch"]]
+    regions: list[list[Any]] = [
+        ["region", "base weight", "entropy in force", "gini in force", "tokens a batch"]
+    ]
     for region, name in enumerate(REGION_NAMES, start=1):
         if curriculum["seen"][region]:
             cells = (curriculum[key][region] for key in ("weight", "entropy", "gini", "count"))
