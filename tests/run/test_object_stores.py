@@ -125,12 +125,12 @@ def test_a_run_in_a_store_is_audited(trained):
     (remote / "audit.json").unlink()
 
 
-def test_evaluate_export_and_report_use_a_run_where_it_is(trained, tmp_path):
+def test_evaluate_export_and_report_use_a_run_where_it_is(trained, model, s3_server, tmp_path):
     local, remote = trained
     words = {}
     for name, run in (("local", local), ("remote", remote)):
         words[f"evaluate {name}"] = ["evaluate", str(run), "synthetic:eval", "--limit", "8"]
-        words[f"export {name}"] = ["export", str(run), str(tmp_path / name)]
+        words[f"export {name}"] = ["export", str(run), str(tmp_path / name / "exported")]
         words[f"report {name}"] = ["report", str(run)]
     file = tmp_path / "commands.json"
     file.write_text(json.dumps(words))
@@ -142,8 +142,19 @@ def test_evaluate_export_and_report_use_a_run_where_it_is(trained, tmp_path):
     assert done["evaluate remote"] == done["evaluate local"]
     for name in ("curves.png", "report.html"):
         assert str(remote / name) in done["report remote"][1] and (remote / name).is_file()
-    for path in sorted((tmp_path / "local").iterdir()):
-        assert (tmp_path / "remote" / path.name).read_bytes() == path.read_bytes()
+    exported = {name: tmp_path / name / "exported" for name in ("local", "remote")}
+    for path in sorted(exported["local"].iterdir()):
+        content = path.read_bytes()
+        if path.name == "README.md":  # has the config, with where its files are, and the commands
+            moved = {
+                local.parents[1] / "train.jsonl": f"{s3_server}/data/train.jsonl",
+                local.parent: f"{s3_server}/runs",
+                model: f"{s3_server}/model",
+                exported["local"]: exported["remote"],
+            }
+            for here, there in moved.items():
+                content = content.replace(str(here).encode(), str(there).encode())
+        assert (exported["remote"] / path.name).read_bytes() == content, path.name
 
 
 def test_a_converted_model_is_read_in_the_store(model, s3_server, tmp_path):
