@@ -77,11 +77,13 @@ def make_ascend(decoder: Decoder, params: Params, config: Config) -> Ascend:
             for micro_batch in plan_microbatches(lengths, minibatch, active, packing)[0]:
                 found = gradients(params, own, batch, make_rows(micro_batch))
                 total = found if total is None else jax.tree.map(jnp.add, total, found)
+                # XLA's devices on a CPU share threads, and programs with collectives that run at once take each other's
+                jax.block_until_ready(total)
             for k in range(len(own)):
                 if total is None:
                     yield jax.tree.map(jnp.zeros_like, params)
                 else:
-                    yield jax.tree.map(lambda x, k=k: x[k], total)
+                    yield jax.block_until_ready(_select(total, k))
 
     return ascend
 
@@ -95,8 +97,21 @@ def reinforce(reward: np.ndarray) -> np.ndarray:
 
 
 @jax.jit
+def _select(gradients: Params, k: int) -> Params:
+    """The k-th of gradients, in one program: one for each array would be as many with collectives under way at once."""
+    return jax.tree.map(lambda x: x[k], gradients)
+
+
+@jax.jit
+def _compare(
+    gradient: Params, first: Params, parts: list[Params]
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """((gain, Adam's) along each part of grad J, float32 [M] each, cosine to the first gradient)."""
+    return _along(gradient, parts), _cosine(first, gradient)
+
+
 def _along(gradient: Params, parts: list[Params]) -> tuple[jax.Array, jax.Array]:
-    """(gain, Adam's) along each part of grad J, float32 [M] each; zero for a gradient of zero."""
+    """Zero for a gradient of zero."""
     sign = jax.tree.map(jnp.sign, gradient)
 
     def slope(step: Params) -> jax.Array:
@@ -107,7 +122,6 @@ def _along(gradient: Params, parts: list[Params]) -> tuple[jax.Array, jax.Array]
     return slope(gradient), slope(sign)
 
 
-@jax.jit
 def _cosine(one: Params, other: Params) -> jax.Array:
     """float32; NaN where a gradient is zero."""
     norms = optax.tree.norm(one) * optax.tree.norm(other)
@@ -146,13 +160,13 @@ def measure(
         first, along, cosine = None, [], []
         for gradient in ascend(coefficient, scored.rollout):
             first = gradient if first is None else first
-            along.append(_along(gradient, parts))
-            cosine.append(_cosine(first, gradient))
+            slopes_of_arm, cosine_of_arm = jax.device_get(_compare(gradient, first, parts))
+            along.append(slopes_of_arm)
+            cosine.append(cosine_of_arm)
         slopes.append(along)
         cosines.append(cosine)
         progress.update(PARTS + b + 1, f"{len(coefficient)} arms")
     progress.close()
-    slopes, cosines = jax.device_get((slopes, cosines))
     return Measured(
         np.array(slopes, np.float64).transpose(2, 1, 0, 3), np.array(cosines, np.float64).T
     )

@@ -196,12 +196,12 @@ def test_an_adaptive_curriculum_is_where_the_batch_puts_it(config):
 @pytest.mark.slow
 def test_the_command(tmp_path):
     words = ["rollout.group_size=4", "rollout.max_response_tokens=64", "data.brief_prompt=true"]
-    words += ["--prompts", "2", "--batches", "2", "--reference", "16", "--limit", "32"]
+    words += ["--prompts", "8", "--batches", "4", "--reference", "64", "--limit", "64"]
     words += ["--methods", "rest,hicra", "--output", str(tmp_path)]
     assert cli.main(["gain", "configs/quickstart_policy", "synthetic:train", *words]) == 0
     report = json.loads((tmp_path / "gain.json").read_text())
     assert list(report["arms"]) == ["grpo", "rest, nu 0", "rest, nu 1", "hicra"]
-    assert np.shape(report["slopes"]) == (2, 4, 2, 8) and (tmp_path / "gain.png").exists()
+    assert np.shape(report["slopes"]) == (2, 4, 4, 8) and (tmp_path / "gain.png").exists()
     assert report["arms"]["grpo"]["gain_relative"] == 0
     cosine = {name: row["cosine"] for name, row in report["arms"].items()}
     assert cosine["grpo"] == pytest.approx(1, abs=1e-5)

@@ -64,14 +64,12 @@ def token_gradients(
     weight = -np.expm1(-r.entropy.astype(np.float64)) + _LEAST
     drawn = draw_tokens(scored.region, weight, tokens, seed)
     estimate = make_token_norms(decoder, replicated_beside(params))
-    norms = [
-        estimate(
-            params, r.prompt[p], r.prompt_length[p], r.responses[p, g], r.response_length[p, g],
-            t, jax.random.fold_in(key, i),
-        )
-        for i, (p, g, t) in enumerate(drawn)
-    ]  # fmt: skip
-    jacobian, score = np.array(jax.device_get(norms), np.float64).reshape(-1, 2).T
+    norms = np.empty((len(drawn), 2))
+    for i, (p, g, t) in enumerate(drawn):
+        own = r.prompt[p], r.prompt_length[p], r.responses[p, g], r.response_length[p, g]
+        # waited for, as in gain.make_ascend
+        norms[i] = jax.device_get(estimate(params, *own, t, jax.random.fold_in(key, i)))
+    jacobian, score = norms.T
     index = tuple(drawn.T)
     region = scored.region[index]
     bound, _ = region_means(weight.ravel(), scored.region.ravel())
