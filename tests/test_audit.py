@@ -262,11 +262,10 @@ def test_the_certificate_is_printed_before_it_is_written(tmp_run, tmp_path, monk
     monkeypatch.setattr(audit, "describe", lambda _: "the certificate")
     output = tmp_path / "elsewhere.json"
 
-    def say(text):
-        assert text == "the certificate" and not output.exists()
-
-    monkeypatch.setattr(audit, "say", say)
+    said = []
+    monkeypatch.setattr(audit, "say", lambda text: said.append((text, output.exists())))
     assert audit.audit(tmp_run, output=output) == 0
+    assert said == [("the certificate", False), (f"certificate: {output}", True)]
     assert json.loads(output.read_text()) == found and not (tmp_run / CERTIFICATE_FILE).exists()
 
 
