@@ -64,6 +64,8 @@ def make_ascend(decoder: Decoder, params: Params, config: Config) -> Ascend:
             return response_logprobs(decoder, params, batch, rows, PassSpec(Sampling(), chunk))[0]
 
         _, pull = jax.vjp(logp, params)
+        # Not several at once: that is slower on a CPU, and there XLA's YNN fusions (jaxlib 0.10.2) get the gradient through
+        # attention over several blocks wrong for all but the first.
         return jax.lax.map(lambda c: pull(c)[0], coefficient)
 
     def ascend(coefficient: np.ndarray, rollout: RolloutBatch) -> Iterator[Params]:
