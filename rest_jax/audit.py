@@ -144,24 +144,23 @@ def audit(
     if is_first_process():
         check_free(folder)
     recorded = read_recorded(folder)
+    place = folder / CERTIFICATE_FILE if output is None else as_path(output)
     with contextlib.ExitStack() as stack:
         partial = None
         if is_first_process():
-            partial = stack.enter_context(certificate_file(folder, output))
+            partial = stack.enter_context(certificate_file(folder, place))
         certificate = examine(recorded, steps, seed, at, Repeaters(overrides, run_plugins))
         say(describe(certificate))
         if partial is not None:
             partial.write_text(json.dumps(certificate, indent=1) + "\n")
-    say(f"certificate: {folder / CERTIFICATE_FILE if output is None else output}")
+    say(f"certificate: {place}")
     return int(any_process(certificate["result"] != "passed"))
 
 
 @contextlib.contextmanager
-def certificate_file(folder: epath.Path, output: Location | None) -> Iterator[pathlib.Path]:
+def certificate_file(folder: epath.Path, place: epath.Path) -> Iterator[pathlib.Path]:
     """A path to write the certificate to, as of `atomic_write`. UserError, before the steps are repeated, when it cannot be."""
-    own = folder / CERTIFICATE_FILE
-    place = own if output is None else as_path(output)
-    check_output(place, [path for path in run_files(folder) if path != own])
+    check_output(place, [path for path in run_files(folder) if path != folder / CERTIFICATE_FILE])
     with contextlib.ExitStack() as stack:
         try:
             partial = stack.enter_context(atomic_write(place))

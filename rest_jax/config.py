@@ -290,6 +290,11 @@ class WeightsConfig(Section):
     allow_zero_constants: bool = False  # zeros of the released preset; with rule `constant`
 
     @property
+    def rule_used(self) -> str:
+        """The plug-in, or the rule."""
+        return self.plugin or self.rule
+
+    @property
     def is_uniform(self) -> bool:
         """Whether all tokens weigh alike."""
         return self.rule == "uniform" and self.plugin is None and not self.zero
@@ -397,6 +402,16 @@ class LossConfig(Section):
     entropy_coefficient: NonNegativeFloat = 0.0  # of the entropy bonus; 0: none
     load_balance_coefficient: NonNegativeFloat = 0.0  # of the experts, within each completion
     vocab_chunk: PositiveInt = 256  # positions of a device whose logits exist at once
+
+    @property
+    def advantage_used(self) -> str:
+        """The plug-in of the advantage, or its rule."""
+        return self.advantage_plugin or self.advantage
+
+    @property
+    def policy_used(self) -> str:
+        """The plug-in of the policy loss, or its rule."""
+        return self.policy_plugin or self.policy
 
 
 Moments = Literal["device", "host"]

@@ -398,10 +398,7 @@ def describe(
 def describe_method(config: Config) -> str:
     """The rules of a run: of the advantage, the token weights and the loss."""
     weights, loss = config.weights, config.loss
-    rule = weights.plugin or weights.rule
+    rule = weights.rule_used
     placebo = "" if weights.placebo == "none" else f", placebo {weights.placebo}"
     moved = "" if rule == "uniform" else f" (curriculum {config.curriculum.shape}{placebo})"
-    return (
-        f"advantage {loss.advantage_plugin or loss.advantage}, token weights {rule}{moved}, "
-        f"loss {loss.policy_plugin or loss.policy}"
-    )
+    return f"advantage {loss.advantage_used}, token weights {rule}{moved}, loss {loss.policy_used}"

@@ -159,12 +159,11 @@ def measure(
     for b in range(batches):
         scored = draw(0, PARTS + b)
         coefficient = weigh(scored)
-        first, along, cosine = None, [], []
+        first, compared = None, []
         for gradient in ascend(coefficient, scored.rollout):
             first = gradient if first is None else first
-            slopes_of_arm, cosine_of_arm = jax.device_get(_compare(gradient, first, parts))
-            along.append(slopes_of_arm)
-            cosine.append(cosine_of_arm)
+            compared.append(jax.device_get(_compare(gradient, first, parts)))
+        along, cosine = zip(*compared, strict=True)
         slopes.append(along)
         cosines.append(cosine)
         progress.update(PARTS + b + 1, f"{len(coefficient)} arms")

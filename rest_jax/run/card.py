@@ -153,12 +153,15 @@ def _method(config: Config, lines: Sequence[Mapping[str, Any]]) -> str:
     own = "" if lora.rank is None else f"LoRA of rank {lora.rank}, "
     if not any("reward/mean" in line for line in lines):
         return f"{own}supervised"
-    rule, size = config.weights.plugin or config.weights.rule, config.rollout.group_size
+    rule, size = config.weights.rule_used, config.rollout.group_size
     loss, usual = config.loss, LossConfig()
     changed = [
-        f"{name} `{getattr(loss, f'{name}_plugin') or getattr(loss, name)}`, "
-        for name in ("advantage", "policy")
-        if getattr(loss, f"{name}_plugin") or getattr(loss, name) != getattr(usual, name)
+        f"{name} `{used}`, "
+        for name, used, default in (
+            ("advantage", loss.advantage_used, usual.advantage),
+            ("policy", loss.policy_used, usual.policy),
+        )
+        if used != default
     ]
     return f"{own}GRPO with token weights by the rule `{rule}`, {''.join(changed)}{size} completions a prompt"
 

@@ -163,9 +163,8 @@ def test_a_checkpoint_is_told_by_its_step_curriculum_shapes_and_digest(run, caps
     assert "made of prompts abc" in said and "nu 0.25" in said
     (embed,) = (line for line in said.splitlines() if line.startswith("params.embed "))
     assert embed.split()[1] == "96x32"
-    assert " ".join(
-        next(line for line in said.splitlines() if line.startswith("region ")).split()
-    ).startswith("region base weight entropy in force gini in force")
+    (heads,) = (line for line in said.splitlines() if line.startswith("region "))
+    assert " ".join(heads.split()).startswith("region base weight entropy in force gini in force")
     (name,) = (line for line in said.splitlines() if line.startswith("name "))
     assert name.split()[1] == "1"
     (rate,) = (line for line in said.splitlines() if line.startswith("optimizer.learning_rate "))

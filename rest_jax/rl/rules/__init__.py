@@ -167,14 +167,14 @@ def choose_weight_rule(config: Config) -> Chosen | None:
 
 def advantage_rule(loss: LossConfig) -> Chosen:
     """The rule of the advantages."""
-    name = loss.advantage_plugin or loss.advantage
-    return choose("advantage", name, loss.advantage_options, "loss.advantage_options")
+    return choose(
+        "advantage", loss.advantage_used, loss.advantage_options, "loss.advantage_options"
+    )
 
 
 def policy_rule(loss: LossConfig) -> Chosen:
     """The rule of the policy loss."""
-    name = loss.policy_plugin or loss.policy
-    return choose("loss", name, loss.policy_options, "loss.policy_options")
+    return choose("loss", loss.policy_used, loss.policy_options, "loss.policy_options")
 
 
 def check_rules(config: Config) -> tuple[Chosen, ...]:
