@@ -401,4 +401,5 @@ def describe_method(config: Config) -> str:
     rule = weights.rule_used
     placebo = "" if weights.placebo == "none" else f", placebo {weights.placebo}"
     moved = "" if rule == "uniform" else f" (curriculum {config.curriculum.shape}{placebo})"
-    return f"advantage {loss.advantage_used}, token weights {rule}{moved}, loss {loss.policy_used}"
+    zero = f", none on {' and '.join(weights.zero)}" if weights.zero else ""
+    return f"advantage {loss.advantage_used}, token weights {rule}{moved}{zero}, loss {loss.policy_used}"

@@ -91,6 +91,11 @@ def test_every_method_passes_a_dry_run(method, tmp_path, capsys):
     [
         ("rest", [], "advantage grpo, token weights inverse_bound (curriculum linear), loss clip"),
         ("gspo", [], "advantage grpo, token weights uniform, loss gspo"),
+        (
+            "ablation_no_cot",
+            [],
+            "advantage grpo, token weights inverse_bound (curriculum linear), none on think, loss clip",
+        ),
         ("gdpo", [], "advantage gdpo, token weights uniform, loss clip"),
         (
             "rest",
