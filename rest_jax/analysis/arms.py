@@ -33,6 +33,7 @@ class Arm(NamedTuple):
     cfg: StepConfig
     progress: int  # 0: at the start; 1: at the end
     phrases: tuple[str, ...]  # that its rules read
+    placebo_of: str | None = None  # the arm with the weights of its rule
 
     def __call__(self, scored: ScoredBatch, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
         """(token weights, coefficients), float32 [P, G, T], of a batch (NumPy)."""
@@ -75,8 +76,9 @@ def make_arms(
             cfg = _of_batch(made.model_copy(update={"weights": weights}), groups)
             said = name if placebo == "none" else f"{name}+{placebo}"
             for progress in (0, 1) if moves else (0,):
-                title = f"{said}, nu {progress}" if moves else said
-                arms.append(Arm(title, cfg, progress, find_phrases(made)))
+                at = f", nu {progress}" if moves else ""
+                placebo_of = None if placebo == "none" else f"{name}{at}"
+                arms.append(Arm(f"{said}{at}", cfg, progress, find_phrases(made), placebo_of))
     return arms
 
 

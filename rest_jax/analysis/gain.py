@@ -12,7 +12,7 @@ sample (Kool et al. 2019; unbiased). It is measured in parts, so that intervals 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -173,11 +173,16 @@ def measure(
     )
 
 
-def gain_rows(found: Measured, names: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
+def gain_rows(
+    found: Measured, names: Sequence[str], seed: int, placebo_of: Mapping[str, str] | None = None
+) -> dict[str, dict[str, Any]]:
     """Of each arm and quantity the mean slope and how it compares with that of the first arm, less one, with a 95 % interval
     (bootstrap over batches and parts of grad J, both arms on the same resamples); the mean cosine to the first arm over the
     batches in which both have a gradient. NaN where the first arm's own slope is not shown to be above zero, or where there is
     no such batch.
+
+    `placebo_of`: placebo -> its method, both in `names`. A placebo's row has the lead of its method over it besides, in the unit
+    of the comparison with the first arm, on the same resamples.
     """
     _, _, batches, parts = found.slopes.shape
     rng = np.random.default_rng(seed)
@@ -202,6 +207,15 @@ def gain_rows(found: Measured, names: Sequence[str], seed: int) -> dict[str, dic
                 f"{quantity}_interval": np.quantile(again[k], [0.025, 0.975]),
                 f"{quantity}_relative": relative[k],
                 f"{quantity}_relative_interval": np.quantile(resampled[k], [0.025, 0.975]),
+            }
+        for placebo, method in (placebo_of or {}).items():
+            k, own = names.index(placebo), names.index(method)
+            rows[placebo] |= {
+                "placebo_of": method,
+                f"{quantity}_lead": relative[own] - relative[k],
+                f"{quantity}_lead_interval": np.quantile(
+                    resampled[own] - resampled[k], [0.025, 0.975]
+                ),
             }
     return rows
 
@@ -246,7 +260,8 @@ def measure_gain(
     found = measure(ascend, _drawer(opened, prompts), weigh, batches, reference)
     report = {"model": config.model.source, "data": data, "batches": batches, "prompts": prompts}
     report |= {"group_size": config.rollout.group_size, "reference": reference, "parts": PARTS}
-    report["arms"] = gain_rows(found, [arm.name for arm in arms], config.seed)
+    placebo_of = {arm.name: arm.placebo_of for arm in arms if arm.placebo_of is not None}
+    report["arms"] = gain_rows(found, [arm.name for arm in arms], config.seed, placebo_of)
     report |= {"slopes": found.slopes, "cosines": found.cosine}
     if not any(row["gain"] for row in report["arms"].values()):
         raise UserError(
@@ -273,31 +288,45 @@ def _drawer(opened: Opened, prompts: int) -> Callable[[int, int], ScoredBatch]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Gains by arm as text, the largest first."""
+    """Gains by arm as text, the largest first, and the leads of methods over their placebos."""
     heads = ("arm", "gain", "against uniform", "95 %", "first Adam step", "95 %", "cosine")
     rows: list[list[Any]] = [[*heads]]
+    leads: list[list[Any]] = [["lead over a placebo", *heads[2:-1]]]
 
     ordered = sorted(report["arms"].items(), key=lambda item: -item[1]["gain"])
     for name, row in ordered:
-        cells = [name, f"{row['gain']:.4g}"]
-        for quantity in _QUANTITIES:
-            relative = f"{quantity}_relative"
-            ends = in_words("{:+.1%} to {:+.1%}", *row[f"{relative}_interval"])
-            cells += [in_words("{:+.1%}", row[relative]), ends]
+        cells = [name, f"{row['gain']:.4g}", *_compared(row, "relative")]
         rows.append([*cells, in_words("{:.3f}", row["cosine"])])
-    unknown = ""
+    for name, row in report["arms"].items():
+        if "placebo_of" in row:
+            leads.append([name, *_compared(row, "lead")])
+    tables, unknown = summary_table(rows), ""
     if np.isnan(ordered[0][1]["gain_relative"]):
         unknown = "\nthat uniform weights lead upwards is not shown, so nothing is compared with them; raise --batches"
+    if len(leads) > 1:
+        tables += f"\n\n{summary_table(leads)}"
     return (
-        f"{summary_table(rows)}\n\n{report['batches']} batches of {report['prompts']} x {report['group_size']} completions; "
+        f"{tables}\n\n{report['batches']} batches of {report['prompts']} x {report['group_size']} completions; "
         f"grad J from {report['reference']} x {report['group_size']}{unknown}"
     )
+
+
+def _compared(row: dict[str, Any], kind: str) -> list[str]:
+    """Cells: of both quantities the value of that kind and its interval."""
+    cells = []
+    for quantity in _QUANTITIES:
+        value, ends = row[f"{quantity}_{kind}"], row[f"{quantity}_{kind}_interval"]
+        cells += [in_words("{:+.1%}", value), in_words("{:+.1%} to {:+.1%}", *ends)]
+    return cells
 
 
 def write(report: dict[str, Any], folder: Location) -> list[epath.Path]:
     """Writes both files, each atomically, over those of an earlier measurement; returns their paths."""
     path = write_result(report, folder, JSON_FILE)
     arms = dict(sorted(report["arms"].items(), key=lambda item: item[1]["gain"]))
+    placebos = {name: row for name, row in arms.items() if "placebo_of" in row}
+    arms = {name: row for name, row in arms.items() if name not in placebos}
+    places = {name: k for k, name in enumerate(arms)}
     figure = plotting.new_figure(9, 1.2 + 0.28 * len(arms))
     axes = figure.subplots()
     for quantity, colour, shift, label in (
@@ -311,6 +340,12 @@ def write(report: dict[str, Any], folder: Location) -> list[epath.Path]:
             100 * middle, np.arange(len(arms)) + shift, xerr=100 * whiskers, fmt="o", color=colour,
             label=label, capsize=2, markersize=4,
         )  # fmt: skip
+        if placebos:
+            axes.scatter(
+                [100 * row[f"{quantity}_relative"] for row in placebos.values()],
+                [places[row["placebo_of"]] + shift for row in placebos.values()],
+                marker="x", s=18, color=colour, alpha=0.6, label=f"{label}, its placebos",
+            )  # fmt: skip
     axes.axvline(0.0, color="0.6", linewidth=0.8)
     axes.set_yticks(range(len(arms)), list(arms))
     axes.set_xlabel("gain of one step against uniform weights, %, 95 %")

@@ -377,11 +377,11 @@ def _gain_rows(gains: Mapping[str, pathlib.Path]) -> Iterable[dict[str, Any]]:
 def _gain_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """What was not measured (None) is left empty."""
     values = {"cosine": row["cosine"]}
-    for quantity in ("gain", "adam"):
-        low, high = row[f"{quantity}_relative_interval"]
-        found = row[f"{quantity}_relative"], low, high
-        names = (quantity, f"{quantity}_low", f"{quantity}_high")
-        values |= dict(zip(names, found, strict=True))
+    kinds = [("relative", ""), *([("lead", "_lead")] if "placebo_of" in row else [])]
+    for (kind, said), quantity in itertools.product(kinds, ("gain", "adam")):
+        low, high = row[f"{quantity}_{kind}_interval"]
+        name, found = f"{quantity}{said}", (row[f"{quantity}_{kind}"], low, high)
+        values |= dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
     return {name: None if value is None else float(value) for name, value in values.items()}
 
 

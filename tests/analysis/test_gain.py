@@ -80,6 +80,7 @@ def test_a_method_with_a_curriculum_has_two_arms_and_a_placebo_more(config, scor
     arms = make_arms(config, ["grpo", "rest"], ["shuffle"], groups=4)
     names = ["grpo", *(f"rest{kind}, nu {n}" for kind in ("", "+shuffle") for n in (0, 1))]
     assert [arm.name for arm in arms] == names
+    assert [arm.placebo_of for arm in arms] == [None, None, None, "rest, nu 0", "rest, nu 1"]
     weight = {arm.name: arm(scored, TOKENIZER)[0] for arm in arms}
     assert np.abs(weight["rest, nu 1"] - weight["rest, nu 0"]).max() > 0.01
     for own, other in ((weight["rest, nu 0"], weight["rest+shuffle, nu 0"]),):
@@ -186,6 +187,21 @@ def test_nothing_is_compared_with_a_slope_that_may_be_zero():
     report = {"arms": rows, "batches": 16, "prompts": 2, "group_size": 2, "reference": 8}
     assert "is not shown, so nothing is compared with them" in table(report)
     assert "nan" not in table(report)
+
+
+def test_the_lead_over_a_placebo_is_measured_on_the_same_resamples():
+    """Certain where both share the noise, in points of the first arm's slope."""
+    noise = 1 + 0.5 * np.random.default_rng(4).normal(size=(2, 20, 8))
+    found = Measured(np.stack([noise, 3 * noise, 2 * noise], axis=1), np.ones((3, 20)))
+    rows = gain_rows(found, ["grpo", "rest", "rest+random"], 0, {"rest+random": "rest"})
+    assert [name for name in rows if "placebo_of" in rows[name]] == ["rest+random"]
+    for quantity in ("gain", "adam"):
+        assert rows["rest+random"][f"{quantity}_lead"] == pytest.approx(1)
+        np.testing.assert_allclose(rows["rest+random"][f"{quantity}_lead_interval"], 1)
+    report = {"arms": rows, "batches": 20, "prompts": 2, "group_size": 2, "reference": 8}
+    below = table(report).partition("lead over a placebo")[2]
+    assert [word for word in below.split() if word.startswith("rest")] == ["rest+random"]
+    assert "+100.0% to +100.0%" in below
 
 
 def test_an_adaptive_curriculum_is_where_the_batch_puts_it(config):

@@ -446,7 +446,11 @@ GAIN = {
 def test_what_one_step_gains_is_shown(plan_file, finished, tmp_path):
     path = tmp_path / "gain.json"
     nothing = {"cosine": None, "gain_relative": None, "gain_relative_interval": [None, None]}
-    path.write_text(json.dumps({"arms": {"grpo": GAIN | nothing, "rest, nu 0": GAIN}}))
+    lead = {"gain_lead": 0.2, "gain_lead_interval": [0.1, 0.3]}
+    lead |= {"adam_lead": None, "adam_lead_interval": [None, None]}
+    placebo = GAIN | lead | {"placebo_of": "rest, nu 0"}
+    arms = {"grpo": GAIN | nothing, "rest, nu 0": GAIN, "rest+shuffle, nu 0": placebo}
+    path.write_text(json.dumps({"arms": arms}))
     plan = plan_file(gain={"the start": str(path), "later": str(tmp_path / "none.json")})
     page = compare(plan, output=str(tmp_path / "page"), engine=PAGE_ONLY)
     lines = page.read_text().splitlines()
@@ -454,6 +458,8 @@ def test_what_one_step_gains_is_shown(plan_file, finished, tmp_path):
     assert gain == "| rest, nu 0 | +47 [+36, +57] |"
     assert (adam, cosine) == ("| rest, nu 0 | -5 [-10, +1] |", "| rest, nu 0 | 0.90 |")
     assert lines.count("| grpo | - |") == 2 and "| grpo | -5 [-10, +1] |" in lines
+    leads = [line for line in lines if line.startswith("| rest+shuffle, nu 0 |")]
+    assert leads == ["| rest+shuffle, nu 0 | +20 [+10, +30] |", "| rest+shuffle, nu 0 | - |"]
 
 
 def test_gains_stay_where_their_files_do_not(plan_file, finished, tmp_path):
