@@ -159,14 +159,18 @@ def measure(
     for b in range(batches):
         scored = draw(0, PARTS + b)
         coefficient = weigh(scored)
-        first, compared = None, []
-        for gradient in ascend(coefficient, scored.rollout):
+        # arms may be equal: placebos of the same range, a method and its ablation at the start of the curriculum
+        keys = [own.tobytes() for own in coefficient]
+        firsts = [k for k, key in enumerate(keys) if keys.index(key) == k]
+        gradients = ascend(coefficient[firsts], scored.rollout)
+        first, compared = None, {}
+        for k, gradient in zip(firsts, gradients, strict=True):
             first = gradient if first is None else first
-            compared.append(jax.device_get(_compare(gradient, first, parts)))
-        along, cosine = zip(*compared, strict=True)
+            compared[keys[k]] = jax.device_get(_compare(gradient, first, parts))
+        along, cosine = zip(*(compared[key] for key in keys), strict=True)
         slopes.append(along)
         cosines.append(cosine)
-        progress.update(PARTS + b + 1, f"{len(coefficient)} arms")
+        progress.update(PARTS + b + 1, f"{len(coefficient)} arms, {len(firsts)} of them distinct")
     progress.close()
     return Measured(
         np.array(slopes, np.float64).transpose(2, 1, 0, 3), np.array(cosines, np.float64).T

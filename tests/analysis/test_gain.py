@@ -14,11 +14,13 @@ from jax.flatten_util import ravel_pytree
 from rest_jax import cli
 from rest_jax.analysis.arms import make_arms
 from rest_jax.analysis.gain import (
+    PARTS,
     Measured,
     _along,
     _cosine,
     gain_rows,
     make_ascend,
+    measure,
     reinforce,
     table,
 )
@@ -175,6 +177,25 @@ def test_rows_compare_arms_on_the_same_resamples():
         assert low < 0 < high
         low, high = rows["one"][f"{quantity}_interval"]
         assert low < 1 < high
+
+
+def test_arms_that_are_equal_are_computed_once(scored):
+    """And have equal slopes, each at its own place."""
+    ones = np.ones_like(scored.region, np.float32)
+    asked = []
+
+    def ascend(coefficient, rollout):
+        asked.append(len(coefficient))
+        for own in coefficient:
+            yield {"w": jnp.array([own.sum(), 1.0])}
+
+    weighed = np.stack([ones, 2 * ones, ones, 3 * ones, 2 * ones])
+    found = measure(ascend, lambda prompts, number: scored, lambda scored: weighed, 2, 8)
+    assert asked == [1] * PARTS + [3] * 2
+    np.testing.assert_array_equal(found.slopes[:, 0], found.slopes[:, 2])
+    np.testing.assert_array_equal(found.slopes[:, 1], found.slopes[:, 4])
+    assert len(set(found.slopes[0, :, 0, 0].tolist())) == 3
+    assert found.cosine[0] == pytest.approx(1) and found.cosine.shape == (5, 2)
 
 
 def test_nothing_is_compared_with_a_slope_that_may_be_zero():
