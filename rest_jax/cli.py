@@ -319,13 +319,13 @@ def plan(
 ) -> int:
     """Compile for hardware that is not here: memory, traffic, speed; exit code 1 if it does not fit."""
     from rest_jax import config
-    from rest_jax.files import check_output
+    from rest_jax.files import check_output, local_path
     from rest_jax.planning import plan
 
     files, overrides = split(words)
     for option, written in (("--json", json), ("--output", output)):
         if written is not None:
-            check_output(written, map(config.builtin_file, files), option)
+            check_output(local_path(option, written), map(config.builtin_file, files), option)
     loaded = config.load(files, overrides)
     if supervised is None:
         supervised = plan.is_supervised(loaded, files)

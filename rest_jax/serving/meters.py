@@ -74,12 +74,14 @@ class Meters:
 
 
 class _Counts(Collector):
-    """What the stream counts, under the names of its fields."""
+    """What the stream counts, under the names that it has there."""
 
     def __init__(self, engine: Engine):
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
         """One counter each."""
-        for name, value in dataclasses.asdict(self._engine.stream.stats).items():
+        stats = self._engine.stream.stats
+        counts = {**dataclasses.asdict(stats), "prompt_tokens": stats.prompt_tokens}
+        for name, value in counts.items():
             yield CounterMetricFamily(f"rest_jax_{name}", "of the stream", value=value)

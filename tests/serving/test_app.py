@@ -439,7 +439,14 @@ def test_metrics(tokenizer):
     path = 'path="/v1/chat/completions"'
     assert float(lines[f'rest_jax_requests_total{{{path},status="200"}}']) == 1
     assert float(lines[f'rest_jax_requests_total{{{path},status="400"}}']) == 1
+    counted = {name for name in lines if "{" not in name and name.endswith("_total")}
+    drawn = ("tokens", "prompt_tokens", "prefilled_tokens", "reused_tokens")
+    calls = ("calls", "prefill_calls", "slot_steps")
+    assert counted == {
+        f"rest_jax_{name}_total" for name in (*drawn, *calls)
+    }  # dashboards name them
     assert float(lines["rest_jax_tokens_total"]) == 10
+    assert float(lines["rest_jax_prompt_tokens_total"]) > 0
     assert float(lines["rest_jax_request_seconds_count"]) == 1
     assert float(lines["rest_jax_active"]) == 0
 
