@@ -5,6 +5,7 @@ import logging
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 import yaml
 
@@ -122,7 +123,9 @@ def test_the_programs_of_a_plan_are_those_that_a_run_compiles(name, request, tmp
     planned = [re.search(r"module @jit_(\w+)", text)[1] for text in dict.fromkeys(texts)]
     texts = (file.read_text() for file in (REPOSITORY / "rest_jax").rglob("*.py"))
     package = "".join(text for text in texts if "import jax" in text)
-    ours = {function for function in ran if f"def {function}(" in package}
+    # jax's own operations, of counts here, may have the name of a method
+    named = {function for function in ran if not hasattr(jnp, function)}
+    ours = {function for function in named if f"def {function}(" in package}
     assert ours - UNPLANNED == set(planned)
     assert all(ran.count(function) >= planned.count(function) for function in planned)
 
