@@ -260,8 +260,8 @@ def test_a_compiler_that_is_killed_is_no_verdict(monkeypatch, recipe):
 @pytest.mark.aot
 @on_tpu
 def test_slices_reduce_the_gradient_over_the_network_between_them(cache, recipe, tmp_path):
-    """`mesh.data` unset is one part a slice: weights are gathered inside slices, the gradient alone crosses. 4 x 128 wide,
-    since TPUs pad to 128.
+    """`mesh.data` unset is one part a slice: weights are gathered inside slices, the gradient crosses, and no more than the
+    batch itself, of which a micro-batch may have any rows. 4 x 128 wide, since TPUs pad to 128.
     """
     raw = json.loads((recipe.parent / "config.json").read_text()) | {"hidden_size": 512}
     (tmp_path / "config.json").write_text(json.dumps(raw))
@@ -270,13 +270,21 @@ def test_slices_reduce_the_gradient_over_the_network_between_them(cache, recipe,
     assert (made["devices"], made["mesh"]["data"], made["mesh"]["fsdp"]) == (8, 2, 4)
     found = made["programs"]["update"]["collectives"]
     crossing = [c for c in found if c["crosses"]]
-    assert crossing and {c["kind"] for c in crossing} <= {"all-reduce", "reduce-scatter"}
+    batch = [c["nbytes"] for c in crossing if c["kind"] == "all-gather"]
+    values, responses, prompts = (
+        6,
+        16 * 4 * 32,
+        16 * 64,
+    )  # of 4 bytes: ids, weight, advantage, log-probs
+    assert sum(batch) <= 4 * (values * responses + prompts)
+    reduced = [c for c in crossing if c["kind"] in ("all-reduce", "reduce-scatter")]
+    assert reduced and len(reduced) + len(batch) == len(crossing)
     assert {c["group"] for c in crossing} == {2}
     assert all(c["group"] <= 4 for c in found)
     # Each of 4 devices of a slice reduces its quarter of the gradient with its counterpart; that of the tied embedding twice,
     # as head and as embedding.
     gradient, embedding = made["memory"]["programs"]["update"]["gradient"], 4 * 768 * 128
-    assert sum(c["nbytes"] for c in crossing) == pytest.approx(gradient + embedding, rel=0.02)
+    assert sum(c["nbytes"] for c in reduced) == pytest.approx(gradient + embedding, rel=0.02)
     assert "across slices" in report.table(made)
     with pytest.raises(UserError, match=r"mesh.tensor 8: does not divide the 4 devices of a slice"):
         plan.make_plan(
