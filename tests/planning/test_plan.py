@@ -271,12 +271,9 @@ def test_slices_reduce_the_gradient_over_the_network_between_them(cache, recipe,
     found = made["programs"]["update"]["collectives"]
     crossing = [c for c in found if c["crosses"]]
     batch = [c["nbytes"] for c in crossing if c["kind"] == "all-gather"]
-    values, responses, prompts = (
-        6,
-        16 * 4 * 32,
-        16 * 64,
-    )  # of 4 bytes: ids, weight, advantage, log-probs
-    assert sum(batch) <= 4 * (values * responses + prompts)
+    # prompts; ids, weights, advantages and log-probs of the tokens of responses: 4 bytes each
+    prompts, responses, values = 16 * 64, 16 * 4 * 32, 6
+    assert sum(batch) <= 4 * (prompts + values * responses)
     reduced = [c for c in crossing if c["kind"] in ("all-reduce", "reduce-scatter")]
     assert reduced and len(reduced) + len(batch) == len(crossing)
     assert {c["group"] for c in crossing} == {2}

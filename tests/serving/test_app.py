@@ -442,9 +442,8 @@ def test_metrics(tokenizer):
     counted = {name for name in lines if "{" not in name and name.endswith("_total")}
     drawn = ("tokens", "prompt_tokens", "prefilled_tokens", "reused_tokens")
     calls = ("calls", "prefill_calls", "slot_steps")
-    assert counted == {
-        f"rest_jax_{name}_total" for name in (*drawn, *calls)
-    }  # dashboards name them
+    # dashboards name them
+    assert counted == {f"rest_jax_{name}_total" for name in (*drawn, *calls)}
     assert float(lines["rest_jax_tokens_total"]) == 10
     assert float(lines["rest_jax_prompt_tokens_total"]) > 0
     assert float(lines["rest_jax_request_seconds_count"]) == 1
