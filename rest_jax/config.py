@@ -5,7 +5,9 @@ or to `oc.env`), validates, and returns a `Config`. Every fault is a ConfigError
 path and the nearest known name. Files are paths, or names of builtin ones (`scale/tiny`, `method/rest`).
 """
 
+import copy
 import difflib
+import functools
 import io
 import itertools
 import os
@@ -19,7 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 import pydantic
 import yaml
 from etils import epath
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rest_jax import plugins
@@ -785,8 +787,7 @@ def read_mapping(path: Location) -> dict[str, Any]:
             if (size := as_path(path).stat().length) > _MAX_BYTES:
                 raise ConfigError(f"{path}: {size:,} bytes, a config has {_MAX_BYTES:,} at most")
             text = as_path(path).read_text()
-        _check_yaml(text)
-        found = OmegaConf.load(io.StringIO(text))
+        found = _parse_file(text)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as fault:
         if isinstance(fault, UserError):
             raise
@@ -795,9 +796,17 @@ def read_mapping(path: Location) -> dict[str, Any]:
         if isinstance(fault, yaml.MarkedYAMLError) and fault.problem_mark is not None:
             said = f"line {fault.problem_mark.line + 1}: {fault.problem}"
         raise ConfigError(f"{path}: {said}") from fault
-    if not isinstance(found, DictConfig):
+    if not isinstance(found, dict):
         raise ConfigError(f"{path}: a mapping is needed at the top, found a list")
-    return typing.cast(dict[str, Any], OmegaConf.to_container(found))
+    return copy.deepcopy(found)
+
+
+# A comparison reads the same few files for each of its runs, and each run's own several times.
+@functools.lru_cache(maxsize=512)
+def _parse_file(text: str) -> Any:
+    """What YAML says, `${...}` as it is written. The caller must not change it."""
+    _check_yaml(text)
+    return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
 
 
 class _Refused(yaml.MarkedYAMLError):

@@ -170,9 +170,10 @@ def compare(plan: str, *, output: str | None = None, engine: Engine | None = Non
     compared = loaded.jobs(name, loaded.first_rates)
     for (arm, *_), job in (*loaded.rate_jobs(name).items(), *compared.items()):
         check_run(job.config(), arm, f"plan {name}")
-    gather(name, loaded, folder)
-    failed = train(name, loaded, folder, engine) if engine.workers else []
-    found = gather(name, loaded, folder)
+    found, failed = gather(name, loaded, folder), []
+    if engine.workers:
+        failed = train(name, loaded, folder, engine)
+        found = gather(name, loaded, folder)
     if not found.results.runs and not found.results.rates:
         if failed:
             raise RunStopped(f"{len(failed)} runs failed; the first: {failed[0]}")

@@ -1,6 +1,7 @@
 """Comparisons: fair plans, learning rates, runs carried out once, claims that follow from the numbers, pages from tables."""
 
 import csv
+import functools
 import gzip
 import itertools
 import json
@@ -30,26 +31,26 @@ ENDS = {
 PAGE_ONLY = Engine(workers=0)
 
 
+def write_plan(folder: pathlib.Path, name: str = "tiny", **changes) -> str:
+    """Writes a plan file, with changes; its path."""
+    plan = {
+        "title": "A tiny comparison",
+        "scale": "scale/tiny_single",
+        "arms": list(ENDS),
+        "reference": "grpo",
+        "pairs": [["rest_mass", "rest"]],
+        "seeds": [0, 1, 2, 3],
+        "overrides": {"train.steps": 6, "train.eval_every": 2, "train.checkpoint_every": 3},
+        "output": str(folder / "runs"),
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(plan | changes, sort_keys=False))
+    return str(path)
+
+
 @pytest.fixture
 def plan_file(tmp_path):
-    """Writes a plan file, with changes; its path."""
-
-    def write(name: str = "tiny", **changes) -> str:
-        plan = {
-            "title": "A tiny comparison",
-            "scale": "scale/tiny_single",
-            "arms": list(ENDS),
-            "reference": "grpo",
-            "pairs": [["rest_mass", "rest"]],
-            "seeds": [0, 1, 2, 3],
-            "overrides": {"train.steps": 6, "train.eval_every": 2, "train.checkpoint_every": 3},
-            "output": str(tmp_path / "runs"),
-        }
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(plan | changes, sort_keys=False))
-        return str(path)
-
-    return write
+    return functools.partial(write_plan, tmp_path)
 
 
 def load(path: str) -> Plan:
@@ -129,13 +130,24 @@ def test_unknown_plan():
         compare("nothing", engine=PAGE_ONLY)
 
 
-@pytest.fixture
-def finished(plan_file):
-    """A plan whose runs are finished: rest clearly above grpo, rest_mass not clearly anything."""
-    path = plan_file()
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory) -> pathlib.Path:
+    """A folder with runs/ of a plan that are finished, rest clearly above grpo, rest_mass not clearly anything; and page/."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = write_plan(folder)
     for (arm, seed), job in load(path).jobs("tiny", {}).items():
         finish(job.config(), ENDS[arm][seed])
-    return path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rest_jax.experiments.compare.write_figures", lambda *_: None)
+        compare(path, output=str(folder / "page"), engine=PAGE_ONLY)
+    return folder
+
+
+@pytest.fixture
+def finished(made_once, plan_file, tmp_path):
+    """The plan with its finished runs."""
+    shutil.copytree(made_once / "runs", tmp_path / "runs")
+    return plan_file()
 
 
 @pytest.fixture(autouse=True)
@@ -151,8 +163,9 @@ def drawn():
 
 
 @pytest.fixture
-def page(finished, tmp_path) -> pathlib.Path:
-    return compare(finished, output=str(tmp_path / "page"), engine=PAGE_ONLY)
+def page(made_once, finished, tmp_path) -> pathlib.Path:
+    """Of these runs."""
+    return shutil.copytree(made_once / "page", tmp_path / "page") / "README.md"
 
 
 def test_differences_are_paired(finished, tmp_path):
@@ -203,7 +216,8 @@ def test_all_comparisons_are_corrected_together(finished, tmp_path):
     assert power.single == alone.single == alone.first < power.first
 
 
-def test_the_page_says_what_the_numbers_say(drawn, page):
+def test_the_page_says_what_the_numbers_say(drawn, finished, tmp_path):
+    page = compare(finished, output=str(tmp_path / "page"), engine=PAGE_ONLY)
     written = page.read_text()
     lines = written.splitlines()
     assert "- `rest`: Better in both endpoints, than its placebo too." in lines
