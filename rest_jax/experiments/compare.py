@@ -178,8 +178,7 @@ def compare(plan: str, *, output: str | None = None, engine: Engine | None = Non
         if failed:
             raise RunStopped(f"{len(failed)} runs failed; the first: {failed[0]}")
         raise UserError(f"{name}: no finished run, and no results in {folder}")
-    if found.results.runs:
-        write_figures(found.results, name, loaded, folder / "images")
+    write_figures(found.results, name, loaded, folder / "images")
     page = write_page(found, folder)
     sentences = [line for line in page.read_text().splitlines() if line.startswith("- ")]
     print_text("\n".join([*sentences, f"page: {page}"]))

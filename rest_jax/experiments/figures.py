@@ -1,5 +1,8 @@
-"""The figures of a comparison: endpoints of every arm; held-out curves against the reference's; weight shares by region."""
+"""The figures of a comparison: endpoints of every arm; held-out curves against the reference's; weight shares by region; what one
+step of every method gains.
+"""
 
+import itertools
 import math
 import pathlib
 from typing import Any
@@ -16,13 +19,18 @@ _COLUMNS = 5  # of small panels
 
 
 def write_figures(results: Results, name: str, plan: Any, folder: pathlib.Path) -> None:
-    """Draws <name>_endpoints.png, _curves.png and _shares.png of a `compare.Plan` into the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for kind, figure in (
-        ("endpoints", _endpoints(results, plan.reference)),
-        ("curves", _curves(results, plan.reference)),
-        ("shares", _shares(results)),
-    ):
+    """Draws <name>_endpoints.png, _curves.png and _shares.png of a `compare.Plan` into the folder where there are runs, and
+    _gain.png where gains were measured.
+    """
+    figures = {}
+    if results.runs:
+        figures["endpoints"] = _endpoints(results, plan.reference)
+        figures["curves"] = _curves(results, plan.reference)
+        figures["shares"] = _shares(results)
+    if results.gain:
+        figures["gain"] = _gains(results)
+    for kind, figure in figures.items():
+        folder.mkdir(parents=True, exist_ok=True)
         plotting.save(figure, folder / f"{name}_{kind}.png", _DPI)
 
 
@@ -130,4 +138,36 @@ def _shares(results: Results) -> Any:
         frameon=False,
     )  # fmt: skip
     figure.suptitle("Share in the total token weight, %; above: responses and other tokens")
+    return figure
+
+
+def _gains(results: Results) -> Any:
+    """Methods by policies: what one step gains against uniform weights, along the gradient and as Adam's first; bold where the
+    interval has no zero in it. Placebos are in the page's tables alone.
+    """
+    methods = list(dict.fromkeys(method for method, _ in results.gain if "+" not in method))
+    policies = list(dict.fromkeys(policy for _, policy in results.gain))
+    width = 2.4 + 2 * (0.5 * len(policies) + 0.6)
+    figure = plotting.new_figure(max(width, 6), 0.26 * len(methods) + 2.2)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, quantity, title in zip(
+        panels, ("gain", "adam"), ("along the gradient", "first Adam step"), strict=True
+    ):
+        values = np.full((len(methods), len(policies)), np.nan)
+        for (y, method), (x, policy) in itertools.product(enumerate(methods), enumerate(policies)):
+            row = results.gain.get((method, policy), {})
+            value = values[y, x] = row.get(quantity, np.nan)
+            if not math.isnan(value):
+                shown = row[f"{quantity}_low"] * row[f"{quantity}_high"] > 0
+                axes.text(
+                    x, y, f"{100 * value:+.0f}", ha="center", va="center", fontsize=7,
+                    fontweight="bold" if shown else "normal", alpha=1 if shown else 0.6,
+                )  # fmt: skip
+        axes.imshow(values, cmap="RdBu", vmin=-1, vmax=1, aspect="auto", alpha=0.75)
+        axes.set_xticks(range(len(policies)), policies, rotation=60, ha="right")
+        axes.set_title(title, fontsize="medium")
+    panels[0].set_yticks(range(len(methods)), methods)
+    figure.suptitle(
+        "What one step gains against uniform weights, %\nbold: 95 % interval without zero"
+    )
     return figure

@@ -457,7 +457,7 @@ GAIN = {
 }
 
 
-def test_what_one_step_gains_is_shown(plan_file, finished, tmp_path):
+def test_what_one_step_gains_is_shown(drawn, plan_file, finished, tmp_path):
     path = tmp_path / "gain.json"
     nothing = {"cosine": None, "gain_relative": None, "gain_relative_interval": [None, None]}
     lead = {"gain_lead": 0.2, "gain_lead_interval": [0.1, 0.3]}
@@ -472,6 +472,9 @@ def test_what_one_step_gains_is_shown(plan_file, finished, tmp_path):
     assert gain == "| rest, nu 0 | +47 [+36, +57] |"
     assert (adam, cosine) == ("| rest, nu 0 | -5 [-10, +1] |", "| rest, nu 0 | 0.90 |")
     assert lines.count("| grpo | - |") == 2 and "| grpo | -5 [-10, +1] |" in lines
+    (picture,) = (line for line in lines if line.startswith("![Gains of one step]"))
+    drawn_to = page.parent / picture.split("(")[1].rstrip(")")
+    assert drawn_to.read_bytes().startswith(b"\x89PNG")
     leads = [line for line in lines if line.startswith("| rest+shuffle, nu 0 |")]
     assert leads == ["| rest+shuffle, nu 0 | +20 [+10, +30] |", "| rest+shuffle, nu 0 | - |"]
 
