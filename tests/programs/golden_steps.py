@@ -18,7 +18,11 @@ import yaml
 
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device
+    # One device. No numbers of one kind of CPU: YNN and oneDNN choose their kernels by what it can do (AMX, say).
+    os.environ["XLA_FLAGS"] = (
+        "--xla_backend_optimization_level=0 --xla_cpu_max_isa=AVX2 --xla_cpu_experimental_ynn_fusion_type="
+    )
+    os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
 
 from rest_jax import config, sft, train
 from rest_jax.data import cache
