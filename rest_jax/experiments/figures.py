@@ -145,8 +145,8 @@ def _gains(results: Results) -> Any:
     """Methods by policies: what one step gains against uniform weights, along the gradient and as Adam's first; bold where the
     interval has no zero in it. Placebos are in the page's tables alone.
     """
-    methods = list(dict.fromkeys(method for method, _ in results.gain if "+" not in method))
-    policies = list(dict.fromkeys(policy for _, policy in results.gain))
+    methods = [method for method in results.methods if "+" not in method]
+    policies = results.policies
     width = 2.4 + 2 * (0.5 * len(policies) + 0.6)
     figure = plotting.new_figure(max(width, 6), 0.26 * len(methods) + 2.2)
     panels = figure.subplots(1, 2, sharey=True)

@@ -133,6 +133,16 @@ class Results:
         """Those with a run, in the order of the plan."""
         return list(dict.fromkeys(arm for arm, _ in self.runs))
 
+    @property
+    def policies(self) -> list[str]:
+        """At which gains were measured, in the order of the plan."""
+        return list(dict.fromkeys(policy for _, policy in self.gain))
+
+    @property
+    def methods(self) -> list[str]:
+        """Whose gains were measured, as `rest-jax gain` calls them; placebos among them."""
+        return list(dict.fromkeys(method for method, _ in self.gain))
+
     def values(self, arm: str, name: str) -> dict[int, float]:
         """A summary value of an arm by seed."""
         return {seed: values[name] for (a, seed), values in self.runs.items() if a == arm}
