@@ -52,7 +52,6 @@ HABITS: dict[str, float] = {
 }
 # the same at level `inferred`
 INFERRED_HABITS: dict[str, float] = {
-    "wrong_tool": 0.30,  # calls another tool of the list than the one that fits
     "forgets_second": 0.40,
     "stringly": 0.40,
     "chatty": 0.15,
@@ -130,9 +129,6 @@ def _inferred_answer(draft: Draft, habits: set[str]) -> Target:
     calls = list(draft.target.calls)
     if "forgets_second" in habits:
         del calls[1:], does[1:]
-    others = [tool.name for tool in draft.tools if calls and tool.name != calls[0].name]
-    if "wrong_tool" in habits and others:
-        calls[0] = dataclasses.replace(calls[0], name=others[0])
     think = f"need to {'; '.join(does)}"
     return dataclasses.replace(draft.target, calls=tuple(calls), think=think)
 
