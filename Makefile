@@ -24,7 +24,7 @@ BOUNDS_SHOWN := jax flax optax orbax-checkpoint transformers grain
 BOUNDS_TESTS := tests/data tests/run/test_checkpoint.py tests/models/test_tokenizer.py tests/models/gguf tests/test_train.py \
   tests/experiments/test_search.py tests/analysis/test_report.py tests/serving/test_app.py tests/test_cli.py
 
-.PHONY: help quickstart test test-all bench study real aot docs lint format types imports check lock bounds clean
+.PHONY: help quickstart test test-wide test-all bench study real aot docs lint format types imports check lock bounds clean
 .DEFAULT_GOAL := help
 
 help: ## This list
@@ -35,6 +35,9 @@ quickstart: $(RUNTIME) ## Train, evaluate and export the tiny policy with ResT (
 
 test: $(DEV) ## The default tests; more options: make test ARGS="-k checkpoint"
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-wide: $(DEV) ## The tests that compile for long: other meshes, sizes, dtypes and methods
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "wide and not slow and not multihost and not aot and not services" $(ARGS)
 
 test-all: $(DEV) ## Every test, the slow ones included
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "" $(ARGS)

@@ -76,7 +76,12 @@ MORE_MESHES = [(2, 2, 1), (4, 1, 1), (1, 1, 4), (2, 1, 2)]
 
 
 @pytest.mark.parametrize(
-    "sizes", [*MESHES, *(pytest.param(m, marks=pytest.mark.slow) for m in MORE_MESHES)]
+    "sizes",
+    [
+        MESHES[0],
+        *(pytest.param(m, marks=pytest.mark.wide) for m in MESHES[1:]),
+        *(pytest.param(m, marks=pytest.mark.slow) for m in MORE_MESHES),
+    ],
 )
 def test_loss_and_gradients_do_not_depend_on_the_mesh(sizes):
     params, expected = make_params(), single_device()

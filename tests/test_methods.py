@@ -125,6 +125,7 @@ def test_the_golden_file_has_every_method_but_those_of_one_rule():
     assert sorted(json.loads(GOLDEN.read_text())) == METHODS
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("method", METHODS)
 def test_the_numbers_of_every_method(runs, method):
     """Regenerate: python tests/programs/golden_steps.py OUT --update"""

@@ -185,6 +185,7 @@ def test_too_few_are_refused(capsys):
     assert "--continuations 2: four are the least" in capsys.readouterr().err
 
 
+@pytest.mark.wide
 def test_rewards_that_are_all_equal_are_refused(tmp_path, capsys):
     plugin = tmp_path / "rewards.py"
     plugin.write_text("def score(completion, record):\n    return {'same': 1.0}\n")

@@ -35,6 +35,7 @@ def record(capsys, *argv: str) -> dict:
     return found
 
 
+@pytest.mark.wide
 def test_rollout(capsys, tmp_path):
     file = tmp_path / "lengths.json"
     file.write_text("[1, 9, 3, 4]")
@@ -44,6 +45,7 @@ def test_rollout(capsys, tmp_path):
     assert found["flops_share"] == found["model_flops_per_second"] / 1e11
 
 
+@pytest.mark.wide
 def test_step_trains_every_group(capsys):
     found = record(capsys, "step", *SMALL, "--group", "4", "--response-tokens", "8")
     assert found["tokens"] == 2 * 4 * (12 + 8)

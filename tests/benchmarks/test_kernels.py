@@ -11,6 +11,7 @@ SMALL = ["--heads", "4", "2", "16", "--rows", "1", "--group", "2", "--repeats", 
 SIZES = ["--prompt-tokens", "40", "--response-tokens", "9"]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_kernel_is_compared_and_timed(capsys, dtype):
     names = ["triton", "blocks"]

@@ -335,6 +335,7 @@ def completer(source: pathlib.Path, **rollout: int) -> Completer:
     return Completer(config, load_policy(config.model, config.mesh), sampling)
 
 
+@pytest.mark.wide
 def test_one_decode_slot_has_room_for_the_longest_prompt(bank_model):
     """And the room changes no completion."""
     prompts = [[{"role": "user", "content": "é" * 1000}]]
@@ -344,6 +345,7 @@ def test_one_decode_slot_has_room_for_the_longest_prompt(bank_model):
         completer(bank_model, cache_tokens=1024)(prompts)
 
 
+@pytest.mark.wide
 def test_completions_cut_off_by_top_k_are_kept_as_well(bank_model, tmp_path):
     prompts = [[{"role": "user", "content": text}] for text in ("one", "two", "three")]
     path = tmp_path / "completions.jsonl"

@@ -134,6 +134,7 @@ def test_over_a_mesh(kernel, mesh, heads, kv_heads):
     assert_dense(found, inputs, PACKED)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("kernel", ["blocks", "flash"])
 def test_what_a_mesh_does_not_divide_is_attended_as_without_it(kernel):
     mesh = distributed.make_mesh(MeshConfig(fsdp=2, tensor=4), jax.devices()[:8])
@@ -202,6 +203,7 @@ def test_platform_chooses():
         assert cfg.reads_pages == (name == "flash")
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("kernel", "remat", "kv_heads", "mesh"),
     [

@@ -30,7 +30,13 @@ BLOCKS = [(64, 64), (64, 128), (256, 128)]  # of queries and of keys
 small_blocks = functools.partial(block_attention, blocks=(64, 64))
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2), (4, 1), (6, 2), (16, 1)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"),
+    [
+        (4, 2),
+        *(pytest.param(*x, marks=pytest.mark.wide) for x in [(2, 2), (4, 1), (6, 2), (16, 1)]),
+    ],
+)
 def test_packed_rows_equal_dense_attention(heads, kv_heads):
     """Padding, of which every output has a gradient here, is zero in value and gradients."""
     inputs = make_inputs(*PACKED.shape, heads, kv_heads)
@@ -44,7 +50,9 @@ def test_blocks_of_any_size_compute_the_same(blocks):
     assert_dense(value_and_gradients(by_kernel(kernel, PACKED), *inputs), inputs, PACKED)
 
 
-@pytest.mark.parametrize("time", [1, 63, 64, 65, 300])
+@pytest.mark.parametrize(
+    "time", [65, *(pytest.param(n, marks=pytest.mark.wide) for n in (1, 63, 64, 300))]
+)
 def test_rows_of_any_length(time):
     half = time // 2
     until = np.stack([packed_row(time, [(time - half, time - half, [half], half)])] * 2)

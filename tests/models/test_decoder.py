@@ -38,6 +38,10 @@ EXPERTS = dataclasses.replace(
     NORMED, family="qwen3_moe", d_ff=12, n_experts=4, experts_per_token=2, norm_topk=True
 )
 CONFIGS = {"normed": NORMED, "biased": BIASED, "experts": EXPERTS}
+KINDS = pytest.mark.parametrize(
+    "kind",
+    ["normed", *(pytest.param(kind, marks=pytest.mark.wide) for kind in ("biased", "experts"))],
+)
 
 
 @functools.cache
@@ -119,7 +123,7 @@ def grouped_gradient(cfg):
     return run(make_params(cfg))
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@KINDS
 def test_group_equals_separate_rows(kind):
     cfg, batch = CONFIGS[kind], make_batch()
     separate = jax.jit(jax.value_and_grad(lambda p: probe_loss(separate_hidden(cfg, p, batch))))
@@ -133,7 +137,7 @@ def test_group_equals_separate_rows(kind):
     assert_relative(grads, expected_grads)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@KINDS
 def test_cached_decode_equals_full_forward(kind):
     cfg, batch = CONFIGS[kind], make_batch()
     params = make_params(cfg)
@@ -212,7 +216,7 @@ def test_padding_changes_nothing_and_gets_no_gradient():
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("remat", ["block", "dots"])
+@pytest.mark.parametrize("remat", ["block", pytest.param("dots", marks=pytest.mark.wide)])
 def test_remat_does_not_change_the_gradient(remat):
     assert_relative(
         grouped_gradient(dataclasses.replace(NORMED, remat=remat)), grouped_gradient(NORMED)
@@ -304,6 +308,7 @@ def test_decoding_without_a_cache_is_named():
         )
 
 
+@pytest.mark.wide
 def test_gradients_of_matrices_are_not_rounded_to_the_compute_dtype():
     """They are added up over devices in float32: a share that was rounded to bfloat16 before would equal itself rounded."""
     cfg = dataclasses.replace(tiny.decoder().cfg, dtype="bfloat16", qkv_bias=True)

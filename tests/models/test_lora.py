@@ -72,7 +72,13 @@ def merged(decoder: Decoder, params, adapters):
 
 
 @pytest.mark.parametrize(
-    "experts, targets", [(0, ALL), (0, ("q", "down")), (4, ("q", "k", "v", "o"))], ids=str
+    "experts, targets",
+    [
+        (0, ("q", "down")),
+        pytest.param(0, ALL, marks=pytest.mark.wide),
+        pytest.param(4, ("q", "k", "v", "o"), marks=pytest.mark.wide),
+    ],
+    ids=str,
 )
 def test_a_decoder_with_adapters_is_one_of_merged_weights(experts, targets):
     decoder, params = adapted(targets, experts), tiny.params(experts)
@@ -121,6 +127,7 @@ def test_gradients_follow_from_that_of_the_merged_matrix():
                 np.testing.assert_allclose(own, x, rtol=2e-3, atol=2e-4 * np.abs(x).max())
 
 
+@pytest.mark.wide
 def test_bfloat16_computes_with_float32_adapters():
     """Gradients of the masters stay float32; frozen weights kept in bfloat16 give the same bits as float32 ones."""
     decoder, params = adapted(dtype="bfloat16"), tiny.params()
@@ -169,6 +176,7 @@ def test_adapters_are_split_as_their_matrices(sizes):
                 assert math.prod(where.shard_shape(shape)) * mesh.shape["fsdp"] <= math.prod(shape)
 
 
+@pytest.mark.wide
 def test_several_devices_compute_what_one_does():
     decoder, params = adapted(remat="block"), tiny.params()
     adapters = random_adapters(decoder)

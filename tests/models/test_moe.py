@@ -96,7 +96,12 @@ MESHES = [(1, 1, 2, 1), (1, 1, 4, 1), (1, 2, 4, 1), (1, 1, 4, 2), (2, 1, 2, 2), 
 
 
 @pytest.mark.parametrize(
-    "sizes", [(1, 2, 2, 2), *(pytest.param(m, marks=pytest.mark.slow) for m in MESHES)], ids=str
+    "sizes",
+    [
+        pytest.param((1, 2, 2, 2), marks=pytest.mark.wide),
+        *(pytest.param(m, marks=pytest.mark.slow) for m in MESHES),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("remat", ["block", pytest.param("dots", marks=pytest.mark.slow)])
 def test_value_and_gradient_do_not_depend_on_the_mesh(sizes, remat):

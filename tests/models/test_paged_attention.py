@@ -141,7 +141,14 @@ def responses(q, pool, table, recent, response):
 
 
 @pytest.mark.parametrize(
-    ("heads", "repeats", "group"), [(2, 1, 1), (2, 2, 3), (1, 4, 8), (1, 26, 5), (3, 3, 2)]
+    ("heads", "repeats", "group"),
+    [
+        (2, 2, 3),
+        *(
+            pytest.param(*x, marks=pytest.mark.wide)
+            for x in [(2, 1, 1), (1, 4, 8), (1, 26, 5), (3, 3, 2)]
+        ),
+    ],
 )
 def test_prompts_equal_dense_attention(heads, repeats, group):
     table, pool, slots = make_table(), make_pool(heads), make_slots(group)
@@ -203,6 +210,7 @@ def rounded(tree):
     return jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
 
 
+@pytest.mark.wide
 def test_in_bfloat16_products_are_of_rounded_numbers_and_sums_are_not():
     """Two kv heads with two queries each; prompts and responses, against dense attention to the rounded keys."""
     table, pool, slots = make_table(1), rounded(make_pool(2)), make_slots(2)
@@ -221,8 +229,10 @@ def test_in_bfloat16_products_are_of_rounded_numbers_and_sums_are_not():
     assert_close(out.astype(jnp.float32), expected, tolerance=2e-2)
 
 
-@pytest.mark.parametrize("heads", [4, 2])
-@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize(
+    ("heads", "repeats"),
+    [(2, 2), *(pytest.param(*x, marks=pytest.mark.wide) for x in [(4, 1), (2, 1), (4, 2)])],
+)
 def test_new_tokens_over_a_mesh(heads, repeats):
     """Of two data shards on four devices each, which share four kv heads and each have both of two; as over gathered pages."""
     table, pool, slots = make_table(), make_pool(heads), make_slots(2)
@@ -251,7 +261,10 @@ def test_new_tokens_over_a_mesh(heads, repeats):
     assert_close(found[:, :-1], expected[:, :-1])
 
 
-@pytest.mark.parametrize(("heads", "queries"), [(1, 1), (2, 7), (3, 2)])
+@pytest.mark.parametrize(
+    ("heads", "queries"),
+    [(2, 7), *(pytest.param(*x, marks=pytest.mark.wide) for x in [(1, 1), (3, 2)])],
+)
 def test_responses_equal_dense_attention(heads, queries):
     table, pool = make_table(1), make_pool(heads)
     q, recent, response, prompt = make_response(heads, queries)

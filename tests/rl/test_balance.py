@@ -104,6 +104,7 @@ def same_metrics(a: dict, b: dict) -> None:
         assert value == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.wide
 def test_micro_batches_change_neither_loss_nor_gradient(scored):
     """The load-balance loss included, whose gradient is not small."""
     own = forget(scored)

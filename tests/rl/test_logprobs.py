@@ -70,7 +70,13 @@ def test_entropy_and_gini():
     assert (np.asarray(gini) <= 1 - np.exp(-np.asarray(entropy)) + 1e-6).all()  # Lemma 2
 
 
-@pytest.mark.parametrize(("chunk", "share"), [(1, 1), (4, 1), (7, 0.5), (64, 1), (2, 0.3)])
+@pytest.mark.parametrize(
+    ("chunk", "share"),
+    [
+        (7, 0.5),
+        *(pytest.param(*x, marks=pytest.mark.wide) for x in [(1, 1), (4, 1), (64, 1), (2, 0.3)]),
+    ],
+)
 def test_chunks_change_neither_values_nor_gradients(chunk, share):
     """Of the positions that are used; the others cost nothing but in the last chunk, and have no gradient."""
     hidden = jnp.asarray(RNG.normal(size=(3, 13, 8)), jnp.float32)
@@ -141,7 +147,7 @@ def _compiled_loss(mesh, dtype):
         return program(hidden, head), program.as_text()
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.wide)])
 @pytest.mark.parametrize("sizes", [{"fsdp": 4}, {"data": 2, "fsdp": 2}, {"fsdp": 2, "expert": 2}])
 def test_the_head_comes_once_and_its_gradient_is_reduced_once(sizes, dtype):
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}), jax.devices()[:4])

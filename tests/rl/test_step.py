@@ -168,7 +168,7 @@ def is_adam(path, value) -> bool:
     return any(getattr(part, "tuple_name", "") == "ScaleByAdamState" for part in path)
 
 
-@pytest.mark.parametrize("empty", [0, 1])
+@pytest.mark.parametrize("empty", [0, pytest.param(1, marks=pytest.mark.wide)])
 def test_a_mini_batch_without_advantage_among_others(full, empty):
     """Groups p % 2 == `empty` have none: that mini-batch's update goes on with the moments alone."""
     cfg = tiny.step_config(updates=2)
@@ -185,7 +185,11 @@ def test_a_mini_batch_without_advantage_among_others(full, empty):
     assert ("rollout/logp_mismatch" in metrics) == (empty == 1)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (4, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 1, 1), *(pytest.param(x, marks=pytest.mark.wide) for x in [(1, 1, 1), (4, 1, 1)])],
+    ids=str,
+)
 def test_a_data_shard_without_work_goes_along(full, shape):
     """Only one group has advantage: the other shards compute an empty row, which gives no gradient and no NaN."""
     one = with_equal(full, [p for p in range(8) if p != 5])
@@ -197,7 +201,9 @@ def test_a_data_shard_without_work_goes_along(full, shape):
     assert metrics["update/loss"] == pytest.approx(expected["update/loss"], rel=1e-4, abs=1e-7)
 
 
-@pytest.mark.parametrize("aggregation", ["weighted_token_mean", "sequence_mean"])
+@pytest.mark.parametrize(
+    "aggregation", ["weighted_token_mean", pytest.param("sequence_mean", marks=pytest.mark.wide)]
+)
 def test_the_aggregations_keep_the_skipped_tokens_in_their_denominators(full, aggregation):
     """Halving the active groups halves no denominator: gradients of two halves add up to that of both."""
     left, right = with_equal(full, range(4)), with_equal(full, range(4, 8))
@@ -333,7 +339,12 @@ def test_a_fresh_state(shape):
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=str
+    "shape",
+    [
+        pytest.param((1, 1, 1), marks=pytest.mark.wide),
+        pytest.param((2, 2, 2), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_moments_in_host_memory_change_nothing(shape, scored):
     """Two updates with AdamW give the same bits; the moments come and go, and are where they were put."""

@@ -146,7 +146,9 @@ def test_accuracy_and_entropy_against_an_oracle(gold, plain):
     assert plain[1]["update/entropy"] == pytest.approx(entropy, rel=1e-5)
 
 
-@pytest.mark.parametrize("max_tokens", [2 * (16 + tiny.TIME), 1])
+@pytest.mark.parametrize(
+    "max_tokens", [2 * (16 + tiny.TIME), pytest.param(1, marks=pytest.mark.wide)]
+)
 def test_micro_batches_change_nothing(gold, plain, max_tokens):
     gradient, metrics, count = update(gold, max_tokens)
     assert plain[2] == 1 and count >= 3
@@ -154,7 +156,9 @@ def test_micro_batches_change_nothing(gold, plain, max_tokens):
     assert metrics == pytest.approx(plain[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 1), (1, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [pytest.param((2, 2, 1), marks=pytest.mark.wide), (1, 2, 2)], ids=str
+)
 def test_meshes_change_nothing(gold, plain, shape):
     gradient, metrics, _ = update(gold, 2 * (16 + tiny.TIME), shape)
     close(gradient, plain[0])

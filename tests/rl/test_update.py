@@ -96,7 +96,17 @@ def off_policy(scored):
     return scored.replace(rollout=scored.rollout.replace(logp=logp))
 
 
-@pytest.mark.parametrize("aggregation", sorted(loss.AGGREGATIONS))
+@pytest.mark.parametrize(
+    "aggregation",
+    [
+        "weighted_token_mean",
+        *(
+            pytest.param(name, marks=pytest.mark.wide)
+            for name in sorted(loss.AGGREGATIONS)
+            if name != "weighted_token_mean"
+        ),
+    ],
+)
 @pytest.mark.parametrize("micro", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_micro_batches_change_nothing(scored, micro, aggregation):
     """Neither the gradient nor any metric."""
@@ -117,7 +127,7 @@ def test_micro_batches_change_nothing(scored, micro, aggregation):
 @pytest.mark.parametrize(
     "shape",
     [
-        (1, 4, 1),
+        pytest.param((1, 4, 1), marks=pytest.mark.wide),
         (1, 2, 2),
         *(
             pytest.param(x, marks=pytest.mark.slow)
@@ -138,7 +148,7 @@ def test_meshes_change_nothing(scored, plain, shape):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("remat", ["block", "dots"])
+@pytest.mark.parametrize("remat", ["block", pytest.param("dots", marks=pytest.mark.wide)])
 def test_remat_changes_nothing(scored, plain, remat):
     close(gradient_of(tiny.step_config(), scored, remat=remat)[0], plain[0])
 
@@ -251,6 +261,7 @@ def update_parts(scored, noise_groups=None, tx=RECORD):
     return UpdateSpec(loss_fn, tx, mesh, noise_groups), batch, start
 
 
+@pytest.mark.wide
 def test_micro_gradients_add_up(scored, plain):
     """Two halves give the gradient, and the metrics, of both."""
     spec, batch, state = update_parts(scored)
@@ -359,6 +370,7 @@ def test_measured_groups_go_one_by_one_and_the_update_is_the_same(partly_equal):
     )
 
 
+@pytest.mark.wide
 def test_noise_of_each_mini_batch(partly_equal, terms):
     cfg = tiny.step_config(updates=2, noise_groups=PROMPTS // 2)
     _, metrics = step(cfg, partly_equal)
@@ -394,6 +406,7 @@ def test_unequal_parts_are_unbiased():
     assert np.mean(found) == pytest.approx(expected, abs=4 * np.std(found) / np.sqrt(len(found)))
 
 
+@pytest.mark.wide
 def test_several_data_shards_measure_noise_of_the_same_order(partly_equal):
     """Two data shards: parts of two groups, the same gradient, an estimate of the same variance."""
     cfg = tiny.step_config(noise_groups=PROMPTS)

@@ -104,7 +104,11 @@ def close_metrics(a, b) -> None:
 
 
 @pytest.mark.parametrize("token_loss", [policy_loss, with_entropy], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize(
+    "sampling",
+    [*(pytest.param(s, marks=pytest.mark.wide) for s in SAMPLINGS[:-1]), SAMPLINGS[-1]],
+    ids=str,
+)
 def test_value_and_gradient_are_those_of_full_logits(sampling, token_loss):
     hidden, head, tokens, extra = inputs(sampling)
     needs_entropy = token_loss is with_entropy
@@ -288,7 +292,7 @@ def policy_inputs(hidden, head, tokens, mask) -> TokenInputs:
 
 
 @pytest.mark.parametrize("garbage", ["tokens", "hidden", "nan"])
-@pytest.mark.parametrize("chunk", [4, 13])
+@pytest.mark.parametrize("chunk", [4, pytest.param(13, marks=pytest.mark.wide)])
 def test_padding_enters_neither_loss_nor_metrics(chunk, garbage):
     """Neither that of the responses, whatever is there, nor that of the last chunk."""
     hidden, head, tokens, _ = inputs()

@@ -38,6 +38,7 @@ def rollout(policy):
         return sample(weights, tiny.prompts(), jax.random.key(7), jnp.int32(0))
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("platform", "shape", "changes"),
     [
@@ -95,6 +96,7 @@ def test_joined_matrices_lie_where_their_products_are(monkeypatch, tensor, exper
     assert ("gate_up" in joined["blocks"]["mlp"]) == (not experts)
 
 
+@pytest.mark.wide
 def test_adapters_are_merged_into_joined_matrices(monkeypatch):
     monkeypatch.setattr(cast, "platform", lambda mesh: "gpu")
     policy = policy_of(lora=Lora(2, 4.0, ("q", "v", "up", "down")))

@@ -20,7 +20,8 @@ PAGED = {"page": 4, "decode_slots": 3}
 @pytest.mark.parametrize(
     ("sampling", "options"),
     [
-        *((sampling, {}) for sampling in SAMPLINGS),
+        *(pytest.param(sampling, {}, marks=pytest.mark.wide) for sampling in SAMPLINGS[:-1]),
+        (SAMPLINGS[-1], {}),
         pytest.param(Sampling(), PAGED, marks=pytest.mark.slow),
         (Sampling(), PAGED | {"layers": "unroll"}),
     ],
@@ -72,7 +73,15 @@ def test_a_row_draws_the_same_in_any_batch_and_order():
     np.testing.assert_array_equal(fewer.responses, together.responses[:, :2])
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (1, 1, 4)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 2, 1),
+        (1, 2, 2),
+        *(pytest.param(x, marks=pytest.mark.wide) for x in [(1, 4, 1), (4, 1, 1), (1, 1, 4)]),
+    ],
+    ids=str,
+)
 def test_devices_do_not_change_the_ids(shape):
     one, many = tiny.rollout(tiny.prompts()), tiny.rollout(tiny.prompts(), shape=shape)
     np.testing.assert_array_equal(one.responses, many.responses)
@@ -128,7 +137,10 @@ def test_devices_do_not_change_the_ids_of_experts(shape):
     jax.tree.map(np.testing.assert_array_equal, one.routes, many.routes)
 
 
-@pytest.mark.parametrize("layers", [pytest.param("scan", marks=pytest.mark.slow), "unroll"])
+@pytest.mark.parametrize(
+    "layers",
+    [pytest.param("scan", marks=pytest.mark.slow), pytest.param("unroll", marks=pytest.mark.wide)],
+)
 def test_experts_teacher_forced_are_those_recorded(layers):
     out = tiny.rollout(tiny.prompts(), experts=4, layers=layers, record_routes=True)
     batch, rows = out.replace(routes=None), tiny.packed(out)

@@ -191,6 +191,7 @@ def test_what_has_room_is_taken(length):
         running.submit(Request(ids, running.capacity + 3 * PAGE))
 
 
+@pytest.mark.wide
 def test_a_dialogue_that_has_room_ends_however_its_turns_fill_the_pages():
     """Turns that leave every page partly filled: what is held of them takes more pages than the prompt needs."""
     rng = np.random.default_rng(0)

@@ -75,9 +75,9 @@ MORE_OPTIONS = [
     "options",
     [
         {"decode_slots": 3},  # fewer than a group has
-        {"decode_slots": 4, "prompt_cache_entries": 1},
-        {"decode_slots": 4, "layers": "unroll"},
-        {"decode_slots": 3, "shape": (2, 1, 1)},
+        pytest.param({"decode_slots": 4, "prompt_cache_entries": 1}, marks=pytest.mark.wide),
+        pytest.param({"decode_slots": 4, "layers": "unroll"}, marks=pytest.mark.wide),
+        pytest.param({"decode_slots": 3, "shape": (2, 1, 1)}, marks=pytest.mark.wide),
         pytest.param(
             {"decode_slots": 4, "shape": (1, 4, 1), "layers": "unroll"}, marks=pytest.mark.slow
         ),
@@ -100,6 +100,7 @@ FEW_PAGES = [
 ]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "options",
     [
@@ -118,7 +119,7 @@ def test_responses_without_room_are_drawn_again(reference, options):
     "options",
     [
         {"decode_slots": 3},
-        {"shape": (2, 1, 1)},
+        pytest.param({"shape": (2, 1, 1)}, marks=pytest.mark.wide),
         pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"page": 4}, marks=pytest.mark.slow),
     ],
@@ -152,7 +153,9 @@ def sample(sampler: Sampler, batch: PromptBatch, **options) -> RolloutBatch:
     return sampler(tiny.params(), batch, jax.random.key(7), jnp.int32(0), **options)
 
 
-@pytest.mark.parametrize("options", [{"decode_slots": 3, "page": 4}, {}], ids=str)
+@pytest.mark.parametrize(
+    "options", [pytest.param({"decode_slots": 3, "page": 4}, marks=pytest.mark.wide), {}], ids=str
+)
 def test_groups_are_reported_once_when_they_are_complete(reference, options):
     sampler, decode = counted(tiny.sampler(**options), "decode")
     reported: dict[int, tuple[int, RolloutBatch]] = {}
@@ -193,7 +196,9 @@ def test_the_key_may_lie_on_another_mesh(reference):
     same(out, reference)
 
 
-@pytest.mark.parametrize("options", [{"decode_slots": 3, "page": 4}, {}], ids=str)
+@pytest.mark.parametrize(
+    "options", [pytest.param({"decode_slots": 3, "page": 4}, marks=pytest.mark.wide), {}], ids=str
+)
 def test_limits_cut_responses_and_change_no_others(reference, options):
     rng = np.random.default_rng(3)
     limits = rng.integers(1, tiny.TIME + 5, (8, tiny.GROUP))
@@ -210,7 +215,11 @@ def test_limits_cut_responses_and_change_no_others(reference, options):
         np.testing.assert_allclose(getattr(out, name), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"decode_slots": 3}, {"shape": (2, 1, 1)}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"decode_slots": 3}, pytest.param({"shape": (2, 1, 1)}, marks=pytest.mark.wide)],
+    ids=str,
+)
 def test_prompts_that_are_not_wanted_get_no_responses_and_change_no_shapes(reference, options):
     sampler, sizes = tiny.sampler(**options), []
 
@@ -251,7 +260,7 @@ def test_slots_that_are_always_busy_count_as_used():
     assert stats.utilisation == 1.0 and stats.tokens == stats.slot_steps == 16 * tiny.TIME
 
 
-@pytest.mark.parametrize("slots", [3, 4, 16])
+@pytest.mark.parametrize("slots", [3, *(pytest.param(n, marks=pytest.mark.wide) for n in (4, 16))])
 def test_statistics_of_random_lengths(slots):
     """Tokens are the lengths; the steps are those of slots that take the next response when they are free."""
     limits = np.random.default_rng(5).integers(1, tiny.TIME + 1, (8, tiny.GROUP))

@@ -101,7 +101,9 @@ def test_probes_have_the_two_covariances():
         np.testing.assert_allclose(v.T @ v / len(v), covariance, atol=0.02)
 
 
-@pytest.mark.parametrize("place", [(0, 0, 0), (2, 1, 1), (3, 3, 0)])
+@pytest.mark.parametrize(
+    "place", [(2, 1, 1), *(pytest.param(x, marks=pytest.mark.wide) for x in [(0, 0, 0), (3, 3, 0)])]
+)
 def test_estimates_of_one_token_are_unbiased(peaked, scored, place):
     r = scored.rollout
     p, g, t = place
@@ -116,6 +118,7 @@ def test_estimates_of_one_token_are_unbiased(peaked, scored, place):
     assert score <= frobenius * -np.expm1(-entropy) * (1 + 1e-6)
 
 
+@pytest.mark.wide
 def test_all_basis_vectors_together_give_the_frobenius_norm(peaked, scored):
     """sum_i |J^T e_i|^2 over the vocabulary, each by a backward pass of its own, is |J|_F^2 with no noise at all."""
     r = scored.rollout
@@ -201,6 +204,7 @@ def test_gram_against_gradients_of_plain_rows(peaked, scored, coefficient, gradi
     np.testing.assert_allclose(found.cosine, [1, cosine], atol=1e-4)
 
 
+@pytest.mark.wide
 def test_sketches_keep_the_inner_products(monkeypatch, peaked, scored, coefficient, gradients):
     monkeypatch.setattr(gradients_lib, "EXACT_FLOATS", 1)
     found = group_gradients(tiny.decoder(), peaked, scored.rollout, coefficient, 5, 0)

@@ -34,6 +34,7 @@ def config_with(**sections) -> Config:
     return Config.model_validate(fixed | {"loss": {"vocab_chunk": 5}} | sections)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("rule", ["uniform", "inverse_bound"])
 def test_variance_is_that_of_the_trainers_own_gradient(peaked, scored, report, rule):
     """The update of training measures its noise from its micro-batches: same gradient, same variance."""
