@@ -37,7 +37,7 @@ test: $(DEV) ## The default tests; more options: make test ARGS="-k checkpoint"
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-wide: $(DEV) ## The tests that compile for long: other meshes, sizes, dtypes and methods
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "wide and not slow and not multihost and not aot and not services" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "wide and not slow" $(ARGS)
 
 test-all: $(DEV) ## Every test, the slow ones included
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "" $(ARGS)
