@@ -42,6 +42,7 @@ from rest_jax.errors import UserError
 from rest_jax.models.attention import attend, valid_positions
 from rest_jax.models.cache import Cache, LayerCache, Layers, Layout, Pool, RowLayout
 from rest_jax.models.config import DecoderConfig
+from rest_jax.models.elementwise import rms_norm, swiglu
 from rest_jax.models.embedding import embed_tokens
 from rest_jax.models.moe import ExpertWeights, RouterRecord, mix_experts, record, route
 from rest_jax.models.products import float32_einsum
@@ -63,11 +64,9 @@ class RMSNorm(nn.Module):
     cfg: DecoderConfig
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x) -> Any:
         scale = _param(self, "scale", nn.initializers.ones, (x.shape[-1],), ("norm",))
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.cfg.norm_eps)
-        return (y * scale.astype(jnp.float32)).astype(x.dtype)
+        return rms_norm(x, scale, self.cfg.norm_eps)
 
 
 class Attention(nn.Module):
@@ -138,7 +137,7 @@ class Mlp(nn.Module):
             gate, up = (_matrix(self, name, wide) for name in ("gate", "up"))
             gate, up = (keep(_times(x, w, cfg)) for w in (gate, up))
         down = _matrix(self, "down", {"mlp": cfg.d_ff, "embed": cfg.d_model})
-        return _times(jax.nn.silu(gate) * up, down, cfg)
+        return _times(swiglu(gate, up), down, cfg)
 
 
 class Experts(nn.Module):

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, UInt
 from rest_jax.distributed import BATCH_AXES, num_data_shards, scatter_sum
 from rest_jax.models.cache import Layout, RowLayout
 from rest_jax.models.config import DecoderConfig
+from rest_jax.models.elementwise import swiglu
 from rest_jax.models.products import float32_einsum
 from rest_jax.models.remat import checkpoint, keep
 
@@ -235,7 +236,7 @@ def _compute_groups(x, chosen, weight, experts: Matrices, cfg: DecoderConfig):
 
     rows = jnp.where(used, _to_experts(flat, order, inverse, k), 0)
     gated, wide = (keep(times(rows, name)) for name in ("gate", "up"))
-    out = times(jax.nn.silu(gated) * wide, "down")
+    out = times(swiglu(gated, wide), "down")
     out = _to_tokens(jnp.where(used, out, 0), order, inverse).reshape(-1, k, x.shape[-1])
     mixed = jnp.sum(out.astype(jnp.float32) * weight.reshape(-1, k, 1), axis=1)
     return mixed.astype(x.dtype).reshape(x.shape)

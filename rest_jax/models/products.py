@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 FLOOR = -1e30  # attention score of what may not be seen: finite, so that nothing becomes NaN
 
@@ -27,6 +28,11 @@ def matrix_product(x: jax.Array, y: jax.Array, contracted: tuple[int, int]) -> j
     axes = (((contracted[0],), (contracted[1],)), ((), ()))
     precision = precision_of(x.dtype)
     return jax.lax.dot_general(x, y, axes, precision=precision, preferred_element_type=jnp.float32)
+
+
+def row_sums(x: Float[Array, "*B D"], y: Float[Array, "*B D"]) -> Float[Array, "*B"]:
+    """float32 sums of x y along the last axis, as products of vectors: several times a fused sum's speed on CPU."""
+    return jnp.einsum("...d,...d->...", x, y, precision=jax.lax.Precision.HIGHEST)
 
 
 def run_kernel(

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rest_jax.distributed import BATCH_AXES, num_data_shards, sum_parts
 from rest_jax.models.decoder import Decoder, apply_routed, head_matrix
 from rest_jax.models.moe import RouterRecord
-from rest_jax.models.products import float32_einsum
+from rest_jax.models.products import float32_einsum, row_sums
 from rest_jax.rl.loss import TokenLoss, TokenStats
 from rest_jax.rl.packing import Rows
 from rest_jax.types import Params, ResponseBatch, Sampling
@@ -60,13 +60,8 @@ def entropy_and_gini(logits: Float[Array, "*B V"]) -> tuple[Float[Array, "*B"], 
     shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weight = jnp.exp(shifted)
     total = jnp.sum(weight, axis=-1)
-    entropy = jnp.log(total) - sum_of_products(weight, shifted) / total
-    return entropy, 1 - sum_of_products(weight, weight) / (total * total)
-
-
-def sum_of_products(x: Float[Array, "*B V"], y: Float[Array, "*B V"]) -> Float[Array, "*B"]:
-    """float32 sum of x y over the vocabulary, as a product of vectors: several times a fused sum's speed on CPU."""
-    return jnp.einsum("...v,...v->...", x, y, precision=jax.lax.Precision.HIGHEST)
+    entropy = jnp.log(total) - row_sums(weight, shifted) / total
+    return entropy, 1 - row_sums(weight, weight) / (total * total)
 
 
 def chosen_logp(
