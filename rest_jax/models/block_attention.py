@@ -20,7 +20,7 @@ from rest_jax.models.remat import keep
 from rest_jax.models.score_blocks import list_true, query_positions, seen_blocks, sees
 
 # Of blocks that hold less the products are too small for the threads of a CPU to share, of larger ones more is masked.
-_SMALL, _LARGE = (64, 64), (256, 128)
+_SMALL, _LARGE = (64, 64), (128, 256)
 WIDE = (512, 512)  # for an accelerator without kernels
 _NARROW = 256  # width of all heads together, up to which blocks are small
 
@@ -124,16 +124,18 @@ def _attend_backward(blocks: tuple[int, int], kept, d_out):
             d_weight = float32_einsum("bkmh,bksh->bkms", d_block, values)
             d_score = (weight * (d_weight - delta_block)).astype(q.dtype)
             d_q = d_q + float32_einsum("bkms,bksh->bkmh", d_score, keys)
-            d_k = _add(d_k, j, float32_einsum("bkms,bkmh->bksh", d_score, queries))
+            d_k = _add(d_k, j, float32_einsum("bkms,bkmh->bkhs", d_score, queries))
             weight = weight.astype(q.dtype)
-            return d_q, d_k, _add(d_v, j, float32_einsum("bkms,bkmh->bksh", weight, d_block))
+            return d_q, d_k, _add(d_v, j, float32_einsum("bkms,bkmh->bkhs", weight, d_block))
 
         start = jnp.zeros(queries.shape), *carry
         d_q, *carry = jax.lax.fori_loop(0, visits.count[i], visit, start)
         return tuple(carry), d_q.astype(q.dtype)
 
-    zeros = jnp.zeros(k.shape)
-    (d_k, d_v), d_q = jax.lax.scan(attend_block, (zeros, zeros), jnp.arange(lse.shape[0]))
+    # [B K H T]: XLA's CPU backend is up to half faster at these products than at those for [B K T H]; turned once at the end
+    zeros = jnp.zeros(k.swapaxes(2, 3).shape)
+    carry, d_q = jax.lax.scan(attend_block, (zeros, zeros), jnp.arange(lse.shape[0]))
+    d_k, d_v = (x.swapaxes(2, 3) for x in carry)
     return _join(d_q, q), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
@@ -158,9 +160,10 @@ def _join(blocks, like):
 
 
 def _add(x, j, part):
-    """Adds to block `j` of `[B K T H]`."""
-    block = part.shape[2]
-    return jax.lax.dynamic_update_slice_in_dim(x, _cut(x, j, block) + part, j * block, axis=2)
+    """Adds to block `j` of `[B K H T]`."""
+    at = j * part.shape[3]
+    old = jax.lax.dynamic_slice_in_dim(x, at, part.shape[3], axis=3)
+    return jax.lax.dynamic_update_slice_in_dim(x, old + part, at, axis=3)
 
 
 def _scores(queries, keys, until, at, blocks: tuple[int, int]):

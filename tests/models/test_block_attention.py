@@ -26,7 +26,7 @@ from tests.models.rows import (
     visible_pairs,
 )
 
-BLOCKS = [(64, 64), (64, 128), (256, 128)]  # of queries and of keys
+BLOCKS = [(64, 64), (64, 128), (128, 256), (256, 128)]  # of queries and of keys
 small_blocks = functools.partial(block_attention, blocks=(64, 64))
 
 
