@@ -130,6 +130,8 @@ def our_arguments(case: Case, folder: str | None, file: str | None) -> list[str]
         "model": folder,
         "lengths": file,
         "decode-slots": ROWS if case.lognormal else None,
+        # as of the supervised step: TRL is told to keep its activations
+        "remat": "none" if case.peer == "trl" else None,
     }
     return [case.kind, *_options(given)]
 
